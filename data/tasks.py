@@ -12,6 +12,7 @@ from typing import Any
 
 from data.data_source import GeneratedSource
 from data.text import corpus as corpus_lib
+from data.text import spelling
 from data.text.sources import names
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
@@ -217,7 +218,7 @@ def register_mixture(name: str, rates: Mapping[str, float]) -> None:
     for member in rates:
         if member not in known:
             raise ValueError(
-                f"mixture {name!r}: no task or mixture {member!r}; {names.nearest(member, known)}"
+                f"mixture {name!r}: no task or mixture {member!r}; {spelling.nearest(member, known)}"
             )
     _make_room(name, seqio.MixtureRegistry, _MIXTURES, "register_mixture")
     seqio.MixtureRegistry.add(name, [(member, float(rate)) for member, rate in rates.items()])

@@ -9,7 +9,6 @@ starts with the environment variables that are set here.
 import argparse
 import ast
 import dataclasses
-import difflib
 import errno
 import linecache
 import os
@@ -18,9 +17,10 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.text import spelling
 from launch import environment
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
@@ -206,10 +206,7 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
         lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
         print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
-    known = ", ".join(commands)
-    print(
-        f"{program}: no command '{name}'.{nearest(name, commands)} Known: {known}", file=sys.stderr
-    )
+    print(f"{program}: no command {name!r}; {spelling.nearest(name, commands)}", file=sys.stderr)
     return USAGE_ERROR
 
 
@@ -234,12 +231,6 @@ def papers_with(module: str) -> list[str]:
     """Returns the names of the papers (folders of launch/papers) that have a module of this name."""
     folder = pathlib.Path(environment.ROOT, "launch", "papers")
     return sorted(path.parent.name for path in folder.glob(f"*/{module}.py"))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a sentence, after a space, with the known name most similar to a misspelt one; '' if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Nearest: {near[0]}." if near else ""
 
 
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
@@ -320,7 +311,8 @@ def _meant_for_people(error: Exception) -> bool:
     if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
         return False
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    own = frame.f_globals.get("__name__", "").partition(".")[0] in OWN_PACKAGES
+    spec = frame.f_globals.get("__spec__")  # with its own name also if the module runs as __main__
+    own = spec is not None and spec.name.partition(".")[0] in OWN_PACKAGES
     return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 

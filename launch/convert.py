@@ -15,13 +15,33 @@ cut short leaves nothing at its target.
 """
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any, Literal
 
 from launch import cli
+from launch.config import setting_flags
 from launch.run import load_run
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    """Settings of a Hugging Face checkpoint to be written.
+
+    Attributes:
+      family: model_type (default: the family of the imported checkpoint, or the first that fits the model).
+      shard_size: maximum data in a file, such as 500MB (default 5GB).
+      params: the trained parameters (raw), their moving average (ema), or the average if there is one (auto, the default).
+      gin_file: configuration of a step directory without a config.gin; repeatable.
+    """
+
+    family: str | None = None
+    shard_size: str | None = None
+    params: Literal["auto", "raw", "ema"] | None = None
+    gin_file: Sequence[str] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,39 +68,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the written weights (default: what the source has; float32 of GGUF)",
+        help="dtype of the written weights (default: as in the source; float32 for GGUF)",
     )
-    export = parser.add_argument_group("of --to_hf")
-    export.add_argument(
-        "--family", metavar="NAME", help="model_type (default: the one it came from, or that fits)"
-    )
-    export.add_argument(
-        "--shard_size", metavar="SIZE", help="most data in a file, as 500MB (default 5GB)"
-    )
-    export.add_argument(
-        "--params",
-        choices=load_run.PARAMS,
-        help="the trained parameters (raw), their moving average (ema), or the average where there "
-        "is one (auto, the default)",
-    )
-    export.add_argument(
-        "--gin_file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="configuration of a step that has none beside it; repeatable",
-    )
+    setting_flags.add(parser.add_argument_group("for --to_hf"), ExportFlags)
 
 
 def _run(flags: argparse.Namespace) -> None:
     if (flags.checkpoint is None) != (flags.to_hf is None):
         raise ValueError("--from goes with --to_hf, --from_hf and --from_gguf with --to.")
-    for name in ("family", "shard_size", "params", "gin_file"):
-        if flags.to_hf is None and getattr(flags, name):
-            raise ValueError(f"--{name} is of --to_hf: leave it out.")
+    export = setting_flags.given(flags, ExportFlags)
     if flags.to_hf is not None:
-        _export(flags, _bytes(flags.shard_size or "5GB"))
+        _export(flags, export)
         return
+    for name in export:
+        raise ValueError(f"--{name} is for --to_hf: remove it.")
     from launch.weights import import_weights
 
     convert, origin = import_weights.import_hf, flags.from_hf
@@ -89,24 +90,19 @@ def _run(flags: argparse.Namespace) -> None:
     convert(origin, flags.to, dtype=flags.dtype)
 
 
-def _export(flags: argparse.Namespace, shard_bytes: int) -> None:
+def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
     from launch.weights import export_weights
 
-    export_weights.export_hf(
-        flags.checkpoint,
-        load_run.config_of(flags.checkpoint, flags.gin_file).model,
-        flags.to_hf,
-        params=flags.params or "auto",
-        family=flags.family,
-        dtype=flags.dtype,
-        shard_bytes=shard_bytes,
-    )
+    shard_bytes = _bytes(settings.pop("shard_size", "5GB"))
+    config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
+    settings |= {"dtype": flags.dtype, "shard_bytes": shard_bytes}
+    export_weights.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
 
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
     if not match or not int(match[1]):
-        raise ValueError(f"--shard_size={text} is no size: give one as 500MB or 5GB.")
+        raise ValueError(f"--shard_size={text} is not a size: give one such as 500MB or 5GB.")
     return int(match[1]) * _UNITS[match[2] or ""]
 
 

@@ -9,7 +9,7 @@
 from launch import cli
 
 COMMANDS = {
-    "loss": "launch.evaluation.loss",
+    "loss": "launch.evaluation.held_out",
     "seqio": "launch.evaluation.seqio",
     "code": "launch.evaluation.code",
     "skills": "launch.evaluation.skills",

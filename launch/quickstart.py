@@ -1,8 +1,8 @@
 """Runs a small code-mix pre-training ablation on real text and code, and compares its arms.
 
 Three models see the same number of tokens: text only, text and code in equal parts, or code first and
-then text. Ends with held-out loss by domain, a plot, a sample of each model and the run directories.
-Started again it goes on where it stopped. Example:
+then text. Prints held-out loss by domain, a plot, a sample of each model and the run directories.
+A restarted command resumes. Example:
 
   python -m launch.quickstart --out=runs/quickstart
 """
@@ -48,7 +48,7 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
         )
         result = config.entry(started=time.monotonic())
         if result["interrupted"]:
-            print("Interrupted; `make quickstart` goes on from here.")
+            print("Interrupted; `make quickstart` resumes here.")
             return result
         runs[arm] = directory
     print()

@@ -1,16 +1,15 @@
 """Runs a sweep: arms x sizes x seeds of one file, with shared parents, as a whole that can be resumed.
 
 Started again, the command skips finished runs, continues stopped ones, and retries failed ones. Results are in
-DIR/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
+OUT/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
 cooldowns, about four times the work of the quickstart:
 
   python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 
 `--out DIR --status` in a second terminal shows its progress. The exit status is 0 when all runs are done, 1 when
-some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command goes on.
+some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command resumes it.
 """
 
-import argparse
 import contextlib
 import fnmatch
 import functools
@@ -22,10 +21,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.text import spelling
 from launch import cli
+from launch.config import setting_flags
 
 if TYPE_CHECKING:
-    from launch.sweeping.file import Run
     from launch.sweeping.folder import Planned, SweepFolder
 
 # Seconds to wait for the runs of a killed sweep to save.
@@ -43,118 +43,102 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     return cli.run_command(
-        __doc__, "sweep", _run, add_flags=_add_flags, huge_pages=False, argv=argv
+        __doc__,
+        "sweep",
+        lambda flags: run_sweep(**vars(flags)),
+        add_flags=lambda parser: setting_flags.add(parser, run_sweep),
+        huge_pages=False,
+        argv=argv,
     )
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sweep",
-        metavar="FILE.py[:TEXT]",
-        help="the sweep; TEXT is the argument of its get_config",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs at once, each with an equal share of the cores (default: 1)",
-    )
-    parser.add_argument(
-        "--minutes", type=float, metavar="M", help="after these runs save and stop (status 75)"
-    )
-    parser.add_argument(
-        "--memory_gb", type=float, metavar="G", help="peak memory that runs side by side may need"
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="PATTERN",
-        help="runs by name, such as 'text/*' or '*/seed0', with the runs they start from; repeatable",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="checks, shows, and runs nothing")
-    parser.add_argument(
-        "--status", action="store_true", help="shows the progress of the sweep in --out"
-    )
-    parser.add_argument(
-        "--rerun_changed",
-        action="store_true",
-        help="puts runs of another configuration aside and runs them anew",
-    )
+def run_sweep(
+    *,
+    out: pathlib.Path,
+    sweep: str | None = None,
+    workers: int = 1,
+    minutes: float | None = None,
+    memory_gb: float | None = None,
+    only: Sequence[str] | None = None,
+    dry_run: bool = False,
+    status: bool = False,
+    rerun_changed: bool = False,
+) -> int:
+    """Runs or shows a sweep; returns the exit status.
 
+    Args:
+      out: the sweep's folder.
+      sweep: the sweep, FILE.py or FILE.py:TEXT; TEXT is the argument of its get_config.
+      workers: runs at once, each with an equal share of the cores.
+      minutes: after these, runs save and stop (status 75).
+      memory_gb: peak memory that runs side by side may need.
+      only: pattern of names of runs, such as 'text/*' or '*/seed0'; the runs they start from run too; repeatable.
+      dry_run: checks and shows the sweep, and runs nothing.
+      status: shows the progress of the sweep in --out.
+      rerun_changed: moves runs with another configuration to OUT/replaced, and runs them again.
 
-def _run(flags: argparse.Namespace) -> int:
-    if flags.status:
-        return _status(flags)
-    if not flags.sweep:
-        raise ValueError("give --sweep FILE.py, or --status.")
-    return _sweep(flags)
-
-
-def _status(flags: argparse.Namespace) -> int:
-    """Prints the states of the runs in the folder, without disturbing a running sweep."""
-    from rich.console import Console
-
-    from launch.sweeping import driver, screen
-    from launch.sweeping.folder import SweepFolder
-
-    folder = SweepFolder(pathlib.Path(flags.out).absolute())
-    runs = driver.progress(folder, _wanted(folder.read_plan(), flags.only))
-    Console().print(screen.table(folder.path.name, runs))
-    if not folder.driven() and any(run.state is not driver.RunState.DONE for run in runs):
-        print("The sweep is not running: start it again to go on.")
-    return 0
-
-
-def _sweep(flags: argparse.Namespace) -> int:
+    Raises:
+      ValueError: settings out of range, or a sweep that cannot be run.
+    """
     from launch.cluster.local import LocalSubmitter
-    from launch.sweeping import check, driver, file
+    from launch.sweeping import check, driver, file, screen
     from launch.sweeping.folder import SweepFolder
-    from launch.sweeping.screen import Screen
 
-    folder = SweepFolder(pathlib.Path(flags.out).absolute())
-    runs = file.read(flags.sweep)
-    submitter = LocalSubmitter(workers=flags.workers, memory_gb=flags.memory_gb)
-    _check_budgets(flags, runs)
-    plan = check.plan(flags.sweep, runs, folder)
-    wanted = _wanted(plan, flags.only)
-    if flags.dry_run:
+    folder = SweepFolder(out.absolute())
+    if status:
+        _print_status(folder, only)
+        return 0
+    if not sweep:
+        raise ValueError("give --sweep FILE.py, or --status.")
+    runs = file.read(sweep)
+    submitter = LocalSubmitter(workers=workers, memory_gb=memory_gb)
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes {minutes}: give a positive number of minutes.")
+    for run in runs:
+        if memory_gb is not None and (run.memory_gb or 0) > memory_gb:
+            raise ValueError(
+                f"{run.name} needs {run.memory_gb} GB by its memory_gb, more than --memory_gb "
+                f"{memory_gb}: raise --memory_gb, or exclude the run (--only)."
+            )
+    plan = check.plan(sweep, runs, folder)
+    wanted = _wanted(plan, only)
+    if dry_run:
         _show(folder, plan, wanted)
         return 0
     with contextlib.closing(folder.lock()):
         _await_runs(folder, wanted)
-        _make_room(folder, plan, wanted, flags.rerun_changed)
-        folder.write_plan(flags.sweep, plan)
-        with Screen(folder.path.name, workers=flags.workers) as watch:
-            status = driver.drive(
+        _make_room(folder, plan, wanted, rerun_changed)
+        folder.write_plan(sweep, plan)
+        with screen.watching(folder.path.name, workers=workers) as watch:
+            exit_status = driver.drive(
                 folder,
                 plan,
                 submitter,
                 wanted=[planned.name for planned in wanted],
                 command=functools.partial(_command, folder),
                 watch=watch,
-                minutes=flags.minutes,
+                minutes=minutes,
             )
     print(f"results {folder.results}")
-    return status
+    return exit_status
+
+
+def _print_status(folder: "SweepFolder", only: Sequence[str] | None) -> None:
+    """Prints the states of the runs in the folder, without disturbing a running sweep."""
+    from rich.console import Console
+
+    from launch.sweeping import driver, screen
+
+    runs = driver.progress(folder, _wanted(folder.read_plan(), only))
+    Console().print(screen.table(folder.path.name, runs))
+    if not folder.driven() and any(run.state is not driver.RunState.DONE for run in runs):
+        print("The sweep is not running: start it again to resume it.")
 
 
 def _command(folder: "SweepFolder", run: str) -> tuple[str, ...]:
     """Returns the words of the command that executes a run."""
     program = (sys.executable, "-m", "launch.sweeping.run")
     return (*program, f"--out={folder.path}", f"--run={run}")
-
-
-def _check_budgets(flags: argparse.Namespace, runs: "Sequence[Run]") -> None:
-    if flags.minutes is not None and flags.minutes <= 0:
-        raise ValueError(f"--minutes {flags.minutes}: give a positive number of minutes.")
-    for run in runs:
-        if flags.memory_gb is not None and (run.memory_gb or 0) > flags.memory_gb:
-            raise ValueError(
-                f"{run.name} needs {run.memory_gb} GB by its memory_gb, more than --memory_gb "
-                f"{flags.memory_gb}: raise the budget, or leave the run out (--only)."
-            )
 
 
 def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple[Planned, ...]":
@@ -166,8 +150,8 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            hint = cli.nearest(pattern, names) or f" They are called as {names[0]}."
-            raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs.{hint}")
+            hint = spelling.nearest(pattern, names)
+            raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs; {hint}")
         chosen.update(matched)
     for planned in reversed(plan):  # children come after their parents
         if planned.name in chosen:
@@ -180,14 +164,12 @@ def _await_runs(folder: "SweepFolder", wanted: "Sequence[Planned]") -> None:
     until = time.monotonic() + _SAVING_SECONDS
     for planned in wanted:
         if folder.in_use(planned.name):
-            print(
-                f"{planned.name} is still being worked on by another process; waiting.", flush=True
-            )
+            print(f"{planned.name}: waiting for another process to end.", flush=True)
         while folder.in_use(planned.name):
             if time.monotonic() > until:
                 raise ValueError(
-                    f"{folder.directory(planned.name)} is in use: another process works there. Stop it, "
-                    "or leave the run out (--only)."
+                    f"{folder.directory(planned.name)} is in use by another process. Stop it, "
+                    "or exclude the run (--only)."
                 )
             time.sleep(0.5)
 
@@ -208,9 +190,9 @@ def _make_room(
         ]
         more = f"\n  and {len(begun) - _LISTED} more" if len(begun) > _LISTED else ""
         raise ValueError(
-            f"{len(begun)} runs in {folder.path} are of another configuration:\n"
+            f"{len(begun)} runs in {folder.path} have another configuration:\n"
             + "\n".join(lines)
-            + f"{more}\nSet it back, use another --out, or let them run anew with --rerun_changed."
+            + f"{more}\nRestore it, use another --out, or repeat them with --rerun_changed."
         )
     for planned in begun:
         folder.set_aside(planned)
@@ -231,9 +213,8 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     for planned in reversed(kinds.values()):
         run = planned.run
         if run.made:
-            print(
-                f"\n{run.name}: made\n  {shlex.join(sweep_run.made_command(folder, run, by_name))}"
-            )
+            command = sweep_run.made_command(folder, run, by_name)
+            print(f"\n{run.name}: made\n  {shlex.join(command)}")
             continue
         start = folder.model_dir(by_name[run.parent].run) if run.parent else None
         bindings = check.bindings_of(run, folder, start, folder.sources(run, by_name))
@@ -242,11 +223,11 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
             *(f"--gin.{binding}" for binding in bindings),
         ]
         steps = (planned.total_steps or 0) - (planned.first_step or 0)
-        print(f"\n{run.name}: {f'{steps:,}' if steps > 0 else 'as its data need'} steps")
+        print(f"\n{run.name}: {f'{steps:,}' if steps > 0 else 'data-dependent'} steps")
         print(f"  python -m launch.train {shlex.join(words)}")
     changed = [planned.name for planned in wanted if folder.changed(planned)]
     if changed:
-        print(f"\nof another configuration than in {folder.path}: {', '.join(changed)}")
+        print(f"\nwith another configuration than in {folder.path}: {', '.join(changed)}")
 
 
 if __name__ == "__main__":

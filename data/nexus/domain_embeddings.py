@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import cache_dir
-from data.text.sources import names as known_names
+from data.text import spelling
 
 FORMAT = 1
 COMMAND = "python -m launch.prepare embed_domains"
@@ -72,7 +72,7 @@ class Embeddings:
         for name in names:
             if name not in self.domains:
                 raise EmbeddingsError(
-                    f"{self.path}: no domain {name!r}; {known_names.nearest(name, self.names)}. Add it "
+                    f"{self.path}: no domain {name!r}; {spelling.nearest(name, self.names)}. Add it "
                     f"with {COMMAND} --extend={self.path} --domain {name}=FILE"
                 )
         rows = [self.names.index(name) for name in names]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.text.sources import names
+from data.text import spelling
 
 Weights = Literal["rates", "tokens"]
 
@@ -28,9 +28,9 @@ def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
         mixture = seqio.MixtureRegistry.get(mixture_or_task_name)
         return mixture.tasks, {task.name: mixture.get_rate(task) for task in mixture.tasks}
     known = (*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names())
-    hint = names.nearest(mixture_or_task_name, known) if known else "none is registered"
     raise ValueError(
-        f"No SeqIO mixture or task is called {mixture_or_task_name!r}; {hint} (mixtures and tasks "
+        f"No SeqIO mixture or task is called {mixture_or_task_name!r}; "
+        f"{spelling.nearest(mixture_or_task_name, known)} (mixtures and tasks "
         "are registered by importing the module that defines them)."
     )
 
@@ -58,9 +58,7 @@ def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -
     """
     for name, weight in weights.items():
         if name not in known:
-            raise ValueError(
-                f"{where}: unknown source {name!r}; {names.nearest(name, tuple(known))}"
-            )
+            raise ValueError(f"{where}: unknown source {name!r}; {spelling.nearest(name, known)}")
         if not np.isfinite(weight) or weight < 0:
             raise ValueError(
                 f"{where}: the weight of {name!r} is {weight}; it must be >= 0 and finite."

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from data.stream.schedule import Schedule
-from data.text.sources import names
+from data.text import spelling
 
 OnCap = Literal["error", "redistribute", "warn"]
 MaxEpochs = float | Mapping[str, float]
@@ -37,9 +37,7 @@ def row_limits(max_epochs: MaxEpochs | None, rows: Mapping[str, int]) -> dict[st
     caps = max_epochs if isinstance(max_epochs, Mapping) else dict.fromkeys(rows, max_epochs)
     for name, cap in caps.items():
         if name not in rows:
-            raise ValueError(
-                f"max_epochs: unknown source {name!r}; {names.nearest(name, tuple(rows))}"
-            )
+            raise ValueError(f"max_epochs: unknown source {name!r}; {spelling.nearest(name, rows)}")
         if not 0 < cap < math.inf:
             raise ValueError(
                 f"max_epochs of {name!r} is {cap}; it must be positive and finite. For no cap, omit the source."

@@ -20,7 +20,7 @@ import tqdm
 
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
-from data.text import corpus_build, documents
+from data.text import corpus_build, documents, spelling
 from data.text.document_files import DocumentFiles
 from data.text.documents import Document
 from data.text.sources import environment, names
@@ -56,7 +56,7 @@ class Corpus:
         """Returns the path of the JSON lines of one split of a source."""
         if source not in self.sources:
             raise ValueError(
-                f"the corpus has no source {source!r}; {names.nearest(source, self.sources)}"
+                f"the corpus has no source {source!r}; {spelling.nearest(source, self.sources)}"
             )
         return self.directory / f"{source}.{split}.jsonl"
 

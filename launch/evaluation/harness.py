@@ -6,19 +6,54 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), 
   python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval \\
     --code_results=/tmp/humaneval.json --json=/tmp/suite.json
 
-Sets are read from local files as their public repositories have them (launch/evaluation/suites/local_data.py) and
-are never downloaded: a benchmark without its set is a row that says how to get it, and so is a benchmark
-of code that no --code_results holds, which are the --json files of launch.evaluate code. Prompts, shots
-and metrics are the task files of the suite's paper, launch/papers/NAME/harness_tasks, which lm-evaluation-harness runs.
-With `--include_path launch/papers/NAME/harness_tasks` and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
+Sets are read from local copies of their public repositories (launch/evaluation/suites/local_data.py) and never
+downloaded. The table names the remedy for each missing set, and for each benchmark of code without --code_results (a
+--json file of launch.evaluate code). Prompts, shots and metrics are in the task files of the suite's paper,
+launch/papers/NAME/harness_tasks, which lm-evaluation-harness runs. With `--include_path launch/papers/NAME/harness_tasks`
+and ESPALIER_EVAL_DATA=DIR they are tasks of launch.lm_eval too.
 """
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from launch import cli
-from launch.evaluation.suites import scores
+from launch.config import setting_flags
+from launch.evaluation.suites import local_data, scores
 from launch.run import load_run
+
+if TYPE_CHECKING:
+    from launch.evaluation.suites.scores import Suite
+
+
+class SuiteError(ValueError):
+    """A suite that cannot be evaluated with these flags."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuiteFlags:
+    """Data and arguments of an evaluation, and the files to write.
+
+    Attributes:
+      data_dir: folder of all evaluation sets (default: $ESPALIER_EVAL_DATA).
+      code_results: a --json file of launch.evaluate code; repeatable.
+      model_args: more arguments of the model, as of launch.lm_eval, such as batch_tokens=16384,dtype=float32.
+      limit: number of examples of each benchmark (default: all).
+      json: file to write the results to.
+      samples: file to write every example and answer to, JSON lines.
+    """
+
+    data_dir: str | None = None
+    code_results: Sequence[str] | None = None
+    model_args: str = ""
+    limit: int | None = None
+    json: pathlib.Path | None = None
+    samples: pathlib.Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,37 +70,192 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         choices=suites,
         default=suites[0],
         required=len(suites) > 1,
-        help="a paper's, by its name",
+        help="name of a paper with a suite",
     )
-    group.add_argument(
-        "--data_dir", metavar="DIR", help="of all evaluation sets (default: $ESPALIER_EVAL_DATA)"
-    )
-    group.add_argument(
-        "--code_results",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a --json file of launch.evaluate code; repeatable",
-    )
-    group.add_argument(
-        "--model_args",
-        default="",
-        metavar="NAME=VALUE,...",
-        help="more arguments of the model, as of launch.lm_eval: batch_tokens=16384,dtype=float32",
-    )
-    group.add_argument(
-        "--limit", type=int, metavar="N", help="examples of each benchmark (default: all)"
-    )
-    group.add_argument("--json", metavar="FILE", help="also writes the results here")
-    group.add_argument(
-        "--samples", metavar="FILE", help="writes every example and answer here, JSONL"
-    )
+    setting_flags.add(group, SuiteFlags)
 
 
 def _run(flags: argparse.Namespace) -> None:
-    from launch.evaluation.suites import evaluation
+    settings = SuiteFlags(**setting_flags.given(flags, SuiteFlags))
+    evaluate(flags.checkpoint, flags.params, flags.suite, settings)
 
-    evaluation.evaluate(flags)
+
+def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -> None:
+    """Evaluates a checkpoint on the benchmarks with data, prints the table and writes the files.
+
+    Raises:
+      SuiteError: no data at all, or files that cannot be read or written.
+      LoadError, WrongDataError: a checkpoint or a set that cannot be read.
+    """
+    from launch import lm_eval
+    from trainers.checkpoints import step_dir
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        os.environ[name] = "1"  # missing sets are reported at once, without network access
+    if flags.limit is not None and flags.limit < 1:
+        raise SuiteError(f"--limit={flags.limit} must be at least 1.")
+    for path in filter(None, (flags.json, flags.samples)):
+        if not path.parent.is_dir():
+            raise SuiteError(f"{path}: the folder does not exist. Create it first.")
+    lm_eval.register()
+    suite = scores.find(suite_name)
+    measured = code_results(flags.code_results or (), step_dir.resolve(checkpoint))
+    present, missing = _data(suite, measured, flags.data_dir)
+    if not present and not measured:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
+        raise SuiteError(f"There is no evaluation set:{reasons}")
+    results = _evaluated(checkpoint, params, suite, present, flags) if present else {}
+    results |= measured
+    measured_scores = {name: result["score"] for name, result in results.items()}
+    groups, total = scores.means(suite, measured_scores)
+    details = {**missing, **{k: f"n = {v['n']:,}" for k, v in results.items()}}
+    _print(suite, measured_scores, details)
+    if flags.json:
+        document = {
+            "checkpoint": os.path.abspath(checkpoint),
+            "params": params,
+            "suite": suite.name,
+            "data_dir": flags.data_dir,
+            "limit": flags.limit,
+            "model_args": flags.model_args,
+            "benchmarks": results,
+            "groups": groups,
+            "total": total,
+            "missing": missing,
+        }
+        text = json.dumps(document, indent=2, allow_nan=False)
+        flags.json.write_text(f"{text}\n", "utf-8")
+
+
+def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
+    """Returns {"score": pass@1, "n": problems} by benchmark, from files written by launch.evaluate code --json.
+
+    Args:
+      files: paths of the files.
+      step: the step directory that must have the results; None for any.
+
+    Raises:
+      SuiteError: a file that is not such a result or is of another checkpoint, or two files for one benchmark.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for path in files:
+        try:
+            result = json.loads(pathlib.Path(path).read_bytes())
+            name, value = result["problems"], float(result["pass_at_k"]["1"])
+            count = int(result["num_problems"])
+            of = result.get("settings", {}).get("checkpoint")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SuiteError(
+                f"--code_results={path} is not a file of launch.evaluate code --json with k=1 "
+                f"({type(error).__name__}: {error})."
+            ) from None
+        if name in results:
+            raise SuiteError(
+                f"--code_results={path}: another file has results of {name} too; give one."
+            )
+        if None not in (step, of) and os.path.realpath(of) != os.path.realpath(step):
+            raise SuiteError(
+                f"--code_results={path} is of the checkpoint {of}, not of {step}: evaluate this one with "
+                "launch.evaluate code."
+            )
+        results[name] = {"score": value, "n": count}
+    return results
+
+
+def _data(
+    suite: "Suite", measured: Mapping[str, Any], data_dir: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """Returns (benchmarks with well-formed sets, reason by benchmark why the others are not evaluated)."""
+    present, missing = [], {}
+    for name in suite.benchmarks:
+        if name in measured:
+            continue
+        if name in suite.programs:
+            missing[name] = suite.programs[name]
+            continue
+        try:
+            local_data.find(suite.sources[name], data_dir)
+            present.append(name)
+        except local_data.MissingDataError as error:
+            missing[name] = str(error)
+    return present, missing
+
+
+def _evaluated(
+    checkpoint: str, params: str, suite: "Suite", present: Sequence[str], flags: SuiteFlags
+) -> dict[str, Any]:
+    """Returns {"score", "stderr", "n", ...} for each benchmark."""
+    import datasets
+    from lm_eval import simple_evaluate, utils
+    from lm_eval.tasks import TaskManager
+
+    from launch.evaluation.lm_eval.model import EspalierLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    # Sets are checked before the model is restored: errors in sets are more common.
+    manager = TaskManager(
+        include_path=suite.tasks,
+        include_defaults=False,
+        metadata={"data_dir": flags.data_dir},
+    )
+    names = [f"{suite.name}_{name}" for name in present]
+    loaded = manager.load(names)
+    model_args = utils.simple_parse_args_string(flags.model_args)
+    model = EspalierLM(checkpoint, params=params, **model_args)
+    try:
+        evaluated = simple_evaluate(
+            model,
+            tasks=list(loaded["tasks"].values()),
+            task_manager=manager,
+            limit=flags.limit,
+            log_samples=flags.samples is not None,
+        )
+    finally:
+        model.close()
+    if flags.samples:
+        _write_samples(flags.samples, evaluated["samples"])
+    return {
+        name: _plain_names(evaluated["results"][task], evaluated["n-samples"][task]["effective"])
+        for name, task in zip(present, names, strict=True)
+    }
+
+
+def _plain_names(values: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Returns the harness's numbers, with the name of the filter removed from their names."""
+    named = {key.partition(",")[0]: value for key, value in values.items() if "," in key}
+    stderr = named.pop("score_stderr", None)
+    metrics = {name: value for name, value in named.items() if not name.endswith("_stderr")}
+    return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
+
+
+def _write_samples(path: pathlib.Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    with open(path, "w", encoding="utf-8") as file:
+        for task, rows in samples.items():
+            for row in rows:
+                line = {"task": task, **row}
+                text = json.dumps(line, default=handle_non_serializable, ensure_ascii=False)
+                file.write(f"{text}\n")
+
+
+def _print(suite: "Suite", by_benchmark: Mapping[str, float], details: Mapping[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{suite.name}: scores in %, 0-shot")
+    for title, justify in (("group", "left"), ("benchmark", "left"), ("score", "right")):
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("examples, or how to get them", overflow="fold")
+    last = ""
+    for group, benchmark, score, detail in scores.table(suite, by_benchmark, details):
+        if group != last and last:
+            table.add_section()
+        style = "bold" if benchmark.startswith("mean") else None
+        table.add_row("" if group == last else group, benchmark, score, detail, style=style)
+        last = group
+    Console(soft_wrap=False).print(table)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,70 @@
-"""Held-out loss of a checkpoint by task: the work of `launch.evaluate loss`."""
+"""Held-out loss, perplexity and bits per byte of a checkpoint, for each task of its run.
 
+Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+
+  python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --json=/tmp/eval.json
+
+The run's configuration is read from its directory; --gin_file and --gin.NAME=VALUE change it, such
+as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices.
+"""
+
+import argparse
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from data import cpu_tensorflow
-from data.stream import mixing
-from data.stream.stream import held_out
+from launch import cli
 from launch.run import load_run
-from trainers import evaluate as evaluation
-from trainers import partitioning
-from trainers.evaluate import EvalStream
-from trainers.recipe import Recipe
-from trainers.telemetry import metric_writers
+
+if TYPE_CHECKING:
+    from trainers.evaluate import EvalStream
 
 _COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.evaluation.held_out:evaluate",
+        command="evaluate loss",
+        extra_flags=_add_flags,
+        run=_run,
+        default_files=lambda flags: load_run.files_of(
+            flags.checkpoint, flags.gin_file, own="t5x_configs/runs/evaluate.gin"
+        ),
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = load_run.add_flags(parser)
+    group.add_argument(
+        "--tasks", metavar="NAME,NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
+    )
+    group.add_argument(
+        "--max_batches", type=int, metavar="N", help="per task (default: whole splits)"
+    )
+    group.add_argument("--json", metavar="FILE", help="also writes the results here")
+
+
+def _run(start: cli.Start) -> None:
+    flags = start.flags
+    start(
+        checkpoint=flags.checkpoint,
+        params=flags.params,
+        tasks=tuple(flags.tasks.split(",")) if flags.tasks else None,
+        max_batches=flags.max_batches,
+        json_file=flags.json,
+    )
+
+
 def evaluate(
     *,
-    recipe: Recipe,
+    recipe: Any,
     register: Sequence[Callable[[], Any]],
-    stream: Callable[..., EvalStream],
+    stream: Callable[..., Any],
     mixture_or_task_name: str,
     checkpoint: str = "",
     params: str = "auto",
@@ -35,7 +75,7 @@ def evaluate(
     """Evaluates a checkpoint on held-out splits and prints a table.
 
     Args:
-      recipe: recipe of the checkpoint's run.
+      recipe: the `Recipe` of the checkpoint's run.
       register: functions that register SeqIO tasks.
       stream: opens the held-out split of a task; called with (task=).
       mixture_or_task_name: the mixture whose tasks are evaluated.
@@ -51,16 +91,15 @@ def evaluate(
     Raises:
       LoadError: the data's vocabulary is not the checkpoint's.
     """
+    import jax
+
+    from trainers import evaluate as evaluation
+    from trainers import partitioning
+    from trainers.telemetry import metric_writers
+
     program = recipe.program()
     values, meta = load_run.restore(checkpoint, program.abstract_state.params, params=params)
-    cpu_tensorflow.load()
-    for call in register:
-        call()
-    if tasks is None:
-        tasks = [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]
-    streams = held_out(stream, tasks)
-    if not streams:
-        raise ValueError(f"None of the tasks {', '.join(tasks)} holds anything out to evaluate on.")
+    streams = open_streams(stream, register, tasks, mixture_or_task_name)
     for opened in streams:
         _check_vocabulary(opened, meta, checkpoint)
     step = program.steps(0).evaluate
@@ -78,22 +117,43 @@ def evaluate(
                 "checkpoint": os.path.abspath(checkpoint),
                 "params": params,
                 "max_batches": max_batches,
-                "tasks": {
-                    task: {name: metric_writers.jsonable(value) for name, value in values.items()}
-                    for task, values in results.items()
-                },
+                "tasks": metric_writers.jsonable(results),
             }
             with open(json_file, "w", encoding="utf-8") as file:
                 file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     return results
 
 
-def _check_vocabulary(stream: EvalStream, meta: Mapping[str, Any], checkpoint: str) -> None:
+def open_streams(
+    stream: Callable[..., Any],
+    register: Sequence[Callable[[], Any]],
+    tasks: Sequence[str] | None,
+    mixture_or_task_name: str,
+) -> "Sequence[EvalStream]":
+    """Returns the held-out splits of tasks, or of a mixture's tasks; arguments as of `evaluate`.
+
+    Raises:
+      ValueError: no task has a held-out split.
+    """
+    from data import cpu_tensorflow
+    from data.stream import mixing
+    from data.stream.stream import held_out
+
+    cpu_tensorflow.load()
+    for call in register:
+        call()
+    names = tasks or [task.name for task in mixing.find_tasks(mixture_or_task_name)[0]]
+    if not (streams := held_out(stream, names)):
+        raise ValueError(f"None of the tasks {', '.join(names)} has held-out data.")
+    return streams
+
+
+def _check_vocabulary(stream: "EvalStream", meta: Mapping[str, Any], checkpoint: str) -> None:
     trained = meta.get("vocabulary")
     if trained is not None and stream.summary()["vocabulary"]["digest"] != trained:
         raise load_run.LoadError(
-            f"The task {stream.name!r} is tokenised with another vocabulary than the checkpoint "
-            f"{checkpoint} was trained with. Use the run's own: do not set VOCABULARY."
+            f"The task {stream.name!r} has another vocabulary than the checkpoint {checkpoint}. Use the "
+            "run's own: do not set VOCABULARY."
         )
 
 
@@ -110,3 +170,7 @@ def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if name == "tokens" else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

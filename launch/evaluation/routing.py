@@ -1,11 +1,11 @@
-"""Which experts the tokens of each task go to, layer by layer, and how experts' vectors lie to each other.
+"""Shares of each task's tokens by expert and layer, and cosines of the experts' domain vectors.
 
-Example, of a mixture that launch.upcycle has made or that was trained since:
+Example, on a mixture of experts:
 
   python -m launch.evaluate routing --checkpoint=runs/bam --tasks lag_general lag_4 --json=/tmp/r.json --figure=/tmp/r.png
 
-Rows are of the tasks' validation splits. The table has, for each task, the mean probability of every expert over
-tokens and layers, and in brackets the share of tokens whose first choice it is.
+Rows are from the tasks' validation splits. For each task, the table has the mean probability of every expert over
+tokens and layers, and in brackets the share of tokens with this expert as first choice.
 
 Shapes: B batch, T length, E experts, L layers of a router, M width of a domain's embedding, D model width.
 """
@@ -27,6 +27,7 @@ from launch.run import load_run
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
 
+_NAMES = {"mlp": "FFN", "attention": "attention"}
 _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/domains")
 
 
@@ -38,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="in place of those of MIXTURE_OR_TASK_NAME"
+        "--tasks", nargs="+", metavar="NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
     )
     parser.add_argument(
-        "--rows", type=int, default=ROWS, metavar="N", help=f"of each task ({ROWS})"
+        "--rows", type=int, default=ROWS, metavar="N", help=f"rows of each task ({ROWS})"
     )
     parser.add_argument("--json", metavar="FILE", help="also writes the shares by layer here")
-    parser.add_argument("--figure", metavar="FILE", help="draws them: task by expert, a PNG")
+    parser.add_argument("--figure", metavar="FILE", help="PNG of the shares, task by expert")
 
 
 def _run(flags: argparse.Namespace) -> None:
@@ -53,9 +54,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.json:
         pathlib.Path(flags.json).write_text(json.dumps(shares, indent=1) + "\n")
     if flags.figure:
-        from launch.evaluation import routing_figure
-
-        routing_figure.draw(shares, flags.figure)
+        figure(shares["domains"], shares["experts"]).savefig(flags.figure, dpi=130)
 
 
 def routing(
@@ -80,34 +79,27 @@ def routing(
     """
     import jax
 
-    from data import cpu_tensorflow
-    from data.stream import mixing
-    from data.stream.stream import held_out
     from launch.config import gin_config
+    from launch.evaluation import held_out
     from trainers import partitioning
     from trainers.batches import global_batch
 
     if rows < 1:
         raise load_run.LoadError(f"--rows={rows} must be at least 1.")
-    flags = argparse.Namespace(checkpoint=run_dir, gin_file=[])
-    files = load_run.default_files(flags, own="t5x_configs/runs/evaluate.gin")
+    files = load_run.files_of(run_dir, own="t5x_configs/runs/evaluate.gin")
     configured = gin_config.load(
         entry="launch.evaluation.held_out:evaluate", untrusted=files
     ).arguments()
     recipe = configured["recipe"]
     if not _routers(recipe.model):
         raise load_run.LoadError(
-            f"{run_dir} has no router: give a mixture of experts, as of methods/bam/btx.gin."
+            f"{run_dir} has no router: give a mixture of experts, such as a run of methods/bam/btx.gin."
         )
     program = recipe.program()
     values, meta = load_run.restore(run_dir, program.abstract_state.params, params=params)
-    cpu_tensorflow.load()
-    for call in configured["register"]:
-        call()
-    names = tasks or [t.name for t in mixing.find_tasks(configured["mixture_or_task_name"])[0]]
-    streams = held_out(configured["stream"], names)
-    if not streams:
-        raise ValueError(f"None of the tasks {', '.join(names)} holds anything out to read.")
+    streams = held_out.open_streams(
+        configured["stream"], configured["register"], tasks, configured["mixture_or_task_name"]
+    )
     count = jax.jit(functools.partial(_sums, recipe.model))
     probable, chosen, tokens = {}, {}, {}
     with partitioning.use_mesh(program.mesh, program.rules):
@@ -228,7 +220,7 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
     names = names or _experts(step_dir.read_meta(run_dir)) or [*map(str, range(len(domains_EM)))]
     if len(names) != len(domains_EM):
         raise load_run.LoadError(
-            f"{run_dir} has {len(domains_EM)} experts, and {len(names)} names are given for their domains."
+            f"{run_dir} has {len(domains_EM)} experts; `names` has {len(names)} names of domains."
         )
     return {
         "domains": list(names),
@@ -266,6 +258,43 @@ def table(shares: Mapping[str, Any]) -> str:
             cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)
             lines.append(f"{task:{width}}{cells}")
     return "\n".join(lines[1:])
+
+
+def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:
+    """Returns a figure of the mean probabilities: task by expert, for each router and layer and their mean.
+
+    Args:
+      domains: task -> router -> [layer][expert].
+      experts: names of the experts; a router with another number of experts gets numbers instead.
+    """
+    from launch.plots import heat_maps
+
+    tables = {
+        router: np.array([domains[task][router] for task in domains])  # [task, layer, expert]
+        for router in next(iter(domains.values()))
+    }
+    layers = max(values.shape[1] for values in tables.values())
+    names = {
+        router: list(experts) if len(experts) == values.shape[-1] else range(values.shape[-1])
+        for router, values in tables.items()
+    }
+    size = (len(domains), max(values.shape[-1] for values in tables.values()))
+    drawn, axes = heat_maps.grid(len(tables), layers + 1, size)
+    for line, (router, values) in zip(axes, tables.items(), strict=True):
+        shown = {"mean of layers": values.mean(1)}
+        shown |= {f"layer {i}": values[:, i] for i in range(values.shape[1])}
+        for panel, (title, matrix) in zip(line, shown.items(), strict=False):
+            heat_maps.draw(
+                panel,
+                matrix,
+                list(domains),
+                [str(name) for name in names[router]],
+                title=f"{_NAMES[router]} router, {title}",
+                row_names=panel is line[0],
+            )
+        for unused in line[len(shown) :]:
+            unused.set_visible(False)
+    return drawn
 
 
 if __name__ == "__main__":

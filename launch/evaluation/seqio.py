@@ -5,19 +5,23 @@ of the run, and with metric_fns:
 
   python -m launch.evaluate seqio --checkpoint=/tmp/espalier_tiny --module=my_tasks --task=sums
 
-Examples, preprocessors, postprocess_fn and metrics are the task's, and SeqIO's Evaluator calls them.
-Functions of (targets, predictions) get greedy continuations of "inputs", functions of (targets,
-scores) the log-probability of "targets" after "inputs", summed over tokens. The tokens that the run reads
-before every text (START_TOKEN, BOS) come before "inputs"; an EOS that the task appends to them is read too,
-so that most tasks for such models say add_eos=False of that feature.
+SeqIO's Evaluator calls the task's preprocessors, postprocess_fn and metrics. Functions of (targets, predictions)
+get greedy continuations of "inputs", functions of (targets, scores) the log-probability of "targets" after
+"inputs", summed over tokens. The run's START_TOKEN and BOS come before "inputs". The model also reads an EOS that
+the task appends to "inputs", so most tasks for such models set add_eos=False for that feature.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from launch import cli
 from launch.config import setting_flags
+from launch.inference import row_files
 from launch.run import load_run
+from launch.run.load_run import LoadError, RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,15 +49,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="module to import that registers tasks, such as one in this folder; repeatable",
     )
-    group.add_argument("--split", default="validation", help="default validation")
-    group.add_argument(
-        "--num_examples", type=int, metavar="N", help="of each task, its first (default: all)"
-    )
-    group.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="default 128")
+    setting_flags.add(group, evaluate, names=("split", "num_examples", "max_new_tokens", "output"))
     group.add_argument("--json", metavar="FILE", help="also writes the metrics here")
-    group.add_argument(
-        "--output", metavar="FILE", help="writes every example and answer here, JSON lines"
-    )
 
 
 def _run(start: cli.Start) -> None:
@@ -61,17 +58,106 @@ def _run(start: cli.Start) -> None:
     from data.text import user_data
 
     cpu_tensorflow.load()
-    from launch.evaluation import seqio_tasks
-
     flags = start.flags
     for module in flags.module:
         user_data.import_mixtures(module=module)
-    seqio_tasks.evaluate(
-        start(),
-        tasks=flags.task,
-        json_file=flags.json,
-        **setting_flags.given(flags, seqio_tasks.evaluate),
-    )
+    given = setting_flags.given(flags, evaluate)
+    evaluate(start(), tasks=flags.task, json_file=flags.json, **given)
+
+
+def evaluate(
+    config: RunConfig,
+    *,
+    checkpoint: str,
+    tasks: Sequence[str],
+    params: str = "auto",
+    split: str = "validation",
+    num_examples: int | None = None,
+    max_new_tokens: int = 128,
+    json_file: str | None = None,
+    output: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates a checkpoint on registered tasks, and prints their metrics.
+
+    Args:
+      config: configuration of the checkpoint's run.
+      checkpoint: step or run directory.
+      tasks: names of SeqIO tasks.
+      params: see launch/run/load_run.py.
+      split: split of every task.
+      num_examples: number of first examples of each task; all if not set.
+      max_new_tokens: maximum tokens of a prediction.
+      json_file: file for the metrics; NaN and infinities as in metrics.jsonl.
+      output: file for rows {"task", "example", "inputs", "targets", "prediction", "score"}, JSON lines, with texts
+        before the task's postprocessing.
+
+    Returns:
+      {task: {"examples": their number, "metrics": the results of the task's functions}}.
+
+    Raises:
+      LoadError: a task that cannot be evaluated, or numbers out of range.
+    """
+    import jax
+
+    from launch.evaluation import seqio_tasks
+    from launch.evaluation.seqio_tasks import PREDICTION, SCORE
+
+    if output:
+        row_files.check_output(output)
+    for flag, number in (("num_examples", num_examples), ("max_new_tokens", max_new_tokens)):
+        if number is not None and number < 1:
+            raise LoadError(f"--{flag}={number} must be at least 1.")
+    registered = [seqio_tasks.find(name, split) for name in dict.fromkeys(tasks)]
+    results: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+    with config.load(checkpoint, params=params) as run:
+        for task in registered:
+            seqio_tasks.check_vocabulary(task, run.vocabulary)
+        # All tasks are read before the model runs, so that errors come early.
+        evaluators = [seqio_tasks.evaluator(task, split, num_examples) for task in registered]
+        examples = [*map(seqio_tasks.examples, evaluators, registered)]
+        model = seqio_tasks.Answers(run, max_new_tokens)
+        for task, evaluator, read in zip(registered, evaluators, examples, strict=True):
+            outputs = seqio_tasks.outputs(task)
+            predictions = model.predictions(read) if PREDICTION in outputs else None
+            scores = model.scores(read) if SCORE in outputs else None
+            metrics = seqio_tasks.compute(evaluator, task, predictions, scores)
+            results[task.name] = {"examples": len(read), "metrics": metrics}
+            for i, example in enumerate(read):
+                row: dict[str, Any] = {"task": task.name, "example": i}
+                for feature in seqio_tasks.FEATURES:
+                    vocabulary = task.output_features[feature].vocabulary
+                    row[feature] = vocabulary.decode(example[feature])
+                answers = {PREDICTION: predictions, SCORE: scores}
+                row |= {key: values[i] for key, values in answers.items() if values is not None}
+                rows.append(row)
+    if jax.process_index() == 0:
+        shown = seqio_tasks.plain(results)
+        print(_table(shown))
+        if json_file:
+            document = {
+                "checkpoint": os.path.abspath(checkpoint),
+                "params": params,
+                "split": split,
+                "max_new_tokens": max_new_tokens,
+                "tasks": shown,
+            }
+            with open(json_file, "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    if output:
+        row_files.write(output, rows, writer=jax.process_index() == 0)
+    return results
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the metrics as text, one per line."""
+    lines = []
+    for task, result in results.items():
+        lines.append(f"{task}, {result['examples']:,} examples")
+        for name, value in result["metrics"].items():
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            lines.append(f"  {name}: {shown}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
-"""Metrics of SeqIO tasks on a run's model: the work of `launch.evaluate seqio`."""
+"""SeqIO tasks, their examples and metrics, and a run's predictions and scores, for `launch.evaluate seqio`."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from data.stream import rows
-from data.text.sources import names
+from data.text import spelling
 from launch.evaluation.lm_eval.arguments import default_batch_tokens, unroll
 from launch.evaluation.lm_eval.generation import Generation, Generator
-from launch.inference import row_files
-from launch.run.load_run import LoadedRun, LoadError, RunConfig
+from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.full import FullCache
 from trainers.decoding.settings import Sampling
 from trainers.scoring.likelihoods import LikelihoodScorer
@@ -21,109 +17,6 @@ from trainers.telemetry import metric_writers
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"
-
-
-def evaluate(
-    config: RunConfig,
-    *,
-    checkpoint: str,
-    tasks: Sequence[str],
-    params: str = "auto",
-    split: str = "validation",
-    num_examples: int | None = None,
-    max_new_tokens: int = 128,
-    json_file: str | None = None,
-    output: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Evaluates a checkpoint on registered tasks, and prints their metrics.
-
-    Args:
-      config: of the run that made the checkpoint.
-      checkpoint: step or run directory.
-      tasks: names of SeqIO tasks.
-      params: see launch/run/load_run.py.
-      split: of every task.
-      num_examples: the first so many of each task; None for all.
-      max_new_tokens: of a prediction.
-      json_file: where to write the metrics too; NaN and infinities as in metrics.jsonl.
-      output: file for rows {"task", "example", "inputs", "targets", "prediction", "score"} of texts as
-        they are before the task's postprocessing.
-
-    Returns:
-      {task: {"examples": their number, "metrics": the results of the task's functions}}.
-
-    Raises:
-      LoadError: a task that cannot be evaluated, or numbers out of range.
-    """
-    if output:
-        row_files.check_output(output)
-    for flag, number in (("num_examples", num_examples), ("max_new_tokens", max_new_tokens)):
-        if number is not None and number < 1:
-            raise LoadError(f"--{flag}={number} must be at least 1.")
-    registered = [find(name, split) for name in dict.fromkeys(tasks)]
-    results: dict[str, dict[str, Any]] = {}
-    answers: list[dict[str, Any]] = []
-    with config.load(checkpoint, params=params) as run:
-        for task in registered:
-            check_vocabulary(task, run.vocabulary)
-        # All tasks are read before the model runs, so that errors come early.
-        opened = [evaluator(task, split, num_examples) for task in registered]
-        asked = [examples(*pair) for pair in zip(opened, registered, strict=True)]
-        model = Answers(run, max_new_tokens)
-        for task, its_evaluator, its_examples in zip(registered, opened, asked, strict=True):
-            wanted = outputs(task)
-            predictions = scores = None
-            if PREDICTION in wanted:
-                predictions = model.predictions(its_examples)
-            if SCORE in wanted:
-                scores = model.scores(its_examples)
-            metrics = compute(its_evaluator, task, predictions, scores)
-            results[task.name] = {"examples": len(its_examples), "metrics": metrics}
-            answers += _rows(task, its_examples, predictions, scores)
-    if jax.process_index() == 0:
-        shown = plain(results)
-        print(table(shown))
-        if json_file:
-            document = {
-                "checkpoint": os.path.abspath(checkpoint),
-                "params": params,
-                "split": split,
-                "max_new_tokens": max_new_tokens,
-                "tasks": shown,
-            }
-            with open(json_file, "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    if output:
-        row_files.write(output, answers, writer=jax.process_index() == 0)
-    return results
-
-
-def _rows(
-    task: Any,
-    examples: Sequence[Mapping[str, Any]],
-    predictions: Sequence[str] | None,
-    scores: Sequence[float] | None,
-) -> Iterator[dict[str, Any]]:
-    for i, example in enumerate(examples):
-        row: dict[str, Any] = {"task": task.name, "example": i}
-        for feature in FEATURES:
-            row[feature] = task.output_features[feature].vocabulary.decode(example[feature])
-        if predictions is not None:
-            row["prediction"] = predictions[i]
-        if scores is not None:
-            row["score"] = scores[i]
-        yield row
-
-
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the metrics as a text, a line for each."""
-    lines = []
-    for task, result in results.items():
-        lines.append(f"{task}, {result['examples']:,} examples")
-        for name, value in result["metrics"].items():
-            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-            lines.append(f"  {name}: {shown}")
-    return "\n".join(lines)
 
 
 class Answers:
@@ -142,14 +35,7 @@ class Answers:
             until=(), max_gen_toks=max_new_tokens, sampling=Sampling(temperature=0.0)
         )
         self._generator = Generator(
-            run,
-            ends=run.eos_ids,
-            batch_tokens=batch_tokens,
-            batch_size=None,
-            policy=FullCache(),
-            cache_dtype=None,
-            prefill_chunk=None,
-            seed=0,
+            run, ends=run.eos_ids, batch_tokens=batch_tokens, policy=FullCache()
         )
         self._scorer = LikelihoodScorer(
             run.model,
@@ -165,12 +51,12 @@ class Answers:
 
     def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
         """Returns log-probabilities of the targets after the inputs, summed over tokens."""
-        asked = [
-            Row(context=context, targets=example["targets"])
-            for context, example in zip(self._contexts(examples), examples, strict=True)
+        contexts = self._contexts(examples)
+        scored = [
+            Row(context=c, targets=e["targets"]) for c, e in zip(contexts, examples, strict=True)
         ]
-        likelihoods = dict(self._scorer.stream(asked))
-        return [likelihoods[i].log_prob for i in range(len(asked))]
+        likelihoods = dict(self._scorer.stream(scored))
+        return [likelihoods[i].log_prob for i in range(len(scored))]
 
     def _contexts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         run = self._run
@@ -179,10 +65,6 @@ class Answers:
 
 def find(name: str, split: str) -> Any:
     """Returns a registered task, after checking that it can be evaluated on a split.
-
-    Args:
-      name: name of the task.
-      split: split of its examples.
 
     Raises:
       LoadError: there is no such task or split, it has no metric functions, or it lacks one of FEATURES; see also
@@ -197,13 +79,11 @@ def find(name: str, split: str) -> Any:
             f"{name!r} is a mixture: give its tasks, --task={' --task='.join(members)}."
         )
     if name not in registered:
-        hint = (
-            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
-        )
-        raise LoadError(f"--task={name}: no such SeqIO task{hint} (--module=NAME registers more)")
+        hint = spelling.nearest(name, sorted(registered))
+        raise LoadError(f"--task={name}: no such SeqIO task; {hint} (--module=NAME registers more)")
     task = seqio.TaskRegistry.get(name)
     if not outputs(task):
-        raise LoadError(f"The task {name!r} has no metric functions: nothing says what is right.")
+        raise LoadError(f"The task {name!r} has no metric functions: give it metric_fns.")
     if split not in task.splits:
         raise LoadError(
             f"The task {name!r} has no split {split!r}; its splits are {', '.join(task.splits)}."
@@ -212,7 +92,7 @@ def find(name: str, split: str) -> Any:
         if feature not in task.output_features:
             raise LoadError(
                 f"The task {name!r} has no feature {feature!r}, only "
-                f"{', '.join(task.output_features)}: a model is asked for 'targets' given 'inputs'."
+                f"{', '.join(task.output_features)}: the model predicts 'targets' from 'inputs'."
             )
     return task
 
@@ -226,8 +106,8 @@ def outputs(task: Any) -> set[str]:
     from seqio import metrics as seqio_metrics
 
     refused = LoadError(
-        f"The task {task.name!r} has a metric that is no function of (targets, predictions) or "
-        "(targets, scores); no other is computed here."
+        f"The task {task.name!r} has a metric that is not a function of (targets, predictions) or "
+        "(targets, scores); only these are supported."
     )
     try:
         metrics = task.metric_objs
@@ -250,15 +130,15 @@ def check_vocabulary(task: Any, vocabulary: Any) -> None:
         if rows.vocabulary_digest(feature_vocabulary) != own:
             raise LoadError(
                 f"The feature {feature!r} of the task {task.name!r} is encoded with another vocabulary "
-                f"({feature_vocabulary}) than the run's ({vocabulary}): its tokens would mean other texts. Register "
-                "the task with the run's own."
+                f"({feature_vocabulary}) than the run's ({vocabulary}). Register the task with the run's "
+                "vocabulary."
             )
 
 
-class _AsTheyAre:
+class _Unchanged:
     """A feature converter that returns examples unchanged: `Answers` makes the batches.
 
-    SeqIO's own passthrough converter lacks attributes that SeqIO's evaluator reads.
+    SeqIO's passthrough converter lacks attributes that its evaluator reads.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {}
@@ -269,7 +149,7 @@ class _AsTheyAre:
 
 
 class _Silent:
-    """A logger that writes nothing; without any SeqIO warns that results are lost."""
+    """A logger that writes nothing; without a logger SeqIO warns that results are lost."""
 
     def __init__(self, output_dir: str):
         pass
@@ -279,12 +159,7 @@ class _Silent:
 
 
 def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
-    """Returns SeqIO's evaluator of one task, with its examples loaded.
-
-    Args:
-      task: result of `find`.
-      split: split of its examples.
-      num_examples: number of first examples to use; None for all.
+    """Returns SeqIO's evaluator of one task, with its first `num_examples` examples loaded; None for all.
 
     Raises:
       LoadError: a preprocessor requires a sequence length, or there are no examples.
@@ -294,7 +169,7 @@ def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
     try:
         result = seqio.Evaluator(
             task.name,
-            _AsTheyAre(),
+            _Unchanged(),
             eval_split=split,
             num_examples=num_examples,
             logger_cls=(_Silent,),
@@ -305,11 +180,11 @@ def evaluator(task: Any, split: str, num_examples: int | None) -> Any:
         if "`sequence_length`" not in str(error):
             raise
         raise LoadError(
-            f"A preprocessor of the task {task.name!r} needs a sequence length; evaluation has whole "
-            "examples. Give it a default, or another task."
+            f"A preprocessor of the task {task.name!r} needs a sequence length, but evaluation uses whole "
+            "examples. Give the length a default, or choose another task."
         ) from None
     if not len(result.cached_task_datasets[task.name]):
-        raise LoadError(f"The split {split!r} of the task {task.name!r} holds no example.")
+        raise LoadError(f"The split {split!r} of the task {task.name!r} has no examples.")
     return result
 
 
@@ -320,14 +195,16 @@ def examples(its_evaluator: Any, task: Any) -> list[Mapping[str, Any]]:
       LoadError: the inputs of an example, or its targets if they are scored, are empty.
     """
     needed = FEATURES if SCORE in outputs(task) else FEATURES[:1]
-    read: list[Mapping[str, Any]] = []
+    result: list[Mapping[str, Any]] = []
     for i, example in enumerate(its_evaluator.cached_task_datasets[task.name].as_numpy_iterator()):
         for feature in needed:
             if not len(example[feature]):
-                what = "the prompt is empty" if feature == "inputs" else "nothing is to be scored"
-                raise LoadError(f"Example {i} of the task {task.name!r}: {feature!r}, {what}.")
-        read.append({**example, **{key: example[key].tolist() for key in FEATURES}})
-    return read
+                what = "prompt" if feature == "inputs" else "text to score"
+                raise LoadError(
+                    f"Example {i} of the task {task.name!r}: {feature!r}, the {what}, is empty."
+                )
+        result.append({**example, **{key: example[key].tolist() for key in FEATURES}})
+    return result
 
 
 def compute(
@@ -336,14 +213,13 @@ def compute(
     predictions: Sequence[str] | None,
     scores: Sequence[float] | None,
 ) -> Mapping[str, Any]:
-    """Returns the values of the metric functions on predictions and scores of all examples.
+    """Returns the values of the task's metric functions on all examples.
 
     Args:
       its_evaluator: evaluator of the task.
-      task: task with the metric functions.
-      predictions: decoded predictions in the order of the examples, before the task's postprocessing; None if no
-        function takes them.
-      scores: scores of the targets in the same order; None if no function takes them.
+      task: the task.
+      predictions: decoded predictions in the order of the examples, before postprocessing; None if not used.
+      scores: scores of the targets in the same order; None if not used.
     """
     metrics, _ = its_evaluator.evaluate(
         compute_metrics=True,
@@ -357,10 +233,8 @@ def plain(value: Any) -> Any:
     """Returns the result of a metric function as JSON; an image or histogram becomes the name of its class."""
     from seqio import metrics as seqio_metrics
 
-    if isinstance(value, seqio_metrics.Scalar):
-        return plain(value.value)
-    if isinstance(value, seqio_metrics.Text):
-        return plain(value.textdata)
+    if isinstance(value, seqio_metrics.Scalar | seqio_metrics.Text):
+        return plain(value.value if isinstance(value, seqio_metrics.Scalar) else value.textdata)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
@@ -369,6 +243,5 @@ def plain(value: Any) -> Any:
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return metric_writers.jsonable(value)
-    return type(value).__name__
+    is_json = value is None or isinstance(value, bool | int | float | str)
+    return metric_writers.jsonable(value) if is_json else type(value).__name__

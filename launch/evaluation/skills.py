@@ -1,11 +1,11 @@
-"""Exact match of reasoning, knowledge and code, for models of generated text and code.
+"""Exact match on reasoning, knowledge and code, for models of generated text and code.
 
 Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
 
   python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
 
-Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; an answer counts
-if it is right to its end. The operands occur in no training document.
+Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; the whole answer
+must match. No training document has these operands.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
-    parser.add_argument("--json", metavar="FILE", help="also writes the results here")
+    parser.add_argument("--json", metavar="FILE", help="file for the results")
 
 
 def _run(flags: argparse.Namespace) -> None:
@@ -39,14 +39,11 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
-    """Evaluates all problems of all skills in one batch, so that models of the same shape share two compiled programs.
+    """Returns `score` of a checkpoint; one batch for all skills, so that models of one shape share compiled programs.
 
     Args:
       checkpoint: run or step directory.
       params: see launch/run/load_run.py.
-
-    Returns:
-      See `score`.
 
     Raises:
       LoadError: the run was not trained on documents of data/code_mix/skills.py.
@@ -55,7 +52,7 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
     from trainers.decoding.decoder import Decoder
     from trainers.decoding.settings import Settings
 
-    asked = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
+    problems = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as loaded:
         encode, decode = loaded.vocabulary.encode, loaded.vocabulary.decode
         if getattr(loaded.vocabulary, "symbols", None) != skills.SYMBOLS:
@@ -67,26 +64,25 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
             loaded.model,
             loaded.params,
             Settings(
-                max_new_tokens=1 + max(len(problem.answer) for problem in asked),
+                max_new_tokens=1 + max(len(problem.answer) for problem in problems),
                 eos_ids=loaded.eos_ids,
                 num_ids=loaded.vocabulary.vocab_size,
             ),
-            batch_size=loaded.batch_size(len(asked), len(asked)),
+            batch_size=loaded.batch_size(len(problems), len(problems)),
             sharding=loaded.row_sharding,
         )
-        continuations = decoder([loaded.context(encode(problem.prompt)) for problem in asked])
-    return score(asked, [decode(continuation.tokens) for continuation in continuations])
+        continuations = decoder([loaded.context(encode(problem.prompt)) for problem in problems])
+    return score(problems, [decode(continuation.tokens) for continuation in continuations])
 
 
-def score(asked: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
-    """Returns the shares of problems with a right answer.
+def score(problems: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
+    """Returns {skill: {"exact", "problems", "by_kind": {kind: exact}}}, with shares of right answers.
 
-    Returns:
-      {skill: {"exact", "problems", "by_kind": {kind: exact}}}. The kinds of knowledge are quarters of the facts, the most
-      frequent facts first; the kinds of other skills are procedures.
+    The kinds of knowledge are quarters of the facts, the most frequent facts first; the kinds of other skills are
+    procedures.
     """
     right: dict[str, dict[str, list[bool]]] = {}
-    for problem, continuation in zip(asked, continuations, strict=True):
+    for problem, continuation in zip(problems, continuations, strict=True):
         kinds = right.setdefault(problem.skill, {})
         kinds.setdefault(problem.kind, []).append(problem.answered(continuation))
     out = {}

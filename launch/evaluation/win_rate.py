@@ -1,21 +1,21 @@
-"""Which of several systems gives the better answers, as a judge sees it: win rates with intervals.
+"""Win rates of several systems by a judge of their answers, with intervals.
 
 Example, on two files of launch.generate from the same prompts:
 
   python -m launch.evaluate win_rate --a=text.jsonl --b=code.jsonl --out=/tmp/win_rate \\
     --judge=openai:https://host/v1,model=NAME,key_env=API_KEY
 
-Rows belong together by "id" if all have one, else by prompt. A judge that compares is asked about both
-orders of the answers; disagreement is a tie, identical answers are one without asking. A reply that
-cannot be read or does not come is asked for again, and in the end counted as invalid: in no share.
+Rows are matched by "id" if all have one, else by prompt. A comparing judge sees both orders of the answers;
+disagreement is a tie, and identical answers are a tie without a question. Missing or unreadable replies are
+requested again, and finally counted as invalid, outside all shares.
 
---out gets judgements.jsonl, summary.json and win_rates.png. Replies are written to judgements.jsonl as they
-come: after a stop the same command continues there, and with another judge, pair or prompt only
-new questions are asked. A checkpoint as judge is configured as in launch.generate.
+--out gets judgements.jsonl, summary.json and win_rates.png. Replies are appended to judgements.jsonl at once:
+a restarted command continues there, and another judge, pair or prompt adds only new questions. A checkpoint as
+judge is configured as in launch.generate.
 
 judges:
   checkpoint:DIR           a run or step directory: its model writes the comparison
-  openai:URL,model=NAME    a chat-completions endpoint; key_env=VARIABLE says where its key is
+  openai:URL,model=NAME    a chat-completions endpoint; key_env=VARIABLE names the variable with its key
   logprob:DIR              scores each answer by its mean log-probability under a model
 
 their settings, with defaults ("none" for max_tokens or temperature leaves them to the endpoint):
@@ -34,7 +34,6 @@ from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.run import load_run
 
-_OWN_CONFIG = "t5x_configs/runs/load_run.gin"
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 
 
@@ -56,28 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     group = parser.add_argument_group("answers, rows of launch.generate")
-    group.add_argument("--a", metavar="[NAME=]FILE", help="of one system")
-    group.add_argument("--b", metavar="[NAME=]FILE", help="of the other")
+    group.add_argument("--a", metavar="[NAME=]FILE", help="answers of one system")
+    group.add_argument("--b", metavar="[NAME=]FILE", help="answers of the other")
     group.add_argument(
         "--systems",
         nargs="+",
         metavar="[NAME=]FILE",
-        help="of two systems or more, each against each, in place of --a and --b",
+        help="answers of two systems or more, each against each, instead of --a and --b",
     )
     group = parser.add_argument_group("judging")
-    group.add_argument("--judge", required=True, metavar="KIND:WHERE", help="one of those below")
-    group.add_argument("--out", required=True, metavar="DIR", help="where results go")
+    group.add_argument(
+        "--judge", required=True, metavar="KIND:WHERE", help="one of the judges below"
+    )
+    group.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     group.add_argument(
         "--attempts",
         type=int,
         default=3,
         metavar="N",
-        help="times that a question is asked until the reply can be read (default 3)",
+        help="maximum attempts to get a readable reply (default 3)",
     )
     group.add_argument(
         "--allow_ties",
         action="store_true",
-        help="let the judge call answers equally good; without it, ties are of disagreeing orders",
+        help="let the judge answer with a tie; by default only disagreeing orders are ties",
     )
 
 
@@ -97,7 +98,7 @@ def _files(flags: argparse.Namespace) -> dict[str, str]:
             name, path = pathlib.Path(text).stem, text
         if name in paths:
             raise JudgeError(
-                f"{paths[name]} and {path} are both called {name!r}: name them, as in --a=NAME={path}."
+                f"{paths[name]} and {path} both have the name {name!r}: name them, such as --a=NAME={path}."
             )
         paths[name] = path
     return paths
@@ -108,13 +109,9 @@ def _default_files(flags: argparse.Namespace) -> Sequence[str]:
 
     Raises:
       JudgeError: --judge is not a judge.
-      LoadError, FileNotFoundError: see load_run.default_files.
+      LoadError, FileNotFoundError: see load_run.files_of.
     """
-    checkpoint = spec.parse(flags.judge).checkpoint
-    if checkpoint is None:
-        return [_OWN_CONFIG]
-    of_run = argparse.Namespace(checkpoint=checkpoint, gin_file=flags.gin_file)
-    return load_run.default_files(of_run, own=_OWN_CONFIG)
+    return load_run.files_of(spec.parse(flags.judge).checkpoint, flags.gin_file)
 
 
 def _run(start: cli.Start) -> None:
@@ -157,7 +154,9 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JudgeError(f"--out={out} cannot be made: {error}. Choose another folder.") from None
+        raise JudgeError(
+            f"--out={out} cannot be created: {error}. Choose another folder."
+        ) from None
     with journal.opened(folder / JUDGEMENTS) as replies:
         outcomes, tally = asking.judge_pairs(judge, pairs, replies)
     prompts = len(systems[0].answers)

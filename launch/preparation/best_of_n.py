@@ -8,11 +8,11 @@ Sampling is launch.generate's, with all of its options; this reads the file that
     --pairs=pairs.jsonl
 
 --output gets the best row of each prompt (the first of equals) with its "reward", all "rewards" in the order
-of the samples, and "best_of", their number n. The policy that best-of-n amounts to is away from the one that
-was sampled by at most log n - (n - 1) / n nats of divergence (arXiv 2401.01879), which is printed.
+of the samples, and "best_of", their number n. The divergence of best-of-n from the sampled policy is at most
+log n - (n - 1) / n nats (arXiv 2401.01879), which is printed.
 
 --pairs gets {"prompt", "chosen", "rejected"} with both rewards for each prompt whose best and worst sample
-differ in reward and text: data for preference learning. A round of it, from the policy that was sampled:
+differ in reward and text: data for preference learning. A round, from the sampled policy:
 
   python -m launch.train --gin_file=RUN/config.gin --gin_file=t5x_configs/data/preferences.gin \\
     --gin_file=t5x_configs/runs/preference.gin --gin.INITIAL_CHECKPOINT_PATH=RUN --gin.MODEL_DIR=RUN_1 \\
@@ -21,12 +21,13 @@ differ in reward and text: data for preference learning. A round of it, from the
 The next round samples RUN_1, ranks, and trains RUN_2 from it, and so on.
 
 rewards:
-  exact_answer      1 where the text is the row's answer: --answer_key, --answer_pattern
+  exact_answer      1 if the text is the row's answer, else 0: --answer_key, --answer_pattern
   reasoning_gym     the package's score of an answer to its problem: --answer_pattern
   checkpoint:DIR    a reward model, trained with t5x_configs/methods/preference/reward_model.gin
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
@@ -36,14 +37,42 @@ from typing import Any
 import numpy as np
 
 from launch import cli
-from launch.evaluation import rewards
-from launch.evaluation.rewards import RewardError
+from launch.config import setting_flags
 from launch.inference import row_files
+from launch.run import load_run
 
 EXAMPLE = '{"prompt": "...", "sample": 0, "text": "..."}'
 _OF_SAMPLES = ("sample", "ended", "text", "tokens", "logprobs", "score")
 
+VERIFIERS = ("exact_answer", "reasoning_gym")
+_CHECKPOINT = "checkpoint:"
+
 Row = Mapping[str, Any]
+Placed = Sequence[tuple[str, Row]]  # rows with their places, for errors
+
+
+class RewardError(ValueError):
+    """An unknown reward, or rows that cannot be rewarded or ranked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardFlags:
+    """How texts are rewarded.
+
+    Attributes:
+      reward: exact_answer, reasoning_gym or checkpoint:DIR, see below.
+      answer_key: key of the row's right answer.
+      answer_pattern: regular expression; the answer is its last match in a text, or the first group of this match.
+        Without it the whole text is the answer.
+      reward_batch_size: texts at a time.
+      missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length.
+    """
+
+    reward: str
+    answer_key: str = "answer"
+    answer_pattern: str | None = None
+    reward_batch_size: int = 8
+    missing_end_penalty: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry="launch.run.load_run:RunConfig",
         command="prepare best_of_n",
         extra_flags=_add_flags,
-        run=run,
-        default_files=rewards.default_files,
+        run=_run,
+        default_files=lambda flags: load_run.files_of(_checkpoint(flags.reward), flags.gin_file),
         unused={"MODEL": "None", "VOCABULARY": "None"},
         argv=argv,
     )
@@ -65,24 +94,23 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--inputs", required=True, metavar="FILE", help="rows of launch.generate")
     group.add_argument("--output", metavar="FILE", help="the best row of each prompt")
     group.add_argument("--pairs", metavar="FILE", help="best and worst of each prompt")
-    rewards.add_flags(parser)
+    setting_flags.add(parser.add_argument_group("reward"), RewardFlags)
 
 
-def run(start: cli.Start) -> None:
+def _run(start: cli.Start) -> None:
     """Ranks samples with the settings of the flags.
 
     Raises:
-      RewardError: flags that exclude each other, or rows that cannot be ranked.
+      RewardError: no output is set, or rows that cannot be ranked.
     """
     flags = start.flags
     if flags.output is None and flags.pairs is None:
-        raise RewardError("Nothing would be written: give --output, --pairs or both.")
+        raise RewardError("No output is set: give --output, --pairs or both.")
     for path in filter(None, (flags.output, flags.pairs)):
         row_files.check_output(path)
     rows = row_files.read(flags.inputs, example=EXAMPLE)
     groups = grouped(rows)
-    with rewards.opened(start) as reward:
-        values = iter(reward(rows))
+    values = iter(_rewards(rows, start))
     ranked = [(group, [next(values) for _ in group]) for group in groups]
     if flags.output is not None:
         row_files.write(flags.output, (best(*group) for group in ranked))
@@ -91,7 +119,75 @@ def run(start: cli.Start) -> None:
     print(summary([its_rewards for _, its_rewards in ranked]), file=sys.stderr)
 
 
-def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
+def _checkpoint(reward: str) -> str | None:
+    """Returns the checkpoint of a reward model; None for a verifier."""
+    if reward.startswith(_CHECKPOINT) and reward != _CHECKPOINT:
+        return reward.removeprefix(_CHECKPOINT)
+    if reward in VERIFIERS:
+        return None
+    raise RewardError(f"--reward={reward} must be {', '.join(VERIFIERS)} or {_CHECKPOINT}DIR.")
+
+
+def _rewards(rows: Placed, start: cli.Start) -> list[float]:
+    """Returns the reward of each row.
+
+    Raises:
+      RewardError: a row that the reward cannot judge.
+      LoadError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint cannot be restored.
+    """
+    flags = RewardFlags(**setting_flags.given(start.flags, RewardFlags))
+    if (checkpoint := _checkpoint(flags.reward)) is None:
+        values = [_verified(where, row, flags) for where, row in rows]
+    else:
+        with start().load(checkpoint, rewards=True) as run:
+            values = _by_model(rows, run, flags.reward_batch_size)
+    cut = [row.get("ended") == "length" for _, row in rows]
+    return [v - flags.missing_end_penalty * c for v, c in zip(values, cut, strict=True)]
+
+
+def _verified(where: str, row: Row, flags: RewardFlags) -> float:
+    from trainers.rewards import verifiers
+
+    if "text" not in row:
+        raise RewardError(f"{where}: no 'text', which --reward={flags.reward} reads.")
+    key = {"key": flags.answer_key} if flags.reward == "exact_answer" else {}
+    verifier = getattr(verifiers, flags.reward)
+    try:
+        return verifier(row["text"], row, pattern=flags.answer_pattern, **key)
+    except verifiers.VerifierError as error:
+        raise RewardError(f"{where}: {error}") from None
+
+
+def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
+    from trainers.rewards.base import Completion
+    from trainers.rewards.model_reward import ModelReward
+
+    def completion(where: str, row: Row) -> Completion:
+        prompt = row.get("prompt")
+        key = "text" if isinstance(prompt, str) else "messages"
+        if isinstance(prompt, list) and all(type(item) is int for item in prompt):
+            key = "tokens"
+        ended = row.get("ended") == "eos"
+        if "text" in row:  # encoded again, because the policy may have another vocabulary
+            tokens = run.encode(row["text"], f"{where}: 'text'")
+        else:
+            tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
+            tokens = tokens[:-1] if ended else tokens
+        context = run.context(run.tokens({key: prompt}, where))
+        return Completion(prompt=context, tokens=tokens, ended=ended, info=row)
+
+    scorer = ModelReward(
+        run.model,
+        run.params,
+        start_token=None,  # already in the contexts
+        end_token=next(iter(run.eos_ids), None),
+        batch_size=run.batch_size(batch_size, len(rows)),
+        sharding=run.row_sharding,
+    )
+    return scorer([completion(where, row) for where, row in rows]).tolist()
+
+
+def grouped(rows: Placed) -> list[list[Row]]:
     """Returns the samples of each prompt; they must be adjacent and numbered from 0.
 
     Raises:
@@ -113,7 +209,7 @@ def grouped(rows: Sequence[tuple[str, Row]]) -> list[list[Row]]:
 
 
 def best(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any]:
-    """Returns the row with the largest reward (the first one if equal), with the rewards of all samples."""
+    """Returns the row with the largest reward (the first of equals), with the rewards of all samples."""
     i = int(np.argmax(rewards))
     return {**group[i], "reward": rewards[i], "rewards": list(rewards), "best_of": len(group)}
 
@@ -128,23 +224,23 @@ def pair(group: Sequence[Row], rewards: Sequence[float]) -> dict[str, Any] | Non
         return None
     prompt = chosen["prompt"]
 
-    def written(row: Row) -> Any:
+    def answer(row: Row) -> Any:
         if "text" not in row:
             raise RewardError("--pairs needs rows with 'text': sample a run with a VOCABULARY.")
-        answer = row["text"]
-        return answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+        text = row["text"]
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
     return {
         **{key: value for key, value in chosen.items() if key not in _OF_SAMPLES},
-        "chosen": written(chosen),
-        "rejected": written(rejected),
+        "chosen": answer(chosen),
+        "rejected": answer(rejected),
         "chosen_reward": max(rewards),
         "rejected_reward": min(rewards),
     }
 
 
 def divergence_bound(n: int) -> float:
-    """log n - (n - 1) / n: upper bound in nats of KL(best-of-n || sampled policy) (arXiv 2401.01879, theorem 1)."""
+    """Upper bound in nats of KL(best-of-n || sampled policy) (arXiv 2401.01879, theorem 1)."""
     return math.log(n) - (n - 1) / n
 
 

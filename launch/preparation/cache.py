@@ -1,13 +1,12 @@
-"""Builds the token caches of a mixture ahead of a run; caches that are there already are checked.
+"""Builds the token caches of a mixture before a run; existing caches are checked.
 
 Example: the English prose and docstrings of installed packages as bytes, under a minute:
 
   python -m launch.prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
 
-The gin files and bindings of a training command may be given as they are; settings that are not about its
-data are ignored. A run builds missing caches by itself, but refuses where a task has changed
-since its cache was built. This command then builds the new cache beside the old one, or with
---replace in its place.
+The gin files and bindings of a training command work unchanged; settings that do not concern its data are
+ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its
+cache was built. This command then builds the new cache beside the old one, or with --replace in its place.
 """
 
 import argparse
@@ -39,7 +38,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace",
         action="store_true",
-        help="delete caches of these tasks that are damaged or of something else",
+        help="delete caches of these tasks that are damaged or out of date",
     )
 
 
@@ -58,7 +57,7 @@ def build_caches(
       tasks: functions that register SeqIO tasks.
       splits: splits to build, for the tasks that have them.
       cache_dir: folder of caches; default $ESPALIER_CACHE or ~/.cache/espalier.
-      replace: whether to delete caches of these tasks that are damaged or were built from another version of the task.
+      replace: whether to delete caches of these tasks that are damaged or out of date.
 
     Returns:
       Target tokens by task and split.

@@ -1,8 +1,11 @@
-"""Draws documents of domains and embeds them: the work of `launch.prepare embed_domains`."""
+"""Draws documents of domains and embeds them: the work of `launch.prepare embed_domains`.
 
-import argparse
+Shapes: N documents, M width of an embedding.
+"""
+
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -11,45 +14,57 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tqdm
 
 from data import cpu_tensorflow
 from data.nexus import domain_embeddings, domain_encoders
-from data.nexus.domain_embeddings import Embeddings, EmbeddingsError, Raw
+from data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
+from data.text import spelling
+from launch.inference import row_files
+from launch.preparation.embed_domains import ENCODERS, DomainFlags
+from launch.run import load_run
+from launch.run.load_run import LoadedRun
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read
+_CHUNK = 256  # documents per call of a sentence encoder
 
 
 def embed(
-    path: str,
-    before: bytes | None,
-    sources: Mapping[str, str],
-    settings: Mapping[str, Any],
+    flags: DomainFlags,
+    kind: str | None,
+    chosen: Mapping[str, Any],
     *,
-    old: Embeddings | None,
-    reads: bool,
-    flags: argparse.Namespace,
-    register_tasks: Callable[[], None],
+    register_tasks: Callable[[], Any],
 ) -> Embeddings:
-    """Embeds domains, writes their file and prints a table.
+    """Embeds domains, writes their file and prints a table; returns the file's content.
 
     Args:
-      path: path of the file.
-      before: its content when `old` was read; None if there was no file.
-      sources: files or `task:NAME` by domain; empty if the encoder reads no documents.
-      settings: kind and settings of the encoder.
-      old: the embeddings to extend; None for a new file.
-      reads: whether the encoder reads documents.
-      flags: flags with the format of files, the limit of documents, and the encoder's batch size.
+      flags: files, domains and the format of their documents.
+      kind: kind of encoder; None for ngrams or the encoder of the file to extend.
+      chosen: the encoder's settings that the user has set.
       register_tasks: registers the tasks for `task:NAME`.
 
-    Returns:
-      The file's content.
-
     Raises:
-      EmbeddingsError, DataError, FileNotFoundError, LoadError.
+      EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
     """
+    path = flags.output or flags.extend
+    if not path:
+        raise EmbeddingsError(
+            "give --output=FILE for a new file, or --extend=FILE for an existing one"
+        )
+    row_files.check_output(path)
+    before = _content(path)
+    if flags.output and os.path.exists(path):
+        raise EmbeddingsError(
+            f"--output={path} exists already, and routers may have learned from it: --extend={path} adds "
+            "domains to it; to write a new one, delete it first"
+        )
+    old = domain_embeddings.read(flags.extend) if flags.extend else None
+    settings = _settings(kind, chosen, old.encoder if old else None)
+    reads = "documents" in settings
+    sources = _sources(flags, needed=reads)
     if old:
         domain_embeddings.check_new(old, sources)
         domain_embeddings.check_encoder(old, settings)
@@ -59,7 +74,7 @@ def embed(
             cpu_tensorflow.load()
             register_tasks()
         texts = {name: draw(name, source, settings, flags) for name, source in sources.items()}
-    with _encoder(settings, flags) as encoder:
+    with _encoder(settings, flags.batch_size) as encoder:
         if old:
             domain_embeddings.check_encoder(old, encoder.settings)
         raws = {}
@@ -75,32 +90,79 @@ def embed(
             embeddings = domain_embeddings.create(
                 path, encoder.settings, raws, centred=encoder.centred
             )
-    if content(path) != before:
+    if _content(path) != before:
         raise EmbeddingsError(
             f"{path} was written by another command meanwhile, whose domains would be lost: nothing is written; "
-            "give this command again"
+            "repeat this command"
         )
     domain_embeddings.write(embeddings)
-    print(table(embeddings))
+    print(_table(embeddings))
     return embeddings
 
 
-def content(path: str) -> bytes | None:
-    """Returns the bytes of a file, or None if it does not exist."""
+def _content(path: str) -> bytes | None:
     file = pathlib.Path(path)
     return file.read_bytes() if file.is_file() else None
 
 
-def draw(
-    name: str, source: str, settings: Mapping[str, Any], flags: argparse.Namespace
-) -> list[str]:
-    """Returns a uniform sample of a source's documents, each cut after the characters that the encoder can read.
+def _sources(flags: DomainFlags, *, needed: bool) -> dict[str, str]:
+    """Returns the sources by name; a source is '' if the encoder reads no documents (`needed` is False).
+
+    Raises:
+      EmbeddingsError: a name without a source, a repeated name, or a limit that is invalid or not used.
+    """
+    if flags.limit is not None and not needed:
+        raise EmbeddingsError("--limit is for encoders that read documents: remove it")
+    if flags.limit is not None and flags.limit < 1:
+        raise EmbeddingsError(f"--limit={flags.limit} must be at least 1")
+    by_name: dict[str, str] = {}
+    for text in flags.domain or ():
+        name, _, source = text.partition("=")
+        if not name or (needed and not source):
+            raise EmbeddingsError(f"--domain={text}: expected NAME=SOURCE, such as law=law.jsonl")
+        if name in by_name:
+            raise EmbeddingsError(
+                f"--domain={name} occurs twice: give one pattern that matches all of its files"
+            )
+        by_name[name] = source if needed else ""
+    return by_name
+
+
+def _settings(
+    kind: str | None, chosen: Mapping[str, Any], frozen: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Returns kind and settings of the encoder; `frozen` are those of the file to extend.
+
+    Raises:
+      EmbeddingsError: a setting of another encoder, out of range, missing, or different from the file's.
+    """
+    kind = kind or (frozen["kind"] if frozen else "ngrams")
+    if wrong := [name for name in chosen if name not in ENCODERS[kind]]:
+        raise EmbeddingsError(
+            f"--{wrong[0]} does not apply to --encoder={kind}, which has "
+            f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: remove it"
+        )
+    begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
+    settings = {**begun, **chosen}
+    for name in PLACES:
+        if name in settings and settings[name] is None:
+            raise EmbeddingsError(f"--encoder={kind} needs --{name}=DIR")
+    for name in ("order", "dim", "documents", "tokens"):
+        if settings.get(name, 1) < 1:
+            raise EmbeddingsError(f"--{name}={settings[name]} must be at least 1")
+    if settings.get("seed", 0) < 0:
+        raise EmbeddingsError(f"--seed={settings['seed']} must not be negative")
+    return settings
+
+
+def draw(name: str, source: str, settings: Mapping[str, Any], flags: DomainFlags) -> list[str]:
+    """Returns a uniform sample of the documents of a domain's source, each cut after the characters that the encoder reads.
 
     Args:
       name: name of the domain.
       source: files, or `task:` and a task's name.
-      settings: the encoder's settings, with numbers of documents and tokens per document, and the seed.
-      flags: flags with the format of files and the limit of documents.
+      settings: the encoder's settings: documents, tokens per document, and seed.
+      flags: format of files and limit of documents.
 
     Raises:
       EmbeddingsError: there is no document.
@@ -119,11 +181,11 @@ def draw(
         elif (at := rng.randrange(i + 1)) < settings["documents"]:
             drawn[at] = text[:limit]
     if not drawn:
-        raise EmbeddingsError(f"domain {name!r}: {source} holds no document that is not empty")
+        raise EmbeddingsError(f"domain {name!r}: {source} has no document with text")
     return drawn
 
 
-def _of_files(pattern: str, flags: argparse.Namespace) -> Iterator[str]:
+def _of_files(pattern: str, flags: DomainFlags) -> Iterator[str]:
     """Yields the texts in files."""
     from data.text import document_files
 
@@ -146,66 +208,53 @@ def _of_task(name: str) -> Iterator[str]:
     import seqio
 
     from data import tasks
-    from data.text.sources import names
 
     registered = seqio.TaskRegistry.names()
     if name not in registered:
-        hint = (
-            f"; {names.nearest(name, sorted(registered))}" if registered else ": none is registered"
-        )
         raise EmbeddingsError(
-            f"{TASK}{name}: no such SeqIO task{hint} (--gin_file=FILE registers some)"
+            f"{TASK}{name}: no such SeqIO task; {spelling.nearest(name, sorted(registered))} "
+            "(--gin_file=FILE registers some)"
         )
     task = seqio.TaskRegistry.get(name)
     if "train" not in task.splits:
         raise EmbeddingsError(
             f"{TASK}{name} has no split 'train', only {', '.join(task.splits)}: give files"
         )
-    if (
-        own := tasks.sources().get(name)
-    ) is not None:  # texts of this project's sources, without tokenising them
+    if (own := tasks.sources().get(name)) is not None:  # of this project: texts are not tokenised
         key, dataset = "text", own.get_dataset("train", shuffle=False)
     else:
         key = "targets_pretokenized"
         dataset = task.get_dataset(sequence_length=None, split="train", shuffle=False)
     if key not in dataset.element_spec:
-        raise EmbeddingsError(
-            f"{TASK}{name} yields no text ({key!r}): give the files it is made of"
-        )
+        raise EmbeddingsError(f"{TASK}{name} yields no text ({key!r}): give its files")
     return (row[key].decode("utf-8") for row in dataset.as_numpy_iterator())
 
 
 @contextlib.contextmanager
-def _encoder(
-    settings: Mapping[str, Any], flags: argparse.Namespace
-) -> Iterator[domain_encoders.Encoder]:
-    """Yields the encoder with these settings."""
+def _encoder(settings: Mapping[str, Any], batch_size: int) -> Iterator[domain_encoders.Encoder]:
+    """Yields the encoder with these settings; a run's mesh is active meanwhile."""
+    kind = settings["kind"]
     own = {key: value for key, value in settings.items() if key not in ("kind", "digest")}
     kinds = {
         "ngrams": domain_encoders.Ngrams,
         "random": domain_encoders.Random,
         "one_hot": domain_encoders.OneHot,
     }
-    if settings["kind"] in kinds:
-        yield kinds[settings["kind"]](**own)
-        return
-    from launch.preparation import domain_models
-
-    own = {"kind": settings["kind"], **own}
-    if settings["kind"] == "sentences":
-        yield domain_models.Sentences(own["sentence_model"], own, batch_size=flags.batch_size)
-        return
-    with domain_models.model_states(
-        own["checkpoint"], own, params=own["params"], batch_size=flags.batch_size
-    ) as encoder:
-        yield encoder
+    if kind in kinds:
+        yield kinds[kind](**own)
+    elif kind == "sentences":
+        yield Sentences(own["sentence_model"], {"kind": kind, **own}, batch_size)
+    else:
+        checkpoint = own["checkpoint"]
+        with load_run.config_of(checkpoint).load(checkpoint, params=own["params"]) as run:
+            yield ModelStates(run, {"kind": kind, **own}, batch_size)
 
 
 def _progress(texts: Iterable[str], what: str) -> Iterable[str]:
     return tqdm.tqdm(texts, desc=what, unit="doc", file=sys.stderr, disable=None)
 
 
-def table(embeddings: Embeddings) -> str:
+def _table(embeddings: Embeddings) -> str:
     """Returns a table of the domains, each with its most similar domain and their cosine."""
     lines = [
         f"{embeddings.path}: {len(embeddings.names)} domains of {embeddings.dim} numbers, {embeddings.encoder['kind']}"
@@ -218,3 +267,109 @@ def table(embeddings: Embeddings) -> str:
         nearest = "" if not similarities else "  nearest {1} ({0:+.2f})".format(*max(similarities))
         lines.append(f"  {name:16} {raw.documents:6,} documents{nearest}")
     return os.linesep.join(lines)
+
+
+class ModelStates:
+    """The mean of a run's final hidden states over the tokens of a document, and over documents."""
+
+    centred = True
+
+    def __init__(self, run: LoadedRun, settings: Mapping[str, Any], batch_size: int):
+        self._run = run
+        self._batch_size = batch_size
+        self.settings = {**settings, "digest": _params_digest(run.params)}
+
+    def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
+        """See Encoder.
+
+        Raises:
+          EmbeddingsError: no document has a token.
+          LoadError: the run has no vocabulary.
+        """
+        from trainers.scoring.scoring import MeanStates, Row
+
+        run, rows = self._run, []
+        before = run.context([])
+        for text in texts:
+            tokens = run.after_bos(run.encode(text, "a document"))[: self.settings["tokens"]]
+            if (limit := run.model.max_length) is not None:
+                tokens = tokens[: limit - len(before)]
+            if tokens:
+                rows.append(Row(context=before, targets=tokens))
+        if not rows:
+            raise EmbeddingsError("no document has a token: give documents that are not empty")
+        size = run.batch_size(self._batch_size, len(rows))
+        states = MeanStates(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        return np.mean(list(states.stream(rows)), axis=0, dtype=np.float64)
+
+
+def _params_digest(params: Any) -> str:
+    """Returns the SHA-256 of parameters and their names."""
+    import jax
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        values = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+class Sentences:
+    """The mean vector of documents by a model in a folder, by the package sentence-transformers.
+
+    Raises:
+      EmbeddingsError: there is no such folder, or the package is not installed.
+    """
+
+    centred = True
+
+    def __init__(self, folder: str, settings: Mapping[str, Any], batch_size: int):
+        if not os.path.isdir(folder):
+            raise EmbeddingsError(
+                f"--sentence_model={folder}: there is no such folder. Models are not downloaded: give the "
+                "folder of a model saved by sentence-transformers"
+            )
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise EmbeddingsError(
+                "--encoder=sentences needs the package sentence-transformers, which is not installed: "
+                "pip install 'espalier-lm[sentences]', or choose --encoder=ngrams or model"
+            ) from None
+        self.settings = {**settings, "digest": _folder_digest(folder)}
+        self._batch_size = batch_size
+        self._model = SentenceTransformer(folder, local_files_only=True, trust_remote_code=False)
+        longest = self._model.max_seq_length
+        self._model.max_seq_length = min(longest or settings["tokens"], settings["tokens"])
+
+    def raw(self, texts: Iterable[str], index: int) -> np.ndarray:
+        """See Encoder.
+
+        Raises:
+          EmbeddingsError: there is no document.
+        """
+        total, count, remaining = 0.0, 0, iter(texts)
+        while chunk := [*itertools.islice(remaining, _CHUNK)]:
+            vectors_NM = self._model.encode(
+                chunk, batch_size=self._batch_size, convert_to_numpy=True, show_progress_bar=False
+            )
+            total, count = total + np.asarray(vectors_NM, np.float64).sum(0), count + len(chunk)
+        if not count:
+            raise EmbeddingsError("it has no document: give documents that are not empty")
+        return total / count
+
+
+def _folder_digest(folder: str) -> str:
+    """Returns the SHA-256 of a folder's files and their names, except hidden files."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(folder)
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = path.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        with open(path, "rb") as file:
+            digest.update(
+                f"{name.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
+    return digest.hexdigest()

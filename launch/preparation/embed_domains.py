@@ -7,18 +7,18 @@ Example, of domains that are generated (data/nexus/lag_domains.py), and one that
   python -m launch.prepare embed_domains --gin_file=t5x_configs/data/lag_domains.gin --extend=/tmp/domains.json \\
     --domain eleven=task:lag_11
 
-and of files: --domain law='data/law/*.jsonl.zst'. A source is read whole, or as far as --limit goes, and documents are
-drawn of it; of tasks it is the training split. A file that is extended keeps its encoder, its settings, its mean and its
-old vectors, so that its encoder's flags are left out, or have to agree.
+and of files: --domain law='data/law/*.jsonl.zst'. Documents are drawn from the whole source, or from its first --limit
+documents; of a task, from its training split. An extended file keeps its encoder, settings, mean and old vectors: omit the
+flags of the encoder, or repeat the same values.
 """
 
 import argparse
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from launch import cli
-from launch.inference import row_files
+from launch.config import setting_flags
 
 # Encoder -> its settings with their defaults; None for a setting without a default.
 _DRAWN: dict[str, Any] = {"documents": 2000, "tokens": 512, "seed": 0}
@@ -29,14 +29,64 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "random": {"dim": 1024, "seed": 0},
     "one_hot": {"dim": 1024},
 }
-CONTROLS = ("random", "one_hot")  # they read no documents
 _HELP = """\
-ngrams     how often the n-grams of characters occur, projected at random: --order --dim
+ngrams     frequencies of n-grams of characters, projected at random: --order --dim
 model      mean final hidden states of a trained run: --checkpoint --params
 sentences  a model of the package sentence-transformers: --sentence_model
-random     a control, directions that say nothing: --dim
+random     a control, random directions: --dim
 one_hot    a control, an axis for each domain: --dim
-Of documents --documents and --tokens are read, drawn by --seed; controls read none, and take NAME alone."""
+Encoders read --documents and --tokens, drawn by --seed; controls read no documents and take NAME alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainFlags:
+    """Domains and their documents.
+
+    Attributes:
+      output: a new file of embeddings, JSON.
+      extend: a file of embeddings to add domains to, in place or as another file with --output.
+      domain: NAME=SOURCE, a domain and its documents, repeatable: a file or a pattern (JSON lines, text, Parquet; also .gz
+        and .zst), or task:NAME for a SeqIO task that --gin_file registers.
+      text_key: key of texts in JSON and Parquet.
+      document_per: unit of documents in text files.
+      limit: number of first documents of each source to draw from; all if not set.
+      batch_size: documents at a time in a model.
+    """
+
+    output: str | None = None
+    extend: str | None = None
+    domain: Sequence[str] | None = None
+    text_key: str = "text"
+    document_per: Literal["file", "paragraph", "line"] = "file"
+    limit: int | None = None
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderFlags:
+    """The encoder and its settings, with the defaults of ENCODERS or of the file to extend.
+
+    Attributes:
+      encoder: kind of encoder (default ngrams).
+      order: n of n-grams (default 2).
+      dim: width of vectors (default 1024).
+      checkpoint: run or step directory.
+      params: see launch.score.
+      sentence_model: directory of a saved model; none is downloaded.
+      documents: maximum documents of each domain (default 2000).
+      tokens: first tokens of each document to read; of ngrams, characters (default 512).
+      seed: seed of draws and projections (default 0).
+    """
+
+    encoder: Literal["ngrams", "model", "sentences", "random", "one_hot"] | None = None
+    order: int | None = None
+    dim: int | None = None
+    checkpoint: str | None = None
+    params: Literal["auto", "raw", "ema"] | None = None
+    sentence_model: str | None = None
+    documents: int | None = None
+    tokens: int | None = None
+    seed: int | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    setting_flags.add(parser.add_argument_group("domains"), DomainFlags)
+    encoder = parser.add_argument_group("encoder", f"Encoders, and their flags:\n{_HELP}")
+    setting_flags.add(encoder, EncoderFlags)
+
+
 def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
     """Registers the SeqIO tasks of the gin configuration."""
     for call in tasks:
@@ -61,153 +117,11 @@ def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
 
 
 def _run(start: cli.Start) -> None:
-    """Embeds domains with the settings of the flags.
-
-    Raises:
-      EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
-    """
-    from data.nexus import domain_embeddings
-    from data.nexus.domain_embeddings import EmbeddingsError
     from launch.preparation import domain_vectors
 
-    flags = start.flags
-    path = flags.output or flags.extend
-    if not path:
-        raise EmbeddingsError(
-            "give --output=FILE for a new file, or --extend=FILE for one that is there"
-        )
-    row_files.check_output(path)
-    before = domain_vectors.content(path)
-    if flags.output and os.path.exists(path):
-        raise EmbeddingsError(
-            f"--output={path} is there already, and routers may have learned from it: --extend={path} adds "
-            "domains to it; to make it anew, remove it first"
-        )
-    old = domain_embeddings.read(flags.extend) if flags.extend else None
-    settings = _settings(flags, old.encoder if old else None)
-    reads = settings["kind"] not in CONTROLS
-    domain_vectors.embed(
-        path,
-        before,
-        _sources(flags, needed=reads),
-        settings,
-        old=old,
-        reads=reads,
-        flags=flags,
-        register_tasks=start,
-    )
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags in groups. Settings of encoders have no default here: an extended file has its own."""
-    files = parser.add_argument_group("domains")
-    files.add_argument("--output", metavar="FILE", help="a new file of embeddings, JSON")
-    files.add_argument(
-        "--extend",
-        metavar="FILE",
-        help="a file of embeddings to add domains to, in place or as another file with --output",
-    )
-    files.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="a domain and its documents, repeatable: a file or a pattern (JSON lines, text, Parquet; also "
-        ".gz and .zst), or task:NAME for a SeqIO task that --gin_file registers",
-    )
-    files.add_argument(
-        "--text_key", default="text", metavar="KEY", help="of texts in JSON and Parquet (text)"
-    )
-    files.add_argument(
-        "--document_per",
-        choices=("file", "paragraph", "line"),
-        default="file",
-        help="unit of documents in text files (default file)",
-    )
-    files.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only the first N documents of each source are read, and drawn from (default all)",
-    )
-    encoder = parser.add_argument_group("encoder", f"Encoders, and their flags:\n{_HELP}")
-    encoder.add_argument("--encoder", choices=tuple(ENCODERS), help="(default ngrams)")
-    encoder.add_argument("--order", type=int, metavar="N", help="of n-grams (default 2)")
-    encoder.add_argument("--dim", type=int, metavar="M", help="width of vectors (default 1024)")
-    encoder.add_argument("--checkpoint", metavar="DIR", help="run or step directory")
-    encoder.add_argument("--params", choices=("auto", "raw", "ema"), help="see launch.score")
-    encoder.add_argument(
-        "--sentence_model", metavar="DIR", help="a saved model; none is downloaded"
-    )
-    encoder.add_argument(
-        "--documents", type=int, metavar="N", help="of each domain at most (default 2000)"
-    )
-    encoder.add_argument(
-        "--tokens",
-        type=int,
-        metavar="N",
-        help="of each document, the first ones; of ngrams characters (default 512)",
-    )
-    encoder.add_argument(
-        "--seed", type=int, metavar="N", help="of draws and projections (default 0)"
-    )
-    encoder.add_argument(
-        "--batch_size", type=int, default=32, metavar="N", help="documents at a time (default 32)"
-    )
-
-
-def _sources(flags: argparse.Namespace, *, needed: bool) -> dict[str, str]:
-    """Returns the sources by name; a source is '' if the encoder reads no documents.
-
-    Raises:
-      EmbeddingsError: a name without a source, a repeated name, or a limit that is invalid or not used.
-    """
-    from data.nexus.domain_embeddings import EmbeddingsError
-
-    if flags.limit is not None and not needed:
-        raise EmbeddingsError("--limit is of encoders that read documents: leave it out")
-    if flags.limit is not None and flags.limit < 1:
-        raise EmbeddingsError(f"--limit={flags.limit} must be at least 1")
-    by_name: dict[str, str] = {}
-    for text in flags.domain:
-        name, _, source = text.partition("=")
-        if not name or (needed and not source):
-            raise EmbeddingsError(f"--domain={text}: expected NAME=SOURCE, such as law=law.jsonl")
-        if name in by_name:
-            raise EmbeddingsError(
-                f"--domain={name} is given twice: give one pattern for all of its files"
-            )
-        by_name[name] = source if needed else ""
-    return by_name
-
-
-def _settings(flags: argparse.Namespace, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns kind and settings of the encoder, from the flags or from the file to extend.
-
-    Raises:
-      EmbeddingsError: a setting of another encoder, out of range, missing, or different from the file's.
-    """
-    from data.nexus.domain_embeddings import PLACES, EmbeddingsError
-
-    kind = flags.encoder or (frozen["kind"] if frozen else "ngrams")
-    names = dict.fromkeys(name for own in ENCODERS.values() for name in own)
-    chosen = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    if wrong := [name for name in chosen if name not in ENCODERS[kind]]:
-        raise EmbeddingsError(
-            f"--{wrong[0]} is no setting of --encoder={kind}, which has "
-            f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: leave it out"
-        )
-    begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
-    settings = {**begun, **chosen}
-    for name in PLACES:
-        if name in settings and settings[name] is None:
-            raise EmbeddingsError(f"--encoder={kind} needs --{name}=DIR")
-    for name in ("order", "dim", "documents", "tokens"):
-        if settings.get(name, 1) < 1:
-            raise EmbeddingsError(f"--{name}={settings[name]} must be at least 1")
-    if settings.get("seed", 0) < 0:
-        raise EmbeddingsError(f"--seed={settings['seed']} must not be negative")
-    return settings
+    flags = DomainFlags(**setting_flags.given(start.flags, DomainFlags))
+    encoder = setting_flags.given(start.flags, EncoderFlags)
+    domain_vectors.embed(flags, encoder.pop("encoder", None), encoder, register_tasks=start)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Trains the vocabulary that a data file names, keeps it, and shows how it cuts each task's text.
+"""Trains and stores the vocabulary of a data file, and prints its bytes per token for each task.
 
-Example: the corpus of installed packages, half a minute; a run with the same data file finds the
+Example: the corpus of installed packages, half a minute; a run with the same data file reuses the
 vocabulary:
 
   python -m launch.prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
 
-The gin files and bindings of a training command may be given as they are.
+The gin files and bindings of a training command work unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,14 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> dict[str, float]:
-    """Prints measures of a vocabulary on held-out text; the vocabulary was trained when the argument was made.
+    """Prints and returns the bytes per token of a vocabulary on the held-out text of each task.
 
     Args:
-      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
-      tasks: functions that register the tasks to measure it on.
-
-    Returns:
-      Bytes per token of each task.
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`; gin trains it.
+      tasks: functions that register the tasks.
     """
     cpu_tensorflow.load()
     for register in tasks:

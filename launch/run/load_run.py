@@ -51,10 +51,23 @@ def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     return group
 
 
-def default_files(
-    flags: argparse.Namespace, *, own: str = "t5x_configs/runs/load_run.gin"
+def default_files(flags: argparse.Namespace) -> Sequence[str]:
+    """Returns `files_of` the flags --checkpoint and --gin_file."""
+    return files_of(flags.checkpoint, flags.gin_file)
+
+
+def files_of(
+    checkpoint: str | None,
+    gin_file: Sequence[str] = (),
+    *,
+    own: str = "t5x_configs/runs/load_run.gin",
 ) -> Sequence[str]:
-    """Returns the gin files of the command, the checkpoint's run, and its vocabulary.
+    """Returns the gin files of the command (`own`), the checkpoint's run, and its vocabulary.
+
+    Args:
+      checkpoint: step or run directory; None for a command that needs none.
+      gin_file: gin files of the user.
+      own: gin file of the command.
 
     Raises:
       LoadError: the run has no config.gin, and no --gin_file replaces it.
@@ -63,11 +76,13 @@ def default_files(
     from launch.run import run_vocabulary
     from trainers.checkpoints import step_dir
 
-    step = step_dir.resolve(flags.checkpoint)
+    if checkpoint is None:
+        return [own]
+    step = step_dir.resolve(checkpoint)
     if (config := config_file(step)) is not None:
         files, folder = [own, config], os.path.dirname(config)
-        return [*files, *run_vocabulary.gin_files(folder, flags.checkpoint, before=files)]
-    if not flags.gin_file:
+        return [*files, *run_vocabulary.gin_files(folder, checkpoint, before=files)]
+    if not gin_file:
         raise LoadError(
             f"There is no {CONFIG} beside the checkpoint {step}, so that its model is "
             "unknown. Give the run's configuration: --gin_file=FILE."
@@ -83,16 +98,15 @@ def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
       gin_file: gin files that change it.
 
     Raises:
-      LoadError, FileNotFoundError: see `default_files`.
+      LoadError, FileNotFoundError: see `files_of`.
     """
     from launch.config import gin_config
 
-    flags = argparse.Namespace(checkpoint=checkpoint, gin_file=list(gin_file))
     config = gin_config.load(
-        flags.gin_file,
+        list(gin_file),
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
-        untrusted=list(default_files(flags)),
+        untrusted=list(files_of(checkpoint, gin_file)),
     )
     run: Any = config.entry
     return run()

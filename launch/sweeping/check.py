@@ -30,8 +30,8 @@ def bindings_of(
     Args:
       run: the run.
       folder: folder of the sweep.
-      start: path of its parent's final checkpoint; for a check it need not exist.
-      sources: directories of the runs that its bindings refer to; for a check the names stay unfilled.
+      start: its parent's final checkpoint; None for a check.
+      sources: directories of the runs in its bindings, by arm; a check leaves the names in braces.
     """
     added = [f"MODEL_DIR={str(folder.directory(run.name))!r}"]
     if run.parent is not None:
@@ -54,27 +54,25 @@ def plan(where: str, runs: Sequence[Run], folder: SweepFolder) -> tuple[Planned,
     planned: dict[str, Planned] = {}
     loaded: dict[str, _Loaded | None] = {}  # by arm and size: the checks do not depend on seeds
     for run in runs:
-        if run.made:
-            if all(name in planned for name in run.above):
-                try:
-                    planned[run.name] = _made(run, planned)
-                except FileNotFoundError as error:
-                    if (problem := f"{run.kind}: its command: {error}.") not in problems:
-                        problems.append(problem)
-            continue
-        if run.kind not in loaded:
+        if not run.made and run.kind not in loaded:
             loaded[run.kind] = _load(run, folder, problems)
-        config = loaded[run.kind]
-        if config is None or any(name not in planned for name in run.above):
+        if any(name not in planned for name in run.above):
             continue  # the problem is already listed
-        parent = None if run.parent is None else planned[run.parent]
-        planned[run.name] = entry = _planned(run, config, planned)
-        if (
-            parent is not None and not parent.run.made
-        ):  # the model of a made run is not known before it is made
-            theirs = loaded[parent.run.kind]
-            assert theirs is not None
-            problems += _start_problems(entry, parent, config, theirs)
+        if run.made:
+            try:
+                planned[run.name] = Planned(
+                    run=run,
+                    digest=made_digest(run, planned),
+                    evaluation_digests=_evaluation_digests(run),
+                )
+            except FileNotFoundError as error:
+                problems.append(f"{run.kind}: its command: {error}.")
+        elif (config := loaded[run.kind]) is not None:
+            parent = None if run.parent is None else planned[run.parent]
+            planned[run.name] = entry = _planned(run, config, planned)
+            # The model of a made run is not known before it is made.
+            if parent is not None and (theirs := loaded.get(parent.run.kind)):
+                problems += _start_problems(entry, parent, config, theirs)
     if problems:
         raise SweepError(where, problems)
     return tuple(planned.values())
@@ -87,24 +85,28 @@ class _Loaded:
     Attributes:
       config: all bindings by name.
       arguments: arguments of the entry function.
-      params: abstract parameters of the model.
+      params: shapes and dtypes of the model's parameters, by path.
     """
 
     config: Mapping[str, str]
     arguments: Mapping[str, Any]
-    params: Any
+    params: Mapping[str, Any]
 
 
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     """Loads a run's configuration into gin; returns None after adding its problems."""
+    import flax.linen as nn
+
     from launch.config import config_diff, gin_config
+    from trainers import initialise
+    from trainers.checkpoints import state_tree
 
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
-        # This also makes the recipe, which checks its own settings.
-        arguments = config.arguments()
-        # Now, while this configuration is in gin: calling the model evaluates bindings of its parts.
-        params = _abstract_params(arguments["recipe"])
+        arguments = config.arguments()  # makes the recipe, which checks its own settings
+        # While this configuration is in gin, because calling the model evaluates bindings of its parts.
+        recipe = arguments["recipe"]
+        variables = initialise.abstract_variables(recipe.model, recipe.inputs_spec)
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
         return None
@@ -113,23 +115,12 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         problem = str(error).partition("\n  In call to configurable ")[0].strip()
         problems.append(f"{run.kind}: {problem}")
         return None
+    params = state_tree.flatten(nn.meta.unbox(variables["params"]))
     return _Loaded(config_diff.canonical(config.text), arguments, params)
 
 
-def _abstract_params(recipe: Any) -> Any:
-    """Returns shapes and dtypes of a model's parameters, without allocating memory."""
-    import flax.linen as nn
-
-    from trainers import initialise
-
-    return nn.meta.unbox(initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"])
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of parameters by path."""
-    from trainers.checkpoints import state_tree
-
-    return {name: tuple(leaf.shape) for name, leaf in state_tree.flatten(params).items()}
+def _evaluation_digests(run: Run) -> dict[str, str]:
+    return {name: _digest(entry) for name, entry in run.evaluations.items()}
 
 
 def _planned(run: Run, loaded: _Loaded, planned: Mapping[str, Planned]) -> Planned:
@@ -161,27 +152,11 @@ def _start(initial: Any, parent: Planned | None) -> dict[str, Any]:
     return {**start, **({} if parent is not None else {"initial_checkpoint_path": path})}
 
 
-def _made(run: Run, planned: Mapping[str, Planned]) -> Planned:
-    return Planned(
-        run=run,
-        digest=made_digest(run, planned),
-        total_steps=0,
-        first_step=0,
-        tokens_per_step=0,
-        start={},
-        evaluation_digests=_evaluation_digests(run),
-    )
-
-
-def _evaluation_digests(run: Run) -> dict[str, str]:
-    return {name: _digest(entry) for name, entry in run.evaluations.items()}
-
-
 def made_digest(run: Run, planned: Mapping[str, Planned]) -> str:
     """Returns the SHA-256 of a command, the statements of its gin files, and the digests of the runs it is made of.
 
     Raises:
-      FileNotFoundError: there is no such gin file.
+      FileNotFoundError: see `gin_statements`.
     """
     files = gin_statements(run.made)
     command = {"made": run.made, "of": _digests_of_named(run, planned)}
@@ -194,7 +169,7 @@ def gin_statements(command: Iterable[str]) -> list[tuple[str, ...]]:
     Files in other arms' runs, with names in braces, are skipped: they are part of those runs' digests.
 
     Raises:
-      FileNotFoundError: there is no such file, or one that it includes is missing.
+      FileNotFoundError: a file or an included file does not exist.
     """
     return [
         statement
@@ -212,7 +187,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
 
     file = gin_source.find(path, [])
     if file is None:
-        raise FileNotFoundError(f"there is no gin file {path}")
+        raise FileNotFoundError(f"the gin file {path} does not exist")
     if file in including:
         return  # the command reports that it includes itself
     for statement in gin_source.parse(gin_source.read(file), path):
@@ -257,8 +232,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in params.items()}
+
+
 def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loaded) -> list[str]:
-    """Returns the problems that would otherwise appear only after the parent has been trained."""
+    """Returns the problems that a run would otherwise meet only after its parent's training."""
     kind, parent_kind = entry.run.kind, parent.run.kind
     problems = []
     # total_steps is None if it depends on the data.
@@ -270,25 +249,25 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return problems  # settings that select parameters allow other shapes
-    there, here = _shapes(theirs.params), _shapes(mine.params)
-    initial = mine.arguments.get("initial")
-    from trainers.checkpoints import state_tree, transformed
+    from trainers.checkpoints import transformed
 
+    there, inputs = _shapes(theirs.params), mine.params
+    initial = mine.arguments.get("initial")
     if initial is not None and (transform := initial.transform) is not None:
         try:
-            _, inputs = transformed.plan(transform, there, state_tree.flatten(mine.params))
+            _, inputs = transformed.plan(transform, there, mine.params)
         except ValueError as error:
             return [*problems, f"{kind}: of its parent {parent_kind}: {error}"]
-        here = {name: tuple(leaf.shape) for name, leaf in inputs.items()}
+    here = _shapes(inputs)
     different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if different:
         name = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        shown = [list(shapes[name]) if name in shapes else "not there" for shapes in (there, here)]
+        shown = [list(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
         problems.append(
-            f"{kind}: its parent {parent_kind} is another model: {name} is "
-            f"{shown[0]} there and {shown[1]} here{more}. "
-            "Give both the same model, or say with InitialCheckpoint.assignment what is taken."
+            f"{kind}: its parent {parent_kind} has another model: {name} is "
+            f"{shown[0]} in the parent and {shown[1]} here{more}. "
+            "Give both the same model, or choose parameters with InitialCheckpoint.assignment."
         )
     return problems
 
@@ -302,7 +281,7 @@ def difference(
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"
     if planned.run.made:
-        return "its command, a gin file that this names, or what it is made of has changed"
+        return "its command, a gin file in the command, or a run in the command has changed"
     old = pathlib.Path(folder.directory(planned.name)) / "config.gin"
     if old.exists():
         run = planned.run
@@ -311,4 +290,8 @@ def difference(
         first = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
         if first is not None:
             return first
-    return "a run above it has changed" if planned.run.above else "its configuration has changed"
+    return (
+        "a run that it depends on has changed"
+        if planned.run.above
+        else "its configuration has changed"
+    )

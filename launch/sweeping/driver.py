@@ -88,10 +88,8 @@ def progress(
             state = RunState.BLOCKED
         elif attempts and attempts[-1]["error"]:
             state = RunState.FAILED
-        elif folder.record(name):
-            state = RunState.STOPPED
         else:
-            state = RunState.WAITING
+            state = RunState.STOPPED if folder.record(name) else RunState.WAITING
         done_before = (attempts[-1]["step"] if attempts else planned.first_step) or 0
         num_steps = newest["step"] - done_before if newest else 0
         now = 0.0
@@ -122,9 +120,8 @@ def drive(
 ) -> int:
     """Runs the wanted runs that are not done; returns the exit status.
 
-    The status is 0 if all wanted runs are done. It is 75 if some were stopped, by a signal or the time limit; they resume
-    when the sweep is started again. It is 1 if the others have failed. A failure stops only the runs that depend on the
-    failed run; the next start of the sweep retries it.
+    The status is 0 if all wanted runs are done, 75 if some were stopped (the next start resumes them), 1 if some failed. A
+    failure stops only the runs that depend on the failed run; the next start retries it.
 
     Args:
       folder: folder of the sweep.
@@ -140,7 +137,7 @@ def drive(
     stopping = 0.0
     results.write_results(folder, plan)
     try:
-        with _stop_requests() as stop:
+        with _stop_signals() as signals:
             while open_jobs:
                 statuses = submitter.statuses(list(open_jobs.values()))
                 for name, handle in list(open_jobs.items()):
@@ -153,11 +150,11 @@ def drive(
                 watch(progress(folder, plan, submitted))
                 now = time.monotonic()
                 due = minutes is not None and now - began > 60 * minutes
-                if not stopping and (stop.asked or due):
+                if not stopping and (signals or due):
                     stopping = now
                     for handle in open_jobs.values():
                         submitter.cancel(handle)
-                elif stopping and (stop.asked > 1 or now - stopping > _GRACE_SECONDS):
+                elif stopping and (len(signals) > 1 or now - stopping > _GRACE_SECONDS):
                     submitter.close()
                 elif open_jobs:
                     time.sleep(_POLL_SECONDS)
@@ -207,8 +204,8 @@ def _record(
     error = None
     if not folder.done(planned) and status.exit_status != INTERRUPTED:
         # A signal may reach a run before it can save, for example during its start.
-        asked = stopping and (status.exit_status or 0) < 0
-        error = None if asked else first_error(folder.log(name), status.exit_status or 0)
+        stopped = stopping and (status.exit_status or 0) < 0
+        error = None if stopped else first_error(folder.log(name), status.exit_status or 0)
     folder.add_attempt(
         name,
         {
@@ -239,26 +236,19 @@ def first_error(log: pathlib.Path, status: int) -> str:
     return (raised or lines or [f"ended with status {status}"])[-1]
 
 
-class _Stop:
-    """The number of stop signals received."""
-
-    asked = 0
-
-
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    """Counts SIGINT and SIGTERM within the context; the first stops runs, the second kills them."""
-    stop = _Stop()
+def _stop_signals() -> Iterator[list[int]]:
+    """Yields the list of received SIGINT and SIGTERM; the first stops runs, the second kills them."""
+    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        del frame
-        stop.asked += 1
-        how = "a second one ends them at once" if stop.asked == 1 else "ending them"
+        received.append(number)
+        how = "a second one ends them at once" if len(received) == 1 else "ending them"
         print(f"\n{signal.Signals(number).name}: runs save and stop; {how}.", file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
-        yield stop
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -32,6 +32,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data.text import spelling
 from launch.sweeping import parts
 
 _PARENT = "INITIAL_CHECKPOINT_PATH"
@@ -42,9 +43,10 @@ class SweepError(ValueError):
 
     def __init__(self, where: str, problems: Sequence[str]):
         self.problems = tuple(dict.fromkeys(problems))
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        count = len(self.problems)
         numbered = [f"{i}. {problem}" for i, problem in enumerate(self.problems, 1)]
-        super().__init__(f"{count} in {where}:\n\n" + "\n\n".join(numbered))
+        title = f"{count} problem{'s' * (count > 1)} in {where}:"
+        super().__init__("\n\n".join([title, *numbered]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,23 +111,21 @@ def _load(file: str, text: str) -> dict[str, Any]:
 
     full = os.path.abspath(os.path.expanduser(file))
     if not os.path.isfile(full):
-        raise SweepError(file, [f"there is no such file ({full}): give --sweep FILE.py."])
+        raise SweepError(file, [f"the file {full} does not exist: give --sweep FILE.py."])
     spec = importlib.util.spec_from_file_location(pathlib.Path(full).stem, full)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([text] if text else []))
-    except (
-        Exception
-    ) as error:  # any error of the file's own code is reported as a problem of the file
+    except Exception as error:  # the file's code may raise any error
         problem = f"get_config() could not be called: {type(error).__name__}: {error}"
         raise SweepError(file, [problem]) from error
     if not isinstance(config, ml_collections.ConfigDict):
-        kind = type(config).__name__
-        raise SweepError(
-            file, [f"get_config() returned a {kind}, not an ml_collections.ConfigDict."]
+        problem = (
+            f"get_config() returned {type(config).__name__}; return ml_collections.ConfigDict."
         )
+        raise SweepError(file, [problem])
     return config.to_dict()
 
 
@@ -137,7 +137,7 @@ def _repeated_keys(file: str) -> Iterator[str]:
         for key in node.keys if isinstance(node, ast.Dict) else ():
             if isinstance(key, ast.Constant):
                 if key.value in seen:
-                    yield f"line {key.lineno} names {key.value!r} a second time: rename one of them."
+                    yield f"line {key.lineno} repeats the key {key.value!r}: rename one of them."
                 seen.add(key.value)
 
 
@@ -171,7 +171,7 @@ class _Reader:
         for key, names in (("sizes", self._sizes), ("evaluations", self._evaluations)):
             for entry in arm.get(key) or ():
                 if entry not in names:
-                    yield f"{where}: {key} names {entry!r}; {parts.nearest(entry, names)}"
+                    yield f"{where}: {key} names {entry!r}; {spelling.nearest(entry, names)}"
         if arm.get("made"):
             yield from parts.made_problems(where, arm, self._arms)
         else:
@@ -180,13 +180,10 @@ class _Reader:
         if circle := self._circle(name):
             yield f"{where} is its own ancestor ({' -> '.join(circle)}): break the circle."
         for above in self._above(name):
-            what = f"its parent {above!r}"
-            if above != arm.get("parent"):
-                what = (
-                    f"{above!r}, which it is made of,"
-                    if arm.get("made")
-                    else f"{above!r}, which a binding names,"
-                )
+            if above == arm.get("parent"):
+                what = f"its parent {above!r}"
+            else:
+                what = f"the arm {above!r} in its {'command' if arm.get('made') else 'bindings'}"
             for key, mine, theirs in (
                 ("seeds", self._seeds(name), self._seeds(above)),
                 ("sizes", self._sizes_of(name), self._sizes_of(above)),
@@ -199,18 +196,17 @@ class _Reader:
         if parent is None:
             return
         if parent not in self._arms:
-            yield f"{where}: its parent {parent!r} is no arm; {parts.nearest(parent, self._arms)}"
+            yield f"{where}: its parent {parent!r} does not exist; {spelling.nearest(parent, self._arms)}"
         elif any(
             binding.partition("=")[0].strip() == _PARENT for binding in arm.get("bindings") or ()
         ):
-            yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: leave out one."
+            yield f"{where}: {_PARENT} is bound, but the parent {parent!r} sets it: remove one of them."
 
     def _above(self, name: str) -> tuple[str, ...]:
         """Returns the arms that an arm starts from or is made of."""
         parent = self._arms[name].get("parent")
-        return tuple(
-            dict.fromkeys((*([parent] if parent in self._arms else []), *self._named(name)))
-        )
+        parents = [parent] if parent in self._arms else []
+        return tuple(dict.fromkeys((*parents, *self._named(name))))
 
     def _named(self, name: str) -> tuple[str, ...]:
         """Returns the arms named in braces in an arm's command or bindings."""

@@ -10,18 +10,20 @@ runs/<run>/            a run's own directory (launch/run/run_dir.py), and in it
 replaced/              runs with an old configuration, moved here by --rerun_changed
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from data.cache import cache_dir
+from launch.run import run_dir
 from launch.sweeping.file import Run
+from trainers.telemetry.metric_writers import read_jsonl, restored
 
 # Bytes at the end of a file that contain its last rows.
 _TAIL_BYTES = 16384
@@ -37,24 +39,21 @@ class Planned:
 
     Attributes:
       run: the run in the sweep file.
-      digest: SHA-256 of its configuration, or of the command that makes it, and of the digests of all runs it depends
-        on.
-      total_steps: step at which it ends; None if it depends on the data (TRAIN_TOKENS). A made run has neither steps
-        nor tokens.
+      digest: SHA-256 of its configuration or command, and of the digests of all runs it depends on.
+      evaluation_digests: SHA-256 of each evaluation's settings.
+      total_steps: step at which it ends; None if it depends on the data (TRAIN_TOKENS). A made run has no steps.
       first_step: step at which it starts: its parent's last step if it continues the parent's whole state, else 0.
       tokens_per_step: positions of a batch, including padding.
-      start: the parts that it takes from its initial checkpoint: fields of `InitialCheckpoint`, each with the prefix
-        `initial_`; empty for a run that starts with new parameters.
-      evaluation_digests: SHA-256 of each evaluation's settings.
+      start: fields of its `InitialCheckpoint`, each with the prefix `initial_`; empty if it starts with new parameters.
     """
 
     run: Run
     digest: str
-    total_steps: int | None
-    first_step: int | None
-    tokens_per_step: int
-    start: Mapping[str, Any]
     evaluation_digests: Mapping[str, str]
+    total_steps: int | None = 0
+    first_step: int | None = 0
+    tokens_per_step: int = 0
+    start: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -72,11 +71,7 @@ class SweepFolder:
         return self.path / "runs" / name
 
     def model_dir(self, run: Run) -> pathlib.Path:
-        """Returns the directory of a run's config.gin and checkpoints/.
-
-        For a made run it is a folder inside of its own directory, because its command needs a target that does not
-        exist.
-        """
+        """Returns the directory of a run's config.gin and checkpoints/; for a made run a subfolder, made by its command."""
         return self.directory(run.name) / "made" if run.made else self.directory(run.name)
 
     def sources(self, run: Run, plan: Mapping[str, "Planned"]) -> dict[str, str]:
@@ -84,7 +79,7 @@ class SweepFolder:
         return {arm: str(self.model_dir(plan[name].run)) for arm, name in run.made_of.items()}
 
     def final_checkpoint(self, planned: Planned) -> pathlib.Path:
-        """Returns the step directory of a run's last step. With the run's directory, a damaged step would be skipped.
+        """Returns the step directory of a run's last step; restoring the run directory could skip a damaged step.
 
         Raises:
           SweepFolderError: the run is not done, or has no checkpoint.
@@ -92,21 +87,15 @@ class SweepFolder:
         outcome = self.final_outcome(planned)
         if outcome["checkpoint"] is None:
             raise SweepFolderError(
-                f"{planned.name} is no parent: its command made no checkpoint in {self.model_dir(planned.run)}."
+                f"{planned.name} cannot be a parent: its command wrote no checkpoint in "
+                f"{self.model_dir(planned.run)}."
             )
         return self.path / outcome["checkpoint"]
 
     def final_outcome(self, planned: Planned) -> dict[str, Any]:
-        """Returns the outcome of a run.
-
-        Raises:
-          SweepFolderError: the run is not done.
-        """
-        outcome = self.outcome(planned)
-        if outcome is None:
-            raise SweepFolderError(
-                f"{planned.name} has not been trained yet: run the sweep, not a run."
-            )
+        """Returns the outcome of a run; raises SweepFolderError if it is not done."""
+        if (outcome := self.outcome(planned)) is None:
+            raise SweepFolderError(f"{planned.name} is not trained yet; run the whole sweep.")
         return outcome
 
     def log(self, name: str) -> pathlib.Path:
@@ -117,22 +106,12 @@ class SweepFolder:
         return self.path / "results.jsonl"
 
     def lock(self) -> IO[str]:
-        """Locks the sweep, so that only this process drives it; closing the file releases the lock.
-
-        Raises:
-          SweepFolderError: another process drives the sweep.
-        """
+        """Locks the sweep for this process until the file is closed; raises SweepFolderError if another has it."""
         return _lock(self.path, "runs this sweep. Stop it, or watch it with --status.")
 
     def lock_run(self, name: str) -> IO[str]:
-        """Locks a run's directory, as training does, so that only this process works in it.
-
-        Raises:
-          SweepFolderError: another process works in it.
-        """
-        return _lock(
-            self.directory(name), "makes this run. Stop it, or leave the run out (--only)."
-        )
+        """Locks a run's directory, as training does; raises SweepFolderError if another process works in it."""
+        return _lock(self.directory(name), "makes this run. Stop it, or exclude the run (--only).")
 
     def driven(self) -> bool:
         """Whether a process drives the sweep now."""
@@ -152,11 +131,7 @@ class SweepFolder:
         cache_dir.write_json(self.path / "sweep.json", {"sweep": sweep, "runs": runs})
 
     def read_plan(self) -> tuple[Planned, ...]:
-        """Returns the runs of the last plan.
-
-        Raises:
-          SweepFolderError: no sweep has been started in this folder.
-        """
+        """Returns the runs of the last plan; raises SweepFolderError if no sweep was started here."""
         path = self.path / "sweep.json"
         if not path.exists():
             raise SweepFolderError(f"{path} does not exist: no sweep has been started in --out.")
@@ -221,20 +196,18 @@ class SweepFolder:
             file.write(json.dumps(attempt) + "\n")
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
-        return list(rows_of(self.directory(name) / "attempts.jsonl"))
+        path = self.directory(name) / "attempts.jsonl"
+        return read_jsonl(str(path)) if path.exists() else []
 
     def newest(self, name: str) -> dict[str, float]:
         """Returns the newest step and loss that a run has written; empty before the first."""
-        path = self.directory(name) / "metrics.jsonl"
-        newest: dict[str, float] = {}
-        for line in tail(path).splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a partial line, at the cut or still being written
-            if "loss" in row:
-                newest = {"step": row["step"], "loss": number(row["loss"])}
-        return newest
+        for line in reversed(tail(self.directory(name) / "metrics.jsonl").splitlines()):
+            with contextlib.suppress(
+                ValueError
+            ):  # a partial line, at the cut or still being written
+                if "loss" in (row := json.loads(line)):
+                    return {"step": row["step"], "loss": restored(row["loss"])}
+        return {}
 
 
 def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
@@ -247,47 +220,22 @@ def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
         return ""
 
 
-def rows_of(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSONL file, without an incomplete last line."""
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
-
-
-def number(value: Any) -> Any:
-    """Returns a number, also if JSON has it as a string (metric_writers.jsonable)."""
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-
-
-def _lock(directory: pathlib.Path, does: str) -> IO[str]:
+def _lock(directory: pathlib.Path, use: str) -> IO[str]:
     """Locks a directory for this process; the error names another process that holds the lock."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
-    if not _locked(lock):
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise SweepFolderError(f"{directory} is in use: {holder} {does}")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
-
-
-def _locked(file: IO[str]) -> bool:
-    """Takes the lock and returns whether that succeeded, or the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+        return run_dir.lock(directory)
+    except BlockingIOError as error:
+        raise SweepFolderError(f"{directory} is in use: {error} {use}") from None
 
 
 def _held(path: pathlib.Path) -> bool:
     """Whether another process holds a lock file."""
-    if not path.exists():
-        return False
-    with open(path, "a+", encoding="utf-8") as file:
-        return not _locked(file)
+    if path.exists():
+        with open(path, "ab") as file:  # NFS locks need write access
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:  # a file system without locks
+                pass
+    return False

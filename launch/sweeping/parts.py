@@ -1,11 +1,12 @@
 """The parts of a sweep file: their keys and checks, and commands with names in braces."""
 
-import difflib
 import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from data.text import spelling
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACE = re.compile(rf"\{{({_NAME.pattern})\}}")
@@ -51,7 +52,7 @@ def entry_problems(what: str, name: str, entry: Any) -> Iterator[str]:
 def unknown_keys(what: str, where: str, entry: Mapping[str, Any]) -> Iterator[str]:
     for key in entry:
         if key not in _KEYS[what]:
-            yield f"{where}a {what} has no {key!r}; {nearest(key, _KEYS[what])}"
+            yield f"{where}a {what} has no {key!r}; {spelling.nearest(key, _KEYS[what])}"
 
 
 def part_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
@@ -65,7 +66,7 @@ def part_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
             if not equals:
                 yield f"{where}: the binding {entry!r} is not NAME=VALUE."
             if name.strip() in _OWN:
-                yield f"{where}: the sweep itself sets {name.strip()}: leave it out of bindings."
+                yield f"{where}: the sweep itself sets {name.strip()}: remove the binding."
     memory = part.get("memory_gb")
     if memory is not None and (not isinstance(memory, int | float) or memory <= 0):
         yield f"{where}: memory_gb = {memory!r} is not a positive number of GB."
@@ -76,31 +77,31 @@ def seed_problems(where: str, part: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
         yield f"{where}: seeds = {seeds!r} is not a tuple of integers."
     elif len(set(seeds)) < len(seeds):
-        yield f"{where}: seeds = {tuple(seeds)} names one twice."
+        yield f"{where}: seeds = {tuple(seeds)} repeats a seed."
 
 
 def made_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
     """Yields the problems that only a made arm can have."""
     for key in ("parent", "gin_files", "bindings"):
         if arm.get(key):
-            yield f"{where} is made, not trained: leave out its {key}, or made."
+            yield f"{where} is made, not trained: remove its {key}, or made."
     named = places(arm["made"])
     if "run" not in named:
         yield f"{where}: its command has no word with {{run}}, the run directory that it makes."
     names = (*arms, *_PLACES)
     for name in named:
         if name not in names:
-            yield f"{where}: its command names {{{name}}}, which is no arm; {nearest(name, names)}"
+            yield f"{where}: its command names {{{name}}}, but no arm has this name; {spelling.nearest(name, names)}"
     for name in _PLACES:
         if name in arms:
-            yield f"arm {name!r}: in commands {{{name}}} does not stand for an arm: rename it."
+            yield f"arm {name!r}: {{{name}}} has another meaning in commands: rename the arm."
 
 
 def binding_problems(where: str, arm: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterator[str]:
     """Yields the problems that only a trained arm can have."""
     for name in places(arm.get("bindings") or ()):
         if name not in arms:
-            yield f"{where}: a binding names {{{name}}}, which is no arm; {nearest(name, arms)}"
+            yield f"{where}: a binding names {{{name}}}, but no arm has this name; {spelling.nearest(name, arms)}"
 
 
 def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
@@ -127,11 +128,6 @@ def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
-
-
-def nearest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
-    return f"nearest: {close[0]!r}." if close else f"there are {listed(known) or 'none'}."
 
 
 def listed(names: Any) -> str:

@@ -1,13 +1,13 @@
 """A sweep's results.jsonl: a row per finished run, for reports."""
 
-import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from launch.sweeping.folder import Planned, SweepFolder, number, rows_of
-from trainers.telemetry.metric_writers import jsonable
+from launch.inference import row_files
+from launch.sweeping.folder import Planned, SweepFolder
+from trainers.telemetry.metric_writers import jsonable, read_jsonl
 
 
 def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:
@@ -16,10 +16,7 @@ def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:
     A run whose parent is being repeated has no row until the parent is done.
     """
     rows = [result_row(folder, planned, plan) for planned in plan if folder.done(planned)]
-    text = "".join(json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in rows if row)
-    temporary = folder.path / ".results.jsonl.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder.results)
+    row_files.write(str(folder.results), map(jsonable, filter(None, rows)))
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -36,7 +33,7 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
         file = file / "results.jsonl"
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: give the folder (--out) of a sweep.")
-    return [_restored(row) for row in rows_of(file)]
+    return read_jsonl(str(file))
 
 
 def result_row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
@@ -80,19 +77,3 @@ def result_row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -
         "attempts": len(attempts),
         "digest": planned.digest,
     }
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _restored(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_restored(entry) for entry in value]
-    return number(value) if isinstance(value, str) else value
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    return jsonable(value)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch import cli, environment
+from launch import cli
 from launch.cluster import worker
 from launch.sweeping import check, parts
 from launch.sweeping.file import Run
@@ -32,24 +32,18 @@ from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    summary, _, example = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.sweeping.run",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return cli.run_command(
+        __doc__,
+        "sweeping.run",
+        lambda flags: run_one(SweepFolder(pathlib.Path(flags.out)), flags.run),
+        add_flags=_add_flags,
+        argv=argv,
     )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
     parser.add_argument("--run", required=True, metavar="NAME", help="as in its sweep.json")
-    flags = parser.parse_args(argv)
-
-    def call() -> Any:
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
-
-    return cli.status_of(call)
 
 
 def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
@@ -69,11 +63,9 @@ def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
     record = {"digest": entry.digest, "evaluations": {}, **folder.record(name)}
     folder.write_record(name, record)
     if "trained" not in record:
-        execute = _make if entry.run.made else _train
-        trained = execute(folder, entry, planned)
-        if trained is None:
+        record["trained"] = (_make if entry.run.made else _train)(folder, entry, planned)
+        if record["trained"] is None:
             return {"interrupted": True}
-        record["trained"] = trained
         folder.write_record(name, record)
     for key, settings in entry.run.evaluations.items():
         if key not in record["evaluations"]:
@@ -95,19 +87,13 @@ class MadeError(ValueError):
 
 
 def made_command(folder: SweepFolder, run: Run, plan: Mapping[str, Planned]) -> tuple[str, ...]:
-    """Returns the words of the command that makes a run.
-
-    Args:
-      folder: folder of the sweep.
-      run: the made run.
-      plan: planned runs by name, including the runs that it is made of.
-    """
+    """Returns the words of the command that makes a run; `plan` has the runs that it is made of, by name."""
     places = {**folder.sources(run, plan), "run": str(folder.model_dir(run))}
     return parts.filled(run.made, {**places, "python": sys.executable})
 
 
 def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> dict[str, Any]:
-    """Makes a run by its command and returns its outcome; after a stop it begins again from nothing.
+    """Makes a run by its command and returns its outcome; after a stop it starts from scratch.
 
     Raises:
       SweepFolderError: a run that it is made of is missing, or another process is making it.
@@ -121,8 +107,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
     target = folder.model_dir(entry.run)
     command = made_command(folder, entry.run, plan)
     with contextlib.closing(folder.lock_run(entry.name)):
-        # The remains of an earlier attempt.
-        if target.is_file():
+        if target.is_file():  # from an earlier attempt
             target.unlink()
         shutil.rmtree(target, ignore_errors=True)
         print(shlex.join(command), flush=True)
@@ -130,9 +115,9 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
             raise SystemExit(status)
     if not target.exists():
         raise MadeError(
-            f"{entry.name}: its command ended well, but there is no {target}: let it make what {{run}} names."
+            f"{entry.name}: its command succeeded without writing {target}: let it write to {{run}}."
         )
-    # A result without a checkpoint, such as a file of embeddings, is an input of other made runs' commands.
+    # A run without a checkpoint, such as a file of embeddings, is an input of other commands.
     steps = step_dir.complete_steps(step_dir.absolute(target / step_dir.CHECKPOINTS))
     checkpoint = target / step_dir.CHECKPOINTS / steps[max(steps)].name if steps else None
     return {
@@ -205,9 +190,9 @@ def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) ->
     step, meta = int(checkpoint.name), step_dir.read_meta(checkpoint)
     first_step = first_batch = 0
     if entry.start.get("initial_scope") == "state" and entry.run.parent is not None:
-        above = folder.record(entry.run.parent)["trained"]
-        first_step = above["step"]
-        first_batch = step_dir.read_meta(folder.path / above["checkpoint"])["data_step"]
+        parent = folder.record(entry.run.parent)["trained"]
+        first_step = parent["step"]
+        first_batch = step_dir.read_meta(folder.path / parent["checkpoint"])["data_step"]
     # With the run's own start: a run that continues its parent's data starts at the parent's position.
     positions = meta.get("initial", {}).get("positions")
     opened = stream(positions=positions) if positions else stream()
@@ -245,7 +230,7 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
             return json.loads(json.dumps(result))
         except (TypeError, ValueError) as error:
             raise EvaluationError(
-                f"evaluation {name!r}: what {settings['call']} returned is no JSON: {error}."
+                f"evaluation {name!r}: {settings['call']} returned a value that is not JSON: {error}."
             ) from None
     with tempfile.TemporaryDirectory() as temporary:
         file = pathlib.Path(temporary) / "result.json"

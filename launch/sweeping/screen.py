@@ -1,9 +1,11 @@
 """The progress of a sweep on a terminal of 80 columns: arms as lines with seeds as cells, then details."""
 
+import contextlib
+import statistics
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,14 +31,9 @@ _LINES = 60.0  # seconds between lines if the output is not a terminal
 
 
 def table(sweep: str, runs: Sequence[Progress], *, workers: int = 1) -> Group:
-    """Returns the whole screen.
-
-    Args:
-      sweep: name of the sweep.
-      runs: runs of the sweep.
-      workers: number of runs at the same time, for the remaining time.
-    """
-    parts: list[Any] = [_title(sweep, runs, workers), ""]
+    """Returns the whole screen; `workers` is the number of runs at the same time, for the remaining time."""
+    title = Text.assemble((sweep, "bold"), f"  {_summary(runs, workers)}")
+    parts: list[Any] = [title, ""]
     # Lines that change come first: a short terminal cuts the end.
     going = [run for run in runs if run.state is RunState.RUNNING]
     if going:
@@ -57,22 +54,14 @@ def _legend(runs: Sequence[Progress]) -> Text:
     return Text("  ".join(meanings), "bright_black")
 
 
-def _title(sweep: str, runs: Sequence[Progress], workers: int) -> Text:
-    remaining = seconds_left(runs, workers)
-    return Text.assemble(
-        (sweep, "bold"),
-        f"  {counts(runs)}",
-        "" if remaining is None else f"; about {duration(remaining)} left",
-    )
-
-
-def counts(runs: Sequence[Progress]) -> str:
-    """Returns text such as '3 of 6 runs done, 1 running, 2 waiting'."""
+def _summary(runs: Sequence[Progress], workers: int) -> str:
+    """Returns text such as '3 of 6 runs done, 1 running, 2 waiting; about 5 min left'."""
     numbers = {state: sum(run.state is state for run in runs) for state in RunState}
-    other_states = [
-        f"{n} {state.value}" for state, n in numbers.items() if n and state is not RunState.DONE
-    ]
-    return ", ".join([f"{numbers[RunState.DONE]} of {len(runs)} runs done", *other_states])
+    done = f"{numbers.pop(RunState.DONE)} of {len(runs)} runs done"
+    others = [f"{n} {state.value}" for state, n in numbers.items() if n]
+    remaining = seconds_left(runs, workers)
+    about = "" if remaining is None else f"; about {_duration(remaining)} left"
+    return ", ".join([done, *others]) + about
 
 
 def _grid(runs: Sequence[Progress]) -> Table:
@@ -124,17 +113,13 @@ def _cell(run: Progress | None, wordy: bool) -> Text:
     if run is None:
         return Text("")
     mark, style, _ = _MARKS[run.state]
-    if not wordy or run.state in (RunState.WAITING, RunState.FAILED, RunState.BLOCKED):
-        return Text(mark, style)
-    if run.state is RunState.DONE:
-        return Text.assemble((mark, style), "" if run.loss is None else f" {run.loss:.3f}")
-    if run.planned.run.made:
-        return Text(mark, style)
-    steps = _steps(run)
-    if steps is None:
-        return Text.assemble((mark, style), f" {run.step}")
-    share = (run.step - (run.planned.first_step or 0)) / steps
-    return Text.assemble((mark, style), f" {share:4.0%}")
+    detail = ""
+    if wordy and run.state is RunState.DONE and run.loss is not None:
+        detail = f" {run.loss:.3f}"
+    elif wordy and run.state in (RunState.RUNNING, RunState.STOPPED) and not run.planned.run.made:
+        made = run.step - (run.planned.first_step or 0)
+        detail = f" {run.step}" if (steps := _steps(run)) is None else f" {made / steps:4.0%}"
+    return Text.assemble((mark, style), detail)
 
 
 def _steps(run: Progress) -> int | None:
@@ -149,23 +134,16 @@ def _running(runs: Sequence[Progress]) -> Table:
     for name in ("step", "loss", "min", "left"):
         rows.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        remaining = _left(run)
-        is_made = run.planned.run.made
+        total, is_made = run.planned.total_steps, run.planned.run.made
+        known = run.rate and total is not None  # the rate so far
         rows.add_row(
             _shortened(run.planned.name, 38),
-            "made" if is_made else f"{run.step}/{run.planned.total_steps or '?'}",
+            "made" if is_made else f"{run.step}/{total or '?'}",
             "" if run.loss is None else f"{run.loss:.3f}",
             f"{run.seconds / 60:.1f}",
-            "" if remaining is None else duration(remaining),
+            _duration((total - run.step) / run.rate) if known else "",
         )
     return rows
-
-
-def _left(run: Progress) -> float | None:
-    """Returns the estimated remaining seconds of a running run, from its rate so far."""
-    if not run.rate or run.planned.total_steps is None:
-        return None
-    return (run.planned.total_steps - run.step) / run.rate
 
 
 def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
@@ -181,66 +159,54 @@ def seconds_left(runs: Sequence[Progress], workers: int) -> float | None:
         elif run.rate:
             by_kind.setdefault(run.planned.run.kind, []).append(1 / run.rate)
     rates = [value for values in by_kind.values() for value in values]
-    if not rates or not unfinished:
+    if not rates or not unfinished or any(run.planned.total_steps is None for run in unfinished):
         return None
-    total = 0.0
-    for run in unfinished:
-        if run.planned.total_steps is None:
-            return None
-        mine = by_kind.get(run.planned.run.kind, rates)
-        total += (run.planned.total_steps - run.step) * sum(mine) / len(mine)
+    total = sum(
+        ((run.planned.total_steps or 0) - run.step)
+        * statistics.fmean(by_kind.get(run.planned.run.kind, rates))
+        for run in unfinished
+    )
     return total / min(workers, len(unfinished))
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """Returns text such as '40 s', '12 min', '3.5 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class Screen:
-    """Shows a running sweep: a live table on a terminal, else a line for each event."""
+@contextlib.contextmanager
+def watching(sweep: str, *, workers: int) -> Iterator[Callable[[Sequence[Progress]], None]]:
+    """Yields a function that shows the progress: a live table on a terminal, else a line for each event."""
+    console = Console()
+    if not console.is_terminal:
+        yield _event_printer(workers)
+        return
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        yield lambda runs: live.update(table(sweep, runs, workers=workers), refresh=True)
 
-    def __init__(self, sweep: str, *, workers: int = 1, file: IO[str] | None = None):
-        self._sweep, self._workers = sweep, workers
-        self._console = Console(file=file)
-        self._live: Live | None = None
-        self._states: dict[str, RunState] = {}
-        self._last_line = time.monotonic()
 
-    def __enter__(self) -> Callable[[Sequence[Progress]], None]:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=False)
-            self._live.__enter__()
-            return self._draw
-        return self._print_events
+def _event_printer(workers: int) -> Callable[[Sequence[Progress]], None]:
+    """Returns a function that prints a line for each change, and one a minute."""
+    states: dict[str, RunState] = {}
+    last_line = time.monotonic()
 
-    def __exit__(self, *exc_info: Any) -> None:
-        if self._live is not None:
-            self._live.__exit__(*exc_info)
-
-    def _draw(self, runs: Sequence[Progress]) -> None:
-        assert self._live is not None
-        self._live.update(table(self._sweep, runs, workers=self._workers), refresh=True)
-
-    def _print_events(self, runs: Sequence[Progress]) -> None:
-        """Prints a line for each change, and one a minute."""
-        clock = time.strftime("%H:%M:%S")
-        first = not self._states
+    def show(runs: Sequence[Progress]) -> None:
+        nonlocal last_line
+        clock, first = time.strftime("%H:%M:%S"), not states
         for run in runs:
             name, state = run.planned.name, run.state
-            before = self._states.get(name)
-            self._states[name] = state
-            if before is state or first and state is not RunState.RUNNING:
-                continue
-            print(f"{clock} {name}: {_event(run)}", file=self._console.file, flush=True)
+            changed = states.get(name) is not state
+            states[name] = state
+            if changed and not (first and state is not RunState.RUNNING):
+                print(f"{clock} {name}: {_event(run)}", flush=True)
         now = time.monotonic()
-        if first or now - self._last_line > _LINES:
-            self._last_line = now
-            remaining = seconds_left(runs, self._workers)
-            about = "" if remaining is None else f"; about {duration(remaining)} left"
-            print(f"{clock} {counts(runs)}{about}", file=self._console.file, flush=True)
+        if first or now - last_line > _LINES:
+            last_line = now
+            print(f"{clock} {_summary(runs, workers)}", flush=True)
+
+    return show
 
 
 def _event(run: Progress) -> str:
@@ -250,7 +216,7 @@ def _event(run: Progress) -> str:
         return f"started, at step {run.step} of {run.planned.total_steps or '?'}"
     if run.state is RunState.DONE:
         loss = "" if run.loss is None else f", loss {run.loss:.3f}"
-        return f"done in {duration(run.seconds)}{loss}"
+        return f"done in {_duration(run.seconds)}{loss}"
     if run.state is RunState.STOPPED:
         return f"stopped at step {run.step}"
     if run.state is RunState.FAILED:

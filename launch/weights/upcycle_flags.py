@@ -293,8 +293,7 @@ def main(doc: str, command: str, module: str, add_flags: Any) -> int:
         """Returns the gin files of the source run: of the first expert, the mixture or the model."""
         first = flags.experts[0] if hasattr(flags, "experts") else getattr(flags, "moe", None)
         checkpoint = flags.checkpoint if first is None else split(first)[1]
-        given = argparse.Namespace(gin_file=flags.gin_file, checkpoint=checkpoint)
-        return load_run.default_files(given)
+        return load_run.files_of(checkpoint, flags.gin_file)
 
     return cli.main(
         doc,

@@ -144,6 +144,11 @@ def test_own_flags_default_files_and_run(gin_file, toy_gin, monkeypatch):
     assert seen["called"] == 99
 
 
+def test_errors_raised_by_the_command_module_itself_are_messages(command, tmp_path, capsys):
+    assert command("sweep", f"--out={tmp_path}") == cli.USAGE_ERROR
+    assert capsys.readouterr().err == "\nerror: give --sweep FILE.py, or --status.\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -268,7 +273,7 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
     assert re.search(r"train +Trains ", capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", ["espalier", "trian"])
     assert cli.console() == cli.USAGE_ERROR
-    assert "espalier: no command 'trian'. Nearest: train." in capsys.readouterr().err
+    assert "espalier: no command 'trian'; did you mean 'train'" in capsys.readouterr().err
 
 
 COMMANDS = {

@@ -99,7 +99,7 @@ def test_the_text_after_a_colon_is_given_to_get_config(write):
     [
         (
             "dict(arms=dict(a={'parent': 'balanced'}, balance={}))",
-            [r"arm 'a': its parent 'balanced' is no arm; nearest: 'balance'"],
+            [r"arm 'a': its parent 'balanced' does not exist; did you mean 'balance'"],
         ),
         (
             "dict(arms=dict(a=dict(parent='c'), b=dict(parent='a'), c=dict(parent='b')))",
@@ -111,12 +111,15 @@ def test_the_text_after_a_colon_is_given_to_get_config(write):
         ),
         (
             "dict(sizes=dict(s={}, m={}), arms=dict(a=dict(sizes=('s', 'l')), b=dict(parent='a')))",
-            [r"arm 'a': sizes names 'l'; there are 'm', 's'", r"lacks the sizes 'm'"],
+            [r"arm 'a': sizes names 'l'; valid names are m, s", r"lacks the sizes 'm'"],
         ),
-        ("{'arms': {'a': {}, 'b': {}, 'a': {}}}", ["line 5 names 'a' a second time"]),
-        ("dict(arms=dict(a={}), seeds=(1, 1))", [r"seeds = \(1, 1\) names one twice"]),
+        ("{'arms': {'a': {}, 'b': {}, 'a': {}}}", ["line 5 repeats the key 'a'"]),
+        ("dict(arms=dict(a={}), seeds=(1, 1))", [r"seeds = \(1, 1\) repeats a seed"]),
         ("dict(arms=dict(a={}), seeds=(0.5,))", ["is not a tuple of integers"]),
-        ("dict(arm=dict(a={}))", ["a sweep has no 'arm'; nearest: 'arms'", "there are no arms"]),
+        (
+            "dict(arm=dict(a={}))",
+            ["a sweep has no 'arm'; did you mean 'arms'", "there are no arms"],
+        ),
         ("dict(arms={'a/b': {}})", ["names have letters"]),
         (
             "dict(arms=dict(a=dict(bindings=('SEED=1', 'STEPS'), gin_files='x.gin', memory_gb=0)))",
@@ -154,7 +157,7 @@ def test_what_is_wrong_with_a_file_is_said_at_once(write, text, errors):
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(SweepError, match="there is no such file"):
+    with pytest.raises(SweepError, match="does not exist: give --sweep FILE.py"):
         sweep_file.read("nowhere.py")
 
 
@@ -398,7 +401,7 @@ def test_evaluations_by_call_and_by_command(tmp_path, monkeypatch):
     command = {"command": ("{python}", "-c", write, "{run}", "{json}")}
     assert sweep_run.evaluate("x", command, directory) == str(directory)
     for settings, error in (
-        ({"call": "measures:bad"}, "'x': what measures:bad returned is no JSON"),
+        ({"call": "measures:bad"}, "'x': measures:bad returned a value that is not JSON"),
         ({"command": ("sh", "-c", "exit 4", "{json}")}, "'x' ended with status 4"),
         ({"command": ("true", "{json}")}, "'x' wrote no JSON"),
     ):
@@ -548,7 +551,7 @@ def test_all_configurations_are_checked_before_the_first_run(tiny, command, tmp_
         "bad_value: --gin.TRAIN_STEPS='x'",
         "too_short: it continues base, which ends at step 12",
         "bad_batch: BATCH_SIZE = 8 is not a multiple of the 3 microbatches",
-        "wider: its parent base is another model: layers/",
+        "wider: its parent base has another model: layers/",
     ):
         assert said in err, err
     assert not (tmp_path / "out").exists()
@@ -560,7 +563,7 @@ def test_a_dry_run_shows_the_runs_and_what_they_stand_for(tiny, command, tmp_pat
     assert "longer/seed3: 4 steps\n  python -m launch.train --gin_file=" in out
     assert not (tmp_path / "out").exists()
     for arguments, error in (
-        (("--only=lunger/*",), "matches none of the 2 runs. Nearest: longer/seed3"),
+        (("--only=lunger/*",), "matches none of the 2 runs; did you mean 'longer/seed3'"),
         (("--minutes=0",), "--minutes 0.0: give a positive"),
     ):
         status, _, err = command("--sweep", tiny(), "--dry_run", *arguments)

@@ -83,11 +83,7 @@ def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
     """Returns the rows of a metrics file, without a truncated last line."""
-    special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-    rows = [json.loads(line) for line in _whole_lines(path)]
-    return [
-        {k: special.get(v, v) if isinstance(v, str) else v for k, v in row.items()} for row in rows
-    ]
+    return [restored(json.loads(line)) for line in _whole_lines(path)]
 
 
 def _whole_lines(path: str) -> list[str]:
@@ -96,11 +92,22 @@ def _whole_lines(path: str) -> list[str]:
 
 
 def jsonable(value: Any) -> Any:
-    """Returns a value as it is written to metrics.jsonl, see `JsonlWriter`."""
+    """Returns a value, or all values of a dict or list, as written to metrics.jsonl, see `JsonlWriter`."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(entry) for entry in value]
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def restored(value: Any) -> Any:
+    """Reverses `jsonable`: "NaN" and infinities become numbers again."""
+    if isinstance(value, dict):
+        return {key: restored(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [restored(entry) for entry in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 class TensorBoardWriter:

@@ -1,8 +1,8 @@
 """The sources by name."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from data.text import spelling
 from data.text.sources import code, english, environment, languages, markup
 
 SOURCES: dict[str, environment.Source] = {
@@ -34,16 +34,10 @@ def resolve(names: Iterable[str]) -> tuple[str, ...]:
     wanted: set[str] = set()
     for name in names:
         if name not in SOURCES and name not in GROUPS:
-            raise ValueError(f"unknown source {name!r}; {nearest(name, [*SOURCES, *GROUPS])}")
+            raise ValueError(
+                f"unknown source {name!r}; {spelling.nearest(name, [*SOURCES, *GROUPS])}"
+            )
         wanted.update(GROUPS.get(name, (name,)))
     if not wanted:
         raise ValueError(f"the list of sources is empty; choose among {', '.join(SOURCES)}")
     return tuple(name for name in SOURCES if name in wanted)
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """Returns `did you mean ...?` for an error message, or all valid names if none is similar."""
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
-    return f"valid names are {', '.join(valid)}"

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch import cli
+from data.text import spelling
 from launch.run.load_run import LoadedRun, LoadError
 from model.kernels.platform import target_platform
 from model.transforms import layer_stack
@@ -32,44 +32,38 @@ def unroll(run: LoadedRun) -> None:
 
 def computing_in(dtype: str, model: Any) -> Any:
     if dtype not in _DTYPES:
-        raise LoadError(f"--model_args: dtype={dtype} is none of {', '.join(_DTYPES)}.")
+        raise LoadError(f"--model_args: dtype={dtype} must be one of {', '.join(_DTYPES)}.")
     return model.clone(config=dataclasses.replace(model.config, dtype=dtype))
 
 
 def policy_settings(others: Mapping[str, Any], *, known: Iterable[str]) -> dict[str, str]:
-    """Returns the settings of the cache policy, as texts; raises LoadError for any other argument.
-
-    Args:
-      others: unknown arguments of the model.
-      known: names of the known arguments, for the error.
-    """
+    """Returns the settings of the cache policy among the unknown arguments `others`; raises LoadError for any other."""
     if unknown := [name for name in others if not name.startswith(_CACHE)]:
         known = [name for name in known if name not in ("self", "others")]
-        hint = cli.nearest(unknown[0], known)
         raise LoadError(
-            f"--model_args: there is no {', '.join(unknown)}.{hint} Valid: {', '.join(known)}, and "
-            f"{_CACHE}NAME for the settings of the cache policy."
+            f"--model_args: there is no {unknown[0]!r} ({spelling.nearest(unknown[0], known)}). "
+            f"Arguments: {', '.join(known)}, and {_CACHE}NAME for the settings of the cache policy."
         )
     return {name.removeprefix(_CACHE): str(value) for name, value in others.items()}
 
 
-def max_length(run: LoadedRun, asked: int | None) -> int:
+def max_length(run: LoadedRun, length: int | None) -> int:
+    """Returns the maximum length of inputs; `length` is the argument of --model_args."""
     learned = run.model.max_length
-    if asked is not None:
-        if asked < 1 or (learned is not None and asked > learned):
-            limit = f", and the model has learned {learned} positions" if learned else ""
-            raise LoadError(f"--model_args: max_length={asked} must be at least 1{limit}.")
-        return asked
-    if learned is not None:
-        return learned
-    published = run.meta.get("hf", {}).get("config", {})
-    return next((published[key] for key in _LENGTH_KEYS if key in published), _MAX_LENGTH)
+    if length is None:
+        published = run.meta.get("hf", {}).get("config", {})
+        known = (published[key] for key in _LENGTH_KEYS if key in published)
+        return next(known, _MAX_LENGTH) if learned is None else learned
+    if length < 1 or (learned is not None and length > learned):
+        limit = f" and at most the model's {learned} positions" if learned else ""
+        raise LoadError(f"--model_args: max_length={length} must be at least 1{limit}.")
+    return length
 
 
-def rows_of_a_batch(asked: int | str | None, most: int | None) -> int | None:
+def max_rows(batch_size: int | str | None, limit: int | None) -> int | None:
     """Returns the maximum rows of a batch; None for as many as its tokens allow."""
-    if asked is None or str(asked).startswith("auto") or int(asked) == 1:
-        return most
-    if int(asked) < 1:
-        raise LoadError(f"--batch_size={asked} must be at least 1, or auto.")
-    return int(asked) if most is None else min(int(asked), most)
+    if batch_size is None or str(batch_size).startswith("auto") or int(batch_size) == 1:
+        return limit
+    if int(batch_size) < 1:
+        raise LoadError(f"--batch_size={batch_size} must be at least 1, or auto.")
+    return int(batch_size) if limit is None else min(int(batch_size), limit)

@@ -40,7 +40,7 @@ def options(
 
     Args:
       gen_kwargs: options of the task, or of the flag --gen_kwargs.
-      max_gen_toks: default of max_gen_toks.
+      max_gen_toks: its default.
       model_defaults: the model's generation_config.json. Its repetition penalty applies to all
         requests, its sampling settings to requests that sample.
 
@@ -54,18 +54,17 @@ def options(
         del values["num_beams"]
     if unknown := sorted(set(values) - set(OPTIONS)):
         raise LoadError(
-            f"gen_kwargs: {', '.join(unknown)} cannot be heeded. Valid options: "
-            f"{', '.join(OPTIONS)}."
+            f"gen_kwargs: {', '.join(unknown)} is not supported. Valid options: {', '.join(OPTIONS)}."
         )
-    asked = {**model_defaults, **values}
+    wanted = {**model_defaults, **values}
     sampling: dict[str, Any] = {"temperature": 0.0}
     if values["do_sample"]:
         sampling["temperature"] = float(values.get("temperature", 1.0))
         sampling |= {
-            name: asked[name] for name in ("top_p", "min_p") if asked.get(name) is not None
+            name: wanted[name] for name in ("top_p", "min_p") if wanted.get(name) is not None
         }
-        sampling["top_k"] = asked.get("top_k") or None  # 0 means all tokens, as in transformers
-    sampling["repetition_penalty"] = float(asked.get("repetition_penalty") or 1.0)
+        sampling["top_k"] = wanted.get("top_k") or None  # 0 means all tokens, as in transformers
+    sampling["repetition_penalty"] = float(wanted.get("repetition_penalty") or 1.0)
     try:
         chosen = Sampling(**sampling)
     except ValueError as error:
@@ -88,9 +87,7 @@ class Generator:
       ends: ids that end an answer.
       batch_tokens: tokens of a batch, including new tokens.
       batch_size: maximum rows; None for as many as batch_tokens allows.
-      policy: policy of the key/value caches.
-      cache_dtype: see trainers/decoding/decoder.py.
-      prefill_chunk: see trainers/decoding/decoder.py.
+      policy, cache_dtype, prefill_chunk: see trainers/decoding/decoder.py.
       seed: seed of sampling.
     """
 
@@ -100,22 +97,19 @@ class Generator:
         *,
         ends: Sequence[int],
         batch_tokens: int,
-        batch_size: int | None,
+        batch_size: int | None = None,
         policy: CachePolicy,
-        cache_dtype: str | None,
-        prefill_chunk: int | None,
-        seed: int,
+        cache_dtype: str | None = None,
+        prefill_chunk: int | None = None,
+        seed: int = 0,
     ):
-        self._run = run
-        self._ends = tuple(ends)
-        self._batch_tokens = batch_tokens
-        self._batch_size = batch_size
+        self._run, self._ends, self._seed = run, tuple(ends), seed
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
         self._options: dict[str, Any] = {
             "policy": policy,
             "cache_dtype": cache_dtype,
             "prefill_chunk": prefill_chunk,
         }
-        self._seed = seed
         self._decoder: tuple[Any, Decoder] | None = None
 
     def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:
@@ -124,19 +118,15 @@ class Generator:
         rows = self._batch_tokens // (bucket_length(longest) + chosen.max_gen_toks)
         rows = min(max(1, rows), len(contexts), self._batch_size or len(contexts))
         decoder = self._decoder_for(chosen, self._run.batch_size(rows, len(contexts)))
-        self._texts = self._texts_of(chosen.until)
+        vocabulary, watched = self._run.vocabulary, {}
+        decode = decoder_of(vocabulary)
+        if hasattr(vocabulary, "decode_all"):
+            # `until` may have special tokens, which answers do not contain.
+            watched = {"decode_watched": vocabulary.decode_all}
+            decode = functools.partial(vocabulary.decode_all, skip_special_tokens=True)
+        self._texts = Texts(decode, ends=self._ends, stops=chosen.until, **watched)
         for new in decoder.stream(contexts, seed=self._seed % 2**32):
             yield self._texts.text(new.tokens)[0]
-
-    def _texts_of(self, until: Sequence[str]) -> Texts:
-        """Returns the texts of answers; a text in `until` may be a special token, which answers do not contain."""
-        vocabulary = self._run.vocabulary
-        if not hasattr(vocabulary, "decode_all"):
-            return Texts(decoder_of(vocabulary), ends=self._ends, stops=until)
-        without_special = functools.partial(vocabulary.decode_all, skip_special_tokens=True)
-        return Texts(
-            without_special, ends=self._ends, stops=until, decode_watched=vocabulary.decode_all
-        )
 
     def _decoder_for(self, chosen: Generation, rows: int) -> Decoder:
         settings = Settings(

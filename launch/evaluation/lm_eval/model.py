@@ -52,8 +52,7 @@ class EspalierLM(TemplateLM):
       max_batch_size: a second limit of rows; None for no limit.
       cache_policy: cache policy of generation, see `python -m launch.generate --help`; its settings are cache_NAME,
         such as cache_capacity=1024.
-      cache_dtype: see `python -m launch.generate --help`.
-      prefill_chunk: see `python -m launch.generate --help`.
+      cache_dtype, prefill_chunk: see `python -m launch.generate --help`.
       seed: seed of requests that sample.
       device: ignored: JAX chooses the device (JAX_PLATFORMS).
       **others: settings of the cache policy.
@@ -92,7 +91,7 @@ class EspalierLM(TemplateLM):
             raise LoadError("--model_args: give checkpoint=DIR, a run or step directory.")
         if params not in load_run.PARAMS:
             raise LoadError(
-                f"--model_args: params={params} is none of {', '.join(load_run.PARAMS)}."
+                f"--model_args: params={params} must be one of {', '.join(load_run.PARAMS)}."
             )
         policy = policy_from_text(
             cache_policy,
@@ -101,17 +100,16 @@ class EspalierLM(TemplateLM):
             ),
         )
         if policy.future:
-            raise LoadError(f"--model_args: cache_policy={cache_policy} reads the answer to come.")
+            raise LoadError(
+                f"--model_args: cache_policy={cache_policy} needs the answer beforehand; choose another."
+            )
         if batch_tokens is None:
             batch_tokens = arguments.default_batch_tokens()
         if batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
         config = load_run.config_of(checkpoint, [gin_file] if gin_file else [])
-        changes: dict[str, Any] = {
-            "mesh": mesh,
-            "add_bos": add_bos_token,
-            "chat_template": chat_template,
-        }
+        changes: dict[str, Any]
+        changes = {"mesh": mesh, "add_bos": add_bos_token, "chat_template": chat_template}
         changes = {name: value for name, value in changes.items() if value is not None}
         if start_token != "auto":
             changes["start_token"] = start_token
@@ -123,8 +121,8 @@ class EspalierLM(TemplateLM):
         )
         if self._run.vocabulary_or_none is None:
             raise LoadError(
-                f"The run of {checkpoint} has no vocabulary, and the harness asks in texts. Import the "
-                "model with its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
+                f"The run of {checkpoint} has no vocabulary, which the harness needs. Import the model with "
+                "its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
             )
         arguments.unroll(self._run)
         self.checkpoint = checkpoint
@@ -132,7 +130,7 @@ class EspalierLM(TemplateLM):
         self.max_length = arguments.max_length(self._run, max_length)
         self._prefix_token_id = prefix_token_id
         self._template: str | None = None
-        size = arguments.rows_of_a_batch(batch_size, max_batch_size)
+        size = arguments.max_rows(batch_size, max_batch_size)
         self._scorer = LikelihoodScorer(
             self._run.model,
             self._run.params,
@@ -217,7 +215,7 @@ class EspalierLM(TemplateLM):
             turns = [message for message in chat_history if message["role"] != "system"]
             if len(turns) == len(chat_history):
                 raise
-            _LOG.warning("%s. The system message is left out.", error)
+            _LOG.warning("%s. The system message is removed.", error)
             return self._render(turns, add_generation_prompt)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -229,7 +227,7 @@ class EspalierLM(TemplateLM):
         last = messages[-1]["content"]
         place = text.rfind(last.strip())
         if place < 0:
-            raise LoadError(f"The chat template does not show the message {last[:60]!r} as it is.")
+            raise LoadError(f"The chat template changes the message {last[:60]!r}.")
         # Templates may strip white space around messages.
         shown = last if text.startswith(last, place) else last.strip()
         return text[: place + len(shown)]
@@ -270,15 +268,15 @@ class EspalierLM(TemplateLM):
             room = self.max_length + 1 - len(continuation)  # the last token is not an input
             if room < 1:
                 raise LoadError(
-                    f"A continuation has {len(continuation)} tokens, and the model reads "
-                    f"{self.max_length}: it cannot be scored. Give another max_length=N, if it can."
+                    f"A continuation has {len(continuation)} tokens, more than max_length="
+                    f"{self.max_length}. Give a larger max_length=N, if the model allows it."
                 )
             cut += len(context) > room
             scored_rows.append(Row(context=context[-room:], targets=continuation))
         if cut:
             _LOG.warning(
-                "%d of %d contexts are longer than the model's %d tokens with their continuation: "
-                "they are cut at their beginning.",
+                "%d of %d contexts with their continuations are longer than the model's %d tokens: "
+                "their beginnings are cut.",
                 *(cut, len(pairs), self.max_length),
             )
         return self._scorer.stream(scored_rows, quiet=quiet)
@@ -322,9 +320,8 @@ class EspalierLM(TemplateLM):
             room = self.max_length - chosen.max_gen_toks
             if room < 1:
                 raise LoadError(
-                    f"max_gen_toks={chosen.max_gen_toks} leaves no room for a context in the "
-                    f"{self.max_length} tokens that the model reads: lower it with --gen_kwargs, or "
-                    "give another max_length=N."
+                    f"max_gen_toks={chosen.max_gen_toks} leaves no room for a context in "
+                    f"max_length={self.max_length}: change one of them (--gen_kwargs, --model_args)."
                 )
             contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
             contexts = [context or [self.prefix_token_id] for context in contexts]

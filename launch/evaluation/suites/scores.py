@@ -1,8 +1,7 @@
 """Scores of a suite of benchmarks: means by group, and their mean.
 
-A group's score is the unweighted mean of its benchmarks, whatever their sizes. The total is the mean of the groups, so
-that a group of eleven benchmarks has the same weight as a group of two. If a benchmark is missing, so are the means that
-contain it, because they would not be comparable.
+A group's score is the unweighted mean of its benchmarks, and the total the unweighted mean of the groups. If a benchmark
+is missing, so are the means that contain it, because they would not be comparable.
 """
 
 import dataclasses
@@ -27,11 +26,11 @@ class Suite:
     """Groups of benchmarks.
 
     Attributes:
-      name: of the suite, a folder of launch/papers; lm-evaluation-harness runs a benchmark by the task NAME_BENCHMARK of
-        launch/papers/NAME/harness_tasks.
-      groups: in the order of the table.
+      name: a folder of launch/papers; lm-evaluation-harness runs a benchmark by the task NAME_BENCHMARK in its folder
+        harness_tasks.
+      groups: the groups, in the order of the table.
       sources: data sets of the benchmarks that lm-evaluation-harness runs.
-      programs: for the benchmarks whose answers are programs: how to measure them.
+      programs: instructions for measuring the benchmarks of code.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Suite:
 
 
 def names() -> list[str]:
-    """Returns the names of the suites: the papers that have a suite."""
+    """Returns the names of the papers that have a suite."""
     return cli.papers_with("suite")
 
 
@@ -63,12 +62,7 @@ def find(name: str) -> Suite:
 def means(
     suite: Suite, scores: Mapping[str, float]
 ) -> tuple[dict[str, float | None], float | None]:
-    """Returns (score by group, total); None for a mean with a missing benchmark.
-
-    Args:
-      suite: the suite.
-      scores: scores of the measured benchmarks, by name.
-    """
+    """Returns (score by group, total) from scores by benchmark; None for a mean with a missing benchmark."""
     groups = {
         group.name: mean([scores.get(benchmark) for benchmark in group.benchmarks])
         for group in suite.groups
@@ -87,10 +81,7 @@ def table(
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yields rows (group, benchmark, score in %, detail), then the means; a missing value is a dash.
 
-    Args:
-      suite: the suite.
-      scores: scores by benchmark.
-      details: details by benchmark, such as the number of examples or how to get a missing set.
+    `scores` and `details` are by benchmark; a detail is the number of examples or how to get a missing set.
     """
     groups, total = means(suite, scores)
     for group in suite.groups:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.evaluation import routing_figure
+from launch.evaluation import routing
 from launch.papers.bam.arms import (
     BAM,
     BTX,
@@ -125,7 +125,7 @@ def _gates(runs: Runs) -> Any:
         for domain in runs.domains
         if domain in measured[0]["domains"]
     }
-    return routing_figure.figure(tables, measured[-1]["experts"])
+    return routing.figure(tables, measured[-1]["experts"])
 
 
 def _caches(measured: Mapping[str, Sequence[int]]) -> Any:

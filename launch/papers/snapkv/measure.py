@@ -130,11 +130,10 @@ def _loaded(directory: pathlib.Path) -> Iterator[Any]:
     from launch.config import gin_config
     from launch.run import load_run
 
-    flags = argparse.Namespace(checkpoint=str(directory), gin_file=[])
     config = gin_config.load(
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
-        untrusted=load_run.default_files(flags),
+        untrusted=load_run.files_of(str(directory)),
     )
     with config.entry().load(str(directory)) as loaded:
         yield loaded

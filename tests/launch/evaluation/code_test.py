@@ -112,7 +112,7 @@ def test_a_model_is_evaluated_and_resumed_with_the_same_draws(
     (tmp_path / "output").write_text("".join(lines[:3]))
     again, _ = evaluate(*flags)
     assert [row["completion"] for row in again] == [row["completion"] for row in rows]
-    assert "3 of 6 rows are there already" in capsys.readouterr().err
+    assert "3 of 6 rows exist already" in capsys.readouterr().err
 
 
 def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, monkeypatch):
@@ -133,10 +133,10 @@ def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, m
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
-        (RIGHT[:2], [], "has none for 1 problems, the first '2'"),
+        (RIGHT[:2], [], "has no row for 1 problems, the first is '2'"),
         ([*RIGHT, {"task_id": 7, "completion": ""}], [], "line 4: there is no problem '7'"),
         ([*RIGHT, {"task_id": 1}], [], "line 4: no 'completion'"),
-        (RIGHT, ["--k", "2"], "--k=2: there are 1 samples"),
+        (RIGHT, ["--k", "2"], "--k=2: each problem has 1 samples"),
         (RIGHT, ["--cpu_seconds=0"], "Limits.cpu_seconds = 0 must be above 0"),
         (RIGHT, ["--output=/none/x.jsonl"], "there is no folder /none"),
         (RIGHT, ["--problems=/none.jsonl"], "--problems=/none.jsonl: the file does not exist"),
@@ -152,7 +152,7 @@ def test_bad_input_is_one_error(evaluate, solutions, capsys, rows, flags, messag
     [
         (["--samples=2", "--temperature=0"], "--temperature=0 makes all"),
         (["--samples=0"], "--samples=0 must be at least 1"),
-        (["--samples=2", "--k", "3"], "--k=3: there are 2 samples"),
+        (["--samples=2", "--k", "3"], "--k=3: each problem has 2 samples"),
     ],
 )
 def test_flags_that_contradict_each_other(evaluate, trained_run, capsys, flags, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.tokenizers import vocabularies
-from launch.evaluation import routing, routing_figure
+from launch.evaluation import routing
 from launch.run import load_run
 from model.nexus.domain_router import expert_vectors
 from trainers.checkpoints import step_dir
@@ -107,7 +107,7 @@ def test_routers_of_alternating_layers_stand_in_the_models_order():
 def test_the_figure_has_a_matrix_for_each_router_and_layer_and_their_mean():
     two = [[0.5, 0.5], [0.2, 0.8]]
     domains = {task: {"mlp": two, "attention": two} for task in ("a", "b")}
-    drawn = routing_figure.figure(domains, ["seed", "code"])
+    drawn = routing.figure(domains, ["seed", "code"])
     titles = [axes.get_title() for axes in drawn.axes]
     assert titles[:3] == [
         "FFN router, mean of layers",

@@ -175,8 +175,8 @@ def test_metrics_are_those_of_continuations_and_sums(evaluate, by_command, regis
     [
         ({}, ["--task=sum"], "--task=sum: no such SeqIO task; did you mean 'sums'?"),
         ({"metrics": ()}, [], "The task 'sums' has no metric functions"),
-        ({"metrics": [exact, wants_more]}, [], "no function of (targets, predictions) or"),
-        ({"metrics": [takes_anything]}, [], "no function of (targets, predictions) or"),
+        ({"metrics": [exact, wants_more]}, [], "is not a function of (targets, predictions) or"),
+        ({"metrics": [takes_anything]}, [], "is not a function of (targets, predictions) or"),
         ({}, ["--split=test"], "has no split 'test'; its splits are validation, train."),
         ({"without": "inputs"}, [], "has no feature 'inputs', only targets"),
         ({"without": "targets"}, [], "has no feature 'targets', only inputs"),
@@ -191,7 +191,7 @@ def test_metrics_are_those_of_continuations_and_sums(evaluate, by_command, regis
             "'inputs' of the task 'sums' is encoded with",
         ),
         ({"before": [shorten]}, [], "of the task 'sums' needs a sequence length"),
-        ({"inputs": [], "targets": []}, [], "The split 'validation' of the task 'sums' holds no"),
+        ({"inputs": [], "targets": []}, [], "The split 'validation' of the task 'sums' has no"),
         ({}, ["--num_examples=0"], "--num_examples=0 must be at least 1."),
         ({}, ["--max_new_tokens=0"], "--max_new_tokens=0 must be at least 1."),
         ({}, ["--module=there_is_none"], "the module 'there_is_none' of mixtures does not exist"),
@@ -249,4 +249,7 @@ def test_empty_targets_have_no_score(evaluate, register, capsys):
 
     register("sums", after=[without_eos])
     assert evaluate("--task=sums") == 2
-    assert "Example 1 of the task 'sums': 'targets', nothing" in capsys.readouterr().err
+    assert (
+        "Example 1 of the task 'sums': 'targets', the text to score, is empty"
+        in capsys.readouterr().err
+    )

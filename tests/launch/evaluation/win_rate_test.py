@@ -395,12 +395,12 @@ def test_judges_that_are_none_are_named(win_rate, capsys, judge, message):
     ("flags", "message"),
     [
         (["--a=x.jsonl"], "either --a=FILE and --b=FILE"),
-        (["--a=x.jsonl", "--b=y/x.jsonl"], "are both called 'x'"),
+        (["--a=x.jsonl", "--b=y/x.jsonl"], "both have the name 'x'"),
         (["--systems", "x.jsonl"], "nothing to be compared with"),
         (["--systems", "x.jsonl", "--b=x.jsonl"], "either --a=FILE and --b=FILE"),
         (["--a=x.jsonl", "--b=none.jsonl"], "none.jsonl: there is no such file"),
         (["--a=x.jsonl", "--b=y=x.jsonl", "--attempts=0"], "--attempts=0 must be at least 1"),
-        (["--a=x.jsonl", "--b=y=x.jsonl", "--out=x.jsonl"], "--out=x.jsonl cannot be made"),
+        (["--a=x.jsonl", "--b=y=x.jsonl", "--out=x.jsonl"], "--out=x.jsonl cannot be created"),
     ],
 )
 def test_flags_that_do_not_go_together(win_rate, capsys, tmp_path, monkeypatch, flags, message):

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 
 from data.tokenizers import vocabularies
-from launch import cli
 from launch.config import gin_config
-from launch.evaluation import rewards
-from launch.evaluation.rewards import RewardError
 from launch.preparation import best_of_n
 from model.heads.reward_model import RewardModel
 from trainers.checkpoints import step_dir
@@ -35,12 +32,6 @@ def rows(texts, prompt="1 + 1 = ", answer="2", **more):
     ]
 
 
-def add_flags(parser):
-    for name in ("inputs", "output", "pairs"):
-        parser.add_argument(f"--{name}")
-    rewards.add_flags(parser)
-
-
 @pytest.fixture
 def command(tmp_path):
     """Runs the command on rows; returns its status and what it wrote."""
@@ -49,21 +40,8 @@ def command(tmp_path):
         inputs = tmp_path / "samples.jsonl"
         inputs.write_text("".join(json.dumps(row) + "\n" for row in given))
         files = {name: tmp_path / f"{name}.jsonl" for name in ("output", "pairs")}
-        status = cli.main(
-            best_of_n.__doc__,
-            entry="launch.run.load_run:RunConfig",
-            command="prepare best_of_n",
-            extra_flags=add_flags,
-            run=best_of_n.run,
-            default_files=rewards.default_files,
-            unused={"MODEL": "None", "VOCABULARY": "None"},
-            argv=[
-                f"--inputs={inputs}",
-                f"--reward={reward}",
-                *(f"--{name}={path}" for name, path in files.items()),
-                *more,
-            ],
-        )
+        outputs = [f"--{name}={path}" for name, path in files.items()]
+        status = best_of_n.main([f"--inputs={inputs}", f"--reward={reward}", *outputs, *more])
         found = [
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else None
             for path in files.values()
@@ -183,7 +161,7 @@ def test_the_bound_holds_and_is_met_by_many_outcomes():
         ([{"sample": 0, "text": "x"}], (), "exact_answer", "line 1: expected the samples"),
         (rows(["1"]), ("--answer_key=solution",), "exact_answer", "line 1: .*no 'solution'"),
         ([{"sample": 0, "prompt": [1], "tokens": [2]}], (), "exact_answer", "line 1: no 'text'"),
-        (rows(["1"]), (), "exact", "--reward=exact is none of"),
+        (rows(["1"]), (), "exact", "--reward=exact must be "),
     ],
 )
 def test_what_cannot_be_ranked_is_said(command, capfd, given, more, reward, words):
@@ -196,5 +174,5 @@ def test_pairs_need_texts():
     for i, row in enumerate(group):
         row["text"] = str(i)
     assert best_of_n.pair(group, [0.0, 0.0]) is None
-    with pytest.raises(RewardError, match="'text'"):
+    with pytest.raises(best_of_n.RewardError, match="'text'"):
         best_of_n.pair([{**group[0], "text": "x"}, {"prompt": [1], "sample": 1}], [0.0, 1.0])

@@ -102,7 +102,7 @@ def test_of_each_source_the_first_documents_may_be_all_that_is_read(embed, tmp_p
     np.testing.assert_array_equal(found.domains["x"].raw_M, found.domains["law"].raw_M)
     embed.path.unlink()
     assert "--limit=0 must be at least 1" in embed("--limit=0")
-    assert "--limit is of encoders that read" in embed("--limit=2", "--encoder=one_hot")
+    assert "--limit is for encoders that read" in embed("--limit=2", "--encoder=one_hot")
 
 
 def test_a_file_that_another_command_has_extended_meanwhile_is_left_as_it_is(
@@ -133,17 +133,17 @@ def test_an_extension_by_another_encoder_is_an_error(embed):
         assert "ngrams (order 2, dim 32" in message and flag[2:].replace("=", " ") in message
     assert "and this is one_hot" in embed("--encoder=one_hot", names=("sea",), extend=True)
     assert "already has the domain 'law'" in embed(names=("law",), extend=True)
-    assert "is there already" in embed()
+    assert "exists already" in embed()
 
 
 def test_errors_of_flags_and_sources(embed, tmp_path, command, capsys):
-    assert "--order is no setting of --encoder=random" in embed("--encoder=random", "--order=2")
+    assert "--order does not apply to --encoder=random" in embed("--encoder=random", "--order=2")
     assert "--dim=0 must be at least 1" in embed("--dim=0")
     assert "--seed=-1" in embed("--seed=-1")
     assert "--encoder=model needs --checkpoint=DIR" in embed("--encoder=model")
     assert "there is no domain" in embed(names=())
     assert "expected NAME=SOURCE" in embed("--domain=lone")
-    assert "--domain=law is given twice" in embed(names=("law", "law"))
+    assert "--domain=law occurs twice" in embed(names=("law", "law"))
     assert "matches no file" in embed("--domain", "none=/nowhere/*.jsonl")
     assert "no key 'body'" in embed("--text_key=body")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
@@ -152,7 +152,7 @@ def test_errors_of_flags_and_sources(embed, tmp_path, command, capsys):
     assert "domain 'short': all documents have fewer than 9 characters" in embed(
         "--order=9", "--domain", f"short={tmp_path / 'sea.jsonl'}", names=("code",)
     )
-    assert "task:lag_4: no such SeqIO task: none is registered" in embed("--domain=x=task:lag_4")
+    assert "task:lag_4: no such SeqIO task; there are none" in embed("--domain=x=task:lag_4")
 
 
 def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(embed, tmp_path):

@@ -72,8 +72,11 @@ def test_errors_are_for_people(tmp_path, capsys):
     for arguments, message in (
         (["--kind=rated", out, "--input=gone.jsonl"], "--input=gone.jsonl: there is no such file"),
         (["--kind=rated", out, write(tmp_path, rated(1))], "line 1: 1 responses and 1 ratings"),
-        (["--kind=rated", out, ties, "--min_margin=2"], "no pair is made. Dropped: 1 tie (first: "),
-        (["--kind=rated", out, empty], "There is nothing to make one of"),
+        (
+            ["--kind=rated", out, ties, "--min_margin=2"],
+            "there are no pairs. Dropped: 1 tie (first: ",
+        ),
+        (["--kind=rated", out, empty], "There is no source: give another --input"),
         (["--kind=translations", f"--output={tmp_path}/no/folder/x.jsonl"], "there is no folder"),
     ):
         assert preference_pairs.main(arguments) == 2

@@ -124,7 +124,7 @@ def test_bindings_name_what_other_arms_made(write, tmp_path):
     [
         (
             "m=dict(made=('{sed}', '{run}', '{python}')), seed={}",
-            [r"arm 'm': its command names \{sed\}, which is no arm; nearest: 'seed'"],
+            [r"arm 'm': its command names \{sed\}, but no arm has this name; did you mean 'seed'"],
         ),
         ("m=dict(made=('{a}', '--to=x')), a={}", [r"arm 'm': its command has no word with \{run\}"]),
         (
@@ -135,28 +135,28 @@ def test_bindings_name_what_other_arms_made(write, tmp_path):
         (
             "a=dict(seeds=(0,)), b={}, m=dict(made=('{b}', '{a}', '{run}'), seeds=(0, 1))",
             [
-                r"arm 'm': 'a', which it is made of, lacks the seeds 1\.",
-                r"arm 'm': 'b', which it is made of, lacks the seeds 1\.",
+                r"arm 'm': the arm 'a' in its command lacks the seeds 1\.",
+                r"arm 'm': the arm 'b' in its command lacks the seeds 1\.",
             ],
         ),
         (
             "a={}, m=dict(made=('{a}', '{run}'), parent='a', gin_files=('x.gin',), bindings=('A=1',))",
-            [f"arm 'm' is made, not trained: leave out its {key}" for key in ("parent", "gin_files", "bindings")],
+            [f"arm 'm' is made, not trained: remove its {key}" for key in ("parent", "gin_files", "bindings")],
         ),
         (
             "a=dict(bindings=(\"X='{b}'\",), seeds=(0, 1)), b=dict(made=('{run}',), seeds=(0,))",
-            [r"arm 'a': 'b', which a binding names, lacks the seeds 1\."],
+            [r"arm 'a': the arm 'b' in its bindings lacks the seeds 1\."],
         ),
         (
             "a=dict(bindings=(\"X='{bb}/x'\",)), b={}",
-            [r"arm 'a': a binding names \{bb\}, which is no arm; nearest: 'b'"],
+            [r"arm 'a': a binding names \{bb\}, but no arm has this name; did you mean 'b'"],
         ),
         ("a=dict(bindings=(\"X='{a}'\",))", [r"'a' is its own ancestor \(a -> a\)"]),
         ("m=dict(made='cp {run}')", ["made = 'cp {run}' is not a tuple of strings"]),
         ("m=dict(made=())", [r"made = \(\) is not a tuple of strings"]),
         (
             "run={}, m=dict(made=('{run}',))",
-            [r"arm 'run': in commands \{run\} does not stand for an arm: rename it"],
+            [r"arm 'run': \{run\} has another meaning in commands: rename the arm"],
         ),
     ],
 )  # fmt: skip
@@ -171,7 +171,7 @@ def test_what_is_wrong_with_a_made_arm_is_said_at_once(write, arms, errors):
 def test_sizes_that_are_lacking_are_named(write):
     text = """ConfigDict(dict(sizes=dict(s={}, m={}),
         arms=dict(a=dict(sizes=('s',)), b=dict(made=('{a}', '{run}')))))"""
-    with pytest.raises(SweepError, match="arm 'b': 'a', which it is made of, lacks the sizes 'm'"):
+    with pytest.raises(SweepError, match="arm 'b': the arm 'a' in its command lacks the sizes 'm'"):
         sweep_file.read(write(text))
 
 
@@ -221,7 +221,7 @@ def test_a_digest_is_also_of_what_the_gin_files_say_that_a_command_names(write, 
     with pytest.raises(SweepFolderError, match="a/seed0: its gin files have changed since"):
         sweep_run.run_one(folder, "a/seed0")
     part.unlink()
-    with pytest.raises(SweepError, match=f"a: its command: there is no gin file {part}") as raised:
+    with pytest.raises(SweepError, match=f"a: its command: the gin file {part}") as raised:
         digests()
     assert len(raised.value.problems) == 1
 
@@ -388,10 +388,10 @@ def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp
     status, _, err = run("--sweep", other)
     assert (
         status == 2
-        and "start/seed3: its command, a gin file that this names, or what it is made of has changed"
+        and "start/seed3: its command, a gin file in the command, or a run in the command has changed"
         in err
     )
-    assert "mixture/seed3: a run above it has changed" in err and "law/seed3" not in err
+    assert "mixture/seed3: a run that it depends on has changed" in err and "law/seed3" not in err
     status, out, _ = run("--sweep", other, "--only=start/*", "--rerun_changed")
     assert status == 0 and (folder.path / "replaced/start/seed3.1/made/config.gin").exists(), out
     assert "moa.MixtureOfAttention" in (made_at / "config.gin").read_text()
@@ -461,13 +461,13 @@ def test_a_command_that_makes_no_run_and_one_that_fails(write, tmp_path):
     by_name = {entry.name: entry for entry in plan}
     a, b, c = plan
     with pytest.raises(
-        sweep_run.MadeError, match=r"there is no .*made: let it make what \{run\} names"
+        sweep_run.MadeError, match=r"succeeded without writing .*made: let it write to \{run\}"
     ):
         sweep_run.make(folder, a, by_name)
     with pytest.raises(SystemExit) as ended:
         sweep_run.make(folder, b, by_name)
     assert ended.value.code == 4
-    with pytest.raises(ValueError, match="a/seed0 has not been trained yet"):
+    with pytest.raises(ValueError, match="a/seed0 is not trained yet"):
         sweep_run.make(folder, c, by_name)
     with folder.lock_run(a.name), pytest.raises(ValueError, match=r"in use: .* makes this run"):
         assert folder.in_use(a.name)
@@ -481,7 +481,9 @@ def test_a_file_may_be_made_and_is_no_parent(write, tmp_path):
     outcome = sweep_run.make(folder, a, {a.name: a})
     assert outcome["checkpoint"] is None and folder.model_dir(a.run).is_file()
     folder.write_record(a.name, {"digest": a.digest, "trained": outcome})
-    with pytest.raises(ValueError, match="a/seed0 is no parent: its command made no checkpoint"):
+    with pytest.raises(
+        ValueError, match="a/seed0 cannot be a parent: its command wrote no checkpoint"
+    ):
         folder.final_checkpoint(a)
     assert sweep_run.make(folder, a, {a.name: a}) == outcome  # anew
 

@@ -6,7 +6,7 @@ import shutil
 import gin
 import pytest
 
-from launch.evaluation.suites import evaluation
+from launch.evaluation import harness
 from launch.papers.code_mix.suite import SUITE
 
 MISSING = ("story_cloze", "hellaswag")
@@ -91,7 +91,7 @@ def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command
         == 2
     )
     said = capsys.readouterr().err
-    assert "No evaluation set is there" in said
+    assert "There is no evaluation set" in said
     assert (
         "hellaswag: no validation*" in said and "humaneval: python -m launch.evaluate code" in said
     )
@@ -99,14 +99,12 @@ def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command
 
 def test_code_results_of_another_form_are_refused(tmp_path, results):
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(
-        evaluation.SuiteError, match="is not what launch.evaluate code --json writes"
-    ):
-        evaluation.code_results([str(tmp_path / "other.json")])
+    with pytest.raises(harness.SuiteError, match="is not a file of launch.evaluate code --json"):
+        harness.code_results([str(tmp_path / "other.json")])
     twice = [results("mbpp", 0.5).partition("=")[2]] * 2
-    with pytest.raises(evaluation.SuiteError, match="mbpp is given twice"):
-        evaluation.code_results(twice)
-    assert evaluation.code_results(twice[:1]) == {"mbpp": {"score": 0.5, "n": 20}}
+    with pytest.raises(harness.SuiteError, match="another file has results of mbpp too"):
+        harness.code_results(twice)
+    assert harness.code_results(twice[:1]) == {"mbpp": {"score": 0.5, "n": 20}}
 
 
 def test_code_results_of_another_checkpoint_are_refused(tmp_path):
@@ -114,6 +112,6 @@ def test_code_results_of_another_checkpoint_are_refused(tmp_path):
     settings = {"checkpoint": str(tmp_path / "run" / "10")}
     found = {"problems": "mbpp", "num_problems": 20, "pass_at_k": {"1": 0.5}, "settings": settings}
     path.write_text(json.dumps(found))
-    assert evaluation.code_results([str(path)], tmp_path / "run" / "10")["mbpp"]["score"] == 0.5
-    with pytest.raises(evaluation.SuiteError, match="not of the checkpoint"):
-        evaluation.code_results([str(path)], tmp_path / "run" / "20")
+    assert harness.code_results([str(path)], tmp_path / "run" / "10")["mbpp"]["score"] == 0.5
+    with pytest.raises(harness.SuiteError, match="is of the checkpoint .*, not of "):
+        harness.code_results([str(path)], tmp_path / "run" / "20")
