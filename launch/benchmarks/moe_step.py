@@ -9,7 +9,8 @@ import statistics
 import tempfile
 from typing import Any
 
-from launch.benchmarks import moe_case, pairs, peers
+from launch.benchmarks import compare, moe_case
+from launch.benchmarks.train_step import command
 
 WARM_UP = 2
 # batched_mm is excluded: it gathers a kernel for every (token, expert) choice, 8.6 GB for one product here.
@@ -26,7 +27,7 @@ def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
                 total = WARM_UP + steps
                 moe_case.write(folder, experts=experts, routing=routing, steps=total)
                 for form in () if tried else FORMS:
-                    tried[form] = _seconds(peers.run(form, folder, steps=WARM_UP + 1))
+                    tried[form] = _seconds(compare.measured(command(form, folder, WARM_UP + 1)))
                 best = min(FORMS, key=lambda form: tried[form])
                 report[f"{experts}_experts_{routing}"] = _compare(folder, best, rounds, total)
         report[f"{experts}_experts_seconds_by_form"] = tried
@@ -35,31 +36,24 @@ def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
 
 def _compare(folder: str, form: str, rounds: int, steps: int) -> dict[str, Any]:
     """Compares both sides on one mixture with one routing."""
-    sides = ("ours", form)
-    reports: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side in sides:
-            reports[side].append(peers.run(side, folder, steps=steps))
-    ours, theirs = (reports[side] for side in sides)
+    commands = {side: command(side, folder, steps) for side in ("ours", form)}
+    reports = compare.alternate_processes(commands, rounds)
+    seconds = compare.each(reports, _seconds)
+    cpu_seconds = compare.each(reports, lambda report: _seconds(report, "cpu_seconds"))
     tokens = moe_case.SIZES["batch_size"] * moe_case.SIZES["length"]
-    losses = [runs[0]["losses"] for runs in (ours, theirs)]
+    losses = {side: runs[0]["losses"] for side, runs in reports.items()}
     return {
         "peer_form": form,
-        "speed_over_peer": pairs.ratio([*map(_seconds, theirs)], [*map(_seconds, ours)]),
-        "cpu_seconds_peer_over_ours": pairs.ratio(
-            [_seconds(run, "cpu_seconds") for run in theirs],
-            [_seconds(run, "cpu_seconds") for run in ours],
-        ),
+        "speed_over_peer": compare.ratio(seconds[form], seconds["ours"]),
+        "cpu_seconds_peer_over_ours": compare.ratio(cpu_seconds[form], cpu_seconds["ours"]),
         "tokens_per_second": {
-            side: [round(tokens / _seconds(run)) for run in reports[side]] for side in sides
+            side: [round(tokens / s) for s in values] for side, values in seconds.items()
         },
-        "losses": dict(zip(sides, losses, strict=True)),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        "peak_memory_mb": {side: reports[side][0]["peak_memory_mb"] for side in sides},
-        "contended": any(
-            run["other_load"] > peers.CONTENDED for runs in reports.values() for run in runs
-        ),
-        "peer_versions": theirs[0]["versions"],
+        "losses": losses,
+        "largest_loss_difference": compare.largest_difference(*losses.values()),
+        "peak_memory_mb": {side: runs[0]["peak_memory_mb"] for side, runs in reports.items()},
+        "contended": compare.contended(reports),
+        "peer_versions": reports[form][0]["versions"],
     }
 
 
