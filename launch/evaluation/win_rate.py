@@ -29,7 +29,7 @@ from typing import Any
 
 from data.cache import cache_dir
 from launch import cli
-from launch.evaluation.judges import answers, asking, journal, screen, shares, spec
+from launch.evaluation.judges import answers, asking, screen, shares, spec
 from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.run import load_run
@@ -158,7 +158,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JudgeError(f"--out={out} cannot be made: {error}. Choose another folder.") from None
-    with journal.opened(folder / JUDGEMENTS) as replies:
+    with asking.opened(folder / JUDGEMENTS) as replies:
         outcomes, tally = asking.judge_pairs(judge, pairs, replies)
     prompts = len(systems[0].answers)
     summary = {

@@ -85,7 +85,9 @@ class ResumedRows:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise RowFileError(f"{place} is no row: delete the line, and it is made again.")
+                raise RowFileError(
+                    f"{place} is not a JSON object: delete the line to make the row again."
+                )
             self.rows.append((place, row))
         if writer:
             file.truncate(size)
