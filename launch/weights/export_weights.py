@@ -24,7 +24,7 @@ from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 _BLOCK_BYTES = 1 << 24
 # Fields of config.json that do not depend on the architecture; the export of a changed model copies them.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
+_COPIED = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
 
 def export_hf(
@@ -84,8 +84,8 @@ def _export(
     arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
     if missing := sorted(path for path, entry in arrays.items() if entry is None):
         raise ConvertError(
-            f"checkpoint {step} has no {root}{missing[0]}, so that it is of another model than its "
-            "configuration says. Give the configuration it was saved with: --gin_file=FILE."
+            f"checkpoint {step} has no {root}{missing[0]}, which the model of its configuration has: give "
+            "the configuration of its training, --gin_file=FILE."
         )
     shapes = family.shapes(model)
     dtypes = {
@@ -136,7 +136,7 @@ def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, 
         describe(model), describe(family.model(original))
     ):
         return dict(original)
-    return {**{key: original[key] for key in _KEPT if key in original}, **family.config(model)}
+    return {**{key: original[key] for key in _COPIED if key in original}, **family.config(model)}
 
 
 def _generation(

@@ -22,7 +22,7 @@ _EMBEDDING = "token_embed/embedding"
 # Fields of experts.Mixture that a mixture records for experts added later; also names of flags of launch.upcycle.
 RECORDED = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
 _REMEDY = (
-    f"add the new domain to the file that the mixture was made with, {domain_embeddings.COMMAND} --extend=FILE "
+    f"add the new domain to the file of the mixture with {domain_embeddings.COMMAND} --extend=FILE "
     "--domain NAME=SOURCE, which keeps its encoder, its mean and its vectors."
 )
 
@@ -88,8 +88,8 @@ def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
     for other in sources[1:]:
         if other.meta.get("vocabulary") != first.meta.get("vocabulary"):
             raise TransformError(
-                f"{other.path} was trained with another vocabulary than {first.path}: the same ids would "
-                "stand for other words. Experts come from one seed and its vocabulary."
+                f"{other.path} was trained with another vocabulary than {first.path}, in which the same ids "
+                "are other words: give models of one vocabulary."
             )
     shape = first.abstract.shapes.get(_EMBEDDING)
     if unrelated or shape is None:
@@ -103,8 +103,8 @@ def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
         correlation = float(np.corrcoef(rows, theirs)[0, 1])
         if not correlation > _RELATED:
             raise TransformError(
-                f"{other.path} and {first.path} do not come from one seed: their embeddings correlate by "
-                f"{correlation:.2f}, so that averages of the two mean nothing. --unrelated takes them all the same."
+                f"{other.path} and {first.path} did not start from the same seed model: the correlation of their "
+                f"embeddings is {correlation:.2f}, so their average is meaningless. --unrelated accepts them."
             )
 
 
@@ -126,13 +126,13 @@ def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None
     """Raises TransformError if the file's encoder or subtracted mean differs from the mixture's."""
     if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
         raise TransformError(
-            f"{domains.path} was made by the encoder {domain_embeddings.described(domains.encoder)}, and the mixture's "
-            f"embeddings by {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
+            f"{domains.path} was made with the encoder {domain_embeddings.described(domains.encoder)}, but the "
+            f"mixture's embeddings with {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
         )
     if domains.mean_M.tolist() != recorded["mean"]:
         raise TransformError(
-            f"{domains.path} takes another mean from its vectors than the embeddings of the mixture, which would "
-            f"move every expert: {_REMEDY}"
+            f"{domains.path} has another mean, which is subtracted from its vectors, than the mixture's embeddings, so "
+            f"all experts would move: {_REMEDY}"
         )
 
 
@@ -141,6 +141,6 @@ def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np
     for name, vector_M in zip(names, vectors_EM, strict=True):
         if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
             raise TransformError(
-                f"{domains.path} has another vector of {name} than the mixture, whose router has learned from its "
-                f"own: {_REMEDY}"
+                f"{domains.path} has another vector of {name} than the one that the mixture's router was trained "
+                f"with: {_REMEDY}"
             )

@@ -104,7 +104,7 @@ def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]
     for file in files:
         read(file)
     if unknown := settings.keys() - bindings.keys():
-        raise ValueError(f"{', '.join(files)} set no {min(unknown)}.")
+        raise ValueError(f"{', '.join(files)} do not define {min(unknown)}.")
     bindings |= {name: repr(value) for name, value in settings.items()}
     names = [name for name in imports if "dynamic_registration" not in name]
     return [*names, *(f"{name} = {value}" for name, value in bindings.items())]
