@@ -130,11 +130,12 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
     """Returns (name, value) of the lines above the table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in header["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    rows = "images" if header["unit"] == "images" else f"rows of {header['length']} tokens"
     facts = [
         ("topology", f"{topology}, {header['chips']} x {header['device']}"),
         ("mesh", f"{mesh}, rules {header['rules']}"),
         ("parameters", f"{header['parameters']:,}"),
-        ("batch", _rows(header)),
+        ("batch", f"{header['batch_size']} {rows}"),
         (
             "HBM limit",
             f"{topology.chip.hbm_bytes / 1e9:.2f} GB ({topology.chip.hbm_bytes / 2**30:.2f} GiB)",
@@ -152,12 +153,6 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
         times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds_at_peak.items())
         facts.append(("at peak rates", times))
     return facts
-
-
-def _rows(header: dict[str, Any]) -> str:
-    if header["unit"] == "images":
-        return f"{header['batch_size']} images"
-    return f"{header['batch_size']} rows of {header['length']} tokens"
 
 
 def _write(path: str, text: str) -> None:

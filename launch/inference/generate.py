@@ -114,10 +114,10 @@ def generate(
     with config.load(checkpoint, params=params) as loaded:
         prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
         if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
-            raise LoadError(f"{empty[0]}: the prompt is empty, and START_TOKEN is None.")
+            raise LoadError(f"{empty[0]}: the prompt is empty: give text, or set START_TOKEN.")
         vocabulary = loaded.vocabulary_or_none
         if vocabulary is None and stops:
-            raise LoadError("--stop needs texts, and the run's configuration sets no VOCABULARY.")
+            raise LoadError("--stop needs texts: set VOCABULARY, or use --eos_id.")
         settings = dataclasses.replace(
             settings,
             eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
