@@ -1,6 +1,6 @@
 """Forward and backward pass of a mixture of MLPs against one dense MLP of equal active FLOPs, float32.
 
-The dense MLP is as wide as all experts of one token together. The mixtures are those of `moe_step`.
+The dense MLP is as wide as all experts of one token together. The mixtures have the sizes of `moe_step`.
 """
 
 import operator

@@ -6,16 +6,16 @@ Example, on two files of launch.generate from the same prompts:
     --judge=openai:https://host/v1,model=NAME,key_env=API_KEY
 
 Rows belong together by "id" if all have one, else by prompt. A judge that compares is asked about both
-orders of the answers; disagreement is a tie, identical answers are one without asking. A reply that
-cannot be read or does not come is asked for again, and in the end counted as invalid: in no share.
+orders of the answers; disagreement is a tie, and so are identical answers, without asking. If a reply
+cannot be read or does not come, the question is repeated; in the end the pair is invalid, and in no share.
 
---out gets judgements.jsonl, summary.json and win_rates.png. Replies are written to judgements.jsonl as they
+The folder --out has judgements.jsonl, summary.json and win_rates.png. Replies are written to judgements.jsonl as they
 come: after a stop the same command continues there, and with another judge, pair or prompt only
 new questions are asked. A checkpoint as judge is configured as in launch.generate.
 
 judges:
   checkpoint:DIR           a run or step directory: its model writes the comparison
-  openai:URL,model=NAME    a chat-completions endpoint; key_env=VARIABLE says where its key is
+  openai:URL,model=NAME    a chat-completions endpoint; key_env=VARIABLE is the variable with its key
   logprob:DIR              scores each answer by its mean log-probability under a model
 
 their settings, with defaults ("none" for max_tokens or temperature leaves them to the endpoint):
@@ -72,7 +72,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="times that a question is asked until the reply can be read (default 3)",
+        help="number of times to ask a question until the reply can be read (default 3)",
     )
     group.add_argument(
         "--allow_ties",

@@ -64,7 +64,9 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
     context = run.context(tokens)
     if targets is not None:
         if not context and targets:
-            raise LoadError(f"{where}: no token precedes the targets: give text before them, or set START_TOKEN.")
+            raise LoadError(
+                f"{where}: no token precedes the targets: give text before them, or set START_TOKEN."
+            )
         return Row(context=context, targets=targets)
     # An empty row has no targets, but a context needs at least one token.
     return Row(context=context[:1] or [0], targets=context[1:])

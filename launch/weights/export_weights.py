@@ -11,6 +11,7 @@ import numpy as np
 
 from data.tokenizers import hf_tokenizer
 from launch.run import run_vocabulary
+from launch.weights import source_models
 from launch.weights.import_weights import ConvertError, check_space, new_directory, progress
 from model.hf.description import describe, differences
 from model.hf.families import family_named, family_of_model
@@ -54,12 +55,10 @@ def export_hf(
     """
 
     def read(step: Any) -> None:
-        recorded = step_dir.read_manifest(step)
-        if problems := manifest.check_files(step, recorded.files):
-            raise DamagedCheckpointError(step, problems)
-        meta = step_dir.read_record(step, recorded)["meta"]
+        _, recorded = source_models.checked(step)
+        source = step_dir.read_record(step, recorded)["meta"].get("hf", {})
         with new_directory(target) as partial:
-            _export(step, recorded, meta, model, partial, params, family, dtype, shard_bytes)
+            _export(step, recorded, source, model, partial, params, family, dtype, shard_bytes)
 
     step_dir.newest_good(checkpoint, read)
 
@@ -67,7 +66,7 @@ def export_hf(
 def _export(
     step: Any,
     recorded: Manifest,
-    meta: Mapping[str, Any],
+    source: Mapping[str, Any],
     model: Any,
     folder: str,
     params: str,
@@ -75,8 +74,8 @@ def _export(
     dtype: str | None,
     shard_bytes: int,
 ) -> None:
-    source = meta.get("hf", {})
-    family = _family(model, name or source.get("family"), asked=name is not None)
+    """Writes one step; `source` is the record of the import."""
+    family = _family(model, name, source.get("family"))
     root = restore_params.params_root(recorded, params)
     if params == "ema" and not restore_params.saved_params(recorded, root):
         raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
@@ -88,12 +87,8 @@ def _export(
             "the configuration of its training, --gin_file=FILE."
         )
     shapes = family.shapes(model)
-    dtypes = {
-        piece.hf: FLOATS[
-            dtype or source.get("dtypes", {}).get(piece.hf) or arrays[piece.native].dtype
-        ]
-        for piece in pieces
-    }
+    imported = source.get("dtypes", {})
+    dtypes = {x.hf: FLOATS[dtype or imported.get(x.hf) or arrays[x.native].dtype] for x in pieces}
     sizes = {hf: math.prod(shapes[hf]) * dtypes[hf].itemsize for hf in shapes}
     check_space(folder, sum(sizes.values()))
     main = max(
@@ -116,14 +111,14 @@ def _export(
             _write_group(step, recorded, root, group, writer, bar)
 
 
-def _family(model: Any, name: str | None, *, asked: bool) -> Family:
-    if name is None:
+def _family(model: Any, name: str | None, imported: str | None) -> Family:
+    if name is None and imported is None:
         return family_of_model(model)
-    family = family_named(name)
+    family = family_named(name or imported)
     try:
         family.config(model)
     except UnsupportedModel:
-        if asked:
+        if name is not None:
             raise
         return family_of_model(model)  # The model was changed after the import.
     return family

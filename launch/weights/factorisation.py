@@ -90,7 +90,7 @@ def chosen(shapes: Shapes, layers: Sequence[str]) -> list[str]:
     """Returns the modules whose kernels are decomposed: projections of attention and MLPs, filtered by `layers`.
 
     Raises:
-      TransformError: the model already has factors, there is no such module, or a pattern matches none.
+      TransformError: the model already has factors, or a pattern matches no projection.
     """
     if twice := decompose.factorised_modules(shapes):
         raise TransformError(f"{twice[0]} is already factorised: --recompose the checkpoint first.")

@@ -32,7 +32,7 @@ class SourceModel:
 
     Raises:
       DamagedCheckpointError: the step, or every step of the run, is damaged.
-      FileNotFoundError: there is no checkpoint.
+      FileNotFoundError: the path has no checkpoint.
       TransformError: it has no parameters of the kind `params`.
 
     Args:
@@ -42,7 +42,7 @@ class SourceModel:
 
     def __init__(self, path: str, params: str):
         self.path = path
-        self._step, recorded = step_dir.newest_good(path, _checked)
+        self._step, recorded = step_dir.newest_good(path, checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
         self._root = restore_params.params_root(recorded, params)
         entries = restore_params.saved_params(recorded, self._root)
@@ -59,12 +59,17 @@ class SourceModel:
         return StoredArray(self._step, self._root + path)
 
     def text_meta(self) -> dict[str, Any]:
-        """Returns the checkpoint's facts about texts: the vocabulary, and the tokens before a text."""
+        """Returns the metadata on the vocabulary and on tokens before a text."""
         keys = ("vocabulary", "add_bos", "start_token")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
 
-def _checked(step: Any) -> tuple[Any, manifest.Manifest]:
+def checked(step: Any) -> tuple[Any, manifest.Manifest]:
+    """Returns a step and its manifest.
+
+    Raises:
+      DamagedCheckpointError: a file differs from the manifest.
+    """
     recorded = step_dir.read_manifest(step)
     if problems := manifest.check_files(step, recorded.files):
         raise DamagedCheckpointError(step, problems)

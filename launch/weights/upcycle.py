@@ -8,7 +8,7 @@ Examples, of a seed's run and runs that started from it:
       --domains=domains.json --to=runs/nexus
 
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.
-With nexus (arXiv 2408.15901) the seed is no expert and in no average: its FFNs are used by every token, and a
+With nexus (arXiv 2408.15901) the seed is not an expert and not averaged: its FFNs are used by every token, and a
 projection of embeddings of the experts' data (launch.prepare embed_domains) routes; launch.upcycle extend adds experts later.
 With soup all is averaged to a dense model, to compare mixtures with.
 The printed table shows for every parameter whether it was copied, averaged or drawn. The result is a run directory

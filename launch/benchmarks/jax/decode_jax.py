@@ -99,8 +99,8 @@ class Ours:
     ) -> dict[str, Any]:
         """Returns the bytes of one row's caches, from the shapes of its states, for `depth` times as many layers.
 
-        "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill the current
-        layer's cache is uncompressed and those of earlier layers are compressed (trainers/decoding/prefill.py).
+        "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill only the
+        current layer's cache is uncompressed (trainers/decoding/prefill.py).
         """
         import jax
         import jax.numpy as jnp

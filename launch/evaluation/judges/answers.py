@@ -134,15 +134,15 @@ def _by_key(system: System, by_id: bool) -> dict[str, Answer]:
 
 
 def _check_same(
-    one: System, ones: Mapping[str, Answer], other: System, others: Mapping[str, Answer]
+    first: System, answers: Mapping[str, Answer], second: System, other: Mapping[str, Answer]
 ) -> None:
-    for key, answer in ones.items():
-        if key in others and others[key].prompt != answer.prompt:
+    for key, answer in answers.items():
+        if key in other and other[key].prompt != answer.prompt:
             raise JudgeError(
-                f"{answer.place} and {others[key].place} have the same id, {answer.id}, but different "
+                f"{answer.place} and {other[key].place} have the same id, {answer.id}, but different "
                 "prompts. Generate both files from the same prompts."
             )
-    for left, right, missing in ((ones, others, other.path), (others, ones, one.path)):
+    for left, right, missing in ((answers, other, second.path), (other, answers, first.path)):
         if alone := [key for key in left if key not in right]:
             raise JudgeError(
                 f"{left[alone[0]].place}: {missing} has no answer to this prompt, nor to "

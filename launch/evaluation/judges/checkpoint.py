@@ -97,7 +97,7 @@ def resolved(checkpoint: str, *, batch_size: int) -> str:
 
     Raises:
       JudgeError: there are several processes; only one could write replies.
-      FileNotFoundError: there is no checkpoint.
+      FileNotFoundError: the path has no checkpoint.
     """
     import jax
 

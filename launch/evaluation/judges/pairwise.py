@@ -1,7 +1,4 @@
-"""A judge that compares two answers in words; it is asked about both orders of the answers.
-
-If the preference depends on the order, the pair is a tie: it then depends on the position and not on the answers.
-"""
+"""A judge that compares two answers in words, in both orders; a preference that depends on the order is a tie."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

@@ -179,7 +179,10 @@ def test_a_journal_is_one_processs_and_damage_in_it_is_named(tmp_path):
     ):
         pass
     path.write_text('{"key": "0", "value": "A"}\nnonsense\n{"key": "1", "value": "B"}\n')
-    with pytest.raises(RowFileError, match="kept, line 2 is not a JSON object"), asking.opened(path):
+    with (
+        pytest.raises(RowFileError, match="kept, line 2 is not a JSON object"),
+        asking.opened(path),
+    ):
         pass
     assert len(path.read_text().splitlines()) == 3
     path.write_text('{"key": "0", "value": "A"}\n{"nonsense": 1}\n{"key": "1", "value": "B"}\n')
