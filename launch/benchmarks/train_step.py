@@ -7,11 +7,13 @@ as contended if other programs used more than 0.3 of a core in a run.
 
 import statistics
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from launch.benchmarks import case, compare
 
 WARM_UP = 3
+Reports = Mapping[str, list[dict[str, Any]]]
 
 
 def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
@@ -25,32 +27,46 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
             },
             rounds,
         )
-    tokens = case.CASE["batch_size"] * case.CASE["length"]
-    seconds, cpu_seconds = (
-        compare.each(reports, lambda report, key=key: statistics.median(report[key][WARM_UP:]))
-        for key in ("seconds", "cpu_seconds")
-    )
+    seconds = medians(reports, "seconds", WARM_UP)
+    cpu_seconds = medians(reports, "cpu_seconds", WARM_UP)
     best = [min(both) for both in zip(seconds["eager"], seconds["compiled"], strict=True)]
-    first = {side: runs[0] for side, runs in reports.items()}
     return {
         "case": case.CASE,
         "speed_over_best_peer": compare.ratio(best, seconds["ours"]),
         "speed_over_eager": compare.ratio(seconds["eager"], seconds["ours"]),
         "speed_over_compiled": compare.ratio(seconds["compiled"], seconds["ours"]),
         "cpu_seconds_eager_over_ours": compare.ratio(cpu_seconds["eager"], cpu_seconds["ours"]),
+        "cpu_seconds_per_step": cpu_seconds,
+        **facts(reports, seconds, case.CASE["batch_size"] * case.CASE["length"]),
+        "other_load_cores": compare.each(reports, "other_load"),
+        "tunables": reports["ours"][0]["tunables"],
+    }
+
+
+def medians(reports: Reports, key: str, warm_up: int) -> dict[str, list[float]]:
+    """Returns the median over the steps after the warm-up, of every run by side."""
+    return compare.each(reports, lambda report: statistics.median(report[key][warm_up:]))
+
+
+def facts(reports: Reports, seconds: Mapping[str, list[float]], tokens: int) -> dict[str, Any]:
+    """Returns figures of training steps besides the ratios.
+
+    Args:
+      reports: reports of this project, of the peer whose losses are compared, and of other sides.
+      seconds: medians of the seconds of a step.
+      tokens: tokens of a step.
+    """
+    first = {side: runs[0] for side, runs in reports.items()}
+    ours, peer, *_ = first.values()
+    return {
         "tokens_per_second": {
             side: [round(tokens / s) for s in values] for side, values in seconds.items()
         },
-        "cpu_seconds_per_step": cpu_seconds,
         "losses": {side: run["losses"] for side, run in first.items()},
-        "largest_loss_difference": compare.largest_difference(
-            first["ours"]["losses"], first["eager"]["losses"]
-        ),
+        "largest_loss_difference": compare.largest_difference(ours["losses"], peer["losses"]),
         "peak_memory_mb": {side: run["peak_memory_mb"] for side, run in first.items()},
-        "other_load_cores": compare.each(reports, "other_load"),
         "contended": compare.contended(reports),
-        "peer_versions": first["eager"]["versions"],
-        "tunables": first["ours"]["tunables"],
+        "peer_versions": peer["versions"],
     }
 
 

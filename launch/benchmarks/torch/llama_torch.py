@@ -154,8 +154,8 @@ def serve(folder: str) -> None:
 def load(folder: str) -> dict:
     """Loads a checkpoint and touches every page of its weights."""
     # transformers imports modules on first use; this keeps their imports out of the measured time.
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = dict.fromkeys((*sizes, "num_key_value_heads", "vocab_size"), 8)
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 8)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     before, begin = peak_bytes(), time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
