@@ -21,13 +21,9 @@ from trainers.recipe import Program, Recipe
 def precompile(
     recipe: Recipe, topology_name: str, *, json_file: str | None = None, hlo: str | None = None
 ) -> bool:
-    """Compiles the train step of a recipe, prints the report, and returns whether the step fits.
+    """Compiles the train step of a recipe for a slice such as v5e:4x4, prints the report, and returns whether it fits.
 
-    Args:
-      recipe: recipe of the run.
-      topology_name: slice of TPUs, such as v5e:4x4.
-      json_file: file for the report as JSON; None for none.
-      hlo: file for the compiled program's text; None for none.
+    Writes the report to `json_file` and the compiled program's text to `hlo`, if they are not None.
 
     Raises:
       TopologyError: the topology is unknown, or libtpu is missing.
@@ -53,14 +49,9 @@ def precompile(
 
 
 def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
-    """Compiles and measures the train step of a program; its devices may be absent.
+    """Compiles the train step of a program; its devices may be absent.
 
-    Args:
-      program: a recipe on a mesh.
-      hbm_bytes: memory of one device.
-
-    Returns:
-      The report, and the program's text; None when it does not fit.
+    Returns its report for devices with this memory, and its text, which is None if it does not fit.
     """
     recipe = program.recipe
     batch = recipe.abstract_batch(program.batch_sharding)

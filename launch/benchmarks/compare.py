@@ -23,7 +23,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
-T = TypeVar("T")
+K, T = TypeVar("K"), TypeVar("T")
 Report = dict[str, Any]
 
 
@@ -129,13 +129,13 @@ def side(command: list[str]) -> Iterator[Side]:
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: int = 0
-) -> dict[str, list[T]]:
+    calls: Mapping[K, Callable[[], T]], rounds: int, *, warm_up: int = 0
+) -> dict[K, list[T]]:
     """Calls all functions in every round, in turns forwards and backwards; returns their results by name.
 
     Results of the first `warm_up` rounds, which are in addition to `rounds`, are dropped.
     """
-    results: dict[str, list[T]] = {name: [] for name in calls}
+    results: dict[K, list[T]] = {name: [] for name in calls}
     for i in range(warm_up + rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:
             result = calls[name]()
@@ -150,9 +150,7 @@ def alternate_processes(commands: Mapping[str, list[str]], rounds: int) -> dict[
     return alternate(calls, rounds)
 
 
-def each(
-    reports: Mapping[str, Sequence[Report]], key: str | Callable[[Report], T]
-) -> dict[str, list[Any]]:
+def each(reports: Mapping[K, Sequence[Any]], key: str | Callable[[Any], Any]) -> dict[K, list[Any]]:
     """Returns one value of every report, by name."""
     read = key if callable(key) else lambda report: report[key]
     return {name: [read(report) for report in of_one] for name, of_one in reports.items()}

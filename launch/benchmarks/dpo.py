@@ -108,13 +108,9 @@ def side(folder: str, steps: str) -> dict[str, Any]:
 
 
 def flags(folder: str, run: str, files: Sequence[str], bindings: Mapping[str, Any]) -> list[str]:
-    """Returns the flags of `launch.train` for a run in `folder` that starts from its imported model.
+    """Returns the flags of `launch.train` for a new run FOLDER/RUN that starts from the imported model.
 
-    Args:
-      folder: folder of `write`.
-      run: name of the run's directory.
-      files: gin files, relative to t5x_configs and without the extension.
-      bindings: values of macros, besides those that all runs need.
+    `files` are gin files of t5x_configs without the extension, `bindings` values of macros besides the common ones.
     """
     values = {
         "MODEL_DIR": f"{folder}/{run}",

@@ -49,13 +49,7 @@ def medians(reports: Reports, key: str, warm_up: int) -> dict[str, list[float]]:
 
 
 def facts(reports: Reports, seconds: Mapping[str, list[float]], tokens: int) -> dict[str, Any]:
-    """Returns figures of training steps besides the ratios.
-
-    Args:
-      reports: reports of this project, of the peer whose losses are compared, and of other sides.
-      seconds: medians of the seconds of a step.
-      tokens: tokens of a step.
-    """
+    """Returns figures of steps of `tokens` tokens besides the ratios; losses of the first two sides are compared."""
     first = {side: runs[0] for side, runs in reports.items()}
     ours, peer, *_ = first.values()
     return {

@@ -140,11 +140,6 @@ def _run(start: cli.Start) -> None:
 def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str, Any]:
     """Judges the answers of every two systems; prints tables and writes all files of `out`.
 
-    Args:
-      systems: systems with answers to the same prompts.
-      judge: decides between answers.
-      out: output directory, which is created.
-
     Returns:
       The content of summary.json: 'judge', 'systems' and 'pairs' as in launch/evaluation/judges/shares.py, and
       counts of the questions.

@@ -20,16 +20,7 @@ def score(
     params: str = "auto",
     batch_size: int = 8,
 ) -> None:
-    """Scores a file of rows.
-
-    Args:
-      config: of the run that made the checkpoint.
-      checkpoint: step or run directory.
-      inputs: file of rows.
-      output: file for the rows with their scores.
-      params: see launch/run/load_run.py.
-      batch_size: rows at a time.
-    """
+    """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`."""
     row_files.check_output(output)
     placed_rows = row_files.read(inputs, example=EXAMPLE)
     with config.load(checkpoint, params=params) as run:

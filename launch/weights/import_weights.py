@@ -32,12 +32,7 @@ class ConvertError(ValueError):
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
-    """Writes a run directory with the weights of a Hugging Face checkpoint.
-
-    Args:
-      source: directory with config.json and safetensors.
-      target: run directory, which must not exist.
-      dtype: dtype of the stored weights; None for the dtype in the files.
+    """Writes a new run directory `target` with the weights of a Hugging Face checkpoint, stored as `dtype` if not None.
 
     Raises:
       ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,

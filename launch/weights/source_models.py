@@ -30,14 +30,13 @@ _REMEDY = (
 class SourceModel:
     """A model's checkpoint: shapes, and arrays that are read on demand.
 
-    Raises:
-      DamagedCheckpointError: the step, or every step of the run, is damaged.
-      FileNotFoundError: the path has no checkpoint.
-      TransformError: it has no parameters of the kind `params`.
-
     Args:
       path: a step directory, or a run directory for its newest undamaged step.
       params: see launch/run/load_run.py.
+
+    Raises:
+      DamagedCheckpointError, FileNotFoundError: no undamaged checkpoint.
+      TransformError: the checkpoint has no such parameters.
     """
 
     def __init__(self, path: str, params: str):
@@ -77,17 +76,13 @@ def checked(step: Any) -> tuple[Any, manifest.Manifest]:
 
 
 def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
-    """Checks that models can be averaged: they share a vocabulary, and a seed.
+    """Checks that models can be averaged: they have one vocabulary and, unless `unrelated`, one seed model.
 
     Embeddings of runs that continue one seed model stay correlated. Weights of models from other seeds do not correspond,
     even if their shapes agree.
 
-    Args:
-      sources: models; all are compared with the first.
-      unrelated: whether to accept models of other seeds.
-
     Raises:
-      TransformError: a model cannot be averaged with the first; the message names it.
+      TransformError: a model cannot be averaged with the first.
     """
     first = sources[0]
     for other in sources[1:]:

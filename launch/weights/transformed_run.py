@@ -79,9 +79,7 @@ def write(
 def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
     """Returns the bindings of methods' gin files, includes resolved, as lines to append to a run's configuration.
 
-    Args:
-      files: paths relative to the root of the repository; later bindings win.
-      settings: values of macros of these files.
+    Later bindings win. `settings` has values of macros of the files, whose paths are relative to the repository's root.
 
     Raises:
       ValueError: the files do not define one of these macros.

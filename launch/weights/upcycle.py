@@ -121,7 +121,8 @@ class UpcycleFlags:
         }
         for use, (used, names) in uses.items():
             for name in () if used else names:
-                if getattr(self, name) not in (None, False):
+                value = getattr(self, name)
+                if value is not None and value is not False:
                     raise TransformError(f"--{name} is only for {use}: remove it.")
         if self.copies < 1:
             raise TransformError(f"--copies={self.copies} must be at least 1.")

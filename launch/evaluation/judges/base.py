@@ -104,11 +104,7 @@ class Judge(Protocol):
         """Returns the two questions about a pair whose answers differ."""
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
-        """Yields (index, reply) of every question, in the order in which they finish.
-
-        Args:
-          asked: the questions.
-          attempt: number of earlier attempts.
+        """Yields (index, reply) of every question, in the order in which they finish, after `attempt` earlier attempts.
 
         Raises:
           JudgeError: further questions would fail too.

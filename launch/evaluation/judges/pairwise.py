@@ -37,10 +37,7 @@ class Writer(Protocol):
     ) -> Iterator[tuple[int, str | Silence]]:
         """Yields (index, text) of the reply to every prompt, in the order in which they finish.
 
-        Args:
-          prompts: the user's turns.
-          temperature: added to the writer's own temperature; 0 for the first attempt.
-          seed: seed of sampling.
+        The temperature, 0 for the first attempt, is added to the writer's own.
 
         Raises:
           JudgeError: further questions would fail too.
