@@ -191,7 +191,7 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
         assert factorise(*flags, **options) == 2
         return capsys.readouterr().err
 
-    assert "give --rank" in error()
+    assert "Give --rank, such as" in error()
     assert "--recompose does not use --rank" in error("--recompose", "--rank=0.5")
     assert "--calibrate_length is only for --calibrate" in error(
         "--rank=0.5", "--calibrate_length=8"
