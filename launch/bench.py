@@ -35,9 +35,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(flags: argparse.Namespace) -> None:
-    from launch.benchmarks import pairs
+    from launch.benchmarks import compare
 
-    machine = pairs.environment()
+    machine = compare.environment()
     module = importlib.import_module(f"launch.benchmarks.{flags.benchmark}")
     result = {
         "benchmark": flags.benchmark,

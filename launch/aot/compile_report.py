@@ -70,13 +70,12 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Returns plain values; the keys are a contract (docs/precompile.md)."""
+        values = dataclasses.asdict(self)
         return {
-            "hbm_bytes": dataclasses.asdict(self.memory),
+            "hbm_bytes": values["memory"],
             "fits": self.fits,
-            "flops": dataclasses.asdict(self.flops) if self.flops else None,
-            "collectives": {
-                kind: dataclasses.asdict(total) for kind, total in (self.collectives or {}).items()
-            },
+            "flops": values["flops"],
+            "collectives": values["collectives"] or {},
             "hbm_traffic_bytes": self.traffic,
             "unknown_kernels": list(self.unknown_kernels),
         }

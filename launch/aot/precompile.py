@@ -21,13 +21,9 @@ from trainers.recipe import Program, Recipe
 def precompile(
     recipe: Recipe, topology_name: str, *, json_file: str | None = None, hlo: str | None = None
 ) -> bool:
-    """Compiles the train step of a recipe, prints the report, and returns whether the step fits.
+    """Compiles the train step of a recipe for a slice such as v5e:4x4, prints the report, and returns whether it fits.
 
-    Args:
-      recipe: recipe of the run.
-      topology_name: slice of TPUs, such as v5e:4x4.
-      json_file: file for the report as JSON; None for none.
-      hlo: file for the compiled program's text; None for none.
+    Writes the report to `json_file` and the compiled program's text to `hlo`, if they are not None.
 
     Raises:
       TopologyError: the topology is unknown, or libtpu is missing.
@@ -53,14 +49,9 @@ def precompile(
 
 
 def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
-    """Compiles and measures the train step of a program; its devices may be absent.
+    """Compiles the train step of a program; its devices may be absent.
 
-    Args:
-      program: a recipe on a mesh.
-      hbm_bytes: memory of one device.
-
-    Returns:
-      The report, and the program's text; None when it does not fit.
+    Returns its report for devices with this memory, and its text, which is None if it does not fit.
     """
     recipe = program.recipe
     batch = recipe.abstract_batch(program.batch_sharding)
@@ -130,11 +121,12 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
     """Returns (name, value) of the lines above the table."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in header["mesh"].items())
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    rows = "images" if header["unit"] == "images" else f"rows of {header['length']} tokens"
     facts = [
         ("topology", f"{topology}, {header['chips']} x {header['device']}"),
         ("mesh", f"{mesh}, rules {header['rules']}"),
         ("parameters", f"{header['parameters']:,}"),
-        ("batch", _rows(header)),
+        ("batch", f"{header['batch_size']} {rows}"),
         (
             "HBM limit",
             f"{topology.chip.hbm_bytes / 1e9:.2f} GB ({topology.chip.hbm_bytes / 2**30:.2f} GiB)",
@@ -152,12 +144,6 @@ def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: 
         times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds_at_peak.items())
         facts.append(("at peak rates", times))
     return facts
-
-
-def _rows(header: dict[str, Any]) -> str:
-    if header["unit"] == "images":
-        return f"{header['batch_size']} images"
-    return f"{header['batch_size']} rows of {header['length']} tokens"
 
 
 def _write(path: str, text: str) -> None:

@@ -81,7 +81,7 @@ def parse(name: str) -> Topology:
     examples = "for example v5e:4x4, v6e:8x8, v5p:4x4x4 or v5e:1x1"
     if generation not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise TopologyError(
-            f"--topology={name} is no TPU topology: use one of {', '.join(CHIPS)}, a colon and the chips "
+            f"--topology={name} is not a TPU topology: give one of {', '.join(CHIPS)}, a colon and the chips "
             f"along each dimension, {examples}."
         )
     sizes = tuple(int(size) for size in shape.split("x"))

@@ -13,16 +13,15 @@ import functools
 import tempfile
 from typing import Any
 
-from launch.benchmarks import decode_case, pairs, peers
+from launch.benchmarks import case, compare
 
-SIZES = {**decode_case.SMALL, "num_layers": 2, "max_length": 16_896}
+SIZES = {**case.DECODE, "num_layers": 2, "max_length": 16_896}
 BATCH, LENGTH, NEW = 2, 16_384, 64
 PEER_NEW = 384  # its prefill time is subtracted; with 64 tokens, the noise of the prefill would dominate the result
 CAPACITY, WINDOW, KERNEL = 2_048, 64, 5
 SNAPKV = {"capacity": CAPACITY, "window": WINDOW, "kernel": KERNEL, "pooling": "average"}
 LAYERS = 32
 BYTES = 2**30
-KVPRESS_PYTHON = peers.ROOT / ".venv-kvpress" / "bin" / "python"
 
 
 def run(*, rounds: int = 5) -> dict[str, Any]:
@@ -31,14 +30,13 @@ def run(*, rounds: int = 5) -> dict[str, Any]:
     Raises:
       PeerError: kvpress is not installed.
     """
-    if not KVPRESS_PYTHON.exists():
-        raise peers.PeerError(f"{KVPRESS_PYTHON} is missing: run `make peers-kvpress` first.")
-    python = str(KVPRESS_PYTHON)
     with tempfile.TemporaryDirectory() as folder:
-        decode_case.write(folder, SIZES)
+        script = ("torch/llama_torch.py", "serve", folder)
+        command = compare.peer(*script, target="peers-kvpress")
+        case.write_decoding(folder, SIZES)
         with (
-            decode_case.side("ours", folder) as ours,
-            decode_case.side("peer", folder, python=python) as peer,
+            compare.side(compare.ours("jax.decode_jax", folder)) as ours,
+            compare.side(command) as peer,
         ):
             return {
                 "case": {**SIZES, "batch": BATCH, "prompt": LENGTH, "new": NEW, "snapkv": SNAPKV},
@@ -49,47 +47,47 @@ def run(*, rounds: int = 5) -> dict[str, Any]:
             }
 
 
-def _decoding(ours: decode_case.Side, peer: decode_case.Side, rounds: int) -> dict[str, Any]:
+def _decoding(ours: compare.Side, peer: compare.Side, rounds: int) -> dict[str, Any]:
     sizes = {"batch": BATCH, "length": LENGTH}
     full = functools.partial(ours.ask, "generate", new=NEW, **sizes)
     snapkv = functools.partial(full, policy="snapkv", settings=SNAPKV)
     for ask in (full, snapkv):
         ask()  # compiles
-    token_ms: dict[str, list[float]] = {"full": [], "snapkv": [], "peer_full": []}
-    answers: dict[str, Any] = {}
-    for _ in range(rounds):
-        for name, ask in (("full", full), ("snapkv", snapkv)):
-            answers[name] = ask()
-            token_ms[name].append(answers[name]["decode_seconds"] / (NEW - 1) * 1e3)
+
+    def peer_full() -> dict[str, float]:
         short, long = (peer.ask("generate", new=new, **sizes)["seconds"] for new in (1, PEER_NEW))
-        token_ms["peer_full"].append((long - short) / (PEER_NEW - 1) * 1e3)
+        return {"decode_seconds": (long - short) / (PEER_NEW - 1) * (NEW - 1)}
+
+    calls = {"full": full, "snapkv": snapkv, "peer_full": peer_full}
+    answers = compare.alternate(calls, rounds)
+    token_ms = compare.each(answers, lambda answer: answer["decode_seconds"] / (NEW - 1) * 1e3)
     return {
         "ms_per_token": token_ms,
-        "snapkv_speed_over_full": pairs.ratio(token_ms["full"], token_ms["snapkv"]),
-        "full_speed_over_peer": pairs.ratio(token_ms["peer_full"], token_ms["full"]),
-        "cache_bytes": {name: answer["cache_bytes"] for name, answer in answers.items()},
+        "snapkv_speed_over_full": compare.ratio(token_ms["full"], token_ms["snapkv"]),
+        "full_speed_over_peer": compare.ratio(token_ms["peer_full"], token_ms["full"]),
+        "cache_bytes": {name: answers[name][-1]["cache_bytes"] for name in ("full", "snapkv")},
     }
 
 
-def _compression(ours: decode_case.Side, peer: decode_case.Side, rounds: int) -> dict[str, Any]:
+def _compression(ours: compare.Side, peer: compare.Side, rounds: int) -> dict[str, Any]:
     sizes = {"batch": BATCH, "length": LENGTH}
-    mine, copies, theirs = [], [], []
-    for _ in range(max(2, rounds // 2)):
-        answer = ours.ask("compress", new=NEW, policy="snapkv", settings=SNAPKV, **sizes)
-        mine.append(answer["seconds"])
-        copies.append(answer["copy_seconds"])
-        ratio = 1 - CAPACITY / LENGTH
-        answer = peer.ask("compress", ratio=ratio, window=WINDOW, kernel=KERNEL, **sizes)
-        theirs.append(answer["seconds"])
+    snapkv = {"new": NEW, "policy": "snapkv", "settings": SNAPKV, **sizes}
+    kvpress = {"ratio": 1 - CAPACITY / LENGTH, "window": WINDOW, "kernel": KERNEL, **sizes}
+    calls = {
+        "ours": functools.partial(ours.ask, "compress", **snapkv),
+        "peer": functools.partial(peer.ask, "compress", **kvpress),
+    }
+    answers = compare.alternate(calls, max(2, rounds // 2))
+    seconds = compare.each(answers, "seconds")
     return {
-        "time_over_kvpress": pairs.ratio(mine, theirs),
-        "seconds": mine,
-        "seconds_full_cache_copy": copies,
-        "kvpress_seconds": theirs,
+        "time_over_kvpress": compare.ratio(seconds["ours"], seconds["peer"]),
+        "seconds": seconds["ours"],
+        "seconds_full_cache_copy": [answer["copy_seconds"] for answer in answers["ours"]],
+        "kvpress_seconds": seconds["peer"],
     }
 
 
-def _longest_prompts(ours: decode_case.Side) -> dict[str, Any]:
+def _longest_prompts(ours: compare.Side) -> dict[str, Any]:
     """Returns for each policy the longest prompt of one row whose caches stay within BYTES in prefill and decoding.
 
     The bytes are calculated from the shapes of the states of LAYERS layers. For comparison, the result has the

@@ -1,5 +1,6 @@
 """The cost of a save every ten updates of the quickstart's model: the same loop with and without saves."""
 
+import itertools
 import tempfile
 import time
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.benchmarks import pairs
-from launch.benchmarks.random_rows import RandomRows
+from launch.benchmarks import compare
+from launch.benchmarks.case import RandomRows
 from launch.config import gin_config
 from trainers import partitioning
 from trainers.batches import global_batch
@@ -34,11 +35,14 @@ def run(*, repeats: int = 12, steps: int = 20) -> dict[str, Any]:
         batch = global_batch(stream, 0, program.batch_sharding)
         state = program.init()
         blocking: list[float] = []
+        numbers = itertools.count(1)
 
-        def block(state: Any, first: int, save: bool) -> tuple[Any, float]:
+        def block(save: bool) -> float:
+            """Makes `steps` updates and returns their seconds, until saves are complete."""
+            nonlocal state
             begin = time.perf_counter()
             metrics = None
-            for step in range(first, first + steps):
+            for step in itertools.islice(numbers, steps):
                 state, metrics = step_fn(state, batch)
                 if save and step % EVERY == 0:
                     jax.block_until_ready(state)
@@ -46,24 +50,17 @@ def run(*, repeats: int = 12, steps: int = 20) -> dict[str, Any]:
                     checkpointer.save(step, state, meta={"data_step": step})
                     blocking.append(time.perf_counter() - since)
             jax.block_until_ready((state, metrics))
-            return state, time.perf_counter() - begin
-
-        state, _ = block(state, 1, save=True)  # compiles, and warms the disk
-        times: dict[bool, list[float]] = {True: [], False: []}
-        at = 1 + steps
-        for repeat in range(repeats):
-            for save in (True, False) if repeat % 2 else (False, True):
-                # The last save's thread must not run into a block without saves.
-                state, seconds = block(state, at, save)
-                waited = time.perf_counter()
+            if save:  # The last save's thread must not run into a block without saves.
                 checkpointer.wait()
-                times[save].append(seconds + time.perf_counter() - waited if save else seconds)
-                at += steps
+            return time.perf_counter() - begin
+
+        block(save=True)  # compiles, and warms the disk
+        times = compare.alternate({True: lambda: block(True), False: lambda: block(False)}, repeats)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     return {
         "state_megabytes": size / 1e6,
         "updates_per_save": EVERY,
         "step_seconds": float(np.median(times[False]) / steps),
         "blocking_ms_per_save": float(np.median(blocking) * 1e3),
-        "time_with_over_without": pairs.ratio(times[True], times[False]),
+        "time_with_over_without": compare.ratio(times[True], times[False]),
     }

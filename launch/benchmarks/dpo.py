@@ -6,18 +6,25 @@ have the same length, so neither side pads. Fresh processes alternate. TRL does 
 log-probabilities, so each of its runs computes them. Our timed runs reuse those from an earlier run.
 """
 
+import contextlib
+import functools
+import io
 import json
 import os
 import pathlib
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.benchmarks import pairs, peers
+from launch.benchmarks import case, compare
 
 CASE: dict[str, Any] = {
     "num_layers": 6,
@@ -34,81 +41,138 @@ CASE: dict[str, Any] = {
 }
 MODEL = ("num_layers", "embed_dim", "num_heads", "mlp_dim", "vocab_size")
 WARM_UP = 3
+PAIR_FILES = ("data/preferences", "runs/preference")
 _SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
     """Alternates both sides `rounds` times, `steps` timed steps in each."""
-    reports: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as folder:
-        write(folder)
-        steps_of = WARM_UP + steps
         commands = {
-            "ours": [sys.executable, "-m", "launch.benchmarks.jax.dpo_jax", folder, str(steps_of)],
-            "trl": peers.peer_command("dpo_torch.py", folder, str(steps_of)),
+            "ours": compare.ours("dpo", folder, WARM_UP + steps),
+            "trl": compare.peer("torch/dpo_torch.py", folder, WARM_UP + steps),
         }
-        first = peers.measured(commands["ours"])  # computes the reference's log-probabilities
-        for _ in range(rounds):
-            for side, command in commands.items():
-                reports[side].append(peers.measured(command))
-    seconds = {
-        side: [statistics.median(np.diff(r["step_ends"])[WARM_UP - 1 :]) for r in runs]
-        for side, runs in reports.items()
-    }
+        write(folder)
+        first = compare.measured(commands["ours"])  # computes the reference's log-probabilities
+        reports = compare.alternate_processes(commands, rounds)
+    seconds = compare.each(
+        reports, lambda report: statistics.median(np.diff(report["step_ends"])[WARM_UP - 1 :])
+    )
+    memory, set_up, first_step = (
+        compare.each(reports, key) for key in ("peak_memory_mb", "set_up_s", "first_step_s")
+    )
     return {
         "case": CASE,
-        "speed_over_trl": pairs.ratio(seconds["trl"], seconds["ours"]),
+        "speed_over_trl": compare.ratio(seconds["trl"], seconds["ours"]),
         "pairs_per_second": {
             side: [round(CASE["batch_size"] / s, 2) for s in values]
             for side, values in seconds.items()
         },
-        "peak_memory_of_trls": pairs.ratio(
-            *(_of("peak_memory_mb", reports, s) for s in ("ours", "trl"))
-        ),
-        "peak_memory_mb": {side: _of("peak_memory_mb", reports, side) for side in reports},
+        "peak_memory_of_trls": compare.ratio(memory["ours"], memory["trl"]),
+        "peak_memory_mb": memory,
         # Time to load the pairs and score them with the reference; imports and compilation are excluded.
-        "set_up_over_ours": pairs.ratio(*(_of("set_up_s", reports, s) for s in ("trl", "ours"))),
-        "set_up_s": {side: _of("set_up_s", reports, side) for side in reports},
+        "set_up_over_ours": compare.ratio(set_up["trl"], set_up["ours"]),
+        "set_up_s": set_up,
         "first_set_up_s": first["set_up_s"],
-        "first_step_over_ours": pairs.ratio(
-            *(_of("first_step_s", reports, s) for s in ("trl", "ours"))
-        ),
-        "first_step_s": {side: _of("first_step_s", reports, side) for side in reports},
+        "first_step_over_ours": compare.ratio(first_step["trl"], first_step["ours"]),
+        "first_step_s": first_step,
         "losses": {side: runs[0]["losses"] for side, runs in reports.items()},
-        "other_load_cores": {
-            side: [r["other_load"] for r in runs] for side, runs in reports.items()
-        },
-        "contended": any(
-            r["other_load"] > peers.CONTENDED for runs in reports.values() for r in runs
-        ),
+        "other_load_cores": compare.each(reports, "other_load"),
+        "contended": compare.contended(reports),
         "peer_versions": reports["trl"][0]["versions"],
     }
 
 
-def _of(key: str, found: dict[str, list[dict[str, Any]]], side: str) -> list[float]:
-    return [report[key] for report in found[side]]
+def side(folder: str, steps: str) -> dict[str, Any]:
+    """Trains on the files of `write`; returns losses, times and memory."""
+    from launch.run import reference
+
+    set_up = timed(reference, "make_stream")
+    bindings = {
+        "BATCH_SIZE": CASE["batch_size"],
+        "TRAIN_STEPS": int(steps),
+        "LEARNING_RATE": CASE["learning_rate"],
+        "BETA": CASE["beta"],
+        "LOG_PERIOD": 1,
+        "config.TransformerConfig.remat": "dots",  # half of the activations, for a few per cent of the time
+    }
+    metrics = train(folder, "dpo", flags(folder, "dpo", PAIR_FILES, bindings))
+    trained = [row for row in metrics if "loss" in row]
+    return {
+        "losses": [row["loss"] for row in trained],
+        "step_ends": [row["time"] for row in trained],
+        "first_step_s": trained[0]["time"] - float(os.environ["BENCH_PROCESS_START"]),
+        "set_up_s": set_up[0][1] - set_up[0][0],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+def flags(folder: str, run: str, files: Sequence[str], bindings: Mapping[str, Any]) -> list[str]:
+    """Returns the flags of `launch.train` for a new run FOLDER/RUN that starts from the imported model.
+
+    `files` are gin files of t5x_configs without the extension, `bindings` values of macros besides the common ones.
+    """
+    values = {
+        "MODEL_DIR": f"{folder}/{run}",
+        "INITIAL_CHECKPOINT_PATH": f"{folder}/run",
+        "TOKENIZER": f"{folder}/run/tokenizer",
+        "DOCUMENT_START": None,
+        "WARMUP_STEPS": 0,
+        **bindings,
+    }
+    if "data/preferences" in files:
+        length = 2 * (CASE["prompt"] + CASE["completion"])
+        values |= {"PAIRS": f"{folder}/pairs.jsonl", "PAIRS_VALIDATION_FRACTION": 0.0}
+        values["TASK_FEATURE_LENGTHS"] = {"targets": length}
+    paths = [f"{folder}/run/config.gin", *(f"t5x_configs/{file}.gin" for file in files)]
+    settings = [f"--gin.{name}={value!r}" for name, value in values.items()]
+    return [*(f"--gin_file={path}" for path in paths), *settings]
+
+
+def train(folder: str, run: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs `launch.train` anew in this process, without its output; returns the lines of metrics.jsonl."""
+    os.environ["ESPALIER_CACHE"] = f"{folder}/cache"
+    from launch import cli
+
+    directory = pathlib.Path(folder, run)
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = cli.main("Trains.", entry="launch.train:train", argv=arguments)
+    if status:
+        raise SystemExit(status)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def timed(owner: Any, name: str) -> list[tuple[float, float]]:
+    """Wraps a function of a class or module; returns a list that receives beginning and end of each later call."""
+    function = getattr(owner, name)
+    spans: list[tuple[float, float]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spans.append((began, time.perf_counter()))
+
+    setattr(owner, name, call)
+    return spans
 
 
 def write(folder: str) -> None:
     """Writes case.json, pairs.jsonl, model/ in Hugging Face's layout, and run/, the import of model/."""
     rng = np.random.default_rng(0)
-    write_run(folder, rng)
-    with open(os.path.join(folder, "case.json"), "w", encoding="utf-8") as file:
-        json.dump(CASE, file)
+    _write_model(pathlib.Path(folder, "model"), rng)
+    convert = ["-m", "launch.convert", f"--from_hf={folder}/model", f"--to={folder}/run"]
+    subprocess.run([sys.executable, *convert], check=True, capture_output=True, cwd=compare.ROOT)
+    pathlib.Path(folder, "case.json").write_text(json.dumps(CASE))
     sizes = (CASE["prompt"], CASE["completion"] - 1, CASE["completion"] - 1)
     with open(os.path.join(folder, "pairs.jsonl"), "w", encoding="utf-8") as file:
         for _ in range(CASE["pairs"]):
             texts = [words(rng, n) for n in sizes]
             row = {"prompt": texts[0], "chosen": f" {texts[1]}", "rejected": f" {texts[2]}"}
             file.write(json.dumps(row) + "\n")
-
-
-def write_run(folder: str, rng: np.random.Generator) -> None:
-    """Writes model/ in Hugging Face's layout, and run/, the import of model/."""
-    model = pathlib.Path(folder, "model")
-    _write_model(model, rng)
-    convert = [sys.executable, "-m", "launch.convert", f"--from_hf={model}", f"--to={folder}/run"]
-    subprocess.run(convert, check=True, capture_output=True, cwd=peers.ROOT)
 
 
 def words(rng: np.random.Generator, size: int) -> str:
@@ -120,39 +184,8 @@ def _write_model(folder: pathlib.Path, rng: np.random.Generator) -> None:
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    from model.hf.families import family_of_config
-    from model.hf.files.safetensors_files import SafetensorsWriter
-
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": CASE["vocab_size"],
-        "hidden_size": CASE["embed_dim"],
-        "intermediate_size": CASE["mlp_dim"],
-        "num_hidden_layers": CASE["num_layers"],
-        "num_attention_heads": CASE["num_heads"],
-        "num_key_value_heads": CASE["num_heads"],
-        "hidden_act": "silu",
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    family = family_of_config(config)
-    shapes = sorted(family.shapes(family.model(config)).items())
-    described = {name: (np.dtype(np.float32), shape) for name, shape in shapes}
-    with SafetensorsWriter(os.fspath(folder), described, shard_bytes=2**32) as writer:
-        for name, shape in shapes:
-            values = np.ones(shape) if len(shape) == 1 else rng.normal(0, 0.02, shape)
-            writer.write(name, values.astype(np.float32), 0)
+    config = case.hf_config(CASE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    case.write_model(folder, config, case.normal(rng, 0.02))
     ids = {f"w{i}": i for i in range(len(_SPECIAL), CASE["vocab_size"])}
     ids |= {token: i for i, token in enumerate(_SPECIAL)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<pad>"))

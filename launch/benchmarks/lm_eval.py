@@ -7,19 +7,17 @@ same. The peer runs in .venv-lm-eval, made by `make peers-lm-eval`.
 """
 
 import json
+import operator
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.benchmarks import pairs, peers
+from launch.benchmarks import case, compare
 
-PYTHON = peers.ROOT / ".venv-lm-eval" / "bin" / "python"
-SIDE = peers.ROOT / "launch" / "benchmarks" / "jax" / "lm_eval_side.py"
 SIZES = {
     "vocab_size": 8192,
     "hidden_size": 384,
@@ -41,20 +39,17 @@ def run(
     sizes: Mapping[str, int] = SIZES,
 ) -> dict[str, Any]:
     """Alternates both sides `rounds` times on `documents` four-choice questions and `prompts` prompts to continue."""
-    if not PYTHON.exists():
-        raise peers.PeerError(f"{PYTHON} is missing: run `make peers-lm-eval` first.")
     with tempfile.TemporaryDirectory() as folder:
+        theirs = compare.peer("jax/lm_eval_side.py", folder, target="peers-lm-eval")
+        ours = compare.ours("jax.lm_eval_side", folder)
         _write(folder, sizes, documents, prompts, new_tokens)
-        ours = [sys.executable, "-m", "launch.benchmarks.jax.lm_eval_side", folder, "ours", "0"]
-        theirs = [str(PYTHON), "-P", str(SIDE), folder, "peer"]
-        first = peers.measured(ours)  # fills the cache of compiled programs
-        choices = {str(n): peers.measured([*theirs, str(n)]) for n in peer_batches}
+        first = compare.measured(ours)  # fills the cache of compiled programs
+        choices = {str(n): compare.measured([*theirs, str(n)]) for n in peer_batches}
         best = {kind: min(choices, key=lambda n: choices[n][kind]["seconds"]) for kind in KINDS}
-        reports: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-        for _ in range(rounds):
-            reports["ours"].append(peers.measured(ours))
-            answers = {n: peers.measured([*theirs, n]) for n in sorted(set(best.values()))}
-            reports["peer"].append({kind: answers[best[kind]][kind] for kind in KINDS})
+        commands = {n: [*theirs, n] for n in sorted(set(best.values()))}
+        runs = compare.alternate_processes({"ours": ours, **commands}, rounds)
+        peers = [{kind: runs[best[kind]][i][kind] for kind in KINDS} for i in range(rounds)]
+        reports = {"ours": runs["ours"], "peer": peers}
         return {
             "case": {
                 **sizes,
@@ -75,13 +70,11 @@ def _compare(
     batch: str,
     first: Mapping[str, Any],
 ) -> dict[str, Any]:
-    seconds = {
-        side: [report[kind]["seconds"] for report in found] for side, found in reports.items()
-    }
+    seconds = compare.each(reports, lambda report: report[kind]["seconds"])
     mine, theirs = (reports[side][0][kind]["answers"] for side in ("ours", "peer"))
     count = len(mine)
-    found: dict[str, Any] = {
-        "speed_over_peer": pairs.ratio(seconds["peer"], seconds["ours"]),
+    result: dict[str, Any] = {
+        "speed_over_peer": compare.ratio(seconds["peer"], seconds["ours"]),
         "requests_per_second": {
             side: [round(count / s, 2) for s in values] for side, values in seconds.items()
         },
@@ -92,15 +85,13 @@ def _compare(
         "peer_batch_size": int(batch),
     }
     if kind == "generate_until":
-        same = sum(answer == peer_answer for answer, peer_answer in zip(mine, theirs, strict=True))
-        return {**found, "same_texts": same / count}
-    differences = [
-        abs(answer[0] - peer_answer[0]) for answer, peer_answer in zip(mine, theirs, strict=True)
-    ]
-    same = all(
-        answer[1] == peer_answer[1] for answer, peer_answer in zip(mine, theirs, strict=True)
+        same = sum(map(operator.eq, mine, theirs))
+        return {**result, "same_texts": same / count}
+    (logprobs, greedy), (peer_logprobs, peer_greedy) = (
+        zip(*x, strict=True) for x in (mine, theirs)
     )
-    return {**found, "largest_difference": max(differences), "same_greedy": same}
+    difference = compare.largest_difference(logprobs, peer_logprobs)
+    return {**result, "largest_difference": difference, "same_greedy": greedy == peer_greedy}
 
 
 def _write(
@@ -108,47 +99,27 @@ def _write(
 ) -> None:
     """Writes model/ (a Hugging Face checkpoint), run/ (the import of model/) and requests.json."""
     from launch.weights import import_weights
-    from model.hf.families import family_of_config
 
     model = pathlib.Path(folder, "model")
-    model.mkdir()
     text = _text()
-    vocab = _write_tokenizer(model, text, sizes["vocab_size"])
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
-        "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "dtype": "float32",
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0}')
-    _write_weights(model, family_of_config(config), config)
+    tokenizer = _tokenizer(text, sizes["vocab_size"])
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = case.hf_config(
+        {},
+        **{**sizes, "vocab_size": tokenizer.get_vocab_size()},
+        max_position_embeddings=2048,
+        **ends,
+    )
+    # Large weights, so that logits are far from uniform and no choice is a tie.
+    case.write_model(model, config, case.normal(np.random.default_rng(0), 0.05))
+    (model / "generation_config.json").write_text(json.dumps(ends))
+    tokenizer.save(os.fspath(model / "tokenizer.json"))
+    names = {f"{name}_token": "</s>" for name in ("bos", "eos", "pad")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     import_weights.import_hf(os.fspath(model), os.path.join(folder, "run"))
     requests = _requests(text, documents, prompts, new_tokens)
     pathlib.Path(folder, "requests.json").write_text(json.dumps(requests))
-
-
-def _write_weights(folder: pathlib.Path, family: Any, config: Mapping[str, Any]) -> None:
-    from safetensors.numpy import save_file
-
-    rng = np.random.default_rng(0)
-    shapes = family.shapes(family.model(config))
-    # Large weights, so that logits are far from uniform and no choice is a tie.
-    tensors = {
-        name: (np.ones(shape) if "norm" in name else rng.normal(0, 0.05, shape)).astype(np.float32)
-        for name, shape in sorted(shapes.items())
-    }
-    save_file(tensors, folder / "model.safetensors")
 
 
 def _text() -> str:
@@ -158,8 +129,8 @@ def _text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _write_tokenizer(folder: pathlib.Path, text: str, size: int) -> int:
-    """Trains and writes a byte-level BPE tokenizer; returns its number of entries."""
+def _tokenizer(text: str, size: int) -> Any:
+    """Returns a byte-level BPE tokenizer of a text."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -173,11 +144,7 @@ def _write_tokenizer(folder: pathlib.Path, text: str, size: int) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    tokenizer.save(os.fspath(folder / "tokenizer.json"))
-    names = {f"{name}_token": "</s>" for name in ("bos", "eos", "pad")}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokenizer.get_vocab_size()
+    return tokenizer
 
 
 def _requests(text: str, documents: int, prompts: int, new_tokens: int) -> dict[str, Any]:

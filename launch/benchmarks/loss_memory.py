@@ -3,12 +3,11 @@
 Every form runs in a fresh process. The memory in use before the step is subtracted from the peak.
 """
 
-import json
 import resource
-import subprocess
-import sys
 import time
 from typing import Any
+
+from launch.benchmarks import compare
 
 VOCABULARY = 256_000
 FORMS = ("chunked", "reference")
@@ -16,7 +15,8 @@ FORMS = ("chunked", "reference")
 
 def run(*, tokens: int = 2048, width: int = 256) -> dict[str, Any]:
     """Measures every form on `tokens` tokens; for scale, also returns the size of one [tokens, vocabulary] array."""
-    measurements = {form: _fresh(form, tokens, width) for form in FORMS}
+    commands = {form: compare.ours("loss_memory", form, tokens, width) for form in FORMS}
+    measurements = {form: compare.measured(command) for form, command in commands.items()}
     return {
         "tokens": tokens,
         "vocabulary": VOCABULARY,
@@ -31,13 +31,8 @@ def run(*, tokens: int = 2048, width: int = 256) -> dict[str, Any]:
     }
 
 
-def _fresh(form: str, tokens: int, width: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "launch.benchmarks.loss_memory", form, str(tokens), str(width)]
-    process = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(process.stdout.strip().splitlines()[-1])
-
-
-def _measure(form: str, tokens: int, width: int) -> dict[str, Any]:
+def side(form: str, tokens: str, width: str) -> dict[str, Any]:
+    """Measures one form in this process."""
     import jax
     import jax.numpy as jnp
 
@@ -48,9 +43,9 @@ def _measure(form: str, tokens: int, width: int) -> dict[str, Any]:
         return weighted_cross_entropy(h_TD, head_VD, targets_T, weights_T, implementation=form)[0]
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    h_TD = jax.random.normal(jax.random.key(0), (tokens, width))
-    head_VD = 0.02 * jax.random.normal(jax.random.key(1), (VOCABULARY, width))
-    targets_T = jnp.arange(tokens, dtype=jnp.int32) % VOCABULARY
+    h_TD = jax.random.normal(jax.random.key(0), (int(tokens), int(width)))
+    head_VD = 0.02 * jax.random.normal(jax.random.key(1), (VOCABULARY, int(width)))
+    targets_T = jnp.arange(int(tokens), dtype=jnp.int32) % VOCABULARY
     compiled = step.lower(h_TD, head_VD, targets_T).compile()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
@@ -61,7 +56,3 @@ def _measure(form: str, tokens: int, width: int) -> dict[str, Any]:
         "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
         "seconds": time.perf_counter() - begin,
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from launch.benchmarks import pairs
-from launch.benchmarks.random_rows import RandomRows
+from launch.benchmarks import compare
+from launch.benchmarks.case import RandomRows
 from launch.config import gin_config
 from model.low_rank import factors
 from trainers import partitioning
@@ -31,17 +31,14 @@ RANK = 0.125
 def run(*, repeats: int = 12) -> dict[str, Any]:
     """Alternates `repeats` steps of both models, each with AdamW and the weight decay of its gin file."""
     sides = {"dense": _Side(()), "low_rank": _Side((LOW_RANK,))}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name in sides if repeat % 2 else reversed(sides):
-            times[name].append(sides[name].step())
+    steps = {name: side.step for name, side in sides.items()}
+    times = compare.alternate(steps, repeats, warm_up=1)
     factorised = factors.find_factors(sides["low_rank"].params)
     return {
         "rank_fraction": RANK,
         "tokens": 4 * 256,
-        "step_seconds": {name: sorted(times[name][1:])[repeats // 2] for name in sides},
-        # The first round is a warm-up.
-        "low_rank_over_dense": pairs.ratio(times["low_rank"][1:], times["dense"][1:]),
+        "step_seconds": {name: sorted(times[name])[repeats // 2] for name in sides},
+        "low_rank_over_dense": compare.ratio(times["low_rank"], times["dense"]),
         "parameters": {name: side.parameters for name, side in sides.items()},
         "state_megabytes": {name: side.megabytes for name, side in sides.items()},
         "factors_over_matrices": sum(x.factors for x in factorised)

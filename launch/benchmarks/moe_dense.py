@@ -1,8 +1,9 @@
 """Forward and backward pass of a mixture of MLPs against one dense MLP of equal active FLOPs, float32.
 
-The dense MLP is as wide as all experts of one token together. The mixtures are those of `moe_step`.
+The dense MLP is as wide as all experts of one token together. The mixtures have the sizes of `moe_step`.
 """
 
+import operator
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from launch.benchmarks import moe_case, pairs
+from launch.benchmarks import compare, moe_case
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
 from model.moe.moe import MoeMlp
@@ -31,19 +32,13 @@ def _compare(experts: int, hidden: int, repeats: int) -> dict[str, Any]:
     top_k = moe_case.SIZES["top_k"]
     mixture = MoeMlp(_config(hidden), num_experts=experts, top_k=top_k)
     steps = {"mixture": _step(mixture), "dense": _step(GatedMlp(_config(top_k * hidden)))}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name in steps if repeat % 2 else reversed(steps):
-            begin, used = time.perf_counter(), time.process_time()
-            jax.block_until_ready(steps[name]())
-            times[name].append(time.perf_counter() - begin)
-            cpu[name].append(time.process_time() - used)
-    return {  # The first round is a warm-up.
+    times = compare.alternate(steps, repeats, warm_up=1)
+    seconds, cpu = (compare.each(times, operator.itemgetter(i)) for i in (0, 1))
+    return {
         "tokens": _TOKENS,
-        "mixture_over_dense": pairs.ratio(times["mixture"][1:], times["dense"][1:]),
-        "cpu_seconds_mixture_over_dense": pairs.ratio(cpu["mixture"][1:], cpu["dense"][1:]),
-        "seconds": {name: sorted(values[1:])[repeats // 2] for name, values in times.items()},
+        "mixture_over_dense": compare.ratio(seconds["mixture"], seconds["dense"]),
+        "cpu_seconds_mixture_over_dense": compare.ratio(cpu["mixture"], cpu["dense"]),
+        "seconds": {name: sorted(values)[repeats // 2] for name, values in seconds.items()},
     }
 
 
@@ -52,8 +47,8 @@ def _config(hidden: int) -> TransformerConfig:
     return TransformerConfig(**sizes, num_layers=1, mlp_dim=hidden)
 
 
-def _step(mlp: nn.Module) -> Callable[[], Any]:
-    """Returns a compiled function that computes the gradients of parameters and input."""
+def _step(mlp: nn.Module) -> Callable[[], tuple[float, float]]:
+    """Returns a function that computes the gradients of parameters and input, and returns wall and CPU seconds."""
     shape = (1, _TOKENS, moe_case.SIZES["embed_dim"])
     x_BTD, weight_BTD = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
     params = nn.meta.unbox(mlp.init(jax.random.key(2), x_BTD)["params"])
@@ -63,4 +58,10 @@ def _step(mlp: nn.Module) -> Callable[[], Any]:
         return jnp.sum(mlp.apply({"params": params}, x_BTD) * weight_BTD)
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x_BTD, weight_BTD).compile()
-    return lambda: step(params, x_BTD, weight_BTD)
+
+    def timed() -> tuple[float, float]:
+        begin, used = time.perf_counter(), time.process_time()
+        jax.block_until_ready(step(params, x_BTD, weight_BTD))
+        return time.perf_counter() - begin, time.process_time() - used
+
+    return timed

@@ -5,11 +5,11 @@ a skewed router, which sends most tokens to few experts. transformers has severa
 timed with the balanced router first; the fastest one then alternates with this project, in fresh processes.
 """
 
-import statistics
 import tempfile
 from typing import Any
 
-from launch.benchmarks import moe_case, pairs, peers
+from launch.benchmarks import compare, moe_case
+from launch.benchmarks.train_step import command, facts, medians
 
 WARM_UP = 2
 # batched_mm is excluded: it gathers a kernel for every (token, expert) choice, 8.6 GB for one product here.
@@ -18,7 +18,7 @@ FORMS = ("eager", "grouped_mm", "grouped_mm+compiled")
 
 def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
     """Alternates both sides `rounds` times on each mixture, `steps` timed steps in each."""
-    report: dict[str, Any] = {"case": {**moe_case.SIZES, "mlp_dim": moe_case.HIDDEN}}
+    result: dict[str, Any] = {"case": {**moe_case.SIZES, "mlp_dim": moe_case.HIDDEN}}
     for experts in moe_case.HIDDEN:
         tried: dict[str, float] = {}
         for routing in moe_case.ROUTINGS:
@@ -26,42 +26,23 @@ def run(*, rounds: int = 3, steps: int = 4) -> dict[str, Any]:
                 total = WARM_UP + steps
                 moe_case.write(folder, experts=experts, routing=routing, steps=total)
                 for form in () if tried else FORMS:
-                    tried[form] = _seconds(peers.run(form, folder, steps=WARM_UP + 1))
+                    report = compare.measured(command(form, folder, WARM_UP + 1))
+                    tried[form] = report["seconds"][WARM_UP]
                 best = min(FORMS, key=lambda form: tried[form])
-                report[f"{experts}_experts_{routing}"] = _compare(folder, best, rounds, total)
-        report[f"{experts}_experts_seconds_by_form"] = tried
-    return report
+                result[f"{experts}_experts_{routing}"] = _compare(folder, best, rounds, total)
+        result[f"{experts}_experts_seconds_by_form"] = tried
+    return result
 
 
 def _compare(folder: str, form: str, rounds: int, steps: int) -> dict[str, Any]:
     """Compares both sides on one mixture with one routing."""
-    sides = ("ours", form)
-    reports: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side in sides:
-            reports[side].append(peers.run(side, folder, steps=steps))
-    ours, theirs = (reports[side] for side in sides)
-    tokens = moe_case.SIZES["batch_size"] * moe_case.SIZES["length"]
-    losses = [runs[0]["losses"] for runs in (ours, theirs)]
+    commands = {side: command(side, folder, steps) for side in ("ours", form)}
+    reports = compare.alternate_processes(commands, rounds)
+    seconds = medians(reports, "seconds", WARM_UP)
+    cpu_seconds = medians(reports, "cpu_seconds", WARM_UP)
     return {
         "peer_form": form,
-        "speed_over_peer": pairs.ratio([*map(_seconds, theirs)], [*map(_seconds, ours)]),
-        "cpu_seconds_peer_over_ours": pairs.ratio(
-            [_seconds(run, "cpu_seconds") for run in theirs],
-            [_seconds(run, "cpu_seconds") for run in ours],
-        ),
-        "tokens_per_second": {
-            side: [round(tokens / _seconds(run)) for run in reports[side]] for side in sides
-        },
-        "losses": dict(zip(sides, losses, strict=True)),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        "peak_memory_mb": {side: reports[side][0]["peak_memory_mb"] for side in sides},
-        "contended": any(
-            run["other_load"] > peers.CONTENDED for runs in reports.values() for run in runs
-        ),
-        "peer_versions": theirs[0]["versions"],
+        "speed_over_peer": compare.ratio(seconds[form], seconds["ours"]),
+        "cpu_seconds_peer_over_ours": compare.ratio(cpu_seconds[form], cpu_seconds["ours"]),
+        **facts(reports, seconds, moe_case.SIZES["batch_size"] * moe_case.SIZES["length"]),
     }
-
-
-def _seconds(report: dict[str, Any], key: str = "seconds") -> float:
-    return statistics.median(report[key][WARM_UP:])

@@ -18,7 +18,6 @@ class Job:
     """A command to run.
 
     Attributes:
-      name: readable name.
       command: program and arguments; run in the working directory of the submitting process.
       log: file to which the output is appended.
       environment: variables in addition to those of the submitting process.

@@ -50,10 +50,8 @@ class LocalSubmitter:
     def __init__(self, *, workers: int = 1, memory_gb: float | None = None):
         """Creates the submitter; processes start with the first jobs.
 
-        Args:
-          workers: number of jobs that run at a time.
-          memory_gb: memory budget in GB. A job does not start beside others if together they would need more. A
-            job whose need is unknown, from `Job.memory_gb` and from its kind, then runs alone.
+        Jobs that together need more than `memory_gb` GB do not run at the same time. With this budget, a job whose need
+        is unknown, from `Job.memory_gb` and from its kind, runs alone.
 
         Raises:
           ValueError: `workers` is not in [1, number of cores], or `memory_gb` is not positive.
@@ -240,9 +238,7 @@ class _Worker:
     def reply(self) -> tuple[int, float] | None:
         """Returns exit status and peak memory in GB (0 if unknown) of the job; None while it runs."""
         assert self._process.stdout is not None
-        alive = (
-            self.alive
-        )  # checked first, so that output written before the process ended is read below
+        alive = self.alive  # before the output, which may be written just before the process ends
         if select.select([self._process.stdout], [], [], 0)[0]:
             if line := self._process.stdout.readline():
                 self._ended()

@@ -6,22 +6,6 @@ child process. The process ends when its input ends, also because the parent has
 then receives SIGTERM first, so that it saves its work.
 """
 
-if __name__ == "__main__":
-    # Sets the worker's cores before anything counts them: XLA chooses its number of threads by them.
-    import os
-    import sys
-
-    from launch import environment
-
-    cores = os.environ.get("ESPALIER_WORKER_CORES")
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, map(int, cores.split(",")))
-    environment.prepare(restart=True)
-
-    from launch.cluster import worker
-
-    raise SystemExit(worker.serve(sys.stdin))
-
 import contextlib
 import ctypes
 import gc
@@ -36,6 +20,8 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+
+from launch import environment
 
 OWN = "launch."
 
@@ -149,3 +135,15 @@ def _give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    # XLA chooses its number of threads by the cores, so they are set before jax is imported.
+    cores = os.environ.get("ESPALIER_WORKER_CORES")
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, map(int, cores.split(",")))
+    environment.prepare(restart=True)
+
+    from launch.cluster import worker  # jobs replace the module `__main__`
+
+    raise SystemExit(worker.serve(sys.stdin))

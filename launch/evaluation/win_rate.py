@@ -29,7 +29,7 @@ from typing import Any
 
 from data.cache import cache_dir
 from launch import cli
-from launch.evaluation.judges import answers, asking, journal, screen, shares, spec
+from launch.evaluation.judges import answers, asking, screen, shares, spec
 from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.run import load_run
@@ -137,11 +137,6 @@ def _run(start: cli.Start) -> None:
 def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str, Any]:
     """Judges the answers of every two systems; prints tables and writes all files of `out`.
 
-    Args:
-      systems: systems with answers to the same prompts.
-      judge: decides between answers.
-      out: output directory, which is created.
-
     Returns:
       The content of summary.json: 'judge', 'systems' and 'pairs' as in launch/evaluation/judges/shares.py, and
       counts of the questions.
@@ -157,7 +152,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
         raise JudgeError(
             f"--out={out} cannot be created: {error}. Choose another folder."
         ) from None
-    with journal.opened(folder / JUDGEMENTS) as replies:
+    with asking.opened(folder / JUDGEMENTS) as replies:
         outcomes, tally = asking.judge_pairs(judge, pairs, replies)
     prompts = len(systems[0].answers)
     summary = {

@@ -39,14 +39,9 @@ def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def print_continuations(
     config: RunConfig, prompt: str, *, stream: bool | None, settings: Settings, **options: Any
 ) -> None:
-    """Prints the continuations of a text.
+    """Prints the continuations of a text; see `generate` for the options.
 
-    Args:
-      config: configuration of the checkpoint's run.
-      prompt: the text.
-      stream: whether to print text while it is generated; None to do so on a terminal.
-      settings: see `generate`.
-      **options: see `generate`.
+    With `stream`, text is printed while it is generated; None does so on a terminal.
     """
     single = settings.num_samples == 1 and settings.beams is None
     stream = sys.stdout.isatty() and single if stream is None else stream
@@ -89,8 +84,8 @@ def generate(
     """Continues rows.
 
     Args:
-      config: configuration of the checkpoint's run.
-      rows: (place, row) as in row_files.read.
+      config: configuration of the run.
+      rows: (place, row) of row_files.read.
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
       settings: generation settings; the ids that end a row and the size of the vocabulary are set from the run.
@@ -114,10 +109,10 @@ def generate(
     with config.load(checkpoint, params=params) as loaded:
         prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
         if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
-            raise LoadError(f"{empty[0]}: the prompt is empty, and START_TOKEN is None.")
+            raise LoadError(f"{empty[0]}: the prompt is empty: give text, or set START_TOKEN.")
         vocabulary = loaded.vocabulary_or_none
         if vocabulary is None and stops:
-            raise LoadError("--stop needs texts, and the run's configuration sets no VOCABULARY.")
+            raise LoadError("--stop needs texts: set VOCABULARY, or use --eos_id.")
         settings = dataclasses.replace(
             settings,
             eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),

@@ -41,10 +41,7 @@ def check_output(path: str) -> None:
 def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
     """Writes each row to `path`.partial as soon as it is computed, and renames the file to `path` after the last.
 
-    Args:
-      path: path of the file.
-      rows: rows, computed one by one by all processes together.
-      writer: whether this process writes; other processes only compute.
+    All processes compute the rows together; only the `writer` writes them.
     """
     iterator = iter(rows)
     first = list(itertools.islice(iterator, 1))  # An error in the first row changes no file.
@@ -85,7 +82,9 @@ class ResumedRows:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise RowFileError(f"{place} is no row: delete the line, and it is made again.")
+                raise RowFileError(
+                    f"{place} is not a JSON object: delete the line to make the row again."
+                )
             self.rows.append((place, row))
         if writer:
             file.truncate(size)
@@ -99,11 +98,7 @@ class ResumedRows:
 
 @contextlib.contextmanager
 def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[ResumedRows]:
-    """Opens a file of rows to read its rows and append more.
-
-    Args:
-      path: path of the file, which is created if it does not exist.
-      writer: whether this process appends rows and locks the file; other processes only read.
+    """Opens or creates a file of rows; the `writer` locks it to append rows, other processes only read.
 
     Raises:
       RowFileError: another process writes the file, or a line is damaged.

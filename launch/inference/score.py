@@ -20,16 +20,7 @@ def score(
     params: str = "auto",
     batch_size: int = 8,
 ) -> None:
-    """Scores a file of rows.
-
-    Args:
-      config: of the run that made the checkpoint.
-      checkpoint: step or run directory.
-      inputs: file of rows.
-      output: file for the rows with their scores.
-      params: see launch/run/load_run.py.
-      batch_size: rows at a time.
-    """
+    """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`."""
     row_files.check_output(output)
     placed_rows = row_files.read(inputs, example=EXAMPLE)
     with config.load(checkpoint, params=params) as run:
@@ -64,7 +55,9 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
     context = run.context(tokens)
     if targets is not None:
         if not context and targets:
-            raise LoadError(f"{where}: nothing precedes the targets, and START_TOKEN is None.")
+            raise LoadError(
+                f"{where}: no token precedes the targets: give text before them, or set START_TOKEN."
+            )
         return Row(context=context, targets=targets)
     # An empty row has no targets, but a context needs at least one token.
     return Row(context=context[:1] or [0], targets=context[1:])

@@ -21,12 +21,12 @@ def draw(
     """Draws one matrix: shares from 0 to 1, or `signed` cosines from -1 to 1.
 
     Args:
-      axes: to draw on.
+      axes: axes to draw on.
       values: the matrix.
-      rows, columns: names.
-      title: above it.
-      signed: blue to red around 0.
-      row_names: whether the rows' names are written, as only beside the first of several that share them.
+      rows, columns: names of rows and columns.
+      title: title above the matrix.
+      signed: whether colours go from blue to red around 0.
+      row_names: whether to write the names of the rows; False beside a matrix with the same rows.
     """
     values_RC = np.asarray(values, float)
     low = -1.0 if signed else 0.0

@@ -1,4 +1,4 @@
-"""A page in Markdown as one HTML file, its images inside, to send to others or to open without a server."""
+"""Converts a page in Markdown to one HTML file with its images inside."""
 
 import base64
 import html
@@ -20,23 +20,21 @@ th { border-bottom: 2px solid #888; }
 
 
 def write(markdown: str, path: pathlib.Path) -> None:
-    """Writes `path`, taking images with relative paths from its folder.
+    """Writes the page, which begins with its title, with the images that its folder contains.
 
-    Args:
-      markdown: the page, which begins with its title; its own HTML is shown, not followed.
-      path: the file.
+    HTML in the Markdown is shown as text.
 
     Raises:
-      FileNotFoundError: an image is not there.
+      FileNotFoundError: an image is missing.
     """
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
-    def embedded(found: re.Match[str]) -> str:
-        source = html.unescape(found[1])
+    def embedded(image: re.Match[str]) -> str:
+        source = html.unescape(image[1])
         if ":" in source:
-            return found[0]
+            return image[0]
         data = base64.b64encode((path.parent / source).read_bytes()).decode()
         return f'src="data:image/png;base64,{data}"'
 

@@ -52,9 +52,9 @@ def ratio(numerators: Any, denominators: Any) -> dict[str, float]:
     return _rounded(value, *interval)
 
 
-def difference(ones: Any, others: Any) -> dict[str, float]:
-    """Returns the mean difference of values of the same prompts with a bootstrap interval."""
-    return mean(np.asarray(ones, float) - np.asarray(others, float))
+def difference(a: Any, b: Any) -> dict[str, float]:
+    """Returns the mean of a - b over prompts with a bootstrap interval."""
+    return mean(np.asarray(a, float) - np.asarray(b, float))
 
 
 def over_seeds(values: Any) -> dict[str, float]:

@@ -39,11 +39,11 @@ def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[s
     """Writes figures into a folder.
 
     Args:
-      figures: file name -> (the figure, or None where there is nothing to draw; its caption).
+      figures: file name -> (figure, caption); a figure is None if it has no data.
       folder: is created.
 
     Returns:
-      The captions of those that were written.
+      The captions of the written figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: caption for name, (figure, caption) in figures.items() if figure is not None}
@@ -62,7 +62,7 @@ def bar(
 
 
 def point(axes: Any, at: float, values: np.ndarray, width: float, colour: str) -> None:
-    """Draws the same without the bar, for scores whose zero means nothing."""
+    """Draws a point with its interval and a dot for each seed, for scores whose zero has no meaning."""
     value, error = _interval(values)
     axes.errorbar(at, value, yerr=error, capsize=4, color=colour, marker="s", ms=7, lw=2)
     _dots(axes, at, values, width)
@@ -74,7 +74,7 @@ def _interval(values: np.ndarray) -> tuple[float, list[list[float]]]:
 
 
 def errors(shown: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """Returns the distances of intervals' ends from their values, as matplotlib takes them."""
+    """Returns the distances of intervals' ends from their values, in the form of matplotlib."""
     return [[s["value"] - s["low"] for s in shown], [s["high"] - s["value"] for s in shown]]
 
 
@@ -84,7 +84,7 @@ def with_errors(axes: Any, at: Any, shown: Sequence[Mapping[str, float]], **styl
 
 
 def level(axes: Any, shown: Mapping[str, float], label: str, *, width: float = 1.5) -> None:
-    """Draws a value to compare with as a dashed line, and its interval as a band."""
+    """Draws a reference value as a dashed line, and its interval as a band."""
     axes.axhline(shown["value"], color="black", ls="--", lw=width, label=label)
     axes.axhspan(shown["low"], shown["high"], color="black", alpha=0.08, lw=0)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from data.tokenizers import hf_tokenizer
 from launch.run import run_vocabulary
+from launch.weights import source_models
 from launch.weights.import_weights import ConvertError, check_space, new_directory, progress
 from model.hf.description import describe, differences
 from model.hf.families import family_named, family_of_model
@@ -24,7 +25,7 @@ from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 _BLOCK_BYTES = 1 << 24
 # Fields of config.json that do not depend on the architecture; the export of a changed model copies them.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_KEPT = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
+_COPIED = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
 
 def export_hf(
@@ -54,12 +55,10 @@ def export_hf(
     """
 
     def read(step: Any) -> None:
-        recorded = step_dir.read_manifest(step)
-        if problems := manifest.check_files(step, recorded.files):
-            raise DamagedCheckpointError(step, problems)
-        meta = step_dir.read_record(step, recorded)["meta"]
+        _, recorded = source_models.checked(step)
+        source = step_dir.read_record(step, recorded)["meta"].get("hf", {})
         with new_directory(target) as partial:
-            _export(step, recorded, meta, model, partial, params, family, dtype, shard_bytes)
+            _export(step, recorded, source, model, partial, params, family, dtype, shard_bytes)
 
     step_dir.newest_good(checkpoint, read)
 
@@ -67,7 +66,7 @@ def export_hf(
 def _export(
     step: Any,
     recorded: Manifest,
-    meta: Mapping[str, Any],
+    source: Mapping[str, Any],
     model: Any,
     folder: str,
     params: str,
@@ -75,8 +74,8 @@ def _export(
     dtype: str | None,
     shard_bytes: int,
 ) -> None:
-    source = meta.get("hf", {})
-    family = _family(model, name or source.get("family"), asked=name is not None)
+    """Writes one step; `source` is the record of the import."""
+    family = _family(model, name, source.get("family"))
     root, saved = recorded.params(params)
     if params == "ema" and not saved:
         raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
@@ -84,16 +83,12 @@ def _export(
     arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
     if missing := sorted(path for path, entry in arrays.items() if entry is None):
         raise ConvertError(
-            f"checkpoint {step} has no {root}{missing[0]}, so that it is of another model than its "
-            "configuration says. Give the configuration it was saved with: --gin_file=FILE."
+            f"checkpoint {step} has no {root}{missing[0]}, which the model of its configuration has: give "
+            "the configuration of its training, --gin_file=FILE."
         )
     shapes = family.shapes(model)
-    dtypes = {
-        piece.hf: FLOATS[
-            dtype or source.get("dtypes", {}).get(piece.hf) or arrays[piece.native].dtype
-        ]
-        for piece in pieces
-    }
+    imported = source.get("dtypes", {})
+    dtypes = {x.hf: FLOATS[dtype or imported.get(x.hf) or arrays[x.native].dtype] for x in pieces}
     sizes = {hf: math.prod(shapes[hf]) * dtypes[hf].itemsize for hf in shapes}
     check_space(folder, sum(sizes.values()))
     main = max(
@@ -116,14 +111,14 @@ def _export(
             _write_group(step, recorded, root, group, writer, bar)
 
 
-def _family(model: Any, name: str | None, *, asked: bool) -> Family:
-    if name is None:
+def _family(model: Any, name: str | None, imported: str | None) -> Family:
+    if name is None and imported is None:
         return family_of_model(model)
-    family = family_named(name)
+    family = family_named(name or imported)
     try:
         family.config(model)
     except UnsupportedModel:
-        if asked:
+        if name is not None:
             raise
         return family_of_model(model)  # The model was changed after the import.
     return family
@@ -136,7 +131,7 @@ def _config(family: Family, model: Any, source: Mapping[str, Any]) -> dict[str, 
         describe(model), describe(family.model(original))
     ):
         return dict(original)
-    return {**{key: original[key] for key in _KEPT if key in original}, **family.config(model)}
+    return {**{key: original[key] for key in _COPIED if key in original}, **family.config(model)}
 
 
 def _generation(

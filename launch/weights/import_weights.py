@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,12 +32,7 @@ class ConvertError(ValueError):
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
-    """Writes a run directory with the weights of a Hugging Face checkpoint.
-
-    Args:
-      source: directory with config.json and safetensors.
-      target: run directory, which must not exist.
-      dtype: dtype of the stored weights; None for the dtype in the files.
+    """Writes a new run directory `target` with the weights of a Hugging Face checkpoint, stored as `dtype` if not None.
 
     Raises:
       ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
@@ -75,10 +71,10 @@ def _write(
     model = family.model(config)
     checked = plan(family, model, tensors, dtype=dtype)
     check_space(folder, checked.nbytes)
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for array in checked.arrays.values():
-        sizes[array.dtype.name] = sizes.get(array.dtype.name, 0) + array.nbytes
-    stored = max(sizes, key=lambda name: sizes[name])
+        sizes[array.dtype.name] += array.nbytes
+    stored = sizes.most_common(1)[0][0]
     model = model.clone(config=dataclasses.replace(model.config, param_dtype=stored))
     meta = {
         "hf": {
@@ -102,7 +98,7 @@ def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:
     if not any(
         (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
     ):
-        print(f"{source} has no tokenizer: the run takes tokens, not texts.", file=sys.stderr)
+        print(f"{source} has no tokenizer: the run accepts tokens, not texts.", file=sys.stderr)
         return {}
     digest = run_vocabulary.save_files(folder, source)
     files = getattr(run_vocabulary.load(folder=folder), "files", None)
@@ -137,8 +133,8 @@ def check_space(folder: str, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConvertError(
-            f"{os.path.dirname(folder)} has {free / 1e9:.1f} GB free, and the weights take "
-            f"{needed / 1e9:.1f} GB. Free some space, or write to another disk."
+            f"{os.path.dirname(folder)} has {free / 1e9:.1f} GB free, but the weights need "
+            f"{needed / 1e9:.1f} GB: free some space, or write to another disk."
         )
 
 

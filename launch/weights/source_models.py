@@ -22,7 +22,7 @@ _EMBEDDING = "token_embed/embedding"
 # Fields of experts.Mixture that a mixture records for experts added later; also names of flags of launch.upcycle.
 RECORDED = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
 _REMEDY = (
-    f"add the new domain to the file that the mixture was made with, {domain_embeddings.COMMAND} --extend=FILE "
+    f"add the new domain to the file of the mixture with {domain_embeddings.COMMAND} --extend=FILE "
     "--domain NAME=SOURCE, which keeps its encoder, its mean and its vectors."
 )
 
@@ -30,19 +30,18 @@ _REMEDY = (
 class SourceModel:
     """A model's checkpoint: shapes, and arrays that are read on demand.
 
-    Raises:
-      DamagedCheckpointError: the step, or every step of the run, is damaged.
-      FileNotFoundError: there is no checkpoint.
-      TransformError: it has no parameters of the kind `params`.
-
     Args:
       path: a step directory, or a run directory for its newest undamaged step.
       params: see launch/run/load_run.py.
+
+    Raises:
+      DamagedCheckpointError, FileNotFoundError: no undamaged checkpoint.
+      TransformError: the checkpoint has no such parameters.
     """
 
     def __init__(self, path: str, params: str):
         self.path = path
-        self._step, recorded = step_dir.newest_good(path, _checked)
+        self._step, recorded = step_dir.newest_good(path, checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
         self._root, entries = recorded.params(params)
         if not entries:
@@ -58,12 +57,17 @@ class SourceModel:
         return StoredArray(self._step, self._root + path)
 
     def text_meta(self) -> dict[str, Any]:
-        """Returns the checkpoint's facts about texts: the vocabulary, and the tokens before a text."""
+        """Returns the metadata on the vocabulary and on tokens before a text."""
         keys = ("vocabulary", "add_bos", "start_token")
         return {key: self.meta[key] for key in keys if key in self.meta}
 
 
-def _checked(step: Any) -> tuple[Any, manifest.Manifest]:
+def checked(step: Any) -> tuple[Any, manifest.Manifest]:
+    """Returns a step and its manifest.
+
+    Raises:
+      DamagedCheckpointError: a file differs from the manifest.
+    """
     recorded = step_dir.read_manifest(step)
     if problems := manifest.check_files(step, recorded.files):
         raise DamagedCheckpointError(step, problems)
@@ -71,24 +75,20 @@ def _checked(step: Any) -> tuple[Any, manifest.Manifest]:
 
 
 def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
-    """Checks that models can be averaged: they share a vocabulary, and a seed.
+    """Checks that models can be averaged: they have one vocabulary and, unless `unrelated`, one seed model.
 
     Embeddings of runs that continue one seed model stay correlated. Weights of models from other seeds do not correspond,
     even if their shapes agree.
 
-    Args:
-      sources: models; all are compared with the first.
-      unrelated: whether to accept models of other seeds.
-
     Raises:
-      TransformError: a model cannot be averaged with the first; the message names it.
+      TransformError: a model cannot be averaged with the first.
     """
     first = sources[0]
     for other in sources[1:]:
         if other.meta.get("vocabulary") != first.meta.get("vocabulary"):
             raise TransformError(
-                f"{other.path} was trained with another vocabulary than {first.path}: the same ids would "
-                "stand for other words. Experts come from one seed and its vocabulary."
+                f"{other.path} was trained with another vocabulary than {first.path}, in which the same ids "
+                "are other words: give models of one vocabulary."
             )
     shape = first.abstract.shapes.get(_EMBEDDING)
     if unrelated or shape is None:
@@ -102,8 +102,8 @@ def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
         correlation = float(np.corrcoef(rows, theirs)[0, 1])
         if not correlation > _RELATED:
             raise TransformError(
-                f"{other.path} and {first.path} do not come from one seed: their embeddings correlate by "
-                f"{correlation:.2f}, so that averages of the two mean nothing. --unrelated takes them all the same."
+                f"{other.path} and {first.path} did not start from the same seed model: the correlation of their "
+                f"embeddings is {correlation:.2f}, so their average is meaningless. --unrelated accepts them."
             )
 
 
@@ -125,13 +125,13 @@ def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None
     """Raises TransformError if the file's encoder or subtracted mean differs from the mixture's."""
     if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
         raise TransformError(
-            f"{domains.path} was made by the encoder {domain_embeddings.described(domains.encoder)}, and the mixture's "
-            f"embeddings by {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
+            f"{domains.path} was made with the encoder {domain_embeddings.described(domains.encoder)}, but the "
+            f"mixture's embeddings with {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
         )
     if domains.mean_M.tolist() != recorded["mean"]:
         raise TransformError(
-            f"{domains.path} takes another mean from its vectors than the embeddings of the mixture, which would "
-            f"move every expert: {_REMEDY}"
+            f"{domains.path} has another mean, which is subtracted from its vectors, than the mixture's embeddings, so "
+            f"all experts would move: {_REMEDY}"
         )
 
 
@@ -140,6 +140,6 @@ def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np
     for name, vector_M in zip(names, vectors_EM, strict=True):
         if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
             raise TransformError(
-                f"{domains.path} has another vector of {name} than the mixture, whose router has learned from its "
-                f"own: {_REMEDY}"
+                f"{domains.path} has another vector of {name} than the one that the mixture's router was trained "
+                f"with: {_REMEDY}"
             )

@@ -79,9 +79,7 @@ def write(
 def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
     """Returns the bindings of methods' gin files, includes resolved, as lines to append to a run's configuration.
 
-    Args:
-      files: paths relative to the root of the repository; later bindings win.
-      settings: values of macros of these files.
+    Later bindings win. `settings` has values of macros of the files, whose paths are relative to the repository's root.
 
     Raises:
       ValueError: the files do not define one of these macros.
@@ -104,7 +102,7 @@ def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]
     for file in files:
         read(file)
     if unknown := settings.keys() - bindings.keys():
-        raise ValueError(f"{', '.join(files)} set no {min(unknown)}.")
+        raise ValueError(f"{', '.join(files)} do not define {min(unknown)}.")
     bindings |= {name: repr(value) for name, value in settings.items()}
     names = [name for name in imports if "dynamic_registration" not in name]
     return [*names, *(f"{name} = {value}" for name, value in bindings.items())]

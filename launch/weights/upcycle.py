@@ -8,9 +8,9 @@ Examples, of a seed's run and runs that started from it:
       --domains=domains.json --to=runs/nexus
 
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.
-With nexus (arXiv 2408.15901) the seed is no expert and in no average: its FFNs are used by every token, and a
+With nexus (arXiv 2408.15901) the seed is not an expert and not averaged: its FFNs are used by every token, and a
 projection of embeddings of the experts' data (launch.prepare embed_domains) routes; launch.upcycle extend adds experts later.
-With soup all is averaged to a dense model, which mixtures are compared with.
+With soup all is averaged to a dense model, to compare mixtures with.
 The printed table shows for every parameter whether it was copied, averaged or drawn. The result is a run directory
 that every command takes as --checkpoint, and training as INITIAL_CHECKPOINT_PATH with the method's file after the dense
 run's files: methods/bam/btx.gin, bam.gin, or methods/nexus/nexus.gin (nexus_linear.gin, nexus_mlp.gin, nexus_bam.gin).
@@ -18,122 +18,153 @@ Its config.gin is the first expert's with the bindings of that file. Arrays are 
 means of large ones in blocks of rows.
 """
 
-if __name__ == "__main__":
-    from launch.weights import upcycle_flags
-
-    add_flags = upcycle_flags.add
-    raise SystemExit(upcycle_flags.main(__doc__, "upcycle", "launch.weights.upcycle", add_flags))
-
 import argparse
-import collections
-from typing import Any
+import dataclasses
+from typing import Literal
 
-from data.nexus import domain_embeddings
-from launch.run.load_run import RunConfig
-from launch.weights import source_models, transformed_run, upcycle_flags
-from launch.weights.source_models import RECORDED, SourceModel
-from launch.weights.upcycle_flags import UpcycleFlags
-from model.transforms import base
+from launch.weights import upcycle_flags
+from launch.weights.upcycle_flags import Params
 from model.transforms.base import TransformError
-from model.transforms.experts import Mixture
-from model.transforms.upcycle import Upcycle
 
 
-def run(config: RunConfig, flags: argparse.Namespace) -> None:
-    """The command.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpcycleFlags:
+    """Flags of `launch.upcycle`; None if a flag is not set.
 
-    Raises:
-      TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
+    Attributes:
+      method: decides which parameters become experts.
+      experts: NAME=DIR or DIR of each.
+      copies: number of copies of each expert (sparse upcycling of one model).
+      params: see launch.score.
+      to: new run directory.
+      unrelated: accept models whose embeddings are not correlated.
+      top_k: number of FFNs that a token uses (1).
+      renormalise: make the weights of the chosen FFNs sum to 1.
+      shared_kv: attention experts share one set of keys and values, the mean.
+      attention_top_k: number of attention experts that a token mixes (all).
+      average_attention: make each attention expert the mean of all, as a control without specialisation.
+      router_std: standard deviation of linear routers' kernels (0.02).
+      router_seed: seed of the routers' first values. A soup, for which sweeps may set it too, has no router.
+      seed_model: nexus: the run whose FFNs are shared by all tokens.
+      domains: nexus: file of embeddings of the experts' data, from launch.prepare embed_domains.
+      router: nexus: projection of --domains (default), or for comparison a linear one, or an MLP of the token with as
+        many parameters as the projection.
+      logit_std: nexus: standard deviation of the first logits of a projection or an MLP (0.1).
+      attention_experts: nexus: attentions become experts too, as with bam, behind routers of the same kind.
+      expert_scale: multiplies the down-projections of routed experts (arXiv 2410.07524): copies of one FFN behind
+        small probabilities then compute about what it computed.
+      drop_ratio: share of the hidden units of each routed expert to redraw (Drop-Upcycling, arXiv 2502.19261).
+      drop_seed: seed of that draw (0).
     """
-    options: UpcycleFlags = upcycle_flags.parsed(flags, UpcycleFlags)
-    named = _experts(options)
-    sources = [source for _, source in named]
-    names = [name for name, _ in named]
-    if options.seed_model:
-        sources.append(SourceModel(options.seed_model, options.params))
-    source_models.check_related(sources, unrelated=options.unrelated)
-    dense = config.model
-    mlp = dense.layer_settings()[0].mlp
-    if not mlp.gated or mlp.experts:
-        raise TransformError(f"experts are gated MLPs, and the dense model has {mlp.kind}.")
-    domains = domain_embeddings.read(options.domains) if options.domains else None
-    projected = domains is not None and options.router_kind == "projection"
-    mixture = Mixture(
-        experts=len(names),
-        kv_heads=dense.config.kv_heads,
-        scanned=dense.config.scan_layers,
-        ffn=options.method != "soup",
-        attention=options.mixes_attention,
-        average_attention=options.average_attention,
-        shared_kv=options.shared_kv,
-        router=options.router_kind,
-        domains=domains.vectors(names) if projected else None,
-        seed=options.router_seed,
-        **{name: x for name in RECORDED if (x := getattr(options, name)) is not None},
-    )
-    record: dict[str, Any] = {
-        "method": options.method,
-        "experts": names,
-        "sources": [source.path for _, source in named],
-        **{name: getattr(mixture, name) for name in RECORDED},
-    }
-    if options.seed_model:
-        record["seed_model"] = options.seed_model
-    if projected:
-        record["domains"] = source_models.domains_record(domains, mixture.domains)
-    settings = _settings(options, len(names), domains)
-    recipes = transformed_run.write(
-        options.to,
-        Upcycle(mixture, shared_ffn=bool(options.seed_model)),
-        sources,
-        config=transformed_run.method_lines(options.method_files, settings),
-        gin_files=flags.gin_file,
-        meta={"upcycled": record},
-    )
-    lines = [*expert_lines(record), *base.table(recipes)]
-    print("\n".join([*lines, f"written to {options.to}"]))
 
+    method: Literal["btx", "bam", "nexus", "soup"]
+    experts: tuple[str, ...]
+    to: str
+    copies: int = 1
+    params: Params = "auto"
+    unrelated: bool = False
+    top_k: int | None = None
+    renormalise: bool = False
+    shared_kv: bool = False
+    attention_top_k: int | None = None
+    average_attention: bool = False
+    router_std: float | None = None
+    router_seed: int = 0
+    seed_model: str | None = None
+    domains: str | None = None
+    router: Literal["projection", "linear", "mlp"] | None = None
+    logit_std: float | None = None
+    attention_experts: bool = False
+    expert_scale: float | None = None
+    drop_ratio: float | None = None
+    drop_seed: int | None = None
 
-def expert_lines(record: dict[str, Any]) -> list[str]:
-    """Returns a line for each expert in a mixture's record, in order, with its source."""
-    wide = max(map(len, record["experts"]))
-    pairs = zip(record["experts"], record["sources"], strict=True)
-    return [f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(pairs)]
+    @property
+    def router_kind(self) -> Literal["projection", "linear", "mlp"]:
+        return (self.router or "projection") if self.method == "nexus" else "linear"
 
+    @property
+    def mixes_attention(self) -> bool:
+        return self.method == "bam" or self.attention_experts
 
-def _settings(given: UpcycleFlags, experts: int, domains: Any) -> dict[str, Any]:
-    """Returns values of the method files' macros."""
-    if given.method == "soup":
-        return {}
-    settings = {
-        "EXPERTS": experts,
-        "TOP_K": 1 if given.top_k is None else given.top_k,
-        "RENORMALISE": given.renormalise,
-    }
-    if given.mixes_attention:
-        settings |= {"SHARED_KV": given.shared_kv, "ATTENTION_TOP_K": given.attention_top_k}
-    if domains is not None:
-        settings["DOMAIN_DIM"] = domains.dim
-    return settings
+    @property
+    def method_files(self) -> list[str]:
+        """Returns the gin files that configure the mixture's layers."""
+        folder = "t5x_configs/methods"
+        attention = f"{folder}/bam/attention_experts.gin"
+        if self.method == "soup":
+            return []
+        if self.method != "nexus":
+            return [f"{folder}/bam/{self.method}.gin"]
+        if self.router_kind == "linear":
+            linear = f"{folder}/nexus/nexus_linear.gin"
+            return [linear, attention] if self.attention_experts else [linear]
+        name = "nexus" if self.router_kind == "projection" else "nexus_mlp"
+        return [f"{folder}/nexus/{name}{'_bam' if self.attention_experts else ''}.gin"]
 
+    def check(self) -> None:
+        """Raises TransformError for flags that would be ignored, or need another flag."""
+        nexus, ffn, router = self.method == "nexus", self.method != "soup", self.router_kind
+        uses = {
+            "--method=nexus": (nexus, ("seed_model", "domains", "router", "attention_experts")),
+            "experts, which --method=soup does not make": (
+                ffn,
+                ("top_k", "renormalise", "expert_scale", "drop_ratio"),
+            ),
+            "attention experts (--method=bam, or nexus with --attention_experts)": (
+                self.mixes_attention,
+                ("shared_kv", "average_attention", "attention_top_k"),
+            ),
+            "linear routers": (ffn and router == "linear", ("router_std",)),
+            "routers of --method=nexus that are not linear": (router != "linear", ("logit_std",)),
+            "--drop_ratio": (self.drop_ratio, ("drop_seed",)),
+        }
+        for use, (used, names) in uses.items():
+            for name in () if used else names:
+                value = getattr(self, name)
+                if value is not None and value is not False:
+                    raise TransformError(f"--{name} is only for {use}: remove it.")
+        if self.copies < 1:
+            raise TransformError(f"--copies={self.copies} must be at least 1.")
+        if not 0 <= (self.drop_ratio or 0) <= 1:
+            raise TransformError(f"--drop_ratio={self.drop_ratio:g} must be between 0 and 1.")
+        if self.expert_scale is not None and not self.expert_scale > 0:
+            raise TransformError(f"--expert_scale={self.expert_scale:g} must be positive.")
+        if nexus:
+            self._check_nexus(router)
 
-def _experts(given: UpcycleFlags) -> list[tuple[str, SourceModel]]:
-    """Returns names and models of the experts."""
-    named: list[tuple[str, SourceModel]] = []
-    for entry in given.experts:
-        name, path = upcycle_flags.split(entry)
-        source = SourceModel(path, given.params)
-        named.append((name or source.folder.name, source))
-    for name, count in collections.Counter(name for name, _ in named).items():
-        if count > 1:
+    def _check_nexus(self, router: str) -> None:
+        if not self.seed_model:
             raise TransformError(
-                f"{count} experts are called {name}: give each a name of its own, as in --experts "
-                f"{name}=DIR other=DIR; --copies=N repeats a model."
+                "--method=nexus needs --seed_model=DIR, the run whose FFNs all tokens share."
             )
-    if given.copies > 1:
-        named = [(f"{name}.{i}", source) for name, source in named for i in range(given.copies)]
-    if len(named) < 2:
-        raise TransformError(
-            "at least two experts are needed: give --experts of several, or --copies=N."
-        )
-    return named
+        if router == "linear" and self.domains:
+            raise TransformError("--router=linear does not read --domains: remove it.")
+        if router != "linear" and not self.domains:
+            raise TransformError(
+                f"--router={router} needs --domains=FILE, written by launch.prepare embed_domains, for its width."
+            )
+        if router == "projection" and self.copies > 1:
+            raise TransformError(
+                "Experts of --copies have the same embedding, so the first would get every token: give runs of "
+                "several domains, or --router=linear."
+            )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("mixture")
+    group.add_argument(
+        "--experts",
+        required=True,
+        nargs="+",
+        metavar="NAME=DIR",
+        help="runs or steps in the order of the experts, with the seed among them except for nexus; the name of DIR "
+        "alone is that of the run's directory",
+    )
+    upcycle_flags.add(group, UpcycleFlags, but=("experts",))
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        upcycle_flags.main(__doc__, "upcycle", "launch.weights.mixture:upcycle", add_flags)
+    )

@@ -288,9 +288,9 @@ def test_a_slice_that_cannot_be_built(tpu_environment):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", "v5e is no TPU topology"),
+        ("v5e", "v5e is not a TPU topology"),
         ("v9:4x4", "one of v4, v5e, v5p, v6e"),
-        ("v5e:4by4", "is no TPU topology"),
+        ("v5e:4by4", "is not a TPU topology"),
         ("v5e:4", "2 dimensions, not 1"),
         ("v5p:4x4", "3 dimensions, not 2"),
     ],
@@ -403,7 +403,7 @@ TINY = [
 def test_a_bad_topology_ends_the_command():
     done = command(*TINY, "--topology=v5e:four")
     assert done.returncode == 2
-    assert done.stderr.strip().startswith("error: --topology=v5e:four is no TPU topology")
+    assert done.stderr.strip().startswith("error: --topology=v5e:four is not a TPU topology")
 
 
 @pytest.mark.tpu

@@ -72,10 +72,10 @@ def test_errors_and_interruptions_end_as_those_of_other_commands(tmp_path, capsy
 
 
 def test_benchmarks_without_their_peers_end_with_one_error(capsys, monkeypatch):
-    from launch.benchmarks import peers, start_up
+    from launch.benchmarks import compare, start_up
 
     def run():
-        raise peers.PeerError("python is missing: run `make peers` first.")
+        raise compare.PeerError("python is missing: run `make peers` first.")
 
     monkeypatch.setattr(start_up, "run", run)
     assert bench.main(["start_up"]) == cli.USAGE_ERROR

@@ -3,7 +3,7 @@
 import json
 
 from launch import bench, report
-from launch.benchmarks import pairs
+from launch.benchmarks import compare
 from launch.run import metric_rows
 
 
@@ -61,9 +61,9 @@ def test_a_directory_that_is_no_run(tmp_path, capsys):
 
 
 def test_ratio_is_the_median_of_pairs_with_an_interval_around_it():
-    found = pairs.ratio([2.0, 3.0, 8.0, 2.0, 2.2], [1.0, 1.5, 2.0, 1.0, 1.0])
-    assert found["median"] == 2.0
-    low, high = found["interval_95"]
+    ratio = compare.ratio([2.0, 3.0, 8.0, 2.0, 2.2], [1.0, 1.5, 2.0, 1.0, 1.0])
+    assert ratio["median"] == 2.0
+    low, high = ratio["interval_95"]
     assert low + 1e-9 >= 2.0 and low <= 2.0 <= high <= 4.0
 
 

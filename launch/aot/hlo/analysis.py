@@ -8,13 +8,7 @@ from launch.aot.hlo import collectives, flops, loops, text, traffic
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Calls of one hand-written (Pallas) kernel; XLA does not know its FLOPs.
-
-    Attributes:
-      name: name of the kernel.
-      count: number of executions, with loop trip counts applied.
-      operands: array operands of one call.
-    """
+    """Executions of one hand-written (Pallas) kernel, loop trips included; XLA does not know its FLOPs."""
 
     name: str
     count: int
@@ -27,7 +21,6 @@ class Analysis:
 
     Attributes:
       flops: FLOPs of matrix products, with loop trip counts applied; kernels excluded.
-      kernels: calls of hand-written kernels.
       collectives: totals by kind.
       hbm_bytes: estimated traffic to and from main memory.
     """

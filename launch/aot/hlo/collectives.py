@@ -119,6 +119,6 @@ def group_size(instruction: Instruction, partitions: int) -> int:
     elif text and (iota := re.match(r"\[(\d+),(\d+)\]<=", text)):
         return int(iota[2])
     raise HloError(
-        f"{instruction.opcode} {instruction.name} has replica_groups={text!r}, which names no group "
-        "size that can be read; its bytes cannot be counted"
+        f"{instruction.opcode} {instruction.name} has replica_groups={text!r}, from which no group "
+        "size can be read; its bytes cannot be counted"
     )

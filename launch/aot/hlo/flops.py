@@ -4,9 +4,13 @@ TPU programs express dots as convolutions whose windows slide over padded and di
 that read data are counted.
 """
 
+import math
 import re
 
 from launch.aot.hlo.text import HloError, Instruction, Module
+
+# Fields of a convolution's window and their defaults.
+_WINDOW = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
 
 
 def product_flops(module: Module, instruction: Instruction) -> int:
@@ -21,10 +25,7 @@ def product_flops(module: Module, instruction: Instruction) -> int:
 def _dot(module: Module, dot: Instruction) -> int:
     lhs = module.operand(dot, 0).array
     dims = re.findall(r"\d+", dot.attribute("lhs_contracting_dims") or "")
-    contracted = 1
-    for dim in dims:
-        contracted *= lhs.dims[int(dim)]
-    return 2 * dot.array.size * contracted
+    return 2 * dot.array.size * math.prod(lhs.dims[int(dim)] for dim in dims)
 
 
 def _convolution(module: Module, convolution: Instruction) -> int:
@@ -37,9 +38,10 @@ def _convolution(module: Module, convolution: Instruction) -> int:
     rhs = dict(zip(rhs_labels, module.operand(convolution, 1).array.dims, strict=True))
     out = dict(zip(out_labels, convolution.array.dims, strict=True))
     window = _window(convolution, sum(label.isdigit() for label in lhs_labels))
-    taps = 1
-    for digit, entry in enumerate(window):  # Window entries are in the order of the spatial digits.
-        taps *= _taps(lhs[str(digit)], out[str(digit)], **entry)
+    # Window entries are in the order of the spatial digits.
+    taps = math.prod(
+        _taps(lhs[str(digit)], out[str(digit)], **entry) for digit, entry in enumerate(window)
+    )
     batch_groups = int(convolution.attribute("batch_group_count") or 1)
     # rhs["i"] is already the input features of one feature group.
     return 2 * (lhs["b"] // batch_groups) * rhs["i"] * rhs["o"] * taps
@@ -49,29 +51,17 @@ def _window(convolution: Instruction, rank: int) -> list[dict[str, int]]:
     """Returns size, stride, lower padding and dilations of each spatial dimension."""
     text = (convolution.attribute("window") or "{}").strip("{}")
     fields = dict(item.split("=") for item in text.split())
-    known = {"size", "stride", "pad", "lhs_dilate", "rhs_dilate", "rhs_reversal"}
-    if set(fields) - known:
+    if fields.keys() - {*_WINDOW, "rhs_reversal"}:
         raise HloError(f"convolution {convolution.name} has window={text!r}")
-
-    def each(name: str, default: str) -> list[str]:
-        return fields[name].split("x") if name in fields else [default] * rank
-
+    each = (
+        fields[name].split("x") if name in fields else [default] * rank
+        for name, default in _WINDOW.items()
+    )
+    names = [name.replace("pad", "low") for name in _WINDOW]
+    # Padding is written as lower_upper.
     return [
-        {
-            "size": int(size),
-            "stride": int(s),
-            "low": int(p.split("_")[0]),
-            "lhs_dilate": int(ld),
-            "rhs_dilate": int(rd),
-        }
-        for size, s, p, ld, rd in zip(
-            each("size", "1"),
-            each("stride", "1"),
-            each("pad", "0_0"),
-            each("lhs_dilate", "1"),
-            each("rhs_dilate", "1"),
-            strict=True,
-        )
+        dict(zip(names, (int(value.split("_")[0]) for value in values), strict=True))
+        for values in zip(*each, strict=True)
     ]
 
 

@@ -90,13 +90,13 @@ class _Loops:
             i for i, (index, _) in enumerate(sides) if index is not None and self._step(loop, index)
         ]
         if len(moving) != 1 or direction not in _HOLDS:
-            raise self._unknown(loop, "its condition is no comparison of a counter with a limit")
+            raise self._unknown(loop, "its condition does not compare a counter with a limit")
         (index, offset), limit = sides[moving[0]], sides[1 - moving[0]]
         start = self._initial(loop, index)
         stop = limit[1] if limit[0] is None else self._initial(loop, limit[0])
         step = self._step(loop, index)
         if start is None or stop is None:
-            raise self._unknown(loop, "its start or its limit is no constant")
+            raise self._unknown(loop, "its start or its limit is not constant")
         if limit[0] is not None:
             stop += limit[1]
         if moving[0] == 1:
@@ -110,7 +110,9 @@ class _Loops:
         if direction in ("LE", "GE"):
             span += 1 if direction == "LE" else -1
         if span * step <= 0 or (direction == "NE" and span % step):
-            raise self._unknown(loop, f"it would run from {start} by {step} to {stop} for ever")
+            raise self._unknown(
+                loop, f"it would never end: it runs from {start} by {step} to {stop}"
+            )
         return math.ceil(span / step)
 
     def _unknown(self, loop: Instruction, why: str) -> HloError:

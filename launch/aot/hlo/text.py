@@ -5,6 +5,7 @@ Only names, shapes with their memory space, operands and attributes are parsed.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.$<>-]+)\s+=\s+")
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
+_MARK = re.compile(r'"(?:\\.|[^"\\])*"|[()\[\]{},]')
 _SPACE = re.compile(r"S\((\d+)\)")
 
 
@@ -209,29 +211,23 @@ def _shape(text: str) -> Shape:
     return Array(match[1], dims, int(space[1]) if space else 0)
 
 
+def _depths(text: str, start: int = 0) -> Iterator[tuple[re.Match[str], int]]:
+    """Yields brackets and commas outside strings, each with the number of open brackets after it."""
+    depth = 0
+    for match in _MARK.finditer(text, start):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        yield match, depth
+
+
 def _closing(text: str, start: int) -> int:
     """Returns the index of the bracket that closes the bracket at `start`."""
-    depth = 0
-    for match in re.compile(r'"(?:\\.|[^"\\])*"|[()\[\]{}]').finditer(text, start):
-        if match[0] in "([{":
-            depth += 1
-        elif match[0] in ")]}":
-            depth -= 1
-            if depth == 0:
-                return match.start()
+    for match, depth in _depths(text, start):
+        if depth == 0:
+            return match.start()
     raise HloError(f"unbalanced brackets in {text[:80]!r}")
 
 
 def _split(text: str) -> list[str]:
     """Splits a text at commas outside brackets and strings."""
-    parts, depth, begin = [], 0, 0
-    for match in re.compile(r'"(?:\\.|[^"\\])*"|[()\[\]{},]').finditer(text):
-        if match[0] in "([{":
-            depth += 1
-        elif match[0] in ")]}":
-            depth -= 1
-        elif match[0] == "," and depth == 0:
-            parts.append(text[begin : match.start()])
-            begin = match.end()
-    parts.append(text[begin:])
-    return parts
+    commas = [m.start() for m, depth in _depths(text) if m[0] == "," and depth == 0]
+    return [text[a + 1 : b] for a, b in itertools.pairwise([-1, *commas, len(text)])]

@@ -1,38 +1,24 @@
-"""This project's side of the generation benchmarks: the decoder that `launch.generate` uses.
-
-  python -m launch.benchmarks.jax.decode_jax FOLDER
-
-Reads case.json and weights.npz in FOLDER, then answers requests on standard input (see decode_case.py).
-"""
+"""This project's side of the generation benchmarks: the decoder that `launch.generate` uses."""
 
 import json
 import os
+import pathlib
 import sys
 import time
 from typing import Any
-
-from launch import environment
 
 
 class Ours:
     """The operations; compiled programs are reused, so that the second call with the same arguments is warm."""
 
     def __init__(self, folder: str):
-        import jax
-        import numpy as np
+        from model.hf.load import load
+        from model.transforms import layer_stack
 
-        from launch.benchmarks import case
-        from model.config import TransformerConfig
-        from model.transformer import Transformer
-
-        with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
-            self._sizes = sizes = json.load(file)
-        names = ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim")
-        config = TransformerConfig(**{name: sizes[name] for name in names}, scan_layers=False)
-        self._model = Transformer(config=config)
-        with np.load(os.path.join(folder, "weights.npz")) as weights:
-            named = {name: weights[name] for name in weights.files}
-        self._params = jax.device_put(case.params_of(named, num_layers=sizes["num_layers"]))
+        self._sizes = json.loads(pathlib.Path(folder, "case.json").read_bytes())
+        model, params = load(os.path.join(folder, "model"))
+        self._model = layer_stack.unrolled(model)
+        self._params = layer_stack.unroll(params, model.config)
         self._decoders: dict[str, Any] = {}
 
     def generate(
@@ -46,7 +32,7 @@ class Ours:
         tokens: bool = False,
     ) -> dict[str, Any]:
         """Generates greedily; returns tokens, and seconds of the whole call, its prefill and its decoding."""
-        from launch.benchmarks import decode_case
+        from launch.benchmarks import case
         from model.kv_cache.policies import policy_named
         from trainers.decoding.decoder import Decoder, Stats
         from trainers.decoding.settings import Settings
@@ -61,7 +47,7 @@ class Ours:
                 batch_size=batch,
             )
         decoder = self._decoders[key]
-        prompts = decode_case.prompts(self._sizes, batch, length)
+        prompts = case.prompts(self._sizes, batch, length)
         decoder.stats = Stats()
         began = time.perf_counter()
         results = decoder(prompts)
@@ -83,11 +69,11 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from launch.benchmarks import decode_case
+        from launch.benchmarks import case
         from model.kv_cache.policies import policy_named
         from trainers.snapkv import replay
 
-        tokens = jnp.asarray(decode_case.prompts(self._sizes, batch, length), jnp.int32)
+        tokens = jnp.asarray(case.prompts(self._sizes, batch, length), jnp.int32)
         lengths = jnp.full(batch, length, jnp.int32)
         recording = jax.jit(lambda params: replay.record(self._model, params, tokens, lengths))(
             self._params
@@ -113,8 +99,8 @@ class Ours:
     ) -> dict[str, Any]:
         """Returns the bytes of one row's caches, from the shapes of its states, for `depth` times as many layers.
 
-        "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill the current
-        layer's cache is uncompressed and those of earlier layers are compressed (trainers/decoding/prefill.py).
+        "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill only the
+        current layer's cache is uncompressed (trainers/decoding/prefill.py).
         """
         import jax
         import jax.numpy as jnp
@@ -143,15 +129,9 @@ class Ours:
         return {"bytes": max(peak, sum(compressed)), "decode_bytes": sum(compressed)}
 
 
-def main(folder: str) -> None:
-    environment.restart_with_huge_pages()
-    environment.prepare()
-    from launch.benchmarks import decode_case
-
-    ours = Ours(folder)
-    operations = {name: getattr(ours, name) for name in ("generate", "compress", "peak_bytes")}
-    decode_case.serve(operations)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def side(folder: str) -> None:
+    """Answers requests on standard input until it ends; see compare.Side."""
+    operations = Ours(folder)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(getattr(operations, request.pop("op"))(**request)), flush=True)

@@ -1,33 +1,24 @@
-"""This project's side of the training benchmarks: the recipe of `launch.train`.
-
-  python -m launch.benchmarks.jax.llama_jax FOLDER STEPS
-
-Reads FOLDER, written by case.py or moe_case.py, and prints one line of JSON.
-"""
+"""This project's side of the training benchmarks: the recipe of `launch.train`."""
 
 import json
 import os
+import pathlib
 import resource
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from launch import environment
-
-FILES = ("t5x_configs/models/bench_llama.gin", "t5x_configs/runs/pretrain.gin")
-MIXTURE_FILES = ("t5x_configs/models/mixtral_8x7b.gin", "t5x_configs/runs/pretrain.gin")
+_MODELS = "t5x_configs/models"
 
 
-def main(folder: str, steps: int) -> None:
-    environment.restart_with_huge_pages()
-    environment.prepare()
+def side(folder: str, steps: str) -> dict[str, Any]:
+    """Trains on the files of case.write_training or moe_case.write; returns losses, times and memory."""
     import jax
     import numpy as np
 
     from trainers import partitioning
 
-    with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
-        recipe = recipe_of(json.load(file))
+    recipe = recipe_of(json.loads(pathlib.Path(folder, "case.json").read_bytes()))
     program = recipe.program()
     params = peer_params(folder)
     tokens = np.load(os.path.join(folder, "tokens.npy"))
@@ -39,7 +30,7 @@ def main(folder: str, steps: int) -> None:
         batch = recipe.abstract_batch(program.batch_sharding)
         with program.compiling(train, batch):
             state = initial_state(program, params)
-        for step in range(steps):
+        for step in range(int(steps)):
             begin, cpu = time.perf_counter(), time.process_time()
             batch = jax.device_put(batch_of(tokens[step % len(tokens)]), program.batch_sharding)
             state, metrics = train(state, batch)
@@ -49,7 +40,7 @@ def main(folder: str, steps: int) -> None:
             seconds.append(time.perf_counter() - begin)
             cpu_seconds.append(time.process_time() - cpu)
             first_step = first_step or time.time() - started
-    report = {
+    return {
         "losses": losses,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -58,35 +49,50 @@ def main(folder: str, steps: int) -> None:
         "first_step_s": first_step,
         "tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
-    print(json.dumps(report))
 
 
-def recipe_of(case: dict[str, Any]) -> Any:
-    """Returns the recipe of a case, with the peer's optimiser."""
-    from launch.benchmarks import case as case_lib
-    from launch.benchmarks import moe_case
+def recipe_of(case: Mapping[str, Any]) -> Any:
+    """Returns the recipe of a case, with the peer's optimiser: no gradient clipping, constant learning rate."""
     from launch.config import gin_config
 
-    files, bindings = FILES, case_lib.bindings(case)
+    bindings: dict[str, Any] = {
+        "MODEL_DIR": "unused",
+        "MIXTURE_OR_TASK_NAME": "unused",
+        "BATCH_SIZE": case["batch_size"],
+        "TASK_FEATURE_LENGTHS": {"targets": case["length"]},
+        "schedules.constant.peak": case["learning_rate"],
+        "optimizers.adamw.b1": case["b1"],
+        "optimizers.adamw.b2": case["b2"],
+        "optimizers.adamw.eps": case["adam_eps"],
+        "optimizers.adamw.weight_decay": case["weight_decay"],
+        "optimizers.adamw.max_grad_norm": None,
+    }
+    model = f"{_MODELS}/bench_llama.gin"
     if "num_experts" in case:
-        files, bindings = MIXTURE_FILES, [*bindings, *moe_case.bindings(case)]
-    config = gin_config.load(files, bindings, entry="launch.train:train", unused={"TASKS": "()"})
+        model = f"{_MODELS}/mixtral_8x7b.gin"
+        sizes = {x: case[x] for x in ("num_layers", "embed_dim", "num_heads", "vocab_size")}
+        sizes |= {"num_kv_heads": case["num_heads"], "mlp_dim": case["mlp_dim"]}
+        sizes |= {"scan_layers": False, "remat": "none"}
+        bindings |= {f"config.TransformerConfig.{name}": size for name, size in sizes.items()}
+        bindings |= {"DTYPE": "float32", "moe.MoeMlp.num_experts": case["num_experts"]}
+        bindings["moe.MoeMlp.top_k"] = case["top_k"]
+    lines = [f"{name}={value!r}" for name, value in bindings.items()]
+    config = gin_config.load(
+        (model, "t5x_configs/runs/pretrain.gin"),
+        [*lines, "recipe.Recipe.learning_rate=@schedules.constant()"],
+        entry="launch.train:train",
+        unused={"TASKS": "()"},
+    )
     return config.arguments()["recipe"]
 
 
 def peer_params(folder: str) -> Any:
     """Returns the peer's weights as this project's parameters."""
-    import numpy as np
-
-    from launch.benchmarks import case as case_lib
     from model.hf.load import load
     from model.transforms import layer_stack
 
-    if os.path.exists(checkpoint := os.path.join(folder, "checkpoint")):
-        model, params = load(checkpoint)
-        return layer_stack.unroll(params, model.config)
-    with np.load(os.path.join(folder, "weights.npz")) as weights:
-        return case_lib.params_of({name: weights[name] for name in weights.files})
+    model, params = load(os.path.join(folder, "model"))
+    return layer_stack.unroll(params, model.config)
 
 
 def initial_state(program: Any, params: Any) -> Any:
@@ -114,7 +120,3 @@ def batch_of(rows: Any) -> dict[str, Any]:
         "decoder_positions": np.tile(np.arange(rows.shape[1], dtype=np.int32), (len(rows), 1)),
         "source_ids": np.zeros(len(rows), np.int32),
     }
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -1,10 +1,8 @@
 """One side of the benchmark of lm-evaluation-harness; the peer's side runs under .venv-lm-eval.
 
-  python -m launch.benchmarks.jax.lm_eval_side FOLDER ours 0
-  .venv-lm-eval/bin/python -P launch/benchmarks/jax/lm_eval_side.py FOLDER peer BATCH_SIZE
+  .venv-lm-eval/bin/python -P launch/benchmarks/jax/lm_eval_side.py FOLDER BATCH_SIZE
 
-Reads FOLDER, written by lm_eval.py; prints seconds and answers of each kind of request as JSON. Only this project's
-own side imports the project.
+Reads FOLDER, written by lm_eval.py. Only this project's own side imports the project.
 """
 
 import copy
@@ -16,15 +14,12 @@ import sys
 import time
 
 
-def main(folder: str, side: str, batch_size: int) -> None:
-    if side == "ours":
-        from launch import environment
-
-        environment.restart_with_huge_pages()
-        environment.prepare()
+def side(folder: str, peer_batch_size: str | None = None) -> dict:
+    """Returns seconds and answers of each kind of request; without a batch size, of this project."""
+    if peer_batch_size is None:
         from launch.evaluation.lm_eval.model import EspalierLM
 
-        model = EspalierLM(os.path.join(folder, "run"), batch_size=batch_size or "auto")
+        model = EspalierLM(os.path.join(folder, "run"), batch_size="auto")
     else:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,7 +27,7 @@ def main(folder: str, side: str, batch_size: int) -> None:
         from lm_eval.models.huggingface import HFLM
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        model = HFLM(os.path.join(folder, "model"), device="cpu", batch_size=batch_size)
+        model = HFLM(os.path.join(folder, "model"), device="cpu", batch_size=int(peer_batch_size))
     from lm_eval.api.instance import Instance
 
     arguments_by_kind = json.loads(pathlib.Path(folder, "requests.json").read_bytes())
@@ -41,7 +36,7 @@ def main(folder: str, side: str, batch_size: int) -> None:
     for kind, method in kinds.items():
         seconds = []
         # The peer does not compile, so a second call would take as long as the first.
-        for _ in range(2 if side == "ours" else 1):
+        for _ in range(2 if peer_batch_size is None else 1):
             requests = [
                 Instance(
                     request_type=method, doc={}, arguments=tuple(copy.deepcopy(arguments)), idx=i
@@ -52,7 +47,7 @@ def main(folder: str, side: str, batch_size: int) -> None:
             answers = getattr(model, method)(requests, disable_tqdm=True)
             seconds.append(time.perf_counter() - began)
         report[kind] = {"seconds": seconds[0], "again": seconds[-1], "answers": answers}
-    print(json.dumps(report), flush=True)
+    return report
 
 
 def _versions() -> dict[str, str]:
@@ -66,4 +61,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    print(json.dumps(side(*sys.argv[1:])), flush=True)

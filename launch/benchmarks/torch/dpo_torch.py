@@ -81,11 +81,7 @@ def main(folder: str, steps: int) -> None:
         "first_step_s": recorder.ends[0] - float(os.environ["BENCH_PROCESS_START"]),
         "set_up_s": set_up,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-        "versions": {
-            "trl": trl.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {m.__name__: m.__version__ for m in (trl, torch, transformers)},
     }
     print(json.dumps(report))
 

@@ -15,14 +15,7 @@ EXAMPLE = '{"prompt": "...", "text": "..."}'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One row.
-
-    Attributes:
-      place: file and line, for errors.
-      id: the row's "id", or None.
-      prompt: a text, or messages.
-      text: the answer.
-    """
+    """One row; `place` is its file and line, for errors."""
 
     place: str
     id: str | None
@@ -32,13 +25,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-    """A system and its answers.
-
-    Attributes:
-      name: name for messages.
-      path: path of its file.
-      answers: answers in the file's order.
-    """
+    """A system and its answers, in the order of the file at `path`."""
 
     name: str
     path: str
@@ -65,7 +52,7 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
         every system.
     """
     if len(systems) < 2:
-        raise JudgeError("One system has nothing to be compared with: give two files or more.")
+        raise JudgeError("--systems needs at least two files, to compare their answers.")
     by_id = all(answer.id is not None for system in systems for answer in system.answers)
     by_key = [_by_key(system, by_id) for system in systems]
     first = by_key[0]
@@ -86,13 +73,13 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
 
 def _rows(path: str) -> list[Answer]:
     if not os.path.isfile(path):
-        raise JudgeError(f"{path}: there is no such file.")
+        raise JudgeError(f"{path} does not exist: give a file of launch.generate.")
     answers = [_answer(row, place) for place, row in row_files.read(path, example=EXAMPLE)]
     if not any(answer.text.strip() for answer in answers):
         raise JudgeError(
-            f'{path} holds no answer: every "text" is empty. Generate it again with launch.generate.'
+            f'{path} has no answer: every "text" is empty. Generate it again with launch.generate.'
             if answers
-            else f"{path} holds no row: generate it with launch.generate."
+            else f"{path} has no row: generate it with launch.generate."
         )
     return answers
 
@@ -101,17 +88,17 @@ def _answer(row: Mapping[str, Any], place: str) -> Answer:
     prompt, text = row.get("prompt"), row.get("text")
     if not isinstance(text, str) or prompt is None:
         raise JudgeError(
-            f"{place}: expected a prompt and the answer's text, as launch.generate writes them: {EXAMPLE}."
+            f"{place} lacks the prompt or the answer's text: give rows of launch.generate, {EXAMPLE}."
         )
     if not isinstance(prompt, str) and not _is_conversation(prompt):
         raise JudgeError(
             f'{place}: the prompt is neither a text nor messages of texts, such as [{{"role": "user", '
-            '"content": "..."}]. Judges read no tokens: generate from "text" or "messages".'
+            '"content": "..."}]. Judges cannot read tokens: generate from "text" or "messages".'
         )
     if "tools" in row or "documents" in row:
         raise JudgeError(
-            f"{place}: judges are not shown tools and documents, which the answer may rest on. Write them "
-            "into the prompt."
+            f"{place}: judges do not see tools and documents, on which the answer may depend. Write "
+            "them into the prompt."
         )
     return Answer(place=place, id=_id(row), prompt=prompt, text=text)
 
@@ -126,9 +113,7 @@ def _is_conversation(prompt: Any) -> bool:
         isinstance(prompt, list)
         and bool(prompt)
         and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
             for m in prompt
         )
     )
@@ -141,23 +126,23 @@ def _by_key(system: System, by_id: bool) -> dict[str, Answer]:
         if key in answers:
             what = f"the id {answer.id}" if by_id else "the prompt"
             raise JudgeError(
-                f"{answer.place}: {what} occurs in {answers[key].place} too. Each system gives one answer "
-                'to a prompt (--num_samples=1); prompts that occur twice need an "id" in every file.'
+                f"{answer.place}: {what} occurs in {answers[key].place} too. Each system needs one answer "
+                'to a prompt (--num_samples=1); repeated prompts need an "id" in every file.'
             )
         answers[key] = answer
     return answers
 
 
 def _check_same(
-    one: System, ones: Mapping[str, Answer], other: System, others: Mapping[str, Answer]
+    first: System, answers: Mapping[str, Answer], second: System, other: Mapping[str, Answer]
 ) -> None:
-    for key, answer in ones.items():
-        if key in others and others[key].prompt != answer.prompt:
+    for key, answer in answers.items():
+        if key in other and other[key].prompt != answer.prompt:
             raise JudgeError(
-                f"{answer.place} and {others[key].place} have one id, {answer.id}, and different "
+                f"{answer.place} and {other[key].place} have the same id, {answer.id}, but different "
                 "prompts. Generate both files from the same prompts."
             )
-    for left, right, missing in ((ones, others, other.path), (others, ones, one.path)):
+    for left, right, missing in ((answers, other, second.path), (other, answers, first.path)):
         if alone := [key for key in left if key not in right]:
             raise JudgeError(
                 f"{left[alone[0]].place}: {missing} has no answer to this prompt, nor to "

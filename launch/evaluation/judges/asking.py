@@ -1,18 +1,62 @@
-"""Asks a judge the unanswered questions, and writes each reply as it arrives."""
+"""Asks a judge the unanswered questions, and writes each reply on arrival as a JSON line of the journal."""
 
 import contextlib
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from launch.evaluation.judges.base import TIE, Judge, JudgeError, Outcome, Pair, Question
-from launch.evaluation.judges.journal import Journal
+from launch.evaluation.judges.base import TIE, Judge, JudgeError, Outcome, Pair, Question, Reply
+from launch.inference import row_files
+from launch.inference.row_files import ResumedRows
 
 # Number of consecutive questions without a reply after which asking stops.
 _PATIENCE = 32
+
+
+class Journal:
+    """Replies by the keys of their questions; opened by `opened`."""
+
+    def __init__(self, file: ResumedRows):
+        self._file = file
+        self._replies: dict[str, list[Reply]] = defaultdict(list)
+        for place, record in file.rows:
+            if not {"key", "value"} <= record.keys():
+                raise JudgeError(
+                    f"{place}: not a judge's reply. Delete the line to ask the question again."
+                )
+            if "error" not in record:
+                reply = Reply(value=record["value"], text=record.get("text", ""))
+                self._replies[record["key"]].append(reply)
+
+    def replies(self, key: str) -> list[Reply]:
+        """Returns the judge's replies to a question, by attempt."""
+        return self._replies.get(key, [])
+
+    def add(self, key: str, question: Question, reply: Reply, *, judge: str) -> None:
+        """Writes a reply. The record of a missing reply is only for readers of the file."""
+        record = {"key": key, "judge": judge, **question.about, "value": reply.value}
+        record |= {"text": reply.text} if reply.text else {}
+        if reply.error:
+            record["error"] = reply.error
+        else:
+            self._replies[key].append(reply)
+        self._file.add(record)
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[Journal]:
+    """Opens the journal in a file and locks it against other processes.
+
+    Raises:
+      JudgeError: a line is not a judge's reply.
+      RowFileError: another process writes the file, or a line is damaged.
+    """
+    with row_files.resumed(path) as file:
+        yield Journal(file)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,10 +109,10 @@ def judge_pairs(
     def outcome(two: tuple[Question, Question] | None) -> Outcome:
         if two is None:
             return Outcome(verdict=TIE, identical=True)
-        replies = [journal.replies(q.key(judge.identity))[-1:] for q in two]
-        if not all(replies):
+        replies = [reply for q in two for reply in journal.replies(q.key(judge.identity))[-1:]]
+        if len(replies) < 2 or any(reply.value is None for reply in replies):
             return Outcome(verdict=None)
-        return judge.outcome(replies[0][0], replies[1][0])
+        return judge.outcome(*replies)
 
     return [outcome(two) for two in asked], tally
 
@@ -123,6 +167,6 @@ def _counts(tally: Tally) -> str:
 
 def _silence(judge: Judge, count: int, reason: str) -> JudgeError:
     return JudgeError(
-        f"{judge.name} has not replied to {count} questions in a row: {reason}. Replies so far are "
-        "written: repair the judge, and the same command continues after them."
+        f"{judge.name} has not replied to {count} questions in a row: {reason}. Earlier replies are "
+        "saved: repair the judge, then repeat the command to continue."
     )

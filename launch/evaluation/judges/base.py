@@ -25,14 +25,7 @@ class JudgeError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one prompt.
-
-    Attributes:
-      id: the prompt's id, for messages.
-      prompt: the prompt of both answers.
-      a, b: the answers.
-      systems: names of the systems that wrote them.
-    """
+    """Two answers to one prompt, of two systems by name; `id` is the prompt's, for messages."""
 
     id: str
     prompt: Prompt
@@ -56,11 +49,7 @@ class Question:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def key(self, identity: Mapping[str, Any]) -> str:
-        """Returns the digest of everything that a reply depends on.
-
-        Args:
-          identity: the judge's identity.
-        """
+        """Returns the digest of everything that a reply depends on; `identity` is the judge's."""
         content = [identity, self.prompt, self.answers]
         text = json.dumps(content, sort_keys=True)  # ASCII, so that any string can be encoded
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -104,7 +93,7 @@ class Judge(Protocol):
     Attributes:
       name: name for messages.
       identity: everything besides the question that its replies depend on, as JSON.
-      attempts: times that a question is asked before it counts as not answered.
+      attempts: number of times to ask a question before it counts as not answered.
     """
 
     name: str
@@ -115,15 +104,11 @@ class Judge(Protocol):
         """Returns the two questions about a pair whose answers differ."""
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
-        """Yields (index, reply) of every question, in the order in which they finish.
-
-        Args:
-          asked: the questions.
-          attempt: number of earlier attempts.
+        """Yields (index, reply) of every question, in the order in which they finish, after `attempt` earlier attempts.
 
         Raises:
           JudgeError: further questions would fail too.
         """
 
     def outcome(self, first: Reply, second: Reply) -> Outcome:
-        """Returns the outcome of a pair, from the replies to both questions."""
+        """Returns the outcome of a pair from two replies whose values are not None."""

@@ -24,12 +24,12 @@ class CheckpointWriter:
       settings: the whole configuration as text, on which replies depend.
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
-      max_tokens: of a reply.
+      max_tokens: maximum tokens of a reply.
       batch_size: prompts at a time.
 
     Raises:
-      JudgeError: several processes, or a size that is none.
-      FileNotFoundError, DamagedCheckpointError: there is no good checkpoint.
+      JudgeError: several processes, or a size below 1.
+      FileNotFoundError, DamagedCheckpointError: there is no undamaged checkpoint.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class CheckpointWriter:
         if max_tokens < 1:
             raise JudgeError(f"max_tokens={max_tokens} of --judge must be at least 1.")
         self._config = config
-        self._step = pinned(checkpoint, batch_size=batch_size)
+        self._step = resolved(checkpoint, batch_size=batch_size)
         self._params = params
         self._max_tokens = max_tokens
         self._batch_size = batch_size
@@ -92,19 +92,21 @@ class CheckpointWriter:
         return self._config.chat_template is not None or own is not None
 
 
-def pinned(checkpoint: str, *, batch_size: int) -> str:
-    """Returns the step directory that a run or step directory means now, so that all replies come from one step.
+def resolved(checkpoint: str, *, batch_size: int) -> str:
+    """Returns the step directory that a run or step directory means now, because a newer step would change replies.
 
     Raises:
       JudgeError: there are several processes; only one could write replies.
-      FileNotFoundError: there is no checkpoint.
+      FileNotFoundError: the path has no checkpoint.
     """
     import jax
 
     from trainers.checkpoints import step_dir
 
     if jax.process_count() > 1:
-        raise JudgeError("A checkpoint judges in one process; it may use all devices of a host.")
+        raise JudgeError(
+            f"A checkpoint judges in one process, not in {jax.process_count()}; it uses all devices of a host."
+        )
     if batch_size < 1:
         raise JudgeError(f"batch_size={batch_size} of --judge must be at least 1.")
     return os.fspath(step_dir.resolve(checkpoint))

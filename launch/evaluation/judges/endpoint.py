@@ -21,10 +21,10 @@ _BUSY = (408, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 120
 # HTTP statuses after which every other question would fail too.
 _HOPELESS = {
-    401: "It refuses the key: name an environment variable that holds a good one with key_env=NAME.",
-    403: "It refuses the key, which may not be for this model.",
-    404: "It knows no such address or model: the URL ends with the version, such as "
-    "https://host/v1, and model=NAME is one that it offers.",
+    401: "It rejects the API key: give key_env=NAME, an environment variable with a valid one.",
+    403: "It rejects the API key, which may not be valid for this model.",
+    404: "The address or the model does not exist: the URL must end with the version, such as "
+    "https://host/v1, and model=NAME must be one of the endpoint's.",
 }
 # Maximum characters of an endpoint's text in an error.
 _QUOTED = 300
@@ -34,17 +34,17 @@ class EndpointWriter:
     """Asks over HTTP, several requests at a time; see launch/evaluation/judges/pairwise.py.
 
     Args:
-      url: of the API, such as https://host/v1.
-      model: name that the endpoint knows.
+      url: URL of the API, such as https://host/v1.
+      model: name of a model of the endpoint.
       key_env: environment variable that holds the API key; None to send none.
-      max_tokens: of a reply; None to leave it to the endpoint.
-      temperature: of the first attempt; None to leave it to the endpoint always.
+      max_tokens: maximum tokens of a reply; None for the endpoint's default.
+      temperature: temperature of the first attempt; None for the endpoint's default in all attempts.
       timeout: seconds to connect, and seconds without a byte of the reply.
-      retries: of a request that the endpoint is too busy for or cannot serve now.
+      retries: retries of a request that the endpoint is too busy for or cannot serve now.
       concurrency: requests at a time.
 
     Raises:
-      JudgeError: a URL or number that is none, or the variable is not set.
+      JudgeError: a malformed URL, a number out of range, or a variable that is not set.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class EndpointWriter:
             retry_after_max=_LONGEST_WAIT_S,
         )
         adapter = HTTPAdapter(max_retries=again, pool_maxsize=concurrency)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, adapter)
         self.name = f"openai:{url},model={model}"
         self.identity = {
             "kind": "openai",
@@ -180,11 +180,11 @@ class EndpointWriter:
         return request
 
     def _unreachable(self, error: Exception) -> JudgeError:
-        reason = getattr(error.args[0] if error.args else None, "reason", None) or error
+        reason = _reason(error) or error
         return JudgeError(
             self._clean(
-                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL; replies so "
-                "far are written, and the same command continues after them."
+                f"{self.name} cannot be reached: {reason}. Start it, or correct the URL. Earlier "
+                "replies are saved: repeat the command to continue."
             )
         )
 
@@ -202,11 +202,11 @@ class EndpointWriter:
 def _check_url(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise JudgeError(f"{url} of --judge is no URL: expected one such as https://host/v1.")
+        raise JudgeError(f"{url} of --judge is not a URL: give one such as https://host/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise JudgeError(
-            "The URL of --judge holds a user, a password or a query, which would be written to files: "
-            "put the key into an environment variable and name that with key_env=NAME."
+            "The URL of --judge has a user, a password or a query, which would be written to files: "
+            "put the key into an environment variable and give key_env=NAME."
         )
 
 
@@ -216,17 +216,23 @@ def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise JudgeError(
-            f"The environment variable {variable}, named by key_env of --judge, is not set: "
-            f"export {variable}=... with the API key."
+            f"The environment variable {variable} of key_env is not set: export {variable}=... with "
+            "the API key."
         )
     if not key.isascii() or not key.isprintable():
-        raise JudgeError(f"The environment variable {variable} holds what cannot be an API key.")
+        raise JudgeError(
+            f"The environment variable {variable} of key_env has characters that API keys do not have."
+        )
     return key
 
 
 def _not_connected(error: requests.RequestException) -> bool:
     """Returns whether there was no connection at all, so that the next request would fail too."""
-    if isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError):
-        return True
-    reason = getattr(error.args[0] if error.args else None, "reason", None)
-    return isinstance(reason, urllib3.exceptions.NewConnectionError)
+    return isinstance(
+        error, requests.exceptions.SSLError | requests.exceptions.ProxyError
+    ) or isinstance(_reason(error), urllib3.exceptions.NewConnectionError)
+
+
+def _reason(error: Exception) -> Any:
+    """Returns the error of urllib3 that caused an error of requests, if known."""
+    return getattr(error.args[0] if error.args else None, "reason", None)

@@ -1,7 +1,4 @@
-"""A judge that compares two answers in words; it is asked about both orders of the answers.
-
-If the preference depends on the order, the pair is a tie: it then depends on the position and not on the answers.
-"""
+"""A judge that compares two answers in words, in both orders; a preference that depends on the order is a tie."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +12,6 @@ from launch.evaluation.judges.template import Template
 RETRY_TEMPERATURE = 0.5
 # The preference for the answer that is shown first.
 _SIGNS: Mapping[Any, int] = {template.FIRST: 1, template.TIE: 0, template.SECOND: -1}
-_VERDICTS: Mapping[int, Verdict] = {1: A, 0: TIE, -1: B}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +37,7 @@ class Writer(Protocol):
     ) -> Iterator[tuple[int, str | Silence]]:
         """Yields (index, text) of the reply to every prompt, in the order in which they finish.
 
-        Args:
-          prompts: the user's turns.
-          temperature: added to the writer's own temperature; 0 for the first attempt.
-          seed: seed of sampling.
+        The temperature, 0 for the first attempt, is added to the writer's own.
 
         Raises:
           JudgeError: further questions would fail too.
@@ -52,13 +45,7 @@ class Writer(Protocol):
 
 
 class PairwiseJudge:
-    """See launch/evaluation/judges/base.py.
-
-    Args:
-      writer: writes the replies.
-      wording: wording of the prompts.
-      attempts: times that a question is asked before its reply counts as not understood.
-    """
+    """See launch/evaluation/judges/base.py; `writer` writes replies to prompts in the wording of `wording`."""
 
     def __init__(self, writer: Writer, *, wording: Template, attempts: int = 3):
         self._writer = writer
@@ -68,37 +55,24 @@ class PairwiseJudge:
         self.attempts = attempts
 
     def questions(self, pair: Pair) -> tuple[Question, Question]:
+        def question(answers: tuple[str, str], systems: tuple[str, str]) -> Question:
+            about = {"id": pair.id, "first": systems[0], "second": systems[1]}
+            return Question(prompt=pair.prompt, answers=answers, about=about)
+
         a, b = pair.systems
-        return (
-            Question(
-                prompt=pair.prompt,
-                answers=(pair.a, pair.b),
-                about={"id": pair.id, "first": a, "second": b},
-            ),
-            Question(
-                prompt=pair.prompt,
-                answers=(pair.b, pair.a),
-                about={"id": pair.id, "first": b, "second": a},
-            ),
-        )
+        return question((pair.a, pair.b), (a, b)), question((pair.b, pair.a), (b, a))
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
-        prompts = [
-            self._wording.render(question.prompt, *question.answers, reminder=attempt > 0)
-            for question in asked
-        ]
+        prompts = [self._wording.render(q.prompt, *q.answers, reminder=attempt > 0) for q in asked]
         temperature = RETRY_TEMPERATURE if attempt else 0.0
-        written = self._writer.write(prompts, temperature=temperature, seed=attempt)
-        for i, text in written:
+        for i, text in self._writer.write(prompts, temperature=temperature, seed=attempt):
             if isinstance(text, Silence):
                 yield i, Reply(value=None, error=text.reason)
             else:
                 yield i, Reply(value=self._wording.read(text), text=text)
 
     def outcome(self, first: Reply, second: Reply) -> Outcome:
-        if first.value is None or second.value is None:
-            return Outcome(verdict=None)
         forth, back = _SIGNS[first.value], _SIGNS[second.value]
         consistent = forth == -back
-        verdict = _VERDICTS[forth] if consistent else TIE
+        verdict: Verdict = {1: A, 0: TIE, -1: B}[forth] if consistent else TIE
         return Outcome(verdict=verdict, consistent=consistent, bias=(forth + back) / 2)

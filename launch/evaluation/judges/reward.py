@@ -1,36 +1,18 @@
-"""A judge that scores each answer on its own; the higher score wins.
-
-The score can be any function of a prompt and an answer: the log-probability under a checkpoint
-(launch/evaluation/judges/log_prob.py), or the output of a reward model.
-"""
+"""A judge that scores each answer by its mean log-probability under a checkpoint."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from launch.evaluation.judges import checkpoint as checkpoints
 from launch.evaluation.judges.base import TIE, A, B, JudgeError, Outcome, Pair, Question, Reply
 
 
-class Reward(Protocol):
-    """A scalar function of a prompt and an answer.
-
-    Attributes:
-      name: name for messages.
-      identity: JSON of everything besides prompt and answer that scores depend on.
-    """
-
-    name: str
-    identity: Mapping[str, Any]
-
-    def scores(self, asked: Sequence[Question]) -> Iterator[tuple[int, float]]:
-        """Yields (index, score) for the single answer of every question, as they finish; NaN for no score."""
-
-
 class RewardJudge:
-    """See launch/evaluation/judges/base.py. A question has one attempt, because another score would be the same.
+    """Scores each answer on its own; the higher score wins. A repeated question would get the same score.
 
     Args:
-      reward: scores answers.
+      reward: has `name` and `identity` as a Judge, and `scores` as LogProb.
       margin: scores that differ by no more are a tie.
 
     Raises:
@@ -39,7 +21,7 @@ class RewardJudge:
 
     attempts = 1
 
-    def __init__(self, reward: Reward, *, margin: float = 0.0):
+    def __init__(self, reward: Any, *, margin: float = 0.0):
         if not 0 <= margin < math.inf:
             raise JudgeError(f"margin={margin} of --judge must be 0 or positive, and finite.")
         self._reward = reward
@@ -56,12 +38,66 @@ class RewardJudge:
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
         for i, score in self._reward.scores(asked):
-            yield i, Reply(value=score if math.isfinite(score) else None, text="")
+            yield i, Reply(value=score if math.isfinite(score) else None)
 
     def outcome(self, first: Reply, second: Reply) -> Outcome:
-        if first.value is None or second.value is None:
-            return Outcome(verdict=None)
+        assert first.value is not None and second.value is not None
         difference = float(first.value) - float(second.value)
         if abs(difference) <= self._margin:
             return Outcome(verdict=TIE)
-        return Outcome(verdict=A) if difference > 0 else Outcome(verdict=B)
+        return Outcome(verdict=A if difference > 0 else B)
+
+
+class LogProb:
+    """log p(answer | prompt) in nats, averaged over the answer's tokens: the sum of launch.score over their number.
+
+    An answer to messages is the assistant's turn with the chat template's end. An empty text has no tokens and therefore
+    no score.
+
+    Args:
+      config, settings, checkpoint, params, batch_size: see checkpoint.CheckpointWriter.
+
+    Raises:
+      JudgeError, FileNotFoundError, DamagedCheckpointError: see there.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        settings: str,
+        checkpoint: str,
+        params: str = "auto",
+        batch_size: int = 8,
+    ):
+        self._config = config
+        self._step = checkpoints.resolved(checkpoint, batch_size=batch_size)
+        self._params = params
+        self._batch_size = batch_size
+        self.name = f"logprob:{self._step}"
+        self.identity: Mapping[str, Any] = {
+            "kind": "logprob",
+            **checkpoints.weights_identity(self._step, settings=settings, params=params),
+        }
+
+    def scores(self, asked: Sequence[Question]) -> Iterator[tuple[int, float]]:
+        """Yields (index, score) for the single answer of every question, as they finish; NaN for no score."""
+        from launch.inference.score import scored_row
+        from trainers.scoring.scoring import Scorer
+
+        with self._config.load(self._step, params=self._params) as run:
+            rows = [scored_row(run, _row(q), str(q.about.get("id"))) for q in asked]
+            order = sorted(
+                range(len(rows)), key=lambda i: -len(rows[i].context) - len(rows[i].targets)
+            )
+            size = run.batch_size(self._batch_size, len(rows))
+            scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+            for i, logp_T in zip(order, scorer.stream([rows[i] for i in order]), strict=True):
+                yield i, float(logp_T.mean(dtype="float64")) if len(logp_T) else float("nan")
+
+
+def _row(question: Question) -> dict[str, Any]:
+    (answer,) = question.answers
+    if isinstance(question.prompt, str):
+        return {"text": question.prompt, "targets": answer}
+    return {"messages": [*question.prompt, {"role": "assistant", "content": answer}]}

@@ -60,14 +60,13 @@ def _cell(share: Mapping[str, float] | None, *, sign: str = "") -> str:
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes a PNG with a stacked bar of wins, ties and losses for each pair of systems."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen is needed
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     pairs = [pair for pair in summary["pairs"] if pair["win"] is not None]
     height = 1.5 + 0.75 * max(len(pairs), 1)
-    figure, axes = plt.subplots(figsize=(9.5, height), layout="constrained")
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    axes = figure.subplots()
     for y, pair in enumerate(pairs):
         start = 0.0
         for name in ("win", "tie", "loss"):
@@ -92,12 +91,9 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     labels = {"win": "first preferred", "tie": "tie", "loss": "second preferred"}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=_COLOURS[name]) for name in labels]
-    axes.legend(
-        handles, labels.values(), ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(0, 1)
-    )
+    handles = [Patch(color=_COLOURS[name], label=label) for name, label in labels.items()]
+    axes.legend(handles=handles, ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     axes.annotate(
         "win - loss, 95 %", (1.01, 1.02), xycoords="axes fraction", va="bottom", fontsize=9
     )
     figure.savefig(path, dpi=140)
-    plt.close(figure)

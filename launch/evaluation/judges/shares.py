@@ -18,10 +18,6 @@ _TAIL = 0.025 - 1e-9
 def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Summarises the outcomes of the pairs of two systems.
 
-    Args:
-      pairs: pairs of the two systems.
-      outcomes: outcome of each pair.
-
     Returns:
       'a', 'b': names of the systems.
       'counts': win, loss and tie of the first system, which add up to the judged pairs; identical (also among the
@@ -46,9 +42,7 @@ def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str
         "a": pairs[0].systems[0],
         "b": pairs[0].systems[1],
         "counts": {
-            "win": int(won.sum()),
-            "loss": int(lost.sum()),
-            "tie": int(tied.sum()),
+            **{name: int(x.sum()) for name, x in (("win", won), ("loss", lost), ("tie", tied))},
             "identical": sum(o.identical for _, o in judged),
             "invalid": len(outcomes) - len(judged),
         },

@@ -9,9 +9,8 @@ from launch.config import setting_flags
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.evaluation.judges.checkpoint import CheckpointWriter
 from launch.evaluation.judges.endpoint import EndpointWriter
-from launch.evaluation.judges.log_prob import LogProb
 from launch.evaluation.judges.pairwise import PairwiseJudge
-from launch.evaluation.judges.reward import RewardJudge
+from launch.evaluation.judges.reward import LogProb, RewardJudge
 from launch.evaluation.judges.template import Template
 from launch.run import load_run
 
@@ -54,13 +53,7 @@ def help_text() -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """The parsed value of --judge.
-
-    Attributes:
-      kind: kind of judge.
-      target: a directory or a URL.
-      settings: settings by name.
-    """
+    """The parsed value of --judge: the kind of judge, its directory or URL, and its settings by name."""
 
     kind: str
     target: str
@@ -81,25 +74,25 @@ def parse(text: str) -> Spec:
     kind, _, rest = text.partition(":")
     target, *pairs = rest.split(",")
     if kind not in _KINDS or not target:
-        raise JudgeError(f"--judge={text} names no judge: expected one of\n{help_text()}")
+        raise JudgeError(f"--judge={text} is not a judge: give one of\n{help_text()}")
     known_settings = settings_of(kind)
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or name not in known_settings:
-            raise JudgeError(f"--judge: {pair!r} is no setting of this judge: {usage(kind)}")
+            raise JudgeError(f"--judge: {pair!r} is not a setting of this judge: {usage(kind)}")
         if name in settings:
-            raise JudgeError(f"--judge: {name} is given twice.")
+            raise JudgeError(f"--judge sets {name} twice: give it once.")
         try:
             is_none = known_settings[name].optional and value == "none"
             settings[name] = None if is_none else known_settings[name].kind(value)
         except ValueError:
             raise JudgeError(f"--judge: {pair!r} is not a number: {usage(kind)}") from None
     if kind == "openai" and not settings.get("model"):
-        raise JudgeError(f"--judge names no model of the endpoint: {usage(kind)}")
+        raise JudgeError(f"--judge needs model=NAME: {usage(kind)}")
     if settings.get("params", "auto") not in load_run.PARAMS:
         raise JudgeError(
-            f"--judge: params={settings['params']} is none of {', '.join(load_run.PARAMS)}."
+            f"--judge: params={settings['params']} must be one of {', '.join(load_run.PARAMS)}."
         )
     return Spec(kind=kind, target=target, settings=settings)
 
@@ -110,8 +103,8 @@ def build(
     """Returns the judge of a spec.
 
     Args:
-      spec: the spec.
-      attempts: times that a question is asked before its reply counts as not understood.
+      spec: parsed value of --judge.
+      attempts: number of times to ask a question before its reply counts as not understood.
       allow_ties: whether a judge that compares may call answers equally good.
       config: a load_run.RunConfig, for a judge with a checkpoint.
       config_text: the whole configuration of `config`, as text.
@@ -123,7 +116,7 @@ def build(
     if attempts < 1:
         raise JudgeError(f"--attempts={attempts} must be at least 1.")
     if allow_ties and spec.kind == "logprob":
-        raise JudgeError("--allow_ties is of judges that compare: give margin=X to logprob.")
+        raise JudgeError("--allow_ties is for judges that compare: give margin=X with logprob.")
     settings = dict(spec.settings)
     writer: Any
     if spec.kind == "openai":

@@ -68,16 +68,12 @@ class Template:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Returns everything that replies depend on, as JSON."""
         return {"template": VERSION, "allow_ties": self.allow_ties}
 
     def render(self, prompt: Prompt, first: str, second: str, *, reminder: bool = False) -> str:
-        """Returns the text that asks for a comparison.
+        """Returns the text that asks for a comparison of the answers, shown as (A) and (B).
 
-        Args:
-          prompt: the prompt of the answers.
-          first, second: the answers, shown as (A) and (B).
-          reminder: whether to repeat the required form, after a reply that could not be read.
+        The reminder, for the case that a reply could not be read, repeats the required form.
         """
         labels = ["Answer (A)", "Answer (B)", *(["Tie"] if self.allow_ties else [])]
         exact = " or ".join(f'"Preferred: {label}"' for label in labels)

@@ -2,36 +2,30 @@
 
 import functools
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from launch.benchmarks import case, decode_case, moe_case, online_dpo, pairs
-from launch.benchmarks.jax import decode_jax, llama_jax, online_dpo_jax
+from launch.benchmarks import case, compare, moe_case, online_dpo
+from launch.benchmarks.jax import decode_jax, llama_jax
 from launch.config import gin_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("case")
-    case.write(str(path), steps=2)
+    case.write_training(str(path), steps=2)
     return path
 
 
 def test_the_recipe_has_the_shapes_of_the_shared_weights(folder):
-    config = gin_config.load(
-        llama_jax.FILES,
-        case.bindings(case.CASE),
-        entry="launch.train:train",
-        unused={"TASKS": "()"},
-    )
-    recipe = config.arguments()["recipe"]
-    with np.load(folder / "weights.npz") as weights:
-        params = case.params_of({name: weights[name] for name in weights.files})
+    sizes = json.loads((folder / "case.json").read_text())
+    recipe = llama_jax.recipe_of(sizes)
+    params = llama_jax.peer_params(str(folder))
     abstract = recipe.program(devices=jax.devices()[:1]).abstract_state.params
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
-    sizes = json.loads((folder / "case.json").read_text())
     assert (recipe.batch_size, recipe.length) == (sizes["batch_size"], sizes["length"])
     assert float(recipe.learning_rate(0)) == np.float32(sizes["learning_rate"])
 
@@ -67,9 +61,33 @@ def test_rows_predict_their_own_next_token(folder):
 
 
 def test_ratio_is_of_pairs():
-    found = pairs.ratio([2.0, 30.0, 5.0], [1.0, 10.0, 1.0])
-    assert found["median"] == 3.0
-    assert found["interval_95"] == [2.0, 5.0]
+    ratio = compare.ratio([2.0, 30.0, 5.0], [1.0, 10.0, 1.0])
+    assert ratio["median"] == 3.0
+    assert ratio["interval_95"] == [2.0, 5.0]
+
+
+def test_rounds_alternate_in_both_orders_and_the_warm_up_is_dropped():
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        return len(calls)
+
+    sides = {name: functools.partial(call, name) for name in ("ours", "peer")}
+    assert compare.alternate(sides, 2, warm_up=1) == {"ours": [4, 5], "peer": [3, 6]}
+    assert calls == ["ours", "peer", "peer", "ours", "ours", "peer"]
+
+
+def test_a_side_reports_the_last_line_of_its_output_or_its_error():
+    report = compare.measured([sys.executable, "-c", "print('note'); print('{\"x\": 1}')"])
+    assert report["x"] == 1 and report["other_load"] >= 0
+    with pytest.raises(compare.PeerError, match="ended with status 3:\nbroken"):
+        code = "import sys; sys.stderr.write('broken'); sys.exit(3)"
+        compare.measured([sys.executable, "-c", code])
+    with pytest.raises(
+        compare.PeerError, match=r"\.venv-nowhere.* is missing: run `make peers-nowhere`"
+    ):
+        compare.peer("torch/llama_torch.py", target="peers-nowhere")
 
 
 def test_parts_of_online_dpo_are_those_of_whole_steps_after_the_first():
@@ -80,20 +98,20 @@ def test_parts_of_online_dpo_are_those_of_whole_steps_after_the_first():
         for i, name in enumerate(("sampling", "rewards", "reference")):
             spans[name].append((begin + i, begin + i + 1.0))
         begin += 4.0 + 6.0 * slow
-    seconds = online_dpo_jax.seconds(spans)
+    seconds = online_dpo.seconds(spans)
     assert seconds == {
         **dict.fromkeys(("sampling", "rewards", "reference", "arrangement"), [1.0] * 3),
         "update": [6.0] * 3,
     }
-    found = online_dpo.figures([seconds, seconds])
-    assert found["generation_of_time"]["median"] == pytest.approx(0.4)
-    assert found["sampling_of_time"]["median"] == pytest.approx(0.1)
-    assert found["sampling_of_time"]["pairs"] == 2
-    assert found["parts_of_time"]["update"] == 0.6 and found["seconds_per_step"] == [10.0, 10.0]
+    shares = online_dpo.figures([seconds, seconds])
+    assert shares["generation_of_time"]["median"] == pytest.approx(0.4)
+    assert shares["sampling_of_time"]["median"] == pytest.approx(0.1)
+    assert shares["sampling_of_time"]["pairs"] == 2
+    assert shares["parts_of_time"]["update"] == 0.6 and shares["seconds_per_step"] == [10.0, 10.0]
 
 
 def test_what_online_dpo_times_is_there():
-    parts = online_dpo_jax.watched()
+    parts = online_dpo.watched()
     assert set(parts) == {"rollout", "sampling", "rewards", "reference"}
     assert all(callable(getattr(owner, name)) for owner, name in parts.values())
 
@@ -101,8 +119,7 @@ def test_what_online_dpo_times_is_there():
 def test_the_command_of_online_dpo_is_one_of_train(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.gin").write_text("include 't5x_configs/models/bench_llama.gin'\n")
-    (tmp_path / "case.json").write_text(json.dumps(online_dpo.CASE))
-    argv = online_dpo_jax.arguments(str(tmp_path), tmp_path / "online", 3)
+    argv = online_dpo.arguments(str(tmp_path), 3)
     files = [flag.partition("=")[2] for flag in argv if flag.startswith("--gin_file=")]
     bound = [flag.removeprefix("--gin.") for flag in argv if flag.startswith("--gin.")]
     assert len(files) + len(bound) == len(argv)
@@ -112,7 +129,7 @@ def test_the_command_of_online_dpo_is_one_of_train(tmp_path):
 
 def test_the_decode_benchmark_generates_from_the_shared_weights(tmp_path):
     sizes = {
-        **decode_case.SMALL,
+        **case.DECODE,
         "num_layers": 2,
         "embed_dim": 32,
         "num_heads": 4,
@@ -120,7 +137,7 @@ def test_the_decode_benchmark_generates_from_the_shared_weights(tmp_path):
         "mlp_dim": 32,
         "vocab_size": 64,
     }
-    decode_case.write(str(tmp_path), sizes)
+    case.write_decoding(str(tmp_path), sizes)
     ours = decode_jax.Ours(str(tmp_path))
     snapkv = {"policy": "snapkv", "settings": {"capacity": 16, "window": 4}}
     answer = ours.generate(batch=1, length=48, new=3, tokens=True, **snapkv)

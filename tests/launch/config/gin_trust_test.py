@@ -66,7 +66,7 @@ def test_the_users_own_files_may_bring_it_in(gin_file, evil):
         ("import os.path", "os.system"),
         ("from trainers.checkpoints import checkpoint", "checkpoint.os.replace"),
         ("from launch.run import run_dir", "run_dir.subprocess.getoutput"),
-        ("from launch import benchmarks", "benchmarks.peers.run"),
+        ("from launch import benchmarks", "benchmarks.compare.measured"),
         ("from data.text import user_data", "user_data.import_mixtures"),
         ("from data.text import user_data", "user_data.importlib.import_module"),
         ("from launch import convert", "convert.main"),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from launch.evaluation.judges import asking, journal, shares
+from launch.evaluation.judges import asking, shares
 from launch.evaluation.judges.base import JudgeError, Outcome, Pair
 from launch.evaluation.judges.pairwise import PairwiseJudge, Silence
 from launch.evaluation.judges.reward import RewardJudge
@@ -84,7 +84,7 @@ def test_orders_that_disagree_are_a_tie_and_sides_are_antisymmetric(forth, back,
     def outcome(a, b, name):
         writer = Scripted(lambda first, *_: line(forth if first == "x" else back))
         judge = PairwiseJudge(writer, wording=Template(allow_ties=True))
-        with journal.opened(tmp_path / name) as kept:
+        with asking.opened(tmp_path / name) as kept:
             (found,), _ = asking.judge_pairs(judge, [pair(a, b)], kept)
         return found
 
@@ -117,7 +117,7 @@ def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
         return f"Preferred: Answer ({'A' if first < second else 'B'})"
 
     whole = Scripted(reply)
-    with journal.opened(tmp_path / "whole") as kept:
+    with asking.opened(tmp_path / "whole") as kept:
         want, _ = asking.judge_pairs(PairwiseJudge(whole, wording=Template()), pairs, kept)
     assert [o.verdict for o in want] == ["a", None, "a", "a", "a", "tie"]
     assert len(whole.asked) == 10 + 3 + 1  # 2 + 1 asked again, and 1 once more
@@ -129,18 +129,18 @@ def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
 
     path = tmp_path / "parts"
     parts = Scripted(until)
-    with pytest.raises(Kill), journal.opened(path) as kept:
+    with pytest.raises(Kill), asking.opened(path) as kept:
         asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     lost = parts.asked.pop()  # was not answered
     # The last line may be cut short, which then was not kept.
     with open(path, "ab") as file:
         file.write(b'{"key": "' + b"x" * 999 if at % 2 else b'{"key": "0", "value": "A"}')
     parts.reply = reply
-    with journal.opened(path) as kept:
+    with asking.opened(path) as kept:
         found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     assert found == want and sorted(parts.asked) == sorted(whole.asked) and lost in parts.asked
     assert tally.asked == 14 - at
-    with journal.opened(path) as kept:
+    with asking.opened(path) as kept:
         found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     assert found == want and tally.asked == 0 and len(parts.asked) == 14
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 14
@@ -150,7 +150,7 @@ def test_replies_that_do_not_come_are_asked_for_again_in_every_run(tmp_path):
     writer = Scripted(lambda first, *_: Silence(reason="slow") if first == "x" else "Answer (A)")
     judge = PairwiseJudge(writer, wording=Template(), attempts=2)
     for run in (1, 2):
-        with journal.opened(tmp_path / "kept") as kept:
+        with asking.opened(tmp_path / "kept") as kept:
             (found,), tally = asking.judge_pairs(judge, [pair("x", "y")], kept)
         assert found.verdict is None and tally.no_reply == {"slow": 2}
         assert len(writer.asked) == 1 + 2 * run
@@ -163,7 +163,7 @@ def test_a_judge_that_never_replies_is_not_asked_on(tmp_path):
         writer.asked.clear()
         pairs = [pair("x", "y", str(i)) for i in range(count)]
         with (
-            journal.opened(tmp_path / "kept") as kept,
+            asking.opened(tmp_path / "kept") as kept,
             pytest.raises(JudgeError, match=f"has not replied to {asked} questions in a row: slow"),
         ):
             asking.judge_pairs(judge, pairs, kept)
@@ -173,17 +173,20 @@ def test_a_judge_that_never_replies_is_not_asked_on(tmp_path):
 def test_a_journal_is_one_processs_and_damage_in_it_is_named(tmp_path):
     path = tmp_path / "kept"
     with (
-        journal.opened(path),
+        asking.opened(path),
         pytest.raises(RowFileError, match="another process"),
-        journal.opened(path),
+        asking.opened(path),
     ):
         pass
     path.write_text('{"key": "0", "value": "A"}\nnonsense\n{"key": "1", "value": "B"}\n')
-    with pytest.raises(RowFileError, match="kept, line 2 is no row"), journal.opened(path):
+    with (
+        pytest.raises(RowFileError, match="kept, line 2 is not a JSON object"),
+        asking.opened(path),
+    ):
         pass
     assert len(path.read_text().splitlines()) == 3
     path.write_text('{"key": "0", "value": "A"}\n{"nonsense": 1}\n{"key": "1", "value": "B"}\n')
-    with pytest.raises(JudgeError, match="kept, line 2: not a judge's"), journal.opened(path):
+    with pytest.raises(JudgeError, match="kept, line 2: not a judge's"), asking.opened(path):
         pass
     assert len(path.read_text().splitlines()) == 3
 
@@ -211,7 +214,7 @@ def test_scores_decide_beyond_the_margin(tmp_path):
         (0, ["a", "b", "tie", None, "tie"]),
         (1, ["a", "tie", "tie", None, "tie"]),
     ):
-        with journal.opened(tmp_path / "kept") as kept:
+        with asking.opened(tmp_path / "kept") as kept:
             found, tally = asking.judge_pairs(RewardJudge(Lengths(), margin=margin), pairs, kept)
         assert [outcome.verdict for outcome in found] == want
     # An answer of one prompt is scored once, and what has no score is not asked for again.
@@ -264,7 +267,7 @@ def test_intervals_are_normal_for_many_prompts():
 def test_only_identical_answers_are_all_ties(tmp_path):
     pairs = [pair(text, text, str(i)) for i, text in enumerate(("x", "", "y"))]
     writer = Scripted(None)
-    with journal.opened(tmp_path / "kept") as kept:
+    with asking.opened(tmp_path / "kept") as kept:
         found, _ = asking.judge_pairs(PairwiseJudge(writer, wording=Template()), pairs, kept)
     summary = shares.pair_summary(pairs, found)
     assert writer.asked == [] and summary["tie"] == {"value": 1.0, "low": 1.0, "high": 1.0}

@@ -337,13 +337,13 @@ def test_a_checkpoint_writes_as_generate_does(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "b.jsonl holds no row"),
-        ([{"prompt": "Say one.", "text": " "}], "b.jsonl holds no answer"),
-        ([{"prompt": "Say one."}], "b.jsonl, line 1: expected a prompt and the answer's text"),
-        ([{"prompt": [1, 2], "text": "x"}], "Judges read no tokens"),
+        ([], "b.jsonl has no row"),
+        ([{"prompt": "Say one.", "text": " "}], "b.jsonl has no answer: every"),
+        ([{"prompt": "Say one."}], "b.jsonl, line 1 lacks the prompt or the answer's text"),
+        ([{"prompt": [1, 2], "text": "x"}], "Judges cannot read tokens"),
         ([{"prompt": "Say one.", "text": "x"}] * 2, "line 2: the prompt occurs in"),
         ([{"prompt": "Say six.", "text": "x"}], "b.jsonl has no answer to this prompt, nor to 4"),
-        ([{"prompt": "x", "text": "x", "tools": []}], "judges are not shown tools"),
+        ([{"prompt": "x", "text": "x", "tools": []}], "judges do not see tools"),
     ],
 )
 def test_answers_that_cannot_be_compared_are_named(win_rate, tmp_path, capsys, lines, message):
@@ -363,7 +363,7 @@ def test_ids_join_rows_and_must_have_one_prompt(win_rate, endpoint, tmp_path, ca
     assert ("x", "a1", "b1") in endpoint.asked and ("x", "a1", "b2") not in endpoint.asked
     write("b", [(1, "x"), (2, "y")])
     assert win_rate(judge_of(endpoint)) == 2
-    assert "have one id, 2, and different prompts" in capsys.readouterr().err
+    assert "have the same id, 2, but different prompts" in capsys.readouterr().err
     write("b", [(1, "x"), (1, "x")])
     assert win_rate(judge_of(endpoint)) == 2
     assert "the id 1 occurs in" in capsys.readouterr().err
@@ -372,21 +372,21 @@ def test_ids_join_rows_and_must_have_one_prompt(win_rate, endpoint, tmp_path, ca
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ("oracle:x", "names no judge"),
-        ("checkpoint:", "names no judge"),
-        ("openai:http://host/v1", "names no model"),
-        ("openai:http://host/v1,model=m,tmp=1", "'tmp=1' is no setting"),
-        ("openai:http://host/v1,model=m,model=n", "model is given twice"),
+        ("oracle:x", "is not a judge"),
+        ("checkpoint:", "is not a judge"),
+        ("openai:http://host/v1", "needs model=NAME"),
+        ("openai:http://host/v1,model=m,tmp=1", "'tmp=1' is not a setting"),
+        ("openai:http://host/v1,model=m,model=n", "sets model twice"),
         ("openai:http://host/v1,model=m,timeout=soon", "is not a number"),
         ("openai:http://host/v1,model=m,timeout=-1", "timeout=-1.0"),
         ("openai:http://host/v1,model=m,concurrency=0", "concurrency=0"),
-        ("openai:host/v1,model=m", "is no URL"),
+        ("openai:host/v1,model=m", "is not a URL"),
         ("openai:http://user:pass@host/v1,model=m", "key_env=NAME"),
         ("logprob:/nowhere", "there is no such directory"),
-        ("checkpoint:/nowhere,params=best", "params=best is none of"),
+        ("checkpoint:/nowhere,params=best", "params=best must be one of"),
     ],
 )
-def test_judges_that_are_none_are_named(win_rate, capsys, judge, message):
+def test_malformed_judges_are_named(win_rate, capsys, judge, message):
     assert win_rate(judge) == 2
     assert message in capsys.readouterr().err
 
@@ -396,9 +396,9 @@ def test_judges_that_are_none_are_named(win_rate, capsys, judge, message):
     [
         (["--a=x.jsonl"], "either --a=FILE and --b=FILE"),
         (["--a=x.jsonl", "--b=y/x.jsonl"], "both have the name 'x'"),
-        (["--systems", "x.jsonl"], "nothing to be compared with"),
+        (["--systems", "x.jsonl"], "needs at least two files"),
         (["--systems", "x.jsonl", "--b=x.jsonl"], "either --a=FILE and --b=FILE"),
-        (["--a=x.jsonl", "--b=none.jsonl"], "none.jsonl: there is no such file"),
+        (["--a=x.jsonl", "--b=none.jsonl"], "none.jsonl does not exist"),
         (["--a=x.jsonl", "--b=y=x.jsonl", "--attempts=0"], "--attempts=0 must be at least 1"),
         (["--a=x.jsonl", "--b=y=x.jsonl", "--out=x.jsonl"], "--out=x.jsonl cannot be created"),
     ],

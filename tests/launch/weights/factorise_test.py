@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from launch import convert
-from launch.weights.factorise import Decomposition
-from launch.weights.upcycle_flags import FactoriseFlags
+from launch.weights.factorisation import Decomposition
+from launch.weights.factorise import FactoriseFlags
 from model.hf import load
 from model.low_rank import factors
 from model.low_rank.decompose import Decompose
@@ -191,21 +191,24 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
         assert factorise(*flags, **options) == 2
         return capsys.readouterr().err
 
-    assert "give --rank" in error()
-    assert "--recompose takes no --rank" in error("--recompose", "--rank=0.5")
-    assert "--calibrate_length is of --calibrate" in error("--rank=0.5", "--calibrate_length=8")
-    assert "has no factors" in error("--recompose")
+    assert "Give --rank, such as" in error()
+    assert "--recompose does not use --rank" in error("--recompose", "--rank=0.5")
+    assert "--calibrate_length is only for --calibrate" in error(
+        "--rank=0.5", "--calibrate_length=8"
+    )
+    assert "hold no factors" in error("--recompose")
     assert "attention/key: rank=17.0" in error("--rank=17", "--rank_rule=absolute")
     assert "must lie in (0, 1]" in error("--rank=1.5", "--rank_rule=energy")
-    assert "no layer was chosen" in error("--rank=0.5", "--layers=nothing")
+    assert "No projection matches --layers" in error("--rank=0.5", "--layers=nothing")
     typo = error("--rank=0.5", "--layers=.*/query", "--layers=.*/quary")
     assert (
-        "--layers=.*/quary matches no projection; there are layers/block_0/attention/query" in typo
+        "--layers=.*/quary matches no projection: give a pattern of layers/block_0/attention/query"
+        in typo
     )
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
     assert "fewer than one row of 512" in error("--rank=0.5", f"--calibrate={tmp_path}/short.jsonl")
     made = factorise("--rank=0.5")
-    assert "factorised already" in error("--rank=0.5", checkpoint=made, name="twice")
+    assert "already factorised" in error("--rank=0.5", checkpoint=made, name="twice")
     kernel = jnp.ones((2, 4, 4)).at[1, 0, 0].set(jnp.inf)
     target = {"mlp/up/u": (2, 4, 2), "mlp/up/v": (2, 2, 4)}
     transform = Decompose(Decomposition(FactoriseFlags(checkpoint="", to=""), {}).split)

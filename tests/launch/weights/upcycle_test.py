@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch import convert
-from launch.weights import import_weights, transformed_run, upcycle_flags
+from launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
 from model.hf import families, load
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.nexus import extend
@@ -52,9 +52,9 @@ def stored(run, path):
 
 def parsed(flags):
     parser = argparse.ArgumentParser()
-    upcycle_flags.add(parser)
+    upcycle.add_flags(parser)
     words = f"--experts a b --to=x --method {flags}".split()
-    return upcycle_flags.parsed(parser.parse_args(words), upcycle_flags.UpcycleFlags)
+    return upcycle_flags.parsed(parser.parse_args(words), upcycle.UpcycleFlags)
 
 
 def manifest_of(run):
@@ -167,37 +167,46 @@ def test_averaged_attentions_are_one_mean_as_often_and_a_soup_is_a_dense_model_o
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        ("soup --top_k=1", "--top_k is of experts, and --method=soup has none"),
-        ("soup --renormalise", "--renormalise is of experts"),
-        ("soup --expert_scale=1", "--expert_scale is of experts"),
-        ("soup --drop_ratio=0", "--drop_ratio is of experts"),
-        ("soup --router_std=1", "--router_std is of linear routers"),
-        ("btx --shared_kv", "--shared_kv is of attention experts (--method=bam, or nexus"),
-        ("nexus --attention_top_k=1", "--attention_top_k is of attention experts"),
-        ("nexus --average_attention", "--average_attention is of attention experts"),
-        ("nexus --router_std=0.02", "--router_std is of linear routers"),
-        ("nexus --router=mlp --router_std=0", "--router_std is of linear routers"),
-        ("nexus --router=linear --logit_std=1", "--logit_std is of routers of --method=nexus that"),
-        ("bam --logit_std=1", "--logit_std is of routers of --method=nexus that are not linear"),
-        ("btx --seed_model=x", "--seed_model is of --method=nexus"),
-        ("bam --router=linear", "--router is of --method=nexus"),
-        ("btx --drop_seed=0", "--drop_seed is of --drop_ratio"),
-        ("btx --drop_ratio=0 --drop_seed=1", "--drop_seed is of --drop_ratio"),
-        ("btx --drop_ratio=2", "--drop_ratio=2 lies between 0 and 1"),
+        ("soup --top_k=1", "--top_k is only for experts, which --method=soup does not make"),
+        ("soup --renormalise", "--renormalise is only for experts"),
+        ("soup --expert_scale=1", "--expert_scale is only for experts"),
+        ("soup --drop_ratio=0", "--drop_ratio is only for experts"),
+        ("soup --router_std=1", "--router_std is only for linear routers"),
+        ("btx --shared_kv", "--shared_kv is only for attention experts (--method=bam, or nexus"),
+        ("nexus --attention_top_k=1", "--attention_top_k is only for attention experts"),
+        ("nexus --average_attention", "--average_attention is only for attention experts"),
+        ("nexus --router_std=0.02", "--router_std is only for linear routers"),
+        ("nexus --router=mlp --router_std=0", "--router_std is only for linear routers"),
+        (
+            "nexus --router=linear --logit_std=1",
+            "--logit_std is only for routers of --method=nexus that",
+        ),
+        (
+            "bam --logit_std=1",
+            "--logit_std is only for routers of --method=nexus that are not linear",
+        ),
+        ("btx --seed_model=x", "--seed_model is only for --method=nexus"),
+        ("bam --router=linear", "--router is only for --method=nexus"),
+        ("btx --drop_seed=0", "--drop_seed is only for --drop_ratio"),
+        ("btx --drop_ratio=0 --drop_seed=1", "--drop_seed is only for --drop_ratio"),
+        ("btx --drop_ratio=2", "--drop_ratio=2 must be between 0 and 1"),
         ("btx --expert_scale=0", "--expert_scale=0 must be positive"),
         ("btx --copies=0", "--copies=0 must be at least 1"),
         ("nexus", "needs --seed_model=DIR"),
         ("nexus --seed_model=x", "--router=projection needs --domains=FILE"),
-        ("nexus --seed_model=x --domains=x --router=linear", "--router=linear reads no --domains"),
-        ("nexus --seed_model=x --domains=x --copies=2", "have one embedding"),
+        (
+            "nexus --seed_model=x --domains=x --router=linear",
+            "--router=linear does not read --domains",
+        ),
+        ("nexus --seed_model=x --domains=x --copies=2", "have the same embedding"),
     ],
 )
-def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, said):
+def test_flags_that_would_be_ignored_or_go_with_others_are_named(flags, message):
     with pytest.raises(TransformError) as raised:
         parsed(flags)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_flags_of_draws_that_sweeps_give_to_all_methods_are_taken():
@@ -220,7 +229,7 @@ def test_a_mixtures_configuration_is_the_methods_file_with_the_flags_as_its_macr
         "transformer.Block.attention = @moa.experts_of()",
     }
     assert want <= set(lines)
-    with pytest.raises(ValueError, match="bam.gin set no DOMAIN_DIM"):
+    with pytest.raises(ValueError, match="bam.gin do not define DOMAIN_DIM"):
         transformed_run.method_lines(["t5x_configs/methods/bam/bam.gin"], {"DOMAIN_DIM": 4})
 
 
@@ -423,7 +432,7 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         return capsys.readouterr().err
 
     other = branches.add
-    assert "at least two experts are needed" in error(experts=folders[:1])
+    assert "At least two experts are needed" in error(experts=folders[:1])
     assert "--copies=0 must be" in error("--copies=0", experts=folders)
     other_words = other("words", params[1], vocabulary="other")
     assert f"{other_words} was trained with another vocabulary" in error(
@@ -431,7 +440,7 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
     )
     unrelated = other("unrelated", two_layers(trained_run.params["raw"]))
     text = error(experts=[folders[0], unrelated])
-    assert f"{unrelated} and {folders[0]} do not come from one seed" in text
+    assert f"{unrelated} and {folders[0]} did not start from the same seed model" in text
     wide = jax.tree.map(lambda x: x, params[1])
     wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
     wider = other("wider", wide)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.benchmarks.random_rows import RandomRows
+from launch.benchmarks.case import RandomRows
 from launch.config import gin_config
 from model.low_rank import factors
 from trainers import initialise, partitioning

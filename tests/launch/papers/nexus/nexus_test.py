@@ -387,22 +387,24 @@ def test_what_makes_no_mixture_or_extension_is_named(make, extend, branches, dom
     two = make()
     text = error(make(names=("code", "seed")))
     assert f"{domains}: no domain 'seed'" in text and "--extend" in text
-    assert "2 experts are called code" in error(make(names=("code", "code")))
+    assert "2 experts are named code" in error(make(names=("code", "code")))
     wide = jax.tree.map(lambda x: x, branches.params[0])
     wide["layers"]["block_0"]["mlp"]["up"]["kernel"] = jnp.ones((2, 16, 24))
     wider = branches.add("wider_seed", wide)
     text = error(make(f"--seed_model={wider}"))
     assert f"{wider} does not have the seed" in text and "[2, 16, 24]" in text
 
-    assert "has an expert law already" in error(extend(two, "--add", f"law={math}", to="x"))
-    assert "has no expert lax: there are code, law" in error(extend(two, "--remove", "lax", to="x"))
-    assert "a projection stays" in error(
+    assert "already has an expert law" in error(extend(two, "--add", f"law={math}", to="x"))
+    assert "has no expert lax: give one of code, law" in error(
+        extend(two, "--remove", "lax", to="x")
+    )
+    assert "does not apply to the projection router" in error(
         extend(two, "--add", f"math={math}", "--router=reset", to="x")
     )
     dense = error(extend(math, "--remove", "code", to="x"))
-    assert "does not come from launch.upcycle" in dense
+    assert "was not made by launch.upcycle" in dense
     used = ("--remove", "law", "--gin.moe.MoeMlp.top_k=2")
-    assert "tokens use MoeMlp.top_k = 2" in error(extend(two, *used, to="x"))
+    assert "fewer than MoeMlp.top_k = 2" in error(extend(two, *used, to="x"))
 
 
 def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_path):
@@ -419,9 +421,9 @@ def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_pat
         source_models.check_same_vectors(found, names, vectors_EM)
 
     check()
-    with pytest.raises(TransformError, match="was made by the encoder one_hot"):
+    with pytest.raises(TransformError, match="was made with the encoder one_hot"):
         check(encoder={"kind": "one_hot", "dim": M})
-    with pytest.raises(TransformError, match="takes another mean"):
+    with pytest.raises(TransformError, match="has another mean"):
         check(mean=[0.0] * M)
     with pytest.raises(TransformError, match="has another vector of law"):
         check(domains={**content["domains"], "law": content["domains"]["math"]})

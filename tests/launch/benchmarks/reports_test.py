@@ -1,0 +1,59 @@
+"""Benchmarks of two sides report what their recorded runs report, from stand-ins for the sides."""
+
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+
+import pytest
+
+from launch.benchmarks import case, compare, dpo, hf_import, lm_eval, moe_case, online_dpo
+
+RECORDED = pathlib.Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
+PARTS = ("sampling", "rewards", "reference", "arrangement", "update")
+REPORT = {
+    "other_load": 0.1,
+    "losses": [3.0, 2.0],
+    "seconds": [1.0] * 40,
+    "cpu_seconds": [2.0] * 40,
+    **dict.fromkeys(("first_loss_s", "first_step_s", "set_up_s", "load_s", "ended"), 1.0),
+    **dict.fromkeys(("load_and_touch_s", "peak_mb", "peak_memory_mb"), 3.0),
+    "tunables": "",
+    "versions": {"torch": "2"},
+    "step_ends": list(range(40)),
+    "multiple_choice": {"seconds": 1.0, "again": 0.5, "answers": [[-1.0, True], [-2.0, False]]},
+    "generate_until": {"seconds": 1.0, "again": 0.5, "answers": ["a", "b"]},
+}
+
+
+class Side:
+    def ask(self, op, *, new=0, length=1, **_):
+        times = {"seconds": 1 + new / 100, "decode_seconds": 0.5, "copy_seconds": 0.2}
+        return {**times, "tokens": [[1]], "cache_bytes": 3, "bytes": length, "decode_bytes": 4}
+
+
+def measured(command, env=None):
+    online = "online_dpo" in command
+    return {**REPORT, **({"seconds": dict.fromkeys(PARTS, [1.0, 2.0])} if online else {})}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train_step", "moe_step", "cold_start", "dpo", "online_dpo", "lm_eval"]
+    + ["decode", "cache_policies", "hf_import"],
+)
+def test_figures_have_the_names_of_the_recorded_ones(name, monkeypatch):
+    monkeypatch.setattr(compare, "peer", lambda *arguments, **_: [*map(str, arguments)])
+    monkeypatch.setattr(compare, "measured", measured)
+    monkeypatch.setattr(compare, "side", lambda command: contextlib.nullcontext(Side()))
+    writers = [(case, "write_training"), (case, "write_decoding"), (lm_eval, "_write")]
+    for owner, writer in (*writers, *((module, "write") for module in (dpo, online_dpo, moe_case))):
+        monkeypatch.setattr(owner, writer, lambda *_, **__: None)
+    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
+    figures = importlib.import_module(f"launch.benchmarks.{name}").run()
+    recorded = json.loads((RECORDED / f"{name}.json").read_bytes())["figures"]
+    assert json.loads(json.dumps(figures)).keys() == recorded.keys()
+    for key, figure in figures.items():
+        if isinstance(figure, dict) and "median" in figure:
+            assert figure.keys() == recorded[key].keys()
