@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data.text import code_problems, document_files
+from data.text import code_problems, decontamination, document_files
 from data.text.decontamination import Index, Overlap
 from data.text.documents import DataError
 

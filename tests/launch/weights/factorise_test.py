@@ -196,7 +196,7 @@ def test_what_cannot_be_factorised(factorise, trained_run, tmp_path, capsys):
     assert "--calibrate_length is only for --calibrate" in error(
         "--rank=0.5", "--calibrate_length=8"
     )
-    assert "hold no factors" in error("--recompose")
+    assert "has no factors" in error("--recompose")
     assert "attention/key: rank=17.0" in error("--rank=17", "--rank_rule=absolute")
     assert "must lie in (0, 1]" in error("--rank=1.5", "--rank_rule=energy")
     assert "No projection matches --layers" in error("--rank=0.5", "--layers=nothing")
