@@ -1,7 +1,7 @@
 """Sizes and numeric policy of a decoder-only transformer, shared by all of its modules."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class FloatDtypes:
         ]
 
     @property
-    def dtypes(self) -> dict[str, jnp.dtype]:
+    def dtypes(self) -> dict[str, Any]:
         """Returns the keywords of modules for both dtypes."""
         return {"dtype": self.compute_dtype, "param_dtype": self.storage_dtype}
 

@@ -225,7 +225,9 @@ class Transformer(nn.Module):
         if self.position_embed is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
         x_BTD = axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
-        context = dict(positions_BT=positions_BT, segments_BT=segments_BT, policy=policy)
+        context: dict[str, Any] = dict(
+            positions_BT=positions_BT, segments_BT=segments_BT, policy=policy
+        )
         if self.config.scan_layers:
             if caches is not None:
                 raise ValueError(

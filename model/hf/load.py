@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from model.hf.families import family_of_config
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
+from model.hf.mapping import Piece
 from model.hf.plan import Plan, plan
 from model.transformer import Transformer
 
@@ -43,13 +44,17 @@ def fill(checked: Plan) -> dict[str, np.ndarray]:
     with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
         futures = [
             # With `...` even a single number is a view.
-            pool.submit(checked.fill, arrays[path][(*piece.native_at, ...)], piece)
+            pool.submit(checked.fill, arrays[path][_place(piece)], piece)
             for path, target in checked.arrays.items()
             for piece in target.pieces
         ]
         for future in futures:
             future.result()
     return arrays
+
+
+def _place(piece: Piece) -> Any:
+    return (*piece.native_at, ...)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

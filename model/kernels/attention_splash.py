@@ -3,6 +3,8 @@
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+from typing import Any
+
 import jax
 
 MIN_BLOCK = 128  # lanes of a TPU register: the kernel's smallest tile
@@ -46,10 +48,11 @@ def splash_attention(
     mask: masks.Mask = masks.CausalMask((T, S))
     if window is not None:
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=0)
-    sizes = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in sizes}),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,

@@ -122,12 +122,13 @@ class Slots:
         if dtype is None or jnp.dtype(dtype) == self.k_BKSH.dtype:
             return self
         dtype = jnp.dtype(dtype)
+        k_scale_BKS: jax.Array | None = None
+        v_scale_BKS: jax.Array | None = None
         if dtype == jnp.int8:
             k_BKSH, k_scale_BKS = quantise(self.k_BKSH)
             v_BKSH, v_scale_BKS = quantise(self.v_BKSH)
         elif jnp.issubdtype(dtype, jnp.floating):
             k_BKSH, v_BKSH = self.k_BKSH.astype(dtype), self.v_BKSH.astype(dtype)
-            k_scale_BKS = v_scale_BKS = None
         else:
             raise ValueError(f"cache dtype = {dtype.name!r}: use int8, a float dtype or None.")
         return dataclasses.replace(

@@ -54,7 +54,8 @@ class Addition:
             domains = None if mixture.domains is None else mixture.domains[-1:]
             last = dataclasses.replace(mixture, domains=domains)
             column = upcycle.drawn(path, one, last, mixture.experts)
-            origin, inputs = column.origin, ((old.name, path),)
+            origin = column.origin
+            inputs: tuple[tuple[str, str], ...] = ((old.name, path),)
 
             def added(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
                 (drawn,) = column.compute([], 0)
