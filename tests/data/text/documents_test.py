@@ -126,7 +126,9 @@ def test_missing_text_key_names_the_keys_that_are_there(tmp_path):
     match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Correct text_key"
     with pytest.raises(DataError, match=match):
         _read(path)
-    with pytest.raises(DataError, match=r"line 1: no key 'url'; present are 'text'. Correct id_key"):
+    with pytest.raises(
+        DataError, match=r"line 1: no key 'url'; present are 'text'. Correct id_key"
+    ):
         _read(path, id_key="url")
 
 
