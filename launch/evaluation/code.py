@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace, start: cli.Start | None = None) -> None:
     from launch.evaluation import code_evaluation
 
-    code_evaluation.run(flags, start)
+    chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
+    code_evaluation.run(flags, chosen, start)
 
 
 def _add_solution_flags(parser: argparse.ArgumentParser) -> None:

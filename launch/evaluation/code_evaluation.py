@@ -15,7 +15,6 @@ import tqdm
 from data.sandbox import code_sandbox
 from data.text import code_problems
 from launch.config import setting_flags
-from launch.evaluation.code import CompletionFlags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
 
@@ -75,13 +74,12 @@ def file_samples(path: str, problems: code_problems.Problems) -> Samples:
     )
 
 
-def model_samples(flags: Any, start: Any, problems: code_problems.Problems) -> Samples:
-    """Returns the completions of the checkpoint's model; `start` makes the configuration of its run."""
+def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.Problems) -> Samples:
+    """Returns the completions of the checkpoint's model; arguments as of `run`."""
     from launch.inference.generate import generate
     from trainers.checkpoints import step_dir
     from trainers.decoding.settings import Sampling, Settings
 
-    chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
     if chosen.samples < 1:
         raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")
     several = chosen.samples > 1
@@ -140,10 +138,11 @@ def model_samples(flags: Any, start: Any, problems: code_problems.Problems) -> S
     )
 
 
-def run(flags: Any, start: Any) -> dict[str, Any] | None:
+def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
     """Evaluates with the flags of launch/evaluation/code.py, prints the scores and returns the content of --json.
 
-    `start` makes the configuration of the checkpoint's run; None with --solutions. Only the first process returns scores.
+    `chosen` are the CompletionFlags; `start` makes the configuration of the checkpoint's run, and is None with --solutions.
+    Only the first process returns scores.
 
     Raises:
       EvaluationError: flags, solutions or rows that do not match the problems.
@@ -159,7 +158,7 @@ def run(flags: Any, start: Any) -> dict[str, Any] | None:
     else:
         import jax
 
-        samples, writes = model_samples(flags, start, problems), jax.process_index() == 0
+        samples, writes = model_samples(flags, chosen, start, problems), jax.process_index() == 0
     fewest = min(collections.Counter(id for id, _ in samples.keys).values())
     if wrong := [k for k in flags.k if not 1 <= k <= fewest]:
         raise EvaluationError(

@@ -22,7 +22,6 @@ from data.nexus import domain_embeddings, domain_encoders
 from data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
 from data.text import spelling
 from launch.inference import row_files
-from launch.preparation.embed_domains import ENCODERS, DomainFlags
 from launch.run import load_run
 from launch.run.load_run import LoadedRun
 
@@ -32,18 +31,20 @@ _CHUNK = 256  # documents per call of a sentence encoder
 
 
 def embed(
-    flags: DomainFlags,
+    flags: Any,
     kind: str | None,
     chosen: Mapping[str, Any],
     *,
+    encoders: Mapping[str, Mapping[str, Any]],
     register_tasks: Callable[[], Any],
 ) -> Embeddings:
     """Embeds domains, writes their file and prints a table; returns the file's content.
 
     Args:
-      flags: files, domains and the format of their documents.
+      flags: the DomainFlags: files, domains and the format of their documents.
       kind: kind of encoder; None for ngrams or the encoder of the file to extend.
       chosen: the encoder's settings that the user has set.
+      encoders: the settings of each kind of encoder with their defaults.
       register_tasks: registers the tasks for `task:NAME`.
 
     Raises:
@@ -62,7 +63,8 @@ def embed(
             "domains to it; to write a new one, delete it first"
         )
     old = domain_embeddings.read(flags.extend) if flags.extend else None
-    settings = _settings(kind, chosen, old.encoder if old else None)
+    kind = kind or (old.encoder["kind"] if old else "ngrams")
+    settings = _settings(kind, encoders[kind], chosen, old.encoder if old else None)
     reads = "documents" in settings
     sources = _sources(flags, needed=reads)
     if old:
@@ -105,7 +107,7 @@ def _content(path: str) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _sources(flags: DomainFlags, *, needed: bool) -> dict[str, str]:
+def _sources(flags: Any, *, needed: bool) -> dict[str, str]:
     """Returns the sources by name; a source is '' if the encoder reads no documents (`needed` is False).
 
     Raises:
@@ -129,20 +131,22 @@ def _sources(flags: DomainFlags, *, needed: bool) -> dict[str, str]:
 
 
 def _settings(
-    kind: str | None, chosen: Mapping[str, Any], frozen: Mapping[str, Any] | None
+    kind: str,
+    defaults: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    frozen: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Returns kind and settings of the encoder; `frozen` are those of the file to extend.
+    """Returns kind and settings of the encoder; `frozen` is the encoder of the file to extend.
 
     Raises:
       EmbeddingsError: a setting of another encoder, out of range, missing, or different from the file's.
     """
-    kind = kind or (frozen["kind"] if frozen else "ngrams")
-    if wrong := [name for name in chosen if name not in ENCODERS[kind]]:
+    if wrong := [name for name in chosen if name not in defaults]:
         raise EmbeddingsError(
             f"--{wrong[0]} does not apply to --encoder={kind}, which has "
-            f"{', '.join(f'--{name}' for name in ENCODERS[kind])}: remove it"
+            f"{', '.join(f'--{name}' for name in defaults)}: remove it"
         )
-    begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **ENCODERS[kind]}
+    begun = frozen if frozen and frozen["kind"] == kind else {"kind": kind, **defaults}
     settings = {**begun, **chosen}
     for name in PLACES:
         if name in settings and settings[name] is None:
@@ -155,7 +159,7 @@ def _settings(
     return settings
 
 
-def draw(name: str, source: str, settings: Mapping[str, Any], flags: DomainFlags) -> list[str]:
+def draw(name: str, source: str, settings: Mapping[str, Any], flags: Any) -> list[str]:
     """Returns a uniform sample of the documents of a domain's source, each cut after the characters that the encoder reads.
 
     Args:
@@ -185,7 +189,7 @@ def draw(name: str, source: str, settings: Mapping[str, Any], flags: DomainFlags
     return drawn
 
 
-def _of_files(pattern: str, flags: DomainFlags) -> Iterator[str]:
+def _of_files(pattern: str, flags: Any) -> Iterator[str]:
     """Yields the texts in files."""
     from data.text import document_files
 

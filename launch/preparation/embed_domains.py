@@ -121,7 +121,8 @@ def _run(start: cli.Start) -> None:
 
     flags = DomainFlags(**setting_flags.given(start.flags, DomainFlags))
     encoder = setting_flags.given(start.flags, EncoderFlags)
-    domain_vectors.embed(flags, encoder.pop("encoder", None), encoder, register_tasks=start)
+    kind = encoder.pop("encoder", None)
+    domain_vectors.embed(flags, kind, encoder, encoders=ENCODERS, register_tasks=start)
 
 
 if __name__ == "__main__":
