@@ -1,4 +1,4 @@
-"""A configuration found beside a checkpoint runs nothing but the model it describes."""
+"""A configuration beside a checkpoint runs nothing but the model it describes."""
 
 import sys
 
