@@ -444,6 +444,6 @@ def test_people_are_told_once_what_is_open(monkeypatch, capsys):
     monkeypatch.setattr(code_sandbox, "_warned", set())
     for _ in range(2):
         code_sandbox.Sandbox(workers=1).close()
-    assert capsys.readouterr().err.count("can reach network and files here") == 1
+    assert capsys.readouterr().err.count("can access network and files") == 1
     with pytest.raises(code_sandbox.SandboxError, match="cannot block files on this machine"):
         code_sandbox.Sandbox(workers=1, require=["files", "processes"])
