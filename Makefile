@@ -33,7 +33,7 @@ smoke: venv
 # The tests that compile for absent TPUs; libtpu is a large download and exists for Linux only.
 test-tpu: venv
 	$(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) 'jax[tpu]>=0.10'
-	$(BIN)/python -m pytest -m tpu
+	$(BIN)/python -m pytest -n $(WORKERS) -m tpu
 
 # The tests on a real model; its package is 93 MB, and the dependencies it declares are not needed.
 test-pretrained: venv
