@@ -84,7 +84,9 @@ def main(
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
 
     def call() -> Any:
-        environment.prepare(restart=argv is None)
+        if argv is None:
+            environment.restart_with_huge_pages()
+        environment.prepare()
         environment.check_packages()
         environment.join_processes(
             flags.coordinator_address, flags.process_count, flags.process_index
@@ -138,7 +140,9 @@ def run_command(
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        environment.prepare(restart=argv is None and huge_pages)
+        if argv is None and huge_pages:
+            environment.restart_with_huge_pages()
+        environment.prepare()
         environment.check_packages()
         return work(flags)
 

@@ -41,14 +41,8 @@ def cache_dir() -> str:
     return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
 
 
-def prepare(*, restart: bool = False) -> None:
-    """Sets the variables that jax and TensorFlow read on import, unless the user has set them.
-
-    Args:
-      restart: whether to restart the process first, see `restart_with_huge_pages`.
-    """
-    if restart:
-        restart_with_huge_pages()
+def prepare() -> None:
+    """Sets the variables that jax and TensorFlow read on import, unless the user has set them."""
     defaults = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),

@@ -37,7 +37,8 @@ def main() -> int:
     """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
-        environment.prepare(restart=True)
+        environment.restart_with_huge_pages()
+        environment.prepare()
         environment.check_packages()
         register()
         from lm_eval.__main__ import cli_evaluate
