@@ -142,7 +142,8 @@ if __name__ == "__main__":
     cores = os.environ.get("ESPALIER_WORKER_CORES")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
-    environment.prepare(restart=True)
+    environment.restart_with_huge_pages()
+    environment.prepare()
 
     from launch.cluster import worker  # jobs replace the module `__main__`
 
