@@ -35,7 +35,7 @@ from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.hooks import FeedFactory, HookFactory, RunContext
-from trainers.loop import Loop
+from trainers.loop import Loop, Outputs, Schedule
 from trainers.optim.schedules import Span
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops, metric_writers, profiler
@@ -175,17 +175,21 @@ def train(
             abstract_state=program.abstract_state,
             stream=data.stream,
             feed=feed,
-            total_steps=data.total_steps,
-            log_period=log_period,
-            checkpoint_period=checkpoint_period,
-            folder=run.path,
-            writer=writer,
-            checkpointer=saver,
-            goodput=goodput,
-            profiler=profile,
-            row_metrics=_row_metrics(program, data, rates),
-            checkpoint_meta=_checkpoint_meta(meta, data, rates),
-            unit=program.recipe.inputs_spec.unit,
+            schedule=Schedule(
+                total_steps=data.total_steps,
+                log_period=log_period,
+                checkpoint_period=checkpoint_period,
+            ),
+            outputs=Outputs(
+                folder=run.path,
+                writer=writer,
+                checkpointer=saver,
+                goodput=goodput,
+                profiler=profile,
+                row_metrics=_row_metrics(program, data, rates),
+                checkpoint_meta=_checkpoint_meta(meta, data, rates),
+                unit=program.recipe.inputs_spec.unit,
+            ),
             hooks=(*evaluations, *(make(run=context) for make in hooks)),
             written=_written_metrics(run, start.step),
             anomaly=program.recipe.anomaly,

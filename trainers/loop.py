@@ -35,18 +35,26 @@ class AnomalousStepError(RuntimeError):
     """A non-finite or spiking loss ended the run; its batch and step are saved."""
 
 
-@dataclasses.dataclass(kw_only=True)
-class Loop:
-    """Trains from (step, data_step) to `total_steps`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When the loop stops, logs and saves.
 
     Attributes:
-      start: the state to continue from, and its counts; consumed.
-      train_step: compiled (state, batch) -> (state, metrics).
-      abstract_state: shapes and shardings, for a rollback.
-      stream, feed: the data, and the batches made of them.
       total_steps: updates at which to stop.
       log_period: updates between written metrics, which are averages over the period.
       checkpoint_period: updates between saves; the last update is always saved.
+    """
+
+    total_steps: int
+    log_period: int
+    checkpoint_period: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What the loop writes to, and what it adds to its own metrics and records there.
+
+    Attributes:
       folder: the run's directory, where anomalies are recorded.
       writer: receives metrics by step.
       checkpointer: saves and restores; None trains without checkpoints.
@@ -55,6 +63,30 @@ class Loop:
       row_metrics: (updates applied, batches drawn, units per second) -> metrics known on the host.
       checkpoint_meta: (updates applied, batches drawn) -> facts to record with a checkpoint.
       unit: unit of rates, 'tokens' or 'images'.
+    """
+
+    folder: str | os.PathLike
+    writer: MetricWriter
+    checkpointer: Checkpointer | None
+    goodput: Goodput
+    profiler: ProfilerWindow | None = None
+    row_metrics: Callable[[int, int, float], Mapping[str, float]] = lambda *counts: {}
+    checkpoint_meta: Callable[[int, int], Mapping[str, Any]] = lambda *counts: {}
+    unit: str = "tokens"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """Trains from (step, data_step) to `schedule.total_steps`.
+
+    Attributes:
+      start: the state to continue from, and its counts; consumed.
+      train_step: compiled (state, batch) -> (state, metrics).
+      abstract_state: shapes and shardings, for a rollback.
+      stream: where batches come from.
+      feed: prepares batches of the stream, or makes them from the state.
+      schedule: when to stop, log and save.
+      outputs: writer, checkpointer and the like.
       hooks: see trainers/hooks.py; a stop skips those due at its step, which the next start runs first.
       anomaly: the policy the compiled step was built with.
       stop: polled after each update; a signal saves and returns.
@@ -66,17 +98,8 @@ class Loop:
     abstract_state: TrainState
     stream: Stream
     feed: Feed
-    total_steps: int
-    log_period: int
-    checkpoint_period: int
-    folder: str | os.PathLike
-    writer: MetricWriter
-    checkpointer: Checkpointer | None
-    goodput: Goodput
-    profiler: ProfilerWindow | None = None
-    row_metrics: Callable[[int, int, float], Mapping[str, float]] = lambda *counts: {}
-    checkpoint_meta: Callable[[int, int], Mapping[str, Any]] = lambda *counts: {}
-    unit: str = "tokens"
+    schedule: Schedule
+    outputs: Outputs
     hooks: Sequence[Hook]
     anomaly: Anomaly | None
     stop: StopRequest
@@ -91,7 +114,7 @@ class Loop:
         self.interrupted = False
         self._is_new = start.source != "run"
         self._hooks_skipped = not self._is_new and bool(start.meta.get("hooks_left_out"))
-        self._anomalies = AnomalyRecords(self.folder, self.stream)
+        self._anomalies = AnomalyRecords(self.outputs.folder, self.stream)
         self._late = LateFetch()
         self._data_steps: dict[int, int] = {}  # step -> data_step of steps not yet observed
         self._warm = False
@@ -101,7 +124,7 @@ class Loop:
         self._rate = 0.0
         self._bad_in_a_row = 0
         self._rollbacks = 0
-        if self._rolls_back and self.checkpointer is None:
+        if self._rolls_back and self.outputs.checkpointer is None:
             raise ValueError("Anomaly.action = 'rollback' needs a checkpointer.")
 
     def run(self) -> TrainState:
@@ -112,38 +135,42 @@ class Loop:
           CheckpointSaveError: a save failed, raised at the first step after that.
         """
         bar = tqdm(
-            total=self.total_steps,
+            total=self.schedule.total_steps,
             initial=self.step,
             desc="train",
             unit="step",
             disable=jax.process_index() != 0,
         )
-        if self._rolls_back and self.checkpointer and not self.checkpointer.all_steps():
+        if (
+            self._rolls_back
+            and self.outputs.checkpointer
+            and not self.outputs.checkpointer.all_steps()
+        ):
             self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
             self._run_hooks(self._first_hooks())
-            while self.step < self.total_steps and not (self.interrupted or self.ended):
+            while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
                 bar.update(self.step - bar.n)
         finally:
             bar.close()
             self.feed.close()
-            if self.profiler is not None:
-                self.profiler.close()
-        if self.checkpointer is not None:
-            with self.goodput.measure("checkpoint"):
-                self.checkpointer.wait()
+            if self.outputs.profiler is not None:
+                self.outputs.profiler.close()
+        if self.outputs.checkpointer is not None:
+            with self.outputs.goodput.measure("checkpoint"):
+                self.outputs.checkpointer.wait()
         return self.state
 
     def _advance(self) -> None:
         """Makes one update and everything due after it."""
-        if self.checkpointer is not None:
-            self.checkpointer.check()
+        if self.outputs.checkpointer is not None:
+            self.outputs.checkpointer.check()
         if self.feed.of_state:  # the rest of the update under way is not the feed's time
-            with self.goodput.measure("step"):
+            with self.outputs.goodput.measure("step"):
                 jax.block_until_ready(self.state)
-        with self.goodput.measure(self.feed.part):
+        with self.outputs.goodput.measure(self.feed.part):
             batch = self.feed.get(self.data_step, self.state)
         if not self._step(batch):
             return  # rolled back: nothing is due any more
@@ -151,18 +178,18 @@ class Loop:
         self.data_step += 1
         self.interrupted = self.stop.reached(self.step)
         due = [] if self.interrupted else self._due()  # the remaining time is for the save
-        last = self.step == self.total_steps
-        save = last or self.interrupted or self.step % self.checkpoint_period == 0
-        save = save and self.checkpointer is not None
+        last = self.step == self.schedule.total_steps
+        save = last or self.interrupted or self.step % self.schedule.checkpoint_period == 0
+        save = save and self.outputs.checkpointer is not None
         if due or save or last:
-            with self.goodput.measure("step"):  # it waits for the update
+            with self.outputs.goodput.measure("step"):  # it waits for the update
                 late = self._late.flush()
             if not self._observe(late):
                 return
         values = self._run_hooks(due)
         if self.ended and not self.interrupted:
             values |= self._run_hooks([hook for hook in self.hooks if hook not in due])
-        if self.checkpointer is not None and (save or self.interrupted or self.ended):
+        if self.outputs.checkpointer is not None and (save or self.interrupted or self.ended):
             self._save(values)
 
     @property
@@ -171,7 +198,7 @@ class Loop:
         return any(getattr(hook, "ended", False) for hook in self.hooks)
 
     def _due(self) -> list[Hook]:
-        last = self.step == self.total_steps
+        last = self.step == self.schedule.total_steps
         return [hook for hook in self.hooks if last or self.step % hook.every == 0]
 
     def _first_hooks(self) -> list[Hook]:
@@ -189,27 +216,31 @@ class Loop:
         metrics: dict[str, float] = {}
         for hook in due:
             try:
-                with self.goodput.measure("evaluation"):
+                with self.outputs.goodput.measure("evaluation"):
                     values = hook(self.step, self.state, self._newest) or {}
             except HookInterruptedError:
                 self.interrupted = True
                 break
             if values:
-                self.writer.write(self.step, values)
+                self.outputs.writer.write(self.step, values)
                 metrics.update(values)
         return metrics
 
     def _step(self, batch: Any) -> bool:
         """Dispatches an update and observes the one before it; False if that led to a rollback."""
-        with self.goodput.measure("step"):
-            with self.profiler.step(self.step) if self.profiler else contextlib.nullcontext():
+        with self.outputs.goodput.measure("step"):
+            with (
+                self.outputs.profiler.step(self.step)
+                if self.outputs.profiler
+                else contextlib.nullcontext()
+            ):
                 self.state, metrics = self.train_step(self.state, batch)
             if not self._warm:  # compilation is not counted in the rate
                 jax.block_until_ready(metrics)
             self._data_steps[self.step + 1] = self.data_step
             previous = self._late.push(self.step + 1, metrics)
-            if self.profiler is not None:
-                self.profiler.finished(metrics)
+            if self.outputs.profiler is not None:
+                self.outputs.profiler.finished(metrics)
         if not self._warm:
             self._warm = True
             self._window_start = (self.step + 1, self._busy())
@@ -230,8 +261,8 @@ class Loop:
             self._window = add(self._window, fetched)
         # Not the first step of a continued run: its rows equal those of an uninterrupted run.
         stopping = self.interrupted and step == self.step
-        last = self.total_steps
-        if step % self.log_period == 0 or step in (1, last) or stopping:
+        last = self.schedule.total_steps
+        if step % self.schedule.log_period == 0 or step in (1, last) or stopping:
             self._write_row(step, data_step + 1)
         return True
 
@@ -243,15 +274,15 @@ class Loop:
         if step > since and now > before:
             self._rate = (step - since) * self.feed.units / (now - before)
         self._window_start = (step, now)
-        host = dict(self.row_metrics(step - self.skipped, batches, self._rate))
+        host = dict(self.outputs.row_metrics(step - self.skipped, batches, self._rate))
         if self.skipped:
             host["skipped_updates"] = self.skipped
-        self.writer.write(step, {**self._newest, **host, **self.goodput.metrics()})
+        self.outputs.writer.write(step, {**self._newest, **host, **self.outputs.goodput.metrics()})
 
     def _busy(self) -> float:
         """Seconds spent training so far: steps, and waiting for batches or making them."""
-        self.goodput.metrics()  # counts up to now
-        return self.goodput.seconds["step"] + self.goodput.seconds[self.feed.part]
+        self.outputs.goodput.metrics()  # counts up to now
+        return self.outputs.goodput.seconds["step"] + self.outputs.goodput.seconds[self.feed.part]
 
     @property
     def _rolls_back(self) -> bool:
@@ -261,7 +292,7 @@ class Loop:
         """Applies the policy; False if the loop was rolled back."""
         assert self.anomaly is not None
         record = self._anomalies.record(step, data_step, fetched, self.anomaly.action)
-        self.writer.write(step, {"anomaly": 1.0})
+        self.outputs.writer.write(step, {"anomaly": 1.0})
         self._bad_in_a_row += 1
         if self.anomaly.action == "skip" and self._bad_in_a_row <= self.anomaly.max_skips:
             _log.warning("step %d: loss %s; its update was dropped.", step, record["loss"])
@@ -280,18 +311,18 @@ class Loop:
 
     def _roll_back(self, step: int, data_step: int, loss: Any) -> None:
         """Returns to the last good checkpoint, and on to the batch after the bad one."""
-        assert self.checkpointer is not None
+        assert self.outputs.checkpointer is not None
         self._late.flush()  # the step already under way is dropped too
         self._data_steps.clear()
         self.state = None  # makes room for the restored one
-        restored = self.checkpointer.restore_latest(self.abstract_state)
+        restored = self.outputs.checkpointer.restore_latest(self.abstract_state)
         assert restored is not None  # `run` saved one
         first = restored.meta["data_step"]
         self._anomalies.record_skipped(first, data_step)
         text = "step %d: loss %s; back to step %d, skipping batches %d to %d."
         _log.warning(text, step, loss, restored.step, first, data_step)
         skipped = {"rollback_to": restored.step, "skipped_batches": data_step + 1 - first}
-        self.writer.write(step, skipped)
+        self.outputs.writer.write(step, skipped)
         self._rollbacks += 1
         self.state, self.step, self.data_step = restored.state, restored.step, data_step + 1
         self.skipped = restored.meta.get("skipped", 0)
@@ -300,13 +331,13 @@ class Loop:
 
     def _save(self, hook_metrics: Mapping[str, float]) -> None:
         """Saves the state with the newest metrics and those of the hooks that ran at this step."""
-        assert self.checkpointer is not None
-        with self.goodput.measure("checkpoint"):
-            self.checkpointer.save(
+        assert self.outputs.checkpointer is not None
+        with self.outputs.goodput.measure("checkpoint"):
+            self.outputs.checkpointer.save(
                 self.step,
                 self.state,
                 meta={
-                    **self.checkpoint_meta(self.step - self.skipped, self.data_step),
+                    **self.outputs.checkpoint_meta(self.step - self.skipped, self.data_step),
                     "data_step": self.data_step,
                     "skipped": self.skipped,
                     "hooks_left_out": self.interrupted and bool(self._due()),
@@ -319,5 +350,5 @@ class Loop:
         if "loss" in self._newest:
             shown["loss"] = f"{self._newest['loss']:.3f}"
         if self._rate:
-            shown[f"{self.unit}/s"] = f"{self._rate:,.0f}"
+            shown[f"{self.outputs.unit}/s"] = f"{self._rate:,.0f}"
         return shown

@@ -51,7 +51,7 @@ def summarise(path: str, loop: Loop, data: RunData) -> None:
     how = "stopped by a signal" if loop.interrupted else "done"
     if loop.ended and loop.step < data.total_steps:
         how = "ended by a hook"
-    print(f"{how} at step {loop.step}; the run is in {path}\n{time_split(loop.goodput)}")
+    print(f"{how} at step {loop.step}; the run is in {path}\n{time_split(loop.outputs.goodput)}")
     print(f"read: {epochs_line(data.stream, loop.data_step)}", flush=True)
 
 

@@ -1,5 +1,6 @@
 """The loop on least squares: what it logs, when it calls, and what it does when a step goes wrong."""
 
+import dataclasses
 import errno
 import glob
 import json
@@ -20,7 +21,7 @@ from trainers.checkpoints import checkpoint, step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.restore import Restored
 from trainers.evaluate import Evaluation
-from trainers.loop import AnomalousStepError, Loop
+from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from trainers.objectives.base import LossOut
 from trainers.signals import StopRequest
 from trainers.step import make_train_step
@@ -143,6 +144,10 @@ def make_loop(
     }
     settings |= changes
 
+    def group(kind):
+        names = [field.name for field in dataclasses.fields(kind) if field.name in settings]
+        return kind(**{name: settings.pop(name) for name in names})
+
     meta = {
         "data_step": data_step,
         "skipped": skipped,
@@ -150,7 +155,7 @@ def make_loop(
     }
     source = settings.pop("source", "run")
     start = Restored(state=state, step=first, meta=meta, source=source)
-    return Loop(start=start, **settings)
+    return Loop(start=start, schedule=group(Schedule), outputs=group(Outputs), **settings)
 
 
 @pytest.fixture
@@ -190,9 +195,9 @@ def test_rows_are_sums_over_their_steps_and_no_step_is_lost(tmp_path):
     state = loop.run()
     found, params = by_hand(Rows(), 10)
     np.testing.assert_allclose(state.params["w"], params["w"], rtol=1e-5)
-    assert [step for step, _ in loop.writer.having("loss")] == [1, 3, 6, 9, 10]
+    assert [step for step, _ in loop.outputs.writer.having("loss")] == [1, 3, 6, 9, 10]
     windows = [slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
-    for (_, row), window in zip(loop.writer.rows, windows, strict=True):
+    for (_, row), window in zip(loop.outputs.writer.rows, windows, strict=True):
         pairs = [m["loss"] for m in found[window]]
         want = sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
         assert row["loss"] == pytest.approx(want, rel=1e-5)
@@ -200,8 +205,8 @@ def test_rows_are_sums_over_their_steps_and_no_step_is_lost(tmp_path):
             pairs = [m["source_loss"] for m in found[window]]
             want = sum(p[0][index] for p in pairs) / sum(p[1][index] for p in pairs)
             assert row[f"source_loss/{name}"] == pytest.approx(want, rel=1e-5)
-    assert loop.writer.having("rate")[-1][1] > 0
-    assert all(row["time/goodput"] <= 1 for _, row in loop.writer.rows)
+    assert loop.outputs.writer.having("rate")[-1][1] > 0
+    assert all(row["time/goodput"] <= 1 for _, row in loop.outputs.writer.rows)
 
 
 def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp_path):
@@ -219,7 +224,7 @@ def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp
     loop = make_loop(tmp_path, hooks=(hook,), total=5, source="scratch")
     loop.run()
     assert hook.seen == [(0, 0), (4, 4), (5, 5)]
-    assert loop.writer.having("hook/step") == [(0, 0), (4, 4), (5, 5)]
+    assert loop.outputs.writer.having("hook/step") == [(0, 0), (4, 4), (5, 5)]
     hook = AtStart()
     make_loop(tmp_path, hooks=(hook,), total=5).run()
     assert hook.seen == [(4, 4), (5, 5)]
@@ -237,10 +242,10 @@ def test_hooks_keep_their_cadence_see_the_state_of_their_step_and_run_last(tmp_p
 
     loop = make_loop(tmp_path, hooks=(Hook(),), checkpointer=saver, checkpoint_period=8)
     loop.run()
-    losses = dict(loop.writer.having("loss"))
+    losses = dict(loop.outputs.writer.having("loss"))
     # With the newest row of metrics: those of steps 3, 6 and 10.
     assert seen == [(4, 4, losses[3]), (8, 8, losses[6]), (10, 10, losses[10])]
-    assert loop.writer.having("hooked") == [(4, 4), (8, 8), (10, 10)]
+    assert loop.outputs.writer.having("hooked") == [(4, 4), (8, 8), (10, 10)]
     assert saver.all_steps() == [8, 10]
     restored = saver.restore_latest(loop.abstract_state)
     assert restored.metrics["hooked"] == 10  # so that the best step can be that of a hook's metric
@@ -266,7 +271,7 @@ def test_evaluation_judges_the_averaged_parameters(tmp_path):
     outs = [loss_fn({"w": average}, Rows().batch(i, 0, 8), None) for i in range(3)]
     want = float(sum(o.sum for o in outs) / sum(o.weight for o in outs))
     assert evaluation.results[5]["eval/held_out/loss"] == pytest.approx(want, rel=1e-5)
-    assert loop.writer.having("eval/held_out/loss") == [
+    assert loop.outputs.writer.having("eval/held_out/loss") == [
         (5, evaluation.results[5]["eval/held_out/loss"])
     ]
 
@@ -305,7 +310,7 @@ def test_stop_saves_the_batch_and_its_documents_and_applies_nothing(tmp_path, sa
     assert record["documents"] == stream.documents(5, 0, 8)
     saved = np.load(tmp_path / "anomalies" / "batch_5.npz")
     assert_bits(dict(saved), stream.batch(5, 0, 8))
-    assert loop.writer.having("anomaly")[-1] == (6, 1.0)
+    assert loop.outputs.writer.having("anomaly")[-1] == (6, 1.0)
     assert np.isfinite(loop.state.params["w"]).all()
 
 
@@ -313,14 +318,14 @@ def test_skip_drops_the_update_counts_it_and_goes_on(tmp_path):
     loop = make_loop(tmp_path, stream=Rows({5: np.nan, 9: np.inf}), anomaly=Anomaly(action="skip"))
     state = loop.run()
     # Both bad steps are logged, and the last row, due at a bad step, is still written.
-    assert [row for row in loop.writer.having("anomaly") if row[1]] == [(6, 1.0), (10, 1.0)]
-    assert [step for step, _ in loop.writer.having("loss")] == [1, 3, 6, 9]
-    assert loop.writer.rows[-1][0] == 10
+    assert [row for row in loop.outputs.writer.having("anomaly") if row[1]] == [(6, 1.0), (10, 1.0)]
+    assert [step for step, _ in loop.outputs.writer.having("loss")] == [1, 3, 6, 9]
+    assert loop.outputs.writer.rows[-1][0] == 10
     # The row of step 6 averages steps 4 and 5.
     found, _ = by_hand(Rows(), 5)
     pairs = [found[i]["loss"] for i in (3, 4)]
     want = sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
-    assert dict(loop.writer.having("loss"))[6] == pytest.approx(want, rel=1e-5)
+    assert dict(loop.outputs.writer.having("loss"))[6] == pytest.approx(want, rel=1e-5)
     assert int(state.step) == 10
     assert np.isfinite(state.params["w"]).all()
 
@@ -338,9 +343,9 @@ def test_host_metrics_get_the_count_of_the_optimiser_also_in_a_continued_run(tmp
         )
         state = loop.run()
         count = int(optax.tree.get(state.opt_state, "count"))
-        assert loop.writer.having("updates")[-1] == (total, count)
+        assert loop.outputs.writer.having("updates")[-1] == (total, count)
     assert count == 9
-    assert loop.writer.having("updates") == [
+    assert loop.outputs.writer.having("updates") == [
         (7, 5),
         (8, 6),
         (9, 6),
@@ -375,12 +380,14 @@ def test_rollback_skips_the_window_and_equals_a_clean_run_without_it(tmp_path, s
     clean = make_loop(tmp_path, stream=Rows(skipped=skipped), total=12, anomaly=policy,
                       checkpointer=Checkpointer(tmp_path / "clean"))  # fmt: skip
     assert_bits(state, clean.run())
-    assert loop.writer.having("rollback_to") == [(8, back_to)]
-    assert loop.writer.having("skipped_batches") == [(8, len(skipped))]
+    assert loop.outputs.writer.having("rollback_to") == [(8, back_to)]
+    assert loop.outputs.writer.having("skipped_batches") == [(8, len(skipped))]
     assert loop.data_step == 12 + len(skipped)
     # The rows after the return are those of the clean run.
     again = 2 if saves == 6 else 5  # of steps 9 and 12, or of 1, 3, 6, 9 and 12
-    assert loop.writer.having("loss")[-again:] == clean.writer.having("loss")[-again:]
+    assert (
+        loop.outputs.writer.having("loss")[-again:] == clean.outputs.writer.having("loss")[-again:]
+    )
     record = json.loads((tmp_path / "anomalies" / "batch_7.json").read_text())
     assert record["data_step"] == 7
     lines = (tmp_path / "anomalies" / "batch_7_skipped.jsonl").read_text().splitlines()
@@ -400,7 +407,7 @@ def test_rollback_at_a_step_that_saves_saves_nothing_bad(tmp_path, saver):
         checkpoint_period=4,
     )
     loop.run()
-    assert loop.writer.having("rollback_to") == [(8, 4)]
+    assert loop.outputs.writer.having("rollback_to") == [(8, 4)]
     assert loop.data_step == 10 + 4
     assert saver.all_steps() == [0, 4, 8, 10]
     assert saver.restore_latest(loop.abstract_state).meta["data_step"] == 14
@@ -410,7 +417,7 @@ def test_a_spike_counts_as_bad(tmp_path, saver):
     policy = Anomaly(action="rollback", spike_sigmas=6.0, window=4)
     loop = make_loop(tmp_path, stream=Rows({8: 1e3}), anomaly=policy, checkpointer=saver)
     loop.run()
-    assert loop.writer.having("rollback_to") == [(9, 0)]
+    assert loop.outputs.writer.having("rollback_to") == [(9, 0)]
 
 
 def test_too_many_rollbacks_end_the_run(tmp_path, saver):
@@ -450,8 +457,8 @@ def test_sigterm_saves_and_a_restart_equals_the_uninterrupted_run(tmp_path, save
     second = make_loop(tmp_path, total=12, checkpointer=saver)
     assert second.step == second.data_step == 6
     assert_bits(second.run(), want)
-    rows = [*first.writer.having("loss"), *second.writer.having("loss")]
-    assert rows == whole.writer.having("loss")
+    rows = [*first.outputs.writer.having("loss"), *second.outputs.writer.having("loss")]
+    assert rows == whole.outputs.writer.having("loss")
 
 
 def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(tmp_path, saver):
@@ -483,7 +490,7 @@ def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(t
         loop.run()
     assert loop.interrupted
     assert read == [0, 1, 2] and evaluation.results == {}
-    assert not loop.writer.having("eval/held_out/loss")
+    assert not loop.outputs.writer.having("eval/held_out/loss")
     assert called == [1, 2, 3] and saver.all_steps() == [4]
 
 
@@ -512,13 +519,13 @@ def test_hooks_skipped_by_a_stop_at_the_end_run_when_the_run_goes_on(tmp_path, s
     first = make_loop(tmp_path, checkpointer=saver, stop=stop, hooks=(evaluation(stop),))
     first.run()
     assert first.interrupted and saver.all_steps() == [10]
-    assert not first.writer.having("eval/held_out/loss")
+    assert not first.outputs.writer.having("eval/held_out/loss")
     assert step_dir.read_meta(saver.step_path(10))["hooks_left_out"]
     hooks = (evaluation(Later()),)
     again = make_loop(tmp_path, checkpointer=saver, hooks=hooks, hooks_left_out=True)
     again.run()
     assert not again.interrupted
-    assert [step for step, _ in again.writer.having("eval/held_out/loss")] == [10]
+    assert [step for step, _ in again.outputs.writer.having("eval/held_out/loss")] == [10]
 
 
 def test_skipped_hooks_that_have_written_their_metrics_are_not_run_again(tmp_path, saver):
@@ -570,7 +577,7 @@ def test_a_hook_ends_a_run_which_is_saved_and_evaluated_as_at_its_last_step(tmp_
 def test_a_skipped_update_is_counted_in_the_rows_that_follow(tmp_path):
     loop = make_loop(tmp_path, stream=Rows(bad={4: np.nan}), anomaly=Anomaly(action="skip"))
     loop.run()
-    assert loop.writer.having("skipped_updates") == [(6, 1), (9, 1), (10, 1)]
+    assert loop.outputs.writer.having("skipped_updates") == [(6, 1), (9, 1), (10, 1)]
 
 
 def test_a_stop_between_two_rows_logs_what_it_has(tmp_path, saver):
@@ -582,8 +589,8 @@ def test_a_stop_between_two_rows_logs_what_it_has(tmp_path, saver):
     first.run()
     second = make_loop(tmp_path, checkpointer=saver)
     second.run()
-    assert [step for step, _ in first.writer.having("loss")] == [1, 3, 5]
-    assert [step for step, _ in second.writer.having("loss")] == [6, 9, 10]
+    assert [step for step, _ in first.outputs.writer.having("loss")] == [1, 3, 5]
+    assert [step for step, _ in second.outputs.writer.having("loss")] == [6, 9, 10]
 
 
 def test_a_checkpoint_period_saves_and_the_last_step_is_saved_once(tmp_path, saver):
