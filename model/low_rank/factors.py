@@ -223,7 +223,7 @@ def find_factors(params: Any) -> list[Factors]:
     factorised = []
     for path, u in arrays.items():
         module, _, name = path.rpartition("/")
-        if name == "u" and (v := arrays.get(f"{module}/v")) is not None:
+        if name == "u" and (v := arrays.get(path[:-1] + "v")) is not None:
             *stack, rows, rank = u.shape
             factorised.append(Factors(module, (rows, v.shape[-1]), rank, math.prod(stack)))
     return factorised
