@@ -230,7 +230,7 @@ def test_sources_are_read_as_they_are_published(tmp_path):
     for register in config.arguments()["tasks"]:
         register()
     found = {
-        name: {document.text for document in source.files.documents(name, "train")}
+        name: {document.text for document in source.documents(name, "train")}
         for name, source in tasks.sources().items()
     }
     assert found == {
