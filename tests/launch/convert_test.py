@@ -251,7 +251,7 @@ def test_a_disk_without_room(llama, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     assert convert.main([f"--from_hf={llama[0]}", f"--to={tmp_path}/new/deep/run"]) == 2
-    assert "Free some space" in capsys.readouterr().err
+    assert "free some space" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
 
