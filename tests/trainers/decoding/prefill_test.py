@@ -213,7 +213,7 @@ def test_a_mesh_splits_key_value_heads(name, model, params, ids):
     policy = policy_named(name, **SMALL[name])
     alone = generate(model, params, policy, ids, LENGTHS)
     mesh = make_mesh(shape={"tensor": 2}, devices=jax.devices()[:2])
-    with use_mesh(mesh, RULE_SETS["tp"]()):
+    with use_mesh(mesh, RULE_SETS["tp"]):
         _, caches, after, tokens = generate(model, params, policy, ids, LENGTHS)
     np.testing.assert_array_equal(tokens, alone[3])
     for states in (caches, after):

@@ -375,7 +375,7 @@ def test_a_teacher_that_fits_passes(run):
             {"start_token": 7},
             r"TEACHER: .*begin with start_token = 0, .*with 7: set DOCUMENT_START = 0",
         ),
-        ({"add_bos": True}, r"TEACHER: .*add_bos False\) than this run's \(True"),
+        ({"add_bos": True}, r"TEACHER: .* begin with add_bos = False, but this run's with True"),
     ],
 )
 def test_a_teacher_of_other_data_is_refused_by_name(run, meta, message):
