@@ -115,7 +115,7 @@ def test_channels_are_normalised():
         ),
         (
             lambda: Arrays("x", 3, np.zeros((2, 4, 4), np.uint8), np.zeros(2, int)),
-            r"are \[N, H, W, C\] of uint8",
+            r"must be \[N, H, W, C\] of uint8",
         ),
         (
             lambda: stream(image_size=8),

@@ -148,7 +148,7 @@ def test_on_tpus_no_cache_is_copied_for_a_token(name, settings, dtype, tpu_envir
             length=32768 - M,
             dtype=dtype,
             mesh=make_mesh(shape={"tensor": 8}, devices=devices),
-            rules=RULE_SETS["tp"](),
+            rules=RULE_SETS["tp"],
         )
     assert remade(compiled, shards) == []
     cache_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards if shape)
@@ -180,7 +180,7 @@ def test_on_cpus_no_cache_is_copied_for_a_token(name, batch, kv_heads):
         length=1024 - M,
         dtype=None,
         mesh=make_mesh(devices=jax.devices()[:1]),
-        rules=RULE_SETS["tp"](),
+        rules=RULE_SETS["tp"],
     )
     assert remade(compiled, shards) == []
     if name != "full":  # nothing is as long as the prompt was

@@ -176,7 +176,7 @@ def test_a_cooldown_is_a_straight_line_from_where_the_phase_before_stopped(train
                 "local_text.open_stream.max_epochs=0.5",
                 "local_text.open_stream.on_cap='redistribute'",
             ],
-            ["From step", "every source", "The run has 24 steps"],
+            ["From step", "all sources", "The run has 24 steps"],
         ),
     ],
 )
