@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainers.decoding import buckets
-from trainers.scoring.scoring import Scorer
+from trainers.scoring import scoring
 
 
 @pytest.fixture
@@ -68,17 +68,17 @@ def test_half_a_surrogate_pair_that_is_passed_through_comes_back(score):
 
 def test_what_was_done_stays_when_a_later_batch_fails(score, monkeypatch, tmp_path):
     monkeypatch.setattr(buckets, "BATCHES_SORTED", 1)
-    original, batches = Scorer._score, []
+    original, batches = scoring.scored_columns, []
 
-    def fail_at_third(self, rows, length):
+    def fail_at_third(rows, batch_size, length):
         batches.append(rows)
         if len(batches) == 3:
             raise RuntimeError("lost")
-        return original(self, rows, length)
+        return original(rows, batch_size, length)
 
     lines = [json.dumps({"tokens": [5] * (i * 7 % 17), "id": i}) for i in range(20)]
     whole = score(lines)  # in batches of 8
-    monkeypatch.setattr(Scorer, "_score", fail_at_third)
+    monkeypatch.setattr(scoring, "scored_columns", fail_at_third)
     (tmp_path / "y.jsonl").unlink()
     with pytest.raises(RuntimeError, match="lost"):
         score(lines)

@@ -47,7 +47,7 @@ def test_a_module_of_someone_else_is_refused_before_it_is_imported(gin_file, evi
     assert f"{path}:3: a configuration beside a checkpoint may not import 'evil_module'" in text
     assert f"--gin_file={path}" in text
     outer = gin_file(f"include '{path}'\n", "outer.gin")
-    assert f"{path}:3: a configuration found" in refused([outer])
+    assert f"{path}:3: a configuration beside a checkpoint" in refused([outer])
     assert not evil.exists()
 
 

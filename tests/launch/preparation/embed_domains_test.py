@@ -131,7 +131,7 @@ def test_an_extension_by_another_encoder_is_an_error(embed):
     for flag in ("--dim=64", "--order=3", "--tokens=100", "--seed=1"):
         message = embed(flag, names=("sea",), extend=True)
         assert "ngrams (order 2, dim 32" in message and flag[2:].replace("=", " ") in message
-    assert "and this is one_hot" in embed("--encoder=one_hot", names=("sea",), extend=True)
+    assert "and this encoder is one_hot" in embed("--encoder=one_hot", names=("sea",), extend=True)
     assert "already has the domain 'law'" in embed(names=("law",), extend=True)
     assert "exists already" in embed()
 

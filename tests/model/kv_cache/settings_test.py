@@ -59,6 +59,6 @@ def test_the_help_of_generate_lists_every_policy_and_setting():
     for entry in re.split(r"\n(?=\S)", CACHE_POLICIES):
         name = entry.split()[0]
         said[name] = dict(re.findall(r"(\w+)=(\S+?),?(?=\s|$)", entry))
-        if "those of snapkv" in entry:
+        if "the settings of snapkv" in entry:
             said[name] |= said["snapkv"]
     assert said == defaults

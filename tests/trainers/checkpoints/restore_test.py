@@ -140,9 +140,9 @@ def test_averaged_parameters_may_be_taken(other_run, start):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"assignment": [("w", None)]}, "that InitialCheckpoint.assignment would"),
-        ({"strict": False}, "that InitialCheckpoint.strict = False would"),
-        ({"use_ema": True}, "that InitialCheckpoint.use_ema would"),
+        ({"assignment": [("w", None)]}, "so InitialCheckpoint.assignment would"),
+        ({"strict": False}, "so InitialCheckpoint.strict = False would"),
+        ({"use_ema": True}, "so InitialCheckpoint.use_ema would"),
         (
             {"strict": False, "use_ema": True},
             "InitialCheckpoint.strict = False, InitialCheckpoint.use_ema would",

@@ -208,7 +208,7 @@ def test_a_checkpoint_must_be_given_and_know_texts(trained_run, tmp_path):
 
 
 def test_what_does_not_fit_the_model_is_refused(native):
-    with pytest.raises(LoadError, match="continuation has 65 tokens, and the model reads 64"):
+    with pytest.raises(LoadError, match="continuation has 65 tokens, more than max_length=64"):
         native.loglikelihood(requests("loglikelihood", ("a", "b" * 65)))
     with pytest.raises(LoadError, match="The continuation '' of ...'a' has no token"):
         native.loglikelihood(requests("loglikelihood", ("a", "")))

@@ -160,6 +160,6 @@ def test_a_sweep_knows_what_a_warm_start_takes_of_its_parent(tmp_path):
         check.plan("x.py", [RUNS["spectral"], from_factors], SweepFolder(tmp_path))
     narrower = dataclasses.replace(RUNS["warm_start"], parent=RUNS["dense_narrow30"].name)
     with pytest.raises(
-        file.SweepError, match=r"mlp/down/kernel is \[2, 43, 64\] there and \[2, 256"
+        file.SweepError, match=r"mlp/down/kernel is \[2, 43, 64\] in the parent and \[2, 256"
     ):
         check.plan("x.py", [RUNS["dense_narrow30"], narrower], SweepFolder(tmp_path))

@@ -348,7 +348,10 @@ class WithoutEnd(Letters):
     [
         ({"pairs": lambda task: Pairs(count=0)}, "no pairs are held out"),
         ({"pairs": lambda task: Unpaired()}, "single completions"),
-        ({"pairs": lambda task: Pairs(start=len(task)), "tasks": ["a", "bb"]}, "different start tokens"),
+        (
+            {"pairs": lambda task: Pairs(start=len(task)), "tasks": ["a", "bb"]},
+            "different start tokens",
+        ),
         ({"vocabulary": None}, "VOCABULARY"),
         ({"vocabulary": WithoutEnd()}, "give eos_ids"),
         ({"competitor": "x"}, "without a reward"),
