@@ -79,7 +79,7 @@ def test_damage_is_named_and_nothing_is_guessed(tmp_path):
     with pytest.raises(ReferenceStoreError, match="cannot be read"):
         ReferenceStore(MODEL, {}, root=tmp_path)
     (store.directory / ABOUT).write_text(f'{{"model": "{digest("other")}"}}')
-    with pytest.raises(ReferenceStoreError, match="stale"):
+    with pytest.raises(ReferenceStoreError, match="belongs to another reference model"):
         ReferenceStore(MODEL, {}, root=tmp_path)
 
 

@@ -84,7 +84,7 @@ def test_structure_is_of_domains_and_of_what_each_layer_projects(tmp_path):
         e = expert_vectors({k: {"kernel": v["kernel"][layer]} for k, v in router.items()}, domains)
         e /= np.linalg.norm(e, axis=-1, keepdims=True)
         np.testing.assert_allclose(found["projected"][str(layer)], e @ e.T, atol=2e-5)
-    with pytest.raises(load_run.LoadError, match="has 3 experts, and 2 names"):
+    with pytest.raises(load_run.LoadError, match="has 3 experts; `names` has 2 names"):
         routing.structure(str(tmp_path), names=["a", "b"])
 
 

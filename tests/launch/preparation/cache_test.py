@@ -46,7 +46,7 @@ def test_builds_what_a_run_then_finds(tmp_path, capsys):
     # The tasks change: a run refuses, the command builds beside, and --replace deletes.
     register(add_eos=False)
     with pytest.raises(
-        ValueError, match="changed since: vocabulary.*python -m launch.prepare cache"
+        ValueError, match="Changed since then: vocabulary.*python -m launch.prepare cache"
     ):
         stream.make_stream(**row)
     built = command.build_caches(**settings)

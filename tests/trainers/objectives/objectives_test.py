@@ -139,7 +139,9 @@ def test_sown_metrics_are_means_over_layers_in_training_alone(setup, pattern):
         ids,
         positions_BT=batch["decoder_positions"],
         segments_BT=batch["decoder_segment_ids"],
-        capture_intermediates=lambda module, method: isinstance(module, _Watched),
+        capture_intermediates=lambda module, method: (
+            isinstance(module, _Watched) and method == "__call__"
+        ),
         mutable=["intermediates"],
     )
     outs_LBTD = np.stack(jax.tree.leaves(kept["intermediates"]))
