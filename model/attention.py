@@ -160,5 +160,10 @@ class Attention(Counted):
 
     def _dense(self, name: str, features: int, names: tuple[str, str], use_bias: bool) -> Any:
         return self.dense(
-            features=features, axes=names, use_bias=use_bias, **self.config.dtypes, name=name
+            features=features,
+            axes=names,
+            use_bias=use_bias,
+            dtype=self.config.compute_dtype,
+            param_dtype=self.config.storage_dtype,
+            name=name,
         )

@@ -1,7 +1,7 @@
 """Sizes and numeric policy of a decoder-only transformer, shared by all of its modules."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +45,6 @@ class FloatDtypes:
             for name in ("dtype", "param_dtype")
             if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64")
         ]
-
-    @property
-    def dtypes(self) -> dict[str, Any]:
-        """Returns the keywords of modules for both dtypes."""
-        return {"dtype": self.compute_dtype, "param_dtype": self.storage_dtype}
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -59,7 +59,8 @@ class _Mlp(Counted):
             features=features,
             axes=names,
             use_bias=self.use_bias,
-            **self.config.dtypes,
+            dtype=self.config.compute_dtype,
+            param_dtype=self.config.storage_dtype,
             name=name,
         )
 

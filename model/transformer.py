@@ -186,11 +186,16 @@ class Transformer(nn.Module):
             self.embed,
             num_embeddings=config.vocab_size,
             features=config.embed_dim,
-            **config.dtypes,
+            dtype=config.compute_dtype,
+            param_dtype=config.storage_dtype,
         )
         self.token_embed = table()
         if self.position_embed is not None:
-            self.positions = self.position_embed(features=config.embed_dim, **config.dtypes)
+            self.positions = self.position_embed(
+                features=config.embed_dim,
+                dtype=config.compute_dtype,
+                param_dtype=config.storage_dtype,
+            )
         count = len(config.layer_pattern) if config.scan_layers else config.num_layers
         self.layers = Layers(config=config, block=self.block, count=count)
         self.final_norm = self.norm()

@@ -14,6 +14,7 @@ teacher's predictions (data/distillation/taught_stream.py).
 Shapes: N pairs or rows, B rows, K pairs of a row, D bytes of a digest, '...' shape of one value.
 """
 
+import abc
 import hashlib
 import io
 import json
@@ -177,10 +178,10 @@ class ReferenceStore:
 _OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
 
 
-class StoredStream:
+class StoredStream(abc.ABC):
     """A stream with additional columns that are read from a store.
 
-    All other attributes are those of the wrapped stream. A subclass implements `columns`.
+    All other attributes are those of the wrapped stream.
 
     Args:
       stream: the stream.
@@ -205,10 +206,11 @@ class StoredStream:
         batch = self._stream.batch(step, lo, hi)
         return batch | self.columns(batch, step, lo, hi)
 
+    @abc.abstractmethod
     def columns(
         self, batch: Mapping[str, np.ndarray], step: int, lo: int, hi: int
     ) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+        """Returns the additional columns of rows [lo, hi) of the batch of `step`."""
 
 
 class ReferencedStream(StoredStream):

@@ -109,8 +109,6 @@ def _calls(owner: Any) -> Mapping[str, set[str]]:
                 case _:
                     continue
             keywords.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg)
-            if any(ast.unparse(k.value).endswith("config.dtypes") for k in node.keywords):
-                keywords[name] |= {"dtype", "param_dtype"}  # passed as **config.dtypes
     return keywords
 
 

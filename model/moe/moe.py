@@ -206,7 +206,8 @@ class MoeMlp(Counted):
             num_experts=self.num_experts,
             features=features,
             axes=(axes.EXPERT, *names),
-            **self.config.dtypes,
+            dtype=self.config.compute_dtype,
+            param_dtype=self.config.storage_dtype,
             name=name,
         )
 

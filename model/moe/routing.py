@@ -85,8 +85,8 @@ def report(
     if z_loss_weight:
         mixture.sow("losses", "router_z", z_loss_weight * z_loss(logits_BTE, real_BT))
     if mixture.is_mutable_collection("metrics"):
-        kept = jnp.ones(experts_BTK.shape, bool) if kept_BTK is None else kept_BTK
-        for name, value in statistics(probs_BTE, experts_BTK, kept, real_BT).items():
+        dispatched_BTK = jnp.ones(experts_BTK.shape, bool) if kept_BTK is None else kept_BTK
+        for name, value in statistics(probs_BTE, experts_BTK, dispatched_BTK, real_BT).items():
             if name != "dropped" or kept_BTK is not None:
                 mixture.sow("metrics", f"router_{name}", value)
 

@@ -75,7 +75,8 @@ def batch_norm(config: ResNetConfig, train: bool, name: str) -> nn.Module:
         use_running_average=not train,
         momentum=0.9,
         epsilon=1e-5,
-        **config.dtypes,
+        dtype=config.compute_dtype,
+        param_dtype=config.storage_dtype,
         scale_init=named(nn.initializers.ones),
         bias_init=named(nn.initializers.zeros),
         name=name,
@@ -98,7 +99,14 @@ class ResidualBlock(nn.Module):
     dense: Callable[..., nn.Module] = Dense
 
     def _conv(self, features: int, stride: int, name: str) -> nn.Module:
-        return self.conv(features=features, side=3, stride=stride, **self.config.dtypes, name=name)
+        return self.conv(
+            features=features,
+            side=3,
+            stride=stride,
+            dtype=self.config.compute_dtype,
+            param_dtype=self.config.storage_dtype,
+            name=name,
+        )
 
     def _pointwise(self, features: int, name: str, x_BHWC: jax.Array) -> jax.Array:
         """Returns a 1x1 convolution of x, computed as a projection of channels."""
@@ -106,7 +114,8 @@ class ResidualBlock(nn.Module):
             features=features,
             axes=(axes.CHANNELS_IN, axes.CHANNELS),
             kernel_init=he_normal,
-            **self.config.dtypes,
+            dtype=self.config.compute_dtype,
+            param_dtype=self.config.storage_dtype,
             name=name,
         )
         return dense(x_BHWC)
@@ -253,6 +262,7 @@ def _stem_conv(config: ResNetConfig, side: int, stride: int) -> nn.Module:
         features=config.stem_width,
         side=side,
         stride=stride,
-        **config.dtypes,
+        dtype=config.compute_dtype,
+        param_dtype=config.storage_dtype,
         name="conv",
     )

@@ -218,8 +218,8 @@ def test_what_runs_of_a_seed_start_from_counts_once():
     every = results.direct(results.courses(rows()["language"]))
     (steps,) = results.points(every, "step")
     assert (steps == 0).sum() == 2 and (steps == 20).sum() == 2 * len(DIRECT)
-    found = rows(change=lambda arm, one: {"ead": math.nan} if one["step"] == 20 else {})
-    some = results.courses(found["language"])
+    without_ead = rows(change=lambda arm, row: {"ead": math.nan} if row["step"] == 20 else {})
+    some = results.courses(without_ead["language"])
     assert 20 not in results.points(some, "ead", "step")[1]
 
 
