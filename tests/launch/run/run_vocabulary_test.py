@@ -15,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from data.stream import rows
 from data.text import document_files
 from data.tokenizers import vocabularies
-from launch.run import run_vocabulary
+from launch.config import model_file
+from launch.run import model_record, run_vocabulary
 
 WORDS = ["def", "return", "import", "naïve", "語", "while", "class", "yield", "lambda", "assert"]
 TEXTS = [f"{a} {b}\n    {c}" for a in WORDS for b in WORDS for c in WORDS]
@@ -68,6 +69,7 @@ def run(tmp_path_factory):
             entry="launch.train:train",
         )
         (run / "config.gin").write_text(config.text)
+        model_record.write(run)
         vocabulary = gin.get_configurable(vocabularies.sentencepiece)()
         model = config.arguments()["recipe"].model
     params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
@@ -82,7 +84,7 @@ def run(tmp_path_factory):
 def moved(run, tmp_path, monkeypatch):
     """The run on another machine: neither its data nor its cache are there."""
     path = tmp_path / "moved"
-    for name in ("config.gin", run_vocabulary.MODEL, run_vocabulary.RECORD):
+    for name in ("config.gin", model_file.NAME, run_vocabulary.MODEL, run_vocabulary.RECORD):
         path.mkdir(exist_ok=True)
         shutil.copy(run[0] / name, path / name)
     shutil.copytree(run[0] / "checkpoints", path / "checkpoints")
@@ -159,7 +161,12 @@ def test_other_files_are_evaluated_with_it(moved, command, tmp_path):
         write_texts(tmp_path / name, texts)
     report = tmp_path / "eval.json"
     flags = (f"--gin.FILES={tmp_path}/more.jsonl", f"--gin.VALIDATION_FILES={tmp_path}/held.jsonl")
-    assert command("evaluate loss", f"--checkpoint={moved}", f"--json={report}", *flags) == 0
+    assert (
+        command(
+            "evaluate loss", "--trust_config", f"--checkpoint={moved}", f"--json={report}", *flags
+        )
+        == 0
+    )
     vocabulary = run_vocabulary.load(folder=str(moved))
     count = len(vocabulary.encode("yield 語")) + 1
     assert json.loads(report.read_text())["tasks"]["files"]["tokens"] == count
@@ -207,7 +214,8 @@ def imported(run, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("imported")
     source = hf_files(folder / "hf")
-    shutil.copy(run[0] / "config.gin", folder / "config.gin")
+    for name in ("config.gin", model_file.NAME):
+        shutil.copy(run[0] / name, folder / name)
     digest = run_vocabulary.save_files(folder, source)
     meta = {"vocabulary": digest, "add_bos": True, "start_token": None}
     with Checkpointer(folder / "checkpoints") as checkpointer:
@@ -326,7 +334,16 @@ def test_files_are_evaluated_with_an_imported_tokenizer(imported, command, tmp_p
     write_texts(tmp_path / "held.jsonl", ["yield 語"])
     report = tmp_path / "eval.json"
     flags = (f"--gin.FILES={tmp_path}/more.jsonl", f"--gin.VALIDATION_FILES={tmp_path}/held.jsonl")
-    assert command("evaluate loss", f"--checkpoint={imported}", f"--json={report}", *flags) == 0
+    assert (
+        command(
+            "evaluate loss",
+            "--trust_config",
+            f"--checkpoint={imported}",
+            f"--json={report}",
+            *flags,
+        )
+        == 0
+    )
     # As many bytes, and EOS.
     assert (
         json.loads(report.read_text())["tasks"]["files"]["tokens"] == len("yield 語".encode()) + 1
