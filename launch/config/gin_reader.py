@@ -165,12 +165,13 @@ class Reader:
             return
         self.checked.files.append(file)
         try:
+            if model_file.is_model_file(file):
+                self._check_foreign(file, model_file.read(file).foreign)
             text = gin_source.read(file)
         except (OSError, UnicodeDecodeError, model_file.ModelFileError) as error:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
             return
-        if model_file.is_model_file(file) and (problem := self._foreign(file)):
-            self.refused = self.refused or problem
+        if self.refused:
             return
         outer, self._file = self._file, os.path.realpath(file)
         for outer_file in map(os.path.realpath, including):
@@ -179,9 +180,9 @@ class Reader:
         self.after_file(self._file)
         self._file = outer
 
-    def _foreign(self, file: str) -> Problem | None:
-        """Returns the problem of a model.json that uses a module which the user's own files do not import."""
-        for module, attribute in model_file.read(file).foreign:
+    def _check_foreign(self, file: str, names: Iterable[tuple[str, str]]) -> None:
+        """Sets `refused` if a model.json uses a module which the user's own files do not import."""
+        for module, attribute in names:
             defined = None
             if module in self._own_modules:
                 value = getattr(importlib.import_module(module), attribute, None)
@@ -189,12 +190,11 @@ class Reader:
             if (
                 defined != module
             ):  # also of an object that the module only imports, such as a function of os
-                return Problem(
+                self.refused = Problem(
                     Place(file),
                     f"the model uses '{module}.{attribute}', which is not of this project: reading it could run anything",
                     f"If you know the code, import {module} in a gin file of your own that you give too.",
                 )
-        return None
 
     def read_bindings(self, bindings: Sequence[str]) -> None:
         symbols = {"gin": _GIN}
