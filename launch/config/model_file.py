@@ -1,7 +1,7 @@
 """model.json: a run's model as data, which is read without running anything that its author named.
 
 Reading config.gin imports the modules and calls the functions in it. A run therefore also records the part of config.gin
-that makes its model, as literals and names of model/registered.py:
+that makes its model, as literals and names of launch/config/registered.py:
 
     {"format": "espalier model 1",
      "macros": {"MODEL": {"call": "transformer.Transformer"}, "DTYPE": "float32"},
@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from model.registered import REGISTERED
+from launch.config.registered import REGISTERED
 
 NAME = "model.json"
 FORMAT = "espalier model 1"

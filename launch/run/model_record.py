@@ -9,7 +9,7 @@ from data.cache import cache_dir
 from launch.config import model_file
 from launch.config.gin_reader import Bound, Checked, Reader, Target
 from launch.config.gin_source import Macro, Reference, scoped
-from model.registered import REGISTERED
+from launch.config.registered import REGISTERED
 
 CONFIG = "config.gin"
 MODEL = "MODEL"  # the macro with the model

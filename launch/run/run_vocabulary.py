@@ -205,7 +205,7 @@ def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[
       checkpoint: the run or one of its step directories.
     """
     digest = _intact_digest(folder)
-    if digest is None or digest != _trained_digest(checkpoint):
+    if digest is None or digest != (_trained_digest(checkpoint) or digest):
         return []
     handle, path = tempfile.mkstemp(prefix="vocabulary_", suffix=".gin")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -264,7 +264,7 @@ def _checksums(path: pathlib.Path) -> dict[str, str]:
 
 
 def _trained_digest(checkpoint: str | os.PathLike) -> str | None:
-    """Returns the digest of the vocabulary that a checkpoint was trained with."""
+    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one."""
     for step in step_dir.candidates(checkpoint):
         # A damaged step is reported when it is restored.
         with contextlib.suppress(step_dir.DamagedCheckpointError):

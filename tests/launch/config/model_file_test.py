@@ -15,8 +15,8 @@ from launch.config import gin_config, gin_reader, gin_source, model_file
 from launch.config.gin_config import ConfigError
 from launch.config.isolated import Isolated
 from launch.config.model_file import ModelFileError
+from launch.config.registered import REGISTERED
 from launch.run import model_record
-from model.registered import REGISTERED
 
 ENTRY = "launch.run.load_run:RunConfig"
 LOAD_RUN = "t5x_configs/runs/load_run.gin"

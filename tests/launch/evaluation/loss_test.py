@@ -55,6 +55,7 @@ def test_what_is_not_finite_is_written_as_metrics_are(command, monkeypatch, trai
 
 def test_data_of_another_vocabulary_is_refused(command, capsys, trained_run, tmp_path):
     flags = (
+        "--gin.VOCABULARY=@vocabularies.byte()",
         "--gin.vocabularies.byte.extra_ids=5",
         f"--gin.stream.make_eval_stream.cache_dir={tmp_path}",
         "--tasks=files",
