@@ -136,6 +136,7 @@ def test_commands_say_what_kind_of_model_they_read(trained_run, tmp_path, comman
         ["t5x_configs/runs/load_run.gin", str(run / "model.json")],
         [],
         entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
     ).entry()
     with config.load(str(run)) as loaded:  # the actor is a language model
         assert type(loaded.model).__name__ == "Transformer"
