@@ -68,8 +68,7 @@ def main(
       extra_flags: adds the command's own flags to the parser.
       run: called with the `Start` instead of the entry function.
       default_files: returns, from the flags, gin files to read before the files of --gin_file, such as the
-        configuration in a checkpoint's run directory. They are not trusted: they may use only harmless
-        names (launch/config/gin_trust.py).
+        recorded model of a checkpoint's run (launch/config/model_file.py).
       command: name of the command, if it is not the module of `entry`.
       unused: see `gin_config.load`.
       part: see `gin_config.load`.
@@ -101,7 +100,7 @@ def main(
             list(filter(None, search_paths)),
             entry=entry,
             unused=unused,
-            untrusted=defaults,
+            defaults=defaults,
             part=part,
         )
         for warning in config.warnings:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from launch.config import config_diff, gin_config
+from launch.run import model_record
 from trainers import initialise as initialise_lib
 from trainers import partitioning
 from trainers.checkpoints import step_dir
@@ -124,6 +125,7 @@ def other_run() -> str:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     text = "from __gin__ import dynamic_registration\ninclude 't5x_configs/models/tiny.gin'\n"
     pathlib.Path(folder, "config.gin").write_text(text)
+    model_record.write(folder)
     return folder
 
 

@@ -9,12 +9,13 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.config import gin_methods, gin_reader
+from launch.config import gin_methods, gin_reader, gin_source
 from launch.config.gin_reach import Reach
 from launch.config.gin_reader import (
     Bound,
@@ -24,7 +25,7 @@ from launch.config.gin_reader import (
     nearest,
     required_parameters,
 )
-from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
+from launch.config.gin_source import Macro, Problem, Reference, scoped
 
 _SIMPLE = (int, float, str, bool, type(None))
 
@@ -36,7 +37,7 @@ def check(
     entry: Callable | None = None,
     entry_name: str = "",
     fragment: bool = False,
-    untrusted: Sequence[str] = (),
+    defaults: Sequence[str] = (),
     part: bool = False,
 ) -> Checked:
     """Reads a configuration and returns it with its problems.
@@ -49,17 +50,15 @@ def check(
       entry_name: its full name, such as 'launch.train.train'.
       fragment: the files are only a part of a configuration: macros may be unused, undefined or
         required, and scopes may be entered elsewhere.
-      untrusted: files read before `files`, which may use only harmless names.
+      defaults: files read before `files`, whose bindings may be without effect.
       part: the configuration belongs to another entry point, and `entry` uses only a part of it; the rest
         may lack values.
     """
-    reader = gin_reader.Reader(search_paths)
+    reader = gin_reader.Reader(search_paths, gin_source.imported_modules(files, search_paths))
     checked = reader.checked
-    for path in untrusted:
-        reader.read_untrusted(path, files)
-    if reader.refused:  # other problems would only follow from the refused names
-        checked.problems[:] = reader.refused
-        return checked
+    for path in defaults:
+        reader.read_file(path)
+    default_files = {os.path.realpath(file) for file in checked.files}
     follow = entry is not None and not fragment
     if follow:
         checked.targets.setdefault(entry_name, Target(entry_name, entry))
@@ -73,7 +72,10 @@ def check(
 
         reader.after_file = after_file
     for path in files:
-        reader.read_file(path, Place("--gin_file"), ())
+        reader.read_file(path)
+    if reader.refused:  # other problems would only follow from the missing model
+        checked.problems[:] = [reader.refused]
+        return checked
     reader.read_bindings(bindings)
     problems = checked.problems
     problems += _mistyped(checked)
@@ -82,7 +84,7 @@ def check(
         return checked
     reach = Reach(checked, entry_name) if follow else None
     problems += _without_value(checked, reach if part else None)
-    problems += _unread_macros(checked, command_line_only=part)
+    problems += _unread_macros(checked, default_files, command_line_only=part)
     problems += _unused_scopes(checked, command_line_only=part)
     if reach is not None:
         problems += _missing_arguments(checked, reach)
@@ -116,8 +118,12 @@ def _without_value(checked: Checked, used: Reach | None) -> Iterator[Problem]:
             yield Problem(bound.place, f"'{key}' is required", "Bind it in a later file.")
 
 
-def _unread_macros(checked: Checked, command_line_only: bool) -> Iterator[Problem]:
+def _unread_macros(
+    checked: Checked, default_files: Container[str], command_line_only: bool
+) -> Iterator[Problem]:
     for name, bound in checked.macros.items():
+        if bound.file in default_files:
+            continue
         if name not in checked.macros_read and not (command_line_only and bound.place.line):
             near = nearest(difflib.get_close_matches(name, sorted(checked.macros_read)))
             yield Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")

@@ -7,6 +7,7 @@ modules and bind plain functions and classes. See docs/configuration.md.
 import dataclasses
 import functools
 import importlib
+import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,7 @@ def load(
     search_paths: Sequence[str] = (),
     entry: Callable | str | None = None,
     unused: Mapping[str, str] | None = None,
-    untrusted: Sequence[str] = (),
+    defaults: Sequence[str] = (),
     part: bool = False,
 ) -> Config:
     """Checks a configuration completely, loads it into gin in place of the last one, and locks it.
@@ -83,8 +84,7 @@ def load(
       entry: the entry function of this configuration, or its name 'package.module:name'. With it,
         unbound arguments and bindings that cannot reach it are problems too.
       unused: macros whose values do not matter, with the value in gin syntax to use if none is set.
-      untrusted: gin files read before `files` that the user did not name, such as the file beside a
-        checkpoint: they may import and use only harmless names (launch/config/gin_trust.py).
+      defaults: gin files read before `files` that the user did not name, such as the model of a checkpoint's run.
       part: the configuration belongs to another entry point, and `entry` uses only a part of it. The
         rest may lack values, and bindings without effect are allowed.
 
@@ -92,7 +92,7 @@ def load(
       ConfigError: with all problems; gin's own state is then unchanged.
     """
     function, name = _entry(entry)
-    read = functools.partial(gin_check.check, files, search_paths=search_paths, untrusted=untrusted)
+    read = functools.partial(gin_check.check, files, search_paths=search_paths, defaults=defaults)
     checked, bindings = _check(
         bindings, read, unused, entry=function, entry_name=name, fragment=False, part=part
     )
@@ -101,7 +101,7 @@ def load(
     # Gin needs a value for every macro; those without one after the checks are not used.
     names = dict.fromkeys([*checked.macros, *checked.macros_read])
     bindings += [f"{name}=None" for name in names if _is_open(name, checked)]
-    _load_into_gin([*untrusted, *files], bindings, search_paths, checked)
+    _load_into_gin([*defaults, *files], bindings, search_paths, checked)
     configured = None
     if function is not None:
         try:
@@ -182,7 +182,7 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
     # Gin can only append to its search path, which would make it depend on earlier loads.
     gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
     # Gin would also look for files in packages' resources, and fails on folders that are no packages.
-    gin.config._FILE_READERS[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
+    gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
     imports = [statement.format() for statement in checked.command_line_imports()]
     if imports:
         imports.insert(0, "from __gin__ import dynamic_registration")
@@ -194,6 +194,12 @@ def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
     except Exception as error:
         # A problem that the checks missed; gin's message names its place.
         raise ConfigError([Problem(Place("gin"), str(error))]) from error
+
+
+def _open(path: str) -> io.StringIO:
+    file: Any = io.StringIO(gin_source.read(path))
+    file.name = path  # gin reads it
+    return file
 
 
 def _entry(entry: Callable | str | None) -> tuple[Callable | None, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import gin
 from gin import config_parser
 
-from launch.config import gin_source, gin_trust
+from launch.config import gin_source, model_file
 from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
 
 
@@ -121,20 +121,27 @@ class _GinNames:
 _GIN = Target("gin", _GinNames)
 
 
+_FLAG = Place("--gin_file")
+
+
 class Reader:
     """Reads files and bindings into `checked`.
 
     Attributes:
       after_file: called with the real path of each file after reading it.
-      refused: uses of names that untrusted files may not use.
+      refused: the problem of a model.json that was not read, because it names code that may run anything.
     """
 
-    def __init__(self, search_paths: Sequence[str]):
+    def __init__(self, search_paths: Sequence[str] = (), own_modules: Iterable[str] = ()):
+        """Args:
+        search_paths: more folders in which relative files are looked for.
+        own_modules: modules outside of this project that a model.json may use.
+        """
         self.checked = Checked()
         self.after_file: Callable[[str], None] = lambda file: None
-        self.refused: list[Problem] = []
+        self.refused: Problem | None = None
         self._search_paths = search_paths
-        self._trust: gin_trust.Trust | None = None  # of the current file
+        self._own_modules = frozenset(own_modules)
         self._file = ""  # real path of the current file
 
     def problem(self, place: Place, message: str, remedy: str = "") -> None:
@@ -142,15 +149,7 @@ class Reader:
         if problem not in self.checked.problems:
             self.checked.problems.append(problem)
 
-    def read_untrusted(
-        self, path: str, own_files: Sequence[str], modules: Sequence[str] = ()
-    ) -> None:
-        """Reads a file that may use only harmless names, `modules`, and modules that `own_files` import."""
-        self._trust = gin_trust.trust(path, own_files, self._search_paths, modules)
-        self.read_file(path, Place("--gin_file"), ())
-        self._trust = None
-
-    def read_file(self, path: str, place: Place, including: tuple[str, ...]) -> None:
+    def read_file(self, path: str, place: Place = _FLAG, including: tuple[str, ...] = ()) -> None:
         file = gin_source.find(path, self._search_paths)
         if file is None:
             folders = [p or "." for p in gin_source.search_locations(self._search_paths)]
@@ -166,9 +165,13 @@ class Reader:
             return
         self.checked.files.append(file)
         try:
+            if model_file.is_model_file(file):
+                self._check_foreign(file, model_file.read(file).foreign)
             text = gin_source.read(file)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, model_file.ModelFileError) as error:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
+            return
+        if self.refused:
             return
         outer, self._file = self._file, os.path.realpath(file)
         for outer_file in map(os.path.realpath, including):
@@ -176,6 +179,22 @@ class Reader:
         self._read(text, path, {}, (*including, file))
         self.after_file(self._file)
         self._file = outer
+
+    def _check_foreign(self, file: str, names: Iterable[tuple[str, str]]) -> None:
+        """Sets `refused` if a model.json uses a module which the user's own files do not import."""
+        for module, attribute in names:
+            defined = None
+            if module in self._own_modules:
+                value = getattr(importlib.import_module(module), attribute, None)
+                defined = getattr(value, "__module__", None)
+            if (
+                defined != module
+            ):  # also of an object that the module only imports, such as a function of os
+                self.refused = Problem(
+                    Place(file),
+                    f"the model uses '{module}.{attribute}', which is not of this project: reading it could run anything",
+                    f"If you know the code, import {module} in a gin file of your own that you give too.",
+                )
 
     def read_bindings(self, bindings: Sequence[str]) -> None:
         symbols = {"gin": _GIN}
@@ -220,15 +239,12 @@ class Reader:
                 "imports need gin's dynamic registration",
                 "Begin the file with: from __gin__ import dynamic_registration",
             )
-        refusal = self._trust and self._trust.module_error(statement.module)
-        error = None if refusal else _import_error(statement)
-        if refusal:
-            self.refused.append(Problem(place, *refusal))
-        elif error:
+        error = _import_error(statement)
+        if error:
             self.problem(place, *error)
         elif statement not in self.checked.imports:
             self.checked.imports.append(statement)
-        self._bind_import(statement, symbols, failed=bool(refusal or error))
+        self._bind_import(statement, symbols, failed=bool(error))
 
     def _bind_import(self, statement, symbols: dict[str, Target], failed: bool = False) -> None:
         module = gin_source.bound_module(statement)
@@ -256,10 +272,6 @@ class Reader:
             self.problem(
                 place, f"'{name}' is not a function or class and cannot be configured or referenced"
             )
-            return None
-        refusal = self._trust and self._trust.object_error(symbol.name, name, value)
-        if refusal:
-            self.refused.append(Problem(place, *refusal))
             return None
         return self.checked.targets.setdefault(name, Target(name, value))
 

@@ -8,10 +8,13 @@ import os
 import pathlib
 import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gin import config_parser
+
+from launch.config import model_file
+from launch.config.model_file import ModelFileError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
@@ -177,22 +180,47 @@ def find(path: str, search_paths: Sequence[str]) -> str | None:
     return next(filter(os.path.isfile, places), None)
 
 
-def same(path_a: str, path_b: str, search_paths: Sequence[str]) -> bool:
-    """Returns whether two paths mean the same file."""
-    a, b = (find(path, search_paths) for path in (path_a, path_b))
-    return a is not None and b is not None and os.path.samefile(a, b)
-
-
 def read(path: str) -> str:
-    """Returns the text of a gin file."""
+    """Returns the text of a gin file; of a model.json the equal gin text.
+
+    Raises:
+      OSError, UnicodeDecodeError, ModelFileError.
+    """
+    if model_file.is_model_file(path):
+        return model_file.read(path).gin()
     return pathlib.Path(path).read_text("utf-8")
 
 
-def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+def imported_modules(files: Iterable[str], search_paths: Sequence[str]) -> set[str]:
+    """Returns the modules that gin files and their includes import; those of a model.json are not counted."""
+    modules: set[str] = set()
+    seen: set[str] = set()
+    paths = list(files)
+    while paths:
+        path = paths.pop()
+        source = find(path, search_paths)
+        if source is None or source in seen or model_file.is_model_file(source):
+            continue
+        seen.add(source)
+        try:
+            text = read(source)
+        except (OSError, UnicodeDecodeError):
+            continue  # reported when the file itself is read
+        for statement in parse(text, path):
+            if isinstance(statement, config_parser.ImportStatement):
+                modules.add(statement.module)
+            elif isinstance(statement, config_parser.IncludeStatement):
+                paths.append(statement.filename)
+    return modules
+
+
+def why_unreadable(error: OSError | ValueError) -> str:
     """Returns the reason why a file cannot be read."""
+    if isinstance(error, ModelFileError):
+        return str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start}: {error.reason})"
-    return str(error.strerror or error)
+    return str(getattr(error, "strerror", None) or error)
 
 
 def similar_files(path: str, search_paths: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launch.config.model_file import import_lines, module_names
 from model.transformer import Block, Transformer
 
 # Settings written as macros, because files of methods wrap these macros; written even if they are defaults.
@@ -58,7 +59,7 @@ def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
     """
     root = _node(model, "model")
     nodes = dict.fromkeys(root.all())  # Once each, in order.
-    modules = _module_names({node.target.__module__ for node in nodes})
+    modules = module_names({node.target.__module__ for node in nodes})
     scopes = _scopes(nodes)
 
     def name(node: _Node) -> str:
@@ -69,11 +70,7 @@ def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
             return value
         return f"@{scopes[value]}{name(value)}{'()' if value.called else ''}"
 
-    lines = ["from __gin__ import dynamic_registration", ""]
-    for module, short in sorted(modules.items()):
-        package, _, last = module.rpartition(".")
-        imported = f"from {package} import {last}" if package else f"import {last}"
-        lines.append(imported if short == last else f"{imported} as {short}")
+    lines = ["from __gin__ import dynamic_registration", "", *import_lines(modules)]
     lines += ["", f"MODEL = {text(root)}"]
     lines += [f"{key} = {value!r}" for key, value in (macros or {}).items()]
     for node in reversed(nodes):
@@ -168,12 +165,3 @@ def _scopes(nodes: Mapping[_Node, None]) -> dict[_Node, str]:
                 taken[key] = scope
             scopes[node] = f"{taken[key]}/"
     return scopes
-
-
-def _module_names(modules: set[str]) -> dict[str, str]:
-    """Returns a short name for each module: its last part, or its whole path if that name is taken."""
-    short: dict[str, str] = {}
-    for module in sorted(modules):
-        last = module.rpartition(".")[2]
-        short[module] = module.replace(".", "_") if last in short.values() else last
-    return short

@@ -2,10 +2,10 @@
 
 Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
-  python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --json=/tmp/eval.json
+  python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
 
-The run's configuration is read from its directory; --gin_file and --gin.NAME=VALUE change it, such
-as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices.
+The tasks are in the run's config.gin, and reading it calls the functions that it names, hence --trust_config. --gin_file
+and --gin.NAME=VALUE change it, such as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from launch.run import load_run
 if TYPE_CHECKING:
     from trainers.evaluate import EvalStream
 
+GIN = "t5x_configs/runs/evaluate.gin"
 _COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command="evaluate loss",
         extra_flags=_add_flags,
         run=_run,
-        default_files=lambda flags: load_run.files_of(
-            flags.checkpoint, flags.gin_file, own="t5x_configs/runs/evaluate.gin"
+        default_files=lambda flags: load_run.whole_files(
+            flags.checkpoint, flags.gin_file, trust_config=flags.trust_config, own=GIN
         ),
         argv=argv,
     )
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
+    load_run.add_trust_flag(group)
     group.add_argument(
         "--tasks", metavar="NAME,NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
     )

@@ -2,9 +2,10 @@
 
 Example, on a mixture of experts:
 
-  python -m launch.evaluate routing --checkpoint=runs/bam --tasks lag_general lag_4 --json=/tmp/r.json --figure=/tmp/r.png
+  python -m launch.evaluate routing --checkpoint=runs/bam --trust_config --tasks lag_general lag_4 --figure=/tmp/r.png
 
-Rows are from the tasks' validation splits. For each task, the table has the mean probability of every expert over
+Rows are from the validation splits of tasks in the run's config.gin; reading it calls the functions that it names,
+hence --trust_config. For each task, the table has the mean probability of every expert over
 tokens and layers, and in brackets the share of tokens with this expert as first choice.
 
 Shapes: B batch, T length, E experts, L layers of a router, M width of a domain's embedding, D model width.
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    load_run.add_flags(parser)
+    load_run.add_trust_flag(load_run.add_flags(parser))
     parser.add_argument(
         "--tasks", nargs="+", metavar="NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
     )
@@ -49,7 +50,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    shares = routing(flags.checkpoint, tasks=flags.tasks, rows=flags.rows, params=flags.params)
+    shares = routing(
+        flags.checkpoint,
+        tasks=flags.tasks,
+        rows=flags.rows,
+        params=flags.params,
+        trust_config=flags.trust_config,
+    )
     print(table(shares))
     if flags.json:
         pathlib.Path(flags.json).write_text(json.dumps(shares, indent=1) + "\n")
@@ -58,7 +65,12 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def routing(
-    run_dir: str, *, tasks: Sequence[str] | None = None, rows: int = ROWS, params: str = "auto"
+    run_dir: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    rows: int = ROWS,
+    params: str = "auto",
+    trust_config: bool = False,
 ) -> dict[str, Any]:
     """Returns the shares of a run's experts on held-out rows; sweeps call it as an evaluation.
 
@@ -86,9 +98,9 @@ def routing(
 
     if rows < 1:
         raise load_run.LoadError(f"--rows={rows} must be at least 1.")
-    files = load_run.files_of(run_dir, own="t5x_configs/runs/evaluate.gin")
+    files = load_run.whole_files(run_dir, (), trust_config=trust_config, own=held_out.GIN)
     configured = gin_config.load(
-        entry="launch.evaluation.held_out:evaluate", untrusted=files
+        entry="launch.evaluation.held_out:evaluate", defaults=files
     ).arguments()
     recipe = configured["recipe"]
     if not _routers(recipe.model):

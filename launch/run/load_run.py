@@ -1,6 +1,7 @@
-"""Loads a model and its vocabulary from a checkpoint, with the configuration of the run that wrote it.
+"""Loads a model and its vocabulary from a checkpoint, as the run that wrote it has recorded them.
 
-The run's `config.gin` has the whole configuration, so that commands need only `--checkpoint`.
+Commands need only `--checkpoint`: the run's directory has its model (model.json) and vocabulary as data, which may come from
+anyone. Its config.gin, which calls the functions that it names, is not read.
 Heavy imports are inside functions: flags are parsed before them.
 """
 
@@ -15,7 +16,6 @@ from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
-CONFIG = "config.gin"
 PARAMS = ("auto", "raw", "ema")
 
 
@@ -38,6 +38,15 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
+def add_trust_flag(parser: Any) -> None:
+    """Adds the flag --trust_config."""
+    parser.add_argument(
+        "--trust_config",
+        action="store_true",
+        help="also use the whole config.gin of the run, such as its data: reading it calls the functions that it names",
+    )
+
+
 def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> Any:
     """Adds the flags of `add_flags` and the flags for files of rows."""
     group = add_flags(parser)
@@ -56,38 +65,65 @@ def default_files(flags: argparse.Namespace) -> Sequence[str]:
     return files_of(flags.checkpoint, flags.gin_file)
 
 
-def files_of(
-    checkpoint: str | None,
-    gin_file: Sequence[str] = (),
-    *,
-    own: str = "t5x_configs/runs/load_run.gin",
-) -> Sequence[str]:
-    """Returns the gin files of the command (`own`), the checkpoint's run, and its vocabulary.
+def files_of(checkpoint: str | None, gin_file: Sequence[str] = ()) -> Sequence[str]:
+    """Returns the gin files of a command that reads a model: its own, the run's model, and the run's vocabulary.
 
     Args:
       checkpoint: step or run directory; None for a command that needs none.
       gin_file: gin files of the user.
-      own: gin file of the command.
 
     Raises:
-      LoadError: the run has no config.gin, and no --gin_file replaces it.
+      LoadError: the run has no model.json, and no --gin_file replaces it.
       FileNotFoundError: there is no checkpoint.
     """
+    from launch.config import model_file
     from launch.run import run_vocabulary
     from trainers.checkpoints import step_dir
 
+    own = "t5x_configs/runs/load_run.gin"
     if checkpoint is None:
         return [own]
     step = step_dir.resolve(checkpoint)
-    if (config := config_file(step)) is not None:
-        files, folder = [own, config], os.path.dirname(config)
-        return [*files, *run_vocabulary.gin_files(folder, checkpoint, before=files)]
-    if not gin_file:
+    if (model := file_of_run(step, model_file.NAME)) is None:
+        if gin_file:
+            return [own]
         raise LoadError(
-            f"There is no {CONFIG} beside the checkpoint {step}, so that its model is "
-            "unknown. Give the run's configuration: --gin_file=FILE."
+            f"There is no {model_file.NAME} beside the checkpoint {step}, so that its model is unknown. If you trust the "
+            "run's configuration, give it: --gin_file=RUN/config.gin."
         )
-    return [own]
+    return [own, model, *run_vocabulary.gin_files(os.path.dirname(model), checkpoint)]
+
+
+def whole_files(
+    checkpoint: str, gin_file: Sequence[str], *, trust_config: bool, own: str
+) -> Sequence[str]:
+    """Returns the gin files of a command that needs more of a run than its model, such as its data.
+
+    Args:
+      checkpoint: step or run directory.
+      gin_file: gin files of the user, which configure the data unless `trust_config`.
+      trust_config: whether the run's config.gin may be read, which calls the functions that it names.
+      own: gin file of the command.
+
+    Raises:
+      LoadError: `trust_config` and `gin_file` are both missing, or the run has no config.gin.
+      FileNotFoundError: there is no checkpoint.
+    """
+    from launch.run import run_vocabulary
+    from launch.run.model_record import CONFIG
+    from trainers.checkpoints import step_dir
+
+    if not trust_config:
+        if gin_file:
+            return [own, *files_of(checkpoint, gin_file)[1:]]
+        raise LoadError(
+            f"The data of {checkpoint} are described in its {CONFIG}, and reading that calls the functions that it names. "
+            "If you trust its author, add --trust_config; or configure data and recipe yourself: --gin_file=FILE."
+        )
+    config = file_of_run(step_dir.resolve(checkpoint), CONFIG)
+    if config is None:
+        raise LoadError(f"There is no {CONFIG} beside the checkpoints of {checkpoint}.")
+    return [own, config, *run_vocabulary.gin_files(os.path.dirname(config), checkpoint)]
 
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
@@ -106,17 +142,17 @@ def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
         list(gin_file),
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
-        untrusted=list(files_of(checkpoint, gin_file)),
+        defaults=list(files_of(checkpoint, gin_file)),
     )
     run: Any = config.entry
     return run()
 
 
-def config_file(step: Any) -> str | None:
-    """Returns the configuration of the run that a step directory (a path object) belongs to; None without one."""
+def file_of_run(step: Any, name: str) -> str | None:
+    """Returns the path of a file in the run that a step directory (a path object) belongs to; None without one."""
     for folder in (step.parent.parent, step.parent):
-        if (folder / CONFIG).exists():
-            return os.fspath(folder / CONFIG)
+        if (folder / name).is_file():
+            return os.fspath(folder / name)
     return None
 
 

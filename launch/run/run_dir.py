@@ -1,6 +1,7 @@
 """A run's directory: its files, and the check that a run continues only in its own directory.
 
 config.gin, operative_config.gin   the configuration as loaded, and as used with its defaults
+model.json                         the model, as data that is read without running anything
 run.json                           commit, command, versions, environment, host, mesh, data
 vocabulary.model, vocabulary.json  its SentencePiece vocabulary, if it has one
 tokenizer/                         or the files of an imported tokenizer
@@ -25,6 +26,7 @@ from typing import IO, Any
 from launch import environment
 from launch.config import config_diff
 from launch.config.gin_source import ROOT
+from launch.run import model_record
 
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
@@ -200,6 +202,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
         if run.started and (previous := read_run(path)):
             facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
+        model_record.write(path)
         run.write("run.json", _json(facts))
 
 

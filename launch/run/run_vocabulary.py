@@ -4,7 +4,8 @@ The data's own vocabulary is identified by its training text, which changes with
 
     vocabulary.model   a copy of the SentencePiece model, or
     tokenizer/         copies of the tokenizer files of a Hugging Face checkpoint
-    vocabulary.json    number of extra ids, digest of the vocabulary, checksums of the files
+    vocabulary.json    digest of the vocabulary, number of extra ids, and checksums of the files; or, for a vocabulary without
+                       files, its kind ("bytes" or "characters") and symbols
 
 The checkpoints' meta records the digest as `vocabulary`.
 """
@@ -17,18 +18,20 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from data.cache import cache_dir
 from data.stream import rows
 from data.tokenizers import hf_tokenizer, spm_tokenizer, vocabularies
-from launch.config import gin_source
 from trainers.checkpoints import step_dir
 
 MODEL = "vocabulary.model"
 RECORD = "vocabulary.json"
 TOKENIZER = "tokenizer"
+
+_KINDS = {"bytes": "ByteVocabulary", "characters": "CharacterVocabulary"}
+_MAX_EXTRA_IDS = 100_000
 
 _GIN = """from __gin__ import dynamic_registration
 from launch.run import run_vocabulary
@@ -41,10 +44,19 @@ run_vocabulary.load.folder = {folder!r}
 def save(folder: str | os.PathLike, vocabulary: Any) -> None:
     """Copies a SeqIO vocabulary into a run's directory.
 
-    Does nothing for a vocabulary without files, such as bytes, or one of another class, which its files and
-    the number of extra ids do not determine.
+    Does nothing for a vocabulary of another class than those of data/tokenizers/vocabularies.py.
     """
     digest, extra_ids = rows.vocabulary_digest(vocabulary), vocabulary.extra_ids
+    for kind, settings in (
+        ("bytes", {"extra_ids": extra_ids}),
+        ("characters", {"symbols": getattr(vocabulary, "symbols", None)}),
+    ):
+        record = {"kind": kind, **settings, "digest": digest}
+        if _KINDS[kind] == type(vocabulary).__name__ and digest == rows.vocabulary_digest(
+            _without_files(record)
+        ):
+            cache_dir.write_json(pathlib.Path(folder, RECORD), record)
+            return
     if (files := getattr(vocabulary, "files", None)) is not None:
         options = {"extra_ids": extra_ids, "special_in_text": vocabulary.special_in_text}
         own = os.path.realpath(files.path) == os.path.realpath(os.path.join(folder, TOKENIZER))
@@ -128,12 +140,21 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 def load(*, folder: str):
     """Returns the vocabulary that `save` wrote to a run's directory; raises FileNotFoundError if there is none."""
     record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
+    if "kind" in record:
+        return _without_files(record)
     path = os.path.join(folder, record["path"])
     if record["path"] == MODEL:
         return vocabularies.from_file(path=path, extra_ids=record["extra_ids"])
     return vocabularies.huggingface(
         path=path, extra_ids=record["extra_ids"], special_in_text=record["special_in_text"]
     )
+
+
+def _without_files(record: Mapping[str, Any]) -> Any:
+    """Returns the vocabulary of a record with a kind."""
+    if record["kind"] == "bytes":
+        return vocabularies.byte(extra_ids=record["extra_ids"])
+    return vocabularies.characters(symbols=record["symbols"])
 
 
 def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str | None:
@@ -147,9 +168,9 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     """
     run_dir, to_dir = pathlib.Path(run_dir), pathlib.Path(to_dir)
     record = _read_record(run_dir)
-    if record is None:
+    if record is None or "kind" in record:
         return (
-            f"{run_dir} has no vocabulary ({RECORD}), like all runs on bytes: no tokenizer files were "
+            f"{run_dir} has no vocabulary with files, like all runs on bytes: no tokenizer files were "
             "written, and other programs can use the model only with token ids"
         )
     if not _is_intact(run_dir, record):
@@ -173,25 +194,18 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     return "; ".join(part for part in (missing, differs) if part) or None
 
 
-def gin_files(
-    folder: str | os.PathLike, checkpoint: str | os.PathLike, *, before: Sequence[str]
-) -> list[str]:
+def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
     """Returns the path of a gin file that sets VOCABULARY to the run directory's copy, or no path.
 
     It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends.
-    No path is returned if the copy is not intact, if the checkpoint was trained with another vocabulary, or if
-    no file reads VOCABULARY, because unread macros are errors.
+    No path is returned if the copy is not intact, or if the checkpoint was trained with another vocabulary.
 
     Args:
       folder: a run's directory.
       checkpoint: the run or one of its step directories.
-      before: the gin files read before this one.
     """
-    texts = (pathlib.Path(gin_source.find(path, ()) or path).read_text("utf-8") for path in before)
-    if not any("%VOCABULARY" in text for text in texts):
-        return []
     digest = _intact_digest(folder)
-    if digest is None or digest != _trained_digest(checkpoint):
+    if digest is None or digest != (_trained_digest(checkpoint) or digest):
         return []
     handle, path = tempfile.mkstemp(prefix="vocabulary_", suffix=".gin")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -208,13 +222,35 @@ def _intact_digest(folder: str | os.PathLike) -> str | None:
 
 def _read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Returns vocabulary.json of a run's directory; None if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(pathlib.Path(folder, RECORD).read_bytes())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
+        if _is_record(record):
+            return record
     return None
 
 
+def _is_record(record: Any) -> bool:
+    """Returns whether the fields of a record have the right types and lead to nothing outside of the run's directory."""
+    if not isinstance(record, dict) or not isinstance(record.get("digest"), str):
+        return False
+    if record.get("kind") == "characters":
+        return isinstance(record.get("symbols"), str)
+    extra_ids = record.get("extra_ids")
+    if type(extra_ids) is not int or not 0 <= extra_ids <= _MAX_EXTRA_IDS:
+        return False
+    in_files = record.get("path") in (MODEL, TOKENIZER) and isinstance(record.get("files"), dict)
+    return record.get("kind") == "bytes" or (
+        in_files and type(record.get("special_in_text", True)) is bool
+    )
+
+
 def _is_intact(folder: str | os.PathLike, record: dict[str, Any]) -> bool:
-    return _checksums(pathlib.Path(folder, record["path"])) == record["files"]
+    if "kind" in record:
+        return True
+    path = pathlib.Path(folder, record["path"])
+    # A link could lead out of the run's directory.
+    linked = any(p.is_symlink() for p in (path, *path.rglob("*")))
+    return not linked and _checksums(path) == record["files"]
 
 
 def _checksums(path: pathlib.Path) -> dict[str, str]:
@@ -228,7 +264,7 @@ def _checksums(path: pathlib.Path) -> dict[str, str]:
 
 
 def _trained_digest(checkpoint: str | os.PathLike) -> str | None:
-    """Returns the digest of the vocabulary that a checkpoint was trained with."""
+    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one."""
     for step in step_dir.candidates(checkpoint):
         # A damaged step is reported when it is restored.
         with contextlib.suppress(step_dir.DamagedCheckpointError):

@@ -137,7 +137,13 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         ]
     meta = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
     recipes = transformed_run.write(
-        options.to, transform, [source], config=bindings, gin_files=flags.gin_file, meta=meta
+        options.to,
+        transform,
+        [source],
+        config=bindings,
+        gin_files=flags.gin_file,
+        whole_config=flags.trust_config,
+        meta=meta,
     )
     notes, totals = ({}, []) if options.recompose else _sizes(recipes, decomposition)
     print("\n".join([*base.table(recipes, notes), *totals, f"written to {options.to}"]))

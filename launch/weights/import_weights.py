@@ -17,8 +17,8 @@ import tqdm
 
 from data.tokenizers import gguf_tokenizer, hf_tokenizer
 from launch.config import gin_writer
-from launch.run import run_vocabulary
-from launch.run.load_run import CONFIG
+from launch.run import model_record, run_vocabulary
+from launch.run.model_record import CONFIG
 from model.hf.families import family_of_config
 from model.hf.files.gguf_file import GgufReader
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
@@ -88,6 +88,7 @@ def _write(
     }
     text = gin_writer.write(model)
     pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
+    model_record.write(folder)
     with progress(checked.nbytes) as bar:
         arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}
         stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)

@@ -70,6 +70,7 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
         sources,
         config=transformed_run.method_lines(options.method_files, settings),
         gin_files=flags.gin_file,
+        whole_config=flags.trust_config,
         meta={"upcycled": record},
     )
     lines = [*expert_lines(record), *base.table(recipes)]
@@ -154,6 +155,7 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
         change.sources,
         config=[f"EXPERTS = {len(change.record['experts'])}"],
         gin_files=flags.gin_file,
+        whole_config=flags.trust_config,
         meta={"upcycled": change.record},
     )
     lines = [*expert_lines(change.record), *base.table(recipes)]

@@ -1,7 +1,7 @@
 """Checkpoints that a tree transform reads array by array, and a mixture's record of its experts."""
 
 import hashlib
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from data.nexus import domain_embeddings
 from data.nexus.domain_embeddings import Embeddings
-from launch.run.load_run import CONFIG
+from launch.config import gin_source, model_file
+from launch.run.model_record import CONFIG
 from model.transforms.base import Source, TransformError
 from trainers.checkpoints import manifest, step_dir
 from trainers.checkpoints.array_files import StoredArray
@@ -49,9 +50,9 @@ class SourceModel:
         self.abstract = Source(path, {name: tuple(x.shape) for name, x in entries.items()})
         self.folder = step_dir.run_folder(self._step)
 
-    @property
-    def config(self) -> str:
-        return pathlib.Path(self.folder, CONFIG).read_text(encoding="utf-8")
+    def config(self, *, whole: bool) -> str:
+        """Returns the gin text of the run's model, or of its whole configuration."""
+        return gin_source.read(os.path.join(self.folder, CONFIG if whole else model_file.NAME))
 
     def open(self, path: str) -> StoredArray:
         return StoredArray(self._step, self._root + path)

@@ -13,9 +13,9 @@ import numpy as np
 import tqdm
 from gin import config_parser
 
-from launch.config import gin_config, gin_source
-from launch.run import run_vocabulary
-from launch.run.load_run import CONFIG
+from launch.config import gin_config, gin_source, model_file
+from launch.run import model_record, run_vocabulary
+from launch.run.model_record import CONFIG
 from launch.weights.import_weights import new_directory
 from launch.weights.source_models import SourceModel
 from model.transforms import base
@@ -34,6 +34,7 @@ def write(
     *,
     config: Sequence[str],
     gin_files: Sequence[str],
+    whole_config: bool,
     meta: Mapping[str, Any],
 ) -> list[Recipe]:
     """Writes a run directory with transformed parameters.
@@ -44,9 +45,10 @@ def write(
     Args:
       target: run directory, which must not exist.
       transform: transform of the sources, in their order.
-      sources: source models; the new run gets the configuration, vocabulary and record of texts of the first one.
+      sources: source models; the new run gets the model, vocabulary and record of texts of the first one.
       config: gin lines that turn the first source's configuration into the new model's.
-      gin_files: the user's own gin files, which may import modules that a checkpoint's configuration may not import.
+      gin_files: the user's own gin files, which import modules of the model that are not of this project.
+      whole_config: whether the new config.gin has all of the first source's, such as its data, and not only its model.
       meta: facts to record with the new checkpoint.
 
     Returns:
@@ -57,8 +59,9 @@ def write(
     """
     first = sources[0]
     with new_directory(target) as folder:
-        text = "\n".join([first.config, *config, ""])
+        text = "\n".join([first.config(whole=whole_config), *config, ""])
         pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
+        model_record.write(folder)
         run_vocabulary.copy(first.folder, folder)
         leaves = _abstract_params(folder, gin_files)
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
@@ -118,7 +121,7 @@ def _abstract_params(folder: str, gin_files: Sequence[str]) -> state_tree.Flat:
         gin_files,
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
-        untrusted=["t5x_configs/runs/load_run.gin", os.path.join(folder, CONFIG)],
+        defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
     ).entry
     variables = initialise.abstract_variables(loaded().model)
     return state_tree.flatten(nn.meta.unbox(variables["params"]))

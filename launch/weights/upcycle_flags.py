@@ -48,6 +48,10 @@ def main(doc: str, command: str, work: str, add_flags: Any) -> int:
       add_flags: adds the flags to a parser.
     """
 
+    def flags_of(parser: argparse.ArgumentParser) -> None:
+        add_flags(parser)
+        load_run.add_trust_flag(parser)
+
     def files(flags: argparse.Namespace) -> Sequence[str]:
         """Returns the gin files of the source run: of the first expert, the mixture or the model."""
         first = flags.experts[0] if hasattr(flags, "experts") else getattr(flags, "moe", None)
@@ -62,7 +66,7 @@ def main(doc: str, command: str, work: str, add_flags: Any) -> int:
         doc,
         entry="launch.run.load_run:RunConfig",
         command=command,
-        extra_flags=add_flags,
+        extra_flags=flags_of,
         run=run,
         default_files=files,
         unused={"VOCABULARY": "None"},

@@ -12,7 +12,6 @@ import sys
 import pytest
 
 from launch import cli, environment
-from launch.config import gin_trust
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -125,8 +124,7 @@ def test_several_files_and_search_paths(gin_file, toy_gin, tmp_path):
     assert toy_run.CALLS[-1]["steps"] == 7
 
 
-def test_own_flags_default_files_and_run(gin_file, toy_gin, monkeypatch):
-    monkeypatch.setattr(gin_trust, "PACKAGES", ("toy_net", "toy_run"))
+def test_own_flags_default_files_and_run(gin_file, toy_gin):
     path = gin_file(toy_gin)
     seen = {}
 

@@ -195,6 +195,7 @@ def trained_run(tmp_path_factory):
     from data.stream import rows
     from data.tokenizers import vocabularies
     from launch.config import gin_config
+    from launch.run import model_record, run_vocabulary
     from trainers.checkpoints.checkpoint import Checkpointer
 
     run = tmp_path_factory.mktemp("run")
@@ -222,6 +223,8 @@ def trained_run(tmp_path_factory):
         entry="launch.train:train",
     )
     (run / "config.gin").write_text(config.text)
+    model_record.write(run)
+    run_vocabulary.save(run, vocabularies.byte())
     model = config.arguments()["recipe"].model
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
     raw, ema = (nn.meta.unbox(init(jax.random.key(i)))["params"] for i in range(2))
@@ -269,6 +272,7 @@ class Branches:
 
     def add(self, name, params, **meta):
         """The directory of a run with these parameters."""
+        from launch.run import model_record, run_vocabulary
         from trainers.checkpoints import step_dir
         from trainers.checkpoints.checkpoint import Checkpointer
 
@@ -276,6 +280,8 @@ class Branches:
         folder.mkdir()
         text = pathlib.Path(self._run.path, "config.gin").read_text()
         (folder / "config.gin").write_text(text + "\nconfig.TransformerConfig.num_layers = 2\n")
+        model_record.write(folder)
+        run_vocabulary.copy(self._run.path, folder)
         recorded = {**step_dir.read_meta(self._run.path), **meta}
         with Checkpointer(folder / "checkpoints") as checkpointer:
             checkpointer.save(1, {"params": params}, meta=recorded)

@@ -97,9 +97,9 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
     restored = restore_params(tmp_path / "run", abstract)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
-    files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "run" / "config.gin")]
+    files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "run" / "model.json")]
     loaded = gin_config.load(
-        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
+        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
     )
     run = loaded.entry()
     assert run.start_token == "auto"
@@ -450,7 +450,7 @@ def test_gin_makes_the_model_that_was_written(tmp_path, name):
     (tmp_path / "config.gin").write_text(text)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "config.gin")]
     config = gin_config.load(
-        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, untrusted=files
+        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
     )
     run = config.entry()
     assert (run.start_token, run.add_bos) == (None, True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from launch.run import model_record
 from trainers import signals
 from trainers.checkpoints import step_dir
 from trainers.telemetry.metric_writers import read_jsonl
@@ -158,6 +159,7 @@ def test_a_teacher_whose_configuration_is_of_another_model_is_refused_before_dat
     (other / "checkpoints").symlink_to(gpt2 / "checkpoints")
     text = (gpt2 / "config.gin").read_text()
     (other / "config.gin").write_text(text + "\nconfig.TransformerConfig.mlp_dim = 32\n")
+    model_record.write(other)
     folder = tmp_path / "text"
     result = student(tmp_path / "run", other, f"DIRECTORY={str(folder)!r}", run=run, status=2)
     assert "is of another model: layers/block_0/mlp/" in result.err

@@ -116,8 +116,8 @@ def test_bad_rows_are_named_by_file_and_line(score, capsys, line, message):
 
 
 def test_texts_need_the_vocabulary_of_the_checkpoint(score, capsys):
-    # The configuration now names another vocabulary; tokens can still be scored.
-    flags = ("--gin.vocabularies.byte.extra_ids=5",)
+    # The flags name another vocabulary; tokens can still be scored.
+    flags = ("--gin.VOCABULARY=@vocabularies.byte()", "--gin.vocabularies.byte.extra_ids=5")
     assert score(['{"text": "a"}'], *flags) == 2
     assert "trained with another vocabulary" in capsys.readouterr().err
     assert len(score(['{"tokens": [5]}'], *flags)) == 1
@@ -126,7 +126,7 @@ def test_texts_need_the_vocabulary_of_the_checkpoint(score, capsys):
 def test_a_checkpoint_without_configuration_is_refused(score, capsys, tmp_path, trained_run):
     (tmp_path / "checkpoints").symlink_to(f"{trained_run.path}/checkpoints")
     assert score(['{"tokens": [5]}'], checkpoint=tmp_path) == 2
-    assert "There is no config.gin beside" in capsys.readouterr().err
+    assert "There is no model.json beside" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(score, capsys):

@@ -157,7 +157,7 @@ class FrozenModel:
         if differences:
             raise ValueError(
                 f"{macro}: {step.step} is of another model: {restore_params.list_differences(differences)}. Set "
-                f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's config.gin "
+                f"{macro}_MODEL to the model of that run; run_model.model reads it from the run's model.json "
                 "(docs/add_a_method.md)."
             )
         if "vocabulary" in meta:

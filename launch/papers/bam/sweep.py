@@ -101,5 +101,13 @@ def _mixture(shares: dict, steps: int, parent: str, method: str, bindings: tuple
 
 
 def _made(flags: tuple, experts: tuple, evaluations: tuple = ()) -> dict:
-    words = ("launch.upcycle", *flags, "--router_seed={SEED}", "--experts", *experts, "--to={run}")
+    words = (
+        "launch.upcycle",
+        *flags,
+        "--trust_config",
+        "--router_seed={SEED}",
+        "--experts",
+        *experts,
+        "--to={run}",
+    )
     return configs.made(*words, evaluations=evaluations)

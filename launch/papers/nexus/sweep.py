@@ -136,10 +136,10 @@ def _mixture(shares: dict, steps: int, parent: str, router: str, *bindings: str)
 
 
 def _upcycle(*flags: str) -> tuple[str, ...]:
-    return ("launch.upcycle", *flags, "--router_seed={SEED}", "--experts")
+    return ("launch.upcycle", *flags, "--trust_config", "--router_seed={SEED}", "--experts")
 
 
 def _extended(mixture: str, new: str, *flags: str) -> dict:
-    command = ("launch.upcycle", "extend", "--router_seed={SEED}")
+    command = ("launch.upcycle", "extend", "--trust_config", "--router_seed={SEED}")
     words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
     return configs.made(*command, *words, "--to={run}", evaluations=EVALUATED)

@@ -54,8 +54,19 @@ def data_root(data: str, **more: str) -> tuple[str, ...]:
 
 def domain_evaluations(tasks: tuple[str, ...], *flags: str) -> dict[str, Any]:
     """Returns the evaluations of a mixture's runs: losses on all domains, and the router's choices."""
-    loss = ("{python}", "-m", "launch.evaluate", "loss", "--checkpoint={run}", *flags)
+    loss = (
+        "{python}",
+        "-m",
+        "launch.evaluate",
+        "loss",
+        "--checkpoint={run}",
+        "--trust_config",
+        *flags,
+    )
     return {
         "held_out": {"command": (*loss, "--json={json}")},
-        "routing": {"call": "launch.evaluation.routing:routing", "arguments": {"tasks": tasks}},
+        "routing": {
+            "call": "launch.evaluation.routing:routing",
+            "arguments": {"tasks": tasks, "trust_config": True},
+        },
     }

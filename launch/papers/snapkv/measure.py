@@ -133,7 +133,7 @@ def _loaded(directory: pathlib.Path) -> Iterator[Any]:
     config = gin_config.load(
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
-        untrusted=load_run.files_of(str(directory)),
+        defaults=load_run.files_of(str(directory)),
     )
     with config.entry().load(str(directory)) as loaded:
         yield loaded

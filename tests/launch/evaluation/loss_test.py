@@ -11,7 +11,7 @@ from trainers import evaluate as evaluation
 def test_loss_is_the_mean_score_of_the_held_out_documents(command, capsys, trained_run, tmp_path):
     report = tmp_path / "eval.json"
     flags = (f"--checkpoint={trained_run.path}", f"--json={report}")
-    assert command("evaluate loss", *flags) == 0
+    assert command("evaluate loss", "--trust_config", *flags) == 0
     assert "bits_per_byte" in capsys.readouterr().out
     found = json.loads(report.read_text())["tasks"]["files"]
 
@@ -36,7 +36,15 @@ def test_what_is_not_finite_is_written_as_metrics_are(command, monkeypatch, trai
     found = {"loss": math.nan, "perplexity": math.inf, "bits_per_byte": -math.inf, "tokens": 3.0}
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: found)
     report = tmp_path / "eval.json"
-    assert command("evaluate loss", f"--checkpoint={trained_run.path}", f"--json={report}") == 0
+    assert (
+        command(
+            "evaluate loss",
+            "--trust_config",
+            f"--checkpoint={trained_run.path}",
+            f"--json={report}",
+        )
+        == 0
+    )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -47,14 +55,22 @@ def test_what_is_not_finite_is_written_as_metrics_are(command, monkeypatch, trai
 
 def test_data_of_another_vocabulary_is_refused(command, capsys, trained_run, tmp_path):
     flags = (
+        "--gin.VOCABULARY=@vocabularies.byte()",
         "--gin.vocabularies.byte.extra_ids=5",
         f"--gin.stream.make_eval_stream.cache_dir={tmp_path}",
         "--tasks=files",
     )
-    assert command("evaluate loss", f"--checkpoint={trained_run.path}", *flags) == 2
+    assert (
+        command("evaluate loss", "--trust_config", f"--checkpoint={trained_run.path}", *flags) == 2
+    )
     assert "another vocabulary than the checkpoint" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_named(command, capsys, trained_run):
-    assert command("evaluate loss", f"--checkpoint={trained_run.path}", "--tasks=fils") == 2
+    assert (
+        command(
+            "evaluate loss", "--trust_config", f"--checkpoint={trained_run.path}", "--tasks=fils"
+        )
+        == 2
+    )
     assert "fils" in capsys.readouterr().err

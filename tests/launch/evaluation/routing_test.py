@@ -21,12 +21,22 @@ BLOCK = "params/layers/block_0"
 
 def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, capsys):
     mixture = tmp_path / "bam"
-    made = ("--method=bam", "--router_std=0.03", f"--to={mixture}")
+    made = ("--method=bam", "--router_std=0.03", "--trust_config", f"--to={mixture}")
     experts = [f"{name}={trained_run.path}" for name in ("seed", "code")]
     assert command("upcycle", *made, "--experts", *experts) == 0
     files = {name: tmp_path / name for name in ("r.json", "r.png")}
     flags = (f"--json={files['r.json']}", f"--figure={files['r.png']}")
-    assert command("evaluate routing", f"--checkpoint={mixture}", "--tasks", "files", *flags) == 0
+    assert (
+        command(
+            "evaluate routing",
+            f"--checkpoint={mixture}",
+            "--trust_config",
+            "--tasks",
+            "files",
+            *flags,
+        )
+        == 0
+    )
     found = json.loads(files["r.json"].read_text())
     assert files["r.png"].read_bytes()[1:4] == b"PNG"
     shown = capsys.readouterr().out
@@ -56,7 +66,7 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
 
 def test_a_dense_run_is_refused(trained_run):
     with pytest.raises(load_run.LoadError, match="has no router"):
-        routing.routing(str(trained_run.path), rows=1)
+        routing.routing(str(trained_run.path), rows=1, trust_config=True)
     with pytest.raises(load_run.LoadError, match="no projection router"):
         routing.structure(str(trained_run.path))
     with pytest.raises(load_run.LoadError, match="--rows=0 must be at least 1"):

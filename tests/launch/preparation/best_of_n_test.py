@@ -12,6 +12,7 @@ import pytest
 from data.tokenizers import vocabularies
 from launch.config import gin_config
 from launch.preparation import best_of_n
+from launch.run import model_record, run_vocabulary
 from model.heads.reward_model import RewardModel
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
@@ -100,6 +101,8 @@ def headed_run(trained_run, folder, module, kind, head):
     run = folder / "run"
     run.mkdir()
     (run / "config.gin").write_text(config.text)
+    model_record.write(run)
+    run_vocabulary.copy(trained_run.path, run)
     kernel = jnp.linspace(-1, 1, trained_run.model.config.embed_dim)[:, None]
     params = {"backbone": trained_run.params["raw"], head: {"kernel": kernel}}
     gin.clear_config(clear_constants=True)
@@ -130,9 +133,10 @@ def test_a_reward_model_ranks(command, trained_run, tmp_path, capfd):
 def test_commands_say_what_kind_of_model_they_read(trained_run, tmp_path, command, capfd):
     run, _ = headed_run(trained_run, tmp_path, "actor_critic", "ActorCritic", "value_head")
     config = gin_config.load(
-        ["t5x_configs/runs/load_run.gin", str(run / "config.gin")],
+        ["t5x_configs/runs/load_run.gin", str(run / "model.json")],
         [],
         entry="launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
     ).entry()
     with config.load(str(run)) as loaded:  # the actor is a language model
         assert type(loaded.model).__name__ == "Transformer"

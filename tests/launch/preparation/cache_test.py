@@ -119,7 +119,7 @@ def test_data_files_have_no_warnings(file, bindings):
         files,
         [*bindings, "MIXTURE_OR_TASK_NAME='x'"],
         entry="launch.preparation.cache:build_caches",
-        untrusted=["t5x_configs/runs/cache.gin"],
+        defaults=["t5x_configs/runs/cache.gin"],
         part=True,
     )
     assert config.warnings == ()

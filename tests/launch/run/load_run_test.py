@@ -11,7 +11,7 @@ from trainers.checkpoints.checkpoint import Checkpointer
 COMMANDS = {
     "score": ["--inputs={0}/x.jsonl", "--output={0}/y.jsonl"],
     "generate": ["--inputs={0}/x.jsonl", "--output={0}/y.jsonl", "--max_new_tokens=4"],
-    "evaluate loss": ["--json={0}/y.jsonl", "--tasks=files"],
+    "evaluate loss": ["--json={0}/y.jsonl", "--tasks=files", "--trust_config"],
 }
 
 

@@ -1,4 +1,4 @@
-"""The model of another run is what its own config.gin says, whatever this process's configuration is."""
+"""The model of another run is the one in its own model.json, whatever this process's configuration is."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ import pytest
 from launch.config import gin_config, gin_reader
 from launch.config.gin_config import ConfigError
 from launch.config.isolated import Isolated
-from launch.run import run_model
+from launch.run import model_record, run_model
 from trainers import initialise
 from trainers.telemetry.metric_writers import read_jsonl
 
@@ -49,9 +49,9 @@ def process(*files, bindings=("VOCABULARY=None",)):
 
 
 def isolated(path):
-    reader = gin_reader.Reader(())
-    reader.read_untrusted(str(path), ())
-    assert not [*reader.refused, *reader.checked.problems]
+    reader = gin_reader.Reader()
+    reader.read_file(str(path))
+    assert not reader.refused and not reader.checked.problems
     return Isolated(reader.checked)
 
 
@@ -77,10 +77,11 @@ def test_it_is_the_model_that_gin_would_make(files, tmp_path):
     text, model = process(*files)
     expected = shapes(model)
     (tmp_path / "config.gin").write_text(text)
+    model_record.write(tmp_path)
     process("models/tiny", "methods/low_rank/low_rank", bindings=["VOCABULARY=None", "RANK=0.1"])
-    configuration = isolated(tmp_path / "config.gin")
+    configuration = isolated(tmp_path / "model.json")
     assert shapes(configuration.macro("MODEL")) == expected
-    again = isolated(tmp_path / "config.gin").macro("MODEL")
+    again = isolated(tmp_path / "model.json").macro("MODEL")
     assert repr(again) == repr(configuration.macro("MODEL"))  # names stored values of the model
 
 
@@ -106,9 +107,15 @@ def test_what_is_bound_beneath_a_factory_is_part_of_its_description(tmp_path):
     [
         (lambda run: None, "TEACHER is None"),
         (lambda run: f"{run}/absent", "is not a run with checkpoints: .*no such directory"),
-        (lambda run: (run / "config.gin").unlink() or run, "has no config.gin beside its check"),
+        (lambda run: (run / "model.json").unlink() or run, "has no model.json beside its check"),
         (
-            lambda run: (run / "config.gin").write_text("") * 0 or run,
+            lambda run: (
+                (run / "model.json").write_text(
+                    '{"format": "espalier model 1", "macros": {}, "settings": {}}'
+                )
+                * 0
+                or run
+            ),
             "does not describe a model: macro 'MODEL' has no value",
         ),
     ],
@@ -126,13 +133,14 @@ def test_what_is_no_run_is_refused_by_the_name_of_the_setting(
 
 @pytest.fixture
 def evil(trained_run, tmp_path, monkeypatch):
-    """A run whose configuration imports a module that leaves a trace; the run and the trace."""
+    """A run whose model is of a module that leaves a trace when it is imported; the run and the trace."""
     trace, run = tmp_path / "trace", tmp_path / "evil"
     (tmp_path / "evil_module.py").write_text(f"open({str(trace)!r}, 'w')\ndef model(): pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     shutil.copytree(trained_run.path, run)
-    text = (run / "config.gin").read_text()
-    (run / "config.gin").write_text(f"{text}\nimport evil_module\nMODEL = @evil_module.model()\n")
+    record = json.loads((run / "model.json").read_text())
+    record["macros"]["MODEL"] = {"call": "evil_module:model"}
+    (run / "model.json").write_text(json.dumps(record))
     yield run, trace
     sys.modules.pop("evil_module", None)
 
@@ -140,7 +148,7 @@ def evil(trained_run, tmp_path, monkeypatch):
 def test_its_configuration_runs_nothing_of_someone_else(evil):
     run, trace = evil
     process("models/tiny")
-    with pytest.raises(ConfigError, match="may not import 'evil_module'"):
+    with pytest.raises(ConfigError, match="uses 'evil_module.model', which is not of this project"):
         run_model.model(run=str(run), macro="TEACHER")
     assert not trace.exists()
 
@@ -216,5 +224,5 @@ def test_a_reference_of_another_model_is_refused_before_data(factors, more):
     result, path = factors("_".join(("wrong", *more)), *more)
     assert result.status == 2
     assert "REFERENCE: " in result.err and "is of another model: " in result.err
-    assert "run_model.model reads it from the run's config.gin" in result.err
+    assert "run_model.model reads it from the run's model.json" in result.err
     assert not pathlib.Path(path, "reference.json").exists()

@@ -15,12 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from data.stream import rows
 from data.text import document_files
 from data.tokenizers import vocabularies
-from launch.run import run_vocabulary
+from launch.config import model_file
+from launch.run import model_record, run_vocabulary
 
 WORDS = ["def", "return", "import", "naïve", "語", "while", "class", "yield", "lambda", "assert"]
 TEXTS = [f"{a} {b}\n    {c}" for a in WORDS for b in WORDS for c in WORDS]
 SIZE, EXTRA_IDS = 420, 3
-READS = "t5x_configs/runs/load_run.gin"
 
 
 def write_texts(path, texts):
@@ -68,6 +68,7 @@ def run(tmp_path_factory):
             entry="launch.train:train",
         )
         (run / "config.gin").write_text(config.text)
+        model_record.write(run)
         vocabulary = gin.get_configurable(vocabularies.sentencepiece)()
         model = config.arguments()["recipe"].model
     params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
@@ -82,7 +83,7 @@ def run(tmp_path_factory):
 def moved(run, tmp_path, monkeypatch):
     """The run on another machine: neither its data nor its cache are there."""
     path = tmp_path / "moved"
-    for name in ("config.gin", run_vocabulary.MODEL, run_vocabulary.RECORD):
+    for name in ("config.gin", model_file.NAME, run_vocabulary.MODEL, run_vocabulary.RECORD):
         path.mkdir(exist_ok=True)
         shutil.copy(run[0] / name, path / name)
     shutil.copytree(run[0] / "checkpoints", path / "checkpoints")
@@ -119,23 +120,59 @@ def test_only_what_can_be_made_again_is_kept(run, tmp_path):
     other = seqio.SentencePieceVocabulary(
         str(run[0] / run_vocabulary.MODEL), extra_ids=3, reverse_extra_ids=False
     )
-    for vocabulary in (vocabularies.byte(), other):
-        run_vocabulary.save(tmp_path, vocabulary)
-        assert list(tmp_path.iterdir()) == []
+    run_vocabulary.save(tmp_path, other)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [vocabularies.byte(extra_ids=3), vocabularies.characters(symbols="añ\n'\"")]
+)
+def test_a_vocabulary_without_files_is_recorded_by_its_settings(tmp_path, vocabulary):
+    run_vocabulary.save(tmp_path, vocabulary)
+    assert [path.name for path in tmp_path.iterdir()] == [run_vocabulary.RECORD]
+    loaded = run_vocabulary.load(folder=str(tmp_path))
+    assert rows.vocabulary_digest(loaded) == rows.vocabulary_digest(vocabulary)
+    assert (type(loaded), loaded.extra_ids) == (type(vocabulary), vocabulary.extra_ids)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"path": "../run/vocabulary.model"},
+        {"path": ["vocabulary.model"]},
+        {"extra_ids": 10**9},
+        {"extra_ids": -1},
+        {"extra_ids": "3"},
+        {"files": 3},
+        {"digest": None},
+    ],
+)
+def test_a_changed_record_is_not_used(run, tmp_path, changes):
+    run_vocabulary.copy(run[0], tmp_path)
+    record = json.loads((tmp_path / run_vocabulary.RECORD).read_text())
+    assert run_vocabulary.gin_files(tmp_path, run[0])
+    (tmp_path / run_vocabulary.RECORD).write_text(json.dumps({**record, **changes}))
+    assert not run_vocabulary.gin_files(tmp_path, run[0])
+
+
+def test_a_copy_that_leads_elsewhere_is_not_used(run, tmp_path):
+    run_vocabulary.copy(run[0], tmp_path)
+    (tmp_path / run_vocabulary.MODEL).unlink()
+    (tmp_path / run_vocabulary.MODEL).symlink_to(run[0] / run_vocabulary.MODEL)
+    assert not run_vocabulary.gin_files(tmp_path, run[0])
 
 
 def test_it_is_used_with_the_checkpoints_it_belongs_to_alone(run, tmp_path):
-    (found,) = run_vocabulary.gin_files(run[0], run[0], before=[READS])
+    (found,) = run_vocabulary.gin_files(run[0], run[0])
     assert repr(str(run[0])) in pathlib.Path(found).read_text()
-    assert not run_vocabulary.gin_files(tmp_path, run[0], before=[READS])
-    assert not run_vocabulary.gin_files(run[0], run[0], before=["t5x_configs/runs/evaluate.gin"])
+    assert not run_vocabulary.gin_files(tmp_path, run[0])
     # Of another vocabulary, and not as it was written.
     run_vocabulary.save(tmp_path, vocabularies.from_file(path=run[0] / run_vocabulary.MODEL))
-    assert not run_vocabulary.gin_files(tmp_path, run[0], before=[READS])
+    assert not run_vocabulary.gin_files(tmp_path, run[0])
     run_vocabulary.save(tmp_path, run[1])
-    assert run_vocabulary.gin_files(tmp_path, run[0], before=[READS])
+    assert run_vocabulary.gin_files(tmp_path, run[0])
     (tmp_path / run_vocabulary.MODEL).write_bytes(b"x")
-    assert not run_vocabulary.gin_files(tmp_path, run[0], before=[READS])
+    assert not run_vocabulary.gin_files(tmp_path, run[0])
 
 
 def test_texts_are_read_without_the_data(moved, run, score, command, capsys):
@@ -159,7 +196,12 @@ def test_other_files_are_evaluated_with_it(moved, command, tmp_path):
         write_texts(tmp_path / name, texts)
     report = tmp_path / "eval.json"
     flags = (f"--gin.FILES={tmp_path}/more.jsonl", f"--gin.VALIDATION_FILES={tmp_path}/held.jsonl")
-    assert command("evaluate loss", f"--checkpoint={moved}", f"--json={report}", *flags) == 0
+    assert (
+        command(
+            "evaluate loss", "--trust_config", f"--checkpoint={moved}", f"--json={report}", *flags
+        )
+        == 0
+    )
     vocabulary = run_vocabulary.load(folder=str(moved))
     count = len(vocabulary.encode("yield 語")) + 1
     assert json.loads(report.read_text())["tasks"]["files"]["tokens"] == count
@@ -207,7 +249,8 @@ def imported(run, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("imported")
     source = hf_files(folder / "hf")
-    shutil.copy(run[0] / "config.gin", folder / "config.gin")
+    for name in ("config.gin", model_file.NAME):
+        shutil.copy(run[0] / name, folder / name)
     digest = run_vocabulary.save_files(folder, source)
     meta = {"vocabulary": digest, "add_bos": True, "start_token": None}
     with Checkpointer(folder / "checkpoints") as checkpointer:
@@ -230,19 +273,19 @@ def test_tokenizer_files_are_kept_as_they_were(imported, tmp_path):
     loaded = run_vocabulary.load(folder=str(imported))
     assert loaded == vocabularies.huggingface(path=source)
     assert loaded.eos_ids == (257, 259)
-    assert run_vocabulary.gin_files(imported, imported, before=[READS])
+    assert run_vocabulary.gin_files(imported, imported)
     # A run that is trained with it keeps it too, its settings with it.
     run_vocabulary.save(tmp_path, vocabularies.huggingface(path=kept, special_in_text=False))
     again = run_vocabulary.load(folder=str(tmp_path))
     assert (again.special_in_text, again.eos_ids) == (False, (257, 259))
-    assert not run_vocabulary.gin_files(tmp_path, imported, before=[READS])  # another vocabulary
+    assert not run_vocabulary.gin_files(tmp_path, imported)  # another vocabulary
     run_vocabulary.save(tmp_path, loaded)
-    assert run_vocabulary.gin_files(tmp_path, imported, before=[READS])
+    assert run_vocabulary.gin_files(tmp_path, imported)
     written = (tmp_path / run_vocabulary.RECORD).stat().st_mtime_ns
     run_vocabulary.save(tmp_path, run_vocabulary.load(folder=str(tmp_path)))  # from itself
     assert (tmp_path / run_vocabulary.RECORD).stat().st_mtime_ns == written
     (tmp_path / run_vocabulary.TOKENIZER / "tokenizer_config.json").write_text("{}")
-    assert not run_vocabulary.gin_files(tmp_path, imported, before=[READS])
+    assert not run_vocabulary.gin_files(tmp_path, imported)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
@@ -326,7 +369,16 @@ def test_files_are_evaluated_with_an_imported_tokenizer(imported, command, tmp_p
     write_texts(tmp_path / "held.jsonl", ["yield 語"])
     report = tmp_path / "eval.json"
     flags = (f"--gin.FILES={tmp_path}/more.jsonl", f"--gin.VALIDATION_FILES={tmp_path}/held.jsonl")
-    assert command("evaluate loss", f"--checkpoint={imported}", f"--json={report}", *flags) == 0
+    assert (
+        command(
+            "evaluate loss",
+            "--trust_config",
+            f"--checkpoint={imported}",
+            f"--json={report}",
+            *flags,
+        )
+        == 0
+    )
     # As many bytes, and EOS.
     assert (
         json.loads(report.read_text())["tasks"]["files"]["tokens"] == len("yield 語".encode()) + 1

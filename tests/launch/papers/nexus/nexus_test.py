@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from data.nexus import domain_embeddings
-from launch.config import gin_config
-from launch.run import load_run
+from launch.config import gin_config, model_file
 from launch.weights import source_models
 from model.kv_cache import policies
 from model.moe import moe
@@ -112,10 +111,10 @@ def arrays(run):
 
 def loaded(run):
     """Model and parameters of a run, as commands load them; its sublayers are gin's until the next is loaded."""
-    files = ["t5x_configs/runs/load_run.gin", f"{run}/{load_run.CONFIG}"]
+    files = ["t5x_configs/runs/load_run.gin", f"{run}/{model_file.NAME}"]
     unused = {"VOCABULARY": "None"}
     config = gin_config.load(
-        [], entry="launch.run.load_run:RunConfig", unused=unused, untrusted=files
+        [], entry="launch.run.load_run:RunConfig", unused=unused, defaults=files
     ).entry()
     abstract = nn.meta.unbox(initialise.abstract_variables(config.model)["params"])
     return config.model, restore_params(run, abstract)

@@ -1,0 +1,98 @@
+"""Writes model.json, the record of a run's model (launch/config/model_file.py), from the run's config.gin."""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data.cache import cache_dir
+from launch.config import model_file
+from launch.config.gin_reader import Bound, Checked, Reader, Target
+from launch.config.gin_source import Macro, Reference, scoped
+from launch.config.registered import REGISTERED
+
+CONFIG = "config.gin"
+MODEL = "MODEL"  # the macro with the model
+
+
+def write(folder: str | os.PathLike) -> None:
+    """Writes the model in the config.gin of a run's directory; nothing if it sets no MODEL.
+
+    Raises:
+      ModelFileError: the model has settings that a record cannot hold, such as infinity.
+    """
+    reader = Reader()
+    reader.read_file(os.path.join(folder, CONFIG))
+    if MODEL not in reader.checked.macros:
+        return
+    path = pathlib.Path(folder, model_file.NAME)
+    cache_dir.write_json(path, _record(reader.checked))
+    model_file.read(path)  # raises if the record cannot be read back
+
+
+def _record(checked: Checked) -> dict[str, Any]:
+    """Returns the JSON form of MODEL and of all bindings that it reaches.
+
+    Bindings in a scope are recorded if a recorded value enters the scope.
+    """
+    macros: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    reached: set[int] = set()  # identities of objects, which files may know under several names
+    scopes = {""}
+
+    def record(bound: Bound) -> Any:
+        reached.update(id(target.value) for _, target in bound.references if target is not None)
+        for reference, _ in bound.references:
+            scopes.update(_prefixes(reference.scope))
+        for macro in bound.macros:
+            scopes.update(_prefixes(macro.name))  # gin evaluates its value in this scope
+            define(macro.name)
+        return _json(bound.value, dict(bound.references))
+
+    def define(name: str) -> None:
+        if name not in macros and name in checked.macros:
+            macros[name] = None  # so that a circle ends
+            macros[name] = record(checked.macros[name])
+
+    define(MODEL)
+    size = -1
+    while size != (size := len(settings)):
+        for (scope, name, argument), bound in checked.bindings.items():
+            target = checked.targets[name]
+            if id(target.value) in reached and scope in scopes:
+                key = f"{scoped(scope, _name(target))}.{argument}"
+                settings.setdefault(key, record(bound))
+    return {
+        "format": model_file.FORMAT,
+        "macros": dict(sorted(macros.items())),
+        "settings": dict(sorted(settings.items())),
+    }
+
+
+def _name(target: Target) -> str:
+    """Returns the registered name of an object, or 'module:attribute'."""
+    home = (target.value.__module__, target.value.__qualname__)
+    for name, registered in REGISTERED.items():
+        if registered == home or ".".join(registered) == target.name:
+            return name
+    return ":".join(home)
+
+
+def _prefixes(scope: str) -> Iterator[str]:
+    parts = scope.split("/")
+    return ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _json(value: Any, targets: Mapping[Reference, Target | None]) -> Any:
+    """Returns the JSON form of a value with references to these targets."""
+    if isinstance(value, list):
+        return [_json(item, targets) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_json(item, targets) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_json(k, targets), _json(v, targets)] for k, v in value.items()]}
+    if isinstance(value, Macro):
+        return {"macro": value.name}
+    if isinstance(value, Reference) and (target := targets[value]) is not None:
+        return {"call" if value.evaluate else "factory": scoped(value.scope, _name(target))}
+    return value
