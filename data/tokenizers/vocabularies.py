@@ -28,6 +28,7 @@ from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.choices import check_choice
 from data.text.documents import Document
+from data.tokenizers import checkpoint_files
 
 MAX_SPACES = 16
 _SPACE = "\u2581"
@@ -133,7 +134,8 @@ def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text:
       ValueError: its files are damaged, or the tokenizer does not allow extra ids.
     """
     folder = pathlib.Path(path)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").exists():
+    alone = not os.path.lexists(folder / "tokenizer.json")
+    if alone and checkpoint_files.resolve(folder, "tokenizer.model") is not None:
         return from_file(path=folder / "tokenizer.model", extra_ids=extra_ids)
     cpu_tensorflow.load()  # which SeqIO imports
     from data.tokenizers import hf_vocabulary
