@@ -30,22 +30,21 @@ def resolve(folder: str | os.PathLike, name: str) -> pathlib.Path | None:
     try:
         if not os.path.lexists(path):
             return None
-        root, target = pathlib.Path(folder).resolve(strict=True), path.resolve(strict=True)
-        mode = target.stat().st_mode
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: NUL; RuntimeError: a loop
+        root, target = pathlib.Path(folder).resolve(), path.resolve()
+        roots = [root]
+        if root.parent.name == "snapshots":  # In the Hugging Face cache, files are links to blobs.
+            roots.append(root.parent.parent / "blobs")
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise TokenizerError(
+                f"{path} is a link to {target}, outside of the checkpoint. Put the file itself there if "
+                "you trust it"
+            )
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise TokenizerError(f"{path} is not a regular file. Copy the checkpoint again")
+    except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise TokenizerError(
-            f"{str(path)!r} cannot be read ({error}). Copy the checkpoint again"
+            f"{str(path)[:300]!r} cannot be read ({error}). Copy the checkpoint again"
         ) from None
-    roots = [root]
-    if root.parent.name == "snapshots":  # In the Hugging Face cache, files are links to blobs.
-        roots.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(allowed) for allowed in roots):
-        raise TokenizerError(
-            f"{path} is a link to {target}, outside of the checkpoint. Put the file itself there if you "
-            "trust it"
-        )
-    if not stat.S_ISREG(mode):
-        raise TokenizerError(f"{path} is not a regular file. Copy the checkpoint again")
     return target
 
 

@@ -54,12 +54,12 @@ def render(source):
         ),
         ("{% set n = namespace(x=3) %}" + "{% set n.x = n.x ** 64 %}" * 9, "CPU"),
         ("{{ 9 ** 99999999999 }}", "CPU"),
-        (DOUBLE.replace("EXPR", "n.x ~ n.x"), "memory"),
-        (DOUBLE.replace("EXPR", "n.x.replace('a', 'aa')"), "memory"),
+        (DOUBLE.replace("EXPR", "n.x ~ n.x"), "memory|CPU"),
+        (DOUBLE.replace("EXPR", "n.x.replace('a', 'aa')"), "memory|CPU"),
         ("{{ [1] | batch(10**10, 'x') | list }}", "memory"),
         ("{{ [1] | tojson(indent=2000000000) }}", "memory"),
         ("{{ ('\t' * 9999).expandtabs(10**9) }}", "memory|CPU"),
-        ("{{ ('\n' * 9999) | indent('x' * 9000000) }}", "memory|CPU"),
+        ("{{ ('a\n' * 9999) | indent('x' * 90000) }}", "memory|CPU"),
         ("{{ 1 }}" * 100_000, "memory|CPU"),
         ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "RecursionError"),
         ("{{ 1 }}" * 3_000_000, "longer than 1,048,576"),
@@ -188,7 +188,7 @@ def test_links_stay_in_the_checkpoint(folder, name, tmp_path):
     path.unlink(missing_ok=True)
     target = tmp_path / "copy"
     target.mkdir()
-    for outside in (tmp_path / "secret", "/dev/zero", "../secret"):
+    for outside in (tmp_path / "secret", "/dev/zero", "../../secret"):
         path.symlink_to(outside)
         with pytest.raises(TokenizerError, match="outside of the checkpoint"):
             hf_tokenizer.read(folder)
