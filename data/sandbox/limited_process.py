@@ -30,13 +30,17 @@ _START = (
     "from data.sandbox import limited_process; limited_process.serve(*sys.argv[2:])"
 )
 _START_SECONDS = 60.0  # for a start on a busy machine
-_IDLE_BYTES = 256 << 20  # a child that has used more is ended after its answer
+_IDLE_BYTES = 256 << 20  # a child that still has more after its answer is ended
 _MAX_ANSWER = 1 << 28  # bytes
 _PASSED_ON = ("TZ", "LD_LIBRARY_PATH")  # environment variables; others may be secrets
 
 
 class LimitError(ValueError):
     """A call uses more time or memory than its limit, or crashes; the message says which, as a predicate."""
+
+
+class StartError(RuntimeError):
+    """The child process does not start."""
 
 
 class LimitedProcess:
@@ -64,6 +68,7 @@ class LimitedProcess:
 
         Raises:
           LimitError: a limit is exceeded, or the child crashes on this argument.
+          StartError: the child does not start.
         """
         request = json.dumps({"cpu_seconds": cpu_seconds, "argument": argument}).encode()
         with self._lock:
@@ -85,7 +90,7 @@ class LimitedProcess:
                     raise
                 else:
                     break
-            if answer["peak_bytes"] > _IDLE_BYTES or "value" not in answer:
+            if answer["resident_bytes"] > _IDLE_BYTES or "value" not in answer:
                 self._end()
         if "value" not in answer:
             raise LimitError(f"needs more than {self._memory_bytes >> 20} MiB of memory")
@@ -144,8 +149,9 @@ class LimitedProcess:
             self._receive(time.monotonic() + _START_SECONDS)
         except (EOFError, OSError):
             status = self._end()
-            raise RuntimeError(
-                f"the process of {self._function} cannot start (status {status})"
+            raise StartError(
+                f"the process that runs {self._function} with limits cannot start (status {status}): free "
+                "some memory, or raise the limit on processes"
             ) from None
 
     def _end(self) -> int | None:
@@ -183,6 +189,8 @@ def serve(function: str, memory_bytes: str) -> None:
     os.dup2(null, 0)
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
+    linux = sys.platform == "linux"
+    memory = os.open("/proc/self/statm", os.O_RDONLY) if linux else None
     _confine(int(memory_bytes))
     sandbox_zygote.send(channel, {})
     while True:
@@ -190,14 +198,15 @@ def serve(function: str, memory_bytes: str) -> None:
         try:
             if (request := sandbox_zygote.receive(channel)) is None:
                 return
-            signal.setitimer(
-                signal.ITIMER_PROF, request["cpu_seconds"]
-            )  # its signal ends the process
+            # The timer's signal ends the process.
+            signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
             answer = {"value": call(request["argument"])}
             signal.setitimer(signal.ITIMER_PROF, 0)
         except MemoryError:
             pass
-        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        # Not `ru_maxrss`, which begins with the memory of the parent.
+        pages = os.pread(memory, 100, 0).split()[1] if memory is not None else 0
+        answer["resident_bytes"] = int(pages) * resource.getpagesize()
         sandbox_zygote.send(channel, answer)
 
 
@@ -205,6 +214,7 @@ def _confine(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux":  # macOS refuses limits on memory
         return
+    time.tzset()  # reads the time zone's file now
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     if sandbox_kernel.knows_system_calls():
         with contextlib.suppress(OSError):  # a kernel without Landlock or seccomp

@@ -10,6 +10,7 @@ import stat
 from typing import Any
 
 MAX_JSON = 16 << 20  # bytes of a JSON file of settings
+MAX_BYTES = 128 << 20  # bytes of a vocabulary
 
 
 class TokenizerError(ValueError):

@@ -39,10 +39,9 @@ FILES = (
     *(TOKENIZER, CONFIG, SPECIAL_TOKENS, GENERATION, SENTENCEPIECE),
     *("added_tokens.json", "vocab.json", "merges.txt", chat_template.FILE),
 )
-MAX_BYTES = 128 << 20  # of tokenizer.json and other vocabularies
 CPU_SECONDS = 20.0  # of trying out a tokenizer.json
 WALL_SECONDS = 60.0
-# The names of tokens that are read; other entries `..._token` are not.
+# Special tokens of all tokenizers; other entries `..._token` may be settings.
 _NAMED = (
     "bos_token",
     "eos_token",
@@ -92,7 +91,7 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
       TokenizerError: a file is damaged, or the files are inconsistent.
     """
     folder = pathlib.Path(path)
-    content = checkpoint_files.read(folder, TOKENIZER, max_bytes=MAX_BYTES)
+    content = checkpoint_files.read(folder, TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES)
     if content is None:
         raise FileNotFoundError(_missing(folder))
     try:
@@ -136,7 +135,9 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
     if templates:
         (target / folder.name).mkdir(exist_ok=True)
     for name in (*FILES, *templates):
-        if (content := checkpoint_files.read(source, name, max_bytes=MAX_BYTES)) is not None:
+        if (
+            content := checkpoint_files.read(source, name, max_bytes=checkpoint_files.MAX_BYTES)
+        ) is not None:
             (target / name).write_bytes(content)
 
 
@@ -210,15 +211,14 @@ def _missing(folder: pathlib.Path) -> str:
 
 
 def _named_tokens(path: pathlib.Path, values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens of a file, which are texts or objects with the text as `content`."""
+    """Returns the entries `..._token` of a file, which are texts or objects with the text as `content`."""
     tokens = {}
-    for name in _NAMED:
-        value = values.get(name)
+    for name, value in values.items():
         text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
+        if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
-        elif value is not None:
-            raise TokenizerError(f"{path}: {name} is {value!r}, not the text of a token")
+        elif name in _NAMED and value is not None:
+            raise TokenizerError(f"{path}: {name} is {str(value)[:200]}, not the text of a token")
     return tokens
 
 

@@ -1,7 +1,7 @@
 """Tries out a tokenizer.json; runs in a child process with limits, before the file is loaded for use.
 
 The library `tokenizers` fails by Rust panics, and by loops and allocations of any size. What a text grows to is
-bounded here for every text. What a text costs is only tried out, with `_TEXTS`: a regular expression of the
+bounded here for every text. What a text costs is only tried out, with `TEXTS`: a regular expression of the
 tokenizer may still take up to ten million steps at each character of another text, and then fails.
 """
 
@@ -20,7 +20,7 @@ MAX_GROWTH = 1000  # bytes that normalizer or decoder can make of one byte
 
 # Runs and alternations, on which regular expressions take the most steps; beyond them, ordinary text.
 _RUNS = ("a", " ", "0", "\n", "-", "ab", "a ", "a1", "\u3042", "\U0001f642")
-_TEXTS = (
+TEXTS = (
     *(part * 1000 + end for part in _RUNS for end in ("", "!", "\x00")),
     "It's 10.25 % of na\u00efve a\u0301 \u65e5\u672c\u8a9e\t\tdef f(x):\n    return x  # \u2581",
     "",
@@ -90,7 +90,7 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def _trial(tokenizer: tokenizers.Tokenizer) -> str | None:
-    for text in _TEXTS:
+    for text in TEXTS:
         try:
             tokenizer.encode(text)
             tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -211,8 +211,7 @@ def test_lines_and_documents_have_a_largest_length(tmp_path, suffix):
 def test_a_long_line_does_not_take_memory(tmp_path, suffix):
     """200 MB of text in 200 KB (gz) or less."""
     path, block = tmp_path / f"x.jsonl{suffix}", b"a" * 2_000_000
-    opened = gzip.open(path, "wb", 1) if suffix == ".gz" else zstandard.open(path, "wb")
-    with opened as file:
+    with gzip.open(path, "wb", 1) if suffix == ".gz" else zstandard.open(path, "wb") as file:
         file.write(b'{"text": "a"}\n{"text": "')
         for _ in range(100):
             file.write(block)

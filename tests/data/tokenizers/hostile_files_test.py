@@ -73,7 +73,11 @@ def test_a_template_ends_within_its_limits(short, source, limit):
 
 def test_the_process_of_templates_is_started_again_and_is_each_processes_own(short):
     process = chat_sandbox._process
+    memory = bytes(300 << 20)  # The parent's memory does not count for the child.
+    process.close()
     assert render("{{ messages[0].content }}") == "hi"
+    first = process._process
+    assert render("{{ messages[0].content }}") == "hi" and process._process is first and memory
     os.kill(process._process.pid, signal.SIGKILL)
     assert render("{{ messages[0].content }}") == "hi"
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
@@ -350,3 +354,18 @@ def mutated(content, random_):
 def test_the_growth_of_a_real_normalizer_is_small():
     steps = sequence(replace({"String": " "}, "\u2581"), {"type": "NFKC"}, {"type": "Lowercase"})
     assert tokenizer_probe._growth(steps) == 3
+
+
+def test_a_damaged_sentencepiece_model_is_one_error(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    model = folder / "tokenizer.model"
+    for content in (b"x" * 1000, random.Random(0).randbytes(5000)):
+        model.write_bytes(content)
+        with pytest.raises(TokenizerError, match=r"tokenizer\.model is damaged or not a Sent"):
+            vocabularies.huggingface(path=folder)
+        with pytest.raises(ValueError, match=r"tokenizer\.model is damaged or not a Sent"):
+            vocabularies.from_file(path=model)
+    model.unlink()
+    model.symlink_to(tmp_path / "secret")
+    with pytest.raises(TokenizerError, match="outside of the checkpoint"):
+        vocabularies.huggingface(path=folder)
