@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from model.hf import families
+from model.hf.config_fields import UnsupportedConfig
+from model.hf.family import MismatchedTensors
 from model.hf.files import gguf_header
 from model.hf.files.gguf_file import GgufReader
 from model.hf.files.safetensors_files import (
@@ -20,6 +23,7 @@ from model.hf.files.safetensors_files import (
     WeightFileError,
     read_json,
 )
+from tests.model.hf.cases import SMALL
 
 ARRAY, STRING, UINT32 = 9, 8, 4
 
@@ -246,3 +250,20 @@ def test_changed_files_load_or_are_the_projects_error(tmp_path, read):
 def test_a_whole_gguf_file_passes_the_check(tmp_path):
     write_gguf(tmp_path / "x.gguf")
     gguf_header.check(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 10**9, "at most 10,000"),
+        ("vocab_size", 2**63, "at most"),
+        ("num_hidden_layers", 9000, "9000 layers, but the checkpoint has only 3 tensors"),
+    ],
+)
+def test_sizes_of_a_config_are_checked_before_layers_are_listed(key, value, words):
+    config = SMALL["llama2_7b"] | {key: value}
+    started = time.monotonic()
+    with pytest.raises((UnsupportedConfig, MismatchedTensors), match=words):
+        family = families.family_of_config(config)
+        family.match(family.model(config), {"a": (1,), "b": (1,), "c": (1,)})
+    assert time.monotonic() - started < 5
