@@ -115,7 +115,10 @@ class LimitedProcess:
         (size,) = struct.unpack("=I", self._read(4, deadline))
         if size > _MAX_ANSWER:
             raise EOFError
-        return json.loads(self._read(size, deadline))
+        try:
+            return json.loads(self._read(size, deadline))
+        except ValueError:
+            raise EOFError from None  # as if it had crashed
 
     def _read(self, count: int, deadline: float) -> bytearray:
         assert self._channel is not None
