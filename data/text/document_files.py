@@ -83,10 +83,12 @@ class DocumentFiles(FileSource):
                 yield document
 
     def _settings(self) -> dict[str, Any]:
+        format = dataclasses.asdict(self.format)
+        del format["max_document_bytes"]  # It refuses documents, and changes none.
         content: dict[str, Any] = {
             "reading": documents.VERSION,
             "holding_out": splits.VERSION,
-            "format": dataclasses.asdict(self.format),
+            "format": format,
         }
         if self.filters:  # omitted when empty, so that older digests remain valid
             content["filters"] = document_filters.described(self.filters)
@@ -172,6 +174,7 @@ def find(
     id_key: str | None = None,
     document_per: str = "file",
     data_root: str | None = None,
+    max_document_bytes: int = documents.MAX_BYTES,
     filters: Sequence[DocumentFilter] = (),
     cache_dir: str | os.PathLike | None = None,
 ) -> DocumentFiles:
@@ -184,7 +187,7 @@ def find(
         ignored.
       validation_fraction: share of documents to hold out, chosen by the hash of their text so that
         equal documents are never in both splits. 0 makes no validation split.
-      text_key, id_key, document_per: see `data.text.documents.Format`.
+      text_key, id_key, document_per, max_document_bytes: see `data.text.documents.Format`.
       data_root: base directory of relative patterns; None for the working directory.
       filters: applied in order; each keeps or drops a document by text and metadata.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
@@ -204,6 +207,6 @@ def find(
         validation_fraction=validation_fraction,
         data_root=data_root,
         cache_dir=cache_dir,
-        format=Format(text_key=text_key, id_key=id_key, document_per=document_per),
+        format=Format(text_key, id_key, document_per, max_document_bytes),
         filters=tuple(filters),
     )

@@ -20,6 +20,8 @@ from data.choices import check_choice
 VERSION = 1
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 COMPRESSED = (".gz", ".zst")
+# Longest line, and longest document of a text file: a small compressed file may hold terabytes.
+MAX_BYTES = 64 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -40,7 +42,7 @@ class Format:
     """How documents are stored in files.
 
     Raises:
-      ValueError: there is no text key, or `document_per` is unknown.
+      ValueError: there is no text key, `document_per` is unknown, or `max_document_bytes` is not positive.
     """
 
     # key (JSON) or column (Parquet) of the text. With several keys, such as instruction, context
@@ -51,6 +53,8 @@ class Format:
     # unit of a document in a text file: the `file`, a `paragraph` (separated by blank lines) or a
     # `line`
     document_per: str = "file"
+    # longest line, and longest document of a text file, in bytes; longer ones are errors
+    max_document_bytes: int = MAX_BYTES
 
     @property
     def text_keys(self) -> tuple[str, ...]:
@@ -60,6 +64,10 @@ class Format:
         if not self.text_keys:
             raise ValueError("text_key is empty; name the key or column of the text")
         check_choice("document_per", self.document_per, ("file", "paragraph", "line"))
+        if self.max_document_bytes < 1:
+            raise ValueError(
+                f"max_document_bytes is {self.max_document_bytes}; it must be positive"
+            )
 
 
 def read(
@@ -74,7 +82,8 @@ def read(
       metadata: further keys or columns to read, dotted for nested keys.
 
     Raises:
-      DataError: the file is malformed, not UTF-8, cannot be decompressed, or is of an unknown kind.
+      DataError: the file is malformed, not UTF-8, cannot be decompressed, or is of an unknown kind; or a
+        line or document is too long.
     """
     name = path.name if name is None else name
     kind = _kind(path)
@@ -116,13 +125,19 @@ def _kind(path: pathlib.Path) -> str:
     return suffixes[-1]
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line) of a text file, compressed or not."""
+def _lines(path: pathlib.Path, max_bytes: int, remedy: str = "") -> Iterator[tuple[int, str, int]]:
+    """Yields (line number from 1, line, its bytes) of a text file, compressed or not; a line at a time."""
     offset = 0
     with _open(path) as file:
         try:
-            for number, raw in enumerate(file, start=1):
-                yield number, _decoded(raw, path, number, offset)
+            lines = iter(lambda: file.readline(max_bytes + 1), b"")
+            for number, raw in enumerate(lines, start=1):
+                if len(raw) > max_bytes:
+                    raise DataError(
+                        f"{path}, line {number}: longer than {max_bytes:,} bytes, the limit for a line. "
+                        f"Divide or delete the line{remedy}"
+                    )
+                yield number, _decoded(raw, path, number, offset), len(raw)
                 offset += len(raw)
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
@@ -154,16 +169,21 @@ def _open(path: pathlib.Path) -> BinaryIO:
 
 
 def read_json_lines(
-    path: pathlib.Path, *, example: str = '{"text": "..."}'
+    path: pathlib.Path,
+    *,
+    example: str = '{"text": "..."}',
+    max_bytes: int = MAX_BYTES,
+    remedy: str = "",
 ) -> Iterator[tuple[int, dict]]:
     """Yields (line number from 1, object) of a JSON lines file, plain or compressed.
 
-    Blank lines are skipped. Error messages show `example`, an example of a line.
+    Blank lines are skipped. Error messages show `example`, an example of a line, and of a line that is too long
+    end with `remedy`.
 
     Raises:
-      DataError: a line is not a JSON object, or the file cannot be read as text.
+      DataError: a line is not a JSON object or longer than `max_bytes`, or the file cannot be read as text.
     """
-    for number, line in _lines(path):
+    for number, line, _ in _lines(path, max_bytes, remedy):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -190,12 +210,15 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     return f"a number has too many digits ({str(error).partition(';')[0]})"
 
 
+_RAISE = ", or raise max_document_bytes"
 _Record = tuple[int, str, dict[str, Any]]  # number, place for errors, content
 
 
 def _json_lines(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
     example = f'{{"{format.text_keys[0]}": "..."}}'
-    for number, record in read_json_lines(path, example=example):
+    limit = format.max_document_bytes
+    records = read_json_lines(path, example=example, max_bytes=limit, remedy=_RAISE)
+    for number, record in records:
         yield number, f"{path}, line {number}", record
 
 
@@ -258,17 +281,35 @@ def check_unicode(text: str, key: str, where: str) -> None:
 
 
 def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
-    lines = _lines(path)
+    limit = format.max_document_bytes
+    lines = _lines(path, limit, _RAISE)
     if format.document_per == "file":
-        yield Document(name, "".join(line for _, line in lines))
+        yield Document(name, _joined(lines, path, limit)[1])
     elif format.document_per == "line":
-        for number, line in lines:
+        for number, line, _ in lines:
             yield Document(f"{name}:{number}", line.rstrip("\r\n"))
     else:
         for blank, group in itertools.groupby(lines, key=lambda line: not line[1].strip()):
-            numbers, paragraph = zip(*group, strict=True)
             if not blank:
-                yield Document(f"{name}:{numbers[0]}", "".join(paragraph))
+                number, text = _joined(group, path, limit)
+                yield Document(f"{name}:{number}", text)
+
+
+def _joined(
+    lines: Iterable[tuple[int, str, int]], path: pathlib.Path, limit: int
+) -> tuple[int | None, str]:
+    """Returns the number of the first line and the text of all; raises DataError if it exceeds `limit` bytes."""
+    text, size, first = io.StringIO(newline=""), 0, None
+    for number, line, length in lines:
+        first = number if first is None else first
+        size += length
+        if size > limit:
+            raise DataError(
+                f"{path}, line {number}: the document is longer than {limit:,} bytes. Set document_per to "
+                "'paragraph' or 'line', divide the file, or raise max_document_bytes"
+            )
+        text.write(line)
+    return first, text.getvalue()
 
 
 def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:

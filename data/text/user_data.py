@@ -9,7 +9,7 @@ from typing import Any
 from data import tasks
 from data.cache import cache_dir as cache
 from data.stream import mixing
-from data.text import document_files, tfds_source
+from data.text import document_files, documents, tfds_source
 from data.text.document_filters import DocumentFilter
 
 
@@ -23,6 +23,7 @@ def register_files(
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",
+    max_document_bytes: int = documents.MAX_BYTES,
     data_root: str | None = None,
     filters: Sequence[DocumentFilter] = (),
     add_bos: bool = False,
@@ -44,7 +45,7 @@ def register_files(
       ValueError: the files, the fraction or the filters are invalid, another task has this name, or
         the vocabulary lacks the BOS or EOS to be added.
     """
-    documents = document_files.find(
+    source = document_files.find(
         name=name,
         files=files,
         validation_files=validation_files,
@@ -52,13 +53,14 @@ def register_files(
         text_key=text_key,
         id_key=id_key,
         document_per=document_per,
+        max_document_bytes=max_document_bytes,
         data_root=data_root,
         filters=filters,
         cache_dir=cache_dir,
     )
     tasks.register_source(
         name,
-        documents,
+        source,
         origin="register_files",
         vocabulary=vocabulary,
         add_bos=add_bos,

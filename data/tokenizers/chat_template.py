@@ -6,25 +6,27 @@ the special tokens of the tokenizer. Rendering follows `apply_chat_template` of 
 of messages with value null are removed, blocks are trimmed, `tojson` does not escape, and
 `raise_exception`, `strftime_now`, loop controls and `{% generation %}` are available.
 
-Templates are untrusted code and run in a sandbox (data/tokenizers/chat_sandbox.py). Any error in a
-template raises `ChatTemplateError`.
+Templates are untrusted code and run in a sandbox with limits of time and memory
+(data/tokenizers/chat_sandbox.py). Any error in a template, and any limit that it exceeds, raises
+`ChatTemplateError`.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
-from data.tokenizers import chat_sandbox
+from data.tokenizers import chat_sandbox, checkpoint_files
+from data.tokenizers.checkpoint_files import TokenizerError
 
 DEFAULT = "default"
 WITH_TOOLS = "tool_use"  # for conversations with tools, if a tokenizer has several templates
 FILE = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
+_MAX_TEMPLATES = 100
 
 # The Command format: one BOS, then one turn per message, stripped, without newlines between turns.
 COMMAND = """\
@@ -63,7 +65,7 @@ _ROLES = {
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(TokenizerError):
     """A conversation cannot be rendered: no template, a template error, or invalid messages."""
 
 
@@ -105,10 +107,11 @@ class ChatTemplate:
           ChatTemplateError: there is no such template, it rejects the conversation or fails, or the
             messages are invalid.
         """
-        source = self.templates[self._name(name, tools is not None)]
+        name = self._name(name, tools is not None)
+        source = self.templates[name]
+        where = self.origin if name == DEFAULT else f"{self.origin}, template {name!r}"
         values = {
-            **self.variables,
-            **variables,
+            **_plain({**self.variables, **variables}, "variables of the template"),
             "messages": _messages(messages),
             "tools": None if tools is None else _plain(tools, "tools"),
             "documents": None if documents is None else _plain(documents, "documents"),
@@ -116,9 +119,9 @@ class ChatTemplate:
         }
         try:
             rendered = chat_sandbox.render(source, values)
-        except Exception as error:  # the template is untrusted code and can raise anything
-            raise ChatTemplateError(f"{self.origin}: {_message(error)}") from None
-        _check_roles(values["messages"], rendered.text, self.origin)
+        except chat_sandbox.RenderError as error:
+            raise ChatTemplateError(f"{where}: {error}") from None
+        _check_roles(values["messages"], rendered.text, where)
         return rendered
 
     def _name(self, name: str | None, has_tools: bool) -> str:
@@ -138,12 +141,13 @@ def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> Chat
     `variables` are variables of the tokenizer, such as `bos_token`.
 
     Raises:
-      ChatTemplateError: there is no such name and no such file.
+      ChatTemplateError: there is no such name and no such file, or the file is too long or not UTF-8.
     """
     if name_or_file in BUILT_IN:
         source = BUILT_IN[name_or_file]
     elif os.path.isfile(name_or_file):
-        source = pathlib.Path(name_or_file).read_text("utf-8")
+        folder, name = os.path.split(os.path.realpath(name_or_file))
+        source = _read(pathlib.Path(folder), name) or ""
     else:
         raise ChatTemplateError(
             f"there is no chat template {name_or_file!r}: give the path of a jinja file, or one of "
@@ -163,26 +167,58 @@ def read(
       variables: name -> special token.
 
     Raises:
-      ChatTemplateError: `chat_template` is neither a text nor such a list.
+      ChatTemplateError: `chat_template` is neither a text nor such a list, or a file is not UTF-8, too long,
+        or outside of the checkpoint.
     """
     folder = pathlib.Path(folder)
-    origin = f"chat template of {folder}"
     templates = {}
-    if (folder / FILE).is_file():
-        templates[DEFAULT] = (folder / FILE).read_text("utf-8")
-    for path in sorted((folder / FOLDER).glob("*.jinja")):
-        templates[path.stem] = path.read_text("utf-8")
+    if (source := _read(folder, FILE)) is not None:
+        templates[DEFAULT] = source
+    for path in further_files(folder):
+        templates[path.stem] = _read(folder, f"{FOLDER}/{path.name}") or ""
     if not templates and (entry := config.get("chat_template")) is not None:
-        if isinstance(entry, str):
-            entry = [{"name": DEFAULT, "template": entry}]
-        try:
-            templates = {item["name"]: item["template"] for item in entry}
-        except (KeyError, TypeError):
+        templates = _entries(folder, entry)
+    for name, source in templates.items():
+        if len(source) > chat_sandbox.MAX_SOURCE:
             raise ChatTemplateError(
-                f"{folder}/tokenizer_config.json: chat_template is neither a text nor a list of "
-                '{"name": ..., "template": ...}'
-            ) from None
+                f"{folder}: the chat template {name!r} is longer than {chat_sandbox.MAX_SOURCE:,} characters"
+            )
+    origin = f"chat template of {folder}"
     return ChatTemplate(templates, dict(variables), origin) if templates else None
+
+
+def further_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of further chat templates; raises ChatTemplateError if there are too many."""
+    paths = list(itertools.islice((folder / FOLDER).glob("*.jinja"), _MAX_TEMPLATES + 1))
+    if len(paths) > _MAX_TEMPLATES:
+        raise ChatTemplateError(
+            f"{folder / FOLDER} has more than {_MAX_TEMPLATES} files. Remove those that are not needed"
+        )
+    return sorted(paths)
+
+
+def _read(folder: pathlib.Path, name: str) -> str | None:
+    """Returns the text of a template file; None if there is no such file."""
+    try:
+        return checkpoint_files.read_text(folder, name, max_bytes=chat_sandbox.MAX_SOURCE)
+    except TokenizerError as error:
+        raise ChatTemplateError(str(error)) from None
+
+
+def _entries(folder: pathlib.Path, entry: Any) -> dict[str, str]:
+    """Returns the templates of `chat_template` in tokenizer_config.json."""
+    if isinstance(entry, str):
+        return {DEFAULT: entry}
+    try:
+        templates = {item["name"]: item["template"] for item in entry}
+    except (KeyError, TypeError):
+        templates = {"": None}
+    if not all(isinstance(text, str) for item in templates.items() for text in item):
+        raise ChatTemplateError(
+            f"{folder}/tokenizer_config.json: chat_template is neither a text nor a list of "
+            '{"name": ..., "template": ...}'
+        )
+    return templates
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -224,12 +260,3 @@ def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) 
                 f"{origin}: message {number} has the role {message['role']!r}, which the template does "
                 "not render. Correct the role, or use another template"
             )
-
-
-def _message(error: Exception) -> str:
-    message = str(error) or type(error).__name__
-    if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"syntax error in line {error.lineno}: {message}"
-    if type(error) is jinja2.TemplateError:  # raised by the template itself
-        return message
-    return f"{type(error).__name__}: {message}"

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from data.tokenizers import hf_tokenizer, spm_tokenizer
+from data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
 
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _PREFIX = "tokenizer.ggml."
@@ -51,35 +51,29 @@ PRE_TOKENIZERS = {
 }
 
 
-def metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the metadata of a GGUF file that `write` needs: all keys that contain `tokenizer.`.
-
-    Raises:
-      TokenizerError: the file is damaged or is not a GGUF file.
-      FileNotFoundError: there is no such file.
-    """
-    import gguf
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no GGUF file {os.fspath(path)!r}")
-    try:
-        fields = gguf.GGUFReader(os.fspath(path)).fields
-    except (ValueError, IndexError) as error:
-        raise hf_tokenizer.TokenizerError(
-            f"{os.fspath(path)} is damaged or not a GGUF file: {error}"
-        ) from None
-    return {name: field.contents() for name, field in fields.items() if "tokenizer." in name}
-
-
 def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     """Writes tokenizer.json, tokenizer_config.json and, with EOS ids, generation_config.json.
 
-    `values` are the `metadata` of a GGUF file; the folder is created if it does not exist.
+    `values` are the metadata of a GGUF file, keys `tokenizer....`; the folder is created if it does not exist.
 
     Raises:
-      TokenizerError: the kind of tokenizer or pre-tokenizer is unknown, or a key is missing.
+      TokenizerError: the kind of tokenizer or pre-tokenizer is unknown, a key is missing, or the values are damaged.
     """
+    with tokenizer_probe.failures_as(
+        hf_tokenizer.TokenizerError, "the GGUF file's tokenizer is damaged: "
+    ):
+        tokenizer, config, ends = _convert(values)
     folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / hf_tokenizer.TOKENIZER))
+    _write_json(folder / hf_tokenizer.CONFIG, config)
+    if ends:
+        generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+        _write_json(folder / hf_tokenizer.GENERATION, generation)
+
+
+def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[int]]:
+    """Returns the tokenizer, the content of tokenizer_config.json, and the EOS ids."""
     kind = values.get(f"{_PREFIX}model")
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
     if build is None:
@@ -106,13 +100,7 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     if (template := values.get("tokenizer.chat_template")) is not None:
         config["chat_template"] = template
     ends = [ids.get("eos"), values.get(f"{_PREFIX}eot_token_id")]
-    ends = list(dict.fromkeys(int(id) for id in ends if id is not None))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / hf_tokenizer.TOKENIZER))
-    _write_json(folder / hf_tokenizer.CONFIG, config)
-    if ends:
-        generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-        _write_json(folder / hf_tokenizer.GENERATION, generation)
+    return tokenizer, config, list(dict.fromkeys(int(id) for id in ends if id is not None))
 
 
 def _needed(values: Mapping[str, Any], key: str) -> Any:

@@ -16,15 +16,17 @@ Special tokens spelled in a text are encoded as special tokens, unless `special_
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import tokenizers
 
-from data.tokenizers import chat_template
+from data.sandbox.limited_process import LimitedProcess, LimitError
+from data.tokenizers import chat_template, checkpoint_files, tokenizer_probe
+from data.tokenizers.checkpoint_files import TokenizerError
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -32,15 +34,25 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
 SENTENCEPIECE = "tokenizer.model"
-# All files of a tokenizer, which are copied with it.
+# All files of a tokenizer, which are copied with it, besides further chat templates.
 FILES = (
     *(TOKENIZER, CONFIG, SPECIAL_TOKENS, GENERATION, SENTENCEPIECE),
-    *("added_tokens.json", "vocab.json", "merges.txt", chat_template.FILE, chat_template.FOLDER),
+    *("added_tokens.json", "vocab.json", "merges.txt", chat_template.FILE),
+)
+CPU_SECONDS = 20.0  # of trying out a tokenizer.json
+WALL_SECONDS = 60.0
+# Special tokens of all tokenizers; other entries `..._token` may be settings.
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
 )
 
-
-class TokenizerError(ValueError):
-    """Tokenizer files are invalid, damaged or inconsistent."""
+_probe = LimitedProcess("data.tokenizers.tokenizer_probe:check", memory_bytes=4 << 30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,18 +91,23 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
       TokenizerError: a file is damaged, or the files are inconsistent.
     """
     folder = pathlib.Path(path)
-    try:
-        content = (folder / TOKENIZER).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(_missing(folder)) from None
+    content = checkpoint_files.read(folder, TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES)
+    if content is None:
+        raise FileNotFoundError(_missing(folder))
     try:
         tokenizer = load(content)
-    except Exception as error:  # the library raises Exception itself
+    except TokenizerError as error:
         raise TokenizerError(
             f"{folder / TOKENIZER} is damaged or not a tokenizer: {error}. Copy it again from the checkpoint"
         ) from None
-    config = _json(folder / CONFIG)
-    tokens = _named_tokens(_json(folder / SPECIAL_TOKENS)) | _named_tokens(config)
+    config = checkpoint_files.read_json(folder, CONFIG)
+    tokens = _named_tokens(
+        folder / SPECIAL_TOKENS, checkpoint_files.read_json(folder, SPECIAL_TOKENS)
+    )
+    tokens |= _named_tokens(folder / CONFIG, config)
+    adds_bos = config.get("add_bos_token")
+    if not isinstance(adds_bos, bool | None):
+        raise TokenizerError(f"{folder / CONFIG}: add_bos_token is {adds_bos!r}, not true or false")
     files = TokenizerFiles(
         path=os.fspath(folder),
         content=content,
@@ -102,8 +119,26 @@ def read(path: str | os.PathLike) -> TokenizerFiles:
     return dataclasses.replace(
         files,
         eos_ids=_eos_ids(folder, files.id("eos_token")),
-        adds_bos=_adds_bos(tokenizer, config.get("add_bos_token"), files.id("bos_token")),
+        adds_bos=_adds_bos(tokenizer, adds_bos, files.id("bos_token")),
     )
+
+
+def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies the files of a tokenizer into an existing directory.
+
+    Raises:
+      TokenizerError: a file is too large, or a link leads out of the directory of the source.
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    folder = source / chat_template.FOLDER
+    templates = [f"{folder.name}/{path.name}" for path in chat_template.further_files(source)]
+    if templates:
+        (target / folder.name).mkdir(exist_ok=True)
+    for name in (*FILES, *templates):
+        if (
+            content := checkpoint_files.read(source, name, max_bytes=checkpoint_files.MAX_BYTES)
+        ) is not None:
+            (target / name).write_bytes(content)
 
 
 @functools.lru_cache(maxsize=8)
@@ -116,8 +151,10 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
       special_in_text: whether special tokens spelled in a text are encoded as special tokens.
 
     Raises:
-      TokenizerError: the tokenizer already has such sentinels, or its ids have gaps.
+      TokenizerError: the file is damaged or needs too much time or memory; or the tokenizer already has such
+        sentinels, or its ids have gaps.
     """
+    _check(content)
     tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -130,6 +167,28 @@ def load(content: bytes, extra_ids: int = 0, special_in_text: bool = True) -> to
     if num_ids(tokenizer) != size + extra_ids:
         raise TokenizerError("the tokenizer's ids have gaps, so extra_ids cannot be added")
     return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def _check(content: bytes) -> None:
+    """Raises TokenizerError unless a tokenizer.json loads and encodes in a child process with limits."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"it is not UTF-8 at byte offset {error.start}") from None
+    try:
+        problem = _probe.call(text, cpu_seconds=CPU_SECONDS, wall_seconds=WALL_SECONDS)
+    except LimitError as error:
+        raise TokenizerError(f"trying it out {error}") from None
+    if problem is not None:
+        raise TokenizerError(problem)
+
+
+def failures(path: str | os.PathLike) -> AbstractContextManager[None]:
+    """Raises TokenizerError for any failure of the library on a text, panics included."""
+    return tokenizer_probe.failures_as(
+        TokenizerError, f"{os.fspath(path)}/{TOKENIZER} fails on this text: "
+    )
 
 
 def num_ids(tokenizer: tokenizers.Tokenizer) -> int:
@@ -151,40 +210,28 @@ def _missing(folder: pathlib.Path) -> str:
     )
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, or {} if the file does not exist."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise TokenizerError(
-            f"{path} is damaged: {error}. Copy it again from the checkpoint"
-        ) from None
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path} is not a JSON object. Copy it again from the checkpoint")
-    return values
-
-
-def _named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the entries `..._token`, which are texts or objects with the text as `content`."""
+def _named_tokens(path: pathlib.Path, values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the entries `..._token` of a file, which are texts or objects with the text as `content`."""
     tokens = {}
     for name, value in values.items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
+        elif name in _NAMED and value is not None:
+            raise TokenizerError(f"{path}: {name} is {str(value)[:200]}, not the text of a token")
     return tokens
 
 
 def _eos_ids(folder: pathlib.Path, own: int | None) -> tuple[int, ...]:
     for name in (GENERATION, MODEL):
-        value = _json(folder / name).get("eos_token_id")
+        value = checkpoint_files.read_json(folder, name).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not ids or not all(type(id) is int and id >= 0 for id in ids):
+        known = range(tokenizer_probe.MAX_IDS)
+        if not ids or not all(type(id) is int and id in known for id in ids):
             raise TokenizerError(
-                f"{folder / name}: eos_token_id is {value!r}, not an id or a list of ids"
+                f"{folder / name}: eos_token_id is {str(value)[:200]!r}, not an id or a list of ids"
             )
         return tuple(ids)
     return () if own is None else (own,)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import seqio
 import tensorflow as tf
+import tokenizers
 
 from data.tokenizers import chat_template, hf_tokenizer
 
@@ -83,18 +84,22 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         return hf_tokenizer.load(self.files.content, self.extra_ids, special_in_text)
 
     def _encode(self, s: str) -> list[int]:
-        return self._tokenizer().encode(s, add_special_tokens=False).ids
+        return self._encoding(s).ids
+
+    def _encoding(self, s: str, special_in_text: bool | None = None) -> tokenizers.Encoding:
+        with hf_tokenizer.failures(self.files.path):
+            return self._tokenizer(special_in_text).encode(s, add_special_tokens=False)
 
     def encode_special(self, s: str) -> list[int]:
         """Returns the ids of a text with its special tokens, such as a rendered conversation."""
-        return self._tokenizer(True).encode(s, add_special_tokens=False).ids
+        return self._encoding(s, True).ids
 
     def encode_parts(self, s: str, start: int) -> tuple[list[int], list[int]]:
         """Returns `encode_special` in two parts, divided at character `start`.
 
         A token that extends past `start` is in the second part.
         """
-        encoding = self._tokenizer(True).encode(s, add_special_tokens=False)
+        encoding = self._encoding(s, True)
         before = 0
         while before < len(encoding.ids) and encoding.offsets[before][1] <= start:
             before += 1
@@ -110,7 +115,8 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
     def decode_all(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of all ids; skips ids outside the vocabulary."""
         known = [id for id in _list(ids) if 0 <= id < self.vocab_size]
-        return self._tokenizer().decode(known, skip_special_tokens=skip_special_tokens)
+        with hf_tokenizer.failures(self.files.path):
+            return self._tokenizer().decode(known, skip_special_tokens=skip_special_tokens)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.decode_all(ids)

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 _UNIGRAM, _BPE = 1, 2  # types of models
+_MAX_PIECE = 4096  # characters; the time for a piece grows with the square of its length
 # Texts that a converted tokenizer must encode exactly like the model, before it is written.
 PROBES = (
     "",
@@ -102,6 +103,10 @@ def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) ->
     """Returns the BPE model of SentencePiece pieces, with merges as in the module's docstring."""
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     mergeable = (NORMAL, UNUSED)  # unused pieces take part in merging and are divided afterwards
+    if (longest := max(map(len, pieces), default=0)) > _MAX_PIECE:
+        raise ConversionError(
+            f"a piece has {longest:,} characters; at most {_MAX_PIECE:,} are supported"
+        )
     merges = []
     for id, (piece, type) in enumerate(zip(pieces, types, strict=True)):
         if type not in mergeable:

@@ -11,6 +11,7 @@ token. Every digit is a token, and all printable ASCII characters are pieces.
 Ids: 0 pad, 1 EOS, 2 unknown, 3 BOS (if a task adds it).
 """
 
+import base64
 import hashlib
 import importlib.metadata
 import io
@@ -27,9 +28,13 @@ from data import cpu_tensorflow
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.choices import check_choice
+from data.sandbox.limited_process import LimitedProcess, LimitError
 from data.text.documents import Document
+from data.tokenizers import checkpoint_files
 
 MAX_SPACES = 16
+SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
+_probe = LimitedProcess("data.tokenizers.spm_probe:check", memory_bytes=2 << 30)
 _SPACE = "\u2581"
 WHITE_SPACE_PIECES = (
     *("\n", "\n\n", "\t", "\t\t", "\t\t\t"),
@@ -111,7 +116,14 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
     cpu_tensorflow.load()  # which SeqIO imports
     import seqio
 
-    return seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
+    vocabulary = seqio.SentencePieceVocabulary(os.fspath(path), extra_ids=extra_ids)
+    try:
+        _ = vocabulary.vocab_size  # reads the file
+    except Exception as error:  # SentencePiece's, protobuf's and TensorFlow's errors
+        raise ValueError(
+            f"{os.fspath(path)} is damaged or not a SentencePiece model ({error}). Copy it again"
+        ) from None
+    return vocabulary
 
 
 def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text: bool = True):
@@ -133,14 +145,33 @@ def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text:
       ValueError: its files are damaged, or the tokenizer does not allow extra ids.
     """
     folder = pathlib.Path(path)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").exists():
-        return from_file(path=folder / "tokenizer.model", extra_ids=extra_ids)
+    alone = not os.path.lexists(folder / "tokenizer.json")
+    limit = checkpoint_files.MAX_BYTES
+    if (
+        alone
+        and (model := checkpoint_files.read(folder, SENTENCEPIECE, max_bytes=limit)) is not None
+    ):
+        _try_out(model, folder / SENTENCEPIECE)
+        return from_file(path=folder / SENTENCEPIECE, extra_ids=extra_ids)
     cpu_tensorflow.load()  # which SeqIO imports
     from data.tokenizers import hf_vocabulary
 
     return hf_vocabulary.HFTokenizerVocabulary(
         path, extra_ids=extra_ids, special_in_text=special_in_text
     )
+
+
+def _try_out(model: bytes, path: pathlib.Path) -> None:
+    """Raises TokenizerError unless a SentencePiece model loads and encodes in a child process with limits."""
+    argument = base64.b64encode(model).decode()
+    try:
+        problem = _probe.call(argument, cpu_seconds=20.0, wall_seconds=60.0)
+    except LimitError as error:
+        problem = f"trying it out {error}"
+    if problem is not None:
+        raise checkpoint_files.TokenizerError(
+            f"{path} is damaged or not a SentencePiece model: {problem}. Copy it again from the checkpoint"
+        )
 
 
 def byte(*, extra_ids: int = 0):

@@ -23,7 +23,7 @@ from typing import Any
 
 from data.cache import cache_dir
 from data.stream import rows
-from data.tokenizers import hf_tokenizer, spm_tokenizer, vocabularies
+from data.tokenizers import checkpoint_files, hf_tokenizer, spm_tokenizer, vocabularies
 from trainers.checkpoints import step_dir
 
 MODEL = "vocabulary.model"
@@ -103,8 +103,7 @@ def save_files(
     partial = pathlib.Path(folder, f".{TOKENIZER}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in hf_tokenizer.FILES:
-        _copy(pathlib.Path(hf_dir, name), partial / name)
+    hf_tokenizer.copy(hf_dir, partial)
     if vocabulary.eos_ids and not (partial / hf_tokenizer.GENERATION).exists():
         # The ids may come from the model's config.json, which is not one of the tokenizer's files.
         ends = {"eos_token_id": list(vocabulary.eos_ids)}
@@ -125,16 +124,14 @@ def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any])
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Copies the vocabulary of one run's directory, if there is one, into another."""
-    for name in (MODEL, TOKENIZER, RECORD):  # the record last: without it a copy is ignored
-        _copy(pathlib.Path(source, name), pathlib.Path(target, name))
-
-
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a file or a folder, if it exists."""
-    if source.is_dir():
-        shutil.copytree(source, target)
-    elif source.exists():
-        shutil.copyfile(source, target)
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    if (source / TOKENIZER).is_dir():
+        (target / TOKENIZER).mkdir()
+        hf_tokenizer.copy(source / TOKENIZER, target / TOKENIZER)
+    for name in (MODEL, RECORD):  # the record last: without it a copy is ignored
+        content = checkpoint_files.read(source, name, max_bytes=checkpoint_files.MAX_BYTES)
+        if content is not None:
+            (target / name).write_bytes(content)
 
 
 def load(*, folder: str):
@@ -183,7 +180,7 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
         f"the {extra} extra ids of {run_dir} are not in the tokenizer's files" if extra else None
     )
     if record["path"] == TOKENIZER:
-        shutil.copytree(run_dir / TOKENIZER, to_dir, dirs_exist_ok=True)
+        hf_tokenizer.copy(run_dir / TOKENIZER, to_dir)
         return missing
     model = (run_dir / MODEL).read_bytes()
     (to_dir / hf_tokenizer.SENTENCEPIECE).write_bytes(model)

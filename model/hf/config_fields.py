@@ -41,6 +41,11 @@ _COUNTS = {
     *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
     *("sliding_window", "sliding_window_pattern"),
 }
+# The largest values of fields that a loop or a list follows; other fields are checked by the shapes of tensors.
+_LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "sliding_window_pattern"), 10_000),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), 4096),
+}
 _NUMBERS = {
     *("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "logit_scale"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
@@ -59,6 +64,9 @@ def _expected(key: str, value: Any) -> str | None:
     if value is None:
         return None
     if key in _COUNTS:
+        largest = _LARGEST.get(key, 2**40)
+        if type(value) is int and value > largest:
+            return f"at most {largest:,}"
         return None if type(value) is int and value > 0 else "a whole number above 0"
     if key in _NUMBERS:
         return None if type(value) in (int, float) and 0 < value < math.inf else "a number above 0"

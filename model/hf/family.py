@@ -181,6 +181,11 @@ class Family:
         Raises:
           MismatchedTensors: tensors are missing, unexpected or of another shape.
         """
+        if (layers := model.config.num_layers) > len(on_disk):
+            raise MismatchedTensors(
+                f"config.json describes {layers} layers, but the checkpoint has only {len(on_disk)} tensors: "
+                "copy both from the same checkpoint."
+            )
         expected = self.shapes(model)
         names = {}
         for name in on_disk:

@@ -5,6 +5,7 @@ builds a config.json from the file's metadata. Files of architecture `llama` sto
 key heads in interleaved rotary order (dimensions i and i + H/2 adjacent); the reader restores the order.
 """
 
+import math
 import mmap
 import os
 import pathlib
@@ -15,6 +16,7 @@ import gguf
 import numpy as np
 
 from model.hf.families import family_named
+from model.hf.files import gguf_header
 from model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError
 
 # Values of general.architecture; each is the model_type of its family.
@@ -54,8 +56,9 @@ class GgufReader(TensorReader):
         if not self.path.is_file():
             raise WeightFileError(f"{self.path} is not a file: give a .gguf file.")
         try:
+            gguf_header.check(self.path)
             self.reader = gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, MemoryError, OSError) as error:
             raise WeightFileError(
                 f"{self.path} is damaged or not a GGUF file ({error}). Copy or download it again."
             ) from None
@@ -81,12 +84,15 @@ class GgufReader(TensorReader):
     def metadata(self, key: str, default: Any = None) -> Any:
         """Returns a value of the file's metadata."""
         field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except ValueError as error:
+            raise WeightFileError(f"{self.path}: {key} is not valid UTF-8 ({error}).") from None
 
     def tokenizer(self) -> dict[str, Any]:
         """Returns the metadata of the tokenizer."""
-        fields = self.reader.fields.items()
-        return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
+        names = [name for name in self.reader.fields if name.startswith("tokenizer.")]
+        return {name: self.metadata(name) for name in names}
 
     def _number(self, key: str, default: Any = None) -> Any:
         key = f"{self._architecture}.{key}"
@@ -99,13 +105,34 @@ class GgufReader(TensorReader):
             )
         return value
 
+    def _count(self, key: str, default: Any = None) -> int:
+        """Returns a whole number above 0."""
+        value = self._number(key, default)
+        if type(value) is not int or value < 1:
+            self._invalid(key, value, "a whole number above 0")
+        return value
+
+    def _positive(self, key: str, default: Any = None) -> float:
+        """Returns a number above 0, as the shortest decimal."""
+        value = self._number(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            self._invalid(key, value, "a number above 0")
+        return _shortest(value)
+
+    def _invalid(self, key: str, value: Any, expected: str) -> None:
+        raise WeightFileError(
+            f"{self.path}: {self._architecture}.{key} is {str(value)[:100]!r}, not {expected}. Copy or "
+            "download the file again."
+        )
+
     def _config(self) -> dict[str, Any]:
         if self._number("expert_count", 0):
             self._unsupported("experts")
-        heads, width = self._number("attention.head_count"), self._number("embedding_length")
+        heads, width = self._count("attention.head_count"), self._count("embedding_length")
         tokens = self.metadata("tokenizer.ggml.tokens", [])
-        base = _shortest(self._number("rope.freq_base", 10_000.0))
-        head_dim = self._number("attention.key_length", width // heads)
+        tokens = tokens if isinstance(tokens, list) else []
+        base = self._positive("rope.freq_base", 10_000.0)
+        head_dim = self._count("attention.key_length", width // heads)
         if self._number("attention.value_length", head_dim) != head_dim:
             self._unsupported("values wider or narrower than keys")
         if self._number("rope.dimension_count", head_dim) != head_dim:
@@ -115,16 +142,16 @@ class GgufReader(TensorReader):
         config = {
             "model_type": self._architecture,
             "architectures": [family_named(self._architecture).architecture],
-            "vocab_size": self._number("vocab_size", len(tokens) or None),
+            "vocab_size": self._count("vocab_size", len(tokens) or None),
             "hidden_size": width,
-            "intermediate_size": self._number("feed_forward_length"),
-            "num_hidden_layers": self._number("block_count"),
+            "intermediate_size": self._count("feed_forward_length"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": self._number("context_length"),
-            "rms_norm_eps": _shortest(self._number("attention.layer_norm_rms_epsilon")),
+            "max_position_embeddings": self._count("context_length"),
+            "rms_norm_eps": self._positive("attention.layer_norm_rms_epsilon"),
             "rope_theta": base,
             "rope_scaling": None,
             "attention_bias": False,

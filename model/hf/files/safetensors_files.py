@@ -11,6 +11,7 @@ data_offsets}}, then the data. A checkpoint of several files has an index, {"wei
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
+_MAX_JSON = 64 << 20  # bytes of config.json or an index
+_MAX_DIMENSIONS = 32  # NumPy's limit is 64
 _READ_BYTES = 1 << 26  # largest single read; the system limits a read to 2 GiB
 
 DTYPES: dict[str, np.dtype] = {
@@ -136,15 +139,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      WeightFileError: the file is missing, cannot be read, or is not a JSON object.
+      WeightFileError: the file is missing, a link out of its directory, too long, or not a JSON object.
     """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise WeightFileError(
             f"{path} is missing: give the directory of a Hugging Face checkpoint, as "
             "save_pretrained or a download of the whole repository writes it."
-        ) from None
+        )
+    target = _inside(path.parent, path.name)
+    try:
+        with open(target, "rb") as file:
+            content = file.read(_MAX_JSON + 1)
+        if len(content) > _MAX_JSON:
+            raise WeightFileError(f"{path} is longer than {_MAX_JSON:,} bytes: copy it again.")
+        value = json.loads(content)
+    except WeightFileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise WeightFileError(f"{path} is not JSON ({error}): copy it again.") from None
     except OSError as error:
@@ -158,8 +168,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
     """Returns each weight file with the tensor names to read from it; None for all of its tensors."""
-    if (directory / INDEX).exists():
-        names = read_json(_inside(directory, INDEX)).get("weight_map")
+    if os.path.lexists(directory / INDEX):
+        names = read_json(directory / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise WeightFileError(f"{directory / INDEX} has no 'weight_map': copy it again.")
         files: dict[pathlib.Path, list[str]] = {}
@@ -167,7 +177,7 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
         for name, file in names.items():
             files.setdefault(paths[file], []).append(name)
         return dict(files)
-    if (directory / SINGLE).exists():
+    if os.path.lexists(directory / SINGLE):
         return {_inside(directory, SINGLE): None}
     if not directory.is_dir():
         raise WeightFileError(
@@ -195,10 +205,16 @@ def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file directly in the directory; links may not leave the checkpoint."""
     if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise WeightFileError(
-            f"{directory / INDEX} names the file {name!r}, which is not a plain name in its own "
+            f"{directory / INDEX} names the file {name[:200]!r}, which is not a plain name in its own "
             "directory. Do not use this checkpoint, or correct the index."
         )
-    target, root = (directory / name).resolve(), directory.resolve()
+    try:
+        target, root = (directory / name).resolve(), directory.resolve()
+        is_file = target.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a long or invalid name, a loop of links
+        raise WeightFileError(
+            f"{directory} has no readable file {name[:200]!r} ({type(error).__name__}): copy the checkpoint again."
+        ) from None
     roots = [root]
     if root.parent.name == "snapshots":  # In the Hugging Face cache, files are links to blobs.
         roots.append(root.parent.parent / "blobs")
@@ -207,37 +223,58 @@ def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
             f"{directory / name} is a link to {target}, outside of the checkpoint. Put the file itself "
             "there if you trust it."
         )
-    if not target.is_file():
+    if not is_file:
         raise WeightFileError(f"{directory / name} is missing: copy the checkpoint again.")
     return target
 
 
 def _read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
     try:
-        with safetensors.safe_open(file, framework="numpy"):
-            pass  # Opening checks all offsets against shapes, each other and the file's size.
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             if size > _MAX_HEADER:
                 raise ValueError(f"its header of {size} bytes is too long")
+            with safetensors.safe_open(file, framework="numpy"):
+                pass  # Opening checks all offsets against shapes, each other and the file's size.
             header = json.loads(stream.read(size))
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+            length = os.fstat(stream.fileno()).st_size
+        header.pop("__metadata__", None)
+        return {name: _info(file, name, entry, 8 + size, length) for name, entry in header.items()}
+    except WeightFileError:
+        raise
+    except (
+        *(safetensors.SafetensorError, ValueError, RecursionError, OSError),
+        *(AttributeError, KeyError, TypeError),
+    ) as error:
         raise WeightFileError(
             f"{file} is damaged or not a safetensors file ({error}). Copy or download it again."
         ) from None
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise WeightFileError(
-                f"{file}: {name} has dtype {entry['dtype']}, which is not supported. Save it in one of "
-                f"{', '.join(DTYPES)}."
-            )
-    return {
-        name: TensorInfo(
-            DTYPES[entry["dtype"]], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0]
+
+
+def _info(
+    file: pathlib.Path, name: str, entry: Mapping[str, Any], base: int, length: int
+) -> TensorInfo:
+    """Returns the dtype, shape and place of a tensor, checked against the length of the file.
+
+    The library has checked the same, but may read a key that the header has twice otherwise.
+    """
+    if entry["dtype"] not in DTYPES:
+        raise WeightFileError(
+            f"{file}: {name} has dtype {entry['dtype']}, which is not supported. Save it in one of "
+            f"{', '.join(DTYPES)}."
         )
-        for name, entry in header.items()
-    }
+    dtype, shape, (start, end) = (
+        DTYPES[entry["dtype"]],
+        tuple(entry["shape"]),
+        entry["data_offsets"],
+    )
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions; at most {_MAX_DIMENSIONS} are read")
+    if min((0, start, *shape)) < 0 or start + math.prod(shape) * dtype.itemsize != end:
+        raise ValueError(f"the bytes {start} to {end} of {name} do not fit its shape")
+    if base + end > length:
+        raise ValueError(f"{name} ends after the file")
+    return TensorInfo(dtype, shape, file, base + start)
 
 
 class SafetensorsWriter(contextlib.AbstractContextManager):

@@ -72,6 +72,7 @@ def test_hash_sees_content_names_and_settings_but_not_time_or_place(tmp_path, fi
     os.utime(tmp_path / "one" / "x.jsonl", (1, 1))
     assert digest() == first
     assert digest(text_key="body") != first
+    assert digest(max_document_bytes=1000) == first  # which refuses documents, and changes none
     assert digest(validation_fraction=0.5) != first
     _write(tmp_path / "one" / "x.jsonl", ["a", "c"])  # same size
     changed = digest()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -175,3 +176,50 @@ def test_unknown_kind_of_file(tmp_path, name):
         DataError, match=rf"{name}: unknown kind of data file; supported are .jsonl"
     ):
         documents.check_suffix(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_lines_and_documents_have_a_largest_length(tmp_path, suffix):
+    """A small file may hold a line of any length; the lines before it are read."""
+    line, long = b'{"text": "a"}\n', b'{"text": "' + b"a" * 40 + b'"}'
+    path = _compress(tmp_path / f"x.jsonl{suffix}", line + long + b"\n")
+    assert len(_read(path, max_document_bytes=len(long) + 1)) == 2
+    read = documents.read(path, Format(max_document_bytes=len(long)))
+    assert next(read).text == "a"
+    with pytest.raises(
+        DataError, match=rf"x\.jsonl{suffix}, line 2: longer than 52 bytes.*or raise"
+    ):
+        next(read)
+    with pytest.raises(DataError, match=r"line 2: longer than 20 bytes.*delete the line$"):
+        list(documents.read_json_lines(path, max_bytes=20))
+    path = _compress(tmp_path / f"y.txt{suffix}", b"one\ntwo\n\n\n\nthree\n")
+    assert [d.text for d in _read(path, document_per="paragraph", max_document_bytes=8)] == [
+        "one\ntwo\n",
+        "three\n",
+    ]
+    with pytest.raises(
+        DataError, match=rf"y\.txt{suffix}, line 2: the document is longer than 7 bytes"
+    ):
+        _read(path, document_per="paragraph", max_document_bytes=7)
+    with pytest.raises(DataError, match="line 4: the document is longer than 9 bytes"):
+        _read(path, max_document_bytes=9)
+    with pytest.raises(ValueError, match="max_document_bytes is 0; it must be positive"):
+        Format(max_document_bytes=0)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_long_line_does_not_take_memory(tmp_path, suffix):
+    """200 MB of text in 200 KB (gz) or less."""
+    path, block = tmp_path / f"x.jsonl{suffix}", b"a" * 2_000_000
+    with gzip.open(path, "wb", 1) if suffix == ".gz" else zstandard.open(path, "wb") as file:
+        file.write(b'{"text": "a"}\n{"text": "')
+        for _ in range(100):
+            file.write(block)
+    read = documents.read(path, Format(max_document_bytes=1_000_000))
+    assert next(read).text == "a"
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 2: longer than 1,000,000 bytes"):
+        next(read)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000

