@@ -183,7 +183,9 @@ def _restore_variables(
             new = restart(new)
         first = record["step"] if initial.scope == "state" else 0
         new = _at_step(new, first) if first else new
-        return Restored(step=first, state=new, meta=record["meta"], path=step, source="initial")
+        # Sums of the old model's metrics do not belong into a row of the new one.
+        meta = {key: value for key, value in record["meta"].items() if key != "window"}
+        return Restored(step=first, state=new, meta=meta, path=step, source="initial")
 
     assert initial.path is not None
     return step_dir.newest_good(initial.path, read)
