@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class AnomalousStepError(RuntimeError):
-    """A non-finite or spiking loss ended the run; its batch and step are saved."""
+    """A bad step ended the run (see `Anomaly`); its batch and step are saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,8 +305,8 @@ class Loop:
             self._roll_back(step, data_step, record["loss"])
             return False
         raise AnomalousStepError(
-            f"Step {step} (batch {data_step}) had loss {record['loss']} and gradient norm "
-            f"{record['grad_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
+            f"Step {step} (batch {data_step}) had loss {record['loss']}, gradient norm {record['grad_norm']} "
+            f"and update norm {record['update_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
             f"({self._bad_in_a_row} bad steps in a row, {self._rollbacks} rollbacks). Its update was "
             f"not applied; its batch and documents are in {record['path']}. To continue, bind "
             "anomaly.Anomaly.action = 'skip' or 'rollback' (or a larger max_skips), or start in another "

@@ -106,7 +106,7 @@ def _cut_to_marks(path: str, marks: Sequence[Mark]) -> list[Mark]:
     """Shortens the file to its last mark, or to the last one that is good; returns the marks up to there."""
     good = marks_lib.last_good(path, marks)
     if marks and good != marks[-1]:
-        first = f"after step {good.step}, " if good.size else ""
+        first = f"after step {good.step} " if good.size else ""
         lost = f"the rows {first}up to step {marks[-1].step} are lost"
         if os.path.exists(path):
             aside = marks_lib.copy_aside(path)
