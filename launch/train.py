@@ -42,8 +42,6 @@ from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops, metric_writers, profiler
 from trainers.telemetry.goodput import Goodput, process_start
 
-_MARKS = "metrics_file"  # key in a checkpoint's meta: the marks of metrics.jsonl
-
 
 def train(
     *,
@@ -193,7 +191,7 @@ def train(
                 goodput=goodput,
                 profiler=profile,
                 row_metrics=_row_metrics(program, data, rates),
-                checkpoint_meta=_checkpoint_meta(meta, data, rates, rows),
+                checkpoint_meta=_checkpoint_meta(meta, data, rates, writer),
                 unit=program.recipe.inputs_spec.unit,
             ),
             hooks=(*evaluations, *(make(run=context) for make in hooks)),
@@ -241,7 +239,7 @@ def _open_rows(run: run_dir.RunDir, start: Restored) -> metric_writers.JsonlWrit
     if start.source != "run":
         return metric_writers.JsonlWriter(run.metrics, marks=())
     # Checkpoints of earlier versions have no marks.
-    marks = start.meta.get(_MARKS)
+    marks = start.meta.get(metric_writers.MARKS)
     return metric_writers.JsonlWriter(run.metrics, first_step=start.step + 1, marks=marks)
 
 
@@ -299,13 +297,13 @@ def _checkpoint_meta(
     meta: Mapping[str, Any],
     data: RunData,
     rates: np.ndarray,
-    rows: metric_writers.JsonlWriter | None,
+    writer: metric_writers.MultiWriter,
 ) -> Callable[[int, int], Mapping[str, Any]]:
-    """Returns a function that computes the facts in a checkpoint: `meta`, learning rate, positions in the data, marks."""
+    """Returns a function that computes the facts in a checkpoint: `meta`, rate, positions, and what writers record."""
     before = meta.get("initial", {}).get("positions", {})
     return lambda updates, batches: {
         **meta,
         "learning_rate": float(rates[updates]),
         "positions": {**before, **data.stream.positions(batches)},
-        **({} if rows is None else {_MARKS: rows.marks()}),
+        **writer.sync(),
     }

@@ -18,6 +18,8 @@ from trainers.telemetry.marks import Mark
 # A flush of an event file waits for the disk, so it is not done for every event.
 _FLUSH_SECONDS = 10
 
+MARKS = "metrics_file"  # key in a checkpoint's meta: the marks of metrics.jsonl
+
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,8 @@ class MetricWriter(Protocol):
     """Writes the scalars of steps; a step may be written several times.
 
     Steps decrease only after a rollback, a row with `rollback_to`: earlier rows of later steps belong to discarded
-    updates.
+    updates. A writer may have a method `sync`, which is called before each checkpoint: it puts on disk what a run that
+    goes on from there will not write again, and returns facts to record with the checkpoint (JSON).
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -61,7 +64,7 @@ class JsonlWriter:
         Args:
           path: the file.
           first_step: lines of that step and later steps are dropped; None for none.
-          marks: in its place, the `marks` of the checkpoint that the run continues from: the file is verified, and
+          marks: in its place, the marks in the checkpoint that the run continues from: the file is verified, and
             what was written after them is dropped.
         """
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -75,14 +78,12 @@ class JsonlWriter:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._end = self._marks[-1] if self._marks else _end_of(path)
 
-    def marks(self) -> list[list[int]]:
-        """Returns length and checksum of the file now and at earlier calls, for a checkpoint (JSON)."""
+    def sync(self) -> dict[str, Any]:
+        """Returns `MARKS`: length and checksum of the file now and at earlier calls, as JSON."""
         with _written(self._path):
-            os.fsync(
-                self._file.fileno()
-            )  # a power cut must not lose rows that a checkpoint counts on
+            os.fsync(self._file.fileno())
         self._marks = marks_lib.with_mark(self._marks, self._end)
-        return [list(dataclasses.astuple(mark)) for mark in self._marks]
+        return {MARKS: [list(dataclasses.astuple(mark)) for mark in self._marks]}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": int(step), "time": round(time.time(), 3)}
@@ -255,6 +256,12 @@ class TensorBoardWriter:
                 self._flushed = time.monotonic()
                 self._records.flush()
 
+    def sync(self) -> dict[str, Any]:
+        """Writes out the points in memory."""
+        with _written(self._path):
+            self._records.flush()
+        return {}
+
     def close(self) -> None:
         try:
             self._records.close()
@@ -306,6 +313,11 @@ class MultiWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self._writers:
             writer.write(step, values)
+
+    def sync(self) -> dict[str, Any]:
+        """Returns the facts of all writers that have `sync`."""
+        parts = [writer.sync() for writer in self._writers if hasattr(writer, "sync")]
+        return {name: value for part in parts for name, value in part.items()}
 
     def close(self) -> None:
         for writer in self._writers:

@@ -73,7 +73,7 @@ def marked(tmp_path):
     for step in range(1, 9):
         writer.write(step, {"loss": step / 7})
         if step % 2 == 0:
-            marks[step] = json.loads(json.dumps(writer.marks()))
+            marks[step] = json.loads(json.dumps(writer.sync()[metric_writers.MARKS]))
     writer.close()
     return path, marks[6], marks[8]
 
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_keeps_the_bytes_up_to_its_checkpoint(marked, caplog)
         file.write(b'{"step": 9, "lo')
     writer = metric_writers.JsonlWriter(path, marks=at_6)
     writer.write(7, {"loss": 0.5})
-    again = writer.marks()
+    again = writer.sync()[metric_writers.MARKS]
     writer.close()
     with open(path, "rb") as file:
         assert file.readlines()[:-1] == lines[:6]
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_said_set_aside_and_continued_where_it_is_good(
         with open(f"{path}.damaged", "rb") as file:
             assert file.read() == damage(data)
     writer.write(9, {"loss": 1.0})
-    marks = writer.marks()
+    marks = writer.sync()[metric_writers.MARKS]
     writer.close()
     caplog.clear()
     metric_writers.JsonlWriter(path, marks=marks).close()
@@ -165,7 +165,7 @@ def test_checkpoints_of_a_long_run_hold_few_marks(tmp_path):
     writer = metric_writers.JsonlWriter(path, marks=())
     for step in range(1, 301):
         writer.write(step, {})
-        marks = writer.marks()
+        marks = writer.sync()[metric_writers.MARKS]
         assert len(marks) <= 64 and marks[-1][:2] == [step, os.path.getsize(path)]
     writer.close()
     metric_writers.JsonlWriter(path, marks=marks).close()
