@@ -37,7 +37,8 @@ class Anomaly:
     median absolute deviation) above its median are left out of both. This works while they are fewer than half.
 
     Attributes:
-      action: 'stop' saves batch and step and ends the run; 'skip' drops the update and counts it;
+      action: 'stop' saves batch and step and ends the run; 'skip' drops the update and counts it (but ends the run after a
+        non-finite update of a finite gradient, which is in the state already);
         'rollback' returns to the last good checkpoint and skips the data window since.
       spike_sigmas: a loss this many standard deviations above its running mean is a spike; None
         judges only finiteness.
@@ -66,19 +67,11 @@ class Anomaly:
         return statistics
 
     def judge(
-        self, statistics: dict[str, jax.Array], loss: jax.Array, *norms: jax.Array
+        self, statistics: dict[str, jax.Array], loss: jax.Array, grad_norm: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns (whether the step is good, statistics after it); bad steps do not change the statistics.
-
-        Args:
-          statistics: those before the step.
-          loss: its mean loss.
-          norms: of its gradient and its update, which are finite only if all their elements are.
-        """
+        """Returns (whether the step is good, statistics after it); bad steps do not change the statistics."""
         mean, variance, count = (statistics[k] for k in ("mean", "variance", "count"))
-        good = jnp.isfinite(loss)
-        for norm in norms:
-            good &= jnp.isfinite(norm)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         if self.spike_sigmas is not None:
             limit = mean + self.spike_sigmas * jnp.sqrt(variance)
             good &= (count < self.window) | (loss <= limit)

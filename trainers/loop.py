@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm.auto import tqdm
 
 from trainers.anomaly import Anomaly, AnomalyRecords
@@ -254,9 +255,13 @@ class Loop:
             return True
         step, fetched = late
         data_step = self._data_steps.pop(step)
-        if float(fetched.get("anomaly", (0.0, 1.0))[0]):
-            self.skipped += 1
-            if not self._handle_anomaly(step, data_step, fetched):
+        dropped = bool(fetched.get("anomaly", (0.0, 1.0))[0])
+        # Only the optimiser can make such an update of a finite gradient. It is in the state already, since a step that
+        # waited for this norm would need a copy of the parameters; but no such state is saved.
+        finite = np.isfinite(fetched.get("update_norm", (0.0, 1.0))[0])
+        if dropped or not (finite or self.anomaly is None):
+            self.skipped += dropped
+            if not self._handle_anomaly(step, data_step, fetched, dropped):
                 return False
         else:
             self._bad_in_a_row = 0
@@ -292,13 +297,24 @@ class Loop:
     def _rolls_back(self) -> bool:
         return self.anomaly is not None and self.anomaly.action == "rollback"
 
-    def _handle_anomaly(self, step: int, data_step: int, fetched: Any) -> bool:
-        """Applies the policy; False if the loop was rolled back."""
+    def _handle_anomaly(self, step: int, data_step: int, fetched: Any, dropped: bool) -> bool:
+        """Applies the policy; False if the loop was rolled back.
+
+        Args:
+          step: the bad step.
+          data_step: its batch.
+          fetched: its metrics.
+          dropped: whether its update was dropped; if not, skipping would come too late.
+        """
         assert self.anomaly is not None
         record = self._anomalies.record(step, data_step, fetched, self.anomaly.action)
         self.outputs.writer.write(step, {"anomaly": 1.0})
         self._bad_in_a_row += 1
-        if self.anomaly.action == "skip" and self._bad_in_a_row <= self.anomaly.max_skips:
+        if (
+            dropped
+            and self.anomaly.action == "skip"
+            and self._bad_in_a_row <= self.anomaly.max_skips
+        ):
             _log.warning("step %d: loss %s; its update was dropped.", step, record["loss"])
             return True
         if self._rolls_back and self._rollbacks < self.anomaly.max_skips:
@@ -308,7 +324,7 @@ class Loop:
             f"Step {step} (batch {data_step}) had loss {record['loss']}, gradient norm {record['grad_norm']} "
             f"and update norm {record['update_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
             f"({self._bad_in_a_row} bad steps in a row, {self._rollbacks} rollbacks). Its update was "
-            f"not applied; its batch and documents are in {record['path']}. To continue, bind "
+            f"{'not applied' if dropped else 'not finite, and no later state is saved'}; its batch and documents are in {record['path']}. To continue, bind "
             "anomaly.Anomaly.action = 'skip' or 'rollback' (or a larger max_skips), or start in another "
             "MODEL_DIR from the last checkpoint with a lower learning rate."
         )

@@ -108,7 +108,6 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: (g / divisor).astype(p.dtype), grads, trained)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        update_norm = optax.tree.norm(updates)
         new_trained = optax.apply_updates(trained, updates)
         params = trainable.join(new_trained, frozen)
         ema_params = state.ema_params
@@ -127,7 +126,7 @@ def make_train_step(
 
         if anomaly is not None:
             good, statistics = anomaly.judge(
-                state.variables[anomaly_lib.STATISTICS], out.sum / divisor, grad_norm, update_norm
+                state.variables[anomaly_lib.STATISTICS], out.sum / divisor, grad_norm
             )
             params, opt_state, ema_params, variables = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old),
@@ -138,7 +137,7 @@ def make_train_step(
             metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
 
         metrics["grad_norm"] = _scalar(grad_norm)
-        metrics["update_norm"] = _scalar(update_norm)
+        metrics["update_norm"] = _scalar(optax.tree.norm(updates))
         metrics["param_norm"] = _scalar(optax.tree.norm(params))
         new_state = TrainState(
             step=state.step + 1,

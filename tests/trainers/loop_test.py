@@ -20,7 +20,7 @@ from trainers.anomaly import STATISTICS, Anomaly
 from trainers.batches import Prefetcher, global_batch
 from trainers.checkpoints import checkpoint, step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.restore import Restored
+from trainers.checkpoints.restore import Restored, restore_state
 from trainers.evaluate import Evaluation
 from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from trainers.objectives.base import LossOut
@@ -412,6 +412,40 @@ def test_rollback_at_a_step_that_saves_saves_nothing_bad(tmp_path, saver):
     assert loop.data_step == 10 + 4
     assert saver.all_steps() == [0, 4, 8, 10]
     assert saver.restore_latest(loop.abstract_state).meta["data_step"] == 14
+
+
+@pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
+def test_no_state_after_a_non_finite_update_is_saved(tmp_path, saver, action):
+    """Of finite loss and gradient, as an optimiser's division may make it."""
+    policy = Anomaly(action=action)
+    compiled, _ = train_step(policy, False)
+    broken_once = iter([True])
+
+    def step(state, batch):
+        state, metrics = compiled(state, batch)
+        if int(state.step) == 4 and next(broken_once, False):
+            state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+            metrics = {**metrics, "update_norm": (jnp.asarray(jnp.nan), metrics["update_norm"][1])}
+        return state, metrics
+
+    settings = {"anomaly": policy, "checkpointer": saver, "checkpoint_period": 2, "total": 8}
+    loop = make_loop(tmp_path, train_step=step, **settings)
+    if action == "rollback":
+        state = loop.run()
+        assert loop.outputs.writer.having("rollback_to") == [(4, 2)]
+        clean = make_loop(tmp_path, stream=Rows(skipped=(2, 3)), total=8, anomaly=policy,
+                          checkpointer=Checkpointer(tmp_path / "clean"))  # fmt: skip
+        assert_bits(state, clean.run())
+    else:
+        with pytest.raises(
+            AnomalousStepError, match="Its update was not finite, and no later state is saved"
+        ):
+            loop.run()
+        saver.wait()
+        assert saver.all_steps() == [2]
+    for saved in saver.all_steps():
+        kept = restore_state(saver.step_path(saved), loop.abstract_state).state
+        assert np.isfinite(kept.params["w"]).all()
 
 
 def test_a_spike_counts_as_bad(tmp_path, saver):
