@@ -17,7 +17,6 @@ if __name__ == "__main__":
     raise SystemExit(cli.main(__doc__, entry="launch.train:train"))
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +30,10 @@ from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
 from trainers import partitioning, signals
 from trainers.batches import Feed, Prefetcher, TrainStream
+from trainers.checkpoints import agreement
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
+from trainers.checkpoints.restore import Restored
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.hooks import FeedFactory, HookFactory, RunContext
 from trainers.loop import Loop, Outputs, Schedule
@@ -144,7 +145,10 @@ def train(
         ):
             identity = data.identity(program)
             start, meta = phase.restore_start(saver, program, initial, parent, identity)
-        writer = stack.enter_context(contextlib.closing(_open_writers(run, start.step, writers)))
+        rows = stack.enter_context(contextlib.closing(_open_rows(run, start))) if primary else None
+        written = agreement.gather(_rows_of(run, start.step) if primary else [])[0]
+        writer = _open_writers(run, start.step, rows, written, writers)
+        stack.enter_context(contextlib.closing(writer))
         if primary:
             run_messages.announce(program, data, start)
 
@@ -187,11 +191,11 @@ def train(
                 goodput=goodput,
                 profiler=profile,
                 row_metrics=_row_metrics(program, data, rates),
-                checkpoint_meta=_checkpoint_meta(meta, data, rates),
+                checkpoint_meta=_checkpoint_meta(meta, data, rates, writer),
                 unit=program.recipe.inputs_spec.unit,
             ),
             hooks=(*evaluations, *(make(run=context) for make in hooks)),
-            written=_written_metrics(run, start.step),
+            written={name for row in written for name in row},
             anomaly=program.recipe.anomaly,
             stop=stop,
         )
@@ -230,25 +234,35 @@ def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phas
         run_vocabulary.save(run.path, data.vocabulary())
 
 
+def _open_rows(run: run_dir.RunDir, start: Restored) -> metric_writers.JsonlWriter:
+    """Opens metrics.jsonl with the rows that belong to the state that the run starts from."""
+    if start.source != "run":
+        return metric_writers.JsonlWriter(run.metrics, marks=())
+    # Checkpoints of earlier versions have no marks.
+    marks = start.meta.get(metric_writers.MARKS)
+    return metric_writers.JsonlWriter(run.metrics, first_step=start.step + 1, marks=marks)
+
+
+def _rows_of(run: run_dir.RunDir, step: int) -> list[dict[str, float]]:
+    """Returns the metrics that earlier starts of this run wrote for a step."""
+    rows = (row for row in metric_writers.rows_in_force(run.metrics) if row["step"] == step)
+    return [{k: v for k, v in row.items() if k not in ("step", "time")} for row in rows]
+
+
 def _open_writers(
-    run: run_dir.RunDir, first_step: int, more: Sequence[Callable[[], metric_writers.MetricWriter]]
+    run: run_dir.RunDir,
+    step: int,
+    rows: metric_writers.JsonlWriter | None,
+    written: Sequence[Mapping[str, float]],
+    more: Sequence[Callable[[], metric_writers.MetricWriter]],
 ) -> metric_writers.MultiWriter:
-    if not run.writer:
+    """Returns the writer of a process; only one has files, of which `rows` is the first."""
+    if rows is None:
         return metric_writers.MultiWriter([])
-    after = first_step + 1 if first_step else 0  # step 0 has a row if hooks ran before it
-    return metric_writers.MultiWriter(
-        [
-            metric_writers.JsonlWriter(run.metrics, first_step=after),
-            metric_writers.TensorBoardWriter(run.file("tensorboard"), first_step=after),
-            *(make() for make in more),
-        ]
-    )
-
-
-def _written_metrics(run: run_dir.RunDir, step: int) -> set[str]:
-    """Returns the names of the metrics that earlier starts of this run wrote for a step."""
-    rows = metric_writers.read_jsonl(run.metrics) if os.path.exists(run.metrics) else []
-    return {name for row in rows if row["step"] == step for name in row}
+    board = metric_writers.TensorBoardWriter(run.file("tensorboard"), first_step=step)
+    for row in written:  # its points are hidden with those after them
+        board.write(step, row)
+    return metric_writers.MultiWriter([rows, board, *(make() for make in more)])
 
 
 def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
@@ -280,12 +294,16 @@ def _row_metrics(
 
 
 def _checkpoint_meta(
-    meta: Mapping[str, Any], data: RunData, rates: np.ndarray
+    meta: Mapping[str, Any],
+    data: RunData,
+    rates: np.ndarray,
+    writer: metric_writers.MultiWriter,
 ) -> Callable[[int, int], Mapping[str, Any]]:
-    """Returns a function that computes the facts in a checkpoint: `meta`, learning rate and positions in the data."""
+    """Returns a function that computes the facts in a checkpoint: `meta`, rate, positions, and what writers record."""
     before = meta.get("initial", {}).get("positions", {})
     return lambda updates, batches: {
         **meta,
         "learning_rate": float(rates[updates]),
         "positions": {**before, **data.stream.positions(batches)},
+        **writer.sync(),
     }

@@ -20,14 +20,25 @@ from trainers.batches import Stream
 Action = Literal["stop", "skip", "rollback"]
 ACTIONS = get_args(Action)
 STATISTICS = "loss_statistics"  # key in TrainState.variables
+GATHERED = "gathered"  # key in the statistics: the losses of the first window, NaN where unknown
+
+# The standard deviation of normal numbers is so many times their median absolute deviation (Hampel, "The influence
+# curve and its role in robust estimation", 1974).
+_SIGMAS_PER_MAD = 1.4826
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anomaly:
-    """Policy for non-finite or spiking losses.
+    """Policy for bad steps: a non-finite loss, gradient or update, or a spiking loss.
+
+    Mean and variance of the losses are averages, plain ones over the first `window` good steps and exponential ones from
+    then on. In the first window nothing is judged yet, so a spike may be among its losses and raise both, which would
+    hide later ones. Once it is full, losses more than `spike_sigmas` robust standard deviations (1.4826 times the
+    median absolute deviation) above its median are left out of both. This works while they are fewer than half.
 
     Attributes:
-      action: 'stop' saves batch and step and ends the run; 'skip' drops the update and counts it;
+      action: 'stop' saves batch and step and ends the run; 'skip' drops the update and counts it (but ends the run after a
+        non-finite update of a finite gradient, which is in the state already);
         'rollback' returns to the last good checkpoint and skips the data window since.
       spike_sigmas: a loss this many standard deviations above its running mean is a spike; None
         judges only finiteness.
@@ -50,7 +61,10 @@ class Anomaly:
     def init(self) -> dict[str, jax.Array]:
         """Returns the statistics of no steps."""
         dtypes = {"mean": jnp.float32, "variance": jnp.float32, "count": jnp.int32}
-        return {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
+        statistics = {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
+        if self.spike_sigmas is not None:
+            statistics[GATHERED] = jnp.full(self.window, jnp.nan, jnp.float32)
+        return statistics
 
     def judge(
         self, statistics: dict[str, jax.Array], loss: jax.Array, grad_norm: jax.Array
@@ -69,7 +83,23 @@ class Anomaly:
             "variance": (1 - rate) * (variance + rate * delta * delta),
             "count": count + 1,
         }
+        if self.spike_sigmas is not None:
+            losses = statistics[GATHERED].at[count].set(loss, mode="drop")  # of later steps none
+            ordinary = ~self._spikes(losses)
+            replace = (count + 1 == self.window) & ~ordinary.all()
+            updated |= {
+                "mean": jnp.where(replace, losses.mean(where=ordinary), updated["mean"]),
+                "variance": jnp.where(replace, losses.var(where=ordinary), updated["variance"]),
+                GATHERED: losses,
+            }
         return good, jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, statistics)
+
+    def _spikes(self, losses: jax.Array) -> jax.Array:
+        """Returns which losses of a full window are spikes; none if not all losses are known."""
+        assert self.spike_sigmas is not None
+        median = jnp.median(losses)  # NaN if one is
+        deviation = _SIGMAS_PER_MAD * jnp.median(jnp.abs(losses - median))
+        return losses > median + self.spike_sigmas * deviation
 
 
 class AnomalyRecords:
@@ -89,7 +119,7 @@ class AnomalyRecords:
           action: the policy's reaction.
 
         Returns:
-          The record, with 'loss', 'grad_norm' and the 'path' of the JSON file.
+          The record, with 'loss', 'grad_norm', 'update_norm' and the 'path' of the JSON file.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         size = self._stream.batch_size
@@ -102,6 +132,7 @@ class AnomalyRecords:
             "data_step": data_step,
             "loss": values.get("loss"),
             "grad_norm": values.get("grad_norm"),
+            "update_norm": values.get("update_norm"),
             "action": action,
             "documents": self._stream.documents(data_step, 0, size),
         }

@@ -2,7 +2,7 @@
 
 The loop counts three things: `step`, updates attempted, `skipped`, attempted updates that were dropped,
 and `data_step`, batches drawn from the stream. Step and data step differ only after a rollback has
-skipped a window of data; a checkpoint records all three.
+skipped a window of data; a checkpoint records all three, and the sums of the metrics since the last row.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm.auto import tqdm
 
 from trainers.anomaly import Anomaly, AnomalyRecords
@@ -24,15 +25,16 @@ from trainers.signals import StopRequest
 from trainers.step import TrainStep
 from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.metric_writers import MetricWriter
-from trainers.telemetry.metrics import LateFetch, add, divide
+from trainers.telemetry.metrics import LateFetch
 from trainers.telemetry.profiler import ProfilerWindow
+from trainers.telemetry.window import Window
 from trainers.train_state import TrainState
 
 _log = logging.getLogger(__name__)
 
 
 class AnomalousStepError(RuntimeError):
-    """A non-finite or spiking loss ended the run; its batch and step are saved."""
+    """A bad step ended the run (see `Anomaly`); its batch and step are saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,12 @@ class Loop:
         self._late = LateFetch()
         self._data_steps: dict[int, int] = {}  # step -> data_step of steps not yet observed
         self._warm = False
-        self._window: Any = None  # metrics summed since the last written row
+        self._window = Window()
+        self._window.restore(counts.get("window"))
         self._window_start = (self.step, 0.0)
-        self._newest: dict[str, float] = {}  # the last written averages
         self._rate = 0.0
-        self._bad_in_a_row = 0
-        self._rollbacks = 0
+        self._bad_in_a_row = counts.get("bad_in_a_row", 0)
+        self._rollbacks = counts.get("rollbacks", 0)
         if self._rolls_back and self.outputs.checkpointer is None:
             raise ValueError("Anomaly.action = 'rollback' needs a checkpointer.")
 
@@ -141,14 +143,12 @@ class Loop:
             unit="step",
             disable=jax.process_index() != 0,
         )
-        if (
-            self._rolls_back
-            and self.outputs.checkpointer
-            and not self.outputs.checkpointer.all_steps()
-        ):
-            self._save({})  # somewhere to go back to before the first checkpoint is due
         try:
-            self._run_hooks(self._first_hooks())
+            values = self._run_hooks(self._first_hooks())
+            if self._rolls_back and not self.interrupted:
+                assert self.outputs.checkpointer is not None  # see __post_init__
+                if not self.outputs.checkpointer.all_steps():
+                    self._save(values)  # to go back to before the first checkpoint is due
             while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 bar.set_postfix(self._postfix(), refresh=False)
@@ -181,7 +181,7 @@ class Loop:
         last = self.step == self.schedule.total_steps
         save = last or self.interrupted or self.step % self.schedule.checkpoint_period == 0
         save = save and self.outputs.checkpointer is not None
-        if due or save or last:
+        if due or save or last or self.interrupted:
             with self.outputs.goodput.measure("step"):  # it waits for the update
                 late = self._late.flush()
             if not self._observe(late):
@@ -191,6 +191,9 @@ class Loop:
             values |= self._run_hooks([hook for hook in self.hooks if hook not in due])
         if self.outputs.checkpointer is not None and (save or self.interrupted or self.ended):
             self._save(values)
+        if self.interrupted and not (last or self._ends_window(self.step)):
+            # A last look, written after the save: the run that goes on writes the whole window's row in its place.
+            self._write_row(self.step, self.data_step)
 
     @property
     def ended(self) -> bool:
@@ -217,7 +220,7 @@ class Loop:
         for hook in due:
             try:
                 with self.outputs.goodput.measure("evaluation"):
-                    values = hook(self.step, self.state, self._newest) or {}
+                    values = hook(self.step, self.state, self._window.newest) or {}
             except HookInterruptedError:
                 self.interrupted = True
                 break
@@ -252,24 +255,30 @@ class Loop:
             return True
         step, fetched = late
         data_step = self._data_steps.pop(step)
-        if float(fetched.get("anomaly", (0.0, 1.0))[0]):
-            self.skipped += 1
-            if not self._handle_anomaly(step, data_step, fetched):
+        dropped = bool(fetched.get("anomaly", (0.0, 1.0))[0])
+        # Only the optimiser can make such an update of a finite gradient. It is in the state already, since a step that
+        # waited for this norm would need a copy of the parameters; but no such state is saved.
+        finite = np.isfinite(fetched.get("update_norm", (0.0, 1.0))[0])
+        if dropped or not (finite or self.anomaly is None):
+            self.skipped += dropped
+            if not self._handle_anomaly(step, data_step, fetched, dropped):
                 return False
         else:
             self._bad_in_a_row = 0
-            self._window = add(self._window, fetched)
-        # Not the first step of a continued run: its rows equal those of an uninterrupted run.
-        stopping = self.interrupted and step == self.step
-        last = self.schedule.total_steps
-        if step % self.schedule.log_period == 0 or step in (1, last) or stopping:
+            self._window.add(fetched)
+        if self._ends_window(step) or step == self.schedule.total_steps:
             self._write_row(step, data_step + 1)
+        if self._ends_window(step):
+            self._window.clear()
         return True
 
+    def _ends_window(self, step: int) -> bool:
+        # Not the first or last step of a start: rows must not depend on where a run was cut.
+        return step == 1 or step % self.schedule.log_period == 0
+
     def _write_row(self, step: int, batches: int) -> None:
-        """Writes the averages of the window that ends with `step`, and begins the next."""
-        self._newest = divide(self._window or {}, {"source_loss": self.stream.source_names})
-        self._window = None
+        """Writes the averages of the window so far."""
+        averages = self._window.average({"source_loss": self.stream.source_names})
         (since, before), now = self._window_start, self._busy()
         if step > since and now > before:
             self._rate = (step - since) * self.feed.units / (now - before)
@@ -277,7 +286,7 @@ class Loop:
         host = dict(self.outputs.row_metrics(step - self.skipped, batches, self._rate))
         if self.skipped:
             host["skipped_updates"] = self.skipped
-        self.outputs.writer.write(step, {**self._newest, **host, **self.outputs.goodput.metrics()})
+        self.outputs.writer.write(step, {**averages, **host, **self.outputs.goodput.metrics()})
 
     def _busy(self) -> float:
         """Seconds spent training so far: steps, and waiting for batches or making them."""
@@ -288,23 +297,34 @@ class Loop:
     def _rolls_back(self) -> bool:
         return self.anomaly is not None and self.anomaly.action == "rollback"
 
-    def _handle_anomaly(self, step: int, data_step: int, fetched: Any) -> bool:
-        """Applies the policy; False if the loop was rolled back."""
+    def _handle_anomaly(self, step: int, data_step: int, fetched: Any, dropped: bool) -> bool:
+        """Applies the policy; False if the loop was rolled back.
+
+        Args:
+          step: the bad step.
+          data_step: its batch.
+          fetched: its metrics.
+          dropped: whether its update was dropped; if not, skipping would come too late.
+        """
         assert self.anomaly is not None
         record = self._anomalies.record(step, data_step, fetched, self.anomaly.action)
         self.outputs.writer.write(step, {"anomaly": 1.0})
         self._bad_in_a_row += 1
-        if self.anomaly.action == "skip" and self._bad_in_a_row <= self.anomaly.max_skips:
+        if (
+            dropped
+            and self.anomaly.action == "skip"
+            and self._bad_in_a_row <= self.anomaly.max_skips
+        ):
             _log.warning("step %d: loss %s; its update was dropped.", step, record["loss"])
             return True
         if self._rolls_back and self._rollbacks < self.anomaly.max_skips:
             self._roll_back(step, data_step, record["loss"])
             return False
         raise AnomalousStepError(
-            f"Step {step} (batch {data_step}) had loss {record['loss']} and gradient norm "
-            f"{record['grad_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
+            f"Step {step} (batch {data_step}) had loss {record['loss']}, gradient norm {record['grad_norm']} "
+            f"and update norm {record['update_norm']}, and Anomaly.action = {self.anomaly.action!r} ends the run "
             f"({self._bad_in_a_row} bad steps in a row, {self._rollbacks} rollbacks). Its update was "
-            f"not applied; its batch and documents are in {record['path']}. To continue, bind "
+            f"{'not applied' if dropped else 'not finite, and no later state is saved'}; its batch and documents are in {record['path']}. To continue, bind "
             "anomaly.Anomaly.action = 'skip' or 'rollback' (or a larger max_skips), or start in another "
             "MODEL_DIR from the last checkpoint with a lower learning rate."
         )
@@ -326,7 +346,7 @@ class Loop:
         self._rollbacks += 1
         self.state, self.step, self.data_step = restored.state, restored.step, data_step + 1
         self.skipped = restored.meta.get("skipped", 0)
-        self._window = None
+        self._window.restore(restored.meta.get("window"))
         self._window_start = (self.step, self._busy())
 
     def _save(self, hook_metrics: Mapping[str, float]) -> None:
@@ -340,15 +360,18 @@ class Loop:
                     **self.outputs.checkpoint_meta(self.step - self.skipped, self.data_step),
                     "data_step": self.data_step,
                     "skipped": self.skipped,
+                    "bad_in_a_row": self._bad_in_a_row,
+                    "rollbacks": self._rollbacks,
+                    "window": self._window.state(),
                     "hooks_left_out": self.interrupted and bool(self._due()),
                 },
-                metrics={**self._newest, **hook_metrics},
+                metrics={**self._window.newest, **hook_metrics},
             )
 
     def _postfix(self) -> dict[str, str]:
         shown = {}
-        if "loss" in self._newest:
-            shown["loss"] = f"{self._newest['loss']:.3f}"
+        if "loss" in self._window.newest:
+            shown["loss"] = f"{self._window.newest['loss']:.3f}"
         if self._rate:
             shown[f"{self.outputs.unit}/s"] = f"{self._rate:,.0f}"
         return shown

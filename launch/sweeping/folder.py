@@ -202,9 +202,8 @@ class SweepFolder:
     def newest(self, name: str) -> dict[str, float]:
         """Returns the newest step and loss that a run has written; empty before the first."""
         for line in reversed(tail(self.directory(name) / "metrics.jsonl").splitlines()):
-            with contextlib.suppress(
-                ValueError
-            ):  # a partial line, at the cut or still being written
+            # A partial line, at the cut or still being written, or a damaged one.
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 if "loss" in (row := json.loads(line)):
                     return {"step": row["step"], "loss": restored(row["loss"])}
         return {}

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from trainers.telemetry.metric_writers import read_jsonl
+from trainers.telemetry.metrics import measures_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -39,10 +40,9 @@ def flags(train, path, *bindings):
 
 def numbers(path):
     """What was logged and does not depend on the clock, by step."""
-    timed = ("time", "tokens_per_second", "model_flops_per_second")
     found = {}
     for row in read_jsonl(f"{path}/metrics.jsonl"):
-        kept = {k: v for k, v in row.items() if k not in timed and not k.startswith("time/")}
+        kept = {k: v for k, v in row.items() if not measures_time(k)}
         found.setdefault(row["step"], {}).update(kept)
     return found
 

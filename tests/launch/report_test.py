@@ -55,6 +55,13 @@ def test_what_a_rollback_gave_up_is_left_out(tmp_path):
     assert found == [(2, 9.0), (4, 9.0), (6, 5.0)]
 
 
+def test_a_damaged_file_is_one_clear_error(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 9.0}\n{"step": 2, "lo\xe9s": 8.0}\n')
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"{path} is damaged: line 2 is not a row" in capsys.readouterr().err
+
+
 def test_a_directory_that_is_no_run(tmp_path, capsys):
     assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "metrics.jsonl does not exist" in capsys.readouterr().err

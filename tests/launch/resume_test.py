@@ -14,12 +14,14 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from tensorboardX.proto import event_pb2
 
 from trainers import signals
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.state_tree import flatten
 from trainers.optim import schedules
 from trainers.telemetry.metric_writers import read_jsonl
+from trainers.telemetry.metrics import measures_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -43,12 +45,28 @@ def digests(path, step):
 
 def rows(path):
     """What was logged and does not depend on the clock, by step."""
-    timed = ("time", "tokens_per_second", "model_flops_per_second")
     found = {}
     file = f"{path}/metrics.jsonl"
     for row in read_jsonl(file) if os.path.exists(file) else ():
-        kept = {k: v for k, v in row.items() if k not in timed and not k.startswith("time/")}
+        kept = {k: v for k, v in row.items() if not measures_time(k)}
         found.setdefault(row["step"], {}).update(kept)
+    return found
+
+
+def points(path):
+    """What TensorBoard shows and does not depend on the clock: (step, name) -> value."""
+    found = {}
+    for file in sorted((pathlib.Path(path) / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        # Records: length, its checksum, event, its checksum; a killed process leaves half of one.
+        while len(data) >= 12 and len(data) >= 16 + (length := int.from_bytes(data[:8], "little")):
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                found = {key: value for key, value in found.items() if key[0] < event.step}
+            for value in event.summary.value:
+                if not measures_time(value.tag):
+                    found[event.step, value.tag] = value.simple_value
     return found
 
 
@@ -101,6 +119,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(train, whole,
     assert re.search(r"start +step (\d+) from ", result.out), result.out
     assert digests(tmp_path, 24) == digests(whole, 24)
     assert rows(tmp_path) == rows(whole)
+    assert points(tmp_path) == points(whole)
     facts = json.loads((tmp_path / "run.json").read_text())
     assert len(facts["earlier"]) >= 2  # of the first start only if it came to train
 
@@ -148,12 +167,8 @@ def test_a_requested_stop_between_two_checkpoints_goes_on_exactly(
     monkeypatch.undo()
     assert "step 7 from" in run(train, tmp_path).out
     assert digests(tmp_path, 24) == digests(whole, 24)
-    found, want = rows(tmp_path), rows(whole)
-    assert sorted({*found, 8}) == sorted({*want, 7})
-    # Only the row that the stop has cut in two differs.
-    assert {s: r for s, r in found.items() if s not in (7, 8)} == {
-        s: r for s, r in want.items() if s != 8
-    }
+    assert rows(tmp_path) == rows(whole)
+    assert points(tmp_path) == points(whole)
 
 
 def test_damaged_and_half_written_checkpoints_are_passed_over_and_said(
@@ -176,6 +191,34 @@ def test_damaged_and_half_written_checkpoints_are_passed_over_and_said(
     assert (saved / "10.aside").exists()
     assert digests(tmp_path, 24) == digests(whole, 24)
     assert rows(tmp_path) == rows(whole)
+
+
+def test_damaged_metrics_are_said_set_aside_and_go_on_where_they_are_good(
+    train, whole, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 11)
+    run(train, tmp_path, status=75)
+    monkeypatch.undo()
+    file = tmp_path / "metrics.jsonl"
+    before = rows(tmp_path)
+    assert max(before) == 11
+    # A digit of the last row before step 8, which the checkpoint of step 4 does not confirm.
+    lines = file.read_bytes().splitlines(keepends=True)
+    number = next(i for i, line in enumerate(lines) if b'"step": 6' in line)
+    at = lines[number].index(b'"loss": ') + 10
+    digit = b"1" if lines[number][at : at + 1] != b"1" else b"2"
+    lines[number] = lines[number][:at] + digit + lines[number][at + 1 :]
+    file.write_bytes(b"".join(lines))
+    run(train, tmp_path)
+    said = [r.getMessage() for r in caplog.records if "metrics.jsonl" in r.getMessage()]
+    assert len(said) == 1 and "the rows after step 4 up to step 10 are lost" in said[0]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(lines)
+    assert digests(tmp_path, 24) == digests(whole, 24)
+    assert rows(tmp_path) == {s: r for s, r in rows(whole).items() if s <= 4 or s > 10}
+    file.unlink()
+    caplog.clear()
+    run(train, tmp_path)
+    assert "metrics.jsonl is missing: the rows up to step 24 are lost" in caplog.text
 
 
 @pytest.fixture

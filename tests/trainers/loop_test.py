@@ -5,6 +5,7 @@ import errno
 import glob
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -19,13 +20,14 @@ from trainers.anomaly import STATISTICS, Anomaly
 from trainers.batches import Prefetcher, global_batch
 from trainers.checkpoints import checkpoint, step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.restore import Restored
+from trainers.checkpoints.restore import Restored, restore_state
 from trainers.evaluate import Evaluation
 from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from trainers.objectives.base import LossOut
 from trainers.signals import StopRequest
 from trainers.step import make_train_step
 from trainers.telemetry.goodput import Goodput
+from trainers.telemetry.metrics import measures_time
 from trainers.telemetry.profiler import ProfilerWindow
 from trainers.train_state import TrainState
 
@@ -120,10 +122,10 @@ def make_loop(
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=REPLICATED), state
     )
-    first, data_step, skipped = 0, 0, 0
-    if checkpointer is not None and (restored := checkpointer.restore_latest(abstract)):
-        state, first = restored.state, restored.step
-        data_step, skipped = restored.meta["data_step"], restored.meta["skipped"]
+    first, counts = 0, {"data_step": 0, "skipped": 0}
+    restored = checkpointer.restore_latest(abstract) if checkpointer is not None else None
+    if restored is not None:
+        state, first, counts = restored.state, restored.step, restored.meta
     stream = stream or Rows()
     settings = {
         "total_steps": total,
@@ -149,8 +151,7 @@ def make_loop(
         return kind(**{name: settings.pop(name) for name in names})
 
     meta = {
-        "data_step": data_step,
-        "skipped": skipped,
+        **counts,
         "hooks_left_out": settings.pop("hooks_left_out", False),
     }
     source = settings.pop("source", "run")
@@ -363,7 +364,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
         loop.run()
 
 
-@pytest.mark.parametrize("saves", [6, 100])
+@pytest.mark.parametrize("saves", [4, 6, 100])
 def test_rollback_skips_the_window_and_equals_a_clean_run_without_it(tmp_path, saver, saves):
     policy = Anomaly(action="rollback")
     loop = make_loop(
@@ -375,7 +376,7 @@ def test_rollback_skips_the_window_and_equals_a_clean_run_without_it(tmp_path, s
         checkpoint_period=saves,
     )
     state = loop.run()
-    back_to = 6 if saves == 6 else 0  # without a checkpoint yet, to the start
+    back_to = saves if saves < 8 else 0  # without a checkpoint yet, to the start
     skipped = tuple(range(back_to, 8))
     clean = make_loop(tmp_path, stream=Rows(skipped=skipped), total=12, anomaly=policy,
                       checkpointer=Checkpointer(tmp_path / "clean"))  # fmt: skip
@@ -384,7 +385,7 @@ def test_rollback_skips_the_window_and_equals_a_clean_run_without_it(tmp_path, s
     assert loop.outputs.writer.having("skipped_batches") == [(8, len(skipped))]
     assert loop.data_step == 12 + len(skipped)
     # The rows after the return are those of the clean run.
-    again = 2 if saves == 6 else 5  # of steps 9 and 12, or of 1, 3, 6, 9 and 12
+    again = {4: 3, 6: 2, 100: 5}[saves]  # of steps 6, 9 and 12, without the first, or with 1 and 3
     assert (
         loop.outputs.writer.having("loss")[-again:] == clean.outputs.writer.having("loss")[-again:]
     )
@@ -411,6 +412,40 @@ def test_rollback_at_a_step_that_saves_saves_nothing_bad(tmp_path, saver):
     assert loop.data_step == 10 + 4
     assert saver.all_steps() == [0, 4, 8, 10]
     assert saver.restore_latest(loop.abstract_state).meta["data_step"] == 14
+
+
+@pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
+def test_no_state_after_a_non_finite_update_is_saved(tmp_path, saver, action):
+    """Of finite loss and gradient, as an optimiser's division may make it."""
+    policy = Anomaly(action=action)
+    compiled, _ = train_step(policy, False)
+    broken_once = iter([True])
+
+    def step(state, batch):
+        state, metrics = compiled(state, batch)
+        if int(state.step) == 4 and next(broken_once, False):
+            state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+            metrics = {**metrics, "update_norm": (jnp.asarray(jnp.nan), metrics["update_norm"][1])}
+        return state, metrics
+
+    settings = {"anomaly": policy, "checkpointer": saver, "checkpoint_period": 2, "total": 8}
+    loop = make_loop(tmp_path, train_step=step, **settings)
+    if action == "rollback":
+        state = loop.run()
+        assert loop.outputs.writer.having("rollback_to") == [(4, 2)]
+        clean = make_loop(tmp_path, stream=Rows(skipped=(2, 3)), total=8, anomaly=policy,
+                          checkpointer=Checkpointer(tmp_path / "clean"))  # fmt: skip
+        assert_bits(state, clean.run())
+    else:
+        with pytest.raises(
+            AnomalousStepError, match="Its update was not finite, and no later state is saved"
+        ):
+            loop.run()
+        saver.wait()
+        assert saver.all_steps() == [2]
+    for saved in saver.all_steps():
+        kept = restore_state(saver.step_path(saved), loop.abstract_state).state
+        assert np.isfinite(kept.params["w"]).all()
 
 
 def test_a_spike_counts_as_bad(tmp_path, saver):
@@ -459,6 +494,78 @@ def test_sigterm_saves_and_a_restart_equals_the_uninterrupted_run(tmp_path, save
     assert_bits(second.run(), want)
     rows = [*first.outputs.writer.having("loss"), *second.outputs.writer.having("loss")]
     assert rows == whole.outputs.writer.having("loss")
+
+
+def timeless(rows):
+    return [(s, {k: v for k, v in row.items() if not measures_time(k)}) for s, row in rows]
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_rows_after_a_kill_at_any_update_are_those_of_the_whole_run(tmp_path, saver, action):
+    settings = {
+        "stream": Rows({4: np.nan, 7: np.nan}),
+        "total": 10,
+        "anomaly": Anomaly(action=action),
+        "row_metrics": lambda updates, batches, rate: {"updates": updates},
+        "checkpoint_period": 1,
+    }
+    whole = make_loop(tmp_path, checkpointer=saver, **settings)
+    want = whole.run()
+
+    def metrics(path):
+        return step_dir.read_record(path)["metrics"]
+
+    for step in (1, 4, 5, 7, 8):
+        folder = tmp_path / f"from_{step}"
+        shutil.copytree(saver.step_path(step), folder / str(step))
+        with Checkpointer(folder, keep_last=None) as own:
+            again = make_loop(tmp_path, checkpointer=own, **settings)
+            assert again.step == step
+            assert_bits(again.run(), want)
+            later = [(s, row) for s, row in whole.outputs.writer.rows if s > step]
+            assert timeless(again.outputs.writer.rows) == timeless(later)
+            for s in range(step + 1, 11):
+                assert metrics(own.step_path(s)) == metrics(saver.step_path(s))
+
+
+def test_rows_of_a_run_stopped_between_two_of_them_are_those_of_the_whole_run(tmp_path, saver):
+    class AtFive:
+        def reached(self, step):
+            return step == 5
+
+    rates = {"row_metrics": lambda *counts: {}}
+    whole = make_loop(tmp_path, **rates)
+    whole.run()
+    first = make_loop(tmp_path, checkpointer=saver, stop=AtFive(), **rates)
+    first.run()
+    second = make_loop(tmp_path, checkpointer=saver, **rates)
+    second.run()
+    # The last look of the stop is no part of what the checkpoint confirms.
+    rows = [*first.outputs.writer.rows[:-1], *second.outputs.writer.rows]
+    assert timeless(rows) == timeless(whole.outputs.writer.rows)
+
+
+def test_a_checkpoint_without_sums_goes_on(tmp_path, saver):
+    make_loop(tmp_path, checkpointer=saver, checkpoint_period=4, total=4).run()
+    old = make_loop(tmp_path, checkpointer=saver)
+    restored = saver.restore_latest(old.abstract_state)
+    meta = {name: restored.meta[name] for name in ("data_step", "skipped", "hooks_left_out")}
+    again = make_loop(tmp_path, checkpointer=saver)
+    again.__post_init__(dataclasses.replace(restored, meta=meta))
+    again.run()
+    found, _ = by_hand(Rows(), 6)
+    pairs = [found[i]["loss"] for i in (4, 5)]
+    want = sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
+    assert dict(again.outputs.writer.having("loss"))[6] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_run_may_begin_or_cease_to_judge_spikes(tmp_path, saver):
+    """The losses of the first window are in the checkpoints of some policies only, and of its size."""
+    policies = [{}, {"spike_sigmas": 50.0, "window": 4}, {"spike_sigmas": 50.0, "window": 8}, {}]
+    for total, policy in enumerate(policies, 1):
+        loop = make_loop(tmp_path, checkpointer=saver, anomaly=Anomaly(**policy), total=2 * total)
+        state = loop.run()
+        assert int(state.variables[STATISTICS]["count"]) == 2 * total
 
 
 def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(tmp_path, saver):

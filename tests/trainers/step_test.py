@@ -187,6 +187,52 @@ def test_a_spike_before_the_window_is_full_is_not_judged():
         assert bool(good)
 
 
+def judged(anomaly, losses):
+    """The verdicts on losses in turn, and the statistics after them."""
+    statistics, verdicts = anomaly.init(), []
+    for loss in losses:
+        good, statistics = anomaly.judge(statistics, jnp.asarray(loss), jnp.asarray(1.0))
+        verdicts.append(bool(good))
+    return verdicts, statistics
+
+
+@pytest.mark.parametrize("spikes", [(0,), (3,), (5,), (0, 2, 7)], ids=str)
+def test_spikes_in_the_first_window_do_not_hide_later_ones(spikes):
+    losses = np.random.default_rng(1).normal(5.8, 0.1, 24).astype(np.float32)
+    anomaly = Anomaly(spike_sigmas=8.0, window=8)
+    want = judged(anomaly, np.delete(losses, spikes)[: 8 - len(spikes)])[1]
+    losses[list(spikes)] *= 50
+    losses[[8, 17]] *= 50  # of those one is the first to be judged
+    verdicts, statistics = judged(anomaly, losses)
+    assert [i for i, good in enumerate(verdicts) if not good] == [8, 17]
+    after = judged(anomaly, losses[:8])[1]
+    for name in ("mean", "variance"):
+        assert float(after[name]) == pytest.approx(float(want[name]), rel=1e-3)
+    assert int(statistics["count"]) == 22
+
+
+@pytest.mark.parametrize("losses", ["level", "falling"])
+def test_a_first_window_without_spikes_has_its_plain_statistics(losses):
+    noise = np.random.default_rng(2).normal(0, 0.1, 16).astype(np.float32)
+    values = noise + (5.8 if losses == "level" else np.linspace(5.8, 3.0, 16, dtype=np.float32))
+    statistics = judged(Anomaly(spike_sigmas=8.0, window=16), values)[1]
+    plain = judged(Anomaly(window=16), values)[1]
+    for name in ("mean", "variance", "count"):
+        assert statistics[name] == plain[name]
+    assert "gathered" not in plain
+
+
+def test_unknown_losses_of_the_first_window_leave_the_plain_statistics():
+    """A run that goes on from a checkpoint without them has NaN in their places."""
+    anomaly = Anomaly(spike_sigmas=8.0, window=4)
+    _, statistics = judged(anomaly, (5.0, 250.0))
+    statistics["gathered"] = jnp.full(4, jnp.nan)
+    for loss in (5.0, 5.0):
+        good, statistics = anomaly.judge(statistics, jnp.asarray(loss), jnp.asarray(1.0))
+        assert bool(good)
+    assert float(statistics["mean"]) == pytest.approx(66.25)
+
+
 def test_statistics_are_mean_and_variance():
     anomaly = Anomaly(window=100)
     statistics = anomaly.init()

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from etils import epath
 
-from trainers.anomaly import STATISTICS
+from trainers.anomaly import GATHERED, STATISTICS
 from trainers.checkpoints import state_tree, step_dir
-from trainers.checkpoints.array_files import read_verified
+from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -89,6 +89,19 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
         )
 
 
+def _unknown_losses(saved: dict[str, Any], wanted: state_tree.Flat) -> state_tree.Flat:
+    """Takes the losses of the first window out of both if they differ; returns unknown ones where they are wanted.
+
+    A run may change its `Anomaly` when it goes on, and checkpoints of earlier versions have no such losses.
+    """
+    name = f"variables/{STATISTICS}/{GATHERED}"
+    there, here = saved.get(name), wanted.get(name)
+    if there is not None and here is not None and str(there) == describe(here):
+        return {}
+    saved.pop(name, None)
+    return {} if wanted.pop(name, None) is None else {name: _filled(here, np.nan)}
+
+
 def restore_state(
     path: str | os.PathLike, abstract_state: Any, *, expected_meta: Mapping[str, Any] | None = None
 ) -> Restored:
@@ -108,8 +121,11 @@ def restore_state(
         record = step_dir.read_record(step, recorded)
         _check_meta(step, record["meta"], expected_meta or {})
         wanted = state_tree.flatten(abstract_state)
-        _check_same_arrays(step, recorded.arrays, wanted)
-        state = state_tree.unflatten(read_verified(step, recorded, wanted), abstract_state)
+        saved = dict(recorded.arrays)
+        unknown = _unknown_losses(saved, wanted)
+        _check_same_arrays(step, saved, wanted)
+        arrays = {**read_verified(step, recorded, wanted), **unknown}
+        state = state_tree.unflatten(arrays, abstract_state)
         return Restored(**record, state=state, path=step)
 
     return step_dir.newest_good(path, read)
@@ -183,7 +199,9 @@ def _restore_variables(
             new = restart(new)
         first = record["step"] if initial.scope == "state" else 0
         new = _at_step(new, first) if first else new
-        return Restored(step=first, state=new, meta=record["meta"], path=step, source="initial")
+        # Sums of the old model's metrics do not belong into a row of the new one.
+        meta = {key: value for key, value in record["meta"].items() if key != "window"}
+        return Restored(step=first, state=new, meta=meta, path=step, source="initial")
 
     assert initial.path is not None
     return step_dir.newest_good(initial.path, read)
@@ -214,8 +232,10 @@ def _at_step(state: Any, step: int) -> Any:
     return state.replace(step=_filled(state.step, step), opt_state=opt_state)
 
 
-def _filled(tree: Any, value: int) -> Any:
-    def fill(array: jax.Array) -> jax.Array:
-        return jax.device_put(np.full(array.shape, value, array.dtype), array.sharding)
+def _filled(tree: Any, value: float) -> Any:
+    def fill(array: Any) -> jax.Array:
+        whole = np.full(array.shape, value, array.dtype)
+        # Unlike device_put, it does not compare the values of processes, where NaN would differ from itself.
+        return jax.make_array_from_callback(array.shape, sharding_of(array), lambda i: whole[i])
 
     return jax.tree.map(fill, tree)

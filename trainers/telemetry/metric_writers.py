@@ -1,6 +1,7 @@
 """Writers of metrics: JSON lines, TensorBoard, Weights & Biases."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -8,11 +9,16 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+from trainers.telemetry import marks as marks_lib
+from trainers.telemetry.marks import Mark
 
 # A flush of an event file waits for the disk, so it is not done for every event.
 _FLUSH_SECONDS = 10
+
+MARKS = "metrics_file"  # key in a checkpoint's meta: the marks of metrics.jsonl
 
 _log = logging.getLogger(__name__)
 
@@ -21,11 +27,16 @@ class WriterError(ValueError):
     """A metric writer cannot be used as configured, or cannot write any more."""
 
 
+class DamagedRowsError(ValueError):
+    """A line of a JSON-lines file is not a row."""
+
+
 class MetricWriter(Protocol):
     """Writes the scalars of steps; a step may be written several times.
 
     Steps decrease only after a rollback, a row with `rollback_to`: earlier rows of later steps belong to discarded
-    updates.
+    updates. A writer may have a method `sync`, which is called before each checkpoint: it puts on disk what a run that
+    goes on from there will not write again, and returns facts to record with the checkpoint (JSON).
     """
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -41,19 +52,38 @@ class JsonlWriter:
     can only truncate the last line.
     """
 
-    def __init__(self, path: str, *, first_step: int | None = None):
-        """Opens the file to continue with `first_step`; lines of that step and later steps are dropped."""
+    def __init__(
+        self,
+        path: str,
+        *,
+        first_step: int | None = None,
+        marks: Sequence[Sequence[int]] | None = None,
+    ):
+        """Opens the file to continue it; what cannot be continued is copied to `<path>.damaged`, with a warning.
+
+        Args:
+          path: the file.
+          first_step: lines of that step and later steps are dropped; None for none.
+          marks: in its place, the marks in the checkpoint that the run continues from: the file is verified, and
+            what was written after them is dropped.
+        """
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        if first_step is not None and os.path.exists(path):
-            lines = [(json.loads(line), line) for line in _whole_lines(path)]
-            # Apply rollbacks before dropping lines: a `rollback_to` row may itself be dropped.
-            earlier = [line for row, line in _in_force(lines) if row["step"] < first_step]
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in earlier)
-            os.replace(f"{path}.tmp", path)
         self._path = path
+        self._marks = [Mark(*mark) for mark in marks or ()]
+        if marks is not None:
+            self._marks = _cut_to_marks(path, self._marks)
+        elif first_step is not None and os.path.exists(path):
+            _cut_to_step(path, first_step)
         # Unbuffered, so that `close` does not fail again on data that could not be written.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._end = self._marks[-1] if self._marks else _end_of(path)
+
+    def sync(self) -> dict[str, Any]:
+        """Returns `MARKS`: length and checksum of the file now and at earlier calls, as JSON."""
+        with _written(self._path):
+            os.fsync(self._file.fileno())
+        self._marks = marks_lib.with_mark(self._marks, self._end)
+        return {MARKS: [list(dataclasses.astuple(mark)) for mark in self._marks]}
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": int(step), "time": round(time.time(), 3)}
@@ -62,14 +92,58 @@ class JsonlWriter:
         with _written(self._path):
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end = self._end.after(int(step), line)
 
     def close(self) -> None:
         self._file.close()
 
 
+def _end_of(path: str) -> Mark:
+    with open(path, "rb") as file:
+        return marks_lib.EMPTY.after(0, file.read())
+
+
+def _cut_to_marks(path: str, marks: Sequence[Mark]) -> list[Mark]:
+    """Shortens the file to its last mark, or to the last one that is good; returns the marks up to there."""
+    good = marks_lib.last_good(path, marks)
+    if marks and good != marks[-1]:
+        first = f"after step {good.step} " if good.size else ""
+        lost = f"the rows {first}up to step {marks[-1].step} are lost"
+        if os.path.exists(path):
+            aside = marks_lib.copy_aside(path)
+            _log.warning("%s is damaged: %s (see %s). The run goes on.", path, lost, aside)
+        else:
+            _log.warning("%s is missing: %s. The run goes on.", path, lost)
+    marks_lib.cut(path, good.size)
+    return [mark for mark in marks if mark.size <= good.size]
+
+
+def _cut_to_step(path: str, first_step: int) -> None:
+    """Drops rows of `first_step` and later, and lines that are not rows."""
+    rows, bad = [], []
+    for number, line in _whole_lines(path):
+        if (row := _metrics_of(line)) is None:
+            bad.append(str(number))
+        else:
+            rows.append((row, line))
+    if bad:
+        aside = marks_lib.copy_aside(path)
+        text = "%s is damaged: line %s is lost (see %s). The run goes on."
+        _log.warning(text, path, ", ".join(bad), aside)
+    # Apply rollbacks before dropping lines: a `rollback_to` row may itself be dropped.
+    earlier = [line for row, line in _in_force(rows) if row["step"] < first_step]
+    with open(f"{path}.tmp", "wb") as file:
+        file.writelines(earlier)
+    os.replace(f"{path}.tmp", path)
+
+
 def rows_in_force(path: str) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file without the rows that a rollback discarded."""
-    return [row for row, _ in _in_force([(row, None) for row in read_jsonl(path)])]
+    """Returns the rows of a metrics file without the rows that a rollback discarded.
+
+    Raises:
+      DamagedRowsError: a line is not a row of metrics.
+    """
+    return [row for row, _ in _in_force([(row, None) for row in _read(path, _metrics_of)])]
 
 
 def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, Any]]:
@@ -82,13 +156,50 @@ def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, 
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics file, without a truncated last line."""
-    return [restored(json.loads(line)) for line in _whole_lines(path)]
+    """Returns the rows of a JSON-lines file, without a truncated last line.
+
+    Raises:
+      DamagedRowsError: a line is not a JSON object.
+    """
+    return _read(path, _row_of)
 
 
-def _whole_lines(path: str) -> list[str]:
-    with open(path, encoding="utf-8") as file:
-        return [line[:-1] for line in file if line.endswith("\n") and line.strip()]
+def _read(path: str, parse: Callable[[bytes], dict[str, Any] | None]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in _whole_lines(path):
+        if (row := parse(line)) is None:
+            raise DamagedRowsError(
+                f"{path} is damaged: line {number} is not a row. Take the file from a copy, or remove the line. "
+                "(A run that is started again repairs its own metrics.jsonl.)"
+            )
+        rows.append(row)
+    return rows
+
+
+def _whole_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields (number, line) without empty lines, and without the beginning of a row at the end."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            half = not line.endswith(b"\n") and line.startswith(b"{")
+            if line.strip() and not half:
+                yield number, line
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """Returns the JSON object of a line, or None."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # text that is not UTF-8 is a ValueError too
+        return None
+    return restored(row) if isinstance(row, dict) else None
+
+
+def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    """Returns a row of metrics, whose values are numbers, or None."""
+    row = _row_of(line)
+    if row is None or not isinstance(row.get("step"), int):
+        return None
+    return row if all(isinstance(value, int | float) for value in row.values()) else None
 
 
 def jsonable(value: Any) -> Any:
@@ -111,7 +222,7 @@ def restored(value: Any) -> Any:
 
 
 class TensorBoardWriter:
-    """Writes event files for TensorBoard; hides earlier points of `first_step` and later steps.
+    """Writes event files for TensorBoard; hides the points that earlier files have of `first_step` and later steps.
 
     Events are written in the calling thread: tensorboardX's thread dies when the disk is full, and the loop would
     wait for it forever.
@@ -130,7 +241,7 @@ class TensorBoardWriter:
         self._records = RecordWriter(self._path)
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
-        if first_step:
+        if first_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add(step=first_step, session_log=start)
 
@@ -144,6 +255,12 @@ class TensorBoardWriter:
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self._flushed = time.monotonic()
                 self._records.flush()
+
+    def sync(self) -> dict[str, Any]:
+        """Writes out the points in memory."""
+        with _written(self._path):
+            self._records.flush()
+        return {}
 
     def close(self) -> None:
         try:
@@ -196,6 +313,11 @@ class MultiWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self._writers:
             writer.write(step, values)
+
+    def sync(self) -> dict[str, Any]:
+        """Returns the facts of all writers that have `sync`."""
+        parts = [writer.sync() for writer in self._writers if hasattr(writer, "sync")]
+        return {name: value for part in parts for name, value in part.items()}
 
     def close(self) -> None:
         for writer in self._writers:

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import sys
 import types
 
@@ -62,6 +63,128 @@ def test_a_restart_after_a_rollback_does_not_bring_back_what_was_given_up(tmp_pa
     again.close()
     rows = metric_writers.rows_in_force(path)
     assert [(row["step"], row["loss"]) for row in rows] == [(4, 1.0), (5, 2.0), (6, 3.0)]
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """A file with rows of steps 1 to 8 and a checkpoint at every second one; the marks in those of 6 and 8."""
+    path = str(tmp_path / "metrics.jsonl")
+    writer, marks = metric_writers.JsonlWriter(path, marks=()), {}
+    for step in range(1, 9):
+        writer.write(step, {"loss": step / 7})
+        if step % 2 == 0:
+            marks[step] = json.loads(json.dumps(writer.sync()[metric_writers.MARKS]))
+    writer.close()
+    return path, marks[6], marks[8]
+
+
+def steps_of(path):
+    return [row["step"] for row in metric_writers.read_jsonl(path)]
+
+
+def test_a_run_that_goes_on_keeps_the_bytes_up_to_its_checkpoint(marked, caplog):
+    path, at_6, _ = marked
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    with open(path, "ab") as file:
+        file.write(b'{"step": 9, "lo')
+    writer = metric_writers.JsonlWriter(path, marks=at_6)
+    writer.write(7, {"loss": 0.5})
+    again = writer.sync()[metric_writers.MARKS]
+    writer.close()
+    with open(path, "rb") as file:
+        assert file.readlines()[:-1] == lines[:6]
+    assert again[:-1] == at_6 and steps_of(path) == [1, 2, 3, 4, 5, 6, 7]
+    assert not caplog.records
+    metric_writers.JsonlWriter(path, marks=again).close()
+    assert not caplog.records and steps_of(path) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def flip_digit(data):
+    at = data.index(b"0.7142")  # of step 5
+    return data[: at + 3] + b"2" + data[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (flip_digit, 4),
+        (lambda data: data[: data.index(b'"step": 4') + 5], 2),
+        (lambda data: data.replace(b"\n", b"\xff\n", 3), 0),
+        (lambda data: bytes(len(data)), 0),
+        (lambda data: b"", 0),
+        (lambda data: data.replace(b"0.", b"1."), 0),
+        (lambda data: data[: data.index(b'{"step": 7')] + b"\n" + data[-9:], 6),
+        (None, 0),
+    ],
+    ids=["digit", "cut", "not UTF-8", "zeroes", "empty", "another run's", "a row lost", "deleted"],
+)
+def test_a_damaged_file_is_said_set_aside_and_continued_where_it_is_good(
+    marked, caplog, damage, left
+):
+    path, _, at_8 = marked
+    with open(path, "rb") as file:
+        data = file.read()
+    if damage is None:
+        os.unlink(path)
+    else:
+        with open(path, "wb") as file:
+            file.write(damage(data))
+    writer = metric_writers.JsonlWriter(path, marks=at_8)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert path in message and "\n" not in message
+    assert (
+        f"after step {left} up to step 8 are lost" if left else "up to step 8 are lost"
+    ) in message
+    assert steps_of(path) == list(range(1, left + 1))
+    if damage is not None:
+        with open(f"{path}.damaged", "rb") as file:
+            assert file.read() == damage(data)
+    writer.write(9, {"loss": 1.0})
+    marks = writer.sync()[metric_writers.MARKS]
+    writer.close()
+    caplog.clear()
+    metric_writers.JsonlWriter(path, marks=marks).close()
+    assert not caplog.records and steps_of(path) == [*range(1, left + 1), 9]
+
+
+def test_a_second_damage_does_not_replace_the_copy_of_the_first(marked):
+    path, _, at_8 = marked
+    for content in (b"one", b"two"):
+        with open(path, "wb") as file:
+            file.write(content)
+        metric_writers.JsonlWriter(path, marks=at_8).close()
+    for name, content in (("damaged", b"one"), ("damaged1", b"two")):
+        with open(f"{path}.{name}", "rb") as file:
+            assert file.read() == content
+
+
+def test_checkpoints_of_a_long_run_hold_few_marks(tmp_path):
+    path = str(tmp_path / "metrics.jsonl")
+    writer = metric_writers.JsonlWriter(path, marks=())
+    for step in range(1, 301):
+        writer.write(step, {})
+        marks = writer.sync()[metric_writers.MARKS]
+        assert len(marks) <= 64 and marks[-1][:2] == [step, os.path.getsize(path)]
+    writer.close()
+    metric_writers.JsonlWriter(path, marks=marks).close()
+    assert steps_of(path) == list(range(1, 301))
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "loss": 0.\xff}\n', b"\0\0\0\0", b"7\n", b'{"a": 1}\n',
+                                  b'{"step": 2, "loss": "x"}\n'])  # fmt: skip
+def test_a_line_that_is_no_row_is_one_clear_error_and_left_out_without_marks(
+    tmp_path, line, caplog
+):
+    path = str(tmp_path / "metrics.jsonl")
+    with open(path, "wb") as file:
+        file.write(b'{"step": 1, "loss": 0.5}\n' + line)
+    with pytest.raises(metric_writers.DamagedRowsError, match=r"metrics.jsonl is damaged: line 2"):
+        metric_writers.rows_in_force(path)
+    metric_writers.JsonlWriter(path, first_step=4).close()
+    assert "line 2 is lost" in caplog.text and os.path.exists(f"{path}.damaged")
+    assert metric_writers.rows_in_force(path) == [{"step": 1, "loss": 0.5}]
 
 
 def test_tensorboard_writes_event_files(tmp_path):

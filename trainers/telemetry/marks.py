@@ -1,0 +1,75 @@
+"""Marks of a file that only grows: its length and checksum at some moments, to verify it when a run goes on.
+
+Each checkpoint holds the marks up to its step. Whatever the file has after the last mark was written later.
+"""
+
+import dataclasses
+import itertools
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+
+# More marks are thinned to every other one: the older the rows, the more of them one damage loses.
+_MOST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A state of the file.
+
+    Attributes:
+      step: step of its last row.
+      size: length in bytes.
+      crc: CRC-32 of all of them.
+    """
+
+    step: int = 0
+    size: int = 0
+    crc: int = 0
+
+    def after(self, step: int, data: bytes) -> "Mark":
+        """Returns the mark of the file with `data` added, a row of `step`."""
+        return Mark(step, self.size + len(data), zlib.crc32(data, self.crc))
+
+
+EMPTY = Mark()
+
+
+def with_mark(marks: Sequence[Mark], mark: Mark) -> list[Mark]:
+    """Returns the marks with a new last one, thinned if there are many."""
+    more = [*(m for m in marks if m.size < mark.size), mark]
+    return more if len(more) <= _MOST else more[::-2][::-1]
+
+
+def last_good(path: str, marks: Sequence[Mark]) -> Mark:
+    """Returns the last mark up to which the file's bytes are those marked; EMPTY if there is no such one, or no file."""
+    good = EMPTY
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            for mark in marks:
+                if good.after(mark.step, file.read(mark.size - good.size)) != mark:
+                    break
+                good = mark
+    return good
+
+
+def cut(path: str, size: int) -> None:
+    """Shortens a file to its first bytes, atomically; without a file it creates an empty one."""
+    data = b""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            data = file.read(size)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def copy_aside(path: str) -> str:
+    """Copies a damaged file to a name that is free, `<path>.damaged` or that with a number; returns it."""
+    names = (f"{path}.damaged{number or ''}" for number in itertools.count())
+    aside = next(name for name in names if not os.path.exists(name))
+    shutil.copyfile(path, f"{aside}.tmp")
+    os.replace(f"{aside}.tmp", aside)
+    return aside
