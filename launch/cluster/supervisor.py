@@ -52,13 +52,11 @@ def supervise() -> int | None:
             return facts["status"]
         if os.environ.get("ESPALIER_TRACEBACK") == "1":
             sys.stderr.buffer.write(relay.fatal)
-        reason = (
+        lost = (
             "process 0 of this run, its coordinator, is lost: it has ended, or cannot be reached."
         )
-        print(
-            f"\nerror: {reason} {peers.advice(facts.get('run'), peers.START_AGAIN)}",
-            file=sys.stderr,
-        )
+        advice = peers.advice(facts.get("run"), peers.START_AGAIN)
+        print(f"\nerror: {facts.get('joining') or f'{lost} {advice}'}", file=sys.stderr)
         return peers.START_AGAIN
     return 128 - status  # as a shell reports a signal
 
