@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.text import spelling
 from launch import environment
+from launch.cluster import peers, supervisor
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -84,12 +85,22 @@ def main(
 
     def call() -> Any:
         if argv is None:
+            if flags.coordinator_address and (status := supervisor.supervise()) is not None:
+                return status
             environment.restart_with_huge_pages()
         environment.prepare()
         environment.check_packages()
-        environment.join_processes(
-            flags.coordinator_address, flags.process_count, flags.process_index
-        )
+        with peers.joined(
+            flags.coordinator_address,
+            flags.process_count,
+            flags.process_index,
+            initialization_timeout=flags.initialization_timeout,
+            heartbeat_timeout=flags.heartbeat_timeout,
+            status_of=lambda error: USAGE_ERROR if _meant_for_people(error) else 1,
+        ):
+            return start_work()
+
+    def start_work() -> Any:
         from launch.config import gin_config
 
         defaults = list(default_files(flags)) if default_files else []
@@ -160,7 +171,7 @@ def status_of(call: Callable[[], Any]) -> int:
         if not _meant_for_people(error):
             raise
         _report(error)
-        return USAGE_ERROR
+        return INTERRUPTED if isinstance(error, peers.JoinError) else USAGE_ERROR
     if type(result) is int:
         return result
     interrupted = isinstance(result, Mapping) and result.get("interrupted")
@@ -286,6 +297,20 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     )
     processes.add_argument("--process_count", type=int, metavar="N", help="number of processes")
     processes.add_argument("--process_index", type=int, metavar="I", help="this one, from 0")
+    processes.add_argument(
+        "--initialization_timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="time to wait for all processes to start (300)",
+    )
+    processes.add_argument(
+        "--heartbeat_timeout",
+        type=int,
+        default=100,
+        metavar="SECONDS",
+        help="time without a sign of life after which a process counts as lost, and all others end (100)",
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[str]]:

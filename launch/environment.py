@@ -91,24 +91,3 @@ def _thp_available() -> bool:
             return "[never]" not in file.read()
     except OSError:
         return False
-
-
-def join_processes(
-    coordinator_address: str | None, process_count: int | None, process_index: int | None
-) -> None:
-    """Connects the processes of one run; does nothing for a single process.
-
-    Args:
-      coordinator_address: HOST:PORT of process 0, or 'auto' to let jax detect everything from the
-        cluster (TPU pods, SLURM, Open MPI); None for a single process.
-      process_count: number of processes.
-      process_index: index of this process, from 0.
-    """
-    if coordinator_address is None:
-        return
-    import jax
-
-    if coordinator_address == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(coordinator_address, process_count, process_index)

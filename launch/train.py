@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from launch.cluster import peers
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
@@ -114,6 +115,7 @@ def train(
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
         stack.enter_context(contextlib.closing(run))
+        peers.note_run(run.path)
         parent = phase.find_parent(run.checkpoints, initial)
         data = open_data(
             program,

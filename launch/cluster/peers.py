@@ -1,0 +1,217 @@
+"""The processes of one run: each joins the others, watches whether they live, and ends with a reason when one is lost.
+
+A process that has lost another can neither go on nor save. It ends with status 75 (start all processes again), or with
+the status of the other process if that ended with an error (starting again would not help).
+
+JAX aborts a process whose coordinator, process 0, is gone; that is what launch/cluster/supervisor.py is for.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+START_AGAIN = os.EX_TEMPFAIL  # 75
+# A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.
+STATUS_FILE = "ESPALIER_STATUS_FILE"
+
+_KEYS = "espalier"  # prefix of the keys in the coordinator's store
+_FOREVER_MS = 24 * 3600 * 1000
+
+
+class JoinError(RuntimeError):
+    """The processes of a run did not come together."""
+
+
+class Peers:
+    """The other processes of this process's run.
+
+    Args:
+      address: of the coordinator, for messages.
+      timeout: seconds without a sign of life after which a process counts as lost.
+    """
+
+    def __init__(self, address: str, timeout: int):
+        import jax
+        from jax._src import (
+            distributed,  # the store and the list of live processes have no public names
+        )
+
+        self._client: Any = distributed.global_state.client
+        self._address, self._timeout = address, timeout
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._done = threading.Event()
+        self._client.key_value_set(self._key("host", self._index), platform.node())
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def _key(self, kind: str, index: int) -> str:
+        return f"{_KEYS}/{kind}/{index}"
+
+    def _watch(self) -> None:
+        """Ends this process when another is lost."""
+        pause = min(2.0, self._timeout / 4)
+        while not self._done.wait(pause):
+            try:
+                # All live processes meet in this call, so it returns at most `timeout` seconds after one is lost.
+                live = self._client.get_live_nodes(list(range(self._count)))
+            except Exception:  # noqa: BLE001 (the coordinator is gone: JAX aborts this process)
+                return
+            lost = sorted(set(range(self._count)) - set(live))
+            if lost and not self._done.is_set():
+                self._end(lost[0], pause)
+
+    def _end(self, lost: int, pause: float) -> NoReturn:
+        status, reason = self._reason_of(lost)
+        print(f"\nerror: {reason} {advice(_read_status().get('run'), status)}", file=sys.stderr)
+        _write_status(status=status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._index == 0:
+            time.sleep(2 * pause)  # the others learn of the loss from this process
+        os._exit(status)  # threads of JAX wait for the lost process
+
+    def _reason_of(self, lost: int) -> tuple[int, str]:
+        """Returns the status to end with, and a sentence about a lost process."""
+        host = self._stored("host", lost)
+        name = f"process {lost} of {self._count}{f' on {host}' if host else ''}"
+        if ended := self._stored("ended", lost):
+            status, message = json.loads(ended)
+            return status, f"{name} has ended with status {status}: {message}"
+        return START_AGAIN, (
+            f"{name} is lost: it has ended, hangs, or cannot be reached, and gave no sign of life for {self._timeout} s."
+        )
+
+    def _stored(self, kind: str, index: int) -> str | None:
+        with contextlib.suppress(Exception):  # the key is not there
+            return self._client.key_value_try_get(self._key(kind, index))
+        return None
+
+    def leave(self) -> None:
+        """Waits for the others at the end of the work, and leaves; the coordinator leaves last."""
+        import jax
+
+        self._client.wait_at_barrier(
+            f"{_KEYS}/end", _FOREVER_MS
+        )  # `_watch` ends it if a process is lost
+        self._done.set()
+        self._thread.join(self._timeout)
+        if self._index == 0:
+            # Returns once all others have left or are lost.
+            self._client.get_live_nodes(list(range(self._count)))
+        jax.distributed.shutdown()
+
+    def fail(self, error: BaseException, status: int) -> None:
+        """Tells the others why this process ends, or ends it with the reason if another is lost.
+
+        Args:
+          error: the error.
+          status: exit status of this process; 1 for an error that may come from the loss of another process.
+        """
+        if status == 1 and isinstance(error, RuntimeError | ValueError | OSError):
+            self._thread.join(self._timeout + 10)  # `_watch` ends this process if it finds a loss
+        message = str(error).strip().partition("\n")[0][:500] or type(error).__name__
+        with contextlib.suppress(Exception):  # the coordinator may be gone
+            self._client.key_value_set(
+                self._key("ended", self._index), json.dumps([status, message])
+            )
+            self._client.wait_at_barrier(f"{_KEYS}/failed", 5000)  # all may have the same error
+        self._done.set()
+
+
+@contextlib.contextmanager
+def joined(
+    address: str | None,
+    count: int | None,
+    index: int | None,
+    *,
+    initialization_timeout: int,
+    heartbeat_timeout: int,
+    status_of: Callable[[BaseException], int],
+) -> Iterator[None]:
+    """Context manager: connects the processes of one run; does nothing for a single process.
+
+    Args:
+      address: HOST:PORT of process 0, or 'auto' to let jax detect everything from the cluster (TPU pods, SLURM,
+        Open MPI); None for a single process.
+      count: number of processes.
+      index: index of this process, from 0.
+      initialization_timeout: seconds to wait for the other processes.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+      status_of: exit status of this process after an error.
+
+    Raises:
+      JoinError: not all processes came in time.
+    """
+    if address is None:
+        yield
+        return
+    import jax
+
+    # Without this, JAX aborts all processes when one is lost, with no word on which.
+    jax.config.update("jax_enable_recoverability", True)
+    arguments = () if address == "auto" else (address, count, index)
+    late = (
+        f"the processes of this run did not come together at {address} within {initialization_timeout} s. Start "
+        f"{count or 'all'} processes with the same --coordinator_address, and --process_index from 0; "
+        "--initialization_timeout waits longer."
+    )
+    _write_status(joining=late)  # JAX may abort this process
+    try:
+        jax.distributed.initialize(
+            *arguments,
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except RuntimeError as error:
+        raise JoinError(late) from error
+    _write_status(joining=None)
+    peers = Peers(address, heartbeat_timeout)
+    try:
+        yield
+    except BaseException as error:
+        peers.fail(error, status_of(error))
+        raise
+    peers.leave()
+
+
+def note_run(path: str) -> None:
+    """Notes the directory of this process's run, for messages about lost processes."""
+    _write_status(run=path)
+
+
+def advice(run: str | None, status: int) -> str:
+    """Returns sentences on the newest checkpoint of a run and on what to do after a loss."""
+    if status != START_AGAIN:
+        return "Starting again would end in the same way: mend the cause first."
+    return f"{_newest(run)}To go on, start all processes again with the same command."
+
+
+def _newest(run: str | None) -> str:
+    from trainers.checkpoints import step_dir
+
+    if run is not None:
+        with contextlib.suppress(Exception):  # no checkpoint, or none that can be read
+            for step in step_dir.candidates(run):
+                step_dir.read_manifest(step)
+                return f"The newest good checkpoint is {step}. "
+        return f"{run} has no checkpoint yet. "
+    return ""
+
+
+def _read_status() -> dict[str, Any]:
+    with contextlib.suppress(KeyError, OSError, ValueError), open(os.environ[STATUS_FILE]) as file:
+        return json.load(file)
+    return {}
+
+
+def _write_status(**facts: Any) -> None:
+    if path := os.environ.get(STATUS_FILE):
+        content = json.dumps({**_read_status(), **facts})
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content)

@@ -1,0 +1,110 @@
+"""Runs one process of a run of several as a child, and gives a reason when JAX aborts it.
+
+JAX aborts a process whose coordinator (process 0) is gone, with the stacks of its own threads. The supervisor
+replaces them by one message, and the signal by an exit status that says whether to start again.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import IO
+
+from launch.cluster import peers
+
+# Messages of JAX's coordination service: about other processes, which launch/cluster/peers.py watches.
+_NOISE = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ coordination_service|\[Gloo\] Rank \d+ is connected")
+_FATAL = re.compile(rb"F\d{4} .*JAX distributed service")
+_SET_PDEATHSIG = 1
+
+
+def supervise() -> int | None:
+    """Runs this process's command again as a child and returns its exit status; returns None in the child."""
+    if peers.STATUS_FILE in os.environ:
+        return None
+    with tempfile.NamedTemporaryFile(prefix="espalier_", suffix=".json") as file:
+        environment = {**os.environ, peers.STATUS_FILE: file.name}
+        sys.stdout.flush()
+        child = subprocess.Popen(
+            [sys.executable, *sys.orig_argv[1:]],
+            env=environment,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that Ctrl-C comes once, from here
+            preexec_fn=_die_with_parent,
+        )
+        assert child.stderr is not None
+        relay = _Relay(child.stderr)
+        with _signals_to(child):
+            status = child.wait()
+            relay.thread.join()
+        with contextlib.suppress(ValueError):
+            facts = json.loads(file.read() or b"{}")
+    if status >= 0:
+        return status
+    if status == -signal.SIGABRT and relay.fatal:
+        if "status" in facts:  # the work was done before the coordinator left
+            return facts["status"]
+        if os.environ.get("ESPALIER_TRACEBACK") == "1":
+            sys.stderr.buffer.write(relay.fatal)
+        lost = (
+            "process 0 of this run, its coordinator, is lost: it has ended, or cannot be reached."
+        )
+        advice = peers.advice(facts.get("run"), peers.START_AGAIN)
+        print(f"\nerror: {facts.get('joining') or f'{lost} {advice}'}", file=sys.stderr)
+        return peers.START_AGAIN
+    return 128 - status  # as a shell reports a signal
+
+
+class _Relay:
+    """Copies a child's stderr to this process's, except the messages of JAX's coordination service.
+
+    Attributes:
+      fatal: the message with which JAX aborted the child, with its stacks.
+    """
+
+    def __init__(self, source: IO[bytes]):
+        self.fatal = b""
+        self._source = source
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+        self.thread.start()
+
+    def _copy(self) -> None:
+        rest = b""
+        while chunk := os.read(self._source.fileno(), 1 << 16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._line(line + b"\n")
+            if rest.startswith(b"\r"):  # a progress bar has no end of line
+                self._line(rest)
+                rest = b""
+        self._line(rest)
+
+    def _line(self, line: bytes) -> None:
+        if self.fatal or _FATAL.match(line):
+            self.fatal += line
+        elif not _NOISE.match(line):
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+
+
+@contextlib.contextmanager
+def _signals_to(child: subprocess.Popen):
+    """Context manager: signals to this process go to the child."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {n: signal.signal(n, lambda number, _: child.send_signal(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,157 @@
+"""When one process of a run is lost, the others end in time, with one message and a status that says what to do."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.cluster import supervisor
+from launch.environment import ROOT
+
+pytestmark = pytest.mark.multiprocess
+
+TIMEOUT = 5  # seconds without a sign of life
+PROGRAM = '''
+"""Exchanges numbers."""
+
+import os
+import time
+
+
+def exchange(*, rounds: int = 100000, failing: int = -1):
+    import jax
+    from jax.experimental import multihost_utils
+
+    from launch.cluster import peers
+    from launch.run.load_run import LoadError
+
+    peers.note_run("/no/such/run")
+    for number in range(rounds):
+        if number == 3 and jax.process_index() == failing:
+            raise LoadError("the row is too long.")
+        multihost_utils.process_allgather(jax.numpy.float32(number))
+        print(os.getpid(), number, flush=True)
+        time.sleep(0.02)
+'''
+CODE = "from launch import cli; raise SystemExit(cli.main('Exchanges.', 'exchanging:exchange'))"
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Starts two processes that exchange numbers with these bindings; returns them, exchanging, with their own ids."""
+    (tmp_path / "exchanging.py").write_text(PROGRAM)
+    gin_file = tmp_path / "x.gin"
+    started = []
+
+    def start(*bindings):
+        head = "from __gin__ import dynamic_registration\nimport exchanging\n"
+        gin_file.write_text(head + "".join(f"exchanging.exchange.{b}\n" for b in bindings))
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flags = [f"--coordinator_address={address}", "--process_count=2", f"--gin_file={gin_file}"]
+        flags.append(f"--heartbeat_timeout={TIMEOUT}")
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+        started.extend(
+            subprocess.Popen(
+                [sys.executable, "-c", CODE, *flags, f"--process_index={index}"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        )
+        lines = (
+            next(x for x in process.stdout if " " in x and x[0].isdigit()) for process in started
+        )
+        return started, [int(line.split()[0]) for line in lines]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)]
+)
+def test_the_survivor_says_who_is_lost_and_to_start_again(pair, number, lost):
+    processes, ids = pair()
+    begun = time.monotonic()
+    os.kill(ids[lost], number)
+    _, error = processes[1 - lost].communicate(timeout=120)
+    seconds = time.monotonic() - begun
+    os.kill(ids[lost], signal.SIGKILL) if number == signal.SIGSTOP else None
+    assert processes[1 - lost].returncode == 75, error
+    assert seconds < TIMEOUT + 25  # on a busy machine; the time-out itself is TIMEOUT
+    [message] = [line for line in error.splitlines() if line.strip()]
+    assert message.startswith(f"error: process {lost} of {'2 on' if lost else 'this run'}")
+    assert message.endswith(
+        "/no/such/run has no checkpoint yet. To go on, start all processes again with the same command."
+    )
+    processes[lost].communicate(timeout=60)
+    assert (
+        processes[lost].returncode == 128 + signal.SIGKILL
+    )  # the supervisor reports its child's signal
+
+
+def test_an_error_of_one_process_is_the_others_reason_not_to_start_again(pair):
+    processes, _ = pair("failing = 1")
+    errors = [process.communicate(timeout=120)[1].strip() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert errors[1] == "error: the row is too long."
+    assert errors[0].startswith("error: process 1 of 2 on ")
+    assert (
+        "has ended with status 2: the row is too long. Starting again would end in the same way"
+        in errors[0]
+    )
+
+
+def test_all_end_well_together(pair):
+    processes, _ = pair("rounds = 5")
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert errors == ["", ""]
+
+
+def test_processes_that_do_not_come_are_named(tmp_path):
+    (tmp_path / "exchanging.py").write_text(PROGRAM)
+    flags = ("--coordinator_address=localhost:1", "--process_count=2", "--process_index=1")
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, *flags, "--initialization_timeout=3"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 75, result.stderr
+    [message] = [line for line in result.stderr.splitlines() if line.strip()]
+    assert "did not come together at localhost:1 within 3 s" in message
+    assert "Start 2 processes with the same --coordinator_address" in message
+
+
+def test_what_the_supervisor_hides_is_only_of_the_coordination_service(capfdbinary):
+    read, write = os.pipe()
+    relay = supervisor._Relay(os.fdopen(read, "rb"))
+    stamp = b"1127 15:30:53.217154   22478 "
+    shown = b"a line\n\rtrain: 1%\rtrain: 2%\nE" + stamp + b"cuda.cc:1] out of memory\n"
+    noise = b"E" + stamp + b"coordination_service_agent.cc:289] Polled an error\n"
+    fatal = (
+        b"F"
+        + stamp
+        + b"client.h:80] Terminating process because the JAX distributed service detected fatal errors.\n    @ 0x7f49\n"
+    )
+    with os.fdopen(write, "wb") as file:
+        for part in (shown, noise, fatal):
+            file.write(part)
+            file.flush()
+    relay.thread.join()
+    assert capfdbinary.readouterr().err == shown
+    assert relay.fatal == fatal
