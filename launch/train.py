@@ -60,6 +60,7 @@ def train(
     checkpointer: Callable[..., Checkpointer] = Checkpointer,
     initial: InitialCheckpoint = NEW_PARAMETERS,
     log_period: int = 10,
+    step_timeout: float | None = 600.0,
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[HookFactory] = (),
@@ -83,6 +84,7 @@ def train(
       checkpointer: factory, called with the directory.
       initial: the start of a run without checkpoints of its own.
       log_period: updates per row of metrics.
+      step_timeout: seconds without progress after which Python's stacks are written to standard error; the run goes on.
       writers: factories of further metric writers; called only in the process that writes, after all checks.
       profile: a window of steps to profile.
       hooks: factories of further hooks, called with (run=), a trainers.hooks.RunContext.
@@ -185,6 +187,7 @@ def train(
                 total_steps=data.total_steps,
                 log_period=log_period,
                 checkpoint_period=checkpoint_period,
+                step_timeout=step_timeout,
             ),
             outputs=Outputs(
                 folder=run.path,

@@ -27,6 +27,7 @@ from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.metric_writers import MetricWriter
 from trainers.telemetry.metrics import LateFetch
 from trainers.telemetry.profiler import ProfilerWindow
+from trainers.telemetry.watchdog import watching
 from trainers.telemetry.window import Window
 from trainers.train_state import TrainState
 
@@ -45,11 +46,13 @@ class Schedule:
       total_steps: updates at which to stop.
       log_period: updates between written metrics, which are averages over the period.
       checkpoint_period: updates between saves; the last update is always saved.
+      step_timeout: seconds without progress after which Python's stacks are written to standard error; None for never.
     """
 
     total_steps: int
     log_period: int
     checkpoint_period: int
+    step_timeout: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,9 @@ class Loop:
             unit="step",
             disable=jax.process_index() != 0,
         )
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close, bar)
+            progressed = stack.enter_context(watching(self.schedule.step_timeout))
             values = self._run_hooks(self._first_hooks())
             if self._rolls_back and not self.interrupted:
                 assert self.outputs.checkpointer is not None  # see __post_init__
@@ -151,17 +156,19 @@ class Loop:
                     self._save(values)  # to go back to before the first checkpoint is due
             while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
+                progressed()
                 bar.set_postfix(self._postfix(), refresh=False)
                 bar.update(self.step - bar.n)
-        finally:
-            bar.close()
-            self.feed.close()
-            if self.outputs.profiler is not None:
-                self.outputs.profiler.close()
         if self.outputs.checkpointer is not None:
             with self.outputs.goodput.measure("checkpoint"):
                 self.outputs.checkpointer.wait()
         return self.state
+
+    def _close(self, bar: tqdm) -> None:
+        bar.close()
+        self.feed.close()
+        if self.outputs.profiler is not None:
+            self.outputs.profiler.close()
 
     def _advance(self) -> None:
         """Makes one update and everything due after it."""

@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "INITIAL_MOMENTS", "INDICATORS_STOP", "MESH",
     "train.model_dir", "train.total_steps", "train.total_tokens", "train.eval_period",
     "train.eval_steps", "train.eval_tasks", "train.checkpoint_period", "train.checkpointer",
-    "train.log_period", "train.initial", "train.writers", "train.hooks", "hooks.named", "train.profile",
+    "train.log_period", "train.step_timeout", "train.initial", "train.writers", "train.hooks", "hooks.named", "train.profile",
     "InitialCheckpoint.path", "InitialCheckpoint.scope", "InitialCheckpoint.data",
     "InitialCheckpoint.transform", "InitialCheckpoint.moments",
     "Anomaly", "Checkpointer", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
