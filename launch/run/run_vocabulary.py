@@ -187,8 +187,8 @@ def gin_files(
       checkpoint: the run or one of its step directories.
       before: the gin files read before this one.
     """
-    texts = (pathlib.Path(gin_source.find(path, ()) or path).read_text("utf-8") for path in before)
-    if not any("%VOCABULARY" in text for text in texts):
+    texts = (pathlib.Path(gin_source.find(path, ()) or path).read_bytes() for path in before)
+    if not any(b"%VOCABULARY" in text for text in texts):
         return []
     digest = _intact_digest(folder)
     if digest is None or digest != _trained_digest(checkpoint):
