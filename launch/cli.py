@@ -373,7 +373,10 @@ def _text(error: BaseException) -> str:
             return f"{name} is not UTF-8 text ({where}): put an undamaged copy back, or convert it."
         hint = ": a path holds the character NUL" if str(error).startswith(_NUL) else ""
         return f"{str(error).rstrip()}{hint}"
-    names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+    names = [
+        os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
+    ]
+    names = names or list(filter(None, [_open_file(error)]))
     own = [f.f_code for f, _ in traceback.walk_tb(error.__traceback__) if _is_own(f)]
     file = os.path.relpath(own[-1].co_filename, environment.ROOT) if own else ""
     caller = f" ({own[-1].co_name} in {file})" if own else ""
@@ -383,9 +386,9 @@ def _text(error: BaseException) -> str:
 
 
 def _open_file(error: BaseException) -> str | None:
-    """Returns the name of the text file that was being read when an error was raised; None for no file."""
+    """Returns the name of the file that was being read or written when an error was raised, if it is known."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for value in frame.f_locals.values():
-            if isinstance(value, io.TextIOWrapper) and isinstance(value.name, str | os.PathLike):
-                return os.fspath(value.name)
+            if isinstance(value, io.IOBase) and isinstance(getattr(value, "name", None), str):
+                return value.name
     return None

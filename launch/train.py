@@ -29,6 +29,7 @@ import numpy as np
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
+from model.ranges import Size, Tokens
 from trainers import partitioning, signals
 from trainers.batches import Feed, Prefetcher, TrainStream
 from trainers.checkpoints.checkpoint import Checkpointer
@@ -47,17 +48,17 @@ def train(
     recipe: Recipe,
     model_dir: str,
     stream: Callable[..., TrainStream],
-    total_steps: int | None = None,
-    total_tokens: float | None = None,
+    total_steps: Size | None = None,
+    total_tokens: Tokens | None = None,
     tasks: Sequence[Callable[[], Any]] = (),
     eval_stream: Callable[..., EvalStream] | None = None,
     eval_tasks: Sequence[str] | None = None,
-    eval_period: int = 1000,
-    eval_steps: int | None = None,
-    checkpoint_period: int = 1000,
+    eval_period: Size = 1000,
+    eval_steps: Size | None = None,
+    checkpoint_period: Size = 1000,
     checkpointer: Callable[..., Checkpointer] = Checkpointer,
     initial: InitialCheckpoint = NEW_PARAMETERS,
-    log_period: int = 10,
+    log_period: Size = 10,
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[HookFactory] = (),
@@ -126,6 +127,11 @@ def train(
             of_prompts=rollouts is not None,
         )
         program.check_extras(lambda: data.identity(program))
+        if parent.step >= data.total_steps:
+            raise ValueError(
+                f"TRAIN_STEPS = {data.total_steps}, but INITIAL_SCOPE = 'state' continues at step {parent.step} "
+                f"of {parent.path}, so there is nothing to train: raise TRAIN_STEPS."
+            )
         program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
         _describe(run, program, data, parent)
 

@@ -148,7 +148,9 @@ def test_mistakes_with_paths_are_one_error_whoever_uses_them(
         except Exception as error:
             if not by_gin:
                 raise
-            gin_utils.augment_exception_message_and_reraise(error, "\n  In call to configurable 'x'")
+            gin_utils.augment_exception_message_and_reraise(
+                error, "\n  In call to configurable 'x'"
+            )
 
     assert cli.status_of(call) == cli.USAGE_ERROR
     error = capsys.readouterr().err

@@ -10,7 +10,6 @@ A commit writes one file, so it is atomic on local disks and object stores. A st
 manifest was interrupted and is removed; a step with neither has lost its manifest and counts as damaged.
 """
 
-import contextlib
 import itertools
 import json
 import logging

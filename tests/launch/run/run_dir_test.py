@@ -265,7 +265,9 @@ def test_an_entry_of_the_wrong_kind_or_without_permission_is_named(tmp_path, nam
     path.unlink() if is_folder else path.rmdir()
     path.mkdir() if is_folder else path.touch()
     monkeypatch.setattr(os, "access", lambda where, _: where != str(path))
-    with pytest.raises(RunDirectoryError, match=f"{re.escape(str(path))} cannot be read and written"):
+    with pytest.raises(
+        RunDirectoryError, match=f"{re.escape(str(path))} cannot be read and written"
+    ):
         run_dir.prepare(str(tmp_path), CONFIG)
     if name != ".lock":
         monkeypatch.undo()
