@@ -25,6 +25,7 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
@@ -98,18 +99,15 @@ def train(
     """
     goodput = Goodput(started=process_start() if started is None else started)
     # All checks that need no data come before any data are opened.
-    _check_lengths(
-        TRAIN_STEPS=total_steps,
-        TRAIN_TOKENS=total_tokens,
-        BATCH_SIZE=recipe.batch_size,
-        EVAL_PERIOD=eval_period,
-        EVAL_STEPS=eval_steps,
-        CHECKPOINT_PERIOD=checkpoint_period,
-        LOG_PERIOD=log_period,
-    )
+    if (total_steps is None) == (total_tokens is None):
+        raise ValueError(
+            f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens}: set one of them, and the "
+            "other to None."
+        )
     initial.check()
     program = recipe.program()
     program.check_extras()
+    _check_memory(program)
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
@@ -210,16 +208,21 @@ def train(
     return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}
 
 
-def _check_lengths(**numbers: float | None) -> None:
-    """Raises ValueError for numbers below 1, and unless exactly one of TRAIN_STEPS and TRAIN_TOKENS is set."""
-    steps, tokens = numbers["TRAIN_STEPS"], numbers["TRAIN_TOKENS"]
-    if (steps is None) == (tokens is None):
-        raise ValueError(
-            f"TRAIN_STEPS = {steps} and TRAIN_TOKENS = {tokens}: set one of them, and the other to None."
+def _check_memory(program: Program) -> None:
+    """Raises ValueError for a state that the devices cannot hold, before anything is compiled."""
+    need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
+    devices = list(program.mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        memory = psutil.virtual_memory().total * jax.process_count()
+    else:
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", need) * len(
+            devices
         )
-    bad = [f"{name} = {n}" for name, n in numbers.items() if n is not None and n < 1]
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
+    if need > memory:
+        raise ValueError(
+            f"Parameters and optimiser state need {need / 1e9:,.0f} GB, but there are {memory / 1e9:,.0f} GB on "
+            f"{len(devices)} devices: make the model smaller, or use more devices."
+        )
 
 
 def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phase.Parent) -> None:

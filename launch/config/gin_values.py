@@ -94,8 +94,8 @@ def mismatch(
 
 def has_range(annotation: Any) -> bool:
     """Returns whether an annotation declares a range for each of its numbers."""
-    if typing.get_origin(annotation) is Annotated:
-        return True
+    if typing.get_origin(annotation) in (Annotated, collections.abc.Callable):
+        return True  # no number is a function
     return annotation not in (int, float) and all(map(has_range, typing.get_args(annotation)))
 
 
@@ -104,14 +104,13 @@ def _wrong_reference(annotation: Any, reference: Reference, target: Target) -> s
     returned = target.value if inspect.isclass(target.value) else hints(target.value).get("return")
     classes = _classes(annotation)
     wanted = f"takes an object of {' or '.join(c.__name__ for c in classes)}"
+    known = classes and inspect.isclass(returned) and _is_own(returned)
+    if known and not any(_may_be(returned, kind) for kind in classes):
+        return f"{wanted}, not {reference!r}, which is of {returned.__name__}"
     if not reference.evaluate and (classes or _same_function(returned, annotation)):
         result = wanted if classes else "takes the function that it returns"
         return f"{result}, not {reference!r} itself: write @{reference.name}()"
-    if not classes or not inspect.isclass(returned) or not _is_own(returned):
-        return None
-    if any(_may_be(returned, kind) for kind in classes):
-        return None
-    return f"{wanted}, not {reference!r}, an object of {returned.__name__}"
+    return None
 
 
 def _same_function(returned: Any, annotation: Any) -> bool:
@@ -122,7 +121,7 @@ def _same_function(returned: Any, annotation: Any) -> bool:
 def _may_be(made: type, wanted: type) -> bool:
     """Returns whether an object of one class may be one of another; for a protocol, by its methods."""
     if getattr(wanted, "_is_protocol", False):
-        methods = [name for name, item in vars(wanted).items() if inspect.isfunction(item)]
+        methods = [name for name, _ in inspect.getmembers(wanted, inspect.isfunction)]
         return all(hasattr(made, name) for name in methods if not name.startswith("_"))
     return issubclass(made, wanted) or issubclass(wanted, made)
 

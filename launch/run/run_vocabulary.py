@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -25,6 +26,8 @@ from data.stream import rows
 from data.tokenizers import hf_tokenizer, spm_tokenizer, vocabularies
 from launch.config import gin_source
 from trainers.checkpoints import step_dir
+
+_log = logging.getLogger(__name__)
 
 MODEL = "vocabulary.model"
 RECORD = "vocabulary.json"
@@ -126,14 +129,23 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def load(*, folder: str):
-    """Returns the vocabulary that `save` wrote to a run's directory; raises FileNotFoundError if there is none."""
+    """Returns the vocabulary that `save` wrote to a run's directory.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: its record is damaged.
+    """
     record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
     path = os.path.join(folder, record["path"])
     if record["path"] == MODEL:
-        return vocabularies.from_file(path=path, extra_ids=record["extra_ids"])
-    return vocabularies.huggingface(
-        path=path, extra_ids=record["extra_ids"], special_in_text=record["special_in_text"]
-    )
+        vocabulary = vocabularies.from_file(path=path, extra_ids=record["extra_ids"])
+    else:
+        vocabulary = vocabularies.huggingface(
+            path=path, extra_ids=record["extra_ids"], special_in_text=record["special_in_text"]
+        )
+    if rows.vocabulary_digest(vocabulary) != record["digest"]:
+        raise ValueError(f"{os.path.join(folder, RECORD)} is damaged: put the run's copy back.")
+    return vocabulary
 
 
 def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str | None:
@@ -192,12 +204,30 @@ def gin_files(
         return []
     digest = _intact_digest(folder)
     if digest is None or digest != _trained_digest(checkpoint):
+        _warn_of_damage(folder, digest)
         return []
     handle, path = tempfile.mkstemp(prefix="vocabulary_", suffix=".gin")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(_GIN.format(folder=os.path.abspath(folder)))
     atexit.register(pathlib.Path(path).unlink, missing_ok=True)
     return [path]
+
+
+def _warn_of_damage(folder: str | os.PathLike, digest: str | None) -> None:
+    """Warns of a vocabulary in a run's directory that is not used, by the name of its file."""
+    record = _read_record(folder)
+    names = [name for name in (MODEL, TOKENIZER, RECORD) if pathlib.Path(folder, name).exists()]
+    if digest is not None:
+        problem = f"{RECORD} names another vocabulary than the checkpoint was trained with"
+    elif record is not None:
+        problem = (
+            f"{record['path']} is damaged or missing: it does not match its checksum in {RECORD}"
+        )
+    elif names:
+        problem = f"{RECORD} is damaged or missing, so {', '.join(names)} cannot be trusted"
+    else:  # a run without a vocabulary of its own
+        return
+    _log.warning("%s: %s. The vocabulary of the data is used instead.", folder, problem)
 
 
 def _intact_digest(folder: str | os.PathLike) -> str | None:
@@ -208,8 +238,10 @@ def _intact_digest(folder: str | os.PathLike) -> str | None:
 
 def _read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Returns vocabulary.json of a run's directory; None if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(pathlib.Path(folder, RECORD).read_bytes())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
+        if isinstance(record, dict) and {"path", "digest", "extra_ids", "files"} <= record.keys():
+            return record
     return None
 
 

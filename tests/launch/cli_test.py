@@ -113,6 +113,11 @@ def raising(error, cause=None):
     raise error from cause
 
 
+def fill(path):
+    with open(path, "wb", buffering=0) as file:
+        file.write(b"x")
+
+
 def undecodable(path):
     path.write_bytes(b"a\xffb")
     return path.read_text("utf-8")
@@ -131,7 +136,7 @@ def undecodable(path):
         (lambda p: (p / "a\0b").mkdir(), ["a path holds the character NUL"]),
         (lambda p: raising(PermissionError(13, "Permission denied", "/x")), ["/x: .*permissions"]),
         (lambda p: raising(RuntimeError("outer"), OSError(30, "Read-only", "/x")), ["/x: Read-only"]),
-        (lambda p: open("/dev/full", "wb", buffering=0).write(b"x"), ["No space .*Free some space"]),
+        (lambda p: fill("/dev/full"), ["/dev/full: No space .*Free some space"]),
         (lambda p: undecodable(p / "text"), ["text is not UTF-8 text .byte 1"]),
     ],
 )  # fmt: skip
@@ -166,7 +171,7 @@ def test_mistakes_with_paths_are_one_error_whoever_uses_them(
 def test_other_errors_are_bugs_also_after_a_mistake_with_a_path(bug):
     def call():
         try:
-            open("/none/at/all")
+            os.stat("/none/at/all")
         except OSError:
             raise bug from None
 
