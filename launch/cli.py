@@ -20,7 +20,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from data.text import spelling
 from launch import environment
@@ -329,8 +329,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
 
 def _reason(error: BaseException) -> BaseException | None:
     """Returns the error to report instead of `error`: itself or its cause; None for a bug."""
-    while error.__context__ is not None and type(error).__base__ is type(error.__context__):
-        error = error.__context__  # gin raises a copy, which has lost errno and the file's name
+    while _is_copy(error, error.__context__):  # without errno and the file's name
+        error = cast(BaseException, error.__context__)
     if _of_project(error):
         return error
     cause: BaseException | None = error
@@ -340,6 +340,12 @@ def _reason(error: BaseException) -> BaseException | None:
         cause = cause.__cause__
     unreadable = isinstance(error, UnicodeDecodeError) and _open_file(error)
     return error if unreadable or str(error).startswith(_NUL) else None
+
+
+def _is_copy(error: BaseException, of: BaseException | None) -> bool:
+    """Returns whether gin made an error of another one, to add the functions that it was calling."""
+    kind, base = type(error), type(of)
+    return kind.__base__ is base and kind.__qualname__ == base.__qualname__
 
 
 def _of_project(error: BaseException) -> bool:

@@ -212,12 +212,10 @@ def _check_memory(program: Program) -> None:
     """Raises ValueError for a state that the devices cannot hold, before anything is compiled."""
     need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
     devices = list(program.mesh.devices.flat)
-    if devices[0].platform == "cpu":
-        memory = psutil.virtual_memory().total * jax.process_count()
-    else:
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", need) * len(
-            devices
-        )
+    memory = psutil.virtual_memory().total * jax.process_count()
+    if devices[0].platform != "cpu":
+        statistics = jax.local_devices()[0].memory_stats() or {}
+        memory = statistics.get("bytes_limit", need) * len(devices)
     if need > memory:
         raise ValueError(
             f"Parameters and optimiser state need {need / 1e9:,.0f} GB, but there are {memory / 1e9:,.0f} GB on "
