@@ -51,6 +51,8 @@ _REMEDIES = {
     errno.EDQUOT: _FULL,
 }
 _NUL = "embedded null"  # how Python's errors about a path with this character begin
+# Flags for paths whose help text shows no DIR, FILE or PATH.
+_PATH_FLAGS = ("checkpoint", "inputs", "output", "out", "to", "problems", "solutions")
 _by_console = False  # whether the script `espalier` started this process
 
 
@@ -258,10 +260,23 @@ def papers_with(module: str) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"*/{module}.py"))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses an empty path, which would mean the working directory, or fail after the work."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            is_path = action.dest in _PATH_FLAGS or re.search("DIR|FILE|PATH", str(action.metavar))
+            values = getattr(parsed, action.dest, None)
+            if is_path and "" in (values if isinstance(values, list) else [values]):
+                self.error(f"argument {'/'.join(action.option_strings)}: the path is empty")
+        return parsed, rest
+
+
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
     """Returns a parser with a module's docstring as help text: the first line before the flags, the rest after them."""
     description, _, rest = doc.strip().partition("\n")
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program,
         usage=usage,
         description=description,
