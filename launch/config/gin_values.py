@@ -206,7 +206,7 @@ def _fits(value: Any, option: Any) -> bool:
     if isinstance(value, Macro) or (isinstance(value, Reference) and value.evaluate):
         return True
     if isinstance(option, _Object):
-        return isinstance(value, Reference)
+        return value is None or isinstance(value, Reference)  # None may stand for none bound
     if isinstance(option, _Sequence | _Mapping):
         kind = list | tuple if isinstance(option, _Sequence) else dict
         values = value.values() if isinstance(value, dict) else value

@@ -128,7 +128,7 @@ def takes(
         ("fixed", [(1.0, 5.0)], [(1.0, 0.0), (5.0, 1.0)]),
         ("number", [-5, 1e9], [float("inf")]),
         ("stream", [None], [3, "python"]),
-        ("schedule", [], [0.1, None, [1]]),
+        ("schedule", [None], [0.1, [1]]),
         ("anything", [float("nan"), {"a": [1]}], []),
     ],
 )
