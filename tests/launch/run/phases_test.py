@@ -198,8 +198,9 @@ def test_what_cannot_be_done_is_said_before_the_first_step(train, tmp_path, bind
             ["continues with the next batch of the same stream"],
         ),
         (
-            ["INITIAL_SCOPE='state'", "INITIAL_DATA='restart'", "TRAIN_STEPS=6"],
-            ["TRAIN_STEPS = 6", "continues at step", "nothing to train"],
+            ["initial.InitialCheckpoint.scope='state'", "initial.InitialCheckpoint.data='restart'"]
+            + [f"TRAIN_STEPS={LAST}"],
+            [f"TRAIN_STEPS = {LAST}", f"continues at step {LAST}", "nothing to train"],
         ),
         (
             ["local_text.open_stream.seed=1"],

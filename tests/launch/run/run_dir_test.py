@@ -277,7 +277,8 @@ def test_an_entry_of_the_wrong_kind_or_without_permission_is_named(tmp_path, nam
             run_dir.prepare(str(tmp_path), CONFIG)
 
 
-def test_a_flipped_bit_in_config_or_run_json_is_named_as_damage(tmp_path):
+def test_a_flipped_bit_in_config_or_run_json_is_named_as_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "describe_process", lambda: {"command": ["train"]})  # no git
     begin(tmp_path).close()
     for name, bit in ((n, b) for n in ("config.gin", "run.json") for b in (1, 7)):
         path = tmp_path / name
