@@ -36,6 +36,7 @@ CORE = [
     "safetensors>=0.5",
     "tokenizers>=0.21",
     "jinja2>=3.1",
+    "annotated-types>=0.7",
     "gguf>=0.17",
     "importlib_resources>=6",  # TFDS 4.9.10 uses it to build sets without declaring it
 ]

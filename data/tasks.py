@@ -14,6 +14,7 @@ from data.data_source import GeneratedSource
 from data.text import corpus as corpus_lib
 from data.text import spelling
 from data.text.sources import names
+from model.ranges import Positive
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
 _TASKS: dict[str, dict[str, Any]] = {}
@@ -26,8 +27,8 @@ def register_corpus(
     vocabulary: Any,
     corpus: corpus_lib.Corpus | None = None,
     sources: Sequence[str] = ("all",),
-    temperature: float = 1.0,
-    language_temperature: float = 3.0,
+    temperature: Positive = 1.0,
+    language_temperature: Positive = 3.0,
     add_bos: bool = False,
     add_eos: bool = True,
 ) -> None:

@@ -10,6 +10,7 @@ import argparse
 import ast
 import dataclasses
 import errno
+import io
 import linecache
 import os
 import pathlib
@@ -17,8 +18,9 @@ import re
 import runpy
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from data.text import spelling
 from launch import environment
@@ -31,6 +33,27 @@ OWN_PACKAGES = ("model", "trainers", "data", "launch")
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
 CONSOLE = "espalier"  # the script that runs every command
+# Errors of disks, which name no file when they happen in the middle of one.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+_FULL = "Free some space, or use another disk (ESPALIER_CACHE moves the caches), then start again"
+_REMEDIES = {
+    errno.ENOENT: "Check this path, and the targets of links in it",
+    errno.EACCES: "Change its permissions or those of its folder, or give another path",
+    errno.EPERM: "Change its permissions or those of its folder, or give another path",
+    errno.EROFS: "Give a path on a file system that can be written",
+    errno.ENOTDIR: "A part of this path is a file: give another path, or move the file",
+    errno.EISDIR: "A folder is in the place of a file: move it, or give another path",
+    errno.EEXIST: "Something else is in this place: move it, or give another path",
+    errno.ELOOP: "Its symbolic links lead in a circle: remove them, or give another path",
+    errno.ENAMETOOLONG: "Give a shorter path",
+    errno.EINVAL: "The file system does not take this name or request: give another path",
+    errno.EIO: "The disk or its network failed: start again, or use another disk",
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+}
+_NUL = "embedded null"  # how Python's errors about a path with this character begin
+# Flags for paths whose help text shows no DIR, FILE or PATH.
+_PATH_FLAGS = ("checkpoint", "inputs", "output", "out", "to", "problems", "solutions")
 _by_console = False  # whether the script `espalier` started this process
 
 
@@ -96,7 +119,7 @@ def main(
             flags.process_index,
             initialization_timeout=flags.initialization_timeout,
             heartbeat_timeout=flags.heartbeat_timeout,
-            status_of=lambda error: USAGE_ERROR if _meant_for_people(error) else 1,
+            status_of=lambda error: 1 if _reason(error) is None else USAGE_ERROR,
         ):
             return start_work()
 
@@ -168,7 +191,7 @@ def status_of(call: Callable[[], Any]) -> int:
     try:
         result = call()
     except Exception as error:
-        if not _meant_for_people(error):
+        if _reason(error) is None:
             raise
         _report(error)
         return INTERRUPTED if isinstance(error, peers.JoinError) else USAGE_ERROR
@@ -247,10 +270,23 @@ def papers_with(module: str) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"*/{module}.py"))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses an empty path, which would mean the working directory, or fail after the work."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            is_path = action.dest in _PATH_FLAGS or re.search("DIR|FILE|PATH", str(action.metavar))
+            values = getattr(parsed, action.dest, None)
+            if is_path and "" in (values if isinstance(values, list) else [values]):
+                self.error(f"argument {'/'.join(action.option_strings)}: the path is empty")
+        return parsed, rest
+
+
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:
     """Returns a parser with a module's docstring as help text: the first line before the flags, the rest after them."""
     description, _, rest = doc.strip().partition("\n")
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program,
         usage=usage,
         description=description,
@@ -330,23 +366,74 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[
     return flags, bindings
 
 
-def _meant_for_people(error: Exception) -> bool:
-    """Returns whether this project raised the error about its input; any other error is a bug."""
+def _reason(error: BaseException) -> BaseException | None:
+    """Returns the error to report instead of `error`: itself or its cause; None for a bug."""
+    while _is_copy(error, error.__context__):  # without errno and the file's name
+        error = cast(BaseException, error.__context__)
+    if _of_project(error):
+        return error
+    cause: BaseException | None = error
+    while cause is not None:  # libraries raise their own errors from those of the system
+        if isinstance(cause, OSError) and (cause.filename or cause.errno in _DISK_ERRORS):
+            return cause
+        cause = cause.__cause__
+    unreadable = isinstance(error, UnicodeDecodeError) and _open_file(error)
+    return error if unreadable or str(error).startswith(_NUL) else None
+
+
+def _is_copy(error: BaseException, of: BaseException | None) -> bool:
+    """Returns whether gin made an error of another one, to add the functions that it was calling."""
+    kind, base = type(error), type(of)
+    return kind.__base__ is base and kind.__qualname__ == base.__qualname__
+
+
+def _of_project(error: BaseException) -> bool:
+    """Returns whether this project raised the error about its input."""
     if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
         return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True  # whatever was writing
     if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
         return False
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    source = linecache.getline(frame.f_code.co_filename, line)
+    return _is_own(frame) and source.lstrip().startswith("raise ")
+
+
+def _is_own(frame: types.FrameType) -> bool:
     spec = frame.f_globals.get("__spec__")  # with its own name also if the module runs as __main__
-    own = spec is not None and spec.name.partition(".")[0] in OWN_PACKAGES
-    return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    return spec is not None and spec.name.partition(".")[0] in OWN_PACKAGES
 
 
-def _report(error: Exception) -> None:
+def _report(error: BaseException) -> None:
     if os.environ.get("ESPALIER_TRACEBACK") == "1":
         traceback.print_exception(error)
-    # Gin appends the functions that it was calling, which does not help after a typo.
-    message = str(error).partition("\n  In call to configurable ")[0].rstrip()
-    print(f"\nerror: {message}", file=sys.stderr)
+    error = _reason(error) or error
+    print(f"\nerror: {_text(error)}", file=sys.stderr)
+
+
+def _text(error: BaseException) -> str:
+    """Returns the message; for an error of the system, with the path, the caller and the remedy."""
+    if _of_project(error) or not isinstance(error, OSError):
+        if isinstance(error, UnicodeDecodeError) and (name := _open_file(error)):
+            where = f"byte {error.start}: {error.reason}"
+            return f"{name} is not UTF-8 text ({where}): put an undamaged copy back, or convert it."
+        hint = ": a path holds the character NUL" if str(error).startswith(_NUL) else ""
+        return f"{str(error).rstrip()}{hint}"
+    names = [
+        os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
+    ]
+    names = names or list(filter(None, [_open_file(error)]))
+    own = [f.f_code for f, _ in traceback.walk_tb(error.__traceback__) if _is_own(f)]
+    file = os.path.relpath(own[-1].co_filename, environment.ROOT) if own else ""
+    caller = f" ({own[-1].co_name} in {file})" if own else ""
+    remedy = _REMEDIES.get(error.errno or 0, "Check this path")
+    reason = f"{error.strerror or error}{caller}. {remedy}."
+    return f"{' -> '.join(names)}: {reason}" if names else reason
+
+
+def _open_file(error: BaseException) -> str | None:
+    """Returns the name of the file that was being read or written when an error was raised, if it is known."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in frame.f_locals.values():
+            if isinstance(value, io.IOBase) and isinstance(getattr(value, "name", None), str):
+                return value.name
+    return None

@@ -24,11 +24,13 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from launch.cluster import peers
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data
+from model.ranges import Positive, Size, Tokens
 from trainers import partitioning, signals
 from trainers.batches import Feed, Prefetcher, TrainStream
 from trainers.checkpoints import agreement
@@ -49,18 +51,18 @@ def train(
     recipe: Recipe,
     model_dir: str,
     stream: Callable[..., TrainStream],
-    total_steps: int | None = None,
-    total_tokens: float | None = None,
+    total_steps: Size | None = None,
+    total_tokens: Tokens | None = None,
     tasks: Sequence[Callable[[], Any]] = (),
     eval_stream: Callable[..., EvalStream] | None = None,
     eval_tasks: Sequence[str] | None = None,
-    eval_period: int = 1000,
-    eval_steps: int | None = None,
-    checkpoint_period: int = 1000,
+    eval_period: Size = 1000,
+    eval_steps: Size | None = None,
+    checkpoint_period: Size = 1000,
     checkpointer: Callable[..., Checkpointer] = Checkpointer,
     initial: InitialCheckpoint = NEW_PARAMETERS,
-    log_period: int = 10,
-    step_timeout: float | None = 600.0,
+    log_period: Size = 10,
+    step_timeout: Positive | None = 600.0,
     writers: Sequence[Callable[[], metric_writers.MetricWriter]] = (),
     profile: profiler.ProfilerWindow | None = None,
     hooks: Sequence[HookFactory] = (),
@@ -101,18 +103,15 @@ def train(
     """
     goodput = Goodput(started=process_start() if started is None else started)
     # All checks that need no data come before any data are opened.
-    _check_lengths(
-        TRAIN_STEPS=total_steps,
-        TRAIN_TOKENS=total_tokens,
-        BATCH_SIZE=recipe.batch_size,
-        EVAL_PERIOD=eval_period,
-        EVAL_STEPS=eval_steps,
-        CHECKPOINT_PERIOD=checkpoint_period,
-        LOG_PERIOD=log_period,
-    )
+    if (total_steps is None) == (total_tokens is None):
+        raise ValueError(
+            f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens}: set one of them, and the "
+            "other to None."
+        )
     initial.check()
     program = recipe.program()
     program.check_extras()
+    _check_memory(program)
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
@@ -131,6 +130,11 @@ def train(
             of_prompts=rollouts is not None,
         )
         program.check_extras(lambda: data.identity(program))
+        if parent.step >= data.total_steps:
+            raise ValueError(
+                f"TRAIN_STEPS = {data.total_steps}, but INITIAL_SCOPE = 'state' continues at step {parent.step} "
+                f"of {parent.path}, so there is nothing to train: raise TRAIN_STEPS."
+            )
         program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
         _describe(run, program, data, parent)
 
@@ -213,16 +217,19 @@ def train(
     return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}
 
 
-def _check_lengths(**numbers: float | None) -> None:
-    """Raises ValueError for numbers below 1, and unless exactly one of TRAIN_STEPS and TRAIN_TOKENS is set."""
-    steps, tokens = numbers["TRAIN_STEPS"], numbers["TRAIN_TOKENS"]
-    if (steps is None) == (tokens is None):
+def _check_memory(program: Program) -> None:
+    """Raises ValueError for a state that the devices cannot hold, before anything is compiled."""
+    need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
+    devices = list(program.mesh.devices.flat)
+    memory = psutil.virtual_memory().total * jax.process_count()
+    if devices[0].platform != "cpu":
+        statistics = jax.local_devices()[0].memory_stats() or {}
+        memory = statistics.get("bytes_limit", need) * len(devices)
+    if need > memory:
         raise ValueError(
-            f"TRAIN_STEPS = {steps} and TRAIN_TOKENS = {tokens}: set one of them, and the other to None."
+            f"Parameters and optimiser state need {need / 1e9:,.0f} GB, but there are {memory / 1e9:,.0f} GB on "
+            f"{len(devices)} devices: make the model smaller, or use more devices."
         )
-    bad = [f"{name} = {n}" for name, n in numbers.items() if n is not None and n < 1]
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: give 1 or more.")
 
 
 def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phase.Parent) -> None:

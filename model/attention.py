@@ -16,6 +16,7 @@ from model.kernels.attention_ops import Implementation, dot_product_attention
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.protocol import AttentionSettings
+from model.ranges import Positive
 from model.rope import Rope
 
 
@@ -43,8 +44,8 @@ class Attention(Counted):
     qk_norm: Callable[..., nn.Module] | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    scale: float | None = None
-    softcap: float | None = None
+    scale: Positive | None = None
+    softcap: Positive | None = None
     implementation: Implementation = "auto"
 
     @property

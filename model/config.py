@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.ranges import Size
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)
@@ -77,15 +78,15 @@ class TransformerConfig(FloatDtypes):
       ValueError: a size that does not divide, or an unknown name; all problems in one message.
     """
 
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    mlp_dim: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: Size
+    num_layers: Size
+    embed_dim: Size
+    num_heads: Size
+    mlp_dim: Size
+    num_kv_heads: Size | None = None
+    head_dim: Size | None = None
     layer_pattern: tuple[str, ...] = ("full",)
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True

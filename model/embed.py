@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.ranges import Size
 
 
 class Embed(nn.Module):
@@ -19,8 +20,8 @@ class Embed(nn.Module):
         untrained model's loss is close to ln V.
     """
 
-    num_embeddings: int
-    features: int
+    num_embeddings: Size
+    features: Size
     embedding_init: Callable = nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -47,8 +48,8 @@ class Positions(nn.Module):
       ValueError: a row is longer than P.
     """
 
-    num_positions: int
-    features: int
+    num_positions: Size
+    features: Size
     embedding_init: Callable = nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32

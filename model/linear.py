@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from model.axes import parameter
 from model.flops import Counted
 from model.kernels import matmul
+from model.ranges import Size
 
 # Variance 1/fan_in keeps activations at unit scale; the normal is truncated at two standard deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -27,7 +28,7 @@ class Dense(Counted):
       use_bias: adds a bias over the output, zero at the start.
     """
 
-    features: int
+    features: Size
     axes: tuple[str, str]
     use_bias: bool = False
     kernel_init: Callable = fan_in_normal

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.ranges import Finite, NonNegative, Size
 
 
 class RMSNorm(nn.Module):
@@ -16,9 +17,9 @@ class RMSNorm(nn.Module):
       scale_dims: number of trailing dimensions that have gains: 1, or 2 for a gain per head and dimension.
     """
 
-    eps: float = 1e-6
-    offset: float = 0.0
-    scale_dims: int = 1
+    eps: NonNegative = 1e-6
+    offset: Finite = 0.0
+    scale_dims: Size = 1
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -39,9 +40,9 @@ class LayerNorm(nn.Module):
       scale_dims: number of trailing dimensions that have gains: 1, or 2 for a gain per head and dimension.
     """
 
-    eps: float = 1e-5
+    eps: NonNegative = 1e-5
     use_bias: bool = False
-    scale_dims: int = 1
+    scale_dims: Size = 1
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.ranges import Positive, Size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -30,13 +32,13 @@ class Rope:
       ValueError: an unknown layout or scaling, or 'llama3' bounds in the wrong order.
     """
 
-    base: float = 10_000.0
+    base: Positive = 10_000.0
     layout: str = "half"
     scaling: str = "none"
-    factor: float = 1.0
-    original_length: int = 8192
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: Positive = 1.0
+    original_length: Size = 8192
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
 
     def __post_init__(self):
         if self.layout not in ("half", "interleaved"):

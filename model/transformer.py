@@ -25,6 +25,7 @@ from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
 from model.protocol import Arrays, LayerSettings, Output, Row
+from model.ranges import Positive
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)
@@ -176,9 +177,9 @@ class Transformer(nn.Module):
     embed: Callable[..., nn.Module] = Embed
     position_embed: Callable[..., nn.Module] | None = None
     tie_embeddings: bool = True
-    embed_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    embed_scale: Positive = 1.0
+    logit_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
 
     def setup(self):
         config = self.config

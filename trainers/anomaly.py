@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.ranges import Positive, Size
 from trainers.batches import Stream
 
 Action = Literal["stop", "skip", "rollback"]
@@ -48,9 +49,9 @@ class Anomaly:
     """
 
     action: Action = "stop"
-    spike_sigmas: float | None = None
-    window: int = 64
-    max_skips: int = 10
+    spike_sigmas: Positive | None = None
+    window: Size = 64
+    max_skips: Size = 10
 
     def __post_init__(self):
         if self.action not in ACTIONS:

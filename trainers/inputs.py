@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.ranges import Size
+
 Arrays = dict[str, jax.ShapeDtypeStruct]
 # (prompt including the start token, completion including its end token)
 Text = tuple[Sequence[int], Sequence[int]]
@@ -82,8 +84,8 @@ class PackedPairs(TokenRows):
       margins: whether data have margins by which chosen completions are better, for losses of rewards.
     """
 
-    feature_lengths: Mapping[str, int]
-    pairs: int = 1
+    feature_lengths: Mapping[str, Size]
+    pairs: Size = 1
     stored_reference: bool = True
     labels: bool = False
     read_last: bool = False
@@ -113,8 +115,8 @@ class PackedPairs(TokenRows):
 class Images:
     """Square images [size, size, channels], normalised, with a label and a weight each."""
 
-    size: int
-    channels: int = 3
+    size: Size
+    channels: Size = 3
     unit = "images"
     loss_per = "images"
     length = None

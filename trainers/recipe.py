@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.protocol import LanguageModel, Model
+from model.ranges import AxisSize, Decay, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
@@ -59,23 +60,23 @@ class Recipe:
     """
 
     model: Model
-    batch_size: int
+    batch_size: Size
     optimizer: Callable[..., optax.GradientTransformation]
     learning_rate: Schedule
-    feature_lengths: Mapping[str, int] | None = None
+    feature_lengths: Mapping[str, Size] | None = None
     inputs: Inputs | None = None
     objective: Callable[..., LossFn] = language_modelling
     gradient_terms: Sequence[GradientTerm] = ()
     trainable: Sequence[str] = ()
     reports: Sequence[Report] = ()
-    microbatches: int = 1
+    microbatches: Size = 1
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    ema_decay: float | None = None
+    ema_decay: Decay | None = None
     averaged: Averaged | None = None
     anomaly: Anomaly | None = Anomaly()
     rules: str = "fsdp"
-    mesh: Mapping[str, int] | None = None
-    seed: int = 0
+    mesh: Mapping[str, AxisSize] | None = None
+    seed: Seed = 0
 
     def __post_init__(self):
         object.__setattr__(self, "learning_rate", schedules.as_schedule(self.learning_rate))

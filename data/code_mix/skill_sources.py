@@ -21,6 +21,7 @@ from typing import Any
 from data import tasks
 from data.code_mix import procedures, skills
 from data.data_source import GeneratedSource
+from model.ranges import Count, Seed
 
 CORRUPTED = 0.2  # share of the calls in web code, and of the traces in synth before execution
 KINDS = {"fact": 0.5, "problem": 0.2, "filler": 0.3}  # shares of text documents
@@ -162,7 +163,9 @@ class SkillSource(GeneratedSource):
         return list(itertools.islice(writer.documents(self.name), self.num_input_examples(split)))
 
 
-def register(*, vocabulary: Any, documents: Mapping[str, int] | None = None, seed: int = 0) -> None:
+def register(
+    *, vocabulary: Any, documents: Mapping[str, Count] | None = None, seed: Seed = 0
+) -> None:
     """Registers a task for each source, and their mixture `skills`.
 
     Args:

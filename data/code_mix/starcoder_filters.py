@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.text.document_filters import DocumentFilter
+from model.ranges import Count, Fraction, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class _Filter(DocumentFilter):
 class LineLengths(_Filter):
     """Drops files with long lines, which are data or minified."""
 
-    longest: int = 1000  # most characters of a line
-    mean: float = 100.0  # most characters of a line on average over the file
+    longest: Count = 1000  # most characters of a line
+    mean: Positive = 100.0  # most characters of a line on average over the file
 
     def good(self, text: str) -> bool:
         lengths = list(map(len, text.splitlines()))
@@ -52,7 +53,7 @@ class LineLengths(_Filter):
 class Letters(_Filter):
     """Drops files that are mostly numbers and signs."""
 
-    least: float = 0.25  # least share of letters among the characters
+    least: Fraction = 0.25  # least share of letters among the characters
 
     def good(self, text: str) -> bool:
         return sum(map(str.isalpha, text)) >= self.least * len(text)
@@ -63,7 +64,7 @@ class XmlHeader(_Filter):
     """Drops XML files with the file extension of another language."""
 
     # number of characters at the beginning that are searched for the XML header
-    characters: int = 100
+    characters: Count = 100
 
     def good(self, text: str) -> bool:
         return "<?xml version=" not in text[: self.characters]
@@ -74,8 +75,8 @@ class VisibleText(_Filter):
     """Drops pages that show little text."""
 
     languages: Sequence[str] | None = ("HTML",)
-    share: float = 0.2  # least share of visible characters
-    characters: int = 100  # least number of visible characters
+    share: Fraction = 0.2  # least share of visible characters
+    characters: Count = 100  # least number of visible characters
 
     def good(self, text: str) -> bool:
         seen = _visible(text)
@@ -91,8 +92,8 @@ class FileSize(_Filter):
     """
 
     languages: Sequence[str] | None = ("JSON", "YAML")
-    least: int = 50
-    most: int = 5000
+    least: Count = 50
+    most: Count = 5000
 
     def good(self, text: str) -> bool:
         return self.least <= len(text) <= self.most

@@ -29,6 +29,7 @@ from data.code_mix.synthetic.render import Rendered, render
 from data.sandbox import code_sandbox
 from data.text import documents, splits
 from data.text.document_files import DocumentFiles
+from model.ranges import Fraction, Seed, Size
 
 _OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
 FAMILIES = lists.FAMILIES + texts.FAMILIES + structures.FAMILIES
@@ -88,11 +89,11 @@ def _results(sandbox: code_sandbox.Sandbox, programs: list[str]) -> list[code_sa
 
 def build(
     *,
-    num_documents: int = 5000,
-    seed: int = 0,
-    variants: int = 3,
-    mutated_share: float = 0.05,
-    validation_fraction: float = 0.05,
+    num_documents: Size = 5000,
+    seed: Seed = 0,
+    variants: Size = 3,
+    mutated_share: Fraction = 0.05,
+    validation_fraction: Fraction = 0.05,
     cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
     """Generates the documents, or reuses those in the cache from the same settings and code.
@@ -202,11 +203,11 @@ def register(
     *,
     vocabulary: Any,
     name: str = "synthetic_code",
-    num_documents: int = 5000,
-    seed: int = 0,
-    variants: int = 3,
-    mutated_share: float = 0.05,
-    validation_fraction: float = 0.05,
+    num_documents: Size = 5000,
+    seed: Seed = 0,
+    variants: Size = 3,
+    mutated_share: Fraction = 0.05,
+    validation_fraction: Fraction = 0.05,
     add_bos: bool = False,
     add_eos: bool = True,
     cache_dir: str | os.PathLike | None = None,

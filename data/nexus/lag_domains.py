@@ -21,6 +21,7 @@ import numpy as np
 
 from data import tasks
 from data.data_source import GeneratedSource
+from model.ranges import Count, Seed, Size
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)
@@ -152,7 +153,9 @@ class LagSource(GeneratedSource):
         return [row.tobytes().decode() for row in np.frombuffer(SYMBOLS.encode(), "u1")[symbols_NT]]
 
 
-def register(*, vocabulary: Any, documents: int = 60_000, length: int = 64, seed: int = 0) -> None:
+def register(
+    *, vocabulary: Any, documents: Count = 60_000, length: Size = 64, seed: Seed = 0
+) -> None:
     """Registers a task for each domain, and their mixture `lag_domains`.
 
     Documents have no EOS, so a document fills a row of `length` targets.

@@ -16,6 +16,7 @@ from data.preference.pair_rows import PairSource
 from data.stream import mixing, repeats, rows, schedule, stream
 from data.stream.row_stream import EvalStream, RowStream
 from data.stream.train_stream import Phases, Positions, Stream
+from model.ranges import Amount, Count, Positive, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +148,17 @@ class PairEvalStream(_PairRows, EvalStream):
 def make_stream(
     *,
     mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    seed: int = 0,
+    task_feature_lengths: Mapping[str, Size],
+    batch_size: Size,
+    seed: Seed = 0,
     split: str = "train",
-    max_length: int | None = None,
+    max_length: Size | None = None,
     packing: pair_plan.Packing = "examples",
     read_last: bool = False,
-    start_token: int | None = 0,
+    start_token: Count | None = 0,
     weights: mixing.Weights = "rates",
-    temperature: float = 1.0,
-    max_tokens: int | None = None,
+    temperature: Positive = 1.0,
+    max_tokens: Amount | None = None,
     phases: Phases | None = None,
     interleaving: schedule.Interleaving = "error_diffusion",
     max_epochs: repeats.MaxEpochs | None = None,
@@ -214,13 +215,13 @@ def make_stream(
 def make_eval_stream(
     *,
     task: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
+    task_feature_lengths: Mapping[str, Size],
+    batch_size: Size,
     split: str = "validation",
-    max_length: int | None = None,
+    max_length: Size | None = None,
     packing: pair_plan.Packing = "examples",
     read_last: bool = False,
-    start_token: int | None = 0,
+    start_token: Count | None = 0,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,

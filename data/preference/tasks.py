@@ -10,6 +10,7 @@ from data.choices import check_choice
 from data.preference import files as preference_files
 from data.preference import records
 from data.text.documents import DataError
+from model.ranges import Fraction
 
 
 def register_pairs(
@@ -19,7 +20,7 @@ def register_pairs(
     vocabulary: Any,
     kind: records.Kind = "paired",
     validation_files: str | Sequence[str] | None = None,
-    validation_fraction: float = 0.01,
+    validation_fraction: Fraction = 0.01,
     chat_template: str | None = None,
     add_bos: bool = False,
     add_eos: bool = True,

@@ -21,6 +21,7 @@ import numpy as np
 
 from data import tasks
 from data.data_source import GeneratedSource
+from model.ranges import Count, Seed
 
 SIZE = 244  # symbols of a language
 SHARED = "abcdefghijklmnopqrstuvwx"  # topics and keys
@@ -124,7 +125,7 @@ class TopicSource(GeneratedSource):
         return documents
 
 
-def register(*, vocabulary: Any, documents: int = 96_000, seed: int = 0) -> None:
+def register(*, vocabulary: Any, documents: Count = 96_000, seed: Seed = 0) -> None:
     """Registers the task `topic_language`: prompts with their completions, and EOS.
 
     Args:

@@ -18,6 +18,7 @@ from data.prompts.tasks import INFO
 from data.stream import repeats, rows, schedule, stream
 from data.stream.plan import Plan
 from data.stream.train_stream import Positions, Stream
+from model.ranges import Count, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,12 @@ class PromptStream(Stream):
 def make_stream(
     *,
     mixture_or_task_name: str,
-    max_prompt_length: int,
-    batch_size: int,
-    updates: int = 1,
-    seed: int = 0,
+    max_prompt_length: Size,
+    batch_size: Size,
+    updates: Size = 1,
+    seed: Seed = 0,
     split: str = "train",
-    start_token: int | None = 0,
+    start_token: Count | None = 0,
     interleaving: schedule.Interleaving = "error_diffusion",
     max_epochs: repeats.MaxEpochs | None = None,
     on_cap: repeats.OnCap = "error",

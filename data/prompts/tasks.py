@@ -21,6 +21,7 @@ from data.preference.records import Record
 from data.preference.texts import text_of
 from data.text import documents, splits
 from data.text.documents import DataError
+from model.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1
@@ -96,7 +97,7 @@ def register_prompts(
     files: str | Sequence[str],
     vocabulary: Any,
     validation_files: str | Sequence[str] | None = None,
-    validation_fraction: float = 0.0,
+    validation_fraction: Fraction = 0.0,
     chat_template: str | None = None,
     add_bos: bool = False,
     data_root: str | None = None,

@@ -19,6 +19,7 @@ import numpy as np
 from data import tasks
 from data.choices import check_choice
 from data.data_source import GeneratedSource
+from model.ranges import Seed, Size
 
 NUM_KEYS = 64
 NUM_VALUES = 32
@@ -148,9 +149,9 @@ class RetrievalSource(GeneratedSource):
 
 def register(
     *,
-    lines: Sequence[int] = (6, 12, 24, 48),
-    train_documents: int = 16384,
-    seed: int = 0,
+    lines: Sequence[Size] = (6, 12, 24, 48),
+    train_documents: Size = 16384,
+    seed: Seed = 0,
 ) -> None:
     """Registers tasks `retrieval_<lines>` and, with the question first, `retrieval_first_<lines>`.
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from data.stream.schedule import Schedule
 from data.text import spelling
+from model.ranges import Positive
 
 OnCap = Literal["error", "redistribute", "warn"]
-MaxEpochs = float | Mapping[str, float]
+MaxEpochs = Positive | Mapping[str, Positive]
 
 Phases = list[tuple[int, dict[str, float]]]
 

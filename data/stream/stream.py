@@ -18,6 +18,7 @@ from data.choices import check_choice
 from data.stream import mixing, plan, repeats, rows, schedule
 from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Phases, Positions, Stream
+from model.ranges import Amount, Count, Positive, Seed, Size
 
 AnySource = TypeVar("AnySource", bound=rows.Source)
 AnyStream = TypeVar("AnyStream", bound=Stream)
@@ -30,19 +31,19 @@ class NoSplitError(ValueError):
 def make_stream(
     *,
     mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
-    seed: int = 0,
+    task_feature_lengths: Mapping[str, Size],
+    batch_size: Size,
+    seed: Seed = 0,
     split: str = "train",
     weights: mixing.Weights = "rates",
-    temperature: float = 1.0,
-    max_tokens: int | None = None,
+    temperature: Positive = 1.0,
+    max_tokens: Amount | None = None,
     phases: Phases | None = None,
     interleaving: schedule.Interleaving = "error_diffusion",
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
-    start_token: int = 0,
+    start_token: Count = 0,
     max_epochs: repeats.MaxEpochs | None = None,
     on_cap: repeats.OnCap = "error",
     positions: Positions | None = None,
@@ -116,13 +117,13 @@ def make_stream(
 def make_eval_stream(
     *,
     task: str,
-    task_feature_lengths: Mapping[str, int],
-    batch_size: int,
+    task_feature_lengths: Mapping[str, Size],
+    batch_size: Size,
     split: str = "validation",
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
     cross_document_attention: bool = False,
-    start_token: int = 0,
+    start_token: Count = 0,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,

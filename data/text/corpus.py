@@ -24,6 +24,7 @@ from data.text import corpus_build, documents, spelling
 from data.text.document_files import DocumentFiles
 from data.text.documents import Document
 from data.text.sources import environment, names
+from model.ranges import Amount, Count, Fraction
 
 FORMAT = documents.Format(text_key="text", id_key="id")
 MANIFEST = "manifest.json"
@@ -117,12 +118,12 @@ class Corpus:
 def assemble(
     *,
     sources: Sequence[str] = ("all",),
-    bytes_per_source: int | None = 4_000_000,
-    validation_fraction: float = 0.05,
-    min_document_bytes: int = 100,
-    max_document_bytes: int = 300_000,
-    near_duplicate_threshold: float = 0.8,
-    containment_threshold: float = 0.2,
+    bytes_per_source: Amount | None = 4_000_000,
+    validation_fraction: Fraction = 0.05,
+    min_document_bytes: Count = 100,
+    max_document_bytes: Amount = 300_000,
+    near_duplicate_threshold: Fraction = 0.8,
+    containment_threshold: Fraction = 0.2,
     cache_dir: str | os.PathLike | None = None,
     env: environment.Environment | None = None,
 ) -> Corpus:

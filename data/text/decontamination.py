@@ -18,6 +18,7 @@ import numpy as np
 from data.text import code_problems, documents
 from data.text.document_filters import DocumentFilter
 from data.text.documents import DataError
+from model.ranges import Count, Size
 
 WORDS = 13
 _WORD = re.compile(r"\w+")
@@ -80,8 +81,8 @@ class Overlap(DocumentFilter):
     # lists of strings
     text_keys: Sequence[str] | None = None
     label: str | None = None  # name of the count of dropped documents; default from the set's name
-    words: int = WORDS  # words per run
-    most: int = 0  # number of runs that a document may share
+    words: Size = WORDS  # words per run
+    most: Count = 0  # number of runs that a document may share
 
     def __post_init__(self):
         if self.words < 1 or self.most < 0:

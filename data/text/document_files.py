@@ -16,6 +16,7 @@ from data.data_source import FileSource, Patterns, shorten
 from data.text import document_filters, documents, splits
 from data.text.document_filters import DocumentFilter, Sieve
 from data.text.documents import DataError, Document, Format
+from model.ranges import Fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def find(
     name: str,
     files: Patterns,
     validation_files: Patterns | None = None,
-    validation_fraction: float = 0.01,
+    validation_fraction: Fraction = 0.01,
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",

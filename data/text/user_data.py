@@ -11,6 +11,7 @@ from data.cache import cache_dir as cache
 from data.stream import mixing
 from data.text import document_files, documents, tfds_source
 from data.text.document_filters import DocumentFilter
+from model.ranges import Fraction, NonNegative
 
 
 def register_files(
@@ -19,7 +20,7 @@ def register_files(
     files: str | Sequence[str],
     vocabulary: Any,
     validation_files: str | Sequence[str] | None = None,
-    validation_fraction: float = 0.01,
+    validation_fraction: Fraction = 0.01,
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
     document_per: str = "file",
@@ -72,7 +73,7 @@ def register_sources(
     *,
     name: str,
     sources: Mapping[str, Callable[..., Any]],
-    shares: Mapping[str, float],
+    shares: Mapping[str, NonNegative],
 ) -> None:
     """Registers the sources named in `shares`, and a mixture of them.
 

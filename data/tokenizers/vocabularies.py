@@ -31,6 +31,7 @@ from data.choices import check_choice
 from data.sandbox.limited_process import LimitedProcess, LimitError
 from data.text.documents import Document
 from data.tokenizers import checkpoint_files
+from model.ranges import Amount, Count, Fraction, Size
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
@@ -64,12 +65,12 @@ class Texts(Protocol):
 def sentencepiece(
     *,
     corpus: Texts,
-    size: int = 8192,
+    size: Size = 8192,
     algorithm: str = "bpe",
-    sample_bytes: int = 10_000_000,
-    balance: float = 0.7,
-    character_coverage: float = 0.9995,
-    extra_ids: int = 0,
+    sample_bytes: Amount = 10_000_000,
+    balance: Fraction = 0.7,
+    character_coverage: Fraction = 0.9995,
+    extra_ids: Count = 0,
     cache_dir: str | os.PathLike | None = None,
 ):
     """Returns a SentencePiece vocabulary of a corpus; trains it once, then reads it from the cache.
@@ -103,7 +104,7 @@ def sentencepiece(
     return from_file(path=path, extra_ids=extra_ids)
 
 
-def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
+def from_file(*, path: str | os.PathLike, extra_ids: Count = 0):
     """Returns the SentencePiece vocabulary in a `.model` file.
 
     `extra_ids` is the number of sentinels after the last piece, as for T5 span corruption.
@@ -126,7 +127,7 @@ def from_file(*, path: str | os.PathLike, extra_ids: int = 0):
     return vocabulary
 
 
-def huggingface(*, path: str | os.PathLike, extra_ids: int = 0, special_in_text: bool = True):
+def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_text: bool = True):
     """Returns the vocabulary of a Hugging Face checkpoint.
 
     Args:
@@ -174,7 +175,7 @@ def _try_out(model: bytes, path: pathlib.Path) -> None:
         )
 
 
-def byte(*, extra_ids: int = 0):
+def byte(*, extra_ids: Count = 0):
     """Returns a vocabulary of UTF-8 bytes: 259 ids and `extra_ids`, without training."""
     cpu_tensorflow.load()  # which SeqIO imports
     import seqio
@@ -197,11 +198,11 @@ def characters(*, symbols: str):
 def train(
     *,
     corpus: Texts,
-    size: int,
+    size: Size,
     algorithm: str,
-    sample_bytes: int,
-    balance: float,
-    character_coverage: float,
+    sample_bytes: Amount,
+    balance: Fraction,
+    character_coverage: Fraction,
     cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
     """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments.

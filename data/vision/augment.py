@@ -9,12 +9,14 @@ import math
 
 import numpy as np
 
+from model.ranges import Count, Fraction, Positive, Size
+
 
 @dataclasses.dataclass(frozen=True)
 class PadCropFlip:
     """Pads with zeros, crops to the original size, and flips with probability 1/2: for CIFAR."""
 
-    padding: int = 4  # pixels on each side
+    padding: Count = 4  # pixels on each side
     # flip left and right with probability 1/2; False for images such as digits, which a flip
     # changes
     flip: bool = True
@@ -33,12 +35,15 @@ class PadCropFlip:
 class RandomResizedCrop:
     """Crops a random rectangle, resizes it, and flips with probability 1/2: for ImageNet (arXiv 1409.4842)."""
 
-    size: int  # S
-    area: tuple[float, float] = (0.08, 1.0)  # bounds of the rectangle's share of the image's area
+    size: Size  # S
+    area: tuple[Fraction, Fraction] = (
+        0.08,
+        1.0,
+    )  # bounds of the rectangle's share of the image's area
     # bounds of width over height; its logarithm is uniform
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     # most rectangles to draw; if none fits into the image, the largest central square is used
-    attempts: int = 10
+    attempts: Size = 10
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         top, left, height, width = self._rectangle(*image_HWC.shape[:2], rng)
@@ -62,8 +67,8 @@ class RandomResizedCrop:
 class CentreCrop:
     """Resizes the shorter side and crops the centre: for evaluation on ImageNet."""
 
-    size: int  # S
-    shorter: int  # length of the shorter side before the crop
+    size: Size  # S
+    shorter: Size  # length of the shorter side before the crop
 
     def __call__(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         del rng

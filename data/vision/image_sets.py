@@ -14,6 +14,7 @@ import numpy as np
 
 from data import cpu_tensorflow
 from data.choices import check_choice
+from model.ranges import Fraction, Seed
 
 SPLITS = ("train", "validation")
 
@@ -66,7 +67,7 @@ class Arrays:
         return self.images_NHWC[rows], self.labels_N[rows]
 
 
-def digits(*, split: str, validation_fraction: float = 0.2, seed: int = 0) -> Arrays:
+def digits(*, split: str, validation_fraction: Fraction = 0.2, seed: Seed = 0) -> Arrays:
     """Returns a split of scikit-learn's 1,797 handwritten digits, 8 x 8 grey (Alpaydin and Kaynak, 1998).
 
     Args:

@@ -18,6 +18,7 @@ import numpy as np
 from data.cache import store
 from data.stream import order
 from data.vision.image_sets import ImageSet
+from model.ranges import Finite, Positive, Seed, Size
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _VERSION = 1  # raise it when the same settings give other batches
@@ -216,13 +217,13 @@ class ImageEvalStream(_Images):
 def make_stream(
     *,
     images: Callable[..., ImageSet],
-    batch_size: int,
-    image_size: int,
-    channels: int = 3,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.25, 0.25, 0.25),
+    batch_size: Size,
+    image_size: Size,
+    channels: Size = 3,
+    mean: Sequence[Finite] = (0.5, 0.5, 0.5),
+    std: Sequence[Positive] = (0.25, 0.25, 0.25),
     transform: Transform | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     positions: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ImageStream:
     """Returns the training stream of a set.
@@ -257,11 +258,11 @@ def make_eval_stream(
     *,
     images: Callable[..., ImageSet],
     task: str,
-    batch_size: int,
-    image_size: int,
-    channels: int = 3,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.25, 0.25, 0.25),
+    batch_size: Size,
+    image_size: Size,
+    channels: Size = 3,
+    mean: Sequence[Finite] = (0.5, 0.5, 0.5),
+    std: Sequence[Positive] = (0.25, 0.25, 0.25),
     transform: Transform | None = None,
 ) -> ImageEvalStream:
     """Returns the evaluation stream of a set, which must have the name `task`: every held-out image once.

@@ -14,6 +14,7 @@ import numpy as np
 
 from data.choices import check_choice
 from data.vision import image_sets
+from model.ranges import Count, NonNegative, Seed, Size
 
 CHANNELS = 3
 CONTRASTS = (0.08, 0.25)  # least and largest standard deviation of a field along its colour
@@ -49,13 +50,13 @@ CLASSES = (
 def textures(
     *,
     split: str,
-    size: int = 16,
-    train_images: int = 8000,
-    validation_images: int = 2000,
-    scale: float = 0.2,
-    turn: float = 15.0,
-    noise: float = 0.04,
-    seed: int = 0,
+    size: Size = 16,
+    train_images: Size = 8000,
+    validation_images: Count = 2000,
+    scale: NonNegative = 0.2,
+    turn: NonNegative = 15.0,
+    noise: NonNegative = 0.04,
+    seed: Seed = 0,
 ) -> image_sets.Arrays:
     """Returns a split of the set, the same for the same arguments.
 

@@ -4,14 +4,9 @@ Gin itself stops at the first error, accepts unused macros and bindings without 
 arguments only when a function is called, perhaps after hours of data work.
 """
 
-import collections.abc
-import dataclasses
 import difflib
 import functools
-import inspect
 import os
-import types
-import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,9 +20,8 @@ from launch.config.gin_reader import (
     nearest,
     required_parameters,
 )
-from launch.config.gin_source import Macro, Problem, Reference, scoped
-
-_SIMPLE = (int, float, str, bool, type(None))
+from launch.config.gin_source import Macro, Problem, scoped
+from launch.config.gin_values import mismatch
 
 
 def check(
@@ -78,6 +72,9 @@ def check(
         return checked
     reader.read_bindings(bindings)
     problems = checked.problems
+    if endless := list(_endless_macros(checked)):  # others cannot be known
+        problems += endless
+        return checked
     problems += _mistyped(checked)
     problems += (conflicts := gin_methods.conflicts(checked))
     if fragment:
@@ -129,6 +126,22 @@ def _unread_macros(
             yield Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
 
 
+def _endless_macros(checked: Checked) -> Iterator[Problem]:
+    """Yields macros whose values lead back to themselves."""
+
+    for name, bound in checked.macros.items():
+        reached = {macro.name for macro in bound.macros}
+        while name not in reached:
+            known = [checked.macros[other] for other in reached if other in checked.macros]
+            more = {macro.name for inner in known for macro in inner.macros}
+            if more <= reached:
+                break
+            reached |= more
+        else:
+            text = f"the value of the macro '{name}' leads back to the macro itself"
+            yield Problem(bound.place, text, "Give it a value of its own.")
+
+
 def _unused_scopes(checked: Checked, command_line_only: bool) -> Iterator[Problem]:
     for (scope, _, _), bound in checked.bindings.items():
         if command_line_only and bound.place.line:
@@ -145,7 +158,9 @@ def _unused_scopes(checked: Checked, command_line_only: bool) -> Iterator[Proble
 def _mistyped(checked: Checked) -> Iterator[Problem]:
     for (_, target, argument), bound in checked.bindings.items():
         final = final_bound(bound, checked.macros)
-        if message := mismatch(checked.targets[target].value, argument, final.value):
+        referenced = dict(final.references)
+        value = _with_macros(final.value, checked.macros)
+        if message := mismatch(checked.targets[target].value, argument, value, referenced):
             yield Problem(final.place, f"'{target}.{argument}' {message}")
 
 
@@ -226,94 +241,19 @@ def _unreachable(
             yield Problem(bound.place, f"'{target}.{argument}' has no effect: {text}")
 
 
+def _with_macros(value: Any, macros: Mapping[str, Bound]) -> Any:
+    """Returns a value with the final values of the macros in its containers."""
+    if isinstance(value, dict):
+        return {key: _with_macros(item, macros) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_macros(item, macros) for item in value)
+    if isinstance(value, Macro) and value.name in macros:
+        return _with_macros(macros[value.name].value, macros)
+    return value
+
+
 def final_bound(bound: Bound, macros: Mapping[str, Bound], depth: int = 20) -> Bound:
     """Returns `bound`; if its value is a macro, that macro's final definition."""
     while isinstance(bound.value, Macro) and bound.value.name in macros and depth:
         bound, depth = macros[bound.value.name], depth - 1
     return bound
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sequence:
-    """A list or tuple; `items` are the types and values of its elements, None where unknown."""
-
-    items: tuple[Any, ...] | None
-
-
-def mismatch(target: Any, argument: str, value: Any) -> str | None:
-    """Returns the type error of binding `value` to `argument` of `target`, or None.
-
-    Only certain errors are reported: of simple annotations, their unions with None, literals, and sequences of
-    these. References that gin calls, macros without a value and other annotations pass.
-    """
-    accepted = _accepted(_hints(target).get(argument))
-    if accepted is None or any(_fits(value, option) for option in accepted):
-        return None
-    choices = [option for option in accepted if not isinstance(option, type | _Sequence)]
-    if choices and isinstance(value, str):
-        near = difflib.get_close_matches(value, [c for c in choices if isinstance(c, str)], n=1)
-        hint = f" Nearest: {near[0]!r}." if near else ""
-        return f"cannot be {value!r}: choose from {', '.join(map(repr, choices))}.{hint}"
-    wanted = " or ".join(_name(option) for option in accepted)
-    kind = "a function or class" if isinstance(value, Reference) else type(value).__name__
-    message = f"takes {wanted}, not {value!r} ({kind})"
-    # A string is also a sequence, of its letters, but a single item was probably meant.
-    for option in accepted:
-        if isinstance(option, _Sequence) and _fits([value], option):
-            return f"{message}: write [{value!r}]"
-    return message
-
-
-def _accepted(annotation: Any) -> list[Any] | None:
-    """Returns the types and literal values that an annotation allows; None if it is not a simple one."""
-    if annotation in _SIMPLE:
-        return [annotation]
-    origin = typing.get_origin(annotation)
-    if origin is typing.Literal:
-        return list(typing.get_args(annotation))
-    if origin is collections.abc.Sequence:
-        items = _accepted(typing.get_args(annotation)[0])
-        return [_Sequence(None if items is None else tuple(items))]
-    if origin in (typing.Union, types.UnionType):
-        parts = [_accepted(part) for part in typing.get_args(annotation)]
-        return None if None in parts else [option for part in parts for option in part]
-    return None
-
-
-def _fits(value: Any, option: Any) -> bool:
-    if isinstance(value, Macro) or (isinstance(value, Reference) and value.evaluate):
-        return True
-    if isinstance(option, _Sequence):
-        return isinstance(value, list | tuple) and (
-            option.items is None
-            or all(any(_fits(item, wanted) for wanted in option.items) for item in value)
-        )
-    if not isinstance(option, type):
-        return type(value) is type(option) and value == option
-    if option is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, option)
-
-
-def _name(option: Any) -> str:
-    if option is type(None):
-        return "None"
-    if isinstance(option, _Sequence):
-        items = " or ".join(map(_name, option.items or ()))
-        return f"a list of {items}" if items else "a list"
-    return option.__name__ if isinstance(option, type) else repr(option)
-
-
-@functools.cache
-def _hints(target: Any) -> dict[str, Any]:
-    """Returns the annotations by parameter; {} if they cannot be evaluated."""
-    holder = target
-    if inspect.isclass(target) and "__init__" in vars(target):
-        # A dataclass's __init__ carries its field annotations too.
-        holder = target.__init__
-    try:
-        return typing.get_type_hints(holder)
-    except Exception:  # noqa: BLE001 (annotations may use names that exist only for type checkers)
-        return {}

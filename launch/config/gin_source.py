@@ -132,7 +132,7 @@ def _parse(text: str, name: str) -> Iterator[Any]:
                 yield statement
                 num_parsed = max(num_parsed, statement.location.line_num)
             return
-        except (SyntaxError, tokenize.TokenError) as error:
+        except (SyntaxError, tokenize.TokenError, RecursionError) as error:
             begin = _next_statement(lines, num_parsed)
             failed = _error_line(error, begin, len(lines))
             yield _syntax_problem(error, name, lines, begin, failed)

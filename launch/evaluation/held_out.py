@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import cli
 from launch.run import load_run
+from model.ranges import Size
 
 if TYPE_CHECKING:
     from trainers.evaluate import EvalStream
@@ -71,7 +72,7 @@ def evaluate(
     checkpoint: str = "",
     params: str = "auto",
     tasks: Sequence[str] | None = None,
-    max_batches: int | None = None,
+    max_batches: Size | None = None,
     json_file: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluates a checkpoint on held-out splits and prints a table.

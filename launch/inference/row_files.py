@@ -4,12 +4,15 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data.text import documents
+
+_log = logging.getLogger(__name__)
 
 
 class RowFileError(OSError):
@@ -112,6 +115,6 @@ def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[Resumed
             raise RowFileError(
                 f"{path}: another process writes it. Wait for that one, or give another path."
             ) from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # a file system without locks
+            _log.warning("%s cannot be locked (%s): start one process at a time.", path, error)
         yield ResumedRows(path, file, writer=writer)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
+from model.ranges import AxisSize, Count
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
@@ -178,9 +179,9 @@ class RunConfig:
 
     model: Any
     vocabulary: Callable[[], Any]
-    mesh: Mapping[str, int] | None = None
+    mesh: Mapping[str, AxisSize] | None = None
     rules: str = "fsdp_tp"
-    start_token: int | Literal["auto"] | None = "auto"
+    start_token: Count | Literal["auto"] | None = "auto"
     add_bos: bool | None = None
     chat_template: str | None = None
 

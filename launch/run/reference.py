@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
 from launch.run.load_run import load_frozen
+from model.ranges import AxisSize, Size
 from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
@@ -37,8 +38,8 @@ class Reference:
 
     model: Any
     checkpoint: FrozenCheckpoint
-    batch_size: int = 8
-    mesh: Mapping[str, int] | None = None
+    batch_size: Size = 8
+    mesh: Mapping[str, AxisSize] | None = None
     rules: str = "fsdp_tp"
     store: str | os.PathLike | None = None
 
@@ -130,7 +131,7 @@ def make_stream(
     *,
     reference: Reference,
     stream: Callable[..., Any],
-    steps: int | None = None,
+    steps: Size | None = None,
     positions: Mapping[str, Any] | None = None,
 ) -> ReferencedStream:
     """Returns the training stream of pairs with reference values.
@@ -147,7 +148,7 @@ def make_stream(
 
 
 def make_eval_stream(
-    *, task: str, reference: Reference, stream: Callable[..., Any], steps: int | None = None
+    *, task: str, reference: Reference, stream: Callable[..., Any], steps: Size | None = None
 ) -> ReferencedStream:
     """Returns the held-out stream of a task with reference values, for `steps` steps or the whole split."""
     opened = stream(task=task)

@@ -133,6 +133,12 @@ def _check_vocabulary(program: Program, stream: Stream) -> None:
             "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
             "use the model's own vocabulary."
         )
+    start = stream.summary().get("start_token")
+    if isinstance(start, int) and start >= rows:
+        raise ValueError(
+            f"DOCUMENT_START = {start} is no token: the model's table has {rows} rows, from 0. Set it to the "
+            "id of a token of the vocabulary."
+        )
 
 
 def _check_images(program: Program, stream: Stream) -> None:

@@ -9,10 +9,13 @@ parameters.txt                     every parameter with shape, axes and sharding
 metrics.jsonl, tensorboard/, checkpoints/<step>/
 """
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -24,7 +27,7 @@ from importlib import metadata
 from typing import IO, Any
 
 from launch import environment
-from launch.config import config_diff
+from launch.config import config_diff, gin_source
 from launch.config.gin_source import ROOT
 from launch.run import model_record
 
@@ -48,8 +51,16 @@ _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIB
                 "GLIBC_TUNABLES", "ESPALIER_", "OMP_NUM", "SLURM_JOB_ID", "SLURM_NNODES")  # fmt: skip
 
 
+# The files and folders that a start reads or writes, by name. Others are written anew.
+_FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "metrics.jsonl",
+          "vocabulary.model", "vocabulary.json", ".lock")  # fmt: skip
+_FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
+
+_log = logging.getLogger(__name__)
+
+
 class RunDirectoryError(ValueError):
-    """The directory belongs to another run."""
+    """The directory cannot be used, is damaged, or belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +140,14 @@ def prepare(
       writer: whether this process writes; one per run.
 
     Raises:
-      RunDirectoryError: the directory holds a run of another or an unknown configuration; the path is an
-        address of an object store; another process is training in it.
+      RunDirectoryError: the directory holds a run of another or an unknown configuration; the path is
+        empty or an address of an object store, or it cannot be read and written; another process is
+        training in it.
     """
+    if not path or "\0" in path:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} is no path: give the run a directory of its own."
+        )
     if "://" in path:
         raise RunDirectoryError(
             f"MODEL_DIR = {path!r} is an address, but a run's directory is a folder that all its "
@@ -139,12 +155,20 @@ def prepare(
         )
     path = os.path.abspath(os.path.expanduser(path))
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # what makes no directory: a name that is too long, links in a circle
         run = RunDir(path, writer, lock(path) if writer else None)
     except BlockingIOError as error:
         raise RunDirectoryError(
             f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
         ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
+            "that can be made and written, or remove what is in its place."
+        ) from None
     try:
+        _check_entries(run)
         _continue(run, config, tuple(may_change))
     except BaseException:
         run.close()
@@ -167,12 +191,35 @@ def lock(path: str | os.PathLike) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise BlockingIOError(holder) from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        _log.warning(
+            "%s cannot be locked (%s): nothing prevents that two processes use this directory at once.",
+            path,
+            error.strerror,
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+def _check_entries(run: RunDir) -> None:
+    """Raises RunDirectoryError for an entry of the wrong kind, or one that cannot be read and written."""
+    remedy = "or use another MODEL_DIR"
+    for name in (*_FILES, *_FOLDERS):
+        path, kind = run.file(name), "folder" if name in _FOLDERS else "file"
+        if not os.path.lexists(path):
+            continue
+        if not (os.path.isdir(path) if kind == "folder" else os.path.isfile(path)):
+            what = "a dangling link" if not os.path.exists(path) else f"not a {kind}"
+            raise RunDirectoryError(
+                f"{path} is {what}, but the run needs a {kind} there: move it away, {remedy}."
+            )
+        rights = os.R_OK | (os.W_OK if run.writer else 0) | (os.X_OK if kind == "folder" else 0)
+        if not os.access(path, rights):
+            raise RunDirectoryError(
+                f"{path} cannot be read and written by this user: change its permissions, {remedy}."
+            )
 
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
@@ -184,22 +231,28 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{path} holds checkpoints but no config.gin, so their run is unknown. Use another "
             "MODEL_DIR, or put the run's config.gin back."
         )
+    remedy = "Use another MODEL_DIR, or put the run's config.gin back."
     try:
         difference = old is not None and config_diff.first_difference(old, config, may_change)
     except config_diff.UnreadableConfigError as error:
         raise RunDirectoryError(
-            f"{path}/config.gin cannot be read, so the run in the directory is unknown: {error}. "
-            f"Use another MODEL_DIR, or put the run's config.gin back."
+            f"{path}/config.gin is damaged, so the run in the directory is unknown: {error}. {remedy}"
         ) from None
+    previous = read_run(path) if run.started else {}
     if difference:
+        if previous.get("config_sha256") not in (None, _sha256(old)):
+            raise RunDirectoryError(
+                f"{path}/config.gin is damaged or was edited: it does not match its checksum in run.json, "
+                f"and {difference}. {remedy}"
+            )
         raise RunDirectoryError(
             f"{path} holds a run of another configuration: {difference}. Use another MODEL_DIR, "
             f"set the value back, or delete the directory. (A continued run may change "
             f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
     if run.writer:
-        facts = describe_process()
-        if run.started and (previous := read_run(path)):
+        facts = {**describe_process(), "config_sha256": _sha256(config)}
+        if previous:
             facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
         model_record.write(path)
@@ -207,16 +260,19 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
 
 
 def read_run(path: str) -> dict[str, Any]:
-    """Returns the contents of run.json; empty if there is none."""
+    """Returns the contents of run.json; empty if there is none. Raises RunDirectoryError if it is damaged."""
     text = _read(os.path.join(path, "run.json"))
-    if text is None:
-        return {}
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RunDirectoryError(
-            f"{path}/run.json is damaged ({error}). Delete it; it only describes the run."
-        ) from None
+        facts = {} if text is None else json.loads(text)
+        starts = [facts, *facts.get("earlier", [])]
+        if all(isinstance(start, dict) for start in starts):
+            return facts
+        reason = "it is not a description of a run"
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)
+    raise RunDirectoryError(
+        f"{path}/run.json is damaged ({reason}). Delete it; it only describes the run."
+    )
 
 
 def describe_process() -> dict[str, Any]:
@@ -274,9 +330,18 @@ def _json(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, indent=2, default=str) + "\n"
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _read(path: str) -> str | None:
+    """Returns a file's text, None without the file; raises RunDirectoryError if it is not UTF-8."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError as error:
+        raise RunDirectoryError(
+            f"{path} is damaged: {gin_source.why_unreadable(error)}. Put a copy of it back."
+        ) from None

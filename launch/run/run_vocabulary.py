@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -25,6 +26,8 @@ from data.cache import cache_dir
 from data.stream import rows
 from data.tokenizers import checkpoint_files, hf_tokenizer, spm_tokenizer, vocabularies
 from trainers.checkpoints import step_dir
+
+_log = logging.getLogger(__name__)
 
 MODEL = "vocabulary.model"
 RECORD = "vocabulary.json"
@@ -135,16 +138,25 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 def load(*, folder: str):
-    """Returns the vocabulary that `save` wrote to a run's directory; raises FileNotFoundError if there is none."""
+    """Returns the vocabulary that `save` wrote to a run's directory.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: its record is damaged.
+    """
     record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
     if "kind" in record:
         return _without_files(record)
     path = os.path.join(folder, record["path"])
     if record["path"] == MODEL:
-        return vocabularies.from_file(path=path, extra_ids=record["extra_ids"])
-    return vocabularies.huggingface(
-        path=path, extra_ids=record["extra_ids"], special_in_text=record["special_in_text"]
-    )
+        vocabulary = vocabularies.from_file(path=path, extra_ids=record["extra_ids"])
+    else:
+        vocabulary = vocabularies.huggingface(
+            path=path, extra_ids=record["extra_ids"], special_in_text=record["special_in_text"]
+        )
+    if rows.vocabulary_digest(vocabulary) != record["digest"]:
+        raise ValueError(f"{os.path.join(folder, RECORD)} is damaged: put the run's copy back.")
+    return vocabulary
 
 
 def _without_files(record: Mapping[str, Any]) -> Any:
@@ -203,12 +215,30 @@ def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[
     """
     digest = _intact_digest(folder)
     if digest is None or digest != (_trained_digest(checkpoint) or digest):
+        _warn_of_damage(folder, digest)
         return []
     handle, path = tempfile.mkstemp(prefix="vocabulary_", suffix=".gin")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(_GIN.format(folder=os.path.abspath(folder)))
     atexit.register(pathlib.Path(path).unlink, missing_ok=True)
     return [path]
+
+
+def _warn_of_damage(folder: str | os.PathLike, digest: str | None) -> None:
+    """Warns of a vocabulary in a run's directory that is not used, by the name of its file."""
+    record = _read_record(folder)
+    names = [name for name in (MODEL, TOKENIZER, RECORD) if pathlib.Path(folder, name).exists()]
+    if digest is not None:
+        problem = f"{RECORD} names another vocabulary than the checkpoint was trained with"
+    elif record is not None:
+        problem = (
+            f"{record['path']} is damaged or missing: it does not match its checksum in {RECORD}"
+        )
+    elif names:
+        problem = f"{RECORD} is damaged or missing, so {', '.join(names)} cannot be trusted"
+    else:  # a run without a vocabulary of its own
+        return
+    _log.warning("%s: %s. The vocabulary of the data is used instead.", folder, problem)
 
 
 def _intact_digest(folder: str | os.PathLike) -> str | None:

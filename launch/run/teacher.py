@@ -24,6 +24,7 @@ from data.distillation.taught_stream import TaughtStream
 from data.preference.reference_store import ReferenceStore
 from launch.run.load_run import load_frozen
 from model.kernels.cross_entropy import map_tokens
+from model.ranges import AxisSize, Positive, Size
 from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.distillation import objective
@@ -50,10 +51,10 @@ class StoredTeacher:
 
     teacher: Teacher
     student: Any
-    top_k: int
-    temperature: float = 1.0
-    batch_size: int = 8
-    mesh: Mapping[str, int] | None = None
+    top_k: Size
+    temperature: Positive = 1.0
+    batch_size: Size = 8
+    mesh: Mapping[str, AxisSize] | None = None
     rules: str = "fsdp_tp"
     store: str | os.PathLike | None = None
 
@@ -168,7 +169,7 @@ def make_stream(
     *,
     teacher: StoredTeacher,
     stream: Callable[..., Any],
-    steps: int | None,
+    steps: Size | None,
     positions: Mapping[str, Any] | None = None,
 ) -> TaughtStream:
     """Returns the training stream of tokens with the teacher's predictions.
@@ -189,7 +190,7 @@ def make_stream(
 
 
 def make_eval_stream(
-    *, task: str, teacher: StoredTeacher, stream: Callable[..., Any], steps: int | None = None
+    *, task: str, teacher: StoredTeacher, stream: Callable[..., Any], steps: Size | None = None
 ) -> TaughtStream:
     """Returns the held-out stream of a task with the teacher's predictions, for `steps` steps or the whole split."""
     opened = stream(task=task)

@@ -113,7 +113,8 @@ def _load(file: str, text: str) -> dict[str, Any]:
     if not os.path.isfile(full):
         raise SweepError(file, [f"the file {full} does not exist: give --sweep FILE.py."])
     spec = importlib.util.spec_from_file_location(pathlib.Path(full).stem, full)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise SweepError(file, ["it is no Python file: give --sweep FILE.py."])
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -21,6 +21,7 @@ from model.attention import Attention
 from model.linear import Dense
 from model.moe import routing
 from model.protocol import AttentionSettings
+from model.ranges import NonNegative, Size
 
 
 class MixtureOfAttention(Attention):
@@ -41,11 +42,11 @@ class MixtureOfAttention(Attention):
       ValueError: `top_k` is larger than the number of experts.
     """
 
-    num_experts: int = 4
-    top_k: int | None = None
+    num_experts: Size = 4
+    top_k: Size | None = None
     shared_kv: bool = False
     router: Callable[..., nn.Module] = Dense
-    balance_loss: float = 0.0
+    balance_loss: NonNegative = 0.0
 
     def __post_init__(self):
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:

@@ -20,6 +20,7 @@ from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
+from model.ranges import Finite, Positive, Size
 
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)
@@ -61,13 +62,13 @@ class Factorisation:
       ValueError: an unknown rule or initialisation.
     """
 
-    rank: float = 0.5
+    rank: Positive = 0.5
     rank_rule: factors.RankRule = "min_dim"
-    multiple: int = 1
+    multiple: Size = 1
     layers: Sequence[str] = PROJECTIONS
-    ranks: Sequence[tuple[str, float]] = ()
+    ranks: Sequence[tuple[str, Positive]] = ()
     init: Init = "spectral"
-    ones_scale: float = 1.0
+    ones_scale: Finite = 1.0
 
     def __post_init__(self):
         for name, known in (("rank_rule", factors.RANK_RULES), ("init", INITS)):

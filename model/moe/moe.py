@@ -26,6 +26,7 @@ from model.moe.grouped_matmul import grouped_matmul
 from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
 from model.protocol import MlpSettings
+from model.ranges import NonNegative, Positive, Size
 
 # As linear.fan_in_normal; the axis of experts does not count as fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(
@@ -41,8 +42,8 @@ class ExpertDense(nn.Module):
       axes: logical names of the kernel's three dimensions.
     """
 
-    num_experts: int
-    features: int
+    num_experts: Size
+    features: Size
     axes: tuple[str, str, str]
     kernel_init: Callable = expert_fan_in_normal
     dtype: jnp.dtype = jnp.float32
@@ -94,14 +95,14 @@ class MoeMlp(Counted):
 
     config: TransformerConfig
     kind: LayerKind = LayerKind()
-    num_experts: int = 8
-    top_k: int = 2
+    num_experts: Size = 8
+    top_k: Size = 2
     activation: str = "silu"
     renormalise: bool = True
-    balance_loss: float = 0.0
-    router_z_loss: float = 0.0
-    capacity_factor: float | None = None
-    exchange_factor: float | None = None
+    balance_loss: NonNegative = 0.0
+    router_z_loss: NonNegative = 0.0
+    capacity_factor: Positive | None = None
+    exchange_factor: Positive | None = None
     router: Callable[..., nn.Module] = Dense
     expert_dense: Callable[..., nn.Module] = ExpertDense
     shared: Callable[..., nn.Module] | None = None

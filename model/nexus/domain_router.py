@@ -25,6 +25,7 @@ from model.flops import Counted
 from model.kernels import matmul
 from model.linear import Dense, fan_in_normal
 from model.moe.router_scale import down_std
+from model.ranges import NonNegative, Size
 
 
 class GatedRouter(Counted):
@@ -40,8 +41,8 @@ class GatedRouter(Counted):
 
     features: int
     axes: tuple[str, str]
-    domain_dim: int = 1024
-    logit_std: float = 0.1
+    domain_dim: Size = 1024
+    logit_std: NonNegative = 0.1
     dense: Callable[..., nn.Module] = Dense
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32

@@ -20,6 +20,7 @@ from model import axes, flops
 from model.config import FloatDtypes
 from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
+from model.ranges import Size
 from model.vision.convolution import Conv, he_normal
 
 
@@ -38,10 +39,10 @@ class ResNetConfig(FloatDtypes):
       ValueError: invalid sizes; all problems in one message.
     """
 
-    num_classes: int
-    stages: tuple[int, ...]
-    widths: tuple[int, ...]
-    stem_width: int
+    num_classes: Size
+    stages: tuple[Size, ...]
+    widths: tuple[Size, ...]
+    stem_width: Size
     dtype: str = "float32"
     param_dtype: str = "float32"
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from gin import utils as gin_utils
 
 from launch import cli, environment
 
@@ -103,15 +104,78 @@ def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_n
     wrong_sizes = caught(
         lambda: TransformerConfig(vocab_size=8, num_layers=0, embed_dim=4, num_heads=1, mlp_dim=4)
     )
-    assert cli._meant_for_people(wrong_sizes)
-    assert not cli._meant_for_people(caught(lambda: int("x")))
+    assert cli._reason(wrong_sizes)
+    assert cli._reason(caught(lambda: int("x"))) is None
 
 
-def test_a_full_disk_is_for_people_whoever_was_writing():
-    with pytest.raises(OSError) as caught, open("/dev/full", "wb", buffering=0) as file:
+def raising(error, cause=None):
+    raise error from cause
+
+
+def fill(path):
+    with open(path, "wb", buffering=0) as file:
         file.write(b"x")
-    assert cli._meant_for_people(caught.value)
-    assert not cli._meant_for_people(OSError("of another kind"))
+
+
+def undecodable(path):
+    path.write_bytes(b"a\xffb")
+    return path.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "parts"),
+    [
+        (lambda p: (p / "none").read_text(), ["none: No such file or directory", "Check this path"]),
+        (lambda p: p.read_text(), [": Is a directory", "Check|folder"]),
+        (lambda p: (p / ("a" * 300)).mkdir(), ["File name too long", "Give a shorter path"]),
+        (lambda p: (p / "loop" / "x").mkdir(), ["loop/x: Too many levels of symbolic links"]),
+        (lambda p: (p / "file" / "x").mkdir(), ["file/x: Not a directory", "A part of this path"]),
+        (lambda p: (p / "file").mkdir(), ["file: File exists", "move it"]),
+        (lambda p: (p / "file").rename(p / "no" / "x"), [r"file -> .*no/x: No such file"]),
+        (lambda p: (p / "a\0b").mkdir(), ["a path holds the character NUL"]),
+        (lambda p: raising(PermissionError(13, "Permission denied", "/x")), ["/x: .*permissions"]),
+        (lambda p: raising(RuntimeError("outer"), OSError(30, "Read-only", "/x")), ["/x: Read-only"]),
+        (lambda p: fill("/dev/full"), ["/dev/full: No space .*Free some space"]),
+        (lambda p: undecodable(p / "text"), ["text is not UTF-8 text .byte 1"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("by_gin", [False, True])
+def test_mistakes_with_paths_are_one_error_whoever_uses_them(
+    mistake, parts, by_gin, tmp_path, capsys
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+
+    def call():
+        try:
+            mistake(tmp_path)
+        except Exception as error:
+            if not by_gin:
+                raise
+            gin_utils.augment_exception_message_and_reraise(
+                error, "\n  In call to configurable 'x'"
+            )
+
+    assert cli.status_of(call) == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert all(re.search(part, error) for part in parts), error
+    assert error.count("\n") == 2
+    assert "configurable" not in error
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [OSError("of no file"), BrokenPipeError(32, "Broken pipe"), KeyError("x"), ValueError("no path")],
+)  # fmt: skip
+def test_other_errors_are_bugs_also_after_a_mistake_with_a_path(bug):
+    def call():
+        try:
+            os.stat("/none/at/all")
+        except OSError:
+            raise bug from None
+
+    with pytest.raises(type(bug)):
+        cli.status_of(call)
 
 
 def test_several_files_and_search_paths(gin_file, toy_gin, tmp_path):
@@ -152,6 +216,7 @@ def test_errors_raised_by_the_command_module_itself_are_messages(command, tmp_pa
     [
         (["--gin.STEPS"], "needs a value: --gin.STEPS=VALUE"),
         (["--gin_fil=x"], "unrecognized arguments"),
+        (["--gin_file="], "--gin_file: the path is empty"),
         (["--process_count=2"], "go together"),
         (["--coordinator_address=h:1", "--process_index=0"], "go together"),
         (["--coordinator_address=auto", "--process_index=0"], "go together"),

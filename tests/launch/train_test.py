@@ -237,7 +237,14 @@ def error(result):
                 "CHECKPOINT_PERIOD=-1",
                 "LOG_PERIOD=0",
             ],
-            ["BATCH_SIZE = -8, EVAL_PERIOD = 0, EVAL_STEPS = 0", "CHECKPOINT_PERIOD = -1, LOG_P"],
+            [
+                "--gin.BATCH_SIZE=-8: 'trainers.recipe.Recipe.batch_size' is -8",
+                "--gin.EVAL_PERIOD=0: 'launch.train.train.eval_period' is 0",
+                "--gin.EVAL_STEPS=0: 'launch.train.train.eval_steps' is 0",
+                "--gin.CHECKPOINT_PERIOD=-1: 'launch.train.train.checkpoint_period' is -1",
+                "--gin.LOG_PERIOD=0: 'launch.train.train.log_period' is 0",
+                "a number that is at least 1",
+            ],
         ),
         (
             [
@@ -246,7 +253,7 @@ def error(result):
                 "schedules.rsqrt.peak=%LEARNING_RATE",
                 "schedules.rsqrt.warmup_steps=%WARMUP_STEPS",
             ],
-            ["TRAIN_STEPS = 0: give 1 or more"],
+            ["'launch.train.train.total_steps' is 0, but takes a number that is at least 1"],
         ),
         (
             [
@@ -260,6 +267,8 @@ def error(result):
             ["6 problems", "'best_fit'", "'rollback'", "Nearest: 'full'", "Nearest: 'parallel'"],
         ),
         (["WARMUP_STEPS=50"], ["warmup_steps = 50", "total_steps = 40"]),
+        (["INITIAL_CHECKPOINT_PATH=''"], ["INITIAL_CHECKPOINT_PATH is ''"]),
+        (["config.TransformerConfig.mlp_dim=1000000000"], ["optimiser state need", "GB"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_touched(
@@ -288,6 +297,7 @@ def test_unset_macros_are_all_named(train):
     [
         ("config.TransformerConfig.vocab_size=128", ["259 entries", "128 rows", "vocab_size"]),
         ("MIXTURE_OR_TASK_NAME='file'", ["'file'", "files"]),
+        ("DOCUMENT_START=999", ["DOCUMENT_START = 999 is no token", "rows"]),
         ("stream.make_stream.batch_size=8", ["recipe's batch_size is 16", "stream's is 8"]),
         (
             "stream.make_stream.task_feature_lengths={'targets': 32}",

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import multihost
 
+from model.ranges import Count, Size
 from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
 from trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
@@ -53,6 +54,19 @@ class Retention:
         if self.mode not in ("min", "max"):
             raise ValueError(f"best_mode = {self.mode!r}: use 'min' or 'max'.")
 
+    def check_metric(self, saved: Mapping[str, float]) -> None:
+        """Raises ValueError if `metric` is missing among the metrics of its kind that a step was saved with.
+
+        A step may be saved without an evaluation, and a source may be missing in a row of metrics.
+        """
+        kind = self.metric.split("/")[:-1][:1]  # ["eval"], or [] for the training metrics
+        names = [name for name in saved if name.split("/")[:-1][:1] == kind]
+        if self.keep_best and names and kind in ([], ["eval"]) and self.metric not in names:
+            raise ValueError(
+                f"best_metric = {self.metric!r} is not a metric of this run: choose from "
+                f"{', '.join(sorted(names))}, or set keep_best = 0."
+            )
+
     def best(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
         """Returns the steps that have the metric, best first; of equal steps, the later first."""
         sign = 1 if self.mode == "min" else -1
@@ -78,8 +92,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         self,
         directory: str | os.PathLike,
         *,
-        keep_last: int | None = 3,
-        keep_best: int = 0,
+        keep_last: Size | None = 3,
+        keep_best: Count = 0,
         best_metric: str = "loss",
         best_mode: Literal["min", "max"] = "min",
         asynchronous: bool = True,
@@ -98,6 +112,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None  # the last save
         self._wait_at_barrier = multihost.get_barrier_sync_fn()
+        logging.getLogger("absl").addFilter(self._is_news)
         self._orbax = ocp.AsyncCheckpointer(
             array_files.handler(),
             async_options=ocp.AsyncOptions(
@@ -112,6 +127,10 @@ class Checkpointer(contextlib.AbstractContextManager):
                     step_dir.remove(path)
         metrics = list(self._read_metrics().items()) if agreement.is_primary() else []
         self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        # Orbax logs the traceback of a failed save in each of its threads; `_failed` reports the save.
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
     def _numbered_barrier(self, *, key: str, timeout_ms: int) -> None:
         # Orbax names its barriers after the written directory, which is `state` in every step.
@@ -154,6 +173,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         Raises:
           CheckpointSaveError: this save could not begin, or the previous save failed.
+          ValueError: the metric that ranks steps is none of the run's; the step is saved.
         """
         self.wait()
         if step in self._metrics:
@@ -176,6 +196,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         entries = {name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()}
         blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
         self._pending = self._pool.submit(self._finish, path, record, entries, blocks)
+        self._retention.check_metric(numbers)
         if not self._asynchronous:
             self.wait()
         return True
@@ -271,6 +292,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             except Exception as error:
                 # An Orbax error here belongs to a save whose failure has already been raised.
                 _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
+            logging.getLogger("absl").removeFilter(self._is_news)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -39,6 +39,10 @@ class InitialCheckpoint:
 
     def check(self) -> None:
         """Raises ValueError for unknown values and for options that exclude each other."""
+        if self.path == "":
+            raise ValueError(
+                "INITIAL_CHECKPOINT_PATH is '': give a directory, or None for new parameters."
+            )
         for name, value, kind in (
             ("INITIAL_SCOPE", self.scope, Scope),
             ("INITIAL_DATA", self.data, Data),

@@ -10,7 +10,6 @@ A commit writes one file, so it is atomic on local disks and object stores. A st
 manifest was interrupted and is removed; a step with neither has lost its manifest and counts as damaged.
 """
 
-import contextlib
 import itertools
 import json
 import logging
@@ -57,13 +56,15 @@ def write_file(path: epath.Path, data: bytes) -> None:
 
 
 def is_incomplete(path: epath.Path) -> bool:
-    """Returns whether writing or deleting a step was interrupted."""
-    if (path / MANIFEST).exists():
-        return False
+    """Returns whether writing or deleting a step was interrupted; a step that cannot be read is damaged instead."""
     try:
+        if (path / MANIFEST).exists():
+            return False
         return (path / INCOMPLETE).exists() or not any(path.iterdir())
     except FileNotFoundError:  # the run deleted the step while another process reads
         return True
+    except OSError:
+        return False
 
 
 def steps_on_disk(directory: epath.Path) -> dict[int, epath.Path]:
@@ -190,13 +191,15 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
 
 
 def read_manifest(path: epath.Path) -> Manifest:
-    """Returns the manifest of a step; raises DamagedCheckpointError if it is missing or damaged."""
-    problem = "is missing"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            return Manifest.from_bytes((path / MANIFEST).read_bytes())
-        except ValueError as error:
-            problem = str(error)
+    """Returns the manifest of a step; raises DamagedCheckpointError if it is missing, unreadable or damaged."""
+    try:
+        return Manifest.from_bytes((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        problem = "is missing"
+    except OSError as error:
+        problem = f"cannot be read ({error})"
+    except ValueError as error:
+        problem = str(error)
     raise DamagedCheckpointError(path, {MANIFEST: problem})
 
 

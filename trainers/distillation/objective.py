@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from model.kernels.cross_entropy import map_tokens
 from model.kernels.vocab_logits import LogitForm
+from model.ranges import Count, Fraction, Positive, Size
 from trainers.inputs import Arrays, PackedTokens, TokenRows
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective, frozen_forward
@@ -87,8 +88,8 @@ class TaughtTokens(TokenRows):
       top_k: K.
     """
 
-    feature_lengths: Mapping[str, int]
-    top_k: int
+    feature_lengths: Mapping[str, Size]
+    top_k: Size
 
     @property
     def length(self) -> int:
@@ -104,12 +105,12 @@ class TaughtTokens(TokenRows):
 def distillation(
     *,
     model: Any,
-    num_sources: int = 0,
+    num_sources: Count = 0,
     teacher: Teacher | None = None,
     divergence: Divergence = forward_kl,
-    temperature: float = 1.0,
-    teacher_weight: float = 0.9,
-    chunk: int = 512,
+    temperature: Positive = 1.0,
+    teacher_weight: Fraction = 0.9,
+    chunk: Size = 512,
 ) -> Objective:
     """The loss at the top of this file, averaged over the data's tokens.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from model.low_rank import factors
+from model.ranges import NonNegative
 from trainers.optim.gradient_terms import GradientTerm
 from trainers.optim.optimizers import Rate
 
@@ -21,7 +22,7 @@ FACTORS = r"(.*/)?(u|v)"
 
 
 def factor_decay(
-    *, kind: Kind = "frobenius", weight: float = 1e-4, coupled: bool = True
+    *, kind: Kind = "frobenius", weight: NonNegative = 1e-4, coupled: bool = True
 ) -> GradientTerm:
     """Returns the decay of factorised matrices; the optimiser's own weight decay then skips them.
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.low_rank import factors, lowrank_conv
+from model.ranges import Size
 from trainers.checkpoints import state_tree
 from trainers.hooks import RunContext
 from trainers.telemetry import metric_writers
@@ -44,7 +45,7 @@ class Spectrum:
     """
 
     run: RunContext
-    every: int = 100
+    every: Size = 100
     kernels: Sequence[str] = ()
     at_start: bool = dataclasses.field(default=True, init=False)
     prefix: str = dataclasses.field(default="spectrum/", init=False)

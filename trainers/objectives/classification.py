@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.ranges import Count, Fraction
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective
 
 
-def classification(*, model: Any, num_sources: int = 0, label_smoothing: float = 0.0) -> Objective:
+def classification(
+    *, model: Any, num_sources: Count = 0, label_smoothing: Fraction = 0.0
+) -> Objective:
     """Cross-entropy of labels, smoothed towards the uniform distribution (arXiv 1512.00567).
 
     In training, batch normalisation uses the statistics of the batch and averages them into the model's collection

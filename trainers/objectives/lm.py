@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation, weighted_cross_entropy
+from model.ranges import Count, NonNegative
 from trainers.objectives.base import LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective
 
@@ -12,8 +13,8 @@ from trainers.objectives.forward import Forward, forward_objective
 def language_modelling(
     *,
     model: Any,
-    num_sources: int = 0,
-    z_loss: float = 0.0,
+    num_sources: Count = 0,
+    z_loss: NonNegative = 0.0,
     implementation: Implementation = "auto",
 ) -> Objective:
     """Cross-entropy of the targets, plus `z_loss` * (log Z)^2 per token (PaLM, arXiv 2204.02311).

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from model.ranges import Fraction, NonNegative, Size
 from trainers import inputs
 from trainers.online import losses
 from trainers.online.method import (
@@ -36,10 +37,10 @@ class Valued(Method):
       gamma, decay: see `losses.generalised_advantages`.
     """
 
-    updates: int = 4
-    kl: float = 0.05
-    gamma: float = 1.0
-    decay: float = 0.95
+    updates: Size = 4
+    kl: NonNegative = 0.05
+    gamma: Fraction = 1.0
+    decay: Fraction = 0.95
 
     def __post_init__(self):
         super().__post_init__()

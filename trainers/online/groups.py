@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.ranges import NonNegative, Size
 from trainers import inputs
 from trainers.online.method import (
     LOG_PROBS,
@@ -39,8 +40,8 @@ class Groups(Method):
     """
 
     advantages: Callable[[jax.Array], jax.Array]
-    samples: int = 8
-    kl: float = 0.0
+    samples: Size = 8
+    kl: NonNegative = 0.0
     reference: bool = False
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from model.ranges import NonNegative, Size
 from trainers.preference.losses.settings import check_choice, check_not_negative, check_positive
 
 _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
@@ -58,7 +59,7 @@ def group_centred(rewards_PG: jax.Array) -> jax.Array:
     return rewards_PG - rewards_PG.mean(1, keepdims=True)
 
 
-def rloo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
+def rloo(tokens: PolicyTokens, *, clip: NonNegative = 0.2) -> Sum:
     """-min(w A, clip(w, 1 - clip, 1 + clip) A), averaged over completions; w is the ratio of a whole completion."""
     check_positive(clip=clip)
     # Masked tokens contribute 0, and the advantage is the same at all tokens of a completion.
@@ -73,11 +74,11 @@ def rloo(tokens: PolicyTokens, *, clip: float = 0.2) -> Sum:
 def grpo(
     tokens: PolicyTokens,
     *,
-    clip: float = 0.2,
-    clip_high: float | None = None,
-    beta: float = 0.0,
+    clip: NonNegative = 0.2,
+    clip_high: NonNegative | None = None,
+    beta: NonNegative = 0.0,
     reduction: str = "grpo",
-    max_length: int | None = None,
+    max_length: Size | None = None,
 ) -> Sum:
     """-min(w A, clip(w) A) + beta k3, where w is the ratio of a single token.
 

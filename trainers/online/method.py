@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.ranges import Size
 from trainers import inputs
 
 # What a forward pass over rows can compute, float32 [B, L] each.
@@ -51,10 +52,10 @@ class Method(inputs.TokenRows):
       updates: number of updates on each rollout; every update uses the whole rollout.
     """
 
-    prompt_length: int
-    completion_length: int
-    samples: int = 1
-    updates: int = 1
+    prompt_length: Size
+    completion_length: Size
+    samples: Size = 1
+    updates: Size = 1
     texts_per_row: ClassVar[int] = 1
 
     def __post_init__(self):

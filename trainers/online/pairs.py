@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from model.ranges import Size
 from trainers import inputs
 from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
 
@@ -26,9 +27,9 @@ class BestOfTwo(Method):
     """
 
     reference: bool = True
-    samples: int = dataclasses.field(default=2, init=False)
-    updates: int = dataclasses.field(default=1, init=False)
-    texts_per_row: ClassVar[int] = 2
+    samples: Size = dataclasses.field(default=2, init=False)
+    updates: Size = dataclasses.field(default=1, init=False)
+    texts_per_row: ClassVar[Size] = 2
     loss_per = "pairs"
 
     @property

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
+from model.ranges import Count, NonNegative
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from trainers.objectives.forward import Forward, forward_objective
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
@@ -16,7 +17,7 @@ from trainers.preference.losses.settings import check_not_negative, check_positi
 
 
 def policy_gradient(
-    *, model: Any, loss: PolicyLoss, num_sources: int = 0, implementation: Implementation = "auto"
+    *, model: Any, loss: PolicyLoss, num_sources: Count = 0, implementation: Implementation = "auto"
 ) -> Objective:
     """Returns a policy-gradient objective that uses the batch's advantages.
 
@@ -48,10 +49,10 @@ def policy_gradient(
 def actor_critic(
     *,
     model: Any,
-    num_sources: int = 0,
-    clip: float = 0.2,
-    value_clip: float = 0.2,
-    value_weight: float = 0.1,
+    num_sources: Count = 0,
+    clip: NonNegative = 0.2,
+    value_clip: NonNegative = 0.2,
+    value_weight: NonNegative = 0.1,
     implementation: Implementation = "auto",
 ) -> Objective:
     """Returns the objective of PPO: the clipped policy loss plus the clipped squared error of the values, per token.

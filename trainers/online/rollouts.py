@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from model.ranges import Fraction, NonNegative, Seed, Size
 from trainers import batches
 from trainers.decoding.policy_sampler import PolicySampler, placed
 from trainers.decoding.sampling import Sampling
@@ -73,11 +74,11 @@ class Rollouts:
         reward: Reward | StoredReward,
         vocabulary: Any,
         reference: FrozenModel | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        missing_end_penalty: float = 0.0,
-        seed: int = 0,
+        temperature: NonNegative = 1.0,
+        top_k: Size | None = None,
+        top_p: Fraction | None = None,
+        missing_end_penalty: NonNegative = 0.0,
+        seed: Seed = 0,
     ):
         recipe = program.recipe
         method = _method(recipe, stream, reference)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from model.ranges import Decay, NonNegative, Positive
 from trainers import trainable
 from trainers.optim.param_axes import ParamAxes
 from trainers.optim.schedules import Schedule
@@ -47,12 +48,12 @@ def adamw(
     *,
     learning_rate: Rate,
     param_axes: ParamAxes,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0.1,
     no_decay: Sequence[str] = (),
-    max_grad_norm: float | None = 1.0,
+    max_grad_norm: Positive | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
@@ -67,11 +68,11 @@ def lion(
     *,
     learning_rate: Rate,
     param_axes: ParamAxes,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.99,
+    weight_decay: NonNegative = 0.1,
     no_decay: Sequence[str] = (),
-    max_grad_norm: float | None = 1.0,
+    max_grad_norm: Positive | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """Lion (Chen et al., arXiv 2302.06675)."""
@@ -131,12 +132,12 @@ def adafactor(
     *,
     learning_rate: Rate,
     param_axes: ParamAxes,
-    decay_rate: float = 0.8,
-    clipping_threshold: float | None = 1.0,
+    decay_rate: NonNegative = 0.8,
+    clipping_threshold: Positive | None = 1.0,
     multiply_by_parameter_scale: bool = True,
-    weight_decay: float = 0.0,
+    weight_decay: NonNegative = 0.0,
     no_decay: Sequence[str] = (),
-    max_grad_norm: float | None = None,
+    max_grad_norm: Positive | None = None,
 ) -> optax.GradientTransformation:
     """Adafactor without momentum (Shazeer and Stern, arXiv 1804.04235), T5's optimiser.
 
@@ -172,12 +173,12 @@ def muon(
     *,
     learning_rate: Rate,
     param_axes: ParamAxes,
-    beta: float = 0.95,
-    adam_b1: float = 0.9,
-    adam_b2: float = 0.95,
-    weight_decay: float = 0.1,
+    beta: Positive = 0.95,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.95,
+    weight_decay: NonNegative = 0.1,
     no_decay: Sequence[str] = (),
-    max_grad_norm: float | None = 1.0,
+    max_grad_norm: Positive | None = 1.0,
     moment_dtype: str | None = None,
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024) on kernels and factors, AdamW with Nesterov momentum on everything else.
@@ -207,12 +208,12 @@ def sgd(
     *,
     learning_rate: Rate,
     param_axes: ParamAxes,
-    momentum: float | None = None,
+    momentum: Decay | None = None,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: NonNegative = 0.0,
     coupled: bool = False,
     no_decay: Sequence[str] = (),
-    max_grad_norm: float | None = None,
+    max_grad_norm: Positive | None = None,
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent, with heavy-ball momentum unless `momentum` is None.
 

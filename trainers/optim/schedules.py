@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import optax
 
+from model.ranges import Count, Fraction, NonNegative, Size
+
 Schedule = Callable[[int], jnp.ndarray]
 
 
@@ -88,13 +90,17 @@ def _warmup(name: str, total_steps: int, warmup_steps: int | None) -> int:
     return warmup_steps
 
 
-def constant(*, peak: float, warmup_steps: int = 0) -> Schedule:
+def constant(*, peak: NonNegative, warmup_steps: Count = 0) -> Schedule:
     """Warm-up, then constant at `peak`."""
     return _with_warmup(optax.constant_schedule(peak), peak, warmup_steps)
 
 
 def linear(
-    *, peak: float | None, total_steps: int | None, warmup_steps: int | None = 0, final: float = 0.0
+    *,
+    peak: NonNegative | None,
+    total_steps: Size | None,
+    warmup_steps: Count | None = 0,
+    final: NonNegative = 0.0,
 ) -> Schedule:
     """Warm-up, then a straight line that reaches `final` at `total_steps`."""
     if peak is None or total_steps is None:
@@ -113,10 +119,10 @@ def linear(
 
 def cosine(
     *,
-    peak: float,
-    total_steps: int | None,
-    warmup_steps: int | None = 0,
-    final_fraction: float = 0.1,
+    peak: NonNegative,
+    total_steps: Size | None,
+    warmup_steps: Count | None = 0,
+    final_fraction: Fraction = 0.1,
 ) -> Schedule:
     """Warm-up, then half a cosine down to `final_fraction` of the peak at `total_steps`."""
     if total_steps is None:
@@ -130,11 +136,11 @@ def cosine(
 
 def stepwise(
     *,
-    peak: float,
-    total_steps: int | None,
-    at: Sequence[float] = (0.3, 0.6, 0.8),
-    factor: float = 0.2,
-    warmup_steps: int | None = 0,
+    peak: NonNegative,
+    total_steps: Size | None,
+    at: Sequence[Fraction] = (0.3, 0.6, 0.8),
+    factor: NonNegative = 0.2,
+    warmup_steps: Count | None = 0,
 ) -> Schedule:
     """Warm-up, then `peak` times `factor` for each of the shares `at` of the run that have passed.
 
@@ -151,7 +157,7 @@ def stepwise(
     return _with_warmup(lambda step: falling(step + warmup_steps), peak, warmup_steps)
 
 
-def rsqrt(*, peak: float, warmup_steps: int) -> Schedule:
+def rsqrt(*, peak: NonNegative, warmup_steps: Count) -> Schedule:
     """peak * sqrt(warmup / max(step, warmup)), with a linear warm-up (T5 without its flat start)."""
     if warmup_steps < 1:
         raise ValueError("rsqrt: warmup_steps must be at least 1; it sets the decay's time scale.")
@@ -164,11 +170,11 @@ def rsqrt(*, peak: float, warmup_steps: int) -> Schedule:
 
 def wsd(
     *,
-    peak: float,
-    total_steps: int | None,
-    decay_steps: int,
-    warmup_steps: int | None = 0,
-    final: float = 0.0,
+    peak: NonNegative,
+    total_steps: Size | None,
+    decay_steps: Size,
+    warmup_steps: Count | None = 0,
+    final: NonNegative = 0.0,
 ) -> Schedule:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395), with a linear decay."""
     if total_steps is None:
@@ -182,7 +188,9 @@ def wsd(
     )
 
 
-def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e-6) -> Schedule:
+def cooldown(
+    *, before: Schedule, start_step: Count, steps: Size, final: NonNegative = 1e-6
+) -> Schedule:
     """Follows `before` up to `start_step`, then a straight line from its value there to `final`.
 
     To cool down from a checkpoint at step s, set `before` to the run's schedule and `start_step` to s. Optimiser moments
@@ -196,7 +204,11 @@ def cooldown(*, before: Schedule, start_step: int, steps: int, final: float = 1e
 
 
 def continued(
-    *, before: Schedule, start_step: int | None = None, warmup_steps: int = 0, scale: float = 1.0
+    *,
+    before: Schedule,
+    start_step: Count | None = None,
+    warmup_steps: Count = 0,
+    scale: NonNegative = 1.0,
 ) -> Schedule:
     """`before` up to `start_step`, then `scale` times `before`, with a linear warm-up from 0.
 
@@ -226,7 +238,7 @@ def continued(
     return rate
 
 
-def phases(*, schedules: Sequence[Schedule], starts: Sequence[int]) -> Schedule:
+def phases(*, schedules: Sequence[Schedule], starts: Sequence[Count]) -> Schedule:
     """Uses schedule i from step starts[i] on, with its own steps counted from 0; starts[0] is 0."""
     if len(schedules) != len(starts) or not starts or starts[0] != 0:
         raise ValueError("phases: give one start per schedule, the first of them 0.")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from model.ranges import Count, Size
 from trainers import initialise, partitioning
 from trainers.checkpoints import restore_params
 from trainers.decoding.buckets import in_order, padded
@@ -33,8 +34,8 @@ class CheckpointReward:
     model: Any
     checkpoint: str | os.PathLike
     vocabulary: Any
-    start_token: int | None = 0
-    batch_size: int = 32
+    start_token: Count | None = 0
+    batch_size: Size = 32
 
     def on(self, mesh: Mesh, rules: Rules) -> "ModelReward":
         """Returns the reward; raises errors of `restore_params`, and ValueError for a batch that the mesh does not divide."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from model.ranges import Finite
 from trainers.rewards.base import Completion
 
 Verifier = Callable[[str, Any], float]
@@ -32,7 +33,7 @@ class TextReward:
 
     vocabulary: Any
     verifiers: Sequence[Verifier]
-    weights: Sequence[float] | None = None
+    weights: Sequence[Finite] | None = None
 
     def __post_init__(self):
         if not self.verifiers:

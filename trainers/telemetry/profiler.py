@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from model.ranges import Count, Size
+
 
 class ProfilerWindow:
     """Traces steps [first_step, first_step + num_steps) into a directory.
@@ -16,7 +18,7 @@ class ProfilerWindow:
     profiler`), then TensorBoard's profile tab on the run's `profile/` folder.
     """
 
-    def __init__(self, *, first_step: int = 5, num_steps: int = 5, directory: str | None = None):
+    def __init__(self, *, first_step: Count = 5, num_steps: Size = 5, directory: str | None = None):
         """Sets the window; `directory` is by default the run's `profile/`."""
         if first_step < 0 or num_steps < 1:
             raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.preference import topic_language
+from model.ranges import Count, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
@@ -25,8 +26,8 @@ class FactRecall:
 
     run: RunContext
     vocabulary: Any
-    start_token: int | None = 0
-    every: int = 20
+    start_token: Count | None = 0
+    every: Size = 20
     at_start: bool = dataclasses.field(default=True, init=False)
     prefix: str = dataclasses.field(default="facts/", init=False)
 

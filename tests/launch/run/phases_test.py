@@ -161,7 +161,7 @@ def test_a_cooldown_is_a_straight_line_from_where_the_phase_before_stopped(train
         (["initial.InitialCheckpoint.data='continue'"], ["set INITIAL_CHECKPOINT_PATH"]),
         (["train.train.total_tokens=100"], ["TRAIN_STEPS = 24 and TRAIN_TOKENS = 100"]),
         (["TRAIN_STEPS=None"], ["TRAIN_STEPS = None and TRAIN_TOKENS = None"]),
-        (["TRAIN_STEPS=None", "train.train.total_tokens=0.0"], ["TRAIN_TOKENS = 0.0"]),
+        (["TRAIN_STEPS=None", "train.train.total_tokens=0.0"], ["total_tokens' is 0.0, but takes"]),
         (
             ["recipe.Recipe.learning_rate=@schedules.linear()", "schedules.linear.peak=None"]
             + ["schedules.linear.total_steps=24"],
@@ -196,6 +196,11 @@ def test_what_cannot_be_done_is_said_before_the_first_step(train, tmp_path, bind
         (
             ["initial.InitialCheckpoint.scope='state'"],
             ["continues with the next batch of the same stream"],
+        ),
+        (
+            ["initial.InitialCheckpoint.scope='state'", "initial.InitialCheckpoint.data='restart'"]
+            + [f"TRAIN_STEPS={LAST}"],
+            [f"TRAIN_STEPS = {LAST}", f"continues at step {LAST}", "nothing to train"],
         ),
         (
             ["local_text.open_stream.seed=1"],

@@ -1,7 +1,9 @@
 """What a run directory says about its run, and whose it is."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 from types import SimpleNamespace
 
@@ -226,3 +228,83 @@ def test_parameter_table():
     assert lines[3].split() == ["scale", "16", "bfloat16", "-", "replicated", "16"]
     assert lines[-1] == "total 2,064 parameters in 2 arrays, 0.0 MiB"
     assert len({len(line) for line in lines[:-1]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "is no path"),
+        ("a\0b", "is no path"),
+        ("file", "File exists"),
+        ("file/below", "Not a directory"),
+        ("loop", "symbolic links"),
+        ("dangling", "File exists"),
+        ("a" * 300, "File name too long"),
+        ("a/" * 3000, "File name too long"),
+        ("/proc", "No such file"),
+        ("/dev/null/x", "Not a directory"),
+        ("lock", r"Is a directory: '.*/lock/.lock'"),
+    ],
+)
+def test_a_path_that_cannot_be_a_run_is_one_error(tmp_path, name, problem):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere/x")
+    (tmp_path / "lock" / ".lock").mkdir(parents=True)
+    with pytest.raises(RunDirectoryError, match=f"MODEL_DIR = .*{problem}"):
+        run_dir.prepare(name and os.path.join(tmp_path, name), CONFIG)
+
+
+@pytest.mark.parametrize("name", [*run_dir._FILES, *run_dir._FOLDERS])
+def test_an_entry_of_the_wrong_kind_or_without_permission_is_named(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    is_folder = name in run_dir._FOLDERS
+    path.touch() if is_folder else path.mkdir()
+    with pytest.raises(RunDirectoryError, match=re.escape(str(path))):
+        run_dir.prepare(str(tmp_path), CONFIG)
+    path.unlink() if is_folder else path.rmdir()
+    path.mkdir() if is_folder else path.touch()
+    monkeypatch.setattr(os, "access", lambda where, _: where != str(path))
+    with pytest.raises(
+        RunDirectoryError, match=f"{re.escape(str(path))} cannot be read and written"
+    ):
+        run_dir.prepare(str(tmp_path), CONFIG)
+    if name != ".lock":
+        monkeypatch.undo()
+        path.rmdir() if is_folder else path.unlink()
+        path.symlink_to("nowhere")
+        with pytest.raises(RunDirectoryError, match=f"{re.escape(str(path))} is a dangling link"):
+            run_dir.prepare(str(tmp_path), CONFIG)
+
+
+def test_a_flipped_bit_in_config_or_run_json_is_named_as_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "describe_process", lambda: {"command": ["train"]})  # no git
+    begin(tmp_path).close()
+    for name, bit in ((n, b) for n in ("config.gin", "run.json") for b in (1, 7)):
+        path = tmp_path / name
+        good = path.read_bytes()
+        for position in range(0, len(good), 7):
+            damaged = bytearray(good)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                run_dir.prepare(str(tmp_path), CONFIG).close()
+            except RunDirectoryError as error:
+                assert f"{path} is damaged" in str(error)
+                assert "another configuration" not in str(error)
+            path.write_bytes(good)
+    for text in ("[]", '{"earlier": 3}', '{"earlier": [3]}', "[" * 5000):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(RunDirectoryError, match="run.json is damaged"):
+            run_dir.read_run(str(tmp_path))
+
+
+def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", refuse)
+    run_dir.prepare(str(tmp_path), CONFIG).close()
+    [warning] = caplog.messages
+    assert str(tmp_path) in warning
+    assert "No locks available" in warning

@@ -175,6 +175,36 @@ def test_it_is_used_with_the_checkpoints_it_belongs_to_alone(run, tmp_path):
     assert not run_vocabulary.gin_files(tmp_path, run[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "named"),
+    [
+        (run_vocabulary.MODEL, lambda text: b"x" + text, "vocabulary.model is damaged"),
+        (run_vocabulary.MODEL, None, "vocabulary.model is damaged or missing"),
+        (run_vocabulary.RECORD, lambda text: b"\xff" + text, "vocabulary.json is damaged"),
+        (run_vocabulary.RECORD, lambda text: b"[]", "vocabulary.json is damaged"),
+        (run_vocabulary.RECORD, lambda text: text.replace(b'"path"', b'"qath"'), "json is damaged"),
+        (run_vocabulary.RECORD, None, "vocabulary.json is damaged or missing, so vocabulary.model"),
+    ],
+)
+def test_a_damaged_vocabulary_is_named_when_it_is_passed_over(
+    run, tmp_path, caplog, name, damage, named
+):
+    run_vocabulary.save(tmp_path, run[1])
+    path = tmp_path / name
+    path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+    assert not run_vocabulary.gin_files(tmp_path, run[0])
+    [warning] = caplog.messages
+    assert str(tmp_path) in warning and named in warning
+
+
+def test_a_record_of_other_options_is_damaged(run, tmp_path):
+    run_vocabulary.save(tmp_path, run[1])
+    path = tmp_path / run_vocabulary.RECORD
+    path.write_text(path.read_text().replace(f'"extra_ids": {EXTRA_IDS}', '"extra_ids": 1'))
+    with pytest.raises(ValueError, match="vocabulary.json is damaged"):
+        run_vocabulary.load(folder=str(tmp_path))
+
+
 def test_texts_are_read_without_the_data(moved, run, score, command, capsys):
     ids = run[1].encode("return naïve")
     assert score(moved, {"text": "return naïve"}) == score(moved, {"tokens": [3, *ids]})

@@ -1,6 +1,7 @@
 """Real checkpoints on disk: saved, restored onto other meshes, damaged in every way, killed midway."""
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -243,7 +244,9 @@ def test_one_flipped_bit_in_any_file_is_named_and_passed_over(two_steps, tmp_pat
             shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "deleted", "zeroed", "longer"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "emptied", "deleted", "zeroed", "longer", "unreadable"]
+)
 def test_other_damage_to_any_file_is_named_and_passed_over(two_steps, tmp_path, caplog, damage):
     for name in files_of(two_steps / "20"):
         directory = shutil.copytree(two_steps, tmp_path / "checkpoints")
@@ -257,6 +260,9 @@ def test_other_damage_to_any_file_is_named_and_passed_over(two_steps, tmp_path, 
             path.unlink()
         elif damage == "zeroed":
             path.write_bytes(bytes(len(data)))
+        elif damage == "unreadable":
+            path.unlink()
+            path.symlink_to(path.name)
         else:
             path.write_bytes(data + b"\n")
         assert str(name) in damaged_reason(directory, caplog)
@@ -417,6 +423,37 @@ def test_last_and_best_are_kept_across_restarts(tmp_path, options, kept):
     metric, mode = options.get("best_metric", "loss"), options.get("best_mode", "min")
     ranked = Retention(metric=metric, mode=mode).best(checkpointer._metrics)
     assert ranked[0] == (best if best in kept else 4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "metrics", "known"),
+    [
+        ("los", {"loss": 1.0}, False),
+        ("eval/b/loss", {"loss": 1.0, "eval/a/loss": 1.0}, False),
+        ("eval/a/loss", {"loss": 1.0, "eval/a/loss": 1.0}, True),
+        ("eval/a/loss", {"loss": 1.0}, True),  # saved without an evaluation
+        ("loss", {}, True),  # saved before the first row
+        ("loss/a", {"loss": 1.0, "loss/b": 1.0}, True),  # a row may be without a source
+    ],
+)
+def test_a_metric_that_the_run_does_not_have_is_an_error(tmp_path, metric, metrics, known):
+    expected = contextlib.nullcontext()
+    if not known:
+        expected = pytest.raises(ValueError, match=f"best_metric = '{metric}'.*choose from .*loss")
+    with Checkpointer(tmp_path, keep_best=1, best_metric=metric) as checkpointer, expected:
+        checkpointer.save(1, {"params": {"w": jnp.ones(3)}}, metrics=metrics)
+    assert checkpointer.all_steps() == [1]
+
+
+def test_a_step_without_permission_is_damaged_not_interrupted():
+    class Locked:
+        def __truediv__(self, name):
+            return self
+
+        def exists(self):
+            raise PermissionError(13, "Permission denied")
+
+    assert not step_dir.is_incomplete(Locked())
 
 
 def test_a_saved_step_is_saved_once(tmp_path):
@@ -604,6 +641,7 @@ def test_a_file_size_limit_leaves_the_last_step_good(tmp_path):
     """
     done = run_script(script, tmp_path)
     assert "disk is full or a quota is reached" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
     like = {"w": jax.ShapeDtypeStruct((100, 100), jnp.float32)}
     assert restore_state(tmp_path, like).step == 1

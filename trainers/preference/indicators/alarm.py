@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+from model.ranges import Fraction, Size
 from trainers.telemetry import metric_writers
 
 PREFIX = "indicators/"  # of the names of the metrics
@@ -55,10 +56,10 @@ class StoppingRule:
       mass_drop: drop of the mass, in probability.
     """
 
-    smoothing: float = 0.5
-    drops: int = 3
-    entropy_drop: float = 0.03
-    mass_drop: float = 0.02
+    smoothing: Fraction = 0.5
+    drops: Size = 3
+    entropy_drop: Fraction = 0.03
+    mass_drop: Fraction = 0.02
 
     def __post_init__(self):
         if self.drops < 1:

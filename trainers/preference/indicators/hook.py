@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from model.ranges import Count, Fraction, NonNegative, Seed, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
@@ -71,21 +72,21 @@ class PreferenceIndicators:
     pairs: Callable[..., held_out.PairStream]
     tasks: Sequence[str]
     vocabulary: Any
-    every: int = 50
-    num_pairs: int | None = 256
-    num_prompts: int = 128
-    max_new_tokens: int = 256
-    temperature: float = 0.5
-    top_p: float | None = 0.75
-    eos_ids: Sequence[int] | None = None
-    batch_size: int = 16
-    top_k: int = TOP_K
+    every: Size = 50
+    num_pairs: Size | None = 256
+    num_prompts: Size = 128
+    max_new_tokens: Size = 256
+    temperature: NonNegative = 0.5
+    top_p: Fraction | None = 0.75
+    eos_ids: Sequence[Count] | None = None
+    batch_size: Size = 16
+    top_k: Size = TOP_K
     reference: FrozenModel | None = None
     reward: Reward | StoredReward | None = None
     competitor: str | None = None
     rule: StoppingRule = StoppingRule()
     stop: Literal["never", "alarm"] = "never"
-    seed: int = 0
+    seed: Seed = 0
     at_start: bool = dataclasses.field(default=True, init=False)
     prefix: str = dataclasses.field(default=PREFIX, init=False)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
+from model.ranges import Fraction, Positive
 from trainers.preference.losses.divergence import Divergence, reverse_kl
 from trainers.preference.losses.pairs import PairLogProbs
 from trainers.preference.losses.settings import check_choice, check_positive, check_smoothing
@@ -41,8 +42,8 @@ def logistic(logits: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
 def dpo(
     pairs: PairLogProbs,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Fraction = 0.0,
     divergence: Divergence = reverse_kl,
 ) -> jax.Array:
     """-log sigma(z): DPO (arXiv 2305.18290, eq. 7); cDPO with `label_smoothing`, which TRL no longer has.
@@ -78,7 +79,7 @@ def robust(
 def ipo(
     pairs: PairLogProbs,
     *,
-    tau: float = 0.1,
+    tau: Positive = 0.1,
     reduction: Reduction = "sum",
     scale: Scale = "paper",
     divergence: Divergence = reverse_kl,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 
+from model.ranges import Fraction, NonNegative, Positive
 from trainers.preference.losses.direct import logistic
 from trainers.preference.losses.divergence import box_cox
 from trainers.preference.losses.pairs import PairLogProbs
@@ -18,7 +19,7 @@ from trainers.preference.losses.settings import check_positive
 _LEAST_SURPRISE = float(jnp.finfo(jnp.float32).eps)
 
 
-def slic_hinge(pairs: PairLogProbs, *, gamma: float = 1.0) -> jax.Array:
+def slic_hinge(pairs: PairLogProbs, *, gamma: NonNegative = 1.0) -> jax.Array:
     """max(0, gamma - (a_w - a_l)): SLiC-HF (arXiv 2305.10425) in the form of arXiv 2410.11677, with means per token.
 
     Its regulariser is `terms.slic_regulariser`.
@@ -28,7 +29,11 @@ def slic_hinge(pairs: PairLogProbs, *, gamma: float = 1.0) -> jax.Array:
 
 
 def simpo(
-    pairs: PairLogProbs, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0
+    pairs: PairLogProbs,
+    *,
+    beta: Positive = 2.0,
+    gamma: NonNegative = 1.0,
+    label_smoothing: Fraction = 0.0,
 ) -> jax.Array:
     """-log sigma(beta (a_w - a_l) - gamma): SimPO (arXiv 2405.14734, eq. 6).
 
@@ -60,13 +65,13 @@ def alpha_po(
     return logistic(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
-def cpo(pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> jax.Array:
+def cpo(pairs: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: Fraction = 0.0) -> jax.Array:
     """-log sigma(beta (s_w - s_l)): the preference term of CPO (arXiv 2401.08417, eq. 3)."""
     check_positive(beta=beta)
     return logistic(beta * (pairs.chosen - pairs.rejected), label_smoothing)
 
 
-def orpo(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:
+def orpo(pairs: PairLogProbs, *, beta: Positive = 0.1) -> jax.Array:
     """-beta log sigma(log of the odds ratio): the preference term of ORPO (arXiv 2403.07691, eq. 7).
 
     Odds are p / (1 - p) with p = e^a. The likelihood term of TRL includes prompts; `terms.nll` has only completions.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import sigmoid
 
+from model.ranges import NonNegative, Positive
 from trainers.preference.losses.pairs import MissingLabelsError, PairLogProbs
 from trainers.preference.losses.settings import check_not_negative, check_positive
 
@@ -15,9 +16,9 @@ from trainers.preference.losses.settings import check_not_negative, check_positi
 def kto(
     pairs: PairLogProbs,
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
 ) -> jax.Array:
     """w_D (1 - sigma(beta (c - z_0))) or w_U (1 - sigma(beta (z_0 - c))): KTO (arXiv 2402.01306, eq. 7).
 

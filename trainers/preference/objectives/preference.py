@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
+from model.ranges import Count, Fraction, NonNegative
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.objectives.frozen_model import FrozenModel
@@ -26,10 +27,10 @@ def preference(
     *,
     model: Any,
     losses: Sequence[PairLoss],
-    weights: Sequence[float] | None = None,
-    num_sources: int = 0,
+    weights: Sequence[NonNegative] | None = None,
+    num_sources: Count = 0,
     reference: FrozenModel | None = None,
-    ld_alpha: float = 1.0,
+    ld_alpha: Fraction = 1.0,
     implementation: Implementation = "auto",
 ) -> Objective:
     """The weighted sum of losses of pairs, averaged over pairs.

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
+from model.ranges import Count, NonNegative
 from trainers.objectives.base import LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.preference.losses.settings import check_not_negative
@@ -16,7 +17,7 @@ from trainers.preference.objectives.completions import by_completion
 ENDS = "decoder_ends"
 
 
-def bradley_terry(*, model: Any, num_sources: int = 0, center: float = 0.0) -> Objective:
+def bradley_terry(*, model: Any, num_sources: Count = 0, center: NonNegative = 0.0) -> Objective:
     """-log sigma(r_w - r_l - margin) + center (r_w + r_l)^2, averaged over pairs.
 
     r is the reward of prompt and completion, the model's output at the last token (EOS). The first term is the

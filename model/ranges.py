@@ -1,0 +1,24 @@
+"""The ranges of numbers, declared with their types: `beta: Positive = 0.1`.
+
+The check of configurations reads them (launch/config/gin_values.py): a value of a gin file that lies outside is an error
+before any work. Python does not check them. All packages may import this module, which imports none of them.
+"""
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Interval
+
+# Integers. The programs count in 32 bits.
+Size = Annotated[int, Interval(ge=1, lt=2**31)]
+Count = Annotated[int, Interval(ge=0, lt=2**31)]
+Amount = Annotated[int, Interval(ge=1, lt=2**63)]  # of bytes or tokens of data
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+AxisSize = Annotated[int, Interval(ge=-1, lt=2**31)]  # of a mesh; -1 for the remaining devices
+
+# Floats. The programs compute in 32 bits, so that larger numbers than theirs are refused for all.
+Finite = Annotated[float, Interval()]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average
+Tokens = Annotated[float, Interval(ge=1, le=1e18)]

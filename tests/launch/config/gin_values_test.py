@@ -1,0 +1,165 @@
+"""Values of the wrong type or out of range are found before any work; every number that a file sets has a range."""
+
+import collections.abc
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+
+from launch.config import gin_check, gin_config, gin_reader, gin_values
+from launch.config.gin_reader import Target
+from launch.config.gin_source import Macro, Reference
+from model.ranges import Count, Decay, Finite, Fraction, Positive, Size
+from model.transformer import Transformer
+from trainers.batches import Stream
+from trainers.evaluate import EvalStream
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "t5x_configs").rglob("*.gin"))
+RUN = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/bytes", "runs/pretrain")]
+NEEDED = ["MODEL_DIR='/x'", "MIXTURE_OR_TASK_NAME='python'", "TRAIN_STEPS=3"]
+
+# Parameters of other libraries, which declare no ranges.
+WITHOUT_RANGE = {f"schedule_free_adamw.{name}" for name in ("b1", "b2", "weight_decay")}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def test_every_number_in_a_shipped_file_has_a_declared_range():
+    without = set()
+    for file in FILES:
+        checked = gin_check.check([file], fragment=True)
+        for (_, target, argument), bound in checked.bindings.items():
+            value = gin_check._with_macros(bound.value, checked.macros)
+            annotation = gin_values.hints(checked.targets[target].value).get(argument)
+            if any(map(is_number, gin_reader.leaves(value))) and not gin_values.has_range(
+                annotation
+            ):
+                without.add(f"{target.rpartition('.')[2]}.{argument}")
+    assert without == WITHOUT_RANGE
+
+
+@functools.cache
+def load_error(*bindings: str) -> str:
+    with pytest.raises(gin_config.ConfigError) as caught:
+        gin_config.load(RUN, [*NEEDED, *bindings], entry="launch.train:train")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("binding", "problem"),
+    [
+        ("TRAIN_STEPS=-5", "is -5, but takes a number that is at least 1"),
+        ("TRAIN_STEPS=1e9", "takes int or None, not 1000000000.0"),
+        ("TRAIN_STEPS=99999999999", "at least 1 and below 2147483648"),
+        ("SEED=99999999999999999999", "at least 0 and below 4294967296"),
+        ("EVAL_STEPS=0", "is 0, but takes a number that is at least 1"),
+        ("BATCH_SIZE=0", "is 0, but takes a number that is at least 1"),
+        ("LEARNING_RATE=-1", "cosine.peak' is -1, but takes a number that is at least 0"),
+        ("LEARNING_RATE=1e400", "is inf, but takes a finite number"),
+        ("LEARNING_RATE=%LEARNING_RATE", "leads back to the macro itself"),
+        ("optimizers.adamw.b1=1.5", "at least 0 and below 1"),
+        ("optimizers.adamw.weight_decay=-1.0", "at least 0"),
+        ("recipe.Recipe.ema_decay=1.0", "at least 0 and below 1"),
+        ("recipe.Recipe.ema_decay=-0.1", "at least 0 and below 1"),
+        ("config.TransformerConfig.num_heads=0", "at least 1"),
+        ("config.TransformerConfig.num_kv_heads=0", "at least 1"),
+        ("config.TransformerConfig.head_dim=-16", "at least 1"),
+        ("rope.Rope.base=-1", "Rope.base' is -1, but takes a number that is above 0"),
+        ("checkpoint.Checkpointer.keep_last=-1", "keep_last' is -1"),
+        ("DOCUMENT_START=-1", "start_token' is -1"),
+        ("TASK_FEATURE_LENGTHS={'targets': '64'}", "takes a dict of int"),
+        ("TASK_FEATURE_LENGTHS={'targets': 0}", "is 0, but takes"),
+        ("MESH={'fsdp': 'all'}", "takes a dict of int or None"),
+        ("MESH=" + "[" * 500 + "]" * 500, "is not a value in gin syntax"),
+        ("SCHEDULE=@schedules.cosine", "not @schedules.cosine itself: write @schedules.cosine()"),
+        ("MODEL=@config.TransformerConfig", "takes an object of Model, not @config.Transf"),
+        ("MODEL=@config.TransformerConfig()", "which is of TransformerConfig"),
+        ("train.train.hooks=[1]", "takes a list of a function, as @module.name"),
+    ],
+)
+def test_a_value_out_of_range_or_of_another_kind_is_a_problem(binding, problem):
+    assert problem in load_error(binding)
+
+
+def test_a_problem_of_a_macro_names_its_place():
+    assert "--gin.LEARNING_RATE=-1: 'trainers.optim.schedules.cosine.peak'" in load_error(
+        "LEARNING_RATE=-1"
+    )
+
+
+Schedule = Callable[[int], float]
+
+
+def makes_schedule() -> Schedule:
+    return float
+
+
+def takes(
+    *,
+    size: Size,
+    share: Fraction | None = None,
+    plain: float = 0.0,
+    either: Fraction | Literal["auto"] = "auto",
+    sizes: Sequence[Size] = (),
+    pairs: Sequence[tuple[Count, Mapping[str, Decay]]] = (),
+    fixed: tuple[Fraction, Positive] = (0.0, 1.0),
+    number: Finite = 0.0,
+    model: Transformer | None = None,
+    schedule: Schedule = float,
+    stream: EvalStream | None = None,
+    anything: Any = None,
+): ...
+
+
+@pytest.mark.parametrize(
+    ("argument", "good", "bad"),
+    [
+        ("size", [1, 2**31 - 1, Macro("X")], [0, -1, 2**31, 1.0, True, None]),
+        ("share", [0, 1, 0.5, None], [-0.1, 1.1, float("nan"), "0.5"]),
+        ("plain", [-1e30, 0], [1e39, -1e39, float("nan"), float("inf")]),
+        ("either", [0.5, "auto"], [2.0, "none", float("nan")]),
+        ("sizes", [[], (1, 2)], [[1, 0], 1, ["1"]]),
+        ("pairs", [[(0, {"a": 0.5})], [[1, {}]]], [[(-1, {})], [(0, {"a": 1.0})]]),
+        ("fixed", [(1.0, 5.0)], [(1.0, 0.0), (5.0, 1.0)]),
+        ("number", [-5, 1e9], [float("inf")]),
+        ("stream", [None], [3, "python"]),
+        ("schedule", [None], [0.1, [1]]),
+        ("anything", [float("nan"), {"a": [1]}], []),
+    ],
+)
+def test_values_are_compared_with_annotations_of_every_form(argument, good, bad):
+    assert [value for value in good if gin_values.mismatch(takes, argument, value)] == []
+    assert [value for value in bad if not gin_values.mismatch(takes, argument, value)] == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "evaluate", "value", "fits"),
+    [
+        ("model", True, Transformer, True),
+        ("model", False, Transformer, False),
+        ("model", True, gin_config.Config, False),
+        ("model", True, makes_schedule, True),  # not certain
+        ("schedule", True, makes_schedule, True),
+        ("schedule", False, makes_schedule, False),
+        ("schedule", False, len, True),
+        ("stream", True, gin_config.Config, False),
+        ("stream", True, Stream, True),
+        ("anything", False, Transformer, True),
+    ],
+)
+def test_references_give_the_kind_of_object_that_is_wanted(argument, evaluate, value, fits):
+    reference = Reference("x.y", evaluate)
+    problem = gin_values.mismatch(takes, argument, reference, {reference: Target("x.y", value)})
+    assert (problem is None) == fits, problem
+
+
+def test_a_range_is_declared_for_each_number():
+    hints = gin_values.hints(takes)
+    assert [name for name in hints if not gin_values.has_range(hints[name])] == ["plain"]
+    assert not gin_values.has_range(Mapping[str, int] | None)
+    assert not gin_values.has_range(collections.abc.Sequence[tuple[int, Size]])
