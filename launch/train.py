@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from launch.cluster import peers
+from launch.processes import peers
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, open_data

@@ -151,7 +151,7 @@ LEVELS = {
         ("code_mix", "distillation", "nexus", "preference", "prompts", "snapkv"),
     ),
     "launch": (
-        ("cli", "config", "environment"),
+        ("cli", "config", "environment", "input_errors", "processes"),
         ("run",),
         ("aot", "cluster", "inference", "plots"),
         # Commands that a suite, a sweep or a reproduction runs in its own process.

@@ -12,7 +12,7 @@ import sys
 import pytest
 from gin import utils as gin_utils
 
-from launch import cli, environment
+from launch import cli, environment, input_errors
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -86,7 +86,7 @@ def test_errors_of_the_project_are_printed_and_bugs_are_raised(
     argv = [f"--gin_file={gin_file(toy_gin)}", "--gin.MODEL_DIR=/x", "--gin.TRAIN_STEPS=-1"]
     with pytest.raises(ValueError, match="negative"):
         start(argv)  # toy_run is not one of the project's packages.
-    monkeypatch.setattr(cli, "OWN_PACKAGES", ("toy_run",))
+    monkeypatch.setattr(input_errors, "OWN_PACKAGES", ("toy_run",))
     capsys.readouterr()
     assert start(argv) == cli.USAGE_ERROR
     assert capsys.readouterr().err == "\nerror: steps = -1 must not be negative.\n"
@@ -104,8 +104,8 @@ def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_n
     wrong_sizes = caught(
         lambda: TransformerConfig(vocab_size=8, num_layers=0, embed_dim=4, num_heads=1, mlp_dim=4)
     )
-    assert cli._reason(wrong_sizes)
-    assert cli._reason(caught(lambda: int("x"))) is None
+    assert input_errors.reason(wrong_sizes)
+    assert input_errors.reason(caught(lambda: int("x"))) is None
 
 
 def raising(error, cause=None):

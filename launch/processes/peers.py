@@ -3,7 +3,7 @@
 A process that has lost another can neither go on nor save. It ends with status 75 (start all processes again), or with
 the status of the other process if that ended with an error (starting again would not help).
 
-JAX aborts a process whose coordinator, process 0, is gone; that is what launch/cluster/supervisor.py is for.
+JAX aborts a process whose coordinator, process 0, is gone; that is what launch/processes/supervisor.py is for.
 """
 
 import contextlib

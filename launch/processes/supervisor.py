@@ -16,9 +16,9 @@ import tempfile
 import threading
 from typing import IO
 
-from launch.cluster import peers
+from launch.processes import peers
 
-# Messages of JAX's coordination service: about other processes, which launch/cluster/peers.py watches.
+# Messages of JAX's coordination service: about other processes, which launch/processes/peers.py watches.
 _NOISE = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ coordination_service|\[Gloo\] Rank \d+ is connected")
 _FATAL = re.compile(rb"F\d{4} .*JAX distributed service")
 _SET_PDEATHSIG = 1

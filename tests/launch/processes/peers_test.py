@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from launch.cluster import supervisor
 from launch.environment import ROOT
+from launch.processes import supervisor
 
 pytestmark = pytest.mark.multiprocess
 
@@ -26,7 +26,7 @@ def exchange(*, rounds: int = 100000, failing: int = -1):
     import jax
     from jax.experimental import multihost_utils
 
-    from launch.cluster import peers
+    from launch.processes import peers
     from launch.run.load_run import LoadError
 
     peers.note_run("/no/such/run")
