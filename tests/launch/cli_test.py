@@ -348,7 +348,7 @@ GROUPS = ("evaluate", "prepare")  # their first argument names a sub-command
 
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():
     files = {path.stem for path in pathlib.Path(ROOT, "launch").glob("*.py")}
-    assert files == {*COMMANDS, "cli", "environment", "__init__"}
+    assert files == {*COMMANDS, "cli", "environment", "input_errors", "__init__"}
     assert set(cli.command_names()) == COMMANDS
 
 
