@@ -49,19 +49,12 @@ def die_with_parent() -> None:
     prctl(_PDEATHSIG, 9)
 
 
-def become_user(user: int, *, reads_all: bool) -> None:
-    """Switches from root to another user without capabilities, irreversibly.
-
-    Args:
-      user: id of the user and of its group.
-      reads_all: whether to keep the capability to read all files; Landlock and namespaces still restrict them.
-    """
-    if reads_all:
-        prctl(_KEEP_CAPABILITIES, 1)
+def become_user(user: int) -> None:
+    """Switches from root to another user, irreversibly; `drop_capabilities` must follow."""
+    prctl(_KEEP_CAPABILITIES, 1)
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    drop_capabilities(but=_READ_ALL if reads_all else 0)
 
 
 def may_read_all() -> bool:
@@ -221,9 +214,14 @@ def restrict_files(readable: Sequence[str], writable: Sequence[str]) -> None:
     os.close(ruleset)
 
 
-def drop_capabilities(*, but: int = 0) -> None:
-    """Drops all capabilities except the bits in `but`, those in namespaces too."""
+def drop_capabilities(*, keep_reading: bool) -> None:
+    """Drops all capabilities, those in namespaces too.
+
+    Args:
+      keep_reading: whether to keep the one to read all files; Landlock and namespaces still restrict them.
+    """
     prctl(NO_NEW_PRIVS, 1)
+    but = _READ_ALL if keep_reading else 0
     data = ctypes.create_string_buffer(struct.pack("=6I", but, but, 0, 0, 0, 0), 24)
     _check(_libc.capset(_CAPABILITIES, data), "capset")
 

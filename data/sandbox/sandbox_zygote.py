@@ -135,10 +135,12 @@ def _lock_in(setup: dict) -> dict:
                 by["files"] = "Landlock and seccomp"
     if calls and namespaces:
         by = {name: f"{what} and seccomp" for name, what in by.items()}
-    user = _choose_user(state)
+    # Without it, programs could not import from a library that only root can read.
+    needs_all = linux and not _everyone_reads(sysconfig.get_path("stdlib"))
+    state["reads_all"] = needs_all and kernel.may_read_all()
+    user = None if needs_all and not state["reads_all"] else _choose_user(state)
     state |= {
         "user": user,
-        "reads_all": user is not None and not _everyone_reads(sysconfig.get_path("stdlib")),
         "landlock": not namespaces and by["files"] is not None,
         "threads": user is not None or os.geteuid() != 0,  # the limit on threads does not bind root
     }
@@ -153,8 +155,6 @@ def _choose_user(state: dict) -> int | None:
     threads with others, or nobody if the kernel does not know such users.
     """
     if sys.platform != "linux" or os.geteuid() != 0:
-        return None
-    if not _everyone_reads(sysconfig.get_path("stdlib")) and not kernel.may_read_all():
         return None
     if not state["namespaces"]:
         user = _UNUSED_USERS + os.getpid()
@@ -334,9 +334,8 @@ def _become_program(request: dict, state: dict, channel: int, out: int, err: int
             if state["landlock"]:
                 kernel.restrict_files(state["readable"], [state["work"]])
             if state["user"] is not None:
-                kernel.become_user(state["user"], reads_all=state["reads_all"])
-            else:
-                kernel.drop_capabilities()
+                kernel.become_user(state["user"])
+            kernel.drop_capabilities(keep_reading=state["reads_all"])
             kernel.hide_memory()
             kernel.die_with_parent()
             hang_up = select.poll()
