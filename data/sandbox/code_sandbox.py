@@ -161,6 +161,9 @@ class Sandbox:
         for zygote in self._all:
             zygote.close()
         self._all.clear()
+        # A program whose process was lost may live for a moment and write.
+        if not work_folder.remove(self._folder.name):
+            time.sleep(1.0)
         if not work_folder.remove(self._folder.name):
             print(f"warning: {self._folder.name} could not be removed.", file=sys.stderr)
         self._folder.cleanup()
