@@ -156,14 +156,14 @@ def _choose_user(state: dict) -> int | None:
     """
     if sys.platform != "linux" or os.geteuid() != 0:
         return None
-    if not state["namespaces"]:
-        user = _UNUSED_USERS + os.getpid()
+    if state["namespaces"]:
+        return kernel.NOBODY
+    os.chmod(state["work"], 0o710)  # programs pass through it to their folder
+    for user in (_UNUSED_USERS + os.getpid(), kernel.NOBODY):
         with contextlib.suppress(OSError):
             os.chown(state["work"], -1, user)
-            os.chmod(state["work"], 0o710)  # programs pass through it to their folder
             return user
-        os.chmod(state["work"], 0o711)
-    return kernel.NOBODY
+    return None
 
 
 def _everyone_reads(path: str) -> bool:
