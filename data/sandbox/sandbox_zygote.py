@@ -315,7 +315,9 @@ def _become_program(request: dict, state: dict, channel: int, out: int, err: int
     try:
         limits = state["limits"]
         os.setsid()
-        for source, target in ((channel, _DESCRIPTOR), (out, 1), (err, 2)):
+        # Opened for each program, which could leave a lock or flags on a shared input.
+        empty = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((empty, 0), (channel, _DESCRIPTOR), (out, 1), (err, 2)):
             os.dup2(os.dup(source), target)
         os.closerange(_DESCRIPTOR + 1, 256)
         os.chdir(state["work"])

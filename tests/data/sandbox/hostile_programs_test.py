@@ -14,11 +14,12 @@ from data.sandbox import code_sandbox, work_folder
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has the limits only")
 LIMITS = code_sandbox.Limits(wall_seconds=30, memory_bytes=256 << 20, file_bytes=1 << 20, threads=4)
 INNOCENT = """
-import json, os, threading
+import fcntl, json, os, threading
 assert os.listdir(".") == []
 assert open("new", "w").write(json.dumps([1])) == 3
 threads = [threading.Thread(target=int) for _ in range(2)]
 [t.start() for t in threads], [t.join() for t in threads]
+assert not fcntl.fcntl(0, fcntl.F_GETFL) & os.O_NONBLOCK
 assert os.umask(0o022) == 0o077 and not os.environ
 """
 
@@ -74,6 +75,7 @@ LEFTOVERS = {
         files = [open(str(i), "w+b", 0) for i in range(8)]
         for file in files:
             file.write(bytes(4096)); fcntl.lockf(file, fcntl.LOCK_EX); os.unlink(file.name)
+        fcntl.flock(0, fcntl.LOCK_EX); fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK)
         maps = [mmap.mmap(file.fileno(), 4096) for file in files]
         resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         """,
