@@ -2,15 +2,16 @@
 
 A program is a text: a solution, followed by its tests. It runs in a separate process without packages, with an
 empty environment and with limits on its resources. On Linux it has no network, sees only the standard library
-and a work folder that is emptied after each program, and cannot start, signal or see other processes. The
-protections are namespaces and seccomp, or Landlock and seccomp where namespaces are forbidden; a kernel may
-offer only some of them. macOS has the limits only. `Protections` lists the active protections, and a warning is
-printed once if the network or files are reachable.
+and an empty work folder of its own, and cannot start, signal or see other processes. The protections are
+namespaces and seccomp, or Landlock and seccomp where namespaces are forbidden; a kernel may offer only some of
+them. Programs of root run as another user. macOS has the limits only. `Protections` lists the active protections,
+and a warning is printed once if the network or files are reachable, or if programs run as root. docs/evaluation.md
+lists what is not protected.
 
-Output, exit status and exit handlers of a program do not make it pass; only running to its end does. But tests
-run in the same interpreter as the solution. So a program that targets its tests (an object equal to everything,
-a trace function that skips asserts) or this module can pass without a solution. The limits still apply to such
-programs.
+Output, exit status and exit handlers of a program do not make it pass; only running to its end does, which it
+proves with a random number that Python code cannot reach before. But tests run in the same interpreter as the
+solution. So a program that targets its tests (an object equal to everything, a trace function that skips asserts)
+or reads its own raw memory can pass without a solution. It never changes the result of another program.
 """
 
 import collections
@@ -27,7 +28,7 @@ from typing import Literal
 
 import tqdm
 
-from data.sandbox import sandbox_zygote
+from data.sandbox import sandbox_zygote, work_folder
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "killed", "refused"]
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -85,6 +86,7 @@ class Protections:
     network: str | None  # access to the network
     files: str | None  # access to files other than the standard library and the program's own
     processes: str | None  # starting, signalling and seeing other processes
+    root: bool = False  # whether programs keep the user id of root, without its privileges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Result:
     """The outcome of a program."""
 
     # `passed`: the program ran to its end; `failed`: it raised an exception or exited before its
-    # end; `timed_out`; `out_of_memory`; `killed`: a signal ended it, for example in a crash;
+    # end; `timed_out`; `out_of_memory`; `killed`: a signal ended it, for example in a crash, or
+    # twice the process that ran it;
     # `refused`: it did not run, because it is too long or not valid Unicode
     status: Status
     detail: str  # one line on why the program did not pass
@@ -132,7 +135,9 @@ class Sandbox:
         self.limits = Limits() if limits is None else limits
         self._namespaces = namespaces and sys.platform == "linux"
         count = workers or _processors()
-        self._folder = tempfile.TemporaryDirectory(prefix="espalier_sandbox_")
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="espalier_sandbox_", ignore_cleanup_errors=True
+        )
         self._free: collections.deque[_Zygote] = collections.deque()
         self._all: list[_Zygote] = []
         self._threads = concurrent.futures.ThreadPoolExecutor(count)
@@ -151,11 +156,16 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """Ends all processes."""
+        """Ends all processes and removes their files."""
         self._threads.shutdown(cancel_futures=True)
         for zygote in self._all:
             zygote.close()
         self._all.clear()
+        # A program whose process was lost may live for a moment and write.
+        if not work_folder.remove(self._folder.name):
+            time.sleep(1.0)
+        if not work_folder.remove(self._folder.name):
+            print(f"warning: {self._folder.name} could not be removed.", file=sys.stderr)
         self._folder.cleanup()
 
     def run(self, programs: Sequence[str], *, title: str = "programs") -> Iterator[Result]:
@@ -180,16 +190,18 @@ class Sandbox:
             return self._refused(f"not valid Unicode at character {error.start}")
         if size > self.limits.program_bytes:
             return self._refused(f"{size} bytes, more than {self.limits.program_bytes}")
-        zygote = self._free.popleft()
-        try:
-            answer = zygote.ask(program)
-        except _ZygoteLostError as error:
-            self._all.remove(zygote)
-            zygote.close()
-            self._start()
-            answer = {"status": "killed", "detail": str(error)}
-        else:
-            self._free.append(zygote)
+        for _ in range(2):  # a lost process is rarely the program's doing
+            zygote = self._free.popleft()
+            try:
+                answer = zygote.ask(program)
+            except _ZygoteLostError as error:
+                self._all.remove(zygote)
+                zygote.close()
+                self._start()
+                answer = {"status": "killed", "detail": str(error)}
+            else:
+                self._free.append(zygote)
+                break
         fields = {"stdout": "", "stderr": "", "seconds": 0.0, **answer}
         return Result(**fields, protections=self.protections)
 
@@ -293,10 +305,19 @@ _warned: set[Protections] = set()
 
 
 def _warn(protections: Protections) -> None:
-    """Prints a warning, once, if programs can reach the network or files."""
+    """Prints a warning, once, if programs can reach the network or files or stay root."""
+    if protections in _warned:
+        return
+    _warned.add(protections)
+    if protections.root:
+        print(
+            "warning: untrusted programs keep the user id of root, without its privileges, because other users "
+            f"cannot read the Python library of {sys.base_prefix}. Make it and its parent folders readable "
+            "(chmod o+rx), or start the command as another user.",
+            file=sys.stderr,
+        )
     open_ = [name for name in _BLOCKED if getattr(protections, name) is None]
-    if open_ and protections not in _warned:
-        _warned.add(protections)
+    if open_:
         print(
             "warning: untrusted programs run with limits on time and memory, but can access "
             f"{' and '.join(open_)}. Use Linux with namespaces or Landlock, a container or a virtual "

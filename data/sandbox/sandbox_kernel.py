@@ -1,4 +1,4 @@
-"""Linux's means for an unprivileged process to confine itself: namespaces, Landlock and seccomp.
+"""Linux's means for an unprivileged process to confine itself: namespaces, Landlock, capabilities.
 
 The module uses only the standard library, with `ctypes`, because it runs in an interpreter without packages. Each
 function either applies its protection completely or raises OSError.
@@ -15,94 +15,18 @@ from collections.abc import Iterator, Sequence
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x00020000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
-_THREAD = 0x00010000
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 0x1000, 0x4000, 0x40000, 2
 _MS_NOSUID, _MS_NODEV = 2, 4
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _AT_RECURSIVE, _AT_FDCWD = 0x8000, -100
-_PDEATHSIG, _SECCOMP, _NO_NEW_PRIVS = 1, 22, 38
+_PDEATHSIG, _DUMPABLE, _KEEP_CAPABILITIES, SECCOMP, NO_NEW_PRIVS = 1, 4, 8, 22, 38
+_READ_ALL = 1 << 2  # the capability CAP_DAC_READ_SEARCH
+_CAPABILITIES = struct.pack("=Ii", 0x20080522, 0)  # version, and 0 for this process
 # Numbers that all architectures share.
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
 
 NOBODY = 65534
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-
-# Denied system calls with their numbers on x86-64 and on ARM (None if ARM lacks the call). Calls that need privileges
-# are not listed: the program has no privileges, and cannot enter a namespace in which it would have some.
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_DENIED = {
-    # other processes: to start, to signal, to look into or to slow down
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "kcmp": (312, 272),
-    "process_madvise": (440, 440),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setaffinity": (203, 122),
-    "sched_setattr": (314, 274),
-    # the network; socketpair, which event loops use, stays allowed
-    "socket": (41, 198),
-    # memory that the limit on the address space does not count
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    # namespaces, and parts of the kernel that have been ways out of sandboxes
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "io_uring_setup": (425, 425),
-    "userfaultfd": (323, 282),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262),
-}
-# Calls that change files and that Landlock does not block.
-_DENIED_OUTSIDE = {
-    "chmod": (90, None),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
-    "chown": (92, None),
-    "lchown": (94, None),
-    "fchown": (93, 55),
-    "fchownat": (260, 54),
-    "utime": (132, None),
-    "utimes": (235, None),
-    "futimesat": (261, None),
-    "utimensat": (280, 88),
-    "truncate": (76, 45),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7),
-    "setxattrat": (463, 463),
-    "removexattr": (197, 14),
-    "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16),
-    "removexattrat": (466, 466),
-    "file_setattr": (469, 469),
-}
-_CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT = (56, 220), 435, (62, 129), (234, 131), (302, 261)
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -114,21 +38,30 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def _prctl(option: int, value: int, *more: int) -> None:
+def prctl(option: int, value: int, *more: int) -> None:
+    """Calls prctl; raises OSError if the kernel refuses."""
     arguments = [ctypes.c_ulong(x) for x in (value, *more, 0, 0, 0)[:4]]
     _check(_libc.prctl(option, *arguments), f"prctl {option}")
 
 
 def die_with_parent() -> None:
     """Makes the kernel kill the calling process when its parent ends."""
-    _prctl(_PDEATHSIG, 9)
+    prctl(_PDEATHSIG, 9)
 
 
-def become_nobody() -> None:
-    """Switches from root to the user nobody, irreversibly."""
+def become_user(user: int) -> None:
+    """Switches from root to another user, irreversibly; `drop_capabilities` must follow."""
+    prctl(_KEEP_CAPABILITIES, 1)
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
+def may_read_all() -> bool:
+    """Returns whether this process may keep the capability to read all files."""
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.capget(_CAPABILITIES, data), "capget")
+    return bool(struct.unpack("=6I", data.raw)[1] & _READ_ALL)
 
 
 def unshare_pids() -> None:
@@ -136,10 +69,8 @@ def unshare_pids() -> None:
     _check(_libc.unshare(_NEWPID), "unshare of processes")
 
 
-def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> None:
-    """Enters namespaces without network and with the files `readable` (read-only) and `work` only.
-
-    `work` is a new folder in memory. Its files belong to the user, or to nobody if the user is root.
+def enter_namespaces(readable: Sequence[str], work: str) -> None:
+    """Enters namespaces without network and with the files `readable` (read-only) and an empty folder `work` only.
 
     Raises:
       OSError: the kernel does not allow it; the process is then in an undefined state and must end.
@@ -147,7 +78,6 @@ def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> Non
     uid, gid = os.geteuid(), os.getegid()
     namespaces = _NEWUSER | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS
     if uid == 0:
-        uid = gid = NOBODY
         with _mapping_helper():
             _check(_libc.unshare(namespaces), "unshare of namespaces")
     else:
@@ -174,8 +104,6 @@ def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> Non
         if path not in DEVICES:
             _read_only(root + path, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
     os.mkdir(root + work)
-    options = f"size={work_bytes},nr_inodes=4096,mode=700,uid={uid},gid={gid}"
-    _mount("tmpfs", root + work, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
     _read_only(root, _ATTR_RDONLY, recursive=False)
     os.chdir(root)
     pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine())
@@ -184,6 +112,18 @@ def enter_namespaces(readable: Sequence[str], work: str, work_bytes: int) -> Non
     _check(_libc.syscall(pivot_root, b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount of the old root")
     os.chdir("/")
+
+
+def mount_work(work: str, work_bytes: int) -> None:
+    """Mounts an empty folder in memory, of the user or of nobody if the user is root, at `work`."""
+    user, group = (NOBODY, NOBODY) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    options = f"size={work_bytes},nr_inodes=4096,mode=700,uid={user},gid={group}"
+    _mount("tmpfs", work, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+
+
+def unmount_work(work: str) -> None:
+    """Removes the folder of `mount_work` with everything in it, whatever it is."""
+    _check(_libc.umount2(os.fsencode(work), _MNT_DETACH), f"umount of {work}")
 
 
 def _write_maps(process: int | str, uid: int, gid: int) -> None:
@@ -247,13 +187,17 @@ _FILE_RIGHTS = 0b1100_0000_0000_0111
 
 
 def restrict_files(readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Denies access, with Landlock, to all files except the given paths and everything below them."""
-    _prctl(_NO_NEW_PRIVS, 1)
+    """Denies access, with Landlock, to all files except these paths and everything below them.
+
+    Newer kernels also deny signals and abstract sockets to processes that are not restricted in the same call.
+    """
+    prctl(NO_NEW_PRIVS, 1)
     version = _check(_libc.syscall(_LANDLOCK_CREATE, None, 0, 1), "Landlock")
     # Rights by Landlock version: 13 in version 1; 2 adds moving files, 3 truncation, 5 device ioctls.
     rights = (1 << (13 + min(version - 1, 2) + (version >= 5))) - 1
-    attributes = ctypes.create_string_buffer(struct.pack("=Q", rights), 8)
-    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, attributes, 8, 0), "Landlock ruleset")
+    size = 24 if version >= 6 else 8  # version 6 adds the scopes of abstract sockets and signals
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQ", rights, 0, 0b11), 24)
+    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, attributes, size, 0), "Landlock ruleset")
     devices = [(path, _READ_FILE | _WRITE_FILE) for path in DEVICES]
     for path, allowed in (
         *((path, _READ) for path in readable if path not in DEVICES),
@@ -270,69 +214,18 @@ def restrict_files(readable: Sequence[str], writable: Sequence[str]) -> None:
     os.close(ruleset)
 
 
-def drop_capabilities() -> None:
-    """Drops all capabilities, those in namespaces too."""
-    _prctl(_NO_NEW_PRIVS, 1)
-    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
-    _check(_libc.capset(header, ctypes.create_string_buffer(24)), "capset")
-
-
-def knows_system_calls() -> bool:
-    """Returns whether `filter_system_calls` supports this machine."""
-    return sys.platform == "linux" and platform.machine() in _MACHINES and sys.maxsize > 2**32
-
-
-def filter_system_calls(*, threads: bool, own_files_only: bool) -> None:
-    """Denies, with an irreversible seccomp filter, new processes, the network and access to other processes.
+def drop_capabilities(*, keep_reading: bool) -> None:
+    """Drops all capabilities, those in namespaces too.
 
     Args:
-      threads: whether the process may start threads.
-      own_files_only: whether the process can only reach its own files; if so, it may change their metadata.
+      keep_reading: whether to keep the one to read all files; Landlock and namespaces still restrict them.
     """
-    _prctl(_NO_NEW_PRIVS, 1)
-    code = _filter(threads=threads, own_files_only=own_files_only)
-    instructions = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
-    buffer = ctypes.create_string_buffer(program, len(program))
-    _prctl(_SECCOMP, 2, ctypes.addressof(buffer))
+    prctl(NO_NEW_PRIVS, 1)
+    but = _READ_ALL if keep_reading else 0
+    data = ctypes.create_string_buffer(struct.pack("=6I", but, but, 0, 0, 0, 0), 24)
+    _check(_libc.capset(_CAPABILITIES, data), "capset")
 
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL_PROCESS, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER_AT, _ARCH_AT, _ARGUMENT_AT = 0, 4, 16
-
-
-def _filter(*, threads: bool, own_files_only: bool) -> bytes:
-    """Returns the filter as BPF instructions of 8 bytes: operation, jump if true, jump if false, value."""
-    column, arch = _MACHINES[platform.machine()]
-    denied = _RETURN, 0, 0, _ERROR | errno.EPERM
-    code = [
-        (_LOAD, 0, 0, _ARCH_AT),
-        (_EQUAL, 1, 0, arch),
-        (_RETURN, 0, 0, _KILL_PROCESS),
-        (_LOAD, 0, 0, _NUMBER_AT),
-        (_AT_LEAST, 0, 1, 0x40000000),  # the 32-bit calls of x86-64
-        (_RETURN, 0, 0, _KILL_PROCESS),
-        (_EQUAL, 0, 1, _CLONE3),  # its flags cannot be read here; the C library falls back on clone
-        (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
-    ]
-    names = _DENIED if own_files_only else _DENIED | _DENIED_OUTSIDE
-    for number in (numbers[column] for numbers in names.values()):
-        if number is not None:
-            code += [(_EQUAL, 0, 1, number), denied]
-
-    def where(numbers, test, values):
-        """Allows a call only if its first argument passes the test with one of the values."""
-        rows = []
-        for value in values:
-            rows += [(test, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-        rows = [(_LOAD, 0, 0, _ARGUMENT_AT), *rows, denied]
-        code.extend([(_EQUAL, 0, len(rows), numbers[column]), *rows])
-
-    own = os.getpid()
-    where(_CLONE, _ANY_BIT, [_THREAD] if threads else [])
-    where(_KILL, _EQUAL, [own])
-    where(_TGKILL, _EQUAL, [own])
-    where(_PRLIMIT, _EQUAL, [0, own])
-    code.append((_RETURN, 0, 0, _ALLOW))
-    return b"".join(struct.pack("=HBBI", *row) for row in code)
+def hide_memory() -> None:
+    """Denies other processes of the same user access to this one, and starts no crash handler of the machine."""
+    prctl(_DUMPABLE, 0)

@@ -5,21 +5,23 @@ on standard output. All these processes have empty environments and no packages.
 
   python -S -s -P -c "import sys; sys.path.insert(0, ROOT); from data.sandbox import sandbox_zygote as z; z.main()"
 
-A message is its length in 4 bytes, followed by JSON. A program passes if it runs to its end. It cannot forge the
-proof of this while it runs: only at its end does the process request a random number from the supervisor and send
-it back.
+A message is its length in 4 bytes, followed by JSON. A program passes if it runs to its end. The proof is a random
+number of the supervisor, which the process returns after the program. While the program runs, the number is in the
+interpreter's evaluation stack only, where no variable, frame or garbage collector shows it to Python code. Code that
+reads raw memory, such as with ctypes, can find it.
 """
 
 import collections
 import contextlib
+import functools
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -28,16 +30,20 @@ import sysconfig
 import time
 import traceback
 import types
+from collections.abc import Iterator
 
+from data.sandbox import sandbox_calls, work_folder
 from data.sandbox import sandbox_kernel as kernel
 
 # Imported before the forks, so that programs import them at no cost.
 _LOADED = ("bisect", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools")
 _LOADED += ("heapq", "itertools", "math", "operator", "random", "re", "statistics", "string")
 _LOADED += ("typing",)
-_END, _RAISED, _NO_MEMORY = b"?", 1, 3
-_DESCRIPTOR = 3
+_RAISED, _NO_MEMORY = 1, 3
+_DESCRIPTOR, _NONCE_BYTES = 3, 16
 _WORK = "/sandbox"  # a folder in the new root, without an interpreter
+_REMOVAL_SECONDS = 10.0  # for the files of a program; the rest is removed when the sandbox closes
+_UNUSED_USERS = 0x70000000  # ids from here on belong to no user, service or container by convention
 _NAME = "program"
 
 
@@ -59,14 +65,16 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    while (request := receive(requests)) is not None:
-        supervisor = os.fork()
-        if not supervisor:
-            os.close(requests)
-            _answer(answers, request, state, own)
-        if os.waitpid(supervisor, 0)[1]:
-            send(answers, {"status": "killed", "detail": "its supervisor was killed"})
-        _empty(state["work"])
+    for number in itertools.count():
+        with _work_folder(state, number) as folder:
+            if (request := receive(requests)) is None:
+                return
+            supervisor = os.fork()
+            if not supervisor:
+                os.close(requests)
+                _answer(answers, request, state | {"work": folder}, own)
+            if os.waitpid(supervisor, 0)[1]:
+                return  # it may not have answered; the sandbox starts a new process and runs the program again
 
 
 def send(descriptor: int, message: dict) -> None:
@@ -104,38 +112,58 @@ def readable() -> list[str]:
 def _lock_in(setup: dict) -> dict:
     """Applies the available protections; returns them with the settings for programs."""
     linux = sys.platform == "linux"
-    calls = kernel.knows_system_calls()
-    becomes_nobody = linux and os.geteuid() == 0
+    calls = sandbox_calls.knows_system_calls()
+    namespaces = linux and setup["namespaces"]
+    state = {
+        "limits": setup["limits"],
+        "namespaces": namespaces,
+        "calls": calls,
+        "readable": readable(),
+    }
     by: dict[str, str | None] = {}
-    if linux and setup["namespaces"]:
-        work = _WORK
-        kernel.enter_namespaces(readable(), work, setup["limits"]["work_bytes"])
+    if namespaces:
+        state["work"] = _WORK
+        kernel.enter_namespaces(state["readable"], _WORK)
         by = dict.fromkeys(("network", "files", "processes"), "namespaces")
     else:
-        work = setup["work"]
-        if becomes_nobody:
-            becomes_nobody = _everyone_reads(sysconfig.get_path("stdlib"))
-        if becomes_nobody:
-            os.chown(work, kernel.NOBODY, kernel.NOBODY)
+        state["work"] = setup["work"]
         by = dict.fromkeys(("network", "processes"), "seccomp" if calls else None)
         by["files"] = None
         if calls:
-            try:
-                kernel.restrict_files(readable(), [work])
+            with contextlib.suppress(OSError):
+                kernel.restrict_files(state["readable"], [setup["work"]])
                 by["files"] = "Landlock and seccomp"
-            except OSError:
-                pass
-    if calls and setup["namespaces"]:
+    if calls and namespaces:
         by = {name: f"{what} and seccomp" for name, what in by.items()}
-    return {
-        "work": work,
-        "limits": setup["limits"],
-        "namespaces": linux and setup["namespaces"],
-        "calls": calls,
-        "becomes_nobody": becomes_nobody,
-        "threads": becomes_nobody or os.geteuid() != 0,  # the limit on threads does not bind root
-        "protections": by,
+    # Without it, programs could not import from a library that only root can read.
+    needs_all = linux and not _everyone_reads(sysconfig.get_path("stdlib"))
+    state["reads_all"] = needs_all and kernel.may_read_all()
+    user = None if needs_all and not state["reads_all"] else _choose_user(state)
+    state |= {
+        "user": user,
+        "landlock": not namespaces and by["files"] is not None,
+        "threads": user is not None or os.geteuid() != 0,  # the limit on threads does not bind root
     }
+    state["protections"] = {**by, "root": os.geteuid() == 0 and user is None}
+    return state
+
+
+def _choose_user(state: dict) -> int | None:
+    """Returns the user that programs of root run as; None to stay the same user.
+
+    A namespace has the user nobody. Without one, each worker has its own user, so that its programs share no limit on
+    threads with others, or nobody if the kernel does not know such users.
+    """
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return None
+    if state["namespaces"]:
+        return kernel.NOBODY
+    os.chmod(state["work"], 0o710)  # programs pass through it to their folder
+    for user in (_UNUSED_USERS + os.getpid(), kernel.NOBODY):
+        with contextlib.suppress(OSError):
+            os.chown(state["work"], -1, user)
+            return user
+    return None
 
 
 def _everyone_reads(path: str) -> bool:
@@ -146,23 +174,20 @@ def _everyone_reads(path: str) -> bool:
     return False
 
 
-def _empty(folder: str) -> None:
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, onerror=_open_up)
-        else:
-            os.unlink(entry.path)
-
-
-def _open_up(function, path, _):
-    """Error handler of rmtree: makes folders of the program accessible and retries."""
-    for folder in (os.path.dirname(path), path):
-        if os.path.isdir(folder) and not os.path.islink(folder):
-            os.chmod(folder, 0o700)
-    if function in (os.rmdir, os.unlink):
-        function(path)
+@contextlib.contextmanager
+def _work_folder(state: dict, number: int) -> Iterator[str]:
+    """Makes the empty folder of one program and removes it with everything in it."""
+    if state["namespaces"]:
+        kernel.mount_work(state["work"], state["limits"]["work_bytes"])
+        yield state["work"]
+        kernel.unmount_work(state["work"])
     else:
-        shutil.rmtree(path, ignore_errors=True)
+        folder = os.path.join(state["work"], str(number))
+        os.mkdir(folder, 0o700)
+        if state["user"] is not None:
+            os.chown(folder, state["user"], state["user"])
+        yield folder
+        work_folder.remove(folder, seconds=_REMOVAL_SECONDS)
 
 
 def _answer(answers: int, request: dict, state: dict, parent: int) -> None:
@@ -189,11 +214,12 @@ def _supervise(request: dict, state: dict, answers: int) -> dict:
     if not program:
         os.close(answers)
         _become_program(request, state, theirs.fileno(), out_end, err_end)
+    nonce = os.urandom(_NONCE_BYTES)  # made after the fork, so that the program has no copy of it
+    ours.sendall(nonce)
     for descriptor in (out_end, err_end):
         os.close(descriptor)
     theirs.close()
     tails = {out: _Tail(limits["output_bytes"]), err: _Tail(limits["output_bytes"])}
-    nonce = os.urandom(16)
     passed = ended = False
     poll = select.poll()
     for descriptor in (ours.fileno(), out, err):
@@ -205,11 +231,7 @@ def _supervise(request: dict, state: dict, answers: int) -> dict:
                 if not tails[descriptor].read(descriptor):
                     poll.unregister(descriptor)
                 continue
-            message = _receive(ours)
-            if message == _END:
-                ours.sendall(nonce)
-            else:
-                passed, ended = message == nonce, True
+            passed, ended = _receive(ours) == nonce, True
     seconds = time.monotonic() - began
     # A namespace ends with its first process; without a namespace, the process group is killed.
     for kill, whom in ((os.killpg, program), (os.kill, program)):
@@ -244,7 +266,8 @@ def _receive(ours: socket.socket) -> bytes:
 def _verdict(status: int, cpu_seconds: float, limits: dict, stderr: str) -> dict:
     """Returns status and detail of a program that stopped before its end and before the deadline."""
     killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    if killer in (signal.SIGKILL, signal.SIGXCPU) and cpu_seconds > 0.9 * limits["cpu_seconds"]:
+    # The kernel counts whole ticks against the limit, on a busy machine more than the time used.
+    if killer in (signal.SIGKILL, signal.SIGXCPU) and cpu_seconds > 0.5 * limits["cpu_seconds"]:
         return {"status": "timed_out", "detail": f"{limits['cpu_seconds']} s of CPU time used"}
     if killer is not None:
         return {"status": "killed", "detail": f"by {signal.Signals(killer).name}"}
@@ -292,7 +315,9 @@ def _become_program(request: dict, state: dict, channel: int, out: int, err: int
     try:
         limits = state["limits"]
         os.setsid()
-        for source, target in ((channel, _DESCRIPTOR), (out, 1), (err, 2)):
+        # Opened for each program, which could leave a lock or flags on a shared input.
+        empty = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((empty, 0), (channel, _DESCRIPTOR), (out, 1), (err, 2)):
             os.dup2(os.dup(source), target)
         os.closerange(_DESCRIPTOR + 1, 256)
         os.chdir(state["work"])
@@ -304,19 +329,26 @@ def _become_program(request: dict, state: dict, channel: int, out: int, err: int
             ("FSIZE", limits["file_bytes"]),
             ("NOFILE", limits["open_files"]),
             # If they have the same user, the zygote and the supervisor count too.
-            ("NPROC", limits["threads"] + (0 if state["becomes_nobody"] else 2)),
+            ("NPROC", limits["threads"] + (2 if state["user"] is None else 0)),
             ("CORE", 0),
         ):
             _limit(getattr(resource, f"RLIMIT_{name}"), value)
         if sys.platform == "linux":
-            if state["becomes_nobody"]:
-                kernel.become_nobody()
-            kernel.drop_capabilities()
+            if state["landlock"]:
+                kernel.restrict_files(state["readable"], [state["work"]])
+            if state["user"] is not None:
+                kernel.become_user(state["user"])
+            kernel.drop_capabilities(keep_reading=state["reads_all"])
+            kernel.hide_memory()
             kernel.die_with_parent()
-            if select.select([_DESCRIPTOR], [], [], 0)[0]:  # the supervisor has ended already
+            hang_up = select.poll()
+            hang_up.register(_DESCRIPTOR, 0)
+            if hang_up.poll(0):  # the supervisor has ended already
                 leave(_RAISED)
         if state["calls"]:
-            kernel.filter_system_calls(threads=state["threads"], own_files_only=state["namespaces"])
+            sandbox_calls.filter_system_calls(
+                threads=state["threads"], own_files_only=state["namespaces"]
+            )
         _run(request["program"], leave)
     except BaseException as error:  # errors of this function; `_run` catches those of the program
         os.write(2, f"sandbox: {error}".encode())
@@ -336,30 +368,38 @@ def _limit(kind: int, value: int) -> None:
 def _run(source: str, leave) -> None:
     # Local names, so that the program cannot replace these functions.
     read, write = os.read, os.write
+    program = functools.partial(_execute, source)
+    try:
+        # One expression: the number that proves the end stays on the stack while the program runs. `_execute`
+        # returns None, and is called by `partial`, because an interpreter that calls Python code directly lets the
+        # garbage collector see the stack of the caller.
+        write(_DESCRIPTOR, read(_DESCRIPTOR, _NONCE_BYTES)[program() :])
+    except MemoryError:
+        leave(_NO_MEMORY)
+    except BaseException as error:
+        _say(error)
+        leave(_RAISED)
+    leave(0)
+
+
+def _execute(source: str) -> None:
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", "backslashreplace")
         for number in (1, 2)
     )
     module = types.ModuleType(_NAME)
     sys.modules[_NAME] = module
-    try:
-        exec(compile(source, f"<{_NAME}>", "exec"), module.__dict__)
-    except MemoryError:
-        leave(_NO_MEMORY)
-    except BaseException as error:
-        _say(error)
-        leave(_RAISED)
+    exec(compile(source, f"<{_NAME}>", "exec"), module.__dict__)
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
-    write(_DESCRIPTOR, _END)
-    write(_DESCRIPTOR, read(_DESCRIPTOR, 64))
-    leave(0)
 
 
 def _say(error: BaseException) -> None:
     """Prints a traceback as the interpreter would, with the program's own frames only."""
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
-    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
     traceback.print_exception(type(error), error, frames, limit=-8)
     sys.stderr.flush()
