@@ -181,7 +181,8 @@ class Family:
         Raises:
           MismatchedTensors: tensors are missing, unexpected or of another shape.
         """
-        if (layers := model.config.num_layers) > len(on_disk):
+        # Few layers are compared tensor by tensor, whose names say more.
+        if (layers := model.config.num_layers) > max(len(on_disk), 1000):
             raise MismatchedTensors(
                 f"config.json describes {layers} layers, but the checkpoint has only {len(on_disk)} tensors: "
                 "copy both from the same checkpoint."
