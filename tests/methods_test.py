@@ -123,8 +123,9 @@ def other_run() -> str:
     """The directory of a run with a configuration; `step_dir.resolve` is told that it has a step."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    text = "from __gin__ import dynamic_registration\ninclude 't5x_configs/models/tiny.gin'\n"
-    pathlib.Path(folder, "config.gin").write_text(text)
+    head = ("from __gin__ import dynamic_registration", "from model import config")
+    lines = (*head, "include 't5x_configs/models/tiny.gin'", *SHALLOW)
+    pathlib.Path(folder, "config.gin").write_text("\n".join(lines) + "\n")
     model_record.write(folder)
     return folder
 
@@ -138,13 +139,14 @@ def other_run_has_a_step(monkeypatch):
     monkeypatch.setattr(step_dir, "resolve", its_step)
 
 
+# One layer, which is traced three times faster unrolled than in a loop.
+SHALLOW = "config.TransformerConfig.num_layers = 1", "config.TransformerConfig.scan_layers = False"
+
+
 def load(run: str, methods: Sequence[str]) -> gin_config.Config:
     files, bindings = arguments(run, methods)
-    # Unrolled layers are traced three times faster. The model of a live reference is scanned and is given the
-    # policy's parameters by `trace`.
-    live = {"preference/reference_live", "preference/reference_run"}
-    if run != "classify" and not live & {*methods}:
-        bindings.append("config.TransformerConfig.scan_layers = False")
+    if run != "classify":
+        bindings += SHALLOW
     return gin_config.load(files, bindings, entry="launch.train:train")
 
 
@@ -346,7 +348,7 @@ def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
         run, ["TASK_FEATURE_LENGTHS={'targets': 16}"]
     )
     if run != "classify":
-        bindings.append("config.TransformerConfig.num_layers=1")
+        bindings += SHALLOW
     config = gin_config.load(files, bindings, entry="launch.train:train")
     given = config.arguments()
     recipe = given["recipe"].with_span(schedules.Span(10))

@@ -1,5 +1,6 @@
 """From a model and an optimiser to a sharded train state, without ever holding it on one device."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import axes
+from model.same import Same
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.inputs import Inputs, PackedTokens
@@ -42,7 +44,17 @@ def average_of(params: Any, mask: Any = None) -> Any:
 
 def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
     """Returns shapes and dtypes of `variables`; allocates nothing."""
-    return jax.eval_shape(lambda: variables(model, jax.random.key(0), inputs))
+    found = _abstract_variables(Same(model), jax.eval_shape(inputs.init_arguments))
+    return jax.tree.map(lambda leaf: leaf, found)  # callers may change theirs
+
+
+# The start of a run or of a command asks several times, and tracing a deep model takes seconds.
+@functools.lru_cache(maxsize=4)
+def _abstract_variables(model: Same, arguments: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    def init(*arguments: Any) -> Any:
+        return model.value.init(jax.random.key(0), *arguments)
+
+    return jax.eval_shape(init, *arguments)
 
 
 def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:

@@ -29,11 +29,12 @@ def flags(train, path, *bindings):
         f"local_text.open_stream.phases={PHASES}",
         "train.train.eval_tasks=None",
         "EVAL_PERIOD=6",
+        "LENGTH=32",
         "recipe.Recipe.mesh={'fsdp': -1}",
         *bindings,
     )
     return [
-        f"--gin_file={train.programs}/local_text.gin",
+        f"--gin_file={train.programs}/small_text.gin",
         *(f"--gin.{binding}" for binding in given),
     ]
 

@@ -27,9 +27,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def flags(train, path, *bindings):
-    config = f"{train.programs}/local_text.gin"
-    given = [f"MODEL_DIR={str(path)!r}", f"DIRECTORY={train.cache + '/text'!r}", *bindings]
-    return [f"--gin_file={config}", *[f"--gin.{binding}" for binding in given]]
+    config = f"{train.programs}/small_text.gin"
+    given = [f"MODEL_DIR={str(path)!r}", f"DIRECTORY={train.cache + '/text'!r}", "LENGTH=32"]
+    return [f"--gin_file={config}", *[f"--gin.{binding}" for binding in (*given, *bindings)]]
 
 
 def run(train, path, *bindings, status=0):
@@ -228,7 +228,7 @@ def small_disk():
 
     def mount(folder):
         folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+        command = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(folder)]
         if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting a small file system needs privileges")
         mounted.append(folder)

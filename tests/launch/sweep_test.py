@@ -480,7 +480,7 @@ import local_text
 from launch import train
 from trainers import recipe
 
-include '{programs}/local_text.gin'
+include '{programs}/small_text.gin'
 
 SEED = 0
 DIRECTORY = '{cache}/text'

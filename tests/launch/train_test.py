@@ -166,7 +166,7 @@ def test_what_was_used_is_written_before_training_and_writers_are_made_after_the
             "train.train.writers=[@local_text.Witness]",
             "TRAIN_STEPS=2",
         )
-        file = f"--gin_file={train.programs}/local_text.gin"
+        file = f"--gin_file={train.programs}/small_text.gin"
         return train(file, *(f"--gin.{binding}" for binding in (*given, *bindings)))
 
     local_text.WITNESSED.clear()

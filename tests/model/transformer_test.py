@@ -34,13 +34,19 @@ def make(**changes):
     return Transformer(config=TransformerConfig(**{**sizes, **changes}), **module)
 
 
+@functools.cache
 def init(model, seed=0):
     make_params = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
     return nn.meta.unbox(make_params(jax.random.key(seed)))["params"]
 
 
 def apply(model, params, ids, **kwargs):
-    return jax.jit(lambda p, x, kw: model.apply({"params": p}, x, **kw))(params, ids, kwargs)
+    return _apply(model, params, ids, kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for equal models
+def _apply(model, params, ids, kwargs):
+    return model.apply({"params": params}, ids, **kwargs)
 
 
 def tokens(shape=(2, 10), seed=1):
@@ -132,6 +138,15 @@ def test_without_segments_documents_do_see_each_other():
     assert np.abs(a - b)[0, -1].max() > 1e-4
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def read_into(model, weights, ids, positions_BT, caches):
+    """Logits and full caches after more tokens."""
+    out = model.apply(
+        weights, ids, positions_BT=positions_BT, caches=caches, policy=FullCache(), method="hidden"
+    )
+    return model.apply(weights, out.hidden_BTD, method="logits"), out.caches
+
+
 @pytest.mark.parametrize("unequal", [False, True])
 def test_decoding_with_a_cache_equals_one_pass(model, unequal):
     params, ids = init(model), tokens((2, 9))
@@ -159,13 +174,7 @@ def test_decoding_with_a_cache_equals_one_pass(model, unequal):
     at = np.arange(5)[None]
     positions = jnp.asarray(np.where(at < lengths[:, None], at, -1), jnp.int32)
 
-    @jax.jit
-    def run(ids, positions_BT, caches):
-        out = plain.apply(
-            weights, ids, positions_BT=positions_BT, caches=caches, policy=policy, method="hidden"
-        )
-        return plain.apply(weights, out.hidden_BTD, method="logits"), out.caches
-
+    run = functools.partial(read_into, plain, weights)
     _, caches = run(ids[:, :5], positions, caches)
     caches = [policy.compress(cache, length=4) for cache in caches]
     for step in range(4):
@@ -188,6 +197,7 @@ def test_attention_over_a_cache_ignores_the_form_of_training(implementation):
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "dtype": "float32"}
     first = {"layer": 0, "num_layers": 1, "kind": plain.config.layer_kind(0)}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(model, **context):
         return model.apply(
             {"params": params},
@@ -214,12 +224,14 @@ def test_scanned_and_unrolled_layers_agree(model):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+@functools.cache
+def gradient(model):
+    loss = lambda p: (model.apply({"params": p}, tokens()) ** 2).sum()  # noqa: E731
+    return jax.jit(jax.grad(loss))(init(model))
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_no_gradient(remat):
-    def gradient(model):
-        loss = lambda p: (model.apply({"params": p}, tokens()) ** 2).sum()  # noqa: E731
-        return jax.jit(jax.grad(loss))(init(model))
-
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
         gradient(make(remat=remat)),
@@ -237,15 +249,20 @@ def test_parallel_block_is_the_sum_of_its_branches(silent):
     params = nn.meta.unbox(params)["params"]
     last = {"attention": "out", "mlp": "down"}[silent]
     params[silent][last]["kernel"] = jnp.zeros_like(params[silent][last]["kernel"])
-    got, _ = block.apply({"params": params}, x, positions_BT=positions)
-    normed = norm.LayerNorm().apply({"params": params["norm"]}, x)
-    if silent == "mlp":
-        branch, _ = Attention(config=config).apply(
-            {"params": params["attention"]}, normed, positions_BT=positions
-        )
-    else:
-        branch = mlp.GatedMlp(config=config).apply({"params": params["mlp"]}, normed)
-    np.testing.assert_allclose(got, x + branch, atol=1e-6)
+
+    @jax.jit
+    def whole_and_branch(params):
+        whole, _ = block.apply({"params": params}, x, positions_BT=positions)
+        normed = norm.LayerNorm().apply({"params": params["norm"]}, x)
+        if silent == "mlp":
+            branch, _ = Attention(config=config).apply(
+                {"params": params["attention"]}, normed, positions_BT=positions
+            )
+        else:
+            branch = mlp.GatedMlp(config=config).apply({"params": params["mlp"]}, normed)
+        return whole, x + branch
+
+    np.testing.assert_allclose(*whole_and_branch(params), atol=1e-6)
 
 
 def test_gated_mlp_closed_form():
@@ -329,13 +346,14 @@ def test_scanned_layers_drop_different_units(remat):
     model = make(block=_Watched, remat=remat)
     variables, ids = {"params": init(model)}, tokens()
 
+    @jax.jit
     def hidden(seed):
         rngs = {"dropout": jax.random.key(seed)}
         _, kept = model.apply(variables, ids, rngs=rngs, capture_intermediates=_is_dropout)
         (out_LBTD,) = jax.tree.leaves(kept["intermediates"])
-        return np.asarray(out_LBTD) == 0
+        return out_LBTD == 0
 
-    dropped = hidden(0)
+    dropped = np.asarray(hidden(0))
     assert dropped.shape[0] == 2 and 0.4 < dropped.mean() < 0.6
     assert np.any(dropped[0] != dropped[1])
     np.testing.assert_array_equal(dropped, hidden(0))

@@ -27,7 +27,8 @@ TRAINABLE = (".*/mlp/.*",)
 
 
 def make_recipe(**changes):
-    config = TransformerConfig(vocab_size=32, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24)
+    sizes = {"vocab_size": 32, "num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24}
+    config = TransformerConfig(**sizes, scan_layers=False)
     options = {
         "model": Transformer(config=config),
         "batch_size": 4,

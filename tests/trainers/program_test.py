@@ -31,7 +31,7 @@ def run():
     recipe = Recipe(
         model=Transformer(
             config=TransformerConfig(
-                vocab_size=32, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8
+                vocab_size=32, num_layers=1, scan_layers=False, embed_dim=8, num_heads=2, mlp_dim=8
             )
         ),
         batch_size=8,

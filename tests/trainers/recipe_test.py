@@ -25,6 +25,7 @@ from trainers.recipe import Recipe
 
 OPTIMISERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 TRAINABLE = (".*/mlp/.*", ".*norm/scale")
+ONE_LAYER = {"num_layers": 1, "scan_layers": False}  # for what has nothing to do with layers
 
 
 def make_recipe(**changes):
@@ -68,7 +69,8 @@ def test_every_optimiser_takes_a_sharded_step(name, patterns):
     optimizer = getattr(optimizers, name)
     if name == "sgd":
         optimizer = functools.partial(optimizer, momentum=0.9)
-    recipe = make_recipe(optimizer=optimizer, trainable=patterns)
+    sizes = ONE_LAYER if patterns else {}  # all parameters in stacks of layers, some alone
+    recipe = make_recipe(optimizer=optimizer, trainable=patterns, sizes=sizes)
     program, state, metrics = one_step(recipe)
     assert np.isfinite(metrics["loss"][0])
     assert float(metrics["update_norm"][0]) > 0
@@ -85,7 +87,7 @@ SMALL = {"embed_dim": 16, "num_heads": 2, "mlp_dim": 32, "num_layers": 2, "vocab
 
 def test_averages_of_bfloat16_parameters_are_wide_and_serve_as_parameters(tmp_path):
     recipe = make_recipe(
-        sizes={**SMALL, "param_dtype": "bfloat16"}, ema_decay=0.5, trainable=TRAINABLE
+        sizes={**SMALL, **ONE_LAYER, "param_dtype": "bfloat16"}, ema_decay=0.5, trainable=TRAINABLE
     )
     program, state, _ = one_step(recipe)
     flat = jax.tree_util.tree_leaves_with_path(state.ema_params)
@@ -160,7 +162,7 @@ def rows_objective(*, model, num_sources):
 
 
 def test_metrics_of_any_shape_are_whole_on_every_device():
-    recipe = make_recipe(sizes=SMALL, objective=rows_objective)
+    recipe = make_recipe(sizes={**SMALL, **ONE_LAYER}, objective=rows_objective)
     program, state, metrics = one_step(recipe)
     assert metrics["rows"][0].shape == (8,)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(metrics))
@@ -211,7 +213,7 @@ def anchored(*, model, num_sources, reference):
 
 
 def test_extras_of_an_objective_are_an_argument_of_the_step():
-    plain = make_recipe(sizes=SMALL)
+    plain = make_recipe(sizes={**SMALL, **ONE_LAYER})
     program = plain.program(devices=jax.devices()[:4])
     shape = program.abstract_state.params["token_embed"]["embedding"]
     with partitioning.use_mesh(program.mesh, program.rules):

@@ -1,5 +1,7 @@
 """Near-duplicate search and containment against sets of byte strings."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -11,13 +13,16 @@ def _text(seed: int, words: int = 400) -> str:
     return " ".join("".join(rng.choice(list("abcdefghij"), 5)) for _ in range(words))
 
 
-def _set(text: str) -> set[bytes]:
+@functools.cache  # one text is compared with many
+def _set(text: str) -> frozenset[bytes]:
     raw = b" ".join(text.encode().split())
-    return {raw[i : i + dedup.SHINGLE] for i in range(max(len(raw) - dedup.SHINGLE + 1, 1))}
+    count = max(len(raw) - dedup.SHINGLE + 1, 1)
+    return frozenset(raw[i : i + dedup.SHINGLE] for i in range(count))
 
 
 def _resemblance(a: str, b: str) -> float:
-    return len(_set(a) & _set(b)) / len(_set(a) | _set(b))
+    shared = len(_set(a) & _set(b))
+    return shared / (len(_set(a)) + len(_set(b)) - shared)
 
 
 def test_shingles_are_one_hash_per_distinct_run_of_bytes():

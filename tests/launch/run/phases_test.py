@@ -31,7 +31,7 @@ def run(train, path, *bindings, status=0):
         "CHECKPOINT_PERIOD=3",
         *bindings,
     )
-    config = f"{train.programs}/local_text.gin"
+    config = f"{train.programs}/small_text.gin"
     result = train(f"--gin_file={config}", *[f"--gin.{binding}" for binding in given])
     assert result.status == status, result.err
     return result
@@ -183,7 +183,7 @@ def test_a_cooldown_is_a_straight_line_from_where_the_phase_before_stopped(train
 def test_what_cannot_be_done_is_said_before_the_first_step(train, tmp_path, bindings, parts):
     path = tmp_path / "run"
     given = (f"MODEL_DIR={str(path)!r}", f"DIRECTORY={train.cache + '/text'!r}", *bindings)
-    config = f"{train.programs}/local_text.gin"
+    config = f"{train.programs}/small_text.gin"
     message = error(train(f"--gin_file={config}", *[f"--gin.{binding}" for binding in given]))
     for part in parts:
         assert part in message
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(train, parent, tmp_path, bindin
         *PHASE[:3],
         *bindings,
     )
-    config = f"{train.programs}/local_text.gin"
+    config = f"{train.programs}/small_text.gin"
     message = error(train(f"--gin_file={config}", *[f"--gin.{binding}" for binding in given]))
     for part in parts:
         assert part in message

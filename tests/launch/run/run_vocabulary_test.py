@@ -71,7 +71,7 @@ def run(tmp_path_factory):
         model_record.write(run)
         vocabulary = gin.get_configurable(vocabularies.sentencepiece)()
         model = config.arguments()["recipe"].model
-    params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), int)))["params"]
     with Checkpointer(run / "checkpoints") as checkpointer:
         meta = {"vocabulary": rows.vocabulary_digest(vocabulary), "add_bos": True}
         checkpointer.save(3, {"params": params}, meta=meta)

@@ -98,10 +98,9 @@ def test_every_expert_attends_by_itself_and_is_weighed_by_the_querys_gate():
     x = jax.random.normal(jax.random.key(1), (2, 10, D))
     positions = jnp.broadcast_to(jnp.arange(10)[None], (2, 10))
     one = Attention(config=CONFIG)
-    experts = [
-        nn.meta.unbox(one.init(jax.random.key(i), x, positions_BT=positions))["params"]
-        for i in range(E)
-    ]
+    init = jax.jit(lambda key: one.init(key, x, positions_BT=positions))
+    experts = [nn.meta.unbox(init(jax.random.key(i)))["params"] for i in range(E)]
+    attended = jax.jit(lambda params: one.apply({"params": params}, x, positions_BT=positions)[0])
     router = np.random.default_rng(2).normal(size=(D, E)).astype(np.float32)
     gates = np.asarray(jax.nn.softmax(x @ router, axis=-1), np.float64)
     for shared_kv in (False, True):
@@ -109,18 +108,32 @@ def test_every_expert_attends_by_itself_and_is_weighed_by_the_querys_gate():
             {**e, "key": experts[0]["key"], "value": experts[0]["value"]} if shared_kv else e
             for e in experts
         ]
-        outs = [one.apply({"params": e}, x, positions_BT=positions)[0] for e in used]
+        outs = [attended(e) for e in used]
         want = sum(gates[..., j, None] * np.asarray(outs[j]) for j in range(E))
         sources = [{"layers": {"a": {"attention": e}}} for e in used]
         params = upcycled(sources, shared_kv, router)["layers"]["a"]["attention"]
         layer = moa.MixtureOfAttention(config=CONFIG, num_experts=E, shared_kv=shared_kv)
-        found, _ = layer.apply({"params": params}, x, positions_BT=positions)
+        found, _ = jax.jit(layer.apply)({"params": params}, x, positions_BT=positions)
         np.testing.assert_allclose(found, want, atol=1e-5)
         best = np.sort(gates, -1)[..., -2:].min(-1, keepdims=True)
-        two = layer.clone(top_k=2).apply({"params": params}, x, positions_BT=positions)[0]
+        apply = jax.jit(layer.clone(top_k=2).apply)
+        two = apply({"params": params}, x, positions_BT=positions)[0]
         kept = gates * (gates >= best)
         want = sum(kept[..., j, None] * np.asarray(outs[j]) for j in range(E))
         np.testing.assert_allclose(two, want, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 5))
+def prompted(model, params, policy, tokens, lengths, room):
+    """Logits after prompts, and caches."""
+    return prefill.prefill(model, params, policy, tokens, lengths, room=room)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def read(model, params, policy, tokens, positions, caches):
+    """What `prefill.read` returns, and the logits."""
+    out = prefill.read(model, params, policy, tokens, positions, caches)
+    return out, model.apply({"params": params}, out.hidden_BTD, method="logits")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -131,13 +144,13 @@ def test_no_token_sees_a_later_one_and_caches_give_what_the_whole_forward_does(f
     np.testing.assert_allclose(changed[:, :6], whole[:, :6], atol=1e-6)
     policy = policies.policy_named("full")
     lengths = jnp.full(2, 6)
-    last, caches = prefill.prefill(model, params, policy, TOKENS[:, :6], lengths, room=10)
+    last, caches = prompted(model, params, policy, TOKENS[:, :6], lengths, 10)
     np.testing.assert_allclose(last, whole[:, 5], atol=1e-4)
     for t in range(6, 10):
-        out = prefill.read(model, params, policy, TOKENS[:, t : t + 1], jnp.full((2, 1), t), caches)
+        at = jnp.full((2, 1), t)
+        out, logits_BTV = read(model, params, policy, TOKENS[:, t : t + 1], at, caches)
         caches = out.caches
-        found = model.apply({"params": params}, out.hidden_BTD, method="logits")[:, 0]
-        np.testing.assert_allclose(found, whole[:, t], atol=1e-4)
+        np.testing.assert_allclose(logits_BTV[:, 0], whole[:, t], atol=1e-4)
 
 
 def test_a_cache_has_every_experts_keys_and_values_or_those_of_a_dense_model():
@@ -163,17 +176,16 @@ def test_compressing_policies_work_with_all_heads(policy, shared_kv):
         "h2o": {"capacity": 6},
     }
     chosen = policies.policy_named(policy, **settings[policy])
-    last, caches = prefill.prefill(model, params, chosen, TOKENS, jnp.full(2, 10), room=12)
+    last, caches = prompted(model, params, chosen, TOKENS, jnp.full(2, 10), 12)
     np.testing.assert_allclose(last, logits(model, params)[:, -1], atol=1e-4)
-    out = prefill.read(model, params, chosen, TOKENS[:, :1], jnp.full((2, 1), 10), caches)
+    out, _ = read(model, params, chosen, TOKENS[:, :1], jnp.full((2, 1), 10), caches)
     assert np.isfinite(out.hidden_BTD).all()
 
 
 def test_the_losses_and_statistics_of_a_router_are_those_of_its_gates():
     model, params = mixed(1, False, balance_loss=0.5), params_of((1, False))
-    _, seen = model.apply(
-        {"params": params}, TOKENS, mutable=["losses", "metrics", "intermediates"]
-    )
+    watched = ["losses", "metrics", "intermediates"]
+    _, seen = jax.jit(functools.partial(model.apply, mutable=watched))({"params": params}, TOKENS)
     probs = np.asarray(seen["intermediates"]["layers"]["block_0"]["attention"]["router_probs"][0])
     load = np.eye(E)[probs.argmax(-1)].mean((0, 1))
     want = 0.5 * E * float((load * probs.mean((0, 1))).sum())

@@ -11,7 +11,9 @@ from model.heads.reward_model import RewardModel
 from model.transformer import Transformer
 from trainers.inputs import PackedTokens
 
-CONFIG = TransformerConfig(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
+CONFIG = TransformerConfig(
+    vocab_size=16, num_layers=1, scan_layers=False, embed_dim=8, num_heads=2, mlp_dim=8
+)
 TOKENS = jnp.array([[3, 5, 7, 2]])
 
 

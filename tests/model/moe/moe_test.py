@@ -52,7 +52,7 @@ def test_values_are_those_of_all_experts_masked(platform, num_experts, top_k, re
     mlp, params, x_BTD = made(num_experts, top_k, renormalise, scale=2.0)
     want = dense_and_mask(params, x_BTD, top_k, renormalise)
     with use_platform(platform):
-        got = mlp.apply({"params": params}, x_BTD)
+        got = jax.jit(mlp.apply)({"params": params}, x_BTD)
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_all_experts_masked(platform):
         return jnp.sum(mlp.apply({"params": params}, x_BTD) * direction)
 
     with use_platform(platform):
-        gradient = jax.grad(loss)(params)
+        gradient = jax.jit(jax.grad(loss))(params)
     # Central differences of the reference, along one random direction for each array.
     for i, name in enumerate(sorted(params)):
         kernel = np.asarray(params[name]["kernel"], np.float64)
@@ -99,8 +99,8 @@ def test_equal_experts_are_one_mlp():
         name: {"kernel": jnp.broadcast_to(kernel["kernel"], (4, *kernel["kernel"].shape))}
         for name, kernel in one.items()
     }
-    got = mlp.apply({"params": {**same, "router": params["router"]}}, x_BTD)
-    want = GatedMlp(config=CONFIG).apply({"params": one}, x_BTD)
+    got = jax.jit(mlp.apply)({"params": {**same, "router": params["router"]}}, x_BTD)
+    want = jax.jit(GatedMlp(config=CONFIG).apply)({"params": one}, x_BTD)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -111,16 +111,18 @@ def test_reference_forms_have_forward_and_second_derivatives():
         return jnp.sum(mlp.apply({"params": params}, x_BTD) ** 2)
 
     with use_platform("tpu"), use_reference_forms():
-        _, along = jax.jvp(jax.grad(value), (x_BTD,), (jnp.ones_like(x_BTD),))
+        along = jax.jit(lambda x: jax.jvp(jax.grad(value), (x,), (jnp.ones_like(x),))[1])(x_BTD)
     step = 1e-3
     with use_platform("cpu"):
-        grads = [jax.grad(value)(x_BTD + sign * step) for sign in (1, -1)]
+        gradient = jax.jit(jax.grad(value))
+        grads = [gradient(x_BTD + sign * step) for sign in (1, -1)]
     np.testing.assert_allclose(along, (grads[0] - grads[1]) / (2 * step), atol=2e-2, rtol=2e-2)
 
 
 def test_probabilities_are_sown():
     mlp, params, x_BTD = made(3, 2)
-    _, sown = mlp.apply({"params": params}, x_BTD, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(mlp.apply, mutable=["intermediates"]))
+    _, sown = apply({"params": params}, x_BTD)
     (probs_BTE,) = sown["intermediates"]["router_probs"]
     assert probs_BTE.shape == (2, 17, 3) and probs_BTE.dtype == jnp.float32
     np.testing.assert_allclose(probs_BTE.sum(-1), 1.0, rtol=1e-6)
@@ -143,7 +145,8 @@ def test_the_route_is_chosen_in_float32():
         top_k=1,
     )
     x_BTD = x_BTD.astype(jnp.bfloat16)
-    out, sown = half.apply({"params": params}, x_BTD, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(half.apply, mutable=["intermediates"]))
+    out, sown = apply({"params": params}, x_BTD)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         sown["intermediates"]["router_probs"][0],
@@ -215,7 +218,7 @@ def test_beyond_its_capacity_an_expert_adds_nothing(platform, factor):
         return jnp.sum(jnp.sin(out)), (out, sown)
 
     weights_BTE, pull, kept = jax.vjp(weights, params, has_aux=True)
-    want, cotangent = jax.grad(reference, argnums=(0, 1))(params, weights_BTE)
+    want, cotangent = jax.jit(jax.grad(reference, argnums=(0, 1)))(params, weights_BTE)
     want["router"] = pull(cotangent)[0]["router"]
     with use_platform(platform):
         gradient, (out, sown) = jax.jit(jax.grad(got, has_aux=True))(params)
@@ -268,7 +271,7 @@ def test_losses_are_sown_with_their_weights():
     shapes = jax.eval_shape(lambda: full.apply({"params": params}, x_BTD, mutable=["losses"]))
     assert "losses" not in shapes[1]
     mlp = full.clone(balance_loss=0.1, router_z_loss=0.01)
-    _, sown = mlp.apply({"params": params}, x_BTD, mutable=["losses"])
+    _, sown = jax.jit(functools.partial(mlp.apply, mutable=["losses"]))({"params": params}, x_BTD)
     logits = x_BTD @ params["router"]["kernel"]
     probs, real = jax.nn.softmax(logits), jnp.ones((2, 17), bool)
     balance = routing.balance_loss(probs, moe.route(probs, top_k=2).experts_MK, real)
@@ -289,8 +292,9 @@ def test_copies_of_one_mlp_behind_raw_top_1_are_it_times_the_largest_probability
     one = {name: {"kernel": params[name]["kernel"][0]} for name in ("gate", "up", "down")}
     copies = jax.tree.map(lambda kernel: jnp.broadcast_to(kernel, (4, *kernel.shape)), one)
     probs = jax.nn.softmax(x_BTD @ params["router"]["kernel"])
-    want = probs.max(-1, keepdims=True) * GatedMlp(config=CONFIG).apply({"params": one}, x_BTD)
-    got = mlp.apply({"params": {**copies, "router": params["router"]}}, x_BTD)
+    expert = jax.jit(GatedMlp(config=CONFIG).apply)
+    want = probs.max(-1, keepdims=True) * expert({"params": one}, x_BTD)
+    got = jax.jit(mlp.apply)({"params": {**copies, "router": params["router"]}}, x_BTD)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -307,7 +311,7 @@ def test_copies_of_the_shared_expert_multiply_it_by_one_plus_the_gate():
     shapes = jax.eval_shape(mlp.init, jax.random.key(0), x_BTD)["params"]
     assert jax.tree.map(jnp.shape, nn.unbox(shapes)) == jax.tree.map(jnp.shape, params)
     gate = jax.nn.softmax(x_BTD @ params["router"]["kernel"]).max(-1, keepdims=True)
-    want = (1 + gate) * GatedMlp(config=CONFIG).apply({"params": one}, x_BTD)
+    want = (1 + gate) * jax.jit(GatedMlp(config=CONFIG).apply)({"params": one}, x_BTD)
     got = jax.jit(mlp.apply)({"params": params}, x_BTD)
     np.testing.assert_allclose(got, want, atol=1e-5)
 

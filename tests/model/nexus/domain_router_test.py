@@ -33,14 +33,14 @@ def make_router(experts=EXPERTS, **settings):
 @pytest.fixture(scope="module")
 def params():
     """A router's, of logits that are not small."""
-    found = make_router(logit_std=2.0).init(jax.random.key(1), X_BTD)["params"]
+    found = jax.jit(make_router(logit_std=2.0).init)(jax.random.key(1), X_BTD)["params"]
     return jax.tree.map(
         lambda x: getattr(x, "value", x), found, is_leaf=lambda x: hasattr(x, "value")
     )
 
 
 def logits(params, experts=EXPERTS, x=X_BTD):
-    return np.asarray(make_router(experts).apply({"params": params}, x))
+    return np.asarray(jax.jit(make_router(experts).apply)({"params": params}, x))
 
 
 def projection_router(**given):
@@ -59,7 +59,7 @@ def moe_of(params, kernels, router=projection_router, x=X_BTD):
         shared=GatedMlp,
     )
     shared = {name: {"kernel": tree["kernel"][0]} for name, tree in kernels.items()}
-    return mlp.apply({"params": {**kernels, "shared": shared, "router": params}}, x)
+    return jax.jit(mlp.apply)({"params": {**kernels, "shared": shared, "router": params}}, x)
 
 
 def ffns(seed, experts=EXPERTS):
@@ -108,16 +108,17 @@ def test_experts_and_domains_in_another_order_are_the_same_layer(params):
         renormalise=False,
         router=projection_router,
     )
-    here = mlp.apply({"params": {**kernels, "router": params}}, X_BTD)
+    apply = jax.jit(mlp.apply)
+    here = apply({"params": {**kernels, "router": params}}, X_BTD)
     moved = {**shared_first, "router": {**params, "domains": params["domains"][order]}}
-    np.testing.assert_allclose(mlp.apply({"params": moved}, X_BTD), here, atol=1e-5)
+    np.testing.assert_allclose(apply({"params": moved}, X_BTD), here, atol=1e-5)
 
 
 def test_copies_of_one_ffn_give_it_once_and_by_the_gate(params, monkeypatch):
     small = jax.tree.map(lambda x: x / 4, ffns(4, 1))  # outputs of about 1
     kernels = jax.tree.map(lambda x: jnp.repeat(x, EXPERTS, axis=0), small)
     dense = {name: {"kernel": tree["kernel"][0]} for name, tree in small.items()}
-    ffn = GatedMlp(config=CONFIG).apply({"params": dense}, X_BTD)
+    ffn = jax.jit(GatedMlp(config=CONFIG).apply)({"params": dense}, X_BTD)
     assert np.abs(ffn).max() > 0.1
     largest = jax.nn.softmax(logits(params)).max(-1, keepdims=True)
     want = (1 + largest) * ffn
@@ -162,7 +163,7 @@ def test_of_the_log_loss_domains_have_no_gradient_and_the_projection_has(params)
 
 
 def test_the_projection_is_as_large_whatever_the_number_of_experts(params):
-    more = jax.tree.leaves(make_router(9).init(jax.random.key(1), X_BTD)["params"])
+    more = jax.tree.leaves(jax.jit(make_router(9).init)(jax.random.key(1), X_BTD)["params"])
     assert sum(leaf.size for leaf in more) - 9 * DOMAIN_DIM == sum(
         params[name]["kernel"].size for name in ("gate", "up", "down")
     )

@@ -21,10 +21,12 @@ from trainers.optim import optimizers, schedules
 from trainers.recipe import Recipe
 
 B, T, V = 4, 6, 32
-CONFIG = TransformerConfig(vocab_size=V, num_layers=1, embed_dim=16, num_heads=4, mlp_dim=24)
+CONFIG = TransformerConfig(
+    vocab_size=V, num_layers=1, embed_dim=16, num_heads=4, mlp_dim=24, scan_layers=False
+)
 STUDENT = Transformer(config=CONFIG)
 TEACHER = Transformer(
-    config=dataclasses.replace(CONFIG, num_layers=2, embed_dim=32, num_heads=4),
+    config=dataclasses.replace(CONFIG, embed_dim=32),
     tie_embeddings=False,
     logit_scale=0.7,
     logit_softcap=5.0,

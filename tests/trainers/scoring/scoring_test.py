@@ -18,7 +18,9 @@ V = 31
 
 @pytest.fixture(scope="module")
 def model():
-    config = TransformerConfig(vocab_size=V, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16)
+    config = TransformerConfig(
+        vocab_size=V, num_layers=1, scan_layers=False, embed_dim=16, num_heads=2, mlp_dim=16
+    )
     return Transformer(config=config, tie_embeddings=False, logit_scale=2.0, logit_softcap=3.0)
 
 

@@ -38,7 +38,7 @@ def prompts():
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 1, 13)
     params = jax.tree.map(
         lambda x: 3 * x,  # far from uniform attention
-        MODEL.init(jax.random.key(0), tokens_BT)["params"],
+        jax.jit(MODEL.init)(jax.random.key(0), tokens_BT)["params"],
     )
     return nn.meta.unbox(params), tokens_BT
 

@@ -22,9 +22,13 @@ def run(train, path, *bindings, files=(), status=0):
         "CHECKPOINT_PERIOD=3",
         "train.train.log_period=1",
         "schedules.cosine.total_steps=10",
+        "LENGTH=32",
+        # Layers in one array, each of which has factors of its own.
+        "config.TransformerConfig.num_layers=2",
+        "config.TransformerConfig.scan_layers=True",
         *bindings,
     )
-    files = (f"{train.programs}/local_text.gin", *(f"{METHODS}{name}.gin" for name in files))
+    files = (f"{train.programs}/small_text.gin", *(f"{METHODS}{name}.gin" for name in files))
     result = train(*[f"--gin_file={name}" for name in files], *[f"--gin.{x}" for x in given])
     assert result.status == status, result.err
     return result

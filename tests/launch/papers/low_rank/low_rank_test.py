@@ -186,11 +186,14 @@ def test_a_low_rank_run_trains_and_its_spectra_are_those_of_its_products(train, 
         "train.train.log_period=1",
         "FACTOR_INIT='spectral_ones'",
         "SPECTRUM_PERIOD=5",
+        "LENGTH=32",
+        "config.TransformerConfig.num_layers=2",
+        "config.TransformerConfig.scan_layers=True",
     )
 
     def run(steps):
         return train(
-            f"--gin_file={train.programs}/local_text.gin",
+            f"--gin_file={train.programs}/small_text.gin",
             f"--gin_file={LOW_RANK}",
             "--gin_file=t5x_configs/methods/low_rank/spectrum.gin",
             *[f"--gin.{binding}" for binding in bindings],

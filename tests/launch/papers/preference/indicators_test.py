@@ -10,7 +10,7 @@ from trainers.telemetry.metric_writers import read_jsonl
 
 
 @pytest.fixture(scope="module")
-def preference_run(train, trained_run, tmp_path_factory):
+def preference_run(train, unrolled_run, tmp_path_factory):
     """Starts a run in a directory with further flags."""
     pairs = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [
@@ -27,7 +27,7 @@ def preference_run(train, trained_run, tmp_path_factory):
         given = (
             f"MODEL_DIR={str(path)!r}",
             f"PAIRS={str(pairs)!r}",
-            f"INITIAL_CHECKPOINT_PATH={trained_run.path!r}",
+            f"INITIAL_CHECKPOINT_PATH={unrolled_run.path!r}",
             "LEARNING_RATE=0.02",
             "schedules.cosine.total_steps=6",
             "INDICATORS_PERIOD=2",

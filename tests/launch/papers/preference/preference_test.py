@@ -1,5 +1,6 @@
 """Preference runs from gin to metrics: references from the store and live, methods, and other kinds of models."""
 
+import functools
 import json
 import shutil
 import types
@@ -19,6 +20,7 @@ from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.telemetry.metric_writers import read_jsonl
 
 MODEL = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
+MODEL |= {"scan_layers": False}
 RUN = """
 from __gin__ import dynamic_registration
 from data.tokenizers import vocabularies
@@ -31,7 +33,7 @@ METHODS = ("dpo_nll", "ipo", "slic", "simpo", "cpo", "orpo", "kto")
 
 
 @pytest.fixture(scope="module")
-def flags(trained_run, tmp_path_factory):
+def flags(unrolled_run, tmp_path_factory):
     """Flags of a tiny run over sums, from the run with one checkpoint; more files and bindings win."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [
@@ -52,7 +54,7 @@ def flags(trained_run, tmp_path_factory):
     def make(path, *bindings, methods=()):
         given = (
             f"MODEL_DIR={str(path)!r}",
-            f"INITIAL_CHECKPOINT_PATH={trained_run.path!r}",
+            f"INITIAL_CHECKPOINT_PATH={unrolled_run.path!r}",
             f"PAIRS={str(folder / 'pairs.jsonl')!r}",
             "PAIRS_VALIDATION_FRACTION=0.3",
             "TASK_FEATURE_LENGTHS={'targets': 32}",
@@ -148,22 +150,22 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(train, flags, stored, tmp_p
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
 def test_the_reference_of_the_first_start_is_that_of_all(
-    train, flags, trained_run, tmp_path, methods
+    train, flags, unrolled_run, tmp_path, methods
 ):
     start = tmp_path / "start"
-    shutil.copytree(trained_run.path, start)
+    shutil.copytree(unrolled_run.path, start)
     given = flags(tmp_path / "run", f"INITIAL_CHECKPOINT_PATH={str(start)!r}", methods=methods)
     assert train(*given).status == 0
     expected = measured(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     # The reference's run goes on meanwhile.
     with Checkpointer(start / "checkpoints") as checkpointer:
-        moved = jax.tree.map(lambda x: x + 1.0, trained_run.params["raw"])
-        checkpointer.save(9, {"params": moved}, meta=step_dir.read_meta(trained_run.path))
+        moved = jax.tree.map(lambda x: x + 1.0, unrolled_run.params["raw"])
+        checkpointer.save(9, {"params": moved}, meta=step_dir.read_meta(unrolled_run.path))
     assert train(*given).status == 0
     assert measured(tmp_path / "run") == expected
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    result = train(*given, f"--gin.INITIAL_CHECKPOINT_PATH={trained_run.path!r}")
+    result = train(*given, f"--gin.INITIAL_CHECKPOINT_PATH={unrolled_run.path!r}")
     assert result.status == 2 and "this run began with" in result.err
 
 
@@ -312,7 +314,8 @@ def batch_of(flags, tmp_path, monkeypatch):
 
 def gradients(recipe, objective, batch):
     """(loss, its gradients) of new parameters."""
-    boxed = initialise.variables(recipe.model, jax.random.key(0))["params"]
+    init = jax.jit(functools.partial(initialise.variables, recipe.model))
+    boxed = init(jax.random.key(0))["params"]
     params = jax.tree.map(lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, "value"))
     key = jax.random.key(1)
 
@@ -381,10 +384,10 @@ def check_learned(path):
 
 
 def test_a_mixture_learns_the_pairs_beside_its_balance_loss(
-    train, flags, fixed, command, trained_run, tmp_path
+    train, flags, fixed, command, unrolled_run, tmp_path
 ):
     mixture = tmp_path / "mixture"
-    experts = [f"{name}={trained_run.path}" for name in "ab"]
+    experts = [f"{name}={unrolled_run.path}" for name in "ab"]
     assert command("upcycle", "--method=btx", "--experts", *experts, f"--to={mixture}") == 0
     given = (*fixed, f"INITIAL_CHECKPOINT_PATH={str(mixture)!r}", "EXPERTS=2", "TOP_K=2")
     result = train(*flags(tmp_path / "run", *given, methods=["bam/btx"]))

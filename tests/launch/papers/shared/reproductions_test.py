@@ -86,7 +86,8 @@ def test_a_haystack_holds_every_needle_once_in_order_and_fits():
 
 def test_everything_is_measured_and_reported_for_an_untrained_model(tmp_path):
     model = Transformer(config=CONFIG)
-    params = nn.meta.unbox(initialise.variables(model, jax.random.key(0)))["params"]
+    init = jax.jit(lambda key: initialise.variables(model, key))
+    params = nn.meta.unbox(init(jax.random.key(0)))["params"]
     retriever = retrieval.Retriever(model, params)
     sizes = {"prompts": 8, "lines": 9}
     run = {

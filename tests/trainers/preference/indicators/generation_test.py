@@ -21,7 +21,9 @@ from trainers.scoring.scoring import Row
 
 VOCAB, EOS = 24, 1
 MODEL = Transformer(
-    config=TransformerConfig(vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24)
+    config=TransformerConfig(
+        vocab_size=VOCAB, num_layers=1, scan_layers=False, embed_dim=16, num_heads=2, mlp_dim=24
+    )
 )
 MESH = partitioning.make_mesh(devices=jax.devices()[:1])
 ONE = NamedSharding(MESH, PartitionSpec())

@@ -23,7 +23,9 @@ from trainers.telemetry import metric_writers
 from trainers.train_state import TrainState
 
 MODEL = Transformer(
-    config=TransformerConfig(vocab_size=32, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16)
+    config=TransformerConfig(
+        vocab_size=32, num_layers=1, scan_layers=False, embed_dim=16, num_heads=2, mlp_dim=16
+    )
 )
 MESH = partitioning.make_mesh(devices=jax.devices()[:1])
 PROGRAM = types.SimpleNamespace(

@@ -28,8 +28,9 @@ MODEL = Transformer(
 )
 
 
+@functools.cache
 def parameters(seed=0, model=MODEL):
-    boxed = initialise.variables(model, jax.random.key(seed))["params"]
+    boxed = jax.jit(lambda key: initialise.variables(model, key))(jax.random.key(seed))["params"]
     return jax.tree.map(
         lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, "unbox") or hasattr(x, "value")
     )

@@ -25,7 +25,9 @@ from trainers.train_state import TrainState
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "goldens" / "reward_model.npz"
 LENGTH = 24
-CONFIG = TransformerConfig(vocab_size=24, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24)
+CONFIG = TransformerConfig(
+    vocab_size=24, num_layers=1, scan_layers=False, embed_dim=16, num_heads=2, mlp_dim=24
+)
 MODEL = RewardModel(backbone=Transformer(config=CONFIG))
 
 
