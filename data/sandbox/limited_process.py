@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any
 
-from data.sandbox import sandbox_kernel, sandbox_zygote
+from data.sandbox import sandbox_calls, sandbox_kernel, sandbox_zygote
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _START = (
@@ -219,8 +219,8 @@ def _confine(memory_bytes: int) -> None:
         return
     time.tzset()  # reads the time zone's file now
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    if sandbox_kernel.knows_system_calls():
+    if sandbox_calls.knows_system_calls():
         with contextlib.suppress(OSError):  # a kernel without Landlock or seccomp
             sandbox_kernel.restrict_files(sandbox_zygote.readable(), [])
         with contextlib.suppress(OSError):
-            sandbox_kernel.filter_system_calls(threads=True, own_files_only=False)
+            sandbox_calls.filter_system_calls(threads=True, own_files_only=False)

@@ -381,7 +381,7 @@ def test_ids_join_rows_and_must_have_one_prompt(win_rate, endpoint, tmp_path, ca
         ("openai:http://host/v1,model=m,timeout=-1", "timeout=-1.0"),
         ("openai:http://host/v1,model=m,concurrency=0", "concurrency=0"),
         ("openai:host/v1,model=m", "is not a URL"),
-        ("openai:http://user:pass@host/v1,model=m", "key_env=NAME"),
+        ("openai:http://user:pass@host/v1,model=m", "key_env=NAME"),  # pragma: allowlist secret
         ("logprob:/nowhere", "there is no such directory"),
         ("checkpoint:/nowhere,params=best", "params=best must be one of"),
     ],
