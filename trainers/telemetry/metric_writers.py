@@ -99,6 +99,8 @@ class JsonlWriter:
 
 
 def _end_of(path: str) -> Mark:
+    if not os.path.isfile(path):  # a device has no end
+        return marks_lib.EMPTY
     with open(path, "rb") as file:
         return marks_lib.EMPTY.after(0, file.read())
 
