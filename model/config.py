@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.ranges import Size
+from model.ranges import Layers, Size
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)
@@ -79,7 +79,7 @@ class TransformerConfig(FloatDtypes):
     """
 
     vocab_size: Size
-    num_layers: Size
+    num_layers: Layers
     embed_dim: Size
     num_heads: Size
     mlp_dim: Size

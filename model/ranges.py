@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Interval
 
 # Integers. The programs count in 32 bits.
 Size = Annotated[int, Interval(ge=1, lt=2**31)]
+Layers = Annotated[int, Interval(ge=1, le=10_000)]  # each is traced
 Count = Annotated[int, Interval(ge=0, lt=2**31)]
 Amount = Annotated[int, Interval(ge=1, lt=2**63)]  # of bytes or tokens of data
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]

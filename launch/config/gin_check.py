@@ -75,7 +75,7 @@ def check(
     if endless := list(_endless_macros(checked)):  # others cannot be known
         problems += endless
         return checked
-    problems += _mistyped(checked)
+    problems += mistyped(checked)
     problems += (conflicts := gin_methods.conflicts(checked))
     if fragment:
         return checked
@@ -155,7 +155,8 @@ def _unused_scopes(checked: Checked, command_line_only: bool) -> Iterator[Proble
             )
 
 
-def _mistyped(checked: Checked) -> Iterator[Problem]:
+def mistyped(checked: Checked) -> Iterator[Problem]:
+    """Yields values of a wrong type or outside of the range of their parameter."""
     for (_, target, argument), bound in checked.bindings.items():
         final = final_bound(bound, checked.macros)
         referenced = dict(final.references)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import cli
+from launch.inference import row_files
 from launch.run import load_run
 from model.ranges import Size
 
@@ -54,6 +55,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(start: cli.Start) -> None:
     flags = start.flags
+    if flags.json:
+        row_files.check_output(flags.json, "json")
     start(
         checkpoint=flags.checkpoint,
         params=flags.params,

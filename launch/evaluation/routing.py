@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from launch import cli
+from launch.inference import row_files
 from launch.run import load_run
 
 ROWS = 256
@@ -50,6 +51,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
+    for flag, path in (("json", flags.json), ("figure", flags.figure)):
+        if path:
+            row_files.check_output(path, flag)
     shares = routing(
         flags.checkpoint,
         tasks=flags.tasks,

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import cli
+from launch.inference import row_files
 from launch.run import load_run
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
+    if flags.json:
+        row_files.check_output(flags.json, "json")
     scores = evaluate(flags.checkpoint, params=flags.params)
     print(table(scores))
     if flags.json:

@@ -32,13 +32,13 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
     return [(f"{path}, line {number}", row) for number, row in lines]
 
 
-def check_output(path: str) -> None:
-    """Raises RowFileError if `write` could not write the file; called before any work."""
+def check_output(path: str, flag: str = "output") -> None:
+    """Raises RowFileError if the file that a flag names cannot be written; called before any work."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise RowFileError(f"--output={path}: there is no folder {folder}. Create it first.")
+        raise RowFileError(f"--{flag}={path}: there is no folder {folder}. Create it first.")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise RowFileError(f"--output={path} cannot be written. Choose another file.")
+        raise RowFileError(f"--{flag}={path} cannot be written. Choose another file.")
 
 
 def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
@@ -64,6 +64,15 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
+def _is_cut_row(line: bytes) -> bool:
+    """Returns whether bytes are the beginning of a row, and not a whole one or something else."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(b"{")
+    return False
+
+
 class ResumedRows:
     """A file of rows that a command appends to, and continues after a stop; opened by `resumed`.
 
@@ -77,12 +86,16 @@ class ResumedRows:
         size = 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # cut short by a stop
+                if not _is_cut_row(line):
+                    raise RowFileError(
+                        f"{path} does not end with a whole line, so this command has not written it: give another path."
+                    )
                 break
             size += len(line)
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise RowFileError(

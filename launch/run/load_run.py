@@ -17,6 +17,7 @@ from model.ranges import AxisSize, Count
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
+OWN = "t5x_configs/runs/load_run.gin"  # of every command that reads a model
 PARAMS = ("auto", "raw", "ema")
 
 
@@ -81,18 +82,18 @@ def files_of(checkpoint: str | None, gin_file: Sequence[str] = ()) -> Sequence[s
     from launch.run import run_vocabulary
     from trainers.checkpoints import step_dir
 
-    own = "t5x_configs/runs/load_run.gin"
     if checkpoint is None:
-        return [own]
+        return [OWN]
     step = step_dir.resolve(checkpoint)
     if (model := file_of_run(step, model_file.NAME)) is None:
         if gin_file:
-            return [own]
+            return [OWN]
         raise LoadError(
             f"There is no {model_file.NAME} beside the checkpoint {step}, so that its model is unknown. If you trust the "
             "run's configuration, give it: --gin_file=RUN/config.gin."
         )
-    return [own, model, *run_vocabulary.gin_files(os.path.dirname(model), checkpoint)]
+    # The command's own file comes second: the author of a run sets none of its macros.
+    return [model, OWN, *run_vocabulary.gin_files(os.path.dirname(model), checkpoint)]
 
 
 def whole_files(
@@ -116,7 +117,7 @@ def whole_files(
 
     if not trust_config:
         if gin_file:
-            return [own, *files_of(checkpoint, gin_file)[1:]]
+            return [own if file == OWN else file for file in files_of(checkpoint, gin_file)]
         raise LoadError(
             f"The data of {checkpoint} are described in its {CONFIG}, and reading that calls the functions that it names. "
             "If you trust its author, add --trust_config; or configure data and recipe yourself: --gin_file=FILE."
@@ -150,11 +151,11 @@ def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
 
 
 def file_of_run(step: Any, name: str) -> str | None:
-    """Returns the path of a file in the run that a step directory (a path object) belongs to; None without one."""
-    for folder in (step.parent.parent, step.parent):
-        if (folder / name).is_file():
-            return os.fspath(folder / name)
-    return None
+    """Returns the path of a file in the run that a step directory belongs to; None without one."""
+    from trainers.checkpoints import step_dir
+
+    path = step_dir.run_folder(step) / name
+    return os.fspath(path) if path.is_file() else None
 
 
 def vocabulary(*, value: Any) -> Any:

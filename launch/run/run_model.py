@@ -8,7 +8,7 @@ from typing import Any
 
 import gin
 
-from launch.config import gin_reader, gin_source, model_file
+from launch.config import gin_check, gin_reader, gin_source, model_file
 from launch.config.gin_config import ConfigError
 from launch.config.isolated import Isolated
 from launch.run import load_run
@@ -41,7 +41,8 @@ def model(*, run: str | None, macro: str) -> Any:
         )
     reader = gin_reader.Reader(own_modules=_own_modules())
     reader.read_file(path)
-    if problems := [reader.refused] if reader.refused else reader.checked.problems:
+    problems = [reader.refused] if reader.refused else reader.checked.problems
+    if problems := problems or list(gin_check.mistyped(reader.checked)):
         raise ConfigError(problems)
     configuration = Isolated(reader.checked)
     try:

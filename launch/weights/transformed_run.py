@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from gin import config_parser
 
-from launch.config import gin_config, gin_source, model_file
+from launch.config import gin_config, gin_reader, gin_source, model_file
 from launch.run import model_record, run_vocabulary
 from launch.run.model_record import CONFIG
 from launch.weights.import_weights import new_directory
@@ -59,6 +59,7 @@ def write(
     """
     first = sources[0]
     with new_directory(target) as folder:
+        _check_foreign(first, gin_files)
         text = "\n".join([first.config(whole=whole_config), *config, ""])
         pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
         model_record.write(folder)
@@ -109,6 +110,14 @@ def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]
     bindings |= {name: repr(value) for name, value in settings.items()}
     names = [name for name in imports if "dynamic_registration" not in name]
     return [*names, *(f"{name} = {value}" for name, value in bindings.items())]
+
+
+def _check_foreign(source: SourceModel, gin_files: Sequence[str]) -> None:
+    """Raises ConfigError if a source's model uses a module that the user's own gin files do not import."""
+    reader = gin_reader.Reader(own_modules=gin_source.imported_modules(gin_files, ()))
+    reader.read_file(os.path.join(source.folder, model_file.NAME))
+    if problems := [reader.refused] if reader.refused else reader.checked.problems:
+        raise gin_config.ConfigError(problems)
 
 
 def _abstract_params(folder: str, gin_files: Sequence[str]) -> state_tree.Flat:

@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -136,12 +138,37 @@ def file_checksum(path: epath.Path) -> tuple[int, str]:
     return size, f"{crc:08x}"
 
 
+def is_inside(directory: epath.Path, name: str) -> bool:
+    """Returns whether a file of a step is a regular file in its directory; raises FileNotFoundError if there is none."""
+    if "://" in os.fspath(directory):  # an object store, which has no links
+        return ".." not in name.split("/")
+    path = os.path.join(directory, name)
+    inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
+    return inside and stat.S_ISREG(os.stat(path).st_mode)
+
+
+def unlisted(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """Returns the problem of each file or link below `state` that the manifest does not list."""
+    problems = {}
+    for folder, folders, names in os.walk(directory / "state"):
+        for name in (*folders, *names):
+            path = os.path.join(folder, name)
+            below = os.path.relpath(path, directory)
+            if os.path.islink(path):
+                problems[below] = "is a link"
+            elif name in names and below not in files:
+                problems[below] = "is not in the manifest"
+    return {"state": "is a link"} if os.path.islink(directory / "state") else problems
+
+
 def check_files(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> dict[str, str]:
     """Returns the problem of each file that differs from its record; empty if no file differs."""
 
     def problem(name: str) -> str | None:
         size, crc = files[name]
         try:
+            if not is_inside(directory, name):
+                return "is not a file of the checkpoint itself"
             size_on_disk, crc_on_disk = file_checksum(directory / name)
         except FileNotFoundError:
             return "is missing"

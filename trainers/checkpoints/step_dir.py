@@ -20,7 +20,12 @@ from typing import Any, TypeVar
 from etils import epath
 
 from trainers.checkpoints import agreement
-from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest, check_files
+from trainers.checkpoints.manifest import (
+    DamagedCheckpointError,
+    Manifest,
+    check_files,
+    is_inside,
+)
 
 STATE = "state"
 META = "meta.json"
@@ -193,6 +198,8 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
 def read_manifest(path: epath.Path) -> Manifest:
     """Returns the manifest of a step; raises DamagedCheckpointError if it is missing, unreadable or damaged."""
     try:
+        if not is_inside(path, MANIFEST):
+            raise ValueError("is not a file of the checkpoint itself")
         return Manifest.from_bytes((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         problem = "is missing"
@@ -212,7 +219,13 @@ def read_record(path: epath.Path, manifest: Manifest | None = None) -> dict[str,
     files = (manifest or read_manifest(path)).files
     if problems := check_files(path, {name: files[name] for name in files if name == META}):
         raise DamagedCheckpointError(path, problems)
-    return json.loads((path / META).read_bytes())
+    try:
+        record = json.loads((path / META).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(path, {META: f"is not a record ({error})"}) from None
+    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
+        raise DamagedCheckpointError(path, {META: "is not a record"})
+    return record
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:

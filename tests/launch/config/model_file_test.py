@@ -16,7 +16,7 @@ from launch.config.gin_config import ConfigError
 from launch.config.isolated import Isolated
 from launch.config.model_file import ModelFileError
 from launch.config.registered import REGISTERED
-from launch.run import model_record
+from launch.run import load_run, model_record
 
 ENTRY = "launch.run.load_run:RunConfig"
 LOAD_RUN = "t5x_configs/runs/load_run.gin"
@@ -132,6 +132,9 @@ LAUGHS = {f"A{i}": [{"macro": f"A{i + 1}"}] * 10 for i in range(9)} | {
         ({"macros": []}, '"macros" and "settings" must be objects'),
         ({"settings": {"transformer.Transformer": 1}}, "'transformer.Transformer' is not the name of a"),
         ({"settings": {"os.system.command": "id"}}, "'os.system' is not a part of a model"),
+        ({"macros": {"MODEL": {"call": "data.text.user_data:import_mixtures"}}}, "'data.text.user_data:import_mixtures' is not a part"),
+        ({"macros": {"MODEL": {"call": "launch:cli"}}}, "'launch:cli' is not a part of a model"),
+        ({"macros": {"MODEL": {"dict": [[[1], 2]]}}}, "has a key that is not a literal"),
         ({"macros": {"MODEL": {"call": "step_dir.remove"}}}, "'step_dir.remove' is not a part of a model"),
         ({"macros": {"MODEL": {"call": "jax.numpy.load"}}}, '"call": "jax.numpy.load"} is not a value'),
         ({"macros": {"MODEL": {"call": "x:y.z"}}}, "is not a value"),
@@ -194,6 +197,31 @@ def test_the_users_own_files_may_bring_it_in_with_what_it_defines(tmp_path, gin_
     assert evil.exists()
     with pytest.raises(ConfigError, match="uses 'evil_module.system'"):
         load(write(tmp_path, foreign("evil_module:system")), [own])
+
+
+@pytest.mark.parametrize(
+    "name", ["data.text.user_data:import_mixtures", "trainers.checkpoints.checkpoint:Checkpointer"]
+)
+def test_the_users_own_files_bring_in_nothing_of_this_project(tmp_path, gin_file, name):
+    """Files of data and runs import such modules."""
+    module = name.partition(":")[0]
+    package, _, last = module.rpartition(".")
+    text = f"from __gin__ import dynamic_registration\nfrom {package} import {last}\n"
+    with pytest.raises(ConfigError, match="is not a part of a model that this version knows"):
+        load(write(tmp_path, foreign(name)), [gin_file(text, "own.gin")])
+
+
+def test_a_model_sets_no_macro_of_the_command(tmp_path, trained_run):
+    record = json.loads(pathlib.Path(trained_run.path, "model.json").read_text())
+    record["macros"] |= {
+        "CHAT_TEMPLATE": "/etc/passwd",
+        "MESH": {"dict": [["fsdp", 3]]},
+        "ADD_BOS": True,
+    }
+    write(tmp_path, record)
+    (tmp_path / "checkpoints").symlink_to(f"{trained_run.path}/checkpoints")
+    config = load_run.config_of(str(tmp_path))
+    assert (config.chat_template, config.add_bos, config.mesh) == (None, None, {"fsdp": -1})
 
 
 def mutated(record, rng):

@@ -33,6 +33,15 @@ def test_a_damaged_row_is_named_and_nothing_is_lost(tmp_path):
         assert path.read_text(errors="surrogateescape") == text
 
 
+@pytest.mark.parametrize("text", ['{"precious": 1}', "a note", '{"a": 1}\n{"b": 2}'])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(RowFileError, match="give another path"), row_files.resumed(path):
+        pass
+    assert path.read_text() == text
+
+
 def test_one_process_writes_and_others_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     with row_files.resumed(path) as file:

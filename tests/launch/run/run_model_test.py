@@ -131,6 +131,28 @@ def test_what_is_no_run_is_refused_by_the_name_of_the_setting(
     assert caught.match(message)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        (
+            "config.TransformerConfig.num_layers",
+            10**7,
+            "num_layers' is 10000000, but takes a number",
+        ),
+        ("config.TransformerConfig.vocab_size", "384", "takes int, not '384'"),
+    ],
+)
+def test_numbers_of_its_model_are_checked(trained_run, tmp_path, setting, value, message):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run.path, run)
+    record = json.loads((run / "model.json").read_text())
+    record["settings"][setting] = value
+    (run / "model.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError) as caught:
+        run_model.model(run=str(run), macro="TEACHER")
+    assert message in str(caught.value)
+
+
 @pytest.fixture
 def evil(trained_run, tmp_path, monkeypatch):
     """A run whose model is of a module that leaves a trace when it is imported; the run and the trace."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from launch import convert
 from launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
+from launch.weights.source_models import SourceModel
 from model.hf import families, load
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.nexus import extend
@@ -20,6 +22,7 @@ from model.transforms.experts import Mixture
 from model.transforms.upcycle import Upcycle
 from trainers.checkpoints import array_files, state_tree, step_dir
 from trainers.checkpoints.array_files import StoredArray
+from trainers.checkpoints.manifest import DamagedCheckpointError
 from trainers.telemetry.metric_writers import read_jsonl
 
 TEXT = json.dumps({"text": "import os, sys\n" * 4}) + "\n"
@@ -456,3 +459,32 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
         base.plan(transform, [Source("a", {}), Source("b", {})], {"new/scale": (3,)})
     with pytest.raises(TransformError, match="has old/scale, which the new model lacks"):
         base.plan(transform, [Source(name, {"old/scale": (3,)}) for name in "ab"], {})
+
+
+def test_a_model_of_someone_elses_code_is_refused_before_it_is_imported(
+    trained_run, tmp_path, monkeypatch, command, capsys
+):
+    """Wherever its checkpoint lies: the model beside it is read, and no other."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trace = tmp_path / "trace"
+    (tmp_path / "payload.py").write_text(f"open({str(trace)!r}, 'w')\nclass Block: pass\n")
+    outer, run = tmp_path / "evil", tmp_path / "evil" / "sub"
+    shutil.copytree(f"{trained_run.path}/checkpoints/3", run / "0")
+    record = json.loads(pathlib.Path(trained_run.path, "model.json").read_text())
+    (outer / "model.json").write_text(json.dumps(record))
+    record["settings"]["transformer.Transformer.block"] = {"factory": "payload:Block"}
+    (run / "model.json").write_text(json.dumps(record))
+    flags = (f"--checkpoint={run}", f"--to={tmp_path}/out", "--rank=0.5")
+    assert command("upcycle factorise", *flags) == 2
+    assert "uses 'payload.Block', which is not of this project" in capsys.readouterr().err
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("extra", ["link", "file"])
+def test_a_file_that_the_manifest_does_not_list_takes_no_part(trained_run, tmp_path, extra):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run.path, run)
+    added = run / "checkpoints/3/state/added"
+    added.symlink_to("/etc/passwd") if extra == "link" else added.write_text("x")
+    with pytest.raises(DamagedCheckpointError, match="added is (a link|not in the manifest)"):
+        SourceModel(str(run), "raw")

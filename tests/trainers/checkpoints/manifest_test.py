@@ -1,6 +1,7 @@
 """The digests against a plain integer implementation, and against every kind of damage."""
 
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,19 @@ def test_files_are_checked_by_size_and_content(tmp_path):
         "b": "has 99 bytes instead of 100",
         "c": "is missing",
     }
+
+
+def test_a_file_outside_of_the_step_or_without_an_end_is_never_read(tmp_path):
+    folder = tmp_path / "step"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(b"x")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "zero").symlink_to("/dev/zero")
+    os.mkfifo(folder / "fifo")
+    for name in ("../secret", str(tmp_path / "secret"), "link", "zero", "fifo", "/dev/zero"):
+        problem = "is not a file of the checkpoint itself"
+        found = manifest.check_files(epath.Path(folder), {name: (1, "0")})
+        assert found == {name: problem}, name
 
 
 def test_file_checksum_is_crc32(tmp_path):

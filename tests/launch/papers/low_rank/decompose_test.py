@@ -120,7 +120,7 @@ def test_decomposition_that_cannot_be(train, parent, tmp_path):
     first = tmp_path / "first"
     decomposed(train, first, parent)
     assert "layers/block_0/attention/key of the checkpoint is factorised already" in error(
-        source=first
+        "TRAIN_STEPS=20", source=first
     )
     assert "'carry' needs" in error("INITIAL_MOMENTS='carry'", "INITIAL_SCOPE='params'")
     assert "gives a matrix" in error("RANK=1.5")
