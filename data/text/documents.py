@@ -210,6 +210,7 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     return f"a number has too many digits ({str(error).partition(';')[0]})"
 
 
+_BATCH_BYTES = 64 << 20  # of a Parquet file's values in memory
 _RAISE = ", or raise max_document_bytes"
 _Record = tuple[int, str, dict[str, Any]]  # number, place for errors, content
 
@@ -320,12 +321,17 @@ def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Ite
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
     try:
-        with parquet.ParquetFile(path) as file:
+        texts = [
+            field.name for field in parquet.read_schema(path) if pyarrow.types.is_string(field.type)
+        ]
+        # A value that is written once and used in many rows is also in memory once.
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
             row = dict.fromkeys(file.schema_arrow.names)
             for key, argument in arguments.items():
                 _value(row, key, argument, f"{path}, columns")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=list(arguments)):
+            rows = _rows_at_once(file.metadata)
+            for batch in file.iter_batches(batch_size=rows, columns=list(arguments)):
                 for record in _rows(batch, path, number):
                     yield number, f"{path}, row {number}", record
                     number += 1
@@ -336,11 +342,35 @@ def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Ite
         ) from None
 
 
-def _rows(batch: Any, path: pathlib.Path, first: int) -> list[dict[str, Any]]:
+def _rows_at_once(metadata: Any) -> int:
+    """Returns the number of rows of a Parquet file whose decompressed values take about `_BATCH_BYTES`."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return min(1024, max(1, _BATCH_BYTES // max(largest, 1)))
+
+
+def _rows(batch: Any, path: pathlib.Path, first: int) -> Iterator[dict[str, Any]]:
     try:
-        return batch.to_pylist()
+        columns = [_column(column) for column in batch.columns]
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}, rows {first} to {first + len(batch) - 1}: not UTF-8 at byte offset "
             f"{error.start} of a value: {error.reason}. Write the column again as UTF-8 strings"
         ) from None
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _column(column: Any) -> list[Any]:
+    """Returns the values of a column; equal ones of a dictionary are one object."""
+    import pyarrow
+    from pyarrow import compute
+
+    if not isinstance(column, pyarrow.DictionaryArray):
+        return column.to_pylist()
+    longest = compute.max(compute.binary_length(column.dictionary)).as_py() or 0
+    if longest * len(column) <= _BATCH_BYTES:
+        return column.dictionary_decode().to_pylist()
+    used = column.indices.drop_null().unique()
+    values = dict(zip(used.to_pylist(), column.dictionary.take(used).to_pylist(), strict=True))
+    return [values.get(index) for index in column.indices.to_pylist()]

@@ -64,13 +64,13 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _is_cut_row(line: bytes) -> bool:
-    """Returns whether bytes are the beginning of a row, and not a whole one or something else."""
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Returns the JSON object in a line, or None."""
     try:
-        json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError):
-        return line.startswith(b"{")
-    return False
+        return None
+    return row if isinstance(row, dict) else None
 
 
 class ResumedRows:
@@ -85,22 +85,20 @@ class ResumedRows:
         self.rows: list[tuple[str, dict[str, Any]]] = []
         size = 0
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):  # cut short by a stop
-                if not _is_cut_row(line):
-                    raise RowFileError(
-                        f"{path} does not end with a whole line, so this command has not written it: give another path."
-                    )
-                break
-            size += len(line)
             place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise RowFileError(
-                    f"{place} is not a JSON object: delete the line to make the row again."
+            row = _object(line)
+            cut = not line.endswith(b"\n")
+            # A stop cuts a row short. A file of something else that ends without a line break is left alone.
+            if cut and line.startswith(b"{") and (row is None or number > 1):
+                break
+            if cut or row is None:
+                problem = (
+                    "is not a JSON object" if row is None else "does not end with a line break"
                 )
+                raise RowFileError(
+                    f"{place} {problem}: delete the line to make the row again, or give another path."
+                )
+            size += len(line)
             self.rows.append((place, row))
         if writer:
             file.truncate(size)

@@ -78,6 +78,21 @@ def test_parquet(tmp_path):
         _read(path, text_key="other")
 
 
+def test_a_value_of_many_rows_is_in_memory_once(tmp_path):
+    """A small file with a gigabyte of text."""
+    value = pyarrow.array(["é" * (1 << 19)])
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1023 + [None], "int32"), value)
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": rows}), path, compression="zstd")
+    before, count = pyarrow.total_allocated_bytes(), 0
+    with pytest.raises(DataError, match="row 1023"):
+        for document in documents.read(path, Format()):
+            assert document.text == "é" * (1 << 19)
+            assert pyarrow.total_allocated_bytes() - before < 64 << 20
+            count += 1
+    assert count == 1023
+
+
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.table({"text": ["a"]}), path)

@@ -33,11 +33,11 @@ def test_a_damaged_row_is_named_and_nothing_is_lost(tmp_path):
         assert path.read_text(errors="surrogateescape") == text
 
 
-@pytest.mark.parametrize("text", ['{"precious": 1}', "a note", '{"a": 1}\n{"b": 2}'])
+@pytest.mark.parametrize("text", ["a note", '{"precious": 1}', '{"a": 1}\na note'])
 def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
-    with pytest.raises(RowFileError, match="give another path"), row_files.resumed(path):
+    with pytest.raises(RowFileError, match="or give another path"), row_files.resumed(path):
         pass
     assert path.read_text() == text
 
