@@ -122,7 +122,7 @@ def _run_cases(
     ]
     shown = 0
     try:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
         while any(w.poll() is None for w in workers):
             time.sleep(0.5)
             shown = _show(path, size, shown, len(keys))
@@ -131,7 +131,8 @@ def _run_cases(
         return True
     finally:
         for w in workers:
-            w.kill()
+            w.terminate()  # it ends the processes of its cases
+        for w in workers:
             w.wait()
         for folder in out.glob("work_*"):
             if not any(folder.glob("*/*")):
@@ -140,6 +141,10 @@ def _run_cases(
     if failed:
         print(f"a worker ended with status {failed[0]}: see {out}/worker_*.log", file=sys.stderr)
     return False
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _start(

@@ -68,10 +68,11 @@ def summarise(
     summaries = []
     for row in rows:
         names = planned[row.number]
-        done = [results[row.number, name] for name in names if (row.number, name) in results]
+        mine = {name: results[row.number, name] for name in names if (row.number, name) in results}
+        done = list(mine.values())
         failures = [
-            {key: result[key] for key in ("case", "verdict", "message")}
-            for result in done
+            {"case": name, "verdict": result["verdict"], "message": result["message"]}
+            for name, result in mine.items()
             if result["verdict"] not in (HELD, "not tried")
         ]
         skipped = collections.Counter(r["message"] for r in done if r["verdict"] == "not tried")

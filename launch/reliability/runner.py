@@ -82,6 +82,10 @@ def _in_fork(cases: Sequence[Case], bench: Bench) -> Iterator[tuple[Case, dict[s
 def _serve(cases: Sequence[Case], bench: Bench, pipe: int) -> None:
     """Runs cases one after the other, and writes a line of JSON for each; does not return."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in a job of a shell's background
     try:
         file = os.open(_log(bench), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)

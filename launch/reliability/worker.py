@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import sys
 from typing import Any
 
@@ -39,6 +40,7 @@ def serve(task: dict[str, Any]) -> None:
       task: 'out', 'seed', 'sample', and 'cases': [row, name] of each case to run.
     """
     os.environ.pop("LD_PRELOAD", None)  # for this process alone
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the process of a case is ended too
     out = pathlib.Path(task["out"])
     _import_the_project()
     wanted = [tuple(key) for key in task["cases"]]
