@@ -384,7 +384,9 @@ def _paths(seed: int) -> Iterator[Case]:
             act = functools.partial(_link, name, target)
             yield Case(f"{name} is a link to {target}", act)
     for name in ("-1", "1e3", "8.aside", "../8", "08x", "٣"):
-        yield Case(f"a step of the name {name!r}", functools.partial(_step_name, name))
+        yield Case(
+            f"a step of the name {name!r}", functools.partial(_step_name, name), own_process=True
+        )
 
 
 def _index(name: str, bench: Bench) -> None:
@@ -444,8 +446,8 @@ def _code(seed: int) -> Iterator[Case]:
     for name in ("modeling_own.py", "tokenization_own.py", "conftest.py", "sitecustomize.py"):
         yield Case(f"{name} in the folder", functools.partial(_beside, name))
     for name in ("os.system", "own:model", "step_dir.remove", "jax.numpy.load", "builtins.eval"):
-        yield Case(f"model.json calls {name}", functools.partial(_record, name))
-    yield Case("config.gin beside a checkpoint calls a function", _gin_beside)
+        yield Case(f"model.json calls {name}", functools.partial(_record, name), own_process=True)
+    yield Case("config.gin beside a checkpoint calls a function", _gin_beside, own_process=True)
 
 
 _PROGRAM = "import os; os.mkdir({!r})"

@@ -108,12 +108,19 @@ def _kills(seed: int) -> Iterator[Case]:
 
 
 def _chain(name: str, kill: Any, count: int, bench: Bench) -> int:
-    run, choice = bench.folder / "run", bench.random(name)
-    before = 0
-    for _ in range(count):
+    """Kills a run `count` times; one that ends before it is killed is compared, and a new one begins."""
+    choice, kills, runs = bench.random(name), 0, 0
+    run, before = bench.folder / "run_0", 0
+    while kills < count:
         process = kill(bench, run, choice)
         _started_from(process, before)
-        before = program.good_step(run)
+        if process.status == 0:
+            program.ends_like(bench, run)
+            runs += 1
+            run, before = bench.folder / f"run_{runs}", 0
+        else:
+            kills += 1
+            before = program.good_step(run)
     last = program.train(bench, run)
     last.succeeded()
     _started_from(last, before)
@@ -132,7 +139,7 @@ def _started_from(process: program.Process, step: int) -> None:
 def _kill_at_write(bench: Bench, run: pathlib.Path, choice: random.Random) -> program.Process:
     """Kills a start before or in the middle of a random write, rename or sync below the run's directory."""
     mode = choice.choice([shim.KILL, shim.KILL_HALF])
-    at = choice.randrange(10, 400)
+    at = choice.randrange(10, 150)
     process = program.train(bench, run, before=lambda: shim.files(bench, run, mode, at))
     if process.wait() not in (-signal.SIGKILL, 0):
         raise Unclear(f"status {process.status}: ...{process.text[-500:]}")
@@ -227,23 +234,27 @@ def _writers(seed: int) -> Iterator[Case]:
 
 
 def _second(stopped: bool, bench: Bench) -> None:
-    run = bench.folder / "run"
-    # The first process waits in the middle of its work until the second one has ended.
+    run, second_ended = bench.folder / "run", bench.folder / "second_ended"
+
+    def wait() -> None:
+        """Stands still in the middle of the work until the second process has ended."""
+        if stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while not second_ended.exists():
+            time.sleep(0.05)
+
     first = program.train(
         bench,
         run,
-        before=lambda: _at_call(
-            _STAGES["waiting for data"][0],
-            5,
-            lambda: os.kill(os.getpid(), signal.SIGSTOP) if stopped else time.sleep(30),
-        ),
+        before=lambda: _at_call(_STAGES["waiting for data"][0], 5, wait),
     )
-    end = time.monotonic() + 100
+    end = time.monotonic() + 600
     while program.good_step(run) == 0 and first.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     try:
         program.train(bench, run).refused(str(run))
     finally:
+        second_ended.touch()
         first.signal(signal.SIGCONT)
     first.succeeded()
     program.ends_like(bench, run)
