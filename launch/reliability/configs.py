@@ -83,18 +83,18 @@ _BAD: dict[str, str] = {
     # contradictions
     "TRAIN_STEPS=None": "TRAIN_STEPS",
     "TRAIN_TOKENS=1000.0": "TRAIN_TOKENS",
-    "TRAIN_STEPS=None TRAIN_TOKENS=1e300": "TRAIN_TOKENS",
-    "TRAIN_STEPS=None TRAIN_TOKENS=-5.0": "TRAIN_TOKENS",
+    "TRAIN_STEPS=None  TRAIN_TOKENS=1e300": "TRAIN_TOKENS",
+    "TRAIN_STEPS=None  TRAIN_TOKENS=-5.0": "TRAIN_TOKENS",
     "MESH={'data': 3}": "MESH",
     "MESH={'model': 1}": "tensor",
     "MESH={'fsdp': 0}": "MESH",
-    "MESH={}  recipe.Recipe.rules='none'": "rules",
+    "MESH={}  recipe.Recipe.rules='none'": "rule set",
     "stream.make_stream.batch_size=4": "batch",
     "stream.make_stream.task_feature_lengths={'targets': 32}": "32",
     "train.train.eval_tasks=('fils',)": "fils",
     "INITIAL_CHECKPOINT_PATH='/no/such/run'": "/no/such/run",
     "INITIAL_SCOPE='state'": "INITIAL",
-    "checkpoint.Checkpointer.keep_best=2 checkpoint.Checkpointer.best_metric='los'": "los",
+    "checkpoint.Checkpointer.keep_best=2  checkpoint.Checkpointer.best_metric='los'": "los",
     "FILES='/no/such/*.jsonl'": "/no/such",
     "FILES=''": "files",
     "TEXT_KEY='txt'": "txt",
@@ -115,8 +115,9 @@ def _bindings(seed: int) -> Iterator[Case]:
 
 def _binding(text: str, word: str, bench: Bench) -> None:
     run = bench.folder / "run"
-    calls.refused("train", program.train_flags(bench, run, *text.split()), word)
-    if (run / "checkpoints").exists():
+    calls.refused("train", program.train_flags(bench, run, *text.split("  ")), word)
+    # The names of metrics are known when the first step is saved.
+    if (run / "checkpoints").exists() and "best_metric" not in text:
         raise Unclear("refused only after training had begun")
 
 
@@ -133,7 +134,7 @@ _FILES: dict[str, tuple[str, str]] = {
     "a macro that nothing reads": (f"{_HEAD}DROPOUT = 0.1\n", "DROPOUT"),
     "a macro that is not set": (f"{_MODULES}recipe.Recipe.seed = %SED\n", "SED"),
     "a macro of itself": (f"{_MODULES}SEED = %SEED\n", "SEED"),
-    "macros in a circle": (f"{_MODULES}SEED = %A\nA = %SEED\n", "part of itself"),
+    "macros in a circle": (f"{_MODULES}SEED = %A\nA = %SEED\n", "leads back"),
     "no value": (f"{_HEAD}SEED = gelu\n", "gelu"),
     "an open string": (f"{_HEAD}SEED = 'open\n", ":2"),
     "an open list": (f"{_HEAD}SEED = [1, 2\nBATCH_SIZE = 8\n", ":2"),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
 import select
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 from launch.reliability.table import HELD, Bench, Case, NotHeld, NotTried
 
 _GRACE_SECONDS = 5.0
+_MEMORY_BYTES = 16 << 30  # address space of a case, so that a hostile file harms no other process
 
 
 def attempt(case: Case, bench: Bench) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def _in_fork(cases: Sequence[Case], bench: Bench) -> Iterator[tuple[Case, dict[s
 def _serve(cases: Sequence[Case], bench: Bench, pipe: int) -> None:
     """Runs cases one after the other, and writes a line of JSON for each; does not return."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(
         signal.SIGINT, signal.default_int_handler

@@ -221,7 +221,10 @@ def test_what_pairs_have_in_common_is_scored_once():
         (["BETA=0.0"], "beta"),
         (["preference.preference.ld_alpha=0.5"], "methods/preference/ld_dpo.gin"),
         (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[1.0, 2.0]"], "LOSS_WEIGHTS"),
-        (["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"], "is -1.0, but takes a number that is at least 0"),
+        (
+            ["LOSSES=[@terms.nll]", "LOSS_WEIGHTS=[-1.0]"],
+            "is -1.0, but takes a number that is at least 0",
+        ),
         (["TASK_FEATURE_LENGTHS={'targets': 6}"], "max_length"),
     ],
 )
