@@ -75,7 +75,7 @@ def _run(flags: argparse.Namespace) -> int:
     interrupted = _run_cases(keys, out, flags)
     summaries = report.summarise(rows, planned, report.read(path))
     print("\n".join(report.lines(summaries, flags.seed)))
-    if flags.write:
+    if flags.write and not interrupted:
         command = "python -m launch.faults " + " ".join(sys.argv[1:])
         folder = pathlib.Path(environment.ROOT, "docs")
         report.write(summaries, seed=flags.seed, command=command, folder=folder)
