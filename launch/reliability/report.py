@@ -158,7 +158,7 @@ def markdown(summaries: Sequence[Summary], record: Mapping[str, Any]) -> list[st
     if failures:
         text += [
             "",
-            "What did not hold (commands in `reliability.json`'s order, `--rows` and `--case`):",
+            "What did not hold (`--rows=NUMBER --case=NAME` repeats it):",
             "",
         ]
         for number, failure in failures:
