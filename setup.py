@@ -108,7 +108,10 @@ setup(
         ]
     ),
     install_requires=CORE,
-    package_data={"launch.papers.code_mix": ["harness_tasks/*.yaml"]},
+    package_data={
+        "launch.papers.code_mix": ["harness_tasks/*.yaml"],
+        "launch.reliability": ["shim.c"],
+    },
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["espalier = launch.cli:console"]},
 )

@@ -158,7 +158,7 @@ LEVELS = {
         ("aot", "cluster", "inference", "plots"),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         ("convert", "evaluation", "lm_eval", "preparation", "sweep", "sweeping", "weights"),
-        ("benchmarks", "papers"),
+        ("benchmarks", "papers", "reliability"),
     ),
 }
 # Folders of the papers, and of a method that is none: no file at the top of a package imports or names one.

@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import weakref
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -158,8 +159,14 @@ class ReferenceStore:
                 f"{part} is damaged: it does not match the hash in its name. Delete it to compute its values "
                 "again."
             )
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            self._take(arrays["digests"], arrays["values"])
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                raw_ND, values = arrays["digests"], arrays["values"]
+        except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+            raise ReferenceStoreError(
+                f"{part} holds no arrays of this store ({error}). Delete it to compute its values again."
+            ) from None
+        self._take(raw_ND, values)
 
     def _take(self, raw_ND: np.ndarray, values: np.ndarray) -> None:
         if values.shape != (len(raw_ND), *self._shape):

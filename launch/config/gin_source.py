@@ -19,6 +19,7 @@ from launch.config.model_file import ModelFileError
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 
+_SHOWN = 1000  # characters of a message or statement that an error shows
 # A line on which a statement can begin; parsing resumes on the next one after a syntax error.
 _STATEMENT = re.compile(r"(from|import|include)\s|[A-Za-z_][\w./]*\s*[=:]")
 
@@ -35,6 +36,11 @@ class Place:
         return f"{self.source}:{self.line}" if self.line else self.source
 
 
+def _shortened(text: str) -> str:
+    """Returns a text that may quote a long statement, at most _SHOWN characters of it."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A problem of a configuration: its place, the message and the remedy."""
@@ -44,9 +50,9 @@ class Problem:
     remedy: str = ""
 
     def __str__(self):
-        lines = [f"{self.place}: {self.message}"]
+        lines = [f"{self.place}: {_shortened(self.message)}"]
         if self.place.line and self.place.text.strip():
-            lines.append(f"    {self.place.text.strip()}")
+            lines.append(f"    {_shortened(self.place.text.strip())}")
         if self.remedy:
             lines.append(f"  {self.remedy}")
         return "\n".join(lines)

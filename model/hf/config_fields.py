@@ -41,8 +41,10 @@ _COUNTS = {
     *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
     *("sliding_window", "sliding_window_pattern"),
 }
-# The largest values of fields that a loop or a list follows; other fields are checked by the shapes of tensors.
+# The largest values of fields that a loop, a list or a table follows, as the angles of the rotary embedding follow the
+# heads' width; other fields are checked by the shapes of tensors.
 _LARGEST = {
+    **dict.fromkeys(("hidden_size", "n_embd", "head_dim"), 2**20),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "sliding_window_pattern"), 10_000),
     **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), 4096),
 }

@@ -50,7 +50,7 @@ class InitialCheckpoint:
         ):
             if value not in get_args(kind):
                 raise ValueError(f"{name} = {value!r}: use {', '.join(map(repr, get_args(kind)))}.")
-        if not self.path and (self.scope == "phase" or self.data == "continue"):
+        if not self.path and (self.scope != "params" or self.data == "continue"):
             raise ValueError(
                 f"INITIAL_SCOPE = {self.scope!r} and INITIAL_DATA = {self.data!r} continue another "
                 "run: set INITIAL_CHECKPOINT_PATH to its directory."

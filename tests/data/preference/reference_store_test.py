@@ -1,6 +1,7 @@
 """The store of reference log-probabilities: what it keeps, shares, and refuses."""
 
 import hashlib
+import io
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def test_damage_is_named_and_nothing_is_guessed(tmp_path):
     (store.directory / ABOUT).write_text(f'{{"model": "{digest("other")}"}}')
     with pytest.raises(ReferenceStoreError, match="belongs to another reference model"):
         ReferenceStore(MODEL, {}, root=tmp_path)
+
+
+def test_a_part_with_a_fitting_hash_that_holds_no_arrays_of_the_store_is_named(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "about.json").write_text('{"model": "model"}')
+    objects, numbers = np.array([{}], object), np.zeros((1, 16), np.uint8)
+    for arrays in ({"digests": objects, "values": objects}, {"digests": numbers}, None):
+        file = io.BytesIO()
+        np.savez(file, **arrays) if arrays else np.save(file, numbers)
+        part = folder / f"{hashlib.sha256(file.getvalue()).hexdigest()}.npz"
+        part.write_bytes(file.getvalue())
+        with pytest.raises(ReferenceStoreError, match=f"{part.name} holds no arrays"):
+            ReferenceStore("model", {}, root=tmp_path)
+        part.unlink()
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path):

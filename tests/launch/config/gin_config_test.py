@@ -161,6 +161,11 @@ def test_one_problem(gin_file, text, message):
     assert message in found
 
 
+def test_a_long_statement_is_shortened_in_its_error(gin_file):
+    text = errors([gin_file(f"{HEAD}A = {'[' * 5000}{']' * 5000}\n")])
+    assert ":4: cannot be parsed" in text and "[[ ..." in text and len(text) < 3000
+
+
 def test_required_arguments_of_the_entry_point(gin_file):
     text = errors([gin_file(HEAD + "toy_run.train.steps = 1\n")], entry=ENTRY)
     assert "'toy_run.train' is called without model" in text

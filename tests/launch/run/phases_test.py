@@ -158,6 +158,7 @@ def test_a_cooldown_is_a_straight_line_from_where_the_phase_before_stopped(train
     ("bindings", "parts"),
     [
         (["initial.InitialCheckpoint.scope='phase'"], ["set INITIAL_CHECKPOINT_PATH"]),
+        (["initial.InitialCheckpoint.scope='state'"], ["set INITIAL_CHECKPOINT_PATH"]),
         (["initial.InitialCheckpoint.data='continue'"], ["set INITIAL_CHECKPOINT_PATH"]),
         (["train.train.total_tokens=100"], ["TRAIN_STEPS = 24 and TRAIN_TOKENS = 100"]),
         (["TRAIN_STEPS=None"], ["TRAIN_STEPS = None and TRAIN_TOKENS = None"]),

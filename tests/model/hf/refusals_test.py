@@ -104,6 +104,8 @@ def test_a_field_that_changes_the_maths_and_is_not_supported_is_named(name, fiel
         ("gemma2_2b", {"attn_logit_softcapping": 0}, "it must be a number above 0"),
         ("gemma2_2b", {"query_pre_attn_scalar": 0}, "it must be a number above 0"),
         ("llama2_7b", {"architectures": 3}, "architectures = 3 must be a list of texts"),
+        ("llama2_7b", {"hidden_size": 10**9}, "it must be at most 1,048,576"),
+        ("qwen3_0p6b", {"head_dim": 2 * 10**9}, "it must be at most 1,048,576"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named_with_what_it_must_be(name, fields, words):
