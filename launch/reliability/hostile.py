@@ -405,7 +405,7 @@ def _index(name: str, bench: Bench) -> None:
 
 def _link(name: str, target: str, bench: Bench) -> None:
     folder = _checkpoint(bench.folder / "hf")
-    (bench.folder / "secret").write_text('{"secret": "7c1d"}')
+    (bench.folder / "secret").write_text('{"secret": "7c1d"}')  # pragma: allowlist secret
     if name not in ("tokenizer.json", "config.json", "model.safetensors"):
         vocab: Mapping[str, Any] = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
         (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": vocab}))
