@@ -37,8 +37,9 @@ class Place:
 
 
 def _shortened(text: str) -> str:
-    """Returns a text that may quote a long statement, at most _SHOWN characters of it."""
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
+    """Returns a text that may quote a long statement, at most about _SHOWN characters of its two ends."""
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Problem:
     remedy: str = ""
 
     def __str__(self):
-        lines = [f"{self.place}: {_shortened(self.message)}"]
+        lines = [f"{_shortened(str(self.place))}: {_shortened(self.message)}"]
         if self.place.line and self.place.text.strip():
             lines.append(f"    {_shortened(self.place.text.strip())}")
         if self.remedy:

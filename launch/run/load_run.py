@@ -154,7 +154,7 @@ def file_of_run(step: Any, name: str) -> str | None:
     """Returns the path of a file in the run that a step directory belongs to; None without one."""
     from trainers.checkpoints import step_dir
 
-    path = step_dir.run_folder(step) / name
+    path = step_dir.folder_of(step) / name
     return os.fspath(path) if path.is_file() else None
 
 

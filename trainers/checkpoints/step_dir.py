@@ -166,7 +166,12 @@ def resolve(path: str | os.PathLike) -> epath.Path:
 
 def run_folder(path: str | os.PathLike) -> epath.Path:
     """Returns the directory of a checkpoint's run; raises FileNotFoundError as `resolve`."""
-    folder = resolve(path).parent
+    return folder_of(resolve(path))
+
+
+def folder_of(step: epath.Path) -> epath.Path:
+    """Returns the directory of the run that a step directory belongs to."""
+    folder = step.parent
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
