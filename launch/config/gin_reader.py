@@ -166,8 +166,11 @@ class Reader:
         self.checked.files.append(file)
         try:
             if model_file.is_model_file(file):
-                self._check_foreign(file, model_file.read(file).foreign)
-            text = gin_source.read(file)
+                record = model_file.read(file)
+                self._check_foreign(file, record.foreign)
+                text = record.gin()
+            else:
+                text = gin_source.read(file)
         except (OSError, UnicodeDecodeError, model_file.ModelFileError) as error:
             self.problem(place, f"'{path}' cannot be read: {gin_source.why_unreadable(error)}")
             return

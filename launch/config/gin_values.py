@@ -169,10 +169,10 @@ def _outside(number: float, constraints: tuple[Any, ...]) -> Iterator[str]:
     if isinstance(number, float) and not abs(number) <= _LARGEST_FLOAT32:
         yield f"is {number!r}, but takes a finite number that a float of 32 bits can hold"
         return
-    kept = [_BOUNDS[key][0](number, bound) for key, bound in bounds]
-    if not all(kept):
+    holds = [_BOUNDS[key][0](number, bound) for key, bound in bounds]
+    if not all(holds):
         # The largest number that the programs hold matters only to larger ones.
-        named = [b for b, is_kept in zip(bounds, kept, strict=True) if b[1] < 2**31 or not is_kept]
+        named = [b for b, is_kept in zip(bounds, holds, strict=True) if b[1] < 2**31 or not is_kept]
         limits = " and ".join(f"{_BOUNDS[key][1]} {bound}" for key, bound in named)
         yield f"is {number!r}, but takes a number that is {limits}"
 

@@ -43,8 +43,8 @@ def numbers(path):
     """What was logged and does not depend on the clock, by step."""
     found = {}
     for row in read_jsonl(f"{path}/metrics.jsonl"):
-        kept = {k: v for k, v in row.items() if not measures_time(k)}
-        found.setdefault(row["step"], {}).update(kept)
+        untimed = {k: v for k, v in row.items() if not measures_time(k)}
+        found.setdefault(row["step"], {}).update(untimed)
     return found
 
 

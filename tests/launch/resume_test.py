@@ -48,8 +48,8 @@ def rows(path):
     found = {}
     file = f"{path}/metrics.jsonl"
     for row in read_jsonl(file) if os.path.exists(file) else ():
-        kept = {k: v for k, v in row.items() if not measures_time(k)}
-        found.setdefault(row["step"], {}).update(kept)
+        untimed = {k: v for k, v in row.items() if not measures_time(k)}
+        found.setdefault(row["step"], {}).update(untimed)
     return found
 
 
