@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -145,7 +146,8 @@ def rows_in_force(path: str) -> list[dict[str, Any]]:
     Raises:
       DamagedRowsError: a line is not a row of metrics.
     """
-    return [row for row, _ in _in_force([(row, None) for row in _read(path, _metrics_of)])]
+    rows = _read(path, _metrics_of, "row of metrics (numbers by name, and a step)")
+    return [row for row, _ in _in_force([(row, None) for row in rows])]
 
 
 def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, Any]]:
@@ -163,15 +165,17 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     Raises:
       DamagedRowsError: a line is not a JSON object.
     """
-    return _read(path, _row_of)
+    return _read(path, _row_of, "row")
 
 
-def _read(path: str, parse: Callable[[bytes], dict[str, Any] | None]) -> list[dict[str, Any]]:
+def _read(
+    path: str, parse: Callable[[bytes], dict[str, Any] | None], kind: str
+) -> list[dict[str, Any]]:
     rows = []
     for number, line in _whole_lines(path):
         if (row := parse(line)) is None:
             raise DamagedRowsError(
-                f"{path} is damaged: line {number} is not a row. Take the file from a copy, or remove the line. "
+                f"{path} is damaged: line {number} is not a {kind}. Take the file from a copy, or remove the line. "
                 "(A run that is started again repairs its own metrics.jsonl.)"
             )
         rows.append(row)
@@ -197,11 +201,24 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _metrics_of(line: bytes) -> dict[str, Any] | None:
-    """Returns a row of metrics, whose values are numbers, or None."""
+    """Returns a row of metrics: a step, which is a count, and numbers by printable names; or None."""
     row = _row_of(line)
-    if row is None or not isinstance(row.get("step"), int):
+    if row is None or not is_count(row.get("step")):
         return None
-    return row if all(isinstance(value, int | float) for value in row.values()) else None
+    good = all(name.isprintable() and is_number(value) for name, value in row.items())
+    return row if good else None
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a JSON value is a whole number from 0 on that 64 bits hold."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number (NaN and infinities included) that a float holds."""
+    if isinstance(value, int):  # of any number of digits
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def jsonable(value: Any) -> Any:
