@@ -8,12 +8,12 @@ import logging
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from trainers.telemetry import marks as marks_lib
+from trainers.telemetry.json_numbers import is_count, is_number
 from trainers.telemetry.marks import Mark
 
 # A flush of an event file waits for the disk, so it is not done for every event.
@@ -70,7 +70,7 @@ class JsonlWriter:
         """
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self._path = path
-        self._marks = [Mark(*mark) for mark in marks or ()]
+        self._marks = marks_lib.from_json(list(marks or ()))
         if marks is not None:
             self._marks = _cut_to_marks(path, self._marks)
         elif first_step is not None and os.path.exists(path):
@@ -207,18 +207,6 @@ def _metrics_of(line: bytes) -> dict[str, Any] | None:
         return None
     good = all(name.isprintable() and is_number(value) for name, value in row.items())
     return row if good else None
-
-
-def is_count(value: Any) -> bool:
-    """Returns whether a JSON value is a whole number from 0 on that 64 bits hold."""
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a number (NaN and infinities included) that a float holds."""
-    if isinstance(value, int):  # of any number of digits
-        return abs(value) <= sys.float_info.max
-    return isinstance(value, float)
 
 
 def jsonable(value: Any) -> Any:
