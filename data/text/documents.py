@@ -168,6 +168,23 @@ def _open(path: pathlib.Path) -> BinaryIO:
     return open(path, "rb")
 
 
+def open_to_write(path: pathlib.Path, *, named: str | None = None) -> BinaryIO:
+    """Opens a file to write lines, compressed as its name says; other files without a buffer.
+
+    Args:
+      path: the file.
+      named: the name that says so, if the file will be renamed to it.
+    """
+    suffix = pathlib.Path(path if named is None else named).suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "wb")
+    if suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.output_stream(str(path), compression="zstd")
+    return open(path, "wb", buffering=0)
+
+
 def read_json_lines(
     path: pathlib.Path,
     *,
