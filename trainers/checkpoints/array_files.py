@@ -9,12 +9,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from trainers.checkpoints import agreement, manifest, state_tree, step_dir
+from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler of arrays: uncompressed, because weights hardly compress; one writer per element."""
+    quiet.install()
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
