@@ -11,8 +11,8 @@ first version of the file. Mean, length and encoder do not change when domains a
 learned from the old vectors.
 
 A new projection of short vectors is nearly even: opposite vectors come to lie together, so that centring, which
-makes many cosines negative, mixes up the order of similarities. With a length of 3 sqrt(M), or uncentred, the
-projection keeps it.
+makes many cosines negative, mixes up the order of similarities. Uncentred vectors keep it, and with a length of
+3 sqrt(M) the more similar pairs of centred ones do.
 
 Shapes: N domains, M width of an embedding.
 """

@@ -56,6 +56,7 @@ EXTENSIONS = {
     "ext_random": ("nexus_random", ()),
     "ext_centred": ("nexus_centred", ()),
     "ext_lengthened": ("nexus_lengthened", ()),
+    "ext_levelled": ("nexus", ("--level",)),
 }
 TRAINED = ("ext_nexus", "ext_linear_reset", "ext_linear_append", "ext_random")
 

@@ -61,9 +61,9 @@ def load_dots(results: DomainRuns, arms: Mapping[str, str]) -> Any:
 def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]]) -> Any:
     """Returns a figure of first choices: a row for each (arm, router), a column for each layer; None without any."""
     tables = [
-        (f"{results.label(arm)}, {ROUTERS[router]} router", arm, chosen_NLDE.mean(0))
+        (f"{results.label(arm)}, {ROUTERS[router]} router", arm, np.mean([*by_seed.values()], 0))
         for arm, router in shown
-        if (chosen_NLDE := results.chosen(arm, router)) is not None
+        if (by_seed := results.choices(arm, router))
     ]
     if not tables:
         return None

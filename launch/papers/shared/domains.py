@@ -153,11 +153,12 @@ class DomainRuns(results.Results):
                     )
         return ""
 
-    def chosen(self, arm: str, router: str = "mlp") -> np.ndarray | None:
-        """Returns `choices` of an arm's runs on all domains: [seed, layer, domain, expert]; None without any."""
-        tables = [choices(row, router, self.domains) for row in self.find(arm).values()]
-        measured = [table for table in tables if table is not None]
-        return np.array(measured) if measured else None
+    def choices(self, arm: str, router: str = "mlp") -> dict[int, np.ndarray]:
+        """Returns `choices` of an arm's runs on all domains by seed: [layer, domain, expert]."""
+        tables = {
+            seed: choices(row, router, self.domains) for seed, row in self.find(arm).items()
+        }
+        return {seed: table for seed, table in tables.items() if table is not None}
 
     def experts(self, arm: str, count: int) -> list[str]:
         """Returns the names of an arm's experts, numbers if they are not known."""
