@@ -23,24 +23,22 @@ DOMAINS = {
 SEED_STEPS, SPECIALIST_STEPS, MIXTURE_STEPS, LONG_STEPS = 800, 600, 600, 1600
 # With a weight of 0.01 a top-1 router sends nearly all tokens of a layer to one expert, and a z-loss adds to that.
 BALANCE_LOSS = 0.05
-_BALANCE = (f"BALANCE_LOSS={BALANCE_LOSS}", "ROUTER_Z_LOSS=0.0")
-
-
-def _chosen(top_k: int) -> tuple[str, ...]:
-    """Chosen attentions need a balance loss, as FFNs do; as in the paper's ablation they share keys and values."""
-    balance = f"moa.MixtureOfAttention.balance_loss={BALANCE_LOSS}"
-    return (f"ATTENTION_TOP_K={top_k}", "SHARED_KV=True", balance)
-
-
-# Arm -> (flags of launch.upcycle, method file, bindings of training that match the flags).
+# Arm -> (flags of launch.upcycle, method file, bindings of training that match the flags). Chosen attentions share keys and
+# values, as they seem to in the paper's ablation: its soft row has the losses of shared ones.
 MIXTURES = {
     "btx": (("--method=btx",), "btx", ()),
     "btx6": (("--method=btx",), "btx", ("EXPERTS=6",)),
     "btx6_top3": (("--method=btx", "--top_k=3"), "btx", ("EXPERTS=6", "TOP_K=3")),
     "bam": (("--method=bam",), "bam", ()),
     "bam_shared_kv": (("--method=bam", "--shared_kv"), "bam", ("SHARED_KV=True",)),
-    "moa_top1": (("--method=bam", "--shared_kv", "--attention_top_k=1"), "bam", _chosen(1)),
-    "moa_top2": (("--method=bam", "--shared_kv", "--attention_top_k=2"), "bam", _chosen(2)),
+    **{
+        f"moa_top{k}": (
+            ("--method=bam", "--shared_kv", f"--attention_top_k={k}"),
+            "bam",
+            ("SHARED_KV=True", f"ATTENTION_TOP_K={k}"),
+        )
+        for k in (1, 2)
+    },
     "bam_averaged": (("--method=bam", "--average_attention"), "bam", ()),
 }
 DATA_MATCHED = ("btx", "btx6", "btx6_top3", "bam", "bam_shared_kv", "bam_averaged")
@@ -92,17 +90,17 @@ def equal_compute(arm: str) -> int:
     There the 256,000 symbols of the head cost every arm the same. Here the head is nearly free, so that BAM would get
     less than half of BTX's tokens.
     """
-    return round(MIXTURE_STEPS * paper_flops("btx") / paper_flops(arm))
+    return round(MIXTURE_STEPS * paper_flops("btx", CONTEXT) / paper_flops(arm, CONTEXT))
 
 
 @functools.cache
-def paper_flops(arm: str) -> float:
-    """Returns the model FLOPs of one row through an arm made of the paper's 590M models."""
+def paper_flops(arm: str, context: int) -> float:
+    """Returns the model FLOPs of one row of `context` tokens through an arm made of the paper's 590M models."""
     from launch.config import gin_config
 
     _, method, bindings = MIXTURES[arm]
     files = ("models/bam_590m", "runs/pretrain", f"methods/bam/{method}")
-    row = f"TASK_FEATURE_LENGTHS={{'targets': {CONTEXT}}}"
+    row = f"TASK_FEATURE_LENGTHS={{'targets': {context}}}"
     unused = ("MODEL_DIR=''", "MIXTURE_OR_TASK_NAME=''", "TASKS=()", "BATCH_SIZE=1")
     config = gin_config.load(
         [f"t5x_configs/{file}.gin" for file in files],
@@ -113,12 +111,18 @@ def paper_flops(arm: str) -> float:
     return recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
 
 
+def balance(arm: str, weight: float) -> tuple[str, ...]:
+    """Returns the bindings of the balance loss of an arm's FFN router, and of its attention router if that chooses."""
+    attention = (f"moa.MixtureOfAttention.balance_loss={weight}",) if arm.startswith("moa") else ()
+    return (f"BALANCE_LOSS={weight}", *attention)
+
+
 def _mixture(shares: dict, steps: int, arm: str) -> dict:
     _, method, bindings = MIXTURES[arm]
     return on_shares(
         shares,
         steps,
-        *(*_BALANCE, *bindings),
+        *(*balance(arm, BALANCE_LOSS), "ROUTER_Z_LOSS=0.0", *bindings),
         parent=f"{arm}_start",
         gin_files=(f"{METHODS}{method}.gin",),
         evaluations=("routing",),
