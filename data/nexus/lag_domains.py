@@ -87,9 +87,7 @@ LAGS = {
 }
 _FAMILIES = {"a": (4, 104), "b": (7, 107), "c": (9, 109), "d": (11, 111)}  # lag, seed of the table
 KIN = {
-    **{
-        f"kin_{family}": Domain(lag, 0.5, table) for family, (lag, table) in _FAMILIES.items()
-    },
+    **{f"kin_{family}": Domain(lag, 0.5, table) for family, (lag, table) in _FAMILIES.items()},
     **{
         f"kin_{family}{share}": Kin(lag, 0.5, table + share, related_to=table, related=share / 100)
         for family, (lag, table) in _FAMILIES.items()

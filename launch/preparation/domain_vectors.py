@@ -51,7 +51,9 @@ def embed(
       EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
     """
     if flags.extend and (flags.mean, flags.length) != (None, None):
-        raise EmbeddingsError("--mean and --length are of a new file; --extend keeps those of its file")
+        raise EmbeddingsError(
+            "--mean and --length are of a new file; --extend keeps those of its file"
+        )
     path = flags.output or flags.extend
     if not path:
         raise EmbeddingsError(

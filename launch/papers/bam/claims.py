@@ -85,10 +85,16 @@ def caches(measured: Mapping[str, Sequence[int]], where: str) -> list[Effect]:
     """Measures the bytes of caches in units of a dense model's, less the number that is claimed."""
     out = []
     for kind in ("shared_kv", "expert_kv"):
-        ratios = [size / dense for size, dense in zip(measured[kind], measured["dense"], strict=True)]
+        ratios = [
+            size / dense for size, dense in zip(measured[kind], measured["dense"], strict=True)
+        ]
         counts = [n if kind == "expert_kv" else 1 for n in measured["experts"]]
-        excess = {n: ratio - c for n, ratio, c in zip(measured["experts"], ratios, counts, strict=True)}
-        what = f"{CACHES[kind]}: bytes in caches of a dense model, less the number claimed, by experts"
+        excess = {
+            n: ratio - c for n, ratio, c in zip(measured["experts"], ratios, counts, strict=True)
+        }
+        what = (
+            f"{CACHES[kind]}: bytes in caches of a dense model, less the number claimed, by experts"
+        )
         note = ", ".join(f"{n}: {r:.4g}" for n, r in zip(measured["experts"], ratios, strict=True))
         exact = {"above": -1e-9, "below": 1e-9, "exact": True, "digits": 0}
         out.append(Effect(where=where, what=what, by_seed=excess, note=note, **exact))

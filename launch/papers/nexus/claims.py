@@ -55,8 +55,12 @@ def shrinking(runs: Runs, where: str) -> list[Effect]:
     for step in later:
         shrunk = (gaps[first] - gaps[step]).dropna()
         if not shrunk.empty:
-            what = f"{NEW}, gap of Nexus and the linear router at {first} updates less that at {step}"
-            note = ", ".join(f"at {s} updates {gaps[s][shrunk.index].mean():.3f}" for s in (first, step))
+            what = (
+                f"{NEW}, gap of Nexus and the linear router at {first} updates less that at {step}"
+            )
+            note = ", ".join(
+                f"at {s} updates {gaps[s][shrunk.index].mean():.3f}" for s in (first, step)
+            )
             out.append(_effect(where, what, shrunk, above=0.0, note=note))
     return out
 
@@ -86,7 +90,9 @@ def own_experts(runs: Runs, where: str) -> list[Effect]:
 
 def _own_shares(runs: Runs, arm: str) -> dict[int, tuple[float, float]]:
     """Returns by seed the share of own experts and of the most chosen other one; experts of related domains are one."""
-    related_DE = np.array([[one == other for other in _kin(runs.initial)] for one in _kin(runs.initial)])
+    related_DE = np.array(
+        [[one == other for other in _kin(runs.initial)] for one in _kin(runs.initial)]
+    )
     out = {}
     for seed, chosen_LDE in runs.choices(arm).items():
         experts = len(runs.initial)

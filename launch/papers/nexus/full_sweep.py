@@ -75,12 +75,23 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         added = (f"--extend={{domains_{size}}}", f"--domain={NEW}=task:{NEW}")
         make("extended", *embed, *added, "--output={run}")
     experts = [f"{domain}={{{domain}_{size}}}" for domain in domains]
-    make("merged", "launch.upcycle", "--method=soup", "--experts", f"seed={seed}", *experts, "--to={run}")
+    make(
+        "merged",
+        "launch.upcycle",
+        "--method=soup",
+        "--experts",
+        f"seed={seed}",
+        *experts,
+        "--to={run}",
+    )
     mixed, annealed = (_shares(domains, share) for share in (PRETRAINING, ANNEALED))
     # Suffix of a mixture -> (its shares, bindings of both phases); the ablations are of the smaller size.
     variants: dict[str, tuple[dict, tuple[str, ...]]] = {"": (mixed, ())}
     if not large:
-        even = {"pretraining": PRETRAINING, **dict.fromkeys(domains, (1 - PRETRAINING) / len(domains))}
+        even = {
+            "pretraining": PRETRAINING,
+            **dict.fromkeys(domains, (1 - PRETRAINING) / len(domains)),
+        }
         variants |= {"_low": (mixed, ("BALANCE_LOSS=0.0005",)), "_uniform": (even, ())}
     rest = {name: 0.5 / (len(domains) + 1) for name in ("pretraining", *domains)}
     for arm, router in (("nexus", "projection"), ("linear", "linear")):

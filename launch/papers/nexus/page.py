@@ -41,7 +41,10 @@ _SHORT = [
 def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns measurements with arms exchanged, and with domains exchanged within each run's shares and cosines."""
     out = nulls.shuffle_arms(measured, rng)
-    return {part: {**value, "rows": [_exchanged(r, rng) for r in value["rows"]]} for part, value in out.items()}
+    return {
+        part: {**value, "rows": [_exchanged(r, rng) for r in value["rows"]]}
+        for part, value in out.items()
+    }
 
 
 def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

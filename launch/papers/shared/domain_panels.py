@@ -18,7 +18,12 @@ def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:
       score: of results.
     """
     rows = [
-        (results.label(arm), list(values), {"value": values.mean(), "low": np.nan, "high": np.nan}, c)
+        (
+            results.label(arm),
+            list(values),
+            {"value": values.mean(), "low": np.nan, "high": np.nan},
+            c,
+        )
         for arm, c in arms.items()
         if (values := results.values(arm, score)).size
     ]
@@ -42,7 +47,9 @@ def load_dots(results: DomainRuns, arms: Mapping[str, str]) -> Any:
     if not loads:
         return None
     layers = next(iter(loads.values())).shape[1]
-    figure, every = panels.panels(layers, (3.2 + 2.6 * layers, 1.2 + 0.26 * len(loads)), share_y=True)
+    figure, every = panels.panels(
+        layers, (3.2 + 2.6 * layers, 1.2 + 0.26 * len(loads)), share_y=True
+    )
     for layer, axes in enumerate(every):
         rows = []
         for (arm, router), loads_NL in loads.items():

@@ -155,9 +155,7 @@ class DomainRuns(results.Results):
 
     def choices(self, arm: str, router: str = "mlp") -> dict[int, np.ndarray]:
         """Returns `choices` of an arm's runs on all domains by seed: [layer, domain, expert]."""
-        tables = {
-            seed: choices(row, router, self.domains) for seed, row in self.find(arm).items()
-        }
+        tables = {seed: choices(row, router, self.domains) for seed, row in self.find(arm).items()}
         return {seed: table for seed, table in tables.items() if table is not None}
 
     def experts(self, arm: str, count: int) -> list[str]:

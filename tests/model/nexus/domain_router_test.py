@@ -181,6 +181,7 @@ def test_logits_begin_with_the_deviation_that_is_asked_for(domain_dim):
     assert 0.08 < float(found.std()) < 0.12
     assert down_std(domain_dim, width, 0.2) == pytest.approx(2 * down_std(domain_dim, width, 0.1))
 
+
 def cosines(vectors_ED):
     vectors_ED = np.asarray(vectors_ED, np.float64)
     unit_ED = vectors_ED / np.linalg.norm(vectors_ED, axis=-1, keepdims=True)
@@ -211,7 +212,8 @@ def test_the_order_of_similarities_survives_a_new_projection_unless_unit_vectors
         domains_EM *= length / np.linalg.norm(domains_EM, axis=-1, keepdims=True)
         shapes = {"gate": (dim, width), "up": (dim, width), "down": (width, width)}
         router = {
-            name: {"kernel": rng.normal(0, shape[0] ** -0.5, shape)} for name, shape in shapes.items()
+            name: {"kernel": rng.normal(0, shape[0] ** -0.5, shape)}
+            for name, shape in shapes.items()
         }
         vectors_ED = expert_vectors(router, domains_EM)
         rhos.append(stats.spearmanr(cosines(domains_EM), cosines(vectors_ED)).statistic)

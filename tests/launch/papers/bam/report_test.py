@@ -154,7 +154,9 @@ def test_a_top_1_router_that_sends_all_to_one_expert_in_one_layer_of_two_gives_n
     found = judged(measured)
     assert {name for name, one in found.items() if one.verdict == "not measured"} == unmeasured
     for name in unmeasured:
-        assert any("router of layer 1 sends 0.90 of the tokens" in e.why for e in found[name].effects)
+        assert any(
+            "router of layer 1 sends 0.90 of the tokens" in e.why for e in found[name].effects
+        )
 
 
 def test_a_mixture_without_loads_gives_no_verdict():
@@ -297,6 +299,9 @@ def test_every_arm_that_is_compared_is_in_the_sweep_and_equal_compute_is_at_the_
 
 
 def test_costs_at_the_papers_size_are_those_of_its_layers_with_the_head():
-    ratios = [sweep.paper_flops(arm, 1024) / sweep.paper_flops("btx", 1024) for arm in ("bam", "bam_shared_kv")]
+    ratios = [
+        sweep.paper_flops(arm, 1024) / sweep.paper_flops("btx", 1024)
+        for arm in ("bam", "bam_shared_kv")
+    ]
     assert 1.25 < ratios[0] < 1.34 and 1.13 < ratios[1] < 1.22
     assert [sweep.equal_compute(arm) for arm in ("bam", "moa_top1")] == [467, 512]

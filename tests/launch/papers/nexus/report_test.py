@@ -153,7 +153,11 @@ def test_all_claims_hold_where_they_should():
         ({"nexus": 1.67}, "N1", "holds"),  # within the margin
         ({"nexus": 1.67}, "N3", "fails"),
         ({"seed": 1.5, "merged": 1.4}, "N2", "fails"),
-        ({"ext_nexus": (4.2, 1.7, 0.4)}, "N4", "mixed"),  # at the last budget it is within the margin
+        (
+            {"ext_nexus": (4.2, 1.7, 0.4)},
+            "N4",
+            "mixed",
+        ),  # at the last budget it is within the margin
         ({"ext_nexus": (4.2, 1.7, 0.4)}, "N5", "fails"),
         ({"ext_nexus": (4.2, 1.7, 0.4)}, "N6", "fails"),
         ({"ext_nexus": (4.2, 1.7, 0.4)}, "N7", "fails"),
@@ -176,7 +180,9 @@ def test_each_claim_is_judged_by_its_arms(changed, name, verdict):
 def test_the_new_experts_share_is_judged_in_the_last_layer_and_shown_for_each():
     (effect,) = judged()["N12"].effects
     assert effect.range["value"] == pytest.approx(0.4, abs=2e-3)
-    assert "Nexus: layer 0 0.50 of the new and 0.50 of the old, layer 1 0.60 of the new" in effect.note
+    assert (
+        "Nexus: layer 0 0.50 of the new and 0.50 of the old, layer 1 0.60 of the new" in effect.note
+    )
     assert "row appended: layer 0 0.50 of the new and 0.50" in effect.note
 
 
