@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from launch.papers.shared import page, results, sweeps
+from launch.papers.shared import loads, page, results, sweeps
 from launch.papers.shared.claim import Measure
 from launch.papers.shared.results import named
 
@@ -22,11 +22,7 @@ _KEYS = (
     *("evaluations", "digest"),
 )
 PARTS = {"synthetic": "generated domains"}
-HELD_OUT, ROUTING = "held_out", "routing"
-# Largest share of the tokens that one expert of a layer may get. Above it, a top-1 router has collapsed: the layer is dense
-# in all but name, and a comparison with it decides nothing.
-LOAD_BOUND = 0.8
-ROUTERS = {"mlp": "FFN", "attention": "attention"}
+HELD_OUT = "held_out"
 _INTRO = "Losses are of held-out text, in nats per token."
 
 
@@ -137,30 +133,23 @@ class DomainRuns(results.Results):
         return bool(row["evaluations"].get(evaluation))
 
     def top_1(self, arm: str) -> Sequence[str]:
-        """Returns the kinds of routers of an arm, of ROUTERS, that choose one expert for each token."""
+        """Returns the kinds of routers of an arm, of loads.ROUTERS, that choose one expert for each token."""
         del arm
         return ()
 
     def degenerate(self, row: Mapping[str, Any]) -> str:
-        for router in self.top_1(row["arm"]) if row.get("tokens") else ():
-            if (choices_LDE := choices(row, router)) is None:
-                return f"the loads of its {ROUTERS[router]} router were not measured"
-            for layer, load in enumerate(largest_loads(choices_LDE)):
-                if load > LOAD_BOUND:
-                    return (
-                        f"the {ROUTERS[router]} router of layer {layer} sends {load:.2f} of the tokens to one expert, "
-                        f"more than {LOAD_BOUND}"
-                    )
-        return ""
+        return loads.collapsed(row, self.top_1(row["arm"])) if row.get("tokens") else ""
 
     def choices(self, arm: str, router: str = "mlp") -> dict[int, np.ndarray]:
-        """Returns `choices` of an arm's runs on all domains by seed: [layer, domain, expert]."""
-        tables = {seed: choices(row, router, self.domains) for seed, row in self.find(arm).items()}
+        """Returns `loads.choices` of an arm's runs on all domains by seed: [layer, domain, expert]."""
+        tables = {
+            seed: loads.choices(row, router, self.domains) for seed, row in self.find(arm).items()
+        }
         return {seed: table for seed, table in tables.items() if table is not None}
 
     def experts(self, arm: str, count: int) -> list[str]:
         """Returns the names of an arm's experts, numbers if they are not known."""
-        measured = self.evaluation(arm, ROUTING)
+        measured = self.evaluation(arm, loads.ROUTING)
         names = measured[0]["experts"] if measured else []
         return list(names) if len(names) == count else [f"expert {i}" for i in range(count)]
 
@@ -184,25 +173,6 @@ def held_out(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns the loss by task of a run's last evaluation, else of its evaluation 'held_out' (launch.evaluate loss)."""
     tasks = row.get("held_out") or (row.get("evaluations") or {}).get(HELD_OUT, {}).get("tasks", {})
     return {task: float(values["loss"]) for task, values in tasks.items() if "loss" in values}
-
-
-def choices(
-    row: Mapping[str, Any], router: str, domains: Sequence[str] | None = None
-) -> np.ndarray | None:
-    """Returns the share of each domain's tokens whose first choice an expert is: [layer, domain, expert].
-
-    Of all domains that were measured if `domains` is None; None without the evaluation 'routing' on all of them.
-    """
-    chosen = ((row.get("evaluations") or {}).get(ROUTING) or {}).get("chosen", {})
-    names = tuple(chosen) if domains is None else domains
-    if not chosen or not all(router in chosen.get(name, {}) for name in names):
-        return None
-    return np.array([chosen[name][router] for name in names]).swapaxes(0, 1)
-
-
-def largest_loads(choices_LDE: np.ndarray) -> np.ndarray:
-    """Returns the largest share of the tokens of all domains, in equal parts, that an expert of each layer gets."""
-    return choices_LDE.mean(1).max(-1)
 
 
 # How claims are measured.
@@ -322,7 +292,7 @@ def report(
         tables=lambda results: [
             line
             for name, one in swept(results).items()
-            for line in (*_table(f"All arms, {name}", one, shown), *_loads(name, one))
+            for line in (*_table(f"All arms, {name}", one, shown), *loads.table(name, one))
         ],
         **settings,
     )
@@ -385,27 +355,3 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
         lines.append((f"{runs.label(arm)} (`{arm}`)", *cells))
     headings = (heading for heading, _ in columns.values())
     return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)
-
-
-def _loads(name: str, runs: DomainRuns) -> list[str]:
-    """Returns the table of the largest loads of all routers by layer: the mean over seeds, and the largest."""
-    lines, layers = [], 0
-    for arm in runs.arms:
-        rows = [row for row in runs.find(arm).values() if row["tokens"]]
-        for router, kind in ROUTERS.items():
-            tables = [table for row in rows if (table := choices(row, router)) is not None]
-            if not tables:
-                continue
-            loads_NL = np.array([largest_loads(table) for table in tables])
-            cells = [
-                f"{mean:.2f} ({most:.2f})"
-                for mean, most in zip(loads_NL.mean(0), loads_NL.max(0), strict=True)
-            ]
-            top = "top-1" if router in runs.top_1(arm) else ""
-            lines.append((f"{runs.label(arm)} (`{arm}`)", kind, top, *cells))
-            layers = len(cells)
-    if not lines:
-        return []
-    title = f"Largest share of the tokens that one expert gets, {name}: mean over seeds (largest)"
-    header = ("arm", "router", "", *(f"layer {i}" for i in range(layers)))
-    return page.table(header, lines, title)
