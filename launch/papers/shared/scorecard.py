@@ -37,7 +37,7 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
             "All claims of all papers, as `python -m launch.report --all` gathers them from",
         ),
         *(
-            f"{path.name}/*/results.json. Claims in bold must hold at small scale too.",
+            f"{there}/*/results.json. Claims in bold must hold at small scale too.",
             "",
             page.RULES,
             "",
