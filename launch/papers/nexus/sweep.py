@@ -28,7 +28,7 @@ DOMAINS = {
         "cpp",
     ),
 }
-SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 400, 600, 400
+SEED_STEPS, EXPERT_STEPS, MIXTURE_STEPS, EXTENSION_STEPS = 800, 400, 500, 400
 DOMAIN_DIM = 128  # below, the noise of a random projection hides which domains are related
 # Embeddings -> flags of launch.prepare embed_domains. The paper does not centre; 34 is 3 sqrt(DOMAIN_DIM).
 EMBEDDINGS = {
