@@ -7,6 +7,7 @@ import numpy as np
 
 from launch.papers.nexus.arms import (
     APPENDED,
+    BUDGETS,
     EXTENDED,
     EXTENSIONS,
     LOW,
@@ -19,6 +20,7 @@ from launch.papers.nexus.arms import (
     Runs,
     start,
 )
+from launch.papers.nexus.claims import SELECTIVE
 from launch.papers.shared.domain_panels import choice_maps, dots, load_dots
 from launch.papers.shared.domains import swept
 from launch.plots import heat_maps, panels
@@ -40,7 +42,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             f"{name}_selectivity.png": (
                 _selectivity(runs),
                 f"The new expert's share of the new {name} domain's tokens less its share of the old domains', before the "
-                "extension's first update, by layer: a dot for each seed, a bar for their mean",
+                "extension's first update, by layer: a dot for each seed, a bar for their mean; dashed: what N12 asks of the last layer",
             ),
             f"{name}_extension.png": (
                 _extension(runs),
@@ -84,16 +86,20 @@ def _selectivity(runs: Runs) -> Any:
     layers = next(iter(by_arm.values())).shape[1]
     size = (3.0 + 2.6 * layers, 1.2 + 0.28 * len(by_arm))
     figure, every = panels.panels(layers, size, share_y=True)
+    values = np.concatenate([*by_arm.values()])
+    low, high = min(values.min(), 0.0) - 0.05, max(values.max(), SELECTIVE) + 0.05
     for layer, axes in enumerate(every):
         rows = []
         for arm, values_NL in by_arm.items():
-            values = values_NL[:, layer]
-            mean = {"value": values.mean(), "low": np.nan, "high": np.nan}
-            rows.append(((EXTENSIONS | STARTED)[arm], list(values), mean, BLUE))
+            mine = values_NL[:, layer]
+            mean = {"value": mine.mean(), "low": np.nan, "high": np.nan}
+            rows.append(((EXTENSIONS | STARTED)[arm], list(mine), mean, BLUE))
         panels.paired(axes, rows)
         axes.grid(axis="x", alpha=0.25)
         axes.axvline(0, color="black", lw=0.8)
         axes.set(xlabel="share of the new less share of the old", title=f"layer {layer}")
+        axes.set_xlim(low, high)
+        axes.axvline(SELECTIVE, color="black", ls="--", lw=1)
     return figure
 
 
@@ -115,7 +121,8 @@ def _extension(runs: Runs) -> Any:
             for x, gap in zip(places, gaps, strict=True):
                 axes.plot([x] * len(gap), gap, ls="", marker=".", ms=4, color=colour, alpha=0.5)
         axes.set_xscale("log")
-        axes.set_xticks(at, [str(step) for step in steps])
+        ticks = {x: str(step) for x, step in zip(at, steps, strict=True) if step in (0, *BUDGETS)}
+        axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
         axes.set(xlabel="updates of the extension", ylabel=f"{score} less that of a row appended")
     panels.legend_below(figure, every[0], 4)
@@ -128,11 +135,10 @@ def _cosines(runs: Runs) -> Any:
         return None
     names: Sequence[str] = runs.initial
     figure, axes = heat_maps.grid(2, len(by_arm), (len(names), len(names)))
-    for column, (arm, seeds) in zip(axes.T, by_arm.items(), strict=True):
+    for at, (arm, seeds) in enumerate(by_arm.items()):
         vectors_EE = np.mean([vectors for vectors, _ in seeds], axis=0)
         projected_EE = np.mean([projected_LEE[-1] for _, projected_LEE in seeds], axis=0)
         shown = {f"{PLACED[arm]}: domains": vectors_EE, "experts' vectors": projected_EE}
-        for one, (title, values) in zip(column, shown.items(), strict=True):
-            first = column is axes.T[0]
-            heat_maps.draw(one, values, names, names, title=title, signed=True, row_names=first)
+        for one, (title, values) in zip(axes[:, at], shown.items(), strict=True):
+            heat_maps.draw(one, values, names, names, title=title, signed=True, row_names=at == 0)
     return figure

@@ -1,5 +1,6 @@
 """Panels of losses and loads by domain, which the reports on mixtures share."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]]) -> Any:
                 matrix_DE,
                 domains,
                 names,
-                title=f"{title}, layer {layer}",
+                title=f"{textwrap.fill(title, 9 * experts)}\nlayer {layer}",
                 row_names=one is line[0],
             )
     return figure
