@@ -61,7 +61,6 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
         )
     specialists = [f"{domain}={{spec_{domain}}}" for domain in domains]
     seed = f"{general}={{seed}}"
-    arms["soup"] = _made(("--method=soup",), (seed, *specialists), evaluations=("held_out",))
     for arm, (flags, _, _) in MIXTURES.items():
         copies = [f"{general}{i}={{seed}}" for i in (2, 3)] if arm.startswith("btx6") else []
         arms[f"{arm}_start"] = _made(flags, (seed, *copies, *specialists))
@@ -129,7 +128,7 @@ def _mixture(shares: dict, steps: int, arm: str) -> dict:
     )
 
 
-def _made(flags: tuple, experts: tuple, evaluations: tuple = ()) -> dict:
+def _made(flags: tuple, experts: tuple) -> dict:
     words = (
         "launch.upcycle",
         *flags,
@@ -139,4 +138,4 @@ def _made(flags: tuple, experts: tuple, evaluations: tuple = ()) -> dict:
         *experts,
         "--to={run}",
     )
-    return configs.made(*words, evaluations=evaluations)
+    return configs.made(*words)
