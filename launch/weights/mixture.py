@@ -209,10 +209,10 @@ def _addition(
     source_models.check_related([moe, new], unrelated=options.unrelated)
     record = {**record, "experts": [*experts, name], "sources": [*record["sources"], new.path]}
     domains = mixture.domains
-    if domains is None and options.domains is not None:
-        raise TransformError(f"The router of {moe.path} does not use --domains: remove it.")
     if domains is None and options.level:
         raise TransformError(f"The router of {moe.path} is no projection: remove --level.")
+    if domains is None and options.domains is not None:
+        raise TransformError(f"The router of {moe.path} does not use --domains: remove it.")
     if domains is not None:
         if options.domains is None:
             raise TransformError(
