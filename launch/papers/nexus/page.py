@@ -39,25 +39,38 @@ _SHORT = [
 
 
 def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Returns measurements with arms exchanged, and with domains exchanged within each run's shares and cosines."""
-    out = nulls.shuffle_arms(measured, rng)
-    return {
-        part: {**value, "rows": [_exchanged(r, rng) for r in value["rows"]]}
-        for part, value in out.items()
-    }
+    """Returns measurements with arms exchanged, whether or not they have cosines, and with domains exchanged in each run.
+
+    Cosines stay with their arm; their domains are exchanged, as those of shares are.
+    """
+    out = {}
+    for part, value in measured.items():
+        plain = [_evaluated(row, structure=None) for row in value["rows"]]
+        rows = nulls.shuffle_arms({part: plain}, rng)[part]
+        pairs = zip(rows, value["rows"], strict=True)
+        out[part] = {**value, "rows": [_exchanged(row, own, rng) for row, own in pairs]}
+    return out
 
 
-def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    evaluations = dict(row["evaluations"])
-    if routing := evaluations.get("routing"):
+def _evaluated(row: Mapping[str, Any], **evaluations: Any) -> dict[str, Any]:
+    """Returns a row with other evaluations of these names; none where one is None."""
+    changed = {**row["evaluations"], **evaluations}
+    return {**row, "evaluations": {name: one for name, one in changed.items() if one}}
+
+
+def _exchanged(
+    row: Mapping[str, Any], own: Mapping[str, Any], rng: np.random.Generator
+) -> dict[str, Any]:
+    routing, structure = row["evaluations"].get("routing"), own["evaluations"].get("structure")
+    if routing:
         names = list(routing["chosen"])
         tables = [routing["chosen"][name] for name in rng.permutation(names)]
-        evaluations["routing"] = {**routing, "chosen": dict(zip(names, tables, strict=True))}
-    if structure := evaluations.get("structure"):
+        routing = {**routing, "chosen": dict(zip(names, tables, strict=True))}
+    if structure:
         order = rng.permutation(len(structure["vectors"]))
         vectors = np.array(structure["vectors"])[np.ix_(order, order)].tolist()
-        evaluations["structure"] = {**structure, "vectors": vectors}
-    return {**row, "evaluations": evaluations}
+        structure = {**structure, "vectors": vectors}
+    return _evaluated(row, routing=routing, structure=structure)
 
 
 REPORT = domains.report(
