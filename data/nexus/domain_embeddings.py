@@ -2,13 +2,17 @@
 
 `python -m launch.prepare embed_domains` writes the embeddings of all domains of a mixture to one JSON file:
 
-  {"format": 1, "encoder": {"kind": "ngrams", ...}, "mean": [M],
+  {"format": 1, "encoder": {"kind": "ngrams", ...}, "mean": [M], "length": 1.0,
    "domains": {NAME: {"vector": [M], "raw": [M], "documents": n, "source": "..."}}}
 
-The encoder computes a domain's raw vector from its documents. Raw vectors of different domains are similar, so
-a domain's vector is its raw vector minus the mean, scaled to length 1. The mean is over the domains in the first
-version of the file. Mean and encoder do not change when domains are added, because routers have learned from the
-old vectors.
+The encoder computes a domain's raw vector from its documents. Raw vectors of different domains are similar, so by
+default a domain's vector is its raw vector minus the mean, scaled to length 1. The mean is over the domains in the
+first version of the file. Mean, length and encoder do not change when domains are added, because routers have
+learned from the old vectors.
+
+A new projection of short vectors is nearly even: opposite vectors come to lie together, so that centring, which
+makes many cosines negative, mixes up the order of similarities. Uncentred vectors keep it, and with a length of
+3 sqrt(M) the more similar pairs of centred ones do.
 
 Shapes: N domains, M width of an embedding.
 """
@@ -52,7 +56,8 @@ class Embeddings:
     encoder: Mapping[str, Any]  # kind and settings of the encoder of the raw vectors
     mean_M: np.ndarray  # mean that is subtracted from raw vectors
     domains: Mapping[str, Raw]  # name -> raw vector, in the order in which domains were added
-    vectors_NM: np.ndarray  # vectors of length 1, in the same order
+    vectors_NM: np.ndarray  # vectors of this length, in the same order
+    length: float = 1.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,6 +90,7 @@ def create(
     raws: Mapping[str, Raw],
     *,
     centred: bool = True,
+    length: float = 1.0,
 ) -> Embeddings:
     """Returns the embeddings of the first domains, without writing them.
 
@@ -93,20 +99,23 @@ def create(
       encoder: kind and settings of the encoder of the raw vectors.
       raws: domain -> raw vector.
       centred: subtract the mean of these raw vectors from all vectors; False uses the mean 0.
+      length: of all vectors.
 
     Raises:
-      EmbeddingsError: there is no domain, or a raw vector equals the mean.
+      EmbeddingsError: there is no domain, a raw vector equals the mean, or the length is not positive.
     """
     if not raws:
         raise EmbeddingsError("there is no domain: add --domain NAME=SOURCE, once per domain")
+    if not 0 < length < np.inf:
+        raise EmbeddingsError(f"--length={length:g} must be positive")
     mean_M = np.mean([raw.raw_M for raw in raws.values()], axis=0, dtype=np.float64)
     mean_M = mean_M if centred else np.zeros_like(mean_M)
-    vectors_NM = np.stack([_placed(name, raw.raw_M, mean_M) for name, raw in raws.items()])
-    return Embeddings(os.fspath(path), encoder, mean_M, dict(raws), vectors_NM)
+    vectors_NM = np.stack([_placed(name, raw.raw_M, mean_M, length) for name, raw in raws.items()])
+    return Embeddings(os.fspath(path), encoder, mean_M, dict(raws), vectors_NM, length)
 
 
 def extend(old: Embeddings, raws: Mapping[str, Raw]) -> Embeddings:
-    """Returns the embeddings with more domains and the old mean, without writing them.
+    """Returns the embeddings with more domains, the old mean and the old length, without writing them.
 
     Raises:
       EmbeddingsError: there is no domain, a name is taken, or a raw vector has another width or equals the mean.
@@ -117,7 +126,7 @@ def extend(old: Embeddings, raws: Mapping[str, Raw]) -> Embeddings:
             raise EmbeddingsError(
                 f"the vector of domain {name!r} has {raw.raw_M.size} numbers, and those in {old.path} {old.dim}"
             )
-    vectors = [_placed(name, raw.raw_M, old.mean_M) for name, raw in raws.items()]
+    vectors = [_placed(name, raw.raw_M, old.mean_M, old.length) for name, raw in raws.items()]
     return dataclasses.replace(
         old,
         domains={**old.domains, **raws},
@@ -178,6 +187,7 @@ def write(embeddings: Embeddings) -> None:
         "format": FORMAT,
         "encoder": dict(embeddings.encoder),
         "mean": embeddings.mean_M.tolist(),
+        "length": embeddings.length,
         "domains": domains,
     }
     cache_dir.write_json(pathlib.Path(embeddings.path), content)
@@ -203,6 +213,7 @@ def read(path: str | os.PathLike) -> Embeddings:
                 f"file again with {COMMAND}"
             )
         mean_M = np.array(content["mean"], np.float64)
+        length = float(content.get("length", 1.0))  # older files have none
         domains = {
             name: Raw(np.array(entry["raw"], np.float64), entry["documents"], entry["source"])
             for name, entry in content["domains"].items()
@@ -217,9 +228,9 @@ def read(path: str | os.PathLike) -> Embeddings:
     widths = {mean_M.shape, *(raw.raw_M.shape for raw in domains.values()), vectors_NM.shape[1:]}
     if len(widths) != 1 or mean_M.ndim != 1:
         raise _damaged(path, "its vectors have different widths")
-    if not np.allclose(np.linalg.norm(vectors_NM, axis=1), 1, atol=1e-5):
-        raise _damaged(path, "its vectors do not have length 1")
-    return Embeddings(path, encoder, mean_M, domains, vectors_NM)
+    if not np.allclose(np.linalg.norm(vectors_NM, axis=1), length, rtol=1e-5):
+        raise _damaged(path, f"its vectors do not have length {length:g}")
+    return Embeddings(path, encoder, mean_M, domains, vectors_NM, length)
 
 
 def _damaged(path: str, problem: str) -> EmbeddingsError:
@@ -228,13 +239,13 @@ def _damaged(path: str, problem: str) -> EmbeddingsError:
     )
 
 
-def _placed(name: str, raw_M: np.ndarray, mean_M: np.ndarray) -> np.ndarray:
-    """Returns the raw vector minus the mean, scaled to length 1."""
+def _placed(name: str, raw_M: np.ndarray, mean_M: np.ndarray, length: float) -> np.ndarray:
+    """Returns the raw vector minus the mean, scaled to a length."""
     raw_M = np.asarray(raw_M, np.float64)
-    length = np.linalg.norm(raw_M - mean_M)
-    if not length > _NOTHING * np.linalg.norm(raw_M):  # NaN too
+    before = np.linalg.norm(raw_M - mean_M)
+    if not before > _NOTHING * np.linalg.norm(raw_M):  # NaN too
         raise EmbeddingsError(
             f"the vector of domain {name!r} equals the mean of the domains, which a router projects to 0: use at "
             "least two different domains"
         )
-    return (raw_M - mean_M) / length
+    return (raw_M - mean_M) / before * length

@@ -7,14 +7,20 @@ Tasks, and their mixture `lag_domains`:
 
   lag_general  copies a fifth of the symbols, from 2 positions back
   lag_N        copies half of the symbols, from N positions back; N is 4, 5, 7, 9, 11, 13 or 15
+  kin_F        copies half of the symbols; F is one of the families a, b, c and d, which have a lag each
+  kin_F70      as kin_F, with 70 % of the rows of its table
+  kin_F40      as kin_F, with 40 % of the rows of its table
+  kin_ab       lies between kin_a and kin_b: half of the rows of its table are kin_a's, the rest kin_b's
 
-`lag_4` and `lag_5` are related: 70 % of the rows of their tables are the same. All other tables are independent.
+`lag_4` and `lag_5` are related: 70 % of the rows of their tables are the same. All other tables are independent. The
+domains of a family have one lag, so that only their tables tell them apart.
 
 Shapes: V symbols, K successors, N documents, T symbols of a document.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +31,7 @@ from model.ranges import Count, Seed, Size
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)
-RELATED = 0.7  # share of rows that a related table copies
+RELATED = 0.7  # share of rows that a related table copies, if its domain has no other share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +41,10 @@ class Domain:
     lag: int  # distance, in symbols, to the symbol that is copied
     copied: float  # probability of copying
     table: int  # seed of the table
-    # seed of another table; this table has the share RELATED of its rows
+    # seed of another table; this table has the share `related` of its rows
     related_to: int | None = None
+    related = RELATED
+    rest_of = None
 
     @functools.cached_property
     def successors_VK(self) -> np.ndarray:
@@ -44,11 +52,15 @@ class Domain:
         rng = np.random.default_rng(self.table)
         own_VK = rng.permuted(np.tile(np.arange(len(SYMBOLS)), (len(SYMBOLS), 1)), axis=1)
         own_VK = own_VK[:, : len(SUCCESSORS)]
+        if self.rest_of is not None:
+            own_VK = self._with_table(self.rest_of).successors_VK.copy()
         if self.related_to is not None:
-            other = dataclasses.replace(self, table=self.related_to, related_to=None)
-            same = rng.permutation(len(SYMBOLS))[: round(RELATED * len(SYMBOLS))]
-            own_VK[same] = other.successors_VK[same]
+            same = rng.permutation(len(SYMBOLS))[: round(self.related * len(SYMBOLS))]
+            own_VK[same] = self._with_table(self.related_to).successors_VK[same]
         return own_VK
+
+    def _with_table(self, table: int) -> "Domain":
+        return Domain(self.lag, self.copied, table)
 
     @property
     def table_VV(self) -> np.ndarray:
@@ -58,13 +70,32 @@ class Domain:
         return table_VV
 
 
-DOMAINS = {
+@dataclasses.dataclass(frozen=True)
+class Kin(Domain):
+    """A domain with a share of related rows of its own."""
+
+    related: float = RELATED
+    rest_of: int | None = None  # seed of the table of the remaining rows; None for rows of its own
+
+
+LAGS = {
     "lag_general": Domain(lag=2, copied=0.2, table=2),
     **{
         f"lag_{lag}": Domain(lag, 0.5, table=lag, related_to=4 if lag == 5 else None)
         for lag in (4, 5, 7, 9, 11, 13, 15)
     },
 }
+_FAMILIES = {"a": (4, 104), "b": (7, 107), "c": (9, 109), "d": (11, 111)}  # lag, seed of the table
+KIN = {
+    **{f"kin_{family}": Domain(lag, 0.5, table) for family, (lag, table) in _FAMILIES.items()},
+    **{
+        f"kin_{family}{share}": Kin(lag, 0.5, table + share, related_to=table, related=share / 100)
+        for family, (lag, table) in _FAMILIES.items()
+        for share in (70, 40)
+    },
+    "kin_ab": Kin(4, 0.5, 100, related_to=104, related=0.5, rest_of=107),
+}
+DOMAINS = LAGS | KIN
 
 
 def draw(domain: Domain, documents: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -154,7 +185,12 @@ class LagSource(GeneratedSource):
 
 
 def register(
-    *, vocabulary: Any, documents: Count = 60_000, length: Size = 64, seed: Seed = 0
+    *,
+    vocabulary: Any,
+    domains: Sequence[str] = tuple(LAGS),
+    documents: Count = 60_000,
+    length: Size = 64,
+    seed: Seed = 0,
 ) -> None:
     """Registers a task for each domain, and their mixture `lag_domains`.
 
@@ -162,6 +198,7 @@ def register(
 
     Args:
       vocabulary: has all of SYMBOLS.
+      domains: names of DOMAINS.
       documents: training documents of each domain; 60,000 are enough for 1,500 batches of 32 without repetition.
       length: symbols of a document.
       seed: seed of the documents; the domains do not depend on it.
@@ -174,7 +211,7 @@ def register(
             f"lag_domains.register.documents = {documents} and length = {length} must be at least 1."
         )
     tasks.register_generated(
-        [LagSource(name, documents, seed, length) for name in DOMAINS],
+        [LagSource(name, documents, seed, length) for name in domains],
         mixture="lag_domains",
         symbols=SYMBOLS,
         origin="lag_domains.register",

@@ -5,8 +5,8 @@ Example, on a mixture of experts:
   python -m launch.evaluate routing --checkpoint=runs/bam --trust_config --tasks lag_general lag_4 --figure=/tmp/r.png
 
 Rows are from the validation splits of tasks in the run's config.gin; reading it calls the functions that it names,
-hence --trust_config. For each task, the table has the mean probability of every expert over
-tokens and layers, and in brackets the share of tokens with this expert as first choice.
+hence --trust_config. For each layer and task, the table has the mean probability of every expert over
+tokens, and in brackets the share of tokens with this expert as first choice.
 
 Shapes: B batch, T length, E experts, L layers of a router, M width of a domain's embedding, D model width.
 """
@@ -47,7 +47,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=ROWS, metavar="N", help=f"rows of each task ({ROWS})"
     )
     parser.add_argument("--json", metavar="FILE", help="also writes the shares by layer here")
-    parser.add_argument("--figure", metavar="FILE", help="PNG of the shares, task by expert")
+    parser.add_argument("--figure", metavar="FILE", help="PNG of the first choices, task by expert")
 
 
 def _run(flags: argparse.Namespace) -> None:
@@ -65,7 +65,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.json:
         pathlib.Path(flags.json).write_text(json.dumps(shares, indent=1) + "\n")
     if flags.figure:
-        figure(shares["domains"], shares["experts"]).savefig(flags.figure, dpi=130)
+        figure(shares["chosen"], shares["experts"]).savefig(flags.figure, dpi=130)
 
 
 def routing(
@@ -254,30 +254,30 @@ def cosines(vectors_EM: np.ndarray) -> list[list[float]]:
 
 
 def table(shares: Mapping[str, Any]) -> str:
-    """Returns a table of the means over layers."""
-    width = max(map(len, (*shares["domains"], "task")))
+    """Returns a table for each router and layer."""
+    probable, chosen = shares["domains"], shares["chosen"]
+    width = max(map(len, (*probable, "task")))
     lines = []
-    for router in next(iter(shares["domains"].values())):
-        means = {
-            key: {task: np.mean(shares[key][task][router], axis=0) for task in shares["domains"]}
-            for key in ("domains", "chosen")
-        }
-        count = len(next(iter(means["domains"].values())))
+    for router, layers in next(iter(probable.values())).items():
+        count = len(layers[0])
         names = shares["experts"]
         if len(names) != count:
             names = [f"expert {e}" for e in range(count)]
         space = max(15, *(len(name) + 2 for name in names))
         heads = "".join(f"{name:>{space}}" for name in names)
-        lines += ["", f"router of {router}", f"{'task':{width}}{heads}"]
-        for task in shares["domains"]:
-            pairs = zip(means["domains"][task], means["chosen"][task], strict=True)
-            cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)
-            lines.append(f"{task:{width}}{cells}")
+        for layer in range(len(layers)):
+            lines += ["", f"router of {router}, layer {layer}", f"{'task':{width}}{heads}"]
+            for task in probable:
+                pairs = zip(probable[task][router][layer], chosen[task][router][layer], strict=True)
+                cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)
+                lines.append(f"{task:{width}}{cells}")
+            loads_E = np.mean([chosen[task][router][layer] for task in chosen], axis=0)
+            lines.append(f"largest load, all tasks in equal parts: {loads_E.max():.3f}")
     return "\n".join(lines[1:])
 
 
 def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:
-    """Returns a figure of the mean probabilities: task by expert, for each router and layer and their mean.
+    """Returns a figure of shares, such as of first choices: task by expert, for each router and layer.
 
     Args:
       domains: task -> router -> [layer][expert].
@@ -295,10 +295,9 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
         for router, values in tables.items()
     }
     size = (len(domains), max(values.shape[-1] for values in tables.values()))
-    drawn, axes = heat_maps.grid(len(tables), layers + 1, size)
+    drawn, axes = heat_maps.grid(len(tables), layers, size)
     for line, (router, values) in zip(axes, tables.items(), strict=True):
-        shown = {"mean of layers": values.mean(1)}
-        shown |= {f"layer {i}": values[:, i] for i in range(values.shape[1])}
+        shown = {f"layer {i}": values[:, i] for i in range(values.shape[1])}
         for panel, (title, matrix) in zip(line, shown.items(), strict=False):
             heat_maps.draw(
                 panel,

@@ -50,6 +50,10 @@ def embed(
     Raises:
       EmbeddingsError, DataError, FileNotFoundError, RowFileError, LoadError.
     """
+    if flags.extend and (flags.mean, flags.length) != (None, None):
+        raise EmbeddingsError(
+            "--mean and --length are of a new file; --extend keeps those of its file"
+        )
     path = flags.output or flags.extend
     if not path:
         raise EmbeddingsError(
@@ -89,9 +93,9 @@ def embed(
         if old:
             embeddings = dataclasses.replace(domain_embeddings.extend(old, raws), path=path)
         else:
-            embeddings = domain_embeddings.create(
-                path, encoder.settings, raws, centred=encoder.centred
-            )
+            centred = encoder.centred if flags.mean is None else flags.mean == "domains"
+            placed = {"centred": centred, "length": 1.0 if flags.length is None else flags.length}
+            embeddings = domain_embeddings.create(path, encoder.settings, raws, **placed)
     if _content(path) != before:
         raise EmbeddingsError(
             f"{path} was written by another command meanwhile, whose domains would be lost: nothing is written; "
@@ -263,7 +267,7 @@ def _table(embeddings: Embeddings) -> str:
     lines = [
         f"{embeddings.path}: {len(embeddings.names)} domains of {embeddings.dim} numbers, {embeddings.encoder['kind']}"
     ]
-    cosines = embeddings.vectors_NM @ embeddings.vectors_NM.T
+    cosines = embeddings.vectors_NM @ embeddings.vectors_NM.T / embeddings.length**2
     for i, (name, raw) in enumerate(embeddings.domains.items()):
         similarities = [
             (cosines[i, j], other) for j, other in enumerate(embeddings.names) if j != i

@@ -8,8 +8,8 @@ Example, of domains that are generated (data/nexus/lag_domains.py), and one that
     --domain eleven=task:lag_11
 
 and of files: --domain law='data/law/*.jsonl.zst'. Documents are drawn from the whole source, or from its first --limit
-documents; of a task, from its training split. An extended file keeps its encoder, settings, mean and old vectors: omit the
-flags of the encoder, or repeat the same values.
+documents; of a task, from its training split. An extended file keeps its encoder, settings, mean, length and old vectors: omit
+the flags of the encoder, or repeat the same values.
 """
 
 import argparse
@@ -51,6 +51,10 @@ class DomainFlags:
       document_per: unit of documents in text files.
       limit: number of first documents of each source to draw from; all if not set.
       batch_size: documents at a time in a model.
+      mean: mean to subtract from the vectors of a new file: over its domains, or none (default: domains for encoders that read
+        documents, none for controls). Centred vectors need a length of about three times the root of their width, or
+        a router's projection begins with opposite domains as neighbours.
+      length: length of the vectors of a new file (default 1).
     """
 
     output: str | None = None
@@ -60,6 +64,8 @@ class DomainFlags:
     document_per: Literal["file", "paragraph", "line"] = "file"
     limit: int | None = None
     batch_size: int = 32
+    mean: Literal["domains", "none"] | None = None
+    length: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

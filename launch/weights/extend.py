@@ -39,6 +39,7 @@ class ExtendFlags:
         default, which makes a mean of n models a mean of n + 1; 0 keeps the mixture's parameters.
       router: with --add, of a linear router or an MLP: draw only the new expert's column (append, the default), or
         all of it (reset).
+      level: with --add, of a projection: bring the new expert's vectors to the level of the others' (model/nexus/domain_router.py).
       router_seed: with --add: seed of the draw (0). A projection, for which sweeps may set it too, draws nothing.
     """
 
@@ -51,6 +52,7 @@ class ExtendFlags:
     domains: str | None = None
     merge: float | None = None
     router: Literal["append", "reset"] | None = None
+    level: bool = False
     router_seed: int | None = None
 
     def check(self) -> None:
@@ -59,6 +61,8 @@ class ExtendFlags:
         for name in ignored if self.remove else ():
             if getattr(self, name) is not None:
                 raise TransformError(f"--{name} is only for --add: remove it.")
+        if self.remove and self.level:
+            raise TransformError("--level is only for --add: remove it.")
         if self.merge is not None and not 0 <= self.merge <= 1:
             raise TransformError(f"--merge={self.merge:g} must be between 0 and 1.")
 

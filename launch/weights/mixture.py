@@ -153,7 +153,10 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
         options.to,
         change.transform,
         change.sources,
-        config=[f"EXPERTS = {len(change.record['experts'])}"],
+        config=[
+            f"EXPERTS = {len(change.record['experts'])}",
+            *([f"LEVELLED = {mixture.experts}"] if options.level else []),
+        ],
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,
         meta={"upcycled": change.record},
@@ -206,6 +209,8 @@ def _addition(
     source_models.check_related([moe, new], unrelated=options.unrelated)
     record = {**record, "experts": [*experts, name], "sources": [*record["sources"], new.path]}
     domains = mixture.domains
+    if domains is None and options.level:
+        raise TransformError(f"The router of {moe.path} is no projection: remove --level.")
     if domains is None and options.domains is not None:
         raise TransformError(f"The router of {moe.path} does not use --domains: remove it.")
     if domains is not None:

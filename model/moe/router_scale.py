@@ -8,13 +8,13 @@ Shapes: D width, M width of an embedding of a domain, F hidden width.
 import numpy as np
 
 
-def down_std(domain_dim: int, width: int, logit_std: float) -> float:
+def down_std(domain_dim: int, width: int, logit_std: float, length: float = 1.0) -> float:
     """Returns the standard deviation of a DomainRouter's `down` [D, D] that gives logits with `logit_std`.
 
-    States are assumed to have unit variance. For an embedding of length 1, `gate` and `up` with variance 1/M give
-    Gaussians a and b of variance 1/M. With h = silu(a) b, |e|^2 = D^2 std^2 E[h^2], and a logit's variance is |e|^2.
+    States are assumed to have unit variance. For an embedding of length l, `gate` and `up` with variance 1/M give
+    Gaussians a and b of variance l^2/M. With h = silu(a) b, |e|^2 = D^2 std^2 E[h^2], and a logit's variance is |e|^2.
     """
-    power = _silu_power(1 / np.sqrt(domain_dim)) / domain_dim
+    power = _silu_power(length / np.sqrt(domain_dim)) * length**2 / domain_dim
     return float(logit_std / (width * np.sqrt(power)))
 
 

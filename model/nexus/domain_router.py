@@ -8,6 +8,11 @@ projection of an embedding d_i of the expert's training data:
 The embeddings are data, not parameters. An expert that is added later has its own embedding, and the projection that
 was trained on other domains gives its vector.
 
+A softmax sees differences of logits only, so that the projection learns nothing about the level of an expert it has not
+seen: in one layer such an expert may get no token and in another one half of them, whatever the domain. Subtracting one
+vector from all e_i, such as the mean of the first ones, changes no difference and hence no gate. `levelled` places
+vectors of later experts where the first ones have learned to be, which stay as they are.
+
 Shapes: E experts, D width, M width of an embedding of a domain, '...' any leading.
 """
 
@@ -51,9 +56,14 @@ class GatedRouter(Counted):
 class DomainRouter(GatedRouter):
     """A router by the embeddings of its experts' data; it ignores `axes`.
 
+    Attributes:
+      levelled: number of first experts to which the vectors of all later ones are levelled, see `level`; None for none.
+
     `domains` [E, M] is stored among the parameters but is not trained (axes.constant). `launch.upcycle` writes
     embeddings of the experts' data to it; otherwise it has random directions.
     """
+
+    levelled: Size | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,6 +82,8 @@ class DomainRouter(GatedRouter):
         up_ED = project(kernel_init=fan_in_normal, name="up")(domains_EM)
         down_init = nn.initializers.normal(down_std(self.domain_dim, width, self.logit_std))
         experts_ED = project(kernel_init=down_init, name="down")(jax.nn.silu(gate_ED) * up_ED)
+        if self.levelled is not None:
+            experts_ED = level(experts_ED, self.levelled)
         return matmul.matmul(x.astype(self.dtype), experts_ED.T)
 
     @nn.nowrap
@@ -83,6 +95,27 @@ class DomainRouter(GatedRouter):
         return 2.0 * self.features * shapes["down"]["kernel"].shape[-1]
 
 
+def level(experts_ED: jax.Array, first: int) -> jax.Array:
+    """Returns experts' vectors with those after the `first` ones levelled to these, which do not change.
+
+    With m the mean of the first vectors, a later one becomes m + r u: u is the direction of its difference from m,
+    projected to the span of the first ones' differences from m, and r the mean length of these. Its logit is then an
+    affine combination of the first ones' logits, so that it is on their level in every layer, and as far from their mean
+    as they are. m, r and the span are constants of the gradient.
+    """
+    first_ND, later_ED = experts_ED[:first], experts_ED[first:].astype(jnp.float32)
+    fixed_ND = jax.lax.stop_gradient(first_ND).astype(jnp.float32)
+    mean_1D = fixed_ND.mean(0, keepdims=True)
+    apart_ND = fixed_ND - mean_1D
+    # The differences sum to 0: the cut-off leaves out that direction.
+    projection_DD = jnp.linalg.pinv(apart_ND, rtol=1e-4) @ apart_ND
+    inside_ED = (later_ED - mean_1D) @ projection_DD
+    length = jnp.linalg.norm(apart_ND, axis=-1).mean()
+    lengths_E1 = jnp.linalg.norm(inside_ED, axis=-1, keepdims=True)
+    placed_ED = mean_1D + length * inside_ED / jnp.maximum(lengths_E1, 1e-12)
+    return jnp.concatenate([first_ND, placed_ED.astype(experts_ED.dtype)])
+
+
 def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Returns vectors [..., M] of length 1, uniform over directions."""
     drawn = jax.random.normal(key, shape, dtype)
@@ -90,7 +123,7 @@ def random_directions(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) 
 
 
 def expert_vectors(router: dict, domains_EM: np.ndarray) -> np.ndarray:
-    """Returns the expert vectors e_i [E, D], float64, from a router's parameters {gate, up, down: {kernel}}."""
+    """Returns the expert vectors e_i [E, D], not levelled, float64, from a router's parameters {gate, up, down: {kernel}}."""
     gate, up, down = (np.asarray(router[x]["kernel"], np.float64) for x in ("gate", "up", "down"))
     domains_EM = np.asarray(domains_EM, np.float64)
     inner = domains_EM @ gate

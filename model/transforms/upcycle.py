@@ -163,5 +163,7 @@ def _std(kind: str, shape: tuple[int, ...], mixture: Mixture) -> float:
     if kind != "down/kernel":
         return 1 / math.sqrt(fan_in)
     if mixture.domains is not None:
-        return router_scale.down_std(mixture.domains.shape[-1], width, mixture.logit_std)
+        # Rounded: float32 vectors have length 1 only nearly.
+        length = round(float(np.linalg.norm(mixture.domains, axis=-1).mean()), 3)
+        return router_scale.down_std(mixture.domains.shape[-1], width, mixture.logit_std, length)
     return router_scale.token_down_std(fan_in, mixture.logit_std)

@@ -21,6 +21,7 @@ from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredE
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
 Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]
 _LAYER = re.compile(r"layers/block_\d+/")
+_LARGEST = "router_load_max"  # sown metric, reported of the worst layer too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,15 @@ class Forward:
             added = weight * sum(value.astype(jnp.float32).sum() for value in auxiliary)
             reported["auxiliary_loss"] = (added, weight)
         if sown := self.written.get("metrics"):
-            means = _layer_means(sown, scanned=self.model.config.scan_layers)
-            for name, value in means.items():
+            by_layer = _by_layer(sown, scanned=self.model.config.scan_layers)
+            # A mean over layers hides that the router of one of them has collapsed.
+            worst = {
+                f"{name}_worst_layer": values.max(0)
+                for name, values in by_layer.items()
+                if name.endswith(_LARGEST) and len(values) > 1
+            }
+            means = {name: values.mean(0) for name, values in by_layer.items()}
+            for name, value in (means | worst).items():
                 reported[name] = (weight * value, jnp.full_like(value, weight))
         return LossOut(sum=total + added, weight=weight, metrics=reported, variables=self.updates)
 
@@ -221,10 +229,10 @@ def source_losses(
     return {"source_loss": (weighted @ one_hot_NS, weights @ one_hot_NS)}
 
 
-def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Array]:
-    """Returns means over layers, by name: 'mlp/load' of layers/block_0/mlp/load, layers/block_1/mlp/load, ...
+def _by_layer(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Array]:
+    """Returns the values of all layers [L, ...] by name: 'mlp/load' of layers/block_0/mlp/load, layers/block_1/mlp/load, ...
 
-    With `scanned`, the values of layers are stacked, [L, ...].
+    With `scanned`, the values of layers are stacked.
     """
     by_name: dict[str, list[jax.Array]] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown):
@@ -233,4 +241,4 @@ def _layer_means(sown: Mapping[str, Any], *, scanned: bool) -> dict[str, jax.Arr
         name = _LAYER.sub("", where)
         stacked = scanned and name != where
         by_name.setdefault(name, []).append(value if stacked else value[None])
-    return {name: jnp.concatenate(values).mean(0) for name, values in by_name.items()}
+    return {name: jnp.concatenate(values) for name, values in by_name.items()}

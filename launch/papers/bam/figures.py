@@ -1,35 +1,24 @@
 """Plots of the parts' results; None where there is nothing to plot."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from launch.evaluation import routing
-from launch.papers.bam.arms import (
-    BAM,
-    BTX,
-    CACHES,
-    CONTROLS,
-    COSTLY,
-    SEED,
-    Runs,
-    matched,
-    specialist,
-)
+from launch.papers.bam.arms import BAM, BTX, CACHES, CHOSEN, CONTROLS, Runs, matched
 from launch.papers.bam.measure import CACHE_LENGTH
-from launch.papers.shared.domain_panels import curve, excess_bars
-from launch.papers.shared.domains import on, swept
+from launch.papers.shared.domain_panels import choice_maps, curve, dots, load_dots
+from launch.papers.shared.domains import MEAN, on, swept
 from launch.plots import panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+from launch.plots.panels import BLUE, GREEN, ORANGE, PURPLE, RED
 
 _CURVES = {
     "btx": {"color": ORANGE, "marker": "o"},
-    "bam": {"color": BLUE, "marker": "s"},
+    "btx6": {"color": RED, "marker": "v"},
     "bam_shared_kv": {"color": GREEN, "marker": "^"},
-    "moa_top2": {"color": PURPLE, "marker": "D"},
+    "bam": {"color": BLUE, "marker": "s"},
 }
+_MAPPED = (("btx", "mlp"), ("bam", "mlp"), ("bam", "attention"), (matched("moa_top1"), "attention"))
 
 
 def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -38,19 +27,24 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     for name, runs in swept(parts).items():
         out |= {
             f"{name}_loss.png": (
-                excess_bars(runs, _bars(runs), label=partial(_label, runs)),
-                f"Mean loss over the {name} domains at the end; dots are seeds. Light ones are the arms to the left of "
-                "them, ended when they have computed as much as BTX",
+                dots(runs, _colours(), MEAN),
+                f"Mean loss over the {name} domains at the end: a dot for each seed, a bar for their mean. Seed and "
+                "specialists are far to the right: see the table",
+            ),
+            f"{name}_loads.png": (
+                load_dots(runs, _colours()),
+                f"Largest share of the {name} domains' tokens that one expert gets as first choice, by router and layer: "
+                "a dot for each seed. Dashed: the bound above which a top-1 router has collapsed",
+            ),
+            f"{name}_choices.png": (
+                choice_maps(runs, _MAPPED),
+                f"Share of each of the {name} domains' tokens whose first choice an expert is, by router and layer; "
+                "means over seeds",
             ),
             f"{name}_curves.png": (
                 _curves(runs),
-                f"Loss on each of the {name} domains over the training of the mixture: above, arms of equal data "
-                "against tokens; below, arms of equal compute against FLOPs",
-            ),
-            f"{name}_gates.png": (
-                _gates(runs),
-                f"Mean probability of each expert of BAM on held-out rows of the {name} domains, by router and layer, "
-                "mean over seeds",
+                f"Loss on each of the {name} domains over its entropy, against the tokens of the mixture's training: means "
+                "over seeds, and the seeds as thin lines",
             ),
         }
     out["cache.png"] = (
@@ -60,72 +54,39 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return out
 
 
-def _bars(runs: Runs) -> dict[str, str]:
-    """Returns arm -> colour: dense models, BTX, BAM and controls; compute-matched twins are light."""
-    shown = dict.fromkeys([SEED, *map(specialist, runs.domains[1:])], GREY)
-    for arms, colour, light in (
-        (BTX, ORANGE, "#F5D08A"),
-        (BAM, BLUE, "#9CC9E3"),
-        (CONTROLS, PURPLE, "#E8C9DA"),
-    ):
-        for arm in arms:
-            shown[arm] = colour
-            if arm in COSTLY:
-                shown[matched(arm)] = light
-    return shown
-
-
-def _label(runs: Runs, arm: str) -> str:
-    return "equal compute" if arm.endswith("_cm") else runs.label(arm)
+def _colours() -> dict[str, str]:
+    """Returns arm -> colour of the mixtures, twins of equal compute after those of equal data."""
+    colours = {
+        **dict.fromkeys(BTX, ORANGE),
+        **dict.fromkeys(BAM, BLUE),
+        **dict.fromkeys(CONTROLS, PURPLE),
+    }
+    return colours | {matched(arm): GREEN for arm in (*BAM, *CHOSEN)}
 
 
 def _curves(runs: Runs) -> Any:
     if not runs.has("btx", "bam") or not runs.steps("btx", "bam"):
         return None
     columns = len(runs.domains)
-    figure, every = panels.panels(columns, (3.1 * columns, 6.2), rows=2, share_y="col")
-    for domain, above, below in zip(runs.domains, every[:columns], every[columns:], strict=True):
+    figure, every = panels.panels(columns, (3.1 * columns, 3.6))
+    for domain, axes in zip(runs.domains, every, strict=True):
+        floor = runs.floor(on(domain)) or 0.0
         for arm, style in _CURVES.items():
-            for axes, name, unit in ((above, arm, "tokens"), (below, matched(arm), "flops")):
-                scale = _scale(runs, name, unit)
-                curve(axes, runs, name, on(domain), style, scale=scale, label=runs.label(arm))
-        if (floor := runs.floor(on(domain))) is not None:
-            for axes in (above, below):
-                axes.axhline(floor, color=RED, ls=":", lw=1.5, label="entropy")
-        above.set_title(domain.replace("_", " "), fontsize=10)
-        above.set(xlabel="tokens, millions")
-        below.set(xlabel="training FLOPs, $10^{12}$")
-    for axes in every:
+            scale = _millions(runs, arm)
+            curve(axes, runs, arm, on(domain), style, scale=scale, less=floor)
         axes.set_yscale("log")
         panels.plain_ticks(axes.yaxis)
-    for axes, words in zip(every[::columns], ("equal data", "equal compute"), strict=True):
-        axes.set_ylabel(f"{words}: loss, nats per token")
-    panels.legend_below(figure, every[0], len(_CURVES) + 1)
+        axes.set_title(domain.replace("_", " "), fontsize=10)
+        axes.set(xlabel="tokens, millions")
+    every[0].set_ylabel("loss over the entropy, nats per token" if runs.floors else "loss")
+    panels.legend_below(figure, every[0], len(_CURVES))
     return figure
 
 
-def _scale(runs: Runs, arm: str, unit: str) -> float:
-    """Returns the millions of tokens or 1e12 FLOPs of a step."""
+def _millions(runs: Runs, arm: str) -> float:
+    """Returns the millions of tokens of an update."""
     rows = [row for row in runs.find(arm).values() if row["tokens"]]
-    if not rows:
-        return 1.0
-    per_step = float(np.mean([row[unit] / row["step"] for row in rows]))
-    return per_step / {"tokens": 1e6, "flops": 1e12}[unit]
-
-
-def _gates(runs: Runs) -> Any:
-    measured = runs.evaluation("bam", "routing")
-    if not measured:
-        return None
-    tables = {
-        domain: {
-            router: np.mean([one["domains"][domain][router] for one in measured], axis=0)
-            for router in measured[0]["domains"][domain]
-        }
-        for domain in runs.domains
-        if domain in measured[0]["domains"]
-    }
-    return routing.figure(tables, measured[-1]["experts"])
+    return float(np.mean([row["tokens"] / row["step"] for row in rows])) / 1e6 if rows else 1.0
 
 
 def _caches(measured: Mapping[str, Sequence[int]]) -> Any:

@@ -1,8 +1,7 @@
 """BAM (arXiv 2408.08274) at full size: the 590M seed, its specialists, and the mixtures of the paper's tables.
 
 The folder of data after a colon is DATA_ROOT, with the tokenizer in its `tokenizer`. To see the runs and their
-commands, which a cluster runs in the order of what they start from (a run for as much compute as another is the same with
-fewer TRAIN_TOKENS):
+commands, which a cluster runs in the order of what they start from:
 
   python -m launch.sweep --sweep launch/papers/bam/full_sweep.py:/data --out /runs/bam --dry_run
 """
@@ -14,8 +13,8 @@ from launch.papers.shared import configs
 
 FULL = "t5x_configs/experiments/bam/full/"
 DOMAINS = ("code", "law", "math")
-# Arm -> (flags of launch.upcycle, file, bindings, copies of the seed). The paper does not state whether chosen attentions
-# have a balance loss; here they do, as in the small sweep.
+CONTEXT, TOKENS = 2048, 100e9  # of the mixtures
+# Arm -> (flags of launch.upcycle, file, bindings, copies of the seed).
 MIXTURES = {
     "btx": (*sweep.MIXTURES["btx"], 1),
     **{
@@ -23,8 +22,12 @@ MIXTURES = {
         for n in (5, 6, 7, 8)
     },
     "btx6_top3": (*sweep.MIXTURES["btx6_top3"], 3),
-    **{arm: (*sweep.MIXTURES[arm], 1) for arm in ("bam", "bam_shared_kv", "moa_top1", "moa_top2")},
+    **{
+        arm: (*sweep.MIXTURES[arm], 1)
+        for arm in ("bam", "bam_shared_kv", "moa_top1", "moa_top2", "bam_averaged")
+    },
 }
+BALANCE_LOSS = 0.01  # the paper has no figure, nor whether chosen attentions have such a loss
 
 
 def get_config(data: str) -> ml_collections.ConfigDict:
@@ -37,5 +40,12 @@ def get_config(data: str) -> ml_collections.ConfigDict:
         command = ("{python}", "-m", "launch.upcycle", *flags, "--experts", *seeds, *branches)
         arms[f"{arm}_start"] = {"made": (*command, "--to={run}")}
         start = f"{arm}_start"
-        arms[arm] = configs.arm(f"{FULL}{file}.gin", parent=start, bindings=bindings)
+        trained = {"parent": start, "bindings": (*sweep.balance(arm, BALANCE_LOSS), *bindings)}
+        arms[arm] = configs.arm(f"{FULL}{file}.gin", **trained)
+        if arm in sweep.COMPUTE_MATCHED:
+            share = sweep.paper_flops("btx", CONTEXT) / sweep.paper_flops(arm, CONTEXT)
+            trained["bindings"] += (f"TRAIN_TOKENS={share * TOKENS:.4g}",)
+            arms[f"{arm}_cm"] = configs.arm(f"{FULL}{file}.gin", **trained)
+    soup = ("{python}", "-m", "launch.upcycle", "--method=soup", "--experts", "general={seed}")
+    arms["soup"] = {"made": (*soup, *branches, "--to={run}")}
     return configs.config(arms, bindings=configs.data_root(data))

@@ -1,35 +1,25 @@
 """BAM at small scale: runs the unfinished parts of the sweep, and measures the bytes of caches."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from launch.papers.shared import domains
 
 TITLE = "BAM, 2408.08274"
-SEEDS = 3
+SEEDS = 5
 PARTS = {**domains.PARTS, "caches": "the bytes of caches"}
 EXPERTS = (2, 3, 4, 6, 8)
 CACHE_LENGTH = 256  # tokens of one row
 
 
 def run(*, parts: Sequence[str] = tuple(PARTS), **settings: Any) -> dict[str, Any]:
-    """Returns the parts of `domains.run`, their rows with FLOPs, and 'caches', the result of `cache_bytes`.
+    """Returns the parts of `domains.run`, and 'caches', the result of `cache_bytes`.
 
     Further arguments and errors are those of `domains.run`.
     """
     measured = domains.run("bam", parts=[p for p in parts if p in domains.PARTS], **settings)
-    for name, part in measured.items():
-        part["rows"] = with_flops(part["rows"], name)
     return measured | ({"caches": cache_bytes()} if "caches" in parts else {})
-
-
-def with_flops(rows: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
-    """Returns rows with 'flops' of their own training, analytic; 0 where a run was made and not trained."""
-    sweep = domains.sweep("bam")
-    trained = dict.fromkeys(row["arm"] for row in rows if row["tokens"])
-    per_token = {arm: sweep.train_flops_per_token(arm, part) for arm in trained}
-    return [{**row, "flops": row["tokens"] * per_token.get(row["arm"], 0.0)} for row in rows]
 
 
 def cache_bytes() -> dict[str, list[int]]:

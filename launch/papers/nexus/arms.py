@@ -12,43 +12,48 @@ from launch.papers.shared.domains import DomainRuns
 
 OLD, NEW = "old-domain loss", "new-domain loss"
 SEED, MERGED = "seed", "merged"
-ROUTERS = {
-    "nexus": "Nexus",
-    "linear": "linear router",
-    "mlp_router": "MLP router",
-    "nexus_random": "Nexus, random vectors",
-    "nexus_one_hot": "Nexus, one-hot vectors",
+NEXUS, LINEAR, RANDOM = "nexus", "linear", "nexus_random"
+# Nexus by how its embeddings are placed; the first one is the paper's, and Nexus elsewhere on the page.
+PLACED = {
+    NEXUS: "Nexus",
+    "nexus_centred": "Nexus, centred",
+    "nexus_lengthened": "Nexus, centred and lengthened",
 }
+ROUTERS = {**PLACED, RANDOM: "Nexus, random vectors", LINEAR: "linear router"}
 LOW = {"nexus_low": "Nexus, weak balance", "linear_low": "linear router, weak balance"}
-Z_LOSS = {"nexus_z_loss": "Nexus, router z-loss"}
+EXTENDED, RESET, APPENDED = "ext_nexus", "ext_linear_reset", "ext_linear_append"
 EXTENSIONS = {
-    "ext_nexus": "Nexus",
-    "ext_linear_reset": "linear router, drawn anew",
-    "ext_linear_append": "linear router, row appended",
+    EXTENDED: "Nexus",
+    RESET: "linear router, drawn anew",
+    APPENDED: "linear router, row appended",
     "ext_random": "Nexus, random vectors",
 }
-CONTINUED = "dense_continued"
-BALANCE = {"": 0.05, "_low": 0.0005}  # suffix of an arm -> weight of the balance loss
+STARTED = {  # only started, not trained
+    "ext_centred": "Nexus, centred",
+    "ext_lengthened": "Nexus, centred and lengthened",
+    "ext_levelled": "Nexus, levelled",
+}
 BUDGETS = (50, 100, 200, 400)  # updates of an extension
-
-
 _LABELS = {
     **ROUTERS,
     **LOW,
-    **Z_LOSS,
-    **{arm: f"{label}, extended" for arm, label in EXTENSIONS.items()},
+    **{arm: f"{label}, extended" for arm, label in {**EXTENSIONS, **STARTED}.items()},
     MERGED: "experts merged",
-    CONTINUED: "dense, all tokens",
 }
 
 
 class Runs(DomainRuns):
-    """Runs of a part with the arms' names."""
+    """Runs of a part with the arms' names and their routers."""
 
     def label(self, arm: str) -> str:
         if arm.startswith("expert_"):
             return f"expert of {arm.removeprefix('expert_')}"
-        return _LABELS.get(arm, arm.replace("_", " "))
+        base = arm.removesuffix("_start")
+        label = _LABELS.get(base, base.replace("_", " "))
+        return label if base == arm else f"{label}, before training"
+
+    def top_1(self, arm: str) -> Sequence[str]:
+        return ("mlp",) if arm in {**ROUTERS, **LOW, **EXTENSIONS} else ()
 
     @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
@@ -59,26 +64,28 @@ class Runs(DomainRuns):
         """The domains of the experts before the extension."""
         return self.domains[1:-1]
 
-    def chosen(self, arm: str) -> np.ndarray | None:
-        """Returns the share of each domain's tokens by the expert that is their first choice: [seed, domain, expert].
+    def selectivity(self, arm: str) -> dict[int, np.ndarray]:
+        """Returns by seed the new expert's share of the new domain's tokens less its share of the old domains': [layer]."""
+        out = {}
+        for seed, taken_LD in self.taken(arm).items():
+            out[seed] = taken_LD[:, -1] - taken_LD[:, :-1].mean(-1)
+        return out
 
-        A mean over layers; None where no run of the arm has the evaluation 'routing' on all domains.
-        """
-        tables = [
-            [np.mean(routing["chosen"][domain]["mlp"], axis=0) for domain in self.domains]
-            for routing in self.evaluation(arm, "routing")
-            if all(domain in routing["chosen"] for domain in self.domains)
-        ]
-        return np.array(tables) if tables else None
+    def taken(self, arm: str) -> dict[int, np.ndarray]:
+        """Returns by seed the new expert's share of each domain's tokens: [layer, domain]."""
+        return {seed: chosen_LDE[..., -1] for seed, chosen_LDE in self.choices(arm).items()}
 
-    def cosines(self, arm: str) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-        """Returns (names, cosines of the domains' vectors [seed, i, j], of the experts', mean over layers), or None."""
-        runs = self.evaluation(arm, "structure")
-        if not runs:
-            return None
-        vectors = np.array([one["vectors"] for one in runs])
-        projected = np.array([np.mean(list(one["projected"].values()), axis=0) for one in runs])
-        return list(runs[0]["domains"]), vectors, projected
+    def cosines(self, arm: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Returns by seed the cosines of the domains' vectors [i, j] and of the experts' in each layer [layer, i, j]."""
+        structures = {
+            seed: row["evaluations"]["structure"]
+            for seed, row in self.find(arm).items()
+            if row["evaluations"].get("structure")
+        }
+        return {
+            seed: (np.array(one["vectors"]), np.array([*one["projected"].values()]))
+            for seed, one in structures.items()
+        }
 
 
 def expert(domain: str) -> str:

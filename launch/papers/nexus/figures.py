@@ -6,163 +6,139 @@ from typing import Any
 import numpy as np
 
 from launch.papers.nexus.arms import (
-    BALANCE,
-    CONTINUED,
+    APPENDED,
+    BUDGETS,
+    EXTENDED,
     EXTENSIONS,
     LOW,
-    MERGED,
     NEW,
     OLD,
+    PLACED,
+    RESET,
     ROUTERS,
-    SEED,
+    STARTED,
     Runs,
-    expert,
     start,
 )
-from launch.papers.shared.domain_panels import excess_bars
+from launch.papers.nexus.claims import SELECTIVE
+from launch.papers.shared.domain_panels import choice_maps, dots, load_dots
 from launch.papers.shared.domains import swept
-from launch.plots import heat_maps, intervals, panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+from launch.plots import heat_maps, panels
+from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE
 
-_STYLES = {
-    "ext_nexus": (BLUE, "s"),
-    "ext_linear_reset": (ORANGE, "o"),
-    "ext_linear_append": (GREEN, "^"),
-    "ext_random": (PURPLE, "D"),
-}
-_MAPPED = ("ext_nexus", "ext_linear_append", "ext_linear_reset")
+_STYLES = {EXTENDED: (BLUE, "s"), RESET: (ORANGE, "o"), "ext_random": (PURPLE, "D")}
+_MAPPED = ("nexus", start(EXTENDED), EXTENDED, start(APPENDED))
 
 
 def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     out: dict[str, tuple[Any, str]] = {}
-    for name, results in swept(parts).items():
+    for name, runs in swept(parts).items():
         out |= {
-            f"{name}_extension.png": (
-                _extension(results),
-                f"Loss on the new and on the old {name} domains against the tokens of the extension; dashed: the "
-                "expert of the new domain, and Nexus before the extension",
+            f"{name}_loss.png": (
+                dots(runs, _colours(), OLD),
+                f"Mean loss over the old {name} domains after upcycling: a dot for each seed, a bar for their mean",
             ),
-            f"{name}_routing.png": (
-                _routing(results),
-                f"Share of each of the {name} domains' tokens whose first choice an expert is, mean over layers and "
-                "seeds: above before the extension's first update, below after the last",
+            f"{name}_selectivity.png": (
+                _selectivity(runs),
+                f"The new expert's share of the new {name} domain's tokens less its share of the old domains', before the "
+                "extension's first update, by layer: a dot for each seed, a bar for their mean; dashed: what N12 asks of the last layer",
+            ),
+            f"{name}_extension.png": (
+                _extension(runs),
+                f"Loss on the new and on the old {name} domains less that of a linear router with a row appended, against the "
+                "updates of the extension: means over seeds, and the seeds as dots",
+            ),
+            f"{name}_choices.png": (
+                choice_maps(runs, [(arm, "mlp") for arm in _MAPPED]),
+                f"Share of each of the {name} domains' tokens whose first choice an expert is, by layer; means over seeds",
+            ),
+            f"{name}_loads.png": (
+                load_dots(runs, _colours()),
+                f"Largest share of the {name} domains' tokens that one expert gets, by layer: a dot for each seed. Dashed: the "
+                "bound above which a router has collapsed",
             ),
             f"{name}_cosines.png": (
-                _cosines(results),
-                f"Cosines of the {name} domains' embeddings, and of the experts' vectors that Nexus projects from them "
-                "(mean over layers); means over seeds",
-            ),
-            f"{name}_balance.png": (
-                _balance(results),
-                f"Loss on the old {name} domains against the weight of the balance loss",
-            ),
-            f"{name}_loss.png": (
-                excess_bars(results, _bars(results), score=OLD),
-                f"Mean loss over the old {name} domains after upcycling; dots are seeds",
+                _cosines(runs),
+                f"Cosines of the {name} domains' embeddings, and below of the experts' vectors that Nexus projects from them "
+                "in the last layer, by how embeddings are placed; means over seeds",
             ),
         }
     return out
 
 
-def _bars(results: Runs) -> dict[str, str]:
-    """Returns arm -> colour: dense models, routers, and routers with a weak balance loss."""
+def _colours() -> dict[str, str]:
+    """Returns arm -> colour of the mixtures before the extension."""
     return {
-        SEED: GREY,
-        **{expert(domain): GREY for domain in results.initial},
-        MERGED: GREY,
-        CONTINUED: PURPLE,
         **{arm: BLUE if "nexus" in arm else ORANGE for arm in ROUTERS},
-        **{arm: "#9CC9E3" if "nexus" in arm else "#F5D08A" for arm in LOW},
+        **{arm: GREEN if "nexus" in arm else GREY for arm in LOW},
     }
 
 
-def _extension(results: Runs) -> Any:
-    if not [step for step in results.steps("ext_nexus") if step]:
+def _selectivity(runs: Runs) -> Any:
+    by_arm = {
+        arm: np.array([*by_seed.values()])
+        for arm in {**EXTENSIONS, **STARTED}
+        if (by_seed := runs.selectivity(start(arm)))
+    }
+    if not by_arm:
         return None
-    figure, axes = panels.panels(2, (11, 4.6))
-    for arm, (colour, marker) in _STYLES.items():
-        steps = results.steps(arm)
-        rows = list(results.find(arm).values())
-        if not rows or not [step for step in steps if step]:
-            continue
-        per_step = float(np.mean([row["tokens"] / row["step"] for row in rows])) / 1e3
-        # A logarithmic axis has no 0: the start is drawn at half of the first reading.
-        first = next(step for step in steps if step)
-        at = [per_step * (step or first / 2) for step in steps]
-        for one, score in zip(axes, (NEW, OLD), strict=True):
-            values = [results.at(step).values(arm, score) for step in steps]
-            panels.line(one, at, values, colour, EXTENSIONS[arm])
-            one.lines[-len(values[0]) - 1].set_marker(marker)
-        for one in axes:
-            one.set_xscale("log")
-            _ticks(one, steps, at)
-    references = (expert(results.domains[-1]), NEW), ("nexus", OLD)
-    for one, (arm, score) in zip(axes, references, strict=True):
-        if (values := results.values(arm, score)).size:
-            one.axhline(values.mean(), color=RED, ls="--", lw=1.5)
-        one.set(xlabel="thousand tokens of the extension", ylabel=f"{score}, nats per token")
-    panels.legend_below(figure, axes[0], 4)
+    layers = next(iter(by_arm.values())).shape[1]
+    size = (3.0 + 2.6 * layers, 1.2 + 0.28 * len(by_arm))
+    figure, every = panels.panels(layers, size, share_y=True)
+    values = np.concatenate([*by_arm.values()])
+    low, high = min(values.min(), 0.0) - 0.05, max(values.max(), SELECTIVE) + 0.05
+    for layer, axes in enumerate(every):
+        rows = []
+        for arm, values_NL in by_arm.items():
+            mine = values_NL[:, layer]
+            mean = {"value": mine.mean(), "low": np.nan, "high": np.nan}
+            rows.append(((EXTENSIONS | STARTED)[arm], list(mine), mean, BLUE))
+        panels.paired(axes, rows)
+        axes.grid(axis="x", alpha=0.25)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set(xlabel="share of the new less share of the old", title=f"layer {layer}")
+        axes.set_xlim(low, high)
+        axes.axvline(SELECTIVE, color="black", ls="--", lw=1)
     return figure
 
 
-def _ticks(axes: Any, steps: Sequence[int], at: Sequence[float]) -> None:
-    """Labels budgets that at least double, and the start as 0."""
-    shown: dict[float, str] = {}
-    for step, place in zip(steps, at, strict=True):
-        if not shown or place >= 1.9 * max(shown):
-            shown[place] = f"{place:.3g}" if step else "0"
-    axes.set_xticks(list(shown), list(shown.values()))
-    axes.minorticks_off()
-
-
-def _routing(results: Runs) -> Any:
-    arms = [arm for arm in _MAPPED if results.chosen(arm) is not None]
-    if not arms:
+def _extension(runs: Runs) -> Any:
+    steps = runs.steps(*_STYLES, APPENDED)
+    if not [step for step in steps if step]:
         return None
-    domains = list(results.domains)
-    figure, axes = heat_maps.grid(2, len(arms), (len(domains), len(domains) - 1))
-    for line, (when, name) in zip(axes, (("at step 0", start), ("at the end", str)), strict=True):
-        for one, arm in zip(line, arms, strict=True):
-            if (chosen_NDE := results.chosen(name(arm))) is None:
-                one.set_visible(False)
-                continue
-            shown = {"title": f"{EXTENSIONS[arm]}, {when}", "row_names": one is line[0]}
-            heat_maps.draw(one, chosen_NDE.mean(0), domains, domains[1:], **shown)
+    figure, every = panels.panels(2, (10, 4.2))
+    # A logarithmic axis has no 0: the start is drawn at half of the first reading.
+    at = [step or min(filter(None, steps)) / 2 for step in steps]
+    for axes, score in zip(every, (NEW, OLD), strict=True):
+        axes.axhline(0, color=GREY, lw=1.2, label=EXTENSIONS[APPENDED])
+        for shift, (arm, (colour, marker)) in zip((0.94, 1.0, 1.06), _STYLES.items(), strict=True):
+            gaps = [np.subtract(*runs.at(step).paired(score, arm, APPENDED)) for step in steps]
+            places = [shift * x for x in at]
+            means = [gap.mean() for gap in gaps]
+            style = {"color": colour, "marker": marker, "ms": 5}
+            axes.plot(places, means, lw=1.8, label=EXTENSIONS[arm], **style)
+            for x, gap in zip(places, gaps, strict=True):
+                axes.plot([x] * len(gap), gap, ls="", marker=".", ms=4, color=colour, alpha=0.5)
+        axes.set_xscale("log")
+        ticks = {x: str(step) for x, step in zip(at, steps, strict=True) if step in (0, *BUDGETS)}
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
+        axes.set(xlabel="updates of the extension", ylabel=f"{score} less that of a row appended")
+    panels.legend_below(figure, every[0], 4)
     return figure
 
 
-def _cosines(results: Runs) -> Any:
-    if (cosines := results.cosines("nexus")) is None:
+def _cosines(runs: Runs) -> Any:
+    by_arm = {arm: [*by_seed.values()] for arm in PLACED if (by_seed := runs.cosines(arm))}
+    if not by_arm:
         return None
-    names, vectors_NEE, projected_NEE = cosines
-    figure, axes = heat_maps.grid(1, 2, (len(names) + 1, len(names)))
-    shown = {"domains' embeddings": vectors_NEE, "experts' vectors": projected_NEE}
-    for one, (title, values) in zip(axes[0], shown.items(), strict=True):
-        heat_maps.draw(
-            one, values.mean(0), names, names, title=title, signed=True, row_names=one is axes[0][0]
-        )
-    return figure
-
-
-def _balance(results: Runs) -> Any:
-    lines = {"nexus": (BLUE, "Nexus"), "linear": (ORANGE, "linear router")}
-    figure, (axes,) = panels.panels(1, (5.6, 4.2))
-    drawn = 0
-    for arm, (colour, label) in lines.items():
-        names = [f"{arm}{suffix}" for suffix in BALANCE]
-        if all(results.values(name, OLD).size for name in names):
-            shown = [intervals.over_seeds(results.values(name, OLD)) for name in names]
-            # Side by side, so that intervals do not cover each other.
-            at = [weight * (1.06 if drawn else 1 / 1.06) for weight in BALANCE.values()]
-            style = {"color": colour, "marker": "o", "capsize": 3, "lw": 2, "label": label}
-            panels.with_errors(axes, at, shown, **style)
-            drawn += 1
-    if not drawn:
-        return None
-    axes.set_xscale("log")
-    axes.minorticks_off()
-    axes.set_xticks(list(BALANCE.values()), [f"{weight:g}" for weight in BALANCE.values()])
-    axes.set(xlabel="weight of the balance loss", ylabel=f"{OLD}; bars: 95 % over seeds")
-    axes.legend(frameon=False)
+    names: Sequence[str] = runs.initial
+    figure, axes = heat_maps.grid(2, len(by_arm), (len(names), len(names)))
+    for at, (arm, seeds) in enumerate(by_arm.items()):
+        vectors_EE = np.mean([vectors for vectors, _ in seeds], axis=0)
+        projected_EE = np.mean([projected_LEE[-1] for _, projected_LEE in seeds], axis=0)
+        shown = {f"{PLACED[arm]}: domains": vectors_EE, "experts' vectors": projected_EE}
+        for one, (title, values) in zip(axes[:, at], shown.items(), strict=True):
+            heat_maps.draw(one, values, names, names, title=title, signed=True, row_names=at == 0)
     return figure

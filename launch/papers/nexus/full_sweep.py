@@ -68,13 +68,31 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         f"--limit={LIMIT}",
     )
     sources = [f"--domain={domain}=task:{domain}" for domain in domains]
-    encoder = ("--encoder=sentences", f"--sentence_model={data}/sentence_model")
+    # Not centred, as in the paper.
+    encoder = ("--encoder=sentences", f"--sentence_model={data}/sentence_model", "--mean=none")
     make("domains", *embed, *encoder, *sources, "--output={run}")
     if large:
         added = (f"--extend={{domains_{size}}}", f"--domain={NEW}=task:{NEW}")
         make("extended", *embed, *added, "--output={run}")
     experts = [f"{domain}={{{domain}_{size}}}" for domain in domains]
+    make(
+        "merged",
+        "launch.upcycle",
+        "--method=soup",
+        "--experts",
+        f"seed={seed}",
+        *experts,
+        "--to={run}",
+    )
     mixed, annealed = (_shares(domains, share) for share in (PRETRAINING, ANNEALED))
+    # Suffix of a mixture -> (its shares, bindings of both phases); the ablations are of the smaller size.
+    variants: dict[str, tuple[dict, tuple[str, ...]]] = {"": (mixed, ())}
+    if not large:
+        even = {
+            "pretraining": PRETRAINING,
+            **dict.fromkeys(domains, (1 - PRETRAINING) / len(domains)),
+        }
+        variants |= {"_low": (mixed, ("BALANCE_LOSS=0.0005",)), "_uniform": (even, ())}
     rest = {name: 0.5 / (len(domains) + 1) for name in ("pretraining", *domains)}
     for arm, router in (("nexus", "projection"), ("linear", "linear")):
         projected = router == "projection"
@@ -85,16 +103,21 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         flags += [f"--domains={{domains_{size}}}"] if projected else []
         command = ("launch.upcycle", "--method=nexus", *flags, "--experts", *experts)
         make(f"{arm}_start", *command, "--to={run}")
-        start = {"method": method, "parent": f"{arm}_start"}
-        train(f"{arm}_mixed", "expert", mixed, *count, *budget, **start)
-        train(arm, "anneal", annealed, *count, method=method, parent=f"{arm}_mixed")
-        if large:
-            added = [f"--moe={{{arm}_{size}}}", f"--add={NEW}={{{NEW}_{size}}}"]
-            added += [f"--domains={{extended_{size}}}"] if projected else ["--router=reset"]
-            make(f"{arm}_extended", "launch.upcycle", "extend", *added, "--to={run}")
+        for suffix, (shares, more) in variants.items():
+            name = f"{arm}{suffix}"
+            start = {"method": method, "parent": f"{arm}_start"}
+            train(f"{name}_mixed", "expert", shares, *count, *budget, *more, **start)
+            start = {"method": method, "parent": f"{name}_mixed"}
+            train(name, "anneal", annealed, *count, *more, **start)
+        extensions = {f"{arm}_with_{NEW}": [f"--domains={{extended_{size}}}"]}
+        if not projected:
+            extensions = {f"{arm}_{x}_with_{NEW}": [f"--router={x}"] for x in ("reset", "append")}
+        for name, flags in extensions.items() if large else ():
+            added = [f"--moe={{{arm}_{size}}}", f"--add={NEW}={{{NEW}_{size}}}", *flags]
+            make(f"{name}_start", "launch.upcycle", "extend", *added, "--to={run}")
             more = (f"EXPERTS={len(domains) + 1}", *width)
-            start = {"method": method, "parent": f"{arm}_extended"}
-            train(f"{arm}_with_{NEW}", "extension", {NEW: 0.5, **rest}, *more, **start)
+            start = {"method": method, "parent": f"{name}_start"}
+            train(name, "extension", {NEW: 0.5, **rest}, *more, **start)
     return arms
 
 

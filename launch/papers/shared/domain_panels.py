@@ -1,45 +1,96 @@
-"""Panels of losses by domain, which the reports on mixtures share."""
+"""Panels of losses and loads by domain, which the reports on mixtures share."""
 
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.shared.domains import MEAN, DomainRuns
-from launch.plots import panels
+from launch.papers.shared.domains import DomainRuns
+from launch.papers.shared.loads import LOAD_BOUND, ROUTERS, choices, largest_loads
+from launch.plots import heat_maps, panels
 
 
-def excess_bars(
-    results: DomainRuns,
-    arms: Mapping[str, str],
-    *,
-    score: str = MEAN,
-    label: Callable[[str], str] | None = None,
-) -> Any:
-    """Returns a figure of the losses of arms with intervals and dots for seeds; None without any of the arms.
-
-    There are bars over the entropy where it is known; elsewhere zero means nothing, and there are points.
+def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:
+    """Returns a figure of a score of arms: a row each with the mean and a dot for each seed; None without any of them.
 
     Args:
       results: of a part.
       arms: arm -> colour; missing ones are not drawn.
       score: of results.
-      label: arm -> its name; results.label if None.
     """
-    shown = {arm: results.values(arm, score) for arm in arms if results.values(arm, score).size}
-    if not shown:
+    rows = [
+        (
+            results.label(arm),
+            list(values),
+            {"value": values.mean(), "low": np.nan, "high": np.nan},
+            c,
+        )
+        for arm, c in arms.items()
+        if (values := results.values(arm, score)).size
+    ]
+    if not rows:
         return None
-    floor = results.floor(score)
-    figure, (axes,) = panels.panels(1, (1.6 + 0.5 * len(shown), 5.0))
-    for i, (arm, values) in enumerate(shown.items()):
-        if floor is None:
-            panels.point(axes, i, values, 0.85, arms[arm])
-        else:
-            panels.bar(axes, i, values - floor, 0.85, arms[arm])
-    labels = [(label or results.label)(arm) for arm in shown]
-    axes.set_xticks(range(len(shown)), labels, rotation=40, ha="right", fontsize=8)
-    over = "" if floor is None else " over the entropy"
-    axes.set_ylabel(f"{score}{over}, nats per token")
+    figure, (axes,) = panels.panels(1, (7.5, 1.1 + 0.28 * len(rows)))
+    panels.paired(axes, rows)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel(f"{score}, nats per token")
+    return figure
+
+
+def load_dots(results: DomainRuns, arms: Mapping[str, str]) -> Any:
+    """Returns a figure of the largest load of every router and layer by seed, a panel for each layer; None without any."""
+    loads = {}  # (arm, router) -> [seed, layer]
+    for arm in arms:
+        for router in ROUTERS:
+            tables = [choices(row, router) for row in results.find(arm).values()]
+            if measured := [largest_loads(table) for table in tables if table is not None]:
+                loads[arm, router] = np.array(measured)
+    if not loads:
+        return None
+    layers = next(iter(loads.values())).shape[1]
+    figure, every = panels.panels(
+        layers, (3.2 + 2.6 * layers, 1.2 + 0.26 * len(loads)), share_y=True
+    )
+    for layer, axes in enumerate(every):
+        rows = []
+        for (arm, router), loads_NL in loads.items():
+            values = loads_NL[:, layer]
+            top = " (top-1)" if router in results.top_1(arm) else ""
+            label = f"{results.label(arm)}: {ROUTERS[router]}{top}"
+            mean = {"value": values.mean(), "low": np.nan, "high": np.nan}
+            rows.append((label, list(values), mean, arms[arm]))
+        panels.paired(axes, rows)
+        axes.grid(axis="x", alpha=0.25)
+        axes.axvline(LOAD_BOUND, color="black", ls="--", lw=1)
+        axes.set(xlim=(0, 1), xlabel="largest load", title=f"layer {layer}")
+    return figure
+
+
+def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]]) -> Any:
+    """Returns a figure of first choices: a row for each (arm, router), a column for each layer; None without any."""
+    tables = [
+        (f"{results.label(arm)}, {ROUTERS[router]} router", arm, np.mean([*by_seed.values()], 0))
+        for arm, router in shown
+        if (by_seed := results.choices(arm, router))
+    ]
+    if not tables:
+        return None
+    domains = list(results.domains)
+    experts = max(chosen_LDE.shape[-1] for _, _, chosen_LDE in tables)
+    layers = len(tables[0][2])
+    figure, axes = heat_maps.grid(len(tables), layers, (len(domains), experts))
+    for line, (title, arm, chosen_LDE) in zip(axes, tables, strict=True):
+        names = results.experts(arm, chosen_LDE.shape[-1])
+        for layer, (one, matrix_DE) in enumerate(zip(line, chosen_LDE, strict=True)):
+            heat_maps.draw(
+                one,
+                matrix_DE,
+                domains,
+                names,
+                title=f"{textwrap.fill(title, 9 * experts)}\nlayer {layer}",
+                row_names=one is line[0],
+            )
     return figure
 
 
@@ -51,9 +102,9 @@ def curve(
     style: Mapping[str, Any],
     *,
     scale: float = 1.0,
-    label: str = "",
+    less: float = 0.0,
 ) -> None:
-    """Draws the mean loss over seeds against the step times `scale`, the seeds as thin lines.
+    """Draws the mean loss over seeds, less a constant, against the step times `scale`; the seeds as thin lines.
 
     At the steps at which all of the arm's runs were evaluated.
     """
@@ -64,8 +115,8 @@ def curve(
     if not all(values.size for values in by_step):
         return
     at = scale * np.array(steps, float)
-    values_SN = np.array(by_step)
-    axes.plot(at, values_SN.mean(1), lw=2, ms=3, label=label or results.label(arm), **style)
+    values_SN = np.array(by_step) - less
+    axes.plot(at, values_SN.mean(1), lw=2, ms=3, label=results.label(arm), **style)
     thin = {**style, "marker": ""}
     for column in values_SN.T if values_SN.shape[1] > 1 else ():
         axes.plot(at, column, lw=0.5, alpha=0.4, **thin)

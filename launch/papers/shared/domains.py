@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from launch.papers.shared import page, results, sweeps
+from launch.papers.shared import loads, page, results, sweeps
 from launch.papers.shared.claim import Measure
 from launch.papers.shared.results import named
 
@@ -21,7 +21,7 @@ _KEYS = (
     *("run", "arm", "seed", "parents", "step", "tokens", "tokens_total", "flops", "seconds"),
     *("evaluations", "digest"),
 )
-PARTS = {"synthetic": "generated domains", "real": "real ones"}
+PARTS = {"synthetic": "generated domains"}
 HELD_OUT = "held_out"
 _INTRO = "Losses are of held-out text, in nats per token."
 
@@ -131,6 +131,27 @@ class DomainRuns(results.Results):
         if evaluation == HELD_OUT:
             return set(self.domains) <= set(held_out(row))
         return bool(row["evaluations"].get(evaluation))
+
+    def top_1(self, arm: str) -> Sequence[str]:
+        """Returns the kinds of routers of an arm, of loads.ROUTERS, that choose one expert for each token."""
+        del arm
+        return ()
+
+    def degenerate(self, row: Mapping[str, Any]) -> str:
+        return loads.collapsed(row, self.top_1(row["arm"])) if row.get("tokens") else ""
+
+    def choices(self, arm: str, router: str = "mlp") -> dict[int, np.ndarray]:
+        """Returns `loads.choices` of an arm's runs on all domains by seed: [layer, domain, expert]."""
+        tables = {
+            seed: loads.choices(row, router, self.domains) for seed, row in self.find(arm).items()
+        }
+        return {seed: table for seed, table in tables.items() if table is not None}
+
+    def experts(self, arm: str, count: int) -> list[str]:
+        """Returns the names of an arm's experts, numbers if they are not known."""
+        measured = self.evaluation(arm, loads.ROUTING)
+        names = measured[0]["experts"] if measured else []
+        return list(names) if len(names) == count else [f"expert {i}" for i in range(count)]
 
     def evaluation(self, arm: str, name: str) -> list[Any]:
         """Returns the results of an evaluation of an arm, of the seeds that have it."""
@@ -271,7 +292,7 @@ def report(
         tables=lambda results: [
             line
             for name, one in swept(results).items()
-            for line in _table(f"All arms, {name}", one, shown)
+            for line in (*_table(f"All arms, {name}", one, shown), *loads.table(name, one))
         ],
         **settings,
     )

@@ -37,6 +37,25 @@ def test_vectors_are_less_the_mean_and_of_length_one(tmp_path):
     np.testing.assert_array_equal(plain.vectors(), [[1, 0]])
 
 
+def test_vectors_of_another_length_come_back_and_those_that_are_added_have_it(tmp_path):
+    path = tmp_path / "x.json"
+    first = raws(a=[3, 0], b=[0, 1], c=[0, -1])
+    unit = domain_embeddings.create(path, {"kind": "ngrams"}, first)
+    made = domain_embeddings.create(path, {"kind": "ngrams"}, first, length=24.0)
+    np.testing.assert_allclose(made.vectors(), 24 * unit.vectors(), rtol=1e-6)
+    domain_embeddings.write(made)
+    more = domain_embeddings.extend(domain_embeddings.read(path), raws(d=[1, 5]))
+    assert more.length == 24.0
+    np.testing.assert_allclose(more.vectors(["d"]), [[0, 24]], atol=1e-6)
+    content = json.loads(path.read_text())
+    del content["length"]  # as older files, whose vectors have length 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(EmbeddingsError, match="do not have length 1"):
+        domain_embeddings.read(path)
+    with pytest.raises(EmbeddingsError, match="--length=0 must be positive"):
+        domain_embeddings.create(path, {"kind": "ngrams"}, first, length=0.0)
+
+
 def test_a_file_comes_back_and_what_is_added_changes_nothing_old(tmp_path):
     rng = np.random.default_rng(0)
     first = raws(**{name: rng.normal(size=7) for name in "abc"})
@@ -162,7 +181,7 @@ def test_a_histogram_is_that_of_pairs_that_are_counted():
 
 @pytest.mark.parametrize("dim", [64, 1024])
 def test_related_domains_are_nearest(dim):
-    encoder, names = ngrams(dim=dim), list(lag_domains.DOMAINS)
+    encoder, names = ngrams(dim=dim), list(lag_domains.LAGS)
     found = {}
     for name in names:
         texts = lag_domains.LagSource(name, 1000, 0, length=64).texts("train")

@@ -9,7 +9,7 @@ import pytest
 
 from data import tasks
 from data.nexus import lag_domains
-from data.nexus.lag_domains import DOMAINS, SUCCESSORS, SYMBOLS, Domain
+from data.nexus.lag_domains import DOMAINS, KIN, LAGS, SUCCESSORS, SYMBOLS, Domain
 from data.stream import stream
 from data.tokenizers import vocabularies
 
@@ -33,7 +33,7 @@ def losses(domain, found_NT):
     return -np.log(probability_NT)
 
 
-@pytest.mark.parametrize("name", DOMAINS)
+@pytest.mark.parametrize("name", [*LAGS, "kin_b40", "kin_ab"])
 def test_the_floor_is_the_loss_of_the_true_model(name):
     loss_NT = losses(DOMAINS[name], documents(DOMAINS[name]))
     floor_T = lag_domains.entropies(DOMAINS[name])
@@ -82,13 +82,31 @@ def test_copies_and_successors_are_as_often_as_said():
     assert np.abs(first - 1 / 48).max() < 4.5 * np.sqrt(1 / 48 / len(found_NT))
 
 
+def shared(one, other):
+    """Share of equal rows of two domains' tables."""
+    return (DOMAINS[one].successors_VK == DOMAINS[other].successors_VK).all(1).mean()
+
+
+def test_families_have_graded_tables_one_lag_and_nothing_in_common():
+    kin = [name for name in KIN if name != "kin_ab"]
+    assert len(kin) == 12
+    for family in ("kin_a", "kin_b", "kin_c", "kin_d"):
+        assert shared(family, f"{family}70") == pytest.approx(0.7, abs=0.02)
+        assert shared(family, f"{family}40") == pytest.approx(0.4, abs=0.02)
+    for one, other in itertools.combinations(kin, 2):
+        assert (shared(one, other) > 0) == (one[:5] == other[:5])
+        assert (DOMAINS[one].lag == DOMAINS[other].lag) == (one[:5] == other[:5])
+    assert shared("kin_a", "kin_ab") == shared("kin_b", "kin_ab") == 0.5
+    assert DOMAINS["kin_ab"].lag == DOMAINS["kin_a"].lag
+
+
 def test_two_tables_are_related_and_no_others():
-    assert len(DOMAINS) == 8
-    assert collections.Counter(d.lag for d in DOMAINS.values()).most_common(1)[0][1] == 1
+    assert len(LAGS) == 8
+    assert collections.Counter(d.lag for d in LAGS.values()).most_common(1)[0][1] == 1
     for domain in DOMAINS.values():
         assert {len(set(row)) for row in domain.successors_VK.tolist()} == {4}
         np.testing.assert_allclose(domain.table_VV.sum(1), 1)
-    for one, other in itertools.combinations(DOMAINS, 2):
+    for one, other in itertools.combinations(LAGS, 2):
         equal = (DOMAINS[one].successors_VK == DOMAINS[other].successors_VK).all(1)
         assert equal.sum() == (34 if {one, other} == {"lag_4", "lag_5"} else 0)
 
@@ -115,7 +133,7 @@ def test_a_document_fills_a_row_and_the_floor_counts_what_the_loss_does(tmp_path
     assert batch["decoder_loss_weights"].shape == (8, 64)
     assert (batch["decoder_loss_weights"] == 1).all()  # the first symbol among them
     train = {
-        t for name in DOMAINS for t in lag_domains.LagSource(name, 64, 0, length=64).texts("train")
+        t for name in LAGS for t in lag_domains.LagSource(name, 64, 0, length=64).texts("train")
     }
     rows = batch["decoder_target_tokens"].tolist()
     assert all(vocabulary.decode(row) in train for row in rows)

@@ -40,7 +40,8 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
     found = json.loads(files["r.json"].read_text())
     assert files["r.png"].read_bytes()[1:4] == b"PNG"
     shown = capsys.readouterr().out
-    assert "router of attention" in shown and " code\n" in shown and "files" in shown
+    assert "router of attention, layer 0" in shown and " code\n" in shown and "files" in shown
+    assert shown.count("largest load, all tasks in equal parts: ") == 2  # two routers
 
     # The first layer's attention router reads normed embeddings of what the model is fed.
     step = step_dir.resolve(mixture)
@@ -114,16 +115,20 @@ def test_routers_of_alternating_layers_stand_in_the_models_order():
     assert [layer[0] for layer in shares["mlp"]] == [0.0, 0.1, 0.2, 0.3]
 
 
-def test_the_figure_has_a_matrix_for_each_router_and_layer_and_their_mean():
+def test_the_table_has_the_loads_of_each_layer():
+    layers = [[0.5, 0.5], [0.03, 0.97]]
+    tables = {task: {"mlp": layers} for task in ("a", "b")}
+    shown = routing.table({"domains": tables, "chosen": tables, "experts": ["seed", "code"]})
+    loads = [line for line in shown.splitlines() if line.startswith("largest load")]
+    assert [line[-5:] for line in loads] == ["0.500", "0.970"]
+
+
+def test_the_figure_has_a_matrix_for_each_router_and_layer():
     two = [[0.5, 0.5], [0.2, 0.8]]
     domains = {task: {"mlp": two, "attention": two} for task in ("a", "b")}
     drawn = routing.figure(domains, ["seed", "code"])
     titles = [axes.get_title() for axes in drawn.axes]
-    assert titles[:3] == [
-        "FFN router, mean of layers",
-        "FFN router, layer 0",
-        "FFN router, layer 1",
-    ]
-    assert len(titles) == 6 and titles[3].startswith("attention router")
+    assert titles[:2] == ["FFN router, layer 0", "FFN router, layer 1"]
+    assert len(titles) == 4 and titles[2].startswith("attention router")
     labels = [text.get_text() for text in drawn.axes[0].get_xticklabels()]
     assert labels == ["seed", "code"]

@@ -64,6 +64,18 @@ def test_help_shows_the_encoders_at_once():
     assert "--domain four=task:lag_4" in done.stdout and "sentence-transformers" in done.stdout
 
 
+def test_vectors_may_stay_uncentred_or_be_lengthened_in_a_new_file_alone(embed):
+    made = embed("--dim=32", "--mean=none", "--length=17", names=("law", "code"))
+    assert not made.mean_M.any() and made.length == 17.0
+    np.testing.assert_allclose(np.linalg.norm(made.vectors(), axis=1), 17.0, rtol=1e-6)
+    raw_M = made.domains["law"].raw_M
+    np.testing.assert_allclose(
+        made.vectors(["law"])[0], 17 * raw_M / np.linalg.norm(raw_M), rtol=1e-5
+    )
+    assert "are of a new file" in embed("--mean=none", names=("sea",), extend=True)
+    assert embed(names=("sea",), extend=True).length == 17.0
+
+
 def test_files_are_embedded_and_extended_with_the_settings_they_began_with(embed, capsys):
     made = embed("--dim=32", "--order=1", "--seed=3", names=("law", "code"))
     assert made.encoder == {

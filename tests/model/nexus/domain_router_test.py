@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from model.bam.moa import MixtureOfAttention
 from model.config import TransformerConfig
@@ -15,7 +16,7 @@ from model.mlp import GatedMlp
 from model.moe import moe, routing
 from model.moe.moe import MoeMlp
 from model.moe.router_scale import down_std
-from model.nexus.domain_router import DomainRouter, expert_vectors, random_directions
+from model.nexus.domain_router import DomainRouter, expert_vectors, level, random_directions
 from model.transformer import Block, Transformer
 from trainers.recipe import Recipe
 
@@ -179,6 +180,100 @@ def test_logits_begin_with_the_deviation_that_is_asked_for(domain_dim):
     found = router.init_with_output(jax.random.key(2), x)[0]
     assert 0.08 < float(found.std()) < 0.12
     assert down_std(domain_dim, width, 0.2) == pytest.approx(2 * down_std(domain_dim, width, 0.1))
+
+
+def cosines(vectors_ED):
+    vectors_ED = np.asarray(vectors_ED, np.float64)
+    unit_ED = vectors_ED / np.linalg.norm(vectors_ED, axis=-1, keepdims=True)
+    return (unit_ED @ unit_ED.T)[np.triu_indices(len(unit_ED), 1)]
+
+
+def graded_domains(rng, *, dim, count=16):
+    """Directions on an arc around a common one: their cosines are positive and fall with their distance."""
+    angles = np.linspace(0, np.pi / 2, count)[:, None]
+    plane = np.linalg.qr(rng.normal(size=(dim, 3)))[0].T
+    on_arc = np.cos(angles) * plane[:1] + np.sin(angles) * plane[1:2]
+    return on_arc + 1.2 * plane[2:] + 0.02 * rng.normal(size=(count, dim))
+
+
+@pytest.mark.parametrize(
+    ("centred", "length", "low", "high"),
+    [(False, 1.0, 0.9, 1.0), (True, 1.0, -1.0, 0.3), (True, 24.0, 0.5, 0.9)],
+)
+def test_the_order_of_similarities_survives_a_new_projection_unless_unit_vectors_are_centred(
+    centred, length, low, high
+):
+    """A projection of short vectors is even: opposite ones come to lie together. Of long ones similar pairs keep it."""
+    dim, width, rng = 64, 256, np.random.default_rng(0)
+    rhos = []
+    for _ in range(5):
+        domains_EM = graded_domains(rng, dim=dim)
+        domains_EM -= domains_EM.mean(0, keepdims=True) if centred else 0.0
+        domains_EM *= length / np.linalg.norm(domains_EM, axis=-1, keepdims=True)
+        shapes = {"gate": (dim, width), "up": (dim, width), "down": (width, width)}
+        router = {
+            name: {"kernel": rng.normal(0, shape[0] ** -0.5, shape)}
+            for name, shape in shapes.items()
+        }
+        vectors_ED = expert_vectors(router, domains_EM)
+        rhos.append(stats.spearmanr(cosines(domains_EM), cosines(vectors_ED)).statistic)
+    assert low <= np.mean(rhos) <= high, rhos
+
+
+def test_subtracting_the_mean_of_the_old_vectors_from_every_one_changes_no_gate(params):
+    """Not even the new expert's: a softmax has no level."""
+    vectors_ED = expert_vectors(params, params["domains"])
+    states = np.asarray(X_BTD, np.float64)
+    moved_ED = vectors_ED - vectors_ED[:-1].mean(0, keepdims=True)
+    before, after = (jax.nn.softmax(jnp.asarray(states @ e.T)) for e in (vectors_ED, moved_ED))
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+def test_levelling_moves_the_later_experts_alone(params):
+    levelled, plain = (
+        jax.jit(make_router(levelled=n).apply)({"params": params}, X_BTD) for n in (3, None)
+    )
+    np.testing.assert_allclose(levelled[..., :3], plain[..., :3], rtol=1e-5, atol=1e-5)
+    old, new = jax.nn.softmax(plain[..., :3]), jax.nn.softmax(levelled)
+    np.testing.assert_allclose(new[..., :3], old * (1 - new[..., 3:]), atol=1e-6)
+    assert np.abs(levelled[..., 3] - plain[..., 3]).max() > 1e-2
+    for n in (EXPERTS, 9):  # there is no later one
+        same = jax.jit(make_router(levelled=n).apply)({"params": params}, X_BTD)
+        np.testing.assert_allclose(same, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_levelled_vector_is_an_affine_combination_of_the_first_ones_as_far_from_their_mean():
+    rng = np.random.default_rng(0)
+    vectors_ED = jnp.asarray(rng.normal(size=(7, 20)), jnp.float32)
+    found_ED = np.asarray(jax.jit(level, static_argnums=1)(vectors_ED, 5), np.float64)
+    np.testing.assert_array_equal(found_ED[:5], vectors_ED[:5])
+    first_ND, apart_ND = found_ED[:5], found_ED[:5] - found_ED[:5].mean(0)
+    length = np.linalg.norm(apart_ND, axis=-1).mean()
+    for later_D, before_D in zip(found_ED[5:], np.asarray(vectors_ED[5:], np.float64), strict=True):
+        moved_D = later_D - first_ND.mean(0)
+        assert np.linalg.norm(moved_D) == pytest.approx(length, rel=1e-4)
+        weights_N, *_ = np.linalg.lstsq(apart_ND.T, moved_D, rcond=None)
+        np.testing.assert_allclose(apart_ND.T @ weights_N, moved_D, atol=1e-4)
+        want_N, *_ = np.linalg.lstsq(apart_ND.T, before_D - first_ND.mean(0), rcond=None)
+        want_D = apart_ND.T @ want_N
+        np.testing.assert_allclose(moved_D, length * want_D / np.linalg.norm(want_D), atol=1e-4)
+
+
+def test_a_levelled_router_has_finite_gradients(params):
+    router = make_router(levelled=3)
+    grads = jax.jit(jax.grad(lambda p: router.apply({"params": p}, X_BTD).sum()))(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert np.abs(grads["down"]["kernel"]).max() > 0
+
+
+def test_logits_of_long_embeddings_begin_with_the_deviation_that_is_asked_for():
+    width, dim, rng = 64, 64, np.random.default_rng(0)
+    domains_EM = rng.normal(size=(32, dim))
+    domains_EM *= 24 / np.linalg.norm(domains_EM, axis=-1, keepdims=True)
+    std = {"gate": dim**-0.5, "up": dim**-0.5, "down": down_std(dim, width, 0.1, 24.0)}
+    router = {name: {"kernel": rng.normal(0, x, (width, width))} for name, x in std.items()}
+    found = rng.normal(size=(512, width)) @ expert_vectors(router, domains_EM).T
+    assert 0.08 < found.std() < 0.12
 
 
 def mixture(**attention):

@@ -319,6 +319,21 @@ def test_an_untrained_mean_of_two_extended_is_that_of_three(make, extend, branch
         np.testing.assert_array_equal(arrays(three)[path], arrays(want)[path])
 
 
+def test_a_levelled_expert_has_the_same_parameters_and_another_logit(
+    make, extend, branches, capsys
+):
+    two, math = make(), f"math={branches.folders[3]}"
+    plain = extend(two, "--add", math, to="plain")
+    levelled = extend(two, "--add", math, "--level", to="levelled")
+    assert_equal(arrays(levelled), arrays(plain))
+    want = logits(*loaded(plain))
+    assert np.abs(logits(*loaded(levelled)) - want).max() > 1e-4
+    linear = make(router="linear")
+    assert extend(linear, "--add", math, "--level", to="linear3") == 2
+    assert "is no projection: remove --level" in capsys.readouterr().err
+    assert extend(plain, "--remove", "math", "--level", to="without") == 2
+
+
 def test_an_expert_that_no_token_chooses_changes_nothing_and_taken_away_leaves_what_was(
     make, extend, branches, capsys
 ):
