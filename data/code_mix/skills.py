@@ -2,7 +2,7 @@
 
   knowledge   facts about invented people: a few frequent, most of them rare
   reasoning   problems in words: shift, reverse or sort the digits of an operand
-  code        calls of the same procedures
+  code        calls of the same procedures: their results, however they are worked out
 
 Operands of problems are held out: their digits occur in no training document of any source.
 """
@@ -21,6 +21,7 @@ HELD_OUT = 0.2  # share of all operands
 NUM_PEOPLE = 32
 SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
 FORMS = 2  # wordings of a fact
+RARE = ", rare case"  # ends the kind of problems with a case that careless programs forget
 
 _RELATIONS = ("home", "food", "pet")
 _VALUES = 16  # number of values of each relation
@@ -39,15 +40,18 @@ class Problem:
     """A prompt with its right continuation."""
 
     prompt: str  # the beginning of a document
-    answer: str  # the right continuation; after the answer to a call, its states may follow
+    answer: str  # the right continuation; of a call, its right end: the working may come before it
     skill: str  # one of SKILLS
-    # the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent)
+    # the procedure, and whether its operand has a case that careless programs forget ('sort', 'sort, rare case'); for a
+    # fact, its quarter by frequency in text ('quarter 1' is the most frequent)
     kind: str
+    working: int = 0  # characters of the working before the answer
 
     def answered(self, continuation: str) -> bool:
-        """Returns whether a continuation up to EOS is the answer."""
+        """Returns whether a continuation up to EOS is the answer, or ends in it after the working of a call."""
         if self.skill == "code":
-            continuation = continuation.partition(procedures.STATES)[0]
+            _, sign, value = continuation.rpartition(procedures.RESULT)
+            continuation = sign + value
         return continuation == self.answer
 
 
@@ -114,8 +118,16 @@ def problems(skill: str) -> list[Problem]:
             for n, fact in enumerate(known)
             for form in range(FORMS)
         ]
-    operations = itertools.product(procedures.PROCEDURES, held_out_operands())
+    return [
+        _operation(skill, name, operand)
+        for name, operand in itertools.product(procedures.PROCEDURES, held_out_operands())
+    ]
+
+
+def _operation(skill: str, name: str, operand: str) -> Problem:
+    kind = name if procedures.is_plain(name, operand) else f"{name}{RARE}"
     if skill == "reasoning":
-        return [Problem(*posed(name, operand), skill, name) for name, operand in operations]
-    calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
-    return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]
+        return Problem(*posed(name, operand), skill, kind)
+    called, sign, result = procedures.call(name, operand).partition(procedures.RESULT)
+    working = len(procedures.trace(name, operand)) - len(called + sign + result)
+    return Problem(called, sign + result, skill, kind, working)

@@ -5,7 +5,7 @@ Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
   python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
 
 Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; the whole answer
-must match. No training document has these operands.
+must match, of a call the result at its end. No training document has these operands.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
             loaded.model,
             loaded.params,
             Settings(
-                max_new_tokens=1 + max(len(problem.answer) for problem in problems),
+                max_new_tokens=1 + max(p.working + len(p.answer) for p in problems),
                 eos_ids=loaded.eos_ids,
                 num_ids=loaded.vocabulary.vocab_size,
             ),
@@ -82,7 +82,7 @@ def score(problems: Sequence["Problem"], continuations: Sequence[str]) -> dict[s
     """Returns {skill: {"exact", "problems", "by_kind": {kind: exact}}}, with shares of right answers.
 
     The kinds of knowledge are quarters of the facts, the most frequent facts first; the kinds of other skills are
-    procedures.
+    procedures, each apart on the operands that careless programs get wrong.
     """
     right: dict[str, dict[str, list[bool]]] = {}
     for problem, continuation in zip(problems, continuations, strict=True):
