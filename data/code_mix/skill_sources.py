@@ -90,8 +90,7 @@ class _Writer:
         name, operand = self._drawn()
         if self._rng.random() >= WORKED:
             return "".join(skills.posed(name, operand))
-        written = [written for _, written in procedures.states(name, operand)]
-        return f"{name} {operand} step by step: {', '.join(written)}."
+        return "".join(skills.worked(name, operand))
 
     def _filler(self) -> str:
         """Returns words whose syllables are drawn from a Markov chain."""

@@ -23,6 +23,8 @@ SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
 FORMS = 2  # wordings of a fact
 RARE = ", rare case"  # ends the kind of problems with a case that careless programs forget
 
+NUM_WORKED, NUM_RECALLED = 50, 50  # operands and facts of `instructions`
+
 _RELATIONS = ("home", "food", "pet")
 _VALUES = 16  # number of values of each relation
 _FACT = ("the {relation} of {person} is ", "{person} has the {relation} ")
@@ -98,6 +100,26 @@ def posed(name: str, operand: str) -> tuple[str, str]:
     """Returns a problem in words and its answer."""
     result = procedures.PROCEDURES[name].result(operand)
     return _PROBLEM[name].format(operand=operand), f"{result}."
+
+
+def worked(name: str, operand: str) -> tuple[str, str]:
+    """Returns a problem in words that asks for its steps, and the steps."""
+    written = (written for _, written in procedures.states(name, operand))
+    return f"{name} {operand} step by step: ", f"{', '.join(written)}."
+
+
+def instructions() -> list[Problem]:
+    """Returns 200 prompts in words whose answers may be partly right; they do not depend on the seed.
+
+    Three in four ask for the steps of a problem with a held-out operand, the others for one of the frequent facts.
+    """
+    operands = held_out_operands()[:NUM_WORKED]
+    steps = [
+        Problem(*worked(name, operand), "reasoning", name)
+        for operand in operands
+        for name in procedures.PROCEDURES
+    ]
+    return steps + problems("knowledge")[::FORMS][:NUM_RECALLED]
 
 
 def problems(skill: str) -> list[Problem]:

@@ -52,10 +52,24 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
       LoadError: the run was not trained on documents of data/code_mix/skills.py.
     """
     from data.code_mix import skills
+
+    problems = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
+    return score(problems, _continued(checkpoint, problems, params))
+
+
+def answers(checkpoint: str, *, params: str = "auto") -> list[str]:
+    """Returns the answers of a checkpoint to `data.code_mix.skills.instructions`; arguments as of `evaluate`."""
+    from data.code_mix import skills
+
+    return _continued(checkpoint, skills.instructions(), params)
+
+
+def _continued(checkpoint: str, problems: Sequence["Problem"], params: str) -> list[str]:
+    """Returns the greedy continuation of each problem's prompt."""
+    from data.code_mix import skills
     from trainers.decoding.decoder import Decoder
     from trainers.decoding.settings import Settings
 
-    problems = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as loaded:
         encode, decode = loaded.vocabulary.encode, loaded.vocabulary.decode
         if getattr(loaded.vocabulary, "symbols", None) != skills.SYMBOLS:
@@ -75,7 +89,7 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
             sharding=loaded.row_sharding,
         )
         continuations = decoder([loaded.context(encode(problem.prompt)) for problem in problems])
-    return score(problems, [decode(continuation.tokens) for continuation in continuations])
+    return [decode(continuation.tokens) for continuation in continuations]
 
 
 def score(problems: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
