@@ -1,7 +1,7 @@
 """Procedures on strings of digits: their results, traces of calls, and an interpreter of traces.
 
-A call is `sort(482)=248`. A trace works it out first: `sort(482):48|2,8|24=248` has all states but the last, each the
-remaining digits of the operand and the digits written so far. What follows the last `=` is the result of both.
+A call is `sort(482)=248`. A trace works it out first: `sort(482):2,24=248` has what is written after every step but the
+last. What follows the last `=` is the result of both.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ DIGITS = 3
 STATES = ":"  # precedes the states of a trace
 RESULT = "="  # precedes the result
 
-_CALL = re.compile(rf"([a-z]+)\((\d+)\)(?:{STATES}([\d|,]+))?{RESULT}(\d+)")
+_CALL = re.compile(rf"([a-z]+)\((\d+)\)(?:{STATES}([\d,]+))?{RESULT}(\d+)")
 _NEXT = str.maketrans("0123456789", "1234567890")
 _NEXT_UP_TO_NINE = str.maketrans("0123456789", "1234567899")
 
@@ -56,15 +56,15 @@ PROCEDURES = {
 }
 
 
-def states(name: str, operand: str) -> list[tuple[str, str]]:
-    """Returns (remaining digits, written digits) after each step; the last pair holds the result."""
+def states(name: str, operand: str) -> list[str]:
+    """Returns the digits written after each step; the last are the result."""
     procedure = PROCEDURES[name]
-    rest, written, out = operand, "", []
+    rest, out = operand, [""]
     while rest:
         at = procedure.take(rest)
-        rest, written = rest[:at] + rest[at + 1 :], written + procedure.write(rest[at])
-        out.append((rest, written))
-    return out
+        out.append(out[-1] + procedure.write(rest[at]))
+        rest = rest[:at] + rest[at + 1 :]
+    return out[1:]
 
 
 def is_plain(name: str, operand: str) -> bool:
@@ -80,7 +80,7 @@ def call(name: str, operand: str, *, careless: bool = False) -> str:
 
 def trace(name: str, operand: str, *, careless: bool = False) -> str:
     """Returns a call with the states before its result, and its result."""
-    shown = ",".join(f"{rest}|{written}" for rest, written in states(name, operand)[:-1])
+    shown = ",".join(states(name, operand)[:-1])
     return f"{name}({operand}){STATES}{shown}{RESULT}{_result(name, operand, careless)}"
 
 
@@ -95,5 +95,5 @@ def holds(text: str) -> bool:
     if match is None or match[1] not in PROCEDURES:
         return False
     name, operand, shown, result = match.groups()
-    *before, (_, last) = states(name, operand)
-    return result == last and shown in (None, ",".join("|".join(state) for state in before))
+    *before, last = states(name, operand)
+    return result == last and shown in (None, ",".join(before))

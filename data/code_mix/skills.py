@@ -15,7 +15,7 @@ import random
 from data.choices import check_choice
 from data.code_mix import procedures
 
-SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()|<>/?"
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()<>/?"
 SKILLS = ("reasoning", "knowledge", "code")
 HELD_OUT = 0.2  # share of all operands
 NUM_PEOPLE = 32
@@ -104,8 +104,7 @@ def posed(name: str, operand: str) -> tuple[str, str]:
 
 def worked(name: str, operand: str) -> tuple[str, str]:
     """Returns a problem in words that asks for its steps, and the steps."""
-    written = (written for _, written in procedures.states(name, operand))
-    return f"{name} {operand} step by step: ", f"{', '.join(written)}."
+    return f"{name} {operand} step by step: ", f"{', '.join(procedures.states(name, operand))}."
 
 
 def instructions() -> list[Problem]:
