@@ -1,7 +1,7 @@
 """Procedures on strings of digits: their results, traces of calls, and an interpreter of traces.
 
-A call is `sort(482)=248`. A trace adds all states before the result, each the remaining digits of the operand
-and the digits written so far: `sort(482)=248:48|2,8|24`.
+A call is `sort(482)=248`. A trace works it out first: `sort(482):2,24=248` has what is written after every step but the
+last. What follows the last `=` is the result of both.
 """
 
 import dataclasses
@@ -10,18 +10,28 @@ from collections.abc import Callable
 
 DIGITS = 3
 STATES = ":"  # precedes the states of a trace
+RESULT = "="  # precedes the result
 
-_CALL = re.compile(r"([a-z]+)\((\d+)\)=(\d+)(?::([\d|,]+))?")
+_CALL = re.compile(rf"([a-z]+)\((\d+)\)(?:{STATES}([\d,]+))?{RESULT}(\d+)")
 _NEXT = str.maketrans("0123456789", "1234567890")
+_NEXT_UP_TO_NINE = str.maketrans("0123456789", "1234567899")
 
 
 @dataclasses.dataclass(frozen=True)
 class Procedure:
-    """Two definitions of a procedure: a function for calls, and steps for states of traces."""
+    """Two definitions of a procedure: a function for calls, and steps for states of traces.
 
-    result: Callable[[str], str]  # operand -> result
-    take: Callable[[str], int]  # remaining digits -> index of the digit that the next step takes
-    write: Callable[[str], str]  # the taken digit -> the digit that the step writes
+    Attributes:
+      result: operand -> result.
+      take: remaining digits -> index of the digit that the next step takes.
+      write: the taken digit -> the digit that the step writes.
+      careless: operand -> result of a program that forgets a case; right for other operands.
+    """
+
+    result: Callable[[str], str]
+    take: Callable[[str], int]
+    write: Callable[[str], str]
+    careless: Callable[[str], str]
 
 
 PROCEDURES = {
@@ -29,34 +39,54 @@ PROCEDURES = {
         lambda operand: operand.translate(_NEXT),
         lambda rest: 0,
         lambda digit: str((int(digit) + 1) % 10),
+        lambda operand: operand.translate(_NEXT_UP_TO_NINE),  # nine has no next digit
     ),
-    "reverse": Procedure(lambda operand: operand[::-1], lambda rest: len(rest) - 1, str),
+    "reverse": Procedure(
+        lambda operand: operand[::-1],
+        lambda rest: len(rest) - 1,
+        str,
+        lambda operand: operand[::-1].lstrip("0") or "0",  # a number has no zeros before it
+    ),
     "sort": Procedure(
-        lambda operand: "".join(sorted(operand)), lambda rest: rest.index(min(rest)), str
+        lambda operand: "".join(sorted(operand)),
+        lambda rest: rest.index(min(rest)),
+        str,
+        lambda operand: "".join(sorted(set(operand))),  # a digit occurs once
     ),
 }
 
 
-def states(name: str, operand: str) -> list[tuple[str, str]]:
-    """Returns (remaining digits, written digits) after each step; the last pair holds the result."""
+def states(name: str, operand: str) -> list[str]:
+    """Returns the digits written after each step; the last are the result."""
     procedure = PROCEDURES[name]
-    rest, written, out = operand, "", []
+    rest, out = operand, [""]
     while rest:
         at = procedure.take(rest)
-        rest, written = rest[:at] + rest[at + 1 :], written + procedure.write(rest[at])
-        out.append((rest, written))
-    return out
+        out.append(out[-1] + procedure.write(rest[at]))
+        rest = rest[:at] + rest[at + 1 :]
+    return out[1:]
 
 
-def call(name: str, operand: str) -> str:
+def is_plain(name: str, operand: str) -> bool:
+    """Returns whether the operand has none of the cases that careless programs forget."""
+    procedure = PROCEDURES[name]
+    return procedure.careless(operand) == procedure.result(operand)
+
+
+def call(name: str, operand: str, *, careless: bool = False) -> str:
     """Returns a call with its result."""
-    return f"{name}({operand})={PROCEDURES[name].result(operand)}"
+    return f"{name}({operand}){RESULT}{_result(name, operand, careless)}"
 
 
-def trace(name: str, operand: str) -> str:
-    """Returns a call with its result and the states before the result."""
-    shown = ",".join(f"{rest}|{written}" for rest, written in states(name, operand)[:-1])
-    return f"{call(name, operand)}{STATES}{shown}"
+def trace(name: str, operand: str, *, careless: bool = False) -> str:
+    """Returns a call with the states before its result, and its result."""
+    shown = ",".join(states(name, operand)[:-1])
+    return f"{name}({operand}){STATES}{shown}{RESULT}{_result(name, operand, careless)}"
+
+
+def _result(name: str, operand: str, careless: bool) -> str:
+    procedure = PROCEDURES[name]
+    return (procedure.careless if careless else procedure.result)(operand)
 
 
 def holds(text: str) -> bool:
@@ -64,6 +94,6 @@ def holds(text: str) -> bool:
     match = _CALL.fullmatch(text)
     if match is None or match[1] not in PROCEDURES:
         return False
-    name, operand, result, shown = match.groups()
-    *before, (_, last) = states(name, operand)
-    return result == last and shown in (None, ",".join("|".join(state) for state in before))
+    name, operand, shown, result = match.groups()
+    *before, last = states(name, operand)
+    return result == last and shown in (None, ",".join(before))

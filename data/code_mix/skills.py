@@ -2,7 +2,7 @@
 
   knowledge   facts about invented people: a few frequent, most of them rare
   reasoning   problems in words: shift, reverse or sort the digits of an operand
-  code        calls of the same procedures
+  code        calls of the same procedures: their results, however they are worked out
 
 Operands of problems are held out: their digits occur in no training document of any source.
 """
@@ -15,12 +15,15 @@ import random
 from data.choices import check_choice
 from data.code_mix import procedures
 
-SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()|<>/?"
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()<>/?"
 SKILLS = ("reasoning", "knowledge", "code")
 HELD_OUT = 0.2  # share of all operands
 NUM_PEOPLE = 32
 SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
 FORMS = 2  # wordings of a fact
+RARE = ", rare case"  # ends the kind of problems with a case that careless programs forget
+
+NUM_WORKED, NUM_RECALLED = 50, 50  # operands and facts of `instructions`
 
 _RELATIONS = ("home", "food", "pet")
 _VALUES = 16  # number of values of each relation
@@ -39,15 +42,18 @@ class Problem:
     """A prompt with its right continuation."""
 
     prompt: str  # the beginning of a document
-    answer: str  # the right continuation; after the answer to a call, its states may follow
+    answer: str  # the right continuation; of a call, its right end: the working may come before it
     skill: str  # one of SKILLS
-    # the procedure; for a fact, its quarter by frequency in text ('quarter 1' is the most frequent)
+    # the procedure, and whether its operand has a case that careless programs forget ('sort', 'sort, rare case'); for a
+    # fact, its quarter by frequency in text ('quarter 1' is the most frequent)
     kind: str
+    working: int = 0  # characters of the working before the answer
 
     def answered(self, continuation: str) -> bool:
-        """Returns whether a continuation up to EOS is the answer."""
+        """Returns whether a continuation up to EOS is the answer, or ends in it after the working of a call."""
         if self.skill == "code":
-            continuation = continuation.partition(procedures.STATES)[0]
+            _, sign, value = continuation.rpartition(procedures.RESULT)
+            continuation = sign + value
         return continuation == self.answer
 
 
@@ -96,6 +102,25 @@ def posed(name: str, operand: str) -> tuple[str, str]:
     return _PROBLEM[name].format(operand=operand), f"{result}."
 
 
+def worked(name: str, operand: str) -> tuple[str, str]:
+    """Returns a problem in words that asks for its steps, and the steps."""
+    return f"{name} {operand} step by step: ", f"{', '.join(procedures.states(name, operand))}."
+
+
+def instructions() -> list[Problem]:
+    """Returns 200 prompts in words whose answers may be partly right; they do not depend on the seed.
+
+    Three in four ask for the steps of a problem with a held-out operand, the others for one of the frequent facts.
+    """
+    operands = held_out_operands()[:NUM_WORKED]
+    steps = [
+        Problem(*worked(name, operand), "reasoning", name)
+        for operand in operands
+        for name in procedures.PROCEDURES
+    ]
+    return steps + problems("knowledge")[::FORMS][:NUM_RECALLED]
+
+
 def problems(skill: str) -> list[Problem]:
     """Returns the problems that test a skill; they do not depend on the seed.
 
@@ -114,8 +139,16 @@ def problems(skill: str) -> list[Problem]:
             for n, fact in enumerate(known)
             for form in range(FORMS)
         ]
-    operations = itertools.product(procedures.PROCEDURES, held_out_operands())
+    return [
+        _operation(skill, name, operand)
+        for name, operand in itertools.product(procedures.PROCEDURES, held_out_operands())
+    ]
+
+
+def _operation(skill: str, name: str, operand: str) -> Problem:
+    kind = name if procedures.is_plain(name, operand) else f"{name}{RARE}"
     if skill == "reasoning":
-        return [Problem(*posed(name, operand), skill, name) for name, operand in operations]
-    calls = [(name, procedures.call(name, x).partition("=")) for name, x in operations]
-    return [Problem(call + sign, result, skill, name) for name, (call, sign, result) in calls]
+        return Problem(*posed(name, operand), skill, kind)
+    called, sign, result = procedures.call(name, operand).partition(procedures.RESULT)
+    working = len(procedures.trace(name, operand)) - len(called + sign + result)
+    return Problem(called, sign + result, skill, kind, working)

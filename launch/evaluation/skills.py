@@ -5,7 +5,7 @@ Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
   python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
 
 Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; the whole answer
-must match. No training document has these operands.
+must match, of a call the result at its end. No training document has these operands.
 """
 
 import argparse
@@ -52,10 +52,24 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
       LoadError: the run was not trained on documents of data/code_mix/skills.py.
     """
     from data.code_mix import skills
+
+    problems = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
+    return score(problems, _continued(checkpoint, problems, params))
+
+
+def answers(checkpoint: str, *, params: str = "auto") -> list[str]:
+    """Returns the answers of a checkpoint to `data.code_mix.skills.instructions`; arguments as of `evaluate`."""
+    from data.code_mix import skills
+
+    return _continued(checkpoint, skills.instructions(), params)
+
+
+def _continued(checkpoint: str, problems: Sequence["Problem"], params: str) -> list[str]:
+    """Returns the greedy continuation of each problem's prompt."""
+    from data.code_mix import skills
     from trainers.decoding.decoder import Decoder
     from trainers.decoding.settings import Settings
 
-    problems = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as loaded:
         encode, decode = loaded.vocabulary.encode, loaded.vocabulary.decode
         if getattr(loaded.vocabulary, "symbols", None) != skills.SYMBOLS:
@@ -67,7 +81,7 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
             loaded.model,
             loaded.params,
             Settings(
-                max_new_tokens=1 + max(len(problem.answer) for problem in problems),
+                max_new_tokens=1 + max(p.working + len(p.answer) for p in problems),
                 eos_ids=loaded.eos_ids,
                 num_ids=loaded.vocabulary.vocab_size,
             ),
@@ -75,14 +89,14 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
             sharding=loaded.row_sharding,
         )
         continuations = decoder([loaded.context(encode(problem.prompt)) for problem in problems])
-    return score(problems, [decode(continuation.tokens) for continuation in continuations])
+    return [decode(continuation.tokens) for continuation in continuations]
 
 
 def score(problems: Sequence["Problem"], continuations: Sequence[str]) -> dict[str, Any]:
     """Returns {skill: {"exact", "problems", "by_kind": {kind: exact}}}, with shares of right answers.
 
     The kinds of knowledge are quarters of the facts, the most frequent facts first; the kinds of other skills are
-    procedures.
+    procedures, each apart on the operands that careless programs get wrong.
     """
     right: dict[str, dict[str, list[bool]]] = {}
     for problem, continuation in zip(problems, continuations, strict=True):

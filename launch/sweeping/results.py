@@ -39,7 +39,8 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
 def result_row(folder: SweepFolder, planned: Planned, plan: Sequence[Planned]) -> dict[str, Any]:
     """Returns the row of a finished run in results.jsonl; empty if a run that it descends from is missing.
 
-    `tokens` and `epochs` (of each source) are those of this run alone, and 0 if it is `made`. With the suffix `_total`
+    `tokens` (positions of its batches), `loss_tokens` (without padding) and `epochs` (of each
+    source) are those of this run alone, and 0 if it is `made`. With the suffix `_total`
     they include all `parents`, the runs that it descends from, nearest first: for a mixture, the seed and all branches,
     each counted once. `made_of` has the runs in a made run's command. `held_out` has the last evaluation's metrics by
     task.

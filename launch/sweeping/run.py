@@ -125,6 +125,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
         "checkpoint": str(checkpoint.relative_to(folder.path)) if checkpoint else None,
         "held_out": {},
         "tokens": 0,
+        "loss_tokens": 0,
         "epochs": {},
     }
 
@@ -197,6 +198,8 @@ def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) ->
     positions = meta.get("initial", {}).get("positions")
     opened = stream(positions=positions) if positions else stream()
     before, after = opened.epochs(first_batch), opened.epochs(meta["data_step"])
+    sources = opened.summary().get("sources", {})
+    read = {name: after[name] - before[name] for name in after}
     rows = metric_rows.read_rows(directory)
     evaluated = any(key.startswith("eval/") for row in rows for key in row)
     return {
@@ -204,7 +207,10 @@ def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) ->
         "checkpoint": str(checkpoint.relative_to(folder.path)),
         "held_out": metric_rows.last_evaluation(entry.name, rows)["domains"] if evaluated else {},
         "tokens": (step - first_step) * entry.tokens_per_step,
-        "epochs": {name: round(after[name] - before[name], 6) for name in after},
+        "loss_tokens": round(
+            sum(n * sources.get(name, {}).get("tokens", 0) for name, n in read.items())
+        ),
+        "epochs": {name: round(n, 6) for name, n in read.items()},
     }
 
 

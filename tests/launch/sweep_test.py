@@ -644,6 +644,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_runs_by_hand(train, tiny, co
         row = rows[name]
         (by_hand,) = (r for r in read_jsonl(f"{hand[name]}/metrics.jsonl") if KEY in r)
         assert (row["step"], row["tokens"], row["evaluations"]) == (step, tokens, {"step": step})
+        assert 0.7 * tokens < row["loss_tokens"] <= tokens  # without padding
         assert row["held_out"]["licence"]["loss"] == by_hand[KEY]
     assert rows["longer"]["start"] == {"initial_scope": "state"}
     assert rows["longer"]["parents"] == ["base/seed3"]

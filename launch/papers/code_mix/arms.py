@@ -6,31 +6,44 @@ from typing import Any
 
 import pandas as pd
 
+from data.code_mix.skills import RARE
 from launch.evaluation.suites import scores as suite_scores
 from launch.papers.code_mix.suite import SUITE
 from launch.papers.shared import results
 
 GROUPS = ("reasoning", "knowledge", "code")
-PLACES = {"skills": "generated text", "packages": "installed packages"}
-_MAIN = "width64"  # else the first size
+PLAIN = "code without rare cases"
+PLACES = {"skills": "generated text"}
+_LEARNED = 0.02  # of exact match: a model without any skill above it has learned nothing
 
 
 class Results(results.Results):
-    """Runs of a part, as `measure.run` returns them. A score is exact match of a group, or bits per byte of a task."""
+    """Runs of a part, as `measure.run` returns them.
 
-    shows_differences = False
+    A score is exact match of a group, bits per byte of a task, or the wins over another arm in judged answers.
+    """
 
     @property
     def main(self) -> str | None:
-        """The size at which arms are compared."""
-        return _MAIN if _MAIN in self.sizes else next(iter(self.sizes), None)
+        """The size at which arms are compared: the first."""
+        return next(iter(self.sizes), None)
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         bits = {task: values.get("bits_per_byte") for task, values in row["held_out"].items()}
-        return {**bits, **_by_group(row["evaluations"])}
+        judged = row.get("judged", {})
+        won = {wins(arm): one["win"] - one["loss"] for arm, one in judged.items()}
+        itself = {wins(row["arm"]): 0.0} if judged else {}
+        return {**bits, **won, **itself, **_by_group(row["evaluations"])}
 
     def lower_is_better(self, score: str) -> bool:
-        return score not in GROUPS
+        return score in self.domains
+
+    def limits(self, score: str) -> tuple[float, float] | None:
+        return (0.0, 1.0) if score in GROUPS else None
+
+    def degenerate(self, row: Mapping[str, Any]) -> str:
+        scores = [value for value in _by_group(row["evaluations"]).values() if value is not None]
+        return "it has learned no skill" if scores and max(scores) <= _LEARNED else ""
 
     def digits(self, score: str) -> int:
         return 3
@@ -71,13 +84,21 @@ class Results(results.Results):
 def _by_group(evaluations: Mapping[str, Any]) -> Mapping[str, float | None]:
     """Returns exact match of skills, or means of the groups' benchmarks; None where some are missing."""
     if "skills" in evaluations:
-        return {group: float(evaluations["skills"][group]["exact"]) for group in GROUPS}
+        found = evaluations["skills"]
+        plain = [exact for kind, exact in found["code"]["by_kind"].items() if RARE not in kind]
+        exact = {group: float(found[group]["exact"]) for group in GROUPS}
+        return {**exact, PLAIN: sum(plain) / len(plain)}
     scores: dict[str, float] = {}
-    for values in evaluations.values():
+    for values in (one for one in evaluations.values() if isinstance(one, Mapping)):
         scores |= {name: one["score"] for name, one in values.get("benchmarks", {}).items()}
         if "pass_at_k" in values:
             scores[values["problems"]] = values["pass_at_k"]["1"]
     return dict(suite_scores.means(SUITE, scores)[0])
+
+
+def wins(arm: str) -> str:
+    """Returns the score that is the share of judged prompts won against an arm, less the share lost."""
+    return f"wins over {arm_name(arm)}"
 
 
 def arm_name(name: str) -> str:

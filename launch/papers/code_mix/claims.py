@@ -1,213 +1,257 @@
 """The claims of code_mix on small models and how each is measured.
 
-Arms of the same seed share their initialisation, their documents and their problems, so that they are
-compared in pairs.
+Arms of the same seed share their initialisation, their documents and their problems, so that they are compared in
+pairs. What is so by construction is no claim: text alone shows no calls, and code alone neither facts nor words.
 """
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from launch.papers.code_mix.arms import GROUPS, Results, arm_name
-from launch.papers.code_mix.sweep import SHARES
-from launch.papers.shared.claim import Claim, Evidence, RequiredClaim
-from launch.papers.shared.results import compare, sign_test
-from launch.plots.intervals import significant
+from launch.papers.code_mix.arms import GROUPS, PLAIN, Results, wins
+from launch.papers.code_mix.sweep import PHASES, SHARES
+from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from launch.papers.shared.results import compare
 
-TEXT_DOMAINS, CODE_DOMAINS = ("english", "docstrings"), ("python", "cpp")
-_SHARE_ERROR = 0.005  # of tokens: the remainder that a batch cannot be divided into
+SHARE_ERROR = 0.005  # of tokens: the remainder that a batch cannot be divided into
+TOKEN_ERROR = 0.005  # of tokens: a batch in each phase
+NO_WORSE = LOSS = 0.03  # of exact match
+_WITH_CODE = [share for share in SHARES if share]
 _STARTS = ("balanced_to_text", "code_to_text")
-_OTHERS = ("text_only", *_STARTS)
 _COOLDOWN, _WITHOUT_CODE = (f"balanced_to_text_cooldown{x}" for x in ("", "_without_code"))
 
 
-def mixtures(runs: Results, where: str) -> list[Evidence]:
-    """Compares the shares of tokens that were read with those that were configured."""
-    errors = {
-        row["run"]: max(abs(row["asked"][s] - row["read"].get(s, 0.0)) for s in row["asked"])
-        for row in runs.rows
-    }
-    if not errors:
-        return []
-    worst = max(errors, key=lambda run: errors[run])
-    words = f"of {len(errors)} runs, the largest error of a share is {errors[worst]:.4f} ({worst})"
-    return [Evidence(where, words, errors[worst] <= _SHARE_ERROR)]
+def mixtures(runs: Results, where: str) -> list[Effect]:
+    """Compares the shares of tokens that were read with those that were configured, and the tokens of arms that are compared."""
+    errors: dict[int, float] = {}
+    for row in runs.rows:
+        error = max(abs(row["asked"][s] - row["read"].get(s, 0.0)) for s in row["asked"])
+        errors[row["seed"]] = max(errors.get(row["seed"], 0.0), error)
+    exact: dict[str, Any] = {"where": where, "digits": 4, "exact": True}
+    out = [_exact("largest error of a source's share of tokens", errors, SHARE_ERROR, exact)]
+    for arms in PHASES:
+        tokens = {arm: runs.find(arm) for arm in arms}
+        spread = {
+            seed: max(read) / min(read) - 1
+            for seed in runs.seeds
+            if len(read := [at[seed]["loss_tokens_total"] for at in tokens.values() if seed in at])
+            > 1
+        }
+        what = f"spread of the tokens with a loss that arms have read, {arms[0].replace('_', ' ')} and others"
+        out.append(_exact(what, spread, TOKEN_ERROR, exact))
+    return [effect for effect in out if effect.by_seed]
 
 
-def _curve(runs: Results, group: str) -> np.ndarray:
-    """Returns scores by share of code: [share, seed]."""
-    return np.array(runs.paired(group, *(f"share_{share}" for share in SHARES)))
+def _exact(
+    what: str, by_seed: Mapping[int, float], below: float, more: Mapping[str, Any]
+) -> Effect:
+    return Effect(what=what, by_seed=by_seed, below=below, **more)
 
 
-def _in_words(runs: Results, group: str) -> str:
-    shown = zip(SHARES, _curve(runs, group), strict=True)
-    means = [f"{share} % {runs.mean(row, group)}" for share, row in shown]
-    return f"{group} by share of code: {', '.join(means)}"
+def of_shares(
+    group: str,
+    shares: Sequence[int],
+    what: str,
+    values: Callable[[np.ndarray], np.ndarray],
+) -> Measure:
+    """Returns a measure of how a score depends on the share of code; `values` makes a number by seed of [share, seed]."""
+    arms = [f"share_{share}" for share in shares]
 
-
-def rises(runs: Results, where: str) -> list[Evidence]:
-    """Tests whether code improves with its share."""
-    curve = _curve(runs, "code")
-    if not curve.size:
-        return []
-    steps = np.diff(curve, axis=0).ravel()
-    means = curve.mean(axis=1)
-    falling = [f"{SHARES[i]} to {SHARES[i + 1]} %" for i in np.flatnonzero(np.diff(means) < 0)]
-    words = f"{_in_words(runs, 'code')}; neighbours: {sign_test(steps)}"
-    fall = f"the mean falls from {', '.join(falling)}" if falling else "no mean falls"
-    return [Evidence(where, words, significant(steps)), Evidence(where, fall, not falling)]
-
-
-def collapses(runs: Results, where: str) -> list[Evidence]:
-    """Measures how much knowledge is left without text."""
-    curve = _curve(runs, "knowledge")
-    if not curve.size:
-        return []
-    losses = curve[:-1] - curve[-1]
-    left = curve[-1].mean() / max(curve[0].mean(), 1e-9)
-    words = f"{_in_words(runs, 'knowledge')}; 100 % keeps {left:.1%} of what 0 % knows; {sign_test(losses)}"
-    return [Evidence(where, words, bool(left <= 0.2) and significant(losses))]
-
-
-def interior(runs: Results, where: str) -> list[Evidence]:
-    """Tests whether a share of code in between is best for reasoning."""
-    curve = _curve(runs, "reasoning")
-    if not curve.size:
-        return []
-    best = int(curve.mean(axis=1).argmax())
-    gaps = [curve[best] - curve[end] for end in (0, -1)]
-    words = f"{_in_words(runs, 'reasoning')}; best at {SHARES[best]} %: {sign_test(gaps[0])} than at 0 %"
-    inside = 0 < best < len(SHARES) - 1 and all(significant(gap) for gap in gaps)
-    return [Evidence(where, words, inside)]
-
-
-def widths(runs: Results, where: str) -> list[Evidence]:
-    """Compares the gains of knowledge and reasoning from a larger model."""
-    out = []
-    for arm in ("balanced_only", "balanced_to_text"):
-        gains = []
-        for group in ("knowledge", "reasoning"):
-            wide, narrow = runs.paired(group, (arm, "width96"), (arm, "width48"))
-            gains.append(wide - narrow)
-        if len(gains[0]):
-            knowledge, reasoning = (runs.mean(gain, "") for gain in gains)
-            more = gains[0] - gains[1]
-            words = (
-                f"{arm_name(arm)}, from width 48 to 96: knowledge gains {knowledge}, reasoning "
-                f"{reasoning}; {sign_test(more)}"
+    def measure(runs: Results, where: str) -> list[Effect]:
+        if not runs.has(*arms):
+            return []
+        scores = [runs.scores(arm, group) for arm in arms]
+        seeds = sorted(set.intersection(*(set(one.index) for one in scores)))
+        curve_SN = np.array([one[seeds] for one in scores])
+        means = zip(shares, curve_SN.mean(axis=1), strict=True)
+        return [
+            Effect(
+                where=where,
+                what=what,
+                by_seed=dict(zip(map(int, seeds), map(float, values(curve_SN)), strict=True)),
+                above=0.0,
+                note=f"{group} by share: " + ", ".join(f"{s} % {mean:.3f}" for s, mean in means),
+                unmet=runs.unmet(group, *arms),
             )
-            out.append(Evidence(where, words, significant(more)))
-    return out
+        ]
+
+    return measure
+
+
+def _slope(curve_SN: np.ndarray) -> np.ndarray:
+    return np.polyfit(np.array(_WITH_CODE) / 100, curve_SN, 1)[0]
+
+
+def _bend(curve_SN: np.ndarray) -> np.ndarray:
+    none, some, most = curve_SN
+    return 0.5 * (none - most) - (none - some)
+
+
+def verified(runs: Results, where: str) -> list[Effect]:
+    """Compares verified with web code of as many tokens."""
+    effects = runs.gain(where, "code", "synth", "share_100")
+    plain = runs.paired(PLAIN, "synth", "share_100")
+    if not effects or not plain[0].size:
+        return effects
+    synth, web = (values.mean() for values in plain)
+    note = f"{effects[0].note}; {PLAIN}: synth {synth:.3f}, share 100 {web:.3f}"
+    return [dataclasses.replace(effects[0], note=note)]
 
 
 CLAIMS = (
     RequiredClaim(
         "C0",
-        "Sources are read with the configured shares of tokens",
-        f"each to {100 * _SHARE_ERROR} % of a run's tokens, as its schedule deals them",
-        {"skills": [mixtures], "packages": [mixtures]},
+        "Sources are read with the configured shares of tokens, and arms that are compared read as many tokens",
+        f"shares to {SHARE_ERROR:.1%} of a run's tokens, tokens with a loss to {TOKEN_ERROR:.1%}",
+        {"skills": [mixtures]},
     ),
     RequiredClaim(
         "C1a",
-        "Of all recipes, text and code in equal parts to the end is best at code",
-        "better than each other recipe: exact match of code, bits per byte of Python and C++",
-        {
-            "skills": [compare("code", *(("balanced_only", other) for other in _OTHERS))],
-            "packages": [
-                compare(domain, *(("balanced_only", other) for other in _OTHERS))
-                for domain in CODE_DOMAINS
-            ],
-        },
+        "Text and code in equal parts to the end is better at code than text after code or after both",
+        "better exact match of code than each of the two",
+        {"skills": [compare("code", *(("balanced_only", other) for other in _STARTS))]},
+        paper="9.0 against 4.8 (balanced → text) and 4.1 (code → text)",
     ),
     Claim(
         "C1b",
         "Text after code or after both is better at reasoning than text alone",
-        "better exact match of problems in words",
+        "better exact match of problems in words, of as many tokens",
         {"skills": [compare("reasoning", *((start, "text_only") for start in _STARTS))]},
+        paper="53.0 (balanced → text) and 53.3 (code → text) against 49.0",
     ),
     Claim(
         "C1c",
-        "A balanced start costs no knowledge beside a start from code",
-        "code → text is not better",
-        {"skills": [compare("knowledge", _STARTS, no_worse=True)]},
-    ),
-    Claim(
-        "C1d",
-        "Text after code or after both is better at text than text alone (not a claim of the paper)",
-        "better bits per byte of prose and docstrings",
-        {
-            "packages": [
-                compare(domain, *((start, "text_only") for start in _STARTS))
-                for domain in TEXT_DOMAINS
-            ]
-        },
+        "A balanced start leaves more knowledge than a start from code",
+        "better exact match of facts after the second phase",
+        {"skills": [compare("knowledge", _STARTS)]},
+        paper="9.9 against 9.5",
     ),
     RequiredClaim(
         "C2a",
         "The more code, the better at code",
-        "of neighbouring shares the larger is better, all neighbours tested together; no mean falls",
-        {"skills": [rises]},
+        "the slope over all shares of code but 0 is positive",
+        {
+            "skills": [
+                of_shares("code", _WITH_CODE, "slope of code in its share, from 0 to 1", _slope)
+            ]
+        },
+        paper="linear in its share, 2.6 times as much at 100 % as at 25 %",
     ),
     RequiredClaim(
         "C2b",
-        "Without text there is no knowledge",
-        "100 % code keeps a fifth at most of what text alone knows, and less than any other share",
-        {"skills": [collapses]},
+        "Knowledge falls with the share of code",
+        f"75 % code costs more than {LOSS} of exact match, beside none and beside 25 %",
+        {
+            "skills": [
+                compare("knowledge", *((f"share_{s}", "share_75") for s in (0, 25)), above=LOSS)
+            ]
+        },
+        paper="-3.4 % at 25 % code, -31 % at 75 %, -86 % at 100 %",
     ),
     Claim(
         "C2c",
-        "Some code beside text is better at reasoning than none and than code alone",
-        "the best share lies between, and is better than both ends",
-        {"skills": [interior]},
+        "Some code beside text is better at reasoning than none",
+        "better exact match of problems in words at 25 % and at 50 % code",
+        {"skills": [compare("reasoning", ("share_25", "share_0"), ("share_50", "share_0"))]},
+        paper="+3.4 % at 25 % code",
+    ),
+    Claim(
+        "C2d",
+        "Knowledge falls slowly at first and then fast",
+        "25 % code costs less than half of what 75 % costs",
+        {
+            "skills": [
+                of_shares(
+                    "knowledge",
+                    (0, 25, 75),
+                    "half of what 75 % code costs knowledge, less what 25 % costs",
+                    _bend,
+                )
+            ]
+        },
+        paper="-3.4 % against -31 %",
     ),
     RequiredClaim(
         "C3a",
         "Verified code teaches more than noisy code, token by token",
         "better exact match of code",
-        {"skills": [compare("code", ("synth", "share_100"))]},
+        {"skills": [verified]},
+        paper="no such arm; as a tenth of the code +44.9 %",
     ),
     Claim(
         "C3b",
         "A little verified code helps: a tenth of the code",
-        "better with it: code alone; code and reasoning of the mix, and of text after it",
+        "better with it: code alone; code and reasoning of text after the mix",
         {
             "skills": [
                 compare("code", ("code_synth", "share_100")),
-                *(
-                    compare(group, ("balanced_synth", "share_50"))
-                    for group in ("code", "reasoning")
-                ),
                 *(
                     compare(group, ("balanced_synth_to_text", "balanced_to_text"))
                     for group in ("code", "reasoning")
                 ),
             ]
         },
+        paper="+44.9 % of code alone; +35 % and +2 % after text",
     ),
     Claim(
         "C3c",
         "Markup and code-adjacent text in place of code cost some code",
         "web code alone is better at code",
         {"skills": [compare("code", ("share_100", "code_markup"), ("share_100", "code_adjacent"))]},
+        paper="-15.7 % and -9.4 %",
     ),
     Claim(
         "C4a",
         "A cooldown with code is no worse than none",
-        "none is not better in any group",
+        f"at most {NO_WORSE} less exact match in each group",
         {
             "skills": [
-                compare(group, (_COOLDOWN, "balanced_to_text"), no_worse=True) for group in GROUPS
+                compare(group, (_COOLDOWN, "balanced_to_text"), above=-NO_WORSE) for group in GROUPS
             ]
         },
+        paper="+3.6 % reasoning, +10.1 % knowledge, +20 % code",
     ),
     Claim(
         "C4b",
         "It takes code in the cooldown to gain code",
-        "better exact match of code than without code",
-        {"skills": [compare("code", (_COOLDOWN, _WITHOUT_CODE))]},
+        f"better exact match of code than without code, which gains less than {NO_WORSE} over no cooldown",
+        {
+            "skills": [
+                compare("code", (_COOLDOWN, _WITHOUT_CODE)),
+                compare(
+                    "code",
+                    (_WITHOUT_CODE, "balanced_to_text"),
+                    above=-float("inf"),
+                    below=NO_WORSE,
+                ),
+            ]
+        },
+        paper="+20 % with code, 0 without",
     ),
     Claim(
-        "C5",
-        "A larger model gains more knowledge than reasoning",
-        "the gain in exact match from width 48 to 96 is better",
-        {"skills": [widths]},
+        "C5a",
+        "Answers of recipes with code are preferred to those of text alone",
+        "more prompts won than lost against text alone, by a judge that knows the right answers",
+        {
+            "skills": [
+                compare(
+                    wins("text_only"), *((arm, "text_only") for arm in ("balanced_only", *_STARTS))
+                )
+            ]
+        },
+        paper="code → text and balanced-only win 6.6 points more than they lose",
+    ),
+    Claim(
+        "C5b",
+        "After a cooldown with code answers are preferred to those before it",
+        "more prompts won than lost by balanced → text after its cooldown",
+        {
+            "skills": [
+                compare(wins("balanced_to_text"), (_COOLDOWN, "balanced_to_text")),
+            ]
+        },
+        paper="52.3 % won with code, 48.2 % without",
     ),
 )

@@ -1,9 +1,9 @@
 """What code in pre-training does for text, on generated text and code: all claims of code_mix.
 
-Recipes, proportions, kinds of code and cooldowns share the runs they start from; three arms are of other
-widths too. 27 runs for each seed, the number of seeds after a colon:
+Recipes, proportions, kinds of code and cooldowns share the runs they start from. 18 runs for each seed, of a minute
+on a core or less for each 2.4 million tokens; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/code_mix/sweep.py:3 --out runs/code_mix/skills --workers 2
+  python -m launch.sweep --sweep launch/papers/code_mix/sweep.py:5 --out runs/code_mix/skills --workers 2
 """
 
 import ml_collections
@@ -11,7 +11,8 @@ import ml_collections
 from launch.papers.shared import configs
 
 ARMS = "t5x_configs/experiments/code_mix/cpu/"
-SHARES = (0, 25, 50, 75, 90, 100)
+SHARES = (0, 25, 50, 75, 100)
+KINDS = ("code_markup", "code_adjacent", "code_synth", "synth", "balanced_synth")
 # Recipe -> what it starts from.
 RECIPES = {
     "text_only": None,
@@ -19,29 +20,36 @@ RECIPES = {
     "balanced_to_text": "share_50",
     "code_to_text": "code_markup",
 }
-WIDTHS = (48, 64, 96)
+# Arm -> (recipe, cooldown).
+COOLDOWNS = {
+    "text_only_cooldown": ("text_only", "with"),
+    "balanced_to_text_cooldown": ("balanced_to_text", "with"),
+    "balanced_to_text_cooldown_without_code": ("balanced_to_text", "without"),
+}
+# Arms that read as many tokens, earlier phases included, and are compared.
+PHASES = (
+    (*(f"share_{share}" for share in SHARES), *KINDS),
+    (*RECIPES, "balanced_synth_to_text"),
+    tuple(COOLDOWNS),
+)
+ANSWERS = "answers"  # the evaluation with the answers that are judged
+JUDGED = (*PHASES[1], *PHASES[2])
 
 
-def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
-    arms = {f"share_{share}": {} for share in SHARES}
-    arms |= {name: {} for name in ("code_markup", "code_adjacent", "code_synth", "synth")}
-    arms["balanced_synth"] = {}
-    arms |= {name: {"parent": parent} for name, parent in RECIPES.items() if parent}
-    arms |= {name: {} for name, parent in RECIPES.items() if not parent}
-    arms["balanced_synth_to_text"] = {"parent": "balanced_synth"}
-    for arm, settings in arms.items():
-        settings["gin_files"] = (f"{ARMS}{arm}.gin",)
-    for recipe in RECIPES:
-        arms[f"{recipe}_cooldown"] = _cooldown(recipe, "with")
-    arms["balanced_to_text_cooldown_without_code"] = _cooldown("balanced_to_text", "without")
-    scaled = ("share_50", "balanced_only", "balanced_to_text")
-    for arm, settings in arms.items():
-        settings["sizes"] = tuple(f"width{w}" for w in WIDTHS if w == 64 or arm in scaled)
-    sizes = {f"width{w}": {"bindings": (f"WIDTH={w}", f"MLP_WIDTH={3 * w}")} for w in WIDTHS}
-    skills = {"call": "launch.evaluation.skills:evaluate"}
-    arms = dict(sorted(arms.items()))
-    return configs.config(arms, seeds=seeds, sizes=sizes, evaluations={"skills": skills})
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    parents = {**dict.fromkeys(PHASES[0]), **RECIPES, "balanced_synth_to_text": "balanced_synth"}
+    files = {arm: (arm, parent) for arm, parent in parents.items()}
+    files |= {arm: (f"cooldown_{code}_code", of) for arm, (of, code) in COOLDOWNS.items()}
+    arms = {
+        arm: configs.arm(f"{ARMS}{file}.gin", parent=parent, evaluations=_evaluations(arm))
+        for arm, (file, parent) in sorted(files.items())
+    }
+    evaluations = {
+        "skills": {"call": "launch.evaluation.skills:evaluate"},
+        ANSWERS: {"call": "launch.evaluation.skills:answers"},
+    }
+    return configs.config(arms, seeds=seeds, evaluations=evaluations)
 
 
-def _cooldown(parent: str, code: str) -> dict:
-    return {"parent": parent, "gin_files": (f"{ARMS}cooldown_{code}_code.gin",)}
+def _evaluations(arm: str) -> tuple[str, ...]:
+    return ("skills", ANSWERS) if arm in JUDGED else ("skills",)

@@ -1,11 +1,12 @@
 """Low-rank training of a small character model: all claims of arXiv 2209.13569 on language.
 
-First values and ranks, decay of the factors and of their product at two learning rates, a warm start, and
-dense models that are as small as the factorised ones. 30 runs for each seed, of which a run is about a
-minute on one core; the number of seeds after a colon:
+First values and ranks, decay of the factors and of their product at two learning rates, warm starts, and the two rates
+trained for three times as long. 23 runs for each seed, of half a minute on one core; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/low_rank/sweep.py:3 --out runs/low_rank/lm --workers 2
+  python -m launch.sweep --sweep launch/papers/low_rank/sweep.py:5 --out runs/low_rank/lm --workers 2
 """
+
+import itertools
 
 import ml_collections
 
@@ -13,44 +14,39 @@ from launch.papers.shared import configs
 
 ARMS = "t5x_configs/experiments/low_rank/cpu/"
 INITS = ("he", "spectral", "spectral_ones")
-# Share of the smaller side of each matrix -> (WIDTH, MLP_WIDTH) of a dense model of as many parameters. The first is
-# what arms have that name no other.
-RANKS = {0.62: (64, 232), 0.3: (64, 43), 0.15: (40, 84)}
+RANKS = (0.62, 0.3)  # shares of the smaller side of each matrix
 MAIN = 0.62
 DECAYS = ("l2", "frobenius")
-WEIGHTS = ("1e-4", "1e-3", "1e-2")
+WEIGHTS = ("1e-3", "1e-2")
 RATES = {"full": 3e-3, "half": 1.5e-3}
+LONG = 4500  # updates
 
 
-def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
-    arms = {"dense": _arm("base")}
-    for rank, (width, mlp_width) in RANKS.items():
-        arms[narrow(rank)] = _arm("base", WIDTH=width, MLP_WIDTH=mlp_width)
-        arms |= {arm(init, rank): _arm("low_rank", FACTOR_INIT=init, RANK=rank) for init in INITS}
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    arms = {"dense": _arm("base"), "dense_half": _arm("base", LEARNING_RATE=RATES["half"])}
+    for rank, init in itertools.product(RANKS, INITS):
+        arms[arm(init, rank)] = _arm("low_rank", FACTOR_INIT=init, RANK=rank)
     arms[decayed("none", "half")] = _arm("low_rank", LEARNING_RATE=RATES["half"])
-    for kind in DECAYS:
-        for weight in WEIGHTS:
-            for rate, value in RATES.items():
-                settings = {"FACTOR_DECAY": kind, "FACTOR_DECAY_WEIGHT": float(weight)}
-                arms[decayed(kind, rate, weight)] = _arm(
-                    "low_rank", **settings, LEARNING_RATE=value
-                )
+    for kind, weight, rate in itertools.product(DECAYS, WEIGHTS, RATES):
+        settings = {"FACTOR_DECAY": kind, "FACTOR_DECAY_WEIGHT": float(weight)}
+        arms[decayed(kind, rate, weight)] = _arm("low_rank", **settings, LEARNING_RATE=RATES[rate])
+    for rate, value in RATES.items():
+        settings = {"TRAIN_STEPS": LONG, "EVAL_PERIOD": 750, "LEARNING_RATE": value}
+        arms[long(rate)] = _arm("low_rank", **settings)
     arms["dense_start"] = _arm("dense_start")
-    arms["warm_start"] = _arm("warm_start", parent="dense_start")
     ratio = {"RANK_RULE": "param_ratio"}
-    arms["spectral_ratio"] = _arm("low_rank", **ratio)
-    arms["warm_start_ratio"] = _arm("warm_start", parent="dense_start", **ratio)
+    for rate, value in RATES.items():
+        arms[ratio_arm(rate)] = _arm("low_rank", LEARNING_RATE=value, **ratio)
+        # The paper halves the rate of a warm start; the schedule is the dense start's.
+        scale = {"RATE_SCALE": value / RATES["full"]}
+        arms[warm(rate)] = _arm("warm_start", parent="dense_start", **scale)
+        arms[warm(rate, "_ratio")] = _arm("warm_start", parent="dense_start", **scale, **ratio)
     return configs.config(arms, seeds=seeds)
 
 
 def arm(init: str, rank: float = MAIN) -> str:
     """Returns the name of an arm without decay."""
-    return init if rank == MAIN else f"{init}_rank{_percent(rank)}"
-
-
-def narrow(rank: float) -> str:
-    """Returns the name of the dense arm with as many parameters as the factorised ones of a rank."""
-    return f"dense_narrow{_percent(rank)}"
+    return init if rank == MAIN else f"{init}_rank{round(100 * rank)}"
 
 
 def decayed(kind: str, rate: str, weight: str = "") -> str:
@@ -60,8 +56,19 @@ def decayed(kind: str, rate: str, weight: str = "") -> str:
     return f"spectral_{kind}_{rate}_{weight}"
 
 
-def _percent(rank: float) -> str:
-    return f"{round(100 * rank)}"
+def long(rate: str) -> str:
+    """Returns the name of an arm of spectral factors that is trained for longer."""
+    return f"spectral_long_{rate}"
+
+
+def ratio_arm(rate: str) -> str:
+    """Returns the name of an arm of spectral factors whose ranks are a share of the parameters."""
+    return "spectral_ratio" if rate == "full" else f"spectral_ratio_{rate}"
+
+
+def warm(rate: str, ranks: str = "") -> str:
+    """Returns the name of an arm that starts dense, with a rate after it; `ranks` is '_ratio' for those of `ratio_arm`."""
+    return f"warm_start{ranks}_{rate}"
 
 
 def _arm(file: str, *, parent: str | None = None, **macros: object) -> dict:

@@ -7,39 +7,33 @@ import gin
 import numpy as np
 import pytest
 
-from data.code_mix import skill_sources, skills
+from data import tasks
+from data.code_mix import procedures, skill_sources, skills
+from launch.config import gin_config
 from launch.evaluation import skills as evaluate_skills
-from launch.papers.code_mix import measure, page
-from launch.papers.code_mix.arms import Results
-from launch.papers.code_mix.sweep import SHARES
+from launch.papers.code_mix import judged, measure, page
+from launch.papers.code_mix.arms import PLAIN, Results, wins
+from launch.papers.code_mix.sweep import ANSWERS, JUDGED, PHASES, SHARES
 from launch.plots import intervals
 from launch.run import load_run
 from launch.sweeping import file
 
 SWEEP = "launch/papers/code_mix/sweep.py"
-PACKAGES = "launch/papers/code_mix/packages_sweep.py"
+FULL = "launch/papers/code_mix/full_sweep.py"
+FACTS = {"command": "a command", "versions": {"jax": "1"}}
 
 
 @pytest.fixture(autouse=True)
 def clean_gin():
     yield
     gin.clear_config(clear_constants=True)
+    tasks.clear()
 
 
 def test_students_interval_at_known_values():
     # The mean of 1, 2, 3 is 2, its standard error 1 / sqrt(3), and t of two degrees 4.3027.
     assert intervals.over_seeds([1, 2, 3]) == {"value": 2.0, "low": -0.4841, "high": 4.4841}
     assert intervals.over_seeds([0.25]) == {"value": 0.25, "low": 0.25, "high": 0.25}
-
-
-def test_a_sign_test_counts_the_outcomes_of_fair_coins():
-    assert intervals.sign_test([1.0, 2.0, 0.5]) == 1 / 8
-    assert intervals.sign_test([1.0, -2.0, 0.5]) == 4 / 8
-    assert intervals.sign_test([0.0, 1.0, 1.0]) == 4 / 8  # a tie is no win
-    assert intervals.sign_test([1] * 9 + [-1]) == 11 / 1024
-    assert intervals.significant([1, 1, 1]) and not intervals.significant([1, 1, 0])
-    assert intervals.significant([1] * 5) and intervals.significant([1] * 9 + [-1])
-    assert not intervals.significant([1] * 5 + [-1] * 2) and not intervals.significant([])
 
 
 def test_answers_are_scored_by_skill_and_kind():
@@ -54,30 +48,38 @@ def test_answers_are_scored_by_skill_and_kind():
     half[192:392] = ["?"] * 200  # the first procedure of three
     found = evaluate_skills.score(asked, half)
     assert found["knowledge"]["by_kind"] == {f"quarter {n}": 0.5 for n in (1, 2, 3, 4)}
-    assert found["code"]["by_kind"] == {"shift": 0.0, "reverse": 1.0, "sort": 1.0}
+    by_kind = found["code"]["by_kind"]
+    assert by_kind["shift"] == by_kind["shift, rare case"] == 0.0
+    assert by_kind["sort"] == by_kind["reverse, rare case"] == 1.0
     assert found["code"]["exact"] == 0.6667
 
 
+def test_a_model_that_copies_careless_programs_is_right_in_plain_cases_alone():
+    asked = skills.problems("code")
+    copied = [
+        "=" + procedures.PROCEDURES[one.kind.partition(",")[0]].careless(one.prompt[-4:-1])
+        for one in asked
+    ]
+    found = evaluate_skills.score(asked, copied)
+    assert 0.7 < found["code"]["exact"] < 0.85
+    runs = Results([{**row("a"), "evaluations": {"skills": {**SKILLS, **found}}}])
+    assert runs.values("a", PLAIN).tolist() == [1.0]
+
+
+SKILLS = {group: {"exact": 0.5, "by_kind": {"sort": 0.5}} for group in ("reasoning", "knowledge")}
 # Scores (reasoning, knowledge, code) with which all claims hold, by arm.
 ALL_HOLD = {
     **{
         f"share_{share}": scores
         for share, scores in zip(
             SHARES,
-            [
-                (0.2, 0.6, 0.0),
-                (0.4, 0.5, 0.3),
-                (0.5, 0.4, 0.4),
-                (0.4, 0.2, 0.5),
-                (0.2, 0.1, 0.6),
-                (0, 0, 0.7),
-            ],
+            [(0.2, 0.6, 0.0), (0.4, 0.57, 0.3), (0.5, 0.5, 0.4), (0.4, 0.3, 0.5), (0, 0, 0.6)],
             strict=True,
         )
     },
-    "code_markup": (0, 0, 0.6),
-    "code_adjacent": (0, 0, 0.65),
-    "code_synth": (0, 0, 0.75),
+    "code_markup": (0, 0, 0.5),
+    "code_adjacent": (0, 0, 0.55),
+    "code_synth": (0, 0, 0.65),
     "synth": (0, 0, 0.9),
     "balanced_synth": (0.55, 0.4, 0.5),
     "text_only": (0.4, 0.8, 0.0),
@@ -86,65 +88,46 @@ ALL_HOLD = {
     "code_to_text": (0.6, 0.7, 0.6),
     "balanced_synth_to_text": (0.75, 0.8, 0.6),
     "text_only_cooldown": (0.45, 0.85, 0.1),
-    "balanced_only_cooldown": (0.6, 0.75, 0.7),
     "balanced_to_text_cooldown": (0.72, 0.85, 0.6),
-    "code_to_text_cooldown": (0.6, 0.75, 0.6),
     "balanced_to_text_cooldown_without_code": (0.72, 0.85, 0.5),
 }
-BITS = {
-    "text_only": (2.0, 3.5),
-    "balanced_only": (2.2, 2.5),
-    "balanced_to_text": (1.9, 2.8),
-    "code_to_text": (1.95, 2.9),
-}
 
 
-def rows(scores=ALL_HOLD, seeds=3):
-    """Rows of the sweep as `measure.run` has them, each seed a little different."""
+def rows(scores=ALL_HOLD, seeds=5):
+    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
     out = []
+    rng = np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
-        width = int(run.size.removeprefix("width"))
-        reasoning, knowledge, code = np.array(scores[run.arm]) + 0.001 * run.seed
-        exact = (reasoning, knowledge + (width - 64) / 200, code)
-        out.append(
-            _row(run)
-            | {
-                "evaluations": {
-                    "skills": {
-                        group: {"exact": float(value)}
-                        for group, value in zip(
-                            ("reasoning", "knowledge", "code"), exact, strict=True
-                        )
-                    }
-                },
+        noise = 0.001 * run.seed + 0.001 * rng.normal()
+        found = {
+            group: {"exact": float(value + noise), "by_kind": {"sort": float(value + noise)}}
+            for group, value in zip(
+                ("reasoning", "knowledge", "code"), scores[run.arm], strict=True
+            )
+        }
+        evaluations = {"skills": found} | ({ANSWERS: 200} if run.arm in JUDGED else {})
+        out.append(row(run.arm, run.seed) | {"evaluations": evaluations, "judged": {}})
+        if run.arm in JUDGED:
+            out[-1]["judged"] = {
+                other: {"win": 0.3 + won, "tie": 0.4 - won, "loss": 0.3}
+                for other in JUDGED
+                for won in [sum(scores[run.arm]) / 4 - sum(scores[other]) / 4 + noise]
+                if other != run.arm
             }
-        )
     return out
 
 
-def package_rows():
-    return [
-        _row(run)
-        | {
-            "evaluations": {},
-            "held_out": {
-                domain: {"bits_per_byte": BITS[run.arm][domain in ("python", "cpp", "markup")]}
-                for domain in ("english", "docstrings", "python", "cpp", "markup")
-            },
-        }
-        for run in file.read(PACKAGES)
-    ]
-
-
-def _row(run):
+def row(arm, seed=10):
+    phase = next((n for n, arms in enumerate(PHASES, 1) if arm in arms), 1)
     return {
-        "run": run.name,
-        "arm": run.arm,
-        "size": run.size,
-        "seed": run.seed,
+        "run": f"{arm}/seed{seed}",
+        "arm": arm,
+        "size": None,
+        "seed": seed,
         "parents": [],
         "tokens": 1000,
-        "tokens_total": 1000,
+        "loss_tokens": 990,
+        "loss_tokens_total": 990 * phase + seed % 3,
         "epochs_total": {"skill_text": 0.5},
         "seconds": 30.0,
         "held_out": {},
@@ -158,64 +141,102 @@ def verdicts(found):
     return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
 
 
-def test_claims_hold_where_every_seed_says_so_and_are_reported_with_their_plots(tmp_path):
-    found = {"skills": rows(), "packages": package_rows()}
-    judged = page.write(found, tmp_path, {"command": "a command", "versions": {"jax": "1"}})
-    assert {claim.name: claim.verdict for claim in judged} == dict.fromkeys(
-        (claim.name for claim in judged), "holds"
+def test_claims_hold_where_they_are_clear_and_are_reported_with_their_plots(tmp_path):
+    judged_claims = page.REPORT.write({"skills": rows()}, tmp_path, FACTS)
+    assert {claim.name: claim.verdict for claim in judged_claims} == dict.fromkeys(
+        (claim.name for claim in judged_claims), "holds"
     )
-    assert {c.name for c in judged if c.required} == {"C0", "C1a", "C2a", "C2b", "C3a"}
+    assert {c.name for c in judged_claims if c.required} == {"C0", "C1a", "C2a", "C2b", "C3a"}
     record = json.loads((tmp_path / "code_mix" / "results.json").read_text())
-    assert len(record["runs"]) == 27 * 3 + 4 * 3 and record["command"] == "a command"
+    assert len(record["measured"]["skills"]) == 18 * 5 and record["command"] == "a command"
     text = (tmp_path / "code_mix.md").read_text()
     plots = sorted(path.name for path in (tmp_path / "code_mix").glob("*.png"))
     assert len(plots) == 7 and all(f"(code_mix/{name})" in text for name in plots)
-    assert "| balanced → text, width96 |" in text
+    assert "| balanced → text |" in text
 
 
-def test_a_claim_fails_where_a_seed_disagrees():
-    found = rows({**ALL_HOLD, "share_75": (0.4, 0.2, 0.35), "share_100": (0, 0.4, 0.95)})
-    changed = verdicts({"skills": found})
-    assert changed["C2b"] == "fails"  # 100 % code knows
-    assert changed["C3a"] == "fails"  # web code beats synth
-    assert changed["C2a"] == "mixed"  # 12 of 15 neighbours still rise, p = 0.018, but a mean falls
-    (worst,) = (r for r in found if r["run"] == "balanced_only/width64/seed1")
-    worst["evaluations"]["skills"]["code"]["exact"] = 0.55
-    changed = verdicts({"skills": found})
-    assert changed["C1a"] == "mixed"  # one seed is below code → text, none below the others
+def test_claims_fail_or_stay_undecided_with_their_effects():
+    changed = verdicts({"skills": rows({**ALL_HOLD, "synth": (0, 0, 0.5)})})
+    assert changed["C3a"] == "fails"
+    changed = verdicts({"skills": rows({**ALL_HOLD, "share_25": (0.1, 0.29, 0.3)})})
+    assert changed["C2b"] == changed["C2c"] == "mixed" and changed["C2d"] == "fails"
+    found = rows()
+    for one in found:
+        if one["arm"] == "balanced_only":  # better in two seeds, far worse in three
+            one["evaluations"]["skills"]["code"]["exact"] = 0.9 if one["seed"] < 12 else 0.4
+    assert verdicts({"skills": found})["C1a"] == "undecided"
     found[0]["read"] = {"skill_text": 0.51, "skill_web_code": 0.49}
-    assert verdicts({"skills": found})["C0"] == "fails"
+    assert verdicts({"skills": found})["C0"] == "undecided"  # in one seed
+    short = [one | {"loss_tokens_total": 660} if one["arm"] == "synth" else one for one in rows()]
+    assert verdicts({"skills": short})["C0"] == "mixed"
+    assert verdicts({"skills": rows(seeds=4)})["C1a"] == "not measured"
+
+
+def test_a_model_that_learned_nothing_gives_no_verdict():
+    found = rows({**ALL_HOLD, "synth": (0, 0, 0.0)})
+    (claim,) = [one for one in page.REPORT.judge({"skills": found}) if one.name == "C3a"]
+    assert claim.verdict == "not measured" and "has learned no skill" in claim.effects[0].why
 
 
 def test_nothing_measured_is_said_to_be_so(tmp_path):
     assert set(verdicts({}).values()) == {"not measured"}
-    page.write({}, tmp_path, {"command": "a command", "versions": {}})
+    page.REPORT.write({}, tmp_path, {**FACTS, "versions": {}})
     assert "- Not measured." in (tmp_path / "code_mix.md").read_text()
 
 
 def test_pairs_are_of_the_same_seeds():
-    found = Results([row for row in rows() if row["run"] != "share_0/width64/seed1"])
-    ones, others = found.paired("code", "share_100", "share_0")
-    assert ones.tolist() == pytest.approx([0.7, 0.702])
-    assert others.tolist() == pytest.approx([0.0, 0.002])
+    found = Results([one for one in rows() if one["run"] != "share_0/seed11"])
+    assert [len(values) for values in found.paired("code", "share_100", "share_0")] == [4, 4]
+
+
+def test_shuffled_arms_keep_their_comparisons():
+    shuffled = page.REPORT.shuffle({"skills": rows()}, np.random.default_rng(0))["skills"]
+    for one in shuffled:
+        source = one["run"].partition("/")[0]
+        for other in (two for two in shuffled if two["seed"] == one["seed"]):
+            if one["arm"] != other["arm"] and source in JUDGED and other["arm"] in one["judged"]:
+                original = other["run"].partition("/")[0]
+                gap = sum(ALL_HOLD[source]) / 4 - sum(ALL_HOLD[original]) / 4
+                assert one["judged"][other["arm"]]["win"] - 0.3 == pytest.approx(gap, abs=0.03)
+
+
+def test_the_judge_counts_right_words_and_both_directions_agree(tmp_path):
+    given = skills.instructions()
+    right = [one.answer for one in given]
+    half = ["x" + text[text.find(" ") :] if " " in text else text for text in right]
+    shares = judged.compared({"good": right, "half": half, "same": right}, tmp_path)
+    assert shares["good"]["same"] == {"win": 0.0, "tie": 1.0, "loss": 0.0}
+    assert shares["good"]["half"] == {"win": 0.75, "tie": 0.25, "loss": 0.0}
+    assert shares["half"]["good"] == {"win": 0.0, "tie": 0.25, "loss": 0.75}
+    found = measure.with_judgements(
+        [
+            row(arm) | {"evaluations": {ANSWERS: texts}}
+            for arm, texts in (("text_only", half), ("balanced_only", right))
+        ],
+        tmp_path,
+    )
+    runs = Results(found)
+    assert runs.values("balanced_only", wins("text_only")).tolist() == [0.75]
+    assert runs.values("text_only", wins("text_only")).tolist() == [0.0]
 
 
 def test_a_sweep_is_reported_with_its_figures_in_one_file(tmp_path):
     drawn = page.write_sweeps(rows(), tmp_path)
     assert drawn == [
-        "recipes.png",
-        "phases.png",
-        "proportion.png",
-        "quality.png",
-        "cooldown.png",
-        "scale.png",
+        *("recipes.png", "phases.png", "proportion.png"),
+        *("quality.png", "cooldown.png", "win_rates.png"),
     ]
     text = (tmp_path / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 6 and "<table>" in text
     with pytest.raises(ValueError, match="finished arms are text"):
-        page.write_sweeps(
-            [{**_row(file.read(PACKAGES)[0]), "arm": "text", "evaluations": {}}], tmp_path
-        )
+        page.write_sweeps([{**row("text"), "evaluations": {}}], tmp_path)
+
+
+def test_a_sweep_over_sizes_has_a_figure_of_them(tmp_path):
+    sized = [{**one, "size": size} for one in rows(seeds=1) for size in ("470m", "2p8b")]
+    assert "scale.png" in page.write_sweeps(sized, tmp_path)
+    assert "| balanced → text, 2p8b |" not in (tmp_path / "report.html").read_text()
+    assert "balanced → text, 2p8b" in (tmp_path / "report.html").read_text()
 
 
 def test_scores_of_benchmarks_are_averaged_by_group_as_far_as_none_is_missing():
@@ -225,17 +246,16 @@ def test_scores_of_benchmarks_are_averaged_by_group_as_far_as_none_is_missing():
         "humaneval": {"problems": "humaneval", "pass_at_k": {"1": 0.2}},
         "mbpp": {"problems": "mbpp", "pass_at_k": {"1": 0.6}},
     }
-    run = file.read(PACKAGES)[0]
-    found = Results([{**_row(run), "size": "470m", "evaluations": evaluations}])
+    found = Results([{**row("text_only"), "size": "470m", "evaluations": evaluations}])
     assert found.groups == ("knowledge", "code") and found.main == "470m"
-    assert found.scores(run.arm, "knowledge").to_dict() == {run.seed: 0.5}
-    assert found.scores(run.arm, "code").to_dict() == {run.seed: pytest.approx(0.4)}
+    assert found.scores("text_only", "knowledge").to_dict() == {10: 0.5}
+    assert found.scores("text_only", "code").to_dict() == {10: pytest.approx(0.4)}
     with pytest.raises(ValueError, match="no score of reasoning"):
-        found.scores(run.arm, "reasoning")
+        found.scores("text_only", "reasoning")
 
 
 def test_the_full_sweep_has_every_arm_of_the_paper_after_what_it_starts_from():
-    runs = file.read("launch/papers/code_mix/full_sweep.py:/data")
+    runs = file.read(f"{FULL}:/data")
     assert len(runs) == 20 + 6 and all("DATA_ROOT='/data'" in run.bindings for run in runs)
     parents = {
         run.arm: run.parent for run in runs if run.size == "2p8b" or run.arm.endswith("_code")
@@ -247,21 +267,67 @@ def test_the_full_sweep_has_every_arm_of_the_paper_after_what_it_starts_from():
     assert all(names.index(run.parent) < names.index(run.name) for run in runs if run.parent)
 
 
-def test_the_sweeps_share_what_runs_start_from_and_phases_go_on(tmp_path):
+def test_with_a_judge_the_full_sweep_compares_the_answers_of_all_recipes():
+    runs = file.read(f"{FULL}:/data,openai:https://host/v1,model=NAME")
+    made = {run.arm: run for run in runs if run.made}
+    assert len(made) == 10 and {run.size for run in made.values()} == {"470m"}
+    judging = made["win_rates"].made
+    assert judging[2:5] == (
+        "launch.evaluate",
+        "win_rate",
+        "--judge=openai:https://host/v1,model=NAME",
+    )
+    assert "text_only={answers_text_only}" in judging
+    assert set(made["win_rates"].above) == {f"answers_{arm}/470m/seed0" for arm in ARMS_OF_FULL}
+    assert "--inputs=/data/eval/dolly_200.jsonl" in made["answers_text_only"].made
+    assert made["answers_text_only"].above == ("text_only/470m/seed0",)
+
+
+ARMS_OF_FULL = (
+    *("text_only", "balanced_only", "balanced_to_text", "code_to_text"),
+    *("text_only_cooldown", "balanced_only_cooldown", "balanced_to_text_cooldown"),
+    *("code_to_text_cooldown", "balanced_to_text_cooldown_without_code"),
+)
+
+
+def test_the_sweep_shares_what_runs_start_from_and_phases_go_on(tmp_path):
     from launch.sweeping import check
     from launch.sweeping.folder import SweepFolder
 
     runs = file.read(f"{SWEEP}:2")
-    assert len(runs) == 27 * 2 and len(file.read(f"{PACKAGES}:2")) == 4 * 2
+    assert len(runs) == 18 * 2 and {run.seed for run in runs} == {10, 11}
+    assert {arm for arms in PHASES for arm in arms} == {run.arm for run in runs}
     files = [pathlib.Path(name) for run in runs for name in run.gin_files]
     assert all(path.is_file() for path in files)  # each is checked with all other configurations
     line = ("share_50", "balanced_to_text", "balanced_to_text_cooldown")
-    chosen = [run for run in runs if run.arm in line and run.size == "width64" and run.seed == 1]
+    chosen = [run for run in runs if run.arm in line and run.seed == 11]
     assert [run.parent for run in chosen] == [None, *(run.name for run in chosen[:2])]
     plan = check.plan(SWEEP, chosen, SweepFolder(tmp_path))
-    assert [entry.total_steps for entry in plan] == [400, 400, 80]
+    assert [entry.total_steps for entry in plan] == [None] * 3  # they follow from the tokens
     for entry in plan[1:]:
         assert (entry.start["initial_scope"], entry.start["initial_data"]) == ("phase", "continue")
+
+
+@pytest.mark.parametrize("arm", ["share_100", "synth", "code_adjacent"])
+def test_arms_read_as_many_tokens_with_a_loss(arm, tmp_path):
+    """Counted in their batches: rows that are less full take more steps."""
+    bindings = (
+        f"MODEL_DIR={str(tmp_path)!r}",
+        f"skill_sources.register.documents={dict.fromkeys(skill_sources.DOCUMENTS, 512)}",
+        f"stream.make_stream.cache_dir={str(tmp_path / 'cache')!r}",
+        "TRAIN_TOKENS=60e3",
+    )
+    folder = "t5x_configs/experiments/code_mix/cpu"
+    config = gin_config.load([f"{folder}/{arm}.gin"], bindings, entry="launch.train:train")
+    arguments = config.arguments()
+    for register in arguments["tasks"]:
+        register()
+    stream, tokens = arguments["stream"](), arguments["total_tokens"]
+    batches = (
+        stream.batch(s, 0, stream.batch_size) for s in range(stream.steps_for_tokens(tokens))
+    )
+    read = sum(batch["decoder_loss_weights"].sum() for batch in batches)
+    assert abs(read - tokens) <= stream.batch_size * stream.length
 
 
 def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
@@ -271,6 +337,7 @@ def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
             f"skill_sources.register.documents={dict.fromkeys(skill_sources.DOCUMENTS, 64)}",
             "BATCH_SIZE=8",
             "TRAIN_STEPS=2",
+            "TRAIN_TOKENS=None",
             "EVAL_STEPS=1",
             "LOG_PERIOD=1",
             "WIDTH=16",
@@ -291,15 +358,16 @@ def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
         "code": 600,
     }
     assert all(one["exact"] < 0.05 for one in found.values())  # after four updates
+    assert len(evaluate_skills.answers(str(child))) == 200
     epochs = {"skill_text": 0.25, "skill_web_code": 0.25, "skill_synth": 0.25}
-    row = measure.with_data({"step": 2, "epochs": epochs}, child)
-    assert row["asked"] == pytest.approx(
+    one = measure.with_data({"step": 2, "epochs": epochs}, child)
+    assert one["asked"] == pytest.approx(
         {"skill_text": 0.8, "skill_web_code": 0.1, "skill_synth": 0.1}
     )
-    assert sum(row["read"].values()) == pytest.approx(1.0)
+    assert sum(one["read"].values()) == pytest.approx(1.0)
     of_parent = measure.with_data({"step": 2, "epochs": {"skill_text": 0.5}}, parent)
     rates = [rate for _, rate in of_parent["learning_rates"]]
-    assert row["learning_rates"][0] == (
+    assert one["learning_rates"][0] == (
         1,
         pytest.approx(1e-3),
     )  # a tenth of the peak: where it stopped
