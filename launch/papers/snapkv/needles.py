@@ -42,7 +42,8 @@ _SETTINGS = Settings(max_new_tokens=NEW_TOKENS)
 KERNELS = (7, 9, 11, 13)
 WINDOWS = (8, 16, 32)
 SUFFICIENT = 2 * DIGITS - 1
-SOURCE_WINDOWS = 8  # of the prompt's end, whose choices are compared with what answers attend to
+# Windows of the prompt's end, whose choices are compared with what answers attend to: the last is most of the question.
+SOURCE_WINDOWS, SOURCE_WINDOW = 8, 32
 CHOSEN_SHARE, THRESHOLD = 0.1, 0.05  # of the prefix, of attention weights
 
 
@@ -65,13 +66,11 @@ class Grid:
     seed: int = configs.FIRST_SEED
 
 
-CHOOSING = Grid(
-    tokens=1024, haystacks=4, fifth=192, seed=90
-)  # they choose window and kernel, and judge nothing
+# The first chooses window and kernel, and judges nothing; the last has too few haystacks to judge, and is for the map of
+# depths and lengths.
+CHOOSING = Grid(tokens=1024, haystacks=4, fifth=192, seed=90)
 JUDGED = Grid(tokens=1024, haystacks=12, fifth=192, others=(96, 384))
-LONG = Grid(
-    tokens=2048, haystacks=4, fifth=384
-)  # too few to judge; for the map of depths and lengths
+LONG = Grid(tokens=2048, haystacks=4, fifth=384)
 GRIDS = (JUDGED, LONG)
 _CURVES = ("snapkv", "tova", "streaming_llm")
 Case = tuple[str, Method, int]  # name, method, capacity
@@ -225,7 +224,7 @@ def measure(
     return {
         **out,
         "overlap": _overlaps(reader, reading, method, capacity),
-        "hits": _hits(reader, reading, full_BM, method.settings["window"]),
+        "hits": _hits(reader, reading, full_BM),
     }
 
 
@@ -244,26 +243,25 @@ def _overlaps(reader: Reader, reading: Reading, method: Method, capacity: int) -
     return {"same": same, "different": different, "chance": chance}
 
 
-def _hits(reader: Reader, reading: Reading, answers_BM: np.ndarray, window: int) -> list[Any]:
+def _hits(reader: Reader, reading: Reading, answers_BM: np.ndarray) -> list[Any]:
     """Returns (hits, attended) [L, W, 2] of the choices of the prompt's last windows while the full cache answers."""
     more_BX, counts_B = jnp.asarray(answers_BM), jnp.full(len(answers_BM), NEW_TOKENS)
     read_on = reader.model.record_more(reading.whole, more_BX, counts_B)
     ends_B = reading.whole.lengths_B
-    prefix = int(ends_B.min()) - SOURCE_WINDOWS * window
+    # Rounded, so that few lengths are compiled.
+    prefix = (int(ends_B.min()) - SOURCE_WINDOWS * SOURCE_WINDOW) // SUFFIX * SUFFIX
     count = round(CHOSEN_SHARE * prefix)
-    by_layer = [
-        _window_hits(record, ends_B, window, prefix, count).sum(1) for record in read_on.layers
-    ]
+    by_layer = [_window_hits(record, ends_B, prefix, count).sum(1) for record in read_on.layers]
     return np.asarray(by_layer).tolist()
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _window_hits(record, ends_B, window, prefix, count):
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _window_hits(record, ends_B, prefix, count):
     return cache_analysis.window_hits(
         record,
         ends_B,
         windows=SOURCE_WINDOWS,
-        window=window,
+        window=SOURCE_WINDOW,
         answer=NEW_TOKENS - 1,
         prefix=prefix,
         count=count,
