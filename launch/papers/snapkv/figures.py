@@ -48,7 +48,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, Figure]:
         "needles.png": (
             ("needles",),
             _needles,
-            "Needles answered by SmolLM2-135M, by capacity and method; where haystacks judge, with 95 % intervals over them",
+            "Needles answered by SmolLM2-135M, by capacity and method, with 95 % intervals over haystacks",
         ),
         "needle_grid.png": (
             ("needles",),
@@ -193,35 +193,32 @@ def _questions(runs: Retrieval, answers: Needles) -> Any:
 
 
 def _needles(answers: Needles) -> Any:
-    grids = [grid for grid in needles.GRIDS if answers.of_length(grid.tokens)]
-    if not grids:
+    grid = needles.JUDGED
+    if not answers.of_length(grid.tokens):
         return None
-    figure, axes = panels(len(grids), (6.5 * len(grids), 7))
-    for grid, one in zip(grids, axes, strict=True):
-        rows = [("full cache", answers.digits(grid.tokens, "full", 0))]
-        every = needles.cases(grid, **answers.chosen)
-        for name, method, capacity in sorted(every, key=lambda case: case[2]):
-            rows.append(
-                (f"{method.label}, {capacity}", answers.digits(grid.tokens, name, capacity))
-            )
-        unseen = answers.digits(grid.tokens, "before", grid.fifth)
-        rows.append((f"SnapKV before the question, {grid.fifth}", unseen))
-        for at, (_, digits) in enumerate(rows):
-            share = intervals.mean(digits.all(-1).mean(-1))
-            error = {"xerr": errors([share]), "capsize": 2} if grid is needles.JUDGED else {}
-            one.barh(at, share["value"], 0.7, color=BLUE, **error)
-            one.plot(digits.mean(), at, marker="D", color=RED, ls="", ms=5)
-        one.plot([], [], marker="D", color=RED, ls="", label="share of right digits")
-        one.barh([], [], color=BLUE, label="exact answers")
-        one.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
-        one.invert_yaxis()
-        one.grid(axis="y", visible=False)
-        one.grid(axis="x", alpha=0.25)
-        one.set_xlim(0, 1.02)
-        count = rows[0][1].shape[0] * rows[0][1].shape[1]
-        one.set_title(f"{grid.tokens:,} tokens, {count} questions", fontsize=10)
-        one.set(xlabel="share of questions or digits", ylabel="method, capacity C")
-    legend_below(figure, axes[0], 2)
+    figure, (axes,) = panels(1, (8, 6.5))
+    rows = [("full cache", answers.digits(grid.tokens, "full", 0))]
+    every = needles.cases(grid, **answers.chosen)
+    for name, method, capacity in sorted(every, key=lambda case: case[2]):
+        digits = answers.digits(grid.tokens, name, capacity)
+        rows.append((f"{method.label}, {capacity}", digits))
+    unseen = answers.digits(grid.tokens, "before", grid.fifth)
+    rows.append((f"SnapKV before the question, {grid.fifth}", unseen))
+    for at, (_, digits) in enumerate(rows):
+        share = intervals.mean(digits.all(-1).mean(-1))
+        axes.barh(at, share["value"], 0.7, xerr=errors([share]), capsize=2, color=BLUE)
+        axes.plot(digits.mean(), at, marker="D", color=RED, ls="", ms=5)
+    axes.plot([], [], marker="D", color=RED, ls="", label="share of right digits")
+    axes.barh([], [], color=BLUE, label="exact answers, 95 %")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlim(0, 1.02)
+    questions = rows[0][1].shape[0] * rows[0][1].shape[1]
+    axes.set_title(f"{grid.tokens:,} tokens, {questions} questions", fontsize=10)
+    axes.set(xlabel="share of questions or digits", ylabel="method, capacity C")
+    legend_below(figure, axes, 2)
     return figure
 
 

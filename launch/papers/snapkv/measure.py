@@ -75,8 +75,8 @@ def _phase(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
         for name, value in line.items()
         if name.startswith(prefix)
     }
-    kept = {name: row[name] for name in ("arm", "seed", "step", "seconds")}
-    return {**kept, "reached": reached}
+    facts = {name: row[name] for name in ("arm", "seed", "step", "seconds")}
+    return {**facts, "reached": reached}
 
 
 def _model(directory: pathlib.Path, stages: Stages, seed: int, digest: str) -> dict[str, Any]:

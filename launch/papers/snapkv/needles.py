@@ -56,6 +56,7 @@ class Grid:
       haystacks: how many of them; each has five needles.
       fifth: capacity at which all methods are compared, a fifth of the length.
       others: further capacities of a few methods.
+      names: of the methods; all if None.
       seed: of the haystacks.
     """
 
@@ -63,16 +64,17 @@ class Grid:
     haystacks: int
     fifth: int
     others: Sequence[int] = ()
-    seed: int = configs.FIRST_SEED
+    names: Sequence[str] | None = None
+    seed: int = configs.FIRST_SEED + 1
 
 
 # The first chooses window and kernel, and judges nothing; the last has too few haystacks to judge, and is for the map of
 # depths and lengths.
 CHOOSING = Grid(tokens=1024, haystacks=4, fifth=192, seed=90)
 JUDGED = Grid(tokens=1024, haystacks=12, fifth=192, others=(96, 384))
-LONG = Grid(tokens=2048, haystacks=4, fifth=384)
-GRIDS = (JUDGED, LONG)
 _CURVES = ("snapkv", "tova", "streaming_llm")
+LONG = Grid(tokens=2048, haystacks=4, fifth=384, names=_CURVES)
+GRIDS = (JUDGED, LONG)
 Case = tuple[str, Method, int]  # name, method, capacity
 
 
@@ -107,7 +109,7 @@ def cases(grid: Grid, *, window: int, kernel: int, h2o_window: int) -> list[Case
     known["h2o"] = Method("H2O", "h2o", {"window": h2o_window})
     known |= {f"kernel_{size}": pooled(window, size) for size in (1, 5)}
     del known["snapkv_int8"]
-    at_fifth = [(name, method, grid.fifth) for name, method in known.items()]
+    at_fifth = [(name, known[name], grid.fifth) for name in grid.names or known]
     return at_fifth + [(name, known[name], c) for c in grid.others for name in _CURVES]
 
 
@@ -300,5 +302,5 @@ def measure_all(run: LoadedRun, stages: Stages, grids: Sequence[Grid] = GRIDS) -
     measured = []
     for grid in grids:
         all_cases = cases(grid, **sizes)
-        measured += results(grid, all_cases, all_cases[0])
+        measured += results(grid, all_cases, None if grid.names else all_cases[0])
     return {"candidates": tried, "chosen": sizes, "haystacks": measured}

@@ -23,8 +23,9 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
         model["kept_first"] = [[rng.uniform() * hits, all_] for hits, all_ in model["kept_first"]]
     for haystack in out.get("needles", {}).get("haystacks", []):
         haystack["digits"] = _exchanged(haystack["digits"], rng)
-        _swap(haystack["overlap"], "same", "different", rng)
-        haystack["hits"] = _moved(haystack["hits"], rng)
+        if "overlap" in haystack:  # of those that judge
+            _swap(haystack["overlap"], "same", "different", rng)
+            haystack["hits"] = _moved(haystack["hits"], rng)
     for batch in out.get("latency", {}).get("batches", {}).values():
         one, other = batch.values()
         repeats = len(next(iter(one.values()))["ms"])

@@ -169,15 +169,16 @@ def _model(scores, rng):
 
 
 def _haystack(grid, number, scores, sizes, rng):
-    digits = {"full": {"0": _digits(scores.full)}, "before": {str(grid.fifth): _digits(0.0)}}
+    digits = {"full": {"0": _digits(scores.full)}}
     for name, _, capacity in needles.cases(grid, **sizes):
         share = scores.snapkv if name == "snapkv" else scores.others * rng.integers(2)
         digits.setdefault(name, {})[str(capacity)] = _digits(share)
+    facts = {"tokens": grid.tokens, "haystack": number, "answers": [], "digits": digits}
+    if grid.names:  # it does not judge
+        return facts
+    digits["before"] = {str(grid.fifth): _digits(0.0)}
     return {
-        "tokens": grid.tokens,
-        "haystack": number,
-        "answers": [],
-        "digits": digits,
+        **facts,
         "overlap": {"same": [0.9] * 3, "different": [0.6, 0.6, 0.5], "chance": 0.2},
         "hits": [[[10 + w, 100] for w in range(8)]] * 3,
     }
