@@ -17,9 +17,17 @@ GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 
 
 class Phase(NamedTuple):
-    """What is read in a phase, by share of tokens; the kinds of prompts that end it; its limit of updates."""
+    """A phase of training.
+
+    Attributes:
+      shares: what is read, by share of tokens.
+      length: tokens of a row, which hold the longest of these documents.
+      kinds: the prompts that end it.
+      limit: of updates.
+    """
 
     shares: Mapping[str, float]
+    length: int
     kinds: tuple[tuple[int, str], ...]
     limit: int
 
@@ -27,14 +35,16 @@ class Phase(NamedTuple):
 # A document with the question first has four answer tokens at any length: it needs a large share. The last phase reads
 # 12 lines too: both positions of the question are compared at 12 lines, and would be forgotten.
 PHASES = {
-    "lines_3": Phase({"retrieval_3": 1.0}, ((3, "last"),), 2500),
+    "lines_3": Phase({"retrieval_3": 1.0}, 128, ((3, "last"),), 3000),
     "lines_12": Phase(
         {"retrieval_12": 0.4, "retrieval_first_6": 0.3, "retrieval_first_12": 0.3},
+        256,
         ((12, "last"), (6, "first")),
         3000,
     ),
     "lines_48": Phase(
         {"retrieval_48": 0.4, "retrieval_12": 0.1, "retrieval_first_12": 0.5},
+        512,
         ((48, "last"), (12, "last"), (12, "first")),
         5000,
     ),
@@ -60,6 +70,7 @@ def _arm(phase: Phase, parent: str | None) -> dict[str, Any]:
     )
     bindings = (
         f"TRAIN_STEPS={phase.limit}",
+        f"TASK_FEATURE_LENGTHS={{'targets': {phase.length}}}",
         f"stream.make_stream.phases=((0, {dict(phase.shares)!r}),)",
         f"until_answered.UntilAnswered.kinds={phase.kinds!r}",
         *(("INITIAL_SCOPE='phase'",) if parent else ()),
