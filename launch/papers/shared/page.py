@@ -13,7 +13,7 @@ from launch.papers.shared.claim import Claim
 from launch.plots import panels
 
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
-RECORD = "results.json"
+RECORD, TITLE = "results.json", "title"
 _WIDTH = 100
 RULES = (
     "A claim is judged by effects: numbers by seed, such as differences of two arms of the same seed, as means with\n"

@@ -45,8 +45,10 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
         *head(records, there),
     ]
     for slug, record in records.items():
+        if page.TITLE not in record:
+            continue
         link = f"{there}/{slug}.md"
-        text += page.table(_COLUMNS, map(_row, record["claims"]), f"[{record['title']}]({link})")
+        text += page.table(_COLUMNS, map(_row, record["claims"]), f"[{record[page.TITLE]}]({link})")
     out.write_text("\n".join(text))
     lines = head(records, os.path.relpath(reproductions, readme.parent))
     if readme.exists() and START in (before := readme.read_text()):
@@ -65,16 +67,19 @@ def read(reproductions: pathlib.Path) -> dict[str, dict[str, Any]]:
     if not records:
         raise ValueError(f"{reproductions} has no */{page.RECORD}: run launch.reproduce first.")
     for slug, record in records.items():
-        if not isinstance(record, dict) or not {"title", "claims"} <= set(record):
+        if not isinstance(record, dict) or "claims" not in record:
             file = reproductions / slug / page.RECORD
-            raise ValueError(f"{file} has no 'title' and 'claims': write it with launch.reproduce.")
+            raise ValueError(f"{file} has no 'claims': write it with launch.reproduce.")
     return records
 
 
 def head(records: Mapping[str, Any], reproductions: str) -> list[str]:
     """Returns the table of the numbers of claims by paper and verdict; in brackets those that must hold."""
-    rows = []
+    rows, older = [], []
     for slug, record in records.items():
+        if page.TITLE not in record:  # judged by other rules, without intervals
+            older.append(f"[{slug}]({reproductions}/{slug}.md)")
+            continue
         counts, required = (
             collections.Counter(
                 one["verdict"] for one in record["claims"] if one["required"] >= must
@@ -82,8 +87,14 @@ def head(records: Mapping[str, Any], reproductions: str) -> list[str]:
             for must in (False, True)
         )
         cells = [f"{counts[v]} ({required[v]})" if counts[v] else "" for v in claim.VERDICTS]
-        rows.append((f"[{record['title']}]({reproductions}/{slug}.md)", *cells))
-    return page.table(("claims (those that must hold)", *claim.VERDICTS), rows)
+        rows.append((f"[{record[page.TITLE]}]({reproductions}/{slug}.md)", *cells))
+    lines = page.table(("claims (those that must hold)", *claim.VERDICTS), rows) if rows else []
+    if older:
+        lines += [
+            f"Not yet run under these rules, and so without a place here: {', '.join(older)}.",
+            "",
+        ]
+    return lines
 
 
 _COLUMNS = ("claim", "the paper", "here, with 95 % interval", "seeds", "verdict")

@@ -16,12 +16,28 @@ DOCS = pathlib.Path("docs/reproductions")
 DRAWS, HELD = 60, 6  # of draws at the level of 2.5 % more than 6 of 60 hold with probability 0.003
 
 
+OLDER = "**These verdicts are older than today's rules.**"
+
+
+def record_of(slug):
+    return json.loads((DOCS / slug / "results.json").read_text())
+
+
+TODAY = [slug for slug in reproduce.slugs() if "measured" in record_of(slug)]
+
+
+@pytest.mark.parametrize("slug", sorted(set(reproduce.slugs()) - set(TODAY)))
+def test_a_page_that_was_judged_by_other_rules_says_so(slug):
+    head = (DOCS / f"{slug}.md").read_text().splitlines()[:6]
+    assert any(line.startswith(OLDER) for line in head)
+
+
 def stored(slug):
     report = importlib.import_module(f"launch.papers.{slug}.page").REPORT
-    return report, json.loads((DOCS / slug / "results.json").read_text())
+    return report, record_of(slug)
 
 
-@pytest.mark.parametrize("slug", reproduce.slugs())
+@pytest.mark.parametrize("slug", TODAY)
 def test_a_page_is_written_again_from_its_stored_results(slug, tmp_path):
     report, record = stored(slug)
     facts = {name: record[name] for name in ("command", "versions", "criteria")}
@@ -47,7 +63,7 @@ def _without_figures(lines):
     return [line for at, line in enumerate(lines) if at not in gone]
 
 
-@pytest.mark.parametrize("slug", reproduce.slugs())
+@pytest.mark.parametrize("slug", TODAY)
 def test_no_claim_holds_on_shuffled_measurements_more_than_rarely(slug):
     report, record = stored(slug)
     held = collections.Counter()
