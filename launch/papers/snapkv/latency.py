@@ -164,6 +164,7 @@ def _prepare(
 
     compiled = jax.jit(generate, donate_argnums=1).lower(params, caches).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None  # every backend of this project has it
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     jax.block_until_ready(compiled(params, jax.tree.map(jnp.copy, caches)))
