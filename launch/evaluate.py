@@ -1,7 +1,7 @@
 """Evaluates a run: held-out loss, SeqIO metrics, pass@k, a paper's suite, win rates or expert routing.
 
   python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
-  python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --data_dir=/data/eval
+  python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval
 
 `python -m launch.evaluate NAME --help` shows the flags of one evaluation, with an example.
 """

@@ -102,31 +102,13 @@ class Ours:
         "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill only the
         current layer's cache is uncompressed (trainers/decoding/prefill.py).
         """
-        import jax
-        import jax.numpy as jnp
-
         from model.kv_cache.policies import policy_named
-        from trainers.snapkv import replay
+        from trainers.snapkv.cache_bytes import cache_bytes
 
         chosen = policy_named(policy, **settings)
-        tokens, lengths = jnp.zeros((1, length), jnp.int32), jnp.full(1, length, jnp.int32)
-        recording = jax.eval_shape(
-            lambda params: replay.record(self._model, params, tokens, lengths), self._params
-        )
-        states = jax.eval_shape(
-            lambda seen: replay.compressed(self._model, chosen, seen, room=new - 1), recording
-        )
-
-        def size(tree: Any) -> int:
-            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-        compressed = [size(state) for state in states] * depth
-        whole = [size((seen.k_BTKH, seen.v_BTKH)) for seen in recording.layers] * depth
-        peak = max(
-            max(w, k) + sum(compressed[:i])
-            for i, (w, k) in enumerate(zip(whole, compressed, strict=True))
-        )
-        return {"bytes": max(peak, sum(compressed)), "decode_bytes": sum(compressed)}
+        sizes = {"length": length, "room": new - 1, "depth": depth}
+        found = cache_bytes(self._model, self._params, chosen, **sizes)
+        return {"bytes": found["peak"], "decode_bytes": found["decode"]}
 
 
 def side(folder: str) -> None:

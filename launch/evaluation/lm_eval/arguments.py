@@ -1,7 +1,7 @@
 """Applies --model_args of lm-evaluation-harness to a run (launch/evaluation/lm_eval/model.py)."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from data.text import spelling
@@ -58,6 +58,24 @@ def max_length(run: LoadedRun, length: int | None) -> int:
         limit = f" and at most the model's {learned} positions" if learned else ""
         raise LoadError(f"--model_args: max_length={length} must be at least 1{limit}.")
     return length
+
+
+def cut_of(place: str) -> Callable[[list[int], int], list[int]]:
+    """Returns a function (tokens, room) -> at most `room` tokens, without those at the place that --model_args names."""
+    cuts: dict[str, Callable[[list[int], int], list[int]]] = {
+        "beginning": lambda tokens, room: tokens[-room:],
+        "middle": _without_middle,
+    }
+    if place not in cuts:
+        raise LoadError(f"--model_args: cut={place} must be one of {', '.join(cuts)}.")
+    return cuts[place]
+
+
+def _without_middle(tokens: list[int], room: int) -> list[int]:
+    if len(tokens) <= room:
+        return tokens
+    end = room // 2
+    return tokens[: room - end] + (tokens[-end:] if end else [])
 
 
 def max_rows(batch_size: int | str | None, limit: int | None) -> int | None:

@@ -45,6 +45,7 @@ class EspalierLM(TemplateLM):
       prefix_token_id: the token of an empty context; None for the start token, else BOS, else EOS.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the tokenizer's own.
       max_length: maximum tokens of an input; None for the model's learned or published length, else 2048.
+      cut: where contexts of generation lose tokens that exceed max_length less the new tokens: 'beginning' or 'middle'.
       max_gen_toks: maximum new tokens, for tasks that do not set it.
       batch_tokens: tokens of a batch, including padding; None for 2048 on CPU, 16384 elsewhere.
       batch_size: maximum rows of a batch; 1 (the harness's value without --batch_size) and 'auto' mean as many as
@@ -74,6 +75,7 @@ class EspalierLM(TemplateLM):
         prefix_token_id: int | None = None,
         chat_template: str | None = None,
         max_length: int | None = None,
+        cut: str = "beginning",
         max_gen_toks: int = 256,
         batch_tokens: int | None = None,
         batch_size: int | str | None = None,
@@ -103,6 +105,7 @@ class EspalierLM(TemplateLM):
             raise LoadError(
                 f"--model_args: cache_policy={cache_policy} needs the answer beforehand; choose another."
             )
+        self._cut = arguments.cut_of(cut)
         if batch_tokens is None:
             batch_tokens = arguments.default_batch_tokens()
         if batch_tokens < 1:
@@ -323,7 +326,7 @@ class EspalierLM(TemplateLM):
                     f"max_gen_toks={chosen.max_gen_toks} leaves no room for a context in "
                     f"max_length={self.max_length}: change one of them (--gen_kwargs, --model_args)."
                 )
-            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+            contexts = [self._cut(self.tok_encode(requests[i].args[0]), room) for i in members]
             contexts = [context or [self.prefix_token_id] for context in contexts]
             for i, text in zip(members, self._generator.stream(contexts, chosen), strict=True):
                 texts[i] = text

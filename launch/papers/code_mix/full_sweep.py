@@ -49,7 +49,7 @@ def get_config(text: str) -> ml_collections.ConfigDict:
         bindings=configs.data_root(data, MBPP="/eval/mbpp.jsonl"),
         sizes={"470m": {}, "2p8b": {"gin_files": (f"{ARMS}size_2p8b.gin",)}},
         evaluations={
-            "suite": _evaluate("harness", f"--data_dir={data}/eval"),
+            "suite": _evaluate("harness", "--suite=code_mix", f"--data_dir={data}/eval"),
             "humaneval": _code("humaneval", "humaneval"),
             "mbpp": _code("mbpp", f"{data}/eval/mbpp.jsonl"),
         },

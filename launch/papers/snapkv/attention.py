@@ -35,26 +35,45 @@ def hit_rates(
     full cache.
 
     Returns:
-      {"hits": [L, W, E, 2] of (hits, attended), "prefix": P, "chosen": count}; the last window is last.
+      {"hits": [L, W, 2] of (hits, attended) of all prompts, "tokens": [L, A - 1, 2] of the last window by generated token,
+      "prefix": P, "chosen": count}; the last window is last.
     """
     drawn, _, _, read_on = retriever.draw(prompts, lines, seed, question)
     length = drawn.tokens_ET.shape[1]
     prefix = length - windows * WINDOW
     count = max(round(CHOSEN_SHARE * prefix), 1)
     ends_E = jnp.full(prompts, length, jnp.int32)
+    later = retrieval.ANSWER_TOKENS - 1
     window_hits = jax.jit(
         functools.partial(
             cache_analysis.window_hits,
             windows=windows,
             window=WINDOW,
-            answer=retrieval.ANSWER_TOKENS - 1,
+            answer=later,
             prefix=prefix,
             count=count,
             threshold=THRESHOLD,
         )
     )
-    by_layer = [window_hits(record, ends_E) for record in read_on.layers]
-    return {"hits": np.asarray(by_layer).tolist(), "prefix": prefix, "chosen": count}
+    by_layer = [window_hits(record, ends_E).sum(1) for record in read_on.layers]
+    by_token = [_of_tokens(record, ends_E, later, prefix, count) for record in read_on.layers]
+    return {
+        "hits": np.asarray(by_layer).tolist(),
+        "tokens": np.asarray(by_token).tolist(),
+        "prefix": prefix,
+        "chosen": count,
+    }
+
+
+def _of_tokens(record: Any, ends_E: jax.Array, later: int, prefix: int, count: int) -> jax.Array:
+    """Returns (hits, attended) [A - 1, 2] of the last window's choices, by generated token."""
+    last_EQ = ends_E[:, None] - WINDOW + jnp.arange(WINDOW)[None]
+    votes_ENP = cache_analysis.attention_weights(record, last_EQ, prefix).sum(2)
+    chosen_ENP = cache_analysis.top_positions(votes_ENP, count)
+    answer_EQ = ends_E[:, None] + jnp.arange(later)[None]
+    weights_ENQP = cache_analysis.attention_weights(record, answer_EQ, prefix)
+    each = [weights_ENQP[:, :, at : at + 1] for at in range(later)]
+    return jnp.stack([cache_analysis.hits(chosen_ENP, one, THRESHOLD).sum(0) for one in each])
 
 
 def overlaps(
@@ -66,7 +85,7 @@ def overlaps(
     questions in both.
 
     Returns:
-      {"same": [L, E], "different": [L, E], "chance": expected share of two random choices}.
+      {"same": [L], "different": [L], "chance": expected share of two random choices}: means over prompts.
     """
     rng = np.random.default_rng((seed, lines))
     context = retrieval.draw_lines(rng, prompts, lines)
@@ -84,11 +103,13 @@ def overlaps(
 
     first, again, different = kept(asked_E), kept(asked_E), kept(other_E)
     shares = {
-        name: np.stack([cache_analysis.overlap(*pair) for pair in zip(first, other, strict=True)])
+        name: [
+            float(cache_analysis.overlap(*pair).mean()) for pair in zip(first, other, strict=True)
+        ]
         for name, other in (("same", again), ("different", different))
     }
     chance = (capacity - WINDOW) / prefix
-    return {**{name: array.tolist() for name, array in shares.items()}, "chance": chance}
+    return {**shares, "chance": chance}
 
 
 def kept_hits(
@@ -100,7 +121,7 @@ def kept_hits(
     capacity: int,
     seed: int = 0,
 ) -> list[Any]:
-    """Returns (hits, attended) [L, E, 2] of the positions that SnapKV keeps, its window included, while it answers."""
+    """Returns (hits, attended) [L, 2] of the positions that SnapKV keeps, its window included, while it answers."""
     drawn, recording, _, read_on = retriever.draw(prompts, lines, seed, question)
     length = drawn.tokens_ET.shape[1]
     policy = SNAPKV.at(capacity)
@@ -113,5 +134,6 @@ def kept_hits(
         later_EQ = jnp.full((prompts, 1), length) + jnp.arange(retrieval.ANSWER_TOKENS - 1)[None]
         later_ENQP = cache_analysis.attention_weights(shown, later_EQ, length)
         held_ENP = jnp.repeat(held_EKP, group, axis=1)
-        out.append(np.asarray(cache_analysis.hits(held_ENP, later_ENQP, THRESHOLD)).tolist())
+        hits_E2 = cache_analysis.hits(held_ENP, later_ENQP, THRESHOLD)
+        out.append(np.asarray(hits_E2.sum(0)).tolist())
     return out

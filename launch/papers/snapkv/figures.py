@@ -1,188 +1,263 @@
 """Plots of the measurements; None where there is nothing to plot."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from launch.papers.snapkv import measure, needles
-from launch.papers.snapkv.methods import kernels, methods
-from launch.papers.snapkv.results import Results
+from launch.papers.snapkv import measure, needles, retrieval
+from launch.papers.snapkv.drawing import STYLE, joined, shares_map, with_dots
+from launch.papers.snapkv.haystacks import DEPTHS
+from launch.papers.snapkv.results import Latency, Needles, Retrieval, rates
 from launch.plots import intervals
-from launch.plots.panels import BLUE, RED, errors, legend_below, level, panels, with_errors
+from launch.plots.panels import BLUE, RED, errors, legend_below, panels
 
-# Okabe and Ito's colours, which people with colour blindness can distinguish; markers differ too.
-_STYLE = {
-    "full": ("black", "", "full cache"),
-    "snapkv": ("#0072B2", "o", "SnapKV"),
-    "pyramidkv": ("#56B4E9", "v", "PyramidKV"),
-    "adakv": ("#009E73", "s", "Ada-KV"),
-    "tova": ("#CC79A7", "D", "TOVA"),
-    "h2o": ("#D55E00", "^", "H2O"),
-    "streaming_llm": ("#E69F00", "P", "StreamingLLM"),
-    "random": ("#777777", "x", "random"),
-    "oracle": ("#000000", "*", "oracle"),
-    "truncation": ("#B8A200", "<", "truncation"),
+_ACCURACY = {
+    "SnapKV and its relatives": ("snapkv", "snapkv_avg", "snapkv_int8", "adakv", "oracle"),
+    "other policies": ("snapkv", "tova", "h2o", "streaming_llm", "truncation", "random"),
+    "pooling": ("snapkv", "kernel_5", "kernel_3", "kernel_1"),
 }
 _MAPPED = ("full", "snapkv", "h2o", "streaming_llm")
-_KERNELS = {"kernel_1": "none", "kernel_3": "max 3", "kernel_5": "max 5", "snapkv": "max 7"}
+Figure = tuple[Any, str]
 
 
-def figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
+def figures(parts: Mapping[str, Any]) -> dict[str, Figure]:
     """Returns file name -> (figure, caption)."""
-    plots = {
-        "accuracy.png": (_accuracy, "Exact match of the retrieval model against the capacity"),
-        "depth.png": (_depth, "Exact match by depth and length of the retrieval prompt"),
-        "windows.png": (_windows, "Hit rate of each of the prompt's last windows, by layer"),
-        "needles.png": (_needles, "Needles found by SmolLM2-135M, by method and capacity"),
-        "needle_grid.png": (_needle_grid, "Right digits by depth and length of the haystack"),
-        "latency.png": (_latency, "Decoding time against the length of the prompt"),
+    plots: dict[str, tuple[tuple[str, ...], Callable[..., Any], str]] = {
+        "accuracy.png": (
+            ("retrieval",),
+            _accuracy,
+            "Exact answers of the retrieval models against the capacity: means over seeds, and dots for seeds",
+        ),
+        "depth.png": (
+            ("retrieval",),
+            _depth,
+            "Exact answers by depth and length of the retrieval prompt, means over seeds",
+        ),
+        "windows.png": (
+            ("retrieval", "needles"),
+            _windows,
+            "Hit rates of the choices of the prompt's last windows, and of its last window by generated token",
+        ),
+        "questions.png": (
+            ("retrieval", "needles"),
+            _questions,
+            "Positions that two questions have in common, by layer; hit rates by position of the question; exact answers "
+            "where compression comes before or after the question. Lines join the dots of a seed",
+        ),
+        "needles.png": (
+            ("needles",),
+            _needles,
+            "Needles answered by SmolLM2-135M, by capacity and method, with 95 % intervals over haystacks",
+        ),
+        "needle_grid.png": (
+            ("needles",),
+            _needle_grid,
+            "Exact answers by depth and length of the haystack",
+        ),
+        "latency.png": (("latency",), _latency, "Decoding time against the length of the prompt"),
     }
-    return {name: (plot(parts["all"]), caption) for name, (plot, caption) in plots.items()}
+    return {
+        name: (plot(*(parts[p] for p in needed)) if set(needed) <= set(parts) else None, caption)
+        for name, (needed, plot, caption) in plots.items()
+    }
 
 
-def _accuracy(results: Results) -> Any:
-    if not results.runs:
+def _accuracy(runs: Retrieval) -> Any:
+    if not runs.sound:
         return None
-    figure, (left, right) = panels(2, (12, 4.8))
+    figure, axes = panels(len(_ACCURACY), (14, 4.6), share_y=True)
     capacities = measure.CAPACITIES
-    full = intervals.share(results.exact("full", 0))
-    for name, (colour, marker, label) in _STYLE.items():
-        if name != "full":
-            shares = [intervals.share(results.exact(name, c)) for c in capacities]
-            style = {"color": colour, "marker": marker, "label": label}
-            with_errors(left, capacities, shares, capsize=2, lw=1.5, ms=5, **style)
-    level(left, full, "full cache", width=1.2)
-    left.set_xscale("log", base=2)
-    left.set_xticks(capacities, [f"{c}\n{c / results.length:.0%}" for c in capacities])
-    left.set_xlabel(f"capacity C, and its share of the prompt of {results.length} tokens")
-    left.set(ylabel="exact match of four tokens", ylim=(-0.03, 1.03))
-    above = {"frameon": False, "fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1)}
-    left.legend(ncols=5, **above)
-    colours = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2")
-    width = 0.8 / len(_KERNELS)
-    for i, (name, label) in enumerate(_KERNELS.items()):
-        shares = [intervals.share(results.exact(name, c)) for c in capacities]
-        at = np.arange(len(capacities)) + (i - 1.5) * width
-        middle = [s["value"] for s in shares]
-        style = {"yerr": errors(shares), "capsize": 2, "color": colours[i], "label": label}
-        right.bar(at, middle, width * 0.92, **style)
-    level(right, full, "full cache", width=1.2)
-    right.set_xticks(range(len(capacities)), [str(c) for c in capacities])
-    right.set(xlabel="capacity C", ylabel="exact match of four tokens", ylim=(0, 1.03))
-    right.legend(ncols=5, title="pooling of SnapKV's votes", **above)
+    full = np.mean(list(runs.exact("full", 0).values()))
+    for one, (title, names) in zip(axes, _ACCURACY.items(), strict=True):
+        one.axhline(full, color="black", ls="--", lw=1.2, label="full cache")
+        for name in names:
+            colour, marker, label = STYLE[name]
+            by_capacity = [list(runs.exact(name, c).values()) for c in capacities]
+            style = {"color": colour, "marker": marker}
+            one.plot(
+                capacities, [np.mean(v) for v in by_capacity], lw=1.6, ms=6, label=label, **style
+            )
+            for capacity, values in zip(capacities, by_capacity, strict=True):
+                one.plot([capacity] * len(values), values, ls="", ms=3, alpha=0.45, **style)
+        one.set_xscale("log", base=2)
+        one.set_xticks(capacities, [f"{c}\n{c / runs.length:.0%}" for c in capacities])
+        one.set_title(title, fontsize=10)
+        one.set_xlabel(f"capacity C, and its share of {runs.length} tokens")
+        one.set_ylim(-0.03, 1.03)
+        one.legend(frameon=False, fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.2))
+    axes[0].set_ylabel("exact answers of four tokens")
     return figure
 
 
-def _depth(results: Results) -> Any:
-    if not results.runs:
+def _depth(runs: Retrieval) -> Any:
+    if not runs.sound:
         return None
-    budgets = (24, 48)
-    figure, every = panels(len(_MAPPED), (12, 4.6), rows=len(budgets))
-    axes = every.reshape(len(budgets), len(_MAPPED))
-    for budget, row in zip(budgets, axes, strict=True):
-        for name, one in zip(_MAPPED, row, strict=True):
-            shares = results.answers(name, budget).pivot_table("exact", "lines", "depth")
-            _map(one, shares.to_numpy(), [f"{d * 20}-{d * 20 + 20}" for d in shares])
-            one.set_yticks(range(len(shares)), [str(7 + 5 * lines) for lines in shares.index])
-            title = "full cache" if name == "full" else f"{_STYLE[name][2]}, C = {budget}"
-            one.set_title(title, fontsize=10)
-        row[0].set_ylabel("prompt, tokens")
-    for one in axes[-1]:
-        one.set_xlabel("depth, %")
-    return figure
-
-
-def _map(axes: Any, table: np.ndarray, columns: list[str]) -> None:
-    """Draws shares as colours and numbers."""
-    axes.grid(False)
-    axes.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    for (i, j), value in np.ndenumerate(table):
-        if np.isfinite(value):
-            colour = "black" if value > 0.6 else "white"
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(columns)), columns, fontsize=8)
-
-
-def _windows(results: Results) -> Any:
-    if (rates_LW := results.window_rates) is None:
-        return None
-    figure, (axes,) = panels(1, (7, 4))
-    back = np.arange(rates_LW.shape[1] - 1, -1, -1)
-    for layer, rates_W in enumerate(rates_LW):
-        colour, marker = (("#0072B2", "o"), ("#D55E00", "^"))[layer % 2]
-        axes.plot(back, rates_W, color=colour, marker=marker, label=f"layer {layer}")
-    axes.invert_xaxis()
-    axes.set(ylim=(0, None), ylabel="hit rate of the window's choices")
-    axes.set_xlabel("windows before the last one (the last is 0)")
-    axes.legend(frameon=False)
-    return figure
-
-
-def _needles(results: Results) -> Any:
-    if not (grids := results.grids):
-        return None
-    known = {
-        **methods(window=needles.WINDOW, kernel=needles.KERNEL),
-        **kernels(window=needles.WINDOW, sizes=(1, 3)),
-    }
-    figure, axes = panels(len(grids), (6.5 * len(grids), 5))
-    for grid, one in zip(grids, axes, strict=True):
-        order = list(known)
-        cases = sorted((c, order.index(n), n) for n, _, c in needles.cases(grid))
-        bars = [("full cache", results.digits("full", 0, grid.tokens))]
-        for capacity, _, name in cases:
-            label = f"{known[name].label}, {capacity}"
-            if name.startswith("kernel"):
-                label = f"SnapKV, {label}"
-            bars.append((label, results.digits(name, capacity, grid.tokens)))
-        for i, (_, digits) in enumerate(bars):
-            share = intervals.share(digits.all(-1))
-            one.barh(i, share["value"], 0.7, xerr=errors([share]), capsize=2, color=BLUE)
-            one.plot(digits.mean(), i, marker="D", color=RED, ls="", ms=5)
-        one.plot([], [], marker="D", color=RED, ls="", label="share of right digits")
-        one.barh([], [], color=BLUE, label="all five digits right, 95 %")
-        one.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
-        one.invert_yaxis()
-        one.grid(axis="y", visible=False)
-        one.grid(axis="x", alpha=0.25)
-        one.set_xlim(0, 1)
-        count = len(bars[0][1])
-        one.set_title(f"{grid.tokens} tokens, {count} questions", fontsize=10)
-        one.set(xlabel="share of questions or digits", ylabel="method, capacity C")
-    legend_below(figure, axes[0], 2)
-    return figure
-
-
-def _needle_grid(results: Results) -> Any:
-    if not (grids := results.grids):
-        return None
-    figure, axes = panels(len(_MAPPED), (12, 1.6 + 0.5 * len(grids)))
+    lines = [*measure.SHORTER, measure.LINES]
+    figure, axes = panels(len(_MAPPED), (12, 2.8))
     for name, one in zip(_MAPPED, axes, strict=True):
-        digits = [results.digits(name, grid.fifth, grid.tokens) for grid in grids]
-        table = [some.mean(-1).reshape(-1, len(needles.DEPTHS)).mean(0) for some in digits]
-        _map(one, np.stack(table), [f"{depth:.0%}" for depth in needles.DEPTHS])
-        one.set_yticks(range(len(grids)), [str(grid.tokens) for grid in grids])
-        one.set_title(_STYLE[name][2] + (", C = T / 5" if name != "full" else ""), fontsize=10)
+        cells = [
+            [runs.right(seed, name, measure.CAPACITY, n) for seed in runs.sound] for n in lines
+        ]
+        shares = [np.mean([cell["depths"] for cell in row if cell], axis=0) for row in cells]
+        fifths = 100 // retrieval.FIFTHS
+        names = [f"{at}-{at + fifths}" for at in range(0, 100, fifths)]
+        capacity = "" if name == "full" else f", C = {measure.CAPACITY}"
+        shares_map(one, np.stack(shares), names, [str(7 + 5 * n) for n in lines])
+        one.set_title(STYLE[name][2] + capacity, fontsize=10)
+        one.set_xlabel("depth, %")
+    axes[0].set_ylabel("prompt, tokens")
+    return figure
+
+
+def _windows(runs: Retrieval, answers: Needles) -> Any:
+    haystacks = list(answers.of_length(needles.JUDGED.tokens).values())
+    if not (runs.sound and haystacks):
+        return None
+    figure, (small, chat, tokens) = panels(3, (14, 4), share_y=True)
+    rates_SLW = np.stack([runs.window_rates(seed) for seed in runs.sound])
+    _by_window(small, {f"layer {i}": rates_SLW[:, i] for i in range(rates_SLW.shape[1])})
+    small.set_title("retrieval models, dots are seeds", fontsize=10)
+    rates_HLW = np.stack([rates(one["hits"]) for one in haystacks])
+    thirds = np.array_split(np.arange(rates_HLW.shape[1]), 3)
+    labels = [f"layers {third[0]} to {third[-1]}" for third in thirds]
+    by_third = [rates_HLW[:, third].mean(1) for third in thirds]
+    _by_window(chat, dict(zip(labels, by_third, strict=True)))
+    chat.set_title("SmolLM2-135M, dots are haystacks", fontsize=10)
+    for one in (small, chat):
+        one.set_xlabel("windows before the last one (the last is 0)")
+    small.set_ylabel("hit rate of the window's choices")
+    rates_SLA = np.stack([rates(runs.models[seed]["hits"]["tokens"]) for seed in runs.sound])
+    for layer in range(rates_SLA.shape[1]):
+        at = np.arange(rates_SLA.shape[2]) + 2
+        with_dots(tokens, at, rates_SLA[:, layer], layer, f"layer {layer}")
+    tokens.set_xticks(at)
+    tokens.set_xlabel("generated token")
+    tokens.set_title("retrieval models: the last window", fontsize=10)
+    for one in (small, chat, tokens):
+        one.set_ylim(0, None)
+        one.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _by_window(axes: Any, curves: Mapping[str, np.ndarray]) -> None:
+    for number, (label, values_NW) in enumerate(curves.items()):
+        with_dots(axes, np.arange(values_NW.shape[1] - 1, -1, -1), values_NW, number, label)
+    axes.invert_xaxis()
+
+
+def _questions(runs: Retrieval, answers: Needles) -> Any:
+    haystacks = list(answers.of_length(needles.JUDGED.tokens).values())
+    if not (runs.sound and haystacks):
+        return None
+    figure, (small, chat, place, time) = panels(4, (15, 4), share_y=True)
+    models = [runs.models[seed] for seed in runs.sound]
+    for axes, overlaps, title in (
+        (small, [one["overlaps"] for one in models], "retrieval models"),
+        (chat, [one["overlap"] for one in haystacks], "SmolLM2-135M"),
+    ):
+        for number, (key, label) in enumerate(
+            (("same", "one question asked twice"), ("different", "two questions"))
+        ):
+            values_NL = np.array([one[key] for one in overlaps])
+            with_dots(axes, np.arange(values_NL.shape[1]), values_NL, number, label)
+        axes.axhline(
+            np.mean([one["chance"] for one in overlaps]), color="black", ls=":", label="chance"
+        )
+        axes.set(xlabel="layer", title=f"positions in common, {title}")
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+    small.set_xticks(range(len(models[0]["overlaps"]["same"])))
+    chat.set_xticks(range(0, len(haystacks[0]["overlap"]["same"]), 5))
+    both = runs.sound_at_both
+    joined(place, [[runs.kept_rate(s, q) for q in ("last", "first")] for s in both], 0, "hit rate")
+    exact = [[runs.models[s]["positions"][q]["snapkv"] for q in ("last", "first")] for s in both]
+    joined(place, exact, 1, "exact answers, SnapKV")
+    place.set_xticks([0, 1], ["question last", "question first"])
+    place.set_title("position of the question", fontsize=10)
+    when = ("before", "after")
+    joined(time, [[one["agnostic"][w] for w in when] for one in models], 0, "retrieval models")
+    chat_exact = [
+        answers.exact(needles.JUDGED.tokens, name, needles.JUDGED.fifth).mean()
+        for name in ("before", "snapkv")
+    ]
+    joined(time, [chat_exact], 1, "SmolLM2-135M, mean")
+    time.set_xticks([0, 1], ["before the question", "after it"])
+    time.set_title("exact answers by time of compression", fontsize=10)
+    for one in (small, chat):
+        one.title.set_fontsize(10)
+    for one, corner in ((place, "lower left"), (time, "lower right")):
+        one.set_xlim(-0.4, 1.4)
+        one.legend(frameon=False, fontsize=8, loc=corner)
+    small.set_ylim(0, 1.03)
+    return figure
+
+
+def _needles(answers: Needles) -> Any:
+    grid = needles.JUDGED
+    if not answers.of_length(grid.tokens):
+        return None
+    figure, (axes,) = panels(1, (8, 6.5))
+    rows = [("full cache", answers.digits(grid.tokens, "full", 0))]
+    every = needles.cases(grid, **answers.chosen)
+    for name, method, capacity in sorted(every, key=lambda case: case[2]):
+        digits = answers.digits(grid.tokens, name, capacity)
+        rows.append((f"{method.label}, {capacity}", digits))
+    unseen = answers.digits(grid.tokens, "before", grid.fifth)
+    rows.append((f"SnapKV before the question, {grid.fifth}", unseen))
+    for at, (_, digits) in enumerate(rows):
+        share = intervals.mean(digits.all(-1).mean(-1))
+        axes.barh(at, share["value"], 0.7, xerr=errors([share]), capsize=2, color=BLUE)
+        axes.plot(digits.mean(), at, marker="D", color=RED, ls="", ms=5)
+    axes.plot([], [], marker="D", color=RED, ls="", label="share of right digits")
+    axes.barh([], [], color=BLUE, label="exact answers, 95 %")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlim(0, 1.02)
+    questions = rows[0][1].shape[0] * rows[0][1].shape[1]
+    axes.set_title(f"{grid.tokens:,} tokens, {questions} questions", fontsize=10)
+    axes.set(xlabel="share of questions or digits", ylabel="method, capacity C")
+    legend_below(figure, axes, 2)
+    return figure
+
+
+def _needle_grid(answers: Needles) -> Any:
+    grids = [grid for grid in needles.GRIDS if answers.of_length(grid.tokens)]
+    if not grids:
+        return None
+    names = ("full", "snapkv", "tova", "streaming_llm")
+    figure, axes = panels(len(names), (12, 1.7 + 0.5 * len(grids)))
+    for name, one in zip(names, axes, strict=True):
+        table = []
+        for grid in grids:
+            capacity = 0 if name == "full" else grid.fifth
+            table.append(answers.digits(grid.tokens, name, capacity).all(-1).mean(0))
+        shares_map(
+            one,
+            np.stack(table),
+            [f"{depth:.0%}" for depth in DEPTHS],
+            [f"{grid.tokens:,}" for grid in grids],
+        )
+        one.set_title(STYLE[name][2] + (", C = T / 5" if name != "full" else ""), fontsize=10)
         one.set_xlabel("depth")
     axes[0].set_ylabel("haystack, tokens")
     return figure
 
 
-def _latency(results: Results) -> Any:
-    if not results.latency:
-        return None
-    figure, (axes,) = panels(1, (7, 4))
-    capacity = results.latency["settings"]["capacity"]
-    for name, label in (("full", "full cache"), ("snapkv", f"SnapKV, C = {capacity}")):
-        lengths = results.latency["result"][name]
-        at = [int(n) for n in lengths]
-        times = [one["ms"] for one in lengths.values()]
-        colour, marker, _ = _STYLE[name]
-        axes.plot(at, np.median(times, 1), color=colour, marker=marker or "s", label=label)
-        axes.fill_between(at, np.min(times, 1), np.max(times, 1), color=colour, alpha=0.15, lw=0)
-    axes.set_xticks(at, [f"{n // 1024}K" for n in at])
-    axes.set(ylim=(0, None), xlabel="prompt, tokens")
-    axes.set_ylabel("ms per token, median; band: all repeats")
-    axes.legend(frameon=False)
+def _latency(timed: Latency) -> Any:
+    figure, axes = panels(len(timed.batches), (11, 4), share_y=True)
+    capacity = timed.settings["capacity"]
+    for (batch, methods), one in zip(timed.batches.items(), axes, strict=True):
+        for name, label in (("full", "full cache"), ("snapkv", f"SnapKV, C = {capacity:,}")):
+            colour, marker, _ = STYLE[name]
+            at = [int(length) for length in methods[name]]
+            ms = np.array([cell["ms"] for cell in methods[name].values()])
+            one.plot(at, np.median(ms, 1), color=colour, marker=marker, label=f"{label}, median")
+            one.plot(at, ms.min(1), color=colour, ls=":", lw=1.2, label=f"{label}, least")
+        one.set_xticks(at, [f"{n // 1024}K" for n in at], fontsize=8)
+        one.set(ylim=(0, None), xlabel="prompt, tokens")
+        one.set_title(f"batch {batch}", fontsize=10)
+    axes[0].set_ylabel("ms per generated token")
+    axes[0].legend(frameon=False, fontsize=8)
     return figure

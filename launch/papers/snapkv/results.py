@@ -1,4 +1,4 @@
-"""The measurements as tables: a row for each prompt of a retrieval model, and for each question on a haystack."""
+"""The measurements by part, with the models and haystacks that can judge."""
 
 import dataclasses
 import functools
@@ -6,90 +6,148 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from launch.papers.snapkv import measure
-from launch.papers.snapkv.needles import DIGITS, GRIDS, Grid
+from launch.papers.snapkv.haystacks import DIGITS
 
+BAR = 0.9  # exact answers with the full cache, below which a retrieval model judges nothing
+CHAT_BAR = 0.5  # of the chat model, which is not trained here
 SMALL, CHAT = "retrieval model", "SmolLM2-135M"
-_LINES = {"accuracy": measure.LINES, "accuracy_12": 12, "accuracy_24": 24}
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-    """The parts that `measure.run` returns; empty if not measured."""
+class Retrieval:
+    """The retrieval models.
 
-    retrieval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    needles: Sequence[Mapping[str, Any]] = ()
-    latency: Mapping[str, Any] | None = None
+    Attributes:
+      phases: a row for each phase of training.
+      models: seed -> measurements.
+    """
 
-    @property
-    def runs(self) -> list[Mapping[str, Any]]:
-        """The measurements of the retrieval models, one per seed."""
-        return list(self.retrieval.values())
+    phases: Sequence[Mapping[str, Any]]
+    models: Mapping[int, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, measured: Mapping[str, Any]) -> "Retrieval":
+        return cls(measured["phases"], {int(seed): one for seed, one in measured["models"].items()})
 
     @property
     def length(self) -> int:
-        """Tokens of a prompt of the retrieval models."""
-        return self.runs[0]["accuracy"]["length"]
+        """Tokens of the longest prompts."""
+        return next(iter(self.models.values()))["accuracy"]["length"]
+
+    def right(
+        self, seed: int, method: str, capacity: int, lines: int = measure.LINES
+    ) -> Mapping[str, Any] | None:
+        """Returns {'exact', 'tokens', 'depths'} of a method; the full cache has no capacity. None if not measured."""
+        key = "accuracy" if lines == measure.LINES else f"accuracy_{lines}"
+        cells = self.models[seed].get(key, {}).get("right", {}).get(method, {})
+        return next(iter(cells.values()), None) if method == "full" else cells.get(str(capacity))
+
+    def exact(self, method: str, capacity: int) -> dict[int, float]:
+        """Returns the share of exact answers by seed that can judge."""
+        cells = {seed: self.right(seed, method, capacity) for seed in self.sound}
+        return {seed: cell["exact"] for seed, cell in cells.items() if cell is not None}
 
     @functools.cached_property
-    def prompts(self) -> pd.DataFrame:
-        """Whether answers are right: all tokens ('exact') and those after the first ('later'). `depth` is in fifths."""
-        rows = [
-            (seed, lines, line * 5 // lines, method, int(capacity), all(right), all(right[1:]))
-            for seed, run in self.retrieval.items()
-            for key, lines in _LINES.items()
-            if key in run
-            for method, capacities in run[key]["correct"].items()
-            for capacity, answers in capacities.items()
-            for line, right in zip(run[key]["line"], answers, strict=True)
-        ]
-        columns = ["seed", "lines", "depth", "method", "capacity", "exact", "later"]
-        return pd.DataFrame(rows, columns=columns)
-
-    @functools.cached_property
-    def questions(self) -> pd.DataFrame:
-        """Which digits of answers on haystacks are right, and whether all are ('exact')."""
-        rows = [
-            (haystack["tokens"], method, int(capacity), all(digits), digits)
-            for haystack in self.needles
-            for method, capacities in haystack["digits"].items()
-            for capacity, answers in capacities.items()
-            for digits in answers
-        ]
-        frame = pd.DataFrame(rows, columns=["tokens", "method", "capacity", "exact", "digits"])
-        return frame.sort_values("tokens", kind="stable")
-
-    def answers(self, method: str, capacity: int) -> pd.DataFrame:
-        """Returns the rows of `prompts` of a method; the full cache has no capacity."""
-        return _of(self.prompts, method, capacity)
-
-    def exact(self, method: str, capacity: int) -> np.ndarray:
-        """Returns whether each of the longest prompts of all seeds is answered."""
-        mine = self.answers(method, capacity)
-        return mine[mine["lines"] == measure.LINES]["exact"].to_numpy(bool)
-
-    def digits(self, method: str, capacity: int, tokens: int) -> np.ndarray:
-        """Returns the right digits [needles, 5] of the haystacks of a length."""
-        mine = _of(self.questions[self.questions["tokens"] == tokens], method, capacity)
-        return np.array(mine["digits"].tolist()).reshape(-1, DIGITS)
+    def excluded(self) -> dict[int, str]:
+        """Seed -> why it judges nothing: its full cache does not reach BAR."""
+        full = {
+            seed: (self.right(seed, "full", 0) or {"exact": 0.0})["exact"] for seed in self.models
+        }
+        return {seed: f"answers {share:.2f}" for seed, share in full.items() if share < BAR}
 
     @property
-    def grids(self) -> list[Grid]:
-        """The grids of needles that were measured."""
-        return [grid for grid in GRIDS if grid.tokens in set(self.questions["tokens"])]
+    def sound(self) -> list[int]:
+        return [seed for seed in self.models if seed not in self.excluded]
 
-    @functools.cached_property
-    def window_rates(self) -> np.ndarray | None:
-        """Hit rates [layers, windows] over all seeds."""
-        if not self.runs:
-            return None
-        hits = [np.asarray(run["hits"]["hits"]) for run in self.runs]
-        total_LW2 = np.concatenate(hits, axis=2).sum(2)
-        return total_LW2[..., 0] / np.maximum(total_LW2[..., 1], 1)
+    @property
+    def sound_at_both(self) -> list[int]:
+        """The seeds that answer both positions of the question."""
+
+        def reaches(seed: int) -> bool:
+            positions = self.models[seed]["positions"].values()
+            return all(shares["full"] >= BAR for shares in positions)
+
+        return [seed for seed in self.sound if reaches(seed)]
+
+    def window_rates(self, seed: int) -> np.ndarray:
+        """Returns hit rates [layers, windows] of the prompt's last windows."""
+        return rates(self.models[seed]["hits"]["hits"])
+
+    def kept_rate(self, seed: int, question: str) -> float:
+        """Returns the hit rate of what SnapKV keeps, over all layers."""
+        hits, attended = np.asarray(self.models[seed][f"kept_{question}"]).sum(0)
+        return float(hits / attended)
 
 
-def _of(answers: pd.DataFrame, method: str, capacity: int) -> pd.DataFrame:
-    mine = answers[answers["method"] == method]
-    return mine if method == "full" else mine[mine["capacity"] == capacity]
+def rates(counts: Any) -> np.ndarray:
+    """Returns hit rates from (hits, attended) in the last axis."""
+    counts = np.asarray(counts, float)
+    return counts[..., 0] / np.maximum(counts[..., 1], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needles:
+    """The chat model's answers.
+
+    Attributes:
+      candidates: results of the haystacks that choose window and kernel.
+      chosen: the chosen sizes.
+      haystacks: results of the others.
+    """
+
+    candidates: Sequence[Mapping[str, Any]]
+    chosen: Mapping[str, int]
+    haystacks: Sequence[Mapping[str, Any]]
+
+    def of_length(self, tokens: int) -> dict[int, Mapping[str, Any]]:
+        """Returns the haystacks of a length by number."""
+        return {one["haystack"]: one for one in self.haystacks if one["tokens"] == tokens}
+
+    def digits(self, tokens: int, method: str, capacity: int) -> np.ndarray:
+        """Returns the right digits [haystacks, needles, 5]; none if not measured."""
+        cells = [one["digits"].get(method, {}) for one in self.of_length(tokens).values()]
+        right = [cell[str(capacity)] for cell in cells if str(capacity) in cell]
+        return np.array(right).reshape(len(right), -1, DIGITS)
+
+    def exact(self, tokens: int, method: str, capacity: int) -> np.ndarray:
+        """Returns the share of exact answers of each haystack."""
+        return self.digits(tokens, method, capacity).all(-1).mean(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Decoding times.
+
+    Attributes:
+      settings: of the measurement.
+      batches: batch size -> method -> length of the prompt -> numbers.
+      prefill_seconds: method -> length -> seconds, at batch 1.
+      longest: method -> tokens of the longest prompt within the limit of bytes.
+    """
+
+    settings: Mapping[str, Any]
+    batches: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+    prefill_seconds: Mapping[str, Mapping[str, float]]
+    longest: Mapping[str, int]
+
+    def slopes(self, batch: str, method: str) -> np.ndarray:
+        """Returns, for each repeat, milliseconds per token and 1,024 tokens of prompts that exceed the capacity or equal it."""
+        every = self.batches[batch][method]
+        cells = {int(n): cell for n, cell in every.items() if int(n) >= self.settings["capacity"]}
+        at = [length / 1024 for length in cells]
+        ms = np.array([cell["ms"] for cell in cells.values()])
+        return np.polyfit(at, ms, 1)[0]
+
+
+READERS = {
+    "retrieval": Retrieval.of,
+    "needles": lambda measured: Needles(**measured),
+    "latency": lambda measured: Latency(**measured),
+}
+
+
+def read(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the results of each part from what `measure.run` returns."""
+    return {part: READERS[part](value) for part, value in measured.items()}

@@ -3,7 +3,7 @@
 Shapes: E prompts, T prompt length, A answer tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +11,26 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data.snapkv import retrieval
-from launch.papers.snapkv.methods import FULL, Method, kernels, methods
+from launch.papers.snapkv.methods import FULL, Method, methods, pooled
 from launch.papers.snapkv.programs import CachedModel
 from trainers.decoding.settings import Settings
 from trainers.snapkv import replay
 
 WINDOW = 8
-KERNEL = 7
-SNAPKV = methods(window=WINDOW, kernel=KERNEL)["snapkv"]
+KERNEL = 2 * retrieval.ANSWER_TOKENS - 1  # a vote for one token of an answer keeps all of it
+FIFTHS = 5  # of the lines, by depth
+METHODS = {
+    **methods(
+        window=WINDOW,
+        kernel=KERNEL,
+        generated=retrieval.ANSWER_TOKENS,
+        future=retrieval.ANSWER_TOKENS,
+    ),
+    **{f"kernel_{size}": pooled(WINDOW, size) for size in (1, 3, 5)},
+    "truncation": FULL,
+}
+del METHODS["pyramidkv"]  # of two layers it leaves the last almost nothing
+SNAPKV = METHODS["snapkv"]
 _SETTINGS = Settings(max_new_tokens=retrieval.ANSWER_TOKENS, num_ids=retrieval.VOCAB_SIZE)
 
 
@@ -69,7 +81,7 @@ def accuracy(
     seed: int = 0,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measures which answers are right, by method and capacity, of prompts with the question last.
+    """Measures the shares of right answers, by method and capacity, to prompts with the question last.
 
     Args:
       retriever: the model.
@@ -79,16 +91,22 @@ def accuracy(
       names: of the methods; None for all.
 
     Returns:
-      {"length": T, "line": [E], "correct": {method: {capacity: [E, A] of 0 and 1}}}.
+      {"length": T, "right": {method: {capacity: {"exact": share, "tokens": [A], "depths": [FIFTHS]}}}}: shares of prompts
+      with every token right, with each token right, and of the first by depth of the line in question.
     """
     drawn, recording, full_EA, read_on = retriever.draw(prompts, lines, seed)
     length = drawn.tokens_ET.shape[1]
 
-    def check(answer_EA: np.ndarray) -> list[list[int]]:
-        return (answer_EA == drawn.answers_EA).astype(int).tolist()
+    def check(answer_EA: np.ndarray) -> dict[str, Any]:
+        return _shares(answer_EA == drawn.answers_EA, drawn.line_E * FIFTHS // lines)
 
-    correct: dict[str, dict[str, Any]] = {"full": {str(length): check(full_EA)}}
-    cases = [case for case in _cases(capacities, length) if names is None or case[0] in names]
+    right: dict[str, dict[str, Any]] = {"full": {str(length): check(full_EA)}}
+    cases = [
+        (name, METHODS[name], capacity)
+        for name in names or METHODS
+        for capacity in capacities
+        if capacity < length
+    ]
     for name, method, capacity in tqdm(cases, desc=f"{lines} lines", unit="case", disable=None):
         if name == "truncation":
             cut = np.concatenate([drawn.tokens_ET[:, :1], drawn.tokens_ET[:, 1 - capacity :]], 1)
@@ -97,20 +115,18 @@ def accuracy(
             answer_EA = retriever.answer(read_on, method, capacity, logits_EV=recording.logits_BV)
         else:
             answer_EA = retriever.answer(recording, method, capacity)
-        correct.setdefault(name, {})[str(capacity)] = check(answer_EA)
-    return {"length": length, "line": drawn.line_E.tolist(), "correct": correct}
+        right.setdefault(name, {})[str(capacity)] = check(answer_EA)
+    return {"length": length, "right": right}
 
 
-def _cases(capacities: Sequence[int], length: int) -> Iterator[tuple[str, Method, int]]:
-    all_methods = {
-        **methods(window=WINDOW, kernel=KERNEL, future=retrieval.ANSWER_TOKENS),
-        **kernels(window=WINDOW, sizes=(1, 3, 5)),
-        "truncation": FULL,
+def _shares(right_EA: np.ndarray, fifth_E: np.ndarray) -> dict[str, Any]:
+    exact_E = right_EA.all(1)
+    depths = [exact_E[fifth_E == fifth] for fifth in range(FIFTHS)]
+    return {
+        "exact": round(float(exact_E.mean()), 4),
+        "tokens": right_EA.mean(0).round(4).tolist(),
+        "depths": [round(float(some.mean()), 4) if some.size else None for some in depths],
     }
-    for name, method in all_methods.items():
-        for capacity in capacities:
-            if capacity < length:
-                yield name, method, capacity
 
 
 def depths(retriever: Retriever, **settings: Any) -> dict[str, Any]:
@@ -120,25 +136,25 @@ def depths(retriever: Retriever, **settings: Any) -> dict[str, Any]:
 
 def question_agnostic(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
-) -> dict[str, Any]:
-    """Measures whether answers are right where the context is compressed before the question is read."""
+) -> dict[str, float]:
+    """Measures the share of exact answers where the context is compressed before the question is read, and after."""
     rng = np.random.default_rng((seed, lines))
     drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
     suffix = retrieval.LINE + 1
     context = retriever.record(drawn.tokens_ET[:, :-suffix])
     question_EX = drawn.tokens_ET[:, -suffix:]
-    correct = {
+    answers = {
         "full": retriever.answer(context, suffix_EX=question_EX),
-        "before the question": retriever.answer(context, SNAPKV, capacity, suffix_EX=question_EX),
-        "after the question": retriever.answer(retriever.record(drawn.tokens_ET), SNAPKV, capacity),
+        "before": retriever.answer(context, SNAPKV, capacity, suffix_EX=question_EX),
+        "after": retriever.answer(retriever.record(drawn.tokens_ET), SNAPKV, capacity),
     }
-    return {name: _exact(answer, drawn).tolist() for name, answer in correct.items()}
+    return {name: _exact(answer, drawn) for name, answer in answers.items()}
 
 
 def question_positions(
     retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Measures whether answers are right with the question after the context and before it."""
+    """Measures the share of exact answers to questions after the context and before it."""
     rng = np.random.default_rng((seed, lines))
     context = retrieval.draw_lines(rng, prompts, lines)
     out = {}
@@ -146,11 +162,11 @@ def question_positions(
         drawn = retrieval.draw_prompts(rng, context, question)
         recording = retriever.record(drawn.tokens_ET)
         out[question] = {
-            "full": _exact(retriever.answer(recording), drawn).tolist(),
-            "snapkv": _exact(retriever.answer(recording, SNAPKV, capacity), drawn).tolist(),
+            "full": _exact(retriever.answer(recording), drawn),
+            "snapkv": _exact(retriever.answer(recording, SNAPKV, capacity), drawn),
         }
     return out
 
 
-def _exact(answer_EA: np.ndarray, drawn: retrieval.Prompts) -> np.ndarray:
-    return (answer_EA == drawn.answers_EA).all(1).astype(int)
+def _exact(answer_EA: np.ndarray, drawn: retrieval.Prompts) -> float:
+    return round(float((answer_EA == drawn.answers_EA).all(1).mean()), 4)

@@ -36,6 +36,7 @@ def test_a_suite_is_evaluated_as_far_as_its_data_go(
     shutil.copytree(data_dir, sets, ignore=shutil.ignore_patterns(*MISSING))
     flags = [
         f"--checkpoint={trained_run.path}",
+        "--suite=code_mix",
         f"--data_dir={sets}",
         f"--json={tmp_path / 'suite.json'}",
         f"--samples={tmp_path / 'samples.jsonl'}",
@@ -86,10 +87,8 @@ def test_the_groups_of_the_harness_are_unweighted_means(data_dir, monkeypatch):
 
 
 def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command, capsys):
-    assert (
-        command("evaluate harness", f"--checkpoint={trained_run.path}", f"--data_dir={tmp_path}")
-        == 2
-    )
+    flags = f"--checkpoint={trained_run.path}", "--suite=code_mix", f"--data_dir={tmp_path}"
+    assert command("evaluate harness", *flags) == 2
     said = capsys.readouterr().err
     assert "There is no evaluation set" in said
     assert (

@@ -1,0 +1,79 @@
+"""The retrieval models of SnapKV's small experiment, trained phase by phase.
+
+A phase ends when the model answers 95 % of its kinds of prompts exactly, or at its limit of updates; the next starts from
+its parameters and moments. Three runs for each seed, together some minutes on one core; the number of seeds after a colon:
+
+  python -m launch.sweep --sweep launch/papers/snapkv/sweep.py:5 --out runs/snapkv/retrieval --workers 2
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from launch.papers.shared import configs
+
+GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
+
+
+class Phase(NamedTuple):
+    """A phase of training.
+
+    Attributes:
+      shares: what is read, by share of tokens.
+      length: tokens of a row, which hold the longest of these documents.
+      kinds: the prompts that end it.
+      limit: of updates.
+    """
+
+    shares: Mapping[str, float]
+    length: int
+    kinds: tuple[tuple[int, str], ...]
+    limit: int
+
+
+# A document with the question first has four answer tokens at any length: it needs a large share. The last phase reads
+# 12 lines too: both positions of the question are compared at 12 lines, and would be forgotten.
+PHASES = {
+    "lines_3": Phase({"retrieval_3": 1.0}, 128, ((3, "last"),), 8000),
+    "lines_12": Phase(
+        {"retrieval_12": 0.4, "retrieval_first_6": 0.3, "retrieval_first_12": 0.3},
+        256,
+        ((12, "last"), (6, "first")),
+        6000,
+    ),
+    "lines_48": Phase(
+        {"retrieval_48": 0.4, "retrieval_12": 0.1, "retrieval_first_12": 0.5},
+        512,
+        ((48, "last"), (12, "last"), (12, "first")),
+        5000,
+    ),
+}
+LAST = list(PHASES)[-1]
+
+
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    arms, parent = {}, None
+    for name, phase in PHASES.items():
+        arms[name] = _arm(phase, parent)
+        parent = name
+    return configs.config(arms, seeds=seeds)
+
+
+def _arm(phase: Phase, parent: str | None) -> dict[str, Any]:
+    # The rate of the last phase falls to 0 at its limit, where a model that has not ended it needs small steps.
+    falls = (
+        "SCHEDULE=@schedules.linear()",
+        "schedules.linear.peak=%LEARNING_RATE",
+        "schedules.linear.total_steps=None",
+        "schedules.linear.warmup_steps=100",
+    )
+    bindings = (
+        f"TRAIN_STEPS={phase.limit}",
+        f"TASK_FEATURE_LENGTHS={{'targets': {phase.length}}}",
+        f"stream.make_stream.phases=((0, {dict(phase.shares)!r}),)",
+        f"until_answered.UntilAnswered.kinds={phase.kinds!r}",
+        *(("INITIAL_SCOPE='phase'",) if parent else ()),
+        *(falls if phase is PHASES[LAST] else ()),
+    )
+    return configs.arm(GIN, bindings=bindings, parent=parent)

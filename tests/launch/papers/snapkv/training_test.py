@@ -1,0 +1,60 @@
+"""The phases of the retrieval models' training: what ends them, and what they read."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from data.snapkv import retrieval
+from launch.papers.snapkv import sweep, until_answered
+from launch.sweeping import file
+
+
+class Parrot:
+    """A model whose best tokens are its parameters."""
+
+    def apply(self, variables, tokens_EX):
+        best_EX = variables["params"]
+        assert best_EX.shape == tokens_EX.shape
+        return jax.nn.one_hot(best_EX, retrieval.VOCAB_SIZE)
+
+
+@pytest.fixture
+def hook():
+    recipe = types.SimpleNamespace(model=Parrot())
+    run = types.SimpleNamespace(program=types.SimpleNamespace(recipe=recipe))
+    return until_answered.UntilAnswered(run=run, kinds=((3, "last"),), share=0.75, prompts=8)
+
+
+def test_a_run_ends_when_enough_prompts_are_answered_exactly(hook):
+    rng = np.random.default_rng((hook.seed, 3))
+    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, 8, 3))
+    whole_EX = np.concatenate([drawn.tokens_ET, drawn.answers_EA], axis=1)
+    best_EX = whole_EX[:, 1:].copy()
+    best_EX[:, 0] = 0  # what precedes an answer does not count
+
+    def share():
+        metrics = hook(100, types.SimpleNamespace(released_params=best_EX), {})
+        return metrics["answers/last_3"], hook.ended
+
+    assert share() == (1.0, True)
+    best_EX[:2, -1] = 0
+    assert share() == (0.75, True)
+    best_EX[2, -4] = 0  # one wrong token of four
+    assert share() == (0.625, False)
+
+
+def test_phases_start_from_each_other_and_read_registered_tasks():
+    runs = file.read(f"{sweep.__file__}:2")
+    assert [run.seed for run in runs if run.arm == sweep.LAST] == [10, 11]
+    parents = [run.parent and run.parent.partition("/")[0] for run in runs if run.seed == 10]
+    assert parents == [None, "lines_3", "lines_12"]
+    tasks = {
+        f"retrieval_{'first_' * first}{lines}" for lines in (3, 6, 12, 24, 48) for first in (0, 1)
+    }
+    for phase in sweep.PHASES.values():
+        assert set(phase.shares) <= tasks
+        assert sum(phase.shares.values()) == pytest.approx(1)
+    # The last phase ends when the prompts that judge are answered.
+    assert {(48, "last"), (12, "last"), (12, "first")} == set(sweep.PHASES[sweep.LAST].kinds)
