@@ -4,6 +4,7 @@ The same command continues where it stopped: runs and measurements stay in --mod
 
   python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
   python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
+  python -m launch.reproduce code_mix --again --out=docs/reproductions   # the page anew, from results.json
 
 On two idle cores snapkv takes two hours, code_mix 40 minutes, low_rank and preference an hour, and bam and nexus
 about two hours each with both of their parts. python -m launch.reproduce PAPER --help lists the flags of a paper.
@@ -14,6 +15,7 @@ signal stopped the command.
 import argparse
 import importlib
 import importlib.metadata
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -53,7 +55,7 @@ def slugs() -> list[str]:
 
     measure.py has TITLE, PARTS (name -> description), `run(model_dir, parts, **other flags)` and optionally
     `add_flags(parser)`. If SEEDS, the default number of seeds, is not None, its runs are sweeps, with the flags --seeds,
-    --workers and --minutes. page.py has `write(measured, out, facts)`.
+    --workers and --minutes. page.py has REPORT, a `shared.page.Report`.
     """
     pages = (page for path in papers.__path__ for page in pathlib.Path(path).glob("*/page.py"))
     return sorted(page.parent.name for page in pages if page.with_name("measure.py").exists())
@@ -64,9 +66,10 @@ def _module(slug: str, name: str) -> Any:
 
 
 def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
-    parser.add_argument(
-        "--model_dir", required=True, metavar="DIR", help="folder of runs and measurements"
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model_dir", metavar="DIR", help="folder of runs and measurements")
+    again_help = "run nothing: write the page again from results.json in --out"
+    source.add_argument("--again", action="store_true", help=again_help)
     parser.add_argument(
         "--out", default="docs/reproductions", metavar="DIR", help="folder of the report"
     )
@@ -96,18 +99,17 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     settings = vars(flags).copy()
     slug, out = settings.pop("paper"), pathlib.Path(settings.pop("out"))
+    report = _module(slug, "page").REPORT
     try:
-        measured = _module(slug, "measure").run(**settings)
+        if settings.pop("again"):
+            measured, facts = _recorded(out / slug)
+        else:
+            facts = _facts(report.claims, pathlib.Path(flags.model_dir), arguments)
+            measured = _module(slug, "measure").run(**settings)
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED
-    facts = {
-        "command": " ".join(["python -m launch.reproduce", *arguments]),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
-    }
-    if isinstance(getattr(flags, "seeds", None), list):
-        facts["seeds"] = flags.seeds
-    judged = _module(slug, "page").write(measured, out, facts)
+    judged = report.write(measured, out, facts)
     for one in judged:
         print(f"{one.name:4} {one.verdict:13} {one.statement}")
     print(f"report {out / slug}.md")
@@ -115,6 +117,31 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     return int(bool(problems))
+
+
+def _facts(
+    claims: Sequence[Any], model_dir: pathlib.Path, arguments: Sequence[str]
+) -> dict[str, Any]:
+    """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
+    from launch.papers.shared import criteria
+
+    return {
+        "command": " ".join(["python -m launch.reproduce", *arguments]),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+        "criteria": criteria.fix(model_dir, claims),
+    }
+
+
+def _recorded(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    """Returns the measurements and the facts of a written page."""
+    from launch.papers.shared import page
+
+    path = folder / page.RECORD
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: run the reproduction with --model_dir first.")
+    record = json.loads(path.read_bytes())
+    facts = {name: record[name] for name in ("command", "versions", "criteria") if name in record}
+    return record["measured"], facts
 
 
 if __name__ == "__main__":

@@ -59,12 +59,17 @@ def difference(a: Any, b: Any) -> dict[str, float]:
 
 def over_seeds(values: Any) -> dict[str, float]:
     """Returns the mean over seeds with Student's interval, which is the value itself for one seed."""
+    return _rounded(**student(values))
+
+
+def student(values: Any) -> dict[str, float]:
+    """Returns the mean with Student's interval, not rounded, which is the value itself for one value."""
     from scipy import stats
 
     values_N = np.asarray(values, float)
     n, middle = len(values_N), float(np.mean(values_N))
     half = stats.t.ppf(0.975, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n) if n > 1 else 0.0
-    return _rounded(middle, middle - half, middle + half)
+    return {"value": middle, "low": float(middle - half), "high": float(middle + half)}
 
 
 def sign_test(differences: Any) -> float:

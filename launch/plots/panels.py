@@ -21,13 +21,20 @@ BESIDE = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor"
 
 
 def panels(
-    columns: int, size: tuple[float, float], *, rows: int = 1, share_y: bool | str = False
+    columns: int,
+    size: tuple[float, float],
+    *,
+    rows: int = 1,
+    share_y: bool | str = False,
+    heights: Sequence[float] | None = None,
 ) -> Any:
-    """Returns a figure and its axes, row by row."""
+    """Returns a figure and its axes, row by row; `heights` are the rows' relative ones."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel()
+    axes = figure.subplots(
+        rows, columns, squeeze=False, sharey=share_y, height_ratios=heights
+    ).ravel()
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.25)
@@ -87,6 +94,26 @@ def level(axes: Any, shown: Mapping[str, float], label: str, *, width: float = 1
     """Draws a reference value as a dashed line, and its interval as a band."""
     axes.axhline(shown["value"], color="black", ls="--", lw=width, label=label)
     axes.axhspan(shown["low"], shown["high"], color="black", alpha=0.08, lw=0)
+
+
+def paired(
+    axes: Any, rows: Sequence[tuple[str, Sequence[float], Mapping[str, float], str]]
+) -> None:
+    """Draws differences as rows from the top: a dot for each seed, the mean and its interval.
+
+    Args:
+      axes: to draw on.
+      rows: (label, values by seed, {'value', 'low', 'high'}, colour); an end that is not finite is not drawn.
+    """
+    for at, (_, values, shown, colour) in enumerate(rows):
+        axes.plot(
+            values, [at] * len(values), ls="", marker="o", ms=4, color=colour, alpha=0.45, mew=0
+        )
+        axes.plot(shown["value"], at, marker="|", ms=13, mew=2, color=colour)
+        if np.isfinite([shown["low"], shown["high"]]).all():
+            axes.plot([shown["low"], shown["high"]], [at, at], color=colour, lw=1.5)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
 def _dots(axes: Any, at: float, values: np.ndarray, width: float) -> None:

@@ -279,7 +279,7 @@ def describe_process() -> dict[str, Any]:
     """Returns code, command, versions and machine of this process."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **_commit(),
+        **commit(),
         "command": sys.orig_argv,
         "directory": os.getcwd(),
         "python": platform.python_version(),
@@ -304,7 +304,7 @@ def mesh_facts(mesh: Any) -> dict[str, Any]:
     }
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     """Returns the repository's commit and whether files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")

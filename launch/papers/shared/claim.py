@@ -1,28 +1,115 @@
-"""Claims of a paper, the evidence measured for each, and their verdicts."""
+"""Claims of a paper, the effects that judge them, and their verdicts.
+
+An effect is a number by seed, such as the difference of two arms of the same seed, with a 95 % interval over seeds and
+bounds that are written down before the runs. It holds where the whole interval lies between its bounds, fails where
+the whole interval lies outside of them, and is undecided otherwise.
+"""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from launch.plots import intervals
 
-@dataclasses.dataclass(frozen=True)
-class Evidence:
-    """One measurement of a claim.
+VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
+HOLDS, FAILS, MIXED, UNDECIDED, NOT_MEASURED = VERDICTS
+SEEDS = 5  # of an effect, where a run takes less than two minutes
+FEW_SEEDS = 3  # where it takes longer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effect:
+    """One number that judges a claim.
 
     Attributes:
       where: the model or data it was measured on.
-      measured: the numbers in words, with their intervals.
-      holds: whether the pass condition is met.
+      what: the number in words, such as 'mean loss, BTX less BAM'.
+      by_seed: its value in each seed.
+      above, below: the claim is supported by values between these bounds.
+      unit: of the values, such as 'nats per token'.
+      digits: decimals that are shown.
+      note: further numbers, as text.
+      unmet: why it gives no verdict, such as a collapsed router; empty if nothing speaks against one.
+      interval: {'value', 'low', 'high'} where it is not Student's over seeds, such as a bootstrap over prompts.
+      exact: whether the number is without noise, such as a count of bytes; its interval is the range of its values.
+      seeds: the least number of seeds for a verdict, where the interval is Student's.
     """
 
     where: str
-    measured: str
-    holds: bool
+    what: str
+    by_seed: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    above: float = -math.inf
+    below: float = math.inf
+    unit: str = ""
+    digits: int = 3
+    note: str = ""
+    unmet: str = ""
+    interval: Mapping[str, float] | None = None
+    exact: bool = False
+    seeds: int = SEEDS
+
+    @functools.cached_property
+    def range(self) -> Mapping[str, float]:
+        """The mean with its interval: {'value', 'low', 'high'}; NaN without values, unbounded for one seed."""
+        if self.interval is not None:
+            return self.interval
+        values = [float(value) for value in self.by_seed.values()]
+        if not values:
+            return dict.fromkeys(("value", "low", "high"), math.nan)
+        if self.exact:
+            return {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
+        if len(values) == 1:
+            return {"value": values[0], "low": -math.inf, "high": math.inf}
+        return intervals.student(values)
+
+    @property
+    def why(self) -> str:
+        """Why it gives no verdict; empty if it gives one."""
+        if self.unmet:
+            return self.unmet
+        if math.isnan(self.range["value"]):
+            return "a value is not a number" if self.by_seed else "no runs"
+        if self.interval is None and not self.exact and len(self.by_seed) < self.seeds:
+            return f"{len(self.by_seed)} of {self.seeds} seeds"
+        return ""
+
+    @property
+    def verdict(self) -> str:
+        if self.why:
+            return NOT_MEASURED
+        if self.above < self.range["low"] and self.range["high"] < self.below:
+            return HOLDS
+        if self.range["high"] <= self.above or self.range["low"] >= self.below:
+            return FAILS
+        return UNDECIDED
+
+    @property
+    def slack(self) -> float:
+        """How far the interval lies inside the bounds, in widths of the interval; negative outside."""
+        room = min(self.range["low"] - self.above, self.below - self.range["high"])
+        width = self.range["high"] - self.range["low"]
+        return room / width if width > 0 else math.copysign(math.inf, room)
+
+    def text(self) -> str:
+        """Returns the value with its interval and unit."""
+        if self.exact and self.range["low"] == self.range["high"]:
+            shown = f"{self.range['value']:,.{self.digits}f}"
+        else:
+            shown = intervals.text(self.range, self.digits)
+        return f"{shown} {self.unit}".rstrip()
+
+    def bounds(self) -> str:
+        """Returns the bounds in words."""
+        low, high = (f"{bound:.4g}" for bound in (self.above, self.below))
+        if math.isfinite(self.above) and math.isfinite(self.below):
+            return f"between {low} and {high}"
+        return f"above {low}" if math.isfinite(self.above) else f"below {high}"
 
 
-# (results of a part, name of that part in the report) -> evidence; none where the runs are missing.
-Measure = Callable[[Any, str], Sequence[Evidence]]
+# (results of a part, name of that part in the report) -> effects; none where the runs are missing.
+Measure = Callable[[Any, str], Sequence[Effect]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +119,11 @@ class Claim:
     Attributes:
       name: short, such as 'B3'.
       statement: the claim in one sentence.
-      condition: when a measurement supports it.
+      condition: when it is supported, with all margins.
       measures: part of the experiment -> functions that measure the claim there.
       required: whether it must hold at small scale too.
-      by_part: part with results -> its evidence; set by `judge`.
+      paper: the paper's figure for it; empty where the paper has none.
+      by_part: part with results -> its effects; set by `judge`.
     """
 
     name: str
@@ -43,19 +131,28 @@ class Claim:
     condition: str
     measures: Mapping[str, Sequence[Measure]]
     required: bool = False
-    by_part: Mapping[str, Sequence[Evidence]] = dataclasses.field(default_factory=dict)
+    paper: str = ""
+    by_part: Mapping[str, Sequence[Effect]] = dataclasses.field(default_factory=dict)
 
     @property
-    def evidence(self) -> list[Evidence]:
+    def effects(self) -> list[Effect]:
         return [one for part in self.by_part.values() for one in part]
 
     @property
     def verdict(self) -> str:
-        """'holds', 'fails', 'mixed' where only some of the evidence supports it, or 'not measured'."""
-        supports = {one.holds for one in self.evidence}
-        if not supports:
-            return "not measured"
-        return "mixed" if len(supports) == 2 else "holds" if supports == {True} else "fails"
+        """One of VERDICTS: 'mixed' where some effects hold and some fail, else the worst of the effects' verdicts."""
+        verdicts = {one.verdict for one in self.effects}
+        if verdicts >= {HOLDS, FAILS}:
+            return MIXED
+        worst = (FAILS, UNDECIDED, NOT_MEASURED, HOLDS)
+        return next((one for one in worst if one in verdicts), NOT_MEASURED)
+
+    @property
+    def deciding(self) -> Effect | None:
+        """The effect that decides the verdict: of the worst verdict, the one that lies least inside its bounds."""
+        verdict = FAILS if self.verdict == MIXED else self.verdict
+        worst = [one for one in self.effects if one.verdict == verdict]
+        return min(worst, key=lambda one: one.slack, default=None)
 
 
 RequiredClaim = functools.partial(Claim, required=True)
@@ -64,7 +161,7 @@ RequiredClaim = functools.partial(Claim, required=True)
 def judge(
     claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
 ) -> list[Claim]:
-    """Returns the claims with the evidence of all parts that have results; `places` are the parts' names in the report."""
+    """Returns the claims with the effects of all parts that have results; `places` are the parts' names in the report."""
     return [
         dataclasses.replace(
             claim,
@@ -79,30 +176,53 @@ def judge(
 
 
 def unmet(judged: Sequence[Claim], parts: Sequence[str]) -> list[str]:
-    """Returns why the reproduction of `parts` fails: required claims that do not hold or were not measured."""
+    """Returns why the reproduction of `parts` fails: required claims that do not hold in them."""
     out = []
     for claim in judged:
-        if claim.required and claim.verdict in ("fails", "mixed"):
+        if not claim.required:
+            continue
+        missing = [part for part in claim.measures if part in parts and not claim.by_part.get(part)]
+        if claim.effects and claim.verdict != HOLDS:
             out.append(f"{claim.name} must hold, and its verdict is: {claim.verdict}")
-        elif claim.required:
+        else:
             out += [
-                f"{claim.name} must hold, and part {part} has not measured it"
-                for part in claim.measures
-                if part in parts and not claim.by_part.get(part)
+                f"{claim.name} must hold, and part {part} has not measured it" for part in missing
             ]
     return out
 
 
 def record(judged: Sequence[Claim]) -> list[dict[str, Any]]:
-    """Returns the claims as results.json has them."""
-    return [
-        {
-            "claim": claim.name,
-            "statement": claim.statement,
-            "condition": claim.condition,
-            "required": claim.required,
-            "verdict": claim.verdict,
-            "evidence": [vars(one) for one in claim.evidence],
-        }
-        for claim in judged
-    ]
+    """Returns the claims as results.json has them; effect, interval and seeds are those of the deciding effect."""
+    out = []
+    for claim in judged:
+        decides = claim.deciding
+        seen = _numbers(decides) if decides else {"effect": None, "interval": None, "seeds": []}
+        out.append(
+            {
+                **{"claim": claim.name, "statement": claim.statement, "condition": claim.condition},
+                **{"paper": claim.paper, "required": claim.required, "verdict": claim.verdict},
+                **seen,
+                "effects": [_recorded(one) for one in claim.effects],
+            }
+        )
+    return out
+
+
+def _recorded(effect: Effect) -> dict[str, Any]:
+    return {
+        **{"where": effect.where, "what": effect.what, "verdict": effect.verdict},
+        **_numbers(effect),
+        **{"unit": effect.unit, "above": _finite(effect.above), "below": _finite(effect.below)},
+        "by_seed": {str(seed): _finite(value) for seed, value in effect.by_seed.items()},
+        **{"why": effect.why, "note": effect.note},
+    }
+
+
+def _numbers(effect: Effect) -> dict[str, Any]:
+    value, *interval = (_finite(effect.range[key]) for key in ("value", "low", "high"))
+    return {"effect": value, "interval": interval, "seeds": list(effect.by_seed)}
+
+
+def _finite(value: float) -> float | None:
+    """Returns a number to six digits as JSON has it: None for one that is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

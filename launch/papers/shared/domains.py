@@ -17,14 +17,13 @@ from launch.papers.shared.claim import Measure
 from launch.papers.shared.results import named
 
 MEAN = "mean loss"
+_KEYS = (
+    *("run", "arm", "seed", "parents", "step", "tokens", "tokens_total", "flops", "seconds"),
+    *("evaluations", "digest"),
+)
 PARTS = {"synthetic": "generated domains", "real": "real ones"}
 HELD_OUT = "held_out"
-_INTRO = (
-    "Losses are of held-out text, in nats per token, means over seeds with 95 % intervals\n"
-    + page.MEANS.removeprefix("Values are means over seeds with 95 % intervals ").replace(
-        "must\nhold", "must hold"
-    )
-)
+_INTRO = "Losses are of held-out text, in nats per token."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,11 @@ class DomainRuns(results.Results):
             groups[on(domain)] = (domain,)
             groups[off(domain)] = tuple(other for other in domains if other != domain)
         groups |= cls.more_groups(domains)
-        return cls(measured["rows"], domains, groups, measured["floors"], measured["planned"])
+        planned = {
+            arm: {int(seed): names for seed, names in by_seed.items()}
+            for arm, by_seed in measured["planned"].items()
+        }
+        return cls(measured["rows"], domains, groups, measured["floors"], planned)
 
     @classmethod
     def more_groups(cls, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
@@ -155,13 +158,13 @@ def held_out(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def pairs(
-    *arms: tuple[str, str], score: str = MEAN, step: int | None = None, no_worse: bool = False
+    *arms: tuple[str, str], score: str = MEAN, step: int | None = None, **settings: Any
 ) -> Measure:
     """Returns a measure of whether the first arm of each pair has the lower loss at a step, or at the end if None.
 
-    With `no_worse` it also holds if the second arm is not significantly better.
+    Settings are as of `Results.gain`.
     """
-    measure = results.compare(score, *arms, no_worse=no_worse)
+    measure = results.compare(score, *arms, **settings)
     if step is None:
         return measure
     return lambda runs, where: measure(runs.at(step), f"{where}, {step} updates")
@@ -209,7 +212,7 @@ def sweep(paper: str) -> Any:
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
-    """Returns a row with 'curve', [(step, {task: loss})] of its evaluations, and 'parameters'.
+    """Returns what pages need of a row, with 'curve', [(step, {task: loss})] of its evaluations, and 'parameters'.
 
     A run that was made and not trained has an empty curve and None.
     """
@@ -221,7 +224,11 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
                 curve.setdefault(line["step"], {})[task] = value
     about = directory / "run.json"
     parameters = json.loads(about.read_text())["parameters"] if about.exists() else None
-    return {**row, "curve": sorted(curve.items()), "parameters": parameters}
+    losses = {task: {"loss": loss} for task, loss in held_out({**row, "evaluations": {}}).items()}
+    return {
+        **{key: row.get(key) for key in _KEYS},
+        **{"held_out": losses, "curve": sorted(curve.items()), "parameters": parameters},
+    }
 
 
 def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
@@ -241,6 +248,7 @@ def report(
     text: Sequence[str],
     columns: Mapping[str, tuple[str, float]] = MappingProxyType({}),
     places: Mapping[str, str] = MappingProxyType({}),
+    intro: str = "",
     **settings: Any,
 ) -> page.Report:
     """Returns the page of a paper whose runs are evaluated on domains.
@@ -250,12 +258,13 @@ def report(
       parts: of the experiment; those that are not in PARTS have results of their own kind.
       text: on the arms and on limits of the experiment, lines of a Markdown list.
       columns: further numbers of rows in the tables -> (their heading, the unit they are divided by).
-      places: part that is not in PARTS -> its name in the evidence.
+      places: part that is not in PARTS -> its name in the effects.
+      intro: what to know before the verdicts.
       **settings: the remaining fields of `page.Report`.
     """
     shown = {"parameters": ("10³ parameters", 1e3), "tokens": ("10⁶ tokens", 1e6), **columns}
     return page.Report(
-        intro=_INTRO,
+        intro="\n".join(filter(None, (intro, _INTRO))),
         places={**{name: name for name in PARTS}, **places},
         read=functools.partial(_read, runs),
         setup=lambda results: [*_setup(results, parts), *text],
@@ -264,10 +273,6 @@ def report(
             for name, one in swept(results).items()
             for line in _table(f"All arms, {name}", one, shown)
         ],
-        record=lambda results: {
-            "parts": {name: _record(one, tuple(columns)) for name, one in swept(results).items()},
-            **{name: value for name, value in results.items() if name not in PARTS},
-        },
         **settings,
     )
 
@@ -329,14 +334,3 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
         lines.append((f"{runs.label(arm)} (`{arm}`)", *cells))
     headings = (heading for heading, _ in columns.values())
     return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)
-
-
-def _record(runs: DomainRuns, columns: Sequence[str]) -> dict[str, Any]:
-    """Returns the numbers of the page, from which it can be computed again."""
-    keys = ("run", "arm", "seed", "parents", "parameters", "step", "tokens", "seconds", *columns)
-    rows = []
-    for row in runs.rows:
-        evaluations = {k: v for k, v in row.get("evaluations", {}).items() if k != HELD_OUT}
-        losses = {"loss": held_out(row), "curve": row["curve"]}
-        rows.append({**{key: row.get(key) for key in keys}, **losses, "evaluations": evaluations})
-    return {"domains": list(runs.domains), "floors": dict(runs.floors), "runs": rows}

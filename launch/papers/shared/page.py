@@ -6,14 +6,21 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from launch.papers.shared import claim
+import numpy as np
+
+from launch.papers.shared import claim, criteria, effects_figure, nulls
 from launch.papers.shared.claim import Claim
-from launch.plots import intervals, panels
+from launch.plots import panels
 
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
-MEANS = (
-    "Values are means over seeds with 95 % intervals (Student's t). Claims in bold must\n"
-    "hold at this scale too; other claims may fail.\n\n" + intervals.BETTER
+RECORD = "results.json"
+_WIDTH = 100
+RULES = (
+    "A claim is judged by effects: numbers by seed, such as differences of two arms of the same seed, as means with\n"
+    "95 % intervals over seeds (Student's t). An effect *holds* where the whole interval lies within the claim's bounds,\n"
+    "*fails* where all of it lies outside, and is *undecided* otherwise. It is *not measured* where it cannot say\n"
+    "anything, such as with too few seeds or a degenerate run. A claim is *mixed* where some effects hold and some fail.\n"
+    "Claims in bold must hold at this scale too; others may fail. A difference is positive where it supports its claim."
 )
 
 
@@ -25,31 +32,32 @@ class Report:
       slug: of the paper; the page is <slug>.md, figures and results.json go to the folder <slug>.
       title: of the page.
       source: the paper, as a link.
-      intro: how to read values and verdicts.
+      intro: what to know before the verdicts, such as that a baseline is in doubt; below it are the rules of verdicts.
       claims: of the paper.
       places: part -> its name in the evidence.
-      read: returns the results of each part from what the paper's `measure.run` returns. The functions below take them.
+      read: returns the results of each part from what the paper's `measure.run` returns, also after a round trip through
+        JSON, whose keys are text. The functions below take them.
       figures: returns file name -> (the figure, or None where there is nothing to draw; its caption).
       setup: returns how it was measured, as lines of Markdown.
       tables: returns the tables below the measurements, as lines of Markdown.
-      record: returns further entries of results.json; a list under 'runs' at its end is written with one line per run
-        if `run_lines`.
+      shuffle: returns what `measure.run` returns with its measurements exchanged at random, so that no claim is true.
       figures_last: whether the figures come after the measurements.
     """
 
     slug: str
     title: str
     source: str
-    intro: str = MEANS
+    intro: str = ""
     claims: Sequence[Claim]
     places: Mapping[str, str]
     read: Callable[[Mapping[str, Any]], Parts] = dict
     figures: Callable[[Parts], Mapping[str, tuple[Any, str]]]
     setup: Callable[[Parts], Iterable[str]]
     tables: Callable[[Parts], Iterable[str]]
-    record: Callable[[Parts], Mapping[str, Any]]
+    shuffle: Callable[[Mapping[str, Any], np.random.Generator], Mapping[str, Any]] = (
+        nulls.shuffle_arms
+    )
     figures_last: bool = False
-    run_lines: bool = False
 
     def judge(self, measured: Mapping[str, Any]) -> list[Claim]:
         """Returns the claims, judged on what `measure.run` returns."""
@@ -61,15 +69,17 @@ class Report:
         """Writes page, figures and results.json; returns the judged claims.
 
         Args:
-          measured: by the paper's `measure.run`, complete or not.
+          measured: by the paper's `measure.run`, complete or not, or the entry 'measured' of results.json.
           out: the folder, such as docs/reproductions.
-          facts: 'command', 'versions' and whatever else the numbers depend on.
+          facts: 'command', 'versions', 'criteria' (of criteria.fix) and whatever else the numbers depend on.
         """
+        measured = json.loads(json.dumps(measured))
         folder, parts = out / self.slug, self.read(measured)
-        captions = panels.save(self.figures(parts), folder)
         judged = claim.judge(self.claims, parts, self.places)
-        record = {**facts, "claims": claim.record(judged), **self.record(parts)}
-        (folder / "results.json").write_text(self._json(record))
+        drawn = {"claims.png": (effects_figure.figure(judged), effects_figure.CAPTION)}
+        captions = panels.save({**drawn, **self.figures(parts)}, folder)
+        record = {**facts, "claims": claim.record(judged), "measured": measured}
+        (folder / RECORD).write_text("\n".join(_json(record)) + "\n")
         figures = [
             line
             for name, caption in captions.items()
@@ -79,8 +89,10 @@ class Report:
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines = [
             *(f"# {self.title}", "", f"{self.source}.", "This page and its plots are written by"),
-            *("", "```", str(facts["command"]), "```", ""),
-            *(f"and never by hand. {self.intro}", "", *_verdicts(judged)),
+            *("", "```", str(facts["command"]), "```", "", "and never by hand.", ""),
+            *((self.intro, "") if self.intro else ()),
+            *(RULES, criteria.in_words(facts.get("criteria"), self.claims), ""),
+            *_verdicts(judged),
             *("## How it was measured", "", *self.setup(parts), ""),
             *(line for section in body[:: 1 if self.figures_last else -1] for line in section),
             *self.tables(parts),
@@ -89,12 +101,29 @@ class Report:
         (out / f"{self.slug}.md").write_text("\n".join(lines) + "\n")
         return judged
 
-    def _json(self, record: dict[str, Any]) -> str:
-        if not self.run_lines:
-            return json.dumps(record, indent=1) + "\n"
-        runs = ",\n".join(f"  {json.dumps(run)}" for run in record.pop("runs"))
-        head = json.dumps(record, indent=1).removesuffix("\n}")
-        return f'{head},\n "runs": [\n{runs}\n ]\n}}\n'
+
+def _json(value: Any, indent: int = 0) -> list[str]:
+    """Returns a value as lines of JSON: its objects down to those that fit a line, and lists of them line by line."""
+    short = json.dumps(value)
+    if len(short) + indent <= _WIDTH or not isinstance(value, dict | list):
+        return [short]
+    if isinstance(value, list):
+        if not any(isinstance(one, dict) for one in value):
+            return [short]
+        items = [[json.dumps(one)] for one in value]
+    else:
+        items = []
+        for key, one in value.items():
+            first, *rest = _json(one, indent + 1)
+            items.append([f"{json.dumps(key)}: {first}", *rest])
+    pad, (start, end) = " " * (indent + 1), "[]" if isinstance(value, list) else "{}"
+    out = [start]
+    for at, lines in enumerate(items):
+        # Lines below the first of an item have their indentation.
+        first, *rest = lines
+        out += [pad + first, *rest]
+        out[-1] += "," if at < len(items) - 1 else ""
+    return [*out, " " * indent + end]
 
 
 def _verdicts(judged: Sequence[Claim]) -> list[str]:
@@ -103,19 +132,25 @@ def _verdicts(judged: Sequence[Claim]) -> list[str]:
     for one in judged:
         statement = f"{one.name} {one.statement}"
         shown = f"**{statement}**" if one.required else statement
-        rows.append((shown, one.condition, f"**{one.verdict}**"))
-    return table(("claim", "pass condition", "verdict"), rows)
+        decides = one.deciding
+        effect = "" if decides is None or decides.verdict == claim.NOT_MEASURED else decides.text()
+        rows.append((shown, one.condition, effect, f"**{one.verdict}**"))
+    return table(("claim", "pass condition", "effect that decides", "verdict"), rows)
 
 
 def _measurements(judged: Sequence[Claim]) -> list[str]:
     out = ["## Measurements", ""]
     for one in judged:
-        lines = [
-            f"- {e.where}: {e.measured}. **{'Holds' if e.holds else 'Fails'}.**"
-            for e in one.evidence
-        ]
-        out += [f"### {one.name}: {one.statement}", "", *(lines or ["- Not measured."]), ""]
+        paper = [f"The paper: {one.paper}.", ""] if one.paper else []
+        lines = [_measurement(effect) for effect in one.effects]
+        out += [f"### {one.name}: {one.statement}", "", *paper, *(lines or ["- Not measured."]), ""]
     return out
+
+
+def _measurement(effect: claim.Effect) -> str:
+    note = f" ({effect.note})" if effect.note else ""
+    verdict = effect.verdict.capitalize() + (f": {effect.why}" if effect.why else "")
+    return f"- {effect.where}: {effect.what}: {effect.text()}{note}; holds {effect.bounds()}. **{verdict}.**"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""The results of a part of an experiment: one table of scores by arm, size and seed, and evidence from pairs of arms."""
+"""The results of a part of an experiment: one table of scores by arm, size and seed, and effects from pairs of arms."""
 
 import dataclasses
 import functools
@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from launch.papers.shared.claim import Evidence, Measure
+from launch.papers.shared.claim import Effect, Measure
 from launch.plots import intervals
+
+Case = str | tuple[str, str | None]  # an arm at the main size, or (arm, size)
+_AT_THE_END = (
+    0.02  # of a score's range: where two arms are both so near to one end, they cannot differ
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +27,6 @@ class Results:
 
     rows: Sequence[Mapping[str, Any]]
     main = None  # the size at which arms are compared, in sweeps over sizes
-    shows_differences = True  # whether evidence from pairs of arms has their mean difference
 
     def row_scores(self, row: Mapping[str, Any]) -> Mapping[str, float | None]:
         """Returns all scores of a run by name."""
@@ -86,10 +90,9 @@ class Results:
         """Returns a score of an arm, one value per seed."""
         return self.scores(arm, score, size).to_numpy()
 
-    def paired(self, score: str, *cases: str | tuple[str, str | None]) -> list[np.ndarray]:
-        """Returns a score of arms, or of (arm, size), at the seeds that all of them have, in one order."""
-        arms = [(case, None) if isinstance(case, str) else case for case in cases]
-        return aligned(*(self.scores(arm, score, size) for arm, size in arms))
+    def paired(self, score: str, *cases: Case) -> list[np.ndarray]:
+        """Returns a score of arms at the seeds that all of them have, in one order."""
+        return aligned(*(self.scores(arm, score, size) for arm, size in map(_split, cases)))
 
     def mean(self, values: np.ndarray, score: str) -> str:
         """Returns the mean over seeds with its interval, as text."""
@@ -108,31 +111,96 @@ class Results:
             for text in named(f"`{arm}`", [s for s in seeds if s not in self.find(arm)], seeds)
         ]
 
-    def better(
-        self, where: str, score: str, one: str, other: str, *, no_worse: bool = False
-    ) -> list[Evidence]:
-        """Returns whether an arm has the better score, by a sign test over seeds; nothing where one of them is missing.
+    def degenerate(self, row: Mapping[str, Any]) -> str:
+        """Returns why a run gives no verdict, such as a collapsed router; empty if it is sound."""
+        del row
+        return ""
 
-        With `no_worse` it also holds if the other arm is not significantly better.
+    def limits(self, score: str) -> tuple[float, float] | None:
+        """Returns the least and the greatest possible value of a score; None if it has none."""
+        del score
+        return None
+
+    def unmet(self, score: str, *cases: Case) -> str:
+        """Returns why a comparison gives no verdict; empty if nothing speaks against one."""
+        reasons = [
+            f"{self._name(case)}, seed {seed}: {reason}"
+            for case in cases
+            for seed, row in self.find(*_split(case)).items()
+            if (reason := self.degenerate(row))
+        ]
+        if reasons:
+            return "; ".join(reasons)
+        if limits := self.limits(score):
+            near = _AT_THE_END * (limits[1] - limits[0])
+            means = [values.mean() for values in self.paired(score, *cases) if values.size]
+            for end, name in zip(limits, ("floor", "ceiling"), strict=True):
+                if means and all(abs(mean - end) <= near for mean in means):
+                    return f"all arms are at the {name} of {score.replace('_', ' ')}"
+        return ""
+
+    def gain(
+        self,
+        where: str,
+        score: str,
+        one: Case,
+        other: Case,
+        *,
+        relative: bool = False,
+        **settings: Any,
+    ) -> list[Effect]:
+        """Returns the effect of an arm being better than another; nothing where one is missing.
+
+        Args:
+          where: the model or data.
+          score: of `row_scores`.
+          one: the arm that is said to be better: the effect is positive where it is.
+          other: the arm it is compared with.
+          relative: whether differences are in per cent of the other arm's score.
+          **settings: further fields of Effect; the effect holds above 0 by default.
         """
-        ones, others = self.paired(score, one, other)
-        if not len(ones):
+        cases = one, other
+        scores = [self.scores(arm, score, size) for arm, size in map(_split, cases)]
+        both = pd.concat(scores, axis=1, join="inner").sort_index()
+        if both.empty:
             return []
-        gaps = others - ones if self.lower_is_better(score) else ones - others
-        gap = f" difference {self.mean(ones - others, score)}," if self.shows_differences else ""
-        words = (
-            f"{score.replace('_', ' ')}: {self.label(one)} {self.mean(ones, score)}, "
-            f"{self.label(other)} {self.mean(others, score)};{gap} {sign_test(gaps)}"
-        )
-        significant = intervals.significant
-        return [Evidence(where, words, not significant(-gaps) if no_worse else significant(gaps))]
+        gaps = both.iloc[:, 0] - both.iloc[:, 1]
+        if self.lower_is_better(score):
+            gaps = -gaps
+        if relative:
+            gaps = 100 * gaps / both.iloc[:, 1]
+        labels = [self._name(case) for case in cases]
+        means = [
+            f"{label} {mean:.{self.digits(score)}f}"
+            for label, mean in zip(labels, both.mean(), strict=True)
+        ]
+        defaults = {
+            "above": 0.0,
+            "unit": "%" if relative else "",
+            "digits": self.digits(score),
+            "unmet": self.unmet(score, *cases),
+        }
+        what = f"{score.replace('_', ' ')}, gain of {labels[0]} over {labels[1]}"
+        by_seed = {int(seed): float(gap) for seed, gap in gaps.items()}
+        note = ", ".join(means)
+        return [
+            Effect(where=where, what=what, by_seed=by_seed, note=note, **{**defaults, **settings})
+        ]
+
+    def _name(self, case: Case) -> str:
+        arm, size = _split(case)
+        return self.label(arm) + (f", {size}" if size else "")
 
 
-def compare(score: str, *pairs: tuple[str, str], no_worse: bool = False) -> Measure:
-    """Returns a measure of whether the first arm of each pair has the better score: see `Results.better`."""
+def _split(case: Case) -> tuple[str, str | None]:
+    return (case, None) if isinstance(case, str) else case
 
-    def measure(runs: Results, where: str) -> list[Evidence]:
-        return [e for pair in pairs for e in runs.better(where, score, *pair, no_worse=no_worse)]
+
+def compare(score: str, *pairs: tuple[Case, Case], **settings: Any) -> Measure:
+    """Returns a measure of whether the first arm of each pair has the better score; settings as of `Results.gain`."""
+
+    def measure(runs: Results, where: str) -> list[Effect]:
+        return [effect for pair in pairs for effect in runs.gain(where, score, *pair, **settings)]
 
     return measure
 
@@ -148,12 +216,6 @@ def named(what: str, missing: Sequence[int], planned: Collection[int]) -> list[s
         return []
     some = f" (seed {', '.join(map(str, missing))})" if len(missing) < len(planned) else ""
     return [what + some]
-
-
-def sign_test(gaps: np.ndarray) -> str:
-    """Returns the outcome of a sign test over pairs of runs, as text."""
-    wins, p = int((gaps > 0).sum()), intervals.sign_test(gaps)
-    return f"better in {wins} of {gaps.size} pairs (p = {p:.3g})"
 
 
 def change(ones: np.ndarray, others: np.ndarray) -> dict[str, float]:
