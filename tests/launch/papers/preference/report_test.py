@@ -250,7 +250,7 @@ def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     assert all(f"](preference/{name})" in text for name in drawn)
     assert "Missing from this page: all of the part `smollm`." in text
     # The updates of the best P_win are those that were evaluated.
-    (row,) = (line for line in text.splitlines() if line.startswith("| DPO β = 0.01 | 0.6"))
+    row = next(line for line in text.splitlines() if line.startswith("| DPO β = 0.01 | 0.6"))
     steps = [int(step) for step in row.split("|")[3].split(",")]
     assert len(steps) == 2 and all(step % 20 == 0 for step in steps)
     assert "| P_win | 0.500 [0.500, 0.500] | 0.705 [" in text
