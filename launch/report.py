@@ -10,6 +10,8 @@ launch/papers/NAME/report.py:
   python -m launch.report --sweep runs/code_mix/skills --out /tmp/report
   python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
   python -m launch.report --board runs/dpo runs/dpo_nll --out board.html
+
+--all gathers every claim of every paper that was reproduced, with its verdict, in docs/scorecard.md.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from launch import cli
 from launch.plots import panels
 from launch.run import metric_rows
 
+_REPRODUCTIONS, _SCORECARD = "docs/reproductions", "docs/scorecard.md"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
@@ -33,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", nargs="+", metavar="DIR", help="run directories")
+    all_help = "every claim of every paper, of a folder of reproductions (default: %(const)s)"
+    which.add_argument("--all", nargs="?", const=_REPRODUCTIONS, metavar="DIR", help=all_help)
     for module in _of_papers():
         which.add_argument(f"--{module.FLAG}", nargs="+", metavar="DIR", help=module.HELP)
-    parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
+    out_help = f"folder or file to write (default with --all: {_SCORECARD})"
+    parser.add_argument("--out", metavar="PATH", help=out_help)
 
 
 def _of_papers() -> list[Any]:
@@ -51,6 +58,14 @@ def _of_papers() -> list[Any]:
 
 
 def _run(flags: argparse.Namespace) -> None:
+    if flags.all:
+        from launch.papers.shared import scorecard
+
+        out = pathlib.Path(flags.out or _SCORECARD)
+        print(scorecard.write(pathlib.Path(flags.all), out, pathlib.Path("README.md")))
+        return
+    if flags.out is None:
+        raise ValueError("--out is missing: name the folder or file to write.")
     if flags.runs:
         report(metric_rows.named(flags.runs), flags.out)
         return

@@ -164,8 +164,9 @@ LEVELS = {
 # Folders of the papers, and of a method that is none: no file at the top of a package imports or names one.
 SLUGS = ("aya23", "aya_expanse", "bam", "code_mix", "distillation", "influence", "low_rank", "mov")
 SLUGS += ("nexus", "preference", "snapkv")
-# `reproduce` runs any paper by what the papers share.
-CORE_MAY_IMPORT = {"launch.papers.shared.claim", "launch.papers.shared.sweeps"}
+# `reproduce` and `report` serve any paper by what the papers share.
+SHARED = ("claim", "criteria", "page", "scorecard", "sweeps")
+CORE_MAY_IMPORT = {f"launch.papers.shared.{name}" for name in SHARED}
 
 
 def module_of(path: pathlib.Path) -> str:

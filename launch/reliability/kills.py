@@ -172,24 +172,10 @@ def _lost_processes(seed: int) -> Iterator[Case]:
 
 def _lose(index: int, number: int, bench: Bench) -> None:
     """Loses one of two processes; the other one must say so, with status 75."""
-    run = bench.folder / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    run, address = bench.folder / "run", _free_address()
     flags = program.train_flags(bench, run, "TRAIN_STEPS=5000", "CHECKPOINT_PERIOD=20")
-    flags += [f"--coordinator_address={address}", "--process_count=2", "--heartbeat_timeout=10"]
-    variables = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    variables["PYTHONPATH"] = environment.ROOT
     logs = [bench.folder / f"peer_{i}.log" for i in range(2)]
-    peers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "launch.train", *flags, f"--process_index={i}"],
-            env=variables,
-            stdout=logs[i].open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for i in range(2)
-    ]
+    peers = [_peer(i, address, logs[i], "--heartbeat_timeout=10", *flags) for i in range(2)]
     end = time.monotonic() + 900
     while program.good_step(run) == 0:
         if time.monotonic() > end or any(p.poll() is not None for p in peers):
@@ -217,12 +203,30 @@ def _tree(pid: int) -> list[int]:
 
 
 def _never_comes(bench: Bench) -> None:
+    log = bench.folder / "peer_0.log"
+    flags = program.train_flags(bench, bench.folder / "run")
+    status = _peer(0, _free_address(), log, "--initialization_timeout=5", *flags).wait(900)
+    text = log.read_text()
+    if status != cli.INTERRUPTED or "did not come" not in text or "Traceback" in text:
+        raise Unclear(f"status {status} in place of {cli.INTERRUPTED}: ...{text[-500:]}")
+
+
+def _free_address() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = [f"--coordinator_address={address}", "--process_count=2", "--process_index=0"]
-    flags += ["--initialization_timeout=5", *program.train_flags(bench, bench.folder / "run")]
-    program.start(bench, "train", flags).refused("did not come", status=cli.INTERRUPTED)
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def _peer(index: int, address: str, log: pathlib.Path, *flags: str) -> subprocess.Popen:
+    """Starts one of two processes of a run, not forked: its supervisor starts the same command again."""
+    words = [f"--coordinator_address={address}", "--process_count=2", f"--process_index={index}"]
+    variables = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *words, *flags],
+        env={**variables, "PYTHONPATH": environment.ROOT},
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+    )
 
 
 def _writers(seed: int) -> Iterator[Case]:

@@ -109,3 +109,38 @@ def test_spectra_of_runs_are_drawn_and_a_run_without_is_named(tmp_path, capsys):
     assert "none has no spectra.jsonl" in capsys.readouterr().err
     assert report.main(["--spectra", *[runs[0]] * 2, f"--out={tmp_path}/out"]) == 2
     assert "named twice" in capsys.readouterr().err
+
+
+def test_the_scorecard_has_every_claim_and_the_readme_its_head(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "reproductions" / "a_paper"
+    folder.mkdir(parents=True)
+    gain = {"where": "models", "what": "gain of A over B", "unit": "%"}
+    gain |= {"effect": 3.5, "interval": [1.25, 5.75]}
+    first = {"claim": "A1", "statement": "A is better", "paper": "4 %", "required": True}
+    first |= {"verdict": "holds", "effect": 3.5, "interval": [1.25, 5.75], "seeds": [10, 11]}
+    second = {**first, "claim": "A2", "required": False, "verdict": "not measured"}
+    second |= {"effect": None, "interval": None, "seeds": [], "effects": []}
+    record = {"title": "A paper", "claims": [{**first, "effects": [gain]}, second]}
+    (folder / "results.json").write_text(json.dumps(record))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- scorecard -->\nold\n<!-- /scorecard -->\nafter\n")
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["--all", "reproductions", "--out", "scorecard.md"]) == 0
+    card = (tmp_path / "scorecard.md").read_text()
+    here = "gain of A over B (models): 3.500 [1.250, 5.750] %"
+    assert f"| **A1 A is better** | 4 % | {here} | 10, 11 | **holds** |" in card
+    assert "| A2 A is better | 4 % |  |  | **not measured** |" in card
+    row = "| [A paper](reproductions/a_paper.md) | 1 (1) |  |  |  | 1 (0) |"
+    text = readme.read_text()
+    assert row in card and row in text and row in capsys.readouterr().out
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    assert report.main(["--all", "nothing"]) == 2
+    assert "run launch.reproduce first" in capsys.readouterr().err
+    (folder / "results.json").write_text("[]")
+    assert report.main(["--all", "reproductions"]) == 2
+    assert "has no 'title' and 'claims'" in capsys.readouterr().err
+
+
+def test_a_report_without_a_place_is_refused(capsys):
+    assert report.main(["--runs", "a"]) == 2
+    assert "--out is missing" in capsys.readouterr().err

@@ -78,7 +78,12 @@ class Report:
         judged = claim.judge(self.claims, parts, self.places)
         drawn = {"claims.png": (effects_figure.figure(judged), effects_figure.CAPTION)}
         captions = panels.save({**drawn, **self.figures(parts)}, folder)
-        record = {**facts, "claims": claim.record(judged), "measured": measured}
+        record = {
+            "title": self.title,
+            **facts,
+            "claims": claim.record(judged),
+            "measured": measured,
+        }
         (folder / RECORD).write_text("\n".join(_json(record)) + "\n")
         figures = [
             line
