@@ -44,7 +44,8 @@ class MovingReference:
     def reference(self, extras: Any, variables: Mapping[str, Any]) -> Any:
         """Returns the present reference from the checkpoint's parameters and the state's collections."""
         moves = variables[MOVES]
-        if jax.tree.structure(extras) != jax.tree.structure(moves):
+        trees: list[Any] = [jax.tree.structure(tree) for tree in (extras, moves)]
+        if trees[0] != trees[1]:
             raise ValueError(
                 "A moving reference becomes the policy, so it must be in every step and of the policy's model: give "
                 "methods/preference/tr_dpo.gin, and leave REFERENCE_MODEL as it is."

@@ -31,7 +31,7 @@ _TEXT = [
     "and top-p 0.75; held-out prompts are of the topics that were trained on, in other words. *Better* and *worse LLH*: mean log-likelihood per token of the held-out completions that were "
     "preferred and that were not. *P_win*: mean of σ(quality - quality of the output before the first update). *EAD*: "
     "distinct n-grams among 256 that are drawn from those of all outputs, over the number expected of uniform draws from V^n, mean of n = 1 to 3: "
-    "it depends on neither the number nor the length of outputs, and is at most 1.17. *Entropy* and *mass*: of the ten likeliest "
+    "it depends on neither the number nor the length of outputs, and is at most 1.09. *Entropy* and *mass*: of the ten likeliest "
     "tokens in outputs, renormalised for the entropy. *Facts*: share of them that greedy decoding still states. *Outside A*: share of "
     "symbols of outputs that are not of language A. docs/preference_indicators.md has the definitions.",
     "- *choices that the paper leaves open*, made on seeds 0 to 2 of a language with four successors, which judge nothing here: runs of a seed share their "

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainers import initialise
 from trainers.objectives.base import LossOut, Objective
 from trainers.objectives.moving_reference import MOVES, MovingReference
 from trainers.step import make_eval_step, make_train_step
@@ -77,6 +79,18 @@ def test_a_state_is_all_that_a_run_needs_to_go_on():
     parts = trained(moving, 4, trained(moving, 3))
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
     jax.tree.map(np.testing.assert_array_equal, whole.variables, parts.variables)
+
+
+def test_moves_are_split_over_devices_as_their_parameters_are():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("data",), ()))
+    shardings = {"a": split, "b": {"c": whole}}
+    optimizer = optax.sgd(0.1)
+    variables = {MOVES: MovingReference().init(START), "other": {"x": jnp.zeros(3)}}
+    state = TrainState(jnp.zeros((), jnp.int32), START, optimizer.init(START), None, variables)
+    abstract = jax.eval_shape(lambda: state)
+    found = initialise.state_shardings(abstract, optimizer, shardings, mesh=mesh).variables
+    assert found == {MOVES: shardings, "other": {"x": whole}}
 
 
 def test_what_cannot_move_is_refused():
