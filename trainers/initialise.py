@@ -14,7 +14,7 @@ from model.same import Same
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.inputs import Inputs, PackedTokens
-from trainers.objectives.moving_reference import MOVES, MovingReference
+from trainers.moving_reference import MOVES, MovingReference
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 

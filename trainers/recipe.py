@@ -20,9 +20,9 @@ from model.ranges import AxisSize, Decay, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
+from trainers.moving_reference import MovingReference
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
-from trainers.objectives.moving_reference import MovingReference
 from trainers.optim import schedules
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule

@@ -15,8 +15,8 @@ import optax
 
 from trainers import anomaly as anomaly_lib
 from trainers import trainable
+from trainers.moving_reference import MOVES, MovingReference
 from trainers.objectives.base import Batch, LossFn, LossOut, Metrics, Objective
-from trainers.objectives.moving_reference import MOVES, MovingReference
 from trainers.train_state import TrainState
 
 # (state, batch, extras of the objective) -> (state, metrics); extras are optional.

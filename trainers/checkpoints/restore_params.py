@@ -15,7 +15,7 @@ from trainers.anomaly import STATISTICS
 from trainers.checkpoints import state_tree, step_dir
 from trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
 from trainers.checkpoints.manifest import ArrayEntry, Manifest
-from trainers.objectives.moving_reference import MOVES
+from trainers.moving_reference import MOVES
 
 _log = logging.getLogger(__name__)
 

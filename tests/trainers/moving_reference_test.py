@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import initialise
+from trainers.moving_reference import MOVES, MovingReference
 from trainers.objectives.base import LossOut, Objective
-from trainers.objectives.moving_reference import MOVES, MovingReference
 from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
