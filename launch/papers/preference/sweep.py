@@ -15,8 +15,8 @@ from launch.papers.shared import configs
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
 DPO = {0.01: (0.0,), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0,), 5.0: (0.0,), 50.0: (0.0, 1.0)}
-IPO = {0.01: (0.0,), 0.1: (0.0,), 1.0: (0.0,)}
-HINGE = {0.0: (0.0,), 0.1: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
+IPO = {0.01: (0.0,), 0.1: (0.0,)}
+HINGE = {0.0: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
 # Method of one strength that learns from the same pairs -> (losses, settings).
 OTHERS = {
     "simpo": ("@reference_free.simpo", ("reference_free.simpo.gamma=1.0",)),
