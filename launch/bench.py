@@ -36,7 +36,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _measure(flags: argparse.Namespace) -> None:
     from launch.benchmarks import compare
+    from launch.inference import row_files
 
+    if flags.out:
+        row_files.check_output(flags.out, "out")
     machine = compare.environment()
     module = importlib.import_module(f"launch.benchmarks.{flags.benchmark}")
     result = {

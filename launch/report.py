@@ -17,6 +17,7 @@ launch/papers/NAME/report.py:
 import argparse
 import importlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 from launch import cli
 from launch.plots import panels
 from launch.run import metric_rows
+from trainers.telemetry.metric_writers import jsonable
 
 _REPRODUCTIONS, _SCORECARD = "docs/reproductions", "docs/scorecard.md"
 
@@ -84,13 +86,20 @@ def report(runs: Mapping[str, str], out: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: a directory holds no metrics.
-      ValueError: a run has not been evaluated.
+      ValueError: a file of metrics is damaged, or a run has not been evaluated.
     """
     rows = {name: metric_rows.read_rows(directory) for name, directory in runs.items()}
     results = {name: metric_rows.last_evaluation(name, its_rows) for name, its_rows in rows.items()}
+    for name, result in results.items():
+        for domain, values in result["domains"].items():
+            if "loss" not in values:
+                raise ValueError(
+                    f"{runs[name]}/metrics.jsonl, the row of step {result['step']} has no eval/{domain}/loss to "
+                    f"compare: remove the row, or evaluate {domain} again."
+                )
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(jsonable(results), indent=1) + "\n")
     print_table(results)
     plot(results, rows, folder / "report.png")
     return results
@@ -103,16 +112,18 @@ def _domains(results: Mapping[str, Any]) -> list[str]:
 def print_table(results: Mapping[str, Any]) -> None:
     """Prints loss in nats per token and bits per byte, with a column per arm; the best of a row is bold."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="held out: nats per token, bits per byte")
     table.add_column("domain")
     for name in results:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(escape(name.replace("_", " ")), justify="right")
     for domain in _domains(results):
         by_arm = {name: result["domains"].get(domain) for name, result in results.items()}
-        best = min(values["loss"] for values in by_arm.values() if values)
-        table.add_row(domain, *(_cell(values, best) for values in by_arm.values()))
+        losses = [values["loss"] for values in by_arm.values() if values]
+        best = min((loss for loss in losses if not math.isnan(loss)), default=math.nan)
+        table.add_row(escape(domain), *(_cell(values, best) for values in by_arm.values()))
     Console(width=max(80, 24 * (len(results) + 1))).print(table)
 
 
@@ -138,8 +149,9 @@ def plot(
         at = [x + (i - (len(results) - 1) / 2) * width for x in range(len(domains))]
         drawn = bars.bar(at, values, width * 0.94, label=label)
         bars.bar_label(drawn, fmt="%.2f", fontsize=7, padding=1)
-        trained = [(row["step"], row["loss"]) for row in rows[name] if "loss" in row]
-        curves.plot(*zip(*trained, strict=True), label=label, linewidth=1.6)
+        trained = [row for row in rows[name] if "loss" in row]
+        steps, losses = ([row[key] for row in trained] for key in ("step", "loss"))
+        curves.plot(steps, losses, label=label, linewidth=1.6)
     bars.set_xticks(range(len(domains)), domains)
     bars.set_ylabel("bits per byte, held out (lower is better)")
     bars.margins(y=0.12)

@@ -168,6 +168,23 @@ def _open(path: pathlib.Path) -> BinaryIO:
     return open(path, "rb")
 
 
+def open_to_write(path: pathlib.Path, *, named: str | None = None) -> BinaryIO:
+    """Opens a file to write lines, compressed as its name says; other files without a buffer.
+
+    Args:
+      path: the file.
+      named: the name that says so, if the file will be renamed to it.
+    """
+    suffix = pathlib.Path(path if named is None else named).suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "wb")
+    if suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.output_stream(str(path), compression="zstd")
+    return open(path, "wb", buffering=0)
+
+
 def read_json_lines(
     path: pathlib.Path,
     *,
@@ -326,9 +343,13 @@ def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Ite
         ]
         # A value that is written once and used in many rows is also in memory once.
         with parquet.ParquetFile(path, read_dictionary=texts) as file:
-            row = dict.fromkeys(file.schema_arrow.names)
+            names = file.schema_arrow.names
             for key, argument in arguments.items():
-                _value(row, key, argument, f"{path}, columns")
+                _value(dict.fromkeys(names), key, argument, f"{path}, columns")
+                if names.count(key) > 1:
+                    raise DataError(
+                        f"{path} has {names.count(key)} columns {key!r}: rename or drop all but one"
+                    )
             number = 0
             rows = _rows_at_once(file.metadata)
             for batch in file.iter_batches(batch_size=rows, columns=list(arguments)):
@@ -350,13 +371,21 @@ def _rows_at_once(metadata: Any) -> int:
 
 
 def _rows(batch: Any, path: pathlib.Path, first: int) -> Iterator[dict[str, Any]]:
-    try:
-        columns = [_column(column) for column in batch.columns]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, rows {first} to {first + len(batch) - 1}: not UTF-8 at byte offset "
-            f"{error.start} of a value: {error.reason}. Write the column again as UTF-8 strings"
-        ) from None
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        where = f"{path}, rows {first} to {first + len(batch) - 1}"
+        try:
+            columns.append(_column(column))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where}: not UTF-8 at byte offset {error.start} of a value: {error.reason}. Write the "
+                "column again as UTF-8 strings"
+            ) from None
+        except (OverflowError, ValueError, LookupError) as error:  # a date, a time or a zone
+            raise DataError(
+                f"{where}: {name!r} has a value of {column.type} that Python does not have ({error}). Write "
+                "the column again as strings"
+            ) from None
     for values in zip(*columns, strict=True):
         yield dict(zip(batch.schema.names, values, strict=True))
 

@@ -26,7 +26,10 @@ _steps: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("steps
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"text", "spans"} of a request {"source", "values"}, or {"error"}."""
+    """Returns {"text", "spans"} of a request {"source", "values"}, or {"error"}.
+
+    "spans" is None if a block's text is not in the output once: a filter around the block has changed or removed it.
+    """
     try:
         return _render(request["source"], request["values"])
     except MemoryError:
@@ -38,23 +41,25 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _render(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
     pieces: list[str] = []
     marked: list[tuple[int, int]] = []
-    length = 0
+    length, is_known = 0, True
     tokens = _spans.set(spoken := []), _steps.set([MAX_STEPS])
     try:
         for piece in _compiled(source).generate(**values):
             # A marked block is one piece; `_mark` has recorded it before jinja2 yields the piece.
             while spoken:
                 text = spoken.pop(0)
+                is_known &= piece == text or piece.count(text) == 1
                 start = length + piece.find(text)
                 marked.append((start, start + len(text)))
             pieces.append(piece)
             length += len(piece)
             if length > MAX_LENGTH:
                 raise OverflowError(f"it renders more than {MAX_LENGTH:,} characters")
+        is_known &= not spoken
     finally:
         _spans.reset(tokens[0])
         _steps.reset(tokens[1])
-    return {"text": "".join(pieces), "spans": marked}
+    return {"text": "".join(pieces), "spans": marked if is_known else None}
 
 
 class _Generation(jinja2.ext.Extension):

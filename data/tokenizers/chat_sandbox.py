@@ -29,8 +29,9 @@ class Rendered:
     """A rendered conversation."""
 
     text: str  # the whole text
-    # (start, end) in characters of each assistant text, marked by `{% generation %}`
-    spans: tuple[tuple[int, int], ...]
+    # (start, end) in characters of each assistant text, marked by `{% generation %}`; None if the template changes
+    # or removes a text after that
+    spans: tuple[tuple[int, int], ...] | None
 
 
 def render(source: str, values: Mapping[str, Any]) -> Rendered:
@@ -51,4 +52,5 @@ def render(source: str, values: Mapping[str, Any]) -> Rendered:
         raise RenderError(f"the template {error} to render a conversation") from None
     if "error" in answer:
         raise RenderError(answer["error"])
-    return Rendered(answer["text"], tuple(map(tuple, answer["spans"])))
+    spans = answer["spans"]
+    return Rendered(answer["text"], None if spans is None else tuple(map(tuple, spans)))

@@ -80,10 +80,29 @@ class ChatTemplate:
     origin: str = "chat template"  # describes the source of the templates, for error messages
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Returns the text of a conversation; `render_spans` describes the arguments and errors."""
-        return self.render_spans(messages, **options).text
+        """Returns the text of a conversation; `_render` describes the arguments and errors."""
+        return self._render(messages, **options).text
 
     def render_spans(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> chat_sandbox.Rendered:
+        """Returns the text of a conversation and the spans of the assistant's texts.
+
+        Args:
+          messages, **options: see `_render`.
+
+        Raises:
+          ChatTemplateError: see `_render`; or the place of an assistant's text is unknown.
+        """
+        rendered = self._render(messages, **options)
+        if rendered.spans is None:
+            raise ChatTemplateError(
+                f"{self.origin}: a text in {{% generation %}} is changed, removed or repeated around the block, so its "
+                "place in the conversation is unknown. Put filters inside the block"
+            )
+        return rendered
+
+    def _render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.config import gin_methods, gin_reader, gin_source
+from launch.config.gin_hints import files_that_read
 from launch.config.gin_reach import Reach
 from launch.config.gin_reader import (
     Bound,
@@ -123,7 +124,8 @@ def _unread_macros(
             continue
         if name not in checked.macros_read and not (command_line_only and bound.place.line):
             near = nearest(difflib.get_close_matches(name, sorted(checked.macros_read)))
-            yield Problem(bound.place, f"nothing reads the macro '{name}'", near or "Remove it.")
+            remedy = files_that_read(name) or near or "Remove it."
+            yield Problem(bound.place, f"nothing reads the macro '{name}'", remedy)
 
 
 def _endless_macros(checked: Checked) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import gin
 
-from launch.config import gin_check, gin_source
+from launch.config import gin_check, gin_hints, gin_source
 from launch.config.gin_check import final_bound
 from launch.config.gin_reader import Checked, is_required
 from launch.config.gin_source import Place, Problem
@@ -159,21 +159,24 @@ def _normalise(binding: str, macros: dict) -> str:
     name, text = name.strip(), text.strip()
     if not equals or not name:
         raise ValueError("expected NAME=VALUE")
+    bound = final_bound(macros[name], macros) if name in macros else None
     try:
         gin_source.parse_value(text)
-        return f"{name}={text}"
+        is_list = bound is not None and isinstance(bound.value, list | tuple)
+        if is_list or not gin_hints.without_commas(text):  # 10,100 is also a tuple in gin syntax
+            return f"{name}={text}"
     except SyntaxError:
         pass
-    old = final_bound(macros[name], macros).value if name in macros else None
-    takes_string = old is None or isinstance(old, str) or is_required(old)
+    if bound is not None and is_required(bound.value):
+        bound = None
+    old = None if bound is None else bound.value
+    takes_string = old is None or isinstance(old, str)
     if text.lower() in _WORDS or not takes_string or not _BARE_STRING.fullmatch(text):
         instead = f" (it was {old!r})" if not takes_string else ""
         meant = _WORDS.get(text.lower())
         hint = f" Did you mean {meant}?" if meant else ""
-        raise ValueError(
-            f"{text!r} is not a value in gin syntax{instead}.{hint} "
-            f"A string needs quotes inside quotes: --gin.{name}='\"...\"'"
-        )
+        remedy = gin_hints.of_text(name, text, bound)
+        raise ValueError(f"{text!r} is not a value in gin syntax{instead}.{hint} {remedy}")
     return f"{name}={os.path.expanduser(text)!r}"
 
 

@@ -110,12 +110,21 @@ def _wrong_reference(annotation: Any, reference: Reference, target: Target) -> s
     if not reference.evaluate and (classes or _same_function(returned, annotation)):
         result = wanted if classes else "takes the function that it returns"
         return f"{result}, not {reference!r} itself: write @{reference.name}()"
+    if reference.evaluate and _is_result(returned, annotation):
+        return f"takes the function itself, not its result {reference!r}: write @{reference.name}"
     return None
 
 
 def _same_function(returned: Any, annotation: Any) -> bool:
     """Returns whether a function returns functions of just the type that an annotation takes."""
     return typing.get_origin(returned) is collections.abc.Callable and returned == annotation
+
+
+def _is_result(returned: Any, annotation: Any) -> bool:
+    """Returns whether an annotation takes functions that return what a function returns."""
+    if typing.get_origin(annotation) is not collections.abc.Callable or returned in (None, Any):
+        return False
+    return typing.get_args(annotation)[1] == returned
 
 
 def _may_be(made: type, wanted: type) -> bool:

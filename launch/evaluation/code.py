@@ -25,7 +25,6 @@ from typing import Any
 from data.sandbox.code_sandbox import Limits
 from launch import cli
 from launch.config import setting_flags
-from launch.inference import row_files
 from launch.run import load_run
 
 
@@ -73,8 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace, start: cli.Start | None = None) -> None:
     from launch.evaluation import code_evaluation
 
-    if flags.json:
-        row_files.check_output(flags.json, "json")
     chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
     code_evaluation.run(flags, chosen, start)
 

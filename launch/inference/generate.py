@@ -22,7 +22,7 @@ _PROMPT_KEYS = ("text", "messages", "tokens")
 
 def generate_file(config: RunConfig, *, inputs: str, output: str, **options: Any) -> None:
     """Continues the rows of a file; see `generate` for the options."""
-    row_files.check_output(output)
+    row_files.check_output(output, compressed=True, others={"inputs": inputs})
     rows = [(where, with_prompt_key(row)) for where, row in row_files.read(inputs, example=EXAMPLE)]
     row_files.write(output, generate(config, rows, **options), writer=jax.process_index() == 0)
 

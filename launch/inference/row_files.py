@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from data.text import documents
@@ -32,18 +33,58 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
     return [(f"{path}, line {number}", row) for number, row in lines]
 
 
-def check_output(path: str, flag: str = "output") -> None:
-    """Raises RowFileError if the file that a flag names cannot be written; called before any work."""
+def check_output(
+    path: str,
+    flag: str = "output",
+    *,
+    compressed: bool = False,
+    others: Mapping[str, str | None] = MappingProxyType({}),
+) -> None:
+    """Raises RowFileError if the file that a flag names cannot be written; called before any work.
+
+    Args:
+      path: the file.
+      flag: name of the flag.
+      compressed: whether a file named .gz or .zst is written compressed, see `write`.
+      others: files of other flags, which must not be overwritten, by flag.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise RowFileError(f"--{flag}={path}: there is no folder {folder}. Create it first.")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise RowFileError(f"--{flag}={path} cannot be written. Choose another file.")
+    if not compressed and path.lower().endswith(documents.COMPRESSED):
+        raise RowFileError(
+            f"--{flag}={path} is written uncompressed. Choose a name without {pathlib.Path(path).suffix}."
+        )
+    for other, taken in others.items():
+        if taken and _is_same(path, taken):
+            raise RowFileError(
+                f"--{flag}={path} is the file of --{other}, which would be overwritten. Choose another file."
+            )
+
+
+def _is_same(path: str, other: str) -> bool:
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def check_folder(path: str, flag: str = "out") -> None:
+    """Raises RowFileError if files cannot be written to the folder that a flag names; called before any work."""
+    nearest = os.path.abspath(path)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest):
+        raise RowFileError(f"--{flag}={path}: {nearest} is not a folder. Choose another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RowFileError(f"--{flag}={path}: {nearest} cannot be written. Choose another folder.")
 
 
 def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
     """Writes each row to `path`.partial as soon as it is computed, and renames the file to `path` after the last.
 
+    A file named .gz or .zst is compressed; rows may then wait in memory before they are written.
     All processes compute the rows together; only the `writer` writes them.
     """
     iterator = iter(rows)
@@ -53,7 +94,7 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
             pass
         return
     partial = f"{path}.partial"
-    with open(partial, "wb", buffering=0) as file:
+    with documents.open_to_write(pathlib.Path(partial), named=path) as file:
         for row in itertools.chain(first, iterator):
             file.write(_line(row))
     os.replace(partial, path)

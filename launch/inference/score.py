@@ -21,7 +21,7 @@ def score(
     batch_size: int = 8,
 ) -> None:
     """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`."""
-    row_files.check_output(output)
+    row_files.check_output(output, compressed=True, others={"inputs": inputs})
     placed_rows = row_files.read(inputs, example=EXAMPLE)
     with config.load(checkpoint, params=params) as run:
         rows = [scored_row(run, row, where) for where, row in placed_rows]

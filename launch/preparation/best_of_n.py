@@ -106,8 +106,11 @@ def _run(start: cli.Start) -> None:
     flags = start.flags
     if flags.output is None and flags.pairs is None:
         raise RewardError("No output is set: give --output, --pairs or both.")
-    for path in filter(None, (flags.output, flags.pairs)):
-        row_files.check_output(path)
+    taken = {"inputs": flags.inputs}
+    for flag, path in (("output", flags.output), ("pairs", flags.pairs)):
+        if path:
+            row_files.check_output(path, flag, compressed=True, others=taken)
+            taken[flag] = path
     rows = row_files.read(flags.inputs, example=EXAMPLE)
     groups = grouped(rows)
     values = iter(_rewards(rows, start))

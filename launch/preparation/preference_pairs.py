@@ -82,7 +82,7 @@ def _write_pairs(
     # Creates the file's directory, such as a sweep arm's, but not its parents: those must exist.
     with contextlib.suppress(FileNotFoundError):
         output.parent.mkdir(exist_ok=True)
-    row_files.check_output(str(output))
+    row_files.check_output(str(output), compressed=True, others={"input": input})
     dropped = Tally()
     if kind == "rated":
         rows = row_files.read(input or "", example=binarise.EXAMPLE, flag="input")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from data.code_mix import synthetic_code
 from launch import cli
 from launch.config import setting_flags
+from launch.inference import row_files
 
 _SETTINGS = ("num_documents", "seed", "variants", "mutated_share", "validation_fraction")
 
@@ -33,6 +34,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
+    row_files.check_folder(flags.out)
     folder = synthetic_code.build(**setting_flags.given(flags, synthetic_code.build, _SETTINGS))
     out = pathlib.Path(flags.out)
     shutil.copytree(folder, out, dirs_exist_ok=True)

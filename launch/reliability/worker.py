@@ -22,15 +22,18 @@ def rows() -> list[Row]:
         configs,
         damage,
         data_rows,
-        hostile,
         invariances,
         kills,
         numbers,
         storage,
     )
+    from launch.reliability.hostile import code, lies, paths, pickles, templates, weights
 
-    modules = (configs, damage, data_rows, hostile, invariances, kills, numbers, storage)
-    return sorted((row for module in modules for row in module.ROWS), key=lambda row: row.number)
+    modules = (configs, damage, data_rows, invariances, kills, numbers, storage)
+    hostile = (code, lies, paths, pickles, templates, weights)
+    return sorted(
+        (row for module in (*modules, *hostile) for row in module.ROWS), key=lambda row: row.number
+    )
 
 
 def serve(task: dict[str, Any]) -> None:

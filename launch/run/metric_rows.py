@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.telemetry.metric_writers import rows_in_force
+from trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
+
+_HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/SOURCE/METRIC
 
 
 def named(directories: Sequence[str]) -> dict[str, str]:
@@ -19,21 +22,34 @@ def named(directories: Sequence[str]) -> dict[str, str]:
 
 
 def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, without steps that a rollback discarded."""
+    """Returns the rows of a run's metrics.jsonl, without steps that a rollback discarded.
+
+    Raises:
+      FileNotFoundError: the directory holds no metrics.
+      DamagedRowsError: a line is not a row of metrics, or a held-out metric names no source.
+    """
     path = os.path.join(directory, "metrics.jsonl")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
-    return rows_in_force(path)
+    rows = rows_in_force(path)
+    for row in rows:
+        for name in row:
+            if name.startswith(_HELD_OUT) and not re.fullmatch("eval/[^/]+/.+", name):
+                raise DamagedRowsError(
+                    f"{path}, the row of step {row['step']}: {name!r} is not the name of a held-out metric, "
+                    "eval/SOURCE/METRIC. Take the file from a copy, or remove the row."
+                )
+    return rows
 
 
 def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the newest held-out metrics by domain."""
-    evaluated = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    evaluated = [row for row in rows if any(key.startswith(_HELD_OUT) for key in row)]
     if not evaluated:
         raise ValueError(f"run {name!r} has no held-out evaluation yet: let it reach its end.")
     domains: dict[str, dict[str, float]] = {}
     for key, value in evaluated[-1].items():
-        if key.startswith("eval/"):
+        if key.startswith(_HELD_OUT):
             _, domain, metric = key.split("/", 2)
             domains.setdefault(domain, {})[metric] = value
     return {"step": evaluated[-1]["step"], "domains": domains}

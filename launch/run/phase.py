@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from trainers.checkpoints import restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from trainers.checkpoints.manifest import DamagedCheckpointError
@@ -47,8 +49,7 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
       FileNotFoundError, DamagedCheckpointError: the initial checkpoint is missing or damaged.
     """
     try:
-        own = step_dir.newest_good(checkpoints, step_dir.read_record)["meta"]
-        return Parent(**own.get("initial", {}))
+        return step_dir.newest_good(checkpoints, _recorded_parent)
     except (FileNotFoundError, DamagedCheckpointError):
         pass  # A damaged checkpoint is reported when the state is restored.
     if not initial.path:
@@ -68,6 +69,16 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
         learning_rate=meta.get("learning_rate"),
         positions=meta["positions"] if initial.data == "continue" else {},
     )
+
+
+def _recorded_parent(step: epath.Path) -> Parent:
+    """Returns the parent in the record of a run's own step; raises DamagedCheckpointError."""
+    record = step_dir.read_record(step)["meta"].get("initial", {})
+    try:
+        return Parent(**record)
+    except TypeError:
+        problem = f"has meta.initial with {', '.join(record)} in the place of a parent's facts"
+        raise DamagedCheckpointError(step, {step_dir.META: problem}) from None
 
 
 def restore_start(

@@ -172,7 +172,10 @@ def _write_group(
     bar: Any,
 ) -> None:
     """Writes the tensors of one group of arrays, and checks the arrays against their digests."""
-    stores = {x: array_files.StoredArray(step, root + x) for x in {p.native for p in pieces}}
+    stores = {
+        x: array_files.StoredArray(step, root + x, recorded.arrays[root + x])
+        for x in {p.native for p in pieces}
+    }
     digests = dict.fromkeys(stores, 0)
     by_tensor: dict[str, list[Piece]] = {}
     for piece in pieces:

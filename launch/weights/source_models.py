@@ -44,10 +44,10 @@ class SourceModel:
         self.path = path
         self._step, recorded = step_dir.newest_good(path, checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        self._root, entries = recorded.params(params)
-        if not entries:
+        self._root, self._entries = recorded.params(params)
+        if not self._entries:
             raise TransformError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
-        self.abstract = Source(path, {name: tuple(x.shape) for name, x in entries.items()})
+        self.abstract = Source(path, {name: tuple(x.shape) for name, x in self._entries.items()})
         self.folder = step_dir.run_folder(self._step)
 
     def config(self, *, whole: bool) -> str:
@@ -55,7 +55,7 @@ class SourceModel:
         return gin_source.read(os.path.join(self.folder, CONFIG if whole else model_file.NAME))
 
     def open(self, path: str) -> StoredArray:
-        return StoredArray(self._step, self._root + path)
+        return StoredArray(self._step, self._root + path, self._entries[path])
 
     def text_meta(self) -> dict[str, Any]:
         """Returns the metadata on the vocabulary and on tokens before a text."""

@@ -5,16 +5,18 @@ import os
 import pathlib
 import signal
 
+import numpy as np
 import pytest
 
 from launch import faults
-from launch.reliability import program, report, runner, shim, worker
+from launch.reliability import invariances, program, report, runner, shim, worker
 from launch.reliability.table import (
     Bench,
     Case,
     Lost,
     NotTried,
     Row,
+    Silent,
     Unclear,
     refused,
     selected,
@@ -135,3 +137,12 @@ def test_the_page_has_its_marks_and_is_linked():
     page = (root / "docs" / "reliability.md").read_text()
     assert page.count(report.BEGIN) == page.count(report.END) == 1
     assert "docs/reliability.md" in (root / "README.md").read_text()
+
+
+def test_a_form_of_a_step_is_judged_by_its_distance_from_float64():
+    distance = invariances._distance((np.array([2.0, 4.0]),), (np.array([2.0, 4.4]),))
+    assert distance == pytest.approx(0.1)
+    invariances._check_as_near(9e-7, 1.2e-6)
+    for plain, other in ((9e-7, 1.9e-6), (3e-6, 3e-6), (9e-7, np.nan), (np.nan, 9e-7)):
+        with pytest.raises(Silent, match="from float64"):
+            invariances._check_as_near(plain, other)

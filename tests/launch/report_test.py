@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from launch import bench, report
 from launch.benchmarks import compare
 from launch.run import metric_rows
@@ -60,6 +62,36 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, capsys):
     path.write_bytes(b'{"step": 1, "loss": 9.0}\n{"step": 2, "lo\xe9s": 8.0}\n')
     assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert f"{path} is damaged: line 2 is not a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"step": 3, "eval/a": 1.0}', "the row of step 3: 'eval/a' is not the name of"),
+        ('{"step": 3, "eval//loss": 1.0}', "the row of step 3: 'eval//loss' is not the name of"),
+        ('{"step": 3, "eval/a/accuracy": 1.0}', "the row of step 3 has no eval/a/loss"),
+        ('{"step": 3, "loss": 1%s}' % ("0" * 400), "is damaged: line 2 is not a row of metrics"),
+        ('{"step": 1%s, "loss": 1}' % ("0" * 400), "is damaged: line 2 is not a row of metrics"),
+        ('{"step": -1, "loss": 1}', "is damaged: line 2 is not a row of metrics"),
+        ('{"step": 3, "eval/\\ud800/loss": 1.0}', "is damaged: line 2 is not a row of metrics"),
+        ('{"step": 3, "eval/[/b]/loss": NaN}', "has no eval/[/loss"),
+    ],
+)  # fmt: skip
+def test_an_odd_row_is_one_clear_error(tmp_path, capsys, row, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "eval/a/loss": 9.0}\n' + row + "\n")
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and message in error
+
+
+def test_values_that_are_not_finite_and_names_of_any_form_are_drawn(tmp_path, capsys):
+    row = {"step": 3, "eval/[b]/loss": "NaN", "eval/[b]/bits_per_byte": "Infinity"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "[b]" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert results[tmp_path.name]["domains"]["[b]"]["loss"] == "NaN"
 
 
 def test_a_directory_that_is_no_run(tmp_path, capsys):

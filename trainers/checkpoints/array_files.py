@@ -9,12 +9,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from trainers.checkpoints import agreement, manifest, state_tree, step_dir
-from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir
+from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler of arrays: uncompressed, because weights hardly compress; one writer per element."""
+    quiet.install()
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
@@ -29,7 +30,12 @@ def sharding_of(leaf: Any) -> jax.sharding.Sharding:
 
 
 def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
-    """Returns arrays by name; `wanted` must have their shapes and dtypes on disk."""
+    """Returns arrays by name; `wanted` must have their shapes and dtypes on disk.
+
+    Raises:
+      DamagedCheckpointError: it has not.
+    """
+    _check_stored(path, wanted)
     arguments = {
         name: ocp.ArrayRestoreArgs(
             sharding=sharding_of(leaf), global_shape=leaf.shape, dtype=leaf.dtype
@@ -48,15 +54,43 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
     return state_tree.flatten(tree)
 
 
+def _check_stored(path: epath.Path, wanted: state_tree.Flat) -> None:
+    """Raises DamagedCheckpointError if the files have other shapes or dtypes.
+
+    Orbax would read an array with another dtype as if it were cast, and fail in the middle of others for a shape.
+    """
+    context = tensorstore.Context()  # shared, so that the index of the arrays is read once
+    opening = {name: _open(path, name, context) for name in wanted}
+    for name, leaf in wanted.items():
+        try:
+            store = opening[name].result()
+        except Exception:  # of TensorStore; the caller searches for damaged arrays
+            continue
+        _check_layout(path, name, store, leaf)
+
+
+def _check_layout(path: epath.Path, name: str, store: Any, leaf: Any) -> None:
+    stored = f"{store.dtype.numpy_dtype.name}{list(store.shape)}"
+    recorded = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    if stored != recorded:
+        problem = f"has {recorded} for {name}, which is stored as {stored}"
+        raise DamagedCheckpointError(path, {step_dir.MANIFEST: problem})
+
+
 def open_array(path: epath.Path, name: str) -> Any:
     """Returns an array of a step as a TensorStore, opened without Orbax, to read regions."""
+    return _open(path, name).result()
+
+
+def _open(path: epath.Path, name: str, context: tensorstore.Context | None = None) -> Any:
+    """Returns the future of a TensorStore."""
     base = os.fspath((path / step_dir.STATE).resolve())
     kvstore = {
         "driver": "ocdbt",
         "base": base if "://" in base else f"file://{base}",
         "path": name.replace("/", ".") + "/",
     }
-    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context)
 
 
 def _damaged_arrays(path: epath.Path, recorded: Manifest) -> list[str]:
@@ -92,6 +126,8 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
         raise DamagedCheckpointError(path, problems, _damaged_arrays(path, recorded))
     try:
         arrays = read_arrays(path, wanted)
+    except DamagedCheckpointError:
+        raise
     except Exception as error:
         if jax.process_count() > 1 or not (damaged := _damaged_arrays(path, recorded)):
             raise
@@ -105,10 +141,16 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
 
 
 class StoredArray:
-    """Reads regions of an array on disk; an array of one chunk is read once and cached in memory."""
+    """Reads regions of an array on disk; an array of one chunk is read once and cached in memory.
 
-    def __init__(self, path: epath.Path, name: str):
+    Raises:
+      DamagedCheckpointError: shape or dtype are not those of `entry`.
+    """
+
+    def __init__(self, path: epath.Path, name: str, entry: ArrayEntry | None = None):
         self._store = open_array(path, name)
+        if entry is not None:
+            _check_layout(path, name, self._store, entry)
         self._whole: np.ndarray | None = None
         chunk = self._store.chunk_layout.read_chunk.shape
         if all(a >= b for a, b in zip(chunk, self._store.shape, strict=True)):

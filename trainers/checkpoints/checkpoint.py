@@ -112,7 +112,6 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None  # the last save
         self._wait_at_barrier = multihost.get_barrier_sync_fn()
-        logging.getLogger("absl").addFilter(self._is_news)
         self._orbax = ocp.AsyncCheckpointer(
             array_files.handler(),
             async_options=ocp.AsyncOptions(
@@ -127,10 +126,6 @@ class Checkpointer(contextlib.AbstractContextManager):
                     step_dir.remove(path)
         metrics = list(self._read_metrics().items()) if agreement.is_primary() else []
         self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}
-
-    def _is_news(self, record: logging.LogRecord) -> bool:
-        # Orbax logs the traceback of a failed save in each of its threads; `_failed` reports the save.
-        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
     def _numbered_barrier(self, *, key: str, timeout_ms: int) -> None:
         # Orbax names its barriers after the written directory, which is `state` in every step.
@@ -292,7 +287,6 @@ class Checkpointer(contextlib.AbstractContextManager):
             except Exception as error:
                 # An Orbax error here belongs to a save whose failure has already been raised.
                 _log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
-            logging.getLogger("absl").removeFilter(self._is_news)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

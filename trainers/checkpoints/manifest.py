@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -172,7 +173,7 @@ def check_files(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> 
             size_on_disk, crc_on_disk = file_checksum(directory / name)
         except FileNotFoundError:
             return "is missing"
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no path can have
             return f"cannot be read ({error})"
         if size_on_disk != size:
             return f"has {size_on_disk} bytes instead of {size}"
@@ -193,6 +194,25 @@ class ArrayEntry:
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
+
+
+def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
+    sizes = entry["shape"]
+    if not isinstance(sizes, list) or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+        raise ValueError(f"array {name} has the shape {sizes!r}")
+    return tuple(sizes)
+
+
+def _dtype(name: str, entry: Mapping[str, Any]) -> str:
+    text = entry["dtype"]
+    try:
+        dtype = np.dtype(text)
+    except (TypeError, ValueError):
+        dtype = None
+    is_number = dtype is not None and any(jnp.issubdtype(dtype, x) for x in (np.number, np.bool_))
+    if dtype is None or dtype.name != text or not is_number:
+        raise ValueError(f"array {name} has the dtype {text!r}")
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +256,7 @@ class Manifest:
             if body["version"] != _VERSION:
                 raise ValueError(f"version {body['version']} is not {_VERSION}")
             arrays = {
-                name: ArrayEntry(tuple(x["shape"]), x["dtype"], int(x["digest"], 16))
+                name: ArrayEntry(_shape(name, x), _dtype(name, x), int(x["digest"], 16))
                 for name, x in body["arrays"].items()
             }
             manifest = cls(

@@ -206,9 +206,13 @@ def as_saved(recorded: Manifest, name: str, like: Any) -> jax.ShapeDtypeStruct:
     """Returns the abstract array of a checkpoint, with the shape and sharding of `like`.
 
     Raises:
-      CheckpointMismatchError: the checkpoint has no such array.
+      CheckpointMismatchError: the checkpoint has no such array, or one of another shape.
     """
     if name not in recorded.arrays:
         raise CheckpointMismatchError(f"the checkpoint has no array {name}.")
-    dtype = jnp.dtype(recorded.arrays[name].dtype)
-    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding_of(like))
+    entry = recorded.arrays[name]
+    if entry.shape != like.shape:
+        raise CheckpointMismatchError(
+            f"the checkpoint has {entry} for {name}, the model {describe(like)}."
+        )
+    return jax.ShapeDtypeStruct(like.shape, jnp.dtype(entry.dtype), sharding=sharding_of(like))

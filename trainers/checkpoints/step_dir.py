@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from trainers.checkpoints import agreement
+from trainers.checkpoints import agreement, step_record
 from trainers.checkpoints.manifest import (
     DamagedCheckpointError,
     Manifest,
@@ -228,8 +228,12 @@ def read_record(path: epath.Path, manifest: Manifest | None = None) -> dict[str,
         record = json.loads((path / META).read_bytes())
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(path, {META: f"is not a record ({error})"}) from None
-    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
-        raise DamagedCheckpointError(path, {META: "is not a record"})
+    try:
+        step_record.check(record)
+        if path.name.isdecimal() and int(path.name) != record["step"]:
+            raise ValueError(f"is the record of step {record['step']}")
+    except ValueError as error:
+        raise DamagedCheckpointError(path, {META: str(error)}) from None
     return record
 
 

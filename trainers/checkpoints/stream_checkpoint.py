@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from trainers.checkpoints import commit, manifest, state_tree, step_dir
+from trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir
 from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _BYTES_IN_FLIGHT = 16 << 20
@@ -122,6 +122,7 @@ def save(
     Raises:
       CheckpointSaveError: the disk is full or cannot be written.
     """
+    quiet.install()
     path = step_dir.absolute(directory) / str(step)
     writer = _Handler()
     # Orbax warns if this argument is missing.

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
-from trainers.decoding import beam
+from trainers.decoding import beam, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
@@ -279,10 +279,21 @@ class Decoder:
         return state, result
 
     def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
-        """Returns the program for prompts of a length; compilation is timed separately."""
+        """Returns the program for prompts of a length; compilation is timed separately.
+
+        Raises:
+          TooLargeError: its results cannot be in memory.
+        """
         if (name, length) not in self._programs:
             began = time.perf_counter()
-            self._programs[name, length] = function.lower(self._params, *arrays).compile()
+            traced = function.trace(self._params, *arrays)
+            memory.check(
+                traced.out_info,
+                max_new_tokens=self._settings.max_new_tokens,
+                rows=self._batch_size,
+                devices=1 if self._sharding is None else self._sharding.mesh.size,
+            )
+            self._programs[name, length] = traced.lower().compile()
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]
 

@@ -104,8 +104,10 @@ class Settings:
     beams: Beams | None = None
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be at least 1.")
+        if not 1 <= self.max_new_tokens < 2**31:
+            raise ValueError(
+                f"max_new_tokens = {self.max_new_tokens} must be at least 1, and positions are numbers below 2**31."
+            )
         if self.num_samples < 1:
             raise ValueError(f"num_samples = {self.num_samples} must be at least 1.")
         if self.beams is None:

@@ -9,6 +9,9 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
+from typing import Any
+
+from trainers.telemetry.json_numbers import is_count
 
 # More marks are thinned to every other one: the older the rows, the more of them one damage loses.
 _MOST = 64
@@ -36,6 +39,20 @@ class Mark:
 EMPTY = Mark()
 
 
+def from_json(value: Any) -> list[Mark]:
+    """Returns the marks in a checkpoint's record; raises ValueError unless they are marks of a file that only grows."""
+    if not isinstance(value, list) or not all(_is_mark(entry) for entry in value):
+        raise ValueError("is not a list of [step, size, checksum]")
+    marks = [Mark(*entry) for entry in value]
+    if any(a.size > b.size for a, b in itertools.pairwise(marks)):
+        raise ValueError("has sizes that decrease")
+    return marks
+
+
+def _is_mark(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 3 and all(map(is_count, entry))
+
+
 def with_mark(marks: Sequence[Mark], mark: Mark) -> list[Mark]:
     """Returns the marks with a new last one, thinned if there are many."""
     more = [*(m for m in marks if m.size < mark.size), mark]
@@ -46,9 +63,13 @@ def last_good(path: str, marks: Sequence[Mark]) -> Mark:
     """Returns the last mark up to which the file's bytes are those marked; EMPTY if there is no such one, or no file."""
     good = EMPTY
     if os.path.exists(path):
+        length = os.path.getsize(path)
         with open(path, "rb") as file:
             for mark in marks:
-                if good.after(mark.step, file.read(mark.size - good.size)) != mark:
+                if (
+                    mark.size > length
+                    or good.after(mark.step, file.read(mark.size - good.size)) != mark
+                ):
                     break
                 good = mark
     return good

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from trainers.telemetry import marks as marks_lib
+from trainers.telemetry.json_numbers import is_count, is_number
 from trainers.telemetry.marks import Mark
 
 # A flush of an event file waits for the disk, so it is not done for every event.
@@ -69,7 +70,7 @@ class JsonlWriter:
         """
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self._path = path
-        self._marks = [Mark(*mark) for mark in marks or ()]
+        self._marks = marks_lib.from_json(list(marks or ()))
         if marks is not None:
             self._marks = _cut_to_marks(path, self._marks)
         elif first_step is not None and os.path.exists(path):
@@ -145,7 +146,8 @@ def rows_in_force(path: str) -> list[dict[str, Any]]:
     Raises:
       DamagedRowsError: a line is not a row of metrics.
     """
-    return [row for row, _ in _in_force([(row, None) for row in _read(path, _metrics_of)])]
+    rows = _read(path, _metrics_of, "row of metrics (numbers by name, and a step)")
+    return [row for row, _ in _in_force([(row, None) for row in rows])]
 
 
 def _in_force(rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, Any]]:
@@ -163,15 +165,17 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     Raises:
       DamagedRowsError: a line is not a JSON object.
     """
-    return _read(path, _row_of)
+    return _read(path, _row_of, "row")
 
 
-def _read(path: str, parse: Callable[[bytes], dict[str, Any] | None]) -> list[dict[str, Any]]:
+def _read(
+    path: str, parse: Callable[[bytes], dict[str, Any] | None], kind: str
+) -> list[dict[str, Any]]:
     rows = []
     for number, line in _whole_lines(path):
         if (row := parse(line)) is None:
             raise DamagedRowsError(
-                f"{path} is damaged: line {number} is not a row. Take the file from a copy, or remove the line. "
+                f"{path} is damaged: line {number} is not a {kind}. Take the file from a copy, or remove the line. "
                 "(A run that is started again repairs its own metrics.jsonl.)"
             )
         rows.append(row)
@@ -197,11 +201,12 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _metrics_of(line: bytes) -> dict[str, Any] | None:
-    """Returns a row of metrics, whose values are numbers, or None."""
+    """Returns a row of metrics: a step, which is a count, and numbers by printable names; or None."""
     row = _row_of(line)
-    if row is None or not isinstance(row.get("step"), int):
+    if row is None or not is_count(row.get("step")):
         return None
-    return row if all(isinstance(value, int | float) for value in row.values()) else None
+    good = all(name.isprintable() and is_number(value) for name, value in row.items())
+    return row if good else None
 
 
 def jsonable(value: Any) -> Any:

@@ -5,7 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from trainers.telemetry.json_numbers import is_number
 from trainers.telemetry.metrics import Pairs, add, divide
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "uint32", "bool")
 
 
 class Window:
@@ -23,7 +26,18 @@ class Window:
         self.newest: dict[str, float] = {}
 
     def add(self, metrics: Pairs) -> None:
-        """Adds the metrics of one update, on the host."""
+        """Adds the metrics of one update, on the host.
+
+        Raises:
+          ValueError: a metric has another shape than in the checkpoint that the window was restored from.
+        """
+        for name, (total, _) in metrics.items():
+            if name in self._sums and np.shape(self._sums[name][0]) != np.shape(total):
+                raise ValueError(
+                    f"the checkpoint that the run continues from has sums of {name!r} in the shape "
+                    f"{list(np.shape(self._sums[name][0]))}, this run in {list(np.shape(total))}: start again from "
+                    "an earlier checkpoint."
+                )
         self._sums = add(self._sums, metrics)
 
     def average(self, names: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -41,13 +55,27 @@ class Window:
         return {"sums": sums, "newest": dict(self.newest)}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Sets what `state` returned; an empty window for None, of a checkpoint without one."""
+        """Sets what `state` returned; an empty window for None, of a checkpoint without one.
+
+        Raises:
+          ValueError: `state` cannot have returned it.
+        """
         state = state or {"sums": {}, "newest": {}}
-        self._sums = {
-            name: (_from_json(total), _from_json(weight))
-            for name, (total, weight) in state["sums"].items()
-        }
-        self.newest = dict(state["newest"])
+        try:
+            sums, newest = dict(state["sums"]), dict(state["newest"])
+            self._sums = {name: _pair(*pair) for name, pair in sums.items()}
+            if not all(map(is_number, newest.values())):
+                raise ValueError("a newest average is not a number")
+            self.newest = newest
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"is not a window of metrics ({error})") from None
+
+
+def _pair(total: Sequence[Any], weight: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    pair = _from_json(total), _from_json(weight)
+    if pair[0].shape != pair[1].shape or pair[0].ndim > 1:
+        raise ValueError("a sum and its weight are not scalars or vectors of one shape")
+    return pair
 
 
 def _to_json(value: Any) -> list[Any]:
@@ -57,4 +85,10 @@ def _to_json(value: Any) -> list[Any]:
 
 def _from_json(entry: Sequence[Any]) -> np.ndarray:
     dtype, values = entry
-    return np.asarray(values, np.dtype(dtype))
+    numbers = values if isinstance(values, list) else [values]
+    if dtype not in _DTYPES or not all(map(is_number, numbers)):
+        raise ValueError("a sum is not of numbers of a numeric dtype")
+    try:
+        return np.asarray(values, np.dtype(dtype))
+    except OverflowError as error:
+        raise ValueError(str(error)) from None

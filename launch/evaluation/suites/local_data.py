@@ -116,10 +116,10 @@ def _read(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, ValueError) as error:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, ValueError, OverflowError, LookupError) as error:
             raise WrongDataError(f"{path} is damaged or no Parquet file: {error}") from None
-        for number, row in enumerate(table.to_pylist()):
+        for number, row in enumerate(rows):
             yield f"{path}, row {number}", row
         return
     for number, row in documents.read_json_lines(path, example='{"question": "...", ...}'):

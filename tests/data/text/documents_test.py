@@ -64,6 +64,26 @@ def test_text_by_file_paragraph_and_line(tmp_path):
         Format(document_per="page")
 
 
+@pytest.mark.parametrize(
+    "kind", [pyarrow.time64("us"), pyarrow.timestamp("us"), pyarrow.date64(), pyarrow.duration("s")]
+)
+def test_a_value_that_python_does_not_have_is_one_clear_error(tmp_path, kind):
+    values = pyarrow.array([2**62]).view(kind)
+    parquet.write_table(pyarrow.table({"text": ["a"], "id": values}), tmp_path / "x.parquet")
+    message = "x.parquet, rows 0 to 0: 'id' has a value of .* that Python does not have"
+    with pytest.raises(DataError, match=message):
+        _read(tmp_path / "x.parquet", id_key="id")
+
+
+@pytest.mark.parametrize("key", ["text", "id"])
+def test_two_columns_of_one_name_are_one_clear_error_where_they_are_read(tmp_path, key):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, ["text", "id", key])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=f"x.parquet has 2 columns '{key}': rename"):
+        _read(tmp_path / "x.parquet", id_key="id")
+    assert key == "text" or _read(tmp_path / "x.parquet")[0].text == "a"
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "x.parquet"
     table = pyarrow.table({"text": ["a", "é"], "id": [3, 4], "other": [1.0, 2.0]})

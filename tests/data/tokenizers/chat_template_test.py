@@ -84,6 +84,31 @@ def test_spans_are_what_the_assistant_says():
     assert rendered.spans[1][1] == len(rendered.text)
 
 
+BLOCK = "{% generation %}b{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "spans"),
+    [
+        (f"a{BLOCK}{{% macro m() %}}<{BLOCK}>{{% endmacro %}}{{{{ m() }}}}", [(1, 2), (3, 4)]),
+        (f"{{% filter trim %}} a{BLOCK}{{% endfilter %}}", [(1, 2)]),
+        (f"{{% filter upper %}}a{BLOCK}{{% endfilter %}}", None),
+        (f"{{% filter replace('b', '') %}}a{BLOCK}{{% endfilter %}}c", None),
+        (f"{{% filter trim %}}b{BLOCK}{{% endfilter %}}", None),
+        (f"{{% set x %}}{BLOCK}{{% endset %}}c", None),
+        (f"{{% set x %}}{BLOCK}{{% endset %}}", None),
+    ],
+)
+def test_a_span_that_a_filter_moves_is_right_or_one_clear_error(source, spans):
+    template = chat_template.ChatTemplate({"default": source}, {})
+    if spans is None:
+        assert isinstance(template.render(USER), str)
+        with pytest.raises(ChatTemplateError, match="Put filters inside the block"):
+            template.render_spans(USER)
+    else:
+        assert list(template.render_spans(USER).spans) == spans
+
+
 @pytest.mark.parametrize(
     "source",
     [

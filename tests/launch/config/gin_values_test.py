@@ -53,6 +53,22 @@ def load_error(*bindings: str) -> str:
 @pytest.mark.parametrize(
     ("binding", "problem"),
     [
+        ("OPTIMIZER=adamw", "Write --gin.OPTIMIZER=@optimizers.adamw\n"),
+        ("SCHEDULE=cosine()", "Write --gin.SCHEDULE=@schedules.cosine()\n"),
+        (
+            "OPTIMIZER=none_such",
+            "a function, @MODULE.NAME, such as --gin.OPTIMIZER=@optimizers.adamw",
+        ),
+        ("MODEL=tiny", "did you mean --gin_file=t5x_configs/models/tiny.gin?"),
+        ("OPTIMIZER=@optimizers.adamw()", "takes the function itself, not its result"),
+        ("TRAIN_STEPS=10,000", "A number has no commas: --gin.TRAIN_STEPS=10000\n"),
+        ("TRAIN_STEPS=10,100", "A number has no commas: --gin.TRAIN_STEPS=10100\n"),
+        ("MIXTURE_OR_TASK_NAME=a/*.jsonl", "--gin.MIXTURE_OR_TASK_NAME='\"a/*.jsonl\"'"),
+        (
+            "TEACHER=/x",
+            "a macro of t5x_configs/methods/distillation/distillation.gin: add that with",
+        ),
+        ("MESH=fsdp", "--gin.MESH=\"{'fsdp': -1}\""),
         ("TRAIN_STEPS=-5", "is -5, but takes a number that is at least 1"),
         ("TRAIN_STEPS=1e9", "takes int or None, not 1000000000.0"),
         ("TRAIN_STEPS=99999999999", "at least 1 and below 2147483648"),

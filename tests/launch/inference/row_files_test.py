@@ -1,11 +1,15 @@
 """Files of rows that a stopped command continues."""
 
+import functools
 import json
+import os
 
 import pytest
 
-from launch.inference import row_files
+from launch import bench
+from launch.inference import generate, row_files, score
 from launch.inference.row_files import RowFileError
+from launch.preparation import synthetic_code
 
 
 def test_rows_are_continued_after_a_stop_within_a_line(tmp_path):
@@ -50,3 +54,40 @@ def test_one_process_writes_and_others_read(tmp_path):
             row_files.resumed(path).__enter__()
         with row_files.resumed(path, writer=False) as reader:
             assert len(reader.rows) == 1
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.ZST"])
+def test_a_file_is_written_as_its_name_says(tmp_path, name):
+    path = str(tmp_path / name)
+    row_files.write(path, [{"text": "é"}, {"text": "\ud800"}])
+    assert os.listdir(tmp_path) == [name]
+    with open(path, "rb") as file:
+        assert file.read(1) == {"l": b"{", "z": b"\x1f", "T": b"\x28"}[name[-1]]
+    rows = [row for _, row in row_files.read(path, example="")]
+    assert rows == [{"text": "é"}, {"text": "\ud800"}]
+
+
+def test_an_output_that_the_work_would_lose_is_refused_before_it(tmp_path, capsys):
+    inputs = tmp_path / "in.jsonl"
+    inputs.write_text("{}\n")
+    (tmp_path / "link.jsonl").symlink_to(inputs)
+    os.link(inputs, tmp_path / "hard.jsonl")
+    new = str(tmp_path / "new.jsonl")
+    for command in (generate.generate_file, score.score):
+        for name in ("in.jsonl", "link.jsonl", "hard.jsonl", "./in.jsonl"):
+            output = f"{tmp_path}/{name}"
+            with pytest.raises(row_files.RowFileError, match="file of --inputs, which would be"):
+                command(None, checkpoint="", inputs=str(inputs), output=output)
+    row_files.check_output(new, compressed=True, others={"inputs": str(inputs), "pairs": None})
+    with pytest.raises(row_files.RowFileError, match="file of --output"):
+        row_files.check_output(new, "pairs", others={"output": new})
+    with pytest.raises(row_files.RowFileError, match="is written uncompressed"):
+        row_files.check_output(f"{new}.gz", "json")
+    for main in (synthetic_code.main, functools.partial(bench_main, bench.BENCHMARKS[0])):
+        for out in (f"{inputs}/x", str(inputs) if main is synthetic_code.main else str(tmp_path)):
+            assert main(argv=[f"--out={out}"]) == 2
+            assert f"--out={out}" in capsys.readouterr().err
+
+
+def bench_main(name, argv):
+    return bench.main([name, *argv])

@@ -1,5 +1,6 @@
 """Parameters read whole and in part, by path pattern, onto other layouts and dtypes."""
 
+import dataclasses
 import logging
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainers.checkpoints import state_tree
 from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
 from trainers.train_state import TrainState
 
@@ -164,6 +165,39 @@ def test_verification_covers_the_whole_step_and_can_be_left_out(run):
         assert_equal(restore_params(run, shapes(make_params()), verify=False), make_params(1))
     finally:
         path.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"dtype": "none"}, "array params/embed has the dtype 'none'"),
+        ({"dtype": None}, "array params/embed has the dtype None"),
+        ({"dtype": "object"}, "array params/embed has the dtype 'object'"),
+        ({"shape": (-32, -8)}, r"array params/embed has the shape \[-32, -8\]"),
+        ({"shape": (2**64, 8)}, "array params/embed has the shape"),
+        ({"shape": ("a",)}, r"array params/embed has the shape \['a'\]"),
+        ({"shape": (64, 8)}, r"float32\[64, 8\] for params/embed, which is stored as float32\[32, 8\]"),
+        ({"shape": (2**40, 2**20)}, r"params/embed, which is stored as float32\[32, 8\]"),
+        ({"dtype": "float64"}, "float64.* for params/embed, which is stored as float32"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_manifest_unlike_its_arrays_is_one_clear_error(run, change, problem, verify, capfd):
+    path = run / "checkpoints" / "5" / "manifest.json"
+    good = path.read_bytes()
+    recorded = Manifest.from_bytes(good)
+    entry = dataclasses.replace(recorded.arrays["params/embed"], **change)
+    forged = dataclasses.replace(recorded, arrays={**recorded.arrays, "params/embed": entry})
+    wanted = shapes(make_params())
+    if all(type(size) is int and size > 0 for size in entry.shape) and entry.shape[0] < 2**63:
+        wanted["embed"] = jax.ShapeDtypeStruct(entry.shape, jnp.float32)
+    path.write_bytes(forged.to_bytes())
+    try:
+        with pytest.raises(DamagedCheckpointError, match=f"manifest.json.*{problem}"):
+            restore_params(run, wanted, verify=verify)
+    finally:
+        path.write_bytes(good)
+    assert "Event loop" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("tree", [{"a/b": 1}, {"": 1}, {"a": {"1": 2}, "b": {1: 1, "1": 2}}])

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trainers.checkpoints import manifest, step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.manifest import DamagedCheckpointError
 from trainers.checkpoints.restore import restore_or_initialise, restore_state
 from trainers.checkpoints.restore_params import restore_params
+from trainers.telemetry import marks
+from trainers.telemetry.window import Window
 from trainers.train_state import TrainState
 
 
@@ -152,3 +155,71 @@ def test_averaged_parameters_may_be_taken(other_run, start):
 def test_options_for_parameters_are_refused_with_a_whole_state(other_run, start, options, named):
     with pytest.raises(ValueError, match=f"INITIAL_SCOPE = 'state'.*{named}"):
         start(other_run, scope="state", **options)
+
+
+HUGE = 10**400
+WINDOW = {"sums": {}, "newest": {}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("step", -1, "step = -1 in the place of"),
+        ("step", 2**40, "step = 1099511627776 in the place"),
+        ("step", "20", "step = '20'"),
+        ("step", 19, "is the record of step 19"),
+        ("metrics", {"loss": "low"}, "metrics.loss = 'low'"),
+        ("metrics", {"loss": HUGE}, "metrics.loss = 10000"),
+        ("metrics", [], "metrics and meta are objects"),
+        ("more", 1, "is not a record of"),
+        ("meta/data_step", -1, "meta.data_step = -1"),
+        ("meta/data_step", HUGE, "meta.data_step = 1000"),
+        ("meta/data_step", 1.5, "meta.data_step = 1.5"),
+        ("meta/skipped", 21, "meta.skipped 21 of 20 steps"),
+        ("meta/rollbacks", "1", "meta.rollbacks = '1'"),
+        ("meta/learning_rate", HUGE, "meta.learning_rate = 1000"),
+        ("meta/positions", {"a": {"rows": -1, "order": ""}}, "meta.positions = "),
+        ("meta/initial", "x", "meta.initial = 'x'"),
+        ("meta/metrics_file", [[1, -1, 0]], "meta.metrics_file"),
+        ("meta/metrics_file", [[1, 2**70, 0]], "meta.metrics_file"),
+        ("meta/metrics_file", [[1, 2, 0], [2, 1, 0]], "meta.metrics_file, which has sizes"),
+        ("meta/metrics_file", {"a": 1}, "meta.metrics_file"),
+        ("meta/window", [1], "meta.window, which is not a window"),
+        ("meta/window", {**WINDOW, "newest": {"loss": "x"}}, "meta.window"),
+        ("meta/window", {**WINDOW, "newest": {"loss": HUGE}}, "meta.window"),
+        ("meta/window", {**WINDOW, "sums": {"a": [["S999999999999", [1]], ["int32", [1]]]}}, "window"),
+        ("meta/window", {**WINDOW, "sums": {"a": [["int32", 2**40], ["int32", 1]]}}, "window"),
+        ("meta/window", {**WINDOW, "sums": {"a": [["float32", "1"], ["float32", 1]]}}, "window"),
+        ("meta/window", {**WINDOW, "sums": {"a": [["float32", [1, 2]], ["float32", 1]]}}, "window"),
+        ("meta/window", {**WINDOW, "sums": {"a": [["float32", 1]]}}, "window"),
+    ],
+)  # fmt: skip
+def test_a_forged_record_is_one_clear_error(other_run, key, value, problem):
+    step = step_dir.resolve(other_run)
+    record = step_dir.read_record(step)
+    parent, _, name = key.rpartition("/")
+    (record[parent] if parent else record)[name] = value
+    step_dir.write_record(step, record)
+    recorded = step_dir.read_manifest(step)
+    files = {**recorded.files, step_dir.META: manifest.file_checksum(step / step_dir.META)}
+    (step / step_dir.MANIFEST).write_bytes(manifest.Manifest(recorded.arrays, files).to_bytes())
+    with pytest.raises(DamagedCheckpointError, match=f"20 is damaged: meta.json.*{problem}"):
+        restore_state(step, shapes(make_state(0)))
+    with Checkpointer(other_run / "checkpoints", keep_best=1) as checkpointer:
+        assert checkpointer.restore_latest(shapes(make_state(0))).step == 10
+
+
+def test_marks_beyond_the_end_of_a_file_are_not_read(tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes(b"x")
+    first = marks.EMPTY.after(1, b"x")
+    assert marks.last_good(str(path), [first, marks.Mark(2, 2**62, 0)]) == first
+
+
+def test_a_metric_of_another_shape_than_in_the_checkpoint_is_one_clear_error():
+    saved = Window()
+    saved.add({"loss": (np.ones(3), np.ones(3))})
+    restored = Window()
+    restored.restore(saved.state())
+    with pytest.raises(ValueError, match=r"sums of 'loss' in the shape \[3\], this run in \[\]"):
+        restored.add({"loss": (np.ones(()), np.ones(()))})

@@ -16,6 +16,7 @@ from model.kv_cache.full import FullCache
 from model.kv_cache.policies import policy_named
 from model.transformer import Block, Transformer
 from trainers.decoding.decoder import Decoder
+from trainers.decoding.memory import TooLargeError
 from trainers.decoding.prefill import prefill
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Beams, Settings
@@ -328,3 +329,20 @@ def test_bad_requests_are_named(greedy):
         Settings(max_new_tokens=0)
     with pytest.raises(ValueError, match="'snap'.*full"):
         policy_named("snap")
+
+
+@pytest.mark.parametrize("beams", [None, Beams(num_beams=2)])
+@pytest.mark.parametrize("number", [10**9, 2**31 - 1])
+def test_a_cache_larger_than_the_memory_is_refused_before_it_is_allocated(
+    model, params, beams, number
+):
+    decoder = Decoder(model, params, Settings(max_new_tokens=number, beams=beams))
+    with pytest.raises(
+        TooLargeError, match=rf"max_new_tokens = {number:,} for 8 rows .* GB: lower"
+    ):
+        decoder(PROMPTS)
+
+
+def test_more_tokens_than_positions_can_number_are_refused():
+    with pytest.raises(ValueError, match="positions are numbers below"):
+        Settings(max_new_tokens=2**31)
