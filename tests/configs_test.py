@@ -44,6 +44,8 @@ PREFERENCE = {
     "orpo",
     "kto",
     "ld_dpo",
+    "wpo",
+    "tr_dpo",
     "reward_model",
     "indicators",
 }
@@ -431,6 +433,7 @@ def test_a_method_makes_a_run_of_preferences_with_nothing_left_to_set_or_unused(
         "reference_free",
         "reference_live",
         "ld_dpo",
+        "tr_dpo",
         "simpo",
         "cpo",
         "orpo",

@@ -140,7 +140,7 @@ LEVELS = {
     ),
     "trainers": (
         ("inputs", "partitioning", "telemetry", "train_state", "trainable"),
-        ("anomaly", "batches", "checkpoints", "initialise", "optim", "signals"),
+        ("anomaly", "batches", "checkpoints", "initialise", "moving_reference", "optim", "signals"),
         ("decoding", "objectives", "rewards", "scoring"),
         ("recipe", "reports", "step"),
         ("evaluate", "hooks", "loop"),

@@ -69,6 +69,8 @@ METHODS = {
     "preference/rloo": ("online", ("online",)),
     "preference/simpo": ("losses", ("preference",)),
     "preference/slic": ("losses", ("preference",)),
+    "preference/tr_dpo": ("reference", ("preference",)),
+    "preference/wpo": ("losses", ("preference",)),
 }
 FILES = {
     "pretrain": ("models/tiny", "data/bytes", "runs/pretrain"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from trainers.batches import Feed, TrainStream
@@ -58,11 +58,12 @@ class Hook(Protocol):
     """Called with the number of updates made, the state after them, and the newest host metrics.
 
     The metrics are of the step before, since they are fetched one step late. The returned metrics are
-    written with the run's. A hook runs when `step` is a multiple of `every`, and after the last step.
+    written with the run's. A hook runs when `step` is a multiple of `every` or one of `also_at`, and after the last step.
     Hooks skipped by a preemption run on resume.
 
     Attributes:
       every: updates between calls.
+      also_at: steps of further calls.
       at_start: also runs before a run's first update.
       ended: ends the run: the loop runs the other hooks and saves, as after the last step. A resumed run ends
         at once.
@@ -70,6 +71,7 @@ class Hook(Protocol):
     """
 
     every: int
+    also_at: Collection[int] = ()
     at_start: bool = False
     ended: bool = False
     prefix: str = ""

@@ -14,6 +14,7 @@ from model.same import Same
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.inputs import Inputs, PackedTokens
+from trainers.moving_reference import MOVES, MovingReference
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 
@@ -100,6 +101,7 @@ def make_state(
     mask: Any = None,
     ema: bool = False,
     anomaly: Anomaly | None = None,
+    moving_reference: MovingReference | None = None,
 ) -> TrainState:
     """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
     collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
@@ -107,6 +109,8 @@ def make_state(
     extra = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
     if anomaly is not None:
         extra[STATISTICS] = anomaly.init()
+    if moving_reference is not None:
+        extra[MOVES] = moving_reference.init(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -147,7 +151,7 @@ def state_shardings(
     mesh: Mesh,
     mask: Any = None,
 ) -> Any:
-    """Returns shardings of a whole state: moments follow their parameter, everything else is replicated.
+    """Returns shardings of a whole state: moments and a reference's moves follow their parameter, all else is replicated.
 
     Args:
       abstract: the state's shapes (`jax.eval_shape` of make_state).
@@ -182,5 +186,8 @@ def state_shardings(
         params=shardings,
         opt_state=opt_state,
         ema_params=None if abstract.ema_params is None else shardings,
-        variables=jax.tree.map(lambda _: replicated, abstract.variables),
+        variables={
+            name: shardings if name == MOVES else jax.tree.map(lambda _: replicated, collection)
+            for name, collection in abstract.variables.items()
+        },
     )

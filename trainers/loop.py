@@ -209,7 +209,11 @@ class Loop:
 
     def _due(self) -> list[Hook]:
         last = self.step == self.schedule.total_steps
-        return [hook for hook in self.hooks if last or self.step % hook.every == 0]
+        return [
+            hook
+            for hook in self.hooks
+            if last or self.step % hook.every == 0 or self.step in getattr(hook, "also_at", ())
+        ]
 
     def _first_hooks(self) -> list[Hook]:
         if self._is_new:

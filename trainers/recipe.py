@@ -20,6 +20,7 @@ from model.ranges import AxisSize, Decay, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
+from trainers.moving_reference import MovingReference
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
@@ -54,6 +55,7 @@ class Recipe:
       averaged: in its place, (optimiser's state, trained parameters) -> the parameters to evaluate and to release, of an
         optimiser that defines an average of its own, such as optax.contrib.schedule_free_eval_params; called every step.
       anomaly: policy for non-finite and spiking losses; None applies every update.
+      moving_reference: moves the objective's reference to the policy; None for a fixed one.
       rules: name of a rule set in trainers/partitioning.py.
       mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
       seed: of initial parameters and of any randomness in steps.
@@ -74,6 +76,7 @@ class Recipe:
     ema_decay: Decay | None = None
     averaged: Averaged | None = None
     anomaly: Anomaly | None = Anomaly()
+    moving_reference: MovingReference | None = None
     rules: str = "fsdp"
     mesh: Mapping[str, AxisSize] | None = None
     seed: Seed = 0
@@ -197,6 +200,7 @@ class Recipe:
             mask=mask,
             ema=self.ema_decay is not None or self.averaged is not None,
             anomaly=self.anomaly,
+            moving_reference=self.moving_reference,
         )
 
 
@@ -302,8 +306,13 @@ class Program:
             ema_decay=recipe.ema_decay,
             averaged=recipe.averaged,
             anomaly=recipe.anomaly,
+            moving_reference=recipe.moving_reference,
         )
-        evaluate = make_eval_step(loss_fn=objective, microbatches=recipe.microbatches)
+        evaluate = make_eval_step(
+            loss_fn=objective,
+            microbatches=recipe.microbatches,
+            moving_reference=recipe.moving_reference,
+        )
         # Metrics of any shape are read by every process.
         replicated = NamedSharding(self.mesh, PartitionSpec())
         train = jax.jit(

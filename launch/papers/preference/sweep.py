@@ -1,11 +1,11 @@
 """Preferences followed too far (arXiv 2410.11677) by a small model of a language in which quality is known.
 
 A model is trained, sampled twice for each prompt, and learns from a noisy judge's preferences with DPO, IPO and SLiC's
-hinge of several strengths, with and without an NLL term; beside them, from the reward of its own samples with online DPO,
-RLOO, GRPO and PPO. 24 runs for each seed, of which a run is a minute or two on one core; the number of seeds after a
-colon:
+hinge of several strengths, and with an NLL term beside DPO. Beside them it learns by SimPO, by the likelihood of the better
+completions alone, and from the reward of its own samples with online DPO, RLOO, GRPO and PPO; online methods judge no claim
+and have one seed. A run is about a minute on one core; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/preference/sweep.py:3 --out runs/preference/language --workers 2
+  python -m launch.sweep --sweep launch/papers/preference/sweep.py:5 --out runs/preference/language --workers 2
 """
 
 import ml_collections
@@ -14,9 +14,14 @@ from launch.papers.shared import configs
 
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
-DPO = {0.01: (0.0, 0.1, 1.0), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0, 1.0), 5.0: (0.0, 1.0)}
-IPO = {0.01: (0.0,), 0.1: (0.0, 1.0), 1.0: (0.0, 1.0)}
-HINGE = {0.0: (0.0, 1.0), 0.1: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
+DPO = {0.01: (0.0,), 0.1: (0.0, 0.1, 1.0), 1.0: (0.0,), 5.0: (0.0,), 50.0: (0.0, 1.0)}
+IPO = {0.01: (0.0,), 0.1: (0.0,)}
+HINGE = {0.0: (0.0,), 1.0: (0.0,)}  # weights of its regulariser
+# Method of one strength that learns from the same pairs -> (losses, settings).
+OTHERS = {
+    "simpo": ("@reference_free.simpo", ("reference_free.simpo.gamma=1.0",)),
+    "sft_better": ("@terms.nll", ()),
+}
 # Online method -> bindings, by which each learns from 25,600 completions at the rate of the others.
 ONLINE = {
     "online_dpo": ("LEARNING_RATE=1e-3", "PROMPTS=64"),
@@ -24,9 +29,12 @@ ONLINE = {
     "grpo": ("SAMPLES=4", "BATCH_SIZE=128"),
     "ppo": ("SAMPLES=4", "BATCH_SIZE=128", "TRAIN_STEPS=800", "INDICATORS_PERIOD=80"),
 }
+# Arms whose entropy is to turn early, and the updates after which they are read beside every twentieth.
+EARLY = {"dpo": (0.01, 0.1)}
+ALSO_AT = tuple(step for step in range(5, 60, 5) if step % 20)
 
 
-def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     pairs = ("{python}", "-m", "launch.papers.preference.pairs", "--checkpoint={sft}")
     arms = {
         "sft": {"gin_files": (f"{CPU}sft.gin",)},
@@ -36,9 +44,11 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
         for strength, weights in strengths.items():
             for weight in weights:
                 arms[arm(method, strength, weight)] = _learned(method, strength, weight)
+    for method, (loss, settings) in OTHERS.items():
+        arms[method] = _from(f"{CPU}preference.gin", bindings=(f"LOSSES=[{loss}]", *settings))
     for method, bindings in ONLINE.items():
         files = f"{CPU}online.gin", f"t5x_configs/methods/preference/{method}.gin"
-        arms[method] = _from(*files, bindings=bindings)
+        arms[method] = _from(*files, bindings=bindings) | {"seeds": configs.seeds(1)}
     return configs.config(arms, seeds=seeds)
 
 
@@ -58,6 +68,8 @@ def _learned(method: str, strength: float, nll: float) -> dict:
         losses, weights = [*losses, "@terms.slic_regulariser"], [*weights, strength]
     if nll:
         losses, weights = [*losses, "@terms.nll"], [*weights, nll]
+    if not nll and strength in EARLY.get(method, ()):
+        settings = [*settings, f"INDICATORS_ALSO_AT={ALSO_AT}"]
     bindings = (f"LOSSES=[{', '.join(losses)}]", f"LOSS_WEIGHTS={weights}", *settings)
     return _from(f"{CPU}preference.gin", bindings=bindings)
 

@@ -29,6 +29,8 @@ LOSSES = {
     "hinge": {},
     "ld_sigmoid": {"loss_type": ["sigmoid"], "ld_alpha": 0.4},
     "ld_ipo": {"loss_type": ["ipo"], "ld_alpha": 0.4},
+    "wpo_sigmoid": {"loss_type": ["sigmoid"], "use_weighting": True},
+    "wpo_ipo": {"loss_type": ["ipo"], "use_weighting": True},
     "mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
 }
 
@@ -93,6 +95,7 @@ def main():
                 loss_type=settings.get("loss_type", [name]),
                 loss_weights=settings.get("loss_weights"),
                 ld_alpha=settings.get("ld_alpha"),
+                use_weighting=settings.get("use_weighting", False),
                 beta=0.3,
                 bf16=False,
                 use_cpu=True,

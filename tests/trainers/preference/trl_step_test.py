@@ -109,6 +109,11 @@ def test_tails_weigh_as_trls_ld_alpha_has_it(name):
     check(f"ld_{name}", losses=CASES[name][0], reference=live, ld_alpha=0.4)
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_pairs_weigh_as_trls_use_weighting_has_it(name):
+    check(f"wpo_{name}", losses=CASES[name][0], on_policy_weights=True)
+
+
 def check(name, **settings):
     model, policy, reference = models()
     objective, rows = preference(model=model, **settings), batch()

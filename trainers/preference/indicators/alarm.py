@@ -6,10 +6,11 @@ here are this project's choice.
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from model.ranges import Fraction, Size
+from model.ranges import Fraction, NonNegative, Size
 from trainers.telemetry import metric_writers
 
 PREFIX = "indicators/"  # of the names of the metrics
@@ -47,21 +48,26 @@ class StoppingRule:
 
     The rule raises an alarm in two cases. Case 1: entropy has dropped in `drops` consecutive evaluations, is below
     (1 - entropy_drop) times its maximum so far, and the likelihood of chosen completions still falls. Case 2: the mass
-    is more than `mass_drop` below the mass of the first reading.
+    is more than `mass_drop` below the mass of the first reading. In both cases the likelihood of chosen completions must
+    also lie at least `llh_drop` below that of the first reading: DPO's always falls a little, in healthy runs too.
 
     Attributes:
       smoothing: weight of the previous average in each average; with 0 the readings are not averaged.
       drops: number of consecutive evaluations with falling entropy.
       entropy_drop: drop of the entropy, as a share of its maximum.
       mass_drop: drop of the mass, in probability.
+      llh_drop: drop of the likelihood of chosen completions, in nats per token; 0 does not ask for one.
     """
 
     smoothing: Fraction = 0.5
     drops: Size = 3
     entropy_drop: Fraction = 0.03
     mass_drop: Fraction = 0.02
+    llh_drop: NonNegative = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.llh_drop < math.inf:
+            raise ValueError(f"StoppingRule.llh_drop = {self.llh_drop} must be 0 or positive.")
         if self.drops < 1:
             raise ValueError(f"StoppingRule.drops = {self.drops} must be at least 1.")
         for name in ("smoothing", "entropy_drop", "mass_drop"):
@@ -74,6 +80,8 @@ class StoppingRule:
             self._averages([getattr(reading, name) for reading in readings]) for name in _MEASURED
         )
         for i in range(1, len(readings)):
+            if self.llh_drop and likelihoods[i] > likelihoods[0] - self.llh_drop:
+                continue
             reason = self._entropy_falls(entropies[: i + 1], likelihoods[: i + 1])
             if reason is None and masses[i] < masses[0] - self.mass_drop:
                 reason = (

@@ -46,6 +46,7 @@ class PreferenceIndicators:
       tasks: the tasks whose pairs and prompts are evaluated together.
       vocabulary: vocabulary of the data; its EOS ends outputs.
       every: updates between evaluations; there is also one before the first update and one after the last.
+      also_at: steps of further evaluations, such as more frequent ones at the beginning.
       num_pairs: maximum number of held-out pairs; None for all.
       num_prompts: maximum number of prompts from which the policy generates.
       max_new_tokens: maximum tokens of an output.
@@ -53,6 +54,7 @@ class PreferenceIndicators:
       eos_ids: tokens that end an output, in place of the vocabulary's EOS.
       batch_size: sequences at a time, rounded up to a multiple of the mesh's parts of a batch.
       top_k: number of likeliest tokens.
+      diversity: measures.diversity with its settings; called with (outputs, vocab_size=).
       reference: the model for the log-ratio and L2 distance; with None neither is computed, and no second model is in
         memory.
       reward: scores outputs; None for no rewards. A completion's info has the texts 'chosen' and 'rejected' of the
@@ -73,6 +75,7 @@ class PreferenceIndicators:
     tasks: Sequence[str]
     vocabulary: Any
     every: Size = 50
+    also_at: Sequence[Size] = ()
     num_pairs: Size | None = 256
     num_prompts: Size = 128
     max_new_tokens: Size = 256
@@ -81,6 +84,7 @@ class PreferenceIndicators:
     eos_ids: Sequence[Count] | None = None
     batch_size: Size = 16
     top_k: Size = TOP_K
+    diversity: Callable[..., float] = measures.diversity
     reference: FrozenModel | None = None
     reward: Reward | StoredReward | None = None
     competitor: str | None = None
@@ -189,7 +193,7 @@ class PreferenceIndicators:
         indicators = {
             "entropy": _mean(row.entropy for row in readings),
             "mass": _mean(row.mass for row in readings),
-            "ead": measures.diversity(texts, vocab_size=self._num_ids),
+            "ead": self.diversity(texts, vocab_size=self._num_ids),
             "length": _mean(row.length for row in readings),
             "ended": _mean(completion.ended for completion in completions),
         }

@@ -1,31 +1,88 @@
 """Statistics of a set of outputs, in float64 on the host. Shape: N outputs or pairs."""
 
+import collections
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
+from model.ranges import Size
 
-def distinct_ngrams(outputs: Sequence[Sequence[int]], *, n: int, vocab_size: int) -> float:
+Alphabet = Literal["tokens", "ngrams"]
+
+
+def distinct_ngrams(
+    outputs: Sequence[Sequence[int]],
+    *,
+    n: int,
+    vocab_size: int,
+    draws: int | None = None,
+    alphabet: Alphabet = "tokens",
+) -> float:
     """Returns expectation-adjusted distinct n-grams (arXiv 2202.13587) over all outputs together.
 
     N / (V (1 - ((V - 1) / V)^C)): the number N of distinct n-grams among C n-grams, divided by the expected number of
-    distinct values in C uniform draws from V. V is the vocabulary size for every n, as in the authors' code. NaN if no
-    output has n tokens.
+    distinct values in C uniform draws from V. NaN if no output has n tokens.
+
+    With V = `vocab_size` for every n, as in the authors' code, and many more n-grams than V, this is N / V, which grows
+    with the length and the number of outputs and exceeds 1. With `draws` and alphabet 'ngrams' it depends on neither
+    and is at most 1 + draws / V.
+
+    Args:
+      draws: C, in place of the number of n-grams; N is then the expected number of distinct n-grams among C that are drawn
+        from all without replacement (rarefaction, Hurlbert 1971). NaN if there are fewer.
+      alphabet: 'tokens' for V = vocab_size, 'ngrams' for V = vocab_size^n.
     """
-    ngrams = [tuple(row[i : i + n]) for row in outputs for i in range(len(row) - n + 1)]
-    if not ngrams:
+    if alphabet not in get_args(Alphabet):
+        raise ValueError(f"alphabet = {alphabet!r}: choose from {get_args(Alphabet)}.")
+    counts = collections.Counter(
+        tuple(row[i : i + n]) for row in outputs for i in range(len(row) - n + 1)
+    )
+    total, size = counts.total(), vocab_size if alphabet == "tokens" else vocab_size**n
+    if not total or total < (draws or 0):
         return math.nan
+    number = len(counts) if draws is None else _rarefied(list(counts.values()), draws)
     # 1 - (1 - 1/V)^C by log1p and expm1, which avoid cancellation; it is 1 for V = 1.
-    missed = len(ngrams) * math.log1p(-1 / vocab_size) if vocab_size > 1 else -math.inf
-    return len(set(ngrams)) / (vocab_size * -math.expm1(missed))
+    missed = (draws or total) * math.log1p(-1 / size) if size > 1 else -math.inf
+    return number / (size * -math.expm1(missed))
+
+
+def _rarefied(counts: Sequence[int], draws: int) -> float:
+    """Returns the expected number of distinct kinds among `draws` items, drawn without replacement; `counts` are of kinds.
+
+    A kind of c items among C is absent with probability binom(C - c, draws) / binom(C, draws).
+    """
+    total, expected = sum(counts), 0.0
+    for count, kinds in collections.Counter(counts).items():
+        rest = total - count - draws  # items of other kinds that are not drawn
+        if rest < 0:
+            expected += kinds
+            continue
+        logs = (total - count, total - draws, rest, total)
+        above, beside, below, all_of_them = (math.lgamma(x + 1) for x in logs)
+        expected -= kinds * math.expm1(above + beside - below - all_of_them)
+    return expected
 
 
 def diversity(
-    outputs: Sequence[Sequence[int]], *, vocab_size: int, sizes: Sequence[int] = (1, 2, 3, 4, 5)
+    outputs: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    sizes: Sequence[int] = (1, 2, 3, 4, 5),
+    draws: Size | None = None,
+    alphabet: Alphabet = "tokens",
 ) -> float:
-    """Returns the paper's EAD: `distinct_ngrams` averaged over the n for which any output has n tokens."""
-    values = [distinct_ngrams(outputs, n=n, vocab_size=vocab_size) for n in sizes]
+    """Returns the paper's EAD: `distinct_ngrams` averaged over the n of `sizes` for which it is defined.
+
+    With `draws` it is NaN unless it is defined for all of them, so that values are comparable.
+    """
+    values = [
+        distinct_ngrams(outputs, n=n, vocab_size=vocab_size, draws=draws, alphabet=alphabet)
+        for n in sizes
+    ]
+    if draws is not None:
+        return float(np.mean(values))
     defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
 

@@ -22,7 +22,7 @@ from trainers.decoding.buckets import in_order
 from trainers.objectives.forward import frozen_forward
 from trainers.scoring.scoring import Batched, Row, scored_columns
 
-_SHORTEST = 64
+_SHORTEST = 16  # tokens of a row: short completions would otherwise be mostly padding
 TOP_K = 10  # the paper's value; entropies are at most log2(10) = 3.32 bits
 
 

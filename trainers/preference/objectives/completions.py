@@ -57,6 +57,20 @@ def tails_weighted(batch: Batch, weight: float) -> Batch:
     return {**batch, "decoder_loss_weights": jnp.where(tail_BT, weight * counted_BT, counted_BT)}
 
 
+def on_policy_weights(
+    batch: Batch, log_probs_BT: jax.Array, log_collisions_BT: jax.Array
+) -> jax.Array:
+    """Returns weights of pairs, [P], by how likely the policy samples their completions: WPO (arXiv 2406.11827, eq. 2).
+
+    A completion y has exp(mean_t(log p(y_t) - log sum_v p(v)^2)), which is 1 where its tokens are as likely as sampled ones
+    are on average; a pair has the product of both, at most 1 as in the authors' code. No gradient flows through them.
+    """
+    ratios_BT = jax.lax.stop_gradient(log_probs_BT - log_collisions_BT)
+    lengths_BS = by_completion(batch, jnp.ones_like(ratios_BT))
+    means_BS = by_completion(batch, ratios_BT) / jnp.maximum(lengths_BS, 1.0)
+    return jnp.exp(jnp.minimum(means_BS.reshape(-1, 2).sum(-1), 0.0))
+
+
 def by_completion(
     batch: Batch, values_BT: jax.Array, weights: str = "decoder_loss_weights"
 ) -> jax.Array:

@@ -31,6 +31,7 @@ def preference(
     num_sources: Count = 0,
     reference: FrozenModel | None = None,
     ld_alpha: Fraction = 1.0,
+    on_policy_weights: bool = False,
     implementation: Implementation = "auto",
 ) -> Objective:
     """The weighted sum of losses of pairs, averaged over pairs.
@@ -44,6 +45,7 @@ def preference(
       'logps/chosen', 'logps/rejected': log-probabilities, summed over a completion's tokens;
       'llh/chosen', 'llh/rejected', 'llh/gap': the same per token (arXiv 2410.11677, section 3);
       'accuracy': share of pairs whose chosen completion is preferred;
+      'policy_weight', with `on_policy_weights`: the weight of a pair;
       'log_ratio/chosen', 'log_ratio/rejected', 'log_ratio/margin', with a reference: the implicit rewards of DPO,
         divided by beta;
       'reward' (mean over both samples), 'reward/margin' (between them) and 'reward/ended' (share of samples that ended
@@ -57,9 +59,15 @@ def preference(
       reference: computes the reference's log-probabilities in each step; None if they are in the batch.
       ld_alpha: weight of the log-probabilities of tokens past the length of the pair's shorter completion, for policy
         and reference: LD-DPO (arXiv 2409.06411); 1 is DPO. Metrics use the same weights.
+      on_policy_weights: multiply the losses of a pair by how likely the policy samples its completions: WPO (arXiv
+        2406.11827), see `completions.on_policy_weights`. Not for losses that sort the pairs of a batch (transport.py).
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
     """
     names, factors, of_single = _checked(losses, weights)
+    if on_policy_weights and of_single:
+        raise ValueError(
+            "on_policy_weights weighs pairs, but LOSSES read single completions: set it to False."
+        )
     if ld_alpha != 1:
         _check_tails(ld_alpha, losses, live=reference is not None, of_single=of_single)
 
@@ -71,8 +79,8 @@ def preference(
                 "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/preference/losses/unpaired.py."
             )
         scored = batch if ld_alpha == 1 else completions.tails_weighted(batch, ld_alpha)
-        log_probs_BT = out.log_probs_BT(implementation=implementation)
-        sums_BS = completions.by_completion(scored, log_probs_BT)
+        policy_log_probs_BT = out.log_probs_BT(implementation=implementation)
+        sums_BS = completions.by_completion(scored, policy_log_probs_BT)
         if reference is None:  # stored log-probabilities are of whole completions, without ld_alpha
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
@@ -89,7 +97,14 @@ def preference(
         for factor, value in zip(factors, values.values(), strict=True):
             loss_P += factor * value
         weight = pairs.weights.sum()
-        metrics = {"loss": (loss_P.sum(), weight), **_metrics(pairs)}
+        weighting: Metrics = {}
+        if on_policy_weights:
+            policy_P = pairs.weights * completions.on_policy_weights(
+                batch, policy_log_probs_BT, out.log_collisions_BT()
+            )
+            loss_P *= policy_P
+            weighting["policy_weight"] = (policy_P.sum(), weight)
+        metrics = {"loss": (loss_P.sum(), weight), **_metrics(pairs), **weighting}
         if "rewards" in batch:
             metrics |= _sample_metrics(batch, weight)
         if len(losses) > 1:

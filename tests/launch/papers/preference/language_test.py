@@ -63,12 +63,12 @@ def test_prompts_of_pairs_are_those_of_their_split():
 def test_pairs_are_written_by_split(tmp_path, monkeypatch):
     import json
 
-    asked = {}
+    asked = []
 
     def samples(run, rows, **settings):
-        asked.update(settings)
+        asked.append(settings)
         for i, (_, row) in enumerate(rows):
-            for text in (f"{WANTED[i % 6]}", OTHER):
+            for text in (f"{WANTED[i % 6]}", *[OTHER] * (settings["settings"].num_samples - 1)):
                 yield {"prompt": row["text"], "text": text, "ended": "eos"}
 
     monkeypatch.setattr(generate, "generate", samples)
@@ -88,8 +88,20 @@ def test_pairs_are_written_by_split(tmp_path, monkeypatch):
     assert {split: len(rows) for split, rows in found.items()} == {"train": 2048, "validation": 256}
     for split, rows in found.items():
         assert [row["prompt"] for row in rows] == pairs.prompts(split)
-    assert (asked["checkpoint"], asked["seed"], asked["settings"].num_samples) == ("c", 3, 2)
-    assert asked["settings"].max_new_tokens == topic_language.LONGEST + 1
+    of_pairs, of_many = asked
+    for one, count in ((of_pairs, 2), (of_many, 1 + max(pairs.SIZES))):
+        assert (one["checkpoint"], one["seed"], one["settings"].num_samples) == ("c", 3, count)
+        assert one["settings"].max_new_tokens == topic_language.LONGEST + 1
+    assert (of_pairs["settings"].sampling.temperature, of_pairs["settings"].sampling.top_p) == (
+        1,
+        None,
+    )
+    assert (of_many["settings"].sampling.temperature, of_many["settings"].sampling.top_p) == (
+        0.5,
+        0.75,
+    )
+    best = json.loads((tmp_path / "made" / pairs.BEST_OF).read_text())
+    assert list(best) == ["1", "2", "4", "8", "16", "32"] and best["1"] == best["32"] < 0.5
 
 
 def test_facts_are_known_where_the_whole_answer_is_said(vocabulary, monkeypatch):

@@ -29,7 +29,7 @@ include 't5x_configs/data/preferences_base.gin'
 include 't5x_configs/runs/preference.gin'
 VOCABULARY = @vocabularies.byte()
 """
-METHODS = ("dpo_nll", "ipo", "slic", "simpo", "cpo", "orpo", "kto")
+METHODS = ("dpo_nll", "ipo", "slic", "simpo", "cpo", "orpo", "kto", "wpo")
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,27 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(train, flags, stored, tmp_p
     shutil.rmtree(path / "checkpoints" / "6")
     assert train(*flags(path)).status == 0
     assert measured(path) == measured(stored)
+
+
+def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(
+    train, flags, stored, tmp_path
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = ("REFERENCE_PERIOD=2", "REFERENCE_MIX=0.6")
+    methods = ["preference/tr_dpo"]
+    assert train(*flags(whole, *given, methods=methods)).status == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "6")
+    assert train(*flags(parts, *given, methods=methods)).status == 0
+    assert measured(parts) == measured(whole)
+    losses, fixed = (
+        [row["loss"] for row in measured(path) if "loss" in row] for path in (whole, stored)
+    )
+    np.testing.assert_allclose(losses[:2], fixed[:2], rtol=1e-5)
+    # After two updates the reference has come nearer, so that the margin is smaller.
+    margins = [row["log_ratio/margin"] for row in measured(whole) if "loss" in row]
+    others = [row["log_ratio/margin"] for row in measured(stored) if "loss" in row]
+    assert all(ours < theirs for ours, theirs in zip(margins[2:], others[2:], strict=True))
 
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])

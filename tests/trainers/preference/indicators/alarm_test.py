@@ -53,6 +53,24 @@ def test_mass_two_points_below_its_first_value_raises_the_alarm():
     assert "0.879, 2.1 points below its first value" in found.reason
 
 
+def test_the_likelihood_must_have_fallen_as_far_as_asked():
+    """Both signals wait for the fall; the averages decide, and a fall of exactly that size is enough."""
+    llh = [-1.0, -1.25, -1.5, -1.75, -2.0, -2.25, -2.5]
+    entropy = series(RISE_AND_FALL, llh=llh)
+    assert EXACT(entropy).step == 50
+    asked = StoppingRule(smoothing=0.0, llh_drop=1.25)
+    assert asked(entropy).step == 50
+    assert StoppingRule(smoothing=0.0, llh_drop=1.5)(entropy).step == 60
+    assert StoppingRule(smoothing=0.0, llh_drop=1.75)(entropy) is None
+    mass = series([2.0] * 7, mass=[0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8], llh=llh)
+    assert EXACT(mass).step == 10 and asked(mass).step == 50
+    # Smoothed, the likelihood follows a step late.
+    assert StoppingRule(llh_drop=1.25)(mass).step == 60
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="llh_drop"):
+            StoppingRule(llh_drop=wrong)
+
+
 def test_averages_are_exponential():
     """One bad reading among good ones is smoothed away; the closed form of a step says when one is not."""
     noisy = series([2.0] * 6, mass=[0.9, 0.9, 0.865, 0.9, 0.9, 0.9])

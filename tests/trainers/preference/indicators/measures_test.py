@@ -1,5 +1,6 @@
 """Diversity, P_win and distances: closed forms, exact fractions and limits."""
 
+import collections
 import math
 from fractions import Fraction
 
@@ -36,6 +37,55 @@ def test_distinct_ngrams_in_limits():
     assert measures.distinct_ngrams(distinct, n=1, vocab_size=10**12) == pytest.approx(1, rel=1e-9)
     assert measures.distinct_ngrams([[1, 1]], n=1, vocab_size=1) == 1.0
     assert math.isnan(measures.distinct_ngrams([[1, 2]], n=3, vocab_size=9))
+
+
+def rarefied_exactly(outputs, n, draws):
+    """The expected number of distinct n-grams among `draws` of all, without replacement, in fractions."""
+    grams = [tuple(row[i : i + n]) for row in outputs for i in range(len(row) - n + 1)]
+    counts, total = collections.Counter(grams).values(), math.comb(len(grams), draws)
+    return sum(1 - Fraction(math.comb(len(grams) - count, draws), total) for count in counts)
+
+
+@pytest.mark.parametrize(("n", "draws"), [(1, 1), (1, 17), (2, 30), (3, 5)])
+def test_a_fixed_number_of_ngrams_is_drawn_without_replacement(n, draws):
+    rng = np.random.default_rng(n)
+    outputs = [rng.integers(0, 4, size).tolist() for size in (2, 9, 30)]
+    got = measures.distinct_ngrams(outputs, n=n, vocab_size=4, draws=draws, alphabet="ngrams")
+    expected = 4**n * (1 - Fraction(4**n - 1, 4**n) ** draws)
+    assert got == pytest.approx(float(rarefied_exactly(outputs, n, draws) / expected), rel=1e-10)
+    total = sum(max(0, len(row) - n + 1) for row in outputs)
+    everything = measures.distinct_ngrams(outputs, n=n, vocab_size=4, draws=total)
+    assert everything == pytest.approx(ead_exactly(outputs, n, 4), rel=1e-10)
+    assert math.isnan(measures.distinct_ngrams(outputs, n=n, vocab_size=4, draws=total + 1))
+
+
+def test_with_a_fixed_number_of_ngrams_diversity_is_no_length_and_has_a_bound():
+    rng, vocab, draws = np.random.default_rng(0), 300, 200
+    settings = {"vocab_size": vocab, "sizes": (1, 2, 3), "draws": draws, "alphabet": "ngrams"}
+
+    def outputs(count, length, of):
+        return rng.integers(0, of, (count, length)).tolist()
+
+    # Uniform draws have 1, texts of a tenth of the vocabulary less, however many and long they are.
+    for of, value in ((300, 1.0), (30, None)):
+        sizes = ((100, 6), (100, 12), (400, 6), (400, 24))
+        values = [measures.diversity(outputs(*size, of), **settings) for size in sizes]
+        assert np.ptp(values) < 0.02
+        assert value is None or values == pytest.approx([value] * 4, abs=0.02)
+        # As published it grows with the number of tokens.
+        published = [measures.diversity(outputs(*size, of), vocab_size=vocab) for size in sizes]
+        assert published[-1] > 1.5 * published[0]
+    # No outputs have more than all different n-grams: 1 and at most draws / V^n more.
+    different = [list(range(i, i + 10)) for i in range(0, 300, 10)]
+    for n in (1, 2, 3):
+        one = {"vocab_size": vocab, "n": n, "draws": draws, "alphabet": "ngrams"}
+        most = measures.distinct_ngrams(different, **one)
+        space = vocab**n
+        assert most == pytest.approx(draws / (space * (1 - (1 - 1 / space) ** draws)), rel=1e-6)
+        assert 1 <= most <= 1 + draws / space
+    assert math.isnan(measures.diversity([[1] * 150] * 2, **{**settings, "draws": 299}))
+    with pytest.raises(ValueError, match="'tokens', 'ngrams'"):
+        measures.distinct_ngrams([[1]], n=1, vocab_size=2, alphabet="letters")
 
 
 def test_diversity_is_the_mean_over_the_sizes_that_there_are():

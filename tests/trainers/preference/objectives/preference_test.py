@@ -281,6 +281,77 @@ def test_tails_count_in_part(alpha):
     np.testing.assert_allclose(total / weight, means_P.mean(), rtol=1e-5)
 
 
+def test_pairs_weigh_by_how_likely_the_policy_samples_them():
+    """WPO's weights, written out in float64: the logits of all tokens, completion by completion."""
+    given, beta = pairs(), 0.5
+    reference = scored(1)
+    batch = batch_of([given[:2], given[2:3], given[3:]], slots=2, length=40, reference=reference)
+    forward = frozen_forward(MODEL, POLICY, batch)
+    logits_XV = np.asarray(forward.hidden_XD, np.float64) @ np.asarray(forward.head_VD()).T
+    logits_XV *= MODEL.logit_scale
+    p_XV = np.exp(logits_XV - logits_XV.max(-1, keepdims=True))
+    p_XV /= p_XV.sum(-1, keepdims=True)
+    targets_X = np.asarray(batch["decoder_target_tokens"]).ravel()
+    counted_X = np.asarray(batch["decoder_loss_weights"]).ravel() > 0
+    ratio_X = p_XV[np.arange(len(targets_X)), targets_X] / np.square(p_XV).sum(-1)
+    row_X, segment_X = (
+        np.indices(batch["decoder_segment_ids"].shape)[0].ravel(),
+        np.asarray(batch["decoder_segment_ids"]).ravel(),
+    )
+    weights, losses = [], []
+    for row, k, pair in [(0, 0, 0), (0, 1, 1), (1, 0, 2), (2, 0, 3)]:
+        sides = [
+            np.log(ratio_X[counted_X & (row_X == row) & (segment_X == 2 * k + 1 + side)]).mean()
+            for side in (0, 1)
+        ]
+        weights.append(min(1.0, np.exp(sum(sides))))
+        margin = np.subtract(scored(0)(given[pair]), reference(given[pair])) @ [1, -1]
+        losses.append(np.log1p(np.exp(-beta * margin)))
+    assert 0 < min(weights) < max(weights)
+
+    objective = preference(model=MODEL, losses=[sigmoid_loss], on_policy_weights=True)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def of(params):
+        out = objective(params, batch, None)
+        return out.sum, out.metrics
+
+    (total, metrics), gradients = of(POLICY)
+    np.testing.assert_allclose(total, np.dot(weights, losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy_weight"][0], np.sum(weights), rtol=1e-5)
+    assert float(metrics["policy_weight"][1]) == len(given)
+
+    # Weights are constants to the gradient: that of plain losses, weighted pair by pair.
+    plain = preference(model=MODEL, losses=[sigmoid_loss])
+    slots = (
+        jnp.zeros((3, 2))
+        .at[jnp.array([0, 0, 1, 2]), jnp.array([0, 1, 0, 0])]
+        .set(jnp.array(weights, jnp.float32))
+    )
+
+    def weighted(params, k):
+        one_pair = jnp.zeros(6).at[k].set(1.0).reshape(3, 2) * batch["pair_weights"]
+        return slots.reshape(-1)[k] * plain(params, {**batch, "pair_weights": one_pair}, None).sum
+
+    expected = jax.jit(jax.grad(lambda params: sum(weighted(params, k) for k in (0, 1, 2, 4))))(
+        POLICY
+    )
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_weight_of_a_pair_is_one_where_its_tokens_are_as_likely_as_sampled_ones():
+    batch = batch_of([[p] for p in pairs()], slots=1)
+    shape = batch["decoder_target_tokens"].shape
+    even = jnp.full(shape, -jnp.log(VOCAB))  # a uniform policy: sum of p^2 is 1 / V
+    np.testing.assert_allclose(completions.on_policy_weights(batch, even, even), 1.0, rtol=1e-6)
+    likelier = completions.on_policy_weights(batch, even + 1.0, even)
+    np.testing.assert_allclose(likelier, 1.0, rtol=1e-6)  # at most 1
+    rarer = completions.on_policy_weights(batch, even - 0.5, even)
+    np.testing.assert_allclose(rarer, np.exp(-1.0), rtol=1e-6)  # whatever the lengths
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_policy_and_reference_alike_give_log_two(dtype, tolerance):
     """The reference scores sequences one by one, so that in bfloat16 its sums are rounded otherwise."""
@@ -352,6 +423,8 @@ def test_what_cannot_be_is_said_before_a_step():
             reference=Fixed(model=MODEL, checkpoint=None),
             ld_alpha=0.5,
         )
+    with pytest.raises(ValueError, match="on_policy_weights .* single completions"):
+        preference(model=MODEL, losses=[unpaired.kto], on_policy_weights=True)
     with pytest.raises(ValueError, match="REFERENCE is None"):
         FrozenCheckpoint(macro="REFERENCE", path=None, model_dir="/unread")
 

@@ -1,0 +1,104 @@
+"""A reference that moves to the policy, against its formula and a run that is interrupted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainers import initialise
+from trainers.moving_reference import MOVES, MovingReference
+from trainers.objectives.base import LossOut, Objective
+from trainers.step import make_eval_step, make_train_step
+from trainers.train_state import TrainState
+
+START = {"a": jnp.array([1.0, -2.0, 0.5]), "b": {"c": jnp.array(3.0)}}
+BATCH = {"x": jnp.arange(4.0)}
+
+
+def loss_fn(params, batch, rng, *, variables, extras):
+    """The policy is drawn to a target and held by the reference."""
+    del rng
+    assert MOVES not in variables
+    target = jax.tree.map(lambda p: ((p - 4.0) ** 2).sum(), params)
+    held = jax.tree.map(lambda p, r: ((p - r) ** 2).sum(), params, extras)
+    total = sum(jax.tree.leaves(target)) + sum(jax.tree.leaves(held))
+    weight = batch["x"].size / 4.0
+    return LossOut(
+        sum=total * weight, weight=jnp.float32(weight), metrics={"loss": (total, jnp.ones(()))}
+    )
+
+
+OBJECTIVE = Objective(loss_fn=loss_fn)
+
+
+def trained(moving, steps, state=None, **settings):
+    optimizer = optax.sgd(0.05)
+    step = jax.jit(
+        make_train_step(loss_fn=OBJECTIVE, optimizer=optimizer, moving_reference=moving, **settings)
+    )
+    if state is None:
+        variables = {} if moving is None else {MOVES: moving.init(START)}
+        state = TrainState(
+            jnp.zeros((), jnp.int32), START, optimizer.init(START), variables=variables
+        )
+    for _ in range(steps):
+        state, _ = step(state, BATCH, extras=START)
+    return state
+
+
+@pytest.mark.parametrize(("every", "mix"), [(1, 0.1), (3, 0.6), (2, 1.0)])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_reference_is_mixed_with_the_policy_every_so_many_updates(every, mix, microbatches):
+    moving = MovingReference(every=every, mix=mix)
+    state = trained(moving, 7, microbatches=microbatches)
+    policy = np.array([1.0, -2.0, 0.5])
+    reference = policy.copy()
+    for update in range(1, 8):
+        policy = policy - 0.05 * (2 * (policy - 4.0) + 2 * (policy - reference))
+        if update % every == 0:
+            reference = mix * policy + (1 - mix) * reference
+    np.testing.assert_allclose(state.params["a"], policy, rtol=1e-5)
+    now = moving.reference(START, state.variables)
+    np.testing.assert_allclose(now["a"], reference, rtol=1e-5)
+    evaluate = make_eval_step(loss_fn=OBJECTIVE, moving_reference=moving)
+    total, _ = evaluate(state.params, BATCH, state.variables, extras=START)["loss"]
+    expected, _ = OBJECTIVE(state.params, BATCH, None, extras=now).metrics["loss"]
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def test_a_reference_that_is_never_due_is_a_fixed_one():
+    moved, fixed = trained(MovingReference(every=100), 6), trained(None, 6)
+    jax.tree.map(np.testing.assert_array_equal, moved.params, fixed.params)
+
+
+def test_a_state_is_all_that_a_run_needs_to_go_on():
+    moving = MovingReference(every=2, mix=0.7)
+    whole = trained(moving, 7)
+    parts = trained(moving, 4, trained(moving, 3))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    jax.tree.map(np.testing.assert_array_equal, whole.variables, parts.variables)
+
+
+def test_moves_are_split_over_devices_as_their_parameters_are():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("data",), ()))
+    shardings = {"a": split, "b": {"c": whole}}
+    optimizer = optax.sgd(0.1)
+    variables = {MOVES: MovingReference().init(START), "other": {"x": jnp.zeros(3)}}
+    state = TrainState(jnp.zeros((), jnp.int32), START, optimizer.init(START), None, variables)
+    abstract = jax.eval_shape(lambda: state)
+    found = initialise.state_shardings(abstract, optimizer, shardings, mesh=mesh).variables
+    assert found == {MOVES: shardings, "other": {"x": whole}}
+
+
+def test_what_cannot_move_is_refused():
+    moving = MovingReference()
+    variables = {MOVES: moving.init(START)}
+    for extras in (None, {"another": jnp.zeros(3)}):
+        with pytest.raises(ValueError, match="methods/preference/tr_dpo.gin"):
+            moving.reference(extras, variables)
+    for settings in ({"every": 0}, {"mix": 0.0}, {"mix": 1.5}):
+        with pytest.raises(ValueError, match="MovingReference"):
+            MovingReference(**settings)
