@@ -277,6 +277,11 @@ def vocabulary_digest() -> dict[str, str]:
     return {"vocabulary": digests.pop()} if len(digests) == 1 else {}
 
 
+def add_bos(task_names: Sequence[str]) -> bool:
+    """Returns whether the texts of all these tasks begin with BOS."""
+    return all(_TASKS.get(name, {}).get("add_bos", False) for name in task_names)
+
+
 def summary() -> dict[str, Any]:
     """Returns the facts recorded with a run: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}

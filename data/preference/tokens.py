@@ -13,7 +13,7 @@ from typing import Any
 from data.preference.records import Record
 from data.preference.texts import Message
 from data.text.documents import DataError
-from data.tokenizers import chat_template
+from data.tokenizers import chat_sandbox, chat_template
 
 # Part of the digest of a source: raise it when the same records become other tokens.
 VERSION = 1
@@ -38,21 +38,49 @@ class Tokeniser:
         """
         if record.is_chat:
             return self._conversation(record)
-        bos = [self.vocabulary.bos_id] if self.add_bos else []
-        eos = [self.vocabulary.eos_id] if self.add_eos else []
         encode = self.vocabulary.encode
         return (
-            [*bos, *encode(record.prompt)],
-            [[*encode(completion), *eos] for completion in record.completions],
+            [*self._bos, *encode(record.prompt)],
+            [[*encode(completion), *self._eos] for completion in record.completions],
         )
+
+    def text(self, text: str) -> list[int]:
+        """Returns the ids of a text that is not a prompt: with BOS and EOS, but only one EOS if the text ends with it."""
+        ids = self.vocabulary.encode(text)
+        return [*self._bos, *ids, *([] if ids[-1:] == self._eos else self._eos)]
+
+    def encode_marked(self, rendered: chat_sandbox.Rendered) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans."""
+        if hasattr(self.vocabulary, "encode_marked"):
+            return self.vocabulary.encode_marked(rendered.text, rendered.spans)
+        # This vocabulary does not know which characters a token covers, so the text is divided before.
+        ids, marked, place = [*self._bos], [False] * len(self._bos), 0
+        for start, end in (*rendered.spans, (len(rendered.text),) * 2):
+            for text, mark in (
+                (rendered.text[place:start], False),
+                (rendered.text[start:end], True),
+            ):
+                part = self.vocabulary.encode(text)
+                ids += part
+                marked += [mark] * len(part)
+            place = end
+        return ids, marked
+
+    @property
+    def _bos(self) -> list[int]:
+        return [self.vocabulary.bos_id] if self.add_bos else []
+
+    @property
+    def _eos(self) -> list[int]:
+        return [self.vocabulary.eos_id] if self.add_eos else []
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
         # Special tokens in a rendered template are meant as such, so they are encoded as special tokens.
         encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
-        prompt = self._render(record, record.prompt, add_generation_prompt=True)
+        prompt = self.render(record, record.prompt, add_generation_prompt=True).text
         completions = []
         for messages in record.completions:
-            whole = self._render(record, [*record.prompt, *messages])
+            whole = self.render(record, [*record.prompt, *messages]).text
             if not whole.startswith(prompt):
                 place = len(os.path.commonprefix([prompt, whole]))
                 raise DataError(
@@ -65,7 +93,14 @@ class Tokeniser:
             completions.append(encode(whole[len(prompt) :]))
         return encode(prompt), completions
 
-    def _render(self, record: Record, messages: Sequence[Message], **options: Any) -> str:
+    def render(
+        self, record: Record, messages: Sequence[Message], **options: Any
+    ) -> chat_sandbox.Rendered:
+        """Returns messages rendered with the record's tools, see `ChatTemplate.render_spans`.
+
+        Raises:
+          DataError: there is no chat template, or it rejects the messages.
+        """
         if self.template is None:
             raise DataError(
                 f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
@@ -73,7 +108,7 @@ class Tokeniser:
                 "texts"
             )
         try:
-            return self.template.render(messages, **record.template, **options)
+            return self.template.render_spans(messages, **record.template, **options)
         except chat_template.ChatTemplateError as error:
             raise DataError(f"{record.where}: {error}") from None
 

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,9 @@ _ROLES = {
 }
 # Alternative keys of the reasoning text.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplateError(TokenizerError):
@@ -123,6 +127,10 @@ class ChatTemplate:
             raise ChatTemplateError(f"{where}: {error}") from None
         _check_roles(values["messages"], rendered.text, where)
         return rendered
+
+    def marks_assistant(self, *, has_tools: bool = False) -> bool:
+        """Returns whether the template marks the assistant's texts by `{% generation %}`."""
+        return _GENERATION_BLOCK.search(self.templates[self._name(None, has_tools)]) is not None
 
     def _name(self, name: str | None, has_tools: bool) -> str:
         if name is None:
