@@ -246,7 +246,7 @@ def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phas
     table = parameter_table(program.boxed_params, program.abstract_state.params)
     run.write("parameters.txt", table)
     if run.writer and data.tasks:
-        run_vocabulary.save(run.path, data.vocabulary())
+        run_vocabulary.save(run.path, data.vocabulary(), data.chat_template())
 
 
 def _open_rows(run: run_dir.RunDir, start: Restored) -> metric_writers.JsonlWriter:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -99,14 +100,24 @@ class ChatFiles(PromptedFiles):
         if kind == "text":
             ids = self.tokeniser.text(record.prompt)
             return ids, [True] * len(ids)
-        if kind == "prompt":
+        if kind == "prompt" and not record.is_chat:
             prompt, (completion,) = self.tokeniser(record)
             return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
+        if kind == "prompt":
+            return self._completed(record)
         rendered = spans.rendered_turns(self.tokeniser, record, self.turns)
         ids, learnt = self.tokeniser.encode_marked(rendered)
         if not any(learnt):
             raise DegenerateError("no_assistant", "the template marks no text of the assistant")
         return ids, learnt
+
+    def _completed(self, record: Record) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a prompt of messages with its completion, learnt from where they leave the prompt's ids."""
+        prompt = self.tokeniser.render(record, record.prompt, add_generation_prompt=True).text
+        whole = self.tokeniser.continued(record, prompt, record.completions[0])
+        before, ids = map(self.tokeniser.encode_rendered, (prompt, whole))
+        start = len(os.path.commonprefix([before, ids]))
+        return ids, [place >= start for place in range(len(ids))]
 
     @functools.cached_property
     def _counted(self) -> dict[str, Any]:

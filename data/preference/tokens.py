@@ -49,6 +49,10 @@ class Tokeniser:
         ids = self.vocabulary.encode(text)
         return [*self._bos, *ids, *([] if ids[-1:] == self._eos else self._eos)]
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the ids of a rendered conversation."""
+        return self.encode_marked(chat_sandbox.Rendered(text, ()))[0]
+
     def encode_marked(self, rendered: chat_sandbox.Rendered) -> tuple[list[int], list[bool]]:
         """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans."""
         if hasattr(self.vocabulary, "encode_marked"):
@@ -78,20 +82,24 @@ class Tokeniser:
         # Special tokens in a rendered template are meant as such, so they are encoded as special tokens.
         encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
         prompt = self.render(record, record.prompt, add_generation_prompt=True).text
-        completions = []
-        for messages in record.completions:
-            whole = self.render(record, [*record.prompt, *messages]).text
-            if not whole.startswith(prompt):
-                place = len(os.path.commonprefix([prompt, whole]))
-                raise DataError(
-                    f"{record.where}: the chat template renders the prompt differently when a completion "
-                    f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
-                    f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
-                    "Write texts, or use a template that begins each turn of the assistant with its "
-                    "generation prompt"
-                )
-            completions.append(encode(whole[len(prompt) :]))
-        return encode(prompt), completions
+        return encode(prompt), [
+            encode(self.continued(record, prompt, messages)[len(prompt) :])
+            for messages in record.completions
+        ]
+
+    def continued(self, record: Record, prompt: str, completion: Sequence[Message]) -> str:
+        """Returns the text of a record's prompt with a completion; raises DataError if it does not begin with `prompt`."""
+        whole = self.render(record, [*record.prompt, *completion]).text
+        if not whole.startswith(prompt):
+            place = len(os.path.commonprefix([prompt, whole]))
+            raise DataError(
+                f"{record.where}: the chat template renders the prompt differently when a completion "
+                f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
+                f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
+                "Write texts, or use a template that begins each turn of the assistant with its "
+                "generation prompt"
+            )
+        return whole
 
     def render(
         self, record: Record, messages: Sequence[Message], **options: Any

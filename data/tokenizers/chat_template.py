@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -193,6 +194,17 @@ def read(
             )
     origin = f"chat template of {folder}"
     return ChatTemplate(templates, dict(variables), origin) if templates else None
+
+
+def write(folder: str | os.PathLike, template: ChatTemplate) -> None:
+    """Writes the templates of a tokenizer into its directory, in place of those that are there."""
+    folder = pathlib.Path(folder)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    (folder / FILE).write_text(template.templates[DEFAULT], encoding="utf-8")
+    for name, source in template.templates.items():
+        if name != DEFAULT:
+            (folder / FOLDER).mkdir(exist_ok=True)
+            (folder / FOLDER / f"{name}.jinja").write_text(source, encoding="utf-8")
 
 
 def further_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -74,18 +74,7 @@ def tokens_per_second(report: dict[str, Any]) -> float:
 
 def side(folder: str, steps: str) -> dict[str, Any]:
     """Trains on the files of `write`; returns losses, times and memory."""
-    bindings = {
-        "CHATS": f"{folder}/chats.jsonl",
-        "CHATS_VALIDATION_FRACTION": 0.0,
-        "TASK_FEATURE_LENGTHS": {"targets": CASE["length"]},
-        "BATCH_SIZE": CASE["batch_size"],
-        "TRAIN_EPOCHS": None,
-        "TRAIN_STEPS": int(steps),
-        "LEARNING_RATE": CASE["learning_rate"],
-        "LOG_PERIOD": 1,
-    }
-    files = ("data/chat", "runs/finetune")
-    trained = dpo.train(folder, "sft", dpo.flags(folder, "sft", files, bindings))
+    trained = dpo.train(folder, "sft", arguments(folder, int(steps)))
     facts = json.loads(pathlib.Path(folder, "sft", "run.json").read_text(encoding="utf-8"))
     return {
         "losses": [row["loss"] for row in trained],
@@ -94,6 +83,21 @@ def side(folder: str, steps: str) -> dict[str, Any]:
         "first_step_s": trained[0]["time"] - float(os.environ["BENCH_PROCESS_START"]),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
+
+
+def arguments(folder: str, steps: int) -> list[str]:
+    """Returns the flags of `launch.train`."""
+    bindings = {
+        "CHATS": f"{folder}/chats.jsonl",
+        "CHATS_VALIDATION_FRACTION": 0.0,
+        "TASK_FEATURE_LENGTHS": {"targets": CASE["length"]},
+        "BATCH_SIZE": CASE["batch_size"],
+        "TRAIN_EPOCHS": None,
+        "TRAIN_STEPS": steps,
+        "LEARNING_RATE": CASE["learning_rate"],
+        "LOG_PERIOD": 1,
+    }
+    return dpo.flags(folder, "sft", ("data/chat", "runs/finetune"), bindings)
 
 
 def write(folder: str) -> None:

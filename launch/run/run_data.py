@@ -33,6 +33,10 @@ class RunData:
         """Returns the SeqIO vocabulary, which all sources share."""
         return task_registry.vocabulary(self.stream.source_names[0])
 
+    def chat_template(self) -> Any:
+        """Returns the chat template of the data, or None."""
+        return task_registry.chat_template(self.stream.source_names[0])
+
     def record(self) -> dict[str, Any]:
         """Returns the description of the data in run.json."""
         return {

@@ -109,7 +109,15 @@ def test_one_command_learns_conversations_and_counts_them(tuned):
     assert f"chats      {line}" in out
     assert "1 cut at their ends (first: chats.jsonl:11)" in out
     assert "1 dropped, of which nothing that is learnt remains (first: chats.jsonl:12)" in out
-    assert any("eval/chats/loss" in row for row in read_jsonl(f"{run}/metrics.jsonl"))
+
+
+def test_the_held_out_share_is_evaluated_in_training_and_after_it(tuned, command, tmp_path):
+    run, _ = tuned
+    flags = (f"--checkpoint={run}", "--trust_config", f"--json={tmp_path / 'x.json'}")
+    assert command("evaluate loss", *flags) == 0
+    found = json.loads((tmp_path / "x.json").read_text())["tasks"]["chats"]["loss"]
+    *_, last = (row for row in read_jsonl(f"{run}/metrics.jsonl") if "eval/chats/loss" in row)
+    assert found == pytest.approx(last["eval/chats/loss"], abs=1e-5)
 
 
 def test_a_prompt_has_the_tokens_of_training(tuned, imported):

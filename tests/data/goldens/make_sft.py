@@ -212,9 +212,7 @@ def tokenised(row, template):
             (made,) = trainer_of([row], template, folder).train_dataset
         except (jinja2.TemplateError, RuntimeError, TypeError, ValueError) as error:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
-    ids = made["input_ids"]
-    mask = made.get("assistant_masks") or made.get("completion_mask") or [1] * len(ids)
-    return {"ids": ids, "mask": mask}
+    return {"ids": made["input_ids"], "mask": [int(label != -100) for label in made["labels"]]}
 
 
 def loss(rows, template):
