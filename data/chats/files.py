@@ -96,7 +96,7 @@ class ChatFiles(PromptedFiles):
                     dropped.add(error.reason, id)
 
     def _tokenised(self, kind: Kind, record: Record) -> tuple[list[int], list[bool]]:
-        """Returns the ids of a row, and whether each is learnt."""
+        """Returns the ids of a row, and whether each is learnt; raises DegenerateError if none is."""
         if kind == "text":
             ids = self.tokeniser.text(record.prompt)
             return ids, [True] * len(ids)
@@ -104,11 +104,12 @@ class ChatFiles(PromptedFiles):
             prompt, (completion,) = self.tokeniser(record)
             return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
         if kind == "prompt":
-            return self._completed(record)
-        rendered = spans.rendered_turns(self.tokeniser, record, self.turns)
-        ids, learnt = self.tokeniser.encode_marked(rendered)
+            ids, learnt = self._completed(record)
+        else:
+            rendered = spans.rendered_turns(self.tokeniser, record, self.turns)
+            ids, learnt = self.tokeniser.encode_marked(rendered)
         if not any(learnt):
-            raise DegenerateError("no_assistant", "the template marks no text of the assistant")
+            raise DegenerateError("not_rendered", "the template renders nothing of the assistant")
         return ids, learnt
 
     def _completed(self, record: Record) -> tuple[list[int], list[bool]]:

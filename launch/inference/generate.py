@@ -28,7 +28,8 @@ def generate_file(
     rows = [(where, with_prompt_key(row)) for where, row in row_files.read(inputs, example=EXAMPLE)]
     if chat:
         rows = [(where, as_message(row)) for where, row in rows]
-    row_files.write(output, generate(config, rows, **options), writer=jax.process_index() == 0)
+    continued = generate(config, rows, note_template=True, **options)
+    row_files.write(output, continued, writer=jax.process_index() == 0)
 
 
 def as_message(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -67,7 +68,8 @@ def print_continuations(
     show = (to_terminal if writes else lambda piece: None) if stream else None
     row = {"text": prompt}
     rows = [("--prompt", as_message(row) if chat else row)]
-    for row in generate(config, rows, settings=settings, show=show, **options):
+    continued = generate(config, rows, settings=settings, show=show, note_template=True, **options)
+    for row in continued:
         if not writes:
             continue
         if row["sample"]:
@@ -99,6 +101,7 @@ def generate(
     batch_size: int = 8,
     show: Callable[[str], None] | None = None,
     indices: Sequence[int] | None = None,
+    note_template: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -117,6 +120,7 @@ def generate(
       prefill_chunk: tokens of prompts that are processed at a time; None for all.
       batch_size: rows at a time, each with all its samples.
       show: called with each new piece of the text of a single row.
+      note_template: whether to print a line if texts of a model with a chat template are continued without it.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
 
     Yields:
@@ -127,7 +131,8 @@ def generate(
     """
     with config.load(checkpoint, params=params) as loaded:
         prompts = [prompt_of(loaded, row, where) for where, row in rows]
-        _note_template(loaded, rows)
+        if note_template:
+            _print_note(loaded, rows)
         decoder, texts = decoder_and_texts(
             loaded,
             settings,
@@ -156,7 +161,7 @@ def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int
     return prompt
 
 
-def _note_template(loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def _print_note(loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Prints a line if a model with a chat template continues a text as it is."""
     if jax.process_index() or not any("text" in row for _, row in rows):
         return

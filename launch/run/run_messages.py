@@ -148,7 +148,7 @@ def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line
         return "chats", sizes
     return (
         _name("chats", facts["nothing_learnt"] / records),
-        f"{sizes}; at {max_length} tokens (TASK_FEATURE_LENGTHS) {', '.join(parts)}",
+        f"{sizes}; at {max_length} tokens (TASK_FEATURE_LENGTHS), {', '.join(parts)}",
     )
 
 

@@ -108,7 +108,7 @@ def test_rows_without_anything_to_learn_are_dropped_and_counted(source):
     made = source([{"prompt": "a", "completion": " "}, {"prompt": "", "completion": "b"}])
     assert [*made.dropped] == ["empty_completion"] and len(examples(made)) == 1
     template = "{% for m in messages %}{{ m.role }}{% endfor %}{% generation %}{% endgeneration %}"
-    with pytest.raises(DataError, match="there is no row to learn .1 no_assistant"):
+    with pytest.raises(DataError, match="there is no row to learn .1 not_rendered"):
         examples(source([chat("a", "b")], chat_template=_file(made, template)))
 
 
