@@ -277,6 +277,17 @@ def vocabulary_digest() -> dict[str, str]:
     return {"vocabulary": digests.pop()} if len(digests) == 1 else {}
 
 
+def add_bos(task_names: Sequence[str]) -> bool:
+    """Returns whether the texts of all these tasks begin with BOS."""
+    return all(_TASKS.get(name, {}).get("add_bos", False) for name in task_names)
+
+
+def chat_template(task_name: str) -> Any:
+    """Returns the chat template by which a task renders messages, or None."""
+    tokeniser = getattr(_TASKS.get(task_name, {}).get("source"), "tokeniser", None)
+    return getattr(tokeniser, "template", None)
+
+
 def summary() -> dict[str, Any]:
     """Returns the facts recorded with a run: tasks with sizes and hashes, mixtures, and corpora."""
     tasks = {}

@@ -87,7 +87,7 @@ def _run(flags: argparse.Namespace) -> None:
     convert, origin = import_weights.import_hf, flags.from_hf
     if flags.from_gguf is not None:
         convert, origin = import_weights.import_gguf, flags.from_gguf
-    convert(origin, flags.to, dtype=flags.dtype)
+    print(f"{flags.to}: {convert(origin, flags.to, dtype=flags.dtype)}")
 
 
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -96,7 +96,8 @@ def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
     shard_bytes = _bytes(settings.pop("shard_size", "5GB"))
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
     settings |= {"dtype": flags.dtype, "shard_bytes": shard_bytes}
-    export_weights.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
+    weights = export_weights.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
+    print(f"{flags.to_hf}: {weights}")
 
 
 def _bytes(text: str) -> int:

@@ -4,6 +4,9 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
   python -m launch.generate --checkpoint=/tmp/espalier_tiny --prompt='def main(' --temperature=0.7
 
+--chat renders a --prompt, or the texts of --inputs, with the model's chat template; alone, it begins a
+conversation on the terminal.
+
 --inputs=x.jsonl has rows {"text": "..."}, {"messages": [...]}, {"tokens": [...]} or {"prompt": ...}
 (a text or messages, as in files of prompts and of preference pairs). --output=y.jsonl has --num_samples
 rows of each in the same order, with "prompt"; "text" and "tokens" of the continuation; "logprobs", the
@@ -65,9 +68,17 @@ def run(start: cli.Start) -> None:
     from launch.inference import generate
 
     if flags.prompt is not None:
-        generate.print_continuations(start(), flags.prompt, stream=flags.stream, **options)
+        stream = flags.stream
+        generate.print_continuations(
+            start(), flags.prompt, stream=stream, chat=flags.chat, **options
+        )
+    elif flags.inputs is not None:
+        files = {"inputs": flags.inputs, "output": flags.output}
+        generate.generate_file(start(), **files, chat=flags.chat, **options)
     else:
-        generate.generate_file(start(), inputs=flags.inputs, output=flags.output, **options)
+        from launch.inference import chat
+
+        chat.converse(start(), chat.typed(), **options)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +86,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_row_flags(parser, required=False)
     group = parser.add_argument_group("output")
     group.add_argument("--prompt", metavar="TEXT", help="one text, continued on standard output")
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="texts are messages of the user, rendered with the model's chat template; without --prompt and --inputs: a "
+        "conversation on the terminal",
+    )
     group.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
@@ -171,11 +188,16 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _check(flags: argparse.Namespace) -> None:
     files = [flags.inputs is not None, flags.output is not None]
-    if any(files) != all(files) or any(files) == (flags.prompt is not None):
-        raise LoadError("Give either --prompt=TEXT, or --inputs=FILE and --output=FILE.")
+    session = flags.chat and flags.prompt is None and not any(files)
+    if any(files) != all(files) or (any(files) == (flags.prompt is not None) and not session):
+        raise LoadError(
+            "Give either --prompt=TEXT, or --inputs=FILE and --output=FILE, or --chat for a conversation."
+        )
     beams = setting_flags.given(flags, Beams)
     several = getattr(flags, "num_samples", 1) > 1 or beams
-    if flags.stream and (flags.prompt is None or several):
+    if session and several:
+        raise LoadError("--chat has one answer to each line: remove --num_samples and --num_beams.")
+    if flags.stream and not session and (flags.prompt is None or several):
         raise LoadError(
             "--stream shows one continuation of --prompt as it grows: remove --inputs, --num_samples "
             "and --num_beams, or --stream."

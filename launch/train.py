@@ -53,6 +53,7 @@ def train(
     stream: Callable[..., TrainStream],
     total_steps: Size | None = None,
     total_tokens: Tokens | None = None,
+    total_epochs: Positive | None = None,
     tasks: Sequence[Callable[[], Any]] = (),
     eval_stream: Callable[..., EvalStream] | None = None,
     eval_tasks: Sequence[str] | None = None,
@@ -77,6 +78,7 @@ def train(
       stream: opens the training data; called with (positions=) to continue at the position where another run stopped.
       total_steps: total updates, including those of earlier starts of this run.
       total_tokens: instead of total_steps: total loss-bearing tokens (or images).
+      total_epochs: instead of total_steps: how often the data are read.
       tasks: functions that register SeqIO tasks.
       eval_stream: opens the held-out split of a task; called with (task=).
       eval_tasks: tasks to evaluate; None for the sources of the training stream.
@@ -103,10 +105,10 @@ def train(
     """
     goodput = Goodput(started=process_start() if started is None else started)
     # All checks that need no data come before any data are opened.
-    if (total_steps is None) == (total_tokens is None):
+    if (total_steps, total_tokens, total_epochs).count(None) != 2:
         raise ValueError(
-            f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens}: set one of them, and the "
-            "other to None."
+            f"TRAIN_STEPS = {total_steps} and TRAIN_TOKENS = {total_tokens} and TRAIN_EPOCHS = {total_epochs}: set "
+            "one of them, and the others to None."
         )
     initial.check()
     program = recipe.program()
@@ -127,6 +129,7 @@ def train(
             eval_tasks=eval_tasks,
             total_steps=total_steps,
             total_tokens=total_tokens,
+            total_epochs=total_epochs,
             of_prompts=rollouts is not None,
         )
         program.check_extras(lambda: data.identity(program))
@@ -243,7 +246,7 @@ def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phas
     table = parameter_table(program.boxed_params, program.abstract_state.params)
     run.write("parameters.txt", table)
     if run.writer and data.tasks:
-        run_vocabulary.save(run.path, data.vocabulary())
+        run_vocabulary.save(run.path, data.vocabulary(), data.chat_template())
 
 
 def _open_rows(run: run_dir.RunDir, start: Restored) -> metric_writers.JsonlWriter:

@@ -31,6 +31,7 @@ MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "bas
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preparation/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
+CHATS = {"chat"}  # which runs/finetune.gin learns
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 # Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
@@ -299,7 +300,7 @@ REQUIRED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS - PROMPTS - SYMBOLS))
+@pytest.mark.parametrize("name", sorted(set(DATA) - IMAGES - PAIRS - CHATS - PROMPTS - SYMBOLS))
 def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     files = ("models/tiny", f"data/{name}", "runs/pretrain")
     config = load(*files, data=REQUIRED.get(name, ()))
@@ -368,6 +369,24 @@ def test_an_experiment_makes_a_program(file):
     assert program.mesh.devices.size == jax.device_count()
     assert (arguments["total_steps"] or arguments["total_tokens"]) > 0
     assert arguments.get("tasks") or arguments["recipe"].inputs_spec.unit == "images"
+
+
+def test_conversations_make_a_run_with_nothing_left_to_set_or_unused():
+    names = ("models/tiny", "data/chat", "runs/finetune")
+    config = gin_config.load(
+        [f"t5x_configs/{name}.gin" for name in names],
+        [
+            "MODEL_DIR='/tmp/x'",
+            "INITIAL_CHECKPOINT_PATH='/tmp/y'",
+            "CHATS='x.jsonl'",
+            "TOKENIZER='t'",
+        ],
+        entry="launch.train:train",
+    )
+    assert [str(warning) for warning in config.warnings] == []
+    arguments = config.arguments()
+    assert arguments["total_epochs"] == 3 and arguments["total_steps"] is None
+    assert arguments["recipe"].length == 1024
 
 
 @pytest.mark.parametrize("name", sorted(ONLINE))

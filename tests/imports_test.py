@@ -150,7 +150,7 @@ LEVELS = {
         ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
         ("data_source", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
-        ("code_mix", "distillation", "nexus", "preference", "prompts", "snapkv"),
+        ("chats", "code_mix", "distillation", "nexus", "preference", "prompts", "snapkv"),
     ),
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),

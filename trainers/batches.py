@@ -47,6 +47,9 @@ class TrainStream(Stream, Protocol):
     def steps_for_tokens(self, tokens: float) -> int:
         """Returns the steps that train on this many loss-bearing tokens, rounded up."""
 
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Returns the steps that read the data this often, rounded up."""
+
     def epochs(self, step: int) -> dict[str, float]:
         """Returns how often each source has been read before `step`."""
 

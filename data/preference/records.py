@@ -134,7 +134,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
         completions=completions,
         label=None if paired else _label(row["label"], where),
         margin=_margin(row.get("margin"), where) if paired else 0.0,
-        template=_template(row, where),
+        template=template_variables(row, where),
     )
 
 
@@ -152,8 +152,8 @@ def _margin(value: Any, where: str) -> float:
     return float(value)
 
 
-def _template(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the variables of the chat template besides the messages."""
+def template_variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the variables of the chat template besides the messages: the row's "tools" and "chat_template_kwargs"."""
     tools, variables = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # typed columns of data sets hold tools as JSON
         try:

@@ -13,7 +13,7 @@ from typing import Any
 from data.preference.records import Record
 from data.preference.texts import Message
 from data.text.documents import DataError
-from data.tokenizers import chat_template
+from data.tokenizers import chat_sandbox, chat_template
 
 # Part of the digest of a source: raise it when the same records become other tokens.
 VERSION = 1
@@ -38,34 +38,77 @@ class Tokeniser:
         """
         if record.is_chat:
             return self._conversation(record)
-        bos = [self.vocabulary.bos_id] if self.add_bos else []
-        eos = [self.vocabulary.eos_id] if self.add_eos else []
         encode = self.vocabulary.encode
         return (
-            [*bos, *encode(record.prompt)],
-            [[*encode(completion), *eos] for completion in record.completions],
+            [*self._bos, *encode(record.prompt)],
+            [[*encode(completion), *self._eos] for completion in record.completions],
         )
+
+    def text(self, text: str) -> list[int]:
+        """Returns the ids of a text that is not a prompt: with BOS and EOS, but only one EOS if the text ends with it."""
+        ids = self.vocabulary.encode(text)
+        return [*self._bos, *ids, *([] if ids[-1:] == self._eos else self._eos)]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the ids of a rendered conversation."""
+        return self.encode_marked(chat_sandbox.Rendered(text, ()))[0]
+
+    def encode_marked(self, rendered: chat_sandbox.Rendered) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans."""
+        if hasattr(self.vocabulary, "encode_marked"):
+            return self.vocabulary.encode_marked(rendered.text, rendered.spans)
+        # This vocabulary does not know which characters a token covers, so the text is divided before.
+        ids, marked, place = [*self._bos], [False] * len(self._bos), 0
+        for start, end in (*rendered.spans, (len(rendered.text),) * 2):
+            for text, mark in (
+                (rendered.text[place:start], False),
+                (rendered.text[start:end], True),
+            ):
+                part = self.vocabulary.encode(text)
+                ids += part
+                marked += [mark] * len(part)
+            place = end
+        return ids, marked
+
+    @property
+    def _bos(self) -> list[int]:
+        return [self.vocabulary.bos_id] if self.add_bos else []
+
+    @property
+    def _eos(self) -> list[int]:
+        return [self.vocabulary.eos_id] if self.add_eos else []
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
         # Special tokens in a rendered template are meant as such, so they are encoded as special tokens.
         encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
-        prompt = self._render(record, record.prompt, add_generation_prompt=True)
-        completions = []
-        for messages in record.completions:
-            whole = self._render(record, [*record.prompt, *messages])
-            if not whole.startswith(prompt):
-                place = len(os.path.commonprefix([prompt, whole]))
-                raise DataError(
-                    f"{record.where}: the chat template renders the prompt differently when a completion "
-                    f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
-                    f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
-                    "Write texts, or use a template that begins each turn of the assistant with its "
-                    "generation prompt"
-                )
-            completions.append(encode(whole[len(prompt) :]))
-        return encode(prompt), completions
+        prompt = self.render(record, record.prompt, add_generation_prompt=True).text
+        return encode(prompt), [
+            encode(self.continued(record, prompt, messages)[len(prompt) :])
+            for messages in record.completions
+        ]
 
-    def _render(self, record: Record, messages: Sequence[Message], **options: Any) -> str:
+    def continued(self, record: Record, prompt: str, completion: Sequence[Message]) -> str:
+        """Returns the text of a record's prompt with a completion; raises DataError if it does not begin with `prompt`."""
+        whole = self.render(record, [*record.prompt, *completion]).text
+        if not whole.startswith(prompt):
+            place = len(os.path.commonprefix([prompt, whole]))
+            raise DataError(
+                f"{record.where}: the chat template renders the prompt differently when a completion "
+                f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
+                f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
+                "Write texts, or use a template that begins each turn of the assistant with its "
+                "generation prompt"
+            )
+        return whole
+
+    def render(
+        self, record: Record, messages: Sequence[Message], **options: Any
+    ) -> chat_sandbox.Rendered:
+        """Returns messages rendered with the record's tools, see `ChatTemplate.render_spans`.
+
+        Raises:
+          DataError: there is no chat template, or it rejects the messages.
+        """
         if self.template is None:
             raise DataError(
                 f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
@@ -73,7 +116,7 @@ class Tokeniser:
                 "texts"
             )
         try:
-            return self.template.render(messages, **record.template, **options)
+            return self.template.render_spans(messages, **record.template, **options)
         except chat_template.ChatTemplateError as error:
             raise DataError(f"{record.where}: {error}") from None
 

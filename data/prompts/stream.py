@@ -66,6 +66,9 @@ class PromptStream(Stream):
     def steps_for_tokens(self, tokens: float, first_step: int = 0) -> int:
         return super().steps_for_tokens(tokens, first_step // self.updates) * self.updates
 
+    def steps_for_epochs(self, epochs: float) -> int:
+        return super().steps_for_epochs(epochs) * self.updates
+
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`.
 

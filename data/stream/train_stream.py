@@ -160,6 +160,11 @@ class Stream(RowStream):
             "lower the budget."
         )
 
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Returns the steps that read as many rows as `epochs` epochs of all sources have, rounded up."""
+        rows = sum(source.plan.num_rows for source in self._sources)
+        return math.ceil(epochs * rows / self.batch_size)
+
     def summary(self) -> dict:
         phases = [
             {

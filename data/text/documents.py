@@ -219,6 +219,34 @@ def read_json_lines(
         yield number, record
 
 
+def read_rows(path: pathlib.Path, *, example: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yields (number, place for errors, row) of a file of JSON lines or Parquet.
+
+    Parquet has a value for each key of each row: keys with null are removed from its rows, at any depth.
+
+    Raises:
+      DataError: the file is of another kind or malformed; the message shows `example`, an example of a line.
+    """
+    kind = _kind(path)
+    if kind == ".parquet":
+        for number, where, row in _parquet_rows(path, None):
+            yield number, where, _without_nulls(row)
+    elif kind in (".jsonl", ".json"):
+        for number, row in read_json_lines(path, example=example):
+            yield number, f"{path}, line {number}", row
+    else:
+        raise DataError(
+            f"{path}: rows are read from JSON lines (.jsonl or .json, also with .gz or .zst) or Parquet; "
+            f"write one object such as {example} per line"
+        )
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _json_problem(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
@@ -331,12 +359,17 @@ def _joined(
 
 
 def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Iterator[_Record]:
-    import pyarrow
-    from pyarrow import parquet
-
     arguments = {key.partition(".")[0]: "the filter's key" for key in metadata}
     arguments |= {} if format.id_key is None else {format.id_key: "id_key"}
     arguments |= dict.fromkeys(format.text_keys, "text_key")
+    return _parquet_rows(path, arguments)
+
+
+def _parquet_rows(path: pathlib.Path, arguments: Mapping[str, str] | None) -> Iterator[_Record]:
+    """Yields the rows of a Parquet file: of the columns that arguments name, or of all columns for None."""
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         texts = [
             field.name for field in parquet.read_schema(path) if pyarrow.types.is_string(field.type)
@@ -344,15 +377,17 @@ def _parquet(path: pathlib.Path, format: Format, metadata: Sequence[str]) -> Ite
         # A value that is written once and used in many rows is also in memory once.
         with parquet.ParquetFile(path, read_dictionary=texts) as file:
             names = file.schema_arrow.names
-            for key, argument in arguments.items():
+            for key, argument in (arguments or {}).items():
                 _value(dict.fromkeys(names), key, argument, f"{path}, columns")
+            for key in names if arguments is None else arguments:
                 if names.count(key) > 1:
                     raise DataError(
                         f"{path} has {names.count(key)} columns {key!r}: rename or drop all but one"
                     )
             number = 0
             rows = _rows_at_once(file.metadata)
-            for batch in file.iter_batches(batch_size=rows, columns=list(arguments)):
+            columns = None if arguments is None else list(arguments)
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
                 for record in _rows(batch, path, number):
                     yield number, f"{path}, row {number}", record
                     number += 1

@@ -1,7 +1,8 @@
 """Chooses held-out documents by hashes of names or texts, never by position or at random."""
 
+import collections
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 SPLITS = ("train", "validation")
 # Part of the hash of a set of files: raise it when `in_validation` holds out different documents.
@@ -20,6 +21,30 @@ def stable_hash(text: str, *, salt: str = "") -> int:
 def in_validation(text: str, fraction: float) -> bool:
     """Returns whether a document is held out, by its text; equal texts are in the same split."""
     return stable_hash(text, salt="split") < fraction * 2**64
+
+
+def held_out_hashes(hashes: Iterable[int], *, fraction: float) -> set[int]:
+    """Returns the hashes to hold out, so that `fraction` of all examples are held out, rounded, and at least one.
+
+    Examples with equal hashes are in one split. If that makes the exact number impossible, fewer are held out, except
+    that the smallest group is if no other fits. Nothing is held out of a source whose examples all have one hash.
+
+    Args:
+      hashes: `stable_hash(key, salt="split")` of the split key of each example.
+      fraction: share of the examples to hold out; 0 holds out nothing.
+    """
+    sizes = collections.Counter(hashes)
+    if not fraction or len(sizes) < 2:
+        return set()
+    remaining = max(1, round(fraction * sizes.total()))
+    chosen = set()
+    for value in sorted(sizes):
+        if sizes[value] <= remaining:
+            chosen.add(value)
+            remaining -= sizes[value]
+        if not remaining:
+            break
+    return chosen or {min(sizes, key=lambda value: (sizes[value], value))}
 
 
 def split_whole_source(

@@ -16,6 +16,8 @@ import itertools
 import json
 import os
 import pathlib
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +65,9 @@ _ROLES = {
 }
 # Alternative keys of the reasoning text.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplateError(TokenizerError):
@@ -143,6 +148,10 @@ class ChatTemplate:
         _check_roles(values["messages"], rendered.text, where)
         return rendered
 
+    def marks_assistant(self, *, has_tools: bool = False) -> bool:
+        """Returns whether the template marks the assistant's texts by `{% generation %}`."""
+        return _GENERATION_BLOCK.search(self.templates[self._name(None, has_tools)]) is not None
+
     def _name(self, name: str | None, has_tools: bool) -> str:
         if name is None:
             name = WITH_TOOLS if has_tools and WITH_TOOLS in self.templates else DEFAULT
@@ -204,6 +213,17 @@ def read(
             )
     origin = f"chat template of {folder}"
     return ChatTemplate(templates, dict(variables), origin) if templates else None
+
+
+def write(folder: str | os.PathLike, template: ChatTemplate) -> None:
+    """Writes the templates of a tokenizer into its directory, in place of those that are there."""
+    folder = pathlib.Path(folder)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    (folder / FILE).write_text(template.templates[DEFAULT], encoding="utf-8")
+    for name, source in template.templates.items():
+        if name != DEFAULT:
+            (folder / FOLDER).mkdir(exist_ok=True)
+            (folder / FOLDER / f"{name}.jinja").write_text(source, encoding="utf-8")
 
 
 def further_files(folder: pathlib.Path) -> list[pathlib.Path]:

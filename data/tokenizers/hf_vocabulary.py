@@ -94,16 +94,26 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         """Returns the ids of a text with its special tokens, such as a rendered conversation."""
         return self._encoding(s, True).ids
 
+    def encode_marked(
+        self, s: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[bool]]:
+        """Returns `encode_special`, and for each token whether it overlaps one of the spans (start, end) of characters."""
+        encoding = self._encoding(s, True)
+        covered = np.zeros(len(s) + 1, bool)
+        for start, end in spans:
+            covered[start:end] = True
+        return encoding.ids, [
+            bool(covered[start : max(end, start + 1)].any()) for start, end in encoding.offsets
+        ]
+
     def encode_parts(self, s: str, start: int) -> tuple[list[int], list[int]]:
         """Returns `encode_special` in two parts, divided at character `start`.
 
         A token that extends past `start` is in the second part.
         """
-        encoding = self._encoding(s, True)
-        before = 0
-        while before < len(encoding.ids) and encoding.offsets[before][1] <= start:
-            before += 1
-        return encoding.ids[:before], encoding.ids[before:]
+        ids, marked = self.encode_marked(s, [(start, len(s))])
+        before = marked.index(True) if True in marked else len(ids)
+        return ids[:before], ids[before:]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text up to and including the first EOS; skips ids outside the vocabulary."""

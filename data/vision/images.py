@@ -165,6 +165,10 @@ class ImageStream(_Images):
         """Returns the number of steps that train on `tokens` images, rounded up."""
         return -int(-tokens // self.batch_size)
 
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Returns the number of steps that read `epochs` epochs, rounded up."""
+        return -int(-epochs * self._images.size // self.batch_size)
+
     def epochs(self, step: int) -> dict[str, float]:
         """Returns the number of epochs read before `step`, including those before this run."""
         return {self._images.name: self._read(step) / self._images.size}

@@ -116,7 +116,6 @@ def flags(folder: str, run: str, files: Sequence[str], bindings: Mapping[str, An
         "MODEL_DIR": f"{folder}/{run}",
         "INITIAL_CHECKPOINT_PATH": f"{folder}/run",
         "TOKENIZER": f"{folder}/run/tokenizer",
-        "DOCUMENT_START": None,
         "WARMUP_STEPS": 0,
         **bindings,
     }
@@ -161,12 +160,9 @@ def timed(owner: Any, name: str) -> list[tuple[float, float]]:
 
 
 def write(folder: str) -> None:
-    """Writes case.json, pairs.jsonl, model/ in Hugging Face's layout, and run/, the import of model/."""
+    """Writes the files of `write_run`, and pairs.jsonl."""
     rng = np.random.default_rng(0)
-    _write_model(pathlib.Path(folder, "model"), rng)
-    convert = ["-m", "launch.convert", f"--from_hf={folder}/model", f"--to={folder}/run"]
-    subprocess.run([sys.executable, *convert], check=True, capture_output=True, cwd=compare.ROOT)
-    pathlib.Path(folder, "case.json").write_text(json.dumps(CASE))
+    write_run(folder, CASE, rng)
     sizes = (CASE["prompt"], CASE["completion"] - 1, CASE["completion"] - 1)
     with open(os.path.join(folder, "pairs.jsonl"), "w", encoding="utf-8") as file:
         for _ in range(CASE["pairs"]):
@@ -175,18 +171,30 @@ def write(folder: str) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def write_run(
+    folder: str, case_: Mapping[str, Any], rng: np.random.Generator, template: str | None = None
+) -> None:
+    """Writes case.json, model/ in Hugging Face's layout with a chat template, and run/, the import of model/."""
+    _write_model(pathlib.Path(folder, "model"), case_, rng, template)
+    convert = ["-m", "launch.convert", f"--from_hf={folder}/model", f"--to={folder}/run"]
+    subprocess.run([sys.executable, *convert], check=True, capture_output=True, cwd=compare.ROOT)
+    pathlib.Path(folder, "case.json").write_text(json.dumps(case_))
+
+
 def words(rng: np.random.Generator, size: int) -> str:
     """Returns a text of `size` random tokens."""
     return " ".join(f"w{i}" for i in rng.integers(len(_SPECIAL), CASE["vocab_size"], size))
 
 
-def _write_model(folder: pathlib.Path, rng: np.random.Generator) -> None:
+def _write_model(
+    folder: pathlib.Path, case_: Mapping[str, Any], rng: np.random.Generator, template: str | None
+) -> None:
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
-    config = case.hf_config(CASE, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = case.hf_config(case_, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     case.write_model(folder, config, case.normal(rng, 0.02))
-    ids = {f"w{i}": i for i in range(len(_SPECIAL), CASE["vocab_size"])}
+    ids = {f"w{i}": i for i in range(len(_SPECIAL), case_["vocab_size"])}
     ids |= {token: i for i, token in enumerate(_SPECIAL)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -197,5 +205,6 @@ def _write_model(folder: pathlib.Path, rng: np.random.Generator) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
+        **({} if template is None else {"chat_template": template}),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

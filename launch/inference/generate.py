@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from launch.inference import row_files
-from launch.run.load_run import EXAMPLE, LoadError, RunConfig
+from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from trainers.decoding.decoder import Continuation, Decoder, Stats
@@ -20,11 +20,24 @@ _LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
 _PROMPT_KEYS = ("text", "messages", "tokens")
 
 
-def generate_file(config: RunConfig, *, inputs: str, output: str, **options: Any) -> None:
-    """Continues the rows of a file; see `generate` for the options."""
+def generate_file(
+    config: RunConfig, *, inputs: str, output: str, chat: bool = False, **options: Any
+) -> None:
+    """Continues the rows of a file; see `generate` for the options. With `chat`, texts are the user's messages."""
     row_files.check_output(output, compressed=True, others={"inputs": inputs})
     rows = [(where, with_prompt_key(row)) for where, row in row_files.read(inputs, example=EXAMPLE)]
-    row_files.write(output, generate(config, rows, **options), writer=jax.process_index() == 0)
+    if chat:
+        rows = [(where, as_message(row)) for where, row in rows]
+    continued = generate(config, rows, note_template=True, **options)
+    row_files.write(output, continued, writer=jax.process_index() == 0)
+
+
+def as_message(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a row with its "text" as a conversation: the user's only message."""
+    if "text" not in row:
+        return row
+    rest = {key: value for key, value in row.items() if key != "text"}
+    return {**rest, "messages": [{"role": "user", "content": row["text"]}]}
 
 
 def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -37,9 +50,15 @@ def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def print_continuations(
-    config: RunConfig, prompt: str, *, stream: bool | None, settings: Settings, **options: Any
+    config: RunConfig,
+    prompt: str,
+    *,
+    stream: bool | None,
+    settings: Settings,
+    chat: bool = False,
+    **options: Any,
 ) -> None:
-    """Prints the continuations of a text; see `generate` for the options.
+    """Prints the continuations of a text, or with `chat` the answers to it; see `generate` for the options.
 
     With `stream`, text is printed while it is generated; None does so on a terminal.
     """
@@ -47,8 +66,10 @@ def print_continuations(
     stream = sys.stdout.isatty() and single if stream is None else stream
     writes = jax.process_index() == 0
     show = (to_terminal if writes else lambda piece: None) if stream else None
-    rows = [("--prompt", {"text": prompt})]
-    for row in generate(config, rows, settings=settings, show=show, **options):
+    row = {"text": prompt}
+    rows = [("--prompt", as_message(row) if chat else row)]
+    continued = generate(config, rows, settings=settings, show=show, note_template=True, **options)
+    for row in continued:
         if not writes:
             continue
         if row["sample"]:
@@ -80,6 +101,7 @@ def generate(
     batch_size: int = 8,
     show: Callable[[str], None] | None = None,
     indices: Sequence[int] | None = None,
+    note_template: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -98,6 +120,7 @@ def generate(
       prefill_chunk: tokens of prompts that are processed at a time; None for all.
       batch_size: rows at a time, each with all its samples.
       show: called with each new piece of the text of a single row.
+      note_template: whether to print a line if texts of a model with a chat template are continued without it.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
 
     Yields:
@@ -107,34 +130,20 @@ def generate(
       LoadError: rows that cannot be read, or stops without a vocabulary.
     """
     with config.load(checkpoint, params=params) as loaded:
-        prompts = [loaded.context(loaded.tokens(row, where)) for where, row in rows]
-        if empty := [where for (where, _), prompt in zip(rows, prompts, strict=True) if not prompt]:
-            raise LoadError(f"{empty[0]}: the prompt is empty: give text, or set START_TOKEN.")
-        vocabulary = loaded.vocabulary_or_none
-        if vocabulary is None and stops:
-            raise LoadError("--stop needs texts: set VOCABULARY, or use --eos_id.")
-        settings = dataclasses.replace(
+        prompts = [prompt_of(loaded, row, where) for where, row in rows]
+        if note_template:
+            _print_note(loaded, rows)
+        decoder, texts = decoder_and_texts(
+            loaded,
             settings,
-            eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
-            num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
-        )
-        texts = Texts(
-            None if vocabulary is None else decoder_of(vocabulary),
-            ends=settings.eos_ids,
+            rows=len(rows),
+            eos_ids=eos_ids,
             stops=stops,
-            show=show,
-        )
-        decoder = Decoder(
-            loaded.model,
-            loaded.params,
-            settings,
-            policy=FullCache() if policy is None else policy,
-            batch_size=loaded.batch_size(batch_size, len(rows)),
-            sharding=loaded.row_sharding,
+            policy=policy,
             cache_dtype=cache_dtype,
             prefill_chunk=prefill_chunk,
-            watch=texts.watch if texts.watching else None,
-            watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
+            batch_size=batch_size,
+            show=show,
         )
         continuations = decoder.stream(prompts, seed=seed % 2**32, indices=indices)
         for i, (_, row) in enumerate(rows):
@@ -142,6 +151,68 @@ def generate(
                 yield texts.answer(row, i, sample, next(continuations))
         if jax.process_index() == 0:
             print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+
+
+def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int]:
+    """Returns the tokens that the model reads before it continues a row; raises LoadError if there are none."""
+    prompt = loaded.context(loaded.tokens(row, where))
+    if not prompt:
+        raise LoadError(f"{where}: the prompt is empty: give text, or set START_TOKEN.")
+    return prompt
+
+
+def _print_note(loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Prints a line if a model with a chat template continues a text as it is."""
+    if jax.process_index() or not any("text" in row for _, row in rows):
+        return
+    if getattr(loaded.vocabulary_or_none, "chat_template", None) is not None:
+        print(
+            "The model has a chat template; texts are continued without it: see --chat.",
+            file=sys.stderr,
+        )
+
+
+def decoder_and_texts(
+    loaded: LoadedRun,
+    settings: Settings,
+    *,
+    rows: int,
+    eos_ids: Sequence[int] | None,
+    stops: Sequence[str],
+    policy: CachePolicy | None,
+    cache_dtype: str | None,
+    prefill_chunk: int | None,
+    batch_size: int,
+    show: Callable[[str], None] | None,
+) -> tuple[Decoder, "Texts"]:
+    """Returns what continues `rows` prompts of a loaded run, and their texts; see `generate` for the arguments."""
+    vocabulary = loaded.vocabulary_or_none
+    if vocabulary is None and stops:
+        raise LoadError("--stop needs texts: set VOCABULARY, or use --eos_id.")
+    settings = dataclasses.replace(
+        settings,
+        eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
+        num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
+    )
+    texts = Texts(
+        None if vocabulary is None else decoder_of(vocabulary),
+        ends=settings.eos_ids,
+        stops=stops,
+        show=show,
+    )
+    decoder = Decoder(
+        loaded.model,
+        loaded.params,
+        settings,
+        policy=FullCache() if policy is None else policy,
+        batch_size=loaded.batch_size(batch_size, rows),
+        sharding=loaded.row_sharding,
+        cache_dtype=cache_dtype,
+        prefill_chunk=prefill_chunk,
+        watch=texts.watch if texts.watching else None,
+        watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
+    )
+    return decoder, texts
 
 
 def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from data import tasks
 from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
 from launch.run.load_run import load_frozen
@@ -57,13 +58,20 @@ class Reference:
           steps: number of steps to read; None for all pairs.
 
         Raises:
-          ValueError: not the reference of the run's first start, or another vocabulary.
+          ValueError: not the reference of the run's first start, or its vocabulary or the beginnings of its documents
+            differ.
           ReferenceStoreError: the store is damaged.
           DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
         """
         frozen = self.checkpoint.resolve()
-        ours = stream.summary()["vocabulary"]["digest"]
+        summary = stream.summary()
+        ours = summary["vocabulary"]["digest"]
         self.checkpoint.check_vocabulary(frozen, ours)
+        meta = {
+            "start_token": summary["start_token"],
+            "add_bos": tasks.add_bos(stream.source_names),
+        }
+        self.checkpoint.check_beginnings(frozen, meta, "set PROMPT_BOS")
         config = dataclasses.asdict(self.model.config)
         model = cache.digest([_VERSION, frozen.arrays, repr(self.model), config])
         about = {"checkpoint": frozen.step, "vocabulary": ours}

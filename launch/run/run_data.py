@@ -33,6 +33,10 @@ class RunData:
         """Returns the SeqIO vocabulary, which all sources share."""
         return task_registry.vocabulary(self.stream.source_names[0])
 
+    def chat_template(self) -> Any:
+        """Returns the chat template of the data, or None."""
+        return task_registry.chat_template(self.stream.source_names[0])
+
     def record(self) -> dict[str, Any]:
         """Returns the description of the data in run.json."""
         return {
@@ -52,13 +56,11 @@ class RunData:
         }
         if recipe.inputs_spec.unit != "tokens":
             return identity
-        summary, tasks = self.stream.summary(), self.tasks.get("tasks", {})
+        summary = self.stream.summary()
         return identity | {
             "vocabulary": summary["vocabulary"]["digest"],
             # Whether all documents begin with BOS; if so, prompts must too.
-            "add_bos": all(
-                tasks.get(name, {}).get("add_bos", False) for name in self.stream.source_names
-            ),
+            "add_bos": task_registry.add_bos(self.stream.source_names),
             "start_token": summary["start_token"],
         }
 
@@ -73,6 +75,7 @@ def open_data(
     eval_tasks: Sequence[str] | None,
     total_steps: int | None,
     total_tokens: float | None,
+    total_epochs: float | None,
     of_prompts: bool,
 ) -> RunData:
     """Registers the tasks and opens the streams; for the other arguments see `launch.train.train`.
@@ -97,9 +100,11 @@ def open_data(
         _check_vocabulary(program, opened)
     else:
         _check_images(program, opened)
-    if total_steps is None:
-        assert total_tokens is not None  # checked by `train`
+    if total_tokens is not None:
         total_steps = opened.steps_for_tokens(total_tokens)
+    elif total_epochs is not None:
+        total_steps = opened.steps_for_epochs(total_epochs)
+    assert total_steps is not None  # checked by `train`
     repeats = opened.check_repeats(total_steps)
     names = opened.source_names if eval_tasks is None else tuple(eval_tasks)
     return RunData(

@@ -34,10 +34,10 @@ from launch.run import model_record
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
 MAY_CHANGE = (
-    "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
+    "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "TRAIN_EPOCHS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
     "LOG_PERIOD", "INITIAL_CHECKPOINT_PATH", "INITIAL_SCOPE", "INITIAL_DATA", "INITIAL_TRANSFORM",
     "INITIAL_MOMENTS", "INDICATORS_STOP", "MESH",
-    "train.model_dir", "train.total_steps", "train.total_tokens", "train.eval_period",
+    "train.model_dir", "train.total_steps", "train.total_tokens", "train.total_epochs", "train.eval_period",
     "train.eval_steps", "train.eval_tasks", "train.checkpoint_period", "train.checkpointer",
     "train.log_period", "train.step_timeout", "train.initial", "train.writers", "train.hooks", "hooks.named", "train.profile",
     "InitialCheckpoint.path", "InitialCheckpoint.scope", "InitialCheckpoint.data",

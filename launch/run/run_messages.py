@@ -20,6 +20,11 @@ _DROPPED = {
     "truncated": "cut at their ends",
 }
 
+_SHORTENED = {
+    "truncated": "cut at their ends",
+    "nothing_learnt": "dropped, of which nothing that is learnt remains",
+}
+
 
 def announce(program: Program, data: RunData, start: Restored) -> None:
     """Prints a description of the run before its first step."""
@@ -78,7 +83,7 @@ def time_split(goodput: Goodput) -> str:
 def data_notices(
     tasks: Mapping[str, Any], stream: Stream, eval_streams: Sequence[Stream] = ()
 ) -> list[Line]:
-    """Returns lines on dropped and truncated data; above 5 % of pairs or prompts as WARNING.
+    """Returns lines on sizes of supervised data, and on dropped and truncated data; above 5 % as WARNING.
 
     Args:
       tasks: `data.tasks.summary()`, with rows dropped and noted while files were read.
@@ -95,6 +100,9 @@ def data_notices(
             elif "prompts" in facts and facts["prompt_too_long"]:
                 limit = summary["lengths"]["targets"]
                 notices.append(_prompt_notice(f"{source}{which}", facts, limit))
+            elif "conversations" in facts:
+                limit = summary["lengths"]["targets"]
+                notices.append(_chat_notice(f"{source}{which}", facts, limit))
     return notices
 
 
@@ -122,6 +130,25 @@ def _prompt_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Li
         _name("too long", count / records),
         f"{source}: of {records:,} prompts, at MAX_PROMPT_LENGTH {max_length}, {count:,} ({count / records:.1%}) dropped "
         f"(first: {facts['first']['prompt_too_long']}); a larger one drops fewer",
+    )
+
+
+def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
+    tokens, learnt, records = facts["tokens"], facts["loss_tokens"], facts["records"]
+    parts = [
+        f"{facts[reason]:,} {text} (first: {facts['first'][reason]})"
+        for reason, text in _SHORTENED.items()
+        if facts[reason]
+    ]
+    sizes = (
+        f"{source}: {facts['conversations']:,} conversations in {facts['rows']:,} rows, {tokens:,} tokens, of which "
+        f"{learnt:,} ({learnt / tokens:.1%}) are learnt"
+    )
+    if not parts:
+        return "chats", sizes
+    return (
+        _name("chats", facts["nothing_learnt"] / records),
+        f"{sizes}; at {max_length} tokens (TASK_FEATURE_LENGTHS), {', '.join(parts)}",
     )
 
 

@@ -24,7 +24,14 @@ from typing import Any
 
 from data.cache import cache_dir
 from data.stream import rows
-from data.tokenizers import checkpoint_files, hf_tokenizer, spm_tokenizer, vocabularies
+from data.tokenizers import (
+    chat_template,
+    checkpoint_files,
+    hf_tokenizer,
+    spm_tokenizer,
+    vocabularies,
+)
+from data.tokenizers.chat_template import ChatTemplate
 from trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
@@ -44,8 +51,8 @@ run_vocabulary.load.folder = {folder!r}
 """
 
 
-def save(folder: str | os.PathLike, vocabulary: Any) -> None:
-    """Copies a SeqIO vocabulary into a run's directory.
+def save(folder: str | os.PathLike, vocabulary: Any, template: ChatTemplate | None = None) -> None:
+    """Copies a SeqIO vocabulary into a run's directory, with the chat template of its data if it has tokenizer files.
 
     Does nothing for a vocabulary of another class than those of data/tokenizers/vocabularies.py.
     """
@@ -65,7 +72,7 @@ def save(folder: str | os.PathLike, vocabulary: Any) -> None:
         own = os.path.realpath(files.path) == os.path.realpath(os.path.join(folder, TOKENIZER))
         again = vocabularies.huggingface(path=files.path, **options)
         if not own and rows.vocabulary_digest(again) == digest:
-            save_files(folder, files.path, **options)
+            save_files(folder, files.path, **options, template=template)
         return
     source = getattr(vocabulary, "sentencepiece_model_file", None)
     if source is None:
@@ -83,6 +90,7 @@ def save_files(
     *,
     extra_ids: int = 0,
     special_in_text: bool = True,
+    template: ChatTemplate | None = None,
 ) -> str:
     """Copies the tokenizer of a Hugging Face checkpoint into a run's directory, and returns its digest.
 
@@ -90,6 +98,7 @@ def save_files(
       folder: the run's directory.
       hf_dir: directory of the tokenizer's files.
       extra_ids, special_in_text: see `vocabularies.huggingface`.
+      template: the chat template of the copy; None for the template of the files.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
@@ -107,6 +116,9 @@ def save_files(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     hf_tokenizer.copy(hf_dir, partial)
+    own = vocabulary.chat_template
+    if template is not None and template.templates != (own and own.templates):
+        chat_template.write(partial, template)
     if vocabulary.eos_ids and not (partial / hf_tokenizer.GENERATION).exists():
         # The ids may come from the model's config.json, which is not one of the tokenizer's files.
         ends = {"eos_token_id": list(vocabulary.eos_ids)}

@@ -12,7 +12,13 @@ import numpy as np
 from data.tokenizers import hf_tokenizer
 from launch.run import run_vocabulary
 from launch.weights import source_models
-from launch.weights.import_weights import ConvertError, check_space, new_directory, progress
+from launch.weights.import_weights import (
+    ConvertError,
+    check_space,
+    described,
+    new_directory,
+    progress,
+)
 from model.hf.description import describe, differences
 from model.hf.families import family_named, family_of_model
 from model.hf.family import Family, UnsupportedModel
@@ -37,7 +43,7 @@ def export_hf(
     family: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
-) -> None:
+) -> str:
     """Writes config.json, generation_config.json and safetensors of a run's newest undamaged step.
 
     Args:
@@ -50,17 +56,22 @@ def export_hf(
       dtype: dtype of all tensors; None for the dtypes of the run.
       shard_bytes: maximum bytes of tensors in one file.
 
+    Returns:
+      A description of the weights, see `import_weights.described`.
+
     Raises:
       ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.
     """
 
-    def read(step: Any) -> None:
+    def read(step: Any) -> str:
         _, recorded = source_models.checked(step)
         source = step_dir.read_record(step, recorded)["meta"].get("hf", {})
         with new_directory(target) as partial:
-            _export(step, recorded, source, model, partial, params, family, dtype, shard_bytes)
+            return _export(
+                step, recorded, source, model, partial, params, family, dtype, shard_bytes
+            )
 
-    step_dir.newest_good(checkpoint, read)
+    return step_dir.newest_good(checkpoint, read)
 
 
 def _export(
@@ -73,7 +84,7 @@ def _export(
     name: str | None,
     dtype: str | None,
     shard_bytes: int,
-) -> None:
+) -> str:
     """Writes one step; `source` is the record of the import."""
     family = _family(model, name, source.get("family"))
     root, saved = recorded.params(params)
@@ -109,6 +120,7 @@ def _export(
     ):
         for group in _groups(pieces):
             _write_group(step, recorded, root, group, writer, bar)
+    return described(family.name, shapes.values(), main.name, sum(sizes.values()))
 
 
 def _family(model: Any, name: str | None, imported: str | None) -> Family:

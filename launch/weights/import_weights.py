@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,11 @@ class ConvertError(ValueError):
     """A conversion that is not possible with these arguments."""
 
 
-def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
+def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
     """Writes a new run directory `target` with the weights of a Hugging Face checkpoint, stored as `dtype` if not None.
+
+    Returns:
+      A description of the weights, see `described`.
 
     Raises:
       ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
@@ -44,10 +48,10 @@ def import_hf(source: str, target: str, *, dtype: str | None = None) -> None:
     record = {"generation_config": read_json(generation)} if generation.exists() else {}
     family_of_config(config)  # Raises before files are opened.
     with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
-        _write(tensors, config, record, partial, dtype, tokenizer=folder)
+        return _write(tensors, config, record, partial, dtype, tokenizer=folder)
 
 
-def import_gguf(source: str, target: str, *, dtype: str | None = None) -> None:
+def import_gguf(source: str, target: str, *, dtype: str | None = None) -> str:
     """Writes a run directory with the weights of a GGUF file, see `import_hf`; the default dtype is float32."""
     with (
         GgufReader(source) as tensors,
@@ -55,7 +59,14 @@ def import_gguf(source: str, target: str, *, dtype: str | None = None) -> None:
         tempfile.TemporaryDirectory() as tokenizer,
     ):
         gguf_tokenizer.write(tensors.tokenizer(), tokenizer)
-        _write(tensors, tensors.config, {}, partial, dtype, tokenizer=pathlib.Path(tokenizer))
+        folder = pathlib.Path(tokenizer)
+        return _write(tensors, tensors.config, {}, partial, dtype, tokenizer=folder)
+
+
+def described(family: str, shapes: Iterable[Sequence[int]], dtype: str, nbytes: int) -> str:
+    """Returns family, number of parameters, most common dtype and size of weights, for a message."""
+    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    return f"{family}, {sum(map(math.prod, shapes)):,} parameters in {dtype}, {size}"
 
 
 def _write(
@@ -66,7 +77,7 @@ def _write(
     dtype: str | None,
     *,
     tokenizer: pathlib.Path,
-) -> None:
+) -> str:
     family = family_of_config(config)
     model = family.model(config)
     checked = plan(family, model, tensors, dtype=dtype)
@@ -92,6 +103,8 @@ def _write(
     with progress(checked.nbytes) as bar:
         arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}
         stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
+    shapes = [array.shape for array in checked.arrays.values()]
+    return described(family.name, shapes, stored, checked.nbytes)
 
 
 def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:

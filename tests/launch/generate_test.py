@@ -1,5 +1,6 @@
 """Continuations of files of prompts, which `score` must agree with."""
 
+import io
 import json
 
 import numpy as np
@@ -219,3 +220,60 @@ def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
 def test_bad_flags_are_named(generate, capsys, flags, message):
     assert generate([{"tokens": [5]}], *flags) == 2
     assert message in capsys.readouterr().err
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{{ 'a:' if add_generation_prompt }}"
+
+
+@pytest.fixture
+def template(tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text(TEMPLATE)
+    return f"--gin.CHAT_TEMPLATE={str(path)!r}"
+
+
+def test_a_conversation_is_answered_line_by_line(
+    generate, command, capsys, monkeypatch, trained_run, template
+):
+    checkpoint = (f"--checkpoint={trained_run.path}", "--max_new_tokens=6", template)
+
+    def chat(text, *flags):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert command("generate", *checkpoint, "--chat", *flags) == 0
+        return capsys.readouterr().out
+
+    user = [{"role": "user", "content": text} for text in ("one", "two")]
+    (first,) = generate([{"messages": user[:1]}], template)
+    answer = {"role": "assistant", "content": first["text"]}
+    (second,) = generate([{"messages": [user[0], answer, user[1]]}], template)
+    capsys.readouterr()
+    assert chat("one\n\ntwo\n") == f"{first['text']}\n{second['text']}\n"
+    assert chat("one\n/new\none\n") == 2 * f"{first['text']}\n"
+    # A text is the user's message.
+    assert chat("", "--prompt=one") == f"{first['text']}\n"
+    (again,) = generate([{"text": "one"}], template, "--chat")
+    assert again["tokens"] == first["tokens"]
+    assert command("generate", *checkpoint, "--chat", "--num_samples=2") == 2
+    assert "--chat has one answer to each line" in capsys.readouterr().err
+
+
+def test_a_text_without_its_models_template_is_noted(generate, capsys, monkeypatch, template):
+    from data.tokenizers import chat_template
+    from launch.run.loaded_run import LoadedRun
+
+    own = chat_template.ChatTemplate({"default": TEMPLATE})
+    vocabulary = LoadedRun.vocabulary_or_none.func
+    monkeypatch.setattr(
+        LoadedRun,
+        "vocabulary_or_none",
+        property(lambda run: _with_template(vocabulary(run), own)),
+    )
+    generate([{"text": "one"}])
+    assert capsys.readouterr().err.count("The model has a chat template") == 1
+    generate([{"text": "one"}], "--chat")
+    assert "The model has a chat template" not in capsys.readouterr().err
+
+
+def _with_template(vocabulary, template):
+    vocabulary.chat_template = template
+    return vocabulary

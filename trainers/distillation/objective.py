@@ -67,16 +67,7 @@ class Teacher(FrozenModel):
             )
         super().check(mesh, rules, meta)
         step = self.checkpoint.resolve(record=False)
-        for key, remedy in (
-            ("start_token", "set DOCUMENT_START = {theirs}"),
-            ("add_bos", "register the data with add_bos = {theirs}"),
-        ):
-            theirs = step.meta.get(key, meta.get(key))
-            if key in meta and theirs != meta[key]:
-                raise ValueError(
-                    f"{macro}: documents of {step.step} begin with {key} = {theirs}, but this run's with "
-                    f"{meta[key]}: {remedy.format(theirs=theirs)}."
-                )
+        self.checkpoint.check_beginnings(step, meta, "register the data with add_bos")
 
 
 @dataclasses.dataclass(frozen=True)

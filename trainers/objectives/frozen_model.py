@@ -108,6 +108,19 @@ class FrozenCheckpoint:
                 f"data ({digest[:12]}): use the vocabulary of that checkpoint, or name another {self.macro}."
             )
 
+    def check_beginnings(self, step: FrozenStep, meta: Mapping[str, Any], add_bos: str) -> None:
+        """Raises ValueError if the checkpoint's documents began otherwise (start token, BOS) than this run's, in `meta`.
+
+        `add_bos` is the setting of BOS, for the message.
+        """
+        for key, setting in (("start_token", "set DOCUMENT_START"), ("add_bos", add_bos)):
+            theirs = step.meta.get(key, meta.get(key))
+            if key in meta and theirs != meta[key]:
+                raise ValueError(
+                    f"{self.macro}: documents of {step.step} begin with {key} = {theirs}, but this run's with "
+                    f"{meta[key]}: {setting} = {theirs}."
+                )
+
     def _read(self, step: Any) -> FrozenStep:
         digests = {
             name: [str(entry), f"{entry.digest:016x}"] for name, entry in self.arrays(step).items()

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch.benchmarks import case, compare, moe_case, online_dpo
+from launch.benchmarks import case, compare, moe_case, online_dpo, sft
 from launch.benchmarks.jax import decode_jax, llama_jax
 from launch.config import gin_config
 
@@ -116,15 +116,22 @@ def test_what_online_dpo_times_is_there():
     assert all(callable(getattr(owner, name)) for owner, name in parts.values())
 
 
-def test_the_command_of_online_dpo_is_one_of_train(tmp_path):
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [
+        (online_dpo, f"MAX_NEW_TOKENS = {online_dpo.CASE['completion']}"),
+        (sft, "TRAIN_STEPS = 3"),
+    ],
+)
+def test_the_command_of_a_benchmark_is_one_of_train(tmp_path, module, setting):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.gin").write_text("include 't5x_configs/models/bench_llama.gin'\n")
-    argv = online_dpo.arguments(str(tmp_path), 3)
+    argv = module.arguments(str(tmp_path), 3)
     files = [flag.partition("=")[2] for flag in argv if flag.startswith("--gin_file=")]
     bound = [flag.removeprefix("--gin.") for flag in argv if flag.startswith("--gin.")]
     assert len(files) + len(bound) == len(argv)
     config = gin_config.load(files, bound, entry="launch.train:train")
-    assert f"MAX_NEW_TOKENS = {online_dpo.CASE['completion']}" in config.text
+    assert setting in config.text
 
 
 def test_the_decode_benchmark_generates_from_the_shared_weights(tmp_path):

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from data.stream import rows
 from data.text import document_files
-from data.tokenizers import vocabularies
+from data.tokenizers import chat_template, vocabularies
 from launch.config import model_file
 from launch.run import model_record, run_vocabulary
 
@@ -316,6 +316,20 @@ def test_tokenizer_files_are_kept_as_they_were(imported, tmp_path):
     assert (tmp_path / run_vocabulary.RECORD).stat().st_mtime_ns == written
     (tmp_path / run_vocabulary.TOKENIZER / "tokenizer_config.json").write_text("{}")
     assert not run_vocabulary.gin_files(tmp_path, imported)
+
+
+def test_the_template_that_rendered_the_data_is_kept_with_the_run(imported, tmp_path):
+    vocabulary = run_vocabulary.load(folder=str(imported))
+    template = chat_template.ChatTemplate({"default": "{{ messages[0].content }}", "tool_use": "x"})
+    run_vocabulary.save(tmp_path / "same", vocabulary, vocabulary.chat_template)
+    assert not (tmp_path / "same" / run_vocabulary.TOKENIZER / chat_template.FILE).exists()
+    run_vocabulary.save(tmp_path / "other", vocabulary, template)
+    again = run_vocabulary.load(folder=str(tmp_path / "other"))
+    assert again.chat_template.templates == template.templates
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    assert run_vocabulary.export_files(tmp_path / "other", exported) is None
+    assert (exported / chat_template.FILE).read_text() == template.templates["default"]
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,94 @@
+"""Parses and checks rows of supervised data.
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation; the assistant's turns are learnt
+    {"prompt": ..., "completion": ...}                           texts or messages; the completion is learnt
+    {"text": "..."}                                              a text, which is learnt as a whole
+
+The first of these forms that a row has counts, and its other keys are ignored. With messages, "tools" and
+"chat_template_kwargs" are passed to the chat template.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from data.preference import texts
+from data.preference.records import DegenerateError, Record, template_variables
+from data.text.documents import DataError
+
+# Part of the digest of a source: raise it when the same rows are read as other records.
+VERSION = 1
+Kind = Literal["messages", "prompt", "text"]
+EXAMPLE = (
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+)
+_FORMS = f'{EXAMPLE}, {{"prompt": ..., "completion": ...}} or {{"text": "..."}}'
+ASSISTANT = "assistant"
+
+
+def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
+    """Returns a row and its form: a conversation or text is the record's prompt, a completion its only completion.
+
+    Raises:
+      DataError: the row is malformed; the message names place, key and remedy.
+      DegenerateError: there is nothing to learn: no turn of the assistant, or only empty texts.
+    """
+    kind = _kind(row, where)
+    for key in (kind, "completion", "tools", "chat_template_kwargs"):
+        texts.check_unicode(row.get(key), key, where)
+    content = texts.text_of(row[kind], kind, where)
+    variables = template_variables(row, where)
+    if kind == "prompt":
+        return kind, _with_completion(row, Record(where, id, content, (), template=variables))
+    if isinstance(content, str) == (kind == "messages"):
+        expected = "a list of messages" if kind == "messages" else "a text"
+        raise DataError(f"{where}: {kind!r} is not {expected}. A row is {_FORMS}")
+    if kind == "text":
+        if texts.is_empty(content):
+            raise DegenerateError("empty_text", "'text' is empty")
+        return kind, Record(where, id, content, ())
+    answers = [message for message in content if message["role"] == ASSISTANT]
+    if not answers:
+        raise DegenerateError("no_assistant", "'messages' has no turn of the assistant")
+    if texts.is_empty(answers):
+        raise DegenerateError("empty_answer", "all turns of the assistant are empty")
+    return kind, Record(where, id, content, (), template=variables)
+
+
+def prompt_key(kind: Kind, record: Record) -> str:
+    """Returns the text by which a row is held out: equal for rows with the same prompt before the first answer."""
+    content = record.prompt
+    if kind == "messages":
+        content = tuple(itertools.takewhile(lambda m: m["role"] != ASSISTANT, content))
+    if kind == "text" or content:
+        return Record("", "", content, ()).prompt_text
+    # Without a prompt, the whole row decides.
+    return Record("", "", [record.prompt, record.completions], ()).prompt_text
+
+
+def _kind(row: Mapping[str, Any], where: str) -> Kind:
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    if "text" in row:
+        return "text"
+    raise DataError(
+        f"{where}: no key 'messages', no keys 'prompt' and 'completion', and no key 'text'; present are "
+        f"{', '.join(map(repr, row)) or 'none'}. A row is {_FORMS}; rename its keys"
+    )
+
+
+def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
+    where = record.where
+    completion = texts.text_of(row["completion"], "completion", where)
+    if isinstance(record.prompt, str) != isinstance(completion, str):
+        raise DataError(
+            f"{where}: one of 'prompt' and 'completion' is a text, the other has messages; write both in the "
+            "same form"
+        )
+    if record.is_chat and not record.prompt:
+        raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
+    if texts.is_empty(completion):
+        raise DegenerateError("empty_completion", "'completion' is empty")
+    return Record(where, record.id, record.prompt, (completion,), template=record.template)

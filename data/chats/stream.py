@@ -1,0 +1,182 @@
+"""The training and evaluation streams of supervised data: batches as a pure function of (seed, step).
+
+Like data/stream/stream.py, but nothing is added before a conversation: its first token is read and not predicted.
+Conversations that are longer than a row are cut at their end. Shape suffixes: N records.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from data.cache import store
+from data.cache.columns import Column
+from data.choices import check_choice
+from data.stream import plan, repeats, rows, schedule, stream
+from data.stream.row_stream import EvalStream
+from data.stream.train_stream import Positions, Stream
+from model.ranges import NonNegative, Seed, Size
+
+Packing = Literal["best_fit", "examples"]
+_REMEDY = " Register supervised data with data.chats.tasks.register_chats."
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSource(rows.Source):
+    """One source of conversations, whose plan skips the first token of each."""
+
+    loss_tokens: int  # tokens of the planned rows with a loss
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
+            "conversations": len(self.plan.records),
+            "tokens": self.plan.tokens(),
+            "loss_tokens": self.loss_tokens,
+            "rows": self.plan.num_rows,
+            "fill": self.plan.fill(),
+            "first": self.plan.first,
+        }
+
+
+def make_stream(
+    *,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, Size],
+    batch_size: Size,
+    seed: Seed = 0,
+    split: str = "train",
+    shares: Mapping[str, NonNegative] | None = None,
+    packing: Packing = "best_fit",
+    interleaving: schedule.Interleaving = "error_diffusion",
+    max_epochs: repeats.MaxEpochs | None = None,
+    on_cap: repeats.OnCap = "error",
+    positions: Positions | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    changed_cache: store.Changed = "refuse",
+    verify_cache: bool = True,
+) -> Stream:
+    """Returns the training stream of a mixture of tasks of supervised data, or of one task.
+
+    Args:
+        mixture_or_task_name: registered with SeqIO, its tasks by `register_chats`.
+        task_feature_lengths: {'targets': tokens of a row}, which is also the maximum length of a conversation. Longer
+            ones are truncated at their end, and dropped if nothing to learn remains; `summary()` counts both.
+        shares: set -> its share of the tokens, normalised; None reads all sets equally often.
+        packing: 'best_fit' puts as many conversations in a row as fit, and attention does not cross their
+            boundaries; 'examples' puts one in a row.
+
+    `data.stream.stream.make_stream` describes the other arguments.
+
+    Raises:
+        ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
+    """
+    return stream.open_mixture(
+        Stream,
+        mixture_or_task_name,
+        functools.partial(plan_chats, feature_lengths=task_feature_lengths, packing=packing),
+        split=split,
+        weights="tokens" if shares is None else "rates",
+        phases=None if shares is None else ((0, shares),),
+        max_epochs=max_epochs,
+        cache_dir=cache_dir,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
+        batch_size=batch_size,
+        seed=seed,
+        start_token=None,
+        interleaving=interleaving,
+        on_cap=on_cap,
+        positions=positions,
+    )
+
+
+def make_eval_stream(
+    *,
+    task: str,
+    task_feature_lengths: Mapping[str, Size],
+    batch_size: Size,
+    split: str = "validation",
+    packing: Packing = "best_fit",
+    cache_dir: str | os.PathLike | None = None,
+    changed_cache: store.Changed = "refuse",
+    verify_cache: bool = True,
+) -> EvalStream:
+    """Returns the evaluation stream of one task: every held-out conversation once, in a fixed arbitrary order.
+
+    Arguments as for `make_stream`.
+
+    Raises:
+        data.stream.stream.NoSplitError: the task has no split of this name.
+        ValueError: the task or the settings cannot be streamed.
+    """
+    source = stream.open_held_out(
+        task,
+        functools.partial(plan_chats, feature_lengths=task_feature_lengths, packing=packing),
+        split=split,
+        cache_dir=cache_dir,
+        changed=changed_cache,
+        verify=verify_cache,
+    )
+    return EvalStream(source, batch_size=batch_size, start_token=None)
+
+
+def plan_chats(
+    name: str, opened: store.Cache, *, feature_lengths: Mapping[str, int], packing: Packing
+) -> ChatSource:
+    """Returns a source with planned rows of conversations.
+
+    Raises:
+        ValueError: the cache has no supervised data, a setting is invalid, or nothing can be learnt in this row length.
+    """
+    check_choice("packing", packing, Packing)
+    if set(feature_lengths) != {"targets"} or feature_lengths["targets"] < 2:
+        raise ValueError(
+            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the tokens of a row, at least 2."
+        )
+    rows.check_features(name, opened, ("targets", rows.LOSS_WEIGHTS), _REMEDY)
+    length = feature_lengths["targets"]
+    full_N = opened.columns["targets"].lengths.astype(np.int64)
+    size_N = np.minimum(full_N, length)
+    learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], 1, size_N)
+    used_N, cut_N = learnt_N > 0, full_N > length
+    if not used_N.any():
+        raise ValueError(
+            f"Source {name!r}: no conversation has a token to learn within its first {length} tokens. Raise "
+            "task_feature_lengths."
+        )
+    # The first token of a conversation is the input before its first target.
+    planned = plan.make_plan(
+        {"targets": np.where(used_N, size_N - 1, 0)}, feature_lengths, packing=packing
+    )
+    events = {"truncated": cut_N & used_N, "nothing_learnt": ~used_N}
+    planned = dataclasses.replace(
+        planned,
+        offsets=np.ones_like(planned.offsets),
+        long_documents="truncate",
+        counts={
+            "records": len(full_N),
+            **{event: int(event_N.sum()) for event, event_N in events.items()},
+            "truncated_tokens": int((full_N - size_N)[used_N].sum()),
+        },
+        first={
+            event: opened.name_of(int(event_N.argmax()))
+            for event, event_N in events.items()
+            if event_N.any()
+        },
+    )
+    return ChatSource(name, opened, planned, int(learnt_N.sum()))
+
+
+def _sums(column: Column, begin: int, end_N: np.ndarray) -> np.ndarray:
+    """Returns the sum of the values [begin, end) of each record, float64 [N]."""
+    sums_N = np.zeros(len(end_N))
+    shard_N = np.searchsorted(column.bounds, column.starts, side="right") - 1
+    for index, shard in enumerate(column.shards):
+        here_N = (shard_N == index) & (end_N > begin)
+        start = column.starts[here_N] - column.bounds[index]
+        totals = np.concatenate([[0], np.cumsum(shard, dtype=np.float64)])
+        sums_N[here_N] = totals[start + end_N[here_N]] - totals[start + begin]
+    return sums_N

@@ -1,0 +1,68 @@
+"""A conversation with a run's model: each line of the user is answered in the light of all lines before."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from launch.inference.generate import decoder_and_texts, prompt_of, to_terminal
+from launch.run.load_run import LoadError, RunConfig
+from trainers.decoding.settings import Settings
+
+NEW = "/new"  # begins another conversation
+
+
+def converse(
+    config: RunConfig,
+    lines: Iterable[str],
+    *,
+    checkpoint: str,
+    params: str = "auto",
+    settings: Settings,
+    seed: int = 0,
+    policy_name: str = "full",
+    **options: Any,
+) -> list[dict[str, str]]:
+    """Answers lines one by one and shows the answers while they are generated; returns the last conversation.
+
+    The first answer of each length of conversation takes longer, since its program is compiled.
+    `launch.inference.generate.generate` describes the options.
+
+    Raises:
+      LoadError: there is no chat template, or there are several processes, which cannot share a terminal.
+    """
+    del policy_name  # which only reports name
+    if jax.process_count() > 1:
+        raise LoadError("--chat without --prompt or --inputs needs a single process.")
+    messages: list[dict[str, str]] = []
+    with config.load(checkpoint, params=params) as loaded:
+        assert loaded.chat_template is not None  # raises LoadError now, not after the first line
+        decoder, texts = decoder_and_texts(loaded, settings, rows=1, show=to_terminal, **options)
+        for turn, line in enumerate(lines):
+            if line.strip() == NEW:
+                messages.clear()
+                continue
+            messages.append({"role": "user", "content": line})
+            row = {"messages": messages}
+            prompt = prompt_of(loaded, row, "--chat")
+            (new,) = decoder.stream([prompt], seed=seed % 2**32, indices=[turn])
+            messages.append({"role": "assistant", "content": texts.answer(row, 0, 0, new)["text"]})
+            to_terminal("\n")
+    return messages
+
+
+def typed() -> Iterator[str]:
+    """Yields the lines of standard input that are not blank, with a prompt on a terminal, up to its end."""
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        import readline  # noqa: F401  # line editing
+
+        print(f"{NEW} begins another conversation; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if on_terminal else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line

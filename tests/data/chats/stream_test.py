@@ -1,0 +1,165 @@
+"""Streams of supervised data, against batches that plain Python lays out token by token."""
+
+import numpy as np
+import pytest
+
+from data.cache import store
+from data.chats import stream as chats
+from data.stream.row_stream import EvalStream
+from data.stream.train_stream import Stream
+
+VOCABULARY, LENGTH = 300, 32
+TOKENS, WEIGHTS = "targets", "loss_weights"
+COLUMNS = ("input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions")
+
+
+def draw(seed, count):
+    """Conversations of turns that are learnt and turns that are not; some are longer than a row."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        turns = rng.integers(1, 14, 2 * rng.integers(1, 4))
+        learnt = np.repeat(np.arange(len(turns)) % 2, turns).astype(np.float32)
+        ids = rng.integers(2, VOCABULARY, len(learnt))
+        made.append({TOKENS: ids, WEIGHTS: learnt, "document_id": f"{seed}:{i}"})
+    # Nothing that is learnt is in the first row of this one, and only its first token in that.
+    for i, (learnt, size) in enumerate(((np.arange(40) >= LENGTH, 40), (np.arange(5) == 0, 5))):
+        ids = rng.integers(2, VOCABULARY, size)
+        made.append(
+            {TOKENS: ids, WEIGHTS: learnt.astype(np.float32), "document_id": f"{seed}:x{i}"}
+        )
+    return made
+
+
+EXAMPLES = {"a": draw(1, 60), "b": draw(2, 25)}
+DROPPED = 2  # of each set
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chats")
+    features = {TOKENS: VOCABULARY, WEIGHTS: "float32", "document_id": "text"}
+    return {
+        name: store.write(root / name, made, features=features, num_shards=2)
+        for name, made in EXAMPLES.items()
+    }
+
+
+@pytest.fixture
+def make(caches):
+    def build(packing="best_fit", length=LENGTH, shares=(("a", 0.7), ("b", 0.3)), **settings):
+        sources = [
+            chats.plan_chats(name, caches[name], feature_lengths={TOKENS: length}, packing=packing)
+            for name, _ in shares
+        ]
+        return Stream(sources, ((0, dict(shares)),), batch_size=8, start_token=None, **settings)
+
+    return build
+
+
+def example_of(name, record):
+    made = EXAMPLES[name]
+    return [*made[0::2], *made[1::2]][record]  # the order of two shards
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "examples"])
+def test_a_conversation_has_the_same_columns_packed_and_alone(make, packing):
+    stream = make(packing)
+    read = {"a": set(), "b": set()}
+    for step in range(12):
+        batch = stream.batch(step, 0, 8)
+        for b, row in enumerate(stream.documents(step, 0, 8)):
+            at = 0
+            wanted = {name: np.zeros(LENGTH) for name in COLUMNS}
+            for k, part in enumerate(row["documents"], 1):
+                example = example_of(row["source"], part["record"])
+                read[row["source"]].add(example["document_id"])
+                ids, learnt = example[TOKENS][:LENGTH], example[WEIGHTS][:LENGTH]
+                here = slice(at, at + len(ids) - 1)
+                # Nothing precedes the first token, which is read and not predicted.
+                columns = (ids[:-1], ids[1:], learnt[1:], k, np.arange(len(ids) - 1))
+                for name, values in zip(COLUMNS, columns, strict=True):
+                    wanted[name][here] = values
+                at = here.stop
+            assert packing == "best_fit" or len(row["documents"]) == 1
+            for name in COLUMNS:
+                np.testing.assert_array_equal(batch[f"decoder_{name}"][b], wanted[name], name)
+    for name, made in EXAMPLES.items():
+        assert read[name] == {x["document_id"] for x in made if "x" not in x["document_id"]}
+
+
+def test_what_is_cut_dropped_and_learnt_is_counted(make):
+    (facts, _) = make().summary()["sources"].values()
+    made = EXAMPLES["a"]
+    long = [x for x in made[:-DROPPED] if len(x[TOKENS]) > LENGTH]
+    learnt = [x[WEIGHTS][1:LENGTH].sum() for x in made]
+    assert 0 < len(long) < len(made)
+    assert facts["records"] == len(made) and facts["nothing_learnt"] == DROPPED
+    assert facts["conversations"] == len(made) - DROPPED
+    assert facts["truncated"] == len(long)
+    assert facts["truncated_tokens"] == sum(len(x[TOKENS]) - LENGTH for x in long)
+    assert facts["tokens"] == sum(min(len(x[TOKENS]), LENGTH) - 1 for x in made[:-DROPPED])
+    assert facts["loss_tokens"] == sum(learnt)
+    assert facts["first"]["nothing_learnt"].startswith("1:x")
+    one = make(shares=(("a", 1.0),))
+    assert one.steps_for_epochs(2.5) == -(-5 * facts["rows"] // 16)
+
+
+def test_hosts_and_resuming_change_nothing(make):
+    whole, parts = make(), make()
+    for step in (0, 5, 1000):
+        batch = whole.batch(step, 0, 8)
+        for hosts in (2, 4):
+            size = 8 // hosts
+            pieces = [parts.batch(step, h * size, (h + 1) * size) for h in range(hosts)]
+            for name, array in batch.items():
+                np.testing.assert_array_equal(np.concatenate([p[name] for p in pieces]), array)
+    later = make(positions=whole.positions(7))
+    for name, array in later.batch(0, 0, 8).items():
+        if name != "source_ids":  # the schedule begins anew, each source continues
+            assert array.shape == whole.batch(7, 0, 8)[name].shape
+    assert later.epochs(0) == whole.epochs(7)
+
+
+def test_shares_are_of_tokens_and_none_reads_all_equally_often(make):
+    stream = make()
+    read = {"a": 0, "b": 0}
+    for step in range(40):
+        for row in stream.documents(step, 0, 8):
+            read[row["source"]] += sum(part["length"] for part in row["documents"])
+    assert read["a"] / sum(read.values()) == pytest.approx(0.7, abs=0.02)
+
+
+def test_held_out_rows_are_read_once(caches):
+    source = chats.plan_chats("b", caches["b"], feature_lengths={TOKENS: 64}, packing="best_fit")
+    stream = EvalStream(source, batch_size=4, start_token=None)
+    names = [
+        part["id"]
+        for step in range(stream.num_steps)
+        for row in stream.documents(step, 0, 4)
+        for part in row["documents"]
+    ]
+    # In rows of 64, the end of the long one is learnt.
+    assert sorted(names) == sorted(x["document_id"] for x in EXAMPLES["b"][:-1])
+    assert stream.bytes_per_token == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "packing", "message"),
+    [
+        ({TOKENS: 1}, "best_fit", "at least 2"),
+        ({TOKENS: 8, "inputs": 8}, "best_fit", "'targets' alone"),
+        ({TOKENS: 8}, "concat", "packing"),
+    ],
+)
+def test_settings_are_checked(caches, lengths, packing, message):
+    with pytest.raises(ValueError, match=message):
+        chats.plan_chats("a", caches["a"], feature_lengths=lengths, packing=packing)
+
+
+def test_a_row_length_in_which_nothing_is_learnt_is_one_error(tmp_path):
+    features = {TOKENS: VOCABULARY, WEIGHTS: "float32"}
+    examples = [{TOKENS: np.arange(9), WEIGHTS: (np.arange(9) > 6).astype(np.float32)}]
+    opened = store.write(tmp_path / "c", examples, features=features)
+    with pytest.raises(ValueError, match="its first 4 tokens. Raise task_feature_lengths"):
+        chats.plan_chats("c", opened, feature_lengths={TOKENS: 4}, packing="best_fit")

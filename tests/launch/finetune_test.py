@@ -1,0 +1,194 @@
+"""An imported model is fine-tuned on conversations and then on preferences, by the documented commands, and answers."""
+
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from data.cache import store
+from launch.run import load_run, reference
+from trainers.checkpoints import step_dir
+from trainers.telemetry.metric_writers import read_jsonl
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "data" / "goldens"
+GOLDEN = json.loads((GOLDENS / "sft.json").read_bytes())
+TEMPLATE = (GOLDENS / "chat_templates" / "cohere.jinja").read_text("utf-8")
+# As in the config.gin of a run whose tasks a module of one's own registers.
+OWN_MODULE = """
+from __gin__ import dynamic_registration
+from data.text import user_data
+MIXTURES_MODULE = 'a_module_that_is_gone'
+TASKS = [@user_data.import_mixtures]
+user_data.import_mixtures.module = %MIXTURES_MODULE
+"""
+
+
+def messages(*contents):
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture
+def imported(folder, command):
+    run = folder / "run"
+    if not run.exists():
+        model = runpy.run_path(str(GOLDENS / "sft_model.py"))
+        model["write"](folder / "hf", GOLDEN["tokenizer"], TEMPLATE)
+        assert command("convert", f"--from_hf={folder / 'hf'}", f"--to={run}") == 0
+    return run
+
+
+def start(train, imported, path, *files, **settings):
+    settings |= {
+        "TOKENIZER": f"{imported}/tokenizer",
+        "INITIAL_CHECKPOINT_PATH": f"{imported}",
+        "MODEL_DIR": f"{path}",
+        "LOG_PERIOD": 1,
+        "WARMUP_STEPS": 0,
+    }
+    flags = [f"--gin.{name}={value!r}" for name, value in settings.items()]
+    return train(*(f"--gin_file={file}" for file in (imported / "config.gin", *files)), *flags)
+
+
+@pytest.fixture
+def tuned(train, imported, folder):
+    """A run of three epochs, and what it printed."""
+    run = folder / "sft"
+    if not run.exists():
+        rows = [{"messages": messages(f"{i}+{i}?", f"{2 * i}", "sure?", "yes")} for i in range(30)]
+        rows[9:9] = [
+            {"messages": messages("alone")},
+            {"messages": messages("x" * 30, "y" * 60)},
+            {"messages": messages("z" * 90, "y")},
+        ]
+        result = start(
+            train,
+            imported,
+            run,
+            "t5x_configs/data/chat.gin",
+            "t5x_configs/runs/finetune.gin",
+            CHATS=str(write(folder / "chats.jsonl", rows)),
+            CHATS_VALIDATION_FRACTION=0.1,
+            TASK_FEATURE_LENGTHS={"targets": 64},
+            BATCH_SIZE=8,
+            LEARNING_RATE=1e-2,
+        )
+        assert result.status == 0, result.err
+        (folder / "out").write_text(result.out)
+    return run, (folder / "out").read_text()
+
+
+def test_one_command_learns_conversations_and_counts_them(tuned):
+    run, out = tuned
+    rows = [row for row in read_jsonl(f"{run}/metrics.jsonl") if "loss" in row]
+    facts = json.loads((run / "run.json").read_text())
+    task, source = facts["tasks"]["chats"], facts["data"]["sources"]["chats"]
+    assert task["documents"] == {"train": 29, "validation": 3}
+    assert task["dropped"]["no_assistant"] == {"rows": 1, "first": "chats.jsonl:10"}
+    assert source["truncated"] == 1 and source["nothing_learnt"] == 1
+    assert len(rows) == -(-3 * source["rows"] // 8)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert facts["data"]["start_token"] is None
+    tokens, learnt = source["tokens"], source["loss_tokens"]
+    line = (
+        f"chats: 28 conversations in {source['rows']} rows, {tokens:,} tokens, of which {learnt:,}"
+    )
+    assert f"chats      {line}" in out
+    assert "1 cut at their ends (first: chats.jsonl:11)" in out
+    assert "1 dropped, of which nothing that is learnt remains (first: chats.jsonl:12)" in out
+
+
+def test_the_held_out_share_is_evaluated_in_training_and_after_it(tuned, command, tmp_path):
+    run, _ = tuned
+    flags = (f"--checkpoint={run}", "--trust_config", f"--json={tmp_path / 'x.json'}")
+    assert command("evaluate loss", *flags) == 0
+    found = json.loads((tmp_path / "x.json").read_text())["tasks"]["chats"]["loss"]
+    *_, last = (row for row in read_jsonl(f"{run}/metrics.jsonl") if "eval/chats/loss" in row)
+    assert found == pytest.approx(last["eval/chats/loss"], abs=1e-5)
+
+
+def test_a_prompt_has_the_tokens_of_training(tuned, imported):
+    run, _ = tuned
+    directory = json.loads((run / "run.json").read_text())["data"]["sources"]["chats"]["cache"]
+    column = store.open_cache(directory).columns
+    for path in (run, imported):
+        meta = step_dir.read_meta(path)
+        assert meta["start_token"] is None and meta["add_bos"] is True
+        with load_run.config_of(str(path)).load(str(path)) as loaded:
+            row = {"messages": messages("3+3?", "6", "sure?", "yes")}
+            context, targets = loaded.scored(row, "here")
+            prompt = loaded.context(context)
+            assert (
+                loaded.context(loaded.tokens({"messages": row["messages"][:3]}, "here")) == prompt
+            )
+    ids = [
+        (column["targets"].values(i).tolist(), column["loss_weights"].values(i).tolist())
+        for i in range(len(column["targets"].lengths))
+    ]
+    whole, weights = next(x for x in ids if x[0] == [*prompt, *targets])
+    assert weights[len(prompt) :] == [1.0] * len(targets) and weights[len(prompt) - 1] == 0
+    assert whole[0] == loaded.vocabulary.bos_id and whole.count(whole[0]) == 1  # from the template
+
+
+@pytest.fixture
+def pairs(folder):
+    rows = [
+        {
+            "prompt": messages(f"{i}?"),
+            "chosen": messages("a", f"{i}")[1:],
+            "rejected": messages("a", "no")[1:],
+        }
+        for i in range(8)
+    ]
+    return write(folder / "pairs.jsonl", rows)
+
+
+DPO = ("t5x_configs/data/preferences.gin", "t5x_configs/runs/preference.gin")
+
+
+def test_the_documented_preference_run_begins_as_the_imported_model(
+    train, imported, tuned, pairs, folder, command, monkeypatch
+):
+    settings = {
+        "PAIRS": str(pairs),
+        "PAIRS_VALIDATION_FRACTION": 0.0,
+        "TRAIN_STEPS": 1,
+        "BATCH_SIZE": 8,
+        "TASK_FEATURE_LENGTHS": {"targets": 64},
+    }
+    own = folder / "own.gin"
+    own.write_text(OWN_MODULE)
+    run = folder / "dpo"
+    # After the config.gin of a run that has a budget in epochs and tasks of a module that no longer exists.
+    files = (f"{tuned[0]}/config.gin", own, *DPO)
+    result = start(train, imported, run, *files, **settings)
+    assert result.status == 0, result.err
+    meta = step_dir.read_meta(run)
+    assert meta["start_token"] is None and meta["add_bos"] is True
+    assert load_run.config_of(str(run)).vocabulary().bos_id == 1
+    assert command("convert", f"--from={run}", f"--to_hf={folder / 'exported'}") == 0
+    assert (folder / "exported" / "tokenizer.json").exists()
+
+    def unasked(*_, **__):
+        raise AssertionError("log-probabilities are computed before the check")
+
+    monkeypatch.setattr(reference, "Scorer", unasked)
+    for name, value in (("DOCUMENT_START", 0), ("PROMPT_BOS", False)):
+        other = start(train, imported, folder / f"dpo_{name}", *DPO, **settings, **{name: value})
+        assert other.status == 2 and f"set {name} = {meta[_KEYS[name]]}" in other.err
+
+
+_KEYS = {"DOCUMENT_START": "start_token", "PROMPT_BOS": "add_bos"}
