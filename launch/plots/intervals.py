@@ -1,4 +1,4 @@
-"""95 % intervals: of shares by Wilson, over prompts by the bootstrap, over seeds by Student's t; and sign tests."""
+"""95 % intervals: of shares by Wilson, over prompts by the bootstrap, over seeds by Student's t."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,6 @@ from typing import Any
 
 import numpy as np
 
-BETTER = (
-    "*Better* means p <= 0.05 in a one-sided sign test over pairs of the same seed; fewer than five pairs cannot "
-    "reach that and must all agree."
-)
-_LEVEL = 0.05
 _RESAMPLES = 2000
 
 
@@ -70,24 +65,6 @@ def student(values: Any) -> dict[str, float]:
     n, middle = len(values_N), float(np.mean(values_N))
     half = stats.t.ppf(0.975, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n) if n > 1 else 0.0
     return {"value": middle, "low": float(middle - half), "high": float(middle + half)}
-
-
-def sign_test(differences: Any) -> float:
-    """Returns the one-sided probability of at least as many positive differences if signs were fair coins.
-
-    Zeros count as not positive. For n pairs it is at least 2^-n.
-    """
-    from scipy import stats
-
-    values_N = np.asarray(differences, float).ravel()
-    wins = int((values_N > 0).sum())
-    return float(stats.binomtest(wins, len(values_N), alternative="greater").pvalue)
-
-
-def significant(differences: Any) -> bool:
-    """Returns whether the differences are positive by the sign test described in BETTER."""
-    n = np.size(differences)
-    return n > 0 and sign_test(differences) <= max(_LEVEL, 0.5**n)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
