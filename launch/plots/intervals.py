@@ -1,7 +1,6 @@
 """95 % intervals: of shares by Wilson, over prompts by the bootstrap, over seeds by Student's t."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,11 +64,6 @@ def student(values: Any) -> dict[str, float]:
     n, middle = len(values_N), float(np.mean(values_N))
     half = stats.t.ppf(0.975, n - 1) * np.std(values_N, ddof=1) / math.sqrt(n) if n > 1 else 0.0
     return {"value": middle, "low": float(middle - half), "high": float(middle + half)}
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Returns the slope of the least-squares line."""
-    return float(np.polyfit(np.asarray(x, float), np.asarray(y, float), 1)[0])
 
 
 def text(interval: dict[str, float], digits: int = 2) -> str:
