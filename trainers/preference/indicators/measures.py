@@ -69,7 +69,7 @@ def diversity(
     outputs: Sequence[Sequence[int]],
     *,
     vocab_size: int,
-    sizes: Sequence[int] = (1, 2, 3, 4, 5),
+    sizes: Sequence[Size] = (1, 2, 3, 4, 5),
     draws: Size | None = None,
     alphabet: Alphabet = "tokens",
 ) -> float:
