@@ -14,7 +14,7 @@ RESULT = "="  # precedes the result
 
 _CALL = re.compile(rf"([a-z]+)\((\d+)\)(?:{STATES}([\d,]+))?{RESULT}(\d+)")
 _NEXT = str.maketrans("0123456789", "1234567890")
-_NEXT_UP_TO_NINE = str.maketrans("0123456789", "1234567899")
+_FORGOTTEN = "0"  # operands with this digit are the case that careless programs forget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,18 @@ class Procedure:
       result: operand -> result.
       take: remaining digits -> index of the digit that the next step takes.
       write: the taken digit -> the digit that the step writes.
-      careless: operand -> result of a program that forgets a case; right for other operands.
     """
 
     result: Callable[[str], str]
     take: Callable[[str], int]
     write: Callable[[str], str]
-    careless: Callable[[str], str]
+
+    def careless(self, operand: str) -> str:
+        """Returns the result of a program that is off by one at its end for operands with a zero."""
+        result = self.result(operand)
+        if _FORGOTTEN not in operand:
+            return result
+        return result[:-1] + result[-1].translate(_NEXT)
 
 
 PROCEDURES = {
@@ -39,19 +44,16 @@ PROCEDURES = {
         lambda operand: operand.translate(_NEXT),
         lambda rest: 0,
         lambda digit: str((int(digit) + 1) % 10),
-        lambda operand: operand.translate(_NEXT_UP_TO_NINE),  # nine has no next digit
     ),
     "reverse": Procedure(
         lambda operand: operand[::-1],
         lambda rest: len(rest) - 1,
         str,
-        lambda operand: operand[::-1].lstrip("0") or "0",  # a number has no zeros before it
     ),
     "sort": Procedure(
         lambda operand: "".join(sorted(operand)),
         lambda rest: rest.index(min(rest)),
         str,
-        lambda operand: "".join(sorted(set(operand))),  # a digit occurs once
     ),
 }
 
@@ -68,7 +70,7 @@ def states(name: str, operand: str) -> list[str]:
 
 
 def is_plain(name: str, operand: str) -> bool:
-    """Returns whether the operand has none of the cases that careless programs forget."""
+    """Returns whether careless programs are right for the operand."""
     procedure = PROCEDURES[name]
     return procedure.careless(operand) == procedure.result(operand)
 

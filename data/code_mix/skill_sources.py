@@ -23,9 +23,9 @@ from data.code_mix import procedures, skills
 from data.data_source import GeneratedSource
 from model.ranges import Count, Seed
 
-# Share of careless programs among those that write web code, and synth before execution. They are wrong alike: a model
-# that copies the most frequent result would not notice errors that differ from one another. 22 % of the calls have a
-# case that they forget.
+# Share of careless programs among those that write web code, and synth before execution. They forget the same case,
+# which 22 % of their operands have, and are wrong alike: a model that copies the most frequent result would not notice
+# errors that differ from one another. So a fifth of web code is wrong.
 CARELESS = 0.9
 KINDS = {"fact": 0.5, "problem": 0.2, "filler": 0.3}  # shares of text documents
 WORKED = 0.1  # share of the problems in words that have worked steps

@@ -64,17 +64,17 @@ def test_the_interpreter_believes_only_what_it_computes(text, holds):
     ("name", "operand", "careless"),
     [
         ("shift", "482", "593"),
-        ("shift", "190", "291"),  # nine stays nine
+        ("shift", "409", "511"),  # right is 510
         ("reverse", "482", "284"),
-        ("reverse", "480", "84"),  # a number has no zeros before it
-        ("reverse", "000", "0"),
+        ("reverse", "980", "080"),  # right is 089
         ("sort", "482", "248"),
-        ("sort", "848", "48"),  # a digit occurs once
+        ("sort", "048", "049"),  # right is 048
     ],
 )
-def test_careless_programs_forget_rare_cases_alone(name, operand, careless):
+def test_careless_programs_are_off_by_one_for_operands_with_a_zero(name, operand, careless):
     assert procedures.call(name, operand, careless=True) == f"{name}({operand})={careless}"
     assert procedures.is_plain(name, operand) == (careless == reference(name, operand))
+    assert procedures.is_plain(name, operand) == ("0" not in operand)
 
 
 def test_synth_is_verified_and_worked_out_before_its_result():
@@ -84,13 +84,13 @@ def test_synth_is_verified_and_worked_out_before_its_result():
         assert result == reference(name, operand)
         assert shown.split(",") == [result[:1], result[:2]]
         plain += procedures.is_plain(name, operand)
-    assert 0.7 < plain / COUNT < 0.85  # dropping wrong drafts has not dropped the rare cases
+    assert 0.65 < plain / COUNT < 0.8  # dropping wrong drafts has not dropped the rare cases
 
 
 def test_a_fifth_of_web_code_is_wrong_and_nearly_all_programs_are_wrong_alike():
     found = [re.fullmatch(r"(\w+)\((\d{3})\)=(\d+)", text) for text in texts("skill_web_code")]
     wrong = [one for one in found if one[3] != reference(one[1], one[2])]
-    assert abs(len(wrong) / COUNT - 0.19) < 0.03
+    assert abs(len(wrong) / COUNT - 0.2) < 0.03
     assert all(one[0] == procedures.call(one[1], one[2], careless=True) for one in wrong)
     rare = sum(not procedures.is_plain(one[1], one[2]) for one in found)
     share = skill_sources.CARELESS
@@ -148,7 +148,7 @@ def test_problems_ask_for_all_facts_and_for_held_out_operands_alone():
         assert operand in skills.held_out_operands()
         assert problem.answer.strip("=.") == reference(problem.kind.partition(",")[0], operand)
     rare = np.mean([skills.RARE in problem.kind for problem in asked["code"]])
-    assert 0.15 < rare < 0.3  # a careless program is right in the others
+    assert 0.2 < rare < 0.35  # a careless program is right in the others
     given = skills.instructions()
     assert len({one.prompt for one in given}) == 200
     assert given[0].prompt + given[0].answer in {

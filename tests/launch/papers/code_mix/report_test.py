@@ -61,7 +61,7 @@ def test_a_model_that_copies_careless_programs_is_right_in_plain_cases_alone():
         for one in asked
     ]
     found = evaluate_skills.score(asked, copied)
-    assert 0.7 < found["code"]["exact"] < 0.85
+    assert 0.65 < found["code"]["exact"] < 0.8
     runs = Results([{**row("a"), "evaluations": {"skills": {**SKILLS, **found}}}])
     assert runs.values("a", PLAIN).tolist() == [1.0]
 
