@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.preference import topic_language
-from launch.papers.preference import pairs
 from launch.papers.shared import claim, sweeps
 
 TITLE = "likelihood over-optimisation, 2410.11677"
@@ -49,6 +48,7 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
     'outside', the share of facts that are still known and the share of symbols outside language A in its samples; None
     where there is none. 'best_of' is of pairs.py.
     """
+    from launch.papers.preference import pairs
     from trainers.preference.indicators import samples
     from trainers.preference.indicators.alarm import PREFIX
 

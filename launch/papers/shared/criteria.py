@@ -8,7 +8,6 @@ from typing import Any
 
 from data.cache import cache_dir
 from launch.papers.shared.claim import Claim
-from launch.run import run_dir
 
 _FILE = "criteria.json"
 
@@ -20,6 +19,8 @@ def fix(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any]:
       {'date', 'commit', 'dirty', 'claims': name -> statement, condition and whether it must hold}: those of the first
       call after which the folder got runs.
     """
+    from launch.run import run_dir
+
     path = folder / _FILE
     started = folder.is_dir() and any(one.name != _FILE for one in folder.iterdir())
     if started and path.exists():
