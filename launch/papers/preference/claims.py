@@ -14,7 +14,7 @@ from launch.papers.preference.numbers import Number, change, of_arm
 from launch.papers.preference.results import METHODS, Arm, Course, arms_of, by_seed, find
 from launch.papers.shared.claim import FEW_SEEDS, Claim, Effect, Measure, RequiredClaim
 
-APART = 0.02  # of P_win: twice the standard deviation of one evaluation
+APART = 0.05  # of P_win, by which the middle is better than both ends
 REDUCTION = 0.15  # of RMSE
 GAP_LOSES = 0.05  # of P_win
 LARGE = 0.9  # quantile of the gap above which it is large
@@ -26,7 +26,7 @@ TURN = (5, 20)  # updates between which entropy is to be above the start
 WEAK, STRONG = 0.1, 50.0  # of DPO beside an NLL term
 WEIGHTS = (0.0, 0.1, 1.0)  # of the NLL term; at the strong one the last against the first
 HELD = 0.1  # nats that the strong one's likelihood may move without an NLL term
-LLH_MOVES, P_WIN_MOVES = 0.05, 0.05  # at most, by an NLL term beside the strong one
+LLH_MOVES, P_WIN_MOVES = 0.02, 0.05  # at most, by an NLL term beside the strong one
 TURNS = 0.01  # of P_win, by which the weight in the middle is better than both others
 
 
