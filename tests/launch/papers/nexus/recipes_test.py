@@ -196,7 +196,8 @@ def test_small_files_read_and_evaluate_the_domains_of_their_sweep(sweep, kind):
     evaluations = {}
     for run in runs.values():
         evaluations |= run.evaluations
-    assert f"--tasks={','.join(domains)}" in evaluations["held_out"]["command"]
+    if sweep == "nexus":  # evaluates mixtures before their training too
+        assert f"--tasks={','.join(domains)}" in evaluations["held_out"]["command"]
     assert tuple(evaluations["routing"]["arguments"]["tasks"]) == domains
 
 
