@@ -1,7 +1,7 @@
 """Low-rank training of a small character model: all claims of arXiv 2209.13569 on language.
 
 First values and ranks, decay of the factors and of their product at two learning rates, warm starts, and the two rates
-trained for three times as long. 23 runs for each seed, of half a minute on one core; the number of seeds after a colon:
+trained for three times as long. 26 runs for each seed, of half a minute on one core; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/low_rank/sweep.py:5 --out runs/low_rank/lm --workers 2
 """
