@@ -46,11 +46,6 @@ def ratio(numerators: Any, denominators: Any) -> dict[str, float]:
     return _rounded(value, *interval)
 
 
-def difference(a: Any, b: Any) -> dict[str, float]:
-    """Returns the mean of a - b over prompts with a bootstrap interval."""
-    return mean(np.asarray(a, float) - np.asarray(b, float))
-
-
 def over_seeds(values: Any) -> dict[str, float]:
     """Returns the mean over seeds with Student's interval, which is the value itself for one seed."""
     return _rounded(**student(values))

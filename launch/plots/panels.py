@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from launch.plots import intervals
-
 # Okabe and Ito's colours, which people with colour blindness can distinguish.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#0072B2",
@@ -59,41 +57,9 @@ def save(figures: Mapping[str, tuple[Any, str]], folder: pathlib.Path) -> dict[s
     return drawn
 
 
-def bar(
-    axes: Any, at: float, values: np.ndarray, width: float, colour: Any, label: str = ""
-) -> None:
-    """Draws a bar with its interval over seeds, and a dot for each seed."""
-    value, error = _interval(values)
-    axes.bar(at, value, width * 0.92, yerr=error, capsize=2, color=colour, label=label)
-    _dots(axes, at, values, width)
-
-
-def point(axes: Any, at: float, values: np.ndarray, width: float, colour: str) -> None:
-    """Draws a point with its interval and a dot for each seed, for scores whose zero has no meaning."""
-    value, error = _interval(values)
-    axes.errorbar(at, value, yerr=error, capsize=4, color=colour, marker="s", ms=7, lw=2)
-    _dots(axes, at, values, width)
-
-
-def _interval(values: np.ndarray) -> tuple[float, list[list[float]]]:
-    shown = intervals.over_seeds(values)
-    return shown["value"], errors([shown])
-
-
 def errors(shown: Sequence[Mapping[str, float]]) -> list[list[float]]:
     """Returns the distances of intervals' ends from their values, in the form of matplotlib."""
     return [[s["value"] - s["low"] for s in shown], [s["high"] - s["value"] for s in shown]]
-
-
-def with_errors(axes: Any, at: Any, shown: Sequence[Mapping[str, float]], **style: Any) -> None:
-    """Draws values with their intervals as error bars."""
-    axes.errorbar(at, [s["value"] for s in shown], yerr=errors(shown), **style)
-
-
-def level(axes: Any, shown: Mapping[str, float], label: str, *, width: float = 1.5) -> None:
-    """Draws a reference value as a dashed line, and its interval as a band."""
-    axes.axhline(shown["value"], color="black", ls="--", lw=width, label=label)
-    axes.axhspan(shown["low"], shown["high"], color="black", alpha=0.08, lw=0)
 
 
 def paired(
@@ -116,22 +82,11 @@ def paired(
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
-def _dots(axes: Any, at: float, values: np.ndarray, width: float) -> None:
-    spread = np.linspace(-0.2, 0.2, len(values)) * width
-    axes.plot(at + spread, values, ls="", marker="o", ms=2.5, color="black", alpha=0.6)
-
-
-def line(
-    axes: Any, x: Sequence[float], curves: Sequence[np.ndarray], colour: str, label: str
-) -> None:
-    """Draws means with their intervals over seeds, and the seeds as thin lines."""
-    shown = [intervals.over_seeds(values) for values in curves]
-    axes.plot(x, [s["value"] for s in shown], color=colour, marker="o", lw=2, ms=5, label=label)
-    axes.fill_between(
-        x, [s["low"] for s in shown], [s["high"] for s in shown], color=colour, alpha=0.15, lw=0
-    )
-    for seed in range(len(curves[0])):
-        axes.plot(x, [values[seed] for values in curves], color=colour, lw=0.6, alpha=0.5)
+def dots(axes: Any, at: float, values: np.ndarray, colour: Any, label: str = "") -> None:
+    """Draws a dot for each seed beside each other, and a line at their mean."""
+    spread = np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(1)
+    axes.plot(at + spread, values, ls="", marker="o", ms=4, color=colour, alpha=0.55, mew=0)
+    axes.plot([at - 0.12, at + 0.12], [values.mean()] * 2, color=colour, lw=2.5, label=label)
 
 
 def legend_below(figure: Any, axes: Any, columns: int) -> None:

@@ -10,7 +10,7 @@ from launch.papers.code_mix.judged import SHARES as OUTCOMES
 from launch.papers.code_mix.sweep import COOLDOWNS, RECIPES
 from launch.papers.code_mix.sweep import SHARES as SMALL_SHARES
 from launch.plots import intervals
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, RED, legend_below, paired, panels
+from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, RED, dots, legend_below, paired, panels
 
 _GROUP_COLOURS = dict(zip(GROUPS, (BLUE, ORANGE, GREEN), strict=True))
 _RECIPE_COLOURS = dict(zip(RECIPES, (GREY, GREEN, BLUE, RED), strict=True))
@@ -53,13 +53,6 @@ def _gaps(axes: Any, results: Results, rows: Sequence[tuple[str, str, str, str]]
     axes.grid(visible=False, axis="y")
 
 
-def _dots(axes: Any, at: float, values: np.ndarray, colour: Any, label: str = "") -> None:
-    """Draws a dot for each seed beside each other, and a line at their mean."""
-    spread = np.linspace(-0.07, 0.07, len(values)) if len(values) > 1 else np.zeros(1)
-    axes.plot(at + spread, values, ls="", marker="o", ms=4, color=colour, alpha=0.55, mew=0)
-    axes.plot([at - 0.12, at + 0.12], [values.mean()] * 2, color=colour, lw=2.5, label=label)
-
-
 def _recipes(results: Results) -> Any:
     if not results.has(*RECIPES):
         return None
@@ -86,7 +79,7 @@ def _phases(results: Results) -> Any:
             for j, (arm, (label, colour)) in enumerate(zip(arms, phases, strict=True)):
                 values = results.values(str(arm), group)
                 if values.size:
-                    _dots(one, i + (j - 1) * 0.28, values, colour, "" if i else label)
+                    dots(one, i + (j - 1) * 0.28, values, colour, "" if i else label)
         names = [
             arm_name(recipe).replace(" → ", "\n→ ").replace(" only", "\nonly") for recipe in RECIPES
         ]

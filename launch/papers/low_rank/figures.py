@@ -17,6 +17,7 @@ from launch.plots.panels import (
     ORANGE,
     PURPLE,
     RED,
+    dots,
     legend_below,
     paired,
     panels,
@@ -67,13 +68,6 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _dots(axes: Any, at: float, values: np.ndarray, colour: str, label: str = "") -> None:
-    """Draws a dot for each seed beside each other, and a line at their mean."""
-    spread = np.linspace(-0.06, 0.06, len(values)) if len(values) > 1 else np.zeros(1)
-    axes.plot(at + spread, values, ls="", marker="o", ms=4, color=colour, alpha=0.55, mew=0)
-    axes.plot([at - 0.1, at + 0.1], [values.mean()] * 2, color=colour, lw=2.5, label=label)
-
-
 def _ranks(results: Results) -> Any:
     if not results.has("dense", *(lm.arm(i, r) for i in lm.INITS for r in lm.RANKS)):
         return None
@@ -81,8 +75,8 @@ def _ranks(results: Results) -> Any:
     for i, rank in enumerate(lm.RANKS):
         for j, (init, (colour, label)) in enumerate(_INIT_STYLE.items()):
             values = results.values(lm.arm(init, rank), "perplexity")
-            _dots(axes, i + 1 + (j - 1) * 0.25, values, colour, "" if i else label)
-    _dots(axes, 0, results.values("dense", "perplexity"), "black", "dense")
+            dots(axes, i + 1 + (j - 1) * 0.25, values, colour, "" if i else label)
+    dots(axes, 0, results.values("dense", "perplexity"), "black", "dense")
     names = ["dense", *(f"rank {rank} of the\nsmaller side" for rank in lm.RANKS)]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("perplexity")

@@ -44,7 +44,7 @@ def _label(effect: Effect) -> str:
 
 
 def _lines(effect: Effect) -> int:
-    return max(1, _label(effect).count("\n") + 1) if len(_label(effect)) > 62 else 1
+    return _label(effect).count("\n") + 1
 
 
 def _panel(axes: Any, one: Claim, effects: Sequence[Effect]) -> None:

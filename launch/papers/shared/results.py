@@ -216,8 +216,3 @@ def named(what: str, missing: Sequence[int], planned: Collection[int]) -> list[s
         return []
     some = f" (seed {', '.join(map(str, missing))})" if len(missing) < len(planned) else ""
     return [what + some]
-
-
-def change(ones: np.ndarray, others: np.ndarray) -> dict[str, float]:
-    """Returns the mean change of paired runs against others in percent, with its interval."""
-    return intervals.over_seeds(100 * (ones - others) / others)

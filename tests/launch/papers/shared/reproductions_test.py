@@ -17,11 +17,9 @@ def test_wilsons_interval_at_known_values():
     assert half["value"] == 0.5 and abs(half["low"] - 0.4038) < 1e-3
 
 
-def test_a_ratio_is_of_sums_and_differences_are_paired():
+def test_a_ratio_is_of_sums():
     assert intervals.ratio([1, 3], [2, 2])["value"] == 1.0
     assert np.isnan(intervals.ratio([0, 0], [0, 0])["value"])
-    same = intervals.difference([1, 0, 1, 1], [1, 0, 1, 1])
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_a_stage_is_measured_once_for_the_same_settings(tmp_path):
