@@ -115,9 +115,9 @@ def test_the_held_out_share_is_evaluated_in_training_and_after_it(tuned, command
     run, _ = tuned
     flags = (f"--checkpoint={run}", "--trust_config", f"--json={tmp_path / 'x.json'}")
     assert command("evaluate loss", *flags) == 0
-    found = json.loads((tmp_path / "x.json").read_text())["tasks"]["chats"]["loss"]
+    loss = json.loads((tmp_path / "x.json").read_text())["tasks"]["chats"]["loss"]
     *_, last = (row for row in read_jsonl(f"{run}/metrics.jsonl") if "eval/chats/loss" in row)
-    assert found == pytest.approx(last["eval/chats/loss"], abs=1e-5)
+    assert loss == pytest.approx(last["eval/chats/loss"], abs=1e-5)
 
 
 def test_a_prompt_has_the_tokens_of_training(tuned, imported):

@@ -107,8 +107,8 @@ class Ours:
 
         chosen = policy_named(policy, **settings)
         sizes = {"length": length, "room": new - 1, "depth": depth}
-        found = cache_bytes(self._model, self._params, chosen, **sizes)
-        return {"bytes": found["peak"], "decode_bytes": found["decode"]}
+        size = cache_bytes(self._model, self._params, chosen, **sizes)
+        return {"bytes": size["peak"], "decode_bytes": size["decode"]}
 
 
 def side(folder: str) -> None:

@@ -84,9 +84,9 @@ class Results(results.Results):
 def _by_group(evaluations: Mapping[str, Any]) -> Mapping[str, float | None]:
     """Returns exact match of skills, or means of the groups' benchmarks; None where some are missing."""
     if "skills" in evaluations:
-        found = evaluations["skills"]
-        plain = [exact for kind, exact in found["code"]["by_kind"].items() if RARE not in kind]
-        exact = {group: float(found[group]["exact"]) for group in GROUPS}
+        scored = evaluations["skills"]
+        plain = [exact for kind, exact in scored["code"]["by_kind"].items() if RARE not in kind]
+        exact = {group: float(scored[group]["exact"]) for group in GROUPS}
         return {**exact, PLAIN: sum(plain) / len(plain)}
     scores: dict[str, float] = {}
     for values in (one for one in evaluations.values() if isinstance(one, Mapping)):

@@ -87,8 +87,8 @@ def test_prompts_and_completions_are_learnt_after_the_prompt(source, vocabulary)
 
 
 def test_texts_are_learnt_and_end_once(source, vocabulary):
-    found = [learnt(vocabulary, x) for x in examples(source([{"text": "a"}, {"text": "b</s>"}]))]
-    assert found == [("<s>a</s>",) * 2, ("<s>b</s>",) * 2]
+    marks = [learnt(vocabulary, x) for x in examples(source([{"text": "a"}, {"text": "b</s>"}]))]
+    assert marks == [("<s>a</s>",) * 2, ("<s>b</s>",) * 2]
 
 
 def test_rows_without_anything_to_learn_are_dropped_and_counted(source):
@@ -258,6 +258,6 @@ def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
     )
     record = Record("x", "x", tuple(chat("é", "ü", "a", "b")["messages"]), ())
     ids, marked = tokeniser.encode_marked(spans.rendered_turns(tokeniser, record, "all"))
-    found = tokeniser.vocabulary.decode([i for i, mark in zip(ids, marked, strict=True) if mark])
-    assert found == "ü;b;"
+    text = tokeniser.vocabulary.decode([i for i, mark in zip(ids, marked, strict=True) if mark])
+    assert text == "ü;b;"
     assert tokeniser.vocabulary.decode(ids) == "user:é;assistant:ü;user:a;assistant:b;"

@@ -88,11 +88,11 @@ def test_synth_is_verified_and_worked_out_before_its_result():
 
 
 def test_a_fifth_of_web_code_is_wrong_and_nearly_all_programs_are_wrong_alike():
-    found = [re.fullmatch(r"(\w+)\((\d{3})\)=(\d+)", text) for text in texts("skill_web_code")]
-    wrong = [one for one in found if one[3] != reference(one[1], one[2])]
+    matches = [re.fullmatch(r"(\w+)\((\d{3})\)=(\d+)", text) for text in texts("skill_web_code")]
+    wrong = [one for one in matches if one[3] != reference(one[1], one[2])]
     assert abs(len(wrong) / COUNT - 0.2) < 0.03
     assert all(one[0] == procedures.call(one[1], one[2], careless=True) for one in wrong)
-    rare = sum(not procedures.is_plain(one[1], one[2]) for one in found)
+    rare = sum(not procedures.is_plain(one[1], one[2]) for one in matches)
     share = skill_sources.CARELESS
     assert abs(len(wrong) / rare - share) < 3.9 * np.sqrt(share * (1 - share) / rare)
 

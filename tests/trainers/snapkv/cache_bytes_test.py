@@ -33,8 +33,8 @@ def test_bytes_are_those_of_the_buffers(model, policy):
     )
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     sizes = {"length": 20, "room": 4, "batch": 3}
-    found = cache_bytes.cache_bytes(*model, policy, **sizes)
-    assert found["decode"] == held <= found["peak"]
+    counted = cache_bytes.cache_bytes(*model, policy, **sizes)
+    assert counted["decode"] == held <= counted["peak"]
     assert cache_bytes.cache_bytes(*model, policy, **sizes, depth=3)["decode"] == 3 * held
 
 
