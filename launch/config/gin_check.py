@@ -21,7 +21,7 @@ from launch.config.gin_reader import (
     nearest,
     required_parameters,
 )
-from launch.config.gin_source import Macro, Problem, scoped
+from launch.config.gin_source import Macro, Place, Problem, scoped
 from launch.config.gin_values import mismatch
 
 
@@ -76,7 +76,7 @@ def check(
     if endless := list(_endless_macros(checked)):  # others cannot be known
         problems += endless
         return checked
-    problems += mistyped(checked)
+    problems += (wrong_types := list(mistyped(checked)))
     problems += (conflicts := gin_methods.conflicts(checked))
     if fragment:
         return checked
@@ -85,7 +85,7 @@ def check(
     problems += _unread_macros(checked, default_files, command_line_only=part)
     problems += _unused_scopes(checked, command_line_only=part)
     if reach is not None:
-        problems += _missing_arguments(checked, reach)
+        problems += _missing_arguments(checked, reach, {problem.place for problem in wrong_types})
         problems += _passed_by_caller(checked, reach)
         if not part:
             if not conflicts:
@@ -167,14 +167,22 @@ def mistyped(checked: Checked) -> Iterator[Problem]:
             yield Problem(final.place, f"'{target}.{argument}' {message}")
 
 
-def _missing_arguments(checked: Checked, reach: Reach) -> Iterator[Problem]:
-    """Yields calls by gin without a required argument in the scope of the call."""
+def _missing_arguments(
+    checked: Checked, reach: Reach, reported_places: Container[Place]
+) -> Iterator[Problem]:
+    """Yields calls by gin without a required argument in the scope of the call.
+
+    Args:
+      checked: the configuration.
+      reach: what gin calls in it.
+      reported_places: a call at one of these is a mistake itself, such as `@f()` where `@f` is meant.
+    """
     reported = set()
     for name, ways in reach.ways.items():
         target = checked.targets[name].value
         for way in ways:
             key = (id(target), way.scope)
-            if not way.evaluated or key in reported:
+            if not way.evaluated or key in reported or way.place in reported_places:
                 continue
             bound = {*reach.bound(name, way.scope), *way.passed}
             missing = [p for p in required_parameters(target) if p not in bound]

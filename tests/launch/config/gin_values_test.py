@@ -102,6 +102,11 @@ def test_a_value_out_of_range_or_of_another_kind_is_a_problem(binding, problem):
     assert problem in load_error(binding)
 
 
+def test_a_function_that_is_called_by_mistake_is_one_problem():
+    error = load_error("OPTIMIZER=@optimizers.adamw()")
+    assert "learning_rate" not in error
+
+
 def test_a_problem_of_a_macro_names_its_place():
     assert "--gin.LEARNING_RATE=-1: 'trainers.optim.schedules.cosine.peak'" in load_error(
         "LEARNING_RATE=-1"
