@@ -239,9 +239,11 @@ def _writers(seed: int) -> Iterator[Case]:
 
 def _second(stopped: bool, bench: Bench) -> None:
     run, second_ended = bench.folder / "run", bench.folder / "second_ended"
+    standing = bench.folder / "standing"
 
     def wait() -> None:
         """Stands still in the middle of the work until the second process has ended."""
+        standing.touch()
         if stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
         while not second_ended.exists():
@@ -253,7 +255,7 @@ def _second(stopped: bool, bench: Bench) -> None:
         before=lambda: _at_call(_STAGES["waiting for data"][0], 5, wait),
     )
     end = time.monotonic() + 600
-    while program.good_step(run) == 0 and first.poll() is None and time.monotonic() < end:
+    while not standing.exists() and first.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     try:
         program.train(bench, run).refused(str(run))
