@@ -49,7 +49,7 @@ class BatchIterator(Iterator[Batch]):
         if state["fingerprint"] != self._stream.fingerprint:
             raise ValueError(
                 "The state belongs to another stream: its data, batch size, row length, seed or shares differ, so the "
-                "batches would not continue. Make the stream with the settings of then, or iterate from step 0."
+                "batches would not continue. Make the stream with the same settings as before, or iterate from step 0."
             )
         self.step = state["step"]
 

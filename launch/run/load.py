@@ -202,7 +202,9 @@ class Run:
             policy=policy,
             batch_size=batch_size,
         )
-        # The command prints its speed after the last answer.
+        # All but the last line of the command, which prints its speed.
+        with contextlib.closing(answers):
+            wanted = list(itertools.islice(answers, num_samples * len(prompts)))
         return [
             Generation(
                 text=answer.get("text"),
@@ -210,7 +212,7 @@ class Run:
                 logprobs=answer["logprobs"],
                 ended=answer["ended"],
             )
-            for answer in itertools.islice(answers, num_samples * len(prompts))
+            for answer in wanted
         ]
 
     def _row(self, prompt: Prompt) -> dict[str, Any]:
