@@ -219,7 +219,7 @@ class Run:
         """Returns a prompt as a row of a file, whose tokens have no start token."""
         if isinstance(prompt, str):
             return {"text": prompt}
-        parts = list(prompt)
+        parts: list[Any] = list(prompt)
         if parts and isinstance(parts[0], Mapping):
             return {"messages": parts}
         tokens = [int(token) for token in parts]
