@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step. Every schedule here is pure; all arguments but the peak are keywords.
+"""Learning rates as functions of the step. Every schedule here is pure; where one is expected, a number is a constant one.
 
 Steps count optimiser updates from 0; update s uses the value at step s. In schedules with total_steps, warmup_steps =
 None is 1 % of the updates. total_steps = None is the length of the run, computed once its data are open (TRAIN_TOKENS).
