@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+PACKAGES = ("model", "trainers", "data", "launch")
 
 # Minimum versions only. An upper bound needs a reason beside it.
 CORE = [
@@ -84,6 +85,7 @@ EXTRAS = {
         "pre-commit>=4",
         "detect-secrets>=1.5",
         "psutil>=6",
+        "pyyaml>=6",
         *TEXT,
         *EVAL,
         *VISION,
@@ -101,14 +103,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(
-        include=[
-            f"{name}{suffix}"
-            for name in ("model", "trainers", "data", "launch")
-            for suffix in ("", ".*")
-        ]
+        include=[f"{name}{suffix}" for name in PACKAGES for suffix in ("", ".*")]
     ),
     install_requires=CORE,
     package_data={
+        **{name: ["py.typed"] for name in PACKAGES},
         "launch.papers.code_mix": ["harness_tasks/*.yaml"],
         "launch.reliability": ["shim.c"],
     },

@@ -182,7 +182,7 @@ class FileSource(DataSource, abc.ABC):
 def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
     """Returns all files that match, sorted, without duplicates and directories."""
     paths: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
         full = os.path.abspath(os.path.join(_expanded(data_root or ""), _expanded(pattern)))
         matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
         if not matches:
@@ -198,7 +198,7 @@ def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None)
     return tuple(sorted(paths))
 
 
-def _expanded(path: str) -> str:
+def _expanded(path: str | os.PathLike) -> str:
     return os.path.expandvars(os.path.expanduser(path))
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import cache_dir as directories
+from data.stream import batches
 
 FOLDER = "reference_log_probs"
 ABOUT = "about.json"
@@ -185,7 +186,7 @@ class ReferenceStore:
 _OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
 
 
-class StoredStream(abc.ABC):
+class StoredStream(batches.Iterable, abc.ABC):
     """A stream with additional columns that are read from a store.
 
     All other attributes are those of the wrapped stream.

@@ -54,6 +54,10 @@ class PromptStream(Stream):
         self.updates = updates
         super().__init__(sources, phases, **settings)
 
+    @property
+    def num_steps(self) -> int | None:
+        return None if self._end is None else self._end * self.updates
+
     def epochs(self, step: int) -> dict[str, float]:
         return super().epochs(-(-step // self.updates))
 

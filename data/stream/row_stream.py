@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.cache import store
-from data.stream import order, rows
+from data.stream import batches, order, rows
 
 # Part of every fingerprint: raise it when the same settings produce different batches.
 _VERSION = 1
 
 
-class RowStream(abc.ABC):
+class RowStream(batches.Iterable, abc.ABC):
     """Turns rows of sources into batches; the base class of both streams."""
 
     def __init__(

@@ -85,6 +85,11 @@ class Stream(RowStream):
             seed=seed, phases=phases, interleaving=interleaving, **settings
         )
 
+    @property
+    def num_steps(self) -> int | None:
+        """The batches before all sources reach their caps (on_cap='redistribute'); None for an endless stream."""
+        return self._end
+
     def epochs(self, step: int) -> dict[str, float]:
         """Returns {source: epochs read before `step`}, including reading before step 0."""
         used = self._schedule.used(step).tolist()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.cache import store
-from data.stream import order
+from data.stream import batches, order
 from data.vision.image_sets import ImageSet
 from model.ranges import Finite, Positive, Seed, Size
 
@@ -25,7 +25,7 @@ _VERSION = 1  # raise it when the same settings give other batches
 _PART = 16  # least number of images per thread
 
 
-class _Images(abc.ABC):
+class _Images(batches.Iterable, abc.ABC):
     """Base class of both streams: reads rows of a set and makes batches."""
 
     length = 1  # an image is one unit

@@ -59,7 +59,8 @@ class LoadedRun:
         if self.vocabulary_or_none is None:
             raise LoadError(
                 "The run's configuration sets no VOCABULARY: give tokens in place of texts, or "
-                "--gin.VOCABULARY='@vocabularies.byte()' or another in data/tokenizers/vocabularies.py."
+                "--gin.VOCABULARY='@vocabularies.byte()' (in Python: vocabulary=vocabularies.byte()) or another in "
+                "data/tokenizers/vocabularies.py."
             )
         return self.vocabulary_or_none
 

@@ -215,11 +215,8 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     return "; ".join(part for part in (missing, differs) if part) or None
 
 
-def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
-    """Returns the path of a gin file that sets VOCABULARY to the run directory's copy, or no path.
-
-    It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends.
-    No path is returned if the copy is not intact, or if the checkpoint was trained with another vocabulary.
+def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> bool:
+    """Returns whether a run's directory has the intact vocabulary of a checkpoint; warns if it should have.
 
     Args:
       folder: a run's directory.
@@ -228,6 +225,17 @@ def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[
     digest = _intact_digest(folder)
     if digest is None or digest != (_trained_digest(checkpoint) or digest):
         _warn_of_damage(folder, digest)
+        return False
+    return True
+
+
+def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
+    """Returns the path of a gin file that sets VOCABULARY to the run directory's copy, or no path.
+
+    It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends.
+    No path is returned unless the copy `is_usable`.
+    """
+    if not is_usable(folder, checkpoint):
         return []
     handle, path = tempfile.mkstemp(prefix="vocabulary_", suffix=".gin")
     with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step. Every schedule here is keyword-only and pure.
+"""Learning rates as functions of the step. Every schedule here is pure; where one is expected, a number is a constant one.
 
 Steps count optimiser updates from 0; update s uses the value at step s. In schedules with total_steps, warmup_steps =
 None is 1 % of the updates. total_steps = None is the length of the run, computed once its data are open (TRAIN_TOKENS).
@@ -90,14 +90,14 @@ def _warmup(name: str, total_steps: int, warmup_steps: int | None) -> int:
     return warmup_steps
 
 
-def constant(*, peak: NonNegative, warmup_steps: Count = 0) -> Schedule:
+def constant(peak: NonNegative, *, warmup_steps: Count = 0) -> Schedule:
     """Warm-up, then constant at `peak`."""
     return _with_warmup(optax.constant_schedule(peak), peak, warmup_steps)
 
 
 def linear(
-    *,
     peak: NonNegative | None,
+    *,
     total_steps: Size | None,
     warmup_steps: Count | None = 0,
     final: NonNegative = 0.0,
@@ -118,8 +118,8 @@ def linear(
 
 
 def cosine(
-    *,
     peak: NonNegative,
+    *,
     total_steps: Size | None,
     warmup_steps: Count | None = 0,
     final_fraction: Fraction = 0.1,
@@ -135,8 +135,8 @@ def cosine(
 
 
 def stepwise(
-    *,
     peak: NonNegative,
+    *,
     total_steps: Size | None,
     at: Sequence[Fraction] = (0.3, 0.6, 0.8),
     factor: NonNegative = 0.2,
@@ -157,7 +157,7 @@ def stepwise(
     return _with_warmup(lambda step: falling(step + warmup_steps), peak, warmup_steps)
 
 
-def rsqrt(*, peak: NonNegative, warmup_steps: Count) -> Schedule:
+def rsqrt(peak: NonNegative, *, warmup_steps: Count) -> Schedule:
     """peak * sqrt(warmup / max(step, warmup)), with a linear warm-up (T5 without its flat start)."""
     if warmup_steps < 1:
         raise ValueError("rsqrt: warmup_steps must be at least 1; it sets the decay's time scale.")
@@ -169,8 +169,8 @@ def rsqrt(*, peak: NonNegative, warmup_steps: Count) -> Schedule:
 
 
 def wsd(
-    *,
     peak: NonNegative,
+    *,
     total_steps: Size | None,
     decay_steps: Size,
     warmup_steps: Count | None = 0,

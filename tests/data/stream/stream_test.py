@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -75,6 +76,32 @@ def test_batches_do_not_depend_on_the_number_of_hosts(make, hosts):
         parts = [mine.batch(step, h * share, (h + 1) * share) for h in reversed(range(hosts))]
         joined = {f: np.concatenate([part[f] for part in parts[::-1]]) for f in parts[0]}
         assert_equal(joined, whole.batch(step, 0, 16))
+
+
+def test_iterating_gives_the_batches_in_order_and_a_state_to_continue_at(make):
+    stream = make()
+    batches = iter(stream)
+    for step in range(3):
+        assert_equal(next(batches), stream.batch(step, 0, 16))
+    state = json.loads(json.dumps(batches.get_state()))
+    after = iter(make())  # as in another process
+    after.set_state(state)
+    assert after.step == 3
+    assert_equal(next(after), next(batches))
+    assert_equal(next(iter(stream)), stream[0])  # each iteration begins at step 0
+    with pytest.raises(ValueError, match="belongs to another stream"):
+        iter(make(seed=1)).set_state(state)
+
+
+def test_iterating_ends_where_a_stream_ends(make, caches):
+    source = rows.plan_source("a", caches["a"], {"targets": 64})
+    split = EvalStream(source, batch_size=16)
+    batches = list(split)
+    assert len(batches) == split.num_steps > 1
+    assert_equal(batches[-1], split[split.num_steps - 1])
+    capped = make(((0, {"a": 1.0}),), max_epochs=2, on_cap="redistribute")
+    assert len(list(capped)) == capped.num_steps
+    assert make().num_steps is None
 
 
 def test_seeking_equals_iterating(make):

@@ -19,6 +19,12 @@ def test_cosine_peaks_after_warmup_and_never_rises_again():
     assert float(lr(1325 + (10_000 - 1325) / 2)) == pytest.approx(halfway, rel=1e-4)
 
 
+def test_the_peak_may_come_first():
+    assert float(schedules.constant(1e-3)(7)) == pytest.approx(1e-3)
+    by_name = schedules.cosine(peak=0.1, total_steps=10)
+    assert float(schedules.cosine(0.1, total_steps=10)(3)) == float(by_name(3))
+
+
 def test_cooldown_starts_where_the_run_stopped_and_ends_at_its_floor():
     before = schedules.cosine(peak=1e-3, total_steps=1000, warmup_steps=10)
     lr = schedules.cooldown(before=before, start_step=400, steps=100)

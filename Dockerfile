@@ -1,0 +1,23 @@
+# The locked environment: Python 3.11 with the versions in constraints/py311.txt, as `make venv` installs them.
+#   docker build -t espalier . && docker run --rm -it espalier
+# For NVIDIA GPUs: docker build --build-arg EXTRA=cuda -t espalier . && docker run --rm -it --gpus=all espalier
+FROM python:3.11-slim-bookworm
+
+# git: runs record their commit. gcc: `launch.faults` compiles a library.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc git libc6-dev make \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /espalier
+# Only what the environment depends on, so that a change of code does not install it again.
+COPY Makefile README.md pyproject.toml setup.py ./
+COPY constraints constraints
+RUN make venv
+
+ARG EXTRA=
+RUN [ -z "$EXTRA" ] || .venv/bin/pip install -q -c constraints/py311.txt \
+    --config-settings editable_mode=compat -e ".[$EXTRA]"
+
+COPY . .
+ENV PATH=/espalier/.venv/bin:$PATH
+CMD ["python", "-m", "launch.quickstart"]

@@ -1,0 +1,333 @@
+"""A trained model in Python: `from launch.run.load import load`, then `load("RUN")`; see docs/python.md.
+
+Nothing that the author of a run wrote is executed, and gin is not used: several runs can be loaded in one process.
+Shapes: B rows, T tokens, V rows of the model's table.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from launch import environment
+
+if TYPE_CHECKING:  # modules of `model` are imported once it is known which package that is
+    import jax
+    import numpy.typing as npt
+
+    from launch.run.loaded_run import LoadedRun
+    from model.kv_cache.base import CachePolicy
+
+# A text, its tokens, or a conversation such as [{"role": "user", "content": "Hello"}].
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One continuation of a prompt.
+
+    Attributes:
+      text: its text; None for a run without a vocabulary.
+      tokens: its token ids, including the EOS.
+      logprobs: the model's log-probability of each token, in nats.
+      ended: why it ended: 'eos', 'stop' (one of the stop texts) or 'length'.
+    """
+
+    text: str | None
+    tokens: list[int]
+    logprobs: list[float]
+    ended: Literal["eos", "stop", "length"]
+
+
+class Run:
+    """A language model with its parameters and vocabulary.
+
+    Args:
+      model: a linen module, such as model.transformer.Transformer.
+      params: its parameters.
+      vocabulary: a SeqIO vocabulary (data/tokenizers/vocabularies.py); None for a model that reads tokens only.
+      start_token: the token before every document of the training data (0 by default there), or None.
+      add_bos: whether texts begin with the vocabulary's BOS.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        params: Any,
+        vocabulary: Any = None,
+        start_token: int | None = 0,
+        add_bos: bool = False,
+    ):
+        from launch.run.load_run import RunConfig
+        from launch.run.loaded_run import LoadedRun
+
+        config = RunConfig(
+            model=model.inference_model,
+            vocabulary=lambda: vocabulary,
+            start_token=start_token,
+            add_bos=add_bos,
+        )
+        self._loaded: LoadedRun = LoadedRun(
+            config=config,
+            params=model.inference_params(params),
+            meta={},
+            row_sharding=None,
+            row_shards=1,
+        )
+        self._gin: str | None = None
+
+    @classmethod
+    def _of(cls, loaded: "LoadedRun", gin: str | None) -> "Run":
+        """Returns a loaded run; `gin` is the recorded text of its model, if that is the model."""
+        run = cls.__new__(cls)
+        run._loaded, run._gin = loaded, gin
+        return run
+
+    def with_params(self, params: Any) -> "Run":
+        """Returns this run with other parameters of the same model, such as further trained ones."""
+        loaded = self._loaded
+        config = dataclasses.replace(loaded.config, mesh=None)  # they may be on another mesh
+        parts = {"config": config, "params": params, "row_sharding": None, "row_shards": 1}
+        return Run._of(dataclasses.replace(loaded, **parts), self._gin)
+
+    @property
+    def model(self) -> Any:
+        """The linen module: `run.model.apply({"params": run.params}, tokens_BT)` returns logits."""
+        return self._loaded.model
+
+    @property
+    def params(self) -> Any:
+        """The parameters as nested dicts of arrays."""
+        return self._loaded.params
+
+    @property
+    def vocabulary(self) -> Any:
+        """The SeqIO vocabulary; raises LoadError without one, or for another than the model was trained with."""
+        return self._loaded.vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens that the model reads of a text: with the document's start token and BOS, if it has them."""
+        return self._loaded.context(self._loaded.tokens({"text": text}, "encode"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, also of those after an EOS."""
+        from launch.inference.generate import decoder_of
+
+        return decoder_of(self.vocabulary)([int(token) for token in tokens])
+
+    def logits(self, tokens_BT: "npt.ArrayLike") -> "jax.Array":
+        """Returns float32 logits [B, T, V] of tokens [B, T]; those at position t are of the token after it.
+
+        Ids from `vocabulary.vocab_size` on are padding of the model's table. Each new shape is compiled once.
+
+        Raises:
+          ValueError: the rows have different lengths, or `tokens_BT` is one row.
+        """
+        import numpy as np
+
+        tokens_BT = np.asarray(tokens_BT, np.int32)
+        if tokens_BT.ndim != 2:
+            raise ValueError(
+                f"logits: tokens have shape {list(tokens_BT.shape)}, not [rows, tokens]: for one row, run.logits([tokens])."
+            )
+        rows = len(tokens_BT)
+        padding = self._loaded.batch_size(max(rows, 1), rows) - rows  # the mesh divides the rows
+        with self._mesh():
+            return self._apply(self.params, np.pad(tokens_BT, ((0, padding), (0, 0))))[:rows]
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        import jax
+
+        return jax.jit(lambda params, tokens_BT: self.model.apply({"params": params}, tokens_BT))
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        num_samples: int = 1,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        batch_size: int = 8,
+        policy: "CachePolicy | None" = None,
+    ) -> list[Generation]:
+        """Returns continuations in the order of the prompts, as `launch.generate` makes them.
+
+        Args:
+          prompts: a text, or a list of texts, of lists of tokens as `encode` returns them, and of conversations, which the
+            model's chat template renders.
+          max_new_tokens: length limit in tokens.
+          temperature, top_k, top_p, min_p, repetition_penalty: see trainers.decoding.settings.Sampling; 0 is greedy.
+          num_samples: continuations of each prompt, which are adjacent in the result.
+          stop: texts that end a continuation.
+          seed: seed of sampling; a continuation depends only on it, the prompt's index and the sample's index.
+          batch_size: prompts at a time.
+          policy: policy of the key/value caches (model/kv_cache); None caches all tokens.
+
+        Raises:
+          LoadError: a prompt that the model cannot read, or stop texts without a vocabulary.
+          ValueError: settings out of range.
+        """
+        from launch.inference import generate
+        from trainers.decoding.settings import Sampling, Settings
+
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        answers = generate.generate(
+            _InMemory(self),
+            [(f"prompt {i}", self._row(prompt)) for i, prompt in enumerate(prompts)],
+            checkpoint="",
+            settings=Settings(
+                max_new_tokens=max_new_tokens, sampling=sampling, num_samples=num_samples
+            ),
+            stops=[stop] if isinstance(stop, str) else stop,
+            seed=seed,
+            policy=policy,
+            batch_size=batch_size,
+        )
+        # All but the last line of the command, which prints its speed.
+        with contextlib.closing(answers):
+            wanted = list(itertools.islice(answers, num_samples * len(prompts)))
+        return [
+            Generation(
+                text=answer.get("text"),
+                tokens=answer["tokens"],
+                logprobs=answer["logprobs"],
+                ended=answer["ended"],
+            )
+            for answer in wanted
+        ]
+
+    def _row(self, prompt: Prompt) -> dict[str, Any]:
+        """Returns a prompt as a row of a file, whose tokens have no start token."""
+        if isinstance(prompt, str):
+            return {"text": prompt}
+        parts: list[Any] = list(prompt)
+        if parts and isinstance(parts[0], Mapping):
+            return {"messages": parts}
+        tokens = [int(token) for token in parts]
+        start = self._loaded.context([])
+        return {"tokens": tokens[len(start) :] if tokens[: len(start)] == start else tokens}
+
+    def save(self, directory: str | os.PathLike, *, step: int = 0) -> None:
+        """Writes a run directory that `load` and every command with --checkpoint read.
+
+        Args:
+          directory: may exist, for example with metrics.jsonl, but has no checkpoints yet.
+          step: updates of the parameters.
+
+        Raises:
+          FileExistsError: the directory already has a run.
+          UnwritableModelError: a setting of the model is a function or object that cannot be imported.
+        """
+        from data.stream import rows
+        from launch.config import gin_writer, model_file
+        from launch.run import model_record, run_vocabulary
+        from trainers.checkpoints import step_dir
+        from trainers.checkpoints.checkpoint import Checkpointer
+
+        folder = pathlib.Path(directory)
+        for name in (model_file.NAME, model_record.CONFIG, step_dir.CHECKPOINTS):
+            if (folder / name).exists():
+                raise FileExistsError(
+                    f"{folder} already has a run ({name}): give another directory, or remove it first."
+                )
+        # Raises before anything is written.
+        config = self._gin or gin_writer.write(self.model)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / model_record.CONFIG).write_text(config, encoding="utf-8")
+        model_record.write(folder)
+        loaded = self._loaded
+        start = loaded.config.start_token
+        meta = {**loaded.meta, "add_bos": loaded.add_bos}
+        meta["start_token"] = meta.get("start_token", 0) if start == "auto" else start
+        if (vocabulary := loaded.vocabulary_or_none) is not None:
+            run_vocabulary.save(folder, vocabulary)
+            meta["vocabulary"] = rows.vocabulary_digest(vocabulary)
+        with Checkpointer(folder / step_dir.CHECKPOINTS) as checkpointer:
+            checkpointer.save(step, {"params": self.params}, meta=meta)
+
+    @contextlib.contextmanager
+    def _mesh(self) -> Iterator[None]:
+        """Enters the mesh that the parameters were loaded on; parameters of the user's own have their own shardings."""
+        from trainers import partitioning
+
+        config = self._loaded.config
+        if config.mesh is None:
+            yield
+            return
+        mesh = partitioning.make_mesh(shape=config.mesh)
+        with partitioning.use_mesh(mesh, partitioning.rules_named(config.rules)):
+            yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _InMemory:
+    """Stands for a `RunConfig` in `generate`, which loads a run by it."""
+
+    run: Run
+
+    @contextlib.contextmanager
+    def load(self, checkpoint: str, *, params: str) -> Iterator["LoadedRun"]:
+        del checkpoint, params
+        with self.run._mesh():
+            yield self.run._loaded
+
+
+def load(
+    checkpoint: str | os.PathLike,
+    *,
+    params: Literal["auto", "raw", "ema"] = "auto",
+    vocabulary: Any = None,
+    mesh: Mapping[str, int] | None = None,
+) -> Run:
+    """Loads a run: of `launch.train`, of `launch.convert`, or written by `Run.save`. Its parameters are verified.
+
+    Args:
+      checkpoint: run directory (its newest good step) or step directory.
+      params: the trained parameters (raw), their moving average (ema), or the average where there is one (auto).
+      vocabulary: a SeqIO vocabulary in place of the run's own, for example if the directory has none.
+      mesh: mesh shape by axis name, such as {"fsdp": 4, "tensor": 2}; None splits the parameters over all devices.
+
+    Raises:
+      LoadError: the checkpoint is not of a language model.
+      ValueError: the run has no model.json, or is damaged.
+      FileNotFoundError: there is no checkpoint.
+      RootError: a file or folder of yours, such as model.py, hides a package of this project.
+    """
+    environment.check_packages()
+    from launch.config import model_file
+    from launch.run import load_run, run_model, run_vocabulary
+    from trainers.checkpoints import step_dir
+
+    path = os.fspath(checkpoint)
+    step_dir.resolve(path)  # a missing checkpoint is an error that says so
+    model = run_model.model(run=path, macro="checkpoint")
+    record = load_run.file_of_run(step_dir.resolve(path), model_file.NAME)
+    assert record is not None  # the model is described in it
+    folder = os.path.dirname(record)
+    if vocabulary is None and run_vocabulary.is_usable(folder, path):
+        read = functools.partial(run_vocabulary.load, folder=folder)
+    else:
+        read = functools.partial(lambda value: value, vocabulary)
+    config = load_run.RunConfig(model=model, vocabulary=read, mesh=mesh or {"fsdp": -1})
+    with config.load(path, params=params) as loaded:
+        is_whole = loaded.model is model  # of an actor-critic, the actor is loaded
+        return Run._of(loaded, model_file.read(record).gin() if is_whole else None)

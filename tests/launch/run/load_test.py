@@ -1,0 +1,111 @@
+"""A run in Python: logits, generation, several runs in one process, and a model of one's own as a run."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.tokenizers import vocabularies
+from launch.run.load import Run, load
+from launch.run.loaded_run import LoadError
+from model.config import TransformerConfig
+from model.transformer import Transformer
+
+SIZES = {"vocab_size": 264, "num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def run(trained_run):
+    return load(trained_run.path)
+
+
+@pytest.fixture(scope="module")
+def own():
+    """A model that was built without gin, and is not in a directory."""
+    model = Transformer(config=TransformerConfig(**SIZES))
+    variables = nn.meta.unbox(model.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, variables["params"])
+    return Run(model=model, params=params, vocabulary=vocabularies.byte())
+
+
+def test_logits_are_those_of_the_model_on_any_number_of_rows(run, trained_run):
+    tokens_BT = np.array([run.encode("import os"), run.encode("def f(x):")])
+    assert tokens_BT[0, 0] == 0 and run.decode(tokens_BT[0, 1:]) == "import os"
+    want = {
+        name: trained_run.model.apply({"params": params}, jnp.asarray(tokens_BT))
+        for name, params in trained_run.params.items()
+    }
+    np.testing.assert_allclose(run.logits(tokens_BT), want["ema"], atol=1e-5)  # "auto"
+    raw = load(trained_run.path, params="raw")
+    np.testing.assert_allclose(raw.logits(tokens_BT[:1]), want["raw"][:1], atol=1e-5)
+
+
+def test_generation_chooses_by_these_logits(run):
+    prompt = run.encode("import ")
+    (chosen,) = run.generate([prompt], max_new_tokens=3)
+    tokens = list(prompt)
+    for token, logprob in zip(chosen.tokens, chosen.logprobs, strict=True):
+        logp_V = jax.nn.log_softmax(run.logits([tokens])[0, -1])
+        assert token == int(logp_V[: run.vocabulary.vocab_size].argmax())
+        np.testing.assert_allclose(logprob, logp_V[token], atol=1e-4)
+        tokens.append(token)
+    assert chosen.ended == "length" and chosen.text == run.decode(chosen.tokens)
+    (without_start,) = run.generate([prompt[1:]], max_new_tokens=3)
+    assert without_start == chosen
+
+
+def test_samples_depend_on_the_seed_alone(run):
+    settings = {"max_new_tokens": 4, "temperature": 1.0, "num_samples": 2, "stop": "\n"}
+    samples = run.generate(["import ", "x"], seed=3, **settings)
+    assert len(samples) == 4 and samples[0] != samples[1]
+    assert run.generate("import ", seed=3, **settings) == samples[:2]
+    assert run.generate("import ", seed=4, **settings) != samples[:2]
+
+
+def test_runs_in_one_process_do_not_mix(run, own, tmp_path, trained_run):
+    """A model is traced when it is first used, which may be after another was loaded."""
+    own.save(tmp_path / "own")
+    first, second = load(trained_run.path), load(tmp_path / "own")
+    tokens = [run.encode("import os")]
+    np.testing.assert_array_equal(first.logits(tokens), run.logits(tokens))
+    np.testing.assert_array_equal(second.logits(tokens), own.logits(tokens))
+    assert first.vocabulary.vocab_size == run.vocabulary.vocab_size
+
+
+def test_a_saved_run_is_read_by_load_and_by_commands(own, command, tmp_path):
+    folder = tmp_path / "own"
+    own.save(folder, step=7)
+    tokens = [own.encode("import os")]
+    np.testing.assert_array_equal(load(folder).logits(tokens), own.logits(tokens))
+    (tmp_path / "x.jsonl").write_text('{"text": "import os"}\n')
+    files = [f"--inputs={tmp_path}/x.jsonl", f"--output={tmp_path}/y.jsonl"]
+    assert command("score", f"--checkpoint={folder}/checkpoints/7", *files) == 0
+    scored = json.loads((tmp_path / "y.jsonl").read_text())["logprobs"]
+    logp_TV = jax.nn.log_softmax(own.logits(tokens)[0])
+    want = [float(logp_TV[t, token]) for t, token in enumerate(tokens[0][1:])]
+    np.testing.assert_allclose(scored, want, atol=1e-4)
+    with pytest.raises(FileExistsError, match="already has a run"):
+        own.save(folder)
+
+
+def test_a_loaded_run_is_saved_with_other_parameters(run, trained_run, tmp_path):
+    run.with_params(trained_run.params["raw"]).save(tmp_path / "raw")
+    tokens = [run.encode("import os")]
+    raw = load(trained_run.path, params="raw")
+    np.testing.assert_allclose(load(tmp_path / "raw").logits(tokens), raw.logits(tokens), atol=1e-5)
+
+
+def test_what_cannot_be_used_is_named(run, own, trained_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"run\.logits\(\[tokens\]\)"):
+        run.logits(run.encode("import os"))
+    with pytest.raises(LoadError, match="no chat template"):
+        run.generate([[{"role": "user", "content": "Hello"}]])
+    with pytest.raises(LoadError, match=r"vocabulary=vocabularies\.byte\(\)"):
+        Run(model=own.model, params=own.params).encode("x")
+    with pytest.raises(LoadError, match="another vocabulary"):
+        load(trained_run.path, vocabulary=vocabularies.byte(extra_ids=2)).encode("x")

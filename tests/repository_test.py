@@ -1,0 +1,89 @@
+"""The files that tools and visitors look for at the root, and what they refer to."""
+
+import os
+import pathlib
+import re
+import runpy
+from unittest import mock
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def packaging(monkeypatch):
+    """The arguments of setup.py."""
+    monkeypatch.chdir(ROOT)
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path("setup.py")
+    return setup.call_args.kwargs
+
+
+def test_types_of_each_package_are_shipped(packaging):
+    for package in {name.partition(".")[0] for name in packaging["packages"]}:
+        assert (ROOT / package / "py.typed").is_file()
+        assert "py.typed" in packaging["package_data"][package]
+
+
+def test_the_citation_is_valid_and_of_this_version(packaging):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {
+        "cff-version",
+        "message",
+        "title",
+        "authors",
+    } <= citation.keys()  # required by the format
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert citation["authors"] == [{"name": "Espalier developers"}]
+    assert citation["version"] == packaging["version"]
+    assert citation["license"] == packaging["license"]
+
+
+def test_hosted_ci_runs_the_script_of_the_repository():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert {"push", "pull_request"} <= workflow[True].keys()  # YAML 1.1 reads `on` as true
+    (job,) = workflow["jobs"].values()
+    uses = {step["uses"].partition("@")[0]: step for step in job["steps"] if "uses" in step}
+    assert list(uses) == ["actions/checkout", "actions/setup-python"]
+    python = uses["actions/setup-python"]["with"]
+    assert python["cache"] == "pip"
+    for version in python["python-version"].split():
+        assert (ROOT / f"constraints/py{version.replace('.', '')}.txt").is_file()
+    for pattern in python["cache-dependency-path"].split():
+        assert list(ROOT.glob(pattern))
+    assert job["steps"][-1]["run"] == ".ci/run"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_container_installs_the_locked_environment():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    version = re.search(r"^FROM python:(\d)\.(\d+)-", dockerfile, re.MULTILINE)
+    assert (ROOT / f"constraints/py{version[1]}{version[2]}.txt").is_file()
+    copied = re.search(r"^COPY (.*) \./$", dockerfile, re.MULTILINE)[1].split()
+    before = dockerfile[: dockerfile.index("RUN make venv")]
+    assert "COPY constraints constraints" in before and " ".join(copied) in before
+    read = {"Makefile", "README.md", "pyproject.toml", "setup.py"}  # by `make venv` and setup.py
+    assert set(copied) == read and all((ROOT / name).is_file() for name in read)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "PAPERS.md",
+        *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+    ],
+)
+def test_links_of_pages_lead_to_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    folder = (ROOT / page).parent
+    lost = [x for x in links if not re.match("[a-z]+:", x) and not (folder / x).exists()]
+    assert lost == []
+
+
+def test_contributing_leads_to_the_steps_of_a_method():
+    assert "docs/add_a_method.md" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
