@@ -228,7 +228,8 @@ def print_tables(runs: Sequence[Run]) -> None:
         bits = ", bits per byte" if _has_bits(group) else ""
         name, unit = group[0].kind
         of = f", {name}" if name and len(groups) > 1 else ""
-        shown = Table(title=escape(f"held out{of}: {unit or 'loss'}{bits}"))
+        title = f"held out{of}: {unit or 'loss'}{bits}"
+        shown = Table(title=escape(title), min_width=len(title) + 2)
         rows = [[row[0], *_bold_best([escape(cell) for cell in row[1:]])] for row in rows]
         if len(header) > max(5, len(rows)):  # many arms are easier to read below each other
             header, *rows = map(list, zip(header, *rows, strict=True))

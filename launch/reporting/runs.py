@@ -13,7 +13,12 @@ from launch.run import metric_rows, objective
 from launch.sweeping.results import read_results
 
 # Held-out metric that only losses of one unit have -> that unit, for runs whose objective is unknown.
-_UNITS = {"perplexity": "nats per token", "images": "nats per image", "pairs": "per pair"}
+_UNITS = {
+    "perplexity": "nats per token",
+    "bits_per_byte": "nats per token",
+    "images": "nats per image",
+    "pairs": "per pair",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,7 @@ def test_runs_of_different_objectives_have_their_own_units_and_axes(tmp_path, ca
     ]
     assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
     tables = capsys.readouterr().out
+    assert "held out: nats per token, bits per byte" in tables
     assert "held out, preference (dpo): per pair" in tables
     assert "held out, classification: nats per image" in tables
     text = (tmp_path / "out" / "report.html").read_text()
@@ -126,7 +127,7 @@ def test_a_sweep_without_finished_runs_is_one_clear_error_and_leaves_nothing(tmp
     assert report.main(["--sweep", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "is finished yet" in capsys.readouterr().err
     assert report.main(["--sweep", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
-    assert "results.jsonl does not exist" in capsys.readouterr().err
+    assert "no does not exist: give the folder (--out) of a sweep" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
