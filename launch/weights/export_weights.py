@@ -65,9 +65,11 @@ def export_hf(
 
     def read(step: Any) -> str:
         _, recorded = source_models.checked(step)
-        meta = step_dir.read_record(step, recorded)["meta"]
+        record = step_dir.read_record(step, recorded)
         with new_directory(target) as partial:
-            return _export(step, recorded, meta, model, partial, params, family, dtype, shard_bytes)
+            return _export(
+                step, recorded, record, model, partial, params, family, dtype, shard_bytes
+            )
 
     return step_dir.newest_good(checkpoint, read)
 
@@ -75,7 +77,7 @@ def export_hf(
 def _export(
     step: Any,
     recorded: Manifest,
-    meta: Mapping[str, Any],
+    record: Mapping[str, Any],
     model: Any,
     folder: str,
     params: str,
@@ -83,8 +85,8 @@ def _export(
     dtype: str | None,
     shard_bytes: int,
 ) -> str:
-    """Writes one step, whose record has the facts `meta`."""
-    source = meta.get("hf", {})  # the record of the import
+    """Writes one step; `record` has its facts."""
+    source = record["meta"].get("hf", {})  # the record of the import
     family = _family(model, name, source.get("family"))
     root, saved = recorded.params(params)
     if params == "ema" and not saved:
@@ -122,8 +124,8 @@ def _export(
     weights = described(family.name, shapes.values(), main.name, sum(sizes.values()))
     model_card.write(
         folder,
-        step,
-        meta,
+        step_dir.folder_of(step),
+        record,
         weights=weights,
         architecture=family.architecture,
         average=root.startswith("ema"),

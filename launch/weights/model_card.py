@@ -28,8 +28,8 @@ _LICENCE = """## Licence
 
 def write(
     folder: str,
-    step: Any,
-    meta: Mapping[str, Any],
+    run: pathlib.Path,
+    step: Mapping[str, Any],
     *,
     weights: str,
     architecture: str,
@@ -39,14 +39,13 @@ def write(
 
     Args:
       folder: holds the exported files.
-      step: the step directory that was exported.
-      meta: facts in the record of the step.
+      run: directory of the run that was exported.
+      step: the record of the exported step, with 'step' and 'meta'.
       weights: description of the weights, see `import_weights.described`.
       architecture: class of transformers.
       average: whether the weights are an average of the trained ones.
     """
-    run = step_dir.folder_of(step)
-    updates = int(step.name)
+    updates, meta = step["step"], step["meta"]
     record, rows = _record(run, updates)
     facts = {
         "architecture": f"`{architecture}`",

@@ -28,8 +28,8 @@ def card(tmp_path, step, meta=None, **files):
         (out / f"{name}.json").write_text(text)
     model_card.write(
         str(out),
-        step,
-        meta or {},
+        step.parent.parent,
+        {"step": 20, "meta": meta or {}},
         weights="llama, 1,000 parameters in float32, 0.1 MB",
         architecture="LlamaForCausalLM",
         average=False,
