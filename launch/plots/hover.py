@@ -32,8 +32,8 @@ def svg(figure: Any) -> str:
     groups = {group.get("id"): group for group in root.iter(f"{{{_SVG}}}g")}
     for number, line in enumerate(lines):
         marks = list(groups[f"tooltips{number}"].iter(f"{{{_SVG}}}use"))
-        for mark, said in zip(marks, getattr(line, _TEXTS), strict=True):
-            ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = said
+        for mark, tooltip in zip(marks, getattr(line, _TEXTS), strict=True):
+            ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = tooltip
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     # The numbers of a path need no more than a hundredth of a point.

@@ -46,7 +46,7 @@ class Curves:
 
 
 def colours(arms: Sequence[str]) -> dict[str, Any]:
-    """Returns a colour for each arm: ones that can be told apart or, for many arms, a scale."""
+    """Returns a colour for each arm: colours that can be distinguished or, for many arms, a scale."""
     return dict(zip(arms, panels.colours(len(arms)), strict=True))
 
 
