@@ -75,6 +75,7 @@ EXTRAS = {
     "vision": VISION,
     "sentences": SENTENCES,
     "wandb": ["wandb>=0.17"],
+    "trackio": ["trackio>=0.20"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -120,6 +120,8 @@ def run_sweep(
                 minutes=minutes,
             )
     print(f"results {folder.results}")
+    if folder.results.exists() and folder.results.stat().st_size:
+        print(f"report  python -m launch.report --sweep {folder.path} --out=DIR")
     return exit_status
 
 

@@ -215,9 +215,14 @@ def train(
         run.write("operative_config.gin", gin.operative_config_str())
         loop.run()
         run.write("operative_config.gin", gin.operative_config_str())
+    last = evaluation.results.get(loop.step, {})
     if primary:
-        run_messages.summarise(run.path, loop, data)
-    return {**evaluation.results.get(loop.step, {}), "interrupted": float(loop.interrupted)}
+        # A run that was done already has evaluated its last step in an earlier start.
+        earlier = (
+            {k: v for row in written for k, v in row.items()} if loop.step == start.step else {}
+        )
+        run_messages.summarise(run.path, loop, data, {**earlier, **last})
+    return {**last, "interrupted": float(loop.interrupted)}
 
 
 def _check_memory(program: Program) -> None:

@@ -65,7 +65,9 @@ def evaluate(
                 # float64 on the host: many batches are added up.
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
 
-    for step in tqdm(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
+    for step in tqdm(
+        range(steps), desc=f"eval {stream.name}", unit="batch", leave=False, disable=None
+    ):
         if stop(step):
             raise HookInterruptedError(f"evaluation of {stream.name} interrupted at batch {step}")
         metrics = eval_step(params, global_batch(stream, step, sharding), variables)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from trainers.anomaly import Anomaly, AnomalyRecords
 from trainers.batches import Feed, Stream
@@ -27,6 +26,7 @@ from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.metric_writers import MetricWriter
 from trainers.telemetry.metrics import LateFetch
 from trainers.telemetry.profiler import ProfilerWindow
+from trainers.telemetry.progress import Progress
 from trainers.telemetry.watchdog import watching
 from trainers.telemetry.window import Window
 from trainers.train_state import TrainState
@@ -139,15 +139,14 @@ class Loop:
           AnomalousStepError: the policy ended the run.
           CheckpointSaveError: a save failed, raised at the first step after that.
         """
-        bar = tqdm(
-            total=self.schedule.total_steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            disable=jax.process_index() != 0,
+        self._progress = Progress(
+            first_step=self.step,
+            total_steps=self.schedule.total_steps,
+            unit=self.outputs.unit,
+            shown=jax.process_index() == 0,
         )
         with contextlib.ExitStack() as stack:
-            stack.callback(self._close, bar)
+            stack.callback(self._close)
             progressed = stack.enter_context(watching(self.schedule.step_timeout))
             values = self._run_hooks(self._first_hooks())
             if self._rolls_back and not self.interrupted:
@@ -157,15 +156,14 @@ class Loop:
             while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 progressed()
-                bar.set_postfix(self._postfix(), refresh=False)
-                bar.update(self.step - bar.n)
+                self._progress.update(self.step, self.loss, self._rate)
         if self.outputs.checkpointer is not None:
             with self.outputs.goodput.measure("checkpoint"):
                 self.outputs.checkpointer.wait()
         return self.state
 
-    def _close(self, bar: tqdm) -> None:
-        bar.close()
+    def _close(self) -> None:
+        self._progress.close()
         self.feed.close()
         if self.outputs.profiler is not None:
             self.outputs.profiler.close()
@@ -207,6 +205,11 @@ class Loop:
         """Whether a hook has ended the run."""
         return any(getattr(hook, "ended", False) for hook in self.hooks)
 
+    @property
+    def loss(self) -> float | None:
+        """The mean training loss of the newest row; None before the first."""
+        return self._window.newest.get("loss")
+
     def _due(self) -> list[Hook]:
         last = self.step == self.schedule.total_steps
         return [
@@ -237,6 +240,7 @@ class Loop:
                 break
             if values:
                 self.outputs.writer.write(self.step, values)
+                self._progress.evaluated(self.step, values)
                 metrics.update(values)
         return metrics
 
@@ -298,6 +302,7 @@ class Loop:
         if self.skipped:
             host["skipped_updates"] = self.skipped
         self.outputs.writer.write(step, {**averages, **host, **self.outputs.goodput.metrics()})
+        self._progress.row(step, averages.get("loss"), self._rate)
 
     def _busy(self) -> float:
         """Seconds spent training so far: steps, and waiting for batches or making them."""
@@ -378,11 +383,3 @@ class Loop:
                 },
                 metrics={**self._window.newest, **hook_metrics},
             )
-
-    def _postfix(self) -> dict[str, str]:
-        shown = {}
-        if "loss" in self._window.newest:
-            shown["loss"] = f"{self._window.newest['loss']:.3f}"
-        if self._rate:
-            shown[f"{self.outputs.unit}/s"] = f"{self._rate:,.0f}"
-        return shown

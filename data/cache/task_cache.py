@@ -130,14 +130,10 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
 def _build(task, split, directory, features, description, num_shards) -> None:
     import tqdm
 
-    interactive = sys.stderr.isatty()
-    with tqdm.tqdm(
-        desc=f"tokenising {task.name}/{split}",
-        unit="tok",
-        unit_scale=True,
-        mininterval=0.5 if interactive else 30,
-        file=sys.stderr,
-    ) as bar:
+    title = f"tokenising {task.name}/{split}"
+    if not sys.stderr.isatty():  # a line in place of the bar
+        print(title, file=sys.stderr, flush=True)
+    with tqdm.tqdm(desc=title, unit="tok", unit_scale=True, file=sys.stderr, disable=None) as bar:
 
         def on_record(shard: int, values: int) -> None:
             if bar.update(values) and num_shards > 1:

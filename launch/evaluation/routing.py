@@ -273,7 +273,8 @@ def table(shares: Mapping[str, Any]) -> str:
                 lines.append(f"{task:{width}}{cells}")
             loads_E = np.mean([chosen[task][router][layer] for task in chosen], axis=0)
             lines.append(f"largest load, all tasks in equal parts: {loads_E.max():.3f}")
-    return "\n".join(lines[1:])
+    meaning = "mean probability of each expert (share of the tokens whose first choice it is)"
+    return "\n".join([meaning, *lines])
 
 
 def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:

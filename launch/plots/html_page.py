@@ -4,11 +4,12 @@ import base64
 import html
 import pathlib
 import re
+from collections.abc import Iterable, Mapping, Sequence
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.25; margin-top: 2rem; }
-img { max-width: 100%; }
+img, svg { max-width: 100%; height: auto; }
 pre, code { font: 13px/1.45 ui-monospace, monospace; background: #f4f4f6; border-radius: 4px; }
 pre { padding: 0.7rem 1rem; overflow-x: auto; }
 code { padding: 0.1rem 0.25rem; }
@@ -19,10 +20,24 @@ th { border-bottom: 2px solid #888; }
 """
 
 
-def write(markdown: str, path: pathlib.Path) -> None:
-    """Writes the page, which begins with its title, with the images that its folder contains.
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Returns a table as lines of Markdown, and a blank line after it."""
+    first, *rest = (
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+        for row in (header, *rows)
+    )
+    return [first, "|" + "---|" * len(header), *rest, ""]
+
+
+def write(markdown: str, path: pathlib.Path, pictures: Mapping[str, str] | None = None) -> None:
+    """Writes the page, which begins with its title, with its images inside.
 
     HTML in the Markdown is shown as text.
+
+    Args:
+      markdown: the page.
+      path: where it is written.
+      pictures: elements `svg` by the names that the page's images have; other images are files in the page's folder.
 
     Raises:
       FileNotFoundError: an image is missing.
@@ -31,6 +46,10 @@ def write(markdown: str, path: pathlib.Path) -> None:
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
+    def drawn(image: re.Match[str]) -> str:
+        svg = (pictures or {}).get(html.unescape(image[1]))
+        return image[0] if svg is None else f'<span role="img" aria-label="{image[2]}">{svg}</span>'
+
     def embedded(image: re.Match[str]) -> str:
         source = html.unescape(image[1])
         if ":" in source:
@@ -38,6 +57,7 @@ def write(markdown: str, path: pathlib.Path) -> None:
         data = base64.b64encode((path.parent / source).read_bytes()).decode()
         return f'src="data:image/png;base64,{data}"'
 
+    body = re.sub(r'<img src="([^"]+)" alt="([^"]*)" />', drawn, body)
     body = re.sub(r'(?<=<img )src="([^"]+)"', embedded, body)
     title = html.escape(markdown.partition("\n")[0].lstrip("# "))
     path.write_text(

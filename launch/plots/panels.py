@@ -15,7 +15,34 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#CC79A7",
     "#777777",
 )
+_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+
+
+def colours(count: int) -> Sequence[str]:
+    """Returns colours that can be distinguished, or a scale for more lines than there are of these."""
+    if count <= len(_COLOURS):
+        return _COLOURS[:count]
+    import matplotlib
+
+    scale = matplotlib.colormaps["viridis"]
+    return [matplotlib.colors.to_hex(scale(i / (count - 1) * 0.92)) for i in range(count)]
+
+
+def columns(count: int) -> int:
+    """Returns 3 or 4 columns for so many panels, the number that leaves fewer places empty; fewer for fewer panels."""
+    return min(count, min((3, 4), key=lambda wide: (-count % wide, -wide)))
+
+
+def room(axes: Any, axis: str) -> None:
+    """Widens the range of an axis whose values are all equal, so that it does not show digits of nothing."""
+    widen = axes.set_xlim if axis == "x" else axes.set_ylim
+    spans = [getattr(line, f"get_{axis}data")() for line in axes.lines]
+    values = np.concatenate([np.asarray(span, float) for span in spans]) if spans else np.zeros(0)
+    values = values[np.isfinite(values)]
+    if values.size and np.ptp(values) <= 1e-6 * np.abs(values).max():
+        far = 1.3 * float(values[0])
+        widen(*((min(0.0, far), max(0.0, far)) if far else (-1.0, 1.0)))
 
 
 def panels(
@@ -94,6 +121,19 @@ def legend_below(figure: Any, axes: Any, columns: int) -> None:
     figure.legend(
         *axes.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
     )
+
+
+def short_ticks(axis: Any) -> None:
+    """Writes the numbers of an axis without a factor above it, large ones as 2 M."""
+    from matplotlib import ticker
+
+    large = ticker.EngFormatter()
+
+    def text(value: float, at: int | None) -> str:
+        del at
+        return (large(value) if abs(value) >= 1e5 else f"{value:g}").replace("-", "−")
+
+    axis.set_major_formatter(ticker.FuncFormatter(text))
 
 
 def plain_ticks(axis: Any) -> None:

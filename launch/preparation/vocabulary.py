@@ -41,6 +41,7 @@ def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> d
     for register in tasks:
         register()
     print(f"{vocabulary}\n{vocabulary.vocab_size} ids\n")
+    print(f"(on up to {SHOWN_BYTES / 1e3:.0f} kB of each task's held-out split)")
     print(f"{'task':14s} {'kB':>6s} {'tokens':>8s} {'bytes/token':>11s}")
     rates = {}
     for name, source in registered.sources().items():

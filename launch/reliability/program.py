@@ -24,8 +24,7 @@ from etils import epath
 from launch import cli
 from launch.reliability.table import Bench, Lost, Silent, Unclear
 from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import read_jsonl
-from trainers.telemetry.metrics import measures_time
+from trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 STEPS, PERIOD = 12, 3  # updates of the run, and between its saves
 _HALF = 8  # between two saves and two rows

@@ -89,7 +89,7 @@ class Reference:
         pairs = stream.pairs()
         with (
             load_frozen(self.model, checkpoint, self.checkpoint, self.mesh, self.rules) as run,
-            tqdm(total=len(wanted), desc="reference", unit="pair") as bar,
+            tqdm(total=len(wanted), desc="reference", unit="pair", disable=None) as bar,
         ):
             size = run.batch_size(self.batch_size, 2 * len(wanted))
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)

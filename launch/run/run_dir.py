@@ -43,7 +43,7 @@ MAY_CHANGE = (
     "InitialCheckpoint.path", "InitialCheckpoint.scope", "InitialCheckpoint.data",
     "InitialCheckpoint.transform", "InitialCheckpoint.moments",
     "Anomaly", "Checkpointer", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
-    "Recipe.rules", "WandbWriter",
+    "Recipe.rules", "TrackioWriter", "WandbWriter",
 )  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
              "seqio", "tensorflow", "espalier-lm")  # fmt: skip

@@ -11,6 +11,7 @@ from trainers.loop import Loop
 from trainers.recipe import Program
 from trainers.telemetry import flops
 from trainers.telemetry.goodput import Goodput, duration
+from trainers.telemetry.progress import held_out_text
 
 Line = tuple[str, str]  # name and text
 MANY = 0.05  # the share of dropped pairs or prompts above which a notice is a warning
@@ -51,12 +52,17 @@ def announce(program: Program, data: RunData, start: Restored) -> None:
     )
 
 
-def summarise(path: str, loop: Loop, data: RunData) -> None:
-    """Prints how a run ended."""
+def summarise(path: str, loop: Loop, data: RunData, evaluation: Mapping[str, float]) -> None:
+    """Prints how a run ended, with its losses; `evaluation` has the held-out metrics of the last step, if any."""
     how = "stopped by a signal" if loop.interrupted else "done"
     if loop.ended and loop.step < data.total_steps:
         how = "ended by a hook"
-    print(f"{how} at step {loop.step}; the run is in {path}\n{time_split(loop.outputs.goodput)}")
+    print(f"{how} at step {loop.step}; the run is in {path}")
+    losses = [f"training {loop.loss:.3f}"] if loop.loss is not None else []
+    losses += [f"held out {text}"] if (text := held_out_text(evaluation)) else []
+    if losses:
+        print(f"loss: {'; '.join(losses)}")
+    print(time_split(loop.outputs.goodput))
     print(f"read: {epochs_line(data.stream, loop.data_step)}", flush=True)
 
 

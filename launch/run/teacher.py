@@ -111,7 +111,7 @@ class StoredTeacher:
         model, frozen = self.teacher.model, self.teacher.checkpoint
         with (
             load_frozen(model, checkpoint, frozen, self.mesh, self.rules) as run,
-            tqdm(desc="teacher", unit="row") as bar,
+            tqdm(desc="teacher", unit="row", disable=None) as bar,
         ):
             size = run.batch_size(self.batch_size, self.batch_size)
             rows_over = run.row_sharding

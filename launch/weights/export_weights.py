@@ -11,7 +11,7 @@ import numpy as np
 
 from data.tokenizers import hf_tokenizer
 from launch.run import run_vocabulary
-from launch.weights import source_models
+from launch.weights import model_card, source_models
 from launch.weights.import_weights import (
     ConvertError,
     check_space,
@@ -44,7 +44,7 @@ def export_hf(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> str:
-    """Writes config.json, generation_config.json and safetensors of a run's newest undamaged step.
+    """Writes config.json, generation_config.json, safetensors and a model card of a run's newest undamaged step.
 
     Args:
       checkpoint: step or run directory.
@@ -65,10 +65,10 @@ def export_hf(
 
     def read(step: Any) -> str:
         _, recorded = source_models.checked(step)
-        source = step_dir.read_record(step, recorded)["meta"].get("hf", {})
+        record = step_dir.read_record(step, recorded)
         with new_directory(target) as partial:
             return _export(
-                step, recorded, source, model, partial, params, family, dtype, shard_bytes
+                step, recorded, record, model, partial, params, family, dtype, shard_bytes
             )
 
     return step_dir.newest_good(checkpoint, read)
@@ -77,7 +77,7 @@ def export_hf(
 def _export(
     step: Any,
     recorded: Manifest,
-    source: Mapping[str, Any],
+    record: Mapping[str, Any],
     model: Any,
     folder: str,
     params: str,
@@ -85,7 +85,8 @@ def _export(
     dtype: str | None,
     shard_bytes: int,
 ) -> str:
-    """Writes one step; `source` is the record of the import."""
+    """Writes one step; `record` has its facts."""
+    source = record["meta"].get("hf", {})  # the record of the import
     family = _family(model, name, source.get("family"))
     root, saved = recorded.params(params)
     if params == "ema" and not saved:
@@ -120,7 +121,16 @@ def _export(
     ):
         for group in _groups(pieces):
             _write_group(step, recorded, root, group, writer, bar)
-    return described(family.name, shapes.values(), main.name, sum(sizes.values()))
+    weights = described(family.name, shapes.values(), main.name, sum(sizes.values()))
+    model_card.write(
+        folder,
+        step_dir.folder_of(step),
+        record,
+        weights=weights,
+        architecture=family.architecture,
+        average=root.startswith("ema"),
+    )
+    return weights
 
 
 def _family(model: Any, name: str | None, imported: str | None) -> Family:

@@ -56,7 +56,7 @@ class Decomposition:
         shapes, rule = source.abstract.shapes, self._options.rank_rule
         ranks: dict[str, int] = {}
         paths = chosen(shapes, self._options.layers)
-        for path in tqdm(paths, desc="ranks", unit="matrix", leave=False, delay=5):
+        for path in tqdm(paths, desc="ranks", unit="matrix", leave=False, delay=5, disable=None):
             try:
                 if rule == "energy":
                     kernel = source.open(f"{path}/kernel").read()

@@ -68,7 +68,7 @@ def write(
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         recipes = base.plan(transform, [source.abstract for source in sources], shapes)
         by_name = {source.path: source for source in sources}
-        with tqdm.tqdm(total=len(shapes), desc="arrays", leave=False, delay=5) as bar:
+        with tqdm.tqdm(total=len(shapes), desc="arrays", leave=False, delay=5, disable=None) as bar:
             arrays = {
                 f"params/{path}": array
                 for recipe in recipes

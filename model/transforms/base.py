@@ -115,7 +115,9 @@ def check_target(recipes: Sequence[Recipe], target: Shapes) -> None:
 def apply(recipes: Iterable[Recipe], read: Callable[[str, str], Any]) -> dict[str, Any]:
     """Returns all parameters by path, computed in memory; `read` returns an array of (source, path)."""
     params: dict[str, Any] = {}
-    for recipe in tqdm(list(recipes), desc="transform", unit="array", leave=False, delay=5):
+    for recipe in tqdm(
+        list(recipes), desc="transform", unit="array", leave=False, delay=5, disable=None
+    ):
         parts = [read(*name) for name in recipe.inputs]
         if recipe.slices == "layers":
             count = next(iter(recipe.outputs.values()))[0]

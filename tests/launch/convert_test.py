@@ -293,6 +293,9 @@ def test_a_trained_run_goes_out_and_comes_in_again(trained_run, tmp_path, params
     flags = [f"--from={trained_run.path}", f"--to_hf={tmp_path}/hf", f"--params={params}"]
     assert convert.main(flags) == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "cohere"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| objective | language modelling |" in card and "`CohereForCausalLM`" in card
+    assert ("(an average of the trained parameters)" in card) == (params != "raw")
     model, values = load.load(tmp_path / "hf")
     expected = trained_run.params["raw" if params == "raw" else "ema"]
     jax.tree.map(np.testing.assert_array_equal, values, expected)

@@ -11,8 +11,7 @@ import sys
 
 import pytest
 
-from trainers.telemetry.metric_writers import read_jsonl
-from trainers.telemetry.metrics import measures_time
+from trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -1,11 +1,14 @@
 """The comparison of runs: which numbers it reads, what it says when there are none, that it draws."""
 
 import json
+import re
 
 import pytest
 
 from launch import bench, report
 from launch.benchmarks import compare
+from launch.reporting import labels, page
+from launch.reporting import runs as reported
 from launch.run import metric_rows
 
 
@@ -38,6 +41,114 @@ def test_the_last_evaluation_of_each_run(tmp_path, capsys):
     assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
     table = capsys.readouterr().out
     assert "b arm" in table and "4.500  2.250" in table
+
+
+def write_other(folder, objective, unit, **metrics):
+    """A run of another objective with a held-out loss of 0.5 and further held-out metrics."""
+    folder.mkdir()
+    (folder / "config.gin").write_text(objective)
+    rows = [{"step": step, "loss": 1.0 / step, "learning_rate": 0.1} for step in (1, 2)]
+    rows += [
+        {"step": step, **{f"eval/x/{name}": value for name, value in values.items()}}
+        for step in (1, 2)
+        for values in ({"loss": 0.5, unit: 8.0, **metrics},)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_runs_of_different_objectives_have_their_own_units_and_axes(tmp_path, capsys):
+    preference = "LOSSES = [@direct.dpo]\nrecipe.Recipe.objective = @preference.preference\n"
+    image = "recipe.Recipe.objective = @classification.classification\n"
+    runs = [
+        write_run(tmp_path / "a", {"text": 3.0}),
+        write_other(
+            tmp_path / "dpo", preference, "pairs", **{"llh/chosen": -2.0, "accuracy": 0.75}
+        ),
+        write_other(tmp_path / "cnn", image, "images", accuracy=0.5),
+    ]
+    assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
+    tables = capsys.readouterr().out
+    assert "held out: nats per token, bits per byte" in tables
+    assert "held out, preference (dpo): per pair" in tables
+    assert "held out, classification: nats per image" in tables
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "src=" not in text and 'href="http' not in text
+    headings = re.findall("<h2>(.*)</h2>", text)
+    assert headings == [
+        *("Held-out loss", "Held-out bits per byte", "Losses over training"),
+        *("Held-out loss: preference (dpo)", "Held-out accuracy: preference (dpo)"),
+        "Losses over training: preference (dpo)",
+        *("Held-out loss: classification", "Held-out accuracy: classification"),
+        "Losses over training: classification",
+        "Other held-out metrics, means over domains",
+        "Other metrics of training",
+    ]
+    assert "<title>dpo: 0.750</title>" in text and "<title>dpo, step 2: 0.500</title>" in text
+    read = reported.from_directories(metric_rows.named(runs))
+    groups = {group[0].arm: group for group in page._kinds(read)}
+    assert groups["dpo"][0].kind == ("preference (dpo)", "per pair")
+    for metric, unit in (("loss", "per pair"), ("accuracy", "share")):
+        (panel,) = page._last_values(groups["dpo"], metric)
+        assert (panel.title, panel.unit, list(panel.values)) == ("x", unit, ["dpo"])
+
+
+def write_sweep(folder, arms, seeds=2):
+    rows = []
+    for number, arm in enumerate(arms):
+        for seed in range(seeds):
+            place = folder / "runs" / arm / f"seed{seed}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_run(place, {"text": 3.0 + number + 0.5 * seed, "code": 5.0})
+            held_out = metric_rows.last_evaluation("", metric_rows.read_rows(place))["domains"]
+            row = {"arm": arm, "size": None, "seed": seed, "made": False, "held_out": held_out}
+            row |= {"step": 2, "directory": f"runs/{arm}/seed{seed}", "run": f"{arm}/seed{seed}"}
+            rows.append({**row, "evaluations": {"mine": {"score": 0.5, "answers": ["a"]}}})
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_any_sweep_is_drawn_with_its_seeds(tmp_path, capsys):
+    sweep = write_sweep(tmp_path / "mine", ("my_arm", "other"))
+    assert report.main(["--sweep", sweep, "--out", str(tmp_path / "out")]) == 0
+    assert "3.250 (3.000 to 3.500)  1.625" in capsys.readouterr().out
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<td>3.250 (3.000 to 3.500)  1.625</td>" in text and "0, 1</td>" in text
+    assert "<title>my arm, seed 1: 3.500</title>" in text
+    assert "<h2>Evaluations</h2>" in text and "<title>other, seed 0: 0.500</title>" in text
+    assert "<title>other, seed 1, step 2: 8.000</title>" in text
+    results = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in results][1:3] == [("my arm", 1), ("other", 0)]
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_sweep_without_finished_runs_is_one_clear_error_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text("")
+    assert report.main(["--sweep", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is finished yet" in capsys.readouterr().err
+    assert report.main(["--sweep", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
+    assert "no does not exist: give the folder (--out) of a sweep" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (-0.001, "0.00"),
+        (-0.2, "−0.20"),
+        (-1234.5, "−1,234.50"),
+        (0.0, "0.00"),
+        (-0.005001, "−0.01"),
+    ],
+)
+def test_numbers_of_pages(value, text):
+    assert labels.number(value, 2) == text
+
+
+def test_short_numbers():
+    values = (0.0, 0.123456, -12.3456, 1234.5, 123456.0, 2e-6, float("nan"))
+    texts = ["0.000", "0.123", "−12.35", "1,234", "1.23e+05", "2e−06", "nan"]
+    assert [labels.short(value) for value in values] == texts
 
 
 def test_a_run_that_was_not_evaluated(tmp_path, capsys):

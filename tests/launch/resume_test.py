@@ -20,8 +20,7 @@ from trainers import signals
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.state_tree import flatten
 from trainers.optim import schedules
-from trainers.telemetry.metric_writers import read_jsonl
-from trainers.telemetry.metrics import measures_time
+from trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -105,6 +105,29 @@ def test_a_run_says_what_it_will_do_and_did(trained):
     assert re.search(r"time: init .*; \d+% in steps", result.out)
 
 
+def test_losses_are_lines_where_there_is_no_terminal(trained):
+    path, result = trained
+    rows = read_jsonl(f"{path}/metrics.jsonl")
+    trained_losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    held_out = {row["step"]: row["eval/files/loss"] for row in rows if "eval/files/loss" in row}
+    lines = result.out.splitlines()
+    for step, loss in held_out.items():
+        assert any(x.startswith(f"held out at step {step}: files {loss:.3f} (") for x in lines)
+    row = re.compile(
+        rf"step 30 of 40  loss {trained_losses[30]:.3f}  held out {held_out[20]:.3f}  [\d,]+ tokens/s  ETA \d+ s"
+    )
+    assert sum(bool(row.fullmatch(line)) for line in lines) == 1
+    assert [x for x in lines if x.startswith("step 1 of")] == [
+        f"step 1 of 40  loss {trained_losses[1]:.3f}"
+    ]
+    (closing,) = (line for line in lines if line.startswith("loss: "))
+    assert closing.startswith(
+        f"loss: training {trained_losses[40]:.3f}; held out files {held_out[40]:.3f} ("
+    )
+    assert closing.endswith("bits per byte) nats per token")
+    assert "\r" not in result.out + result.err
+
+
 def test_a_run_leaves_its_record(trained):
     path, _ = trained
     for name in ("config.gin", "operative_config.gin", "parameters.txt", "tensorboard"):

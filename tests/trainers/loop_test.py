@@ -27,7 +27,7 @@ from trainers.objectives.base import LossOut
 from trainers.signals import StopRequest
 from trainers.step import make_train_step
 from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.metrics import measures_time
+from trainers.telemetry.metric_writers import measures_time
 from trainers.telemetry.profiler import ProfilerWindow
 from trainers.train_state import TrainState
 

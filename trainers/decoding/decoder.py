@@ -154,7 +154,7 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         batches = batches_by_length(lengths, self._batch_size)
         quiet = True if len(batches) == 1 else None
-        with tqdm(batches, desc="generate", unit="batch", disable=quiet) as progress:
+        with tqdm(batches, desc="generate", unit="batch", disable=quiet or None) as progress:
             for batch in progress:
                 length = bucket_length(lengths[batch[0]], limit=self._model.max_length)
                 continued = self._batch(prompts, batch, length, seed)

@@ -47,7 +47,9 @@ def input_moments(
         }
 
     sums: dict[str, jax.Array] | None = None
-    for tokens_BT in tqdm(batches, total=total, desc="calibrate", unit="batch", leave=False):
+    for tokens_BT in tqdm(
+        batches, total=total, desc="calibrate", unit="batch", leave=False, disable=None
+    ):
         more = moments(params, tokens_BT)
         sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
     return sums or {}

@@ -1,8 +1,9 @@
-"""Writers of metrics: JSON lines, TensorBoard, Weights & Biases."""
+"""Writers of metrics: JSON lines, TensorBoard, Weights & Biases, Trackio."""
 
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from trainers.telemetry import marks as marks_lib
 from trainers.telemetry.json_numbers import is_count, is_number
@@ -228,6 +229,18 @@ def restored(value: Any) -> Any:
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
+def measures_time(name: str) -> bool:
+    """Returns whether a field of a row depends on the clock; the others do not depend on when a run was cut."""
+    return name in ("time", "mfu") or name.startswith("time/") or name.endswith("_per_second")
+
+
+def tag(name: str) -> str:
+    """Returns the name of a metric in TensorBoard, which shows what stands before the first slash as a group."""
+    if name.startswith(("eval/", "indicators/", "time/")):
+        return name
+    return f"time/{name}" if measures_time(name) else f"train/{name}"
+
+
 class TensorBoardWriter:
     """Writes event files for TensorBoard; hides the points that earlier files have of `first_step` and later steps.
 
@@ -253,7 +266,7 @@ class TensorBoardWriter:
             self._add(step=first_step, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        scalars = [{"tag": name, "simple_value": float(v)} for name, v in values.items()]
+        scalars = [{"tag": tag(name), "simple_value": float(v)} for name, v in values.items()]
         self._add(step=int(step), summary={"value": scalars})
 
     def _add(self, **fields: Any) -> None:
@@ -288,27 +301,45 @@ def _written(path: str) -> Iterator[None]:
         ) from error
 
 
-class WandbWriter:
-    """Writes to Weights & Biases; needs the `wandb` extra and the user's own account settings."""
+class _TrackerWriter:
+    """Writes to a package that has the interface of Weights & Biases."""
+
+    _package: ClassVar[str]
 
     def __init__(
         self, *, project: str, name: str | None = None, config: Any = None, **settings: Any
     ):
-        """Starts a run; `settings` are passed to wandb.init."""
+        """Starts a run; `settings` are passed to the package's `init`.
+
+        Raises:
+          WriterError: the package is not installed.
+        """
         try:
-            import wandb
+            package = importlib.import_module(self._package)
         except ImportError:
             raise WriterError(
-                "WandbWriter needs the package wandb, which is not installed: "
-                "pip install 'espalier-lm[wandb]', or remove the writer from the configuration."
+                f"{type(self).__name__} needs the package {self._package}, which is not installed: "
+                f"pip install 'espalier-lm[{self._package}]', or remove the writer from the configuration."
             ) from None
-        self._run = wandb.init(project=project, name=name, config=config, **settings)
+        self._run = package.init(project=project, name=name, config=config, **settings)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=int(step))
 
     def close(self) -> None:
         self._run.finish()
+
+
+class WandbWriter(_TrackerWriter):
+    """Writes to Weights & Biases; needs the `wandb` extra and the user's own account settings."""
+
+    _package = "wandb"
+
+
+class TrackioWriter(_TrackerWriter):
+    """Writes to Trackio, a dashboard on this machine (`trackio show`); needs the `trackio` extra."""
+
+    _package = "trackio"
 
 
 class MultiWriter:

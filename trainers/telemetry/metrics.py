@@ -14,11 +14,6 @@ import numpy as np
 Pairs = Mapping[str, tuple[Any, Any]]
 
 
-def measures_time(name: str) -> bool:
-    """Returns whether a field of a row depends on the clock; the others do not depend on when a run was cut."""
-    return name in ("time", "mfu") or name.startswith("time/") or name.endswith("_per_second")
-
-
 def add(total: Pairs | None, new: Pairs) -> dict[str, tuple[Any, Any]]:
     """Returns the sum of two sets of metrics; a name missing in one set counts as zero."""
     summed = dict(total or {})

@@ -9,7 +9,7 @@ import numpy as np
 from launch.papers.code_mix import claims, figures
 from launch.papers.code_mix.arms import GROUPS, PLACES, PLAIN, Results, arm_name, source_name
 from launch.papers.shared import nulls, page
-from launch.plots import html_page, intervals, panels
+from launch.plots import intervals, panels
 
 _SETUP = (
     "models of 2 layers of width 64, trained on documents of five generated sources "
@@ -30,33 +30,22 @@ _LIMITS = (
 )
 
 
-def write_sweeps(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[str]:
-    """Writes report.html and the paper's figures, as far as the sweeps have its arms; returns the figures' names.
+def sweep_lines(rows: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[str]:
+    """Writes the paper's figures, as far as sweeps have its arms; returns lines of Markdown with them, or none.
 
     Args:
       rows: as `measure.run` returns them, of sweeps whose arms are named as in launch/papers/code_mix/sweep.py or
-        full_sweep.py.
+        full_sweep.py, scored by one of their evaluations or by held-out bits per byte.
       out: the folder.
-
-    Raises:
-      ValueError: none of the figures can be drawn.
     """
     results = Results(rows)
     drawn = panels.save(figures.figures({"skills": results}), out)
     if not drawn:
-        raise ValueError(
-            f"There is nothing to draw: the finished arms are {', '.join(results.arms) or 'none'}, and every figure "
-            "compares arms named as in launch/papers/code_mix/sweep.py, scored by one of their evaluations or by "
-            "held-out bits per byte."
-        )
-    seeds = ", ".join(map(str, results.seeds))
-    lines = ["# What code in pre-training changes", ""]
-    lines += [f"{len(rows)} runs, seeds {seeds}; means over seeds with 95 % intervals.", ""]
+        return []
+    lines = ["# What code in pre-training changes", "", "Means over seeds with 95 % intervals.", ""]
     for name, caption in drawn.items():
         lines += [f"## {caption}", "", f"![{caption}]({name})", ""]
-    lines += _table("All arms", results, (*results.groups, *results.domains))
-    html_page.write("\n".join(lines), out / "report.html")
-    return list(drawn)
+    return lines + _table("Scores of all arms", results, (*results.groups, *results.domains))
 
 
 def _setup(parts: Mapping[str, Results]) -> list[str]:

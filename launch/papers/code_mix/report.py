@@ -1,19 +1,16 @@
-"""`launch.report --sweep`: the paper's figures of sweeps with its arms, as far as the sweeps have them."""
+"""The paper's figures in `launch.report --sweep`, for sweeps with its arms."""
 
 import pathlib
 from collections.abc import Sequence
 
-FLAG = "sweep"
-HELP = (
-    "folders (--out) of sweeps with the arms of launch/papers/code_mix: draws the change against text-only by recipe, "
-    "phases, the proportion of code, its quality, cooldowns, win rates and sizes"
-)
 
-
-def report(folders: Sequence[str], out: pathlib.Path) -> str:
-    """Writes the figures and report.html into the folder `out`."""
+def sweep_lines(folders: Sequence[str], out: pathlib.Path) -> list[str]:
+    """Returns lines of Markdown with the figures and the table of scores; none for sweeps without the paper's arms."""
     from launch.papers.code_mix import measure, page
+    from launch.papers.code_mix.sweep import PHASES
+    from launch.sweeping.results import read_results
 
-    rows = [row for folder in folders for row in measure.read(folder, out / "judged")]
-    drawn = page.write_sweeps(rows, out)
-    return f"{', '.join(drawn)} and report.html are in {out}"
+    known = {arm for arms in PHASES for arm in arms}
+    ours = [f for f in folders if any(row["arm"] in known for row in read_results(f))]
+    rows = [row for folder in ours for row in measure.read(folder, out / "judged")]
+    return page.sweep_lines(rows, out) if rows else []

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from launch.reporting.labels import number
 from launch.run import metric_rows
+from trainers.preference.indicators import samples
 from trainers.preference.indicators.alarm import StoppingRule
 
 # Series -> metrics, of which the first that a run has is used. `*` is a task; several are averaged.
@@ -33,6 +35,10 @@ METRICS = {
 }
 
 
+# Of a reading. With fewer, the entropy of outputs moves by more than the rule's threshold by chance.
+FEWEST_OUTPUTS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run on the board.
@@ -41,11 +47,13 @@ class Run:
       name: unique on the board.
       series: name in METRICS, of those that the run has -> values by step.
       alarm: the step of its alarm; None for none.
+      outputs: number of outputs of the policy in a reading; None if it is unknown.
     """
 
     name: str
     series: Mapping[str, pd.Series]
     alarm: int | None
+    outputs: int | None = None
 
     @property
     def last(self) -> int:
@@ -86,7 +94,15 @@ def read(name: str, directory: str | os.PathLike) -> Run:
             f"{directory} has no likelihoods of chosen completions: give runs of t5x_configs/runs/preference.gin."
         )
     alarms = _points(table, "indicators/alarm")
-    return Run(name, series, min(alarms.index[alarms > 0], default=None))
+    return Run(name, series, min(alarms.index[alarms > 0], default=None), _outputs(directory))
+
+
+def _outputs(directory: str | os.PathLike) -> int | None:
+    """Returns the number of outputs at the last evaluation; None for a run without samples."""
+    if not (files := samples.paths(directory)):
+        return None
+    with open(files[max(files)], "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _points(table: pd.DataFrame, metric: str) -> pd.Series:
@@ -143,13 +159,10 @@ def _cell(run: Run, which: str, name: str, digits: int) -> str:
     if (points := run.series.get(name)) is None:
         return _NONE
 
-    def number(value: float) -> str:
-        return f"{value:.{digits}f}".replace("-", "−")
-
     if which == "best":
-        return f"{number(points.max())} @ {points.idxmax():,}"
-    last = number(points.iloc[-1])
-    return last if which == "last" else f"{number(points.iloc[0])} → {last}"
+        return f"{number(points.max(), digits)} @ {points.idxmax():,}"
+    last = number(points.iloc[-1], digits)
+    return last if which == "last" else f"{number(points.iloc[0], digits)} → {last}"
 
 
 def sentence(run: Run) -> str:
@@ -171,18 +184,32 @@ def sentence(run: Run) -> str:
     )
     if run.alarm is not None:
         verdict = f"signs of over-optimisation at step {run.alarm:,}, where the alarm was raised"
+    elif few := _too_few(run):
+        verdict = f"too few to judge ({few}), and no alarm"
     elif entropy < (1 - StoppingRule.entropy_drop) * peak[1] and last < first:
         verdict = f"an early warning, for entropy falls since step {peak[0]:,}, and no alarm"
     else:
         verdict = "no sign of over-optimisation"
-    return f"{verdict}: {moved}, {spread}{judged}."
+    cut = "; every output was cut at the limit of tokens" if run.final("ended") == 0 else ""
+    return f"{verdict}: {moved}, {spread}{judged}{cut}."
+
+
+def _too_few(run: Run) -> str:
+    """Returns why the readings say nothing about over-optimisation; an empty text if they are enough."""
+    readings = len(run.series["entropy"])
+    if readings <= StoppingRule.drops:
+        return f"{readings} readings, where a sign needs {StoppingRule.drops + 1}"
+    if run.outputs is not None and run.outputs < FEWEST_OUTPUTS:
+        return f"readings of {run.outputs} outputs, where noise needs {FEWEST_OUTPUTS}"
+    return ""
 
 
 def _moved(first: float, last: float) -> str:
     """Returns the change, as far as two digits show it."""
-    if f"{first:.2f}" == f"{last:.2f}":
-        return f"stayed at {last:.2f}"
-    return f"{'fell' if last < first else 'rose'} from {first:.2f} to {last:.2f}"
+    before, after = (f"{value:.2f}".replace("-0.00", "0.00") for value in (first, last))
+    if before == after:
+        return f"stayed at {after}"
+    return f"{'fell' if last < first else 'rose'} from {before} to {after}"
 
 
 def length_link(runs: Sequence[Run]) -> str | None:

@@ -1,10 +1,11 @@
 """`launch.report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
 
-The page embeds its plots; with --out=board.png all is one image. Runs without indicators show
+The page is one file, with the outputs of the policy below its plots, whose points show their values; with --out=board.png all is one image. Runs without indicators show
 their losses and the likelihoods of held-out pairs. docs/preference_indicators.md defines each number.
 """
 
 import pathlib
+import re
 from collections.abc import Sequence
 
 from launch.run import metric_rows
@@ -16,6 +17,9 @@ HELP = (
 )
 
 
+_MINUS = re.compile(r"(?<!\S)-(?=\d)")  # before a number
+
+
 def report(directories: Sequence[str], path: pathlib.Path) -> str:
     """Writes the board of runs to the file `path`; returns the signs of over-optimisation in words.
 
@@ -23,9 +27,8 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
       FileNotFoundError: a directory holds no metrics.
       ValueError: there is nothing to draw, or the file is neither .html nor .png.
     """
-    from launch.papers.preference import board_figure, board_series
-    from launch.papers.shared import page
-    from launch.plots import html_page
+    from launch.papers.preference import board_figure, board_samples, board_series
+    from launch.plots import hover, html_page
 
     if path.suffix not in (".html", ".png"):
         raise ValueError(f"--out={path}: name a file that ends with .html or .png.")
@@ -37,19 +40,20 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
     sentences = [f"{run.name}: {board_series.sentence(run)}" for run in runs]
     if (link := board_series.length_link(runs)) is not None:
         sentences.append(link)
+    plain = [_MINUS.sub("−", sentence) for sentence in sentences]
     path.parent.mkdir(parents=True, exist_ok=True)
     header, *rows = board_series.table(runs)
     if path.suffix == ".png":
-        board_figure.draw(runs, path, table=[header, *rows], sentences=sentences)
+        board_figure.write_png(runs, path, table=[header, *rows], sentences=plain)
     else:
-        image = path.with_suffix(".png.partial")
-        board_figure.draw(runs, image)
-        lines = ["# Preference runs", "", *(f"- {sentence}" for sentence in sentences), ""]
-        lines += [f"![likelihoods and indicators by step]({image.name})", ""]
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-        lines += [*page.table(header, escaped), board_series.LEGEND]
-        html_page.write("\n".join(lines), path)
-        image.unlink()
+        lines = ["# Preference runs", ""]
+        lines += [f"- {sentence}" for sentence in plain]
+        lines += ["", "![likelihoods and indicators by step](board)", "", board_series.LEGEND, ""]
+        lines += html_page.table(header, rows)
+        for run, folder in zip(runs, named.values(), strict=True):
+            lines += board_samples.lines(run, folder)
+        picture = hover.svg(board_figure.draw(runs))
+        html_page.write("\n".join(lines), path, {"board": picture})
     return "\n".join([*sentences, f"the board is {path}"])
 
 

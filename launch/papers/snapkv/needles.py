@@ -281,7 +281,9 @@ def measure_all(run: LoadedRun, stages: Stages, grids: Sequence[Grid] = GRIDS) -
 
     def results(grid: Grid, cases: Sequence[Case], snapkv: Case | None) -> list[dict[str, Any]]:
         out = []
-        for i in tqdm(range(grid.haystacks), desc=f"{grid.tokens} tokens", unit="haystack"):
+        for i in tqdm(
+            range(grid.haystacks), desc=f"{grid.tokens} tokens", unit="haystack", disable=None
+        ):
 
             def one(i: int = i) -> dict[str, Any]:
                 rng = np.random.default_rng((grid.seed, grid.tokens, i))

@@ -189,7 +189,8 @@ def test_a_line_that_is_no_row_is_one_clear_error_and_left_out_without_marks(
 
 def test_tensorboard_writes_event_files(tmp_path):
     writer = metric_writers.TensorBoardWriter(str(tmp_path), first_step=3)
-    writer.write(3, {"loss": 0.25})
+    written = ("loss", "llh/chosen", "mfu", "tokens_per_second", "time/step", "eval/a/loss")
+    writer.write(3, dict.fromkeys(written, 0.25))
     writer.close()
     (file,) = tmp_path.iterdir()
     values = {}
@@ -199,7 +200,8 @@ def test_tensorboard_writes_event_files(tmp_path):
         event = event_pb2.Event.FromString(data[12 : 12 + length])
         data = data[16 + length :]
         values.update({v.tag: (event.step, v.simple_value) for v in event.summary.value})
-    assert values == {"loss": (3, 0.25)}
+    tags = ["train/loss", "train/llh/chosen", "time/mfu", "time/tokens_per_second"]
+    assert values == dict.fromkeys([*tags, "time/step", "eval/a/loss"], (3, 0.25))
 
 
 def test_a_full_disk_is_one_clear_error_and_never_waited_for(tmp_path, monkeypatch):
@@ -227,13 +229,20 @@ def test_a_line_cut_by_a_full_disk_is_an_error_and_not_read(tmp_path, monkeypatc
     assert [row["step"] for row in metric_writers.read_jsonl(tmp_path / "metrics.jsonl")] == [1]
 
 
-def test_a_missing_wandb_is_one_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(metric_writers.WriterError, match=r"espalier-lm\[wandb\]"):
-        metric_writers.WandbWriter(project="x")
+TRACKERS = {"wandb": metric_writers.WandbWriter, "trackio": metric_writers.TrackioWriter}
 
 
-def test_wandb_gets_scalars_by_step(monkeypatch):
+@pytest.mark.parametrize("package", TRACKERS)
+def test_a_missing_tracker_is_one_clear_error(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        metric_writers.WriterError, match=rf"Writer needs .*espalier-lm\[{package}\]"
+    ):
+        TRACKERS[package](project="x")
+
+
+@pytest.mark.parametrize("package", TRACKERS)
+def test_a_tracker_gets_scalars_by_step(monkeypatch, package):
     calls = []
 
     class Run:
@@ -243,14 +252,14 @@ def test_wandb_gets_scalars_by_step(monkeypatch):
         def finish(self):
             calls.append("finished")
 
-    class Wandb:
+    class Package:
         @staticmethod
         def init(**settings):
             calls.append(settings)
             return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    writer = metric_writers.WandbWriter(project="p", name="n", mode="offline")
+    monkeypatch.setitem(sys.modules, package, Package)
+    writer = TRACKERS[package](project="p", name="n", mode="offline")
     writer.write(2, {"loss": 1.0})
     writer.close()
     settings = {"project": "p", "name": "n", "config": None, "mode": "offline"}

@@ -331,7 +331,7 @@ def _progress(
         unit="batch",
         leave=False,
         delay=_QUIET_SECONDS,
-        disable=jax.process_index() != 0,
+        disable=jax.process_index() != 0 or None,
     ) as bar:
         counted = itertools.count(1)  # tqdm's own counter stays 0 while the bar is disabled
 

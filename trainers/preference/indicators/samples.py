@@ -77,6 +77,12 @@ def path_of(run: str | os.PathLike, step: int) -> pathlib.Path:
     return pathlib.Path(run, FOLDER, f"{step}.jsonl")
 
 
+def paths(run: str | os.PathLike) -> dict[int, pathlib.Path]:
+    """Returns the files of a run by step."""
+    files = pathlib.Path(run, FOLDER).glob("*.jsonl")
+    return {int(path.stem): path for path in files if path.stem.isdigit()}
+
+
 def write(run: str | os.PathLike, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes all outputs of a step, replacing earlier ones."""
     path = path_of(run, step)

@@ -220,23 +220,23 @@ def test_the_judge_counts_right_words_and_both_directions_agree(tmp_path):
     assert runs.values("text_only", wins("text_only")).tolist() == [0.0]
 
 
-def test_a_sweep_is_reported_with_its_figures_in_one_file(tmp_path):
-    drawn = page.write_sweeps(rows(), tmp_path)
+def test_a_sweep_is_reported_with_the_papers_figures(tmp_path):
+    lines = page.sweep_lines(rows(), tmp_path)
+    drawn = [line.partition("](")[2][:-1] for line in lines if line.startswith("![")]
     assert drawn == [
         *("recipes.png", "phases.png", "proportion.png"),
         *("quality.png", "cooldown.png", "win_rates.png"),
     ]
-    text = (tmp_path / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == 6 and "<table>" in text
-    with pytest.raises(ValueError, match="finished arms are text"):
-        page.write_sweeps([{**row("text"), "evaluations": {}}], tmp_path)
+    assert all((tmp_path / name).exists() for name in drawn)
+    assert lines[-3].startswith("| ")
+    assert page.sweep_lines([{**row("text"), "evaluations": {}}], tmp_path) == []
 
 
 def test_a_sweep_over_sizes_has_a_figure_of_them(tmp_path):
     sized = [{**one, "size": size} for one in rows(seeds=1) for size in ("470m", "2p8b")]
-    assert "scale.png" in page.write_sweeps(sized, tmp_path)
-    assert "| balanced → text, 2p8b |" not in (tmp_path / "report.html").read_text()
-    assert "balanced → text, 2p8b" in (tmp_path / "report.html").read_text()
+    text = "\n".join(page.sweep_lines(sized, tmp_path))
+    assert "scale.png" in text
+    assert "| balanced → text, 2p8b |" in text
 
 
 def test_scores_of_benchmarks_are_averaged_by_group_as_far_as_none_is_missing():

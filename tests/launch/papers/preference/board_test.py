@@ -5,7 +5,9 @@ import json
 import pytest
 
 from launch import report
-from launch.papers.preference import board_figure, board_series
+from launch.papers.preference import board_series
+from launch.plots import panels
+from trainers.preference.indicators import samples
 
 
 def run(path, rows):
@@ -37,7 +39,7 @@ def watched(steps, *, alarm=None, p_win=True, llh=-0.1):
 def runs(tmp_path):
     steps = (0, 10, 20, 30, 40)
     hot = run(tmp_path / "hot", [(0, {"loss": 0.7}), *watched(steps, alarm=30)])
-    kind = run(tmp_path / "kind", watched(steps[:3], p_win=False, llh=0.1))
+    kind = run(tmp_path / "kind", watched(steps[:4], p_win=False, llh=0.1))
     bare = [
         (10, {"loss": 0.6, "accuracy": 0.7, "llh/chosen": -9.0}),
         (10, {f"eval/{task}/llh/chosen": x for task, x in (("a", -2.0), ("b", -4.0))}),
@@ -98,7 +100,9 @@ def test_a_board_is_one_file(runs, tmp_path, capsys, ending):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     if ending == "html":
         page = path.read_text()
-        assert "data:image/png;base64," in page and "<td>−1.00 → −1.40</td>" in page
+        assert "<svg" in page and "<td>−1.00 → −1.40</td>" in page and "src=" not in page
+        assert "<title>hot, p win, step 20: 0.700</title>" in page
+        assert "fell from −1.00 to −1.40 nats" in page
     else:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
 
@@ -130,4 +134,59 @@ def test_runs_of_a_sweep_go_by_the_names_of_their_arms(tmp_path, capsys):
 
 
 def test_many_runs_have_colours_of_their_own():
-    assert len(set(board_figure._colours(6))) == 6 and len(set(board_figure._colours(9))) == 9
+    assert len(set(panels.colours(6))) == 6 and len(set(panels.colours(9))) == 9
+
+
+def with_samples(folder, outputs=20):
+    for step in (0, 10, 30):
+        path = samples.path_of(folder, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"prompt": [1], "prompt_text": "Say | <b>", "text": f"`out` of\n{step}"}
+        row |= {"ended": "length" if step == 30 else "eos", "reward": -0.001}
+        path.write_text((json.dumps(row) + "\n") * outputs)
+
+
+def test_outputs_are_beside_the_readings(tmp_path):
+    folder = run(tmp_path / "x", watched((0, 10, 20, 30), alarm=None))
+    with_samples(tmp_path / "x")
+    assert report.main(["--board", folder, f"--out={tmp_path}/board.html"]) == 0
+    page = (tmp_path / "board.html").read_text()
+    assert page.count("Prompt: <code>Say | &lt;b&gt;</code>") == 3
+    first = (
+        "<td>0</td>\n<td>−1.00</td>\n<td>2.00</td>\n<td>0.50</td>\n<td>1.00</td>\n<td>0.00</td>\n"
+    )
+    assert f"{first}<td><code>`out` of 0</code></td>" in page
+    assert "<td>30</td>" in page and "<td><code>`out` of 30</code> (cut)</td>" in page
+    assert page.count("`out` of 10") == 0  # neither the first, the best nor the last
+
+
+def test_too_few_readings_or_outputs_are_no_verdict(tmp_path):
+    for name, steps, outputs, says in (
+        (
+            "a",
+            (0, 10, 20),
+            20,
+            "too few to judge (3 readings, where a sign needs 4), and no alarm: ",
+        ),
+        (
+            "b",
+            (0, 10, 20, 30),
+            4,
+            "too few to judge (readings of 4 outputs, where noise needs 16), ",
+        ),
+        ("c", (0, 10, 20, 30), 20, "early warning"),
+    ):
+        folder = run(tmp_path / name, watched(steps))
+        with_samples(tmp_path / name, outputs)
+        assert says in board_series.sentence(board_series.read(name, folder))
+    cut = [(step, {**row, "indicators/ended": 0.0}) for step, row in watched((0, 10, 20))]
+    folder = run(tmp_path / "d", cut)
+    assert "; every output was cut" in board_series.sentence(board_series.read("d", folder))
+
+
+def test_no_number_is_minus_zero(tmp_path):
+    rows = [(step, {**row, "indicators/llh_chosen": value}) for (step, row), value in
+            zip(watched((0, 10)), (-0.2, -0.001), strict=True)]  # fmt: skip
+    read = board_series.read("x", run(tmp_path / "x", rows))
+    assert "rose from -0.20 to 0.00" in board_series.sentence(read)
+    assert "−0.20 → 0.00" in board_series.table([read])[1]
