@@ -102,6 +102,12 @@ def test_a_value_out_of_range_or_of_another_kind_is_a_problem(binding, problem):
     assert problem in load_error(binding)
 
 
+def test_a_number_may_stand_for_a_schedule():
+    # Whose own settings, of the files before, then have no use.
+    assert "SCHEDULE" not in load_error("SCHEDULE=1e-3", "TRAIN_STEPS=0")
+    assert "is -0.001, but takes a number" in load_error("SCHEDULE=-1e-3")
+
+
 def test_a_problem_of_a_macro_names_its_place():
     assert "--gin.LEARNING_RATE=-1: 'trainers.optim.schedules.cosine.peak'" in load_error(
         "LEARNING_RATE=-1"
