@@ -265,7 +265,8 @@ def _progress(texts: Iterable[str], what: str) -> Iterable[str]:
 def _table(embeddings: Embeddings) -> str:
     """Returns a table of the domains, each with its most similar domain and their cosine."""
     lines = [
-        f"{embeddings.path}: {len(embeddings.names)} domains of {embeddings.dim} numbers, {embeddings.encoder['kind']}"
+        f"{embeddings.path}: {len(embeddings.names)} domains of {embeddings.dim} numbers, {embeddings.encoder['kind']}",
+        "nearest: the most similar other domain and the cosine; of two domains about their mean it is -1",
     ]
     cosines = embeddings.vectors_NM @ embeddings.vectors_NM.T / embeddings.length**2
     for i, (name, raw) in enumerate(embeddings.domains.items()):
