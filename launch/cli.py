@@ -79,6 +79,8 @@ def main(
     _add_gin_flags(parser)
     if extra_flags is not None:
         extra_flags(parser)
+    if any(action.dest == "checkpoint" and action.required for action in parser._actions):
+        parser.usage = usage.replace("--gin_file=FILE", "--checkpoint=DIR")
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
 
     def call() -> Any:

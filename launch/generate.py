@@ -114,6 +114,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("sampling")
     setting_flags.add(group, Settings().sampling)
+    group.add_argument(
+        "--token_healing",
+        action=argparse.BooleanOptionalAction,
+        help="draw the last token of a text anew among the tokens that begin with its text, so that a text that ends "
+        "within a word is completed; it is the first of the new tokens (default for --prompt)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N")
     group = parser.add_argument_group("beam search")
     setting_flags.add(group, Beams, names=("num_beams", "length_penalty"), optional=True)
@@ -183,6 +189,10 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
         "stops": tuple(flags.stop),
         "policy": policy,
         "policy_name": " ".join([flags.cache_policy, *flags.cache]),
+        # The tokens of a file are those after its prompts, as `score` reads them.
+        "token_healing": flags.prompt is not None
+        if flags.token_healing is None
+        else flags.token_healing,
     }
 
 

@@ -1,7 +1,7 @@
 """Runs a small code-mix pre-training ablation on real text and code, and compares its arms.
 
 Three models see the same number of tokens: text only, text and code in equal parts, or code first and
-then text. Prints held-out loss by domain, a plot, a sample of each model and the run directories.
+then text. Prints held-out loss by domain, a plot, samples of each model and the run directories.
 A restarted command resumes. Example:
 
   python -m launch.quickstart --out=runs/quickstart
@@ -16,7 +16,7 @@ from typing import Any
 from launch import cli
 
 ARMS = ("text", "balanced", "code_then_text")
-PROMPT = "def "
+PROMPTS = ("The ", "def ")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,8 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
     print()
     report(runs, flags.out)
     for arm, directory in runs.items():
-        print(f"\nsample of {arm.replace('_', ' ')}, continuing {PROMPT!r}:\n{_sample(directory)}")
+        for prompt, text in _samples(directory):
+            print(f"\nsample of {arm.replace('_', ' ')}, continuing {prompt!r}:\n{prompt}{text}")
     minutes = (time.monotonic() - started) / 60
     print(f"\nplot   {os.path.join(flags.out, 'report.png')}")
     for directory in runs.values():
@@ -63,20 +64,21 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
     return {}
 
 
-def _sample(directory: str) -> str:
-    """Returns a sampled continuation of PROMPT by the newest checkpoint of a run."""
+def _samples(directory: str) -> list[tuple[str, str]]:
+    """Returns a sampled continuation of each prompt by the newest checkpoint of a run."""
     from launch.inference import generate
     from launch.run import load_run
     from trainers.decoding.sampling import Sampling
     from trainers.decoding.settings import Settings
 
-    (row,) = generate.generate(
+    rows = generate.generate(
         load_run.config_of(directory),
-        [("the quickstart's prompt", {"text": PROMPT})],
+        [(f"prompt {prompt!r}", {"text": prompt}) for prompt in PROMPTS],
         checkpoint=directory,
+        token_healing=True,
         settings=Settings(max_new_tokens=60, sampling=Sampling(temperature=0.7, top_p=0.9)),
     )
-    return PROMPT + row["text"]
+    return [(row["prompt"], row["text"]) for row in rows]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import fnmatch
 import functools
 import os
 import pathlib
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -206,6 +205,7 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
 
     from launch.sweeping import check, driver, screen
     from launch.sweeping import run as sweep_run
+    from launch.sweeping.shell import command_line
 
     chosen = {planned.name for planned in wanted}
     runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]
@@ -216,7 +216,7 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
         run = planned.run
         if run.made:
             command = sweep_run.made_command(folder, run, by_name)
-            print(f"\n{run.name}: made\n  {shlex.join(command)}")
+            print(f"\n{run.name}: made\n  {command_line(command)}")
             continue
         start = folder.model_dir(by_name[run.parent].run) if run.parent else None
         bindings = check.bindings_of(run, folder, start, folder.sources(run, by_name))
@@ -226,7 +226,7 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
         ]
         steps = (planned.total_steps or 0) - (planned.first_step or 0)
         print(f"\n{run.name}: {f'{steps:,}' if steps > 0 else 'data-dependent'} steps")
-        print(f"  python -m launch.train {shlex.join(words)}")
+        print(f"  python -m launch.train {command_line(words)}")
     changed = [planned.name for planned in wanted if folder.changed(planned)]
     if changed:
         print(f"\nwith another configuration than in {folder.path}: {', '.join(changed)}")

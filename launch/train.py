@@ -29,7 +29,7 @@ import psutil
 from launch.processes import peers
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
-from launch.run.run_data import RunData, open_data
+from launch.run.run_data import RunData, check_trained_vocabulary, open_data
 from model.ranges import Positive, Size, Tokens
 from trainers import partitioning, signals
 from trainers.batches import Feed, Prefetcher, TrainStream
@@ -40,7 +40,7 @@ from trainers.checkpoints.restore import Restored
 from trainers.evaluate import EvalStream, Evaluation
 from trainers.hooks import FeedFactory, HookFactory, RunContext
 from trainers.loop import Loop, Outputs, Schedule
-from trainers.optim.schedules import Span
+from trainers.optim.schedules import Span, as_schedule
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops, metric_writers, profiler
 from trainers.telemetry.goodput import Goodput, process_start
@@ -114,6 +114,7 @@ def train(
     program = recipe.program()
     program.check_extras()
     _check_memory(program)
+    check_trained_vocabulary(program)
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
@@ -288,7 +289,8 @@ def _open_writers(
 def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
     """Returns the learning rate of each update, and of the one that would follow the last."""
     # Computed as a table, because single evaluations would wait for the running step.
-    rate = jax.vmap(lambda step: jnp.asarray(program.recipe.learning_rate(step), jnp.float32))
+    schedule = as_schedule(program.recipe.learning_rate)
+    rate = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))
     return np.asarray(rate(jnp.arange(total_steps + 1)))
 
 

@@ -97,12 +97,12 @@ class TransformerConfig(FloatDtypes):
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} = {getattr(self, name)} must be positive")
-        if self.head_dim is None and self.embed_dim % self.num_heads:
+        if self.num_heads and self.head_dim is None and self.embed_dim % self.num_heads:
             problems.append(
                 f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {self.num_heads}; "
                 "set head_dim"
             )
-        if self.num_heads % self.kv_heads:
+        if self.kv_heads and self.num_heads % self.kv_heads:
             problems.append(
                 f"num_kv_heads = {self.kv_heads} does not divide num_heads = {self.num_heads}"
             )

@@ -56,7 +56,7 @@ CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifa
 # BAM's seed and BTX over it, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
 COUNTS = {
     "tiny": 384 * 64 + 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 192 + 64) + 64,
-    "quickstart": 4096 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 192) + 192,
+    "quickstart": 4096 * 128 + 3 * (4 * 128**2 + 3 * 128 * 512 + 128) + 128,
     "bench_llama": 8192 * 256 + 6 * (4 * 256**2 + 3 * 256 * 704 + 512) + 256,
     "bench_blocks": 512 * 1024 + 2 * (4 * 1024**2 + 3 * 1024 * 4096 + 2048) + 1024,
     "code_mix_470m": 256_000 * 1024 + 16 * (4 * 1024**2 + 3 * 1024 * 2816 + 1024) + 1024,

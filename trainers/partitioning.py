@@ -51,10 +51,23 @@ def make_mesh(
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
-            "its sizes must equal their number; -1 takes all remaining devices."
+            "its sizes must equal their number; -1 takes all remaining devices. Here: "
+            f'--gin.MESH="{_fitted(shape, len(devices))}".'
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+
+
+def _fitted(shape: Mapping[str, int], count: int) -> dict[str, int]:
+    """Returns the mesh of another machine for `count` devices: one axis takes what the others leave."""
+    axes_left = [axis for axis in MESH_AXES if axis in shape]
+    rest = min(axes_left, key=lambda axis: (shape[axis] != -1, axis != "fsdp"))
+    fitted = {}
+    for axis in axes_left:
+        if axis != rest and count % shape[axis] == 0:
+            fitted[axis] = shape[axis]
+            count //= shape[axis]
+    return {**fitted, rest: -1}
 
 
 def _rules(*targets: Mapping[str, Any]) -> Rules:

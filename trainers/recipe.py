@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.protocol import LanguageModel, Model
-from model.ranges import AxisSize, Decay, Seed, Size
+from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, PackedTokens
@@ -64,7 +64,7 @@ class Recipe:
     model: Model
     batch_size: Size
     optimizer: Callable[..., optax.GradientTransformation]
-    learning_rate: Schedule
+    learning_rate: Schedule | NonNegative
     feature_lengths: Mapping[str, Size] | None = None
     inputs: Inputs | None = None
     objective: Callable[..., LossFn] = language_modelling
@@ -186,7 +186,7 @@ class Recipe:
     def _make_optimizer(self, boxed_params: Any) -> optax.GradientTransformation:
         return make_optimizer(
             self.optimizer,
-            learning_rate=self.learning_rate,
+            learning_rate=schedules.as_schedule(self.learning_rate),
             boxed_params=boxed_params,
             terms=self.gradient_terms,
         )

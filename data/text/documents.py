@@ -296,11 +296,14 @@ def _inner(record: Mapping[str, Any], key: str, where: str) -> Any:
     return value
 
 
+_CHATS = "; conversations and completions are learnt by runs/finetune.gin over data/chat.gin"
+
+
 def _value(record: Mapping[str, Any], key: str, argument: str, where: str) -> Any:
     if key not in record:
         raise DataError(
             f"{where}: no key {key!r}; present are {', '.join(map(repr, record)) or 'none'}. Correct "
-            f"{argument}"
+            f"{argument}{_CHATS if {'messages', 'completion'} & record.keys() else ''}"
         )
     return record[key]
 

@@ -78,6 +78,14 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
     def _base_vocab_size(self) -> int:
         return self._size
 
+    @property
+    def spellings(self) -> dict[int, str]:
+        """The tokens as the tokenizer spells them, by id, without those that were added to it."""
+        tokenizer = self._tokenizer()
+        spelled = tokenizer.get_vocab(with_added_tokens=False)
+        added = tokenizer.get_added_tokens_decoder()
+        return {id: text for text, id in spelled.items() if id not in added}
+
     def _tokenizer(self, special_in_text: bool | None = None):
         if special_in_text is None:
             special_in_text = self.special_in_text

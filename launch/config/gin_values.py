@@ -117,7 +117,9 @@ def _wrong_reference(annotation: Any, reference: Reference, target: Target) -> s
 
 def _same_function(returned: Any, annotation: Any) -> bool:
     """Returns whether a function returns functions of just the type that an annotation takes."""
-    return typing.get_origin(returned) is collections.abc.Callable and returned == annotation
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = typing.get_args(annotation) if union else (annotation,)
+    return typing.get_origin(returned) is collections.abc.Callable and returned in parts
 
 
 def _is_result(returned: Any, annotation: Any) -> bool:

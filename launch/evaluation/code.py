@@ -40,6 +40,7 @@ class CompletionFlags:
       max_new_tokens: maximum tokens of a completion.
       batch_size: problems at a time.
       chat: ask with the model's chat template, and run the block of code in its reply.
+      token_healing: draw the last token of a prompt anew, as `launch.generate` does; published scores are without it.
     """
 
     samples: int = 1
@@ -49,6 +50,7 @@ class CompletionFlags:
     max_new_tokens: int = 512
     batch_size: int = 8
     chat: bool = False
+    token_healing: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +94,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _add_problem_flags(group: Any) -> None:
     group.add_argument(
         "--problems", required=True, metavar="NAME", help="`humaneval`, or a file of JSON lines"
+    )
+    group.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only the first N problems; without it, the same --output is then completed",
     )
     group.add_argument(
         "--solutions",

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -43,8 +44,10 @@ class Samples:
     make: Callable[[Sequence[Key]], Iterable[tuple[Key, str]]]
 
 
-def file_samples(path: str, problems: code_problems.Problems) -> Samples:
-    """Returns the completions in a file of rows.
+def file_samples(
+    path: str, problems: code_problems.Problems, *, limit: int | None = None
+) -> Samples:
+    """Returns the completions in a file of rows, of which the first `limit` problems must have some.
 
     Raises:
       EvaluationError: a row without a matching problem or a completion, or a problem without a row.
@@ -60,7 +63,7 @@ def file_samples(path: str, problems: code_problems.Problems) -> Samples:
             raise EvaluationError(f"{where}: no 'completion'; rows are {example}.")
         completions[id, counts[id]] = completion
         counts[id] += 1
-    if without := [id for id in problems.problems if not counts[id]]:
+    if without := [id for id in first_problems(problems, limit) if not counts[id]]:
         raise EvaluationError(
             f"--solutions={path} has no row for {len(without)} problems, the first is {without[0]!r}. "
             "Give each problem a completion; an empty one fails."
@@ -72,6 +75,11 @@ def file_samples(path: str, problems: code_problems.Problems) -> Samples:
         keys=tuple(completions),
         make=lambda keys: ((key, completions[key]) for key in keys),
     )
+
+
+def first_problems(problems: code_problems.Problems, limit: int | None) -> list[str]:
+    """Returns the ids of the first `limit` problems, None for all."""
+    return list(itertools.islice(problems.problems, limit))
 
 
 def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.Problems) -> Samples:
@@ -117,6 +125,7 @@ def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.P
             seed=chosen.seed,
             batch_size=chosen.batch_size,
             indices=[*todo],
+            token_healing=chosen.token_healing,
         )
         for made in rows:
             key, text = (made["task_id"], made["sample"]), made["text"]
@@ -132,6 +141,7 @@ def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.P
             "seed": chosen.seed,
             "max_new_tokens": chosen.max_new_tokens,
             "chat": chosen.chat,
+            "token_healing": chosen.token_healing,
         },
         keys=[(id, n) for id in problems.problems for n in range(chosen.samples)],
         make=make,
@@ -148,6 +158,8 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
       EvaluationError: flags, solutions or rows that do not match the problems.
       ProblemsError, SandboxError, DataError, RowFileError.
     """
+    if flags.limit is not None and flags.limit < 1:
+        raise EvaluationError(f"--limit={flags.limit} must be at least 1.")
     problems = code_problems.load(flags.problems)
     read = {"solutions": flags.solutions, "problems": flags.problems}
     row_files.check_output(flags.output, others=read)
@@ -157,12 +169,14 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
         **setting_flags.given(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
     )
     if flags.checkpoint is None:
-        samples, writes = file_samples(flags.solutions, problems), True
+        samples, writes = file_samples(flags.solutions, problems, limit=flags.limit), True
     else:
         import jax
 
         samples, writes = model_samples(flags, chosen, start, problems), jax.process_index() == 0
-    fewest = min(collections.Counter(id for id, _ in samples.keys).values())
+    wanted = set(first_problems(problems, flags.limit))
+    keys = [key for key in samples.keys if key[0] in wanted]
+    fewest = min(collections.Counter(id for id, _ in keys).values())
     if wrong := [k for k in flags.k if not 1 <= k <= fewest]:
         raise EvaluationError(
             f"--k={wrong[0]}: each problem has {fewest} samples; give a smaller k."
@@ -182,10 +196,10 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
                     "Choose another file, or delete this one."
                 )
             by_key[row["task_id"], row["sample"]] = row
-        missing = [key for key in samples.keys if key not in by_key]
-        if len(missing) < len(samples.keys):
-            there = len(samples.keys) - len(missing)
-            print(f"{there:,} of {len(samples.keys):,} rows exist already", file=sys.stderr)
+        missing = [key for key in keys if key not in by_key]
+        if len(missing) < len(keys):
+            there = len(keys) - len(missing)
+            print(f"{there:,} of {len(keys):,} rows exist already", file=sys.stderr)
         with code_sandbox.Sandbox(limits, workers=flags.workers, require=flags.require) as sandbox:
             protections = dataclasses.asdict(sandbox.protections)
             completions = samples.make(missing) if missing else ()
@@ -199,7 +213,7 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
 
             _try(completions, problems, sandbox, add, count=len(missing))
     document = {
-        **scores([by_key[key] for key in samples.keys], flags.k, name=problems.name),
+        **scores([by_key[key] for key in keys], flags.k, name=problems.name),
         "settings": settings,
         "protections": protections,
     }

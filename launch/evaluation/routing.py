@@ -253,6 +253,9 @@ def cosines(vectors_EM: np.ndarray) -> list[list[float]]:
     return np.round(unit_EM @ unit_EM.T, 5).tolist()
 
 
+_CELLS = "mean probability (share of first choices)"
+
+
 def table(shares: Mapping[str, Any]) -> str:
     """Returns a table for each router and layer."""
     probable, chosen = shares["domains"], shares["chosen"]
@@ -266,7 +269,11 @@ def table(shares: Mapping[str, Any]) -> str:
         space = max(15, *(len(name) + 2 for name in names))
         heads = "".join(f"{name:>{space}}" for name in names)
         for layer in range(len(layers)):
-            lines += ["", f"router of {router}, layer {layer}", f"{'task':{width}}{heads}"]
+            lines += [
+                "",
+                f"router of {router}, layer {layer}: {_CELLS}",
+                f"{'task':{width}}{heads}",
+            ]
             for task in probable:
                 pairs = zip(probable[task][router][layer], chosen[task][router][layer], strict=True)
                 cells = "".join(f"{f'{p:.3f} ({c:.3f})':>{space}}" for p, c in pairs)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from launch.inference import row_files
+from launch.inference.token_healing import Healed, TokenHealing
 from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
@@ -28,7 +29,7 @@ def generate_file(
     rows = [(where, with_prompt_key(row)) for where, row in row_files.read(inputs, example=EXAMPLE)]
     if chat:
         rows = [(where, as_message(row)) for where, row in rows]
-    continued = generate(config, rows, note_template=True, **options)
+    continued = generate(config, rows, notes=True, **options)
     row_files.write(output, continued, writer=jax.process_index() == 0)
 
 
@@ -68,7 +69,7 @@ def print_continuations(
     show = (to_terminal if writes else lambda piece: None) if stream else None
     row = {"text": prompt}
     rows = [("--prompt", as_message(row) if chat else row)]
-    continued = generate(config, rows, settings=settings, show=show, note_template=True, **options)
+    continued = generate(config, rows, settings=settings, show=show, notes=True, **options)
     for row in continued:
         if not writes:
             continue
@@ -101,7 +102,8 @@ def generate(
     batch_size: int = 8,
     show: Callable[[str], None] | None = None,
     indices: Sequence[int] | None = None,
-    note_template: bool = False,
+    notes: bool = False,
+    token_healing: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -120,7 +122,9 @@ def generate(
       prefill_chunk: tokens of prompts that are processed at a time; None for all.
       batch_size: rows at a time, each with all its samples.
       show: called with each new piece of the text of a single row.
-      note_template: whether to print a line if texts of a model with a chat template are continued without it.
+      notes: whether to print lines on texts that are continued without the model's chat template, or end with a space.
+      token_healing: whether the last token of a text is drawn anew, see launch/inference/token_healing.py. Rows of tokens
+        and conversations are continued as they are.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
 
     Yields:
@@ -130,9 +134,9 @@ def generate(
       LoadError: rows that cannot be read, or stops without a vocabulary.
     """
     with config.load(checkpoint, params=params) as loaded:
-        prompts = [prompt_of(loaded, row, where) for where, row in rows]
-        if note_template:
-            _print_note(loaded, rows)
+        prompts = _prompts(loaded, rows, token_healing=token_healing)
+        if notes and jax.process_index() == 0:
+            _print_notes(loaded, rows, token_healing=token_healing)
         decoder, texts = decoder_and_texts(
             loaded,
             settings,
@@ -145,12 +149,31 @@ def generate(
             batch_size=batch_size,
             show=show,
         )
-        continuations = decoder.stream(prompts, seed=seed % 2**32, indices=indices)
+        texts.begun = {i: prompt.text for i, prompt in enumerate(prompts)}
+        first = [prompt.first for prompt in prompts]
+        continuations = decoder.stream(
+            [prompt.tokens for prompt in prompts],
+            seed=seed % 2**32,
+            indices=indices,
+            first=first if any(first) else None,
+        )
         for i, (_, row) in enumerate(rows):
             for sample in range(settings.num_samples):
                 yield texts.answer(row, i, sample, next(continuations))
         if jax.process_index() == 0:
             print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+
+
+def _prompts(
+    loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool
+) -> list[Healed]:
+    vocabulary = loaded.vocabulary_or_none if token_healing else None
+    heal = None if vocabulary is None else TokenHealing(vocabulary)
+    prompts = []
+    for where, row in rows:
+        prompt = prompt_of(loaded, row, where)
+        prompts.append(heal(prompt) if heal and row.get("text") else Healed(tokens=prompt))
+    return prompts
 
 
 def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int]:
@@ -161,13 +184,21 @@ def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int
     return prompt
 
 
-def _print_note(loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Prints a line if a model with a chat template continues a text as it is."""
-    if jax.process_index() or not any("text" in row for _, row in rows):
-        return
-    if getattr(loaded.vocabulary_or_none, "chat_template", None) is not None:
+def _print_notes(
+    loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool
+) -> None:
+    """Prints a line if the model's chat template would render texts, and one if texts end with a space."""
+    texts = [row["text"] for _, row in rows if isinstance(row.get("text"), str)]
+    if texts and getattr(loaded.vocabulary_or_none, "chat_template", None) is not None:
         print(
             "The model has a chat template; texts are continued without it: see --chat.",
+            file=sys.stderr,
+        )
+    spaces = sum(text.endswith(" ") for text in texts)
+    if spaces and not token_healing:
+        print(
+            f"{spaces:,} of {len(texts):,} texts end with a space, after which most vocabularies have no word: see "
+            "--token_healing.",
             file=sys.stderr,
         )
 
@@ -235,6 +266,9 @@ class Texts:
         the stop.
       show: called with text as soon as it is final; None to wait for the end.
       decode_watched: decodes tokens to search for stops; None for `decode`.
+
+    Attributes:
+      begun: the text of the prompt with which each prompt's continuation begins, by prompt; it is left out.
     """
 
     def __init__(
@@ -252,6 +286,7 @@ class Texts:
         self._show = show
         self._decode_watched = decode_watched or decode
         self._growing: dict[tuple[int, int], GrowingText] = {}
+        self.begun: Mapping[int, str] = {}
 
     @property
     def watching(self) -> bool:
@@ -264,7 +299,7 @@ class Texts:
             return None
         text = self._growing.get((prompt, sample))
         if text is None:
-            text = GrowingText(self._decode_watched, self._stops)
+            text = GrowingText(self._decode_watched, self._stops, begun=self.begun.get(prompt, ""))
             self._growing[prompt, sample] = text
         for count, token in enumerate(tokens, 1):
             if token in self._ends:
@@ -278,10 +313,11 @@ class Texts:
         if piece and self._show is not None:
             self._show(piece)
 
-    def text(self, tokens: Sequence[int]) -> tuple[str, str]:
+    def text(self, tokens: Sequence[int], *, prompt: int = 0) -> tuple[str, str]:
         """Returns the text of a continuation up to its end, and the kind of end: "eos", "stop" or "length"."""
         ended = bool(tokens) and tokens[-1] in self._ends
         text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
+        text = text.removeprefix(self.begun.get(prompt, ""))
         before_stop = cut(text, self._stops)
         if before_stop is not None:
             return before_stop, "stop"
@@ -297,7 +333,7 @@ class Texts:
         answer = {key: value for key, value in row.items() if key not in _PROMPT_KEYS}
         answer["prompt"] = next(row[key] for key in _PROMPT_KEYS if key in row)
         answer["sample"] = sample
-        text, answer["ended"] = self.text(new.tokens)
+        text, answer["ended"] = self.text(new.tokens, prompt=prompt)
         if self._decode is not None:
             answer["text"] = text
         answer |= {"tokens": new.tokens, "logprobs": new.log_probs}

@@ -1,4 +1,4 @@
-"""Trains and stores the vocabulary of a data file, and prints its bytes per token for each task.
+"""Trains and stores the vocabulary of a data file, and prints its bytes per token on held-out text of each task.
 
 Example: the corpus of installed packages, half a minute; a run with the same data file reuses the
 vocabulary:
@@ -41,7 +41,7 @@ def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> d
     for register in tasks:
         register()
     print(f"{vocabulary}\n{vocabulary.vocab_size} ids\n")
-    print(f"(on up to {SHOWN_BYTES / 1e3:.0f} kB of each task's held-out split)")
+    print(f"held-out text of each task, up to {SHOWN_BYTES // 1000} kB:")
     print(f"{'task':14s} {'kB':>6s} {'tokens':>8s} {'bytes/token':>11s}")
     rates = {}
     for name, source in registered.sources().items():

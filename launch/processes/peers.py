@@ -147,6 +147,7 @@ def joined(
 
     Raises:
       JoinError: not all processes came in time.
+      ValueError: 'auto' outside of a cluster.
     """
     if address is None:
         yield
@@ -170,6 +171,13 @@ def joined(
         )
     except RuntimeError as error:
         raise JoinError(late) from error
+    except ValueError as error:  # before it waits for anybody
+        if address != "auto":
+            raise
+        raise ValueError(
+            f"--coordinator_address=auto: jax finds no cluster that it knows (TPU pod, SLURM, Open MPI) from here: {error} "
+            "Give HOST:PORT of process 0 with --process_count and --process_index, or remove the flag for one process."
+        ) from None
     _write_status(joining=None)
     peers = Peers(address, heartbeat_timeout)
     try:

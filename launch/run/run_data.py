@@ -1,12 +1,16 @@
 """Opens the data of a run, checks it against the program, and describes it for the run's records."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import gin
+
 from data import cpu_tensorflow
 from data import tasks as task_registry
 from data.stream import stream as streams
+from data.tokenizers import vocabularies
 from trainers.batches import Stream, TrainStream
 from trainers.evaluate import EvalStream
 from trainers.recipe import Program
@@ -65,6 +69,24 @@ class RunData:
         }
 
 
+def check_trained_vocabulary(program: Program) -> None:
+    """Checks the size of the vocabulary that gin trains for VOCABULARY, before any text is read for it.
+
+    Raises:
+      ValueError: the model's table has fewer rows.
+    """
+    try:
+        reference = gin.query_parameter("%VOCABULARY")
+        trained = reference.configurable.wrapped is vocabularies.sentencepiece
+    except (ValueError, AttributeError):  # the run has no such macro, or it is no call
+        return
+    if trained:
+        bound = gin.get_bindings(vocabularies.sentencepiece, resolve_references=False)
+        # A copy of a reference is its value; a copy of all bindings would build the corpus.
+        sizes = copy.deepcopy([bound.get("size", 0), bound.get("extra_ids", 0)])
+        _check_table(program, sum(sizes))
+
+
 def open_data(
     program: Program,
     *,
@@ -93,6 +115,10 @@ def open_data(
     for register in tasks:
         register()
     program.check_extras(task_registry.vocabulary_digest)
+    if tasks and program.recipe.inputs_spec.unit == "tokens":
+        # Before anything is tokenised; the run may use only some of the tasks.
+        sizes = [task_registry.vocabulary(name).vocab_size for name in task_registry.sources()]
+        _check_table(program, min(sizes, default=0))
     opened = stream(positions=positions) if positions else stream()
     if not of_prompts:
         _check_rows(program, opened)
@@ -131,18 +157,23 @@ def _check_rows(program: Program, stream: Stream) -> None:
 
 def _check_vocabulary(program: Program, stream: Stream) -> None:
     """Checks that the embedding has a row for every id: JAX would clip a larger id silently."""
-    rows, size = program.recipe.model.config.vocab_size, stream.summary()["vocabulary"]["size"]
-    if size > rows:
-        raise ValueError(
-            f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
-            "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
-            "use the model's own vocabulary."
-        )
+    rows = program.recipe.model.config.vocab_size
+    _check_table(program, stream.summary()["vocabulary"]["size"])
     start = stream.summary().get("start_token")
     if isinstance(start, int) and start >= rows:
         raise ValueError(
             f"DOCUMENT_START = {start} is no token: the model's table has {rows} rows, from 0. Set it to the "
             "id of a token of the vocabulary."
+        )
+
+
+def _check_table(program: Program, size: int) -> None:
+    rows = program.recipe.model.config.vocab_size
+    if size > rows:
+        raise ValueError(
+            f"The data's vocabulary has {size} entries, but the model's table only {rows} rows: set "
+            "config.TransformerConfig.vocab_size to at least that (a multiple of 128 is fastest), or "
+            "use the model's own vocabulary. (VOCAB_SIZE is both, in models without a table of their own.)"
         )
 
 

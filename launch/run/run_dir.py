@@ -90,9 +90,8 @@ class RunDir:
 
     @property
     def started(self) -> bool:
-        """Whether there is a checkpoint or a row of metrics; before that, any run may use the directory."""
-        has_rows = os.path.exists(self.metrics) and os.path.getsize(self.metrics) > 0
-        return has_rows or self.has_checkpoints
+        """Whether there is a checkpoint or a row of metrics of a step; before that, any run may use the directory."""
+        return self.has_checkpoints or _has_steps(self.metrics)
 
     @property
     def has_checkpoints(self) -> bool:
@@ -324,6 +323,17 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _has_steps(metrics: str) -> bool:
+    """Returns whether a file of metrics has rows besides those of step 0; what cannot be read counts as one."""
+    try:
+        with open(metrics, encoding="utf-8") as file:
+            return any(json.loads(line)["step"] != 0 for line in file)
+    except FileNotFoundError:
+        return False
+    except (ValueError, TypeError, KeyError):
+        return True
 
 
 def _json(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ import contextlib
 import importlib
 import json
 import pathlib
-import shlex
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from launch.cluster import worker
 from launch.sweeping import check, parts
 from launch.sweeping.file import Run
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
+from launch.sweeping.shell import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +110,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
         if target.is_file():  # from an earlier attempt
             target.unlink()
         shutil.rmtree(target, ignore_errors=True)
-        print(shlex.join(command), flush=True)
+        print(command_line(command), flush=True)
         if (status := worker.run(command)) != 0:
             raise SystemExit(status)
     if not target.exists():

@@ -277,3 +277,12 @@ def test_a_text_without_its_models_template_is_noted(generate, capsys, monkeypat
 def _with_template(vocabulary, template):
     vocabulary.chat_template = template
     return vocabulary
+
+
+def test_help_begins_with_what_is_needed(capsys):
+    from launch import generate
+
+    with pytest.raises(SystemExit) as ended:
+        generate.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m launch.generate --checkpoint=DIR [")

@@ -292,6 +292,14 @@ def error(result):
         (["WARMUP_STEPS=50"], ["warmup_steps = 50", "total_steps = 40"]),
         (["INITIAL_CHECKPOINT_PATH=''"], ["INITIAL_CHECKPOINT_PATH is ''"]),
         (["config.TransformerConfig.mlp_dim=1000000000"], ["optimiser state need", "GB"]),
+        (
+            [
+                "VOCABULARY=@vocabularies.sentencepiece()",
+                "VOCAB_SIZE=2000",
+                "config.TransformerConfig.vocab_size=384",
+            ],
+            ["2000 entries", "384 rows", "VOCAB_SIZE"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_touched(

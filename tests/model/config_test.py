@@ -37,3 +37,9 @@ def test_every_problem_is_reported():
 def test_sliding_needs_a_window():
     with pytest.raises(ValueError, match="sliding_window"):
         TransformerConfig(**SIZES, layer_pattern=("sliding",))
+
+
+def test_no_heads_are_one_error_that_names_them():
+    sizes = {"vocab_size": 8, "num_layers": 1, "embed_dim": 8, "mlp_dim": 8}
+    with pytest.raises(ValueError, match="num_heads = 0 must be positive"):
+        TransformerConfig(num_heads=0, num_kv_heads=1, **sizes)

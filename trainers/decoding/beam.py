@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from model.kv_cache.base import CachePolicy
 from trainers.decoding.prefill import read
-from trainers.decoding.sampling import penalised, without_padding_ids
+from trainers.decoding.sampling import only_among, penalised, without_padding_ids
 
 # Below any sum of log-probabilities, and finite, as in Hugging Face: the order of sums with it is preserved.
 _NEVER = -1.0e9
@@ -61,6 +61,7 @@ def search(
     active_B: jax.Array,
     seen_BV: jax.Array | None,
     settings: Any,
+    allowed_BV: jax.Array | None = None,
 ) -> tuple[Sequences, Any]:
     """Continues prefilled prompts; see `decode.begin` and `decode.advance` for the arguments.
 
@@ -89,7 +90,7 @@ def search(
         caches=caches,
         seen_BKV=None if seen_BV is None else jnp.repeat(seen_BV[:, None], K, axis=1),
     )
-    state = _step(state, jnp.repeat(logits_BV, K, axis=0), settings)
+    state = _step(state, jnp.repeat(logits_BV, K, axis=0), settings, allowed_BV)
 
     def body(state: _Search) -> _Search:
         last = state.step - 1
@@ -107,7 +108,9 @@ def search(
     return state.finished, state.caches
 
 
-def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
+def _step(
+    state: _Search, logits_XV: jax.Array, settings: Any, allowed_BV: jax.Array | None = None
+) -> _Search:
     """Returns the search after choosing token number `state.step` of every beam."""
     beams, running = settings.beams, state.running
     B, K, M = running.tokens_BKM.shape
@@ -115,6 +118,7 @@ def _step(state: _Search, logits_XV: jax.Array, settings: Any) -> _Search:
     length = state.step + 1
     logp_XV = jax.nn.log_softmax(logits_XV.astype(jnp.float32))
     choice_BKV = without_padding_ids(logp_XV, settings.num_ids).reshape(B, K, V)
+    choice_BKV = only_among(choice_BKV, None if allowed_BV is None else allowed_BV[:, None])
     if state.seen_BKV is not None:
         penalty = settings.sampling.repetition_penalty
         choice_BKV = penalised(choice_BKV, state.seen_BKV, penalty)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.slots import carried, restored
 from trainers.decoding.prefill import read
-from trainers.decoding.sampling import penalised, sample, without_padding_ids
+from trainers.decoding.sampling import only_among, penalised, sample, without_padding_ids
 from trainers.decoding.settings import Settings
 
 
@@ -80,6 +80,7 @@ def begin(
     keys_B: jax.Array,
     seen_BV: jax.Array | None,
     settings: Settings,
+    allowed_BV: jax.Array | None = None,
 ) -> Loop:
     """Chooses the first token of prefilled prompts.
 
@@ -89,6 +90,7 @@ def begin(
       active_B: False for rows that only fill the batch.
       keys_B: a random key for each row.
       seen_BV: result of sampling.seen_in; None without a repetition penalty.
+      allowed_BV: the tokens that may be first in each row, at least one; None for all.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = Loop(
@@ -104,7 +106,7 @@ def begin(
         keys_B=keys_B,
         seen_BV=seen_BV,
     )
-    return _choose(loop, logits_BV, settings)
+    return _choose(loop, logits_BV, settings, allowed_BV)
 
 
 def advance(
@@ -144,10 +146,13 @@ def advance(
     return dataclasses.replace(loop, caches=restored(loop.caches, whole))
 
 
-def _choose(loop: Loop, logits_BV: jax.Array, settings: Settings) -> Loop:
+def _choose(
+    loop: Loop, logits_BV: jax.Array, settings: Settings, allowed_BV: jax.Array | None = None
+) -> Loop:
     """Returns the loop with token number `loop.step` added to the rows that have not ended."""
     logits_BV = logits_BV.astype(jnp.float32)
     choice_BV, seen_BV = without_padding_ids(logits_BV, settings.num_ids), loop.seen_BV
+    choice_BV = only_among(choice_BV, allowed_BV)
     if seen_BV is not None:
         choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(loop.keys_B, loop.step)

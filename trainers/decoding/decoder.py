@@ -106,6 +106,7 @@ class Decoder:
         self._watch_every = watch_every
         self._programs: dict[tuple[str, int], Callable] = {}
         self._indices: Sequence[int] = ()
+        self._first: Sequence[Sequence[int] | None] | None = None
         self.stats = Stats()
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
@@ -118,11 +119,13 @@ class Decoder:
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        first: Sequence[Sequence[int] | None] | None = None,
     ) -> Iterator[Continuation]:
         """Yields continuations as they are finished, in the order of the prompts and their samples.
 
         Args:
           indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
+          first: the tokens among which each prompt's first new token is chosen, None for all; None if no prompt has any.
 
         Raises:
           ValueError: a prompt is empty, has no token before the last `policy.future` tokens, or leaves
@@ -144,6 +147,7 @@ class Decoder:
                     f"the {limit} positions that the model has learned. Lower max_new_tokens."
                 )
         self._indices = range(len(prompts)) if indices is None else indices
+        self._first = first
         batches = self._batches(prompts, seed)
         return (continuation for samples in in_order(batches) for continuation in samples)
 
@@ -168,13 +172,26 @@ class Decoder:
         active_B = np.arange(self._batch_size) < len(batch)
         index_B = np.zeros(self._batch_size, np.uint32)
         index_B[: len(batch)] = [self._indices[i] for i in batch]
-        rows = jax.device_put((tokens_BT, lengths_B, active_B, index_B), self._sharding)
+        allowed_BV = self._allowed(batch)
+        arrays = (tokens_BT, lengths_B, active_B, index_B, allowed_BV)
+        rows = jax.device_put(arrays, self._sharding)
         state = self._read(length, *rows, np.uint32(seed))
         decode = self._choose if self._settings.beams is None else self._search
         continued = decode(length, state, batch)
         self.stats.prompt_tokens += sum(len(prompts[i]) for i in batch)
         self.stats.new_tokens += sum(len(row.tokens) for rows in continued for row in rows)
         return continued
+
+    def _allowed(self, batch: Sequence[int]) -> np.ndarray | None:
+        """Returns the tokens that may be first in each row, [B, V]; None for all tokens in all batches."""
+        if self._first is None:
+            return None
+        allowed_BV = np.ones((self._batch_size, self._model.config.vocab_size), bool)
+        for b, i in enumerate(batch):
+            if (ids := self._first[i]) is not None:
+                allowed_BV[b] = False
+                allowed_BV[b, list(ids)] = True
+        return allowed_BV
 
     def _read(self, length: int, *arrays: Any) -> Any:
         """Reads each prompt once and repeats its caches; returns a decode.Loop or beam.search's arguments."""
@@ -183,7 +200,7 @@ class Decoder:
         beams, penalty = settings.beams, settings.sampling.repetition_penalty
         copies = settings.num_samples if beams is None else beams.num_beams
 
-        def run(params, tokens_BT, lengths_B, active_B, index_B, seed):
+        def run(params, tokens_BT, lengths_B, active_B, index_B, allowed_BV, seed):
             logits_BV, caches = prefill(
                 model, params, policy, tokens_BT, lengths_B, room=room, **self._prefill_options
             )
@@ -191,15 +208,17 @@ class Decoder:
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
             caches = repeated(caches, copies)
             if beams is not None:
-                return logits_BV, caches, lengths_B, active_B, seen_BV
+                return logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV
             sample_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
-            rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV), copies)
-            logits_RV, lengths_R, active_R, index_R, seen_RV = rows
+            rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV, allowed_BV), copies)
+            logits_RV, lengths_R, active_R, index_R, seen_RV, allowed_RV = rows
             keys_R = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_R)
             keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R)
-            return begin(logits_RV, caches, lengths_R, active_R, keys_R, seen_RV, settings)
+            rows = (lengths_R, active_R, keys_R, seen_RV)
+            return begin(logits_RV, caches, *rows, settings, allowed_RV)
 
-        program = self._compiled("prefill", length, jax.jit(run), *arrays)
+        name = "prefill" if self._first is None else "restricted prefill"
+        program = self._compiled(name, length, jax.jit(run), *arrays)
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
         self.stats.prefill_seconds += time.perf_counter() - began
@@ -242,13 +261,13 @@ class Decoder:
         model, policy, settings = self._model, self._policy, self._settings
 
         def run(params, state):
-            logits_BV, caches, lengths_B, active_B, seen_BV = state
-            beams, caches = beam.search(
-                model, params, policy, logits_BV, caches, lengths_B, active_B, seen_BV, settings
-            )
-            return (logits_BV, caches, lengths_B, active_B, seen_BV), beams
+            logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV = state
+            rows = (logits_BV, caches, lengths_B, active_B, seen_BV)
+            beams, caches = beam.search(model, params, policy, *rows, settings, allowed_BV)
+            return (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), beams
 
-        _, beams = self._timed("decode", length, run, state)
+        name = "decode" if self._first is None else "restricted decode"
+        _, beams = self._timed(name, length, run, state)
         return [
             [
                 Continuation(

@@ -20,6 +20,11 @@ def without_padding_ids(logits_BV: jax.Array, num_ids: int | None) -> jax.Array:
     return jnp.where(known_V[None], logits_BV, -jnp.inf)
 
 
+def only_among(logits_BV: jax.Array, allowed_BV: jax.Array | None) -> jax.Array:
+    """Returns logits with -inf for tokens that are not allowed; None changes nothing."""
+    return logits_BV if allowed_BV is None else jnp.where(allowed_BV, logits_BV, -jnp.inf)
+
+
 def seen_in(tokens_BT: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
     """Returns True [B, V] for the tokens of each prompt, without padding."""
     real_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]

@@ -17,16 +17,24 @@ class GrowingText:
     Args:
       decode: function that returns the text of token ids.
       stops: the text ends before the first occurrence of any of these strings, which must not be empty.
+      begun: text with which the first token begins, and which is left out.
 
     Attributes:
       stopped: whether a stop string has occurred; later tokens are ignored.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
+        *,
+        begun: str = "",
+    ):
         if "" in stops:
             raise ValueError("A stop string is empty, so every text would end at once: omit it.")
         self._decode = decode
         self._stops = tuple(stops)
+        self._begun = begun
         self._context = 0  # index of the first token to decode
         self._read = 0  # number of tokens whose text was returned or is in `_waiting`
         self._waiting = ""  # text that may be the start of a stop string
@@ -55,6 +63,7 @@ class GrowingText:
         return rest if self.stopped else rest + waiting
 
     def _give(self, piece: str) -> str:
+        piece, self._begun = piece.removeprefix(self._begun), ""
         text = self._waiting + piece
         before = cut(text, self._stops)
         if before is not None:

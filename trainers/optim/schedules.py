@@ -45,12 +45,12 @@ class Unspanned:
 
 def as_schedule(schedule: Schedule | float) -> Schedule:
     """Returns `schedule`, or a constant schedule if it is a number."""
-    return constant(peak=schedule) if isinstance(schedule, int | float) else schedule
+    return schedule if callable(schedule) else constant(schedule)
 
 
-def span(schedule: Schedule, over: Span) -> Schedule:
+def span(schedule: Schedule | float, over: Span) -> Schedule:
     """Returns `schedule`, made for the run's span if it is an `Unspanned`."""
-    return schedule.make(over) if isinstance(schedule, Unspanned) else schedule
+    return schedule.make(over) if isinstance(schedule, Unspanned) else as_schedule(schedule)
 
 
 def _over_the_run(schedule: Callable[..., Schedule], **settings) -> Unspanned:
@@ -189,7 +189,7 @@ def wsd(
 
 
 def cooldown(
-    *, before: Schedule, start_step: Count, steps: Size, final: NonNegative = 1e-6
+    *, before: Schedule | NonNegative, start_step: Count, steps: Size, final: NonNegative = 1e-6
 ) -> Schedule:
     """Follows `before` up to `start_step`, then a straight line from its value there to `final`.
 
@@ -205,7 +205,7 @@ def cooldown(
 
 def continued(
     *,
-    before: Schedule,
+    before: Schedule | NonNegative,
     start_step: Count | None = None,
     warmup_steps: Count = 0,
     scale: NonNegative = 1.0,
@@ -238,7 +238,7 @@ def continued(
     return rate
 
 
-def phases(*, schedules: Sequence[Schedule], starts: Sequence[Count]) -> Schedule:
+def phases(*, schedules: Sequence[Schedule | NonNegative], starts: Sequence[Count]) -> Schedule:
     """Uses schedule i from step starts[i] on, with its own steps counted from 0; starts[0] is 0."""
     if len(schedules) != len(starts) or not starts or starts[0] != 0:
         raise ValueError("phases: give one start per schedule, the first of them 0.")

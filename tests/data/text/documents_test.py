@@ -159,9 +159,13 @@ def test_line_that_is_no_object(tmp_path):
 
 def test_missing_text_key_names_the_keys_that_are_there(tmp_path):
     path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n{"content": "a", "id": 1}\n')
-    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Correct text_key"
+    match = r"x\.jsonl, line 2: no key 'text'; present are 'content', 'id'. Correct text_key$"
     with pytest.raises(DataError, match=match):
         _read(path)
+    path = _compress(tmp_path / "chats.jsonl", b'{"messages": []}\n')
+    with pytest.raises(DataError, match=r"learnt by runs/finetune.gin over data/chat.gin$"):
+        _read(path)
+    path = _compress(tmp_path / "x.jsonl", b'{"text": "a"}\n')
     with pytest.raises(
         DataError, match=r"line 1: no key 'url'; present are 'text'. Correct id_key"
     ):

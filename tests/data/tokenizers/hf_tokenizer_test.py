@@ -18,6 +18,7 @@ from data.cache import fingerprint, store, task_cache
 from data.stream import rows
 from data.tokenizers import hf_tokenizer, vocabularies
 from data.tokenizers.hf_tokenizer import TokenizerError
+from data.tokenizers.pieces import Pieces
 
 # One sentence in each of the 23 languages of Aya 23.
 LANGUAGES = {
@@ -333,3 +334,28 @@ def test_tasks_are_tokenised_with_it_and_cached(vocabulary, folder, tmp_path):
         other = vocabularies.huggingface(path=folder, special_in_text=False)
         task_cache.open_task_cache(add(other), "train", cache_dir=tmp_path)
     seqio.TaskRegistry.remove("hf_test")
+
+
+def test_pieces_that_begin_with_anothers_text(folder):
+    """For every token, compared with the bytes of all tokens; a piece may end within a character, a prompt may not."""
+    vocabulary = vocabularies.huggingface(path=folder, extra_ids=2)
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in plain)
+    byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    tokenizer = hf_tokenizer.load(vocabulary.files.content)
+    texts = {
+        id: bytes(byte_of[letter] for letter in tokenizer.id_to_token(id))
+        for id in range(len(SPECIAL), SIZE)
+    }
+    pieces, whole = Pieces(vocabulary), 0
+    for id, text in texts.items():
+        want = {other for other, longer in texts.items() if longer.startswith(text)}
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError:
+            want = set()
+        assert set(pieces.beginning_with(id)) == want
+        whole += len(want) > 1
+    assert whole > 50
+    for id in (*range(len(SPECIAL)), SIZE, SIZE + 1):
+        assert pieces.beginning_with(id) == ()

@@ -12,6 +12,7 @@ from data.text import document_files, documents
 from data.text.documents import Document
 from data.text.sources import environment
 from data.tokenizers import vocabularies
+from data.tokenizers.pieces import Pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,3 +248,18 @@ def test_tensorflow_is_kept_off_accelerators_before_it_is_imported(monkeypatch):
     monkeypatch.setattr(cpu_tensorflow, "load", lambda: calls.append("load"))
     vocabularies.byte()
     assert calls == ["load"]
+
+
+def test_pieces_that_begin_with_anothers_text(model_path):
+    """For every piece of a vocabulary with sentinels, compared with the texts of all tokens."""
+    vocabulary = vocabularies.from_file(path=model_path, extra_ids=3)
+    model = vocabulary.tokenizer
+    texts = {id: vocabulary.decode([id]) for id in range(4, 1000) if not model.IsByte(id)}
+    pieces = Pieces(vocabulary)
+    for id, text in texts.items():
+        want = {other for other, longer in texts.items() if longer.startswith(text)}
+        assert set(pieces.beginning_with(id)) == want
+    assert len(pieces.beginning_with(model.PieceToId("\u2581"))) > 100
+    for id in (*range(4), model.PieceToId("<0x0A>"), *range(1000, 1003)):
+        assert pieces.beginning_with(id) == ()  # special tokens, a byte and sentinels
+    assert Pieces(vocabularies.byte()).beginning_with(40) == ()

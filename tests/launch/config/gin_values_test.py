@@ -107,6 +107,12 @@ def test_a_function_that_is_called_by_mistake_is_one_problem():
     assert "learning_rate" not in error
 
 
+def test_a_number_may_stand_for_a_schedule():
+    # Whose own settings, of the files before, then have no use.
+    assert "SCHEDULE" not in load_error("SCHEDULE=1e-3", "TRAIN_STEPS=0")
+    assert "is -0.001, but takes a number" in load_error("SCHEDULE=-1e-3")
+
+
 def test_a_problem_of_a_macro_names_its_place():
     assert "--gin.LEARNING_RATE=-1: 'trainers.optim.schedules.cosine.peak'" in load_error(
         "LEARNING_RATE=-1"

@@ -85,6 +85,24 @@ def test_rows_that_are_there_are_not_run_again(evaluate, solutions, tmp_path, mo
     assert same == scores
 
 
+def test_a_limit_takes_the_first_problems_and_without_it_the_rest_follow(
+    evaluate, solutions, capsys
+):
+    flag = solutions(RIGHT)
+    rows, scores = evaluate(flag, "--limit=2")
+    assert [row["task_id"] for row in rows] == ["0", "1"]
+    assert scores["num_problems"] == scores["num_samples"] == 2
+    rows, scores = evaluate(flag)
+    assert [row["task_id"] for row in rows] == ["0", "1", "2"] and scores["num_problems"] == 3
+    assert "2 of 3 rows exist already" in capsys.readouterr().err
+    assert evaluate(flag, "--limit=1")[1]["num_problems"] == 1
+    # The other problems need no solution.
+    assert evaluate(solutions(RIGHT[:1]), "--limit=1") == 2  # but are other solutions
+    assert "made with" in capsys.readouterr().err
+    assert evaluate(flag, "--limit=0") == 2
+    assert "--limit=0 must be at least 1" in capsys.readouterr().err
+
+
 def test_rows_of_other_settings_are_refused(evaluate, solutions, capsys):
     evaluate(solutions(RIGHT))
     assert evaluate(solutions(RIGHT), "--wall_seconds=9") == 2

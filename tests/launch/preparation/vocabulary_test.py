@@ -39,6 +39,7 @@ def test_trains_once_and_shows_every_task(run, tmp_path, capsys):
     assert {"english", "python"} <= rows.keys()
     assert all(float(rows[name].split()[-1]) > 1.5 for name in ("english", "python"))
     assert "vocabulary of 700 pieces" in out.err
+    assert "held-out text of each task, up to 300 kB:" in out.out
     models = list((tmp_path / "cache" / "vocabularies").glob("*/sentencepiece.model"))
     assert len(models) == 1
     assert run(*arguments) == 0
@@ -72,3 +73,12 @@ def test_takes_the_training_command(run, capsys):
     out = capsys.readouterr()
     assert "259 ids" in out.out
     assert "warning" not in out.err
+
+
+def test_bytes_are_read_of_the_mixtures_own_sources_alone(run, capsys):
+    argv = [f"--gin_file=t5x_configs/{name}.gin" for name in ("models/tiny", "data/bytes")]
+    argv += ["--gin_file=t5x_configs/runs/pretrain.gin", "--gin.BYTES_PER_SOURCE=100000"]
+    assert run(*argv, "--gin.MODEL_DIR=/tmp/x", "--gin.MIXTURE_OR_TASK_NAME=text") == 0
+    out = capsys.readouterr()
+    assert {"docstrings", "english"} <= set(out.out.split()) | set(out.err.split())
+    assert not {"python", "cpp", "markup", "lang_fr"} & set(out.err.split())

@@ -155,3 +155,21 @@ def test_what_the_supervisor_hides_is_only_of_the_coordination_service(capfdbina
     relay.thread.join()
     assert capfdbinary.readouterr().err == shown
     assert relay.fatal == fatal
+
+
+def test_auto_outside_of_a_cluster_is_one_error(monkeypatch):
+    import jax
+
+    from launch.processes import peers
+
+    def initialize(*arguments, **settings):
+        raise ValueError("coordinator_address should be defined.")  # as jax does
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    waits = {"initialization_timeout": 1, "heartbeat_timeout": 1}
+    with (
+        pytest.raises(ValueError, match="auto: jax finds no cluster.* Give HOST:PORT"),
+        peers.joined("auto", None, None, **waits, status_of=lambda error: 2),
+    ):
+        pass

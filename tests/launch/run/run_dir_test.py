@@ -122,6 +122,13 @@ def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
     corrected = CONFIG.replace("BATCH_SIZE = 8", "BATCH_SIZE = 16")
     run_dir.prepare(str(tmp_path), corrected).record(data_fingerprint="xyz")
     assert (tmp_path / "config.gin").read_text() == corrected
+    # A start that fails in its first step may have evaluated before it.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/a/loss": 3.5}\n')
+    run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
+    for row in ('{"step": 0}\n{"step": 1}\n', '{"step": 0}\n{"st'):
+        (tmp_path / "metrics.jsonl").write_text(row)
+        with pytest.raises(RunDirectoryError, match="another configuration"):
+            run_dir.prepare(str(tmp_path), corrected)
 
 
 def test_names_that_may_change_are_the_callers_choice(tmp_path):

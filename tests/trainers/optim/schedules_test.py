@@ -125,6 +125,9 @@ def test_a_continued_schedule_is_scaled_from_its_start_after_a_rise():
 
 def test_a_number_is_a_constant_schedule():
     assert schedules.as_schedule(3e-3)(7) == pytest.approx(3e-3)
+    assert schedules.as_schedule(np.float32(3e-3))(7) == pytest.approx(3e-3)
+    assert schedules.constant(3e-3)(7) == pytest.approx(3e-3)
+    assert schedules.span(3e-3, schedules.Span(100))(7) == pytest.approx(3e-3)
     assert schedules.cooldown(before=1.0, start_step=2, steps=2, final=0.0)(3) == pytest.approx(0.5)
     assert schedules.continued(before=1.0, start_step=2, scale=0.5)(3) == pytest.approx(0.5)
     assert schedules.phases(schedules=[1.0, 2.0], starts=[0, 3])(4) == pytest.approx(2.0)
