@@ -24,6 +24,9 @@ from launch.config.gin_reader import (
 from launch.config.gin_source import Macro, Place, Problem, scoped
 from launch.config.gin_values import mismatch
 
+# Name of the file with all bindings of a run, of which another command or another kind of run uses a part.
+_RECORD = "config.gin"
+
 
 def check(
     files: Sequence[str],
@@ -94,8 +97,10 @@ def check(
             problems += _unread_overrides(checked, reach)
             # Reading a file twice replaces later bindings by its own, probably by mistake.
             for problem in _unreachable(checked, reach, [] if twice else so_far, entry_name):
-                on_command_line = problem.place.line == 0
-                (problems if on_command_line else checked.warnings).append(problem)
+                if problem.place.line == 0:  # on the command line
+                    problems.append(problem)
+                elif os.path.basename(problem.place.source) != _RECORD:
+                    checked.warnings.append(problem)
     return checked
 
 

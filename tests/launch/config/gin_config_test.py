@@ -182,6 +182,8 @@ def test_binding_without_effect_is_refused_on_the_command_line_and_warned_of_in_
     extra = gin_file(HEAD + "toy_net.Dense.bias = True\n", "extra.gin")
     config = gin_config.load([swapped, extra], bindings[:1], entry=ENTRY)
     assert "'toy_net.Dense.bias' has no effect" in str(config.warnings[0])
+    record = gin_file(HEAD + "toy_net.Dense.bias = True\n", "config.gin")
+    assert gin_config.load([swapped, record], bindings[:1], entry=ENTRY).warnings == ()
     text = HEAD + "toy_net.Dense.bias = True\ntoy_net.Net.layers = 1\n"
     config = gin_config.load([swapped, method(text)], bindings[:1], entry=ENTRY)
     assert config.warnings == ()
