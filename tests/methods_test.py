@@ -40,6 +40,8 @@ METHODS = {
     "adapters/dora": ("adapter", TEXT),
     "adapters/ia3": ("adapter", TEXT),
     "adapters/lora": ("adapter", TEXT),
+    "adapters/own_base": ("reference", ("preference",)),
+    "adapters/own_base_online": ("reference", ("online",)),
     "averaging/schedule_free": ("optimiser", ("pretrain", "classify", "preference")),
     "bam/attention_experts": ("architecture", TEXT),
     "bam/bam": ("architecture", TEXT),
@@ -105,6 +107,8 @@ def needed(run: str, methods: Sequence[str]) -> list[str]:
         more.append(FACTORS.get(run, "low_rank/low_rank"))
     if {*methods} & {"bam/attention_experts"} and not {*methods} & HAVE_EXPERTS:
         more.append("bam/btx")
+    if {"adapters/own_base", "adapters/own_base_online"} & {*methods} and "adapter" not in kinds:
+        more.append("adapters/lora")  # without which the reference would be the policy
     references = [name for name in methods if METHODS[name][0] == "reference"]
     if references == ["preference/reference_free"] and not kinds & {"losses", "reward"}:
         more.append("preference/simpo")  # a loss that compares with no reference

@@ -1,5 +1,6 @@
 """A second model of a run that is not trained: a reference or a teacher, restored from a checkpoint."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -144,13 +145,18 @@ class FrozenModel:
     checkpoint: FrozenCheckpoint
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
-        """Returns shapes, dtypes and shardings of the parameters; of a base model's checkpoint without adapters."""
+        """Returns shapes, dtypes and shardings of the parameters.
+
+        Those of a base model, which the checkpoint of a reference mostly is, have none of adapters.
+        """
         params = initialise.abstract_params(self.model, mesh, rules)
         if adapters_of(self.model) is None:
             return params
-        return base_step.present(
-            params, self.checkpoint.arrays(self.checkpoint.resolve(record=False).step)
-        )
+        saved: Mapping[str, Any] = {}
+        # A step is also compiled where the checkpoint is absent.
+        with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
+            saved = self.checkpoint.arrays(self.checkpoint.resolve(record=False).step)
+        return base_step.present(params, saved)
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
         """Checks the checkpoint without reading its arrays or writing anything; see `StoredExtras.check`.
