@@ -42,6 +42,7 @@ METHODS = {
     "adapters/lora": ("adapter", TEXT),
     "adapters/own_base": ("reference", ("preference",)),
     "adapters/own_base_online": ("reference", ("online",)),
+    "adapters/prompt": ("adapter", TEXT),
     "averaging/schedule_free": ("optimiser", ("pretrain", "classify", "preference")),
     "bam/attention_experts": ("architecture", TEXT),
     "bam/bam": ("architecture", TEXT),
@@ -123,6 +124,8 @@ def arguments(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
     bindings = ["MODEL_DIR='/tmp/x'", *BINDINGS[run]]
     if "preference/reward_checkpoint" in methods:
         bindings.append("REWARD_CHECKPOINT='/y'")
+    if "adapters/prompt" in methods:
+        bindings.append("PROMPT_FIRST_ID=300")
     if any(name.startswith("distillation/") for name in methods):
         bindings.append(f"TEACHER={other_run()!r}")
     if "preference/reference_run" in methods:

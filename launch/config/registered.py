@@ -48,6 +48,7 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "molora": ("model.mov.molora", ("MoLora",)),
     "mov": ("model.mov.mov", ("Mov",)),
     "norm": ("model.norm", ("LayerNorm", "RMSNorm")),
+    "prompt": ("model.adapters.prompt", ("Prompt", "PromptEmbed")),
     "resnet": (
         "model.vision.resnet",
         ("Bottleneck", "ResNet", "ResNetConfig", "Stem3x3", "Stem7x7", "WideBlock"),

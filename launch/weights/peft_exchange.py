@@ -53,7 +53,7 @@ def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str
     """
     run = SourceModel(checkpoint, params)
     adapters = adapters_of(model)
-    slots = [] if adapters is None else [slot for slot, _ in adapters.slots]
+    slots = [] if adapters is None else list(adapters.slots)
     if adapters is None or len(slots) != 1:
         raise ConvertError(
             f"{checkpoint} has {' and '.join(slots) or 'no'} adapters, and peft's directories hold those of one kind."

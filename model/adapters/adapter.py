@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -80,13 +80,13 @@ class Adapted(nn.Module):
 
     Attributes:
       base: the projection.
-      adapters: (slot, factory of an `Adapter`) pairs.
+      adapters: the adapters of the model.
       heads: number of heads whose outputs the projection joins; 1 for a projection without heads.
       layer_input: the input [..., D] of the attention or MLP that owns the projection; None at experts.
     """
 
     base: Any
-    adapters: Sequence[tuple[str, Callable[..., Any]]] = ()
+    adapters: "Adapters"
     heads: int = 1
     layer_input: Any = None
 
@@ -98,7 +98,7 @@ class Adapted(nn.Module):
         slot = self._slot()
         if slot is None:
             return self.base(x, *sizes)
-        adapter = dict(self.adapters)[slot](name=PREFIX + slot)
+        adapter = self.adapters.adapter(slot).clone(name=PREFIX + slot, parent=self)
         if sizes and not getattr(adapter, "of_experts", False):
             raise AdapterError(
                 f"{adapter.site_path} projects stacked experts, which adapter.named.{slot} cannot adapt: exclude it from "
@@ -123,13 +123,11 @@ class Adapted(nn.Module):
         Unrolling layers changes their paths, so after initialisation the parameters decide.
         """
         if not self.is_initializing():
-            there = (x for x, _ in self.adapters if self.has_variable("params", PREFIX + x))
-            return next(there, None)
+            slots = self.adapters.slots
+            return next((x for x in slots if self.has_variable("params", PREFIX + x)), None)
         assert self.scope is not None
         path = "/".join(self.scope.path)
-        slots = [
-            slot for slot, make in self.adapters if make(name=None, parent=None).fields_at(path)
-        ]
+        slots = [slot for slot, one in self.adapters.slots.items() if one.fields_at(path)]
         if len(slots) > 1:
             raise AdapterError(
                 f"{path} would have two adapters, adapter.named.{slots[0]} and adapter.named.{slots[1]}: one adapter per "
@@ -138,21 +136,21 @@ class Adapted(nn.Module):
         return slots[0] if slots else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapters:
     """The factory `adapters` of attention, MLPs and experts.
 
     Attributes:
-      slots: (slot, factory of an `Adapter`) pairs, in the order of the slots' names.
+      slots: adapters with their settings, outside of any model, by slot in the order of the slots' names.
     """
 
-    slots: tuple[tuple[str, Callable[..., Any]], ...]
+    slots: Mapping[str, Adapter]
 
     def __call__(self, base: Any, *, heads: int = 1, layer_input: jax.Array | None = None) -> Any:
         """Returns the projection with its adapter; `base` itself if there are none at all."""
         if not self.slots:
             return base
-        return Adapted(base=base, adapters=self.slots, heads=heads, layer_input=layer_input)
+        return Adapted(base=base, adapters=self, heads=heads, layer_input=layer_input)
 
     def __repr__(self) -> str:
         return f"Adapters({self.settings})"  # of equal models equal, unlike that of functions
@@ -160,11 +158,11 @@ class Adapters:
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
         """The settings of each adapter by slot, as JSON values: what a checkpoint of adapters records."""
-        return {slot: self.adapter(slot).settings for slot, _ in self.slots}
+        return {slot: adapter.settings for slot, adapter in self.slots.items()}
 
     def adapter(self, slot: str) -> Adapter:
-        """Returns the adapter of a slot with its settings, outside of any model."""
-        return dict(self.slots)[slot](name=None, parent=None)
+        """Returns the adapter of a slot, outside of any model."""
+        return self.slots[slot]
 
 
 def named(**slots: Callable[..., Any] | None) -> Adapters:
@@ -173,7 +171,9 @@ def named(**slots: Callable[..., Any] | None) -> Adapters:
     Each method fills a slot of its own (`adapter.named.lora = @lora.Lora`), so that one model can have several kinds of
     adapters at different projections.
     """
-    return Adapters(tuple((slot, make) for slot, make in sorted(slots.items()) if make is not None))
+    # Made here, with the bindings of now: a command may read another configuration before it merges them.
+    made = {slot: make(name=None, parent=None) for slot, make in sorted(slots.items()) if make}
+    return Adapters(made)
 
 
 def adapters_of(model: Any) -> Adapters | None:
@@ -214,8 +214,7 @@ def report(params: Any, *, adapters: Adapters) -> list[str]:
     """
     sites = _sites(params)
     lines, total = [], 0
-    for slot, _ in adapters.slots:
-        adapter = adapters.adapter(slot)
+    for slot, adapter in adapters.slots.items():
         own = {path: size for path, (there, size) in sites.items() if there == slot}
         for field, pattern in adapter.patterns():
             if not any(re.fullmatch(pattern, path) for path in own):
@@ -225,7 +224,7 @@ def report(params: Any, *, adapters: Adapters) -> list[str]:
                 )
         total += sum(own.values())
         lines.append(
-            f"adapter {slot}: {type(adapter).__name__} at {len(own)} projections, {sum(own.values()):,} parameters"
+            f"adapter {slot}: {type(adapter).__name__} at {len(own)} layers, {sum(own.values()):,} parameters"
         )
     everything = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     base = everything - total
@@ -236,14 +235,14 @@ def report(params: Any, *, adapters: Adapters) -> list[str]:
 
 
 def _sites(params: Any) -> dict[str, tuple[str | None, int]]:
-    """Returns the slot and the adapter's number of parameters of each projection, by path."""
+    """Returns the slot and the adapter's number of parameters of each projection and table, by path."""
     sites: dict[str, tuple[str | None, int]] = {}
 
     def visit(node: Any, path: str) -> None:
         if not isinstance(node, Mapping):
             return
         slot = next((name for name in node if name.startswith(PREFIX)), None)
-        if "kernel" in node or "u" in node:
+        if {"kernel", "u", "embedding"} & set(node):
             leaves = jax.tree.leaves(node[slot]) if slot else []
             size = sum(math.prod(leaf.shape) for leaf in leaves)
             sites[path] = (slot and slot.removeprefix(PREFIX), size)

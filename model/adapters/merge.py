@@ -16,6 +16,7 @@ from model.adapters.adapter import PREFIX, Adapter, Adapters, is_adapter
 from model.adapters.bottleneck import Bottleneck
 from model.adapters.ia3 import Rescaling
 from model.adapters.lora import Lora
+from model.adapters.prompt import Prompt
 from model.transforms import base
 from model.transforms.base import Recipe, Shapes, Source, TransformError
 
@@ -99,6 +100,10 @@ def merger(
         raise TransformError(
             f"{site}: the weights of its {adapter.num_experts} experts depend on the token, so that no one matrix does what "
             "they do. Use the adapters as they are, or merge their average over texts: --average=FILE."
+        )
+    if isinstance(adapter, Prompt):
+        raise TransformError(
+            f"{site}: a trained prompt is not merged, because a tied head would change with the table: use the adapters as they are."
         )
     if isinstance(adapter, Bottleneck):
         raise TransformError(

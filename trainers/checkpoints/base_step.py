@@ -55,10 +55,11 @@ def parts(step: epath.Path, recorded: Manifest, params: str) -> list[Part]:
       DamagedCheckpointError.
     """
     root, own = recorded.params(params)
-    record = step_dir.read_record(step, recorded)["meta"].get(META)
-    if record is None:
-        return [Part(step, recorded, root, own)]
-    return [Part(step, recorded, root, own), _base(step, record)]
+    parts = [Part(step, recorded, root, own)]
+    if own and all(map(is_adapter, own)):
+        record = step_dir.read_record(step, recorded)["meta"].get(META)
+        parts += [] if record is None else [_base(step, record)]
+    return parts
 
 
 def entries(step: epath.Path, recorded: Manifest, params: str) -> dict[str, ArrayEntry]:

@@ -17,7 +17,9 @@ from model.adapters.adapter import AdapterError
 from model.adapters.bottleneck import Bottleneck
 from model.adapters.ia3 import Ia3
 from model.adapters.lora import Lora
+from model.adapters.prompt import Prompt, PromptEmbed
 from model.config import TransformerConfig
+from model.embed import Embed
 from model.linear import Dense
 from model.low_rank.lowrank import Factorisation, LowRankDense
 from model.mlp import GatedMlp
@@ -161,8 +163,8 @@ def test_patterns_choose_sites_and_ranks():
     assert params["down"]["adapter_ia3"]["input_scale"].shape == (8,)
     lines = adapter.report(params, adapters=module.adapters)
     assert lines == [
-        "adapter ia3: Ia3 at 1 projections, 8 parameters",
-        f"adapter lora: Lora at 2 projections, {2 * 14 + 3 * 14} parameters",
+        "adapter ia3: Ia3 at 1 layers, 8 parameters",
+        f"adapter lora: Lora at 2 layers, {2 * 14 + 3 * 14} parameters",
         f"adapters are 78 parameters, {78 / 144:.3%} of the base model's 144",
     ]
 
@@ -221,3 +223,33 @@ def test_what_cannot_adapt_experts_says_so(make):
     base = ExpertDense(num_experts=2, features=Y, axes=(axes.EXPERT, axes.EMBED, axes.MLP))
     with pytest.raises(AdapterError, match="stacked experts.*adapter.named.one cannot"):
         wrapped(functools.partial(make, layers=ANY), base=base)
+
+
+def embedded(module, params, ids):
+    return module.apply({"params": params}, ids)
+
+
+def test_virtual_tokens_have_learned_embeddings_and_all_others_the_tables():
+    ids = jnp.array([[4, 1, 2, 5]])
+    table = Embed(num_embeddings=6, features=3)
+    module = PromptEmbed(
+        num_embeddings=6,
+        features=3,
+        adapters=adapter.named(
+            prompt=functools.partial(Prompt, length=2, first_id=4, starts=(0, 1))
+        ),
+    )
+    params = nn.meta.unbox(module.init(KEY, ids))["params"]
+    rows = np.asarray(params["embedding"])
+    np.testing.assert_array_equal(embedded(module, params, ids)[0], rows[[0, 1, 2, 1]])
+    base = {"embedding": params["embedding"]}
+    np.testing.assert_array_equal(embedded(module, base, ids), embedded(table, base, ids))
+    params["adapter_prompt"]["change"] += jnp.array([[1.0], [2.0]])
+    learned = rows[[0, 1, 2, 1]] + np.array([[1.0], [0.0], [0.0], [2.0]])
+    np.testing.assert_allclose(embedded(module, params, ids)[0], learned, atol=1e-6)
+    lines = adapter.report({"token_embed": params}, adapters=module.adapters)
+    assert lines[0] == "adapter prompt: Prompt at 1 layers, 6 parameters"
+    for settings, words in (({"first_id": 5}, "go up to 6"), ({"starts": (1,)}, "1 starts for 2")):
+        make = functools.partial(Prompt, **{"length": 2, "first_id": 0, **settings})
+        with pytest.raises(AdapterError, match=words):
+            module.clone(adapters=adapter.named(prompt=make)).init(KEY, ids)
