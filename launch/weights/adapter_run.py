@@ -52,12 +52,7 @@ def export(checkpoint: str, model: Any, target: str, *, base: str | None, params
             "give the base that has them, --base=DIR, or use the run as it is."
         )
     arrays = {name: source.open(name).read() for name in names}
-    text = source.config(whole=False)
-    meta = {
-        **source.text_meta(),
-        **{key: source.meta[key] for key in ("hf",) if key in source.meta},
-    }
-    return write(target, text, arrays, found, model, meta=meta, vocabulary=source.folder)
+    return write(target, source.config(whole=False), arrays, found, source)
 
 
 def find_base(path: str, digest: str) -> Part | None:

@@ -62,6 +62,11 @@ class Adapter(nn.Module):
         return list(dict.fromkeys(matching))
 
     @property
+    def of_experts(self) -> bool:
+        """Whether it adapts stacked experts, each with parameters of its own."""
+        return False
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The class and the fields that the outputs depend on, as JSON values."""
         names = [x.name for x in dataclasses.fields(self) if x.name not in ("name", "parent")]
@@ -99,7 +104,7 @@ class Adapted(nn.Module):
         if slot is None:
             return self.base(x, *sizes)
         adapter = self.adapters.adapter(slot).clone(name=PREFIX + slot, parent=self)
-        if sizes and not getattr(adapter, "of_experts", False):
+        if sizes and not adapter.of_experts:
             raise AdapterError(
                 f"{adapter.site_path} projects stacked experts, which adapter.named.{slot} cannot adapt: exclude it from "
                 f"its {', '.join(adapter.PATTERNS)}, or use LoRA or (IA)3 there."
@@ -123,8 +128,8 @@ class Adapted(nn.Module):
         Unrolling layers changes their paths, so after initialisation the parameters decide.
         """
         if not self.is_initializing():
-            slots = self.adapters.slots
-            return next((x for x in slots if self.has_variable("params", PREFIX + x)), None)
+            there = (x for x in self.adapters.slots if self.has_variable("params", PREFIX + x))
+            return next(there, None)
         assert self.scope is not None
         path = "/".join(self.scope.path)
         slots = [slot for slot, one in self.adapters.slots.items() if one.fields_at(path)]

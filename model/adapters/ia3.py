@@ -47,7 +47,9 @@ class Rescaling(Adapter):
 class Ia3(Rescaling):
     """y = l * (x W0 + b), or y = (l * x) W0 + b; l is ones at the start. At experts, each has its own l."""
 
-    of_experts: ClassVar[bool] = True
+    @property
+    def of_experts(self) -> bool:
+        return True
 
     @nn.compact
     def __call__(self, site: Adapted, x: jax.Array, *sizes: jax.Array) -> jax.Array:

@@ -282,7 +282,7 @@ def write(
     if not tensors:
         raise PeftError("no adapter belongs to a matrix of the Hugging Face model.")
     targets = sorted({_module_of(name) for name in tensors})
-    config = {
+    config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "inference_mode": True,
         "task_type": "CAUSAL_LM",

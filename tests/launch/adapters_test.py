@@ -38,7 +38,7 @@ def flags(unrolled_run, tmp_path_factory):
         f"PAIRS={str(folder / 'pairs.jsonl')!r}",
         "PAIRS_VALIDATION_FRACTION=0.3",
         "TASK_FEATURE_LENGTHS={'targets': 32}",
-        "BATCH_SIZE=4",
+        "BATCH_SIZE=8",
         "TRAIN_STEPS=3",
         "WARMUP_STEPS=0",
         "LEARNING_RATE=1e-2",
