@@ -89,11 +89,7 @@ def test_a_step_moves_adapters_alone_and_only_they_have_an_optimiser():
     with partitioning.use_mesh(program.mesh, program.rules):
         state = program.init()
         before = jax.tree.map(np.array, state.params)
-        like = program.recipe.abstract_batch(program.batch_sharding)
-        rng = np.random.default_rng(0)
-        batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in like.items()}
-        for name in ("decoder_input_tokens", "decoder_target_tokens"):
-            batch[name] = rng.integers(0, 32, like[name].shape).astype(np.int32)
+        batch = batch_of(program)
         bytes_of_moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
         state, metrics = program.steps(0).train(
             state, jax.device_put(batch, program.batch_sharding)
@@ -111,6 +107,15 @@ def test_a_step_moves_adapters_alone_and_only_they_have_an_optimiser():
     assert float(metrics["auxiliary_loss"][0]) > 0
     assert metrics["mlp/down/adapter_mov/router_probability"][0].shape == (N,)
     assert "mlp/down/adapter_mov/router_entropy" in metrics
+
+
+def batch_of(program):
+    like = program.recipe.abstract_batch(program.batch_sharding)
+    batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in like.items()}
+    rng = np.random.default_rng(0)
+    for name in ("decoder_input_tokens", "decoder_target_tokens"):
+        batch[name] = rng.integers(0, 32, like[name].shape).astype(np.int32)
+    return batch
 
 
 def filled(params):
@@ -174,3 +179,21 @@ def test_adapters_flops_count_each_of_their_weights_once():
     leaves = state_tree.flatten(shapes["params"])
     counted = sum(math.prod(leaf.shape) for name, leaf in leaves.items() if "adapter_" in name)
     assert more == 2 * counted
+
+
+def test_a_mesh_computes_the_loss_of_one_device():
+    """Adapters follow the axes of their projection; ranks and experts are whole where a mesh does not divide them."""
+    losses = []
+    for devices, mesh in ((1, None), (4, {"fsdp": 2, "tensor": 2})):
+        recipe = recipe_of(model_of(**BOTH), rules="fsdp_tp", mesh=mesh)
+        program = recipe.program(devices=jax.devices()[:devices])
+        with partitioning.use_mesh(program.mesh, program.rules):
+            shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state.params)
+            params = jax.jit(filled, out_shardings=shardings)(program.init().params)
+            batch = jax.device_put(batch_of(program), program.batch_sharding)
+            total, weight = program.steps(0).evaluate(params, batch)["loss"]
+        losses.append(float(total / weight))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    block = params["layers"]["block_0"]
+    for leaf in (block["attention"]["query"]["adapter_lora"], block["mlp"]["down"]["adapter_mov"]):
+        assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(leaf))
