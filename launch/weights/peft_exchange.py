@@ -13,7 +13,6 @@ from model.adapters.adapter import PREFIX, adapters_of, is_adapter
 from model.hf import peft
 from model.hf.families import family_named, family_of_model
 from model.hf.mapping import Piece, pieces_of
-from trainers.checkpoints import base_step
 
 
 def import_peft(source: str, target: str, base: str) -> str:
@@ -71,10 +70,9 @@ def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str
     for name in names:
         site, _, rest = name.partition(f"/{PREFIX}")
         sites.setdefault(site, {})[rest.rpartition("/")[2]] = run.open(name).read()
-    base = run.meta.get(base_step.META, run.meta.get("initial", {})).get("path")
     with new_directory(target) as folder:
         pieces = _pieces(run, model)
-        peft.write(folder, settings, sites, pieces, _kernels(run), base=base)
+        peft.write(folder, settings, sites, pieces, _kernels(run))
     return f"{settings['class']} at {len(sites)} projections"
 
 

@@ -237,8 +237,6 @@ def write(
     sites: Mapping[str, Mapping[str, np.ndarray]],
     pieces: Iterable[Piece],
     kernel: ReadKernel,
-    *,
-    base: str | None,
 ) -> None:
     """Writes adapters as a directory of peft.
 
@@ -247,7 +245,6 @@ def write(
       settings: settings of the adapter, see `Adapter.settings`.
       sites: the adapter's arrays by path of the projection and name.
       pieces, kernel: see `read`.
-      base: base_model_name_or_path.
 
     Raises:
       PeftError: adapters that peft does not have.
@@ -283,7 +280,7 @@ def write(
         raise PeftError("no adapter belongs to a matrix of the Hugging Face model.")
     targets = sorted({_module_of(name) for name in tensors})
     config: dict[str, Any] = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None,  # whoever loads the adapters names their copy of the base
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
         "target_modules": _short(targets, names),
