@@ -9,6 +9,16 @@ INITIAL_CHECKPOINT_PATH:
 
   python -m launch.convert --from_gguf=/models/SmolLM2.Q4_1.gguf --to=/tmp/smollm2_q4
 
+A run with adapters (t5x_configs/methods/adapters/) becomes a directory with the adapters alone, which every command takes as
+--checkpoint while the base model stays where it is:
+
+  python -m launch.convert --from=/tmp/lora --to_adapter=/tmp/lora_alone
+
+Adapters are exchanged with Hugging Face's peft (LoRA, DoRA, (IA)3):
+
+  python -m launch.convert --from_peft=/models/my_lora --base=/tmp/smollm2 --to=/tmp/my_lora
+  python -m launch.convert --from=/tmp/lora --to_peft=/tmp/lora_peft
+
 Weights go through memory a layer at a time. Tensors that are missing or that nothing explains are
 errors, pickles are not read, and code that comes with a checkpoint is never run. A conversion that is
 cut short leaves nothing at its target.
@@ -48,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     usage = (
         "%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
-        "       %(prog)s --from=DIR --to_hf=DIR [flags]"
+        "       %(prog)s --from=DIR --to_hf=DIR [flags]\n"
+        "       %(prog)s --from=DIR (--to_adapter=DIR [--base=DIR] | --to_peft=DIR)\n"
+        "       %(prog)s --from_peft=DIR --base=DIR --to=DIR"
     )
     return cli.run_command(
         __doc__, "convert", _run, add_flags=_add_flags, usage=usage, huge_pages=False, argv=argv
@@ -59,12 +71,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from_hf", metavar="DIR", help="config.json and safetensors")
     source.add_argument("--from_gguf", metavar="FILE", help="GGUF of a Llama-like model")
+    source.add_argument("--from_peft", metavar="DIR", help="adapter_config.json and safetensors")
     source.add_argument(
         "--from", dest="checkpoint", metavar="DIR", help="run directory or step directory"
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", metavar="DIR", help="run directory to be made")
     target.add_argument("--to_hf", metavar="DIR", help="Hugging Face checkpoint to be made")
+    target.add_argument("--to_adapter", metavar="DIR", help="run directory of adapters to be made")
+    target.add_argument("--to_peft", metavar="DIR", help="directory of peft to be made")
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="run or step directory of the base model (default: the checkpoint that the run started from)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -74,20 +94,42 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    if (flags.checkpoint is None) != (flags.to_hf is None):
-        raise ValueError("--from goes with --to_hf, --from_hf and --from_gguf with --to.")
+    if (flags.checkpoint is None) != (flags.to is not None):
+        raise ValueError(
+            "--from goes with --to_hf, --to_adapter and --to_peft, --from_hf, --from_gguf and --from_peft with --to."
+        )
+    if (flags.base is not None) and not (flags.to_adapter or flags.from_peft):
+        raise ValueError("--base is for --to_adapter and --from_peft: remove it.")
     export = setting_flags.given(flags, ExportFlags)
     if flags.to_hf is not None:
         _export(flags, export)
         return
+    if flags.to_adapter is not None or flags.to_peft is not None:
+        _export_adapters(flags, export)
+        return
     for name in export:
         raise ValueError(f"--{name} is for --to_hf: remove it.")
+    if flags.from_peft is not None:
+        _import_adapters(flags)
+        return
     from launch.weights import import_weights
 
     convert, origin = import_weights.import_hf, flags.from_hf
     if flags.from_gguf is not None:
         convert, origin = import_weights.import_gguf, flags.from_gguf
     print(f"{flags.to}: {convert(origin, flags.to, dtype=flags.dtype)}")
+
+
+def _import_adapters(flags: argparse.Namespace) -> None:
+    from launch.weights import peft_exchange
+
+    if flags.base is None:
+        raise ValueError(
+            "--from_peft needs the run of the base model: --base=RUN, made by --from_hf."
+        )
+    if flags.dtype is not None:
+        raise ValueError("--dtype is for whole models: remove it.")
+    print(f"{flags.to}: {peft_exchange.import_peft(flags.from_peft, flags.to, flags.base)}")
 
 
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -98,6 +140,23 @@ def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
     settings |= {"dtype": flags.dtype, "shard_bytes": shard_bytes}
     weights = export_weights.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
     print(f"{flags.to_hf}: {weights}")
+
+
+def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from launch.weights import adapter_run, peft_exchange
+
+    params = settings.pop("params", "auto")
+    config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
+    for name in [*settings, *(["dtype"] if flags.dtype else [])]:
+        raise ValueError(f"--{name} is for --to_hf: remove it.")
+    source, model = flags.checkpoint, config.model
+    if flags.to_peft is not None:
+        print(
+            f"{flags.to_peft}: {peft_exchange.export_peft(source, model, flags.to_peft, params=params)}"
+        )
+        return
+    adapters = adapter_run.export(source, model, flags.to_adapter, base=flags.base, params=params)
+    print(f"{flags.to_adapter}: {adapters}")
 
 
 def _bytes(text: str) -> int:

@@ -1,16 +1,21 @@
-"""Makes models of trained ones: a mixture of experts, one expert more or less, or low-rank factors.
+"""Makes models of trained ones: a mixture of experts, one expert more or less, low-rank factors, or merged adapters.
 
   python -m launch.upcycle --method=bam --experts runs/seed runs/code runs/law --to=runs/bam
   python -m launch.upcycle extend --moe=runs/nexus --add code=runs/code --domains=domains.json --to=runs/nexus5
   python -m launch.upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/factors --rank=0.5
+  python -m launch.upcycle merge --checkpoint=/tmp/lora --to=/tmp/merged
 
 `python -m launch.upcycle --help` shows the flags that make a mixture, and `python -m launch.upcycle NAME --help`
-those of `extend` and `factorise`.
+those of `extend`, `factorise` and `merge`.
 """
 
 from launch import cli
 
-COMMANDS = {"extend": "launch.weights.extend", "factorise": "launch.weights.factorise"}
+COMMANDS = {
+    "extend": "launch.weights.extend",
+    "factorise": "launch.weights.factorise",
+    "merge": "launch.weights.merge",
+}
 
 if __name__ == "__main__":
     raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="launch.weights.upcycle"))

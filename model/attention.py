@@ -26,6 +26,8 @@ class Attention(Counted):
     Attributes:
       config: shared sizes; num_kv_heads selects the variant.
       dense: factory of the four projections.
+      adapters: factory that wraps each of them, called with (projection, heads=, layer_input=), or None; see
+        model/adapters/adapter.py.
       rope: rotary embedding; None for models with a learned position table.
       qk_norm: factory of norms over the heads of queries and keys, or None.
       qkv_bias: biases on query, key and value projections.
@@ -40,6 +42,7 @@ class Attention(Counted):
     config: TransformerConfig
     kind: LayerKind = LayerKind()
     dense: Callable[..., nn.Module] = Dense
+    adapters: Callable[..., Any] | None = None
     rope: Rope | None = Rope()
     qk_norm: Callable[..., nn.Module] | None = None
     qkv_bias: bool = False
@@ -62,6 +65,7 @@ class Attention(Counted):
             query_heads=self.query_heads,
             cache_heads=self.cache_heads,
             head_dim=self.config.per_head_dim,
+            adapters=self.adapters,
         )
 
     @nn.nowrap
@@ -152,11 +156,15 @@ class Attention(Counted):
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)
         out = self._dense("out", config.embed_dim, (axes.HEADS, axes.EMBED), self.out_bias)
+        if self.adapters is not None:
+            out = self.adapters(out, layer_input=x_BTD)
         return out(out_BTX), cache
 
     def _heads(self, name: str, heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
         head_dim = self.config.per_head_dim
         dense = self._dense(name, heads * head_dim, (axes.EMBED, axis), self.qkv_bias)
+        if self.adapters is not None:
+            dense = self.adapters(dense, heads=heads, layer_input=x_BTD)
         return dense(x_BTD).reshape(*x_BTD.shape[:-1], heads, head_dim)
 
     def _dense(self, name: str, features: int, names: tuple[str, str], use_bias: bool) -> Any:

@@ -16,7 +16,8 @@ from jax.extend.core import jaxprs_in_params
 
 from model import axes
 
-_MATRICES = ("kernel", "u", "v")  # u and v are the factors of one kernel
+# u and v are the factors of one kernel. Adapters have two factors, and vectors that a token mixes.
+_MATRICES = ("kernel", "u", "v", "lora_a", "lora_b", "input_scales", "output_scales")
 
 
 class Counted(nn.Module):

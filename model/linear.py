@@ -1,7 +1,7 @@
 """`Dense`: the projection that attention, MLPs and experts use.
 
-Factorised training, adapters, quantisation and influence functions replace or intercept this class through the
-`dense` factory of the module that owns the projection. A head that is not tied is a table of rows like the
+Factorised training, quantisation and influence functions replace or intercept this class through the `dense` factory of
+the module that owns the projection; adapters wrap what that factory makes (model/adapters/adapter.py). A head that is not tied is a table of rows like the
 embedding (model/embed.py), because the loss reads rows of the vocabulary.
 """
 
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.axes import parameter
+from model.axes import parameter, unboxed
 from model.flops import Counted
 from model.kernels import matmul
 from model.ranges import Size
@@ -49,3 +49,7 @@ class Dense(Counted):
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype)
         return matmul.matmul(x, kernel.astype(self.dtype))
+
+    def matrix(self) -> jax.Array:
+        """Returns the matrix [in, out] of `product`, once the layer was called."""
+        return unboxed(self.get_variable("params", "kernel"))

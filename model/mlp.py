@@ -1,7 +1,7 @@
 """Feed-forward blocks. Shapes: B batch, T length, D width, F hidden width."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,8 @@ class _Mlp(Counted):
       activation: name in ACTIVATIONS.
       use_bias: biases on all projections.
       dense: factory of the projections.
+      adapters: factory that wraps each of them, called with (projection, layer_input=), or None; see
+        model/adapters/adapter.py.
     """
 
     gated: ClassVar[bool]
@@ -42,27 +44,32 @@ class _Mlp(Counted):
     activation: str = "silu"
     use_bias: bool = False
     dense: Callable[..., nn.Module] = Dense
+    adapters: Callable[..., Any] | None = None
 
     @property
     def settings(self) -> MlpSettings:
-        return MlpSettings(kind=type(self).__name__, gated=self.gated)
+        kind = type(self).__name__
+        return MlpSettings(kind=kind, gated=self.gated, adapters=self.adapters)
 
     def _inward(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        return self._project(name, self.config.mlp_dim, axes.EMBED, axes.MLP)(x_BTD)
+        return self._project(name, self.config.mlp_dim, axes.EMBED, axes.MLP, x_BTD)(x_BTD)
 
-    def _down(self, h_BTF: jax.Array) -> jax.Array:
+    def _down(self, h_BTF: jax.Array, x_BTD: jax.Array) -> jax.Array:
         h_BTF = axes.constrain(h_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
-        return self._project("down", self.config.embed_dim, axes.MLP, axes.EMBED)(h_BTF)
+        return self._project("down", self.config.embed_dim, axes.MLP, axes.EMBED, x_BTD)(h_BTF)
 
-    def _project(self, name: str, features: int, *names: str) -> nn.Module:
-        return self.dense(
+    def _project(
+        self, name: str, features: int, inward: str, outward: str, x_BTD: jax.Array
+    ) -> Any:
+        dense = self.dense(
             features=features,
-            axes=names,
+            axes=(inward, outward),
             use_bias=self.use_bias,
             dtype=self.config.compute_dtype,
             param_dtype=self.config.storage_dtype,
             name=name,
         )
+        return dense if self.adapters is None else self.adapters(dense, layer_input=x_BTD)
 
 
 class GatedMlp(_Mlp):
@@ -75,7 +82,7 @@ class GatedMlp(_Mlp):
         del segments_BT  # every token by itself, padding like any other
         act = activation(self.activation)
         gate_BTF, up_BTF = self._inward("gate", x_BTD), self._inward("up", x_BTD)
-        return self._down(act(gate_BTF) * up_BTF)
+        return self._down(act(gate_BTF) * up_BTF, x_BTD)
 
 
 class Mlp(_Mlp):
@@ -89,4 +96,4 @@ class Mlp(_Mlp):
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
         del segments_BT  # every token by itself, padding like any other
         act = activation(self.activation)
-        return self._down(act(self._inward("up", x_BTD)))
+        return self._down(act(self._inward("up", x_BTD)), x_BTD)

@@ -29,6 +29,7 @@ class AttentionSettings:
       experts: E, 0 without a router.
       top_k: number of experts that a token mixes; None for all.
       shared_kv: whether all experts read the same keys and values.
+      adapters: the factory of its adapters (model/adapters/adapter.py), or None.
     """
 
     query_heads: int
@@ -37,6 +38,7 @@ class AttentionSettings:
     experts: int = 0
     top_k: int | None = None
     shared_kv: bool = False
+    adapters: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,14 @@ class MlpSettings:
       gated: whether the MLP, or each expert, is down(act(gate) * up).
       experts: E, 0 without a router.
       top_k: number of experts that a token uses.
+      adapters: the factory of its adapters (model/adapters/adapter.py), or None.
     """
 
     kind: str
     gated: bool
     experts: int = 0
     top_k: int = 1
+    adapters: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -484,8 +484,9 @@ def test_every_method_of_preferences_is_known():
         "reference_free",
         "reference_live",
         "reference_run",
+        "own_base",
     }
-    assert after["online"] == ONLINE | {"reward_checkpoint", "reference_run"}
+    assert after["online"] == ONLINE | {"reward_checkpoint", "reference_run", "own_base_online"}
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,8 @@ LEVELS = {
         ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope"),
         ("attention", "mlp", "transformer"),
         ("heads", "low_rank", "moe", "transforms", "vision"),
-        ("bam", "nexus"),
-        ("hf",),
+        ("adapters", "bam", "nexus"),
+        ("hf", "mov"),
     ),
     "trainers": (
         ("inputs", "partitioning", "telemetry", "train_state", "trainable"),

@@ -36,6 +36,13 @@ FOLDER = ROOT / "t5x_configs" / "methods"
 TEXT = ("pretrain", "preference", "online")
 # Files by kind, and the runs that they can be part of, the usual one first.
 METHODS = {
+    "adapters/bottleneck": ("adapter", TEXT),
+    "adapters/dora": ("adapter", TEXT),
+    "adapters/ia3": ("adapter", TEXT),
+    "adapters/lora": ("adapter", TEXT),
+    "adapters/own_base": ("reference", ("preference",)),
+    "adapters/own_base_online": ("reference", ("online",)),
+    "adapters/prompt": ("adapter", TEXT),
     "averaging/schedule_free": ("optimiser", ("pretrain", "classify", "preference")),
     "bam/attention_experts": ("architecture", TEXT),
     "bam/bam": ("architecture", TEXT),
@@ -46,6 +53,8 @@ METHODS = {
     "low_rank/low_rank": ("low rank", TEXT),
     "low_rank/low_rank_conv": ("low rank", ("classify",)),
     "low_rank/spectrum": ("hook", ("pretrain", "classify", "preference", "online")),
+    "mov/molora": ("adapter", TEXT),
+    "mov/mov": ("adapter", TEXT),
     "nexus/nexus": ("architecture", TEXT),
     "nexus/nexus_bam": ("architecture", TEXT),
     "nexus/nexus_linear": ("architecture", TEXT),
@@ -99,6 +108,8 @@ def needed(run: str, methods: Sequence[str]) -> list[str]:
         more.append(FACTORS.get(run, "low_rank/low_rank"))
     if {*methods} & {"bam/attention_experts"} and not {*methods} & HAVE_EXPERTS:
         more.append("bam/btx")
+    if {"adapters/own_base", "adapters/own_base_online"} & {*methods} and "adapter" not in kinds:
+        more.append("adapters/lora")  # without which the reference would be the policy
     references = [name for name in methods if METHODS[name][0] == "reference"]
     if references == ["preference/reference_free"] and not kinds & {"losses", "reward"}:
         more.append("preference/simpo")  # a loss that compares with no reference
@@ -113,6 +124,8 @@ def arguments(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
     bindings = ["MODEL_DIR='/tmp/x'", *BINDINGS[run]]
     if "preference/reward_checkpoint" in methods:
         bindings.append("REWARD_CHECKPOINT='/y'")
+    if "adapters/prompt" in methods:
+        bindings.append("PROMPT_FIRST_ID=300")
     if any(name.startswith("distillation/") for name in methods):
         bindings.append(f"TEACHER={other_run()!r}")
     if "preference/reference_run" in methods:
@@ -281,7 +294,7 @@ KINDS_HEAD = """
 
 def test_every_file_has_a_kind():
     files = {str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.gin")}
-    assert files == set(METHODS)
+    assert files == {*METHODS, "adapters/adapters_base"}  # a part of others
 
 
 @pytest.mark.parametrize("method", METHODS)

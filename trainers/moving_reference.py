@@ -48,7 +48,8 @@ class MovingReference:
         if trees[0] != trees[1]:
             raise ValueError(
                 "A moving reference becomes the policy, so it must be in every step and of the policy's model: give "
-                "methods/preference/tr_dpo.gin, and leave REFERENCE_MODEL as it is."
+                "methods/preference/tr_dpo.gin, and leave REFERENCE_MODEL as it is. A policy with new adapters cannot have one, "
+                "since its reference has none."
             )
         return jax.tree.map(lambda x, move: (x + move).astype(x.dtype), extras, moves)
 

@@ -70,7 +70,11 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 # Functions with named slots (**slots), and the arguments that they pass to the factory in each slot.
-_SLOTS = {"trainers.hooks.named": ("run",), "trainers.reports.named": ("params",)}
+_SLOTS = {
+    "model.adapters.adapter.named": ("name",),
+    "trainers.hooks.named": ("run",),
+    "trainers.reports.named": ("params",),
+}
 
 # Entry functions, with the arguments that their commands always pass from flags.
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")

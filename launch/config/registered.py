@@ -7,11 +7,14 @@ them build a part of a model or a number from their arguments; none reads or wri
 # Group -> its module and names in it. When a file moves, change the module; a group or name that runs have recorded stays.
 _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "actor_critic": ("model.heads.actor_critic", ("ActorCritic",)),
+    "adapter": ("model.adapters.adapter", ("named",)),
     "attention": ("model.attention", ("Attention",)),
+    "bottleneck": ("model.adapters.bottleneck", ("Bottleneck",)),
     "config": ("model.config", ("TransformerConfig",)),
     "convolution": ("model.vision.convolution", ("Conv",)),
     "domain_router": ("model.nexus.domain_router", ("DomainRouter",)),
     "embed": ("model.embed", ("Embed", "Positions")),
+    "ia3": ("model.adapters.ia3", ("Ia3",)),
     "initializers": (
         "jax.nn.initializers",
         (
@@ -32,6 +35,7 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "linear": ("model.linear", ("Dense",)),
+    "lora": ("model.adapters.lora", ("Lora",)),
     "lowrank": (
         "model.low_rank.lowrank",
         ("Factorisation", "LowRankDense", "LowRankExpertDense", "factorised"),
@@ -41,7 +45,10 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlp_router": ("model.nexus.mlp_router", ("MlpRouter",)),
     "moa": ("model.bam.moa", ("MixtureOfAttention", "experts_of")),
     "moe": ("model.moe.moe", ("ExpertDense", "MoeMlp", "experts_of")),
+    "molora": ("model.mov.molora", ("MoLora",)),
+    "mov": ("model.mov.mov", ("Mov",)),
     "norm": ("model.norm", ("LayerNorm", "RMSNorm")),
+    "prompt": ("model.adapters.prompt", ("Prompt", "PromptEmbed")),
     "resnet": (
         "model.vision.resnet",
         ("Bottleneck", "ResNet", "ResNetConfig", "Stem3x3", "Stem7x7", "WideBlock"),

@@ -188,7 +188,12 @@ class RunConfig:
 
     @contextlib.contextmanager
     def load(
-        self, checkpoint: str, *, params: str = "auto", rewards: bool = False
+        self,
+        checkpoint: str,
+        *,
+        params: str = "auto",
+        rewards: bool = False,
+        of_base: bool = False,
     ) -> Iterator[LoadedRun]:
         """Context manager: restores and verifies the parameters (of an actor-critic, the actor), and enters the mesh.
 
@@ -196,11 +201,14 @@ class RunConfig:
           checkpoint: step or run directory.
           params: one of PARAMS.
           rewards: whether a reward model is expected instead of a language model.
+          of_base: whether the checkpoint may be of the base model, without the model's adapters.
 
         Raises:
           LoadError: the checkpoint has a model of another kind.
+          AdapterError: it has adapters of other settings.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
+        from model.adapters.adapter import check_settings
         from trainers import initialise, partitioning
 
         if (self.model.output == "rewards") != rewards:
@@ -221,7 +229,8 @@ class RunConfig:
         sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
         partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
         abstract = initialise.abstract_params(self.model, mesh, rules)
-        values, meta = restore(checkpoint, abstract, params=params)
+        values, meta = restore(checkpoint, abstract, params=params, of_base=of_base)
+        check_settings(self.model, meta.get("adapters"), checkpoint)
         values = self.model.inference_params(values)
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(
@@ -238,17 +247,24 @@ def load_frozen(
 ) -> contextlib.AbstractContextManager[LoadedRun]:
     """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
     config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
-    return config.load(checkpoint, params="ema" if frozen.use_ema else "raw")
+    return config.load(checkpoint, params="ema" if frozen.use_ema else "raw", of_base=True)
 
 
-def restore(checkpoint: str, abstract: Any, *, params: str) -> tuple[Any, Mapping[str, Any]]:
-    """Returns the parameters on the shardings of `abstract`, and the run's record of them."""
-    from trainers.checkpoints import step_dir
+def restore(
+    checkpoint: str, abstract: Any, *, params: str, of_base: bool = False
+) -> tuple[Any, Mapping[str, Any]]:
+    """Returns the parameters on the shardings of `abstract`, and the run's record of them.
+
+    With `of_base`, adapters that the checkpoint lacks are left out.
+    """
+    from trainers.checkpoints import base_step, step_dir
     from trainers.checkpoints.restore_params import restore_params
 
     def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
         recorded = step_dir.read_manifest(step)
-        values = restore_params(step, abstract, use_ema=recorded.use_ema(params))
+        there = base_step.entries(step, recorded, params)
+        wanted = base_step.present(abstract, there) if of_base else abstract
+        values = restore_params(step, wanted, use_ema=recorded.use_ema(params))
         return values, step_dir.read_record(step, recorded)["meta"]
 
     return step_dir.newest_good(checkpoint, read)

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from model.adapters.adapter import adapters_of, check_settings
 from trainers.checkpoints import restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from trainers.checkpoints.manifest import DamagedCheckpointError
@@ -123,6 +124,9 @@ def restore_start(
         meta["upcycled"] = start.meta["upcycled"]
     if record := parent.record():
         meta["initial"] = record
+    check_settings(program.recipe.model, start.meta.get("adapters"), start.path)
+    if (adapters := adapters_of(program.recipe.model)) is not None:
+        meta["adapters"] = adapters.settings
     return start, meta
 
 

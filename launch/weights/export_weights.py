@@ -19,6 +19,7 @@ from launch.weights.import_weights import (
     new_directory,
     progress,
 )
+from model.adapters.adapter import adapters_of
 from model.hf.description import describe, differences
 from model.hf.families import family_named, family_of_model
 from model.hf.family import Family, UnsupportedModel
@@ -62,6 +63,12 @@ def export_hf(
     Raises:
       ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.
     """
+
+    if adapters_of(model) is not None:
+        raise ConvertError(
+            f"{checkpoint} has adapters, which a Hugging Face checkpoint of the whole model cannot hold: merge them first, "
+            "python -m launch.upcycle merge, or write them alone with --to_peft."
+        )
 
     def read(step: Any) -> str:
         _, recorded = source_models.checked(step)

@@ -12,7 +12,7 @@ from data.nexus.domain_embeddings import Embeddings
 from launch.config import gin_source, model_file
 from launch.run.model_record import CONFIG
 from model.transforms.base import Source, TransformError
-from trainers.checkpoints import manifest, step_dir
+from trainers.checkpoints import base_step, manifest, step_dir
 from trainers.checkpoints.array_files import StoredArray
 from trainers.checkpoints.manifest import DamagedCheckpointError
 
@@ -44,10 +44,14 @@ class SourceModel:
         self.path = path
         self._step, recorded = step_dir.newest_good(path, checked)
         self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        self._root, self._entries = recorded.params(params)
-        if not self._entries:
-            raise TransformError(f"{path} has no {self._root.rstrip('/')}: use --params=raw.")
-        self.abstract = Source(path, {name: tuple(x.shape) for name, x in self._entries.items()})
+        parts = base_step.parts(self._step, recorded, params)
+        if not parts[0].entries:
+            raise TransformError(f"{path} has no {parts[0].root.rstrip('/')}: use --params=raw.")
+        for part in parts[1:]:
+            checked(part.step)
+        self._parts = {name: part for part in parts for name in part.entries}
+        shapes = {name: tuple(part.entries[name].shape) for name, part in self._parts.items()}
+        self.abstract = Source(path, shapes)
         self.folder = step_dir.run_folder(self._step)
 
     def config(self, *, whole: bool) -> str:
@@ -55,7 +59,13 @@ class SourceModel:
         return gin_source.read(os.path.join(self.folder, CONFIG if whole else model_file.NAME))
 
     def open(self, path: str) -> StoredArray:
-        return StoredArray(self._step, self._root + path, self._entries[path])
+        part = self._parts[path]
+        return StoredArray(part.step, part.root + path, part.entries[path])
+
+    @property
+    def base_digest(self) -> str:
+        """The digest of the parameters that are no adapters', see base_step.digest."""
+        return base_step.digest({name: part.entries[name] for name, part in self._parts.items()})
 
     def text_meta(self) -> dict[str, Any]:
         """Returns the metadata on the vocabulary and on tokens before a text."""

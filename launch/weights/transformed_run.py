@@ -64,7 +64,7 @@ def write(
         pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
         model_record.write(folder)
         run_vocabulary.copy(first.folder, folder)
-        leaves = _abstract_params(folder, gin_files)
+        leaves = abstract_params(model_of(folder, gin_files))
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         recipes = base.plan(transform, [source.abstract for source in sources], shapes)
         by_name = {source.path: source for source in sources}
@@ -120,19 +120,24 @@ def _check_foreign(source: SourceModel, gin_files: Sequence[str]) -> None:
         raise gin_config.ConfigError(problems)
 
 
-def _abstract_params(folder: str, gin_files: Sequence[str]) -> state_tree.Flat:
-    """Returns shapes and dtypes of the parameters of the model configured in `folder`."""
-    import flax.linen as nn
-
-    from trainers import initialise
-
+def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
+    """Returns the linen module in the model.json of a run's directory, which needs no checkpoint."""
     loaded: Any = gin_config.load(
         gin_files,
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
     ).entry
-    variables = initialise.abstract_variables(loaded().model)
+    return loaded().model
+
+
+def abstract_params(model: Any) -> state_tree.Flat:
+    """Returns shapes and dtypes of a model's parameters by path."""
+    import flax.linen as nn
+
+    from trainers import initialise
+
+    variables = initialise.abstract_variables(model)
     return state_tree.flatten(nn.meta.unbox(variables["params"]))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from model.axes import RANK, parameter
+from model.axes import RANK, parameter, unboxed
 from model.kernels import matmul
 from model.linear import Dense
 from model.low_rank import factors
@@ -146,6 +146,12 @@ class LowRankDense(Dense):
             *((self.axes[0], RANK), (RANK, self.axes[1])),
         )
         return super().product(x) if factors is None else product(x, *factors)
+
+    def matrix(self) -> jax.Array:
+        if not self.has_variable("params", "u"):
+            return super().matrix()
+        u_XR, v_RY = (unboxed(self.get_variable("params", name)) for name in ("u", "v"))
+        return u_XR @ v_RY
 
 
 class LowRankExpertDense(ExpertDense):

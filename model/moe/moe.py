@@ -86,6 +86,7 @@ class MoeMlp(Counted):
         of devices with experts. No effect if experts are not split.
       router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
+      adapters: factory that wraps each of them, called with (projection), or None; see model/adapters/adapter.py.
       shared: factory of an MLP that all tokens use with weight 1 (Nexus, arXiv 2408.15901), called with
         (config=, kind=, name=), or None.
 
@@ -105,6 +106,7 @@ class MoeMlp(Counted):
     exchange_factor: Positive | None = None
     router: Callable[..., nn.Module] = Dense
     expert_dense: Callable[..., nn.Module] = ExpertDense
+    adapters: Callable[..., Any] | None = None
     shared: Callable[..., nn.Module] | None = None
 
     @nn.compact
@@ -131,7 +133,11 @@ class MoeMlp(Counted):
     @property
     def settings(self) -> MlpSettings:
         return MlpSettings(
-            kind=type(self).__name__, gated=True, experts=self.num_experts, top_k=self.top_k
+            kind=type(self).__name__,
+            gated=True,
+            experts=self.num_experts,
+            top_k=self.top_k,
+            adapters=self.adapters,
         )
 
     @nn.nowrap
@@ -202,8 +208,8 @@ class MoeMlp(Counted):
         down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
         return down(act(gate_RF) * up_RF, sizes)
 
-    def _expert_dense(self, name: str, features: int, *names: str) -> nn.Module:
-        return self.expert_dense(
+    def _expert_dense(self, name: str, features: int, *names: str) -> Any:
+        dense = self.expert_dense(
             num_experts=self.num_experts,
             features=features,
             axes=(axes.EXPERT, *names),
@@ -211,6 +217,7 @@ class MoeMlp(Counted):
             param_dtype=self.config.storage_dtype,
             name=name,
         )
+        return dense if self.adapters is None else self.adapters(dense)
 
     def _check(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:

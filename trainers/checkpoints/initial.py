@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from model.transforms.base import TreeTransform
@@ -24,6 +25,8 @@ class InitialCheckpoint:
       data: 'restart' reads every source from its beginning; 'continue' reads each source from where the
         checkpoint's run stopped, whatever the mixture. (Scope 'state' continues with the next batch.)
       assignment, strict, use_ema: with 'params', see `restore_params`.
+      added: with 'params', patterns of parameters that keep their initial values if the checkpoint lacks them, such as
+        adapters.
       transform: transforms the checkpoint's parameters to this model's (model/transforms/base.py).
       moments: with `transform`, 'reset' uses fresh optimiser moments, 'carry' transforms the checkpoint's.
     """
@@ -34,6 +37,7 @@ class InitialCheckpoint:
     assignment: Assignment = ()
     strict: bool = True
     use_ema: bool = False
+    added: Sequence[str] = ()
     transform: TreeTransform | None = None
     moments: Moments = "reset"
 

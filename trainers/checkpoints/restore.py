@@ -186,7 +186,8 @@ def _restore_variables(
         if initial.transform is not None:
             new = transformed(step, recorded, state, initial.transform, initial)
         else:
-            options = {key: getattr(initial, key) for key in ("assignment", "strict", "use_ema")}
+            names = ("assignment", "strict", "use_ema", "added")
+            options = {key: getattr(initial, key) for key in names}
             new = state.replace(params=restore_params(step, state.params, **options))
         new = new.replace(variables=restore_variables(step, state.variables))
         if state.ema_params is not None:

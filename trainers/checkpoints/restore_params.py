@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from trainers.anomaly import STATISTICS
-from trainers.checkpoints import state_tree, step_dir
+from trainers.checkpoints import base_step, state_tree, step_dir
 from trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
 from trainers.checkpoints.manifest import ArrayEntry, Manifest
 from trainers.moving_reference import MOVES
@@ -50,23 +50,26 @@ def _assign(
     saved: Mapping[str, Any],
     assignment: Assignment,
     strict: bool,
+    added: Sequence[str],
 ) -> dict[str, str | None]:
     """Returns the checkpoint's name of each parameter of the model; None to use its initial value."""
     sources: dict[str, str | None] = {}
     unused = {pattern for pattern, _ in assignment}
     missing = []
     for name in wanted:
+        source: str | None = name
         for pattern, target in assignment:
             if match := re.fullmatch(pattern, name):
                 unused.discard(pattern)
-                sources[name] = None if target is None else match.expand(target)
-                if sources[name] is not None and sources[name] not in saved:
-                    missing.append(f"{sources[name]} (assigned to {name})")
+                source = None if target is None else match.expand(target)
                 break
-        else:
-            sources[name] = name if name in saved else None
-            if strict and name not in saved:
+        if source is not None and source not in saved:
+            if source != name and not is_added(name, added):
+                missing.append(f"{source} (assigned to {name})")
+            elif strict and not is_added(name, added):
                 missing.append(name)
+            source = None
+        sources[name] = source
     if unused:
         first = sorted(unused)[0]
         raise ValueError(
@@ -88,6 +91,11 @@ def _assign(
     return sources
 
 
+def is_added(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a checkpoint may lack a parameter: its path matches one of the patterns."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def restore_params(
     path: str | os.PathLike,
     abstract_params: Any,
@@ -96,6 +104,7 @@ def restore_params(
     strict: bool = True,
     verify: bool = True,
     use_ema: bool = False,
+    added: Sequence[str] = (),
 ) -> Any:
     """Returns parameters of a checkpoint with the shardings and dtypes of `abstract_params`.
 
@@ -109,29 +118,40 @@ def restore_params(
         must be in the model.
       verify: whether to check all files of the step and the restored arrays.
       use_ema: whether to read the moving average instead of the parameters.
+      added: patterns of parameters that keep their initial values if the checkpoint lacks them, such as adapters.
 
     Raises:
-      DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
+      DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError, BaseModelError.
       ValueError: an assignment pattern matches no parameter.
     """
     params = state_tree.flatten(abstract_params)
 
     def read(step: epath.Path) -> Any:
-        recorded = step_dir.read_manifest(step)
-        root, saved = recorded.params("ema" if use_ema else "raw")
-        if not saved:
-            raise CheckpointMismatchError(f"checkpoint {step} holds no {root.rstrip('/')}.")
-        sources = _assign(step, params, saved, assignment, strict)
-        wanted = {root + name: x for name, x in _wanted(step, params, saved, sources).items()}
+        which = "ema" if use_ema else "raw"
+        parts = base_step.parts(step, step_dir.read_manifest(step), which)
+        if not parts[0].entries:
+            raise CheckpointMismatchError(
+                f"checkpoint {step} holds no {parts[0].root.rstrip('/')}."
+            )
+        saved = {name: entry for part in parts for name, entry in part.entries.items()}
+        sources = _assign(step, params, saved, assignment, strict, added)
+        wanted = _wanted(step, params, saved, sources)
         arrays: state_tree.Flat = {}
-        if wanted:
-            arrays = read_verified(step, recorded, wanted) if verify else read_arrays(step, wanted)
+        for part in parts:
+            own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
+            if own:
+                reads = (
+                    read_verified(part.step, part.recorded, own)
+                    if verify
+                    else read_arrays(part.step, own)
+                )
+                arrays |= {name.removeprefix(part.root): array for name, array in reads.items()}
         flat = {}
         for name, source in sources.items():
             if source is None:
                 flat[name] = params[name]
                 continue
-            value = arrays[root + source].astype(params[name].dtype)
+            value = arrays[source].astype(params[name].dtype)
             if list(sources.values()).count(source) > 1:  # A buffer can be donated only once.
                 value = jnp.copy(value)
             flat[name] = jax.device_put(value, sharding_of(params[name]))

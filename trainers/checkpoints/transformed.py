@@ -14,11 +14,16 @@ from etils import epath
 
 from model.transforms import base
 from model.transforms.base import Power, Recipe, Source, TreeTransform
-from trainers.checkpoints import state_tree
+from trainers.checkpoints import base_step, state_tree
 from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.manifest import Manifest
-from trainers.checkpoints.restore_params import CheckpointMismatchError, as_saved, restore_params
+from trainers.checkpoints.restore_params import (
+    CheckpointMismatchError,
+    as_saved,
+    is_added,
+    restore_params,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +52,14 @@ def transformed(
       ValueError: the moments cannot be transformed.
       DamagedCheckpointError, CheckpointMismatchError.
     """
-    _, entries = recorded.params("ema" if initial.use_ema else "raw")
+    entries = base_step.entries(step, recorded, "ema" if initial.use_ema else "raw")
     saved = {name: tuple(entry.shape) for name, entry in entries.items()}
-    fresh = state_tree.flatten(state.params)
+    everything = state_tree.flatten(state.params)
+    fresh = {
+        name: leaf
+        for name, leaf in everything.items()
+        if name in saved or not is_added(name, initial.added)
+    }
     recipes, inputs = plan(transform, saved, fresh)
     # `restore_params` checks the checkpoint's parameters by `assignment` and `strict`.
     source = state_tree.flatten(
@@ -66,6 +76,7 @@ def transformed(
         name: jax.device_put(jnp.asarray(params[name], leaf.dtype), sharding_of(leaf))
         for name, leaf in fresh.items()
     }
+    params = {**everything, **params}
     _log.info("initial parameters from %s:\n%s", step, "\n".join(base.table(recipes)))
     new = state.replace(params=state_tree.unflatten(params, state.params))
     if initial.moments == "carry":

@@ -18,6 +18,7 @@ from jax.nn import logsumexp
 
 from model.kernels.cross_entropy import Implementation, map_tokens, token_log_probs
 from model.kernels.vocab_logits import LogitForm
+from model.mov.sentence import sentence_embeddings
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
@@ -196,14 +197,15 @@ def forward(
     lasting = tuple(variables) if training else ()
     variables = {"params": params, **variables}
     args, keywords = arguments(batch, training)
-    output, written = model.apply(
-        variables,
-        *args,
-        **keywords,
-        rngs={"dropout": rng} if training else None,
-        mutable=["losses", *(["metrics"] if training else []), *lasting],
-        method=method,
-    )
+    with sentence_embeddings(batch.get("sentence_embeddings")):
+        output, written = model.apply(
+            variables,
+            *args,
+            **keywords,
+            rngs={"dropout": rng} if training else None,
+            mutable=["losses", *(["metrics"] if training else []), *lasting],
+            method=method,
+        )
     return Forward(
         model=model,
         variables=variables,

@@ -1,5 +1,6 @@
 """A second model of a run that is not trained: a reference or a teacher, restored from a checkpoint."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,8 +11,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from model.adapters.adapter import adapters_of
 from trainers import initialise
-from trainers.checkpoints import agreement, restore_params, state_tree, step_dir
+from trainers.checkpoints import agreement, base_step, restore_params, state_tree, step_dir
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from trainers.objectives.base import Batch
 from trainers.objectives.forward import Forward, frozen_forward
@@ -91,8 +93,9 @@ class FrozenCheckpoint:
 
     def arrays(self, step: Any) -> dict[str, ArrayEntry]:
         """Returns the manifest's entries of a step's parameters, by path."""
-        manifest = step_dir.read_manifest(step_dir.absolute(step))
-        _, arrays = manifest.params("ema" if self.use_ema else "raw")
+        path = step_dir.absolute(step)
+        which = "ema" if self.use_ema else "raw"
+        arrays = base_step.entries(path, step_dir.read_manifest(path), which)
         if not arrays:
             raise ValueError(
                 f"{self.macro}: {step} holds no moving average; bind FrozenCheckpoint.use_ema = False."
@@ -142,8 +145,18 @@ class FrozenModel:
     checkpoint: FrozenCheckpoint
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:
-        """Returns shapes, dtypes and shardings of the parameters."""
-        return initialise.abstract_params(self.model, mesh, rules)
+        """Returns shapes, dtypes and shardings of the parameters.
+
+        Those of a base model, which the checkpoint of a reference mostly is, have none of adapters.
+        """
+        params = initialise.abstract_params(self.model, mesh, rules)
+        if adapters_of(self.model) is None:
+            return params
+        saved: Mapping[str, Any] = {}
+        # A step is also compiled where the checkpoint is absent.
+        with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
+            saved = self.checkpoint.arrays(self.checkpoint.resolve(record=False).step)
+        return base_step.present(params, saved)
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
         """Checks the checkpoint without reading its arrays or writing anything; see `StoredExtras.check`.
@@ -184,6 +197,7 @@ class FrozenModel:
             use_ema=self.checkpoint.use_ema,
         )
 
-    def forward(self, params: Any, batch: Batch) -> Forward:
-        """Returns a forward pass on a batch, with no gradient to the parameters."""
+    def forward(self, params: Any, batch: Batch, policy: Any = None) -> Forward:
+        """Returns a forward pass on a batch, with no gradient to the parameters; the policy's are not used."""
+        del policy
         return frozen_forward(self.model, params, batch)

@@ -23,6 +23,7 @@ from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
 from trainers.objectives.forward import frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
+from trainers.objectives.own_base import OwnBase
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
 from trainers.recipe import Program, Recipe
 from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
@@ -73,7 +74,7 @@ class Rollouts:
         folder: str | os.PathLike,
         reward: Reward | StoredReward,
         vocabulary: Any,
-        reference: FrozenModel | None = None,
+        reference: FrozenModel | OwnBase | None = None,
         temperature: NonNegative = 1.0,
         top_k: Size | None = None,
         top_p: Fraction | None = None,
@@ -201,7 +202,7 @@ class Rollouts:
                 scores[VALUES] = out.apply("values", out.output.hidden_BTD)
         if REFERENCE in needed:
             assert self._reference is not None
-            out = self._reference.forward(reference_params, batch)
+            out = self._reference.forward(reference_params, batch, params)
             scores[REFERENCE] = out.log_probs_BT()
         return scores
 
@@ -231,7 +232,7 @@ class Rollouts:
         return self._folder / f"{number}.npz"
 
 
-def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | None) -> Method:
+def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | OwnBase | None) -> Method:
     """Returns the recipe's method; raises RolloutError if recipe, prompts or reference do not match it."""
     method = recipe.inputs_spec
     if not isinstance(method, Method):

@@ -92,16 +92,20 @@ class TensorReader(contextlib.AbstractContextManager):
 class SafetensorsReader(TensorReader):
     """The tensors of a directory.
 
+    Args:
+      directory: directory with an index and several files, or one file.
+      single: name of that file.
+
     Raises:
       WeightFileError: there are no weights or only pickled ones, the index refers to a file outside
         the directory, or a file is damaged.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, *, single: str = SINGLE):
         self.directory = pathlib.Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
         self._descriptors: dict[pathlib.Path, int] = {}
-        for file, names in _files(self.directory).items():
+        for file, names in _files(self.directory, single).items():
             header = _read_header(file)
             if missing := sorted(set(names or header) - set(header)):
                 raise WeightFileError(
@@ -166,7 +170,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
+def _files(directory: pathlib.Path, single: str) -> dict[pathlib.Path, list[str] | None]:
     """Returns each weight file with the tensor names to read from it; None for all of its tensors."""
     if os.path.lexists(directory / INDEX):
         names = read_json(directory / INDEX).get("weight_map")
@@ -177,8 +181,8 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
         for name, file in names.items():
             files.setdefault(paths[file], []).append(name)
         return dict(files)
-    if os.path.lexists(directory / SINGLE):
-        return {_inside(directory, SINGLE): None}
+    if os.path.lexists(directory / single):
+        return {_inside(directory, single): None}
     if not directory.is_dir():
         raise WeightFileError(
             f"{directory} is not a directory: give the directory of a checkpoint."
@@ -190,7 +194,7 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
             "read. If you trust it, convert it with transformers: AutoModelForCausalLM"
             ".from_pretrained(...).save_pretrained(..., safe_serialization=True)."
         )
-    raise WeightFileError(f"{directory} has no weights: give a directory with {SINGLE} or {INDEX}.")
+    raise WeightFileError(f"{directory} has no weights: give a directory with {single} or {INDEX}.")
 
 
 def _text(value: Any) -> str:

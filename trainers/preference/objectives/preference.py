@@ -16,6 +16,7 @@ from model.ranges import Count, Fraction, NonNegative
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.objectives.frozen_model import FrozenModel
+from trainers.objectives.own_base import OwnBase
 from trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
 from trainers.preference.objectives import completions
 
@@ -29,7 +30,7 @@ def preference(
     losses: Sequence[PairLoss],
     weights: Sequence[NonNegative] | None = None,
     num_sources: Count = 0,
-    reference: FrozenModel | None = None,
+    reference: FrozenModel | OwnBase | None = None,
     ld_alpha: Fraction = 1.0,
     on_policy_weights: bool = False,
     implementation: Implementation = "auto",
@@ -84,7 +85,7 @@ def preference(
         if reference is None:  # stored log-probabilities are of whole completions, without ld_alpha
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
-            frozen = reference.forward(extras, scored)
+            frozen = reference.forward(extras, scored, out.variables["params"])
             log_probs_BT = frozen.log_probs_BT(implementation=implementation)
             reference_BS = completions.by_completion(scored, log_probs_BT)
         pairs = completions.of_batch(batch, sums_BS, reference_BS)

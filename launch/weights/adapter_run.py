@@ -1,0 +1,129 @@
+"""Writes a run's adapters without their base model: a run directory of a few megabytes, which every command reads.
+
+The record names the base's step and the digest of its parameters, see trainers/checkpoints/base_step.py.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from launch.run import model_record, run_vocabulary
+from launch.run.model_record import CONFIG
+from launch.weights import transformed_run
+from launch.weights.import_weights import ConvertError, new_directory
+from launch.weights.source_models import SourceModel
+from model.adapters.adapter import adapters_of, is_adapter
+from trainers.checkpoints import base_step, step_dir, stream_checkpoint
+from trainers.checkpoints.base_step import Part
+from trainers.checkpoints.stream_checkpoint import StreamedArray
+
+
+def export(checkpoint: str, model: Any, target: str, *, base: str | None, params: str) -> str:
+    """Writes a new run directory `target` with the adapters of a run.
+
+    Args:
+      checkpoint: step or run directory.
+      model: the linen module of the checkpoint.
+      base: run or step directory with the base model's parameters; None for the checkpoint that the run started from.
+      params: see launch/run/load_run.py.
+
+    Returns:
+      A description of the adapters.
+
+    Raises:
+      ConvertError: the run has no adapters, or its base is not what it was when the run started.
+      BaseModelError, DamagedCheckpointError, FileNotFoundError, TransformError.
+    """
+    source = SourceModel(checkpoint, params)
+    names = [name for name in source.abstract.shapes if is_adapter(name)]
+    if adapters_of(model) is None or not names:
+        raise ConvertError(f"{checkpoint} has no adapters: --to_adapter is for runs with some.")
+    path = base or source.meta.get("initial", {}).get("path")
+    if path is None:
+        raise ConvertError(
+            f"{checkpoint} does not record the checkpoint that it started from: give its base model, --base=DIR."
+        )
+    found = find_base(path, source.base_digest)
+    if found is None:
+        raise ConvertError(
+            f"the base model's parameters in {checkpoint} are not those of {path}, so they were trained, cast or changed: "
+            "give the base that has them, --base=DIR, or use the run as it is."
+        )
+    arrays = {name: source.open(name).read() for name in names}
+    return write(target, source.config(whole=False), arrays, found, source)
+
+
+def find_base(path: str, digest: str) -> Part | None:
+    """Returns the base's parameters in a checkpoint, trained or averaged, with this digest; None without them."""
+    step = step_dir.resolve(path)
+    for params in ("raw", "ema"):
+        part = base_step.base_of(step, params)
+        if part.entries and base_step.digest(part.entries) == digest:
+            return part
+    return None
+
+
+def write(
+    target: str, config: str, arrays: Mapping[str, Any], base: Part, source: SourceModel
+) -> str:
+    """Writes a run directory of adapters alone, and returns a description of them.
+
+    Args:
+      target: run directory, which must not exist.
+      config: gin text of the adapted model.
+      arrays: the adapters' parameters by path.
+      base: the base model's parameters.
+      source: the run with the vocabulary and the record of texts.
+
+    Raises:
+      ConvertError: `config` describes a model with other adapters.
+    """
+    record = {
+        "path": os.fspath(base.step),
+        "params": "ema" if base.root.startswith("ema") else "raw",
+        "digest": base_step.digest(base.entries),
+    }
+    with new_directory(target) as folder:
+        pathlib.Path(folder, CONFIG).write_text(config, encoding="utf-8")
+        model_record.write(folder)
+        model = transformed_run.model_of(folder)
+        adapters = adapters_of(model)
+        _check(model, arrays)
+        assert adapters is not None  # see _check
+        run_vocabulary.copy(source.folder, folder)
+        file = pathlib.Path(folder, base_step.FILE)
+        file.write_text(json.dumps({"path": record["path"]}) + "\n", encoding="utf-8")
+        hf = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
+        stream_checkpoint.save(
+            os.path.join(folder, step_dir.CHECKPOINTS),
+            {f"params/{name}": _whole(array) for name, array in arrays.items()},
+            meta={
+                **source.text_meta(),
+                **hf,
+                base_step.META: record,
+                "adapters": adapters.settings,
+            },
+        )
+    count = sum(array.size for array in arrays.values())
+    size = sum(array.nbytes for array in arrays.values())
+    kinds = ", ".join(settings["class"] for settings in adapters.settings.values())
+    return f"{kinds}, {count:,} parameters, {size / 1e6:.1f} MB, of {base.step}"
+
+
+def _check(model: Any, arrays: Mapping[str, Any]) -> None:
+    leaves = transformed_run.abstract_params(model).items()
+    wanted = {name: tuple(leaf.shape) for name, leaf in leaves if is_adapter(name)}
+    there = {name: tuple(array.shape) for name, array in arrays.items()}
+    for name in sorted({*wanted, *there}):
+        if wanted.get(name) != there.get(name):
+            raise ConvertError(
+                f"{name} is {there.get(name, 'missing')}, and {wanted.get(name, 'nothing')} in the base model with these "
+                "adapters: give the base that they were trained with."
+            )
+
+
+def _whole(array: Any) -> StreamedArray:
+    blocks = [((0,) * array.ndim, array)]
+    return StreamedArray(array.shape, array.dtype, array.shape, lambda: iter(blocks))

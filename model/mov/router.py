@@ -1,0 +1,105 @@
+"""The router of a mixture of adapters (arXiv 2309.05444): s = softmax(x W), one for each adapted projection.
+
+Experts are mixed softly, or each token uses its `top_k`. All of it is float32. Padding is routed like any token.
+
+Shapes: '...' leading dimensions, N experts, W width of the router's input, B rows, S width of a sentence's embedding.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import axes
+from model.adapters.adapter import Adapted, Adapter, AdapterError
+from model.linear import Dense
+from model.moe import routing
+from model.mov import sentence
+from model.ranges import Decay, NonNegative, Size
+
+RouterInput = Literal["site_tensor", "layer_input", "sentence"]
+
+
+class Routed(Adapter):
+    """An adapter with several experts. One expert is the plain adapter, without a router.
+
+    The mean probability of each expert, the entropy of a token's probabilities and the load are sown into 'metrics'.
+
+    Attributes:
+      num_experts: N.
+      router_input: what a router reads: the tensor that is rescaled (of attention each head by itself) or projected
+        ('site_tensor'); the input of the attention or MLP ('layer_input'); the embedding of the row's sentence
+        ('sentence', see model/mov/sentence.py).
+      top_k: number of experts of a token; None mixes all.
+      renormalise: whether the weights of a token's `top_k` experts sum to 1. If not, a rescaling does not begin as the base
+        model, since the chosen experts' probabilities sum to less.
+      jitter: in training, the router's input is multiplied by uniform noise between 1 - jitter and 1 + jitter.
+      balance_loss: weight of routing.balance_loss, which only `top_k` experts can lower.
+      router_init: initialiser of the router. Zeros would leave equal experts equal for ever.
+
+    Raises:
+      AdapterError: `top_k` is not between 1 and the number of experts, or no embedding for 'sentence'.
+    """
+
+    num_experts: Size = 10
+    router_input: RouterInput = "site_tensor"
+    top_k: Size | None = None
+    renormalise: bool = True
+    jitter: Decay = 0.0
+    balance_loss: NonNegative = 0.0
+    router_init: Any = nn.initializers.normal(0.02)
+
+    def weights(self, site: Adapted, tensor: jax.Array, axis: str) -> jax.Array:
+        """Returns the experts' weights [..., N] for the tensor [..., W] of this site; `axis` is its last one's name."""
+        top_k = self.num_experts if self.top_k is None else self.top_k
+        if not 1 <= top_k <= self.num_experts:
+            raise AdapterError(
+                f"{self.site_path}: top_k = {top_k} must lie between 1 and num_experts = {self.num_experts}; None mixes all."
+            )
+        read, axis = self._read(site, tensor, axis)
+        router = Dense(
+            features=self.num_experts,
+            axes=(axis, axes.UNMODELED),
+            kernel_init=self.router_init,
+            param_dtype=self.param_dtype,
+            name="router",
+        )
+        logits = router(self._jittered(read.astype(jnp.float32)))
+        probs = jax.nn.softmax(logits, axis=-1)
+        routes = routing.route(probs, top_k=top_k, renormalise=self.renormalise)
+        self._report(logits, probs, routes.experts_MK)
+        weights = probs
+        if self.top_k is not None:
+            chosen = jax.nn.one_hot(routes.experts_MK, self.num_experts)
+            weights = jnp.sum(chosen * routes.weights_MK[..., None], axis=-2)
+        self.sow("intermediates", "router_weights", weights)
+        return weights
+
+    @nn.nowrap
+    def _read(self, site: Adapted, tensor: jax.Array, axis: str) -> tuple[jax.Array, str]:
+        """Returns the router's input and the logical name of its last axis."""
+        if self.router_input == "layer_input":
+            return site.layer_input, axes.EMBED
+        if self.router_input == "site_tensor":
+            return tensor, axis
+        embeddings_BS = sentence.current()
+        if embeddings_BS is None:
+            raise AdapterError(
+                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none: give batches "
+                "the column 'sentence_embeddings', or apply the model inside of sentence.sentence_embeddings(...)."
+            )
+        between = (1,) * (site.layer_input.ndim - 2)
+        return embeddings_BS.reshape(len(embeddings_BS), *between, -1), axes.UNMODELED
+
+    def _jittered(self, x: jax.Array) -> jax.Array:
+        if not (self.jitter and self.has_rng("dropout")):
+            return x
+        low, high = 1 - self.jitter, 1 + self.jitter
+        return x * jax.random.uniform(self.make_rng("dropout"), x.shape, minval=low, maxval=high)
+
+    def _report(self, logits: jax.Array, probs: jax.Array, experts: jax.Array) -> None:
+        self.sow("intermediates", "router_probs", probs)
+        real = jnp.ones(probs.shape[:-1], bool)
+        routing.report(self, logits, probs, experts, real)
+        self.sow("metrics", "router_probability", routing.mean_of(probs, real))

@@ -1,0 +1,146 @@
+"""Adapters without their base model, and merged into it: what they compute, and what is refused."""
+
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import convert
+from launch.run import load_run, model_record, run_vocabulary
+from launch.weights import transformed_run
+from launch.weights.source_models import SourceModel
+from model.adapters.adapter import AdapterError, is_adapter
+from trainers.checkpoints import base_step, state_tree, step_dir
+from trainers.checkpoints.base_step import BaseModelError
+from trainers.checkpoints.checkpoint import Checkpointer
+
+TOKENS = jnp.array([[7, 100, 3, 42, 42, 9]])
+
+
+@pytest.fixture
+def adapted(trained_run, tmp_path):
+    """Makes a run with adapters on the tiny run's averaged parameters."""
+
+    def make(file, **settings):
+        folder = tmp_path / file.replace("/", "_")
+        folder.mkdir()
+        lines = transformed_run.method_lines([f"t5x_configs/methods/{file}.gin"], settings)
+        text = SourceModel(trained_run.path, "ema").config(whole=False)
+        (folder / "config.gin").write_text("\n".join([text, *lines, ""]))
+        model_record.write(folder)
+        run_vocabulary.copy(trained_run.path, folder)
+        base = state_tree.flatten(trained_run.params["ema"])
+        model = transformed_run.model_of(str(folder))
+        params = {
+            name: base[name] if name in base else random(name, leaf)
+            for name, leaf in transformed_run.abstract_params(model).items()
+        }
+        step = str(step_dir.resolve(trained_run.path))
+        meta = {**step_dir.read_meta(trained_run.path), "initial": {"path": step}}
+        with Checkpointer(folder / "checkpoints") as checkpointer:
+            checkpointer.save(2, {"params": state_tree.nest(params)}, meta=meta)
+        return folder
+
+    return make
+
+
+def random(name, leaf):
+    rng = np.random.default_rng(sum(map(ord, name)))
+    return jnp.asarray(rng.normal(0.3, 0.3, leaf.shape), leaf.dtype)
+
+
+def logits(run, *gin_files):
+    config = load_run.config_of(str(run), gin_files)
+    with config.load(str(run)) as loaded:
+        return np.asarray(jax.jit(loaded.model.apply)({"params": loaded.params}, TOKENS))
+
+
+def test_adapters_alone_are_the_model_on_their_own_base_with_their_own_settings(
+    adapted, trained_run, branches, tmp_path, capsys
+):
+    """Invariant 13 of arXiv 2309.05444: the record rebuilds the adapters without any gin file."""
+    run, alone = adapted("adapters/dora", LORA_RANK=2, LORA_ALPHA=3.0), tmp_path / "alone"
+    assert convert.main([f"--from={run}", f"--to_adapter={alone}"]) == 0
+    assert "Lora, " in capsys.readouterr().out
+    saved = step_dir.read_manifest(step_dir.resolve(alone)).arrays
+    assert saved and all(is_adapter(name) for name in saved)
+    want = logits(run)
+    assert np.abs(want - logits(trained_run.path)).max() > 0.1
+    np.testing.assert_array_equal(logits(alone), want)
+    # Adapters alone are adapters of the same base again, and the base may move.
+    assert convert.main([f"--from={alone}", f"--to_adapter={tmp_path}/b", f"--base={run}"]) == 0
+    np.testing.assert_array_equal(logits(tmp_path / "b"), want)
+
+    other = tmp_path / "other.gin"
+    other.write_text("LORA_ALPHA = 4.0\n")
+    with pytest.raises(AdapterError, match=r"alpha of adapter.named.lora is 3.0 there and 4.0"):
+        logits(alone, str(other))
+    file = alone / base_step.FILE
+    for path, words in ((branches.folders[0], "another base"), ("/no/such/run", "is missing")):
+        file.write_text(json.dumps({"path": path}))
+        with pytest.raises(BaseModelError, match=f"{words}.*{re.escape(str(file))}"):
+            logits(alone)
+    for flags, words in (
+        (
+            [f"--from={run}", f"--to_adapter={tmp_path}/c", f"--base={branches.folders[0]}"],
+            "those of",
+        ),
+        ([f"--from={trained_run.path}", f"--to_adapter={tmp_path}/c"], "has no adapters"),
+        ([f"--from={run}", f"--to_hf={tmp_path}/c"], "upcycle merge"),
+        ([f"--from={run}", f"--to_hf={tmp_path}/c", "--base=x"], "--base is for"),
+        ([f"--from={run}", f"--to_adapter={tmp_path}/c", "--dtype=float16"], "--dtype is for"),
+    ):
+        assert convert.main(flags) == 2
+        assert words in capsys.readouterr().err
+        assert not pathlib.Path(tmp_path, "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("adapters/lora", {"LORA_RANK": 2}),
+        ("adapters/dora", {"LORA_RANK": 2}),
+        ("adapters/ia3", {}),
+        ("mov/mov", {"ADAPTER_EXPERTS": 1}),
+    ],
+)
+def test_merged_adapters_are_the_same_model(file, settings, adapted, command, tmp_path):
+    """Invariant 12 of arXiv 2309.05444, one expert, too."""
+    run, merged = adapted(file, **settings), tmp_path / "merged"
+    assert command("upcycle merge", f"--checkpoint={run}", f"--to={merged}") == 0
+    assert not any(map(is_adapter, step_dir.read_manifest(step_dir.resolve(merged)).arrays))
+    want = logits(run)
+    np.testing.assert_allclose(logits(merged), want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("file", ["mov/mov", "mov/molora"])
+def test_mixtures_are_merged_only_as_averages_whose_error_is_told(
+    file, adapted, command, tmp_path, capsys
+):
+    """Invariant 14 of arXiv 2309.05444."""
+    settings = {} if file == "mov/mov" else {"MOLORA_RANK": 2}
+    run, merged = adapted(file, ADAPTER_EXPERTS=3, **settings), tmp_path / "merged"
+    flags = ["upcycle merge", f"--checkpoint={run}", f"--to={merged}"]
+    assert command(*flags) == 2
+    assert "3 experts depend on the token" in capsys.readouterr().err and not merged.exists()
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"tokens": TOKENS[0].tolist()}) + "\n")
+    assert command(*flags, f"--average={text}", "--average_length=7") == 0  # with the start token
+    error = float(re.search(r"error of a logit there is (\S+)", capsys.readouterr().out)[1])
+    row = jnp.concatenate([jnp.zeros((1, 1), jnp.int32), TOKENS], axis=1)
+    values = []
+    for path in (run, merged):
+        with load_run.config_of(str(path)).load(str(path)) as loaded:
+            values.append(jax.jit(loaded.model.apply)({"params": loaded.params}, row))
+    assert error == pytest.approx(float(jnp.abs(values[0] - values[1]).max()), rel=0.01)
+    assert error > 0
+
+
+def test_a_bottleneck_is_not_merged(adapted, command, tmp_path, capsys):
+    run = adapted("adapters/bottleneck", BOTTLENECK_WIDTH=3)
+    assert command("upcycle merge", f"--checkpoint={run}", f"--to={tmp_path}/merged") == 2
+    assert "is not linear" in capsys.readouterr().err

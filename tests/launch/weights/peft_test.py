@@ -1,0 +1,114 @@
+"""Adapters of peft: its log-probabilities, and its files again; the goldens are made by tests/model/hf/goldens/make_peft.py."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from launch import convert
+from launch.run import load_run
+
+GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "peft"
+FILES = {
+    "base": ("config.json", "model.safetensors"),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+}
+
+
+def unpack(name, folder):
+    """Writes the directories `base` and `adapter` of a golden; returns its tokens and log-probabilities."""
+    with np.load(GOLDENS / f"{name}.npz") as case:
+        for part, (settings, weights) in FILES.items():
+            (folder / part).mkdir()
+            (folder / part / settings).write_text(str(case[f"{part}.json"]))
+            tensors = {x.partition("/")[2]: case[x] for x in case if x.startswith(f"{part}/")}
+            safetensors.numpy.save_file(tensors, folder / part / weights)
+        return case["tokens"], case["log_probs"]
+
+
+def log_probs(run, tokens):
+    with load_run.config_of(str(run)).load(str(run)) as loaded:
+        logits = jax.jit(loaded.model.apply)({"params": loaded.params}, jnp.asarray(tokens)[None])
+    return np.asarray(jax.nn.log_softmax(logits[0, :-1]))[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    def run(name):
+        found = unpack(name, tmp_path)
+        base = f"{tmp_path}/run"
+        assert convert.main([f"--from_hf={tmp_path}/base", f"--to={base}"]) == 0
+        return *found, f"--base={base}"
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "ia3", "gpt2_lora"])
+def test_adapters_have_pefts_log_probabilities_and_become_its_files_again(
+    name, unpacked, tmp_path, capsys
+):
+    tokens, expected, base = unpacked(name)
+    run, back = tmp_path / "adapted", tmp_path / "back"
+    flags = [f"--from_peft={tmp_path}/adapter", base, f"--to={run}"]
+    assert convert.main(flags) == 0, capsys.readouterr().err
+    np.testing.assert_allclose(log_probs(run, tokens), expected, atol=1e-4)
+    status = convert.main([f"--from={run}", f"--to_peft={back}"])
+    if name == "gpt2_lora":  # one A for three projections, which have one each here
+        assert status == 2 and "c_attn.weight" in capsys.readouterr().err
+        return
+    assert status == 0
+    settings, weights = FILES["adapter"]
+    ours, theirs = (
+        safetensors.numpy.load_file(tmp_path / folder / weights) for folder in ("back", "adapter")
+    )
+    assert set(ours) == set(theirs)
+    config = json.loads((back / settings).read_text())
+    original = json.loads((tmp_path / "adapter" / settings).read_text())
+    same = ["peft_type"] if name == "ia3" else ["peft_type", "use_rslora", "use_dora", "lora_alpha"]
+    assert all(config[key] == original[key] for key in same)
+    if name == "lora":  # its own alphas are in B, and a low rank in a stack is filled up
+        return
+    for path, value in theirs.items():
+        np.testing.assert_allclose(ours[path], value, atol=1e-6 if "magnitude" in path else 0)
+    targets = {"ia3": ["down_proj", "k_proj", "v_proj"], "rslora": ["gate_proj", "up_proj"]}
+    if name in targets:
+        assert config["target_modules"] == targets[name]
+
+
+def test_files_made_from_a_padded_and_rescaled_import_are_the_same_adapters(unpacked, tmp_path):
+    tokens, expected, base = unpacked("lora")
+    folders = [tmp_path / name for name in ("adapter", "one", "two", "three")]
+    for source, run, target in ((0, 1, 2),):
+        assert convert.main([f"--from_peft={folders[source]}", base, f"--to={folders[run]}"]) == 0
+        assert convert.main([f"--from={folders[run]}", f"--to_peft={folders[target]}"]) == 0
+    assert convert.main([f"--from_peft={folders[2]}", base, f"--to={folders[3]}"]) == 0
+    np.testing.assert_allclose(log_probs(folders[3], tokens), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "VERA"}, "peft_type 'VERA'"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (None, "no projection of the base model"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(change, words, unpacked, tmp_path, capsys):
+    _, _, base = unpacked("ia3" if change is None else "rslora")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **(change or {})}))
+    if change is None:
+        weights = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load_file(weights)
+        renamed = {name.replace("k_proj", "key"): value for name, value in tensors.items()}
+        safetensors.numpy.save_file(renamed, weights)
+    flags = [f"--from_peft={tmp_path}/adapter", base, f"--to={tmp_path}/adapted"]
+    assert convert.main(flags) == 2
+    assert words in capsys.readouterr().err
+    assert convert.main(flags[:1] + flags[2:]) == 2
+    assert "--base=RUN" in capsys.readouterr().err

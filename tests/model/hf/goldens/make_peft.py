@@ -1,0 +1,119 @@
+"""Adapters of peft on random small models, with the log-probabilities that peft gives them.
+
+The goldens beside this file (peft/*.npz, for tests/launch/weights/peft_test.py) are made by
+
+    .venv-peers/bin/python tests/model/hf/goldens/make_peft.py
+
+    .venv-peers/bin/python tests/model/hf/goldens/make_peft.py --base HF_DIR --adapter PEFT_DIR --tokens 3,1,4
+
+prints the log-probabilities of each next token, for adapters that `launch.convert --to_peft` has written.
+
+A case holds config.json, tensors, adapter_config.json and the adapter's tensors as `save_pretrained` writes them, tokens, and
+the float32 log-probabilities of each token given those before it.
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+HERE = pathlib.Path(__file__).parent
+LLAMA = transformers.LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+)
+GPT2 = transformers.GPT2Config(
+    vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, n_inner=24
+)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+CASES = {
+    "lora": (
+        LLAMA,
+        peft.LoraConfig(
+            r=3,
+            lora_alpha=6,
+            target_modules=[*ATTENTION, "down_proj"],
+            rank_pattern={"q_proj": 2, "layers.1.self_attn.o_proj": 1},
+            alpha_pattern={"v_proj": 5},
+        ),
+    ),
+    "rslora": (
+        LLAMA,
+        peft.LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=".*(up|gate)_proj"),
+    ),
+    "dora": (LLAMA, peft.LoraConfig(r=2, lora_alpha=4, use_dora=True, target_modules=ATTENTION)),
+    "ia3": (
+        LLAMA,
+        peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+    ),
+    "gpt2_lora": (
+        GPT2,
+        peft.LoraConfig(r=2, lora_alpha=4, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"]),
+    ),
+}
+
+
+def log_probs(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """The log-probability of each token after the first."""
+    ids = torch.tensor(tokens)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0].log_softmax(-1)
+    return logits[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
+
+
+def make(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    config, adapter = CASES[name]
+    torch.manual_seed(sum(map(ord, name)))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder / "base")
+    adapted = peft.get_peft_model(model, adapter).eval()
+    with torch.no_grad():
+        for path, value in adapted.named_parameters():
+            if "lora_" in path or "ia3_" in path:
+                value += 0.5 * torch.randn_like(value)
+    adapted.save_pretrained(folder / "adapter")
+    tokens = np.random.default_rng(0).integers(0, 40, 12)
+    case = {"tokens": tokens, "log_probs": log_probs(adapted, tokens)}
+    for part, settings, weights in (
+        ("base", "config.json", "model.safetensors"),
+        ("adapter", "adapter_config.json", "adapter_model.safetensors"),
+    ):
+        text = json.loads((folder / part / settings).read_text())
+        case[f"{part}.json"] = np.array(json.dumps(text))
+        tensors = load_file(folder / part / weights)
+        case |= {f"{part}/{path}": value for path, value in tensors.items()}
+    return case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base")
+    parser.add_argument("--adapter")
+    parser.add_argument("--tokens", default="3,1,4,1,5")
+    flags = parser.parse_args()
+    if flags.base:
+        model = transformers.AutoModelForCausalLM.from_pretrained(flags.base)
+        adapted = peft.PeftModel.from_pretrained(model, flags.adapter).eval()
+        print(json.dumps(log_probs(adapted, np.array(flags.tokens.split(","), int)).tolist()))
+        return
+    (HERE / "peft").mkdir(exist_ok=True)
+    for name in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            np.savez_compressed(HERE / "peft" / f"{name}.npz", **make(name, pathlib.Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

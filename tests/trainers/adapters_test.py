@@ -1,0 +1,199 @@
+"""Adapters in a whole model: what trains, its number and bytes, and the same logits however the model is applied.
+
+Shapes: L layers, D width, F hidden width of the MLP, H head dim, R rank, N experts.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.adapters import adapter
+from model.adapters.ia3 import Ia3
+from model.adapters.lora import Lora
+from model.attention import Attention
+from model.config import TransformerConfig
+from model.kv_cache import policies
+from model.mlp import GatedMlp
+from model.mov.molora import MoLora
+from model.mov.mov import Mov
+from model.transformer import Block, Transformer
+from model.transforms import layer_stack
+from trainers import partitioning, trainable
+from trainers.checkpoints import state_tree
+from trainers.checkpoints.restore_params import CheckpointMismatchError, _assign
+from trainers.decoding import prefill
+from trainers.optim import optimizers
+from trainers.recipe import Recipe
+
+L, D, F, HEADS, R, N = 2, 16, 24, 2, 3, 4
+H = D // HEADS
+TRAINED = (r"(.*/)?adapter_\w+/.*",)
+BOTH = {
+    "lora": functools.partial(Lora, layers=(".*/attention/.*",), rank=R, ranks=[(".*/key", 2)]),
+    "mov": functools.partial(Mov, outputs=(), num_experts=N, top_k=2, balance_loss=0.01),
+}
+
+
+def model_of(*, scan=True, **slots):
+    adapters = adapter.named(**slots)
+    block = functools.partial(
+        Block,
+        attention=functools.partial(Attention, adapters=adapters),
+        mlp=functools.partial(GatedMlp, adapters=adapters),
+    )
+    sizes = {"num_layers": L, "embed_dim": D, "num_heads": HEADS, "mlp_dim": F}
+    config = TransformerConfig(vocab_size=32, scan_layers=scan, **sizes)
+    return Transformer(config=config, block=block)
+
+
+def recipe_of(model, **changes):
+    options = {
+        "model": model,
+        "batch_size": 2,
+        "feature_lengths": {"targets": 8},
+        "optimizer": optimizers.adamw,
+        "learning_rate": 1e-2,
+        "trainable": TRAINED,
+        "anomaly": None,
+    }
+    return Recipe(**{**options, **changes})
+
+
+# Of a decoder with gated MLPs; an encoder-decoder has three attentions for two MLPs (arXiv 2309.05444).
+IA3 = L * (2 * D + F)
+LORA = L * (8 * D * R + 2 * (D + F) * R)
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (Ia3, IA3),
+        (functools.partial(Mov, num_experts=N), N * (IA3 + L * (2 * H + F))),
+        (functools.partial(MoLora, num_experts=1, rank=R), LORA),
+        (functools.partial(MoLora, num_experts=N, rank=R), N * (LORA + L * (4 * D + D + F))),
+    ],
+)
+def test_trainable_parameters_are_the_formulas(make, count):
+    program = recipe_of(model_of(one=make)).program(devices=jax.devices()[:1])
+    assert program.num_params(trained_only=True) == count
+
+
+def test_a_step_moves_adapters_alone_and_only_they_have_an_optimiser():
+    """Invariant 7 of arXiv 2309.05444."""
+    program = recipe_of(model_of(**BOTH)).program(devices=jax.devices()[:1])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = program.init()
+        before = jax.tree.map(np.array, state.params)
+        batch = batch_of(program)
+        bytes_of_moments = sum(x.nbytes for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        state, metrics = program.steps(0).train(
+            state, jax.device_put(batch, program.batch_sharding)
+        )
+    count = program.num_params(trained_only=True)
+    assert bytes_of_moments == 2 * 4 * count  # two float32 moments of each trained number
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
+    trained = trainable.match(TRAINED, before)
+    for (path, one), expected in zip(
+        jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(trained), strict=True
+    ):
+        name = trainable.path_name(path)
+        # The gradients of LoRA's A and of the router are zero in the first step.
+        assert one == expected or (expected and name.endswith(("lora_a", "router/kernel"))), name
+    assert float(metrics["auxiliary_loss"][0]) > 0
+    assert metrics["mlp/down/adapter_mov/router_probability"][0].shape == (N,)
+    assert "mlp/down/adapter_mov/router_entropy" in metrics
+
+
+def batch_of(program):
+    like = program.recipe.abstract_batch(program.batch_sharding)
+    batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in like.items()}
+    rng = np.random.default_rng(0)
+    for name in ("decoder_input_tokens", "decoder_target_tokens"):
+        batch[name] = rng.integers(0, 32, like[name].shape).astype(np.int32)
+    return batch
+
+
+def filled(params):
+    """Other values for adapters, which begin without effect."""
+
+    def fill(path, leaf):
+        name = trainable.path_name(path)
+        seed = sum(map(ord, name))
+        random = np.random.default_rng(seed).normal(0.5, 0.5, leaf.shape)
+        return jnp.asarray(random, leaf.dtype) if "adapter_" in name else leaf
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
+
+def test_scanned_unrolled_and_cached_layers_give_the_same_logits():
+    """Unrolled layers have other paths than the patterns name; caches are invariant 10 of arXiv 2309.05444."""
+    model = model_of(**BOTH)
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 1, 32)
+    params = filled(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"])
+    whole = jax.jit(model.apply)({"params": params}, tokens)
+    unrolled = layer_stack.unrolled(model)
+    values = layer_stack.unroll(params, model.config)
+    np.testing.assert_allclose(unrolled.apply({"params": values}, tokens), whole, atol=1e-5)
+    base = {"params": nn.meta.unbox(jax.jit(model_of().init)(jax.random.key(0), tokens))["params"]}
+    assert np.abs(model.apply(base, tokens) - whole).max() > 0.01
+    policy = policies.policy_named("full")
+    caches = prefill.empty_caches(unrolled, policy, batch=2, length=8)
+    for t in range(7):
+        at = jnp.full((2, 1), t)
+        out, logits = prefill_read(unrolled, values, policy, tokens[:, t : t + 1], at, caches)
+        caches = out.caches
+        np.testing.assert_allclose(logits[:, 0], whole[:, t], atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def prefill_read(model, params, policy, tokens, positions, caches):
+    out = prefill.read(model, params, policy, tokens, positions, caches)
+    return out, model.apply({"params": params}, out.hidden_BTD, method="logits")
+
+
+def test_a_checkpoint_may_lack_what_is_added():
+    """The base model's, with or without a prefix; but not one that lacks other parameters."""
+    wanted = {"a/kernel": 0, "a/adapter_lora/lora_a": 0}
+    options = {"strict": True, "added": TRAINED}
+    sources = _assign("step", wanted, {"a/kernel": 0}, (), **options)
+    assert sources == {"a/kernel": "a/kernel", "a/adapter_lora/lora_a": None}
+    assert _assign("step", wanted, wanted, (), **options) == {name: name for name in wanted}
+    moved = {f"backbone/{name}": 0 for name in wanted}
+    prefix = [("backbone/(.*)", r"\1")]
+    sources = _assign("step", moved, {"a/kernel": 0}, prefix, **options)
+    assert sources == {"backbone/a/kernel": "a/kernel", "backbone/a/adapter_lora/lora_a": None}
+    with pytest.raises(CheckpointMismatchError, match="lacks a/kernel"):
+        _assign("step", wanted, {}, (), **options)
+
+
+def test_adapters_flops_count_each_of_their_weights_once():
+    model = model_of(**BOTH)
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), int)))
+    row = {"decoder_input_tokens": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+    more = model.hidden_flops(row, shapes) - model_of().hidden_flops(row)
+    leaves = state_tree.flatten(shapes["params"])
+    counted = sum(math.prod(leaf.shape) for name, leaf in leaves.items() if "adapter_" in name)
+    assert more == 2 * counted
+
+
+def test_a_mesh_computes_the_loss_of_one_device():
+    """Adapters follow the axes of their projection; ranks and experts are whole where a mesh does not divide them."""
+    losses = []
+    for devices, mesh in ((1, None), (4, {"fsdp": 2, "tensor": 2})):
+        recipe = recipe_of(model_of(**BOTH), rules="fsdp_tp", mesh=mesh)
+        program = recipe.program(devices=jax.devices()[:devices])
+        with partitioning.use_mesh(program.mesh, program.rules):
+            shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state.params)
+            params = jax.jit(filled, out_shardings=shardings)(program.init().params)
+            batch = jax.device_put(batch_of(program), program.batch_sharding)
+            total, weight = program.steps(0).evaluate(params, batch)["loss"]
+        losses.append(float(total / weight))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    block = params["layers"]["block_0"]
+    for leaf in (block["attention"]["query"]["adapter_lora"], block["mlp"]["down"]["adapter_mov"]):
+        assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(leaf))

@@ -1,0 +1,62 @@
+"""The policy without its adapters as the reference of a run: no checkpoint, no second copy of any parameter.
+
+A frozen base model does not move while its adapters learn. So the base of a policy is the model that it started from, if it
+started with new adapters.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from model.adapters.adapter import PREFIX, adapters_of
+from trainers.objectives.base import Batch
+from trainers.objectives.forward import Forward, frozen_forward
+from trainers.partitioning import Rules
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class OwnBase:
+    """In place of a `FrozenModel`: `StoredExtras` without arrays.
+
+    Attributes:
+      model: the policy.
+    """
+
+    model: Any
+
+    def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
+        """Raises ValueError if the policy has no adapters: it would be its own reference."""
+        del mesh, rules, meta
+        if adapters_of(self.model) is None:
+            raise ValueError(
+                "The reference is the policy without its adapters, and the policy has none: give a file of methods/adapters/ "
+                "or methods/mov/, or another reference."
+            )
+
+    def abstract(self, mesh: Mesh, rules: Rules) -> Any:
+        """Returns the empty tree."""
+        del mesh, rules
+        return {}
+
+    def read(self, mesh: Mesh, rules: Rules) -> Any:
+        """Returns the empty tree."""
+        del mesh, rules
+        return {}
+
+    def forward(self, extras: Any, batch: Batch, policy: Any) -> Forward:
+        """Returns a forward pass of the base on a batch, with no gradient to the policy's parameters."""
+        del extras
+        return frozen_forward(self.model, without_adapters(policy), batch)
+
+
+def without_adapters(params: Any) -> Any:
+    """Returns the parameters of the base model, with which an adapted model computes its base."""
+    if not isinstance(params, Mapping):
+        return params
+    return {
+        name: without_adapters(child)
+        for name, child in params.items()
+        if not name.startswith(PREFIX)
+    }
