@@ -9,8 +9,10 @@ import jax
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted
+from model.kernels.dropout import dropped
 from model.linear import Dense
 from model.protocol import MlpSettings
+from model.ranges import Decay
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -33,6 +35,7 @@ class _Mlp(Counted):
       activation: name in ACTIVATIONS.
       use_bias: biases on all projections.
       dense: factory of the projections.
+      dropout: share of the hidden values that training drops before the last projection.
     """
 
     gated: ClassVar[bool]
@@ -42,6 +45,7 @@ class _Mlp(Counted):
     activation: str = "silu"
     use_bias: bool = False
     dense: Callable[..., nn.Module] = Dense
+    dropout: Decay = 0.0
 
     @property
     def settings(self) -> MlpSettings:
@@ -52,6 +56,7 @@ class _Mlp(Counted):
 
     def _down(self, h_BTF: jax.Array) -> jax.Array:
         h_BTF = axes.constrain(h_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
+        h_BTF = dropped(self, h_BTF, self.dropout)
         return self._project("down", self.config.embed_dim, axes.MLP, axes.EMBED)(h_BTF)
 
     def _project(self, name: str, features: int, *names: str) -> nn.Module:
