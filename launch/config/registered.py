@@ -7,11 +7,12 @@ them build a part of a model or a number from their arguments; none reads or wri
 # Group -> its module and names in it. When a file moves, change the module; a group or name that runs have recorded stays.
 _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "actor_critic": ("model.heads.actor_critic", ("ActorCritic",)),
-    "attention": ("model.attention", ("Attention",)),
+    "attention": ("model.attention", ("Attention", "CrossAttention")),
     "config": ("model.config", ("TransformerConfig",)),
     "convolution": ("model.vision.convolution", ("Conv",)),
     "domain_router": ("model.nexus.domain_router", ("DomainRouter",)),
     "embed": ("model.embed", ("Embed", "Positions")),
+    "encoder_decoder": ("model.t5.encoder_decoder", ("EncoderDecoder",)),
     "initializers": (
         "jax.nn.initializers",
         (
@@ -42,6 +43,7 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "moa": ("model.bam.moa", ("MixtureOfAttention", "experts_of")),
     "moe": ("model.moe.moe", ("ExpertDense", "MoeMlp", "experts_of")),
     "norm": ("model.norm", ("LayerNorm", "RMSNorm")),
+    "relative_bias": ("model.t5.relative_bias", ("RelativeBias",)),
     "resnet": (
         "model.vision.resnet",
         ("Bottleneck", "ResNet", "ResNetConfig", "Stem3x3", "Stem7x7", "WideBlock"),
