@@ -41,12 +41,19 @@ def as_message(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a row with its "prompt" as "text" or "messages", if it has only a "prompt" (rows of preferences)."""
-    if "prompt" not in row or not row.keys().isdisjoint(_PROMPT_KEYS):
+    """Returns a row with its "prompt" or "inputs" as "text", "messages" or "tokens".
+
+    Rows of preferences have a "prompt", and rows of encoder-decoders "inputs".
+    """
+    key = next((key for key in ("prompt", "inputs") if key in row), None)
+    if key is None or not row.keys().isdisjoint(_PROMPT_KEYS):
         return row
-    prompt = row["prompt"]
-    rest = {key: value for key, value in row.items() if key != "prompt"}
-    return {**rest, "text" if isinstance(prompt, str) else "messages": prompt}
+    prompt = row[key]
+    rest = {name: value for name, value in row.items() if name != key}
+    if isinstance(prompt, str):
+        return {**rest, "text": prompt}
+    of_ids = key == "inputs" and isinstance(prompt, list)
+    return {**rest, "tokens" if of_ids else "messages": prompt}
 
 
 def print_continuations(
@@ -129,7 +136,7 @@ def generate(
     Raises:
       LoadError: rows that cannot be read, or stops without a vocabulary.
     """
-    with config.load(checkpoint, params=params) as loaded:
+    with config.load(checkpoint, params=params, encoder_decoders=True) as loaded:
         prompts = [prompt_of(loaded, row, where) for where, row in rows]
         if note_template:
             _print_note(loaded, rows)
@@ -155,6 +162,8 @@ def generate(
 
 def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int]:
     """Returns the tokens that the model reads before it continues a row; raises LoadError if there are none."""
+    if loaded.encodes:
+        return loaded.encoder_inputs(row, where)
     prompt = loaded.context(loaded.tokens(row, where))
     if not prompt:
         raise LoadError(f"{where}: the prompt is empty: give text, or set START_TOKEN.")
@@ -204,6 +213,7 @@ def decoder_and_texts(
         loaded.model,
         loaded.params,
         settings,
+        decoder_start=loaded.start_token or 0,
         policy=FullCache() if policy is None else policy,
         batch_size=loaded.batch_size(batch_size, rows),
         sharding=loaded.row_sharding,
