@@ -251,10 +251,12 @@ class CrossAttention(Attention):
     ) -> tuple[jax.Array, Encoded]:
         """Returns the output [B, T, D], and `encoded` with this layer's keys and values in place of the states."""
         q_BTNH = self._query(x_BTD)
-        if encoded.keys_values is None:
+        keys_values = encoded.keys_values
+        if keys_values is None:
+            assert encoded.states_BSD is not None  # see Encoded
             keys_values = self._key_value(encoded.states_BSD)
-            encoded = Encoded(None, encoded.segments_BS, keys_values)
-        k_BSKH, v_BSKH = encoded.keys_values
+        encoded = Encoded(None, encoded.segments_BS, keys_values)
+        k_BSKH, v_BSKH = keys_values
         q_BTNH = axes.constrain(q_BTNH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
         k_BSKH = axes.constrain(k_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BSKH = axes.constrain(v_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)

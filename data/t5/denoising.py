@@ -153,9 +153,9 @@ def make_stream(
     """Returns a training or evaluation stream of inputs and targets.
 
     Args:
-        stream: `data.stream.stream.make_stream` or `make_eval_stream`, which reads tasks with the feature 'targets' alone.
+        stream: `data.stream.stream.make_stream` or `make_eval_stream`, with rows of `text_lengths` and packing='concat'.
         task_feature_lengths: {'inputs': tokens that the encoder reads, 'targets': tokens that the decoder predicts}, end
-            tokens included. Texts are concatenated and cut at the greatest length that fits.
+            tokens included.
         denoising: how a text becomes inputs and targets.
         first_sentinel: id of the first span's sentinel, from which the others descend; None for the last id of the
             vocabulary, whose last ids are sentinels if it has `extra_ids`.
@@ -166,13 +166,13 @@ def make_stream(
     Raises:
         ValueError: the data cannot be streamed with these settings.
     """
-    if set(task_feature_lengths) != {"inputs", "targets"}:
+    length = text_lengths(task_feature_lengths=task_feature_lengths, denoising=denoising)["targets"]
+    texts = stream(**arguments)
+    if texts.length > length:
         raise ValueError(
-            f"TASK_FEATURE_LENGTHS = {dict(task_feature_lengths)} must have 'inputs' and 'targets', for example "
-            '{"inputs": 512, "targets": 114}.'
+            f"Texts of {texts.length} tokens do not fit rows of {dict(task_feature_lengths)}, only those of {length}: bind "
+            "stream.make_stream.task_feature_lengths = @denoising.text_lengths(), as runs/denoise.gin does."
         )
-    length = denoising.text_length(task_feature_lengths)
-    texts = stream(task_feature_lengths={"targets": length}, packing="concat", **arguments)
     if first_sentinel is None and (needed := denoising.sentinels(length)):
         vocabulary = tasks.vocabulary(texts.source_names[0])
         check_sentinels(getattr(vocabulary, "extra_ids", 0), needed)
@@ -184,6 +184,22 @@ def make_stream(
         end_token=end_token,
         seed=seed,
     )
+
+
+def text_lengths(
+    *, task_feature_lengths: Mapping[str, Size], denoising: Denoising = SPAN_CORRUPTION
+) -> dict[str, int]:
+    """Returns {'targets': tokens of the longest texts that fit rows of these lengths}; see `make_stream`.
+
+    Raises:
+        ValueError: the lengths are not of inputs and targets, or have no room for a text.
+    """
+    if set(task_feature_lengths) != {"inputs", "targets"}:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS = {dict(task_feature_lengths)} must have 'inputs' and 'targets', for example "
+            '{"inputs": 512, "targets": 114}.'
+        )
+    return {"targets": denoising.text_length(task_feature_lengths)}
 
 
 def check_sentinels(count: int, needed: int) -> None:

@@ -201,8 +201,8 @@ class Decoder:
             logits_BV, caches = prefill(
                 *(model, params, policy, tokens_BT, lengths_B),
                 room=room,
+                encoder=encoder,
                 **self._prefill_options,
-                **encoder,
             )
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])

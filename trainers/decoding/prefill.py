@@ -7,6 +7,8 @@ Shapes: B batch, T prompt length, C tokens of a chunk, D width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ def prefill(
     room: int,
     cache_dtype: Any = None,
     chunk: int | None = None,
-    **encoder: jax.Array,
+    encoder: Mapping[str, jax.Array] = MappingProxyType({}),
 ) -> tuple[jax.Array, Any]:
     """Reads prompts of lengths_B >= 1 tokens.
 
@@ -39,7 +41,7 @@ def prefill(
       chunk: None reads all tokens at once and compresses each layer's cache as soon as its keys are computed, so only one
         layer's uncompressed keys are in memory. An integer C reads C tokens at a time: activations of C tokens are in
         memory, with the uncompressed keys of all layers, which are compressed after the last chunk.
-      **encoder: an encoder-decoder's inputs, see `hidden` in model/t5/encoder_decoder.py; only with `chunk` None.
+      encoder: an encoder-decoder's inputs by keyword, see `hidden` in model/t5/encoder_decoder.py; only with `chunk` None.
 
     Returns:
       Logits [B, V] after the last token of each prompt, and the caches that decoding starts from.

@@ -100,13 +100,13 @@ def caches(tmp_path_factory):
 SPANS = SpanCorruption()
 
 
-def make(caches, names="ab", seed=3, batch_size=8, split=SPANS, lengths=LENGTHS):
+def make(caches, names="ab", seed=3, batch_size=8, split=SPANS, lengths=LENGTHS, text=None):
     """A stream of all sources to train on, or one that reads one source once."""
 
-    def texts(task_feature_lengths, packing):
+    def texts():
+        of_texts = text or denoising.text_lengths(task_feature_lengths=lengths, denoising=split)
         sources = [
-            rows.plan_source(name, caches[name], task_feature_lengths, packing=packing)
-            for name in names
+            rows.plan_source(name, caches[name], of_texts, packing="concat") for name in names
         ]
         if len(names) == 1:
             return EvalStream(*sources, batch_size=batch_size)
@@ -186,6 +186,8 @@ def test_columns_of_a_row(caches):
 def test_settings_that_do_not_fit_are_errors(tmp_path, caches):
     with pytest.raises(ValueError, match="must have 'inputs' and 'targets'"):
         make(caches, lengths={"targets": 8})
+    with pytest.raises(ValueError, match="Texts of 99 tokens do not fit"):
+        make(caches, text={"targets": 99})
     with pytest.raises(ValueError, match="needs 28 sentinels, but the vocabulary has 0"):
         denoising.check_sentinels(0, SpanCorruption().sentinels(568))
     assert PrefixLM().sentinels(568) == 0
