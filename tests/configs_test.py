@@ -29,8 +29,9 @@ DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" n
 ABSTRACT = {
     "base",
     "cohere_base",
+    "encoder_decoder_base",
     "wide_resnet_base",
-}  # models that others include, not of any size
+}  # which others include
 MODELS = sorted({path.stem for path in (CONFIGS / "models").glob("*.gin")} - ABSTRACT)
 # Those of images, and what goes with them in a run; all others are of text.
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}

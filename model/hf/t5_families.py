@@ -149,16 +149,15 @@ T5 = Family(
     ),
     **_LIKE_T5,
 )
-# A tied head, which no published mT5 has, is scaled by some versions of transformers only.
+# All mT5 have a head of their own. Newer versions of transformers write that it is tied, whether or not it is.
 MT5 = Family(
     *("mt5", "MT5ForConditionalGeneration"),
     parts=(
         *_PARTS,
         Part(
             lambda fields: {"tie_embeddings": False, "logit_scale": 1.0},
-            lambda here: {"tie_word_embeddings": here["tie_embeddings"]},
+            lambda here: {"tie_word_embeddings": False},
         ),
     ),
-    neutral={"tie_word_embeddings": False},
     **_LIKE_T5,
 )

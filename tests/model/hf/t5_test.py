@@ -141,13 +141,19 @@ def test_published_configs_are_the_models_of_the_gin_files(name):
     [
         ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj = 'gated-tanh': supported are"),
         ({"num_layers": 0}, "num_layers = 0: it must be a whole number above 0"),
-        ({"model_type": "mt5", "tie_word_embeddings": True}, "only False is supported"),
     ],
 )
 def test_other_settings_are_refused(changes, words):
     config = {**V1_1, **changes, "architectures": None}
     with pytest.raises(UnsupportedConfig, match=words):
         families.family_of_config(config).model(config)
+
+
+def test_an_mt5_has_a_head_of_its_own_whatever_is_written():
+    model = families.MT5.model({**MT5, "tie_word_embeddings": True})
+    assert describe(model) == describe(families.MT5.model(MT5)) and not model.tie_embeddings
+    with pytest.raises(UnsupportedModel, match="tie_embeddings is True, not False"):
+        families.MT5.config(model.clone(tie_embeddings=True))
 
 
 def test_a_scale_of_logits_that_no_t5_has_is_named():
