@@ -1,27 +1,60 @@
-"""Self-attention module: projections, rotary embedding and cache around one attention function.
+"""Attention modules: projections, rotary embedding and cache around one attention function.
 
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
+import flax.struct
 import jax
+import jax.numpy as jnp
 
 from model import axes
 from model.config import LayerKind, TransformerConfig
-from model.flops import Counted, mean_keys
+from model.flops import Counted, mean_keys, weights
 from model.kernels.attention_ops import Implementation, dot_product_attention
+from model.kernels.dropout import dropped
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.protocol import AttentionSettings
-from model.ranges import Positive
+from model.ranges import Decay, Positive
 from model.rope import Rope
 
 
+class PositionBias(Protocol):
+    """A number per head and pair of positions, added to logits; model/t5/relative_bias.py has T5's.
+
+    Attributes:
+      by_index_1NTS: the bias of rows whose tokens have adjacent positions.
+    """
+
+    by_index_1NTS: jax.Array
+
+    def at(self, q_positions_BT: jax.Array, kv_positions_BS: jax.Array) -> jax.Array:
+        """Returns the bias [B, N, T, S] between positions; kv_positions is as in attention_ops."""
+        ...
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What the layers of a decoder read of an encoder.
+
+    Attributes:
+      states_BSD: the encoder's output; None where a layer has the keys and values.
+      segments_BS: a token sees the encoder's tokens of its own segment; None for one document without padding. Tokens
+        without segments are of segment 1.
+      keys_values: keys and values [B, S, K, H] of one layer, computed from the states; None before.
+    """
+
+    states_BSD: jax.Array | None
+    segments_BS: jax.Array | None = None
+    keys_values: tuple[jax.Array, jax.Array] | None = None
+
+
 class Attention(Counted):
-    """Multi-head, grouped-query or multi-query causal attention.
+    """Multi-head, grouped-query or multi-query self-attention, causal unless `kind` is of an encoder.
 
     Attributes:
       config: shared sizes; num_kv_heads selects the variant.
@@ -32,8 +65,10 @@ class Attention(Counted):
       qk_norm: factory of norms over the heads of queries and keys, or None.
       qkv_bias: biases on query, key and value projections.
       out_bias: bias on the output projection.
+      query_init: initialiser of the query projection's kernel; None for the initialiser of `dense`.
       scale: factor on the logits; None for H^-1/2.
       softcap: c in c * tanh(logits / c), or None.
+      dropout: share of the attention weights that training drops; a key is dropped for all queries of a head.
       implementation: implementation used in training, see attention_ops.dot_product_attention.
         Ignored with a cache: prompts use 'auto', and attention over the cache has one
         implementation.
@@ -47,8 +82,10 @@ class Attention(Counted):
     qk_norm: Callable[..., nn.Module] | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    query_init: Callable | None = None
     scale: Positive | None = None
     softcap: Positive | None = None
+    dropout: Decay = 0.0
     implementation: Implementation = "auto"
 
     @property
@@ -71,7 +108,7 @@ class Attention(Counted):
     @nn.nowrap
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
         """Counts the projections, scores and weighted sums."""
-        keys = mean_keys(length, self.kind.window)
+        keys = mean_keys(length, self.kind.window) if self.kind.causal else length
         products = 4.0 * keys * self.query_heads * self.config.per_head_dim
         return super().flops_per_token(shapes, length=length) + products
 
@@ -89,23 +126,20 @@ class Attention(Counted):
         *,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None = None,
+        bias: PositionBias | None = None,
         cache: Any = None,
         policy: CachePolicy | None = None,
     ) -> tuple[jax.Array, Any]:
         """Returns (output [B, T, D], updated cache); the cache is None while training.
 
+        `bias` is added to the logits.
         With a cache and no segments_BT, the new tokens attend over the updated cache, masked by
         position. With a cache and segments_BT, the new tokens attend only to each other, masked by
         index and segment as in training. A prompt is read into an empty cache this way, so its
         [T, T] scores are never in memory.
         """
-        config = self.config
-        q_BTNH = self._heads("query", self.query_heads, axes.HEADS, x_BTD)
-        k_BTKH = self._heads("key", self.cache_heads, axes.KV_HEADS, x_BTD)
-        v_BTKH = self._heads("value", self.cache_heads, axes.KV_HEADS, x_BTD)
-        if self.qk_norm is not None:
-            q_BTNH = self.qk_norm(name="query_norm")(q_BTNH)
-            k_BTKH = self.qk_norm(name="key_norm")(k_BTKH)
+        q_BTNH = self._query(x_BTD)
+        k_BTKH, v_BTKH = self._key_value(x_BTD)
         rope = self.rope if self.kind.rope else None
         if rope is not None:
             q_BTNH = rope(q_BTNH, positions_BT)
@@ -114,12 +148,7 @@ class Attention(Counted):
         k_BTKH = axes.constrain(k_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BTKH = axes.constrain(v_BTKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
 
-        form = AttentionForm(
-            scale=config.per_head_dim**-0.5 if self.scale is None else float(self.scale),
-            softcap=self.softcap,
-            window=self.kind.window,
-            rope=rope,
-        )
+        form = self._form(rope)
         if policy is not None:
             cache = policy.append(
                 cache,
@@ -136,6 +165,8 @@ class Attention(Counted):
                 v_BTKH,
                 q_segments_BT=segments_BT,
                 kv_segments_BS=segments_BT,
+                bias=None if bias is None else bias.by_index_1NTS,
+                causal=self.kind.causal,
                 # `implementation` may not support the prompt's length.
                 implementation=self.implementation if policy is None else "auto",
                 **form.arguments(),
@@ -148,27 +179,59 @@ class Attention(Counted):
                 held.v_BSKH,
                 q_positions_BT=positions_BT,
                 kv_positions_BS=held.positions_BS,
+                bias=None if bias is None else bias.at(positions_BT, held.positions_BS),
                 k_scale_BSK=held.k_scale_BSK,
                 v_scale_BSK=held.v_scale_BSK,
                 **form.arguments(),
             )
+        return self._out(out_BTNH, x_BTD, segments_BT), cache
+
+    def _form(self, rope: Rope | None) -> AttentionForm:
+        return AttentionForm(
+            scale=self.config.per_head_dim**-0.5 if self.scale is None else float(self.scale),
+            softcap=self.softcap,
+            window=self.kind.window,
+            rope=rope,
+        )
+
+    def _query(self, x_BTD: jax.Array) -> jax.Array:
+        init = {} if self.query_init is None else {"kernel_init": self.query_init}
+        q_BTNH = self._heads("query", self.query_heads, axes.HEADS, x_BTD, **init)
+        return q_BTNH if self.qk_norm is None else self.qk_norm(name="query_norm")(q_BTNH)
+
+    def _key_value(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k_BSKH = self._heads("key", self.cache_heads, axes.KV_HEADS, x_BSD)
+        v_BSKH = self._heads("value", self.cache_heads, axes.KV_HEADS, x_BSD)
+        if self.qk_norm is not None:
+            k_BSKH = self.qk_norm(name="key_norm")(k_BSKH)
+        # A weight that is dropped for all queries of a head is a value that is dropped.
+        return k_BSKH, dropped(self, v_BSKH, self.dropout, over=-1)
+
+    def _out(
+        self, out_BTNH: jax.Array, x_BTD: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
         out_BTNH = self.gate_heads(out_BTNH, x_BTD, segments_BT)
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:-1], -1)
         out_BTX = axes.constrain(out_BTX, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS)
-        out = self._dense("out", config.embed_dim, (axes.HEADS, axes.EMBED), self.out_bias)
+        out = self._dense("out", self.config.embed_dim, (axes.HEADS, axes.EMBED), self.out_bias)
         if self.adapters is not None:
             out = self.adapters(out, layer_input=x_BTD)
-        return out(out_BTX), cache
+        return out(out_BTX)
 
-    def _heads(self, name: str, heads: int, axis: str, x_BTD: jax.Array) -> jax.Array:
+    def _heads(
+        self, name: str, heads: int, axis: str, x_BTD: jax.Array, **init: Callable
+    ) -> jax.Array:
         head_dim = self.config.per_head_dim
-        dense = self._dense(name, heads * head_dim, (axes.EMBED, axis), self.qkv_bias)
+        dense = self._dense(name, heads * head_dim, (axes.EMBED, axis), self.qkv_bias, **init)
         if self.adapters is not None:
             dense = self.adapters(dense, heads=heads, layer_input=x_BTD)
         return dense(x_BTD).reshape(*x_BTD.shape[:-1], heads, head_dim)
 
-    def _dense(self, name: str, features: int, names: tuple[str, str], use_bias: bool) -> Any:
+    def _dense(
+        self, name: str, features: int, names: tuple[str, str], use_bias: bool, **init: Callable
+    ) -> Any:
         return self.dense(
+            **init,
             features=features,
             axes=names,
             use_bias=use_bias,
@@ -176,3 +239,49 @@ class Attention(Counted):
             param_dtype=self.config.storage_dtype,
             name=name,
         )
+
+
+class CrossAttention(Attention):
+    """Attention of a decoder's tokens over an encoder's output, without positions."""
+
+    @nn.nowrap
+    def cross_flops_per_token(
+        self, shapes: Mapping[str, Any], *, length: int, encoder_length: int
+    ) -> float:
+        """Returns the FLOPs for one of `length` tokens, with their share of keys and values of `encoder_length`."""
+        once = 2.0 * sum(weights(shapes[name]) for name in ("key", "value"))
+        products = 4.0 * encoder_length * self.query_heads * self.config.per_head_dim
+        return 2.0 * weights(shapes) - once + once * encoder_length / length + products
+
+    @nn.compact
+    def __call__(  # type: ignore[override]
+        self, x_BTD: jax.Array, *, encoded: Encoded, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Encoded]:
+        """Returns the output [B, T, D], and `encoded` with this layer's keys and values in place of the states."""
+        q_BTNH = self._query(x_BTD)
+        keys_values = encoded.keys_values
+        if keys_values is None:
+            assert encoded.states_BSD is not None  # see Encoded
+            keys_values = self._key_value(encoded.states_BSD)
+        encoded = Encoded(None, encoded.segments_BS, keys_values)
+        k_BSKH, v_BSKH = keys_values
+        q_BTNH = axes.constrain(q_BTNH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
+        k_BSKH = axes.constrain(k_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
+        v_BSKH = axes.constrain(v_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
+        q_segments_BT = None
+        if encoded.segments_BS is not None:
+            q_segments_BT = segments_BT
+            if q_segments_BT is None:
+                q_segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        form = self._form(None).arguments() | {"window": None}
+        out_BTNH = dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_segments_BT=q_segments_BT,
+            kv_segments_BS=encoded.segments_BS,
+            causal=False,
+            implementation=self.implementation,
+            **form,
+        )
+        return self._out(out_BTNH, x_BTD, segments_BT), encoded

@@ -1,4 +1,4 @@
-"""Sizes and numeric policy of a decoder-only transformer, shared by all of its modules."""
+"""Sizes and numeric policy of a transformer, shared by all of its modules."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -11,25 +11,27 @@ from model.ranges import Layers, Size
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)
-LAYER_KINDS = ("full", "sliding", "full_nope")
+LAYER_KINDS = ("full", "sliding", "full_nope", "bidirectional")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """The settings that differ between layers: attention window, rotary embedding, and depth.
+    """The settings that differ between layers: attention mask, rotary embedding, and depth.
 
-    Two kinds are equal if their window and rotation are equal. Depth is not compared, because it may
+    Two kinds are equal if their masks and rotation are equal. Depth is not compared, because it may
     be a traced array.
 
     Attributes:
       window: keys each query sees, itself included; None for all earlier keys.
       rope: whether queries and keys are rotated (Cohere2's full layers are not).
+      causal: whether a query sees only keys up to itself; False in encoders.
       depth: index of the layer, from 0. An int where layers are unrolled; an int32 scalar under `nn.scan`, which
         traces the pattern once for all repeats; None for a module outside of a model.
     """
 
     window: int | None = None
     rope: bool = True
+    causal: bool = True
     depth: int | jax.Array | None = dataclasses.field(default=None, compare=False)
 
 
@@ -68,7 +70,8 @@ class TransformerConfig(FloatDtypes):
       num_kv_heads: K key/value heads, dividing N; None for N (multi-head attention).
       head_dim: H; None for D / N.
       mlp_dim: F, the hidden width of the MLP (of each of gate and up when gated).
-      layer_pattern: kinds of layers, repeated: 'full', 'sliding', 'full_nope' (no rotation).
+      layer_pattern: kinds of layers, repeated: 'full', 'sliding', 'full_nope' (no rotation), and 'bidirectional' of encoders,
+        which encoder-decoders set themselves.
       sliding_window: window of 'sliding' layers.
       dtype: compute dtype of products and activations; norms, softmax and loss use float32.
       scan_layers: whether `nn.scan` loops over one traced period of the pattern; otherwise every layer is unrolled.
@@ -148,4 +151,9 @@ class TransformerConfig(FloatDtypes):
         """Returns the kind of the layer with index `layer`, from 0."""
         name = self.layer_pattern[layer % len(self.layer_pattern)]
         window = self.sliding_window if name == "sliding" else None
-        return LayerKind(window=window, rope=name != "full_nope", depth=layer)
+        return LayerKind(
+            window=window,
+            rope=name != "full_nope",
+            causal=name != "bidirectional",
+            depth=layer,
+        )

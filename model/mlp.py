@@ -9,8 +9,10 @@ import jax
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted
+from model.kernels.dropout import dropped
 from model.linear import Dense
 from model.protocol import MlpSettings
+from model.ranges import Decay
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -33,6 +35,7 @@ class _Mlp(Counted):
       activation: name in ACTIVATIONS.
       use_bias: biases on all projections.
       dense: factory of the projections.
+      dropout: share of the hidden values that training drops before the last projection.
       adapters: factory that wraps each of them, called with (projection, layer_input=), or None; see
         model/adapters/adapter.py.
     """
@@ -44,6 +47,7 @@ class _Mlp(Counted):
     activation: str = "silu"
     use_bias: bool = False
     dense: Callable[..., nn.Module] = Dense
+    dropout: Decay = 0.0
     adapters: Callable[..., Any] | None = None
 
     @property
@@ -56,6 +60,7 @@ class _Mlp(Counted):
 
     def _down(self, h_BTF: jax.Array, x_BTD: jax.Array) -> jax.Array:
         h_BTF = axes.constrain(h_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
+        h_BTF = dropped(self, h_BTF, self.dropout)
         return self._project("down", self.config.embed_dim, axes.MLP, axes.EMBED, x_BTD)(h_BTF)
 
     def _project(

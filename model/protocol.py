@@ -14,7 +14,7 @@ import jax
 from model.config import LayerKind
 from model.kv_cache.base import CacheSizes
 
-Row = Literal["tokens", "images"]
+Row = Literal["tokens", "inputs_and_targets", "images"]
 Output = Literal["logits", "rewards", "classes"]
 Arrays = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -81,7 +81,7 @@ class Sizes(Protocol):
 class Model(Protocol):
     """Any model.
 
-    `row` is the kind of data in a row of a batch, `output` the kind of output for a row: logits or rewards
+    `row` is the kind of data in a row of a batch (tokens that a decoder reads, inputs of an encoder with targets, or images), `output` the kind of output for a row: logits or rewards
     of each token, or logits of classes.
     """
 
@@ -100,7 +100,7 @@ class Model(Protocol):
         ...
 
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
-        """Returns the FLOPs of a forward pass for one token, or for one image.
+        """Returns the FLOPs of a forward pass for one token, inputs and targets alike, or for one image.
 
         Args:
           row: shapes of a batch of one row by name, as `Inputs.arrays(1)` of trainers/inputs.py.

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: blocks, the stack that scans them, and the language model on top.
+"""The block of a transformer, and the decoder-only language model.
 
 Sublayers are factories (`Block.attention`, `Block.mlp`, `Block.norm`, and their `dense`), so a method
 replaces a class by a gin binding and does not change this file.
@@ -6,7 +6,6 @@ replaces a class by a gin binding and does not change this file.
 Shapes: B batch, T length, D width, V vocabulary, L layers, P length of the layer pattern.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -16,16 +15,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model import axes, flops
-from model.attention import Attention
+from model import axes, flops, layers
+from model.attention import Attention, CrossAttention, Encoded, PositionBias
 from model.config import LayerKind, TransformerConfig
 from model.embed import Embed
 from model.flops import Counted
+from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
 from model.protocol import Arrays, LayerSettings, Output, Row
-from model.ranges import Positive
+from model.ranges import Decay, Positive
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)
@@ -39,14 +39,31 @@ class Hidden:
     caches: Any = None
 
 
+@flax.struct.dataclass
+class LayerCache:
+    """The cache of a decoder's layer that also reads an encoder's output.
+
+    Attributes:
+      attention: the state of the cache policy.
+      encoded: the layer's keys and values of the encoder's output.
+    """
+
+    attention: Any
+    encoded: Encoded
+
+
 class Block(Counted):
     """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).
+
+    Layers of a decoder that reads an encoder's output, `encoded`, are sequential and have x + cross(n3(x)) in between.
 
     Attributes:
       layout: 'sequential' (GPT, Llama) or 'parallel' (GPT-J, Cohere; one norm per block).
       attention: factory, called with (config=, kind=, name=).
       mlp: factory, called with (config=, kind=, name=), of a module called with (x_BTD, segments_BT=).
       norm: factory, called with (name=).
+      cross_attention: factory of attention over an encoder's output, called with (config=, kind=, name=).
+      dropout: share of the output of every sublayer that training drops.
       post_norm: factory of norms on the outputs of attention and MLP (Gemma 2), called with (name=), or None.
     """
 
@@ -57,6 +74,8 @@ class Block(Counted):
     mlp: Callable[..., nn.Module] = GatedMlp
     norm: Callable[..., nn.Module] = RMSNorm
     post_norm: Callable[..., nn.Module] | None = None
+    cross_attention: Callable[..., nn.Module] = CrossAttention
+    dropout: Decay = 0.0
 
     @nn.compact
     def __call__(
@@ -65,11 +84,15 @@ class Block(Counted):
         *,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None = None,
+        bias: PositionBias | None = None,
+        encoded: Encoded | None = None,
         cache: Any = None,
         policy: CachePolicy | None = None,
     ) -> tuple[jax.Array, Any]:
         if self.layout not in LAYOUTS:
             raise ValueError(f"Block.layout = {self.layout!r}: choose from {LAYOUTS}.")
+        if isinstance(cache, LayerCache):
+            cache, encoded = cache.attention, cache.encoded
         attention, mlp = self._attention(), self._mlp()
         normed_BTD = self.norm(name="norm")(x_BTD)
         attended_BTD, cache = attention(
@@ -78,13 +101,24 @@ class Block(Counted):
             segments_BT=segments_BT,
             cache=cache,
             policy=policy,
+            **({} if bias is None else {"bias": bias}),
         )
         attended_BTD = self._normed("attention_post_norm", attended_BTD)
         if self.layout == "parallel":
+            if encoded is not None:
+                raise ValueError(
+                    "Block.layout = 'parallel' has no cross-attention: use 'sequential'."
+                )
             out_BTD = mlp(normed_BTD, segments_BT=segments_BT)
             y_BTD = x_BTD + attended_BTD + self._normed("mlp_post_norm", out_BTD)
         else:
             x_BTD = x_BTD + attended_BTD
+            if encoded is not None:
+                cross_BTD, encoded = self._cross_attention()(
+                    self.norm(name="cross_norm")(x_BTD), encoded=encoded, segments_BT=segments_BT
+                )
+                x_BTD = x_BTD + self._normed("cross_post_norm", cross_BTD)
+                cache = None if cache is None else LayerCache(cache, encoded)
             out_BTD = mlp(self.norm(name="mlp_norm")(x_BTD), segments_BT=segments_BT)
             y_BTD = x_BTD + self._normed("mlp_post_norm", out_BTD)
         return axes.constrain(y_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED), cache
@@ -96,9 +130,17 @@ class Block(Counted):
         )
 
     @nn.nowrap
-    def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
-        attention = self._attention().flops_per_token(shapes["attention"], length=length)
-        return attention + self._mlp().flops_per_token(shapes["mlp"], length=length)
+    def flops_per_token(
+        self, shapes: Mapping[str, Any], *, length: int, encoder_length: int = 0
+    ) -> float:
+        """Returns the FLOPs for one token; with `encoder_length`, cross-attention over so many tokens included."""
+        total = self._attention().flops_per_token(shapes["attention"], length=length)
+        total += self._mlp().flops_per_token(shapes["mlp"], length=length)
+        if encoder_length:
+            total += self._cross_attention().cross_flops_per_token(
+                shapes["cross_attention"], length=length, encoder_length=encoder_length
+            )
+        return total
 
     @nn.nowrap
     def _attention(self) -> Any:
@@ -108,50 +150,40 @@ class Block(Counted):
     def _mlp(self) -> Any:
         return self.mlp(config=self.config, kind=self.kind, name="mlp")
 
+    @nn.nowrap
+    def _cross_attention(self) -> Any:
+        return self.cross_attention(config=self.config, kind=self.kind, name="cross_attention")
+
     def _normed(self, name: str, out_BTD: jax.Array) -> jax.Array:
-        return out_BTD if self.post_norm is None else self.post_norm(name=name)(out_BTD)
+        """Returns a sublayer's output after its norm and dropout."""
+        out_BTD = out_BTD if self.post_norm is None else self.post_norm(name=name)(out_BTD)
+        return dropped(self, out_BTD, self.dropout)
 
 
-class Layers(nn.Module):
-    """Blocks `block_0`, `block_1`, ...: one period of the layer pattern if scanned, otherwise all L layers."""
-
-    config: TransformerConfig
-    block: Callable[..., nn.Module]
-    count: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        caches: Sequence[Any] | None,
-        *,
-        first: int | jax.Array = 0,
-        **context: Any,
-    ) -> tuple[jax.Array, Any]:
-        """Applies the blocks in order; `first` is the depth of the first block."""
-        new_caches = []
-        for i in range(self.count):
-            kind = dataclasses.replace(self.config.layer_kind(i), depth=first + i)
-            block = self.block(config=self.config, kind=kind, name=f"block_{i}")
-            cache = None if caches is None else caches[i]
-            apply = _rematerialised(self.config, cache, context)
-            x_BTD, cache = apply(block, x_BTD)
-            new_caches.append(cache)
-        return x_BTD, None if caches is None else new_caches
+def scaled_logits(model: Any, hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Returns float32 logits [B, T, V] with the scale and soft cap of a model."""
+    logits_BTV = model.logit_scale * jnp.einsum(
+        "btd,vd->btv",
+        hidden_BTD,
+        head_VD.astype(hidden_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    if model.logit_softcap is not None:
+        logits_BTV = model.logit_softcap * jnp.tanh(logits_BTV / model.logit_softcap)
+    return logits_BTV
 
 
-def _rematerialised(config: TransformerConfig, cache: Any, context: dict[str, Any]) -> Callable:
-    """Returns a function (block, x) -> (x, cache) with the rematerialisation of `config.remat`."""
-
-    def apply(block: nn.Module, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-        return block(x_BTD, cache=cache, **context)
-
-    if config.remat == "none" or cache is not None:
-        return apply
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policy = None if config.remat == "full" else dots
-    # Inside a scan, the loop already prevents XLA from merging the two forward passes.
-    return nn.remat(apply, policy=policy, prevent_cse=not config.scan_layers)
+def cache_sizes_of(settings: LayerSettings, config: TransformerConfig, layer: int) -> CacheSizes:
+    """Returns the sizes of the cache of layer `layer`, from its settings."""
+    return {
+        "num_heads": settings.attention.query_heads,
+        "num_kv_heads": settings.attention.cache_heads,
+        "head_dim": settings.attention.head_dim,
+        "dtype": config.compute_dtype,
+        "layer": layer,
+        "num_layers": config.num_layers,
+        "kind": settings.kind,
+    }
 
 
 class Transformer(nn.Module):
@@ -166,6 +198,7 @@ class Transformer(nn.Module):
       embed_scale: factor on the looked-up embeddings, rounded to the compute dtype (Gemma: sqrt(D)).
       logit_scale: factor on the logits (Cohere).
       logit_softcap: c in c * tanh(logits / c) (Gemma 2), or None.
+      dropout: share of the embeddings, and of the final norm's output, that training drops.
     """
 
     row: ClassVar[Row] = "tokens"
@@ -180,9 +213,12 @@ class Transformer(nn.Module):
     embed_scale: Positive = 1.0
     logit_scale: Positive = 1.0
     logit_softcap: Positive | None = None
+    dropout: Decay = 0.0
 
     def setup(self):
         config = self.config
+        if not all(kind.causal for kind in map(config.layer_kind, range(config.num_layers))):
+            raise ValueError("A decoder-only Transformer cannot have 'bidirectional' layers.")
         table = functools.partial(
             self.embed,
             num_embeddings=config.vocab_size,
@@ -197,8 +233,7 @@ class Transformer(nn.Module):
                 dtype=config.compute_dtype,
                 param_dtype=config.storage_dtype,
             )
-        count = len(config.layer_pattern) if config.scan_layers else config.num_layers
-        self.layers = Layers(config=config, block=self.block, count=count)
+        self.layers = layers.Layers(config=config, block=self.block)
         self.final_norm = self.norm()
         if not self.tie_embeddings:
             # Stored as rows [V, D] like the token table, so that one loss serves both.
@@ -230,36 +265,14 @@ class Transformer(nn.Module):
         x_BTD = self.token_embed(tokens_BT) * scale
         if self.position_embed is not None:
             x_BTD = x_BTD + self.positions(positions_BT)
+        x_BTD = dropped(self, x_BTD, self.dropout)
         x_BTD = axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)
         context: dict[str, Any] = dict(
             positions_BT=positions_BT, segments_BT=segments_BT, policy=policy
         )
-        if self.config.scan_layers:
-            if caches is not None:
-                raise ValueError(
-                    "Caches need unrolled layers: use layer_stack.unrolled(model) and "
-                    "layer_stack.unroll(params, config), both of model/transforms/layer_stack.py."
-                )
-            x_BTD = self._scan(x_BTD, context)
-        else:
-            x_BTD, caches = self.layers(x_BTD, caches, **context)
-        return Hidden(hidden_BTD=self.final_norm(x_BTD), caches=caches)
-
-    def _scan(self, x_BTD: jax.Array, context: dict[str, Any]) -> jax.Array:
-        period = len(self.config.layer_pattern)
-        repeats = self.config.num_layers // period
-        scan = nn.scan(
-            lambda layers, x_BTD, first: layers(x_BTD, None, first=first, **context),
-            # Stack all collections of a block (parameters, sown values); every layer has its own RNGs.
-            variable_axes={True: 0},
-            split_rngs={True: True},
-            length=repeats,
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )
-        # For layers that read their depth; if no layer does, it is not in the compiled program.
-        first_depths = jnp.arange(repeats, dtype=jnp.int32) * period
-        x_BTD, _ = scan(self.layers, x_BTD, first_depths)
-        return x_BTD
+        x_BTD, caches = layers.apply(self.layers, x_BTD, caches, context)
+        hidden_BTD = dropped(self, self.final_norm(x_BTD), self.dropout)
+        return Hidden(hidden_BTD=hidden_BTD, caches=caches)
 
     def head_VD(self) -> jax.Array:
         """Returns the output matrix [V, D]."""
@@ -267,15 +280,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns the scaled, soft-capped float32 logits [B, T, V] of hidden states."""
-        logits_BTV = self.logit_scale * jnp.einsum(
-            "btd,vd->btv",
-            hidden_BTD,
-            self.head_VD().astype(hidden_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        if self.logit_softcap is not None:
-            logits_BTV = self.logit_softcap * jnp.tanh(logits_BTV / self.logit_softcap)
-        return logits_BTV
+        return scaled_logits(self, hidden_BTD, self.head_VD())
 
     def __call__(self, tokens_BT: jax.Array, **context: Any) -> jax.Array:
         """Returns the logits [B, T, V]; arguments as in `hidden`."""
@@ -303,16 +308,7 @@ class Transformer(nn.Module):
 
     @nn.nowrap
     def cache_sizes(self, layer: int) -> CacheSizes:
-        settings = self._block(layer).settings
-        return {
-            "num_heads": settings.attention.query_heads,
-            "num_kv_heads": settings.attention.cache_heads,
-            "head_dim": settings.attention.head_dim,
-            "dtype": self.config.compute_dtype,
-            "layer": layer,
-            "num_layers": self.config.num_layers,
-            "kind": settings.kind,
-        }
+        return cache_sizes_of(self._block(layer).settings, self.config, layer)
 
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
@@ -326,14 +322,8 @@ class Transformer(nn.Module):
         tokens = row["decoder_input_tokens"]
         if variables is None:
             variables = flops.variable_shapes(self, jax.ShapeDtypeStruct((1, 1), tokens.dtype))
-        config, total = self.config, 0.0
-        count = len(config.layer_pattern) if config.scan_layers else config.num_layers
-        for layer in range(count):
-            shapes = variables["params"]["layers"][f"block_{layer}"]
-            if config.scan_layers:  # the first axis is the scan's
-                shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
-            total += self._block(layer).flops_per_token(shapes, length=tokens.shape[-1])
-        return total * (config.num_layers // count)
+        shapes, length = variables["params"]["layers"], tokens.shape[-1]
+        return layers.flops_per_token(self.config, self.block, shapes, length=length)
 
     @nn.nowrap
     def _block(self, layer: int) -> Any:

@@ -26,7 +26,13 @@ EXPERIMENTS = [
 ]
 # corpus_base.gin is a part of bytes.gin and corpus.gin.
 DATA = sorted(path.stem for path in (CONFIGS / "data").glob("*.gin") if "base" not in path.stem)
-MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.gin") if "base" not in path.stem)
+ABSTRACT = {
+    "base",
+    "cohere_base",
+    "encoder_decoder_base",
+    "wide_resnet_base",
+}  # which others include
+MODELS = sorted({path.stem for path in (CONFIGS / "models").glob("*.gin")} - ABSTRACT)
 # Those of images, and what goes with them in a run; all others are of text.
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preparation/preference_pairs_test.py reads.
@@ -50,7 +56,25 @@ PREFERENCE = {
     "reward_model",
     "indicators",
 }
+ENCODER_DECODERS = {name for name in MODELS if re.match("m?t5_", name)}
 CLASSIFIERS = {"cnn_tiny": "textures", "resnet50": "imagenet", "wrn28_10": "cifar100"}
+
+
+def t5_count(vocabulary, layers, width, heads, mlp, *, matrices=3, tables=2, head_dim=64):
+    """Of an encoder-decoder: tables, layers of the encoder and of the decoder, final norms, and position biases."""
+    attention = 4 * width * heads * head_dim
+    encoder = attention + matrices * width * mlp + 2 * width
+    decoder = encoder + attention + width
+    return tables * vocabulary * width + layers * (encoder + decoder) + 2 * width + 2 * 32 * heads
+
+
+T5_SIZES = {
+    "small": (8, 512, 6, 1024),
+    "base": (12, 768, 12, 2048),
+    "large": (24, 1024, 16, 2816),
+    "xl": (24, 2048, 32, 5120),
+    "xxl": (24, 4096, 64, 10240),
+}
 
 # Exact counts: closed forms of the shapes, and the published ones where those are exact (GPT-2, Llama,
 # BAM's seed and BTX over it, SmolLM2, Aya 23, Mistral, Mixtral, Qwen, Gemma 2).
@@ -90,6 +114,10 @@ COUNTS = {
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
     "smollm_135m": 134_515_008,
+    **{f"t5_1_1_{size}": t5_count(32_128, *sizes) for size, sizes in T5_SIZES.items()},
+    **{f"mt5_{size}": t5_count(250_112, *sizes) for size, sizes in T5_SIZES.items()},
+    "t5_1_0_base": t5_count(32_128, 12, 768, 12, 3072, matrices=2, tables=1),
+    "t5_tiny": t5_count(384, 2, 64, 4, 128, head_dim=16),
     "cnn_tiny": 9 * 3 * 16
     + (16 + 16) * (9 * 16 + 2)
     + sum(2 * i + 9 * i * o + 2 * o + 9 * o * o + i * o for i, o in ((16, 32), (32, 64)))
@@ -130,7 +158,9 @@ def load_recipe(name, methods=()):
             entry="launch.train:train",
         )
     else:
-        config = load(f"models/{name}", "runs/pretrain", *methods)
+        lengths = ["TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
+        bindings = lengths if name in ENCODER_DECODERS else []
+        config = load(f"models/{name}", "runs/pretrain", *methods, bindings=bindings)
     return config.arguments()["recipe"]
 
 
@@ -167,6 +197,10 @@ def test_factors_are_decayed_as_kernels_are(name):
 
 def test_every_model_has_a_count():
     assert set(MODELS) == set(COUNTS)
+    published = {"small": 77.0e6, "base": 247.6e6, "large": 783.2e6, "xl": 2.850e9, "xxl": 11.135e9}
+    for size, count in published.items():
+        assert COUNTS[f"t5_1_1_{size}"] == pytest.approx(count, rel=7e-4)
+    assert COUNTS["t5_1_0_base"] == 222_903_552  # as transformers counts t5-base
 
 
 @pytest.mark.parametrize(
@@ -308,6 +342,23 @@ def test_a_data_file_makes_a_run_with_nothing_left_to_set_or_unused(name):
     arguments = config.arguments()
     assert len(arguments["tasks"]) == 1 and all(map(callable, arguments["tasks"]))
     assert callable(arguments["stream"]) and callable(arguments["eval_stream"])
+
+
+@pytest.mark.parametrize("denoising", ["SpanCorruption", "PrefixLM"])
+def test_texts_make_a_run_of_an_encoder_decoder_with_nothing_left_to_set_or_unused(denoising):
+    bindings = [f"DENOISING=@noise.{denoising}()", "vocabularies.byte.extra_ids=100"]
+    config = load("models/t5_tiny", "data/bytes", "runs/denoise", data=(), bindings=bindings)
+    assert [str(warning) for warning in config.warnings] == []
+    recipe = config.arguments()["recipe"]
+    shapes = {name: array.shape for name, array in recipe.inputs_spec.arrays(2).items()}
+    assert shapes["encoder_input_tokens"] == (2, 512)
+    assert shapes["decoder_target_tokens"] == (2, 114)
+    assert recipe.length == 512 + 114
+
+
+def test_an_encoder_decoder_asks_for_the_length_of_its_inputs():
+    with pytest.raises(ValueError, match="lacks 'inputs', which an encoder-decoder reads"):
+        load("models/t5_tiny", "runs/pretrain").arguments()
 
 
 @pytest.mark.parametrize("name", sorted(IMAGES))

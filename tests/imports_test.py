@@ -133,8 +133,8 @@ LEVELS = {
     "model": (
         ("axes", "kernels", "ranges", "same"),
         ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope"),
-        ("attention", "mlp", "transformer"),
-        ("heads", "low_rank", "moe", "transforms", "vision"),
+        ("attention", "layers", "mlp", "transformer"),
+        ("heads", "low_rank", "moe", "t5", "transforms", "vision"),
         ("adapters", "bam", "nexus"),
         ("hf", "mov"),
     ),
@@ -150,7 +150,7 @@ LEVELS = {
         ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
         ("data_source", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
-        ("chats", "code_mix", "distillation", "nexus", "preference", "prompts", "snapkv"),
+        ("chats", "code_mix", "distillation", "nexus", "preference", "prompts", "snapkv", "t5"),
     ),
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),

@@ -72,6 +72,31 @@ class PackedTokens(TokenRows):
 
 
 @dataclasses.dataclass(frozen=True)
+class InputsAndTargets(TokenRows):
+    """Examples packed into rows of an encoder-decoder: segment k of the inputs belongs to segment k of the targets.
+
+    Attributes:
+      inputs: tokens of a row that the encoder reads.
+      targets: tokens of a row that the decoder predicts.
+    """
+
+    inputs: int
+    targets: int
+
+    @property
+    def length(self) -> int:
+        return self.inputs + self.targets
+
+    def arrays(self, rows: int) -> Arrays:
+        read = jax.ShapeDtypeStruct((rows, self.inputs), jnp.int32)
+        names = ("input_tokens", "segment_ids", "positions")
+        return {
+            **{f"encoder_{name}": read for name in names},
+            **PackedTokens(self.targets).arrays(rows),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedPairs(TokenRows):
     """Pairs of completions packed into rows: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
 

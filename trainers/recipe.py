@@ -19,7 +19,7 @@ from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
-from trainers.inputs import Inputs, PackedTokens
+from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
 from trainers.moving_reference import MovingReference
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
@@ -39,7 +39,8 @@ class Recipe:
     Attributes:
       model: a linen module that answers model/protocol.py.
       batch_size: rows of a global batch.
-      feature_lengths: tokens per row by feature, such as {"targets": 2048}; None with `inputs`.
+      feature_lengths: tokens per row by feature, such as {"targets": 2048}, of an encoder-decoder also of its "inputs";
+        None with `inputs`.
       inputs: the arrays of a batch, if not packed tokens of `feature_lengths` (see trainers/inputs.py).
       optimizer: factory, called with (learning_rate=) and, if it has that parameter, (param_axes=).
       gradient_terms: added to the gradient of the loss (see trainers/optim/gradient_terms.py).
@@ -97,6 +98,11 @@ class Recipe:
                 f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'targets', for example "
                 '{"targets": 512}.'
             )
+        if self._encodes and "inputs" not in (self.feature_lengths or {}):
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'inputs', which an encoder-decoder "
+                'reads, for example {"inputs": 512, "targets": 114}.'
+            )
         if self.inputs is not None and self.feature_lengths is not None:
             raise ValueError(
                 "Recipe.inputs and Recipe.feature_lengths both define the rows: bind one of them."
@@ -107,8 +113,15 @@ class Recipe:
         """Names, shapes and units of a batch."""
         if self.inputs is not None:
             return self.inputs
-        assert self.feature_lengths is not None  # see __post_init__
-        return PackedTokens(self.feature_lengths["targets"])
+        lengths = self.feature_lengths
+        assert lengths is not None  # see __post_init__
+        if self._encodes:
+            return InputsAndTargets(lengths["inputs"], lengths["targets"])
+        return PackedTokens(lengths["targets"])
+
+    @property
+    def _encodes(self) -> bool:
+        return self.inputs is None and self.model.row == "inputs_and_targets"
 
     @property
     def language_model(self) -> LanguageModel:

@@ -36,8 +36,8 @@ class RowStream(batches.Iterable, abc.ABC):
 
     @property
     def length(self) -> int:
-        """Target tokens per row."""
-        return self._sources[0].plan.row_lengths["targets"]
+        """Tokens per row, of all features."""
+        return sum(self._sources[0].plan.row_lengths.values())
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -98,6 +98,13 @@ def plan_source(
             "'targets'."
         )
     check_features(name, opened, feature_lengths)
+    of_features = {feature: _vocabulary(opened, feature) for feature in feature_lengths}
+    if len({each["digest"] for each in of_features.values()}) > 1:
+        sizes = {feature: each["size"] for feature, each in of_features.items()}
+        raise ValueError(
+            f"Source {name!r}: inputs and targets were tokenised with different vocabularies (sizes {sizes}), but a model "
+            "has one table of tokens: give both features one vocabulary."
+        )
     _check_loss_weights(name, opened)
     planned = make_plan(
         {feature: opened.columns[feature].lengths for feature in feature_lengths},
@@ -145,15 +152,7 @@ def shared_vocabulary(sources: Sequence[Source]) -> dict:
     Raises:
         ValueError: two sources were tokenised with different vocabularies.
     """
-    vocabularies = {}
-    for source in sources:
-        manifest = source.cache.manifest
-        described = manifest["description"].get("vocabulary", {}).get(source.feature, {})
-        size = manifest["features"][source.feature]
-        vocabularies[source.name] = {
-            "size": size,
-            "digest": digest([size, described.get("vocabulary")]),
-        }
+    vocabularies = {source.name: _vocabulary(source.cache, source.feature) for source in sources}
     first, *rest = vocabularies
     for name in rest:
         if vocabularies[name] != vocabularies[first]:
@@ -162,6 +161,13 @@ def shared_vocabulary(sources: Sequence[Source]) -> dict:
                 f"{vocabularies[first]['size']} and {vocabularies[name]['size']}): a mixture needs one."
             )
     return vocabularies[first]
+
+
+def _vocabulary(opened: Cache, feature: str) -> dict[str, Any]:
+    """Returns {'size', 'digest'} of the vocabulary of a feature."""
+    described = opened.manifest["description"].get("vocabulary", {}).get(feature, {})
+    size = opened.manifest["features"][feature]
+    return {"size": size, "digest": digest([size, described.get("vocabulary")])}
 
 
 def vocabulary_digest(vocabulary) -> str:

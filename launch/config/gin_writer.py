@@ -11,11 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launch.config.model_file import import_lines, module_names
+from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Block, Transformer
 
 # Settings written as macros, because files of methods wrap these macros; written even if they are defaults.
 _MACROS = {"attention": "ATTENTION", "mlp": "MLP"}
-_WRITTEN = {Transformer: ("block",), Block: tuple(_MACROS)}
+_WRITTEN: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((Transformer, EncoderDecoder), ("block",)),
+    Block: tuple(_MACROS),
+}
 _LITERALS = (str, int, float, bool, type(None))
 _OF_FLAX = ("parent", "name")
 

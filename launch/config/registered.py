@@ -8,12 +8,13 @@ them build a part of a model or a number from their arguments; none reads or wri
 _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "actor_critic": ("model.heads.actor_critic", ("ActorCritic",)),
     "adapter": ("model.adapters.adapter", ("named",)),
-    "attention": ("model.attention", ("Attention",)),
+    "attention": ("model.attention", ("Attention", "CrossAttention")),
     "bottleneck": ("model.adapters.bottleneck", ("Bottleneck",)),
     "config": ("model.config", ("TransformerConfig",)),
     "convolution": ("model.vision.convolution", ("Conv",)),
     "domain_router": ("model.nexus.domain_router", ("DomainRouter",)),
     "embed": ("model.embed", ("Embed", "Positions")),
+    "encoder_decoder": ("model.t5.encoder_decoder", ("EncoderDecoder",)),
     "ia3": ("model.adapters.ia3", ("Ia3",)),
     "initializers": (
         "jax.nn.initializers",
@@ -49,6 +50,7 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mov": ("model.mov.mov", ("Mov",)),
     "norm": ("model.norm", ("LayerNorm", "RMSNorm")),
     "prompt": ("model.adapters.prompt", ("Prompt", "PromptEmbed")),
+    "relative_bias": ("model.t5.relative_bias", ("RelativeBias",)),
     "resnet": (
         "model.vision.resnet",
         ("Bottleneck", "ResNet", "ResNetConfig", "Stem3x3", "Stem7x7", "WideBlock"),

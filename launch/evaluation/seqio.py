@@ -8,7 +8,8 @@ of the run, and with metric_fns:
 SeqIO's Evaluator calls the task's preprocessors, postprocess_fn and metrics. Functions of (targets, predictions)
 get greedy continuations of "inputs", functions of (targets, scores) the log-probability of "targets" after
 "inputs", summed over tokens. The run's START_TOKEN and BOS come before "inputs". The model also reads an EOS that
-the task appends to "inputs", so most tasks for such models set add_eos=False for that feature.
+the task appends to "inputs", so most tasks for such models set add_eos=False for that feature. An encoder-decoder
+reads "inputs" as the task makes them.
 """
 
 import argparse
@@ -110,13 +111,13 @@ def evaluate(
     registered = [seqio_tasks.find(name, split) for name in dict.fromkeys(tasks)]
     results: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
-    with config.load(checkpoint, params=params) as run:
+    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
         for task in registered:
             seqio_tasks.check_vocabulary(task, run.vocabulary)
         # All tasks are read before the model runs, so that errors come early.
         evaluators = [seqio_tasks.evaluator(task, split, num_examples) for task in registered]
         examples = [*map(seqio_tasks.examples, evaluators, registered)]
-        model = seqio_tasks.Answers(run, max_new_tokens)
+        model = seqio_tasks.answers_of(run, max_new_tokens)
         for task, evaluator, read in zip(registered, evaluators, examples, strict=True):
             outputs = seqio_tasks.outputs(task)
             predictions = model.predictions(read) if PREDICTION in outputs else None

@@ -8,15 +8,18 @@ from data.stream import rows
 from data.text import spelling
 from launch.evaluation.lm_eval.arguments import default_batch_tokens, unroll
 from launch.evaluation.lm_eval.generation import Generation, Generator
+from launch.inference.generate import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.full import FullCache
-from trainers.decoding.settings import Sampling
+from trainers.decoding.decoder import Decoder
+from trainers.decoding.settings import Sampling, Settings
 from trainers.scoring.likelihoods import LikelihoodScorer
-from trainers.scoring.scoring import Row
+from trainers.scoring.scoring import Row, Scorer
 from trainers.telemetry import metric_writers
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"
+_ROWS = 32  # rows of a batch of an encoder-decoder
 
 
 class Answers:
@@ -61,6 +64,54 @@ class Answers:
     def _contexts(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         run = self._run
         return [run.context(run.after_bos(example["inputs"])) for example in examples]
+
+
+class EncoderAnswers:
+    """The predictions and scores of an encoder-decoder, which reads the inputs as the task makes them, EOS included.
+
+    Args:
+      run, max_new_tokens: see `Answers`.
+    """
+
+    def __init__(self, run: LoadedRun, max_new_tokens: int):
+        self._run = run
+        self._settings = Settings(
+            max_new_tokens=max_new_tokens,
+            eos_ids=run.eos_ids,
+            num_ids=run.vocabulary.vocab_size,
+        )
+
+    def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Returns greedy targets of the inputs, without EOS."""
+        run = self._run
+        decoder = Decoder(
+            run.model,
+            run.params,
+            self._settings,
+            decoder_start=run.start_token or 0,
+            batch_size=run.batch_size(_ROWS, len(examples)),
+            sharding=run.row_sharding,
+        )
+        texts = Texts(decoder_of(run.vocabulary), ends=run.eos_ids)
+        continued = decoder.stream([example["inputs"] for example in examples])
+        return [texts.text(continuation.tokens)[0] for continuation in continued]
+
+    def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Returns log-probabilities of the targets given the inputs, summed over tokens."""
+        run = self._run
+        size = run.batch_size(_ROWS, len(examples))
+        scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        start = run.start_token or 0
+        scored = [
+            Row(context=[start], targets=example["targets"], encoder_inputs=example["inputs"])
+            for example in examples
+        ]
+        return [float(log_probs.sum()) for log_probs in scorer.stream(scored)]
+
+
+def answers_of(run: LoadedRun, max_new_tokens: int) -> Answers | EncoderAnswers:
+    """Returns what computes a run's predictions and scores; see `Answers`."""
+    return (EncoderAnswers if run.encodes else Answers)(run, max_new_tokens)
 
 
 def find(name: str, split: str) -> Any:

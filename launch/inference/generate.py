@@ -42,12 +42,19 @@ def as_message(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a row with its "prompt" as "text" or "messages", if it has only a "prompt" (rows of preferences)."""
-    if "prompt" not in row or not row.keys().isdisjoint(_PROMPT_KEYS):
+    """Returns a row with its "prompt" or "inputs" as "text", "messages" or "tokens".
+
+    Rows of preferences have a "prompt", and rows of encoder-decoders "inputs".
+    """
+    key = next((key for key in ("prompt", "inputs") if key in row), None)
+    if key is None or not row.keys().isdisjoint(_PROMPT_KEYS):
         return row
-    prompt = row["prompt"]
-    rest = {key: value for key, value in row.items() if key != "prompt"}
-    return {**rest, "text" if isinstance(prompt, str) else "messages": prompt}
+    prompt = row[key]
+    rest = {name: value for name, value in row.items() if name != key}
+    if isinstance(prompt, str):
+        return {**rest, "text": prompt}
+    of_ids = key == "inputs" and isinstance(prompt, list)
+    return {**rest, "tokens" if of_ids else "messages": prompt}
 
 
 def print_continuations(
@@ -133,7 +140,7 @@ def generate(
     Raises:
       LoadError: rows that cannot be read, or stops without a vocabulary.
     """
-    with config.load(checkpoint, params=params) as loaded:
+    with config.load(checkpoint, params=params, encoder_decoders=True) as loaded:
         prompts = _prompts(loaded, rows, token_healing=token_healing)
         if notes and jax.process_index() == 0:
             _print_notes(loaded, rows, token_healing=token_healing)
@@ -167,7 +174,8 @@ def generate(
 def _prompts(
     loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool
 ) -> list[Healed]:
-    vocabulary = loaded.vocabulary_or_none if token_healing else None
+    heals = token_healing and not loaded.encodes  # an encoder's inputs are not continued
+    vocabulary = loaded.vocabulary_or_none if heals else None
     heal = None if vocabulary is None else TokenHealing(vocabulary)
     prompts = []
     for where, row in rows:
@@ -178,6 +186,8 @@ def _prompts(
 
 def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int]:
     """Returns the tokens that the model reads before it continues a row; raises LoadError if there are none."""
+    if loaded.encodes:
+        return loaded.encoder_inputs(row, where)
     prompt = loaded.context(loaded.tokens(row, where))
     if not prompt:
         raise LoadError(f"{where}: the prompt is empty: give text, or set START_TOKEN.")
@@ -235,6 +245,7 @@ def decoder_and_texts(
         loaded.model,
         loaded.params,
         settings,
+        decoder_start=loaded.start_token or 0,
         policy=FullCache() if policy is None else policy,
         batch_size=loaded.batch_size(batch_size, rows),
         sharding=loaded.row_sharding,

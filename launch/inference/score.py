@@ -23,7 +23,7 @@ def score(
     """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`."""
     row_files.check_output(output, compressed=True, others={"inputs": inputs})
     placed_rows = row_files.read(inputs, example=EXAMPLE)
-    with config.load(checkpoint, params=params) as run:
+    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
         rows = [scored_row(run, row, where) for where, row in placed_rows]
         size = run.batch_size(batch_size, len(rows))
         scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
@@ -51,6 +51,14 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
     Raises:
       LoadError: the model cannot read the row.
     """
+    if run.encodes:
+        if "targets" not in row:
+            raise LoadError(
+                f'{where}: an encoder-decoder scores "targets" after "inputs": give both.'
+            )
+        targets = run.encode(row["targets"], f"{where}: 'targets'")
+        inputs = run.encoder_inputs(row, where)
+        return Row(context=[run.start_token or 0], targets=targets, encoder_inputs=inputs)
     tokens, targets = run.scored(row, where)
     context = run.context(tokens)
     if targets is not None:

@@ -194,6 +194,7 @@ class RunConfig:
         params: str = "auto",
         rewards: bool = False,
         of_base: bool = False,
+        encoder_decoders: bool = False,
     ) -> Iterator[LoadedRun]:
         """Context manager: restores and verifies the parameters (of an actor-critic, the actor), and enters the mesh.
 
@@ -202,6 +203,7 @@ class RunConfig:
           params: one of PARAMS.
           rewards: whether a reward model is expected instead of a language model.
           of_base: whether the checkpoint may be of the base model, without the model's adapters.
+          encoder_decoders: whether the command also reads encoder-decoders.
 
         Raises:
           LoadError: the checkpoint has a model of another kind.
@@ -216,7 +218,12 @@ class RunConfig:
             if not rewards:
                 remedy = "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
             raise LoadError(f"The checkpoint is of a {type(self.model).__name__}: {remedy}")
-        if self.model.row != "tokens":
+        if self.model.row == "inputs_and_targets" and not encoder_decoders:
+            raise LoadError(
+                f"The checkpoint is of an {type(self.model).__name__}, and this command reads decoders alone: "
+                "launch.generate, launch.score and launch.evaluate seqio read encoder-decoders."
+            )
+        if self.model.row == "images":
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
                 "models: a classifier is evaluated by its own run (launch.train)."

@@ -36,6 +36,17 @@ class LoadedRun:
         return self.config.model
 
     @property
+    def encodes(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return self.model.row == "inputs_and_targets"
+
+    @property
+    def start_token(self) -> int | None:
+        """The token before the first token of a document; None for no such token."""
+        start = self.config.start_token
+        return self.meta.get("start_token", 0) if start == "auto" else start
+
+    @property
     def add_bos(self) -> bool:
         """Whether texts begin with BOS."""
         chosen = self.config.add_bos
@@ -206,10 +217,25 @@ class LoadedRun:
 
     def context(self, tokens: Sequence[int]) -> list[int]:
         """Returns the tokens with the document's start token in front, if the model has one."""
-        start = self.config.start_token
-        if start == "auto":
-            start = self.meta.get("start_token", 0)
+        start = self.start_token
         return list(tokens) if start is None else [start, *tokens]
+
+    def encoder_inputs(self, row: Mapping[str, Any], where: str) -> list[int]:
+        """Returns the tokens that an encoder reads: of the row's "inputs", or as `tokens`. A text ends with EOS.
+
+        Raises:
+          LoadError: the row has no inputs, or malformed ones.
+        """
+        text = isinstance(row.get("inputs", row.get("text")), str)
+        if "inputs" in row:
+            ids = self.encode(row["inputs"], f"{where}: 'inputs'")
+        else:
+            ids = self.tokens(row, where)
+        if text and self.vocabulary.eos_id not in (None, -1, *ids[-1:]):
+            ids = [*ids, self.vocabulary.eos_id]
+        if not ids:
+            raise LoadError(f"{where}: the inputs are empty: an encoder reads at least one token.")
+        return ids
 
     def batch_size(self, wanted: int, rows: int) -> int:
         """Returns `wanted` or the number of rows, if smaller, rounded up to a multiple for the mesh."""

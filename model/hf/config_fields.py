@@ -40,12 +40,16 @@ _COUNTS = {
     *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok"),
     *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
     *("sliding_window", "sliding_window_pattern"),
+    *("d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
 }
 # The largest values of fields that a loop, a list or a table follows, as the angles of the rotary embedding follow the
 # heads' width; other fields are checked by the shapes of tensors.
 _LARGEST = {
-    **dict.fromkeys(("hidden_size", "n_embd", "head_dim"), 2**20),
+    **dict.fromkeys(("hidden_size", "n_embd", "head_dim", "d_model", "d_kv"), 2**20),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "sliding_window_pattern"), 10_000),
+    **dict.fromkeys(("num_layers", "num_decoder_layers"), 10_000),
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), 2**20),
     **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), 4096),
 }
 _NUMBERS = {
@@ -57,7 +61,7 @@ _NUMBERS = {
 _FLAGS = {
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm", "use_sliding_window"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
-    "use_bidirectional_attention",
+    *("use_bidirectional_attention", "scale_decoder_outputs"),
 }
 
 

@@ -17,14 +17,18 @@ import jax.numpy as jnp
 
 from model.rope import Rope
 from model.same import Same
+from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Transformer
 
 # Arguments for calling the factories in a module's fields; their values do not enter the description.
-_TABLE = {"features": 1, "dtype": jnp.float32, "param_dtype": jnp.float32}
+_TABLE_DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+_TABLE = {"features": 1, **_TABLE_DTYPES}
 _CALLS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("attention", "mlp", "shared")},
     **{name: {"name": name} for name in ("norm", "post_norm", "qk_norm")},
-    "embed": {"num_embeddings": 1, **_TABLE},
+    "cross_attention": {"name": "cross_attention"},
+    **{name: {"num_embeddings": 1, **_TABLE} for name in ("embed", "head")},
+    "relative_bias": {"num_heads": 1, "bidirectional": True, **_TABLE_DTYPES},
     "position_embed": _TABLE,
     "dense": {"axes": ("embed", "mlp"), "use_bias": False, "name": "dense", **_TABLE},
     "router": {"axes": ("embed", "unmodeled"), "use_bias": False, "name": "router", **_TABLE},
@@ -35,13 +39,18 @@ _CALLS: dict[str, dict[str, Any]] = {
         **_TABLE,
     },
 }
-_SIZED = ("attention", "mlp", "shared")  # factories that also take the shared sizes
+_SIZED = (
+    "attention",
+    "cross_attention",
+    "mlp",
+    "shared",
+)  # factories that also take the shared sizes
 # Fields that are not compared here. Some do not change the computed function, such as the implementation and
 # the weights of auxiliary losses. Others are passed by the owner and compared there.
 _SILENT = {
     *("parent", "name", "config", "kind", "block", "implementation"),
     *("features", "num_embeddings", "axes", "dtype", "param_dtype"),
-    *("kernel_init", "embedding_init"),
+    *("kernel_init", "embedding_init", "query_init", "dropout"),
     *("balance_loss", "router_z_loss", "exchange_factor"),
 }
 
@@ -60,6 +69,8 @@ def describe(model: Transformer) -> dict[str, Any]:
     kinds = [config.layer_kind(i) for i in range(config.num_layers)]
     fields["layers"] = tuple((kind.window, kind.rope) for kind in kinds)
     fields |= dict(_fields(model, ""))
+    if isinstance(model, EncoderDecoder):
+        fields["encoder_layers"] = model.encoder_config.num_layers
     first: dict[str, Any] = {}
     for i in range(len(config.layer_pattern)):
         block = model.block(config=config, kind=kinds[i], name=f"block_{i}")
@@ -84,7 +95,7 @@ def _fields(module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             passed = dict(_CALLS[field.name])
             if field.name in _SIZED:
                 passed["config"] = module.config
-            if field.name == "attention":
+            if field.name.endswith("attention"):
                 passed["kind"] = module.kind
             part = value(**passed)
             yield name, type(part)

@@ -12,6 +12,8 @@ without bias, SwiGLU, interleaved rotation, tied embeddings, scaled logits. Cohe
 keys, with gains per head and dimension. In Cohere2 the layers without a window have no positional
 encoding (arXiv 2504.00698).
 
+T5 and mT5: model/hf/t5_families.py.
+
 GPT-2: learned positions, LayerNorm and projections with biases, query, key and value in one tensor.
 """
 
@@ -30,6 +32,7 @@ from model.hf.config_fields import (
 )
 from model.hf.family import Family, Part, UnsupportedModel, field
 from model.hf.mapping import Row
+from model.hf.t5_families import MT5, T5
 from model.mlp import GatedMlp, Mlp
 from model.moe.moe import MoeMlp
 from model.norm import LayerNorm, RMSNorm
@@ -369,7 +372,7 @@ GPT2 = Family(
 )
 
 # Exports use the first family that can express the model.
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, GEMMA2, COHERE, COHERE2, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, GEMMA2, COHERE, COHERE2, GPT2, T5, MT5)
 
 
 def family_named(name: str) -> Family:

@@ -75,6 +75,7 @@ class Family:
     Attributes:
       name: the model_type, such as 'cohere2'.
       architecture: the class name in config.json.
+      model_class: class of the models.
       fixed: settings that all models of the family share, by their names in a description.
       parts: the other settings; 'config.' begins the names of TransformerConfig's fields.
       rows: names of the arrays, see mapping.Row.
@@ -90,6 +91,7 @@ class Family:
     name: str
     architecture: str
     _: dataclasses.KW_ONLY
+    model_class: Callable[..., Any] = Transformer
     fixed: Mapping[str, Any]
     parts: tuple[Part, ...]
     rows: tuple[Row, ...]
@@ -102,7 +104,7 @@ class Family:
     )
     prefix: str = "model."
 
-    def model(self, config_json: Mapping[str, Any]) -> Transformer:
+    def model(self, config_json: Mapping[str, Any]) -> Any:
         """Returns the model of a config.json, with scanned layers and the dtype of config.json.
 
         Its factories are `functools.partial`s of this project's classes.
@@ -124,7 +126,7 @@ class Family:
             if name.partition(".")[0] == "norm":
                 settings |= {copy + name.removeprefix("norm"): value for copy in self.norms}
         config = fields.sizes(**_arguments(settings, "config"))
-        return Transformer(config=config, **_arguments(settings, ""))
+        return self.model_class(config=config, **_arguments(settings, ""))
 
     def config(self, model: Transformer) -> dict[str, Any]:
         """Returns the config.json of a model.

@@ -55,10 +55,12 @@ class Row:
     """A family's tensor name for one array of the model.
 
     Attributes:
-      native: path of the array; for a layer's array, the path inside its block.
+      native: path of the array; for a layer's array, the path inside its block, in models with an encoder after the
+        stack's name: 'encoder/attention/query/kernel'.
       hf: name of the tensor. `{layer}` is the number of the layer. `{expert}` is the number of the
         expert, for arrays whose first dimension is the experts.
       transpose: see `Piece`.
+      unless: path of an array; models that have it do not use this row.
       joined: 0, 1 or 2 for query, key or value where the three are concatenated on the tensor's last
         axis (GPT-2); they then have the same number of heads. None otherwise.
     """
@@ -66,6 +68,7 @@ class Row:
     native: str
     hf: str
     transpose: bool = False
+    unless: str | None = None
     joined: int | None = None
 
 
@@ -77,14 +80,16 @@ def pieces_of(
     Raises:
       KeyError: an array has no row.
     """
-    by_path = {row.native: row for row in rows}
+    layers = {path: re.fullmatch(r"(.*/)?layers/block_(\d+)/(.*)", path) for path in shapes}
+    inside = {path: f"{at[1] or ''}{at[3]}" if at else path for path, at in layers.items()}
+    present = set(inside.values())
+    by_path = {row.native: row for row in rows if row.unless not in present}
     pieces = []
     for path, shape in shapes.items():
-        layer = re.fullmatch(r"layers/block_(\d+)/(.*)", path)
-        row = by_path.get(layer[2] if layer else path)
+        layer, row = layers[path], by_path.get(inside[path])
         if row is None or ("{layer}" in row.hf) != bool(layer):
             raise KeyError(path)
-        for number, place in _places(int(layer[1]), config) if layer else [(None, ())]:
+        for number, place in _places(int(layer[2]), shape, config) if layer else [(None, ())]:
             region = shape[len(place) :]
             experts = range(region[0]) if "{expert}" in row.hf else [None]
             for expert in experts:
@@ -103,12 +108,14 @@ def pieces_of(
     return pieces
 
 
-def _places(block: int, config: TransformerConfig) -> list[tuple[int, tuple[int, ...]]]:
-    """Returns (layer number, leading indices) for each layer in the arrays of block `block`."""
+def _places(
+    block: int, shape: tuple[int, ...], config: TransformerConfig
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Returns (layer number, leading indices) for each layer in an array of block `block`."""
     if not config.scan_layers:
         return [(block, ())]
     period = len(config.layer_pattern)
-    return [(g * period + block, (g,)) for g in range(config.num_layers // period)]
+    return [(g * period + block, (g,)) for g in range(shape[0])]
 
 
 def hf_shapes(

@@ -33,6 +33,8 @@ def dot_product_attention(
     kv_positions_BS: jax.Array | None = None,
     q_segments_BT: jax.Array | None = None,
     kv_segments_BS: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -40,7 +42,7 @@ def dot_product_attention(
     v_scale_BSK: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns softmax(mask(softcap(scale * q k^T))) v, with grouped heads, a causal mask and a float32 softmax.
+    """Returns softmax(mask(softcap(scale * q k^T) + bias)) v, with grouped heads and a float32 softmax.
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: K divides N, and query head n reads key/value head n // (N / K).
@@ -50,7 +52,9 @@ def dot_product_attention(
         where heads see different slots: X is a multiple of K and divides N.
       q_segments_BT: a query sees only keys of an equal segment.
       kv_segments_BS: segments of the keys; None for the queries' segments.
-      window: W; query i sees keys j with i - W < j <= i.
+      bias: added to the logits, [1 or B, N, T, S].
+      causal: whether query i sees only keys j <= i.
+      window: W; query i sees keys j with i - W < j <= i. Needs `causal`.
       scale: factor on q k^T; H^-1/2 when None.
       softcap: c in c * tanh(x / c), or None.
       k_scale_BSK: factors on integer keys, applied to the logits; only with positions.
@@ -65,7 +69,7 @@ def dot_product_attention(
     Raises:
       ValueError: contradictory arguments, or an implementation that cannot express them.
     """
-    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, window, implementation)
+    _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
     if q_positions_BT is None and not (k_scale_BSK is None and v_scale_BSK is None):
         raise ValueError("Scales of keys and values need q_positions_BT and kv_positions_BS.")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -75,11 +79,11 @@ def dot_product_attention(
         implementation = "reference"
     by_position = q_positions_BT is not None
     library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
-    own = _kernel_problem(q_BTNH, k_BSKH, by_position)
+    own = _kernel_problem(q_BTNH, k_BSKH, by_position, bias, causal)
     problem = {
         "blocked": own,
         "splash": own or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1]),
-        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT),
+        "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
     }
     if implementation == "auto":
         implementation = _choose(q_BTNH, by_position, problem)
@@ -104,8 +108,9 @@ def dot_product_attention(
             q_BTNH,
             k_BSKH.astype(q_BTNH.dtype),
             v_BSKH.astype(q_BTNH.dtype),
+            bias=bias,
             mask=_same(q_segments_BT, kv_segments_BS),
-            is_causal=True,
+            is_causal=causal,
             local_window_size=None if window is None else (window - 1, 0),
             scale=scale,
             implementation="cudnn" if implementation == "cudnn" else "xla",
@@ -113,13 +118,13 @@ def dot_product_attention(
 
     mask = _mask(
         *(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS),
-        *(q_segments_BT, kv_segments_BS, window),
+        *(q_segments_BT, kv_segments_BS, causal, window),
     )
     q, k, v = q_BTNH, k_BSKH, v_BSKH
     if implementation == "reference":
         wide = jnp.promote_types(q.dtype, jnp.float32)
         q, k, v = (x.astype(wide) for x in (q, k, v))
-    weights_BKGTS, total_BKGT1 = _unnormalised(q, k, mask, scale, softcap, k_scale_BSK)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q, k, mask, bias, scale, softcap, k_scale_BSK)
     return _average(weights_BKGTS / total_BKGT1, v, v_scale_BSK, q.dtype).astype(q_BTNH.dtype)
 
 
@@ -137,8 +142,8 @@ def received_attention(
 
     The normalised weights are never written to memory, which is the bottleneck.
     """
-    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, window)
-    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, None)
+    mask = _mask(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, None, None, True, window)
+    weights_BKGTS, total_BKGT1 = _unnormalised(q_BTNH, k_BSKH, mask, None, scale, softcap, None)
     return jnp.einsum("bkgts,bkgt->bkgs", weights_BKGTS, 1 / total_BKGT1[..., 0])
 
 
@@ -161,10 +166,14 @@ def _choose(q_BTNH, by_position: bool, problem: dict[str, str]) -> str:
     return "xla"
 
 
-def _kernel_problem(q_BTNH, k_BSKH, by_position: bool) -> str:
+def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias, causal: bool) -> str:
     """Returns why this project's per-device kernels do not support the call, or ''."""
     if by_position:
         return "positions"
+    if bias is not None:
+        return "a bias"
+    if not causal:
+        return "causal=False"
     if placement(q_BTNH.shape, k_BSKH.shape) is None:
         return "this mesh (it must divide batch and heads evenly and leave rows whole)"
     return ""
@@ -183,11 +192,13 @@ def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segme
     return ""
 
 
-def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT) -> str:
+def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
     """Returns why cuDNN does not support a call that jax.nn.dot_product_attention supports, or ''."""
     # JAX calls ROCm "gpu" too. On a machine without a GPU, tracing for "gpu" means CUDA.
     if jax.default_backend() == "gpu" and "cuda" not in backend.get_backend().platform_version:
         return "GPUs other than CUDA's"
+    if bias is not None:
+        return "a bias"  # it would write its gradient for every row
     # Segments are passed to the kernel as a bias, whose backward pass does not support odd lengths.
     if q_segments_BT is not None and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
         return "segments at odd lengths"
@@ -201,7 +212,7 @@ def _same(q_segments_BT, kv_segments_BS) -> jax.Array | None:
     return (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])[:, None]
 
 
-def _check(q, k, q_positions, kv_positions, window, implementation) -> None:
+def _check(q, k, q_positions, kv_positions, causal, window, implementation) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown attention implementation {implementation!r}: choose from {IMPLEMENTATIONS}."
@@ -212,12 +223,14 @@ def _check(q, k, q_positions, kv_positions, window, implementation) -> None:
         raise ValueError("Give q_positions_BT and kv_positions_BS together or not at all.")
     if window is not None and window < 1:
         raise ValueError(f"window = {window} must be positive.")
+    if window is not None and not causal:
+        raise ValueError(f"window = {window} needs causal=True.")
 
 
 def _mask(
-    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, window
-) -> jax.Array:
-    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]."""
+    q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS, causal, window
+) -> jax.Array | None:
+    """Returns True where a query sees a key, [1 or B, 1 or K, 1 or G, T, S]; None without a mask."""
     if q_positions_BT is None:
         at_q = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None, None, :, None]
         at_k = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None, None, :]
@@ -227,11 +240,14 @@ def _mask(
         if at_k.ndim == 3:  # the same mask for all heads
             at_k = at_k[:, None]
         parts = [at_k >= 0]
-    parts.append(at_k <= at_q)
+    if causal:
+        parts.append(at_k <= at_q)
     if window is not None:
         parts.append(at_k > at_q - window)
     if q_segments_BT is not None:
         parts.append(_same(q_segments_BT, kv_segments_BS))
+    if not parts:
+        return None
     mask = functools.reduce(jnp.logical_and, parts)
     B, X, T, S = mask.shape
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -240,7 +256,9 @@ def _mask(
     return jnp.broadcast_to(mask[:, :, None], (B, X, N // X, T, S)).reshape(B, K, N // K, T, S)
 
 
-def _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, k_scale_BSK) -> tuple[jax.Array, jax.Array]:
+def _unnormalised(
+    q_BTNH, k_BSKH, mask, bias, scale, softcap, k_scale_BSK
+) -> tuple[jax.Array, jax.Array]:
     """Returns the softmax's exponentials and their sums over keys, float32; the sum is 1 without a visible key.
 
     The products of queries and keys are in the queries' dtype.
@@ -256,7 +274,10 @@ def _unnormalised(q_BTNH, k_BSKH, mask, scale, softcap, k_scale_BSK) -> tuple[ja
         logits_BKGTS = logits_BKGTS * _per_key(k_scale_BSK)
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-    logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
+    if bias is not None:
+        logits_BKGTS = logits_BKGTS + bias.astype(wide).reshape(-1, K, N // K, *bias.shape[2:])
+    if mask is not None:
+        logits_BKGTS = jnp.where(mask, logits_BKGTS, _MASKED)
     # With a bounded maximum, exp(_MASKED - max) is zero also in rows without a visible key.
     top = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), _MASKED / 2)
     weights_BKGTS = jnp.exp(logits_BKGTS - jax.lax.stop_gradient(top))

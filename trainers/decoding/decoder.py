@@ -66,7 +66,9 @@ class Decoder:
     A continuation depends on the seed, the index of its prompt and the number of the sample, not on its batch.
 
     Args:
-      model: a decoder-only module, layers scanned or unrolled.
+      model: a language model, layers scanned or unrolled. An encoder-decoder reads the prompts as its inputs, and continues
+        `decoder_start`.
+      decoder_start: the token that the targets of an encoder-decoder follow.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
       cache_dtype: dtype of the caches while decoding, see `prefill`; None for the model's.
       prefill_chunk: number of prompt tokens to read at a time; None for all.
@@ -81,6 +83,7 @@ class Decoder:
         params: Any,
         settings: Settings,
         *,
+        decoder_start: int = 0,
         policy: CachePolicy | None = None,
         batch_size: int = 8,
         sharding: NamedSharding | None = None,
@@ -93,11 +96,15 @@ class Decoder:
             raise ValueError(
                 "A watch is not supported with beams: they are not final before the end."
             )
+        self._encodes = model.row == "inputs_and_targets"
+        if self._encodes and prefill_chunk is not None:
+            raise ValueError("An encoder-decoder reads its inputs whole: remove prefill_chunk.")
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
         self._model = layer_stack.unrolled(model)
         self._params = jax.jit(lambda params: layer_stack.unroll(params, config))(params)
         self._settings = settings
+        self._decoder_start = decoder_start
         self._policy = FullCache() if policy is None else policy
         self._batch_size = batch_size
         self._sharding = sharding
@@ -201,8 +208,18 @@ class Decoder:
         copies = settings.num_samples if beams is None else beams.num_beams
 
         def run(params, tokens_BT, lengths_B, active_B, index_B, allowed_BV, seed):
+            encoder = {}
+            if self._encodes:
+                real_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]
+                segments_BT = real_BT.astype(jnp.int32)
+                encoder = {"encoder_tokens_BS": tokens_BT, "encoder_segments_BS": segments_BT}
+                tokens_BT = jnp.full_like(tokens_BT[:, :1], self._decoder_start)
+                lengths_B = jnp.ones_like(lengths_B)
             logits_BV, caches = prefill(
-                model, params, policy, tokens_BT, lengths_B, room=room, **self._prefill_options
+                *(model, params, policy, tokens_BT, lengths_B),
+                room=room,
+                encoder=encoder,
+                **self._prefill_options,
             )
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])

@@ -7,6 +7,8 @@ Shapes: B batch, T prompt length, C tokens of a chunk, D width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ def prefill(
     room: int,
     cache_dtype: Any = None,
     chunk: int | None = None,
+    encoder: Mapping[str, jax.Array] = MappingProxyType({}),
 ) -> tuple[jax.Array, Any]:
     """Reads prompts of lengths_B >= 1 tokens.
 
@@ -38,6 +41,7 @@ def prefill(
       chunk: None reads all tokens at once and compresses each layer's cache as soon as its keys are computed, so only one
         layer's uncompressed keys are in memory. An integer C reads C tokens at a time: activations of C tokens are in
         memory, with the uncompressed keys of all layers, which are compressed after the last chunk.
+      encoder: an encoder-decoder's inputs by keyword, see `hidden` in model/t5/encoder_decoder.py; only with `chunk` None.
 
     Returns:
       Logits [B, V] after the last token of each prompt, and the caches that decoding starts from.
@@ -53,7 +57,7 @@ def prefill(
         # With segments, tokens attend only to the prompt and not to the cache (model/attention.py).
         segments_BT = (positions_BT >= 0).astype(jnp.int32)
         at_once = _CompressedAtOnce(policy, room, cache_dtype)
-        out = read(model, params, at_once, tokens_BT, positions_BT, empty, segments_BT)
+        out = read(model, params, at_once, tokens_BT, positions_BT, empty, segments_BT, **encoder)
         caches = out.caches
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     else:
@@ -74,7 +78,7 @@ def empty_caches(
     ]
 
 
-def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None):
+def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=None, **encoder):
     """Returns the hidden states of tokens and the updated caches, see `hidden` in model/transformer.py."""
     return model.apply(
         {"params": params},
@@ -83,6 +87,7 @@ def read(model, params, policy, tokens_BT, positions_BT, caches, segments_BT=Non
         segments_BT=segments_BT,
         caches=caches,
         policy=policy,
+        **encoder,
         method="hidden",
     )
 

@@ -137,10 +137,19 @@ class Forward:
 
 
 def decoder_arguments(batch: Batch, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of a decoder-only model: tokens, positions (None for 0, 1, ...) and segments."""
+    """Returns the arguments of a language model: tokens, positions (None for 0, 1, ...) and segments.
+
+    An encoder-decoder also gets its inputs.
+    """
     del training
     positions_BT, segments_BT = batch.get("decoder_positions"), batch["decoder_segment_ids"]
     keywords = {"positions_BT": positions_BT, "segments_BT": segments_BT}
+    if "encoder_input_tokens" in batch:
+        keywords |= {
+            "encoder_tokens_BS": batch["encoder_input_tokens"],
+            "encoder_positions_BS": batch.get("encoder_positions"),
+            "encoder_segments_BS": batch["encoder_segment_ids"],
+        }
     return (batch["decoder_input_tokens"],), keywords
 
 

@@ -26,7 +26,7 @@ def language_modelling(
     (`self.has_rng("dropout")` is then False). Modules may read and, in training, write their other collections.
 
     Args:
-      model: a decoder-only module with `hidden`, `head_VD`, logit_scale and logit_softcap.
+      model: a language model with `hidden`, `head_VD`, logit_scale and logit_softcap.
       num_sources: S; with S > 0, metric 'source_loss' is a vector over batch["source_ids"].
       z_loss: weight of the z-loss; 1e-4 in T5 and PaLM.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.

@@ -13,17 +13,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
+from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.inputs import pack
 from trainers.objectives.forward import frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Target tokens, and the context tokens before them."""
+    """Target tokens, the context tokens before them, and the tokens that an encoder reads."""
 
     context: Sequence[int]
     targets: Sequence[int]
+    encoder_inputs: Sequence[int] = ()
 
     @property
     def inputs(self) -> int:
@@ -104,10 +105,10 @@ class Scorer:
         def log_probs(params: Any, batch: Any) -> jax.Array:
             return frozen_forward(model, params, batch).log_probs_BT()
 
+        encodes = model.row == "inputs_and_targets"
+        columns = encoded_columns if encodes else scored_columns
         self._params = params
-        self._read = Batched(
-            log_probs, scored_columns, model, batch_size=batch_size, sharding=sharding
-        )
+        self._read = Batched(log_probs, columns, model, batch_size=batch_size, sharding=sharding)
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Returns the log-probability of every target of each row, float32; raises the errors of `stream`."""
@@ -166,6 +167,18 @@ def scored_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[st
     columns = pack(texts, np.zeros(batch_size), length=length)
     names = ("input_tokens", "target_tokens", "segment_ids")
     return {name: columns[name] for name in map("decoder_{}".format, names)}
+
+
+def encoded_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
+    """Returns `scored_columns`, and tokens and segments of an encoder's inputs, padded to a length of their own."""
+    width = bucket_length(max(len(row.encoder_inputs) for row in rows))
+    tokens_BS, lengths_B = padded([row.encoder_inputs for row in rows], batch_size, width)
+    real_BS = np.arange(width)[None] < lengths_B[:, None]
+    return {
+        **scored_columns(rows, batch_size, length),
+        "encoder_input_tokens": tokens_BS,
+        "encoder_segment_ids": real_BS.astype(np.int32),
+    }
 
 
 def _masked_columns(rows: Sequence[Row], batch_size: int, length: int) -> tuple[np.ndarray, ...]:

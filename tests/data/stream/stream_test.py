@@ -475,3 +475,21 @@ def test_reading_needs_no_tensorflow_or_jax():
         cwd=os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__)))),
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_inputs_and_targets_of_different_vocabularies_are_refused(tmp_path):
+    pairs = [{"inputs": [2, 7], "targets": [3]}]
+    lengths = {"inputs": 8, "targets": 8}
+    for inputs in (9, 11):
+        opened = store.write(
+            tmp_path / str(inputs), pairs, features={"inputs": inputs, "targets": 9}
+        )
+        if inputs == 9:
+            made = rows.plan_source("pairs", opened, lengths)
+            stream = Stream([made], ((0, {"pairs": 1.0}),), batch_size=1)
+            assert stream.length == 16 and stream.batch(0, 0, 1)["encoder_input_tokens"].sum() == 9
+        else:
+            with pytest.raises(
+                ValueError, match="inputs and targets were tokenised with different"
+            ):
+                rows.plan_source("pairs", opened, lengths)

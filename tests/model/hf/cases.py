@@ -9,6 +9,7 @@ from model.hf import families
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CASES = sorted((GOLDENS / "parity").glob("*.npz"))
+ENCODER_DECODERS = {"t5", "mt5"}  # whose rows have inputs: t5_test.py
 PUBLISHED = json.loads((GOLDENS / "published_configs.json").read_text())
 # Smaller than any published model; tests of errors change one field.
 SMALL = {

@@ -17,7 +17,7 @@ from model.kernels.platform import use_platform, use_reference_forms
 from trainers import partitioning
 
 
-def by_hand(q, k, v, visible, *, scale=None, softcap=None):
+def by_hand(q, k, v, visible, *, scale=None, softcap=None, bias=None):
     """One query, head and row at a time; visible(b, i, j) says whether query i sees key j."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, H = q.shape
@@ -31,6 +31,8 @@ def by_hand(q, k, v, visible, *, scale=None, softcap=None):
                 logits = (H**-0.5 if scale is None else scale) * k[b, keys, kv] @ q[b, i, n]
                 if softcap is not None:
                     logits = softcap * np.tanh(logits / softcap)
+                if bias is not None:
+                    logits = logits + np.asarray(bias, np.float64)[b, n, i, keys]
                 weights = np.exp(logits - logits.max())
                 out[b, i, n] = weights / weights.sum() @ v[b, keys, kv]
     return out
@@ -187,6 +189,39 @@ def test_half_precision_has_a_float32_softmax(implementation, dtype):
     np.testing.assert_allclose(out.astype(jnp.float32), want, rtol=0.02, atol=0.02)
 
 
+# Cross-attention: the queries' documents, and the keys' with padding; the last query sees no key.
+Q_SEGMENTS = np.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 3]])
+KV_SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, -1, -1], [1] * 7 + [-1] * 2])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_bias_and_keys_of_another_length(implementation, causal, packed):
+    q, k, v, dout = arrays(T=5, S=9)
+    bias = jnp.asarray(np.random.default_rng(3).normal(size=(1, 4, 5, 9)), jnp.float32)
+    segments = {"q_segments_BT": Q_SEGMENTS, "kv_segments_BS": KV_SEGMENTS} if packed else {}
+
+    def attend(q, k, v, bias, implementation=implementation):
+        options = {"bias": bias, "causal": causal, "scale": 1.0, **segments}
+        return dot_product_attention(q, k, v, implementation=implementation, **options)
+
+    def visible(b, i, j):
+        same = not packed or Q_SEGMENTS[b, i] == KV_SEGMENTS[b, j]
+        return same and (j <= i or not causal)
+
+    whole = np.broadcast_to(np.asarray(bias, np.float64), (2, 4, 5, 9))
+    want = by_hand(q, k, v, visible, scale=1.0, bias=whole)
+    np.testing.assert_allclose(attend(q, k, v, bias), want, rtol=2e-5, atol=2e-5)
+    direction = jnp.asarray(np.random.default_rng(4).normal(size=bias.shape), jnp.float32)
+    slope = jax.grad(lambda bias: jnp.vdot(attend(q, k, v, bias), dout))(bias)
+    by_hand_ = functools.partial(by_hand, q, k, v, visible, scale=1.0)
+    far = np.asarray(direction, np.float64)
+    sides = [by_hand_(bias=whole + step * far) for step in (1e-5, -1e-5)]
+    want = np.vdot(sides[0] - sides[1], dout) / 2e-5
+    np.testing.assert_allclose(jnp.vdot(slope, direction), want, rtol=1e-3, atol=1e-4)
+
+
 def test_decoding_by_position_with_empty_slots():
     """Slots in any order, some empty; a padded query (position -1) sees nothing."""
     q, k, v, _ = arrays(T=3, S=6)
@@ -273,6 +308,11 @@ def test_choice_by_platform():
     q, k = jnp.zeros((2, 128, 4, 64)), jnp.zeros((2, 128, 2, 64))
     half_q, half_k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     at = jnp.zeros((2, 128), jnp.int32)
+    bias = jnp.zeros((1, 4, 128, 128))
+    for platform in ("cpu", "gpu", "tpu"):  # no kernel has a bias
+        assert chosen(platform, half_q, half_k, bias=bias) == "xla"
+    assert chosen("cpu", q, k, causal=False) == chosen("tpu", q, k, causal=False) == "xla"
+    assert chosen("gpu", half_q, half_k, causal=False) == "cudnn"
     assert chosen("cpu", q, k) == "blocked"
     assert chosen("tpu", q, k) == "splash"
     assert chosen("tpu", q, k, softcap=5.0, window=7, q_segments_BT=at) == "splash"
@@ -375,6 +415,10 @@ def test_a_mesh_that_does_not_fit_falls_back_or_says_so():
     [
         ({"implementation": "flash"}, "Unknown attention implementation"),
         ({"window": 0}, "window"),
+        ({"window": 3, "causal": False}, "causal"),
+        ({"implementation": "blocked", "bias": np.zeros((1, 4, 13, 13))}, "a bias"),
+        ({"implementation": "blocked", "causal": False}, "causal=False"),
+        ({"implementation": "cudnn", "bias": np.zeros((1, 4, 13, 13))}, "a bias"),
         ({"q_positions_BT": np.zeros((2, 13), int)}, "together"),
         ({"implementation": "splash"}, "multiples of 128"),
         ({"implementation": "cudnn", "softcap": 2.0}, "soft cap"),
