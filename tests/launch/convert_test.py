@@ -69,7 +69,8 @@ def golden(name):
     family = families.family_of_config(config)
     names = family.match(family.model(config), {k: x.shape for k, x in found.items()})
     found = {k: found[names[k]] for k in family.shapes(family.model(config))}
-    last = next(name for name in ("model.norm.weight", "transformer.ln_f.weight") if name in found)
+    last_norms = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
+    last = next(name for name in last_norms if name in found)
     config["torch_dtype"] = config["dtype"] = "bfloat16"
     return config, {k: x.astype(np.float32 if k == last else BFLOAT16) for k, x in found.items()}
 

@@ -19,6 +19,7 @@ from model.t5.encoder_decoder import EncoderDecoder
 from model.t5.relative_bias import RelativeBias, bucket_table
 from model.transformer import Block, Transformer
 from model.transforms import layer_stack
+from trainers import initialise, partitioning
 from trainers.inputs import InputsAndTargets
 from trainers.objectives.lm import language_modelling
 
@@ -168,6 +169,36 @@ def test_dropout_acts_in_training_alone_and_on_every_place():
     }
     assert len({float(losses[0, seed]) for seed in (None, 0, 1)} | {float(losses[1, None])}) == 1
     assert len({float(losses[1, seed]) for seed in (None, 0, 1)}) == 3
+
+
+def test_a_mesh_computes_the_same():
+    model = make(num_heads=4, encoder_layers=3, vocab_size=64)
+    params = init(model)
+    inputs, targets = tokens((4, 8)), tokens((4, 6), seed=2)
+    segments = jnp.asarray(np.repeat([[1, 1, 1, 2, 2, 0]], 4, axis=0))
+    encoder_segments = jnp.asarray(np.repeat([[1, 1, 2, 2, 2, 2, 0, 0]], 4, axis=0))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        logits = model.apply(
+            {"params": params},
+            targets,
+            segments_BT=segments,
+            encoder_tokens_BS=inputs,
+            encoder_segments_BS=encoder_segments,
+        )
+        return jnp.square(logits).mean()
+
+    want = loss(params)
+    mesh = partitioning.make_mesh(shape={"fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
+    rule_set = partitioning.rules_named("fsdp_tp")
+    boxed = initialise.abstract_variables(model)["params"]
+    shardings = initialise.param_shardings(boxed, mesh, rule_set)
+    with partitioning.use_mesh(mesh, rule_set):
+        got = loss(jax.device_put(params, shardings))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scan", [True, False])
