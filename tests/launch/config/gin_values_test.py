@@ -22,7 +22,10 @@ RUN = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/bytes", "runs
 NEEDED = ["MODEL_DIR='/x'", "MIXTURE_OR_TASK_NAME='python'", "TRAIN_STEPS=3"]
 
 # Parameters of other libraries, which declare no ranges.
-WITHOUT_RANGE = {f"schedule_free_adamw.{name}" for name in ("b1", "b2", "weight_decay")}
+WITHOUT_RANGE = {
+    *(f"schedule_free_adamw.{name}" for name in ("b1", "b2", "weight_decay")),
+    *(f"variance_scaling.{name}" for name in ("in_axis", "out_axis")),
+}
 
 
 def is_number(value: Any) -> bool:
