@@ -45,14 +45,14 @@ def export(checkpoint: str, model: Any, target: str, *, base: str | None, params
         raise ConvertError(
             f"{checkpoint} does not record the checkpoint that it started from: give its base model, --base=DIR."
         )
-    found = find_base(path, source.base_digest)
-    if found is None:
+    of_base = find_base(path, source.base_digest)
+    if of_base is None:
         raise ConvertError(
             f"the base model's parameters in {checkpoint} are not those of {path}, so they were trained, cast or changed: "
             "give the base that has them, --base=DIR, or use the run as it is."
         )
     arrays = {name: source.open(name).read() for name in names}
-    return write(target, source.config(whole=False), arrays, found, source)
+    return write(target, source.config(whole=False), arrays, of_base, source)
 
 
 def find_base(path: str, digest: str) -> Part | None:

@@ -33,9 +33,9 @@ def import_peft(source: str, target: str, base: str) -> str:
     file = f"t5x_configs/methods/adapters/{imported.method}.gin"
     lines = transformed_run.method_lines([file], imported.settings)
     text = "\n".join([run.config(whole=False), *lines, ""])
-    found = adapter_run.find_base(base, run.base_digest)
-    assert found is not None  # the run itself
-    return adapter_run.write(target, text, dict(imported.arrays), found, run)
+    of_base = adapter_run.find_base(base, run.base_digest)
+    assert of_base is not None  # the run itself
+    return adapter_run.write(target, text, dict(imported.arrays), of_base, run)
 
 
 def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str:

@@ -64,8 +64,8 @@ def parts(step: epath.Path, recorded: Manifest, params: str) -> list[Part]:
 
 def entries(step: epath.Path, recorded: Manifest, params: str) -> dict[str, ArrayEntry]:
     """Returns the entries of all of a checkpoint's parameters, by path; raises the errors of `parts`."""
-    found = parts(step, recorded, params)
-    return {name: entry for part in found for name, entry in part.entries.items()}
+    of_model = parts(step, recorded, params)
+    return {name: entry for part in of_model for name, entry in part.entries.items()}
 
 
 def base_of(step: epath.Path, params: str) -> Part:

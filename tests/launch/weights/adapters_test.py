@@ -118,7 +118,7 @@ def test_merged_adapters_are_the_same_model(file, settings, adapted, command, tm
 
 
 @pytest.mark.parametrize("file", ["mov/mov", "mov/molora"])
-def test_mixtures_are_merged_only_as_averages_whose_error_is_told(
+def test_mixtures_are_merged_only_as_averages_with_their_error(
     file, adapted, command, tmp_path, capsys
 ):
     """Invariant 14 of arXiv 2309.05444."""

@@ -39,10 +39,10 @@ def log_probs(run, tokens):
 @pytest.fixture
 def unpacked(tmp_path):
     def run(name):
-        found = unpack(name, tmp_path)
+        golden = unpack(name, tmp_path)
         base = f"{tmp_path}/run"
         assert convert.main([f"--from_hf={tmp_path}/base", f"--to={base}"]) == 0
-        return *found, f"--base={base}"
+        return *golden, f"--base={base}"
 
     return run
 

@@ -75,8 +75,8 @@ def softmax(logits):
 
 def top(probs, k, renormalise):
     keep = probs >= np.sort(probs, -1)[..., -k, None]
-    kept = probs * keep
-    return kept / kept.sum(-1, keepdims=True) if renormalise else kept
+    chosen = probs * keep
+    return chosen / chosen.sum(-1, keepdims=True) if renormalise else chosen
 
 
 CHOICES = [(None, True), (2, True), (2, False), (1, False)]
