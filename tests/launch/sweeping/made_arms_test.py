@@ -342,7 +342,7 @@ def test_branches_become_a_mixture_that_is_trained(tiny, run, here, command, tmp
     made_at = folder.path / "runs/start/seed3/made"
     assert f"start/seed3: made\n  {sys.executable} -m launch.upcycle --method=btx" in out
     assert "--router_seed=3" in out and f"--to={made_at}\n" in out
-    assert f"INITIAL_CHECKPOINT_PATH='\"'\"'{folder.path}/runs/copy/seed3/made" in out
+    assert f"INITIAL_CHECKPOINT_PATH='{folder.path}/runs/copy/seed3/made'\"" in out
 
     status, out, _ = run("--sweep", path, "--only=copy/*")
     assert status == 0, out
