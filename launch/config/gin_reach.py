@@ -29,6 +29,7 @@ _TABLE = ("features", "dtype", "param_dtype")
 # Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
 # owner's own source need no row. tests/launch/config/gin_reach_test.py calls each and compares.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "data.t5.denoising.make_stream": {"stream": ("positions", "task")},
     "data.text.user_data.register_sources": {"sources": ("name",)},
     "launch.evaluation.held_out.evaluate": {"stream": ("task",)},
     "launch.train.train": {
@@ -58,6 +59,11 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "dense": _POINTWISE,
     },
     "model.heads.reward_model.RewardModel": {"head": _HEAD},
+    "model.t5.encoder_decoder.EncoderDecoder": {
+        "embed": ("num_embeddings", *_TABLE),
+        "head": ("num_embeddings", *_TABLE),
+        "relative_bias": ("bidirectional", "dtype", "num_heads", "param_dtype"),
+    },
     "model.transformer.Transformer": {
         "block": ("config", "kind", "name"),
         "embed": ("num_embeddings", *_TABLE),

@@ -116,6 +116,8 @@ def test_models_pass_what_the_table_says():
     from model.nexus.domain_router import DomainRouter
     from model.nexus.mlp_router import MlpRouter
     from model.norm import RMSNorm
+    from model.t5.encoder_decoder import EncoderDecoder
+    from model.t5.relative_bias import RelativeBias
     from model.vision import resnet
     from model.vision.convolution import Conv
 
@@ -158,6 +160,9 @@ def test_models_pass_what_the_table_says():
     attention = watched(MixtureOfAttention, dense=Dense, qk_norm=RMSNorm, router=Dense)
     block = functools.partial(transformer.Block, attention=attention)
     model = transformer.Transformer(config=model_config.TransformerConfig(**sizes), block=block)
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    tables = {"embed": transformer.Embed, "head": transformer.Embed}
+    model = watched(EncoderDecoder, **tables, relative_bias=RelativeBias)(config=model.config)
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     sizes = resnet.ResNetConfig(num_classes=2, stages=(1,), widths=(8,), stem_width=4)
     for kind in (resnet.Bottleneck, resnet.WideBlock):
@@ -214,6 +219,7 @@ def test_wrappers_pass_at_least_what_the_table_says():
 POSITIONAL = {
     "launch.run.load_run.RunConfig.vocabulary",
     "launch.train.train.tasks",
+    "model.t5.encoder_decoder.EncoderDecoder.norm",
     "model.transformer.Transformer.norm",
     "trainers.distillation.objective.distillation.divergence",
     "trainers.online.groups.Groups.advantages",
@@ -241,6 +247,7 @@ def test_every_factory_in_a_gin_file_has_known_arguments():
 
 def test_trainers_pass_what_the_table_says():
     from data.stream import stream
+    from data.t5 import denoising
     from data.vision import image_sets, images
     from launch import train
     from launch.evaluation import held_out as evaluation
@@ -273,3 +280,5 @@ def test_trainers_pass_what_the_table_says():
     stream.held_out(recorder(lambda task: task, held_out), ["a"])
     for owner, argument in ((train.train, "eval_stream"), (evaluation.evaluate, "stream")):
         assert held_out == {frozenset(gin_reach.passed(owner, argument))}
+    passed_on = {*gin_reach.passed(train.train, "stream"), *held_out.pop()}
+    assert passed_on == {*gin_reach.passed(denoising.make_stream, "stream")}
