@@ -285,8 +285,8 @@ class _InMemory:
     run: Run
 
     @contextlib.contextmanager
-    def load(self, checkpoint: str, *, params: str) -> Iterator["LoadedRun"]:
-        del checkpoint, params
+    def load(self, checkpoint: str, **options: Any) -> Iterator["LoadedRun"]:
+        del checkpoint, options
         with self.run._mesh():
             yield self.run._loaded
 
