@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 PREFIX = "adapter_"
 LEAVES = rf"(.*/)?{PREFIX}\w+/.*"  # whole paths of adapters' parameters
-# Projections of attention and MLPs, those of shared and of routed experts included.
+# Projections of attention and MLPs, also of shared and routed experts.
 PROJECTIONS = (r"(.*/)?(\w*attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)",)
 
 

@@ -77,7 +77,7 @@ class Batched:
         """
         batches = batches_by_length(lengths, self._batch_size)
         quiet = True if title is None or len(batches) == 1 else None
-        for batch in tqdm(batches, desc=title, unit="batch", disable=quiet or None):
+        for batch in tqdm(batches, desc=title, unit="batch", disable=quiet):
             length = self._bucket(lengths[batch[0]], limit=self.limit)
             arrays = self._columns([rows[i] for i in batch], self._batch_size, length)
             placed = jax.device_put(arrays, self._sharding)

@@ -172,8 +172,8 @@ def test_columns_of_a_row(caches):
                 continue
             assert inputs[-1] == targets[-1] == END
             assert not batch["encoder_input_tokens"][b][~real["encoder"]].any()
-            kept = [token for token in (*inputs[:-1], *targets[:-1]) if token < 300]
-            assert sorted(kept) == sorted(texts[b][texts[b] > 0].tolist())
+            words = [token for token in (*inputs[:-1], *targets[:-1]) if token < 300]
+            assert sorted(words) == sorted(texts[b][texts[b] > 0].tolist())
             shifted = batch["decoder_input_tokens"][b][real["decoder"]]
             assert shifted.tolist() == [0, *targets[:-1]]
             count = int(real["decoder"].sum())

@@ -67,11 +67,11 @@ def test_log_probabilities_are_those_of_transformers(path):
         encoder_segments_BS=inputs[1],
         encoder_positions_BS=inputs[2],
     )
-    found = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    logprobs_BTV = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     for i in range(4):
         want = case[f"logprobs/{i}"]
         for row, segment in ((0, i + 1), (i + 1, 1)):
-            got = found[row, targets[1][row] == segment]
+            got = logprobs_BTV[row, targets[1][row] == segment]
             np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
