@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from launch.inference import row_files
-from launch.run.load_run import EXAMPLE, LoadError, RunConfig
+from launch.run.load_run import LoadError, RunConfig
 from launch.weights import transformed_run, upcycle_flags
 from launch.weights.factorise import FactoriseFlags
 from launch.weights.source_models import SourceModel
+from launch.weights.token_rows import token_rows
 from model.config import TransformerConfig
 from model.low_rank import decompose, factors, lowrank
 from model.low_rank.decompose import Decompose, Recompose
@@ -22,6 +22,7 @@ from model.transforms.base import Recipe, Shapes, TransformError
 
 _OWNERS = (
     ("attention", "Attention.dense", "lowrank.LowRankDense", "linear.Dense"),
+    ("attention", "CrossAttention.dense", "lowrank.LowRankDense", "linear.Dense"),
     ("mlp", "GatedMlp.dense", "lowrank.LowRankDense", "linear.Dense"),
     ("mlp", "Mlp.dense", "lowrank.LowRankDense", "linear.Dense"),
     ("moe", "MoeMlp.expert_dense", "lowrank.LowRankExpertDense", "moe.ExpertDense"),
@@ -153,18 +154,10 @@ def _input_moments(config: RunConfig, options: FactoriseFlags) -> Mapping[str, A
     """Returns second moments of the layers' inputs on the texts of --calibrate, by path."""
     from trainers.low_rank.input_moments import input_moments
 
-    length = options.calibrate_length or 512
-    rows = row_files.read(options.calibrate, example=EXAMPLE, flag="calibrate")
     with config.load(options.checkpoint, params=options.params) as loaded:
-        ids = [id for where, row in rows for id in loaded.context(loaded.tokens(row, where))]
-        if len(ids) < length:
-            raise TransformError(
-                f"--calibrate={options.calibrate} has {len(ids)} tokens, fewer than one row of {length}: give more text, "
-                "or a smaller --calibrate_length."
-            )
-        count = len(ids) // length
-        tokens = np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
-        return input_moments(loaded.model, loaded.params, tokens, total=count)
+        length = options.calibrate_length
+        rows_CBT = token_rows(loaded, options.calibrate, flag="calibrate", length=length)
+        return input_moments(loaded.model, loaded.params, rows_CBT, total=len(rows_CBT))
 
 
 def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, str], list[str]]:

@@ -12,18 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.inference import row_files
-from launch.run.load_run import EXAMPLE, RunConfig
+from launch.run.load_run import RunConfig
 from launch.weights import transformed_run, upcycle_flags
 from launch.weights.merge import MergeFlags
 from launch.weights.source_models import SourceModel
+from launch.weights.token_rows import token_rows
 from model.adapters.adapter import PREFIX, adapters_of
 from model.adapters.merge import Merge
 from model.transforms import base
 from model.transforms.base import TransformError
 from trainers.checkpoints import state_tree
 
-_OWNERS = ("attention.Attention", "mlp.GatedMlp", "mlp.Mlp", "moe.MoeMlp")
+_OWNERS = (
+    "attention.Attention",
+    "attention.CrossAttention",
+    "mlp.GatedMlp",
+    "mlp.Mlp",
+    "moe.MoeMlp",
+)
 _LINES = [
     "# Of launch.upcycle merge.",
     *(f"from model import {name}" for name in ("attention", "mlp")),
@@ -65,7 +71,9 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 def _averaged(config: RunConfig, options: MergeFlags, adapters: Any) -> tuple[Merge, float]:
     """Returns the transform with mean weights of the experts, and the largest error of a logit."""
     with config.load(options.checkpoint, params=options.params) as loaded:
-        rows_CBT = _tokens(loaded, options)
+        rows_CBT = token_rows(
+            loaded, options.average, flag="average", length=options.average_length
+        )
         means: dict[str, np.ndarray] = {}
         for tokens_BT in rows_CBT:
             for site, weights in _mean_weights(loaded.model, loaded.params, tokens_BT).items():
@@ -85,20 +93,6 @@ def _averaged(config: RunConfig, options: MergeFlags, adapters: Any) -> tuple[Me
             _largest_error(loaded.model, loaded.params, merged, tokens_BT) for tokens_BT in rows_CBT
         ]
     return merge, max(errors)
-
-
-def _tokens(loaded: Any, options: MergeFlags) -> np.ndarray:
-    """Returns the texts of --average as rows without padding, one at a time [C, 1, T]."""
-    length = options.average_length or 512
-    rows = row_files.read(options.average, example=EXAMPLE, flag="average")
-    ids = [id for where, row in rows for id in loaded.context(loaded.tokens(row, where))]
-    if len(ids) < length:
-        raise TransformError(
-            f"--average={options.average} has {len(ids)} tokens, fewer than one row of {length}: give more text, or a smaller "
-            "--average_length."
-        )
-    count = len(ids) // length
-    return np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
 
 
 def _mean_weights(model: Any, params: Any, tokens_BT: Any) -> dict[str, np.ndarray]:
