@@ -206,7 +206,7 @@ def _trained_run(run, *bindings):
     from data.stream import rows
     from data.tokenizers import vocabularies
     from launch.config import gin_config
-    from launch.run import model_record, run_vocabulary
+    from launch.run import model_record, run_model, run_vocabulary
     from trainers.checkpoints.checkpoint import Checkpointer
 
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
@@ -236,8 +236,8 @@ def _trained_run(run, *bindings):
     (run / "config.gin").write_text(config.text)
     model_record.write(run)
     run_vocabulary.save(run, vocabularies.byte())
-    model = config.arguments()["recipe"].model
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))
+    gin_model = config.arguments()["recipe"].model
+    init = jax.jit(lambda key: gin_model.init(key, jnp.zeros((1, 4), jnp.int32)))
     raw, ema = (nn.meta.unbox(init(jax.random.key(i)))["params"] for i in range(2))
     # Far from uniform, so that greedy choices are no ties.
     raw, ema = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, (raw, ema))
@@ -247,6 +247,8 @@ def _trained_run(run, *bindings):
             {"params": raw, "ema_params": ema},
             meta={"vocabulary": rows.vocabulary_digest(vocabularies.byte())},
         )
+    # Tests trace the model later, when gin may hold the configuration of another test.
+    model = run_model.model(run=str(run), macro="MODEL")
     return types.SimpleNamespace(path=str(run), model=model, params={"raw": raw, "ema": ema})
 
 
