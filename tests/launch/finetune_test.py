@@ -1,5 +1,6 @@
 """An imported model is fine-tuned on conversations and then on preferences, by the documented commands, and answers."""
 
+import functools
 import json
 import pathlib
 import runpy
@@ -8,6 +9,7 @@ import pytest
 
 from data.cache import store
 from launch.run import load_run, reference
+from trainers import signals
 from trainers.checkpoints import step_dir
 from trainers.telemetry.metric_writers import read_jsonl
 
@@ -51,7 +53,7 @@ def imported(folder, command):
     return run
 
 
-def start(train, imported, path, *files, **settings):
+def start(train, imported, *files, path, **settings):
     settings |= {
         "TOKENIZER": f"{imported}/tokenizer",
         "INITIAL_CHECKPOINT_PATH": f"{imported}",
@@ -64,28 +66,33 @@ def start(train, imported, path, *files, **settings):
 
 
 @pytest.fixture
-def tuned(train, imported, folder):
+def tune(train, imported, folder):
+    """Trains three epochs in a directory, or what is left of them."""
+    rows = [{"messages": messages(f"{i}+{i}?", f"{2 * i}", "sure?", "yes")} for i in range(30)]
+    rows[9:9] = [
+        {"messages": messages("alone")},
+        {"messages": messages("x" * 30, "y" * 60)},
+        {"messages": messages("z" * 90, "y")},
+    ]
+    return functools.partial(
+        start,
+        train,
+        imported,
+        *("t5x_configs/data/chat.gin", "t5x_configs/runs/finetune.gin"),
+        CHATS=str(write(folder / "chats.jsonl", rows)),
+        CHATS_VALIDATION_FRACTION=0.1,
+        TASK_FEATURE_LENGTHS={"targets": 64},
+        BATCH_SIZE=8,
+        LEARNING_RATE=1e-2,
+    )
+
+
+@pytest.fixture
+def tuned(tune, folder):
     """A run of three epochs, and what it printed."""
     run = folder / "sft"
     if not run.exists():
-        rows = [{"messages": messages(f"{i}+{i}?", f"{2 * i}", "sure?", "yes")} for i in range(30)]
-        rows[9:9] = [
-            {"messages": messages("alone")},
-            {"messages": messages("x" * 30, "y" * 60)},
-            {"messages": messages("z" * 90, "y")},
-        ]
-        result = start(
-            train,
-            imported,
-            run,
-            "t5x_configs/data/chat.gin",
-            "t5x_configs/runs/finetune.gin",
-            CHATS=str(write(folder / "chats.jsonl", rows)),
-            CHATS_VALIDATION_FRACTION=0.1,
-            TASK_FEATURE_LENGTHS={"targets": 64},
-            BATCH_SIZE=8,
-            LEARNING_RATE=1e-2,
-        )
+        result = tune(path=run)
         assert result.status == 0, result.err
         (folder / "out").write_text(result.out)
     return run, (folder / "out").read_text()
@@ -109,6 +116,17 @@ def test_one_command_learns_conversations_and_counts_them(tuned):
     assert f"chats      {line}" in out
     assert "1 cut at their ends (first: chats.jsonl:11)" in out
     assert "1 dropped, of which nothing that is learnt remains (first: chats.jsonl:12)" in out
+
+
+def test_a_stopped_run_goes_on_exactly(tuned, tune, tmp_path, monkeypatch):
+    run, _ = tuned
+    monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 4)
+    assert tune(path=tmp_path).status == 75
+    monkeypatch.undo()
+    result = tune(path=tmp_path)
+    assert result.status == 0 and "step 4 from" in result.out, (result.out, result.err)
+    manifests = [step_dir.read_manifest(step_dir.resolve(str(path))) for path in (tmp_path, run)]
+    assert manifests[0].arrays == manifests[1].arrays
 
 
 def test_the_held_out_share_is_evaluated_in_training_and_after_it(tuned, command, tmp_path):
@@ -174,7 +192,7 @@ def test_the_documented_preference_run_begins_as_the_imported_model(
     run = folder / "dpo"
     # After the config.gin of a run that has a budget in epochs and tasks of a module that no longer exists.
     files = (f"{tuned[0]}/config.gin", own, *DPO)
-    result = start(train, imported, run, *files, **settings)
+    result = start(train, imported, *files, path=run, **settings)
     assert result.status == 0, result.err
     meta = step_dir.read_meta(run)
     assert meta["start_token"] is None and meta["add_bos"] is True
@@ -187,7 +205,8 @@ def test_the_documented_preference_run_begins_as_the_imported_model(
 
     monkeypatch.setattr(reference, "Scorer", unasked)
     for name, value in (("DOCUMENT_START", 0), ("PROMPT_BOS", False)):
-        other = start(train, imported, folder / f"dpo_{name}", *DPO, **settings, **{name: value})
+        path = folder / f"dpo_{name}"
+        other = start(train, imported, *DPO, path=path, **settings, **{name: value})
         assert other.status == 2 and f"set {name} = {meta[_KEYS[name]]}" in other.err
 
 
