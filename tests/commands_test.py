@@ -7,7 +7,9 @@ import shlex
 import gin
 import pytest
 
-from launch.config import gin_config
+from launch.config import gin_config, gin_writer
+from model.config import TransformerConfig
+from model.transformer import Transformer
 from trainers.optim.schedules import Span
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -25,17 +27,25 @@ def commands():
     for path in sorted(str(file.relative_to(ROOT)) for file in found):
         text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
         for number, match in enumerate(
-            re.finditer(r"python -m launch\.(?:train|precompile) ((?:.*\\\n)+.*)", text)
+            re.finditer(
+                r"python -m launch\.(?:train|precompile) ((?:.*\\\n)+.*|--gin_file=.*)", text
+            )
         ):
             words = shlex.split(match[1].replace("\\\n", " "))
             files = [w.partition("=")[2] for w in words if w.startswith("--gin_file=")]
             bindings = [w.removeprefix("--gin.") for w in words if w.startswith("--gin.")]
-            shown_for_its_errors = tuple(bindings) == ("MODEL_DIR=/tmp/run", "TRAIN_STEP=100")
-            # The configuration of an imported model is not there before it is imported; that such
-            # commands work is seen in launch/further_training_test.py.
-            imported = any(file.endswith("/config.gin") for file in files)
-            if not shown_for_its_errors and not imported:
+            shown_for_its_errors = "mine.gin" in files or "TRAIN_STEP=100" in bindings
+            if not shown_for_its_errors:
                 yield pytest.param(files, bindings, id=f"{path}-{number}")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The config.gin of an imported model, for commands that begin with `RUN/config.gin`."""
+    path = tmp_path_factory.mktemp("imported") / "config.gin"
+    sizes = {"vocab_size": 264, "num_layers": 1, "embed_dim": 8, "num_heads": 1, "mlp_dim": 8}
+    path.write_text(gin_writer.write(Transformer(config=TransformerConfig(**sizes))))
+    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,8 @@ def clean_gin():
 
 
 @pytest.mark.parametrize(("files", "bindings"), commands())
-def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings):
+def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, imported):
+    files = [imported if file.endswith("/config.gin") else file for file in files]
     unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
     config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
     recipe = config.arguments()["recipe"].with_span(Span(total_steps=100_000, stopped_at=1e-4))
