@@ -73,6 +73,10 @@ def _run(flags: argparse.Namespace) -> None:
         return
     if flags.out is None:
         raise ValueError("--out is missing: name the folder or file to write.")
+    if (flags.runs or flags.sweep) and pathlib.Path(flags.out).suffix in (".html", ".png", ".json"):
+        raise ValueError(
+            f"--out={flags.out} is the name of a file: name a folder, for report.html, .png and .json."
+        )
     if flags.runs:
         report(metric_rows.named(flags.runs), flags.out)
         return

@@ -57,6 +57,7 @@ def panels(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # inches: a title stays apart from the axis above it
     axes = figure.subplots(
         rows, columns, squeeze=False, sharey=share_y, height_ratios=heights
     ).ravel()

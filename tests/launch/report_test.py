@@ -129,6 +129,8 @@ def test_a_sweep_without_finished_runs_is_one_clear_error_and_leaves_nothing(tmp
     assert report.main(["--sweep", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
     assert "no does not exist: give the folder (--out) of a sweep" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert report.main(["--sweep", str(tmp_path), "--out", str(tmp_path / "out.html")]) == 2
+    assert "out.html is the name of a file: name a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
