@@ -181,11 +181,7 @@ def register_generated(
     Raises:
       ValueError: the vocabulary lacks one of `symbols`, the characters of the documents.
     """
-    if missing := [s for s in symbols if vocabulary.unk_id in vocabulary.encode(s)]:
-        raise ValueError(
-            f"{vocabulary} lacks {''.join(missing)!r}, characters of the generated documents: set "
-            f"vocabularies.characters.symbols = {symbols!r}."
-        )
+    check_symbols(vocabulary, symbols)
     for source in generated:
         register_source(
             source.name,
@@ -196,6 +192,15 @@ def register_generated(
             add_eos=add_eos,
         )
     register_mixture(mixture, dict.fromkeys((source.name for source in generated), 1.0))
+
+
+def check_symbols(vocabulary: Any, symbols: str) -> None:
+    """Raises ValueError if a vocabulary lacks one of the characters of generated documents."""
+    if missing := [s for s in symbols if vocabulary.unk_id in vocabulary.encode(s)]:
+        raise ValueError(
+            f"{vocabulary} lacks {''.join(missing)!r}, characters of the generated documents: set "
+            f"vocabularies.characters.symbols = {symbols!r}."
+        )
 
 
 def prepend_bos(dataset, output_features):

@@ -57,7 +57,9 @@ def render(read):
     def call(*rows, **fields):
         lines = "".join(f"  {key}: {value!r}\n" for key, value in fields.items())
         (template,) = read(f"templates:\n- name: one\n{lines[1:] and lines}")
-        placed = [Placed(f"x.jsonl:{n}", f"x.jsonl, line {n}", row) for n, row in enumerate(rows, 1)]
+        placed = [
+            Placed(f"x.jsonl:{n}", f"x.jsonl, line {n}", row) for n, row in enumerate(rows, 1)
+        ]
         return list(template.render(placed))
 
     return call
@@ -101,7 +103,11 @@ YES = {"answer_choices": "yes ||| no"}
     [
         ({"b": 1}, {"jinja": "{{a}} ||| x"}, "the row has no field 'a'; present are 'b'"),
         ({"a": 1}, {"jinja": "{{a.b.c}} ||| x"}, "has no attribute 'b'"),
-        ({"a": 1}, {"jinja": "{{a}} ||| maybe", **YES}, "'maybe' is none of the answer choices 'yes', 'no'"),
+        (
+            {"a": 1},
+            {"jinja": "{{a}} ||| maybe", **YES},
+            "'maybe' is none of the answer choices 'yes', 'no'",
+        ),
         ({"a": " "}, {"jinja": "x ||| {{a}}"}, "the target is empty"),
         ({"a": " "}, {"jinja": "{{a}} ||| x"}, "the input is empty"),
         ({"a": 1}, {"jinja": "x ||| y", "answer_choices": "y ||| "}, "an answer choice is empty"),
@@ -109,7 +115,9 @@ YES = {"answer_choices": "yes ||| no"}
         ({"a": 1}, {"jinja": "{{ ''.__class__.mro() }} ||| x"}, "SecurityError"),
         (
             {"a": 1},
-            {"jinja": "{% for i in range(9999) %}{% for i in range(9999) %}{% endfor %}{% endfor %} ||| x"},
+            {
+                "jinja": "{% for i in range(9999) %}{% for i in range(9999) %}{% endfor %}{% endfor %} ||| x"
+            },
             "its ranges count more than 1,000,000 steps",
         ),
     ],
@@ -137,7 +145,10 @@ GOOD = "{name: one, jinja: 'x ||| y'}"
         ("templates: [{name: one, jinja: x}]", "'jinja' has no '|||'"),
         ("templates: [{name: one, jinja: '{{ ||| y'}]", "template 'one': syntax error in line 1"),
         ("templates: [{name: one, jinja: 'x ||| y', choices: a}]", "unknown key 'choices'"),
-        ("templates: [{name: one, jinja: 'x ||| y', metadata: {original_task: 'no'}}]", "write true or"),
+        (
+            "templates: [{name: one, jinja: 'x ||| y', metadata: {original_task: 'no'}}]",
+            "write true or",
+        ),
         ("templates: [!Python x]", "malformed YAML: could not determine a constructor"),
     ],
 )
