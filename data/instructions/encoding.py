@@ -8,7 +8,7 @@ import numpy as np
 
 from data.cache import fingerprint
 from data.instructions import templates
-from data.instructions.templates import Placed, Prompted, Template
+from data.instructions.templates import Rendered, Row, Template
 from data.preference.tally import Tally
 from data.text import documents
 
@@ -67,39 +67,35 @@ class Encoding:
     tokeniser: Tokeniser
     ranking: bool
 
-    def examples(self, rows: Iterable[Placed], dropped: Tally | None = None) -> Iterator[dict]:
+    def examples(self, rows: Iterable[Row], dropped: Tally | None = None) -> Iterator[dict]:
         """Yields the features of examples; counts rows for which the template renders nothing."""
-        for prompted in self.template.render(rows):
-            if isinstance(prompted, Placed):
+        for row, texts in self.template.render(rows):
+            if texts is None:
                 if dropped is not None:
-                    dropped.add("not_rendered", prompted.id)
+                    dropped.add("not_rendered", row.id)
                 continue
-            where = f"{self.template.where}, {prompted.placed.where}"
-            documents.check_unicode(prompted.inputs + prompted.target, "the text", where)
-            if self.ranking:
-                yield from self._options(prompted)
-            else:
-                yield self._example(prompted)
+            where = f"{self.template.where}, {row.where}"
+            for text in (texts.inputs, texts.target, *texts.choices):
+                documents.check_unicode(text, "the text", where)
+            examples = self._options(texts) if self.ranking else [self._example(texts)]
+            for example in examples:
+                yield example | {"document_id": row.id}
 
-    def _example(self, prompted: Prompted) -> dict[str, Any]:
+    def _example(self, texts: Rendered) -> dict[str, Any]:
         tokeniser = self.tokeniser
-        inputs, target = tokeniser.inputs(prompted.inputs), tokeniser.target(prompted.target)
-        id = {"document_id": prompted.placed.id}
+        inputs, target = tokeniser.inputs(texts.inputs), tokeniser.target(texts.target)
         if tokeniser.form == "encoder_decoder":
-            return {"inputs": _ids(inputs), "targets": _ids(target)} | id
+            return {"inputs": _ids(inputs), "targets": _ids(target)}
         if tokeniser.add_bos:
             inputs = [tokeniser.vocabulary.bos_id, *inputs]
         learnt = np.repeat(np.float32([0, 1]), [len(inputs), len(target)])
-        return {"targets": _ids([*inputs, *target]), "loss_weights": learnt} | id
+        return {"targets": _ids([*inputs, *target]), "loss_weights": learnt}
 
-    def _options(self, prompted: Prompted) -> Iterator[dict[str, Any]]:
-        for choice in prompted.choices:
-            yield {
-                "inputs": _ids(self.tokeniser.inputs(prompted.inputs)),
-                "targets": _ids(self.tokeniser.target(choice)),
-                RIGHT: _ids([choice == prompted.target]),
-                "document_id": prompted.placed.id,
-            }
+    def _options(self, texts: Rendered) -> Iterator[dict[str, Any]]:
+        inputs = _ids(self.tokeniser.inputs(texts.inputs))
+        for choice in texts.choices:
+            targets = _ids(self.tokeniser.target(choice))
+            yield {"inputs": inputs, "targets": targets, RIGHT: _ids([choice == texts.target])}
 
     @property
     def features(self) -> tuple[str, ...]:

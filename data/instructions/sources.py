@@ -13,7 +13,7 @@ from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.data_source import DataSource, FileSource
 from data.instructions.encoding import Encoding
-from data.instructions.templates import Placed
+from data.instructions.templates import Row
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
@@ -67,16 +67,16 @@ class InstructionFiles(Counted, FileSource):
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         yield from self.encoding.examples(self._rows_of(path, split))
 
-    def _rows(self, split: str) -> Iterator[Placed]:
+    def _rows(self, split: str) -> Iterator[Row]:
         for path in self.files[split]:
             yield from self._rows_of(path, split)
 
-    def _rows_of(self, path: str, split: str) -> Iterator[Placed]:
+    def _rows_of(self, path: str, split: str) -> Iterator[Row]:
         for number, where, row in documents.read_rows(pathlib.Path(path), example=ROW):
             text = json.dumps(row, sort_keys=True, default=str)
             if self._split_of(text, path) == split:
                 id = f"{pathlib.Path(path).relative_to(self.root)}:{number}"
-                yield Placed(id, where, json.loads(text))
+                yield Row(id, where, json.loads(text))
 
     def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
         return self.encoding.specs()
@@ -125,10 +125,10 @@ class InstructionTfds(Counted, DataSource):
             lambda: self.encoding.examples(self._rows(split)), output_signature=signature
         )
 
-    def _rows(self, split: str) -> Iterator[Placed]:
+    def _rows(self, split: str) -> Iterator[Row]:
         for example in self.rows.as_dataset(split, shuffle=False).as_numpy_iterator():
             id = example.pop("tfds_id").decode()
-            yield Placed(id, f"TFDS set {self.rows.tfds_name!r}, {id}", _plain(example))
+            yield Row(id, f"TFDS set {self.rows.tfds_name!r}, {id}", _plain(example))
 
 
 def _plain(value: Any) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 from data import tasks
 from data.cache import cache_dir as cache
 from data.choices import check_choice
-from data.instructions import ranking, templates
+from data.instructions import ranking
 from data.instructions.encoding import Encoding, Form, Tokeniser
 from data.instructions.sources import InstructionFiles, InstructionTfds
-from data.instructions.templates import Template
+from data.instructions.templates import Template, read
 from data.text import documents
 from data.text.documents import DataError
 from data.text.tfds_source import TfdsSource
@@ -76,7 +76,8 @@ def register_instructions(
     Raises:
       FileNotFoundError: a set has no rows or no templates.
       DataError: templates or rows are malformed; names file, template and row.
-      ValueError: a set is trained and held out or named twice, or the vocabulary lacks EOS or BOS.
+      ValueError: a set is trained and held out or named twice, two tasks would have one name, or the vocabulary lacks
+        EOS or BOS.
     """
     check_choice("form", form, Form)
     held_out = held_out or {}
@@ -84,7 +85,7 @@ def register_instructions(
     if add_bos is None:
         add_bos = form == "decoder" and getattr(vocabulary, "adds_bos", False)
     tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=True)
-    opener = _Opener(
+    sets = _Sets(
         data_dir=_expanded(data_dir),
         templates_dir=_expanded(templates_dir or data_dir),
         tfds_sets=tfds_sets or {},
@@ -92,18 +93,21 @@ def register_instructions(
         validation_fraction=validation_fraction,
         cache_dir=cache_dir,
     )
+    sources: list[tuple[Source, dict[str, str]]] = []
     rates: dict[str, float] = {}
-    for category, sets in train.items():
-        for each in sets:
-            opened = [opener.trained(each, template) for template in opener.templates(each)]
-            for source in opened:
-                _register(source, {"category": category, "set": each})
-            rates |= _rates(opened, cap)
-    for task, sets in held_out.items():
-        for each in sets:
-            for template in _evaluated(opener.templates(each)):
-                source = opener.ranked(each, template)
-                _register(source, {"held_out": task, "set": each})
+    for category, names in train.items():
+        for each in names:
+            trained = [sets.source(each, x, ranking=False) for x in sets.templates(each)]
+            sources += [(source, {"category": category, "set": each}) for source in trained]
+            rates |= _rates(trained, cap)
+    for task, names in held_out.items():
+        for each in names:
+            templates = _evaluated(sets.templates(each))
+            ranked = [sets.source(each, x, ranking=True) for x in templates]
+            sources += [(source, {"held_out": task, "set": each}) for source in ranked]
+    _check_names(name, sources)
+    for source, facts in sources:
+        _register(source, facts)
     if rates:
         tasks.register_mixture(name, rates)
 
@@ -124,6 +128,16 @@ def _check_sets(
                     raise ValueError(
                         f"{name}: the set {each!r} is in {owners[each]} and in {owner}; remove one"
                     )
+
+
+def _check_names(name: str, sources: Sequence[tuple[Source, Mapping[str, str]]]) -> None:
+    owners: dict[str, str] = {}
+    for source, facts in sources:
+        if (other := owners.setdefault(source.name, facts["set"])) != facts["set"]:
+            raise ValueError(
+                f"{name}: the sets {other!r} and {facts['set']!r} would both have a task {source.name!r}; rename a folder "
+                "or a template"
+            )
 
 
 def _register(source: Source, facts: Mapping[str, Any]) -> None:
@@ -166,69 +180,54 @@ def _evaluated(every: Sequence[Template]) -> list[Template]:
     return chosen
 
 
-class _Opener:
-    """Opens the sources of sets; the arguments are those of `register_instructions`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sets:
+    """Where sets are, and how they are read; the fields are arguments of `register_instructions`."""
 
-    def __init__(
-        self,
-        *,
-        data_dir: pathlib.Path,
-        templates_dir: pathlib.Path,
-        tfds_sets: Mapping[str, str],
-        tokeniser: Tokeniser,
-        validation_fraction: float,
-        cache_dir: str | os.PathLike | None,
-    ):
-        self._data_dir, self._templates_dir = data_dir, templates_dir
-        self._tfds_sets = tfds_sets
-        self._tokeniser = tokeniser
-        self._fraction = validation_fraction
-        self._cache_dir = cache_dir
+    data_dir: pathlib.Path
+    templates_dir: pathlib.Path
+    tfds_sets: Mapping[str, str]
+    tokeniser: Tokeniser
+    validation_fraction: float
+    cache_dir: str | os.PathLike | None
 
     def templates(self, name: str) -> tuple[Template, ...]:
         """Returns the templates of a set."""
-        folder = self._templates_dir / name
+        folder = self.templates_dir / name
         paths = [folder / "templates.yaml", folder.parent / "templates.yaml"]
         for path in paths:
             if path.is_file():
-                return templates.read(path)
+                return read(path)
         raise FileNotFoundError(
             f"The set {name!r} has no templates: neither {paths[0]} nor {paths[1]} exists. Copy promptsource's "
             "templates.yaml there, or set templates_dir"
         )
 
-    def trained(self, name: str, template: Template) -> Source:
-        """Returns the source of the task of a set and a template."""
-        return self._open(name, template, ranking=False)
-
-    def ranked(self, name: str, template: Template) -> Source:
-        """Returns the source of the answer choices of the validation rows."""
-        return self._open(name, template, ranking=True)
-
-    def _open(self, name: str, template: Template, *, ranking: bool) -> Source:
+    def source(self, name: str, template: Template, *, ranking: bool) -> Source:
+        """Returns the source of the task of a set and a template; with `ranking`, of the validation rows' choices."""
         task = f"{_slug(name)}_{template.slug}{SCORED if ranking else ''}"
-        encoding = Encoding(template, self._tokeniser, ranking)
+        encoding = Encoding(template, self.tokeniser, ranking)
         wanted = ("validation",) if ranking else ("train", "validation")
-        if name in self._tfds_sets:
-            rows = self._tfds(self._tfds_sets[name], wanted)
+        if name in self.tfds_sets:
+            rows = self._tfds(self.tfds_sets[name], wanted)
             return InstructionTfds(name=task, rows=rows, encoding=encoding)
         files = {split: self._files(name, split) for split in wanted}
         fraction = 0.0
         if not files[wanted[0]]:
             raise FileNotFoundError(
-                f"The set {name!r} has no rows: no file {self._data_dir / name}/{wanted[0]}* exists. Write one as "
+                f"The set {name!r} has no rows: no file {self.data_dir / name}/{wanted[0]}* exists. Write one as "
                 "JSON lines or Parquet, or set tfds_sets"
             )
         if not files["validation"]:
             del files["validation"]
-            if self._fraction:
-                fraction, files["validation"] = self._fraction, files["train"]
+            if self.validation_fraction:
+                fraction, files["validation"] = self.validation_fraction, files["train"]
         return InstructionFiles.of(
-            task, files, validation_fraction=fraction, cache_dir=self._cache_dir, encoding=encoding
+            task, files, validation_fraction=fraction, cache_dir=self.cache_dir, encoding=encoding
         )
 
     def _files(self, name: str, split: str) -> list[str]:
-        paths = sorted((self._data_dir / name).glob(f"{split}*"))
+        paths = sorted((self.data_dir / name).glob(f"{split}*"))
         paths = [path for path in paths if re.match(rf"{split}[-_.]", path.name)]
         for path in paths:
             documents.check_suffix(path)
@@ -239,8 +238,8 @@ class _Opener:
             tfds_name=tfds_name,
             text_key=None,
             wanted_splits=None,
-            data_dir=str(self._data_dir),
-            cache=str(cache.cache_dir("files", override=self._cache_dir)),
+            data_dir=str(self.data_dir),
+            cache=str(cache.cache_dir("files", override=self.cache_dir)),
         )
         splits = {split: split for split in wanted if split in source.split_map}
         if wanted[0] not in splits:

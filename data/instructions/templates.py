@@ -14,9 +14,11 @@ skips the row. Templates are data: they run in the sandbox of chat templates, in
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data.instructions.renderer import SEPARATOR
@@ -28,29 +30,33 @@ from data.tokenizers import chat_sandbox
 # Part of the digest of a source: raise it when the same templates and rows become other texts.
 VERSION = 1
 BATCH = 64  # rows that are rendered in one call
+MAX_BYTES = 1 << 20  # of a file
+MAX_TEMPLATES = 1000  # of a file
+MAX_CHOICES = 1000  # of a row
 
 _KEYS = ("name", "jinja", "answer_choices", "metadata", "id", "reference")
 _METADATA = ("original_task", "choices_in_prompt", "metrics", "languages")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 100  # characters of a text in a message
 _process = LimitedProcess(
     "data.instructions.renderer:answer", memory_bytes=chat_sandbox.MEMORY_BYTES
 )
 
 
-class Placed(NamedTuple):
-    """A row with its id and its place for errors."""
+class Row(NamedTuple):
+    """A row of a dataset, with its id and its place for errors."""
 
     id: str
     where: str
-    row: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
 
-class Prompted(NamedTuple):
+class Rendered(NamedTuple):
     """A row as texts: what the model reads, what it should write, and the possible answers, if there are any."""
 
-    placed: Placed
     inputs: str
     target: str
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,37 +88,31 @@ class Template:
     def where(self) -> str:
         return f"{self.file}, template {self.name!r}"
 
-    def render(self, rows: Iterable[Placed]) -> Iterator[Prompted | Placed]:
-        """Yields each row as texts, or as it is if the template renders nothing for it.
+    def render(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Rendered | None]]:
+        """Yields each row with its texts; with None if the template renders nothing for it.
 
         Raises:
           DataError: a row lacks a field, the template fails or exceeds a limit, the target or a choice is empty, or the
             target is none of the choices. The message names file, template and row.
         """
-        batch: list[Placed] = []
-        for placed in rows:
-            batch.append(placed)
-            if len(batch) == BATCH:
-                yield from self._batch(batch)
-                batch = []
-        yield from self._batch(batch)
+        remaining = iter(rows)
+        while batch := list(itertools.islice(remaining, BATCH)):
+            yield from self._batch(batch)
 
-    def _batch(self, rows: Sequence[Placed]) -> Iterator[Prompted | Placed]:
-        if not rows:
-            return
+    def _batch(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Rendered | None]]:
         try:
             answers = self._call(rows)
         except LimitError as error:
-            if len(rows) > 1:  # one by one, which shows the row
-                for placed in rows:
-                    yield from self._batch([placed])
-                return
-            raise DataError(f"{self.where}, {rows[0].where}: the template {error}") from None
-        for placed, rendered in zip(rows, answers, strict=True):
-            yield self._checked(placed, rendered)
+            if len(rows) == 1:
+                raise DataError(f"{self.where}, {rows[0].where}: the template {error}") from None
+            for row in rows:  # which shows the row
+                yield from self._batch([row])
+            return
+        for row, answer in zip(rows, answers, strict=True):
+            yield row, self._checked(row, answer)
 
-    def _call(self, rows: Sequence[Placed]) -> list[dict[str, Any]]:
-        seeded = [[f"{self.name} {placed.id}", placed.row] for placed in rows]
+    def _call(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        seeded = [[f"{self.name} {row.id}", row.fields] for row in rows]
         return _process.call(
             {"jinja": self.jinja, "choices": self.answer_choices, "rows": seeded},
             cpu_seconds=chat_sandbox.CPU_SECONDS,
@@ -132,13 +132,13 @@ class Template:
         if errors:
             raise DataError(f"{self.where}: {errors[0]['error']}")
 
-    def _checked(self, placed: Placed, rendered: Mapping[str, Any]) -> Prompted | Placed:
-        where = f"{self.where}, {placed.where}"
-        if "error" in rendered:
-            raise DataError(f"{where}: {_hinted(rendered['error'], placed.row)}")
-        parts, choices = rendered["parts"], tuple(rendered["choices"] or ())
+    def _checked(self, row: Row, answer: Mapping[str, Any]) -> Rendered | None:
+        where = f"{self.where}, {row.where}"
+        if "error" in answer:
+            raise DataError(f"{where}: {_hinted(answer['error'], row.fields)}")
+        parts, choices = answer["parts"], tuple(answer["choices"] or ())
         if not any(parts):
-            return placed
+            return None
         if len(parts) != 2:
             raise DataError(
                 f"{where}: it renders {len(parts)} parts, not an input and a target; write {SEPARATOR!r} once"
@@ -150,29 +150,34 @@ class Template:
                     f"{where}: the {part} is empty. Correct the row, or put the whole template inside an "
                     "{% if %} that renders nothing for such rows, which skips them"
                 )
-        if choices and not all(choices):
+        if len(choices) > MAX_CHOICES:
+            raise DataError(
+                f"{where}: it has {len(choices):,} answer choices, more than {MAX_CHOICES:,}; correct 'answer_choices'"
+            )
+        if not all(choices):
             raise DataError(f"{where}: an answer choice is empty: {_listed(choices)}")
         if choices and target not in choices:
             raise DataError(
-                f"{where}: the target {target!r} is none of the answer choices {_listed(choices)}. Correct "
+                f"{where}: the target {_SHORT.repr(target)} is none of the answer choices {_listed(choices)}. Correct "
                 "the row, or 'jinja' or 'answer_choices' of the template"
             )
-        return Prompted(placed, inputs, target, choices)
+        return Rendered(inputs, target, choices)
 
 
-def _hinted(error: str, row: Mapping[str, Any]) -> str:
-    """Returns an error with the row's fields, if it is about a field that does not exist."""
+def _hinted(error: str, fields: Mapping[str, Any]) -> str:
+    """Returns an error with the names of a row's fields, if it is about a field that does not exist."""
     missing = re.fullmatch(r"UndefinedError: '(.*)' is undefined", error)
     if not missing:
         return error
     return (
-        f"the row has no field {missing[1]!r}; present are {', '.join(map(repr, row)) or 'none'}. Correct the "
+        f"the row has no field {missing[1]!r}; present are {_listed(fields) or 'none'}. Correct the "
         f"template or the row, or test '{missing[1]} is defined'"
     )
 
 
-def _listed(texts: Sequence[str]) -> str:
-    return ", ".join(map(repr, texts))
+def _listed(texts: Iterable[str]) -> str:
+    shown = list(itertools.islice(texts, 11))
+    return ", ".join([*map(_SHORT.repr, shown[:10]), *["..."] * (len(shown) > 10)])
 
 
 def read(path: pathlib.Path) -> tuple[Template, ...]:
@@ -188,6 +193,10 @@ def read(path: pathlib.Path) -> tuple[Template, ...]:
     if not isinstance(entries, list) or not entries:
         raise DataError(
             f"{path}: there is no list or mapping 'templates', as promptsource writes it"
+        )
+    if len(entries) > MAX_TEMPLATES:
+        raise DataError(
+            f"{path}: it has {len(entries):,} templates, more than {MAX_TEMPLATES:,}; divide it"
         )
     templates: dict[str, Template] = {}
     for number, entry in enumerate(entries, 1):
@@ -239,22 +248,35 @@ def _yaml(path: pathlib.Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML with promptsource's tags, without repeated keys."""
+        """YAML with promptsource's tags, without repeated and merged keys."""
 
         def mapping(self, node):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
+            keys = set()
+            for key_node, _ in node.value:
+                problem, key = None, None
+                if key_node.tag == "tag:yaml.org,2002:merge":  # could multiply keys without end
+                    problem = "merged mappings ('<<') are not supported"
+                elif not isinstance(key := self.construct_object(key_node, deep=True), Hashable):
+                    problem = "a key is a list or mapping"
+                elif key in keys:
                     problem = f"the key {key!r} is repeated"
-                    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+                if problem:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, problem, key_node.start_mark
+                    )
+                keys.add(key)
             yield (result := {})
             result.update(self.construct_mapping(node, deep=True))
 
     for tag in ("tag:yaml.org,2002:map", "!Template", "!TemplateMetadata"):
         Loader.add_constructor(tag, Loader.mapping)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) <= MAX_BYTES:
+            return yaml.load(content.decode("utf-8"), Loader)
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the templates cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a month 13
         raise DataError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
+    raise DataError(f"{path}: it is larger than {MAX_BYTES:,} bytes; divide it")

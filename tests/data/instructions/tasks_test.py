@@ -11,7 +11,7 @@ from data.tokenizers import vocabularies
 
 YAML = """
 templates:
-- {name: Is it?, jinja: '{{text}}? ||| {{answer_choices[label]}}', answer_choices: no ||| yes,
+- {name: 'Is it?', jinja: '{{text}}? ||| {{answer_choices[label]}}', answer_choices: no ||| yes,
    metadata: {original_task: true}}
 - {name: repeat, jinja: '{{text}} ||| {{text}}{{text}}'}
 """
@@ -104,6 +104,14 @@ def test_tasks_mixture_and_ranking(register):
 def test_what_cannot_be_registered_is_one_error(register, settings, error, message):
     with pytest.raises(error, match=message):
         register(**settings)
+
+
+def test_two_tasks_of_one_name_are_an_error(register, tmp_path):
+    (tmp_path / "group" / "large").rename(tmp_path / "group_large")
+    (tmp_path / "group_large" / "templates.yaml").write_text(YAML)
+    (tmp_path / "group" / "large").symlink_to(tmp_path / "group_large")
+    with pytest.raises(ValueError, match="'group/large' and 'group_large' would both have a task"):
+        register(train=["group/large", "group_large"])
 
 
 def test_a_set_without_evaluated_templates_is_an_error(register, tmp_path):

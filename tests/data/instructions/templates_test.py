@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from data.instructions import templates
-from data.instructions.templates import Placed, Prompted
+from data.instructions.templates import Rendered, Row
 from data.text.documents import DataError
 
 PROMPTSOURCE = """
@@ -57,10 +57,8 @@ def render(read):
     def call(*rows, **fields):
         lines = "".join(f"  {key}: {value!r}\n" for key, value in fields.items())
         (template,) = read(f"templates:\n- name: one\n{lines[1:] and lines}")
-        placed = [
-            Placed(f"x.jsonl:{n}", f"x.jsonl, line {n}", row) for n, row in enumerate(rows, 1)
-        ]
-        return list(template.render(placed))
+        placed = [Row(f"x.jsonl:{n}", f"x.jsonl, line {n}", row) for n, row in enumerate(rows, 1)]
+        return [texts for _, texts in template.render(placed)]
 
     return call
 
@@ -69,14 +67,14 @@ def test_files_of_promptsource_are_read_and_rendered(read):
     draw, true = read(PROMPTSOURCE)
     assert (draw.slug, true.slug) == ("draw_a_conclusion", "is_it_true")
     assert (draw.original_task, true.original_task) == (False, True)
-    placed = [Placed("a", "x", ROW), Placed("b", "x", ROW | {"label": 1})]
+    placed = [Row("a", "x", ROW), Row("b", "x", ROW | {"label": 1})]
     first, second = true.render(placed)
     question = 'It rains. ||| So Is it true that "It is wet"?'
-    assert first == Prompted(placed[0], question, "Yes", ("Yes", "No"))
-    assert (second.inputs, second.target) == (question, "No")
+    assert first == (placed[0], Rendered(question, "Yes", ("Yes", "No")))
+    assert second == (placed[1], Rendered(question, "No", ("Yes", "No")))
     assert list(draw.render(placed)) == [
-        Prompted(placed[0], "Draw a conclusion: It rains. ||| So", "It is wet", ()),
-        placed[1],
+        (placed[0], Rendered("Draw a conclusion: It rains. ||| So", "It is wet")),
+        (placed[1], None),
     ]
 
 
@@ -111,6 +109,11 @@ YES = {"answer_choices": "yes ||| no"}
         ({"a": " "}, {"jinja": "x ||| {{a}}"}, "the target is empty"),
         ({"a": " "}, {"jinja": "{{a}} ||| x"}, "the input is empty"),
         ({"a": 1}, {"jinja": "x ||| y", "answer_choices": "y ||| "}, "an answer choice is empty"),
+        (
+            {"a": 1},
+            {"jinja": "x ||| y", "answer_choices": "y ||| " * 1001 + "y"},
+            "it has 1,002 answer choices, more than 1,000",
+        ),
         ({"a": 1}, {"jinja": "x ||| y ||| z"}, "it renders 3 parts"),
         ({"a": 1}, {"jinja": "{{ ''.__class__.mro() }} ||| x"}, "SecurityError"),
         (
@@ -140,6 +143,14 @@ GOOD = "{name: one, jinja: 'x ||| y'}"
         ("templates: [1]", "template 1: it is a int, not a mapping"),
         (f"templates: [{GOOD}, {GOOD}]", "'one' and 'one' would name one task, 'one'; rename one"),
         (f"templates: {{a: {GOOD}, a: {GOOD}}}", "the key 'a' is repeated"),
+        (
+            f"x: &x {{a: b}}\ntemplates: {{<<: *x, a: {GOOD}}}",
+            "merged mappings ('<<') are not supported",
+        ),
+        ("templates: {[1]: 2}", "a key is a list or mapping"),
+        ("templates: 2001-13-01", "malformed YAML: month must be in 1..12"),
+        ("templates: [" + "1," * 1001 + "]", "it has 1,001 templates, more than 1,000"),
+        ("x" * (1 << 20) + "y", "it is larger than 1,048,576 bytes"),
         ("templates: [{name: yes, jinja: 'x ||| y'}]", "'name' is True; write a text"),
         ("templates: [{name: one}]", "template 'one': 'jinja' is None"),
         ("templates: [{name: one, jinja: x}]", "'jinja' has no '|||'"),
