@@ -146,6 +146,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a setting of the policy, such as capacity=1024; repeatable",
     )
     group.add_argument(
+        "--compare",
+        action="store_true",
+        help="continue with the full cache too, and report how many continuations are equal and the costs of both; rows of "
+        '--output get "full" and "same_tokens", the number of tokens before the first difference',
+    )
+    group.add_argument(
         "--cache_dtype",
         choices=("int8", "bfloat16", "float16", "float32"),
         help="type of cached keys and values (default: the model's)",
@@ -181,7 +187,7 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
             f"--cache_policy={flags.cache_policy} reads the answer that it should generate: it is only for "
             "experiments. Choose another."
         )
-    same = ("checkpoint", "params", "seed", "cache_dtype", "prefill_chunk", "batch_size")
+    same = ("checkpoint", "params", "seed", "cache_dtype", "prefill_chunk", "batch_size", "compare")
     return {
         **{name: getattr(flags, name) for name in same},
         "settings": settings,
@@ -226,6 +232,12 @@ def _check(flags: argparse.Namespace) -> None:
         raise LoadError("--eos_id=-1 means no token, but there are other ids: remove it, or them.")
     if flags.eos_id is not None and min(flags.eos_id) < -1:
         raise LoadError(f"--eos_id={min(flags.eos_id)} is not a token: give an id, or -1 for none.")
+    if flags.compare and session:
+        raise LoadError("--compare is for --prompt and --inputs: remove it from a conversation.")
+    if flags.compare and flags.cache_policy == "full" and flags.cache_dtype is None:
+        raise LoadError(
+            "--compare needs another cache than the full one: give --cache_policy=NAME."
+        )
     if flags.prefill_chunk is not None and flags.prefill_chunk < 1:
         raise LoadError(f"--prefill_chunk={flags.prefill_chunk} must be at least 1.")
 

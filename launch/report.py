@@ -98,18 +98,15 @@ def report(directories: Mapping[str, str], out: str | os.PathLike) -> dict[str, 
 
     Raises:
       FileNotFoundError: a directory holds no metrics.
-      ValueError: a file of metrics is damaged, or a run has not been evaluated.
+      ValueError: a file of metrics is damaged, or no run has been evaluated.
     """
     from launch.reporting import page, runs
 
     read = runs.from_directories(directories)
-    results = {
-        name: {"step": run.step, "domains": run.domains}
-        for name, run in zip(directories, read, strict=True)
-    }
+    results = {name: {"step": run.step, "domains": run.domains} for name, run in read.items()}
     folder = _write_json(out, results)
-    page.print_tables(read)
-    page.write(read, folder, title="Runs compared")
+    page.print_tables(list(read.values()))
+    page.write(list(read.values()), folder, title="Runs compared")
     return results
 
 

@@ -213,6 +213,7 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
 
             _try(completions, problems, sandbox, add, count=len(missing))
     document = {
+        "file": flags.problems,
         **scores([by_key[key] for key in keys], flags.k, name=problems.name),
         "settings": settings,
         "protections": protections,
@@ -265,7 +266,7 @@ def _try(
 
 
 def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
-    """Returns pass@k of the benchmark `name` for each k, with intervals and counts of the verdicts."""
+    """Returns pass@k of problems in the format of the benchmark `name` for each k, with intervals and counts of the verdicts."""
     counts: dict[str, list[int]] = {}
     statuses: collections.Counter[str] = collections.Counter()
     for row in rows:
@@ -287,7 +288,7 @@ def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> d
 def table(document: dict[str, Any]) -> str:
     """Returns a table of the scores."""
     lines = [
-        f"{document['num_problems']:,} problems in the format of {document['problems']}, "
+        f"{document['num_problems']:,} problems of {document['file']} (format {document['problems']}), "
         f"{document['num_samples']:,} programs"
     ]
     for k, value in document["pass_at_k"].items():

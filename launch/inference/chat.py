@@ -23,6 +23,7 @@ def converse(
     seed: int = 0,
     policy_name: str = "full",
     token_healing: bool = False,
+    compare: bool = False,
     **options: Any,
 ) -> list[dict[str, str]]:
     """Answers lines one by one and shows the answers while they are generated; returns the last conversation.
@@ -33,7 +34,8 @@ def converse(
     Raises:
       LoadError: there is no chat template, or there are several processes, which cannot share a terminal.
     """
-    del policy_name, token_healing  # for reports, and for texts that no template ends
+    # For reports and texts without a template; the command refuses a comparison.
+    del policy_name, token_healing, compare
     if jax.process_count() > 1:
         raise LoadError("--chat without --prompt or --inputs needs a single process.")
     messages: list[dict[str, str]] = []

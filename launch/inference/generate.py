@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from launch.inference import row_files
+from launch.inference.cache_comparison import Agreement, compared
 from launch.inference.token_healing import Healed, TokenHealing
 from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from model.kv_cache.base import CachePolicy
@@ -83,6 +84,9 @@ def print_continuations(
         if row["sample"]:
             print(f"--- sample {row['sample']}")
         to_terminal("\n" if stream else row["text"] + "\n")
+        if "full" in row:
+            same = "the same" if row["full"]["tokens"] == row["tokens"] else row["full"]["text"]
+            to_terminal(f"--- full cache: {same}\n")
 
 
 def to_terminal(piece: str) -> None:
@@ -111,6 +115,7 @@ def generate(
     indices: Sequence[int] | None = None,
     notes: bool = False,
     token_healing: bool = False,
+    compare: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -133,6 +138,7 @@ def generate(
       token_healing: whether the last token of a text is drawn anew, see launch/inference/token_healing.py. Rows of tokens
         and conversations are continued as they are.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
+      compare: whether to continue the rows also with the full cache, see launch/inference/cache_comparison.py.
 
     Yields:
       The rows with their continuations, `settings.num_samples` for each, as they finish.
@@ -142,31 +148,35 @@ def generate(
     """
     with config.load(checkpoint, params=params, encoder_decoders=True) as loaded:
         if notes and jax.process_index() == 0:
+            print(f"loaded {loaded.size:,} parameters, compiling", file=sys.stderr, flush=True)
             _print_notes(loaded, rows, token_healing=token_healing)
-        decoder, texts = decoder_and_texts(
-            loaded,
-            settings,
-            rows=len(rows),
-            eos_ids=eos_ids,
-            stops=stops,
-            policy=policy,
-            cache_dtype=cache_dtype,
-            prefill_chunk=prefill_chunk,
-            batch_size=batch_size,
-            show=show,
-        )
-        yield from continued(
-            loaded,
-            decoder,
-            texts,
-            rows,
-            num_samples=settings.num_samples,
-            seed=seed,
-            indices=indices,
-            token_healing=token_healing,
-        )
+        shared: dict[str, Any] = {
+            "rows": len(rows),
+            "eos_ids": eos_ids,
+            "stops": stops,
+            "prefill_chunk": prefill_chunk,
+            "batch_size": batch_size,
+        }
+        choices = {"seed": seed, "indices": indices, "token_healing": token_healing}
+
+        def answers(decoder: Decoder, texts: Texts) -> Iterator[dict[str, Any]]:
+            samples = settings.num_samples
+            return continued(loaded, decoder, texts, rows, num_samples=samples, **choices)
+
+        if compare:
+            loaded.unroll()  # once for both decoders
+        cache = {"policy": policy, "cache_dtype": cache_dtype}
+        decoder, texts = decoder_and_texts(loaded, settings, show=show, **cache, **shared)
+        if not compare:
+            yield from answers(decoder, texts)
+        else:
+            full, full_texts = decoder_and_texts(loaded, settings, **shared)
+            agreement = Agreement()
+            yield from compared(answers(decoder, texts), answers(full, full_texts), agreement)
         if jax.process_index() == 0:
             print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+            if compare:
+                print(_costs(full.stats, "full", None), agreement, sep="\n", file=sys.stderr)
 
 
 def continued(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,17 +65,23 @@ class Run:
         return {name: values.groupby(level="step").last() for name, values in every.items()}
 
 
-def from_directories(directories: Mapping[str, str]) -> list[Run]:
+def from_directories(directories: Mapping[str, str]) -> dict[str, Run]:
     """Returns runs by name.
 
     Raises:
       FileNotFoundError: a directory holds no metrics.
-      ValueError: a file of metrics is damaged, or a run has not been evaluated.
+      ValueError: a file of metrics is damaged, or no run has been evaluated. A run that has not been evaluated yet, beside
+        others, is named on standard error and left out.
     """
-    runs = []
+    runs: dict[str, Run] = {}
+    refusals = []
     for name, directory in directories.items():
         rows = metric_rows.read_rows(directory)
-        evaluation = metric_rows.last_evaluation(name, rows)
+        try:
+            evaluation = metric_rows.last_evaluation(name, rows)
+        except metric_rows.NotEvaluatedError as error:
+            refusals.append(error)
+            continue
         for domain, values in evaluation["domains"].items():
             if "loss" not in values:
                 raise ValueError(
@@ -82,7 +89,11 @@ def from_directories(directories: Mapping[str, str]) -> list[Run]:
                     f"compare: remove the row, or evaluate {domain} again."
                 )
         arm = name.replace("_", " ")
-        runs.append(Run(arm, None, **evaluation, rows=rows, objective=objective.read(directory)))
+        runs[name] = Run(arm, None, **evaluation, rows=rows, objective=objective.read(directory))
+    if not runs:
+        raise refusals[0]
+    for refusal in refusals:
+        print(f"Left out: {refusal}", file=sys.stderr)
     return runs
 
 

@@ -36,6 +36,24 @@ class LoadedRun:
         return self.config.model
 
     @property
+    def size(self) -> int:
+        """The number of parameters."""
+        import jax
+
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def unroll(self) -> None:
+        """Replaces stacked layers by unrolled ones, once for several decoders and scorers of the run."""
+        import jax
+
+        from model.transforms import layer_stack
+
+        model, config = self.model, self.model.config
+        if config.scan_layers:
+            self.params = jax.jit(lambda params: layer_stack.unroll(params, config))(self.params)
+            self.config = dataclasses.replace(self.config, model=layer_stack.unrolled(model))
+
+    @property
     def encodes(self) -> bool:
         """Whether the model is an encoder-decoder."""
         return self.model.row == "inputs_and_targets"

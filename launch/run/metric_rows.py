@@ -11,6 +11,10 @@ from trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/SOURCE/METRIC
 
 
+class NotEvaluatedError(ValueError):
+    """A run without held-out metrics."""
+
+
 def named(directories: Sequence[str]) -> dict[str, str]:
     """Returns directories by name: the shortest end of each path that is unique."""
     parts = [pathlib.Path(directory).resolve().parts for directory in directories]
@@ -43,10 +47,12 @@ def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the newest held-out metrics by domain."""
+    """Returns the newest held-out metrics by domain; raises NotEvaluatedError if there are none."""
     evaluated = [row for row in rows if any(key.startswith(_HELD_OUT) for key in row)]
     if not evaluated:
-        raise ValueError(f"run {name!r} has no held-out evaluation yet: let it reach its end.")
+        raise NotEvaluatedError(
+            f"run {name!r} has no held-out evaluation yet: let it reach its end."
+        )
     domains: dict[str, dict[str, float]] = {}
     for key, value in evaluated[-1].items():
         if key.startswith(_HELD_OUT):

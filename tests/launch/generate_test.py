@@ -86,6 +86,32 @@ def test_one_prompt_goes_to_standard_output(command, capsys, trained_run):
     assert said.out.endswith("\n") and "tokens/s" not in said.out
 
 
+def test_a_cache_policy_is_compared_with_the_full_cache(generate, command, capsys, trained_run):
+    rows = [{"text": "import os, sys, json\n\n\ndef main(arguments):\n"}, {"text": "x"}]
+    alone = generate(rows)
+    capsys.readouterr()
+    small = ("--cache_policy=streaming_llm", "--cache=capacity=4", "--cache=sinks=1")
+    policy = generate(rows, *small)
+    both = generate(rows, *small, "--compare")
+    said = capsys.readouterr().err
+    equal = 0
+    for row, one, full in zip(both, policy, alone, strict=True):
+        assert row["tokens"] == one["tokens"] and row["full"]["tokens"] == full["tokens"]
+        assert row["full"]["text"] == full["text"]
+        same = row["same_tokens"]
+        assert row["tokens"][:same] == full["tokens"][:same]
+        assert row["tokens"][same : same + 1] != full["tokens"][same : same + 1] or same == 6
+        equal += row["tokens"] == full["tokens"]
+    assert both[1]["same_tokens"] == 6  # one token and the new ones fit in the cache's capacity
+    assert f"{equal} of 2 continuations equal the full cache's" in said
+    assert "cache (streaming_llm capacity=4 sinks=1)" in said and "cache (full)" in said
+    flags = (f"--checkpoint={trained_run.path}", "--prompt=x", "--max_new_tokens=3", "--compare")
+    assert command("generate", *flags, *small) == 0
+    assert capsys.readouterr().out.endswith("--- full cache: the same\n")
+    assert generate(rows, "--compare") == 2
+    assert "give --cache_policy=NAME" in capsys.readouterr().err
+
+
 def test_tokens_need_no_vocabulary(generate, capsys):
     rows = [{"tokens": [5, 6, 7]}, {"tokens": [8]}]
     want = generate(rows, "--eos_id=-1")

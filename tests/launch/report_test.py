@@ -43,6 +43,16 @@ def test_the_last_evaluation_of_each_run(tmp_path, capsys):
     assert "b arm" in table and "4.500  2.250" in table
 
 
+def test_a_run_that_was_not_evaluated_yet_is_left_out_by_name(tmp_path, capsys):
+    a = write_run(tmp_path / "a", {"text": 3.0})
+    b = write_run(tmp_path / "b", {})
+    assert report.main(["--runs", b, a, "--out", str(tmp_path / "out")]) == 0
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())) == ["a"]
+    assert "Left out: run 'b' has no held-out evaluation" in capsys.readouterr().err
+    assert report.main(["--runs", b, "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
+
+
 def write_other(folder, objective, unit, **metrics):
     """A run of another objective with a held-out loss of 0.5 and further held-out metrics."""
     folder.mkdir()
@@ -85,7 +95,7 @@ def test_runs_of_different_objectives_have_their_own_units_and_axes(tmp_path, ca
         "Other metrics of training",
     ]
     assert "<title>dpo: 0.750</title>" in text and "<title>dpo, step 2: 0.500</title>" in text
-    read = reported.from_directories(metric_rows.named(runs))
+    read = list(reported.from_directories(metric_rows.named(runs)).values())
     groups = {group[0].arm: group for group in page._kinds(read)}
     assert groups["dpo"][0].kind == ("preference (dpo)", "per pair")
     for metric, unit in (("loss", "per pair"), ("accuracy", "share")):

@@ -7,7 +7,6 @@ from typing import Any
 from data.text import spelling
 from launch.run.load_run import LoadedRun, LoadError
 from model.kernels.platform import target_platform
-from model.transforms import layer_stack
 
 _LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # in the harness's order
 _MAX_LENGTH = 2048  # if the model has no maximum length, as in the harness
@@ -18,16 +17,6 @@ _CACHE = "cache_"  # prefix of the policy's settings in model_args
 def default_batch_tokens() -> int:
     # Few tokens saturate a CPU, and small batches have less padding.
     return 2048 if target_platform() == "cpu" else 16384
-
-
-def unroll(run: LoadedRun) -> None:
-    """Replaces the stacked layers of a run by unrolled ones, once for all users of the run."""
-    import jax
-
-    model, config = run.model, run.model.config
-    if config.scan_layers:
-        run.params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
-        run.config = dataclasses.replace(run.config, model=layer_stack.unrolled(model))
 
 
 def computing_in(dtype: str, model: Any) -> Any:

@@ -127,7 +127,8 @@ class EspalierLM(TemplateLM):
                 f"The run of {checkpoint} has no vocabulary, which the harness needs. Import the model with "
                 "its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
             )
-        arguments.unroll(self._run)
+        print(f"loaded {self._run.size:,} parameters of {checkpoint}", file=sys.stderr, flush=True)
+        self._run.unroll()
         self.checkpoint = checkpoint
         self.max_gen_toks = max_gen_toks
         self.max_length = arguments.max_length(self._run, max_length)
@@ -340,7 +341,7 @@ class EspalierLM(TemplateLM):
         leaves = jax.tree.leaves(self._run.params)
         return {
             "checkpoint": self.checkpoint,
-            "model_num_parameters": sum(leaf.size for leaf in leaves),
+            "model_num_parameters": self._run.size,
             "model_dtype": str(leaves[0].dtype),
             "max_length": self.max_length,
         }

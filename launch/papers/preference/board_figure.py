@@ -21,7 +21,7 @@ _PANELS = (
     ("reward", "reward", None, "mean"),
     ("entropy of the likeliest\noutputs, chosen dashed", "entropy", "entropy_chosen", "bits"),
     ("mass of the likeliest\noutputs, chosen dashed", "mass", "mass_chosen", "probability"),
-    ("diversity of outputs (EAD)", "ead", None, "1: as uniform draws"),
+    ("diversity of outputs (EAD)", "ead", None, "relative to uniform draws"),
     ("log-ratio to the reference (KL)", "kl", None, "nats per output"),
     ("length of outputs", "length", None, "tokens"),
     ("outputs that ended", "ended", None, "share"),
@@ -44,7 +44,8 @@ def draw(runs: Sequence[Run]) -> Any:
     figure, axes = panels.panels(columns, size, rows=rows)
     colours = panels.colours(len(runs))
     for one, (title, solid, dashed, unit) in zip(axes, shown, strict=False):
-        one.set_title(title, fontsize=10)
+        # The part of the title after the comma explains the dashed line.
+        one.set_title(title if dashed in there else title.partition(",")[0], fontsize=10)
         one.set_ylabel(unit, fontsize=9)
         one.set_xlabel("updates", fontsize=9)
         for run, colour in zip(runs, colours, strict=True):

@@ -59,6 +59,7 @@ def test_given_completions_are_run_and_scored(evaluate, solutions, capsys):
     ]
     assert rows[3]["detail"] == "AssertionError"
     assert scores["problems"] == "mbpp" and scores["num_problems"] == 3
+    assert scores["file"].endswith(".jsonl")
     assert scores["pass_at_k"] == {"1": pytest.approx(2 / 3), "2": 1.0}
     assert scores["statuses"] == {"passed": 4, "failed": 2}
     assert "pass@1     0.6667" in capsys.readouterr().out

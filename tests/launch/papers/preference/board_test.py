@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import report
-from launch.papers.preference import board_series
+from launch.papers.preference import board_figure, board_series
 from launch.plots import panels
 from trainers.preference.indicators import samples
 
@@ -105,6 +105,16 @@ def test_a_board_is_one_file(runs, tmp_path, capsys, ending):
         assert "fell from −1.00 to −1.40 nats" in page
     else:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
+
+
+def test_a_title_names_dashed_lines_only_if_there_are_some(runs):
+    figure = board_figure.draw([board_series.read("hot", runs[0])])
+    titles = {axes.get_title() for axes in figure.axes}
+    assert {
+        "LLH\nchosen, rejected dashed",
+        "loss\ntraining",
+        "entropy of the likeliest\noutputs",
+    } < titles
 
 
 def test_what_cannot_be_drawn_is_an_error(runs, tmp_path, capsys):
