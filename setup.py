@@ -37,6 +37,7 @@ CORE = [
     "safetensors>=0.5",
     "tokenizers>=0.21",
     "jinja2>=3.1",
+    "pyyaml>=6",
     "annotated-types>=0.7",
     "gguf>=0.17",
     "importlib_resources>=6",  # TFDS 4.9.10 uses it to build sets without declaring it
@@ -86,7 +87,6 @@ EXTRAS = {
         "pre-commit>=4",
         "detect-secrets>=1.5",
         "psutil>=6",
-        "pyyaml>=6",
         *TEXT,
         *EVAL,
         *VISION,

@@ -124,6 +124,7 @@ def register_features(
     origin: str,
     features: Mapping[str, Any],
     facts: Mapping[str, Any],
+    **task: Any,
 ) -> None:
     """Registers a task over a source whose features need no preprocessing.
 
@@ -133,6 +134,7 @@ def register_features(
       origin: name of the registering function; a later call of the same function replaces the task.
       features: feature -> vocabulary of its ids; None for a float32 feature.
       facts: recorded with a run.
+      **task: further arguments of `seqio.TaskRegistry.add`.
 
     Raises:
       ValueError: another task has this name.
@@ -153,6 +155,7 @@ def register_features(
             )
             for feature, vocabulary in features.items()
         },
+        **task,
     )
 
 
@@ -178,11 +181,7 @@ def register_generated(
     Raises:
       ValueError: the vocabulary lacks one of `symbols`, the characters of the documents.
     """
-    if missing := [s for s in symbols if vocabulary.unk_id in vocabulary.encode(s)]:
-        raise ValueError(
-            f"{vocabulary} lacks {''.join(missing)!r}, characters of the generated documents: set "
-            f"vocabularies.characters.symbols = {symbols!r}."
-        )
+    check_symbols(vocabulary, symbols)
     for source in generated:
         register_source(
             source.name,
@@ -193,6 +192,15 @@ def register_generated(
             add_eos=add_eos,
         )
     register_mixture(mixture, dict.fromkeys((source.name for source in generated), 1.0))
+
+
+def check_symbols(vocabulary: Any, symbols: str) -> None:
+    """Raises ValueError if a vocabulary lacks one of the characters of generated documents."""
+    if missing := [s for s in symbols if vocabulary.unk_id in vocabulary.encode(s)]:
+        raise ValueError(
+            f"{vocabulary} lacks {''.join(missing)!r}, characters of the generated documents: set "
+            f"vocabularies.characters.symbols = {symbols!r}."
+        )
 
 
 def prepend_bos(dataset, output_features):
@@ -255,6 +263,11 @@ def clear() -> None:
 def sources() -> dict[str, Any]:
     """Returns {task: data source} of the tasks that this module registered."""
     return {name: facts["source"] for name, facts in _TASKS.items()}
+
+
+def registered(origin: str) -> dict[str, dict[str, Any]]:
+    """Returns {task: its source and facts} of the tasks that a function registered."""
+    return {name: facts for name, facts in _TASKS.items() if facts["origin"] == origin}
 
 
 def vocabulary(task_name: str) -> Any:

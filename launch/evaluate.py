@@ -1,4 +1,4 @@
-"""Evaluates a run: held-out loss, SeqIO metrics, pass@k, a paper's suite, win rates or expert routing.
+"""Evaluates a run: held-out loss, SeqIO metrics, rank classification, pass@k, a paper's suite, win rates or expert routing.
 
   python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
   python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval
@@ -11,6 +11,7 @@ from launch import cli
 COMMANDS = {
     "loss": "launch.evaluation.held_out",
     "seqio": "launch.evaluation.seqio",
+    "ranks": "launch.evaluation.ranks",
     "code": "launch.evaluation.code",
     "skills": "launch.evaluation.skills",
     "harness": "launch.evaluation.harness",

@@ -37,7 +37,7 @@ MODELS = sorted({path.stem for path in (CONFIGS / "models").glob("*.gin")} - ABS
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preparation/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
-CHATS = {"chat"}  # which runs/finetune.gin learns
+CHATS = {"chat", "instructions_decoder"}  # which runs/finetune.gin learns
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 # Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
@@ -328,6 +328,8 @@ REQUIRED = {
     "nexus_full": [*FOLDERS, "SHARES={'arxiv': 1.0}"],
     "code_mix_full": [*FOLDERS, "MBPP='m'", "SHARES={'text': 1.0}"],
     "files": ["FILES='my_data/*.jsonl'"],
+    "instructions": ["TOKENIZER='t'", "INSTRUCTIONS_DIR='d'", "TRAIN_SETS={'a': ['b']}"],
+    "t0": ["TOKENIZER='t'", "INSTRUCTIONS_DIR='d'"],
     "hf_files": ["FILES='my_data/*.jsonl'", "TOKENIZER='my_run/tokenizer'"],
     "mixtures": ["MIXTURES_MODULE='my_tasks'"],
     "tfds": ["TFDS_NAME='my_set:1.0.0'"],
@@ -422,15 +424,22 @@ def test_an_experiment_makes_a_program(file):
     assert arguments.get("tasks") or arguments["recipe"].inputs_spec.unit == "images"
 
 
-def test_conversations_make_a_run_with_nothing_left_to_set_or_unused():
-    names = ("models/tiny", "data/chat", "runs/finetune")
+@pytest.mark.parametrize(
+    ("data", "bindings"),
+    [
+        ("chat", ["CHATS='x.jsonl'"]),
+        ("instructions_decoder", ["INSTRUCTIONS_DIR='d'", "TRAIN_SETS={'a': ['b']}"]),
+    ],
+)
+def test_conversations_make_a_run_with_nothing_left_to_set_or_unused(data, bindings):
+    names = ("models/tiny", f"data/{data}", "runs/finetune")
     config = gin_config.load(
         [f"t5x_configs/{name}.gin" for name in names],
         [
             "MODEL_DIR='/tmp/x'",
             "INITIAL_CHECKPOINT_PATH='/tmp/y'",
-            "CHATS='x.jsonl'",
             "TOKENIZER='t'",
+            *bindings,
         ],
         entry="launch.train:train",
     )

@@ -48,7 +48,7 @@ def make_stream(
     batch_size: Size,
     seed: Seed = 0,
     split: str = "train",
-    shares: Mapping[str, NonNegative] | None = None,
+    shares: Mapping[str, NonNegative] | Literal["rates"] | None = None,
     packing: Packing = "best_fit",
     interleaving: schedule.Interleaving = "error_diffusion",
     max_epochs: repeats.MaxEpochs | None = None,
@@ -64,7 +64,8 @@ def make_stream(
         mixture_or_task_name: registered with SeqIO, its tasks by `register_chats`.
         task_feature_lengths: {'targets': tokens of a row}, which is also the maximum length of a conversation. Longer
             ones are truncated at their end, and dropped if nothing to learn remains; `summary()` counts both.
-        shares: set -> its share of the tokens, normalised; None reads all sets equally often.
+        shares: set -> its share of the tokens, normalised; 'rates' takes the mixture's rates; None reads all
+            sets equally often.
         packing: 'best_fit' puts as many conversations in a row as fit, and attention does not cross their
             boundaries; 'examples' puts one in a row.
 
@@ -79,7 +80,7 @@ def make_stream(
         functools.partial(plan_chats, feature_lengths=task_feature_lengths, packing=packing),
         split=split,
         weights="tokens" if shares is None else "rates",
-        phases=None if shares is None else ((0, shares),),
+        phases=None if shares in (None, "rates") else ((0, shares),),
         max_epochs=max_epochs,
         cache_dir=cache_dir,
         changed_cache=changed_cache,

@@ -18,7 +18,7 @@ class TfdsSource(DataSource):
     """Reads a prepared TFDS set; never downloads. Also provides texts to train a vocabulary from."""
 
     tfds_name: str  # name, config and version: `name/config:1.2.3`
-    text_key: str  # feature that holds the text
+    text_key: str | None  # feature that holds the text; None if only `as_dataset` is used
     # split of the task -> split or slice of the set; None for `train` and `validation`, if the set
     # has them
     wanted_splits: Mapping[str, str] | None
@@ -63,7 +63,7 @@ class TfdsSource(DataSource):
     def check(self) -> None:
         """Raises ValueError if the set, the feature or a split does not exist."""
         info = self.builder.info
-        if self.text_key not in info.features:
+        if self.text_key is not None and self.text_key not in info.features:
             raise ValueError(
                 f"TFDS set {self.tfds_name!r} has no feature {self.text_key!r}; present are "
                 f"{', '.join(map(repr, sorted(info.features)))}. Correct text_key"
@@ -124,6 +124,13 @@ class TfdsSource(DataSource):
         Raises:
           FileNotFoundError: the set is not prepared.
         """
+        text_key = self.text_key
+        return self.as_dataset(split, shuffle, seed, shard_info).map(
+            lambda example: {"text": example[text_key], "document_id": example["tfds_id"]}
+        )
+
+    def as_dataset(self, split: str, shuffle=True, seed=None, shard_info=None):
+        """Returns the examples of a split with all features and `tfds_id`; errors as of `get_dataset`."""
         import tensorflow as tf
         import tensorflow_datasets as tfds
 
@@ -133,7 +140,7 @@ class TfdsSource(DataSource):
                 num_input_pipelines=shard_info.num_shards, input_pipeline_id=shard_info.index
             )
         try:
-            dataset = self.builder.as_dataset(
+            return self.builder.as_dataset(
                 split=self._wanted(split), shuffle_files=shuffle, read_config=config
             )
         except AssertionError:
@@ -142,7 +149,3 @@ class TfdsSource(DataSource):
                 f"on a machine with access to its source: tfds build {self.tfds_name}, then set "
                 "data_dir"
             ) from None
-        text_key = self.text_key
-        return dataset.map(
-            lambda example: {"text": example[text_key], "document_id": example["tfds_id"]}
-        )

@@ -1,5 +1,7 @@
 """Renders chat templates with jinja2; runs in the child process of data/tokenizers/chat_sandbox.py.
 
+`sandbox`, `pieces` and `message` serve other templates too (data/instructions/renderer.py).
+
 jinja2's immutable sandbox keeps templates from files and from Python's internal attributes. Time and memory are
 limited from outside, by the process; here are only the limits that have a clearer message.
 """
@@ -8,7 +10,7 @@ import contextvars
 import datetime
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -35,31 +37,41 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # the template is untrusted code and can raise anything
-        return {"error": _message(error)[:_MAX_MESSAGE]}
+        return {"error": message(error)}
 
 
 def _render(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    pieces: list[str] = []
+    texts: list[str] = []
     marked: list[tuple[int, int]] = []
     length, is_known = 0, True
-    tokens = _spans.set(spoken := []), _steps.set([MAX_STEPS])
+    token = _spans.set(spoken := [])
     try:
-        for piece in _compiled(source).generate(**values):
+        for piece in pieces(_compiled(source), values):
             # A marked block is one piece; `_mark` has recorded it before jinja2 yields the piece.
             while spoken:
                 text = spoken.pop(0)
                 is_known &= piece == text or piece.count(text) == 1
                 start = length + piece.find(text)
                 marked.append((start, start + len(text)))
-            pieces.append(piece)
+            texts.append(piece)
+            length += len(piece)
+        is_known &= not spoken
+    finally:
+        _spans.reset(token)
+    return {"text": "".join(texts), "spans": marked if is_known else None}
+
+
+def pieces(template: jinja2.Template, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the rendered text in pieces; its length and the steps of its ranges are limited."""
+    length, token = 0, _steps.set([MAX_STEPS])
+    try:
+        for piece in template.generate(**values):
             length += len(piece)
             if length > MAX_LENGTH:
                 raise OverflowError(f"it renders more than {MAX_LENGTH:,} characters")
-        is_known &= not spoken
+            yield piece
     finally:
-        _spans.reset(tokens[0])
-        _steps.reset(tokens[1])
-    return {"text": "".join(pieces), "spans": marked if is_known else None}
+        _steps.reset(token)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -124,27 +136,33 @@ def _range(*args):
     return counted
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+def sandbox(**options: Any) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Returns jinja2's immutable sandbox with safe forms of its functions; `options` are jinja2's."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
     del environment.globals["lipsum"]
     environment.globals.update(
-        raise_exception=_raise_exception,
-        strftime_now=_strftime_now,
         range=_range,
         namespace=_Namespace,
         dict=lambda *args, **kwargs: dict(*args, **kwargs),  # not the class, which has attributes
     )
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    environment = sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment.from_string(source)
 
 
-def _message(error: Exception) -> str:
-    message = str(error) or type(error).__name__
+def message(error: Exception) -> str:
+    """Returns an error of a template as text."""
+    text = str(error) or type(error).__name__
     if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"syntax error in line {error.lineno}: {message}"
-    if type(error) is jinja2.TemplateError:  # raised by the template itself
-        return message
-    return f"{type(error).__name__}: {message}"
+        text = f"syntax error in line {error.lineno}: {text}"
+    elif type(error) is not jinja2.TemplateError:  # which the template itself raises
+        text = f"{type(error).__name__}: {text}"
+    return text[:_MAX_MESSAGE]

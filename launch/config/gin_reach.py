@@ -84,7 +84,10 @@ _SLOTS = {
 
 # Entry functions, with the arguments that their commands always pass from flags.
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
-FLAGS: dict[str, tuple[str, ...]] = {"launch.evaluation.held_out.evaluate": _OF_EVALUATE}
+FLAGS: dict[str, tuple[str, ...]] = {
+    "launch.evaluation.held_out.evaluate": _OF_EVALUATE,
+    "launch.evaluation.ranks.evaluate": ("checkpoint", "params", "json_file"),
+}
 
 
 def passed(owner: Any, parameter: str) -> tuple[str, ...]:

@@ -1,0 +1,150 @@
+"""Rank classification: accuracy of the most probable answer choice, for each prompt template of held-out tasks.
+
+Example, after a run with t5x_configs/data/instructions.gin (docs/instructions.md):
+
+  python -m launch.evaluate ranks --checkpoint=/runs/tuned --trust_config --json=/tmp/ranks.json
+
+Every answer choice is scored by its log-likelihood after the prompt, as a sum and per token. A set's accuracy is the
+median over templates; a task's is the mean over its sets, and the result is the mean over tasks. The tasks are those of
+the run's config.gin, and reading it calls the functions that it names, hence --trust_config. --gin.HELD_OUT evaluates
+others.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from launch import cli
+from launch.inference import row_files
+from launch.run import load_run
+from launch.run.load_run import LoadError, RunConfig
+
+GIN = "t5x_configs/runs/evaluate_ranks.gin"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.evaluation.ranks:evaluate",
+        command="evaluate ranks",
+        extra_flags=_add_flags,
+        run=_run,
+        default_files=lambda flags: load_run.whole_files(
+            flags.checkpoint, flags.gin_file, trust_config=flags.trust_config, own=GIN
+        ),
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = load_run.add_flags(parser)
+    load_run.add_trust_flag(group)
+    group.add_argument("--json", metavar="FILE", help="also writes the results here")
+
+
+def _run(start: cli.Start) -> None:
+    flags = start.flags
+    if flags.json:
+        row_files.check_output(flags.json, "json")
+    start(checkpoint=flags.checkpoint, params=flags.params, json_file=flags.json)
+
+
+def evaluate(
+    *,
+    config: RunConfig,
+    register: Sequence[Callable[[], Any]],
+    checkpoint: str = "",
+    params: str = "auto",
+    json_file: str | None = None,
+) -> dict[str, Any]:
+    """Ranks the answer choices of held-out tasks, and prints the accuracies.
+
+    Args:
+      config: configuration of the checkpoint's run.
+      register: functions that register SeqIO tasks, one of them with held-out tasks.
+      checkpoint: step or run directory.
+      params: see launch/run/load_run.py.
+      json_file: path of a JSON file with the results.
+
+    Returns:
+      {"accuracy", "accuracy_per_token", "tasks": {task: {the same, "templates": {set: {template: the same}}}}}.
+
+    Raises:
+      LoadError: there are no held-out tasks, or they have another vocabulary than the run.
+    """
+    import jax
+
+    from data import cpu_tensorflow, tasks
+    from data.instructions.tasks import ORIGIN
+    from launch.evaluation import seqio_tasks
+
+    cpu_tensorflow.load()
+    for call in register:
+        call()
+    held_out = {
+        name: facts for name, facts in tasks.registered(ORIGIN).items() if "held_out" in facts
+    }
+    if not held_out:
+        raise LoadError(
+            "There are no held-out tasks: give --gin_file=t5x_configs/data/instructions.gin or a file that includes it, "
+            "and set HELD_OUT = {'task': ['set', ...]}."
+        )
+    accuracies = {}
+    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
+        model = seqio_tasks.answers_of(run, max_new_tokens=1)
+        for name in held_out:
+            task = seqio_tasks.find(name, "validation")
+            seqio_tasks.check_vocabulary(task, run.vocabulary)
+            evaluator = seqio_tasks.evaluator(task, "validation", None)
+            scores = model.scores(seqio_tasks.examples(evaluator, task))
+            accuracies[name] = dict(seqio_tasks.compute(evaluator, task, None, scores))
+    results = summarised(held_out, accuracies)
+    if jax.process_index() == 0:
+        print(_table(results))
+        if json_file:
+            document = {"checkpoint": os.path.abspath(checkpoint), "params": params, **results}
+            with open(json_file, "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def summarised(
+    held_out: Mapping[str, Mapping[str, Any]], accuracies: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Returns the results of `evaluate`.
+
+    Args:
+      held_out: SeqIO task -> {"held_out": evaluated task, "set", "template"}.
+      accuracies: SeqIO task -> its metrics.
+    """
+    from data.instructions import ranking
+
+    templates: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, facts in held_out.items():
+        sets = templates.setdefault(facts["held_out"], {})
+        sets.setdefault(facts["set"], {})[facts["template"]] = accuracies[name]
+    tasks = {task: {**ranking.summary(sets), "templates": sets} for task, sets in templates.items()}
+    means = {
+        metric: statistics.fmean(each[metric] for each in tasks.values())
+        for metric in ranking.METRICS
+    }
+    return {**means, "tasks": tasks}
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    rows = {**results["tasks"], "mean": results}
+    width = max(map(len, rows))
+    lines = [f"{'task':{width}}  accuracy  per token"]
+    lines += [
+        f"{name:{width}}  {each['accuracy']:8.4f}  {each['accuracy_per_token']:9.4f}"
+        for name, each in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
