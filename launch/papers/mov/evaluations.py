@@ -1,0 +1,167 @@
+"""What the sweep evaluates after a run: accuracies of held-out compositions, and what routers choose on them.
+
+Shapes: N examples, S and T tokens of inputs and targets, L layers, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.mov import compositions
+from launch.papers.mov import rows
+
+ROWS = 32  # of each composition and template, in what routers read
+SEED = 1  # of these rows, the same for all runs
+KINDS = ("attention", "cross_attention", "mlp")
+STACKS = ("encoder", "decoder")
+_PROBABILITIES = "router_probs"
+
+
+def ranks(run_dir: str) -> dict[str, Any]:
+    """Returns what `launch.evaluate ranks` measures: mean accuracies, and by task and template."""
+    from launch.config import gin_config
+    from launch.evaluation import ranks
+    from launch.run import load_run
+
+    files = load_run.whole_files(run_dir, (), trust_config=True, own=ranks.GIN)
+    config = gin_config.load(
+        [], ["TRAIN_SETS={}"], entry="launch.evaluation.ranks:evaluate", defaults=files
+    )
+    found = ranks.evaluate(**{**config.arguments(), "checkpoint": run_dir})
+    tasks = {}
+    for name, values in found.pop("tasks").items():
+        (templates,) = values.pop("templates").values()
+        tasks[name] = {
+            **values,
+            "templates": {x: round(y["accuracy"], 5) for x, y in templates.items()},
+        }
+    return {**found, "tasks": tasks}
+
+
+def routing(run_dir: str) -> dict[str, Any]:
+    """Returns what a run's routers choose on held-out compositions, by kind of site and layer, the encoder's first.
+
+    Returns:
+      {"chosen": {composition: {kind: [layer][expert]}}, the share of tokens whose first choice an expert is;
+      "distances": {kind: [layer]: {"tasks", "templates"}}}, how far the mean probabilities of two compositions lie apart
+      under one template, and those of two templates of one composition, as total variation. A kind is one of KINDS;
+      its sites (keys and values, all heads) count alike.
+    """
+    from launch.run import load_run
+
+    with load_run.config_of(run_dir).load(run_dir, encoder_decoders=True) as run:
+        probable, chosen = {}, {}
+        for pair in compositions.split_pairs(0)[1]:
+            by_template = [_shares(run, *_texts(pair, x)) for x in rows.TEMPLATES.values()]
+            name = rows.name_of(pair)
+            probable[name] = [each["probable"] for each in by_template]
+            chosen[name] = {
+                kind: np.mean([x["chosen"][kind] for x in by_template], 0).round(4).tolist()
+                for kind in by_template[0]["chosen"]
+            }
+    return {"chosen": chosen, "distances": distances(probable)}
+
+
+def _texts(pair: compositions.Pair, template: str) -> tuple[list[str], list[str]]:
+    """Returns inputs and right answers."""
+    drawn = rows.draw([pair], ROWS, np.random.default_rng(SEED))
+    inputs = [template.format(**row) for row in drawn]
+    return inputs, [row["choices"][row["label"]] for row in drawn]
+
+
+def _shares(run: Any, inputs: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    """Returns mean probabilities and shares of first choices, {kind: [L, E]}."""
+    import jax.numpy as jnp
+
+    vocabulary = run.vocabulary
+    inputs_NS, answers_NT = (
+        _padded([[*vocabulary.encode(text), vocabulary.eos_id] for text in texts])
+        for texts in (inputs, answers)
+    )
+    targets_NT = np.pad(answers_NT, ((0, 0), (1, 0)))[:, :-1]
+    real_NT = (answers_NT != 0).astype(np.int32)
+    _, written = run.model.apply(
+        {"params": run.params},
+        jnp.asarray(targets_NT),
+        encoder_tokens_BS=jnp.asarray(inputs_NS),
+        encoder_segments_BS=jnp.asarray((inputs_NS != 0).astype(np.int32)),
+        segments_BT=jnp.asarray(real_NT),
+        mutable=["intermediates"],
+        method="hidden",
+    )
+    real = {"encoder": inputs_NS != 0, "decoder": answers_NT != 0}
+    return means(written["intermediates"], real)
+
+
+def _padded(ids: Sequence[Sequence[int]], multiple: int = 16) -> np.ndarray:
+    length = -(-max(map(len, ids)) // multiple) * multiple
+    return np.array([[*row, *[0] * (length - len(row))] for row in ids], np.int32)
+
+
+def means(intermediates: Mapping[str, Any], real: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns {"probable", "chosen"}, each {kind: [L, E]}: means over a layer's sites of this kind and over real tokens.
+
+    Args:
+      intermediates: what a model with scanned layers sowed.
+      real: stack -> whether a token is no padding, [N, tokens].
+    """
+    sites: dict[tuple[str, str], list[np.ndarray]] = {}
+    for path, probs in _sown(intermediates):
+        stack, kind = path[0], next((x for x in path if x in KINDS), None)
+        if kind is None:
+            continue
+        # Keys and values of cross-attention are made of the encoder's output.
+        of_inputs = stack == "encoder" or (kind == KINDS[1] and path[-2] in ("key", "value"))
+        sites.setdefault((kind, stack), []).append(
+            _of_layers(probs, real["encoder" if of_inputs else "decoder"])
+        )
+    out: dict[str, dict[str, np.ndarray]] = {"probable": {}, "chosen": {}}
+    for kind in KINDS:
+        stacks = [np.mean(sites[kind, x], axis=0) for x in STACKS if (kind, x) in sites]
+        if stacks:
+            both_2LE = np.concatenate(stacks, axis=1)
+            out["probable"][kind], out["chosen"][kind] = both_2LE
+    return out
+
+
+def _sown(tree: Any, path: tuple[str, ...] = ()) -> Any:
+    for name, value in tree.items():
+        if name == _PROBABILITIES:
+            yield path, np.asarray(value[0], np.float64)
+        elif isinstance(value, Mapping):
+            yield from _sown(value, (*path, name))
+
+
+def _of_layers(probs: np.ndarray, real_NT: np.ndarray) -> np.ndarray:
+    """Returns mean probabilities and shares of first choices [2, L, E] of [L, N, T, E] or, with heads, [L, N, T, H, E]."""
+    probs = probs if probs.ndim == 5 else probs[..., None, :]
+    first = np.eye(probs.shape[-1])[probs.argmax(-1)]
+    weights = real_NT[None, :, :, None, None] / real_NT.sum()
+    return np.stack([(each * weights).sum((1, 2)).mean(1) for each in (probs, first)])
+
+
+def distances(probable: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> dict[str, Any]:
+    """Returns {kind: [{"tasks", "templates"} of each layer]}; see `routing`.
+
+    Args:
+      probable: composition -> for each template {kind: [L, E]}.
+    """
+    out = {}
+    first = next(iter(probable.values()))[0]
+    for kind in first:
+        shares_CPLE = np.array([[x[kind] for x in each] for each in probable.values()])
+        tasks_L = _apart(shares_CPLE)
+        templates_L = _apart(shares_CPLE.swapaxes(0, 1))
+        out[kind] = [
+            {"tasks": round(float(a), 6), "templates": round(float(b), 6)}
+            for a, b in zip(tasks_L, templates_L, strict=True)
+        ]
+    return out
+
+
+def _apart(shares_XYLE: np.ndarray) -> np.ndarray:
+    """Returns the mean total variation [L] between two members of the first axis, over all pairs and the second axis."""
+    one, other = np.triu_indices(len(shares_XYLE), 1)
+    gaps = np.abs(shares_XYLE[one] - shares_XYLE[other]).sum(-1) / 2
+    return gaps.mean((0, 1))
