@@ -108,9 +108,14 @@ def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str,
     first, second = pair
     copy, others = compositions.COPY, rng.permutation([*OPERATIONS])
     wrong = [(first, copy), (second, copy), (second, first), *((first, str(x)) for x in others)]
-    right = text(compositions.solve(pair, letters))
-    made = dict.fromkeys(text(compositions.solve(x, letters)) for x in wrong)
-    choices = [right, *[each for each in made if each != right][: CHOICES - 1]]
+    choices = [text(compositions.solve(pair, letters))]
+    right = choices[0]
+    for other in wrong:
+        made = text(compositions.solve(other, letters))
+        if made not in choices:
+            choices.append(made)
+        if len(choices) == CHOICES:
+            break
     choices = [choices[i] for i in rng.permutation(len(choices))]
     return {
         "first": OPERATIONS[first][0],
