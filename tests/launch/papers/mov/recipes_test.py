@@ -3,13 +3,17 @@
 import functools
 import pathlib
 
+import flax.linen as nn
 import gin
 import jax
 import pytest
+from flax import traverse_util
 
 from launch.config import gin_config
 from launch.papers.mov import full_sweep, parameters, sweep
 from launch.sweeping import file
+from model.adapters import adapter
+from trainers import initialise
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +38,8 @@ def recipe_of(run):
     return load(run).arguments()["recipe"]
 
 
-# Paper's method at full size -> arm, but for its size.
-ARMS = {
-    "(IA)3": "ia3",
-    **{f"LoRA-{rank}": f"lora{rank}" for rank in full_sweep.LORA_RANKS},
-    **{f"MoV-{n}": f"mov{n}" for n in (10, 30, 60)},
-    **{f"MoLORA-{n}": f"molora{n}" for n in full_sweep.MOLORA_EXPERTS},
-}
+# Method -> arm, but for its size. More experts and higher ranks are multiples of them.
+ARMS = {"(IA)3": "ia3", "LoRA-4": "lora4", "MoV-10": "mov10", "MoLORA-10": "molora10"}
 # Per cent of the model's parameters as the paper's shapes give them, by size.
 PER_CENT = {
     "(IA)3": (0.036, 0.019, 0.0097),
@@ -59,7 +58,7 @@ def test_the_table_of_parameters_is_the_papers():
     assert set(PER_CENT) == set(parameters.METHODS)
     for method, expected in PER_CENT.items():
         for size, value in zip(parameters.SIZES, expected, strict=True):
-            assert parameters.per_cent(method, size) == pytest.approx(value, rel=0.02)
+            assert parameters.per_cent(method, size) == pytest.approx(value, rel=0.04)  # two digits
     assert parameters.per_cent("MoV-60", "11B") == pytest.approx(
         parameters.REPORTED["MoV-60", "11B"], rel=0.02
     )
@@ -67,16 +66,14 @@ def test_the_table_of_parameters_is_the_papers():
 
 @pytest.mark.parametrize("size", [*full_sweep.MODELS])
 def test_the_table_counts_the_models_of_full_size(size):
-    runs = runs_of("full_sweep", "/data")
     sizes = parameters.SIZES[size.upper()]
     for method, arm in ARMS.items():
-        run = runs.get(f"{arm}_{size}")
-        if run is None:  # MoV-60 at 770M is not in the paper
-            continue
-        program = recipe_of(run).program(devices=jax.devices()[:1])
-        trained = program.num_params(trained_only=True)
+        model = recipe_of(runs_of("full_sweep", "/data")[f"{arm}_{size}"]).model
+        params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
+        leaves = traverse_util.flatten_dict(params, sep="/")
+        trained = sum(leaf.size for path, leaf in leaves.items() if adapter.is_adapter(path))
         assert trained == parameters.METHODS[method](sizes), method
-        base = program.num_params() - trained
+        base = sum(leaf.size for leaf in leaves.values()) - trained
         assert base == pytest.approx(sizes.parameters, rel=1e-5)
 
 
