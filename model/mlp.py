@@ -36,7 +36,7 @@ class _Mlp(Counted):
       use_bias: biases on all projections.
       dense: factory of the projections.
       dropout: share of the hidden values that training drops before the last projection.
-      adapters: factory that wraps each of them, called with (projection, layer_input=), or None; see
+      adapters: factory that wraps each of them, called with (projection, layer_input=, gate=), or None; see
         model/adapters/adapter.py.
     """
 
@@ -58,13 +58,22 @@ class _Mlp(Counted):
     def _inward(self, name: str, x_BTD: jax.Array) -> jax.Array:
         return self._project(name, self.config.mlp_dim, axes.EMBED, axes.MLP, x_BTD)(x_BTD)
 
-    def _down(self, h_BTF: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    def _down(
+        self, h_BTF: jax.Array, x_BTD: jax.Array, gate_BTF: jax.Array | None = None
+    ) -> jax.Array:
         h_BTF = axes.constrain(h_BTF, axes.BATCH, axes.INNER_LENGTH, axes.ACT_MLP)
         h_BTF = dropped(self, h_BTF, self.dropout)
-        return self._project("down", self.config.embed_dim, axes.MLP, axes.EMBED, x_BTD)(h_BTF)
+        width = self.config.embed_dim
+        return self._project("down", width, axes.MLP, axes.EMBED, x_BTD, gate_BTF)(h_BTF)
 
     def _project(
-        self, name: str, features: int, inward: str, outward: str, x_BTD: jax.Array
+        self,
+        name: str,
+        features: int,
+        inward: str,
+        outward: str,
+        x_BTD: jax.Array,
+        gate_BTF: jax.Array | None = None,
     ) -> Any:
         dense = self.dense(
             features=features,
@@ -74,7 +83,9 @@ class _Mlp(Counted):
             param_dtype=self.config.storage_dtype,
             name=name,
         )
-        return dense if self.adapters is None else self.adapters(dense, layer_input=x_BTD)
+        if self.adapters is None:
+            return dense
+        return self.adapters(dense, layer_input=x_BTD, gate=gate_BTF)
 
 
 class GatedMlp(_Mlp):
@@ -87,7 +98,8 @@ class GatedMlp(_Mlp):
         del segments_BT  # every token by itself, padding like any other
         act = activation(self.activation)
         gate_BTF, up_BTF = self._inward("gate", x_BTD), self._inward("up", x_BTD)
-        return self._down(act(gate_BTF) * up_BTF, x_BTD)
+        gate_BTF = act(gate_BTF)
+        return self._down(gate_BTF * up_BTF, x_BTD, gate_BTF)
 
 
 class Mlp(_Mlp):

@@ -150,7 +150,10 @@ LEVELS = {
         ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
         ("data_source", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
-        ("chats", "code_mix", "distillation", "nexus", "preference", "prompts", "snapkv", "t5"),
+        (
+            *("chats", "code_mix", "distillation", "instructions", "mov", "nexus", "preference"),
+            *("prompts", "snapkv", "t5"),
+        ),
     ),
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),

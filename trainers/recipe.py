@@ -167,9 +167,10 @@ class Recipe:
             length=self.inputs_spec.length,
             boxed_params=boxed,
         )
-        mask = trainable.mask_of(self.trainable, boxed)
         shapes = initialise.shapes_of(boxed)
+        # Before the mask: without adapters, the pattern of what is trained matches nothing, but is not the cause.
         reports = [line for report in self.reports for line in report(shapes)]
+        mask = trainable.mask_of(self.trainable, boxed)
         optimizer = self._make_optimizer(boxed)
         make_state = functools.partial(self._make_state, optimizer=optimizer, mask=mask)
         abstract = jax.eval_shape(make_state, variables)

@@ -74,7 +74,8 @@ def evaluate(
       {"accuracy", "accuracy_per_token", "tasks": {task: {the same, "templates": {set: {template: the same}}}}}.
 
     Raises:
-      LoadError: there are no held-out tasks, or they have another vocabulary than the run.
+      LoadError: there are no held-out tasks, or they have another form or vocabulary than the run.
+      DataError: a template does not fit a row.
     """
     import jax
 
@@ -83,16 +84,27 @@ def evaluate(
     from launch.evaluation import seqio_tasks
 
     cpu_tensorflow.load()
+    earlier = tasks.registered(ORIGIN)  # of another call in this process
     for call in register:
         call()
     held_out = {
-        name: facts for name, facts in tasks.registered(ORIGIN).items() if "held_out" in facts
+        name: facts
+        for name, facts in tasks.registered(ORIGIN).items()
+        if "held_out" in facts and facts is not earlier.get(name)
     }
     if not held_out:
         raise LoadError(
             "There are no held-out tasks: give --gin_file=t5x_configs/data/instructions.gin or a file that includes it, "
             "and set HELD_OUT = {'task': ['set', ...]}."
         )
+    form = "encoder_decoder" if config.model.row == "inputs_and_targets" else "decoder"
+    for name, facts in held_out.items():
+        if facts["form"] != form:
+            raise LoadError(
+                f"The task {name!r} has form = {facts['form']!r}, but the run's model is of the form {form!r}: set "
+                f"FORM = {form!r}."
+            )
+        facts["source"].num_input_examples("validation")  # errors come before the model is loaded
     accuracies = {}
     with config.load(checkpoint, params=params, encoder_decoders=True) as run:
         model = seqio_tasks.answers_of(run, max_new_tokens=1)

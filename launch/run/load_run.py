@@ -221,7 +221,7 @@ class RunConfig:
         if self.model.row == "inputs_and_targets" and not encoder_decoders:
             raise LoadError(
                 f"The checkpoint is of an {type(self.model).__name__}, and this command reads decoders alone: "
-                "launch.generate, launch.score and launch.evaluate seqio read encoder-decoders."
+                "launch.generate, launch.score, and launch.evaluate seqio and ranks read encoder-decoders."
             )
         if self.model.row == "images":
             raise LoadError(

@@ -88,12 +88,14 @@ class Adapted(nn.Module):
       adapters: the adapters of the model.
       heads: number of heads whose outputs the projection joins; 1 for a projection without heads.
       layer_input: the input [..., D] of the attention or MLP that owns the projection; None at experts.
+      gate: the activated branch [..., F] of a gated MLP, at its last projection; None elsewhere.
     """
 
     base: Any
     adapters: "Adapters"
     heads: int = 1
     layer_input: Any = None
+    gate: Any = None
 
     def setup(self):
         nn.share_scope(self, self.base)
@@ -151,11 +153,9 @@ class Adapters:
 
     slots: Mapping[str, Adapter]
 
-    def __call__(self, base: Any, *, heads: int = 1, layer_input: jax.Array | None = None) -> Any:
-        """Returns the projection with its adapter; `base` itself if there are none at all."""
-        if not self.slots:
-            return base
-        return Adapted(base=base, adapters=self, heads=heads, layer_input=layer_input)
+    def __call__(self, base: Any, **site: Any) -> Any:
+        """Returns the projection with its adapter; `base` itself if there are none at all. `site`: fields of `Adapted`."""
+        return Adapted(base=base, adapters=self, **site) if self.slots else base
 
     def __repr__(self) -> str:
         return f"Adapters({self.settings})"  # of equal models equal, unlike that of functions

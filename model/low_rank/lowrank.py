@@ -28,7 +28,7 @@ INITS = get_args(Init)
 # Projections of attention and MLPs, and convolutions in the blocks of residual networks (model/vision/resnet.py).
 # Routers are small, tables are not projections, and a network's stem and classifier stay dense.
 PROJECTIONS = (
-    r"(.*/)?(attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)"
+    r"(.*/)?(\w*attention|mlp|mlp/shared)/(query|key|value|out|gate|up|down)"
     r"|stage_\d+/block_\d+/(conv_\d+|shortcut)",
 )
 

@@ -1,5 +1,8 @@
 """MoV, a mixture of (IA)3 vectors (arXiv 2309.05444): y * sum_n s_n(x) l_n, with the vectors l_n averaged first.
 
+In a gated MLP the product of both branches is rescaled, and the router reads the branch with the activation, as in the
+paper's code.
+
 All vectors are ones at the start. The gradient of the router is then zero, and the vectors move apart only because the
 router's own values are random.
 
@@ -40,7 +43,8 @@ class Mov(Routed, Ia3):
         parts = x.reshape(*x.shape[:-1], heads, -1)
         own = self.router_input == "site_tensor"
         of_head = axes.HEAD_DIM if heads > 1 else axis
-        weights = self.weights(site, parts if own else x, of_head)
+        read = parts if side or site.gate is None else site.gate[..., None, :]
+        weights = self.weights(site, read, of_head)
         weights = weights if own else weights[..., None, :]
         weights = jnp.broadcast_to(weights, (*weights.shape[:-2], heads, count))
         scale = jnp.einsum("...hn,nhk->...hk", weights, scales_NHK)

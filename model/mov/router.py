@@ -28,9 +28,9 @@ class Routed(Adapter):
 
     Attributes:
       num_experts: N.
-      router_input: what a router reads: the tensor that is rescaled (of attention each head by itself) or projected
-        ('site_tensor'); the input of the attention or MLP ('layer_input'); the embedding of the row's sentence
-        ('sentence', see model/mov/sentence.py).
+      router_input: what a router reads: the tensor that is rescaled (of attention each head by itself, of a gated MLP
+        its activated branch) or projected ('site_tensor'); the input of the attention or MLP ('layer_input'); the
+        embedding of the row's sentence ('sentence', see model/mov/sentence.py).
       top_k: number of experts of a token; None mixes all.
       renormalise: whether the weights of a token's `top_k` experts sum to 1. If not, a rescaling does not begin as the base
         model, since the chosen experts' probabilities sum to less.

@@ -52,6 +52,23 @@ def flags(unrolled_run, tmp_path_factory):
     return [f"--gin_file={folder / 'run.gin'}", *(f"--gin.{binding}" for binding in bindings)]
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--gin.LORA_RANK=17"], "the rank 17 is larger than the smaller side of its matrix [16, "),
+        (["--gin.LORA_LAYERS=['.*/nothing']"], "'.*/nothing' of its `layers` matches no layer"),
+        (
+            ["--gin_file=t5x_configs/methods/adapters/ia3.gin"],
+            "would have two adapters, adapter.named.ia3 and adapter.named.lora",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_are_one_error(train, flags, tmp_path, more, words):
+    result = train(*flags, *more, f"--gin.MODEL_DIR={str(tmp_path / 'run')!r}")
+    assert result.status == 2 and words in result.err
+    assert result.err.count("error:") == 1 and "Traceback" not in result.err
+
+
 def test_a_preference_run_learns_adapters_against_its_base(train, flags, unrolled_run, tmp_path):
     run, alone = tmp_path / "run", tmp_path / "alone"
     result = train(*flags, f"--gin.MODEL_DIR={str(run)!r}")

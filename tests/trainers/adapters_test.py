@@ -18,7 +18,9 @@ from model.adapters.lora import Lora
 from model.attention import Attention
 from model.config import TransformerConfig
 from model.kv_cache import policies
+from model.low_rank.lowrank import Factorisation, LowRankDense
 from model.mlp import GatedMlp
+from model.moe.moe import MoeMlp
 from model.mov.molora import MoLora
 from model.mov.mov import Mov
 from model.transformer import Block, Transformer
@@ -107,6 +109,33 @@ def test_a_step_moves_adapters_alone_and_only_they_have_an_optimiser():
     assert float(metrics["auxiliary_loss"][0]) > 0
     assert metrics["mlp/down/adapter_mov/router_probability"][0].shape == (N,)
     assert "mlp/down/adapter_mov/router_entropy" in metrics
+
+
+def test_adapters_train_on_factors_and_at_experts():
+    """LoRA around factorised projections of attention, and of each expert of a mixture; their own parameters stay."""
+    adapters = adapter.named(lora=functools.partial(Lora, rank=2))
+    factors = functools.partial(LowRankDense, factorisation=Factorisation(rank=0.5))
+    block = functools.partial(
+        Block,
+        attention=functools.partial(Attention, dense=factors, adapters=adapters),
+        mlp=functools.partial(MoeMlp, num_experts=2, adapters=adapters),
+    )
+    sizes = {"num_layers": 1, "embed_dim": D, "num_heads": HEADS, "mlp_dim": F}
+    model = Transformer(config=TransformerConfig(vocab_size=32, **sizes), block=block)
+    program = recipe_of(model).program(devices=jax.devices()[:1])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = program.init()
+        before = jax.tree.map(np.array, state.params)
+        batch = jax.device_put(batch_of(program), program.batch_sharding)
+        state, _ = program.steps(0).train(state, batch)
+    after, before = (state_tree.flatten(x) for x in (state.params, before))
+    moved = {name for name in after if np.any(after[name] != before[name])}
+    # The gradient of A is zero in the first step; it may decay.
+    moved -= {name for name in after if name.endswith("adapter_lora/lora_a")}
+    assert moved == {name for name in after if name.endswith("adapter_lora/lora_b")}
+    assert sum("/attention/" in name for name in moved) == 4
+    assert sum("/mlp/" in name for name in moved) == 3
+    assert any(name.endswith("/attention/key/u") for name in after)
 
 
 def batch_of(program):

@@ -18,6 +18,15 @@ PROMPTS = {"short": "{}\n", "long": "Is {}?\n"}
 LABELS = [0, 1, 2, 1, 0, 2, 1]
 
 
+GIN = """
+from __gin__ import dynamic_registration
+from data.tokenizers import vocabularies
+include 't5x_configs/data/instructions_decoder.gin'
+TOKENIZER = ''  # VOCABULARY replaces it
+VOCABULARY = @vocabularies.byte()
+"""
+
+
 def ids(text):
     return [byte + 3 for byte in text.encode()]
 
@@ -30,6 +39,7 @@ def folder(tmp_path):
         rows = [json.dumps({"text": f"{name} {n}", "label": x}) for n, x in enumerate(LABELS)]
         (tmp_path / "data" / name / "validation.jsonl").write_text("\n".join(rows))
     (tmp_path / "data" / "templates.yaml").write_text(YAML)
+    (tmp_path / "data.gin").write_text(GIN)
     return tmp_path
 
 
@@ -53,18 +63,18 @@ def by_hand(command, checkpoint, folder, name, template):
     }
 
 
-def ranks(command, checkpoint, folder, held_out):
+def ranks(command, checkpoint, folder, held_out, *more):
     settings = (
         f"INSTRUCTIONS_DIR={str(folder / 'data')!r}",
         "TRAIN_SETS={}",
         f"HELD_OUT={held_out}",
-        "VOCABULARY=@vocabularies.byte()",
         f"tasks.register_instructions.cache_dir={str(folder / 'cache')!r}",
+        *more,
     )
     return command(
         "evaluate ranks",
         f"--checkpoint={checkpoint}",
-        "--gin_file=t5x_configs/data/instructions_decoder.gin",
+        f"--gin_file={folder / 'data.gin'}",
         *(f"--gin.{setting}" for setting in settings),
         f"--json={folder / 'ranks.json'}",
     )
@@ -91,7 +101,30 @@ def test_accuracies_are_those_of_scores(command, trained_run, folder, capsys):
         assert report[metric] == pytest.approx(mean)
 
 
-def test_a_run_without_held_out_tasks_is_refused(command, trained_run, folder, capsys):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("{{txt}} ||| {{answer_choices[label]}}", "the row has no field 'txt'; present are 'label', 'text'"),
+        ("{{text}} ||| no", "the target 'no' is none of the answer choices 'n', 'yes', 'maybe'"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_fit_its_rows_is_one_error(
+    command, trained_run, folder, capsys, wrong, words
+):
+    file = folder / "data" / "templates.yaml"
+    file.write_text(YAML.replace("{{text}} ||| {{answer_choices[label]}}", wrong, 1))
+    assert ranks(command, trained_run.path, folder, {"a": ["one"]}) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"{file}, template 'short', {folder / 'data' / 'one'}/validation.jsonl, line 1: " in error
+    )
+    assert words in error and "Traceback" not in error
+
+
+def test_a_run_without_held_out_tasks_of_its_form_is_refused(command, trained_run, folder, capsys):
+    more = ({"a": ["one"]}, "FORM='encoder_decoder'")
+    assert ranks(command, trained_run.path, folder, *more) == 2
+    assert "'one_long_score_eval' has form = 'encoder_decoder'" in capsys.readouterr().err
     flags = (f"--checkpoint={trained_run.path}", "--trust_config")
     assert command("evaluate ranks", *flags) == 2
     assert "There are no held-out tasks: give --gin_file=" in capsys.readouterr().err

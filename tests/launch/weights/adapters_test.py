@@ -140,6 +140,21 @@ def test_mixtures_are_merged_only_as_averages_with_their_error(
     assert error > 0
 
 
+def test_a_mixture_generates_from_a_compressed_cache_what_it_scores(adapted, command, tmp_path):
+    """Invariant 14 of arXiv 2309.05444: the router runs in generation. SnapKV has room for everything here."""
+    run = adapted("mov/mov", ADAPTER_EXPERTS=3)
+    source, output = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
+    files = (f"--checkpoint={run}", f"--inputs={source}", f"--output={output}")
+    source.write_text(json.dumps({"tokens": TOKENS[0].tolist()}) + "\n")
+    cache = ("--cache_policy=snapkv", "--cache=capacity=32", "--cache=window=4")
+    assert command("generate", *files, *cache, "--max_new_tokens=4") == 0
+    row = json.loads(output.read_text())
+    source.write_text(json.dumps({"tokens": TOKENS[0].tolist(), "targets": row["tokens"]}) + "\n")
+    assert command("score", *files) == 0
+    scored = json.loads(output.read_text())
+    np.testing.assert_allclose(row["logprobs"], scored["logprobs"], atol=1e-4)
+
+
 def test_a_bottleneck_is_not_merged(adapted, command, tmp_path, capsys):
     run = adapted("adapters/bottleneck", BOTTLENECK_WIDTH=3)
     assert command("upcycle merge", f"--checkpoint={run}", f"--to={tmp_path}/merged") == 2

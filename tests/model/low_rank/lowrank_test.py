@@ -194,6 +194,15 @@ def test_layers_that_do_not_match_stay_dense_and_ranks_may_differ_by_path():
     assert {one.path.rpartition("/")[2]: one.rank for one in found} == {"query": 4, "out": 8}
 
 
+def test_all_attentions_of_an_encoder_decoder_are_factorised_and_routers_and_tables_are_not():
+    which = Factorisation(rank=1, rank_rule="absolute")
+    for owner in ("attention", "cross_attention", "mlp", "mlp/shared"):
+        name = "up" if "mlp" in owner else "key"
+        assert which.rank_at(f"decoder/layers/block_0/{owner}/{name}", 8, 8) == 1
+    for path in ("decoder/layers/block_0/mlp/router", "token_embed", "lm_head"):
+        assert which.rank_at(path, 8, 8) is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

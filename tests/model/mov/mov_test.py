@@ -16,7 +16,9 @@ from model.adapters import adapter
 from model.adapters.adapter import AdapterError
 from model.adapters.ia3 import Ia3
 from model.adapters.lora import Lora
+from model.config import TransformerConfig
 from model.linear import Dense
+from model.mlp import GatedMlp
 from model.mov.molora import MoLora
 from model.mov.mov import Mov
 from model.mov.sentence import sentence_embeddings
@@ -217,6 +219,23 @@ def test_sentences_route_all_tokens_of_a_row_alike(kind, settings):
         part = apply(module, params, x_btx()[:, 1:])
     assert probs.reshape(B, -1, N).shape[1] == 1 and np.abs(probs[0] - probs[1]).max() > 1e-4
     np.testing.assert_allclose(whole[:, 1:], part, atol=1e-6)
+
+
+def test_of_a_gated_mlp_the_router_reads_the_activated_branch_and_the_product_is_rescaled():
+    """As the paper's code rescales that branch before gating, which is the same product."""
+    config = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=X, num_heads=2, mlp_dim=Y)
+    make = functools.partial(Mov, outputs=(), inputs=("down",), num_experts=N)
+    module = GatedMlp(config=config, adapters=adapter.named(mov=make))
+    rng = np.random.default_rng(0)
+    params = nn.meta.unbox(jax.eval_shape(module.init, KEY, x_btx()))["params"]
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.3, 0.7, x.shape), x.dtype), params)
+    w, x = numpy(params), numpy(x_btx())
+    gate, one = x @ w["gate"]["kernel"], w["down"]["adapter_mov"]
+    gate = gate / (1 + np.exp(-gate))
+    scale = softmax(gate @ one["router"]["kernel"]) @ one["input_scales"]
+    expected = (scale * gate * (x @ w["up"]["kernel"])) @ w["down"]["kernel"]
+    got = module.apply({"params": params}, x_btx())
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_losses_and_metrics_of_a_router():

@@ -1,4 +1,4 @@
-"""The language-modelling loss against numpy: weights, sources, z-loss."""
+"""The language-modelling loss against numpy: weights, sources, z-loss, label smoothing."""
 
 import functools
 
@@ -58,6 +58,30 @@ def test_z_loss_is_added_and_reported_apart(setup):
     assert float(out.metrics["z_loss"][0]) == pytest.approx(
         (weights * 0.1 * log_z**2).sum(), rel=1e-5
     )
+
+
+def test_label_smoothing_spreads_a_share_over_the_other_tokens(setup):
+    """T5X's loss, without its constant; the metric 'loss' has no smoothing."""
+    model, params, batch, nll, _ = setup
+    weights, share = batch["decoder_loss_weights"], 0.2
+
+    def expected(params):
+        logits = model.apply({"params": params}, batch["decoder_input_tokens"])
+        target = jax.nn.one_hot(batch["decoder_target_tokens"], 31)
+        spread = (1 - share) * target + share / 30 * (1 - target)
+        return -(weights * (spread * jax.nn.log_softmax(logits)).sum(-1)).sum()
+
+    loss = language_modelling(model=model, label_smoothing=share)
+    out = loss(params, batch, jax.random.key(0))
+    assert float(out.sum) == pytest.approx(float(expected(params)), rel=1e-5)
+    assert float(out.metrics["loss"][0]) == pytest.approx((weights * nll).sum(), rel=1e-5)
+    got = jax.grad(lambda params: loss(params, batch, jax.random.key(0)).sum)(params)
+    want = jax.grad(expected)(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), got, want)
+    with pytest.raises(ValueError, match=r"1.0 must lie in \[0, 1\)"):
+        language_modelling(model=model, label_smoothing=1.0)
+    with pytest.raises(ValueError, match="does not support logit_softcap = 9.0"):
+        language_modelling(model=model.clone(logit_softcap=9.0), label_smoothing=share)
 
 
 class _Sowing(Block):

@@ -12,6 +12,8 @@ from model.adapters import adapter
 from model.adapters.lora import Lora
 from model.attention import Attention
 from model.config import TransformerConfig
+from model.mlp import GatedMlp
+from model.mov.mov import Mov
 from model.transformer import Block, Transformer
 from tests.trainers.preference.objectives.preference_test import VOCAB, batch_of, pairs
 from trainers import partitioning, trainable
@@ -24,10 +26,18 @@ from trainers.preference.objectives.preference import preference
 CONFIG = TransformerConfig(
     vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, scan_layers=False
 )
-LORA = adapter.named(lora=functools.partial(Lora, layers=(".*/attention/.*",), rank=2))
+# A mixture too: its router runs in the policy and not in the reference.
+ADAPTERS = adapter.named(
+    lora=functools.partial(Lora, layers=(".*/attention/.*",), rank=2),
+    mov=functools.partial(Mov, outputs=(), num_experts=3),
+)
 POLICY = Transformer(
     config=CONFIG,
-    block=functools.partial(Block, attention=functools.partial(Attention, adapters=LORA)),
+    block=functools.partial(
+        Block,
+        attention=functools.partial(Attention, adapters=ADAPTERS),
+        mlp=functools.partial(GatedMlp, adapters=ADAPTERS),
+    ),
 )
 BASE = Transformer(config=CONFIG)
 
