@@ -80,6 +80,7 @@ class EncoderAnswers:
             eos_ids=run.eos_ids,
             num_ids=run.vocabulary.vocab_size,
         )
+        self._scorers: dict[int, Scorer] = {}  # by size of a batch; their programs serve all tasks
 
     def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns greedy targets of the inputs, without EOS."""
@@ -100,13 +101,15 @@ class EncoderAnswers:
         """Returns log-probabilities of the targets given the inputs, summed over tokens."""
         run = self._run
         size = run.batch_size(_ROWS, len(examples))
-        scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        if size not in self._scorers:
+            options: dict[str, Any] = {"batch_size": size, "sharding": run.row_sharding}
+            self._scorers[size] = Scorer(run.model, run.params, **options)
         start = run.start_token or 0
         scored = [
             Row(context=[start], targets=example["targets"], encoder_inputs=example["inputs"])
             for example in examples
         ]
-        return [float(log_probs.sum()) for log_probs in scorer.stream(scored)]
+        return [float(log_probs.sum()) for log_probs in self._scorers[size].stream(scored)]
 
 
 def answers_of(run: LoadedRun, max_new_tokens: int) -> Answers | EncoderAnswers:

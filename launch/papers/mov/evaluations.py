@@ -3,7 +3,8 @@
 Shapes: N examples, S and T tokens of inputs and targets, L layers, E experts.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from data.mov import compositions
 from launch.papers.mov import rows
 
 ROWS = 32  # of each composition and template, in what routers read
+INPUTS, TARGETS = 64, 16  # tokens that they are padded to
 SEED = 1  # of these rows, the same for all runs
 KINDS = ("attention", "cross_attention", "mlp")
 STACKS = ("encoder", "decoder")
@@ -48,12 +50,16 @@ def routing(run_dir: str) -> dict[str, Any]:
       under one template, and those of two templates of one composition, as total variation. A kind is one of KINDS;
       its sites (keys and values, all heads) count alike.
     """
+    import jax
+
     from launch.run import load_run
 
     with load_run.config_of(run_dir).load(run_dir, encoder_decoders=True) as run:
+        sown = jax.jit(functools.partial(_intermediates, run.model))
         probable, chosen = {}, {}
         for pair in compositions.split_pairs(0)[1]:
-            by_template = [_shares(run, *_texts(pair, x)) for x in rows.TEMPLATES.values()]
+            texts = [_texts(pair, template) for template in rows.TEMPLATES.values()]
+            by_template = [_shares(run, sown, *each) for each in texts]
             name = rows.name_of(pair)
             probable[name] = [each["probable"] for each in by_template]
             chosen[name] = {
@@ -70,32 +76,36 @@ def _texts(pair: compositions.Pair, template: str) -> tuple[list[str], list[str]
     return inputs, [row["choices"][row["label"]] for row in drawn]
 
 
-def _shares(run: Any, inputs: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """Returns mean probabilities and shares of first choices, {kind: [L, E]}."""
-    import jax.numpy as jnp
-
+def _shares(
+    run: Any, sown: Callable[..., Any], inputs: Sequence[str], answers: Sequence[str]
+) -> dict[str, Any]:
+    """Returns mean probabilities and shares of first choices, {kind: [L, E]}; `sown` is `_intermediates` of the model."""
     vocabulary = run.vocabulary
     inputs_NS, answers_NT = (
-        _padded([[*vocabulary.encode(text), vocabulary.eos_id] for text in texts])
-        for texts in (inputs, answers)
+        _padded([[*vocabulary.encode(text), vocabulary.eos_id] for text in texts], length)
+        for texts, length in ((inputs, INPUTS), (answers, TARGETS))
     )
-    targets_NT = np.pad(answers_NT, ((0, 0), (1, 0)))[:, :-1]
-    real_NT = (answers_NT != 0).astype(np.int32)
-    _, written = run.model.apply(
-        {"params": run.params},
-        jnp.asarray(targets_NT),
-        encoder_tokens_BS=jnp.asarray(inputs_NS),
-        encoder_segments_BS=jnp.asarray((inputs_NS != 0).astype(np.int32)),
-        segments_BT=jnp.asarray(real_NT),
+    real = {"encoder": inputs_NS != 0, "decoder": answers_NT != 0}
+    return means(sown(run.params, inputs_NS, answers_NT), real)
+
+
+def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> Any:
+    """Returns what a model sows on padded inputs and right answers."""
+    import jax.numpy as jnp
+
+    _, written = model.apply(
+        {"params": params},
+        jnp.pad(answers_NT, ((0, 0), (1, 0)))[:, :-1],
+        encoder_tokens_BS=inputs_NS,
+        encoder_segments_BS=(inputs_NS != 0).astype(jnp.int32),
+        segments_BT=(answers_NT != 0).astype(jnp.int32),
         mutable=["intermediates"],
         method="hidden",
     )
-    real = {"encoder": inputs_NS != 0, "decoder": answers_NT != 0}
-    return means(written["intermediates"], real)
+    return written["intermediates"]
 
 
-def _padded(ids: Sequence[Sequence[int]], multiple: int = 16) -> np.ndarray:
-    length = -(-max(map(len, ids)) // multiple) * multiple
+def _padded(ids: Sequence[Sequence[int]], length: int) -> np.ndarray:
     return np.array([[*row, *[0] * (length - len(row))] for row in ids], np.int32)
 
 
