@@ -394,6 +394,10 @@ def test_what_a_data_file_requires_is_asked_for(name):
 # devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 ARMS = {
+    "t5x_configs/experiments/mov/cpu/operations.gin": (
+        [],
+        ["TOKENIZER='/tmp/t5/vocabulary.model'", "INSTRUCTIONS_DIR='/tmp/rows'"],
+    ),
     "t5x_configs/experiments/preference/cpu/preference.gin": ([], _PAIRS),
     "t5x_configs/experiments/preference/cpu/online.gin": (
         ["t5x_configs/methods/preference/rloo.gin"],

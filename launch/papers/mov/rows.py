@@ -35,7 +35,7 @@ TEMPLATES = {
     "after": "{second} after {first} of {letters}",
 }
 CHOICES = 4
-TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 8000, 256, 24
+TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 8000, 256, 40
 FOLDER = "operations"
 SINGLE, PAIRS = f"{FOLDER}/single", f"{FOLDER}/pairs"
 
