@@ -31,6 +31,8 @@ _LOOP = """from __gin__ import dynamic_registration
 from launch.benchmarks import adapters
 from model.adapters import adapter
 
+include 't5x_configs/methods/mov/molora.gin'
+
 adapter.named.molora = @adapters.LoopedMoLora
 adapters.LoopedMoLora.num_experts = %ADAPTER_EXPERTS
 adapters.LoopedMoLora.rank = %MOLORA_RANK
@@ -84,8 +86,7 @@ def _sides() -> dict[str, StepSide]:
     with tempfile.TemporaryDirectory() as folder:
         loop = pathlib.Path(folder, "loop.gin")
         loop.write_text(_LOOP)
-        files = (*_FILES, f"{_METHODS}mov/molora.gin", str(loop))
-        return {**sides, "loop": StepSide(files, (*_SIZES, *molora))}
+        return {**sides, "loop": StepSide((*_FILES, str(loop)), (*_SIZES, *molora))}
 
 
 def _peft(rounds: int, steps: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from launch.papers.mov import evaluations, sweep
 from launch.papers.shared import results
 
-ACCURACY, PER_TOKEN = "accuracy", "accuracy_per_token"
+ACCURACY = "accuracy"
 BASE, FULL, IA3 = "base", "full", "ia3"
 LORA = tuple(f"lora{rank}" for rank in sweep.LORA_RANKS)
 MOV = tuple(f"mov{n}" for n in sweep.MOV_EXPERTS)
@@ -35,19 +35,19 @@ class Runs(results.Results):
     """Runs of the sweep, as `measure.run` returns them."""
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
-        """Returns both accuracies on held-out compositions, the loss on those that are trained, and parameters."""
+        """Returns the accuracy on held-out compositions, the loss on those that are trained, and parameters."""
         measured = row["evaluations"].get("ranks") or {}
         return {
-            **{name: measured.get(name) for name in (ACCURACY, PER_TOKEN)},
+            ACCURACY: measured.get(ACCURACY),
             "trained_loss": row.get("trained_loss"),
             "trained_parameters": row.get("trained_parameters"),
         }
 
     def lower_is_better(self, score: str) -> bool:
-        return score not in (ACCURACY, PER_TOKEN)
+        return score != ACCURACY
 
     def limits(self, score: str) -> tuple[float, float] | None:
-        return (0.0, 1.0) if score in (ACCURACY, PER_TOKEN) else None
+        return (0.0, 1.0) if score == ACCURACY else None
 
     def digits(self, score: str) -> int:
         return 0 if score == "trained_parameters" else 3
@@ -81,15 +81,16 @@ class Runs(results.Results):
             if (measured := row["evaluations"].get("ranks"))
         }
 
-    def specialisation(self, arm: str, kind: str) -> dict[int, np.ndarray]:
-        """Returns by seed and layer by how much further apart two compositions route than two wordings of one: [layer].
+    def specialisation(self, arm: str, kind: str, than: str = "rows") -> dict[int, np.ndarray]:
+        """Returns by seed and layer how much further apart two compositions route than `than`: [layer].
 
-        Distances are total variations of mean probabilities (`evaluations.routing`); `kind` is of `evaluations.KINDS`.
+        `than` is 'rows', the halves of one composition's rows, or 'wordings', two templates of one composition. Distances
+        are total variations of mean probabilities (`evaluations.routing`); `kind` is of `evaluations.KINDS`.
         """
         assert kind in evaluations.KINDS
         out = {}
         for seed, row in self.find(arm).items():
             by_kind = (row["evaluations"].get("routing") or {}).get("distances", {})
             if layers := by_kind.get(kind):
-                out[seed] = np.array([x["tasks"] - x["templates"] for x in layers])
+                out[seed] = np.array([x["tasks"] - x[than] for x in layers])
         return out

@@ -46,9 +46,9 @@ def routing(run_dir: str) -> dict[str, Any]:
 
     Returns:
       {"chosen": {composition: {kind: [layer][expert]}}, the share of tokens whose first choice an expert is;
-      "distances": {kind: [layer]: {"tasks", "templates"}}}, how far the mean probabilities of two compositions lie apart
-      under one template, and those of two templates of one composition, as total variation. A kind is one of KINDS;
-      its sites (keys and values, all heads) count alike.
+      "distances": {kind: [layer]: {"tasks", "wordings", "rows"}}}, how far mean probabilities lie apart, as total
+      variation: those of two compositions under one template, of two templates of one composition, and of the halves of the
+      rows of one composition and template. A kind is one of KINDS; its sites (keys and values, all heads) count alike.
     """
     import jax
 
@@ -61,10 +61,11 @@ def routing(run_dir: str) -> dict[str, Any]:
             texts = [_texts(pair, template) for template in rows.TEMPLATES.values()]
             by_template = [_shares(run, sown, *each) for each in texts]
             name = rows.name_of(pair)
-            probable[name] = [each["probable"] for each in by_template]
+            probable[name] = [[half["probable"] for half in halves] for halves in by_template]
+            every = [half["chosen"] for halves in by_template for half in halves]
             chosen[name] = {
-                kind: np.mean([x["chosen"][kind] for x in by_template], 0).round(4).tolist()
-                for kind in by_template[0]["chosen"]
+                kind: np.mean([one[kind] for one in every], 0).round(4).tolist()
+                for kind in every[0]
             }
     return {"chosen": chosen, "distances": distances(probable)}
 
@@ -78,15 +79,25 @@ def _texts(pair: compositions.Pair, template: str) -> tuple[list[str], list[str]
 
 def _shares(
     run: Any, sown: Callable[..., Any], inputs: Sequence[str], answers: Sequence[str]
-) -> dict[str, Any]:
-    """Returns mean probabilities and shares of first choices, {kind: [L, E]}; `sown` is `_intermediates` of the model."""
+) -> list[dict[str, Any]]:
+    """Returns what `means` does for each half of the rows; `sown` is `_intermediates` of the model."""
     vocabulary = run.vocabulary
     inputs_NS, answers_NT = (
         _padded([[*vocabulary.encode(text), vocabulary.eos_id] for text in texts], length)
         for texts, length in ((inputs, INPUTS), (answers, TARGETS))
     )
-    real = {"encoder": inputs_NS != 0, "decoder": answers_NT != 0}
-    return means(sown(run.params, inputs_NS, answers_NT), real)
+    written = sown(run.params, inputs_NS, answers_NT)
+    halves_HN = np.arange(len(inputs_NS)) % 2 == np.arange(2)[:, None]
+    return [
+        means(
+            written,
+            {
+                "encoder": (inputs_NS != 0) & half_N[:, None],
+                "decoder": (answers_NT != 0) & half_N[:, None],
+            },
+        )
+        for half_N in halves_HN
+    ]
 
 
 def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> Any:
@@ -114,7 +125,7 @@ def means(intermediates: Mapping[str, Any], real: Mapping[str, np.ndarray]) -> d
 
     Args:
       intermediates: what a model with scanned layers sowed.
-      real: stack -> whether a token is no padding, [N, tokens].
+      real: stack -> whether a token counts, [N, tokens].
     """
     sites: dict[tuple[str, str], list[np.ndarray]] = {}
     for path, probs in _sown(intermediates):
@@ -151,21 +162,30 @@ def _of_layers(probs: np.ndarray, real_NT: np.ndarray) -> np.ndarray:
     return np.stack([(each * weights).sum((1, 2)).mean(1) for each in (probs, first)])
 
 
-def distances(probable: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> dict[str, Any]:
-    """Returns {kind: [{"tasks", "templates"} of each layer]}; see `routing`.
+def distances(
+    probable: Mapping[str, Sequence[Sequence[Mapping[str, np.ndarray]]]],
+) -> dict[str, Any]:
+    """Returns {kind: [{"tasks", "wordings", "rows"} of each layer]}; see `routing`.
 
     Args:
-      probable: composition -> for each template {kind: [L, E]}.
+      probable: composition -> for each template, for each half of the rows {kind: [L, E]}.
     """
     out = {}
-    first = next(iter(probable.values()))[0]
-    for kind in first:
-        shares_CPLE = np.array([[x[kind] for x in each] for each in probable.values()])
-        tasks_L = _apart(shares_CPLE)
-        templates_L = _apart(shares_CPLE.swapaxes(0, 1))
+    for kind in next(iter(probable.values()))[0][0]:
+        # Compositions, prompt templates, halves of the rows.
+        shares_CPHLE = np.array(
+            [[[half[kind] for half in halves] for halves in each] for each in probable.values()]
+        )
+        whole_CPLE = shares_CPHLE.mean(2)
+        halves_HXLE = np.concatenate(shares_CPHLE).swapaxes(0, 1)
+        apart = {
+            "tasks": _apart(whole_CPLE),
+            "wordings": _apart(whole_CPLE.swapaxes(0, 1)),
+            "rows": _apart(halves_HXLE),
+        }
         out[kind] = [
-            {"tasks": round(float(a), 6), "templates": round(float(b), 6)}
-            for a, b in zip(tasks_L, templates_L, strict=True)
+            {name: round(float(values_L[layer]), 6) for name, values_L in apart.items()}
+            for layer in range(whole_CPLE.shape[2])
         ]
     return out
 

@@ -19,6 +19,7 @@ from launch.papers.mov.arms import (
     VARIANTS,
     Runs,
 )
+from launch.papers.mov.claims import SPECIALISED
 from launch.papers.mov.evaluations import KINDS
 from launch.papers.shared.domain_panels import load_dots
 from launch.plots import heat_maps, panels
@@ -56,8 +57,9 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             ),
             "specialisation.png": (
                 _specialisation(runs),
-                "By how much further apart two held-out compositions lie than two wordings of one, as total variation of mean "
-                "probabilities of experts, by layer: a dot for each seed, a bar for their mean",
+                "By how much further apart two held-out compositions lie than the halves of one's rows, as total variation of "
+                "mean probabilities of experts, by layer: a dot for each seed, a bar for their mean; dashed: what M11 asks of "
+                "the mean over layers",
             ),
             "choices.png": (
                 _choices(runs),
@@ -162,6 +164,7 @@ def _specialisation(runs: Runs) -> Any:
             labelled = [(label if layer == 0 else "", values_NL, c) for label, values_NL, c in rows]
             panels.paired(axes, [_row(label, x[:, layer], c) for label, x, c in labelled])
             axes.axvline(0, color="black", lw=0.8)
+            axes.axvline(SPECIALISED, color="black", ls="--", lw=1)
             title = f"{kind.replace('_', '-')}, {_layer_name(layer, rows[0][1].shape[1], kind)}"
             axes.set_title(title, fontsize=9)
             axes.tick_params(axis="x", labelsize=8)

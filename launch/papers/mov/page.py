@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from launch.papers.mov import claims, figures, measure, parameters, rows, sweep
-from launch.papers.mov.arms import ACCURACY, BASE, PER_TOKEN, TUNED, Runs
+from launch.papers.mov.arms import ACCURACY, BASE, TUNED, Runs
 from launch.papers.shared import loads, nulls, page
 
 _TEXT = [
@@ -42,8 +42,8 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     for name, runs in parts.items():
         cells = [_cells(runs, arm) for arm in (BASE, *TUNED) if runs.has(arm)]
         header = (
-            *("arm", "trained parameters", "per cent", "accuracy", "by token"),
-            "loss on trained compositions",
+            *("arm", "trained parameters", "per cent"),
+            *("accuracy", "loss on trained compositions"),
         )
         lines += page.table(header, cells, f"All arms, {measure.PARTS[name]}")
         lines += loads.table(name, runs)
@@ -57,7 +57,7 @@ def _cells(runs: Runs, arm: str) -> tuple[str, ...]:
     share = f"{100 * trained.mean() / base:.2f}" if own and base else ""
     scores = [
         runs.mean(values, score) if (values := runs.values(arm, score)).size else ""
-        for score in (ACCURACY, PER_TOKEN, "trained_loss")
+        for score in (ACCURACY, "trained_loss")
     ]
     return f"{runs.label(arm)} (`{arm}`)", own, share, *scores
 
@@ -81,7 +81,7 @@ def _full_size() -> list[str]:
 def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns rows with arms exchanged at random, whether or not they have routers, and with other distances.
 
-    What routers choose stays with its arm; the distances of tasks and of wordings are exchanged in each run.
+    What routers choose stays with its arm; the distances of tasks and of rows are exchanged in half of the runs.
     """
     out = {}
     for part, every in measured.items():
@@ -105,7 +105,7 @@ def _swapped(
     if not routing or rng.integers(2):
         return routing
     distances = {
-        kind: [{"tasks": x["templates"], "templates": x["tasks"]} for x in layers]
+        kind: [{**x, "tasks": x["rows"], "rows": x["tasks"]} for x in layers]
         for kind, layers in routing["distances"].items()
     }
     return {**routing, "distances": distances}

@@ -3,6 +3,7 @@
 An encoder-decoder of L layers in each stack has 3 L attentions and 2 L MLPs. Heads of width k fill the width d.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,9 +50,9 @@ def molora(size: Size, experts: int, rank: int = 4) -> int:
 # Method as in the paper -> its parameters.
 METHODS: dict[str, Callable[[Size], int]] = {
     "(IA)3": ia3,
-    **{f"LoRA-{rank}": lambda size, rank=rank: lora(size, rank) for rank in (4, 8, 16)},  # type: ignore[misc]
-    **{f"MoV-{n}": lambda size, n=n: mov(size, n) for n in (10, 30, 60)},  # type: ignore[misc]
-    **{f"MoLORA-{n}": lambda size, n=n: molora(size, n) for n in (10, 15)},  # type: ignore[misc]
+    **{f"LoRA-{rank}": functools.partial(lora, rank=rank) for rank in (4, 8, 16)},
+    **{f"MoV-{n}": functools.partial(mov, experts=n) for n in (10, 30, 60)},
+    **{f"MoLORA-{n}": functools.partial(molora, experts=n) for n in (10, 15)},
 }
 # Per cent of the model's, as the paper reports them; those of MoV at 3B do not follow from the shapes.
 REPORTED = {
