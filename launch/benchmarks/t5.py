@@ -122,6 +122,7 @@ def _config(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "tie_word_embeddings": False,
+        "scale_decoder_outputs": False,
         "is_encoder_decoder": True,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,

@@ -38,7 +38,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     write = ("launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
     single = (
         "LEARNING_RATE=3e-3",
-        "TRAIN_STEPS=600",
+        "TRAIN_STEPS=1000",
         f"TRAIN_SETS={{'single': {[rows.SINGLE]!r}}}",
     )
     arms = {
