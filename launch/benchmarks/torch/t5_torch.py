@@ -14,6 +14,7 @@ import sys
 import time
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -27,6 +28,9 @@ def model_of(folder: str) -> transformers.PreTrainedModel:
     )
     for parameter in model.parameters():  # memory-mapped, which training cannot use
         parameter.data = parameter.data.clone()
+    # Newer versions of transformers tie the head to the token table, whatever config.json says.
+    tensors = safetensors.torch.load_file(os.path.join(folder, "model", "model.safetensors"))
+    model.lm_head.weight = torch.nn.Parameter(tensors["lm_head.weight"].clone())
     return model
 
 
