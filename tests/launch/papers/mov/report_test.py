@@ -2,6 +2,7 @@
 
 import collections
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from data.instructions import templates
 from data.mov import compositions
 from launch.papers.mov import arms, claims, evaluations, figures, measure, page, rows
 from launch.papers.shared import sweeps
+from trainers.checkpoints import step_dir
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 TASKS = ("reverse_sort", "sort_rotate")
@@ -115,6 +117,27 @@ def test_the_report_has_every_figure_and_names_what_is_missing(tmp_path):
     missing = page.REPORT.setup(page.REPORT.read({"operations": some}))[-1]
     assert missing.startswith("- Missing") and "`molora10`" in missing
     assert figures.figures({}) == {}
+
+
+def test_a_row_has_the_parameters_of_its_adapters_or_of_the_whole_model(tmp_path, monkeypatch):
+    arrays = {"params/decoder/layers/block_0/mlp/down/kernel": (2, 3, 4), "opt_state/mu": (9,)}
+    monkeypatch.setattr(step_dir, "resolve", lambda path: path)
+    row = {"run": "a/seed10", "arm": "a", "seed": 10, "step": 5, "tokens": 9, "evaluations": {}}
+    row["held_out"] = {"one": {"loss": 1.0}, "two": {"loss": 2.0}}
+    counts = []
+    for own in (
+        {},
+        {"params/decoder/layers/block_0/mlp/down/adapter_mov/router/kernel": (2, 3, 5)},
+    ):
+        entries = {name: types.SimpleNamespace(shape=x) for name, x in (arrays | own).items()}
+        manifest = types.SimpleNamespace(arrays=entries)
+        monkeypatch.setattr(step_dir, "read_manifest", lambda path, manifest=manifest: manifest)
+        done = measure.completed(row, tmp_path)
+        counts.append((done["parameters"], done["trained_parameters"]))
+        assert done["trained_loss"] == 1.5
+    assert counts == [(24, 24), (24, 30)]
+    made = measure.completed({**row, "step": 0, "held_out": {}}, tmp_path)
+    assert "parameters" not in made and made["trained_loss"] is None
 
 
 def test_every_arm_that_is_compared_is_in_the_sweep():
