@@ -17,6 +17,7 @@ import importlib
 import importlib.metadata
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +105,9 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
         if settings.pop("again"):
             measured, facts = _recorded(out / slug)
         else:
-            facts = _facts(report.claims, pathlib.Path(flags.model_dir), arguments)
+            # The page has a command for everyone: where the runs lie on this machine is left out.
+            words = re.sub(r"--model_dir[= ]\S+", f"--model_dir=runs/{slug}", " ".join(arguments))
+            facts = _facts(report.claims, pathlib.Path(flags.model_dir), words)
             measured = _module(slug, "measure").run(**settings)
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
@@ -119,14 +122,12 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     return int(bool(problems))
 
 
-def _facts(
-    claims: Sequence[Any], model_dir: pathlib.Path, arguments: Sequence[str]
-) -> dict[str, Any]:
+def _facts(claims: Sequence[Any], model_dir: pathlib.Path, words: str) -> dict[str, Any]:
     """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
     from launch.papers.shared import criteria
 
     return {
-        "command": " ".join(["python -m launch.reproduce", *arguments]),
+        "command": f"python -m launch.reproduce {words}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
         "criteria": criteria.fix(model_dir, claims),
     }

@@ -115,16 +115,17 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
     if not differences:
         return
     _, directory, keys = min(differences)
-    message = (
-        f"The token cache {directory} was built from different inputs. Changed since then: "
-        f"{', '.join(keys)}."
-    )
     if changed == "refuse":
         raise token_cache.CacheMismatchError(
-            f"{message} If this is intended, build a second cache with `python -m launch.prepare cache` and the "
+            f"The token cache {directory} was built from different inputs. Changed since then: "
+            f"{', '.join(keys)}. If this is intended, build a second cache with `python -m launch.prepare cache` and the "
             "same gin files and bindings (--replace deletes the old one)."
         )
-    print(f"{message} A second cache is built beside it.", file=sys.stderr)
+    print(
+        f"A token cache of other data with this task's name is there ({directory}; other {', '.join(keys)}); a second "
+        "cache is built beside it.",
+        file=sys.stderr,
+    )
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:

@@ -33,7 +33,7 @@ def accuracies(targets: Sequence[Option], scores: Sequence[float]) -> dict[str, 
     The first of equal choices is the best. A row may have several right choices, if their texts are equal.
 
     Args:
-      targets: answer choices, those of a row one after the other.
+      targets: answer choices; the choices of one row are adjacent.
       scores: log-probabilities, summed over tokens.
     """
     rows: dict[str, list[tuple[float, float, bool]]] = {}

@@ -287,7 +287,7 @@ def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> d
 def table(document: dict[str, Any]) -> str:
     """Returns a table of the scores."""
     lines = [
-        f"{document['problems']}: {document['num_problems']:,} problems, "
+        f"{document['num_problems']:,} problems in the format of {document['problems']}, "
         f"{document['num_samples']:,} programs"
     ]
     for k, value in document["pass_at_k"].items():

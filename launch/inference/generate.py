@@ -141,7 +141,6 @@ def generate(
       LoadError: rows that cannot be read, or stops without a vocabulary.
     """
     with config.load(checkpoint, params=params, encoder_decoders=True) as loaded:
-        prompts = _prompts(loaded, rows, token_healing=token_healing)
         if notes and jax.process_index() == 0:
             _print_notes(loaded, rows, token_healing=token_healing)
         decoder, texts = decoder_and_texts(
@@ -156,19 +155,44 @@ def generate(
             batch_size=batch_size,
             show=show,
         )
-        texts.begun = {i: prompt.text for i, prompt in enumerate(prompts)}
-        first = [prompt.first for prompt in prompts]
-        continuations = decoder.stream(
-            [prompt.tokens for prompt in prompts],
-            seed=seed % 2**32,
+        yield from continued(
+            loaded,
+            decoder,
+            texts,
+            rows,
+            num_samples=settings.num_samples,
+            seed=seed,
             indices=indices,
-            first=first if any(first) else None,
+            token_healing=token_healing,
         )
-        for i, (_, row) in enumerate(rows):
-            for sample in range(settings.num_samples):
-                yield texts.answer(row, i, sample, next(continuations))
         if jax.process_index() == 0:
             print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+
+
+def continued(
+    loaded: LoadedRun,
+    decoder: Decoder,
+    texts: "Texts",
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    num_samples: int,
+    seed: int,
+    indices: Sequence[int] | None = None,
+    token_healing: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Continues rows with what `decoder_and_texts` returned, perhaps for other rows; see `generate`."""
+    prompts = _prompts(loaded, rows, token_healing=token_healing)
+    texts.begin({i: prompt.text for i, prompt in enumerate(prompts)})
+    first = [prompt.first for prompt in prompts]
+    continuations = decoder.stream(
+        [prompt.tokens for prompt in prompts],
+        seed=seed % 2**32,
+        indices=indices,
+        first=first if any(first) else None,
+    )
+    for i, (_, row) in enumerate(rows):
+        for sample in range(num_samples):
+            yield texts.answer(row, i, sample, next(continuations))
 
 
 def _prompts(
@@ -218,13 +242,13 @@ def decoder_and_texts(
     settings: Settings,
     *,
     rows: int,
-    eos_ids: Sequence[int] | None,
-    stops: Sequence[str],
-    policy: CachePolicy | None,
-    cache_dtype: str | None,
-    prefill_chunk: int | None,
+    eos_ids: Sequence[int] | None = None,
+    stops: Sequence[str] = (),
+    policy: CachePolicy | None = None,
+    cache_dtype: str | None = None,
+    prefill_chunk: int | None = None,
     batch_size: int,
-    show: Callable[[str], None] | None,
+    show: Callable[[str], None] | None = None,
 ) -> tuple[Decoder, "Texts"]:
     """Returns what continues `rows` prompts of a loaded run, and their texts; see `generate` for the arguments."""
     vocabulary = loaded.vocabulary_or_none
@@ -277,9 +301,6 @@ class Texts:
         the stop.
       show: called with text as soon as it is final; None to wait for the end.
       decode_watched: decodes tokens to search for stops; None for `decode`.
-
-    Attributes:
-      begun: the text of the prompt with which each prompt's continuation begins, by prompt; it is left out.
     """
 
     def __init__(
@@ -296,8 +317,12 @@ class Texts:
         self._stops = tuple(stops)
         self._show = show
         self._decode_watched = decode_watched or decode
+        self.begin({})
+
+    def begin(self, begun: Mapping[int, str]) -> None:
+        """Forgets earlier prompts; `begun`: by prompt, its text with which its continuation begins, which is left out."""
         self._growing: dict[tuple[int, int], GrowingText] = {}
-        self.begun: Mapping[int, str] = {}
+        self._begun = begun
 
     @property
     def watching(self) -> bool:
@@ -310,7 +335,7 @@ class Texts:
             return None
         text = self._growing.get((prompt, sample))
         if text is None:
-            text = GrowingText(self._decode_watched, self._stops, begun=self.begun.get(prompt, ""))
+            text = GrowingText(self._decode_watched, self._stops, begun=self._begun.get(prompt, ""))
             self._growing[prompt, sample] = text
         for count, token in enumerate(tokens, 1):
             if token in self._ends:
@@ -328,7 +353,7 @@ class Texts:
         """Returns the text of a continuation up to its end, and the kind of end: "eos", "stop" or "length"."""
         ended = bool(tokens) and tokens[-1] in self._ends
         text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
-        text = text.removeprefix(self.begun.get(prompt, ""))
+        text = text.removeprefix(self._begun.get(prompt, ""))
         before_stop = cut(text, self._stops)
         if before_stop is not None:
             return before_stop, "stop"

@@ -7,7 +7,6 @@ Shapes: B rows, T tokens, V rows of the model's table.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,12 +79,14 @@ class Run:
             row_shards=1,
         )
         self._gin: str | None = None
+        # What the last generation asked for, and its compiled programs and texts.
+        self._decoding: tuple[dict[str, Any], Any, Any] | None = None
 
     @classmethod
     def _of(cls, loaded: "LoadedRun", gin: str | None) -> "Run":
         """Returns a loaded run; `gin` is the recorded text of its model, if that is the model."""
         run = cls.__new__(cls)
-        run._loaded, run._gin = loaded, gin
+        run._loaded, run._gin, run._decoding = loaded, gin, None
         return run
 
     def with_params(self, params: Any) -> "Run":
@@ -190,21 +191,27 @@ class Run:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        answers = generate.generate(
-            _InMemory(self),
-            [(f"prompt {i}", self._row(prompt)) for i, prompt in enumerate(prompts)],
-            checkpoint="",
-            settings=Settings(
+        asked: dict[str, Any] = {
+            "settings": Settings(
                 max_new_tokens=max_new_tokens, sampling=sampling, num_samples=num_samples
             ),
-            stops=[stop] if isinstance(stop, str) else stop,
-            seed=seed,
-            policy=policy,
-            batch_size=batch_size,
-        )
-        # All but the last line of the command, which prints its speed.
-        with contextlib.closing(answers):
-            wanted = list(itertools.islice(answers, num_samples * len(prompts)))
+            "stops": (stop,) if isinstance(stop, str) else tuple(stop),
+            "policy": policy,
+            "batch_size": self._loaded.batch_size(batch_size, len(prompts)),
+        }
+        rows = [(f"prompt {i}", self._row(prompt)) for i, prompt in enumerate(prompts)]
+        with self._mesh():
+            if self._decoding is None or self._decoding[0] != asked:
+                self._decoding = (
+                    asked,
+                    *generate.decoder_and_texts(self._loaded, **asked, rows=len(rows)),
+                )
+            _, decoder, texts = self._decoding
+            answers = list(
+                generate.continued(
+                    self._loaded, decoder, texts, rows, num_samples=num_samples, seed=seed
+                )
+            )
         return [
             Generation(
                 text=answer.get("text"),
@@ -212,7 +219,7 @@ class Run:
                 logprobs=answer["logprobs"],
                 ended=answer["ended"],
             )
-            for answer in wanted
+            for answer in answers
         ]
 
     def _row(self, prompt: Prompt) -> dict[str, Any]:
@@ -276,19 +283,6 @@ class Run:
         mesh = partitioning.make_mesh(shape=config.mesh)
         with partitioning.use_mesh(mesh, partitioning.rules_named(config.rules)):
             yield
-
-
-@dataclasses.dataclass(frozen=True)
-class _InMemory:
-    """Stands for a `RunConfig` in `generate`, which loads a run by it."""
-
-    run: Run
-
-    @contextlib.contextmanager
-    def load(self, checkpoint: str, **options: Any) -> Iterator["LoadedRun"]:
-        del checkpoint, options
-        with self.run._mesh():
-            yield self.run._loaded
 
 
 def load(

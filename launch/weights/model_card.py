@@ -47,13 +47,14 @@ def write(
     """
     updates, meta = step["step"], step["meta"]
     record, rows = _record(run, updates)
+    none = "none: it began with new parameters" if record else _UNKNOWN
     facts = {
         "architecture": f"`{architecture}`",
         "weights": weights + (" (an average of the trained parameters)" if average else ""),
         "objective": objective.read(run).name or _UNKNOWN,
         "trained": _trained(record, updates),
         "held-out loss": _held_out(rows),
-        "parents": "; ".join(_parents(record, meta)) or "none: it began with new parameters",
+        "parents": "; ".join(_parents(record, meta)) or none,
         "code": f"Espalier, commit `{str(record.get('commit') or _UNKNOWN)[:12]}`",
     }
     lines = [_HEAD, f"# {_plain(run.name)}", "", "| | |", "|---|---|"]
@@ -118,6 +119,8 @@ def _parents(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Iterator[str
     experts = _mapping(meta, "upcycled").get("experts")
     if isinstance(experts, list):
         yield f"experts {', '.join(f'`{name}`' for name in experts)}"
+    elif isinstance(made_of := meta.get("made_of"), list):
+        yield f"made of {'; '.join(map(str, made_of))}"
     family = _mapping(meta, "hf").get("family")
     for _ in range(_MOST_PARENTS):
         path = _mapping(record, "initial").get("path") or _mapping(meta, "initial").get("path")

@@ -42,9 +42,9 @@ class SourceModel:
 
     def __init__(self, path: str, params: str):
         self.path = path
-        self._step, recorded = step_dir.newest_good(path, checked)
-        self.meta: Mapping[str, Any] = step_dir.read_record(self._step, recorded)["meta"]
-        parts = base_step.parts(self._step, recorded, params)
+        self.step, recorded = step_dir.newest_good(path, checked)
+        self.meta: Mapping[str, Any] = step_dir.read_record(self.step, recorded)["meta"]
+        parts = base_step.parts(self.step, recorded, params)
         if not parts[0].entries:
             raise TransformError(f"{path} has no {parts[0].root.rstrip('/')}: use --params=raw.")
         for part in parts[1:]:
@@ -52,7 +52,7 @@ class SourceModel:
         self._parts = {name: part for part in parts for name in part.entries}
         shapes = {name: tuple(part.entries[name].shape) for name, part in self._parts.items()}
         self.abstract = Source(path, shapes)
-        self.folder = step_dir.run_folder(self._step)
+        self.folder = step_dir.run_folder(self.step)
 
     def config(self, *, whole: bool) -> str:
         """Returns the gin text of the run's model, or of its whole configuration."""

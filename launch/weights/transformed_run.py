@@ -74,7 +74,10 @@ def write(
                 for recipe in recipes
                 for path, array in _streamed(recipe, leaves, by_name, bar).items()
             }
-            recorded = {**first.text_meta(), **meta}
+            made_of = [
+                f"{os.path.basename(source.folder)}, step {source.step.name}" for source in sources
+            ]
+            recorded = {**first.text_meta(), "made_of": made_of, **meta}
             checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
             stream_checkpoint.save(checkpoints, arrays, meta=recorded)
     return recipes

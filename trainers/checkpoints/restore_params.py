@@ -194,9 +194,8 @@ def _wanted(
             "configuration it was saved with, or assign these parameters to None."
         )
     if fresh := sorted(name for name, source in sources.items() if source is None):
-        _log.warning(
-            "%s: %d parameters keep their initial values: %s", path, len(fresh), ", ".join(fresh)
-        )
+        shown = ", ".join(fresh[:3]) + ", ..." * (len(fresh) > 3)
+        _log.warning("%s: %d parameters keep their initial values: %s", path, len(fresh), shown)
     return wanted
 
 

@@ -91,7 +91,8 @@ def read(name: str, directory: str | os.PathLike) -> Run:
             series[kind] = some
     if "llh_chosen" not in series:
         raise ValueError(
-            f"{directory} has no likelihoods of chosen completions: give runs of t5x_configs/runs/preference.gin."
+            f"{directory} has no likelihoods of chosen completions: give runs of t5x_configs/runs/preference.gin, with at least one "
+            "held-out evaluation."
         )
     alarms = _points(table, "indicators/alarm")
     return Run(name, series, min(alarms.index[alarms > 0], default=None), _outputs(directory))

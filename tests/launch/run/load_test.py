@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data.tokenizers import vocabularies
+from launch.inference import generate
 from launch.run.load import Run, load
 from launch.run.loaded_run import LoadError
 from model.config import TransformerConfig
@@ -55,6 +56,16 @@ def test_generation_chooses_by_these_logits(run):
     assert chosen.ended == "length" and chosen.text == run.decode(chosen.tokens)
     (without_start,) = run.generate([prompt[1:]], max_new_tokens=3)
     assert without_start == chosen
+
+
+def test_further_prompts_use_the_programs_of_the_first(run, monkeypatch):
+    settings = {"max_new_tokens": 2, "stop": "\n", "batch_size": 1}
+    first = run.generate("import os", **settings)
+    monkeypatch.setattr(generate, "decoder_and_texts", None)
+    assert run.generate("import os", **settings) == first
+    assert run.generate("def f(x)", **settings) != first
+    monkeypatch.undo()
+    assert len(run.generate("import os", **{**settings, "max_new_tokens": 1})[0].tokens) == 1
 
 
 def test_samples_depend_on_the_seed_alone(run):

@@ -113,6 +113,8 @@ def test_merged_adapters_are_the_same_model(file, settings, adapted, command, tm
     run, merged = adapted(file, **settings), tmp_path / "merged"
     assert command("upcycle merge", f"--checkpoint={run}", f"--to={merged}") == 0
     assert not any(map(is_adapter, step_dir.read_manifest(step_dir.resolve(merged)).arrays))
+    step = step_dir.resolve(run).name
+    assert step_dir.read_meta(merged)["made_of"] == [f"{pathlib.Path(run).name}, step {step}"]
     want = logits(run)
     np.testing.assert_allclose(logits(merged), want, atol=1e-5 * np.abs(want).max())
 

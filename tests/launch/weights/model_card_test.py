@@ -79,6 +79,13 @@ def test_a_run_without_a_record_or_with_a_damaged_one_has_a_card_too(tmp_path, c
     assert "the family gemma2" in text and "takes token ids" in text
     (tmp_path / "export" / "README.md").unlink()
     (tmp_path / "export").rmdir()
+    text = card(tmp_path, step, {"made_of": ["tuned, step 12"]})
+    assert "| parents | made of tuned, step 12 |" in text
+    (tmp_path / "export" / "README.md").unlink()
+    (tmp_path / "export").rmdir()
+    assert "| parents | not recorded |" in card(tmp_path, step)
+    (tmp_path / "export" / "README.md").unlink()
+    (tmp_path / "export").rmdir()
     (tmp_path / "imported" / "run.json").write_text('{"data": [1], "initial": 3, "commit": 5}')
     assert "| trained | 20 updates |" in card(tmp_path, step)
     (tmp_path / "export" / "README.md").unlink()

@@ -231,12 +231,17 @@ class PreferenceIndicators:
         return result
 
     def _advice(self, alarm: Alarm) -> str:
-        best = "the best mean reward" if self.reward is not None else f"step {alarm.before}"
+        if self.reward is not None:
+            best = "the checkpoint with the best mean reward"
+        elif alarm.before:
+            best = f"the checkpoint of step {alarm.before} (saved if checkpoints are as frequent as indicators)"
+        else:
+            best = "the model that the run began with"
         end = "continues; INDICATORS_STOP = 'alarm' would end it here"
         return (
             f"step {alarm.step}: signs of over-optimisation: {alarm.reason}. The run "
-            f"{'ends here' if self.stop == 'alarm' else end}. Release the checkpoint of {best} (saved if checkpoints are "
-            "as frequent as indicators), or train again with a larger BETA, an NLL term in LOSSES or a lower LEARNING_RATE."
+            f"{'ends here' if self.stop == 'alarm' else end}. Use {best}, or train again with a larger BETA, an NLL term "
+            "in LOSSES or a lower LEARNING_RATE."
         )
 
     def _competing(self) -> list[Completion] | None:

@@ -1,5 +1,6 @@
 """The hook on a tiny model: what it reads, keeps and says, and what a run that goes on finds again."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -244,6 +245,8 @@ def test_the_alarm_is_in_the_metrics_and_once_in_the_log(tmp_path, caplog):
     assert line.startswith("step 4: signs of over-optimisation: the entropy") and "step 3" in line
     assert "The run continues" in line and "BETA" in line
     assert not made.ended
+    at_start = dataclasses.replace(made._monitor.alarm, before=0)  # has no checkpoint
+    assert "Use the model that the run began with, or" in made._advice(at_start)
 
 
 def test_an_alarm_ends_the_run_that_asks_for_it_and_the_one_that_goes_on(tmp_path, caplog):
