@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from launch.papers.mov import evaluations, sweep
-from launch.papers.shared import results
+from launch.papers.shared import loads, results
 
 ACCURACY = "accuracy"
 BASE, FULL, IA3 = "base", "full", "ia3"
@@ -27,6 +27,7 @@ _LABELS = {
     "mov10_top1_renormalised": "MoV-10, top-1, renormalised",
     "mov10_top2": "MoV-10, top-2",
     "mov10_layer_input": "MoV-10, routed by layers' inputs",
+    "mov10_sentence": "MoV-10, routed by sentences",
 }
 CHANCE = 1 / 4
 
@@ -46,8 +47,11 @@ class Runs(results.Results):
     def lower_is_better(self, score: str) -> bool:
         return score != ACCURACY
 
+    def degenerate(self, row: Mapping[str, Any]) -> str:
+        return loads.collapsed(row, self.top_1(row["arm"]))
+
     def limits(self, score: str) -> tuple[float, float] | None:
-        return (0.0, 1.0) if score == ACCURACY else None
+        return (CHANCE, 1.0) if score == ACCURACY else None
 
     def digits(self, score: str) -> int:
         return 0 if score == "trained_parameters" else 3

@@ -104,15 +104,24 @@ def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> 
     """Returns what a model sows on padded inputs and right answers."""
     import jax.numpy as jnp
 
-    _, written = model.apply(
-        {"params": params},
-        jnp.pad(answers_NT, ((0, 0), (1, 0)))[:, :-1],
-        encoder_tokens_BS=inputs_NS,
-        encoder_segments_BS=(inputs_NS != 0).astype(jnp.int32),
-        segments_BT=(answers_NT != 0).astype(jnp.int32),
-        mutable=["intermediates"],
-        method="hidden",
-    )
+    from model.mov import sentence
+
+    batch = {
+        "encoder_input_tokens": inputs_NS,
+        "encoder_segment_ids": (inputs_NS != 0).astype(jnp.int32),
+        "decoder_segment_ids": (answers_NT != 0).astype(jnp.int32),
+    }
+    variables = {"params": params}
+    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+        _, written = model.apply(
+            variables,
+            jnp.pad(answers_NT, ((0, 0), (1, 0)))[:, :-1],
+            encoder_tokens_BS=inputs_NS,
+            encoder_segments_BS=batch["encoder_segment_ids"],
+            segments_BT=batch["decoder_segment_ids"],
+            mutable=["intermediates"],
+            method="hidden",
+        )
     return written["intermediates"]
 
 

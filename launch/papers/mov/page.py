@@ -17,15 +17,16 @@ _TEXT = [
     f"full tuning (rate {sweep.FULL_RATE:g}), (IA)3 and MoV ({sweep.VECTOR_RATE:g}), LoRA and MoLORA ({sweep.LORA_RATE:g}, "
     f"experts of rank {sweep.RANK}), Adam without decay. LoRA has MoLORA's sites. *top-1*, *top-2*: a token uses only its most "
     "probable experts, whose weights are their probabilities, as in the paper's code, or sum to 1 (*renormalised*). "
-    "*Routed by layers' inputs*: a router reads what attention or MLP reads, not the tensor that it rescales.",
+    "*Routed by layers' inputs*: a router reads what attention or MLP reads, not the tensor that it rescales; *by sentences*: the "
+    "mean embedding of the inputs, the same for all tokens of an example.",
     f"- *judged*: {rows.HELD_OUT_ROWS} rows of each of {len(rows.held_out())} compositions that no run has seen, with "
     f"{rows.CHOICES} answer choices, among them each operation alone and both in the other order; the choice with the greatest "
     "log-likelihood is the answer (`launch.evaluate ranks`).",
     "- *routers*: what they choose is read on the same compositions, by kind of site and layer; keys, values and heads count "
     "alike.",
     "- *where it falls short*: the paper's models are of 770 million to 11 billion parameters and its tasks are natural "
-    "language; here tasks are generated, and the held-out ones are compositions of operations that are known. Routing by "
-    "sentences is not measured: no stream has embeddings of sentences.",
+    "language; here tasks are generated, and the held-out ones are compositions of operations that are known. The embedding of a "
+    "sentence is the mean of the frozen model's embeddings of the inputs, the paper's is another model's.",
 ]
 
 

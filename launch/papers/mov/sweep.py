@@ -31,6 +31,7 @@ VARIANTS = {
     "top1_renormalised": ("ADAPTER_TOP_K=1",),
     "top2": ("ADAPTER_TOP_K=2", RAW),
     "layer_input": ("ADAPTER_ROUTER_INPUT='layer_input'",),
+    "sentence": ("ADAPTER_ROUTER_INPUT='sentence'",),
 }
 
 
