@@ -327,6 +327,7 @@ REQUIRED = {
     "bam_full": [*FOLDERS, "SHARES={'law': 1.0}"],
     "nexus_full": [*FOLDERS, "SHARES={'arxiv': 1.0}"],
     "code_mix_full": [*FOLDERS, "MBPP='m'", "SHARES={'text': 1.0}"],
+    "examples": ["EXAMPLES='pairs/*.jsonl'", "TOKENIZER='my_run/tokenizer'"],
     "files": ["FILES='my_data/*.jsonl'"],
     "instructions": ["TOKENIZER='t'", "INSTRUCTIONS_DIR='d'", "TRAIN_SETS={'a': ['b']}"],
     "t0": ["TOKENIZER='t'", "INSTRUCTIONS_DIR='d'"],

@@ -263,12 +263,18 @@ class RunConfig:
 
 
 def load_frozen(
-    model: Any, checkpoint: str, frozen: Any, mesh: Mapping[str, int] | None, rules: str
+    model: Any,
+    checkpoint: str,
+    frozen: Any,
+    mesh: Mapping[str, int] | None,
+    rules: str,
+    *,
+    encoder_decoders: bool = False,
 ) -> contextlib.AbstractContextManager[LoadedRun]:
     """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
     config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
     params = "ema" if frozen.use_ema else "raw"
-    return config.load(checkpoint, params=params, of_base=True, encoder_decoders=True)
+    return config.load(checkpoint, params=params, of_base=True, encoder_decoders=encoder_decoders)
 
 
 def restore(

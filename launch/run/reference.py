@@ -89,7 +89,14 @@ class Reference:
         before = [] if start is None else [start]
         pairs = stream.pairs()
         with (
-            load_frozen(self.model, checkpoint, self.checkpoint, self.mesh, self.rules) as run,
+            load_frozen(
+                self.model,
+                checkpoint,
+                self.checkpoint,
+                self.mesh,
+                self.rules,
+                encoder_decoders=True,
+            ) as run,
             tqdm(total=len(wanted), desc="reference", unit="pair", disable=None) as bar,
         ):
             size = run.batch_size(self.batch_size, 2 * len(wanted))
