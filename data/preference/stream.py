@@ -255,8 +255,8 @@ def _planner(
 ) -> Callable[[str, store.Cache], PairSource]:
     if set(feature_lengths) not in ({"targets"}, {"inputs", "targets"}):
         raise ValueError(
-            f"task_feature_lengths {dict(feature_lengths)} must give 'targets', the positions of a row, and for an "
-            "encoder-decoder 'inputs'."
+            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the positions of a row, or for an "
+            "encoder-decoder 'inputs' as well."
         )
     if "inputs" in feature_lengths and (read_last or start_token is None):
         setting = "read_last = True, as rewards need it," if read_last else "start_token = None"
