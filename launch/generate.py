@@ -10,8 +10,8 @@ conversation on the terminal.
 --inputs=x.jsonl has rows {"text": "..."}, {"messages": [...]}, {"tokens": [...]} or {"prompt": ...}
 (a text or messages, as in files of prompts and of preference pairs). --output=y.jsonl has --num_samples
 rows of each in the same order, with "prompt"; "text" and "tokens" of the continuation; "logprobs", the
-natural logarithms of the tokens' probabilities at temperature 1; "score" of a beam; "sample", from 0; and
-"ended", which is "eos", "stop" or "length". The tokens include EOS and a --stop, the text does not. Without
+natural logarithms of the tokens' probabilities at temperature 1; "score" of a beam; "sample", from 0;
+"adapter", with --adapter, for each of which all rows follow; and "ended", which is "eos", "stop" or "length". The tokens include EOS and a --stop, the text does not. Without
 VOCABULARY a run continues only tokens, without "text", and --eos_id sets the tokens that end. Finished rows
 are in y.jsonl.partial until all are finished. A row's continuation depends on --seed and its index, not on
 other rows.
@@ -187,7 +187,8 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
             f"--cache_policy={flags.cache_policy} reads the answer that it should generate: it is only for "
             "experiments. Choose another."
         )
-    same = ("checkpoint", "params", "seed", "cache_dtype", "prefill_chunk", "batch_size", "compare")
+    same = ("checkpoint", "params", "adapter", "seed", "cache_dtype", "prefill_chunk")
+    same = (*same, "batch_size", "compare")
     return {
         **{name: getattr(flags, name) for name in same},
         "settings": settings,
@@ -213,10 +214,13 @@ def _check(flags: argparse.Namespace) -> None:
     several = getattr(flags, "num_samples", 1) > 1 or beams
     if session and several:
         raise LoadError("--chat has one answer to each line: remove --num_samples and --num_beams.")
+    if session and len(flags.adapter) > 1:
+        raise LoadError("--chat is a conversation with one model: give one --adapter.")
+    several = several or len(flags.adapter) > 1
     if flags.stream and not session and (flags.prompt is None or several):
         raise LoadError(
-            "--stream shows one continuation of --prompt as it grows: remove --inputs, --num_samples "
-            "and --num_beams, or --stream."
+            "--stream shows one continuation of --prompt as it grows: remove --inputs, --num_samples, "
+            "--num_beams and all --adapter but one, or --stream."
         )
     if beams and "num_beams" not in beams:
         raise LoadError(

@@ -9,7 +9,8 @@ Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a t
 {"messages": [...]}, where an assistant's turn at the end is the targets. The output has them in order
 with "logprobs", one natural logarithm per target, and their "sum". Without targets every token of the row is
 one. The model's START_TOKEN comes before the first token; if it is None, the first token of a row has no
-log-probability. Finished rows are in y.jsonl.partial until all are finished.
+log-probability. With --adapter, which is repeatable, all rows follow for
+each, with its "adapter". Finished rows are in y.jsonl.partial until all are finished.
 """
 
 from collections.abc import Sequence

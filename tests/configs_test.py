@@ -327,6 +327,7 @@ REQUIRED = {
     "bam_full": [*FOLDERS, "SHARES={'law': 1.0}"],
     "nexus_full": [*FOLDERS, "SHARES={'arxiv': 1.0}"],
     "code_mix_full": [*FOLDERS, "MBPP='m'", "SHARES={'text': 1.0}"],
+    "examples": ["EXAMPLES='pairs/*.jsonl'", "TOKENIZER='my_run/tokenizer'"],
     "files": ["FILES='my_data/*.jsonl'"],
     "instructions": ["TOKENIZER='t'", "INSTRUCTIONS_DIR='d'", "TRAIN_SETS={'a': ['b']}"],
     "t0": ["TOKENIZER='t'", "INSTRUCTIONS_DIR='d'"],
@@ -394,6 +395,10 @@ def test_what_a_data_file_requires_is_asked_for(name):
 # devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 ARMS = {
+    "t5x_configs/experiments/mov/cpu/operations.gin": (
+        [],
+        ["TOKENIZER='/tmp/t5/vocabulary.model'", "INSTRUCTIONS_DIR='/tmp/rows'"],
+    ),
     "t5x_configs/experiments/preference/cpu/preference.gin": ([], _PAIRS),
     "t5x_configs/experiments/preference/cpu/online.gin": (
         ["t5x_configs/methods/preference/rloo.gin"],

@@ -101,7 +101,7 @@ class PackedPairs(TokenRows):
     """Pairs of completions packed into rows: segment 2k + 1 is a row's k-th chosen one, 2k + 2 its rejected.
 
     Attributes:
-      feature_lengths: {'targets': tokens of a row}.
+      feature_lengths: {'targets': tokens of a row}; of an encoder-decoder also its 'inputs'.
       pairs: K, the most pairs in a row, which data decide; any K serves to compile without data.
       stored_reference: whether a reference's log-probabilities come with the pairs.
       labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
@@ -119,14 +119,18 @@ class PackedPairs(TokenRows):
 
     @property
     def length(self) -> int:
-        return self.feature_lengths["targets"]
+        return sum(self.feature_lengths.values())
 
     def arrays(self, rows: int) -> Arrays:
         per_pair = jax.ShapeDtypeStruct((rows, self.pairs), jnp.float32)
         both = jax.ShapeDtypeStruct((rows, 2 * self.pairs), jnp.float32)
-        per_token = jax.ShapeDtypeStruct((rows, self.length), jnp.float32)
+        targets = self.feature_lengths["targets"]
+        per_token = jax.ShapeDtypeStruct((rows, targets), jnp.float32)
+        packed: Inputs = PackedTokens(targets)
+        if "inputs" in self.feature_lengths:
+            packed = InputsAndTargets(self.feature_lengths["inputs"], targets)
         return {
-            **PackedTokens(self.length).arrays(rows),
+            **packed.arrays(rows),
             "pair_weights": per_pair,
             "chosen_tokens_per_pair": jax.ShapeDtypeStruct((rows,), jnp.float32),
             **({"reference_log_probs": both} if self.stored_reference else {}),

@@ -103,9 +103,26 @@ class Recipe:
                 f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'inputs', which an encoder-decoder "
                 'reads, for example {"inputs": 512, "targets": 114}.'
             )
+        if self.inputs is not None:
+            self._check_encoder(self.inputs)
         if self.inputs is not None and self.feature_lengths is not None:
             raise ValueError(
                 "Recipe.inputs and Recipe.feature_lengths both define the rows: bind one of them."
+            )
+
+    def _check_encoder(self, inputs: Inputs) -> None:
+        """Raises ValueError if an encoder-decoder has rows without inputs, or another model rows with some."""
+        has_inputs = "encoder_input_tokens" in inputs.arrays(1)
+        name = type(self.model).__name__
+        if has_inputs and self.model.row != "inputs_and_targets":
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS has 'inputs', and the model, a {name}, has no encoder: give 'targets' alone."
+            )
+        if not has_inputs and self.model.row == "inputs_and_targets":
+            raise ValueError(
+                f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none. Preferences have them with "
+                "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}; online methods, reward models and distillation train "
+                "decoders alone."
             )
 
     @property

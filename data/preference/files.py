@@ -82,6 +82,7 @@ class PreferenceFiles(PromptedFiles):
             "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
             "kind": self.kind,
             "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
+            **({"prompt_eos": True} if self.tokeniser.prompt_eos else {}),
         }
 
     def _encoded(self, example: _Example, rejected: list[int], number: float) -> dict[str, Any]:

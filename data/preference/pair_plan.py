@@ -10,7 +10,7 @@ import numpy as np
 
 from data.cache.store import Cache
 from data.choices import check_choice
-from data.stream.plan import Plan, best_fit, starts
+from data.stream.plan import Plan, best_fit, first_fit, starts
 from data.stream.rows import check_features
 
 Packing = Literal["examples", "best_fit"]
@@ -46,8 +46,15 @@ class PairPlan(Plan):
             return super().tokens(feature)
         return self.tokens("chosen") + self.tokens("rejected")
 
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads the prompts, and the completions alone are targets."""
+        return "inputs" in self.row_lengths
+
     def positions(self) -> int:
-        """Returns the number of filled positions of all rows."""
+        """Returns the number of filled positions of all rows, of targets."""
+        if self.encodes:
+            return self.tokens()
         pairs = len(self.records)
         return 2 * (self.tokens("prompt") + self._more * pairs) + self.tokens()
 
@@ -75,6 +82,7 @@ def plan_pairs(
     packing: Packing = "examples",
     read_only: int = 0,
     read_last: int = 0,
+    inputs_length: int | None = None,
 ) -> PairPlan:
     """Plans the rows of one source of pairs.
 
@@ -82,9 +90,13 @@ def plan_pairs(
     A pair is dropped if its prompt leaves no room for a completion token, or if its truncated completions are
     equal.
 
+    With `inputs_length`, an encoder reads the prompts, once for each completion. `max_length` is then of a completion
+    alone, and a pair is dropped if its prompt is longer than half of the inputs.
+
     Args:
         row_length: positions of a row.
         max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
+        inputs_length: positions of the encoder in a row; None for a decoder.
         packing: 'examples' puts one pair in a row, 'best_fit' as many as fit, the largest first.
         read_only, read_last: see `PairPlan`.
 
@@ -104,6 +116,13 @@ def plan_pairs(
     full = {f: opened.columns[f].lengths.astype(np.int64) for f in FEATURES}
     check_prompts(name, opened, full["prompt"] >= read_only)
     room_N = max_length - full["prompt"]
+    if inputs_length is not None:
+        if not full["prompt"].all():
+            raise ValueError(
+                f"Source {name!r}: the prompt of {opened.name_of(int(full['prompt'].argmin()))} is empty, and an encoder reads "
+                "at least one token: set PROMPT_EOS = True, so that prompts end with EOS."
+            )
+        room_N = np.where(2 * full["prompt"] <= inputs_length, max_length, 0)
     truncated = {f: np.minimum(full[f], np.maximum(room_N, 0)) for f in FEATURES[1:]}
     fits_N = room_N > 0
     cut_N = (full["chosen"] > truncated["chosen"]) | (full["rejected"] > truncated["rejected"])
@@ -131,9 +150,17 @@ def plan_pairs(
     records = np.flatnonzero(used_N)
     lengths = {"prompt": full["prompt"], **truncated}
     lengths = {feature: size_N[records] for feature, size_N in lengths.items()}
-    prompts = lengths["prompt"] - read_only + read_last
-    sizes = 2 * prompts + lengths["chosen"] + lengths["rejected"]
-    rows = best_fit(sizes, row_length) if packing == "best_fit" else np.arange(len(records))
+    prompts = 2 * lengths["prompt"]
+    completions = lengths["chosen"] + lengths["rejected"]
+    row_lengths = {"targets": row_length}
+    if packing == "examples":
+        rows = np.arange(len(records))
+    elif inputs_length is None:
+        rows = best_fit(prompts + 2 * (read_last - read_only) + completions, row_length)
+    else:
+        rows = first_fit(np.stack([prompts, completions]), [inputs_length, row_length])
+    if inputs_length is not None:
+        row_lengths["inputs"] = inputs_length
     order = np.argsort(rows, kind="stable")  # within a row, the order of the files
     lost = sum(int((full[f] - truncated[f])[records].sum()) for f in truncated)
     return PairPlan(
@@ -141,7 +168,7 @@ def plan_pairs(
         records=records[order].astype(np.uint32),
         offsets=np.zeros(len(records), np.uint32),
         lengths={feature: size[order].astype(np.uint32) for feature, size in lengths.items()},
-        row_lengths={"targets": row_length},
+        row_lengths=row_lengths,
         packing=packing,
         long_documents="truncate",
         counts={

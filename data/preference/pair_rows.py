@@ -88,6 +88,9 @@ def read_rows(
     is read but not predicted. If the plans have `read_last`, the column `decoder_ends`, float32 [B, L], is 1 at
     the position of each segment that reads the last token of its completion.
 
+    Where an encoder reads the prompts (`PairPlan.encodes`), the segments have the completions alone, and the columns
+    `encoder_input_tokens`, `encoder_segment_ids` and `encoder_positions` the prompts in segments of the same numbers.
+
     Args:
         source_B, row_B: see `data.stream.rows.read_rows`.
         slots: K, the width of the columns `pair_weights` (1 for a pair, 0 for none), `pair_labels` (unpaired
@@ -103,13 +106,15 @@ def read_rows(
     read_only, read_last = int(start_token is None), sources[0].plan.read_last
     ends = np.zeros(shape, np.float32)
     place_L = np.arange(shape[1], dtype=np.int32)
+    encodes = sources[0].plan.encodes
+    encoder = _encoder_columns(sources, len(row_B)) if encodes else {}
     for index in np.unique(source_B[row_B != rows.NO_ROW]):
         plan, columns = sources[index].plan, sources[index].cache.columns
         here_B = np.flatnonzero((source_B == index) & (row_B != rows.NO_ROW))
         row_P, slot_P, pair_P = rows.segments(plan, row_B[here_B])
         record_P = plan.records[pair_P]
         size = {f: plan.lengths[f][pair_P].astype(np.int64) for f in FEATURES}
-        prompt_S = np.repeat(size["prompt"] - read_only, 2)
+        prompt_S = np.repeat(size["prompt"] - read_only, 2) * (not encodes)
         target_S = prompt_S + np.stack([size["chosen"], size["rejected"]], axis=1).ravel()
         size_S = target_S + read_last
         before_S = np.cumsum(size_S) - size_S
@@ -118,7 +123,8 @@ def read_rows(
         at_S = here_B[np.repeat(row_P, 2)] * shape[1] + place_S
 
         begin_S = np.repeat(columns["prompt"].starts[record_P], 2)
-        columns["prompt"].gather(begin_S + read_only, prompt_S, targets.reshape(-1), at_S)
+        if not encodes:
+            columns["prompt"].gather(begin_S + read_only, prompt_S, targets.reshape(-1), at_S)
         for turn, feature in enumerate(("chosen", "rejected")):
             begin_P = columns[feature].starts[record_P]
             at_P = (at_S + prompt_S)[turn::2]
@@ -137,6 +143,8 @@ def read_rows(
         else:
             inputs.reshape(-1)[at_S] = start_token
 
+        if encodes:
+            _read_prompts(encoder, sources[index], here_B, row_P, slot_P, pair_P)
         pair_weights[here_B[row_P], slot_P] = 1
         if number in columns:
             once_P, to_P = np.ones_like(record_P, np.int64), here_B[row_P] * slots + slot_P
@@ -154,9 +162,41 @@ def read_rows(
         "decoder_positions": positions,
         "source_ids": source_B.astype(np.int32),
         "pair_weights": pair_weights,
+        **encoder,
     }
     if read_last:
         batch["decoder_ends"] = ends
     if number == "labels" or margins:
         batch["pair_labels" if number == "labels" else "pair_margins"] = numbers
     return batch
+
+
+def _encoder_columns(sources: Sequence[PairSource], count: int) -> dict[str, np.ndarray]:
+    shape = (count, sources[0].plan.row_lengths["inputs"])
+    names = ("input_tokens", "segment_ids", "positions")
+    return {f"encoder_{name}": np.zeros(shape, np.int32) for name in names}
+
+
+def _read_prompts(
+    encoder: dict[str, np.ndarray],
+    source: PairSource,
+    here_B: np.ndarray,
+    row_P: np.ndarray,
+    slot_P: np.ndarray,
+    pair_P: np.ndarray,
+) -> None:
+    """Writes the prompts of rows `here_B` of a batch, each twice: segments 2k + 1 and 2k + 2 are of pair k."""
+    tokens = encoder["encoder_input_tokens"]
+    length = tokens.shape[1]
+    prompts = source.cache.columns["prompt"]
+    size_S = np.repeat(source.plan.lengths["prompt"][pair_P].astype(np.int64), 2)
+    before_S = np.cumsum(size_S) - size_S
+    first_B = np.flatnonzero(slot_P == 0) * 2
+    place_S = before_S - before_S[first_B][np.repeat(row_P, 2)]
+    at_S = here_B[np.repeat(row_P, 2)] * length + place_S
+    begin_S = np.repeat(prompts.starts[source.plan.records[pair_P]], 2)
+    prompts.gather(begin_S, size_S, tokens.reshape(-1), at_S)
+    id_S = np.stack([2 * slot_P + 1, 2 * slot_P + 2], axis=1).ravel()
+    ids, origins = rows.spread([id_S, place_S], size_S, first_B, length)
+    encoder["encoder_segment_ids"][here_B] = ids
+    encoder["encoder_positions"][here_B] = (np.arange(length, dtype=np.int32) - origins) * (ids > 0)

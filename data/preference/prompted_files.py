@@ -26,15 +26,16 @@ class PromptedFiles(FileSource, abc.ABC):
         chat_template: str | None,
         add_bos: bool,
         add_eos: bool,
+        prompt_eos: bool = False,
         **fields: Any,
     ) -> Self:
         """Returns the source of a task, with `fields` as for `FileSource.find`.
 
         `data.preference.tasks.register_pairs` describes the arguments and errors.
         """
-        tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos)
+        tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos or prompt_eos)
         template = tokens.find_template(chat_template, vocabulary)
-        tokeniser = tokens.Tokeniser(vocabulary, template, add_bos=add_bos, add_eos=add_eos)
+        tokeniser = tokens.Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
         return cls.find(name=name, tokeniser=tokeniser, **fields)
 
     @property

@@ -174,7 +174,8 @@ def make_stream(
 
     Args:
         mixture_or_task_name: registered with SeqIO, its tasks by `register_pairs`, all of the same kind.
-        task_feature_lengths: {'targets': positions of a row}.
+        task_feature_lengths: {'targets': positions of a row}; with 'inputs' as well, rows are for an encoder-decoder, whose
+            encoder reads each prompt twice and whose targets are the completions.
         max_length: most tokens of a prompt with one completion; default the most that fit into half a row.
             Longer completions are truncated at their end, pairs with longer prompts are dropped; `summary()`
             counts both.
@@ -252,13 +253,21 @@ def _planner(
     read_last: bool,
     start_token: int | None,
 ) -> Callable[[str, store.Cache], PairSource]:
-    if set(feature_lengths) != {"targets"}:
+    if set(feature_lengths) not in ({"targets"}, {"inputs", "targets"}):
         raise ValueError(
-            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the positions of a row."
+            f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the positions of a row, or for an "
+            "encoder-decoder 'inputs' as well."
+        )
+    if "inputs" in feature_lengths and (read_last or start_token is None):
+        setting = "read_last = True, as rewards need it," if read_last else "start_token = None"
+        raise ValueError(
+            f"{setting} is for decoders, and task_feature_lengths has 'inputs': an encoder-decoder learns preferences by "
+            "log-probabilities, and its targets follow a start token."
         )
     return functools.partial(
         pair_rows.plan_source,
         row_length=feature_lengths["targets"],
+        inputs_length=feature_lengths.get("inputs"),
         max_length=max_length,
         packing=packing,
         read_only=int(start_token is None),

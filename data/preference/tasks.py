@@ -24,6 +24,7 @@ def register_pairs(
     chat_template: str | None = None,
     add_bos: bool = False,
     add_eos: bool = True,
+    prompt_eos: bool = False,
     invalid: preference_files.Invalid = "drop",
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -51,6 +52,7 @@ def register_pairs(
         `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
       add_bos: begin prompts that are texts with BOS; a chat template writes its own.
       add_eos: end completions that are texts with EOS.
+      prompt_eos: end prompts with EOS, as an encoder reads them.
       invalid: 'drop' drops degenerate pairs, 'error' raises at the first one.
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
@@ -72,6 +74,7 @@ def register_pairs(
         chat_template=chat_template,
         add_bos=add_bos,
         add_eos=add_eos,
+        prompt_eos=prompt_eos,
         data_root=data_root,
         cache_dir=cache_dir,
         kind=kind,

@@ -28,6 +28,7 @@ class Tokeniser:
     template: chat_template.ChatTemplate | None
     add_bos: bool  # begin prompts that are texts with BOS
     add_eos: bool  # end completions that are texts with EOS
+    prompt_eos: bool = False  # end prompts with EOS, as an encoder's inputs
 
     def __call__(self, record: Record) -> tuple[list[int], list[list[int]]]:
         """Returns the ids of the prompt, and of each completion.
@@ -40,7 +41,7 @@ class Tokeniser:
             return self._conversation(record)
         encode = self.vocabulary.encode
         return (
-            [*self._bos, *encode(record.prompt)],
+            [*self._bos, *encode(record.prompt), *self._prompt_eos],
             [[*encode(completion), *self._eos] for completion in record.completions],
         )
 
@@ -78,11 +79,15 @@ class Tokeniser:
     def _eos(self) -> list[int]:
         return [self.vocabulary.eos_id] if self.add_eos else []
 
+    @property
+    def _prompt_eos(self) -> list[int]:
+        return [self.vocabulary.eos_id] if self.prompt_eos else []
+
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
         # Special tokens in a rendered template are meant as such, so they are encoded as special tokens.
         encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
         prompt = self.render(record, record.prompt, add_generation_prompt=True).text
-        return encode(prompt), [
+        return [*encode(prompt), *self._prompt_eos], [
             encode(self.continued(record, prompt, messages)[len(prompt) :])
             for messages in record.completions
         ]

@@ -161,7 +161,7 @@ def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segme
     records = np.flatnonzero(full[_main(row_lengths)] > 0)
     sizes_F = {f: np.minimum(full[f], row_lengths[f])[records] for f in row_lengths}
     if packing == "best_fit":
-        rows = _first_fit(np.stack(list(sizes_F.values())), list(row_lengths.values()))
+        rows = first_fit(np.stack(list(sizes_F.values())), list(row_lengths.values()))
     else:
         rows = np.arange(len(records))
     order = np.argsort(rows, kind="stable")
@@ -237,7 +237,7 @@ def _cut_at(feature: str, lengths_N: np.ndarray, row_ends_R: np.ndarray) -> _Seg
     return row_starts, records[index_S], offsets_S, {feature: cuts_S - begins_S}
 
 
-def _first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
+def first_fit(sizes_FP: np.ndarray, capacities_F: list[int]) -> np.ndarray:
     """Returns the row of each record by first fit, oldest open row first.
 
     A record fits a row where every feature has room.

@@ -109,10 +109,10 @@ def write_model(
         return sum(info.nbytes for info in writer.tensors.values())
 
 
-def write_training(folder: str, *, steps: int) -> None:
-    """Writes case.json, model/ and tokens.npy [steps, B, T] of the training benchmarks."""
+def write_training(folder: str, *, steps: int, **settings: Any) -> None:
+    """Writes case.json, with `settings` in it, model/ and tokens.npy [steps, B, T] of the training benchmarks."""
     rng = np.random.default_rng(0)
-    write_llama(folder, CASE, rng, std=0.02)
+    write_llama(folder, CASE | settings, rng, std=0.02)
     # Zipf-distributed ids, so that the loss falls within a few steps.
     shape = (steps, CASE["batch_size"], CASE["length"])
     tokens = (rng.zipf(1.2, shape) * 7919 % CASE["vocab_size"]).astype(np.int32)

@@ -86,7 +86,7 @@ _SLOTS = {
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
 FLAGS: dict[str, tuple[str, ...]] = {
     "launch.evaluation.held_out.evaluate": _OF_EVALUATE,
-    "launch.evaluation.ranks.evaluate": ("checkpoint", "params", "json_file"),
+    "launch.evaluation.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from launch import cli
 from launch.inference import row_files
-from launch.run import load_run
+from launch.run import load_run, side_by_side
 from launch.run.load_run import LoadError, RunConfig
 
 GIN = "t5x_configs/runs/evaluate_ranks.gin"
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
+    load_run.add_adapter_flag(group)
     load_run.add_trust_flag(group)
     group.add_argument("--json", metavar="FILE", help="also writes the results here")
 
@@ -50,7 +51,12 @@ def _run(start: cli.Start) -> None:
     flags = start.flags
     if flags.json:
         row_files.check_output(flags.json, "json")
-    start(checkpoint=flags.checkpoint, params=flags.params, json_file=flags.json)
+    start(
+        checkpoint=flags.checkpoint,
+        params=flags.params,
+        json_file=flags.json,
+        adapter=flags.adapter,
+    )
 
 
 def evaluate(
@@ -60,6 +66,7 @@ def evaluate(
     checkpoint: str = "",
     params: str = "auto",
     json_file: str | None = None,
+    adapter: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Ranks the answer choices of held-out tasks, and prints the accuracies.
 
@@ -69,9 +76,11 @@ def evaluate(
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
       json_file: path of a JSON file with the results.
+      adapter: directories of adapters of this checkpoint, each of which is evaluated.
 
     Returns:
-      {"accuracy", "accuracy_per_token", "tasks": {task: {the same, "templates": {set: {template: the same}}}}}.
+      {"accuracy", "accuracy_per_token", "tasks": {task: {the same, "templates": {set: {template: the same}}}}}, with
+      adapters {"adapters": {directory: this}}.
 
     Raises:
       LoadError: there are no held-out tasks, or they have another form or vocabulary than the run.
@@ -105,23 +114,29 @@ def evaluate(
                 f"FORM = {form!r}."
             )
         facts["source"].num_input_examples("validation")  # errors come before the model is loaded
-    accuracies = {}
-    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
-        model = seqio_tasks.answers_of(run, max_new_tokens=1)
-        for name in held_out:
-            task = seqio_tasks.find(name, "validation")
-            seqio_tasks.check_vocabulary(task, run.vocabulary)
-            evaluator = seqio_tasks.evaluator(task, "validation", None)
-            scores = model.scores(seqio_tasks.examples(evaluator, task))
-            accuracies[name] = dict(seqio_tasks.compute(evaluator, task, None, scores))
-    results = summarised(held_out, accuracies)
+    results: dict[str | None, dict[str, Any]] = {}
+    loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
+    with loads as runs:
+        model = None
+        for directory, run in runs:
+            model = seqio_tasks.answers_of(run, 1, model)
+            accuracies = {}
+            for name in held_out:
+                task = seqio_tasks.find(name, "validation")
+                seqio_tasks.check_vocabulary(task, run.vocabulary)
+                evaluator = seqio_tasks.evaluator(task, "validation", None)
+                scores = model.scores(seqio_tasks.examples(evaluator, task))
+                accuracies[name] = dict(seqio_tasks.compute(evaluator, task, None, scores))
+            results[directory] = summarised(held_out, accuracies)
+    of_all = {"adapters": results} if adapter else results[None]
     if jax.process_index() == 0:
-        print(_table(results))
+        for directory, each in results.items():
+            print(_table(each) if directory is None else f"--- {directory}\n{_table(each)}")
         if json_file:
-            document = {"checkpoint": os.path.abspath(checkpoint), "params": params, **results}
+            document = {"checkpoint": os.path.abspath(checkpoint), "params": params, **of_all}
             with open(json_file, "w", encoding="utf-8") as file:
                 file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    return results
+    return of_all
 
 
 def summarised(

@@ -15,13 +15,13 @@ reads "inputs" as the task makes them.
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch import cli
 from launch.config import setting_flags
 from launch.inference import row_files
-from launch.run import load_run
+from launch.run import load_run, side_by_side
 from launch.run.load_run import LoadError, RunConfig
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    load_run.add_flags(parser)
+    load_run.add_adapter_flag(load_run.add_flags(parser))
     group = parser.add_argument_group("tasks")
     group.add_argument("--task", action="append", required=True, metavar="NAME", help="repeatable")
     group.add_argument(
@@ -77,7 +77,8 @@ def evaluate(
     max_new_tokens: int = 128,
     json_file: str | None = None,
     output: str | None = None,
-) -> dict[str, dict[str, Any]]:
+    adapter: Sequence[str] = (),
+) -> dict[Any, dict[str, Any]]:
     """Evaluates a checkpoint on registered tasks, and prints their metrics.
 
     Args:
@@ -90,10 +91,11 @@ def evaluate(
       max_new_tokens: maximum tokens of a prediction.
       json_file: file for the metrics; NaN and infinities as in metrics.jsonl.
       output: file for rows {"task", "example", "inputs", "targets", "prediction", "score"}, JSON lines, with texts
-        before the task's postprocessing.
+        before the task's postprocessing; "adapter" too, if there are some.
+      adapter: directories of adapters of this checkpoint, each of which is evaluated.
 
     Returns:
-      {task: {"examples": their number, "metrics": the results of the task's functions}}.
+      {task: {"examples": their number, "metrics": the results of the task's functions}}, with adapters by directory.
 
     Raises:
       LoadError: a task that cannot be evaluated, or numbers out of range.
@@ -109,45 +111,56 @@ def evaluate(
         if number is not None and number < 1:
             raise LoadError(f"--{flag}={number} must be at least 1.")
     registered = [seqio_tasks.find(name, split) for name in dict.fromkeys(tasks)]
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str | None, dict[str, dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
-    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
+    loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
+    with loads as runs:
         for task in registered:
-            seqio_tasks.check_vocabulary(task, run.vocabulary)
+            seqio_tasks.check_vocabulary(task, runs[0][1].vocabulary)
         # All tasks are read before the model runs, so that errors come early.
         evaluators = [seqio_tasks.evaluator(task, split, num_examples) for task in registered]
         examples = [*map(seqio_tasks.examples, evaluators, registered)]
-        model = seqio_tasks.answers_of(run, max_new_tokens)
-        for task, evaluator, read in zip(registered, evaluators, examples, strict=True):
-            outputs = seqio_tasks.outputs(task)
-            predictions = model.predictions(read) if PREDICTION in outputs else None
-            scores = model.scores(read) if SCORE in outputs else None
-            metrics = seqio_tasks.compute(evaluator, task, predictions, scores)
-            results[task.name] = {"examples": len(read), "metrics": metrics}
-            for i, example in enumerate(read):
-                row: dict[str, Any] = {"task": task.name, "example": i}
-                for feature in seqio_tasks.FEATURES:
-                    vocabulary = task.output_features[feature].vocabulary
-                    row[feature] = vocabulary.decode(example[feature])
+        model = None
+        for name, run in runs:
+            model = seqio_tasks.answers_of(run, max_new_tokens, model)
+            results[name] = {}
+            named = {} if name is None else {"adapter": name}
+            for task, evaluator, read in zip(registered, evaluators, examples, strict=True):
+                outputs = seqio_tasks.outputs(task)
+                predictions = model.predictions(read) if PREDICTION in outputs else None
+                scores = model.scores(read) if SCORE in outputs else None
+                metrics = seqio_tasks.compute(evaluator, task, predictions, scores)
+                results[name][task.name] = {"examples": len(read), "metrics": metrics}
                 answers = {PREDICTION: predictions, SCORE: scores}
-                row |= {key: values[i] for key, values in answers.items() if values is not None}
-                rows.append(row)
+                rows += [named | row for row in _rows(task, read, answers)]
     if jax.process_index() == 0:
-        shown = seqio_tasks.plain(results)
-        print(_table(shown))
+        shown = {name: seqio_tasks.plain(each) for name, each in results.items()}
+        for name, each in shown.items():
+            print(_table(each) if name is None else f"--- {name}\n{_table(each)}")
         if json_file:
             document = {
                 "checkpoint": os.path.abspath(checkpoint),
                 "params": params,
                 "split": split,
                 "max_new_tokens": max_new_tokens,
-                "tasks": shown,
+                **({"adapters": shown} if adapter else {"tasks": shown[None]}),
             }
             with open(json_file, "w", encoding="utf-8") as file:
                 file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     if output:
         row_files.write(output, rows, writer=jax.process_index() == 0)
-    return results
+    return results if adapter else results[None]
+
+
+def _rows(
+    task: Any, examples: Sequence[Mapping[str, Any]], answers: Mapping[str, Sequence[Any] | None]
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the output of one task."""
+    for i, example in enumerate(examples):
+        row: dict[str, Any] = {"task": task.name, "example": i}
+        for feature in ("inputs", "targets"):
+            row[feature] = task.output_features[feature].vocabulary.decode(example[feature])
+        yield row | {key: values[i] for key, values in answers.items() if values is not None}
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> str:

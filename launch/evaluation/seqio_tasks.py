@@ -31,6 +31,7 @@ class Answers:
     """
 
     def __init__(self, run: LoadedRun, max_new_tokens: int):
+        self.model = run.model
         unroll(run)
         batch_tokens = default_batch_tokens()
         self._run = run
@@ -47,6 +48,13 @@ class Answers:
             row_shards=run.row_shards,
             sharding=run.row_sharding,
         )
+
+    def use(self, run: LoadedRun) -> None:
+        """Sets another run of an equal model, for which all programs stay."""
+        unroll(run)
+        self._run = run
+        self._generator.use(run)
+        self._scorer.use(run.params)
 
     def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns greedy continuations of the inputs, without EOS."""
@@ -74,43 +82,62 @@ class EncoderAnswers:
     """
 
     def __init__(self, run: LoadedRun, max_new_tokens: int):
+        self.model = run.model
         self._run = run
         self._settings = Settings(
             max_new_tokens=max_new_tokens,
             eos_ids=run.eos_ids,
             num_ids=run.vocabulary.vocab_size,
         )
+        # By size of a batch; their programs serve all tasks.
+        self._decoders: dict[int, Decoder] = {}
+        self._scorers: dict[int, Scorer] = {}
+
+    def use(self, run: LoadedRun) -> None:
+        """Sets another run of an equal model, for which all programs stay."""
+        self._run = run
+        for each in (*self._decoders.values(), *self._scorers.values()):
+            each.use(run.params)
 
     def predictions(self, examples: Sequence[Mapping[str, Any]]) -> list[str]:
         """Returns greedy targets of the inputs, without EOS."""
         run = self._run
-        decoder = Decoder(
-            run.model,
-            run.params,
-            self._settings,
-            decoder_start=run.start_token or 0,
-            batch_size=run.batch_size(_ROWS, len(examples)),
-            sharding=run.row_sharding,
-        )
+        size = run.batch_size(_ROWS, len(examples))
+        if size not in self._decoders:
+            self._decoders[size] = Decoder(
+                run.model,
+                run.params,
+                self._settings,
+                decoder_start=run.start_token or 0,
+                batch_size=size,
+                sharding=run.row_sharding,
+            )
         texts = Texts(decoder_of(run.vocabulary), ends=run.eos_ids)
-        continued = decoder.stream([example["inputs"] for example in examples])
+        continued = self._decoders[size].stream([example["inputs"] for example in examples])
         return [texts.text(continuation.tokens)[0] for continuation in continued]
 
     def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
         """Returns log-probabilities of the targets given the inputs, summed over tokens."""
         run = self._run
         size = run.batch_size(_ROWS, len(examples))
-        scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
+        if size not in self._scorers:
+            options: dict[str, Any] = {"batch_size": size, "sharding": run.row_sharding}
+            self._scorers[size] = Scorer(run.model, run.params, **options)
         start = run.start_token or 0
         scored = [
             Row(context=[start], targets=example["targets"], encoder_inputs=example["inputs"])
             for example in examples
         ]
-        return [float(log_probs.sum()) for log_probs in scorer.stream(scored)]
+        return [float(log_probs.sum()) for log_probs in self._scorers[size].stream(scored)]
 
 
-def answers_of(run: LoadedRun, max_new_tokens: int) -> Answers | EncoderAnswers:
-    """Returns what computes a run's predictions and scores; see `Answers`."""
+def answers_of(
+    run: LoadedRun, max_new_tokens: int, earlier: Answers | EncoderAnswers | None = None
+) -> Answers | EncoderAnswers:
+    """Returns what computes a run's predictions and scores; see `Answers`. `earlier`, if it is of the same model."""
+    if earlier is not None and earlier.model is run.model:
+        earlier.use(run)
+        return earlier
     return (EncoderAnswers if run.encodes else Answers)(run, max_new_tokens)
 
 

@@ -1,12 +1,13 @@
 """A conversation with a run's model: each line of the user is answered in the light of all lines before."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from launch.inference.generate import decoder_and_texts, prompt_of, to_terminal
+from launch.run import side_by_side
 from launch.run.load_run import LoadError, RunConfig
 from trainers.decoding.settings import Settings
 
@@ -19,6 +20,7 @@ def converse(
     *,
     checkpoint: str,
     params: str = "auto",
+    adapter: Sequence[str] = (),
     settings: Settings,
     seed: int = 0,
     policy_name: str = "full",
@@ -39,7 +41,7 @@ def converse(
     if jax.process_count() > 1:
         raise LoadError("--chat without --prompt or --inputs needs a single process.")
     messages: list[dict[str, str]] = []
-    with config.load(checkpoint, params=params) as loaded:
+    with side_by_side.load(config, checkpoint, adapter[:1], params=params) as ((_, loaded),):
         assert loaded.chat_template is not None  # raises LoadError now, not after the first line
         decoder, texts = decoder_and_texts(loaded, settings, rows=1, show=to_terminal, **options)
         for turn, line in enumerate(lines):

@@ -10,6 +10,7 @@ import jax
 from launch.inference import row_files
 from launch.inference.cache_comparison import Agreement, compared
 from launch.inference.token_healing import Healed, TokenHealing
+from launch.run import side_by_side
 from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
@@ -65,22 +66,27 @@ def print_continuations(
     stream: bool | None,
     settings: Settings,
     chat: bool = False,
+    adapter: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Prints the continuations of a text, or with `chat` the answers to it; see `generate` for the options.
 
     With `stream`, text is printed while it is generated; None does so on a terminal.
     """
-    single = settings.num_samples == 1 and settings.beams is None
+    single = settings.num_samples == 1 and settings.beams is None and len(adapter) < 2
     stream = sys.stdout.isatty() and single if stream is None else stream
     writes = jax.process_index() == 0
     show = (to_terminal if writes else lambda piece: None) if stream else None
     row = {"text": prompt}
     rows = [("--prompt", as_message(row) if chat else row)]
-    continued = generate(config, rows, settings=settings, show=show, notes=True, **options)
-    for row in continued:
+    options |= {"settings": settings, "adapter": adapter, "show": show, "notes": True}
+    named = None
+    for row in generate(config, rows, **options):
         if not writes:
             continue
+        if len(adapter) > 1 and row["adapter"] != named:
+            named = row["adapter"]
+            print(f"--- {named}")
         if row["sample"]:
             print(f"--- sample {row['sample']}")
         to_terminal("\n" if stream else row["text"] + "\n")
@@ -102,6 +108,7 @@ def generate(
     *,
     checkpoint: str,
     params: str = "auto",
+    adapter: Sequence[str] = (),
     settings: Settings,
     eos_ids: Sequence[int] | None = None,
     stops: Sequence[str] = (),
@@ -124,6 +131,7 @@ def generate(
       rows: (place, row) of row_files.read.
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
+      adapter: directories of adapters of this checkpoint, whose continuations follow one another, with an "adapter" each.
       settings: generation settings; the ids that end a row and the size of the vocabulary are set from the run.
       eos_ids: tokens that end a continuation; None for the vocabulary's EOS.
       stops: texts that end a continuation.
@@ -146,33 +154,41 @@ def generate(
     Raises:
       LoadError: rows that cannot be read, or stops without a vocabulary.
     """
-    with config.load(checkpoint, params=params, encoder_decoders=True) as loaded:
-        if notes and jax.process_index() == 0:
-            print(f"loaded {loaded.size:,} parameters, compiling", file=sys.stderr, flush=True)
-            _print_notes(loaded, rows, token_healing=token_healing)
-        shared: dict[str, Any] = {
-            "rows": len(rows),
-            "eos_ids": eos_ids,
-            "stops": stops,
-            "prefill_chunk": prefill_chunk,
-            "batch_size": batch_size,
-        }
-        choices = {"seed": seed, "indices": indices, "token_healing": token_healing}
-
-        def answers(decoder: Decoder, texts: Texts) -> Iterator[dict[str, Any]]:
-            samples = settings.num_samples
-            return continued(loaded, decoder, texts, rows, num_samples=samples, **choices)
-
-        if compare:
-            loaded.unroll()  # once for both decoders
-        cache = {"policy": policy, "cache_dtype": cache_dtype}
-        decoder, texts = decoder_and_texts(loaded, settings, show=show, **cache, **shared)
-        if not compare:
-            yield from answers(decoder, texts)
-        else:
-            full, full_texts = decoder_and_texts(loaded, settings, **shared)
-            agreement = Agreement()
-            yield from compared(answers(decoder, texts), answers(full, full_texts), agreement)
+    loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
+    cache = {"policy": policy, "cache_dtype": cache_dtype}
+    shared: dict[str, Any] = {
+        "rows": len(rows),
+        "eos_ids": eos_ids,
+        "stops": stops,
+        "prefill_chunk": prefill_chunk,
+        "batch_size": batch_size,
+    }
+    choices: dict[str, Any] = {
+        "num_samples": settings.num_samples,
+        "seed": seed,
+        "indices": indices,
+        "token_healing": token_healing,
+    }
+    agreement = Agreement()
+    with loads as runs:
+        decoder = None
+        for name, loaded in runs:
+            if notes and decoder is None and jax.process_index() == 0:
+                print(f"loaded {loaded.size:,} parameters, compiling", file=sys.stderr, flush=True)
+                _print_notes(loaded, rows, token_healing=token_healing)
+            if compare:
+                loaded.unroll()  # once for both decoders
+            if decoder is None or decoder.model is not loaded.model:
+                decoder, texts = decoder_and_texts(loaded, settings, show=show, **cache, **shared)
+            else:
+                decoder.use(loaded.params)
+            answers = continued(loaded, decoder, texts, rows, **choices)
+            if compare:
+                full, full_texts = decoder_and_texts(loaded, settings, **shared)
+                same = continued(loaded, full, full_texts, rows, **choices)
+                answers = compared(answers, same, agreement)
+            for answer in answers:
+                yield answer if name is None else {**answer, "adapter": name}
         if jax.process_index() == 0:
             print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
             if compare:

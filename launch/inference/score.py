@@ -1,12 +1,13 @@
 """Scores rows with a run's model: the log-probability of each token."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from launch.inference import row_files
+from launch.run import side_by_side
 from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from trainers.scoring.scoring import Row, Scorer
 
@@ -18,31 +19,53 @@ def score(
     inputs: str,
     output: str,
     params: str = "auto",
+    adapter: Sequence[str] = (),
     batch_size: int = 8,
 ) -> None:
-    """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`."""
+    """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`.
+
+    With directories of adapters, the rows with each of them follow one another, with its "adapter".
+    """
     row_files.check_output(output, compressed=True, others={"inputs": inputs})
     placed_rows = row_files.read(inputs, example=EXAMPLE)
-    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
+    loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
+    with loads as runs:
+        run = runs[0][1]
         rows = [scored_row(run, row, where) for where, row in placed_rows]
-        size = run.batch_size(batch_size, len(rows))
-        scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
-        sums = []
+        sums: dict[str | None, float] = {}
+        began = time.perf_counter()
+        scorer = None
 
         def scored() -> Iterator[dict[str, Any]]:
-            for (_, row), logp_T in zip(placed_rows, scorer.stream(rows), strict=True):
-                logprobs = logp_T.tolist()
-                sums.append(sum(logprobs))
-                yield {**row, "logprobs": logprobs, "sum": sums[-1]}
+            nonlocal scorer
+            for name, run in runs:
+                scorer = _scorer(run, batch_size, len(rows), scorer)
+                sums[name] = 0.0
+                for (_, row), logp_T in zip(placed_rows, scorer.stream(rows), strict=True):
+                    logprobs = logp_T.tolist()
+                    total = sum(logprobs)
+                    sums[name] += total
+                    named = {} if name is None else {"adapter": name}
+                    yield {**row, **named, "logprobs": logprobs, "sum": total}
 
         primary = jax.process_index() == 0
-        began = time.perf_counter()
         row_files.write(output, scored(), writer=primary)
         seconds = time.perf_counter() - began
     if primary:
         count = sum(len(row.targets) for row in rows)
-        mean = sum(sums) / max(count, 1)
-        print(f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {mean:.4f} nats a token")
+        means = [f"{name or ''} {x / max(count, 1):.4f}".strip() for name, x in sums.items()]
+        print(
+            f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {', '.join(means)} nats a token"
+        )
+
+
+def _scorer(run: LoadedRun, batch_size: int, rows: int, earlier: Scorer | None) -> Scorer:
+    """Returns the earlier scorer with a run's parameters if it is of the same model, else another."""
+    if earlier is not None and earlier.model is run.model:
+        earlier.use(run.params)
+        return earlier
+    size = run.batch_size(batch_size, rows)
+    return Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
 
 
 def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:

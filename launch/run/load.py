@@ -291,6 +291,7 @@ def load(
     params: Literal["auto", "raw", "ema"] = "auto",
     vocabulary: Any = None,
     mesh: Mapping[str, int] | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Run:
     """Loads a run: of `launch.train`, of `launch.convert`, or written by `Run.save`. Its parameters are verified.
 
@@ -299,16 +300,17 @@ def load(
       params: the trained parameters (raw), their moving average (ema), or the average where there is one (auto).
       vocabulary: a SeqIO vocabulary in place of the run's own, for example if the directory has none.
       mesh: mesh shape by axis name, such as {"fsdp": 4, "tensor": 2}; None splits the parameters over all devices.
+      adapter: run or step directory of adapters of this checkpoint; None for none.
 
     Raises:
-      LoadError: the checkpoint is not of a language model.
+      LoadError: the checkpoint is not of a language model, or the adapters are not of the checkpoint.
       ValueError: the run has no model.json, or is damaged.
       FileNotFoundError: there is no checkpoint.
       RootError: a file or folder of yours, such as model.py, hides a package of this project.
     """
     environment.check_packages()
     from launch.config import model_file
-    from launch.run import load_run, run_model, run_vocabulary
+    from launch.run import load_run, run_model, run_vocabulary, side_by_side
     from trainers.checkpoints import step_dir
 
     path = os.fspath(checkpoint)
@@ -322,6 +324,7 @@ def load(
     else:
         read = functools.partial(lambda value: value, vocabulary)
     config = load_run.RunConfig(model=model, vocabulary=read, mesh=mesh or {"fsdp": -1})
-    with config.load(path, params=params) as loaded:
+    adapters = [] if adapter is None else [os.fspath(adapter)]
+    with side_by_side.load(config, path, adapters, params=params) as ((_, loaded),):
         is_whole = loaded.model is model  # of an actor-critic, the actor is loaded
         return Run._of(loaded, model_file.read(record).gin() if is_whole else None)

@@ -40,6 +40,18 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
+def add_adapter_flag(group: Any) -> None:
+    """Adds the flag --adapter, for launch/run/side_by_side.py."""
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="run with adapters of this checkpoint, or a folder of convert --to_adapter; repeatable: the checkpoint is loaded "
+        "once, and the results of each follow one another",
+    )
+
+
 def add_trust_flag(parser: Any) -> None:
     """Adds the flag --trust_config."""
     parser.add_argument(
@@ -52,6 +64,7 @@ def add_trust_flag(parser: Any) -> None:
 def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> Any:
     """Adds the flags of `add_flags` and the flags for files of rows."""
     group = add_flags(parser)
+    add_adapter_flag(group)
     group.add_argument(
         "--inputs", required=required, metavar="FILE", help="JSON lines, also .gz and .zst"
     )
@@ -221,7 +234,7 @@ class RunConfig:
         if self.model.row == "inputs_and_targets" and not encoder_decoders:
             raise LoadError(
                 f"The checkpoint is of an {type(self.model).__name__}, and this command reads decoders alone: "
-                "launch.generate, launch.score, and launch.evaluate seqio and ranks read encoder-decoders."
+                "launch.generate, launch.score, launch.evaluate loss, seqio and ranks, and launch.lm_eval read encoder-decoders."
             )
         if self.model.row == "images":
             raise LoadError(
@@ -250,11 +263,18 @@ class RunConfig:
 
 
 def load_frozen(
-    model: Any, checkpoint: str, frozen: Any, mesh: Mapping[str, int] | None, rules: str
+    model: Any,
+    checkpoint: str,
+    frozen: Any,
+    mesh: Mapping[str, int] | None,
+    rules: str,
+    *,
+    encoder_decoders: bool = False,
 ) -> contextlib.AbstractContextManager[LoadedRun]:
     """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
     config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
-    return config.load(checkpoint, params="ema" if frozen.use_ema else "raw", of_base=True)
+    params = "ema" if frozen.use_ema else "raw"
+    return config.load(checkpoint, params=params, of_base=True, encoder_decoders=encoder_decoders)
 
 
 def restore(

@@ -85,24 +85,41 @@ class Reference:
     ) -> None:
         """Adds the model's log-probabilities of these pairs to the store."""
         start = stream.summary()["start_token"]
+        row_of = _decoder_row if self.model.row == "tokens" else _encoded_row
         before = [] if start is None else [start]
         pairs = stream.pairs()
         with (
-            load_frozen(self.model, checkpoint, self.checkpoint, self.mesh, self.rules) as run,
+            load_frozen(
+                self.model,
+                checkpoint,
+                self.checkpoint,
+                self.mesh,
+                self.rules,
+                encoder_decoders=True,
+            ) as run,
             tqdm(total=len(wanted), desc="reference", unit="pair", disable=None) as bar,
         ):
             size = run.batch_size(self.batch_size, 2 * len(wanted))
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
             for first in range(0, len(wanted), _PAIRS_AT_ONCE):
                 digests = wanted[first : first + _PAIRS_AT_ONCE]
-                store.add(digests, _values(scorer, before, map(pairs.ids, digests)))
+                store.add(digests, _values(scorer, before, map(pairs.ids, digests), row_of))
                 bar.update(len(digests))
+
+
+def _decoder_row(before: Sequence[int], prompt: Sequence[int], targets: Sequence[int]) -> Row:
+    return Row(context=[*before, *prompt], targets=targets)
+
+
+def _encoded_row(before: Sequence[int], prompt: Sequence[int], targets: Sequence[int]) -> Row:
+    return Row(context=before, targets=targets, encoder_inputs=prompt)
 
 
 def _values(
     scorer: Callable[[Sequence[Row]], Sequence[np.ndarray]],
     before: Sequence[int],
     pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    row_of: Callable[..., Row] = _decoder_row,
 ) -> np.ndarray:
     """Returns log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
 
@@ -114,7 +131,7 @@ def _values(
         for prompt, *completions in pairs
         for completion in completions
     ]
-    rows = [Row(context=[*before, *prompt], targets=targets) for prompt, targets in places]
+    rows = [row_of(before, prompt, targets) for prompt, targets in places]
     sums = [np.sum(log_probs, dtype=np.float64) for log_probs in scorer(rows)]
     return np.array(sums, np.float32)[place_of_each].reshape(-1, 2)
 

@@ -250,6 +250,7 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return problems  # settings that select parameters allow other shapes
     from trainers.checkpoints import transformed
+    from trainers.checkpoints.restore_params import is_added
 
     there, inputs = _shapes(theirs.params), mine.params
     initial = mine.arguments.get("initial")
@@ -259,7 +260,12 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
         except ValueError as error:
             return [*problems, f"{kind}: of its parent {parent_kind}: {error}"]
     here = _shapes(inputs)
-    different = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    added = () if initial is None or initial.scope != "params" else initial.added
+    different = [
+        name
+        for name in {**here, **there}
+        if here.get(name) != there.get(name) and (name in there or not is_added(name, added))
+    ]
     if different:
         name = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""

@@ -30,7 +30,7 @@ class Routed(Adapter):
       num_experts: N.
       router_input: what a router reads: the tensor that is rescaled (of attention each head by itself, of a gated MLP
         its activated branch) or projected ('site_tensor'); the input of the attention or MLP ('layer_input'); the
-        embedding of the row's sentence ('sentence', see model/mov/sentence.py).
+        embedding of the sentence ('sentence'): of the row, or of an encoder-decoder's inputs, see model/mov/sentence.py.
       top_k: number of experts of a token; None mixes all.
       renormalise: whether the weights of a token's `top_k` experts sum to 1. If not, a rescaling does not begin as the base
         model, since the chosen experts' probabilities sum to less.
@@ -83,14 +83,20 @@ class Routed(Adapter):
             return site.layer_input, axes.EMBED
         if self.router_input == "site_tensor":
             return tensor, axis
-        embeddings_BS = sentence.current()
-        if embeddings_BS is None:
+        embeddings = sentence.current()
+        if embeddings is None and self.is_initializing():
+            # The table of an encoder-decoder has the width of the model.
+            return jnp.zeros_like(site.layer_input), axes.UNMODELED
+        if embeddings is None:
             raise AdapterError(
-                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none: give batches "
-                "the column 'sentence_embeddings', or apply the model inside of sentence.sentence_embeddings(...)."
+                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. Training, "
+                "scoring and ranking have them of encoder-decoders, and of batches with the column 'sentence_embeddings'; "
+                "generation has none. In Python, apply the model inside of sentence.sentence_embeddings(...)."
             )
+        if isinstance(embeddings, sentence.OfTokens):
+            return embeddings.at(self.site_path), axes.UNMODELED
         between = (1,) * (site.layer_input.ndim - 2)
-        return embeddings_BS.reshape(len(embeddings_BS), *between, -1), axes.UNMODELED
+        return embeddings.reshape(len(embeddings), *between, -1), axes.UNMODELED
 
     def _jittered(self, x: jax.Array) -> jax.Array:
         if not (self.jitter and self.has_rng("dropout")):

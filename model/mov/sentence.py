@@ -1,32 +1,96 @@
 """The embeddings of a batch's sentences, by which routers with `router_input = 'sentence'` choose.
 
-They are frozen vectors that another model computed for each row. Every adapted projection of the model reads them, so
-they are handed over by a context and not through the calls of all layers.
+Every adapted projection of the model reads them, so they are handed over by a context and not through the calls of all
+layers. They are frozen: vectors that another model computed, one for each row, or of an encoder-decoder the mean of the
+embeddings of an example's inputs in its own frozen table, if it has no others.
 
-Shapes: B rows, S width of an embedding.
+Shapes: B rows, N tokens that an encoder reads, T tokens of targets, D width, S width of an embedding.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-_EMBEDDINGS_BS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
-    "sentence_embeddings", default=None
+from model.adapters.adapter import adapters_of
+
+COLUMN = "sentence_embeddings"  # of a batch
+_OF_INPUTS = re.compile(r"encoder/.*|.*/cross_attention/(key|value)")
+
+
+class OfTokens(NamedTuple):
+    """The embedding of the sentence of each token.
+
+    Attributes:
+      inputs: of the tokens that the encoder reads [B, N, S].
+      targets: of the tokens that the decoder reads [B, T, S].
+    """
+
+    inputs: jax.Array
+    targets: jax.Array
+
+    def at(self, path: str) -> jax.Array:
+        """Returns the embeddings of the tokens that the projection at a path reads."""
+        return self.inputs if _OF_INPUTS.fullmatch(path) else self.targets
+
+
+_CURRENT: contextvars.ContextVar[jax.Array | OfTokens | None] = contextvars.ContextVar(
+    COLUMN, default=None
 )
 
 
 @contextlib.contextmanager
-def sentence_embeddings(embeddings_BS: jax.Array | None) -> Iterator[None]:
-    """Context manager: models that are applied inside read these embeddings; None for none."""
-    token = _EMBEDDINGS_BS.set(embeddings_BS)
+def sentence_embeddings(embeddings: jax.Array | OfTokens | None) -> Iterator[None]:
+    """Context manager: models that are applied inside read these embeddings, [B, S] or of tokens; None for none."""
+    token = _CURRENT.set(embeddings)
     try:
         yield
     finally:
-        _EMBEDDINGS_BS.reset(token)
+        _CURRENT.reset(token)
 
 
-def current() -> jax.Array | None:
+def current() -> jax.Array | OfTokens | None:
     """Returns the embeddings of the innermost context."""
-    return _EMBEDDINGS_BS.get()
+    return _CURRENT.get()
+
+
+def of_batch(
+    model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]
+) -> jax.Array | OfTokens | None:
+    """Returns the embeddings of a batch's sentences for a model whose routers read them; None if none does.
+
+    They are the batch's column COLUMN. Without one, those of an encoder-decoder are means of the embeddings of an
+    example's inputs, divided by their root mean square.
+    """
+    if COLUMN in batch:
+        return batch[COLUMN]
+    if "encoder_input_tokens" not in batch or not _reads_sentences(model):
+        return None
+    x_BND = model.apply(
+        variables, batch["encoder_input_tokens"], method=lambda model, ids: model.token_embed(ids)
+    )
+    x_BND = jax.lax.stop_gradient(x_BND).astype(jnp.float32)
+    segments_BN = batch["encoder_segment_ids"]
+    return OfTokens(
+        _means(x_BND, segments_BN, segments_BN),
+        _means(x_BND, segments_BN, batch["decoder_segment_ids"]),
+    )
+
+
+def _means(x_BND: jax.Array, segments_BN: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Returns the mean over the tokens of each token's segment, divided by its root mean square."""
+    same_BTN = (segments_BT[:, :, None] == segments_BN[:, None, :]).astype(jnp.float32)
+    counts_BT1 = jnp.maximum(same_BTN.sum(-1, keepdims=True), 1)
+    means_BTD = jnp.einsum("btn,bnd->btd", same_BTN, x_BND) / counts_BT1
+    squares_BT1 = jnp.square(means_BTD).mean(-1, keepdims=True)
+    return means_BTD * jax.lax.rsqrt(squares_BT1 + 1e-6)
+
+
+def _reads_sentences(model: Any) -> bool:
+    adapters = adapters_of(model)
+    every = {} if adapters is None else adapters.settings
+    return any(settings.get("router_input") == "sentence" for settings in every.values())

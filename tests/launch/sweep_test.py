@@ -540,6 +540,8 @@ def test_all_configurations_are_checked_before_the_first_run(tiny, command, tmp_
         bad_batch=dict(bindings=('recipe.Recipe.microbatches=3',)),
         wider=dict(seeds=(3,), parent='base', bindings=(
             'config.TransformerConfig.mlp_dim=64', 'TRAIN_STEPS=3')),
+        adapted=dict(seeds=(3,), parent='base', gin_files=('t5x_configs/methods/adapters/lora.gin',), bindings=(
+            'LORA_RANK=2', 'TRAIN_STEPS=3')),
         base="""
         return text.replace("base=", arms, 1)
 
@@ -554,6 +556,7 @@ def test_all_configurations_are_checked_before_the_first_run(tiny, command, tmp_
         "wider: its parent base has another model: layers/",
     ):
         assert said in err, err
+    assert "adapted" not in err  # its adapters are new
     assert not (tmp_path / "out").exists()
 
 

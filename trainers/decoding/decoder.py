@@ -96,13 +96,15 @@ class Decoder:
             raise ValueError(
                 "A watch is not supported with beams: they are not final before the end."
             )
+        self.model = model
         self._encodes = model.row == "inputs_and_targets"
         if self._encodes and prefill_chunk is not None:
             raise ValueError("An encoder-decoder reads its inputs whole: remove prefill_chunk.")
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
         self._model = layer_stack.unrolled(model)
-        self._params = jax.jit(lambda params: layer_stack.unroll(params, config))(params)
+        self._unroll = jax.jit(lambda params: layer_stack.unroll(params, config))
+        self.use(params)
         self._settings = settings
         self._decoder_start = decoder_start
         self._policy = FullCache() if policy is None else policy
@@ -115,6 +117,11 @@ class Decoder:
         self._indices: Sequence[int] = ()
         self._first: Sequence[Sequence[int] | None] | None = None
         self.stats = Stats()
+
+    def use(self, params: Any) -> None:
+        """Sets other parameters of the same shapes, for which all programs stay."""
+        self._params: Any = None  # frees its copy first
+        self._params = self._unroll(params)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> list[Continuation]:
         """Returns continuations in the order of the prompts; raises the errors of `stream`."""

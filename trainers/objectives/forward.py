@@ -18,7 +18,7 @@ from jax.nn import logsumexp
 
 from model.kernels.cross_entropy import Implementation, map_tokens, token_log_probs
 from model.kernels.vocab_logits import LogitForm
-from model.mov.sentence import sentence_embeddings
+from model.mov import sentence
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
@@ -83,6 +83,17 @@ class Forward:
         hidden_XD = jax.lax.stop_gradient(self.hidden_XD)
         collisions_X = map_tokens(of_chunk, hidden_XD, vocab=head_VD.shape[0])
         return collisions_X.reshape(self.batch["decoder_target_tokens"].shape)
+
+    def most_likely_BT(self) -> jax.Array:
+        """Returns the most probable token at each place of the targets; ties go to the first."""
+        head_VD = self.head_VD().astype(self.hidden_XD.dtype)
+        form = LogitForm(float(self.model.logit_scale), self.model.logit_softcap)
+        ids_X = map_tokens(
+            lambda h_CD: jnp.argmax(form.logits(h_CD, head_VD), axis=-1),
+            self.hidden_XD,
+            vocab=head_VD.shape[0],
+        )
+        return ids_X.reshape(self.batch["decoder_target_tokens"].shape)
 
     def mean_loss(
         self,
@@ -206,7 +217,7 @@ def forward(
     lasting = tuple(variables) if training else ()
     variables = {"params": params, **variables}
     args, keywords = arguments(batch, training)
-    with sentence_embeddings(batch.get("sentence_embeddings")):
+    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
         output, written = model.apply(
             variables,
             *args,
@@ -229,7 +240,8 @@ def frozen_forward(model: Any, params: Any, batch: Batch) -> Forward:
     """Runs a frozen decoder: without gradient to its parameters, random numbers, or writing collections."""
     variables = {"params": jax.lax.stop_gradient(params)}
     args, keywords = decoder_arguments(batch, False)
-    output = model.apply(variables, *args, **keywords, method="hidden")
+    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+        output = model.apply(variables, *args, **keywords, method="hidden")
     return Forward(model=model, variables=variables, batch=batch, output=output, written={})
 
 

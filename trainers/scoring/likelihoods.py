@@ -165,6 +165,10 @@ class LikelihoodScorer:
 
         self._log_probs = jax.jit(log_probs, out_shardings=whole)
 
+    def use(self, params: Any) -> None:
+        """Sets other parameters of the same shapes, for which all programs stay."""
+        self._params = params
+
     def stream(
         self, rows: Sequence[Row], *, quiet: bool = False
     ) -> Iterator[tuple[int, Likelihood]]:

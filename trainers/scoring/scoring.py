@@ -107,8 +107,12 @@ class Scorer:
 
         encodes = model.row == "inputs_and_targets"
         columns = encoded_columns if encodes else scored_columns
-        self._params = params
+        self.model, self._params = model, params
         self._read = Batched(log_probs, columns, model, batch_size=batch_size, sharding=sharding)
+
+    def use(self, params: Any) -> None:
+        """Sets other parameters of the same shapes, for which all programs stay."""
+        self._params = params
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Returns the log-probability of every target of each row, float32; raises the errors of `stream`."""

@@ -5,7 +5,7 @@ import os
 import pathlib
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MODELS = "t5x_configs/models"
@@ -13,27 +13,34 @@ _MODELS = "t5x_configs/models"
 
 def side(folder: str, steps: str) -> dict[str, Any]:
     """Trains on the files of case.write_training or moe_case.write; returns losses, times and memory."""
-    import jax
     import numpy as np
+
+    recipe = recipe_of(json.loads(pathlib.Path(folder, "case.json").read_bytes()))
+    tokens = np.load(os.path.join(folder, "tokens.npy"))
+    return train(recipe, peer_params(folder), [batch_of(rows) for rows in tokens], int(steps))
+
+
+def train(
+    recipe: Any, params: Any, batches: Sequence[Mapping[str, Any]], steps: int
+) -> dict[str, Any]:
+    """Trains from `params` on the batches in turn; returns losses, times and memory."""
+    import jax
 
     from trainers import partitioning
 
-    recipe = recipe_of(json.loads(pathlib.Path(folder, "case.json").read_bytes()))
     program = recipe.program()
-    params = peer_params(folder)
-    tokens = np.load(os.path.join(folder, "tokens.npy"))
     started = float(os.environ["BENCH_PROCESS_START"])
     losses, seconds, cpu_seconds = [], [], []
     first_step = None
     with partitioning.use_mesh(program.mesh, program.rules):
-        train = program.steps(1).train
+        step = program.steps(1).train
         batch = recipe.abstract_batch(program.batch_sharding)
-        with program.compiling(train, batch):
+        with program.compiling(step, batch):
             state = initial_state(program, params)
-        for step in range(int(steps)):
+        for i in range(steps):
             begin, cpu = time.perf_counter(), time.process_time()
-            batch = jax.device_put(batch_of(tokens[step % len(tokens)]), program.batch_sharding)
-            state, metrics = train(state, batch)
+            batch = jax.device_put(batches[i % len(batches)], program.batch_sharding)
+            state, metrics = step(state, batch)
             total, weight = jax.device_get(metrics["loss"])
             jax.block_until_ready(state)
             losses.append(float(total / weight))
@@ -52,22 +59,12 @@ def side(folder: str, steps: str) -> dict[str, Any]:
 
 
 def recipe_of(case: Mapping[str, Any]) -> Any:
-    """Returns the recipe of a case, with the peer's optimiser: no gradient clipping, constant learning rate."""
-    from launch.config import gin_config
-
-    bindings: dict[str, Any] = {
-        "MODEL_DIR": "unused",
-        "MIXTURE_OR_TASK_NAME": "unused",
-        "BATCH_SIZE": case["batch_size"],
-        "TASK_FEATURE_LENGTHS": {"targets": case["length"]},
-        "schedules.constant.peak": case["learning_rate"],
-        "optimizers.adamw.b1": case["b1"],
-        "optimizers.adamw.b2": case["b2"],
-        "optimizers.adamw.eps": case["adam_eps"],
-        "optimizers.adamw.weight_decay": case["weight_decay"],
-        "optimizers.adamw.max_grad_norm": None,
-    }
-    model = f"{_MODELS}/bench_llama.gin"
+    """Returns the recipe of a case; LoRA at all projections if it has a `lora_rank`."""
+    bindings: dict[str, Any] = {"TASK_FEATURE_LENGTHS": {"targets": case["length"]}}
+    model, methods = f"{_MODELS}/bench_llama.gin", []
+    if "lora_rank" in case:
+        methods = ["t5x_configs/methods/adapters/lora.gin"]
+        bindings["LORA_RANK"] = case["lora_rank"]
     if "num_experts" in case:
         model = f"{_MODELS}/mixtral_8x7b.gin"
         sizes = {x: case[x] for x in ("num_layers", "embed_dim", "num_heads", "vocab_size")}
@@ -76,9 +73,30 @@ def recipe_of(case: Mapping[str, Any]) -> Any:
         bindings |= {f"config.TransformerConfig.{name}": size for name, size in sizes.items()}
         bindings |= {"DTYPE": "float32", "moe.MoeMlp.num_experts": case["num_experts"]}
         bindings["moe.MoeMlp.top_k"] = case["top_k"]
-    lines = [f"{name}={value!r}" for name, value in bindings.items()]
+    return recipe_with(case, model, methods, bindings)
+
+
+def recipe_with(
+    case: Mapping[str, Any], model: str, methods: Sequence[str], bindings: Mapping[str, Any]
+) -> Any:
+    """Returns a recipe with the peer's optimiser: no gradient clipping, constant learning rate."""
+    from launch.config import gin_config
+
+    values = {
+        "MODEL_DIR": "unused",
+        "MIXTURE_OR_TASK_NAME": "unused",
+        "BATCH_SIZE": case["batch_size"],
+        "schedules.constant.peak": case["learning_rate"],
+        "optimizers.adamw.b1": case["b1"],
+        "optimizers.adamw.b2": case["b2"],
+        "optimizers.adamw.eps": case["adam_eps"],
+        "optimizers.adamw.weight_decay": case["weight_decay"],
+        "optimizers.adamw.max_grad_norm": None,
+        **bindings,
+    }
+    lines = [f"{name}={value!r}" for name, value in values.items()]
     config = gin_config.load(
-        (model, "t5x_configs/runs/pretrain.gin"),
+        (model, "t5x_configs/runs/pretrain.gin", *methods),
         [*lines, "recipe.Recipe.learning_rate=@schedules.constant()"],
         entry="launch.train:train",
         unused={"TASKS": "()"},
@@ -96,14 +114,17 @@ def peer_params(folder: str) -> Any:
 
 
 def initial_state(program: Any, params: Any) -> Any:
-    """Returns the state of step 0 with the parameters `params`."""
+    """Returns the state of step 0 with the parameters `params`; adapters have their initial values."""
     import jax
+    from flax import traverse_util
 
-    abstract = program.abstract_state.params
-    assert jax.tree.structure(params) == jax.tree.structure(abstract)
+    from model.adapters import adapter
+
     state = program.init()
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
-    return state.replace(params=placed)
+    whole, loaded = (traverse_util.flatten_dict(x, sep="/") for x in (state.params, params))
+    assert set(whole) - set(loaded) == {path for path in whole if adapter.is_adapter(path)}
+    placed = {path: jax.device_put(x, whole[path].sharding) for path, x in loaded.items()}
+    return state.replace(params=traverse_util.unflatten_dict({**whole, **placed}, sep="/"))
 
 
 def batch_of(rows: Any) -> dict[str, Any]:

@@ -44,8 +44,11 @@ def train(folder: str, mode: str, steps: str) -> dict:
     experts = mode.partition("+")[0]
     options = {"experts_implementation": experts} if "num_experts" in case else {}
     model = model_of(folder, use_cache=False, **options).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    not_decayed = [p for p in model.parameters() if p.ndim <= 1]
+    if "lora_rank" in case:
+        model = with_lora(model, case["lora_rank"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    not_decayed = [p for p in trained if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}],
         lr=case["learning_rate"],
@@ -82,6 +85,17 @@ def train(folder: str, mode: str, steps: str) -> dict:
         "first_step_s": first["step"],
         "versions": VERSIONS,
     }
+
+
+def with_lora(model: transformers.PreTrainedModel, rank: int) -> torch.nn.Module:
+    """Returns the frozen model with peft's LoRA at all projections, with this project's default scale."""
+    import peft
+
+    VERSIONS["peft"] = peft.__version__
+    settings = peft.LoraConfig(
+        r=rank, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, settings)
 
 
 class Peer:

@@ -112,6 +112,12 @@ class Generator:
         }
         self._decoder: tuple[Any, Decoder] | None = None
 
+    def use(self, run: LoadedRun) -> None:
+        """Sets another run of an equal model, for which all programs stay."""
+        self._run = run
+        if self._decoder is not None:
+            self._decoder[1].use(run.params)
+
     def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:
         """Yields the answers to contexts with the same options, in order, as they finish."""
         longest = max(map(len, contexts))
@@ -142,6 +148,7 @@ class Generator:
                 self._run.model,
                 self._run.params,
                 settings,
+                decoder_start=self._run.start_token or 0,
                 batch_size=rows,
                 sharding=self._run.row_sharding,
                 watch=lambda *new: self._texts.watch(*new),

@@ -3,7 +3,8 @@
 Requests have the same tokens as in the harness's Hugging Face backend, so that a model and its export get the same
 scores: context and continuation are encoded jointly with spaces moved into the continuation, BOS is where the tokenizer
 puts it, long contexts are cut at their beginning, and texts are scored in the same windows. A model that was trained
-with a start token reads it before every context.
+with a start token reads it before every context. An encoder-decoder reads contexts as its inputs, which end with EOS, and
+predicts continuations, which are encoded separately.
 """
 
 import contextlib
@@ -22,9 +23,10 @@ from data.stream import rows
 from data.tokenizers import chat_template as chat
 from launch.evaluation.lm_eval import arguments
 from launch.evaluation.lm_eval.generation import Generator, options
-from launch.run import load_run
+from launch.run import load_run, side_by_side
 from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.policies import policy_from_text
+from trainers.scoring.encoder_likelihoods import EncoderLikelihoods
 from trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
 from trainers.scoring.scoring import Row
 
@@ -37,6 +39,7 @@ class EspalierLM(TemplateLM):
     Args:
       checkpoint: run or step directory.
       params: see launch/run/load_run.py.
+      adapter: run or step directory of adapters of this checkpoint; None for none.
       gin_file: configuration of a step directory without a config.gin.
       dtype: dtype of computation; None for the dtype of the run or checkpoint.
       mesh: mesh shape, as {'fsdp': 8}; None for all devices.
@@ -67,6 +70,7 @@ class EspalierLM(TemplateLM):
         checkpoint: str | None = None,
         *,
         params: str = "auto",
+        adapter: str | None = None,
         gin_file: str | None = None,
         dtype: str | None = None,
         mesh: Mapping[str, int] | None = None,
@@ -119,23 +123,33 @@ class EspalierLM(TemplateLM):
         if dtype is not None:
             changes["model"] = arguments.computing_in(dtype, config.model)
         self._opened = contextlib.ExitStack()
-        self._run: LoadedRun = self._opened.enter_context(
-            dataclasses.replace(config, **changes).load(checkpoint, params=params)
+        ((_, run),) = self._opened.enter_context(
+            side_by_side.load(
+                dataclasses.replace(config, **changes),
+                checkpoint,
+                [] if adapter is None else [adapter],
+                params=params,
+                encoder_decoders=True,
+            )
         )
+        self._run: LoadedRun = run
+        self.backend = "seq2seq" if run.encodes else "causal"  # how the harness divides texts
         if self._run.vocabulary_or_none is None:
             raise LoadError(
                 f"The run of {checkpoint} has no vocabulary, which the harness needs. Import the model with "
                 "its tokenizer files, or give a file that sets VOCABULARY: gin_file=FILE."
             )
         print(f"loaded {self._run.size:,} parameters of {checkpoint}", file=sys.stderr, flush=True)
-        self._run.unroll()
+        if not run.encodes:
+            self._run.unroll()
         self.checkpoint = checkpoint
         self.max_gen_toks = max_gen_toks
         self.max_length = arguments.max_length(self._run, max_length)
         self._prefix_token_id = prefix_token_id
         self._template: str | None = None
         size = arguments.max_rows(batch_size, max_batch_size)
-        self._scorer = LikelihoodScorer(
+        scorer = EncoderLikelihoods if run.encodes else LikelihoodScorer
+        self._scorer = scorer(
             self._run.model,
             self._run.params,
             batch_tokens=batch_tokens,
@@ -183,6 +197,13 @@ class EspalierLM(TemplateLM):
         # Contexts may be rendered conversations, which contain special tokens.
         encode = getattr(vocabulary, "encode_special", vocabulary.encode)
         ids = list(encode(string))
+        if self._run.encodes:
+            ends = add_special_tokens is not False and vocabulary.eos_id not in (
+                None,
+                -1,
+                *ids[-1:],
+            )
+            return [*ids, vocabulary.eos_id] if ends else ids
         return ids if add_special_tokens is False else self._run.context(self._run.after_bos(ids))
 
     @property
@@ -269,6 +290,14 @@ class EspalierLM(TemplateLM):
         cut = 0
         scored_rows = []
         for context, continuation in pairs:
+            if self._run.encodes:
+                context = context or [self.prefix_token_id]
+                cut += len(context) > self.max_length
+                context = context[-self.max_length :]
+                start = [self._run.start_token or 0]
+                row = Row(context=start, targets=continuation, encoder_inputs=context)
+                scored_rows.append(row)
+                continue
             room = self.max_length + 1 - len(continuation)  # the last token is not an input
             if room < 1:
                 raise LoadError(
@@ -288,7 +317,16 @@ class EspalierLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Returns log-likelihoods of whole texts, in windows of the model's maximum length."""
+        """Returns log-likelihoods of whole texts, in windows of the model's maximum length.
+
+        Raises:
+          LoadError: the model is an encoder-decoder, for which they are not defined.
+        """
+        if self._run.encodes:
+            raise LoadError(
+                "loglikelihood_rolling is the likelihood of a whole text, and an encoder-decoder predicts targets of inputs: "
+                "choose tasks with output_type loglikelihood, multiple_choice or generate_until."
+            )
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -321,7 +359,8 @@ class EspalierLM(TemplateLM):
             groups.setdefault(chosen, []).append(i)
         texts: list[Any] = [None] * len(requests)
         for chosen, members in groups.items():
-            room = self.max_length - chosen.max_gen_toks
+            # An encoder's inputs and the new tokens are two sequences.
+            room = self.max_length - (0 if self._run.encodes else chosen.max_gen_toks)
             if room < 1:
                 raise LoadError(
                     f"max_gen_toks={chosen.max_gen_toks} leaves no room for a context in "

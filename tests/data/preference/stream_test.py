@@ -146,6 +146,40 @@ def test_batches_are_those_laid_out_token_by_token(make, packing, start_token):
             assert array.dtype == (np.float32 if name in floats else np.int32)
 
 
+@pytest.mark.parametrize("packing", ["examples", "best_fit"])
+def test_an_encoder_reads_the_prompts_beside_both_completions(caches, packing):
+    planned = pair_plan.plan_pairs(
+        "a", caches["a"], row_length=LENGTH, max_length=6, packing=packing, inputs_length=32
+    )
+    made = PairStream(
+        [PairSource("a", caches["a"], planned)], ((0, {"a": 1.0}),), batch_size=4, start_token=1
+    )
+    pairs = 0
+    for step in range(3):
+        batch = made.batch(step, 0, 4)
+        for i, row in enumerate(made.documents(step, 0, 4)):
+            segments = 0
+            for part in row["documents"]:
+                pair, pairs = example_of("a", part["record"]), pairs + 1
+                for which in ("chosen", "rejected"):
+                    segments += 1
+                    read = batch["encoder_segment_ids"][i] == segments
+                    learnt = batch["decoder_segment_ids"][i] == segments
+                    ids = list(pair[which][:6])
+                    of = {name: array[i] for name, array in batch.items()}
+                    assert of["encoder_input_tokens"][read].tolist() == list(pair["prompt"])
+                    assert of["encoder_positions"][read].tolist() == [*range(read.sum())]
+                    assert of["decoder_target_tokens"][learnt].tolist() == ids
+                    assert of["decoder_input_tokens"][learnt].tolist() == [1, *ids[:-1]]
+                    assert of["decoder_positions"][learnt].tolist() == [*range(len(ids))]
+                    assert of["decoder_loss_weights"][learnt].all()
+            for side in ("encoder", "decoder"):
+                ids = batch[f"{side}_segment_ids"][i]
+                assert ids.max() == segments and (np.diff(ids[ids > 0]) >= 0).all()
+    assert pairs >= 12 + 4 * (packing == "best_fit")
+    assert planned.row_lengths == {"targets": LENGTH, "inputs": 32}
+
+
 def test_packing_changes_no_pair(make):
     """Invariants 6 and 7 of the losses: a pair is the same tokens wherever it lies and whatever is beside it."""
 

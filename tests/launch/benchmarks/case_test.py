@@ -4,13 +4,19 @@ import functools
 import json
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from launch.benchmarks import case, compare, moe_case, online_dpo, sft
-from launch.benchmarks.jax import decode_jax, llama_jax
+from launch.benchmarks import adapters, case, compare, moe_case, online_dpo, sft, t5
+from launch.benchmarks.jax import decode_jax, llama_jax, t5_jax
 from launch.config import gin_config
+from model.adapters import adapter
+from model.adapters.adapter import Adapted
+from model.linear import Dense
+from model.mov.molora import MoLora
+from trainers import partitioning
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +34,56 @@ def test_the_recipe_has_the_shapes_of_the_shared_weights(folder):
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
     assert (recipe.batch_size, recipe.length) == (sizes["batch_size"], sizes["length"])
     assert float(recipe.learning_rate(0)) == np.float32(sizes["learning_rate"])
+
+
+def test_lora_begins_with_the_shared_weights_and_trains_alone(folder):
+    sizes = {**json.loads((folder / "case.json").read_text()), "lora_rank": 2}
+    program = llama_jax.recipe_of(sizes).program(devices=jax.devices()[:1])
+    params = llama_jax.peer_params(str(folder))
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = llama_jax.initial_state(program, params)
+    trained = program.num_params() - sum(x.size for x in jax.tree.leaves(params))
+    assert program.num_params(trained_only=True) == trained > 0
+    key = state.params["layers"]["block_0"]["attention"]["key"]
+    assert not np.any(key["adapter_lora"]["lora_b"])
+    np.testing.assert_array_equal(
+        key["kernel"], params["layers"]["block_0"]["attention"]["key"]["kernel"]
+    )
+
+
+def test_a_loop_over_experts_is_molora():
+    outputs = []
+    for make in (MoLora, adapters.LoopedMoLora):
+        named = adapter.named(one=functools.partial(make, num_experts=3, layers=(".*",)))
+        adapted = Adapted(base=Dense(features=6, axes=("embed", "mlp")), adapters=named)
+        x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+        variables = nn.meta.unbox(jax.jit(adapted.init)(jax.random.key(1), x))
+        params = jax.tree.map(
+            lambda p: jax.random.normal(jax.random.key(2), p.shape), variables["params"]
+        )
+        outputs.append(jax.jit(lambda p, x, m=adapted: m.apply({"params": p}, x))(params, x))
+    np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_both_sides_of_t5_have_the_shared_weights_and_rows(tmp_path):
+    small = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24}
+    small |= {"vocab_size": 64, "inputs": 8, "targets": 4, "batch_size": 2}
+    t5.write(str(tmp_path), steps=2, sizes={**t5.CASE, **small})
+    sizes = json.loads((tmp_path / "case.json").read_text())
+    recipe = t5_jax.recipe_of(sizes)
+    program = recipe.program(devices=jax.devices()[:1])
+    params = llama_jax.peer_params(str(tmp_path))
+    abstract = program.abstract_state.params
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, abstract)
+    batch = t5_jax.batches(str(tmp_path))[1]
+    wanted = recipe.abstract_batch(program.batch_sharding)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in wanted.items()
+    }
+    assert batch["encoder_input_tokens"].min() >= 2  # neither padding nor end
+    ours = t5_jax.Ours(str(tmp_path), sizes)
+    answer = ours.generate(batch=2, length=8, new=3, tokens=True)
+    assert [len(row) for row in answer["tokens"]] == [3, 3]
 
 
 @pytest.mark.parametrize("experts", sorted(moe_case.HIDDEN))

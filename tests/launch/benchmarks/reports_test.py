@@ -8,7 +8,17 @@ import pathlib
 
 import pytest
 
-from launch.benchmarks import case, compare, dpo, hf_import, lm_eval, moe_case, online_dpo
+from launch.benchmarks import (
+    adapters,
+    case,
+    compare,
+    dpo,
+    hf_import,
+    lm_eval,
+    moe_case,
+    online_dpo,
+    t5,
+)
 
 RECORDED = pathlib.Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
 PARTS = ("sampling", "rewards", "reference", "arrangement", "update")
@@ -57,3 +67,17 @@ def test_figures_have_the_names_of_the_recorded_ones(name, monkeypatch):
     for key, figure in figures.items():
         if isinstance(figure, dict) and "median" in figure:
             assert figure.keys() == recorded[key].keys()
+
+
+def test_figures_of_t5_and_of_peft_are_ratios_of_stand_ins(monkeypatch):
+    monkeypatch.setattr(compare, "peer", lambda *arguments, **_: [*map(str, arguments)])
+    monkeypatch.setattr(compare, "measured", measured)
+    monkeypatch.setattr(compare, "side", lambda command: contextlib.nullcontext(Side()))
+    monkeypatch.setattr(case, "write_training", lambda *_, **__: None)
+    monkeypatch.setattr(t5, "write", lambda *_, **__: None)
+    figures = t5.run(rounds=2, repeats=2)
+    assert figures["speed_over_best_peer"]["median"] == 1
+    assert figures["decoding"]["batch_8"]["speed_over_best_peer"]["median"] == 1
+    assert figures["decoding"]["batch_1"]["same_tokens"] is True
+    figures = adapters._peft(2, 3)
+    assert figures["speed_over_peft"]["pairs"] == 2 and figures["peak_memory_of_pefts"]

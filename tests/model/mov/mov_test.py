@@ -209,8 +209,11 @@ def test_sentences_route_all_tokens_of_a_row_alike(kind, settings):
     """(11)"""
     module = Site(functools.partial(kind, num_experts=N, router_input="sentence", **settings), H)
     embeddings = jnp.asarray(np.random.default_rng(2).normal(size=(B, 5)), jnp.float32)
+    without = nn.meta.unbox(module.init(KEY, x_btx()))["params"]["key"]
+    # The width of an encoder-decoder's own table, until a context has another.
+    assert without["adapter_one"]["router"]["kernel"].shape == (X, N)
     with pytest.raises(AdapterError, match="sentence_embeddings"):
-        module.init(KEY, x_btx())
+        apply(module, without)
     with sentence_embeddings(embeddings):
         params = nn.meta.unbox(module.init(KEY, x_btx()))["params"]["key"]
         assert params["adapter_one"]["router"]["kernel"].shape == (5, N)

@@ -1,0 +1,130 @@
+"""Writes the tasks of the CPU reproduction: two operations on six letters, worded by several prompt templates.
+
+    reverse then sort: d b b a k f  ->  a b b d f k
+
+The operations are those of data/mov/compositions.py. A row has four answer choices: the result, and what other
+operations make of the same letters, first of all each operation alone and both in the other order. It writes sets of rows with their
+templates as `register_instructions` reads them: `operations/single`, `operations/pairs`, and one set for each composition
+that is held out, which all seeds share.
+
+  python -m launch.papers.mov.rows --to=DIR --seed=0
+"""
+
+if __name__ == "__main__":
+    from launch.papers.mov import rows
+
+    raise SystemExit(rows.main())
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data.mov import compositions
+from data.mov.compositions import LETTERS, OPERATIONS, Pair
+from launch import cli
+from launch.inference import row_files
+
+# Name -> what is read. The last one has the operations in the other order.
+TEMPLATES = {
+    "then": "{first} then {second}: {letters}",
+    "with": "with {letters} do {first} and {second}",
+    "after": "{second} after {first} of {letters}",
+}
+CHOICES = 4
+TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 8000, 256, 40
+FOLDER = "operations"
+SINGLE, PAIRS = f"{FOLDER}/single", f"{FOLDER}/pairs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.run_command(__doc__, "rows", _run, add_flags=_add_flags, argv=argv)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the rows")
+
+
+def _run(flags: argparse.Namespace) -> None:
+    write(pathlib.Path(flags.to), flags.seed)
+
+
+def write(folder: pathlib.Path, seed: int) -> None:
+    """Writes all sets and their templates into a folder."""
+    rng = np.random.default_rng(seed)
+    trained, held_out = compositions.split_pairs(0)
+    sizes = {"train": TRAIN_ROWS, "validation": VALIDATION_ROWS}
+    for name, pairs in ((SINGLE, compositions.SINGLE), (PAIRS, trained)):
+        for split, size in sizes.items():
+            _write(folder / name / f"{split}.jsonl", draw(pairs, size, rng))
+    for pair in held_out:
+        _write(folder / set_of(pair) / "validation.jsonl", draw([pair], HELD_OUT_ROWS, rng))
+    file = folder / FOLDER / "templates.yaml"
+    file.write_text(json.dumps({"templates": [*map(_template, TEMPLATES)]}, indent=1) + "\n")
+
+
+def _write(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row_files.write(str(path), rows)
+
+
+def _template(name: str) -> dict[str, Any]:
+    """Returns a template; JSON is YAML too."""
+    fields = {key: f"{{{{{key}}}}}" for key in ("first", "second", "letters")}
+    return {
+        "name": name,
+        "jinja": f"{TEMPLATES[name].format(**fields)} ||| {{{{choices[label]}}}}",
+        "answer_choices": "{{choices | join(' ||| ')}}",
+        "metadata": {"original_task": True, "choices_in_prompt": False, "metrics": ["Accuracy"]},
+    }
+
+
+def held_out() -> dict[str, list[str]]:
+    """Returns evaluated task -> its sets, as HELD_OUT has them."""
+    return {name_of(pair): [set_of(pair)] for pair in compositions.split_pairs(0)[1]}
+
+
+def name_of(pair: Pair) -> str:
+    """Returns the name of a composition, such as 'reverse_sort'."""
+    return compositions.task_name(pair).removeprefix("mov_")
+
+
+def set_of(pair: Pair) -> str:
+    return f"{FOLDER}/{name_of(pair)}"
+
+
+def draw(pairs: Sequence[Pair], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Returns rows of compositions in turn, on random letters."""
+    strings = rng.integers(len(LETTERS), size=(count, compositions.LENGTH))
+    return [_row(pairs[i % len(pairs)], letters, rng) for i, letters in enumerate(strings)]
+
+
+def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    first, second = pair
+    copy, others = compositions.COPY, rng.permutation([*OPERATIONS])
+    wrong = [(first, copy), (second, copy), (second, first), *((first, str(x)) for x in others)]
+    choices = [text(compositions.solve(pair, letters))]
+    right = choices[0]
+    for other in wrong:
+        made = text(compositions.solve(other, letters))
+        if made not in choices:
+            choices.append(made)
+        if len(choices) == CHOICES:
+            break
+    choices = [choices[i] for i in rng.permutation(len(choices))]
+    return {
+        "first": OPERATIONS[first][0],
+        "second": OPERATIONS[second][0],
+        "letters": text(letters),
+        "choices": choices,
+        "label": choices.index(right),
+    }
+
+
+def text(numbers: np.ndarray) -> str:
+    return " ".join(LETTERS[number] for number in numbers)

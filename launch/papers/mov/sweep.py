@@ -1,0 +1,91 @@
+"""Light experts (arXiv 2309.05444) on a small T5: all claims, on compositions of operations that no run has seen.
+
+A T5 is pre-trained by span corruption, then on six operations alone, worded by three prompt templates. It is frozen, and
+each arm is tuned on 44 compositions of two operations; 12 others are judged by ranking answer choices. A tuned arm is
+about a minute on one core; the number of seeds after a colon:
+
+  python -m launch.sweep --sweep launch/papers/mov/sweep.py:5 --out runs/mov/operations --workers 2
+"""
+
+import ml_collections
+
+from launch.papers.mov import rows
+from launch.papers.shared import configs
+
+CPU = "t5x_configs/experiments/mov/cpu/"
+ADAPTERS = "t5x_configs/methods/adapters/"
+MOV = "t5x_configs/methods/mov/"
+STEPS = 500  # of each tuned arm
+RANK = 4  # of MoLORA's experts
+# Learning rates: vectors need a larger one than matrices.
+FULL_RATE, LORA_RATE, VECTOR_RATE = 1e-3, 3e-3, 1e-2
+MOV_EXPERTS = (10, 30, 60)
+MOLORA_EXPERTS = (10, 15)
+LORA_RANKS = (4, 16)
+# LoRA at the sites of MoLORA: of a gated MLP, the branch with the activation and the last projection.
+LORA_SITES = "LORA_LAYERS=['(.*/)?\\\\w*attention/(query|key|value|out)', '(.*/)?mlp/(gate|down)']"
+RAW = "ADAPTER_RENORMALISE=False"  # as the paper's code has it
+# Variant of MoV-10 -> bindings.
+VARIANTS = {
+    "top1": ("ADAPTER_TOP_K=1", RAW),
+    "top1_renormalised": ("ADAPTER_TOP_K=1",),
+    "top2": ("ADAPTER_TOP_K=2", RAW),
+    "layer_input": ("ADAPTER_ROUTER_INPUT='layer_input'",),
+    "sentence": ("ADAPTER_ROUTER_INPUT='sentence'",),
+}
+
+
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    write = ("launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
+    single = (
+        "LEARNING_RATE=3e-3",
+        "TRAIN_STEPS=1000",
+        f"TRAIN_SETS={{'single': {[rows.SINGLE]!r}}}",
+    )
+    arms = {
+        "rows": configs.made(*write),
+        "pretrained": configs.arm(f"{CPU}denoise.gin", evaluations=()),
+        "base": _tuned(*single, parent="pretrained", evaluations=("ranks",)),
+        "full": _tuned(_rate(FULL_RATE), evaluations=("ranks",)),
+        "ia3": _tuned(_rate(VECTOR_RATE), method=f"{ADAPTERS}ia3.gin", evaluations=("ranks",)),
+    }
+    for rank in LORA_RANKS:
+        arms[f"lora{rank}"] = _tuned(
+            _rate(LORA_RATE),
+            LORA_SITES,
+            f"LORA_RANK={rank}",
+            method=f"{ADAPTERS}lora.gin",
+            evaluations=("ranks",),
+        )
+    for experts in MOV_EXPERTS:
+        arms[f"mov{experts}"] = _mov(experts)
+    for experts in MOLORA_EXPERTS:
+        bindings = (f"ADAPTER_EXPERTS={experts}", f"MOLORA_RANK={RANK}")
+        arms[f"molora{experts}"] = _tuned(_rate(LORA_RATE), *bindings, method=f"{MOV}molora.gin")
+    for name, bindings in VARIANTS.items():
+        arms[f"mov10_{name}"] = _mov(10, *bindings)
+    evaluations = {
+        name: {"call": f"launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
+    }
+    return configs.config(arms, seeds=seeds, evaluations=evaluations)
+
+
+def _rate(value: float) -> str:
+    return f"LEARNING_RATE={value}"
+
+
+def _mov(experts: int, *bindings: str) -> dict:
+    settings = (_rate(VECTOR_RATE), f"ADAPTER_EXPERTS={experts}", *bindings)
+    return _tuned(*settings, method=f"{MOV}mov.gin")
+
+
+def _tuned(*bindings: str, method: str = "", parent: str = "base", **settings: object) -> dict:
+    """Returns an arm that learns operations; `method` is a file of adapters."""
+    files = (f"{CPU}operations.gin", *([method] if method else []))
+    data = (
+        "TOKENIZER='{pretrained}/vocabulary.model'",
+        "INSTRUCTIONS_DIR='{rows}'",
+        f"HELD_OUT={rows.held_out()!r}",
+        f"TRAIN_STEPS={STEPS}",
+    )
+    return configs.arm(*files, bindings=(*data, *bindings), parent=parent, **settings)

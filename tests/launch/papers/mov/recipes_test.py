@@ -1,0 +1,124 @@
+"""The sweeps of MoV and MoLORA (arXiv 2309.05444), small and at full size, as gin has their arms."""
+
+import functools
+import pathlib
+
+import flax.linen as nn
+import gin
+import jax
+import pytest
+from flax import traverse_util
+
+from launch.config import gin_config
+from launch.papers.mov import full_sweep, parameters, sweep
+from launch.sweeping import file
+from model.adapters import adapter
+from trainers import initialise
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+@functools.cache
+def runs_of(name, text):
+    runs = file.read(f"launch/papers/mov/{name}.py:{text}")
+    return {run.arm: run for run in runs if run.seed == runs[0].seed}
+
+
+def load(run):
+    parent = ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
+    bindings = [*run.bindings, "MODEL_DIR='/run'", *parent]
+    return gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+
+
+def recipe_of(run):
+    return load(run).arguments()["recipe"]
+
+
+# Method -> arm, but for its size. More experts and higher ranks are multiples of them.
+ARMS = {"(IA)3": "ia3", "LoRA-4": "lora4", "MoV-10": "mov10", "MoLORA-10": "molora10"}
+# Per cent of the model's parameters as the paper's shapes give them, by size.
+PER_CENT = {
+    "(IA)3": (0.036, 0.019, 0.0097),
+    "LoRA-4": (0.49, 0.26, 0.13),
+    "LoRA-8": (0.98, 0.52, 0.27),
+    "LoRA-16": (1.96, 1.05, 0.54),
+    "MoV-10": (0.55, 0.28, 0.142),
+    "MoV-30": (1.64, 0.84, 0.426),
+    "MoV-60": (3.27, 1.67, 0.852),
+    "MoLORA-10": (5.51, 2.95, 1.51),
+    "MoLORA-15": (8.26, 4.42, 2.26),
+}
+
+
+def test_the_table_of_parameters_is_the_papers():
+    assert set(PER_CENT) == set(parameters.METHODS)
+    for method, expected in PER_CENT.items():
+        for size, value in zip(parameters.SIZES, expected, strict=True):
+            assert parameters.per_cent(method, size) == pytest.approx(value, rel=0.04)  # two digits
+    assert parameters.per_cent("MoV-60", "11B") == pytest.approx(
+        parameters.REPORTED["MoV-60", "11B"], rel=0.02
+    )
+
+
+@pytest.mark.parametrize("size", [*full_sweep.MODELS])
+def test_the_table_counts_the_models_of_full_size(size):
+    sizes = parameters.SIZES[size.upper()]
+    for method, arm in ARMS.items():
+        model = recipe_of(runs_of("full_sweep", "/data")[f"{arm}_{size}"]).model
+        params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
+        leaves = traverse_util.flatten_dict(params, sep="/")
+        trained = sum(leaf.size for path, leaf in leaves.items() if adapter.is_adapter(path))
+        assert trained == parameters.METHODS[method](sizes), method
+        base = sum(leaf.size for leaf in leaves.values()) - trained
+        assert base == pytest.approx(sizes.parameters, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arm", "batch", "steps", "rate"),
+    [("mov30_3b", 32, 500_000, 3e-4), ("full_3b", 256, 10_000, 1e-3)],
+)
+def test_full_arms_have_the_papers_steps_batch_and_rate(arm, batch, steps, rate):
+    config = load(runs_of("full_sweep", "/data")[arm])
+    arguments = config.arguments()
+    recipe = arguments["recipe"]
+    assert (recipe.batch_size, arguments["total_steps"]) == (batch, steps)
+    assert float(recipe.learning_rate(1000)) == pytest.approx(rate)
+    assert recipe.optimizer.__name__ == "adafactor" and recipe.length == 1024 + 256
+    assert config.macros["DROPOUT_RATE"] == 0.1
+    assert not [str(warning) for warning in config.warnings]
+
+
+def test_full_arms_are_all_methods_of_each_size_and_the_ablations_of_one():
+    runs = runs_of("full_sweep", "/data")
+    for size in full_sweep.MODELS:
+        arms = {arm.rpartition("_")[0] for arm in runs if arm.endswith(f"_{size}")}
+        ablated = {f"mov10_{x}" for x in full_sweep.ABLATIONS} if size == "3b" else set()
+        mov = {f"mov{n}" for n in full_sweep.MOV_EXPERTS[size]}
+        others = {"full", "ia3", "lora4", "lora8", "lora16", "molora10", "molora15"}
+        assert arms == others | mov | ablated
+    assert all(pathlib.Path(path).is_file() for run in runs.values() for path in run.gin_files)
+
+
+def test_small_arms_train_what_they_say_from_one_frozen_model():
+    runs = runs_of("sweep", "1")
+    for arm, run in runs.items():
+        if arm in ("rows", "pretrained", "base"):
+            continue
+        assert run.parent == f"base/seed{run.seed}"
+        values = dict(binding.split("=", 1) for binding in run.bindings)
+        assert values["TRAIN_STEPS"] == str(sweep.STEPS)
+    recipe = recipe_of(runs["mov10_top1"])
+    adapter = recipe.model.layer_settings()[0].attention.adapters.slots["mov"]
+    assert (adapter.num_experts, adapter.top_k, adapter.renormalise) == (10, 1, False)
+    lora, molora = (
+        recipe_of(runs[arm]).program(devices=jax.devices()[:1]) for arm in ("lora4", "molora10")
+    )
+    size = parameters.Size(2, 128, 256, 32, 0)
+    assert lora.num_params(trained_only=True) == parameters.lora(size, sweep.RANK)
+    assert molora.num_params(trained_only=True) == parameters.molora(size, 10, sweep.RANK)
+    full = recipe_of(runs["full"]).program(devices=jax.devices()[:1])
+    assert 1e6 < full.num_params() == full.num_params(trained_only=True) < 3e6

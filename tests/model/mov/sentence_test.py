@@ -1,0 +1,83 @@
+"""Routers of an encoder-decoder that read the mean embedding of an example's inputs."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.adapters import adapter
+from model.adapters.adapter import AdapterError
+from model.attention import Attention, CrossAttention
+from model.config import TransformerConfig
+from model.mlp import GatedMlp
+from model.mov import sentence
+from model.mov.mov import Mov
+from model.t5.encoder_decoder import EncoderDecoder
+from model.transformer import Block
+from trainers.objectives.forward import frozen_forward
+
+CONFIG = TransformerConfig(
+    vocab_size=31, num_layers=1, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12
+)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A model with MoV of sentences, and random parameters."""
+    adapters = adapter.named(mov=functools.partial(Mov, num_experts=3, router_input="sentence"))
+    with_adapters = {"adapters": adapters}
+    block = functools.partial(
+        Block,
+        attention=functools.partial(Attention, rope=None, scale=1.0, **with_adapters),
+        cross_attention=functools.partial(CrossAttention, scale=1.0, **with_adapters),
+        mlp=functools.partial(GatedMlp, activation="gelu", **with_adapters),
+    )
+    model = EncoderDecoder(config=CONFIG, block=block)
+    shapes = nn.meta.unbox(
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
+    return model, params["params"]
+
+
+def batch_of(*examples):
+    """One row with these examples: (inputs, targets)."""
+    sides = {"encoder": [x for x, _ in examples], "decoder": [y for _, y in examples]}
+    out = {}
+    for side, texts in sides.items():
+        columns = {
+            "input_tokens": np.concatenate(texts),
+            "segment_ids": np.repeat(np.arange(len(texts)) + 1, [len(x) for x in texts]),
+            "positions": np.concatenate([np.arange(len(x)) for x in texts]),
+        }
+        out |= {f"{side}_{name}": jnp.asarray(x[None], jnp.int32) for name, x in columns.items()}
+    return {**out, "decoder_target_tokens": out["decoder_input_tokens"]}
+
+
+def test_a_packed_example_is_routed_by_its_own_inputs(made):
+    model, params = made
+    examples = [([3, 4, 5], [6, 7]), ([8, 9, 10, 11], [12, 13, 14])]
+    packed, *alone = (
+        frozen_forward(model, params, batch_of(*some)).log_probs_BT()[0]
+        for some in (examples, examples[:1], examples[1:])
+    )
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
+    found = sentence.of_batch(model, {"params": params}, batch_of(*examples))
+    assert found.inputs.shape == (1, 7, 8) and found.targets.shape == (1, 5, 8)
+    table = np.asarray(params["token_embed"]["embedding"], np.float64)
+    mean = table[[3, 4, 5]].mean(0)
+    mean /= np.sqrt((mean**2).mean() + 1e-6)
+    for token in (*found.inputs[0, :3], *found.targets[0, :2]):
+        np.testing.assert_allclose(token, mean, rtol=1e-5, atol=1e-6)
+    assert np.abs(found.targets[0, 2] - mean).max() > 0.01
+
+
+def test_without_a_batch_there_is_no_sentence(made):
+    model, params = made
+    ids = jnp.ones((1, 3), jnp.int32)
+    with pytest.raises(AdapterError, match="generation has none"):
+        model.apply({"params": params}, ids, encoder_tokens_BS=ids)

@@ -1,0 +1,84 @@
+"""Log-likelihoods of targets under an encoder-decoder, and whether greedy decoding would generate them.
+
+Shapes: B rows, T length of targets, D width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from trainers.decoding.buckets import bucket_length
+from trainers.objectives.forward import frozen_forward
+from trainers.scoring.likelihoods import Likelihood
+from trainers.scoring.scoring import Batched, Row, encoded_columns
+
+
+class EncoderLikelihoods:
+    """`trainers.scoring.likelihoods.LikelihoodScorer`, for rows with encoder inputs, whose context is the start token.
+
+    Args:
+      model: an encoder-decoder.
+      batch_tokens: number of tokens of a batch, of inputs and targets including padding; determines its number of rows.
+      batch_size, row_shards, sharding: see `LikelihoodScorer`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        *,
+        batch_tokens: int,
+        batch_size: int | None = None,
+        row_shards: int = 1,
+        sharding: NamedSharding | None = None,
+    ):
+        def scores(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            out = frozen_forward(model, params, batch)
+            return out.log_probs_BT(), out.most_likely_BT() == batch["decoder_target_tokens"]
+
+        self._params, self._model, self._scores = params, model, scores
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
+        self._row_shards, self._sharding = row_shards, sharding
+        self._read: dict[int, Batched] = {}  # by rows of a batch
+
+    def use(self, params: Any) -> None:
+        """Sets other parameters of the same shapes, for which all programs stay."""
+        self._params = params
+
+    def stream(
+        self, rows: Sequence[Row], *, quiet: bool = False
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """Yields (index, likelihood) of every row, batch by batch, the longest first; `quiet` hides the progress bar.
+
+        Raises:
+          ValueError: a row has no inputs or no targets.
+        """
+        for i, row in enumerate(rows):
+            if not len(row.encoder_inputs) or not len(row.targets):
+                raise ValueError(f"Row {i} has no inputs or no targets: nothing can be predicted.")
+        return self._stream(rows, quiet)
+
+    def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]:
+        read = self._reader(rows)
+        lengths = [row.inputs for row in rows]
+        title = None if quiet else "score"
+        for i, (logp_T, greedy_T) in read(self._params, rows, lengths, title=title):
+            count = len(rows[i].targets)  # the start token is the whole context
+            total = float(np.asarray(logp_T)[:count].sum(dtype=np.float64))
+            yield i, Likelihood(total, bool(greedy_T[:count].all()))
+
+    def _reader(self, rows: Sequence[Row]) -> Batched:
+        longest = max(
+            (bucket_length(len(row.encoder_inputs)) + bucket_length(row.inputs) for row in rows),
+            default=1,
+        )
+        size = max(1, self._batch_tokens // longest)
+        size = min(size, self._batch_size or size, max(1, len(rows)))
+        size = -(-size // self._row_shards) * self._row_shards
+        if size not in self._read:
+            options: dict[str, Any] = {"batch_size": size, "sharding": self._sharding}
+            self._read[size] = Batched(self._scores, encoded_columns, self._model, **options)
+        return self._read[size]
