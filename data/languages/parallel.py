@@ -84,12 +84,7 @@ def of_flores(folder: pathlib.Path, codes: Iterable[str]) -> Pairs:
 def _lines(path: pathlib.Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: copy it from FLORES-200's archive.")
-    if path.stat().st_size > documents.MAX_BYTES:
-        raise DataError(f"{path} is larger than {documents.MAX_BYTES:,} bytes: copy it again.")
-    try:
-        return path.read_text("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}): copy it again.") from None
+    return list(documents.read_lines(path))
 
 
 def _of_rows(path: pathlib.Path, codes: Iterable[str]) -> Pairs:
