@@ -243,7 +243,9 @@ def open_mixture(
         counts = {source.name: source.plan.tokens() for source in sources}
         if weights == "unimax":
             budget = sum(counts.values()) if unimax_tokens is None else unimax_tokens
-            shares = mixing.unimax(counts, budget, _UNIMAX_EPOCHS if unimax_epochs is None else unimax_epochs)
+            shares = mixing.unimax(
+                counts, budget, _UNIMAX_EPOCHS if unimax_epochs is None else unimax_epochs
+            )
         else:
             shares = mixing.tempered(counts, temperature, max_tokens)
         phases = ((0, shares),)

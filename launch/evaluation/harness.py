@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import cli
 from launch.config import setting_flags
-from launch.evaluation.suites import local_data, scores
+from launch.evaluation.suites import scores
 from launch.run import load_run
 
 if TYPE_CHECKING:
@@ -255,7 +256,11 @@ def _plain_names(values: Mapping[str, Any], count: int, metric: str) -> dict[str
         named["score"] = values[f"{name},{filter or 'none'}"]
         named["score_stderr"] = values.get(f"{name}_stderr,{filter or 'none'}")
     stderr = named.pop("score_stderr", None)
-    metrics = {name: value for name, value in named.items() if not name.endswith("_stderr")}
+    metrics = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in named.items()
+        if not name.endswith("_stderr")
+    }
     return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
 
 

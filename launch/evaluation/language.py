@@ -74,7 +74,9 @@ def evaluate(
     """
     for flag, path in (("json", json), ("failures", failures)):
         if path:
-            row_files.check_output(str(path), flag, compressed=flag == "failures", others={"inputs": inputs})
+            row_files.check_output(
+                str(path), flag, compressed=flag == "failures", others={"inputs": inputs}
+            )
     rows = [
         (_language(row, place, language), _text(row, place, text_key), row)
         for place, row in row_files.read(inputs, example=EXAMPLE)
@@ -153,7 +155,9 @@ def _table(results: Mapping[str, Any]) -> str:
         )
     mean = results["mean"]
     cells = (_percent(mean["texts_passed"]), _percent(mean["lines_passed"]))
-    lines.append(f"{'mean':10} {'':7} {'':7} {cells[0]:>9} {cells[1]:>9}  worst: {results['worst']}")
+    lines.append(
+        f"{'mean':10} {'':7} {'':7} {cells[0]:>9} {cells[1]:>9}  worst: {results['worst']}"
+    )
     return "\n".join(lines)
 
 

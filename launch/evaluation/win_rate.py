@@ -171,8 +171,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
         "prompts": prompts,
         "systems": {system.name: shares.system_summary(system) for system in systems},
         "pairs": [
-            shares.pair_summary(pairs[i : i + prompts], outcomes[i : i + prompts])
-            for i in starts
+            shares.pair_summary(pairs[i : i + prompts], outcomes[i : i + prompts]) for i in starts
         ],
         "questions": tally.summary(),
     }

@@ -45,7 +45,10 @@ def read(files: Mapping[str, str], *, by_language: bool = False) -> list[System]
       JudgeError: a missing file, or rows that cannot be judged, such as prompts of tokens.
       DataError: a malformed line.
     """
-    return [System(name=name, path=path, answers=_rows(path, by_language)) for name, path in files.items()]
+    return [
+        System(name=name, path=path, answers=_rows(path, by_language))
+        for name, path in files.items()
+    ]
 
 
 def pairs(systems: Sequence[System]) -> list[Pair]:
@@ -87,7 +90,9 @@ def language_name(code: str) -> str:
 def _rows(path: str, by_language: bool) -> list[Answer]:
     if not os.path.isfile(path):
         raise JudgeError(f"{path} does not exist: give a file of launch.generate.")
-    answers = [_answer(row, place, by_language) for place, row in row_files.read(path, example=EXAMPLE)]
+    answers = [
+        _answer(row, place, by_language) for place, row in row_files.read(path, example=EXAMPLE)
+    ]
     if not any(answer.text.strip() for answer in answers):
         raise JudgeError(
             f'{path} has no answer: every "text" is empty. Generate it again with launch.generate.'

@@ -46,9 +46,7 @@ def print_languages(summaries: Sequence[Mapping[str, Any]]) -> None:
         title = f"{pair['a']} against {pair['b']}: win rates in %, with 95 % intervals over prompts"
         table = _table(title, ("language",), _BY_LANGUAGE)
         for code, one in pair["languages"].items():
-            shares = (
-                _cell(one[x]) for x in ("win", "tie", "loss", "rate", "length_controlled")
-            )
+            shares = (_cell(one[x]) for x in ("win", "tie", "loss", "rate", "length_controlled"))
             table.add_row(code, *shares, f"{_judged(one):,}", f"{one['counts']['invalid']:,}")
         if mean := pair["mean"]:
             means = (f"{100 * mean[name]:.1f}" for name in ("win", "tie", "loss", "rate"))
@@ -138,7 +136,9 @@ def plot_languages(summaries: Sequence[Mapping[str, Any]], path: pathlib.Path) -
             axes.plot(value, y, "o", color=_COLOURS["win"], ms=5)
         axes.axvline(50, color="#777777", lw=0.8, ls=":")
         if pair["mean"]:
-            axes.axvline(100 * pair["mean"]["rate"], color=_COLOURS["loss"], lw=1, label="mean of languages")
+            axes.axvline(
+                100 * pair["mean"]["rate"], color=_COLOURS["loss"], lw=1, label="mean of languages"
+            )
             axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.set_ylim(-0.6, max(len(order), 1) - 0.4)

@@ -89,7 +89,9 @@ def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[path
     paths = [
         path
         for path in sorted(configured.rglob("*"))
-        if path.name.endswith((*_KINDS, _TEXT)) and path.is_file() and _is_of(path, configured, source.split)
+        if path.name.endswith((*_KINDS, _TEXT))
+        and path.is_file()
+        and _is_of(path, configured, source.split)
     ]
     if not paths:
         raise MissingDataError(

@@ -21,7 +21,9 @@ def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
     """
     asked = [one for name in FORMATS for one in _requests(name)]
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
-        answers = _continued(run, [prompt for _, prompt, _ in asked], max(len(a) for *_, a in asked))
+        answers = _continued(
+            run, [prompt for _, prompt, _ in asked], max(len(a) for *_, a in asked)
+        )
     right: dict[str, list[bool]] = {}
     for (kind, _, wanted), answer in zip(asked, answers, strict=True):
         right.setdefault(kind, []).append(answer.startswith(wanted))

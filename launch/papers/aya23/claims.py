@@ -63,7 +63,8 @@ def format_matters(runs: Runs, where: str) -> list[Effect]:
 def spread(measured: Mapping[str, Any], where: str) -> list[Effect]:
     """Compares the highest over the lowest parity under vocabularies of unequal and of equal shares."""
     by_seed = {
-        int(seed): one["raw"]["spread"] - one["balanced"]["spread"] for seed, one in measured.items()
+        int(seed): one["raw"]["spread"] - one["balanced"]["spread"]
+        for seed, one in measured.items()
     }
     means = {
         name: sum(one[name]["spread"] for one in measured.values()) / len(measured)
@@ -129,9 +130,7 @@ CLAIMS = (
         {
             "caches": [caches],
             "toy": [
-                compare(
-                    LOSS, (BASE, heads(4)), (heads(1), heads(4)), relative=True, above=-CACHE
-                )
+                compare(LOSS, (BASE, heads(4)), (heads(1), heads(4)), relative=True, above=-CACHE)
             ],
         },
     ),

@@ -6,8 +6,28 @@ from typing import Any
 
 from data.text.documents import Document
 
-LANGUAGES = ("ar", "cs", "de", "el", "en", "es", "fa", "he", "hi", "id", "ja", "ko", "ru", "tr", "vi", "uk")
-BALANCES = {"raw": 1.0, "balanced": 0.0}  # exponent of a language's bytes, see data.tokenizers.vocabularies
+LANGUAGES = (
+    "ar",
+    "cs",
+    "de",
+    "el",
+    "en",
+    "es",
+    "fa",
+    "he",
+    "hi",
+    "id",
+    "ja",
+    "ko",
+    "ru",
+    "tr",
+    "vi",
+    "uk",
+)
+BALANCES = {
+    "raw": 1.0,
+    "balanced": 0.0,
+}  # exponent of a language's bytes, see data.tokenizers.vocabularies
 SIZE = 4096  # pieces
 LARGEST = 120_000  # bytes of the language with most text; the one of rank r has 1/r of it
 SENTENCES = 300

@@ -50,7 +50,9 @@ def _languages(runs: Runs | None) -> Any:
         for at, count in enumerate(COUNTS):
             values = runs.values(breadth(count, width), LOSS)
             if values.size:
-                panels.dots(ends, at, values, colour, f"{width}, width {WIDTHS[width][0]}" if not at else "")
+                panels.dots(
+                    ends, at, values, colour, f"{width}, width {WIDTHS[width][0]}" if not at else ""
+                )
                 means.append((at, values.mean()))
         ends.plot(*zip(*means, strict=True), color=colour, lw=1) if means else None
         for count, style in zip(COUNTS, ("-", "--", ":"), strict=True):

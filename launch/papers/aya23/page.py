@@ -62,7 +62,9 @@ def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str,
     out["toy"] = [_formats_exchanged(row, rng) for row in out.get("toy", [])]
     if trained := out.get("fertility"):
         out["fertility"] = {
-            seed: dict(zip(one, [list(one.values())[i] for i in rng.permutation(len(one))], strict=True))
+            seed: dict(
+                zip(one, [list(one.values())[i] for i in rng.permutation(len(one))], strict=True)
+            )
             for seed, one in trained.items()
         }
     if cached := out.get("caches"):

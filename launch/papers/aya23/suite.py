@@ -21,14 +21,19 @@ MGSM = ("de", "en", "es", "fr", "ja", "ru", "zh")
 XCOPA = ("et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh")
 XWINOGRAD = ("en", "fr", "jp", "pt", "ru", "zh")
 XSTORYCLOZE = ("ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh")
-TYDIQA = ("ar", "bn", "en", "fi", "id", "ko", "ru", "sw", "te")
+TYDIQA = {  # the names that its rows have
+    **{"ar": "arabic", "bn": "bengali", "en": "english", "fi": "finnish", "id": "indonesian"},
+    **{"ko": "korean", "ru": "russian", "sw": "swahili", "te": "telugu"},
+}
 FLORES = tuple(code for code in table.LANGUAGES if code != "en")
 XLSUM = {
     **{"ar": "arabic", "zh": "chinese_simplified", "en": "english", "fr": "french", "hi": "hindi"},
     **{"id": "indonesian", "ja": "japanese", "ko": "korean", "fa": "persian", "pt": "portuguese"},
     **{"ru": "russian", "es": "spanish", "tr": "turkish", "uk": "ukrainian", "vi": "vietnamese"},
 }
-_FLORES = "curl -L https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz | tar xz -C DATA_DIR"
+_FLORES = (
+    "curl -L https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz | tar xz -C DATA_DIR"
+)
 Documents = dict[str, list[Mapping[str, Any]]]  # split -> rows
 
 
@@ -274,12 +279,18 @@ _ALL = {name: one for group in _GROUPS.values() for name, one in group.items()}
 
 
 class MultilingualSuite(Suite):
-    """The suite; BLEU over the tokens of FLORES also needs their model."""
+    """The suite. BLEU over the tokens of FLORES also needs their model, and TyDi QA has all languages in one file."""
 
     def missing(self, benchmark: str, data_dir: str | None) -> str:
-        return super().missing(benchmark, data_dir) or (
-            text_scores.spbleu_missing() if benchmark.startswith("spbleu") else ""
-        )
+        reason = super().missing(benchmark, data_dir)
+        kind, _, code = benchmark.partition("_")
+        if not reason and kind == "spbleu":
+            return text_scores.spbleu_missing()
+        if not reason and kind == "tydiqa":
+            rows = local_data.rows(self.sources[benchmark], data_dir)
+            if not any(row["id"].startswith(f"{TYDIQA[code]}-") for row in rows):
+                return f"the set has no row in {TYDIQA[code]}"
+        return reason
 
 
 SUITE = MultilingualSuite(

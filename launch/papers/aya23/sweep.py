@@ -19,7 +19,9 @@ BASE = "base"  # eight languages, width 64
 
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms = {
-        breadth(count, width): _arm(MIXTURE_OR_TASK_NAME=f"toy_mix_{count}", WIDTH=size, HIDDEN=hidden)
+        breadth(count, width): _arm(
+            MIXTURE_OR_TASK_NAME=f"toy_mix_{count}", WIDTH=size, HIDDEN=hidden
+        )
         for width, (size, hidden) in WIDTHS.items()
         for count in COUNTS
     }
