@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from data.text import spelling
@@ -65,8 +64,8 @@ class Suite:
     name: str
     groups: Sequence[Group]
     sources: Mapping[str, Source]
-    programs: Mapping[str, str] = MappingProxyType({})
-    described: Mapping[str, Task] = MappingProxyType({})
+    programs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    described: Mapping[str, Task] = dataclasses.field(default_factory=dict)
     has_total: bool = True
 
     @property

@@ -23,10 +23,16 @@ def record_of(slug):
     return json.loads((DOCS / slug / "results.json").read_text())
 
 
-TODAY = [slug for slug in reproduce.slugs() if "measured" in record_of(slug)]
+NOT_RUN = {"aya23"}  # without a page so far
+RUN = sorted(set(reproduce.slugs()) - NOT_RUN)
+TODAY = [slug for slug in RUN if "measured" in record_of(slug)]
 
 
-@pytest.mark.parametrize("slug", sorted(set(reproduce.slugs()) - set(TODAY)))
+def test_what_was_not_run_has_no_page():
+    assert not [slug for slug in NOT_RUN if (DOCS / f"{slug}.md").exists()]
+
+
+@pytest.mark.parametrize("slug", sorted(set(RUN) - set(TODAY)))
 def test_a_page_that_was_judged_by_other_rules_says_so(slug):
     head = (DOCS / f"{slug}.md").read_text().splitlines()[:6]
     assert any(line.startswith(OLDER) for line in head)
