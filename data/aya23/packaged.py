@@ -3,7 +3,7 @@
   human/dialogues        questions and answers of chatterbot-corpus, written by people
   templated/translate    messages of Django and Sphinx, to be translated from English and into it
   translated/complete    the same messages in the language, to be completed: sets that were translated by people
-  synthetic/repeat       the first, the last or all words of a message, by a program
+  synthetic/repeat       the first, the last or all words of a message, by a program; of Chinese and Japanese characters
 
 Prompts of templated sets are in English with the name of the language, as in many templates of xP3.
 """
@@ -142,11 +142,12 @@ def _repetitions(code: str, text: str) -> Iterator[Row]:
     if len(words) < _MIN_WORDS:
         return
     name = table.LANGUAGES[code].name
+    units = "words" if joint else "characters"
     kind = splits.stable_hash(text, salt="repeat") % 3
     asked, answer = (
         ("Repeat", text),
-        ("Say the first two words of", joint.join(words[:2])),
-        ("Say the last two words of", joint.join(words[-2:])),
+        (f"Say the first two {units} of", joint.join(words[:2])),
+        (f"Say the last two {units} of", joint.join(words[-2:])),
     )[kind]
     yield _row(code, f"{asked} this {name} text: {text}", answer)
 

@@ -173,6 +173,7 @@ def _draw(reports: Mapping[str, Any]) -> Any:
         one.set_xlabel(label)
         one.grid(axis="x", alpha=0.25)
         one.margins(x=0.08)
+    axes[1].set_xlim(left=0)
     axes[0].axvline(1.0, color=panels.GREY, lw=0.8, ls=":")
     _draw_pieces(axes[2], reports)
     panels.legend_below(figure, axes[0], columns=4)
@@ -187,16 +188,20 @@ def _draw_pieces(axes: Any, reports: Mapping[str, Any]) -> None:
     for report in reports.values():
         for script, share in report["pieces"].items():
             largest[script] = max(share, largest.get(script, 0.0))
-    shown = sorted(largest, key=lambda script: -largest[script])[:_SCRIPTS]
+    order = sorted(largest, key=lambda script: -largest[script])
+    groups = {script: [script] for script in order[:_SCRIPTS]}
+    if others := order[_SCRIPTS:]:
+        groups["other scripts"] = others
     height = 0.8 / len(reports)
     for i, (report, colour) in enumerate(
         zip(reports.values(), panels.colours(len(reports)), strict=True)
     ):
-        shares = [100 * report["pieces"].get(script, 0.0) for script in shown]
-        others = 100 * sum(v for script, v in report["pieces"].items() if script not in shown)
-        places = [at + (i - (len(reports) - 1) / 2) * height for at in range(len(shown) + 1)]
-        axes.barh(places, [*shares, others], height=height, color=colour)
-    axes.set_yticks(range(len(shown) + 1), [*shown, "other scripts"], fontsize=8)
+        shares = [
+            100 * sum(report["pieces"].get(one, 0.0) for one in some) for some in groups.values()
+        ]
+        places = [at + (i - (len(reports) - 1) / 2) * height for at in range(len(groups))]
+        axes.barh(places, shares, height=height, color=colour)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("% of the vocabulary's pieces")
     axes.grid(axis="x", alpha=0.25)
