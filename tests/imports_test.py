@@ -148,10 +148,11 @@ LEVELS = {
     ),
     "data": (
         ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
-        ("data_source", "stream", "text", "tokenizers.vocabularies"),
+        ("data_source", "languages", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
         (
-            *("chats", "code_mix", "distillation", "instructions", "mov", "nexus", "preference"),
+            *("aya23", "chats", "code_mix", "distillation", "instructions", "mov", "nexus"),
+            "preference",
             *("prompts", "snapkv", "t5"),
         ),
     ),

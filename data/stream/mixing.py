@@ -11,7 +11,7 @@ import numpy as np
 
 from data.text import spelling
 
-Weights = Literal["rates", "tokens"]
+Weights = Literal["rates", "tokens", "unimax"]
 
 
 def find_tasks(mixture_or_task_name: str) -> tuple[list, dict[str, float]]:
@@ -48,6 +48,38 @@ def tempered(
         name: float(min(weight, cap) if cap is not None else weight) ** (1 / temperature)
         for name, weight in weights.items()
     }
+
+
+def unimax(sizes: Mapping[str, float], budget: float, max_epochs: float) -> dict[str, float]:
+    """Returns the part of a budget that each source gets by UniMax (arXiv 2304.09151): even parts, within a cap of epochs.
+
+    The smallest source comes first: it gets an even part of what is left, or all of its epochs if these are fewer. So
+    no source is read more often than `max_epochs`, and all others get the same.
+
+    Args:
+        sizes: tokens of each source.
+        budget: tokens to read in all.
+        max_epochs: the most that a source is read.
+
+    Raises:
+        ValueError: a number is not positive, or the sources' epochs do not fill the budget.
+    """
+    if not max_epochs > 0 or not budget > 0 or any(not size > 0 for size in sizes.values()):
+        raise ValueError(
+            f"UniMax needs positive numbers: budget {budget}, max_epochs {max_epochs}, sizes {dict(sizes)}."
+        )
+    most = max_epochs * sum(sizes.values())
+    if budget > most * (1 + 1e-9):
+        raise ValueError(
+            f"UniMax: {max_epochs:g} epochs of all sources are {most:,.0f} tokens, fewer than the budget of "
+            f"{budget:,.0f}. Raise unimax_epochs, or lower unimax_tokens."
+        )
+    parts, left = {}, float(budget)
+    ascending = sorted(sizes, key=lambda name: (sizes[name], name))
+    for place, name in enumerate(ascending):
+        parts[name] = min(left / (len(ascending) - place), max_epochs * sizes[name])
+        left -= parts[name]
+    return {name: parts[name] for name in sizes}
 
 
 def normalised(weights: Mapping[str, float], known: Sequence[str], where: str) -> dict[str, float]:

@@ -24,6 +24,9 @@ AnySource = TypeVar("AnySource", bound=rows.Source)
 AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
+_UNIMAX_EPOCHS = 4.0  # repeated that often, tokens are nearly worth new ones
+
+
 class NoSplitError(ValueError):
     """A task has no such split, for example because no document is held out."""
 
@@ -38,6 +41,8 @@ def make_stream(
     weights: mixing.Weights = "rates",
     temperature: Positive = 1.0,
     max_tokens: Amount | None = None,
+    unimax_tokens: Amount | None = None,
+    unimax_epochs: Positive | None = None,
     phases: Phases | None = None,
     interleaving: schedule.Interleaving = "error_diffusion",
     packing: plan.Packing = "best_fit",
@@ -65,9 +70,13 @@ def make_stream(
         batch_size: rows of the global batch.
         seed: seed of the order of rows.
         split: split of the tasks.
-        weights: 'rates' uses the mixture's rates, 'tokens' the number of tokens of each task.
+        weights: 'rates' uses the mixture's rates, 'tokens' the number of tokens of each task,
+            'unimax' equal shares, but for tasks so small that they would be read too often.
         temperature: weights are raised to 1 / temperature before they are normalised.
         max_tokens: with weights='tokens', an upper limit on the token count of each task.
+        unimax_tokens: with weights='unimax', the tokens that the run reads; None for as many as the
+            tasks have together.
+        unimax_epochs: with weights='unimax', how often a task is read at most; 4 if None.
         phases: replaces the mixture's rates: ((first step, {task: share of tokens}), ...), the
             first at step 0. Tasks missing from a phase are not read in it.
         interleaving: 'error_diffusion' holds every source within one row of its share at any time;
@@ -99,6 +108,8 @@ def make_stream(
         weights=weights,
         temperature=temperature,
         max_tokens=max_tokens,
+        unimax_tokens=unimax_tokens,
+        unimax_epochs=unimax_epochs,
         phases=phases,
         max_epochs=max_epochs,
         cache_dir=cache_dir,
@@ -180,6 +191,8 @@ def open_mixture(
     weights: mixing.Weights = "rates",
     temperature: float = 1.0,
     max_tokens: int | None = None,
+    unimax_tokens: int | None = None,
+    unimax_epochs: float | None = None,
     phases: Phases | None = None,
     max_epochs: repeats.MaxEpochs | None,
     cache_dir: str | os.PathLike | None,
@@ -206,6 +219,10 @@ def open_mixture(
         raise ValueError("phases set the weights: remove the settings weights and temperature.")
     if max_tokens is not None and weights != "tokens":
         raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
+    if (unimax_tokens, unimax_epochs) != (None, None) and weights != "unimax":
+        raise ValueError("unimax_tokens and unimax_epochs need weights='unimax'.")
+    if weights == "unimax" and temperature != 1.0:
+        raise ValueError("temperature has no meaning with weights='unimax': remove it.")
     if phases is not None:
         phases = mixing.checked_phases(phases, known)
     elif weights == "rates":
@@ -224,7 +241,14 @@ def open_mixture(
         max_epochs = {name: cap for name, cap in max_epochs.items() if name not in unused}
     if phases is None:
         counts = {source.name: source.plan.tokens() for source in sources}
-        phases = ((0, mixing.tempered(counts, temperature, max_tokens)),)
+        if weights == "unimax":
+            budget = sum(counts.values()) if unimax_tokens is None else unimax_tokens
+            shares = mixing.unimax(
+                counts, budget, _UNIMAX_EPOCHS if unimax_epochs is None else unimax_epochs
+            )
+        else:
+            shares = mixing.tempered(counts, temperature, max_tokens)
+        phases = ((0, shares),)
     return stream_class(sources, phases, max_epochs=max_epochs, **settings)
 
 

@@ -185,6 +185,11 @@ def open_to_write(path: pathlib.Path, *, named: str | None = None) -> BinaryIO:
     return open(path, "wb", buffering=0)
 
 
+def read_lines(path: pathlib.Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 text file without their ends; raises DataError if it is malformed."""
+    return (line.rstrip("\r\n") for _, line, _ in _lines(path, MAX_BYTES))
+
+
 def read_json_lines(
     path: pathlib.Path,
     *,

@@ -19,7 +19,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import tqdm
@@ -70,6 +70,7 @@ def sentencepiece(
     sample_bytes: Amount = 10_000_000,
     balance: Fraction = 0.7,
     character_coverage: Fraction = 0.9995,
+    special_tokens: Sequence[str] = (),
     extra_ids: Count = 0,
     cache_dir: str | os.PathLike | None = None,
 ):
@@ -83,6 +84,8 @@ def sentencepiece(
       balance: a source of b bytes gets a share of the sample proportional to b ** balance.
       character_coverage: share of all characters that get their own pieces; the others become
         bytes.
+      special_tokens: texts that are one piece each, such as the tokens of a chat template. A text that spells them
+        has these pieces too.
       extra_ids: number of sentinels after the last piece, as for T5 span corruption.
       cache_dir: root of the caches; default $ESPALIER_CACHE or ~/.cache/espalier.
 
@@ -99,6 +102,7 @@ def sentencepiece(
         sample_bytes=sample_bytes,
         balance=balance,
         character_coverage=character_coverage,
+        special_tokens=special_tokens,
         cache_dir=cache_dir,
     )
     return from_file(path=path, extra_ids=extra_ids)
@@ -203,6 +207,7 @@ def train(
     sample_bytes: Amount,
     balance: Fraction,
     character_coverage: Fraction,
+    special_tokens: Sequence[str] = (),
     cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
     """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments.
@@ -224,6 +229,8 @@ def train(
         "required": _REQUIRED,
         "sentencepiece": importlib.metadata.version("sentencepiece"),
     }
+    if special_tokens:  # absent by default, so that older vocabularies in the cache remain valid
+        settings["special_tokens"] = list(special_tokens)
     key = fingerprint.of_json(settings)[:16]
     directory = cache.cache_dir("vocabularies", key, override=cache_dir)
     path = directory / "sentencepiece.model"
@@ -261,7 +268,7 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
             normalization_rule_tsv=str(rules),
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            user_defined_symbols=list(WHITE_SPACE_PIECES),
+            user_defined_symbols=[*WHITE_SPACE_PIECES, *settings.get("special_tokens", ())],
             max_sentence_length=4 * _MAX_LINE,
             pad_id=0,
             eos_id=1,

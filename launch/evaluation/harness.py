@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from launch import cli
 from launch.config import setting_flags
-from launch.evaluation.suites import local_data, scores
+from launch.evaluation.suites import scores
 from launch.run import load_run
 
 if TYPE_CHECKING:
-    from launch.evaluation.suites.scores import Suite
+    from launch.evaluation.suites.scores import Suite, Task
 
 
 class SuiteError(ValueError):
@@ -43,6 +44,7 @@ class SuiteFlags:
       data_dir: folder of all evaluation sets (default: $ESPALIER_EVAL_DATA).
       code_results: a --json file of launch.evaluate code; repeatable.
       model_args: more arguments of the model, as of launch.lm_eval, such as batch_tokens=16384,dtype=float32.
+      groups: name of a group of the suite to evaluate alone; repeatable.
       limit: number of examples of each benchmark (default: all).
       json: file to write the results to.
       samples: file to write every example and answer to, JSON lines.
@@ -51,6 +53,7 @@ class SuiteFlags:
     data_dir: str | None = None
     code_results: Sequence[str] | None = None
     model_args: str = ""
+    groups: Sequence[str] | None = None
     limit: int | None = None
     json: pathlib.Path | None = None
     samples: pathlib.Path | None = None
@@ -98,7 +101,10 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         if not path.parent.is_dir():
             raise SuiteError(f"{path}: the folder does not exist. Create it first.")
     lm_eval.register()
-    suite = scores.find(suite_name)
+    try:
+        suite = scores.find(suite_name).only(flags.groups)
+    except ValueError as error:
+        raise SuiteError(f"--groups: {error}") from None
     measured = code_results(flags.code_results or (), step_dir.resolve(checkpoint))
     present, missing = _data(suite, measured, flags.data_dir)
     if not present and not measured:
@@ -170,14 +176,10 @@ def _data(
     for name in suite.benchmarks:
         if name in measured:
             continue
-        if name in suite.programs:
-            missing[name] = suite.programs[name]
-            continue
-        try:
-            local_data.find(suite.sources[name], data_dir)
+        if reason := suite.missing(name, data_dir):
+            missing[name] = reason
+        else:
             present.append(name)
-        except local_data.MissingDataError as error:
-            missing[name] = str(error)
     return present, missing
 
 
@@ -194,13 +196,13 @@ def _evaluated(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     # Sets are checked before the model is restored: errors in sets are more common.
+    tasks = {name: suite.task(name) for name in present}
     manager = TaskManager(
-        include_path=suite.tasks,
+        include_path=_folders(suite, list(tasks.values())),
         include_defaults=False,
         metadata={"data_dir": flags.data_dir},
     )
-    names = [f"{suite.name}_{name}" for name in present]
-    loaded = manager.load(names)
+    loaded = manager.load(_specs(list(tasks.values())))
     model_args = utils.simple_parse_args_string(flags.model_args)
     model = EspalierLM(checkpoint, params=params, **model_args)
     try:
@@ -216,16 +218,49 @@ def _evaluated(
     if flags.samples:
         _write_samples(flags.samples, evaluated["samples"])
     return {
-        name: _plain_names(evaluated["results"][task], evaluated["n-samples"][task]["effective"])
-        for name, task in zip(present, names, strict=True)
+        name: _plain_names(
+            evaluated["results"][task.name],
+            evaluated["n-samples"][task.name]["effective"],
+            task.metric,
+        )
+        for name, task in tasks.items()
     }
 
 
-def _plain_names(values: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Returns the harness's numbers, with the name of the filter removed from their names."""
+def _folders(suite: "Suite", tasks: Sequence["Task"]) -> list[str]:
+    """Returns the folders of the files that describe tasks: the suite's own, and those of the harness."""
+    import lm_eval.tasks
+
+    own = [suite.tasks] if any(task.settings is None for task in tasks) else []
+    harness = os.path.dirname(lm_eval.tasks.__file__)
+    return own + [os.path.join(harness, one) for one in sorted({t.folder for t in tasks} - {""})]
+
+
+def _specs(tasks: Sequence["Task"]) -> list[Any]:
+    """Returns each task once, as TaskManager.load takes them: by name, by configuration, or in a group with its changes."""
+    specs: dict[str, Any] = {}
+    for task in tasks:
+        changed = {"task": task.name, **(task.settings or {})}
+        if task.folder:
+            specs[task.name] = {"group": f"changed_{task.name}", "task": [changed]}
+        else:
+            specs[task.name] = task.name if task.settings is None else changed
+    return list(specs.values())
+
+
+def _plain_names(values: Mapping[str, Any], count: int, metric: str) -> dict[str, Any]:
+    """Returns the harness's numbers, with the name of the filter removed from their names, and `metric` as 'score'."""
     named = {key.partition(",")[0]: value for key, value in values.items() if "," in key}
+    if metric != "score":
+        name, _, filter = metric.partition(",")
+        named["score"] = values[f"{name},{filter or 'none'}"]
+        named["score_stderr"] = values.get(f"{name}_stderr,{filter or 'none'}")
     stderr = named.pop("score_stderr", None)
-    metrics = {name: value for name, value in named.items() if not name.endswith("_stderr")}
+    metrics = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in named.items()
+        if not name.endswith("_stderr")
+    }
     return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
 
 
@@ -244,7 +279,8 @@ def _print(suite: "Suite", by_benchmark: Mapping[str, float], details: Mapping[s
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{suite.name}: scores in %, 0-shot")
+    shots = ", 0-shot" if suite.has_total else ""
+    table = Table(title=f"{suite.name}: scores in %{shots}")
     for title, justify in (("group", "left"), ("benchmark", "left"), ("score", "right")):
         table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("examples, or how to get them", overflow="fold")

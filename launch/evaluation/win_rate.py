@@ -9,6 +9,10 @@ Rows are matched by "id" if all have one, else by prompt. A comparing judge sees
 disagreement is a tie, and identical answers are a tie without a question. Missing or unreadable replies are
 requested again, and finally counted as invalid, outside all shares.
 
+With --by_language every row has a "language", which launch.generate copies from its prompts (launch.prepare
+arena_prompts writes such prompts): the judge then prefers answers in it, and a table and languages.png have the rates by
+language. A rate at equal length is what a logistic regression on the answers' difference in length predicts for none.
+
 --out gets judgements.jsonl, summary.json and win_rates.png. Replies are appended to judgements.jsonl at once:
 a restarted command continues there, and another judge, pair or prompt adds only new questions. A checkpoint as
 judge is configured as in launch.generate.
@@ -35,6 +39,7 @@ from launch.evaluation.judges.base import Judge, JudgeError
 from launch.run import load_run
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
+LANGUAGES_PLOT = "languages.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +85,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let the judge answer with a tie; by default only disagreeing orders are ties",
     )
+    group.add_argument(
+        "--by_language",
+        action="store_true",
+        help='judge in the "language" of each row, and show rates by language',
+    )
 
 
 def _files(flags: argparse.Namespace) -> dict[str, str]:
@@ -122,7 +132,7 @@ def _run(start: cli.Start) -> None:
     """
     flags = start.flags
     chosen = spec.parse(flags.judge)
-    systems = answers.read(_files(flags))
+    systems = answers.read(_files(flags), by_language=flags.by_language)
     answers.pairs(systems)  # reports errors in the answers before a model is loaded
     judge = spec.build(
         chosen,
@@ -138,8 +148,8 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     """Judges the answers of every two systems; prints tables and writes all files of `out`.
 
     Returns:
-      The content of summary.json: 'judge', 'systems' and 'pairs' as in launch/evaluation/judges/shares.py, and
-      counts of the questions.
+      The content of summary.json: 'judge', 'systems', 'pairs' and, of answers with languages, 'languages' as in
+      launch/evaluation/judges/shares.py, and counts of the questions.
 
     Raises:
       JudgeError: answers that do not match, or a judge that cannot be reached.
@@ -155,19 +165,28 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     with asking.opened(folder / JUDGEMENTS) as replies:
         outcomes, tally = asking.judge_pairs(judge, pairs, replies)
     prompts = len(systems[0].answers)
-    summary = {
+    starts = range(0, len(pairs), prompts)
+    summary: dict[str, Any] = {
         "judge": {"name": judge.name, **judge.identity},
         "prompts": prompts,
         "systems": {system.name: shares.system_summary(system) for system in systems},
         "pairs": [
-            shares.pair_summary(pairs[i : i + prompts], outcomes[i : i + prompts])
-            for i in range(0, len(pairs), prompts)
+            shares.pair_summary(pairs[i : i + prompts], outcomes[i : i + prompts]) for i in starts
         ],
         "questions": tally.summary(),
     }
+    languages = [answer.language for answer in systems[0].answers]
+    if any(languages):
+        summary["languages"] = [
+            shares.by_language(pairs[i : i + prompts], outcomes[i : i + prompts], languages)
+            for i in starts
+        ]
+        screen.plot_languages(summary["languages"], folder / LANGUAGES_PLOT)
     cache_dir.write_json(folder / SUMMARY, summary)
     screen.plot(summary, folder / PLOT)
     screen.print_tables(summary)
+    if any(languages):
+        screen.print_languages(summary["languages"])
     print(f"{tally}; {folder / SUMMARY}", file=sys.stderr)
     return summary
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.languages import table
 from launch.evaluation.judges.base import JudgeError, Pair, Prompt
 from launch.inference import row_files
 
@@ -15,12 +16,13 @@ EXAMPLE = '{"prompt": "...", "text": "..."}'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One row; `place` is its file and line, for errors."""
+    """One row; `place` is its file and line, for errors, and `language` a code, empty if languages do not matter."""
 
     place: str
     id: str | None
     prompt: Prompt
     text: str
+    language: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,21 @@ class System:
     answers: Sequence[Answer]
 
 
-def read(files: Mapping[str, str]) -> list[System]:
+def read(files: Mapping[str, str], *, by_language: bool = False) -> list[System]:
     """Reads a file of answers for each system, by name.
+
+    Args:
+      files: path of each system's file.
+      by_language: whether every row must have a "language", such as "cs".
 
     Raises:
       JudgeError: a missing file, or rows that cannot be judged, such as prompts of tokens.
       DataError: a malformed line.
     """
-    return [System(name=name, path=path, answers=_rows(path)) for name, path in files.items()]
+    return [
+        System(name=name, path=path, answers=_rows(path, by_language))
+        for name, path in files.items()
+    ]
 
 
 def pairs(systems: Sequence[System]) -> list[Pair]:
@@ -65,16 +74,25 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
             a=by_key[i][key].text,
             b=by_key[j][key].text,
             systems=(systems[i].name, systems[j].name),
+            language=language_name(answer.language),
         )
         for i, j in itertools.combinations(range(len(systems)), 2)
         for number, (key, answer) in enumerate(first.items())
     ]
 
 
-def _rows(path: str) -> list[Answer]:
+def language_name(code: str) -> str:
+    """Returns the English name of a language by its code; a code that is not known is its own name."""
+    known = table.LANGUAGES.get(code)
+    return known.name if known else code
+
+
+def _rows(path: str, by_language: bool) -> list[Answer]:
     if not os.path.isfile(path):
         raise JudgeError(f"{path} does not exist: give a file of launch.generate.")
-    answers = [_answer(row, place) for place, row in row_files.read(path, example=EXAMPLE)]
+    answers = [
+        _answer(row, place, by_language) for place, row in row_files.read(path, example=EXAMPLE)
+    ]
     if not any(answer.text.strip() for answer in answers):
         raise JudgeError(
             f'{path} has no answer: every "text" is empty. Generate it again with launch.generate.'
@@ -84,7 +102,7 @@ def _rows(path: str) -> list[Answer]:
     return answers
 
 
-def _answer(row: Mapping[str, Any], place: str) -> Answer:
+def _answer(row: Mapping[str, Any], place: str, by_language: bool) -> Answer:
     prompt, text = row.get("prompt"), row.get("text")
     if not isinstance(text, str) or prompt is None:
         raise JudgeError(
@@ -100,7 +118,21 @@ def _answer(row: Mapping[str, Any], place: str) -> Answer:
             f"{place}: judges do not see tools and documents, on which the answer may depend. Write "
             "them into the prompt."
         )
-    return Answer(place=place, id=_id(row), prompt=prompt, text=text)
+    language = _language(row, place) if by_language else ""
+    return Answer(place=place, id=_id(row), prompt=prompt, text=text, language=language)
+
+
+def _language(row: Mapping[str, Any], place: str) -> str:
+    tag = row.get("language")
+    if not isinstance(tag, str) or not tag.strip():
+        raise JudgeError(
+            f'{place} has no "language", such as "cs": add one to the row of its prompt, which launch.generate copies, or '
+            "leave out --by_language."
+        )
+    try:
+        return table.find(tag).code
+    except ValueError:  # a language beyond the table is as good as any
+        return tag.strip()
 
 
 def _id(row: Mapping[str, Any]) -> str | None:
@@ -137,6 +169,11 @@ def _check_same(
     first: System, answers: Mapping[str, Answer], second: System, other: Mapping[str, Answer]
 ) -> None:
     for key, answer in answers.items():
+        if key in other and other[key].language != answer.language:
+            raise JudgeError(
+                f"{answer.place} and {other[key].place} have the same prompt in {answer.language!r} and "
+                f"{other[key].language!r}. Correct the language of one."
+            )
         if key in other and other[key].prompt != answer.prompt:
             raise JudgeError(
                 f"{answer.place} and {other[key].place} have the same id, {answer.id}, but different "

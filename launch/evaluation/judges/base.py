@@ -25,13 +25,17 @@ class JudgeError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two answers to one prompt, of two systems by name; `id` is the prompt's, for messages."""
+    """Two answers to one prompt, of two systems by name.
+
+    `id` is the prompt's, for messages; `language` is the name of the language that an answer should be in, or empty.
+    """
 
     id: str
     prompt: Prompt
     a: str
     b: str
     systems: tuple[str, str]
+    language: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,16 +45,19 @@ class Question:
     Attributes:
       prompt: the prompt of the answers.
       answers: one or two answers, in the order in which they are shown.
+      language: the language that the answers should be in; empty if it does not matter.
       about: facts about the question for readers of the journal; replies do not depend on them.
     """
 
     prompt: Prompt
     answers: tuple[str, ...]
+    language: str = ""
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def key(self, identity: Mapping[str, Any]) -> str:
         """Returns the digest of everything that a reply depends on; `identity` is the judge's."""
         content = [identity, self.prompt, self.answers]
+        content += [self.language] if self.language else []
         text = json.dumps(content, sort_keys=True)  # ASCII, so that any string can be encoded
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

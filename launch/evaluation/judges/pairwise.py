@@ -57,13 +57,18 @@ class PairwiseJudge:
     def questions(self, pair: Pair) -> tuple[Question, Question]:
         def question(answers: tuple[str, str], systems: tuple[str, str]) -> Question:
             about = {"id": pair.id, "first": systems[0], "second": systems[1]}
-            return Question(prompt=pair.prompt, answers=answers, about=about)
+            return Question(
+                prompt=pair.prompt, answers=answers, language=pair.language, about=about
+            )
 
         a, b = pair.systems
         return question((pair.a, pair.b), (a, b)), question((pair.b, pair.a), (b, a))
 
     def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
-        prompts = [self._wording.render(q.prompt, *q.answers, reminder=attempt > 0) for q in asked]
+        prompts = [
+            self._wording.render(q.prompt, *q.answers, language=q.language, reminder=attempt > 0)
+            for q in asked
+        ]
         temperature = RETRY_TEMPERATURE if attempt else 0.0
         for i, text in self._writer.write(prompts, temperature=temperature, seed=attempt):
             if isinstance(text, Silence):

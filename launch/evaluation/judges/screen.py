@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _RATES = ("win", "tie", "loss", "win - loss", "judged", "invalid")
-_BEHIND = ("same in both orders", "position bias", "wins of the longer")
+_BEHIND = ("same in both orders", "position bias", "wins of the longer", "rate at equal length")
+_BY_LANGUAGE = ("win", "tie", "loss", "wins and half ties", "at equal length", "judged", "invalid")
 _LENGTHS = ("answers", "empty", "words, mean", "median", "characters, mean", "median")
 _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
 
@@ -22,7 +23,8 @@ def print_tables(summary: Mapping[str, Any]) -> None:
         counts = (f"{_judged(pair):,}", f"{pair['counts']['invalid']:,}")
         rates.add_row(*names, *shares, _cell(pair["difference"], sign="+"), *counts)
         bias = _cell(pair["position_bias"], sign="+")
-        behind.add_row(*names, _cell(pair["consistency"]), bias, _cell(pair["longer_wins"]))
+        cells = (_cell(pair["longer_wins"]), _cell(pair["length_controlled"]))
+        behind.add_row(*names, _cell(pair["consistency"]), bias, *cells)
     lengths = _table("lengths of answers", ("system",), _LENGTHS)
     for name, system in summary["systems"].items():
         sizes = [
@@ -32,6 +34,24 @@ def print_tables(summary: Mapping[str, Any]) -> None:
         lengths.add_row(name, f"{system['answers']:,}", f"{system['empty']:,}", *numbers)
     console = Console(width=160, markup=False)
     for table in (rates, behind, lengths):
+        console.print(table)
+
+
+def print_languages(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the win rates of each two systems by language, as `shares.by_language` has them."""
+    from rich.console import Console
+
+    console = Console(width=160, markup=False)
+    for pair in summaries:
+        title = f"{pair['a']} against {pair['b']}: win rates in %, with 95 % intervals over prompts"
+        table = _table(title, ("language",), _BY_LANGUAGE)
+        for code, one in pair["languages"].items():
+            shares = (_cell(one[x]) for x in ("win", "tie", "loss", "rate", "length_controlled"))
+            table.add_row(code, *shares, f"{_judged(one):,}", f"{one['counts']['invalid']:,}")
+        if mean := pair["mean"]:
+            means = (f"{100 * mean[name]:.1f}" for name in ("win", "tie", "loss", "rate"))
+            table.add_section()
+            table.add_row("mean", *means, "", "", f"worst: {pair['worst']}")
         console.print(table)
 
 
@@ -96,4 +116,34 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.annotate(
         "win - loss, 95 %", (1.01, 1.02), xycoords="axes fraction", va="bottom", fontsize=9
     )
+    figure.savefig(path, dpi=140)
+
+
+def plot_languages(summaries: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Writes a PNG with the rate of the first system by language, a panel for each two systems."""
+    from matplotlib.figure import Figure
+
+    most = max(len(pair["languages"]) for pair in summaries)
+    size = (1.2 + 3.6 * len(summaries), 1.4 + 0.26 * most)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(summaries), squeeze=False)[0]
+    for axes, pair in zip(panels, summaries, strict=True):
+        rates = {code: one["rate"] for code, one in pair["languages"].items() if one["rate"]}
+        order = sorted(rates, key=lambda code: rates[code]["value"])
+        for y, code in enumerate(order):
+            low, value, high = (100 * rates[code][name] for name in ("low", "value", "high"))
+            axes.plot([low, high], [y, y], color=_COLOURS["win"], lw=1.5)
+            axes.plot(value, y, "o", color=_COLOURS["win"], ms=5)
+        axes.axvline(50, color="#777777", lw=0.8, ls=":")
+        if pair["mean"]:
+            axes.axvline(
+                100 * pair["mean"]["rate"], color=_COLOURS["loss"], lw=1, label="mean of languages"
+            )
+            axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.set_ylim(-0.6, max(len(order), 1) - 0.4)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel(f"{pair['a']} against {pair['b']}:\nwins and half of the ties, %")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=140)

@@ -1,6 +1,6 @@
 """Evaluation sets in a local folder, with the files and columns of their public repositories.
 
-    DATA_DIR/<set>/[<configuration>/] ... <split>*.parquet, .jsonl, .jsonl.gz or .jsonl.zst
+    DATA_DIR/<set>/[<configuration>/] ... <split>*.parquet, .jsonl, .jsonl.gz or .jsonl.zst (of FLORES .devtest)
 
 or in a folder <split>. This is the layout of a download of the repository to DATA_DIR/<set>. Nothing is downloaded here.
 """
@@ -15,6 +15,7 @@ from data.text import documents
 
 VARIABLE = "ESPALIER_EVAL_DATA"
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_TEXT = ".devtest"  # of FLORES: a sentence per line, in the column `text`
 
 
 class MissingDataError(FileNotFoundError):
@@ -88,7 +89,9 @@ def find(source: Source, data_dir: str | os.PathLike | None = None) -> list[path
     paths = [
         path
         for path in sorted(configured.rglob("*"))
-        if path.name.endswith(_KINDS) and path.is_file() and _is_of(path, configured, source.split)
+        if path.name.endswith((*_KINDS, _TEXT))
+        and path.is_file()
+        and _is_of(path, configured, source.split)
     ]
     if not paths:
         raise MissingDataError(
@@ -121,6 +124,10 @@ def _read(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise WrongDataError(f"{path} is damaged or no Parquet file: {error}") from None
         for number, row in enumerate(rows):
             yield f"{path}, row {number}", row
+        return
+    if path.name.endswith(_TEXT):
+        for number, line in enumerate(documents.read_lines(path), start=1):
+            yield f"{path}, line {number}", {"text": line}
         return
     for number, row in documents.read_json_lines(path, example='{"question": "...", ...}'):
         yield f"{path}, line {number}", row

@@ -286,6 +286,13 @@ def test_stream_of_a_mixture_by_rates_tokens_and_phases(root):
     tempered = shares(weights="tokens", temperature=2.0)
     np.testing.assert_allclose(tempered["python"], roots["python"] / sum(roots.values()))
     assert shares(weights="tokens", max_tokens=10) == {"english": 0.5, "python": 0.5}
+    assert shares(weights="unimax") == {"english": 0.5, "python": 0.5}
+    small = min(counts, key=counts.get)
+    capped = shares(weights="unimax", unimax_epochs=1.0, unimax_tokens=total - 10)
+    assert capped[small] == pytest.approx(counts[small] / (total - 10))
+    for settings in ({"weights": "unimax", "temperature": 2.0}, {"unimax_epochs": 1.0}):
+        with pytest.raises(ValueError, match="unimax"):
+            shares(**settings)
     phased = stream.make_stream(
         mixture_or_task_name="both",
         phases=((0, {"python": 1.0}), (4, {"python": 0.5, "english": 0.5})),

@@ -1,5 +1,7 @@
 """Parts of win rates against independent definitions: verdicts, orders, intervals, what is kept."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -273,3 +275,56 @@ def test_only_identical_answers_are_all_ties(tmp_path):
     assert writer.asked == [] and summary["tie"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert summary["counts"]["identical"] == 3 and summary["consistency"] is None
     assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_language_is_a_criterion_and_part_of_the_question():
+    text = Template().render("Řekni.", "ano", "yes", language="Czech")
+    assert "1. The answer is written in Czech" in text and "fluently in Czech" in text
+    plain, czech = (
+        dataclasses.replace(pair("x", "y"), language=language) for language in ("", "Czech")
+    )
+    judge = PairwiseJudge(Scripted(None), wording=Template())
+    keys = [question.key({}) for one in (plain, czech) for question in judge.questions(one)]
+    assert len(set(keys)) == 4
+    # Questions without a language have the keys of earlier journals.
+    (first, _) = judge.questions(plain)
+    content = json.dumps([{}, first.prompt, first.answers], sort_keys=True)
+    assert first.key({}) == hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def test_rates_are_by_language_and_their_mean_counts_each_language_alike():
+    languages = ["cs"] * 4 + ["hi"] * 2 + ["ja"]
+    verdicts = ["a", "a", "a", "b", "b", "tie", None]
+    pairs = [pair("x", "yy", str(i)) for i in range(7)]
+    found = shares.by_language(pairs, [Outcome(verdict=v) for v in verdicts], languages)
+    assert {code: one["counts"]["win"] for code, one in found["languages"].items()} == {
+        **{"cs": 3, "hi": 0, "ja": 0}
+    }
+    assert found["languages"]["cs"]["rate"]["value"] == 0.75
+    assert found["languages"]["hi"]["rate"]["value"] == 0.25  # half of a tie
+    assert found["mean"] == {"win": 0.375, "loss": 0.375, "tie": 0.25, "rate": 0.5}
+    assert found["worst"] == "hi" and found["languages"]["ja"]["rate"] is None
+    nothing = shares.by_language(pairs[:1], [Outcome(verdict=None)], ["cs"])
+    assert nothing["mean"] is None and nothing["worst"] is None
+
+
+def test_rates_at_equal_length_are_those_of_a_logistic_regression():
+    rng = np.random.default_rng(0)
+    longer = rng.normal(200, 300, 4000)
+    logits = -0.5 + 1.2 * np.tanh(longer / longer.std())
+    rates = (rng.random(4000) < 1 / (1 + np.exp(-logits))).astype(float)
+    found = shares.length_controlled(rates, longer)
+    assert found["slope"] == pytest.approx(1.2, abs=0.15)
+    assert found["value"] == pytest.approx(1 / (1 + math.exp(0.5)), abs=0.03)
+    assert found["low"] < 1 / (1 + math.exp(0.5)) < found["high"] < rates.mean() - 0.05
+    # Without a difference in length it is the plain rate, with the interval of its logit.
+    even = shares.length_controlled(np.repeat([1.0, 0.0], [60, 40]), np.full(100, 7.0))
+    assert even["value"] == pytest.approx(0.6) and even["slope"] == 0
+    error = 1.959964 / math.sqrt(100 * 0.6 * 0.4)
+    logit = math.log(1.5)
+    assert even["low"] == pytest.approx(1 / (1 + math.exp(error - logit)), abs=1e-6)
+    # Exchanged systems have the complement; the longer always winning is no error.
+    turned = shares.length_controlled(1 - rates, -longer)
+    assert turned["value"] == pytest.approx(1 - found["value"], abs=1e-9)
+    assert shares.length_controlled((longer > 200).astype(float), longer - 200)["value"] < 0.99
+    assert shares.length_controlled(np.ones(9), longer[:9]) is None

@@ -421,3 +421,31 @@ def test_the_help_names_every_setting_with_its_default(capsys):
     assert spec.usage("logprob") == "logprob:DIR[,params=auto,batch_size=8,margin=0]"
     assert "openai:URL,model=NAME[,key_env=" in spec.usage("openai")
     assert "max_tokens=512,temperature=0,timeout=120,retries=6" in spec.usage("openai")
+
+
+def test_rates_by_language_from_rows_with_languages(win_rate, endpoint, tmp_path, capsys):
+    tags = ["cs", "cs", "iw", "iw", "sw"]
+    for name in ANSWERS:
+        path = tmp_path / f"{name}.jsonl"
+        made = [json.loads(line) for line in path.read_text().splitlines()]
+        made = [{**row, "language": tag} for row, tag in zip(made, tags, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    asked = []
+    endpoint.reply = lambda prompt, before: asked.append(prompt) or better(prompt)
+    summary = win_rate(judge_of(endpoint), "--by_language")
+    (pair,) = summary["languages"]
+    counts = {
+        code: (one["counts"]["win"], one["counts"]["loss"])
+        for code, one in pair["languages"].items()
+    }
+    assert counts == {"cs": (2, 0), "he": (0, 1), "sw": (0, 0)}
+    assert pair["worst"] == "he" and pair["mean"]["rate"] == pytest.approx((1 + 0.25 + 0.5) / 3)
+    assert sum("in Czech" in prompt for prompt in asked) == 4
+    assert sum("in Hebrew" in prompt for prompt in asked) == 4
+    assert (tmp_path / "out" / "languages.png").read_bytes().startswith(b"\x89PNG")
+    assert "wins and half ties" in capsys.readouterr().out
+    # Without the flag a language means nothing, and with it every row needs one.
+    assert "languages" not in win_rate(judge_of(endpoint))
+    (tmp_path / "b.jsonl").write_text(rows(ANSWERS["b"]))
+    assert win_rate(judge_of(endpoint), "--by_language") == 2
+    assert 'b.jsonl, line 1 has no "language"' in capsys.readouterr().err

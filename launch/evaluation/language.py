@@ -1,0 +1,169 @@
+"""Whether answers are in the language of their prompts: pass rates of texts and of their lines, by language.
+
+Example, on answers of launch.generate to prompts with a "language", such as {"prompt": "...", "language": "cs"}:
+
+  python -m launch.evaluate language --inputs=answers.jsonl --json=/tmp/language.json
+
+A text passes if all of its lines do. Lines of fewer than 15 letters (5 of Chinese, Japanese or Korean), code between
+fences and addresses are not judged; of a short text its script is. The detector `lingua` (pip install
+'espalier-lm[languages]') knows the 23 languages of data/languages/table.py; `script` needs no package and compares only
+the scripts of letters, so that it does not tell languages of one script apart.
+"""
+
+import argparse
+import collections
+import json as json_lib
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.languages import identify
+from launch import cli
+from launch.config import setting_flags
+from launch.inference import row_files
+
+EXAMPLE = '{"text": "...", "language": "cs"}'
+
+
+class LanguageError(ValueError):
+    """Rows that cannot be checked."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.run_command(
+        __doc__,
+        "evaluate language",
+        _run,
+        add_flags=lambda parser: setting_flags.add(parser, evaluate),
+        argv=argv,
+    )
+
+
+def _run(flags: argparse.Namespace) -> None:
+    evaluate(**setting_flags.given(flags, evaluate))
+
+
+def evaluate(
+    *,
+    inputs: str,
+    language: str | None = None,
+    detector: identify.Kind = "lingua",
+    text_key: str = "text",
+    json: pathlib.Path | None = None,
+    failures: str | None = None,
+) -> dict[str, Any]:
+    """Checks a file of answers, prints a table and writes the files.
+
+    Args:
+      inputs: JSON lines with the answers, such as those of launch.generate.
+      language: of all rows (default: the "language" of each row).
+      detector: lingua, or script.
+      text_key: key of the answer.
+      json: file for the rates.
+      failures: file for the rows that fail, with their lines by language, JSON lines.
+
+    Returns:
+      {'detector', 'languages': code -> `data.languages.identify.pass_rates`, 'mean': {'texts_passed', 'lines_passed'} over
+      languages, 'worst': the language whose texts pass least often, None if no text was judged}.
+
+    Raises:
+      LanguageError: no row, or a row without a text or a known language.
+      RowFileError, DataError: files that cannot be read or written.
+    """
+    for flag, path in (("json", json), ("failures", failures)):
+        if path:
+            row_files.check_output(
+                str(path), flag, compressed=flag == "failures", others={"inputs": inputs}
+            )
+    rows = [
+        (_language(row, place, language), _text(row, place, text_key), row)
+        for place, row in row_files.read(inputs, example=EXAMPLE)
+    ]
+    if not rows:
+        raise LanguageError(f"--inputs={inputs} has no row: generate it with launch.generate.")
+    by = identify.detector(detector)
+    checked: dict[str, list[identify.Checked]] = collections.defaultdict(list)
+    failed = []
+    for code, text, row in rows:
+        one = identify.check(text, code, by)
+        checked[code].append(one)
+        if one.passes is False:
+            failed.append({**row, "others": dict(one.others)})
+    results = summarised({code: identify.pass_rates(some) for code, some in checked.items()})
+    results = {"detector": by.name, **results}
+    print(_table(results))
+    if json:
+        json.write_text(_dumps(results), "utf-8")
+    if failures:
+        row_files.write(failures, failed)
+    return results
+
+
+def summarised(by_language: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the rates by language, their means over languages and the worst language."""
+    texts = {c: r["texts_passed"] for c, r in by_language.items() if r["texts_passed"] is not None}
+    lines = [r["lines_passed"] for r in by_language.values() if r["lines_passed"] is not None]
+    return {
+        "languages": dict(sorted(by_language.items())),
+        "mean": {
+            "texts_passed": statistics.fmean(texts.values()) if texts else None,
+            "lines_passed": statistics.fmean(lines) if lines else None,
+        },
+        "worst": min(texts, key=lambda code: texts[code]) if texts else None,
+    }
+
+
+def _language(row: Mapping[str, Any], place: str, given: str | None) -> str:
+    from data.languages import table
+
+    tag = given if given is not None else row.get("language")
+    if tag is None:
+        raise LanguageError(
+            f'{place} has no "language": add one to every row, or give --language=CODE for all rows.'
+        )
+    try:
+        return table.find(tag).code
+    except ValueError as error:
+        raise LanguageError(f"{place}: {error}") from None
+
+
+def _text(row: Mapping[str, Any], place: str, key: str) -> str:
+    text = row.get(key)
+    if not isinstance(text, str):
+        raise LanguageError(
+            f"{place} has no text {key!r}; present are {', '.join(map(repr, row)) or 'no keys'}. Set --text_key."
+        )
+    return text
+
+
+def _dumps(results: Mapping[str, Any]) -> str:
+    return json_lib.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"in the language of the prompt, by {results['detector']}",
+        f"{'language':10} {'texts':>7} {'judged':>7} {'texts, %':>9} {'lines, %':>9}  other lines",
+    ]
+    for code, rates in results["languages"].items():
+        others = ", ".join(f"{name} {count}" for name, count in list(rates["others"].items())[:4])
+        cells = (_percent(rates["texts_passed"]), _percent(rates["lines_passed"]))
+        lines.append(
+            f"{code:10} {rates['texts']:7,} {rates['judged']:7,} {cells[0]:>9} {cells[1]:>9}  {others}".rstrip()
+        )
+    mean = results["mean"]
+    cells = (_percent(mean["texts_passed"]), _percent(mean["lines_passed"]))
+    lines.append(
+        f"{'mean':10} {'':7} {'':7} {cells[0]:>9} {cells[1]:>9}  worst: {results['worst']}"
+    )
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
