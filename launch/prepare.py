@@ -13,6 +13,7 @@ COMMANDS = {
     "cache": "launch.preparation.cache",
     "preference_pairs": "launch.preparation.preference_pairs",
     "best_of_n": "launch.preparation.best_of_n",
+    "arbitrage": "launch.preparation.arbitrage",
     "synthetic_code": "launch.preparation.synthetic_code",
     "embed_domains": "launch.preparation.embed_domains",
 }

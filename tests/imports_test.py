@@ -158,7 +158,7 @@ LEVELS = {
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),
         ("run",),
-        ("aot", "cluster", "inference", "plots", "run.load"),
+        ("aot", "cluster", "inference", "plots", "run.load", "serving"),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         ("convert", "evaluation", "lm_eval", "preparation", "sweep", "sweeping", "weights"),
         ("reporting",),
