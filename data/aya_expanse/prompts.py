@@ -116,17 +116,16 @@ def _prompt(where: str, row: Mapping[str, Any], language_of: LanguageOf | None) 
         raise DataError(f"{where}: no 'prompt'. A row is {EXAMPLE}")
     texts.check_unicode(row[keys[0]], keys[0], where)
     prompt = texts.text_of(row[keys[0]], keys[0], where)
-    if not isinstance(prompt, str):
-        if not all(isinstance(message.get("content"), str) for message in prompt):
-            raise DataError(f"{where}: a message of {keys[0]!r} has no text as 'content'")
+    messages = () if isinstance(prompt, str) else prompt
+    if not all(isinstance(message.get("content"), str) for message in messages):
+        raise DataError(f"{where}: a message of {keys[0]!r} has no text as 'content'")
     if texts.is_empty(prompt) or not prompt:
         raise DataError(f"{where}: {keys[0]!r} is empty. Remove the row")
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+    if messages and messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: {keys[0]!r} ends with the assistant's turn. Remove that turn")
     language = row.get("language")
     if language is None and language_of is not None:
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        language = language_of(text)
+        language = language_of(messages[-1]["content"] if messages else prompt)
     language = UNKNOWN if language is None else language
     if not isinstance(language, str) or not language:
         raise DataError(f"{where}: 'language' is {language!r}; it must be a code such as \"tr\"")

@@ -118,11 +118,11 @@ def _run(flags: argparse.Namespace) -> None:
         settings,
         sampling=SamplingFlags(**setting_flags.given(flags, SamplingFlags)),
         reward=RewardFlags(**reward) if reward else None,
-        language_of=_function(settings.language_of),
+        language_of=function_named(settings.language_of),
     )
 
 
-def _function(name: str | None) -> Callable[[str], str | None] | None:
+def function_named(name: str | None) -> Callable[[str], str | None] | None:
     """Returns the function package.module:function."""
     if name is None:
         return None

@@ -7,6 +7,7 @@ is one program for each of a few prompt lengths, batch sizes and lengths of new 
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -93,7 +94,9 @@ class Job:
         self._cancelled = True
 
     def begin(self, decode: Callable[[Sequence[int]], str] | None, ends: Sequence[int]) -> None:
-        """Prepares the texts; called before the first `watch`."""
+        """Prepares the texts; called before the first `watch`. The future cannot be cancelled any more."""
+        if not self.future.set_running_or_notify_cancel():
+            self.cancel()
         self._texts = Texts(decode, ends=ends, stops=self.stops, show=self.show)
 
     def drop_if_over(self) -> bool:
@@ -117,22 +120,22 @@ class Job:
 
     def finish(self, new: Continuation) -> None:
         """Sets the result, unless the job has failed."""
-        if self._cancelled or self.future.done():
+        if self._cancelled:
             return
         assert self._texts is not None
         answer = self._texts.answer({"tokens": ()}, 0, 0, new)
-        self.future.set_result(
-            Completed(
-                text=answer.get("text", ""),
-                ended=answer["ended"],
-                tokens=new.tokens,
-                log_probs=new.log_probs,
-            )
+        completed = Completed(
+            text=answer.get("text", ""),
+            ended=answer["ended"],
+            tokens=new.tokens,
+            log_probs=new.log_probs,
         )
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has failed
+            self.future.set_result(completed)
 
     def fail(self, error: Exception) -> None:
-        """Sets an error, unless there is a result."""
-        if not self.future.done():
+        """Sets an error, unless there is a result, or nobody waits."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.future.set_exception(error)
 
 
