@@ -99,14 +99,14 @@ def read(
             continue
         by_id[prompt.id] = prompt
         counts[prompt.language] = count + 1
-    if not by_id:
-        raise DataError(f"There is no prompt: give rows such as {EXAMPLE}")
     for language, count in counts.items():
         if not count or (per_language is not None and count < per_language):
             wanted = f"; {per_language} are needed" if per_language else ""
             raise DataError(
                 f"The language {language!r} has {count} prompts{wanted}. Add prompts, or leave it out of --languages"
             )
+    if not by_id:
+        raise DataError(f"There is no prompt: give rows such as {EXAMPLE}")
     return list(by_id.values())
 
 

@@ -13,7 +13,7 @@ import os
 import ml_collections
 
 from launch.papers.aya_expanse import recipe as recipes
-from launch.papers.aya_expanse.recipe import Recipe
+from launch.papers.aya_expanse.recipe import Recipe, RecipeError
 from launch.papers.shared import configs
 
 GIN = "t5x_configs/experiments/aya_expanse/"
@@ -23,6 +23,10 @@ STAGE = "launch.papers.aya_expanse.stage"
 
 def get_config(path: str) -> ml_collections.ConfigDict:
     recipe = recipes.read(path)
+    if recipe.rounds and recipe.reward.startswith("judge:"):
+        raise RecipeError(
+            f"{path}: online rounds need an exact scorer or checkpoint:DIR as 'reward', not a judge; or set rounds: 0."
+        )
     path = os.path.abspath(path)
 
     def stage(name: str, *words: str) -> dict:
