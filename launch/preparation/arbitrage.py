@@ -17,7 +17,7 @@ routings (arXiv 2408.14960):
   fixed     the pool's "fixed": a teacher for each language
   reward    all teachers answer; the answer with the largest reward is kept
   learned   all teachers answer a --subset of the prompts; a classifier of prompts, trained on softmax(reward / --tau),
-            chooses one teacher for each of the others
+            chooses one teacher for each of the others; with --router, an earlier one for all
 With --per=language the last two choose the teacher with the largest mean reward in each language.
 
 rewards:
@@ -59,6 +59,7 @@ class ArbitrageFlags:
       per: whether routing by reward, or learned, chooses for each prompt or for each language.
       teacher: the teacher of --routing=single.
       subset: share of the prompts that all teachers answer for --routing=learned.
+      router: the router.npz of an earlier start for --routing=learned, in place of a subset.
       tau: temperature of the rewards that the router learns; 0 for the best teacher alone.
       languages: languages to read, such as tr,uk (default all).
       per_language: number of prompts of each language (default all).
@@ -76,6 +77,7 @@ class ArbitrageFlags:
     per: Literal["prompt", "language"] = "prompt"
     teacher: str | None = None
     subset: float = 0.2
+    router: str | None = None
     tau: float = 0.1
     languages: str | None = None
     per_language: int | None = None
@@ -89,6 +91,8 @@ class ArbitrageFlags:
             raise ArbitrageError("--teacher=NAME goes with --routing=single.")
         if self.per == "language" and self.routing not in ("reward", "learned"):
             raise ArbitrageError("--per=language is for --routing=reward and learned.")
+        if self.router is not None and (self.routing, self.per) != ("learned", "prompt"):
+            raise ArbitrageError("--router=FILE is for --routing=learned with --per=prompt.")
         if not 0 < self.subset < 1:
             raise ArbitrageError(f"--subset={self.subset} must be between 0 and 1.")
         if self.attempts < 1 or (self.per_language is not None and self.per_language < 1):
@@ -112,7 +116,8 @@ def _run(flags: argparse.Namespace) -> None:
     reward = setting_flags.given(flags, RewardFlags)
     if reward and "reward" not in reward:
         raise ArbitrageError(f"--{next(iter(reward))} is for a reward: give --reward.")
-    if not reward and settings.routing in ("reward", "learned"):
+    learns = settings.routing == "learned" and settings.router is None
+    if not reward and (learns or settings.routing == "reward"):
         raise ArbitrageError(f"--routing={settings.routing} needs --reward.")
     arbitrage(
         settings,

@@ -97,9 +97,14 @@ def ask(
       attempts: maximum requests of a completion in this start.
       asked: counts of each teacher, which are updated.
     """
-    missing = {
-        name: [p for p in prompts if store.get(key_of(working[name], p)) is None]
+    # By key, since prompts of different ids may have the same text.
+    by_key = {
+        name: {key_of(working[name], prompt): prompt for prompt in prompts}
         for name, prompts in wanted.items()
+    }
+    missing = {
+        name: [prompt for key, prompt in prompts.items() if store.get(key) is None]
+        for name, prompts in by_key.items()
     }
     missing = {name: prompts for name, prompts in missing.items() if prompts}
     local = [name for name in missing if working[name].local]

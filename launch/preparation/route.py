@@ -12,6 +12,7 @@ from data.aya_expanse import router, routing
 from data.aya_expanse.pool import Pool
 from data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
 from data.preference.texts import is_blank
+from data.text.documents import DataError
 from launch.preparation.completions import Asked, Store, ask
 from launch.preparation.teachers import SamplingFlags, Working, at_work, key_of
 
@@ -88,22 +89,36 @@ class Router:
         for name in (n for n in pool.teachers if any(n in names for names in planned)):
             self._working[name] = at_work(pool.teachers[name], self._sampling, imported=imported)
         learns = [True] * len(prompts)
-        if settings.routing == "learned":
-            seed = self._sampling.seed
-            learns = [routing.in_subset(p, settings.subset, seed=seed) for p in prompts]
-            # Each language needs a prompt to learn from.
-            for language in {p.language for p in prompts}:
-                own = [i for i, p in enumerate(prompts) if p.language == language]
-                learns[own[0]] = learns[own[0]] or not any(learns[i] for i in own)
-            self._ask(
-                prompts,
-                [names if learn else [] for names, learn in zip(planned, learns, strict=True)],
-            )
+        if settings.router is not None:
+            planned = self._picked(self._loaded(settings.router), prompts, planned)
+        elif settings.routing == "learned":
+            learns = self._subset(prompts)
+            pairs = zip(planned, learns, strict=True)
+            self._ask(prompts, [names if learn else [] for names, learn in pairs])
             subset = [i for i, learn in enumerate(learns) if learn]
             picked = self._learned(prompts, subset, planned)
             planned = [names if learns[i] else picked[i] for i, names in enumerate(planned)]
         self._ask(prompts, planned)
         return self._chosen(prompts, planned, learns)
+
+    def _loaded(self, path: str) -> router.Router:
+        """Returns the router in a file; raises DataError if it is not of this pool."""
+        trained = router.load(path)
+        if trained.names != tuple(self._pool.teachers):
+            raise DataError(
+                f"--router={path} chooses among {', '.join(trained.names)}, not the pool's "
+                f"{', '.join(self._pool.teachers)}: give the router of this pool, or none"
+            )
+        return trained
+
+    def _subset(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Returns whether all teachers answer a prompt, from which the router learns: at least one of each language."""
+        share, seed = self._settings.subset, self._sampling.seed
+        learns = [routing.in_subset(prompt, share, seed=seed) for prompt in prompts]
+        for language in {prompt.language for prompt in prompts}:
+            own = [i for i, prompt in enumerate(prompts) if prompt.language == language]
+            learns[own[0]] = learns[own[0]] or not any(learns[i] for i in own)
+        return learns
 
     def _planned(self, prompt: Prompt) -> str:
         """Returns the one teacher to ask, for routings that need no answer."""
@@ -173,6 +188,16 @@ class Router:
         learnt = [learnt[i] for i in rewarded]
         trained = router.fit(_texts(learnt), [p.language for p in learnt], p_NK, names)
         trained.save(self._out / ROUTER)
+        return self._picked(trained, prompts, planned)
+
+    def _picked(
+        self,
+        trained: router.Router,
+        prompts: Sequence[Prompt],
+        planned: Sequence[Sequence[str]],
+    ) -> list[list[str]]:
+        """Returns the teacher that a router chooses for each prompt, among those that are asked in its language."""
+        names = trained.names
         log_probs_NK = trained.log_probs(_texts(prompts), [p.language for p in prompts])
         able_NK = np.array([[name in own for name in names] for own in planned])
         best_N = np.argmax(np.where(able_NK, log_probs_NK, -np.inf), axis=1)

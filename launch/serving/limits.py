@@ -27,8 +27,10 @@ class Limits:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 1 if field.type == "int" else 0.001
-            if isinstance(field.default, int):
-                least = 1
+            value, least = getattr(self, field.name), 1 if type(field.default) is int else 0.001
             if not least <= value < float("inf"):
                 raise ValueError(f"--{field.name}={value} must be at least {least}, and finite.")
+        if self.max_completions > self.max_queue:
+            raise ValueError(
+                f"--max_completions={self.max_completions} would never fit into --max_queue={self.max_queue}: raise it."
+            )

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import http.server
 import json
+import shutil
 import sys
 import threading
 import time
@@ -299,6 +300,10 @@ def test_a_learned_router_asks_one_teacher_for_what_it_has_not_learned_from(arbi
     assert 2 <= len(both) < 12 and sum(endpoint.asked.values()) == 12 + len(both)
     assert made.chosen == ["turk", "ukr"] * 6
     assert (made.folder / "router.npz").exists() and len(made.pairs) == len(both)
+    earlier = f"--router={made.folder / 'router.npz'}"
+    reused = arbitrage("--routing=learned", earlier, out="reused", reward=None)
+    assert reused.chosen == made.chosen and reused.pairs == []
+    assert sum(endpoint.asked.values()) == 24 + len(both)
     by_language = arbitrage("--routing=learned", "--per=language", "--subset=0.5")
     assert by_language.chosen == made.chosen
     asked = sum(endpoint.asked.values())
@@ -349,6 +354,27 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
     assert mixed.summary["teachers"]["own"]["earlier"] == 12
 
 
+def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path, monkeypatch):
+    from launch.weights import import_weights
+
+    imports = []
+
+    def import_hf(source, target):
+        imports.append(source)
+        shutil.copytree(trained_run.path, target)
+
+    monkeypatch.setattr(import_weights, "import_hf", import_hf)
+    (tmp_path / "hf").mkdir()
+    pool = f"  - {{name: own, hf: '{tmp_path / 'hf'}', max_tokens: 2}}\n"
+    flags = ("--keep_cut", "--form=prompt", "--routing=single", "--teacher=own", "--languages=tr")
+    made = arbitrage(*flags, pool=pool)
+    assert arbitrage(*flags, pool=pool).sft == made.sft and len(made.sft) >= 1
+    assert imports == [str(tmp_path / "hf")]
+    (tmp_path / "hf" / "config.json").write_text("{}")  # another model
+    arbitrage(*flags, pool=pool)
+    assert len(imports) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -359,6 +385,8 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
         (["--languages=de"], "'de' has 0 prompts"),
         (["--per_language=7"], "7 are needed"),
         (["--subset=1"], "between 0 and 1"),
+        (["--router=/x"], "--router=FILE is for"),
+        (["--routing=learned", "--router=/x"], "/x is not a router"),
         (["--tau=-1", "--routing=learned"], "--tau=-1"),
         (["--temperature=-1"], "--temperature=-1"),
         (["--language_of=nowhere:f"], "that can be imported"),

@@ -7,10 +7,10 @@ import json
 import threading
 import time
 
-import httpx
 import numpy as np
 import openai
 import pytest
+import requests as http
 import uvicorn
 
 from launch import serve
@@ -170,7 +170,7 @@ def test_a_stream_and_its_stop_are_those_of_the_whole_reply(client, generated):
 def test_the_models_are_listed(client, url):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
-    assert httpx.get(url.replace("/v1", "/health")).json() == {"status": "ok"}
+    assert http.get(url.replace("/v1", "/health")).json() == {"status": "ok"}
 
 
 def body(**changes):
@@ -205,7 +205,7 @@ def body(**changes):
 def test_a_bad_request_is_an_error_that_names_its_parameter(url, changes, status, message):
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     content = json.dumps(body(**changes))
-    reply = httpx.post(f"{url}/completions", content=content, headers=headers)
+    reply = http.post(f"{url}/completions", data=content, headers=headers)
     assert reply.status_code == status
     assert message in reply.json()["error"]["message"]
 
@@ -228,7 +228,7 @@ def test_what_is_no_request_is_an_error(url, client):
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 
     def post(content, path="/completions", **changes):
-        return httpx.post(url + path, content=content, headers={**headers, **changes})
+        return http.post(url + path, data=content, headers={**headers, **changes})
 
     assert "not JSON" in post(b"{").json()["error"]["message"]
     assert "not JSON" in post(b"[" * 4000).json()["error"]["message"]
@@ -237,7 +237,7 @@ def test_what_is_no_request_is_an_error(url, client):
     assert post(b"{}", **{"Content-Type": "text/plain"}).status_code == 415
     assert post(b"{}", **{"Authorization": "Bearer other"}).status_code == 401
     assert post(b"{}", "/embeddings").json()["error"]["message"].startswith("POST /v1/embeddings")
-    assert httpx.get(f"{url}/completions", headers=headers).status_code == 405
+    assert http.get(f"{url}/completions", headers=headers).status_code == 405
     # A part of a text with content parts is a text.
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     ask = {"model": "tiny", "max_tokens": 3, "seed": 1}
@@ -296,8 +296,8 @@ def test_a_client_that_goes_ends_its_completion(engine, url, monkeypatch):
     with monkeypatch.context() as patch:
         held = Held(patch)
         headers = {"Authorization": f"Bearer {KEY}"}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/completions", json=body(max_tokens=60), headers=headers, timeout=0.5)
+        with pytest.raises(http.ReadTimeout):
+            http.post(f"{url}/completions", json=body(max_tokens=60), headers=headers, timeout=0.5)
         assert held.begun.wait(60)
         (job,) = engine._batch
         deadline = time.monotonic() + 60
@@ -305,6 +305,16 @@ def test_a_client_that_goes_ends_its_completion(engine, url, monkeypatch):
             time.sleep(0.01)
         held.free.set()
     assert job._cancelled and not job.future.done()
+
+
+def test_a_shutdown_waits_for_the_requests_in_progress(engine, monkeypatch):
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        held = Held(patch)
+        with served(engine) as url, openai.OpenAI(base_url=url, api_key="x", max_retries=0) as c:
+            last = pool.submit(c.completions.create, **body())
+            assert held.begun.wait(60)
+            pool.submit(lambda: (time.sleep(0.3), held.free.set()))
+        assert last.result().usage.completion_tokens >= 1
 
 
 def test_an_error_of_a_batch_fails_its_requests_alone(engine, client, monkeypatch, caplog):
@@ -339,6 +349,8 @@ def test_a_bad_start_is_an_error(command, trained_run, tmp_path, capsys):
     (tmp_path / "key").write_text("two words")
     for flags, message in (
         (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--timeout=0"], "--timeout=0.0 must be at least 0.001"),
+        (["--max_queue=9"], "would never fit into --max_queue=9"),
         ([f"--api_key_file={tmp_path / 'key'}"], "must have one line"),
         ([f"--api_key_file={tmp_path / 'none'}"], "No such file"),
         (["--host=203.0.113.1", f"--port={2**14}"], "cannot be served"),
