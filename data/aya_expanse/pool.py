@@ -32,7 +32,7 @@ from data.text.documents import DataError
 Kind = Literal["checkpoint", "hf", "url"]
 KINDS: tuple[Kind, ...] = ("checkpoint", "hf", "url")
 DEFAULT = "default"
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 16
 _OF_KIND = {
     "model": ("url",),
     "key_env": ("url",),

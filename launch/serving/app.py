@@ -176,6 +176,8 @@ class _Server:
         """Returns the tokens of the prompts; runs in a thread, since templates and tokenizers take time."""
         param = "messages" if asked.chat else "prompt"
         prompts = []
+        if (asked.stops or asked.stream) and self._engine.loaded.vocabulary_or_none is None:
+            raise RequestError("The model has no vocabulary: 'stop' and 'stream' need texts.")
         with self._encoding:
             for i, row in enumerate(asked.rows):
                 where = param if asked.chat else f"prompt {i}"

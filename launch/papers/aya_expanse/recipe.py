@@ -21,7 +21,6 @@ class Recipe:
 
     Attributes:
       base: run of the model before any stage.
-      tokenizer: its tokenizer's directory; None if its run's vocabulary is no such directory.
       chats: folder with supervised data of each cluster, CLUSTER.jsonl.
       prompts: JSON lines with "prompt", "language" and, for translated ones, "origin": "translated".
       held_out: prompts on which the rounds are compared, of the same form.
@@ -46,7 +45,6 @@ class Recipe:
     prompts: str
     held_out: str
     clusters: Mapping[str, list[str]]
-    tokenizer: str | None = None
     shared: list[str] = dataclasses.field(default_factory=lambda: ["en", "es", "fr"])
     origin: Literal["native", "translated", "both"] = "native"
     reward: str = "exact_answer"
@@ -71,7 +69,7 @@ class Recipe:
 
 
 _CHOICES = {"origin": ("native", "translated", "both"), "form": ("messages", "prompt")}
-_TEXTS = ("base", "chats", "prompts", "held_out", "tokenizer", "reward", "judge", "language_of")
+_TEXTS = ("base", "chats", "prompts", "held_out", "reward", "judge", "language_of")
 _NUMBERS = ("rounds", "samples", "max_prompt_length", "max_new_tokens", "batch_size")
 _STAGES = ("sft", "arbitrage", "preference", "online")
 

@@ -69,11 +69,9 @@ def _trained(
 ) -> dict:
     """Returns the arm of a trained stage; the first stages start from the base."""
     kind = {"sft": "sft", "arbitrage": "sft"}.get(stage, stage)
-    files = [os.path.join(recipe.base, "config.gin"), f"{GIN}{kind}.gin"]
-    bindings = [data, f"TRAIN_STEPS={recipe.steps[stage]}", *recipe.bindings]
-    if recipe.tokenizer is not None:
-        files.append(f"{GIN}tokenizer.gin")
-        bindings.append(f"TOKENIZER={recipe.tokenizer!r}")
+    files = [os.path.join(recipe.base, "model.json"), f"{GIN}{kind}.gin", f"{GIN}vocabulary.gin"]
+    steps = f"TRAIN_STEPS={recipe.steps[stage]}"
+    bindings = [data, steps, f"BASE={recipe.base!r}", *recipe.bindings]
     if first:
         bindings.append(f"INITIAL_CHECKPOINT_PATH={recipe.base!r}")
     if kind == "online":

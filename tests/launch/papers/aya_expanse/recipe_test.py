@@ -92,10 +92,13 @@ def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(writ
         gin.clear_config(clear_constants=True)
 
 
-def test_a_reward_model_and_a_tokenizer_reach_the_stages(write):
-    arms = sweep(write(reward="checkpoint:/rm", tokenizer="/tok", bindings=["BATCH_SIZE=8"]))
-    bindings = arms["round3_turkic"].bindings
-    assert {"REWARD_CHECKPOINT='/rm'", "TOKENIZER='/tok'", "BATCH_SIZE=8"} <= set(bindings)
+def test_a_reward_model_reaches_the_online_rounds_and_a_judge_cannot(write):
+    arms = sweep(write(reward="checkpoint:/rm", bindings=["BATCH_SIZE=8"]))
+    run = arms["round3_turkic"]
+    assert {"REWARD_CHECKPOINT='/rm'", "BATCH_SIZE=8"} <= set(run.bindings)
+    assert "t5x_configs/methods/preference/reward_checkpoint.gin" in run.gin_files
+    with pytest.raises(file.SweepError, match="need an exact scorer"):
+        sweep(write(reward="judge:openai:http://host/v1,model=m"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branch
         assert all(row["chosen_reward"] > row["rejected_reward"] for row in own)
     assert run("rounds", path, tmp_path / "r", teachers) == 0
     made = json.loads((tmp_path / "r/rounds.json").read_text())
-    names = [pathlib.Path(folder).name for folder in branches.folders[:2]]
+    names = [stage._name(folder) for folder in branches.folders[:2]]
     assert [row["round"] for row in made[:2]] == [f"{i}_{name}" for i, name in enumerate(names)]
     assert {row["language"] for row in made} == {"tr", "uk", "en"}
     assert all(row["reward"] == row["judge"] for row in made)
