@@ -226,7 +226,8 @@ class Decoder:
         keys = tuple(column(name, np.uint32) for name in ("seed", "index", "sample"))
         if self._draws is None:
             return keys, None
-        return keys, RowSampling(column("temperature", np.float32), column("top_p", np.float32))
+        temperature_B, top_p_B = (column(name, np.float32) for name in ("temperature", "top_p"))
+        return keys, RowSampling(temperature_B, top_p_B)
 
     def _name(self, program: str) -> str:
         """Returns the name of a program, which differs if every row has its own sampling."""
@@ -259,9 +260,9 @@ class Decoder:
             if beams is not None:
                 return logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV
             copy_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
-            rows = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B, sampling)
-            rows = repeated(rows, copies)
-            logits_RV, lengths_R, active_R, seen_RV, allowed_RV, drawn_R, sampling = rows
+            all_B = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B, sampling)
+            all_R = repeated(all_B, copies)
+            logits_RV, lengths_R, active_R, seen_RV, allowed_RV, drawn_R, sampling = all_R
             seed_R, index_R, sample_R = drawn_R
             keys_R = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_R), index_R)
             keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R + copy_R)

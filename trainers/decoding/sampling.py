@@ -9,6 +9,7 @@ Shapes: B batch, T prompt length, V vocabulary, C candidates.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainers.decoding.settings import Sampling
 
@@ -17,8 +18,8 @@ from trainers.decoding.settings import Sampling
 class RowSampling:
     """The temperature and top_p of each row, [B]; see `Sampling`. A top_p of 1 allows all tokens."""
 
-    temperature_B: jax.Array
-    top_p_B: jax.Array
+    temperature_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
 
 
 def without_padding_ids(logits_BV: jax.Array, num_ids: int | None) -> jax.Array:
@@ -64,7 +65,7 @@ def candidates(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax
     return logits_BC, ids_BC
 
 
-def _nucleus(logits_BC: jax.Array, top_p: float | jax.Array) -> jax.Array:
+def _nucleus(logits_BC: jax.Array, top_p: float | jax.Array | np.ndarray) -> jax.Array:
     """Returns sorted logits with -inf for tokens outside the nucleus; `top_p` is a number, or [B, 1]."""
     probs_BC = jax.nn.softmax(logits_BC)
     # A token is allowed while the probabilities before it sum to less than p; the first always is.
