@@ -73,6 +73,9 @@ VISION = ["scikit-learn>=1.5"]
 # A model that embeds domains of data, in the place of n-grams or a run's own states.
 SENTENCES = ["sentence-transformers>=3"]
 
+# The server of completions, launch.serve.
+SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
@@ -82,6 +85,7 @@ EXTRAS = {
     "vision": VISION,
     "languages": LANGUAGES,
     "sentences": SENTENCES,
+    "serve": SERVE,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
     "test": [
@@ -98,6 +102,8 @@ EXTRAS = {
         *EVAL,
         *LANGUAGES,
         *VISION,
+        *SERVE,
+        "openai>=1.60",
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
     "peers": ["torch>=2.4", "transformers>=5.0"],

@@ -15,6 +15,7 @@ COMMANDS = {
     "preference_pairs": "launch.preparation.preference_pairs",
     "arena_prompts": "launch.preparation.arena_prompts",
     "best_of_n": "launch.preparation.best_of_n",
+    "arbitrage": "launch.preparation.arbitrage",
     "synthetic_code": "launch.preparation.synthetic_code",
     "embed_domains": "launch.preparation.embed_domains",
 }

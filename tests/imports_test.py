@@ -151,15 +151,14 @@ LEVELS = {
         ("data_source", "languages", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
         (
-            *("aya23", "chats", "code_mix", "distillation", "instructions", "mov", "nexus"),
-            "preference",
-            *("prompts", "snapkv", "t5"),
+            *("aya23", "aya_expanse", "chats", "code_mix", "distillation", "instructions", "mov"),
+            *("nexus", "preference", "prompts", "snapkv", "t5"),
         ),
     ),
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),
         ("run",),
-        ("aot", "cluster", "inference", "plots", "run.load"),
+        ("aot", "cluster", "inference", "plots", "run.load", "serving"),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         ("convert", "evaluation", "lm_eval", "preparation", "sweep", "sweeping", "weights"),
         ("reporting",),

@@ -19,7 +19,7 @@ from trainers.decoding.settings import Settings
 from trainers.decoding.stop_strings import GrowingText, cut
 
 # New tokens between two checks of the texts: a check takes less than a tenth of the time of a token.
-_LOOK_AT_STOPS, _LOOK_AT_STREAM = 16, 1
+LOOK_AT_STOPS, LOOK_AT_STREAM = 16, 1
 _PROMPT_KEYS = ("text", "messages", "tokens")
 
 
@@ -280,31 +280,44 @@ def decoder_and_texts(
     vocabulary = loaded.vocabulary_or_none
     if vocabulary is None and stops:
         raise LoadError("--stop needs texts: set VOCABULARY, or use --eos_id.")
+    texts = Texts(
+        None if vocabulary is None else decoder_of(vocabulary),
+        ends=loaded.eos_ids if eos_ids is None else eos_ids,
+        stops=stops,
+        show=show,
+    )
+    decoder = decoder_for(
+        loaded,
+        settings,
+        eos_ids=eos_ids,
+        policy=FullCache() if policy is None else policy,
+        batch_size=loaded.batch_size(batch_size, rows),
+        cache_dtype=cache_dtype,
+        prefill_chunk=prefill_chunk,
+        watch=texts.watch if texts.watching else None,
+        watch_every=LOOK_AT_STOPS if show is None else LOOK_AT_STREAM,
+    )
+    return decoder, texts
+
+
+def decoder_for(
+    loaded: LoadedRun, settings: Settings, *, eos_ids: Sequence[int] | None = None, **options: Any
+) -> Decoder:
+    """Returns the decoder of a loaded run; see `generate` for `eos_ids`, and `Decoder` for the options."""
+    vocabulary = loaded.vocabulary_or_none
     settings = dataclasses.replace(
         settings,
         eos_ids=tuple(loaded.eos_ids if eos_ids is None else eos_ids),
         num_ids=vocabulary.vocab_size if vocabulary else loaded.model.config.vocab_size,
     )
-    texts = Texts(
-        None if vocabulary is None else decoder_of(vocabulary),
-        ends=settings.eos_ids,
-        stops=stops,
-        show=show,
-    )
-    decoder = Decoder(
+    return Decoder(
         loaded.model,
         loaded.params,
         settings,
         decoder_start=loaded.start_token or 0,
-        policy=FullCache() if policy is None else policy,
-        batch_size=loaded.batch_size(batch_size, rows),
         sharding=loaded.row_sharding,
-        cache_dtype=cache_dtype,
-        prefill_chunk=prefill_chunk,
-        watch=texts.watch if texts.watching else None,
-        watch_every=_LOOK_AT_STOPS if show is None else _LOOK_AT_STREAM,
+        **options,
     )
-    return decoder, texts
 
 
 def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:

@@ -31,7 +31,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command="prepare best_of_n",
         extra_flags=_add_flags,
         run=_run,
-        default_files=lambda flags: load_run.files_of(_checkpoint(flags.reward), flags.gin_file),
+        default_files=lambda flags: load_run.files_of(checkpoint_of(flags.reward), flags.gin_file),
         unused={"MODEL": "None", "VOCABULARY": "None"},
         argv=argv,
     )
@@ -113,7 +113,7 @@ def _run(start: cli.Start) -> None:
             taken[flag] = path
     rows = row_files.read(flags.inputs, example=EXAMPLE)
     groups = grouped(rows)
-    values = iter(_rewards(rows, start))
+    values = iter(rewards_of(rows, RewardFlags(**setting_flags.given(flags, RewardFlags)), start))
     ranked = [(group, [next(values) for _ in group]) for group in groups]
     if flags.output is not None:
         row_files.write(flags.output, (best(*group) for group in ranked))
@@ -122,7 +122,7 @@ def _run(start: cli.Start) -> None:
     print(summary([its_rewards for _, its_rewards in ranked]), file=sys.stderr)
 
 
-def _checkpoint(reward: str) -> str | None:
+def checkpoint_of(reward: str) -> str | None:
     """Returns the checkpoint of a reward model; None for a verifier."""
     if reward.startswith(_CHECKPOINT) and reward != _CHECKPOINT:
         return reward.removeprefix(_CHECKPOINT)
@@ -131,18 +131,24 @@ def _checkpoint(reward: str) -> str | None:
     raise RewardError(f"--reward={reward} must be {', '.join(VERIFIERS)} or {_CHECKPOINT}DIR.")
 
 
-def _rewards(rows: Placed, start: cli.Start) -> list[float]:
-    """Returns the reward of each row.
+def rewards_of(
+    rows: Placed, flags: RewardFlags, config: Callable[[], load_run.RunConfig]
+) -> list[float]:
+    """Returns the reward of each row of launch.generate.
+
+    Args:
+      rows: (place, row).
+      flags: the reward.
+      config: returns the configuration of the reward model's run; called only if the reward is a checkpoint.
 
     Raises:
       RewardError: a row that the reward cannot judge.
       LoadError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint cannot be restored.
     """
-    flags = RewardFlags(**setting_flags.given(start.flags, RewardFlags))
-    if (checkpoint := _checkpoint(flags.reward)) is None:
+    if (checkpoint := checkpoint_of(flags.reward)) is None:
         values = [_verified(where, row, flags) for where, row in rows]
     else:
-        with start().load(checkpoint, rewards=True) as run:
+        with config().load(checkpoint, rewards=True) as run:
             values = _by_model(rows, run, flags.reward_batch_size)
     cut = [row.get("ended") == "length" for _, row in rows]
     return [v - flags.missing_end_penalty * c for v, c in zip(values, cut, strict=True)]

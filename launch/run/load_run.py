@@ -142,7 +142,12 @@ def whole_files(
 
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
-    """Returns the configuration of a checkpoint's run, as commands load it.
+    """Returns the configuration of a checkpoint's run; see `config_with_text`."""
+    return config_with_text(checkpoint, gin_file)[0]
+
+
+def config_with_text(checkpoint: str, gin_file: Sequence[str] = ()) -> tuple["RunConfig", str]:
+    """Returns the configuration of a checkpoint's run, as commands load it, and the same as text.
 
     Args:
       checkpoint: step or run directory.
@@ -160,7 +165,7 @@ def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
         defaults=list(files_of(checkpoint, gin_file)),
     )
     run: Any = config.entry
-    return run()
+    return run(), config.text
 
 
 def file_of_run(step: Any, name: str) -> str | None:

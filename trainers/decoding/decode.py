@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.slots import carried, restored
 from trainers.decoding.prefill import read
-from trainers.decoding.sampling import only_among, penalised, sample, without_padding_ids
+from trainers.decoding.sampling import (
+    RowSampling,
+    only_among,
+    penalised,
+    sample,
+    sample_rows,
+    without_padding_ids,
+)
 from trainers.decoding.settings import Settings
 
 
@@ -43,6 +50,7 @@ class Loop:
       caches: caches of all tokens except the last chosen one.
       keys_B: a random key for each row.
       seen_BV: True for tokens of prompts and continuations; None without a repetition penalty.
+      sampling: temperature and top_p of each row; None if all rows have those of the settings.
     """
 
     step: jax.Array
@@ -52,6 +60,7 @@ class Loop:
     lengths_B: jax.Array
     keys_B: jax.Array
     seen_BV: jax.Array | None
+    sampling: RowSampling | None = None
 
 
 def decode(
@@ -81,6 +90,7 @@ def begin(
     seen_BV: jax.Array | None,
     settings: Settings,
     allowed_BV: jax.Array | None = None,
+    sampling: RowSampling | None = None,
 ) -> Loop:
     """Chooses the first token of prefilled prompts.
 
@@ -91,6 +101,7 @@ def begin(
       keys_B: a random key for each row.
       seen_BV: result of sampling.seen_in; None without a repetition penalty.
       allowed_BV: the tokens that may be first in each row, at least one; None for all.
+      sampling: see `Loop`.
     """
     B, M = logits_BV.shape[0], settings.max_new_tokens
     loop = Loop(
@@ -105,6 +116,7 @@ def begin(
         lengths_B=lengths_B,
         keys_B=keys_B,
         seen_BV=seen_BV,
+        sampling=sampling,
     )
     return _choose(loop, logits_BV, settings, allowed_BV)
 
@@ -156,7 +168,10 @@ def _choose(
     if seen_BV is not None:
         choice_BV = penalised(choice_BV, seen_BV, settings.sampling.repetition_penalty)
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(loop.keys_B, loop.step)
-    token_B = sample(choice_BV, step_keys_B, settings.sampling)
+    if loop.sampling is None:
+        token_B = sample(choice_BV, step_keys_B, settings.sampling)
+    else:
+        token_B = sample_rows(choice_BV, step_keys_B, loop.sampling)
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]

@@ -21,10 +21,13 @@ from trainers.decoding import beam, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill
-from trainers.decoding.sampling import seen_in
+from trainers.decoding.sampling import RowSampling, seen_in
+from trainers.decoding.settings import Draw
 
 # (prompt, sample, new tokens since the last call) -> number of these to keep if the row ends there, else None.
 Watch = Callable[[int, int, Sequence[int]], int | None]
+# (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
+Ended = Callable[[int, int, "Continuation"], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,8 @@ class Decoder:
       prefill_chunk: number of prompt tokens to read at a time; None for all.
       watch: called with the new tokens of every row, and can end the row; None does not end rows. Not
         supported with beams, whose tokens are not final before the end.
-      watch_every: number of new tokens between two calls of `watch`.
+      watch_every: number of new tokens between two calls of `watch`; an attribute, which may change between batches.
+      ended: called as soon as a row has ended, up to `watch_every` tokens later; not with beams.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Decoder:
         prefill_chunk: int | None = None,
         watch: Watch | None = None,
         watch_every: int = 16,
+        ended: Ended | None = None,
     ):
         if watch is not None and settings.beams is not None:
             raise ValueError(
@@ -103,7 +108,9 @@ class Decoder:
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
         self._model = layer_stack.unrolled(model)
-        self._unroll = jax.jit(lambda params: layer_stack.unroll(params, config))
+        # Several decoders of unrolled parameters share them.
+        unroll = jax.jit(lambda params: layer_stack.unroll(params, config))
+        self._unroll = unroll if config.scan_layers else lambda params: params
         self.use(params)
         self._settings = settings
         self._decoder_start = decoder_start
@@ -112,10 +119,12 @@ class Decoder:
         self._sharding = sharding
         self._prefill_options = {"cache_dtype": cache_dtype, "chunk": prefill_chunk}
         self._watch = watch
-        self._watch_every = watch_every
+        self.watch_every = watch_every
+        self._ended = ended
         self._programs: dict[tuple[str, int], Callable] = {}
         self._indices: Sequence[int] = ()
         self._first: Sequence[Sequence[int] | None] | None = None
+        self._draws: Sequence[Draw] | None = None
         self.stats = Stats()
 
     def use(self, params: Any) -> None:
@@ -134,12 +143,15 @@ class Decoder:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         first: Sequence[Sequence[int] | None] | None = None,
+        draws: Sequence[Draw] | None = None,
     ) -> Iterator[Continuation]:
         """Yields continuations as they are finished, in the order of the prompts and their samples.
 
         Args:
           indices: indices of the prompts in a larger set, for the draws; None for 0, 1, ...
           first: the tokens among which each prompt's first new token is chosen, None for all; None if no prompt has any.
+          draws: how each prompt is continued, in place of `seed`, `indices`, and the settings' temperature and restrictions;
+            None if all are continued alike.
 
         Raises:
           ValueError: a prompt is empty, has no token before the last `policy.future` tokens, or leaves
@@ -162,6 +174,7 @@ class Decoder:
                 )
         self._indices = range(len(prompts)) if indices is None else indices
         self._first = first
+        self._draws = draws
         batches = self._batches(prompts, seed)
         return (continuation for samples in in_order(batches) for continuation in samples)
 
@@ -184,12 +197,9 @@ class Decoder:
     ) -> list[list[Continuation]]:
         tokens_BT, lengths_B = padded([prompts[i] for i in batch], self._batch_size, length)
         active_B = np.arange(self._batch_size) < len(batch)
-        index_B = np.zeros(self._batch_size, np.uint32)
-        index_B[: len(batch)] = [self._indices[i] for i in batch]
         allowed_BV = self._allowed(batch)
-        arrays = (tokens_BT, lengths_B, active_B, index_B, allowed_BV)
-        rows = jax.device_put(arrays, self._sharding)
-        state = self._read(length, *rows, np.uint32(seed))
+        arrays = (tokens_BT, lengths_B, active_B, allowed_BV, *self._drawn(batch, seed))
+        state = self._read(length, *jax.device_put(arrays, self._sharding))
         decode = self._choose if self._settings.beams is None else self._search
         continued = decode(length, state, batch)
         self.stats.prompt_tokens += sum(len(prompts[i]) for i in batch)
@@ -207,6 +217,29 @@ class Decoder:
                 allowed_BV[b, list(ids)] = True
         return allowed_BV
 
+    def _drawn(
+        self, batch: Sequence[int], seed: int
+    ) -> tuple[tuple[np.ndarray, ...], RowSampling | None]:
+        """Returns (seed_B, index_B, sample_B) of the draws, and the sampling of each row if `draws` set it."""
+        if self._draws is None:
+            draws = [Draw(seed=seed, index=self._indices[i]) for i in batch]
+        else:
+            draws = [self._draws[i] for i in batch]
+        draws += [Draw(seed=seed, temperature=0.0)] * (self._batch_size - len(batch))
+
+        def column(name: str, dtype: Any) -> np.ndarray:
+            return np.array([getattr(draw, name) for draw in draws], dtype)
+
+        keys = tuple(column(name, np.uint32) for name in ("seed", "index", "sample"))
+        if self._draws is None:
+            return keys, None
+        temperature_B, top_p_B = (column(name, np.float32) for name in ("temperature", "top_p"))
+        return keys, RowSampling(temperature_B, top_p_B)
+
+    def _name(self, program: str) -> str:
+        """Returns the name of a program, which differs if every row has its own sampling."""
+        return program if self._draws is None else f"{program} by row"
+
     def _read(self, length: int, *arrays: Any) -> Any:
         """Reads each prompt once and repeats its caches; returns a decode.Loop or beam.search's arguments."""
         model, policy, settings = self._model, self._policy, self._settings
@@ -214,7 +247,7 @@ class Decoder:
         beams, penalty = settings.beams, settings.sampling.repetition_penalty
         copies = settings.num_samples if beams is None else beams.num_beams
 
-        def run(params, tokens_BT, lengths_B, active_B, index_B, allowed_BV, seed):
+        def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling):
             encoder = {}
             if self._encodes:
                 real_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]
@@ -233,15 +266,17 @@ class Decoder:
             caches = repeated(caches, copies)
             if beams is not None:
                 return logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV
-            sample_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
-            rows = repeated((logits_BV, lengths_B, active_B, index_B, seen_BV, allowed_BV), copies)
-            logits_RV, lengths_R, active_R, index_R, seen_RV, allowed_RV = rows
-            keys_R = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_R)
-            keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R)
+            copy_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
+            all_B = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B, sampling)
+            all_R = repeated(all_B, copies)
+            logits_RV, lengths_R, active_R, seen_RV, allowed_RV, drawn_R, sampling = all_R
+            seed_R, index_R, sample_R = drawn_R
+            keys_R = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_R), index_R)
+            keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R + copy_R)
             rows = (lengths_R, active_R, keys_R, seen_RV)
-            return begin(logits_RV, caches, *rows, settings, allowed_RV)
+            return begin(logits_RV, caches, *rows, settings, allowed_RV, sampling)
 
-        name = "prefill" if self._first is None else "restricted prefill"
+        name = self._name("prefill" if self._first is None else "restricted prefill")
         program = self._compiled(name, length, jax.jit(run), *arrays)
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
@@ -262,23 +297,27 @@ class Decoder:
         samples = settings.num_samples
         watched = _Watched(self._watch, batch, samples)
         ended_R = np.zeros(self._batch_size * samples, bool)
+        rows: dict[int, Continuation] = {}
         until = settings.max_new_tokens if self._watch is None else 1
         while True:
             arguments = (loop, np.int32(until), jax.device_put(ended_R, self._sharding))
-            loop, seen = self._timed("decode", length, run, *arguments)
+            loop, seen = self._timed(self._name("decode"), length, run, *arguments)
             _, done_R, decoded = seen
             counts_R = decoded.lengths_B
             ended_R = watched.look(decoded.tokens_BM, counts_R)
-            if until == settings.max_new_tokens or np.all(done_R | ended_R):
+            last = until == settings.max_new_tokens or np.all(done_R | ended_R)
+            for r in range(len(batch) * samples):
+                if r in rows or not (last or done_R[r] or ended_R[r]):
+                    continue
+                n = watched.lengths.get(r, int(counts_R[r]))
+                tokens, log_probs = decoded.tokens_BM[r, :n], decoded.log_probs_BM[r, :n]
+                rows[r] = Continuation(tokens=tokens.tolist(), log_probs=log_probs.tolist())
+                if self._ended is not None:
+                    self._ended(batch[r // samples], r % samples, rows[r])
+            if last:
                 break
-            until = min(until + self._watch_every, settings.max_new_tokens)
-        tokens_RM, logp_RM = decoded.tokens_BM, decoded.log_probs_BM
-        lengths = [watched.lengths.get(r, int(counts_R[r])) for r in range(len(batch) * samples)]
-        rows = [
-            Continuation(tokens=tokens_RM[r, :n].tolist(), log_probs=logp_RM[r, :n].tolist())
-            for r, n in enumerate(lengths)
-        ]
-        return [rows[b * samples : (b + 1) * samples] for b in range(len(batch))]
+            until = min(until + self.watch_every, settings.max_new_tokens)
+        return [[rows[b * samples + g] for g in range(samples)] for b in range(len(batch))]
 
     def _search(self, length: int, state: Any, batch: Sequence[int]) -> list[list[Continuation]]:
         """Returns the continuations of a batch by beam search."""

@@ -57,6 +57,27 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How one prompt is continued, where the prompts of a batch differ; it replaces the temperature and top_p of `Settings`.
+
+    Attributes:
+      seed, index, sample: the draws are a function of these, as of the seed, the index of the prompt and the number of the
+        sample where prompts do not differ.
+      temperature: see `Sampling`.
+      top_p: see `Sampling`; 1 for all tokens.
+    """
+
+    seed: int
+    index: int = 0
+    sample: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        Sampling(temperature=self.temperature, top_p=self.top_p)  # raises ValueError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Beams:
     """Settings of beam search, with the names and meaning of Hugging Face's GenerationConfig.
 

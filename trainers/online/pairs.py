@@ -1,6 +1,6 @@
-"""Online preference learning: the better and the worse of two samples of a prompt form a pair.
+"""Online preference learning: the best and the worst of several samples of a prompt form a pair.
 
-Shapes: P prompts, one row for each, R = 2 P completions, L length.
+Shapes: P prompts, one row for each, G samples of each, R = P G completions, L length.
 """
 
 import dataclasses
@@ -8,29 +8,45 @@ from typing import ClassVar
 
 import numpy as np
 
-from model.ranges import Size
+from model.ranges import NonNegative, Size
 from trainers import inputs
 from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
+from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BestOfTwo(Method):
-    """Pairs for preference losses: online DPO (arXiv 2402.04792).
+class BestAndWorst(Method):
+    """Pairs for preference losses: online DPO (arXiv 2402.04792), of two samples of a prompt or of the extremes of more.
 
-    The sample with the larger reward is chosen, the first one if they are equal. Batches have the columns of
+    The sample with the largest reward is chosen, the first of equals; the one with the smallest is rejected, the last of
+    equals. Batches have the columns of
     `trainers.inputs.PackedPairs` with one pair per row, the reference's log-probabilities if `reference`, and 'rewards'
-    and 'ended' [P, 2] of chosen and rejected.
+    and 'ended' [P, 2] of chosen and rejected, and 'mean_reward' [P] of all samples.
 
     Attributes:
       prompt_length, completion_length: see `Method`.
+      samples: G, at least 2.
+      gap: pairs whose rewards differ by no more have weight 0; None to train on all pairs.
       reference: whether batches contain the reference's log-probabilities; some losses need none.
     """
 
+    samples: Size = 2
+    gap: NonNegative | None = None
     reference: bool = True
-    samples: Size = dataclasses.field(default=2, init=False)
     updates: Size = dataclasses.field(default=1, init=False)
     texts_per_row: ClassVar[Size] = 2
     loss_per = "pairs"
+
+    def __post_init__(self):
+        if self.samples < 2:
+            raise ValueError(f"SAMPLES = {self.samples}: a pair needs 2 samples or more.")
+        if self.gap is not None:
+            check_not_negative(gap=self.gap)
+        super().__post_init__()
+
+    @property
+    def rows_per_prompt(self) -> int:
+        return 1
 
     @property
     def scores(self) -> frozenset[str]:
@@ -40,23 +56,30 @@ class BestOfTwo(Method):
         reference = ["reference_log_probs"] if self.reference else []
         return {
             **float_columns((rows, 1), "pair_weights"),
-            **float_columns((rows,), "chosen_tokens_per_pair"),
+            **float_columns((rows,), "chosen_tokens_per_pair", "mean_reward"),
             **float_columns((rows, 2), "rewards", "ended", *reference),
         }
 
     def batch(self, samples: Samples, score: Score) -> Arrays:
-        # If rewards are equal, argmax returns the first.
+        G = self.samples
+        # argmax and argmin return the first of equals.
         chosen_P = np.argmax(samples.rewards_PG, axis=1)
-        order_P2 = np.stack([chosen_P, 1 - chosen_P], axis=1)
+        rejected_P = G - 1 - np.argmin(samples.rewards_PG[:, ::-1], axis=1)
+        order_P2 = np.stack([chosen_P, rejected_P], axis=1)
         pairs = [
-            [(prompt, samples.completions[2 * p + g]) for g in order_P2[p].tolist()]
+            [(prompt, samples.completions[G * p + g]) for g in order_P2[p].tolist()]
             for p, prompt in enumerate(samples.prompts)
         ]
         count, chosen_tokens = len(pairs), sum(len(pair[0][1]) for pair in pairs)
+        rewards_P2 = np.take_along_axis(samples.rewards_PG, order_P2, axis=1)
+        trained_P1 = np.ones((count, 1), np.float32)
+        if self.gap is not None:
+            trained_P1[:, 0] = rewards_P2[:, 0] - rewards_P2[:, 1] > self.gap
         columns = inputs.pack(pairs, samples.sources_P, length=self.length) | {
-            "pair_weights": np.ones((count, 1), np.float32),
+            "pair_weights": trained_P1,
             "chosen_tokens_per_pair": np.full(count, chosen_tokens / count, np.float32),
-            "rewards": np.take_along_axis(samples.rewards_PG, order_P2, axis=1),
+            "mean_reward": samples.rewards_PG.mean(axis=1),
+            "rewards": rewards_P2,
             "ended": np.take_along_axis(samples.ended_PG, order_P2, axis=1).astype(np.float32),
         }
         if self.reference:

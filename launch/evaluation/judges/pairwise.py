@@ -1,24 +1,17 @@
 """A judge that compares two answers in words, in both orders; a preference that depends on the order is a tie."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from launch.evaluation.judges import template
 from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair, Question, Reply, Verdict
 from launch.evaluation.judges.template import Template
+from launch.inference.chat_endpoint import Silence
 
 # Temperature when a question is repeated, so that the reply may differ.
 RETRY_TEMPERATURE = 0.5
 # The preference for the answer that is shown first.
 _SIGNS: Mapping[Any, int] = {template.FIRST: 1, template.TIE: 0, template.SECOND: -1}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Silence:
-    """The reason that no reply came."""
-
-    reason: str
 
 
 class Writer(Protocol):

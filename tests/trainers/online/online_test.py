@@ -26,7 +26,7 @@ from trainers.online import losses as policy_gradient
 from trainers.online.critic import Valued
 from trainers.online.groups import Groups
 from trainers.online.method import Samples
-from trainers.online.pairs import BestOfTwo
+from trainers.online.pairs import BestAndWorst
 from trainers.online.policy_gradient import actor_critic
 from trainers.online.policy_gradient import policy_gradient as objective_of
 from trainers.online.rollouts import RolloutError, Rollouts
@@ -113,7 +113,7 @@ def trained():
 
 METHODS = {
     "online_dpo": (
-        BestOfTwo(**SIZES),
+        BestAndWorst(**SIZES),
         functools.partial(preference, losses=[functools.partial(direct.dpo, beta=0.1)]),
     ),
     "rloo": (
@@ -347,6 +347,34 @@ def test_a_pair_is_the_better_and_the_worse_sample():
             assert batch["ended"][p, segment - 1] == ended.ravel()[r]
     np.testing.assert_allclose(batch["chosen_tokens_per_pair"], (1 + 3 + 2) / 3)
     assert batch["source_ids"].tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(batch["mean_reward"], rewards.mean(1))
+    assert batch["pair_weights"].tolist() == [[1.0], [1.0], [1.0]]
+    for gap, weights in ((0.0, [1, 1, 0]), (1.0, [0, 0, 0]), (0.5, [1, 1, 0])):
+        skipping = dataclasses.replace(method, gap=gap).batch(samples, score)
+        assert skipping.pop("pair_weights").ravel().tolist() == weights
+        for name, value in skipping.items():
+            np.testing.assert_array_equal(value, batch[name])
+
+
+def test_a_pair_of_several_samples_is_of_their_extremes():
+    method = dataclasses.replace(METHODS["online_dpo"][0], samples=4, reference=False, gap=0.0)
+    completions = [[token, EOS] for token in range(2, 10)]
+    rewards = np.array([[0.5, 2.0, -1.0, 2.0], [1.0, 1.0, 1.0, 1.0]], np.float32)
+    samples = Samples(
+        [[START, 5], [START, 6]], completions, rewards, np.ones((2, 4), bool), np.zeros(2, int)
+    )
+    batch = method.batch(samples, None)
+    tokens_PL, segments_PL = batch["decoder_target_tokens"], batch["decoder_segment_ids"]
+    counted_PL = batch["decoder_loss_weights"] > 0
+    first = [
+        [int(tokens_PL[p][(segments_PL[p] == side) & counted_PL[p]][0]) for side in (1, 2)]
+        for p in (0, 1)
+    ]
+    assert first == [[3, 4], [6, 9]]  # the first of the best, the last of the worst
+    assert batch["rewards"].tolist() == [[2.0, -1.0], [1.0, 1.0]]
+    assert batch["mean_reward"].tolist() == [0.875, 1.0]
+    assert batch["pair_weights"].tolist() == [[1.0], [0.0]]
+    assert method.rows_per_prompt == 1
 
 
 def test_what_cannot_be_is_said(runs, monkeypatch):
@@ -374,8 +402,12 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
         Rollouts(**{**known, "program": dataclasses.replace(run.program, recipe=pairs)})
     with pytest.raises(ValueError, match="SAMPLES = 1"):
         Groups(**SIZES, samples=1, advantages=policy_gradient.leave_one_out)
+    with pytest.raises(ValueError, match="SAMPLES = 1"):
+        BestAndWorst(**SIZES, samples=1)
+    with pytest.raises(ValueError, match="gap"):
+        BestAndWorst(**SIZES, gap=-1.0)
     with pytest.raises(ValueError, match="completion_length = 0"):
-        BestOfTwo(prompt_length=1, completion_length=0)
+        BestAndWorst(prompt_length=1, completion_length=0)
     with pytest.raises(ValueError, match="decay"):
         Valued(**SIZES, decay=2.0)
     monkeypatch.setattr(run.feed, "_reward", lambda completions: [np.nan] * len(completions))

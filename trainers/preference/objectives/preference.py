@@ -107,7 +107,7 @@ def preference(
             weighting["policy_weight"] = (policy_P.sum(), weight)
         metrics = {"loss": (loss_P.sum(), weight), **_metrics(pairs), **weighting}
         if "rewards" in batch:
-            metrics |= _sample_metrics(batch, weight)
+            metrics |= _sample_metrics(batch)
         if len(losses) > 1:
             metrics |= {f"loss/{name}": (value.sum(), weight) for name, value in values.items()}
         metrics |= source_losses(batch, loss_P, pairs.weights, num_sources)
@@ -137,13 +137,14 @@ def _metrics(pairs: PairLogProbs) -> Metrics:
     return {name: ((value * pairs.weights).sum(), weight) for name, value in means.items()}
 
 
-def _sample_metrics(batch: Batch, weight: jax.Array) -> Metrics:
-    """Returns the metrics of pairs that the policy sampled (`trainers.online.pairs.BestOfTwo`)."""
+def _sample_metrics(batch: Batch) -> Metrics:
+    """Returns the metrics of pairs that the policy sampled (`trainers.online.pairs.BestAndWorst`), trained on or not."""
     rewards_B2, ended_B2 = batch["rewards"], batch["ended"]
+    count = jnp.float32(len(rewards_B2))
     return {
-        "reward": (rewards_B2.sum() / 2, weight),
-        "reward/margin": ((rewards_B2[:, 0] - rewards_B2[:, 1]).sum(), weight),
-        "reward/ended": (ended_B2.sum() / 2, weight),
+        "reward": (batch["mean_reward"].sum(), count),
+        "reward/margin": ((rewards_B2[:, 0] - rewards_B2[:, 1]).sum(), count),
+        "reward/ended": (ended_B2.sum() / 2, count),
     }
 
 

@@ -1,0 +1,171 @@
+"""The stages of the recipe that train nothing: prompts by cluster, arbitrage, merging, and indicators by round.
+
+launch/papers/aya_expanse/sweep.py calls it; RECIPE is its recipe.yaml:
+
+  python -m launch.papers.aya_expanse.stage prompts --recipe=RECIPE --to=DIR
+  python -m launch.papers.aya_expanse.stage arbitrage --recipe=RECIPE --prompts=DIR --runs A B --to=DIR
+  python -m launch.papers.aya_expanse.stage merge --recipe=RECIPE --runs A B --to=RUN
+  python -m launch.papers.aya_expanse.stage rounds --recipe=RECIPE --runs A B C --to=DIR
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch import cli
+from launch.papers.aya_expanse import recipe as recipes
+from launch.papers.aya_expanse.recipe import Recipe
+
+ALL = "all.jsonl"
+INDICATORS = "rounds"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.run_command(
+        __doc__, "papers.aya_expanse.stage", _run, add_flags=_add_flags, argv=argv
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stage", choices=tuple(_STAGES))
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="recipe.yaml")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="runs of the models")
+    parser.add_argument("--prompts", metavar="DIR", help="what `prompts` wrote")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def _run(flags: argparse.Namespace) -> None:
+    _STAGES[flags.stage](recipes.read(flags.recipe), flags, pathlib.Path(flags.to))
+
+
+def _prompts(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
+    """Writes the prompts of the recipe's origins, all and by cluster."""
+    rows = [
+        row
+        for _, row in _rows(recipe.prompts)
+        if recipe.origin == "both" or row.get("origin", "native") == recipe.origin
+    ]
+    _write(to / ALL, rows)
+    _by_cluster(recipe, rows, to, "")
+
+
+def _arbitrage(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
+    """Routes the prompts to the runs, and writes the rows and the pairs of each cluster."""
+    prompts = pathlib.Path(flags.prompts or "") / ALL
+    _route(recipe, flags.runs, str(prompts), to, recipe.reward, seed=flags.seed)
+    for name in ("sft", "pairs"):
+        path = to / f"{name}.jsonl"
+        _by_cluster(recipe, [row for _, row in _rows(str(path))], to, f"{name}_")
+
+
+def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
+    """Averages the runs with equal weights, by launch.merge."""
+    import yaml
+
+    from launch import merge
+
+    models = [{"model": run, "parameters": {"weight": 1.0}} for run in flags.runs]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    config = to.with_name(f"{to.name}.merge.yml")
+    config.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}), "utf-8")
+    if status := merge.main([f"--config={config}", f"--out={to}"]):
+        raise SystemExit(status)
+
+
+def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
+    """Compares the runs, in the order of the rounds, on the held-out prompts."""
+    from data.aya_expanse import rounds
+
+    names = [f"{number}_{_name(run)}" for number, run in enumerate(flags.runs)]
+    judge = recipe.judge or recipe.reward
+    tables = [
+        _route(recipe, flags.runs, recipe.held_out, to, kind, names=names, temperature=0.0)["table"]
+        for kind in (judge, recipe.reward)  # the files of the last one stay
+    ]
+    rows = rounds.indicators(names, tables[1], tables[0])
+    (to / f"{INDICATORS}.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    (to / f"{INDICATORS}.md").write_text(rounds.markdown(rows), "utf-8")
+    print(rounds.markdown(rows), end="")
+
+
+def _route(
+    recipe: Recipe,
+    runs: Sequence[str],
+    prompts: str,
+    to: pathlib.Path,
+    reward: str,
+    *,
+    names: Sequence[str] | None = None,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Calls `arbitrage` on a pool of runs; returns its summary."""
+    import yaml
+
+    from launch.preparation import arbitrage
+    from launch.preparation.best_of_n import RewardFlags
+    from launch.preparation.teachers import SamplingFlags
+
+    to.mkdir(parents=True, exist_ok=True)
+    names = names or [_name(run) for run in runs]
+    teachers = [
+        {"name": name, "checkpoint": run, "batch_size": recipe.batch_size}
+        for name, run in zip(names, runs, strict=True)
+    ]
+    pool = to / "pool.yaml"
+    pool.write_text(yaml.safe_dump({"teachers": teachers}, sort_keys=False), "utf-8")
+    return arbitrage.arbitrage(
+        arbitrage.ArbitrageFlags(
+            pool=str(pool),
+            prompts=prompts,
+            out=str(to),
+            form=recipe.form,
+            keep_cut=recipe.keep_cut,
+            language_of=recipe.language_of,
+        ),
+        sampling=SamplingFlags(
+            max_tokens=recipe.max_new_tokens, temperature=temperature, seed=seed
+        ),
+        reward=RewardFlags(reward=reward),
+        language_of=arbitrage.function_named(recipe.language_of),
+    )
+
+
+def _name(run: str) -> str:
+    """Returns the arm of a run of a sweep: runs/ARM/seed0."""
+    path = pathlib.Path(run)
+    return path.parent.name if path.name.startswith("seed") else path.name
+
+
+def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
+    from data.aya_expanse.prompts import EXAMPLE
+    from launch.inference import row_files
+
+    return row_files.read(path, example=EXAMPLE, flag="prompts")
+
+
+def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from launch.inference import row_files
+
+    if not rows:
+        raise ValueError(f"{path} would have no row: add prompts, or change the recipe.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row_files.write(str(path), rows)
+
+
+def _by_cluster(
+    recipe: Recipe, rows: Sequence[Mapping[str, Any]], to: pathlib.Path, prefix: str
+) -> None:
+    for cluster in recipe.clusters:
+        own = [row for row in rows if row.get("language") in recipe.languages(cluster)]
+        _write(to / f"{prefix}{cluster}.jsonl", own)
+
+
+_STAGES = {"prompts": _prompts, "arbitrage": _arbitrage, "merge": _merge, "rounds": _rounds}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

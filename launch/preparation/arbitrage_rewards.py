@@ -1,0 +1,155 @@
+"""Rewards of the answers of a pool of teachers: exact scorers, reward models, and judges of pairs. Each is stored once."""
+
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.aya_expanse.prompts import Prompt
+from launch.inference import row_files
+from launch.preparation import best_of_n
+from launch.preparation.best_of_n import RewardFlags
+
+_JUDGE = "judge:"
+_VERSION = 1  # raise it when an exact scorer's rewards change
+REWARDS, JUDGEMENTS = "rewards.jsonl", "judgements.jsonl"
+
+# The answers to one prompt by teacher: rows of `completions.Store`.
+Answers = Mapping[str, Mapping[str, Any]]
+
+
+def check(flags: RewardFlags) -> None:
+    """Raises an error unless the reward is known."""
+    if not flags.reward.startswith(_JUDGE):
+        best_of_n.checkpoint_of(flags.reward)
+        return
+    from launch.evaluation.judges import spec
+
+    spec.parse(flags.reward.removeprefix(_JUDGE))
+
+
+class Rewards:
+    """Rewards answers, and stores the rewards in a folder.
+
+    A judge compares every two answers to a prompt; an answer's reward is the share of comparisons that it wins, a tie
+    counting one half. Answers that no comparison could judge have no reward.
+
+    Args:
+      flags: `best_of_n.RewardFlags`, whose reward may also be judge:SPEC, see launch/evaluation/judges/spec.py.
+      folder: of the files `rewards.jsonl` and, for a judge, `judgements.jsonl`.
+    """
+
+    def __init__(self, flags: RewardFlags, folder: pathlib.Path):
+        self._flags, self._folder = flags, folder
+
+    @functools.cached_property
+    def version(self) -> str:
+        """A digest of everything besides the answers that the rewards depend on."""
+        flags = self._flags
+        identity: Any
+        if flags.reward.startswith(_JUDGE):
+            identity = self._judge.identity
+        elif (checkpoint := best_of_n.checkpoint_of(flags.reward)) is None:
+            identity = [flags.reward, flags.answer_key, flags.answer_pattern, _VERSION]
+        else:
+            from launch.evaluation.judges.checkpoint import weights_identity
+            from launch.run import load_run
+            from trainers.checkpoints import step_dir
+
+            step = str(step_dir.resolve(checkpoint))
+            _, text = load_run.config_with_text(step)
+            identity = weights_identity(step, settings=text, params="auto")
+        return _digest([identity, flags.missing_end_penalty])
+
+    def __call__(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answers]
+    ) -> list[dict[str, float]]:
+        """Returns the rewards of the answers to each prompt, by teacher.
+
+        Raises:
+          RewardError, JudgeError, LoadError and others: an answer that cannot be rewarded.
+        """
+        if self._flags.reward.startswith(_JUDGE):
+            return self._judged(prompts, answers)
+        with row_files.resumed(self._folder / REWARDS) as file:
+            stored = {row.get("key"): row.get("reward") for _, row in file.rows}
+            keys = {
+                (p, name): _digest([row["key"], self.version])
+                for p, by_name in enumerate(answers)
+                for name, row in by_name.items()
+            }
+            missing = [place for place, key in keys.items() if key not in stored]
+            rows = [
+                (prompts[p].where, self._row(prompts[p], answers[p][name])) for p, name in missing
+            ]
+            made = best_of_n.rewards_of(rows, self._flags, self._config) if rows else []
+            for place, reward in zip(missing, made, strict=True):
+                stored[keys[place]] = reward
+                about = {"id": prompts[place[0]].id, "teacher": place[1], "version": self.version}
+                file.add({"key": keys[place], **about, "reward": reward})
+        return [
+            {name: float(stored[keys[p, name]]) for name in by_name}
+            for p, by_name in enumerate(answers)
+        ]
+
+    def _config(self) -> Any:
+        from launch.run import load_run
+
+        return load_run.config_of(str(best_of_n.checkpoint_of(self._flags.reward)))
+
+    def _row(self, prompt: Prompt, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns an answer as a row of launch.generate. Endpoints write "stop" for an end token."""
+        text = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
+        ended = "length" if answer["ended"] == "length" else "eos"
+        return {**prompt.columns, "prompt": text, "text": answer["text"], "ended": ended}
+
+    @functools.cached_property
+    def _judge(self) -> Any:
+        from launch.evaluation.judges import spec
+        from launch.run import load_run
+
+        chosen = spec.parse(self._flags.reward.removeprefix(_JUDGE))
+        config, text = None, ""
+        if chosen.checkpoint is not None:
+            config, text = load_run.config_with_text(chosen.checkpoint)
+        return spec.build(chosen, attempts=3, allow_ties=False, config=config, config_text=text)
+
+    def _judged(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answers]
+    ) -> list[dict[str, float]]:
+        from launch.evaluation.judges import asking
+        from launch.evaluation.judges.base import TIE, A, Pair
+
+        pairs, places = [], []
+        for p, (prompt, by_name) in enumerate(zip(prompts, answers, strict=True)):
+            text: Any = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
+            for a, b in itertools.combinations(by_name, 2):
+                shown = {"a": by_name[a]["text"], "b": by_name[b]["text"]}
+                pairs.append(Pair(id=prompt.id, prompt=text, **shown, systems=(a, b)))
+                places.append((p, a, b))
+        with asking.opened(self._folder / JUDGEMENTS) as journal:
+            outcomes, _ = asking.judge_pairs(self._judge, pairs, journal)
+        shares: list[dict[str, list[float]]] = [{} for _ in prompts]
+        for (p, a, b), outcome in zip(places, outcomes, strict=True):
+            if outcome.verdict is None:
+                continue
+            won = 0.5 if outcome.verdict == TIE else float(outcome.verdict == A)
+            shares[p].setdefault(a, []).append(won)
+            shares[p].setdefault(b, []).append(1 - won)
+        penalty = self._flags.missing_end_penalty
+        return [
+            {
+                name: sum(won[name]) / len(won[name])
+                - penalty * (by_name[name]["ended"] == "length")
+                for name in by_name
+                if name in won
+            }
+            for won, by_name in zip(shares, answers, strict=True)
+        ]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

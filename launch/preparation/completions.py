@@ -1,0 +1,170 @@
+"""Completions of prompts by teachers: each is written on arrival with its provenance, and none is requested twice."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import tqdm
+
+from data.aya_expanse.pool import Teacher
+from data.aya_expanse.prompts import Prompt
+from data.text.documents import DataError
+from launch import input_errors
+from launch.inference import row_files
+from launch.inference.chat_endpoint import Silence
+from launch.inference.row_files import ResumedRows
+from launch.preparation.teachers import Answer, Working, key_of
+
+
+class Store:
+    """The completions of a file by their keys; opened by `opened`. Several threads may use it."""
+
+    def __init__(self, file: ResumedRows):
+        self._file, self._lock = file, threading.Lock()
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        self._earlier: set[str] = set()
+        for place, row in file.rows:
+            if "error" in row:  # for readers of the file; it is requested again
+                continue
+            if not isinstance(row.get("key"), str) or not isinstance(row.get("text"), str):
+                raise DataError(f"{place} is not a completion. Delete the line to request it again")
+            self._rows[row["key"]] = row
+            self._earlier.add(row["key"])
+
+    def is_earlier(self, key: str) -> bool:
+        """Returns whether the completion of a key is of an earlier start."""
+        return key in self._earlier
+
+    def get(self, key: str) -> Mapping[str, Any] | None:
+        """Returns the completion of a key, or None."""
+        return self._rows.get(key)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Writes a completion, or the row of one that did not come, with "error"."""
+        with self._lock:
+            self._file.add(row)
+            if "error" not in row:
+                self._rows[row["key"]] = row
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[Store]:
+    """Opens the completions in a file, and locks it against other processes.
+
+    Raises:
+      DataError: a line is not a completion.
+      RowFileError: another process writes the file, or a line is damaged.
+    """
+    with row_files.resumed(path) as file:
+        yield Store(file)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Asked:
+    """What became of the requests to one teacher.
+
+    Attributes:
+      new: completions of this start.
+      silent: requests of this start without a completion, by reason.
+      failed: why the teacher is not asked further; empty if it works.
+    """
+
+    new: int = 0
+    silent: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    failed: str = ""
+
+
+def ask(
+    working: Mapping[str, Working],
+    wanted: Mapping[str, Sequence[Prompt]],
+    store: Store,
+    *,
+    attempts: int,
+    asked: Mapping[str, Asked],
+) -> None:
+    """Requests the completions that the store lacks: of all endpoints at once, and of one local teacher at a time.
+
+    A teacher that fails is not asked further, and the others go on.
+
+    Args:
+      working: teachers by name.
+      wanted: the prompts of each teacher.
+      attempts: maximum requests of a completion in this start.
+      asked: counts of each teacher, which are updated.
+    """
+    # By key, since prompts of different ids may have the same text.
+    by_key = {
+        name: {key_of(working[name], prompt): prompt for prompt in prompts}
+        for name, prompts in wanted.items()
+    }
+    missing = {
+        name: [prompt for key, prompt in prompts.items() if store.get(key) is None]
+        for name, prompts in by_key.items()
+    }
+    missing = {name: prompts for name, prompts in missing.items() if prompts}
+    local = [name for name in missing if working[name].local]
+    remote = [name for name in missing if not working[name].local]
+    total = sum(map(len, missing.values()))
+    with tqdm.tqdm(total=total, desc="teachers", unit="completion", disable=None) as progress:
+
+        def one(name: str) -> None:
+            _ask_one(working[name], missing[name], store, attempts, asked[name], progress)
+
+        with ThreadPoolExecutor(max(len(remote), 1)) as threads:
+            futures = [threads.submit(one, name) for name in remote]
+            for name in local:
+                one(name)
+            for future in futures:
+                future.result()
+
+
+def _ask_one(
+    working: Working,
+    prompts: Sequence[Prompt],
+    store: Store,
+    attempts: int,
+    asked: Asked,
+    progress: Any,
+) -> None:
+    left = list(prompts)
+    try:
+        for _ in range(attempts):
+            silent = []
+            with contextlib.closing(working.answers(left)) as answers:  # type: ignore[type-var]
+                for i, answer in answers:
+                    key = key_of(working, left[i])
+                    store.add(_row(working, left[i], answer, key))
+                    if isinstance(answer, Silence):
+                        silent.append(left[i])
+                        asked.silent[answer.reason] += 1
+                    else:
+                        asked.new += 1
+                        progress.update()
+            left = silent
+            if not left or working.local:  # a checkpoint would refuse a prompt again
+                break
+    except Exception as error:
+        if (reason := input_errors.reason(error)) is None:
+            raise
+        asked.failed = str(reason)
+
+
+def _row(working: Working, prompt: Prompt, answer: Answer | Silence, key: str) -> dict[str, Any]:
+    teacher: Teacher = working.teacher
+    about = {
+        "key": key,
+        "id": prompt.id,
+        "language": prompt.language,
+        "teacher": teacher.name,
+        "source": teacher.model or teacher.where,
+        "settings": dataclasses.asdict(working.sampling),
+    }
+    if isinstance(answer, Silence):
+        return {**about, "error": answer.reason}
+    cost = teacher.cost(answer.prompt_tokens, answer.new_tokens)
+    return {**about, **dataclasses.asdict(answer), "cost": cost}

@@ -1,0 +1,258 @@
+"""Routing: whom to ask, which answers can be used, and whose answer is kept."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.aya_expanse import router, routing
+from data.aya_expanse.pool import Pool
+from data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
+from data.preference.texts import is_blank
+from data.text.documents import DataError
+from launch.preparation.completions import Asked, Store, ask
+from launch.preparation.teachers import SamplingFlags, Working, at_work, key_of
+
+NO_ANSWER, EMPTY, CUT, WRONG_LANGUAGE = "no answer", "empty", "cut", "wrong language"
+_IMPORTED, ROUTER = "imported", "router.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routed:
+    """The result for P prompts.
+
+    Attributes:
+      chosen: the teacher of each prompt; None if it has no answer that can be used.
+      answers: the answers that can be used, by teacher, in the order of the pool.
+      all_answers: all answers, by teacher.
+      rewards: of `answers`, by teacher.
+      fates: why an answer cannot be used, by teacher.
+      names: all teachers.
+      reward_version: see `Rewards.version`; None without a reward.
+      teachers: counts of requests by teacher, as JSON.
+    """
+
+    chosen: Sequence[str | None]
+    answers: Sequence[Mapping[str, Any]]
+    all_answers: Sequence[Mapping[str, Any]]
+    rewards: Sequence[Mapping[str, float]]
+    fates: Sequence[Mapping[str, str]]
+    names: Sequence[str]
+    reward_version: str | None
+    teachers: Mapping[str, Mapping[str, Any]]
+
+
+class Router:
+    """Asks the teachers of a pool, and chooses among their answers.
+
+    Args:
+      settings: `launch.preparation.arbitrage.ArbitrageFlags`.
+      store: answers of earlier starts, and of this one.
+      rewards: `launch.preparation.arbitrage_rewards.Rewards`; None for no rewards.
+      language_of: see `launch.preparation.arbitrage.arbitrage`.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        pool: Pool,
+        store: Store,
+        *,
+        sampling: SamplingFlags,
+        rewards: Any | None,
+        language_of: Callable[[str], str | None] | None,
+    ):
+        self._settings, self._pool, self._store = settings, pool, store
+        self._sampling, self._rewards, self._language_of = sampling, rewards, language_of
+        self._out = pathlib.Path(settings.out)
+        self._asked = {name: Asked() for name in pool.teachers}
+        self._working: dict[str, Working] = {}
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Routed:
+        """Returns the answers to the prompts, and whose is kept.
+
+        Raises:
+          DataError: a prompt that the routing has no teacher for.
+          EndpointError, LoadError, FileNotFoundError and others: a teacher that cannot be used.
+        """
+        settings, pool = self._settings, self._pool
+        planned: list[list[str]]
+        if settings.routing in ("reward", "learned"):
+            planned = [[t.name for t in routing.able(pool, p.language)] for p in prompts]
+        else:
+            planned = [[self._planned(prompt)] for prompt in prompts]
+        # Errors in the pool end the command before anything is requested.
+        imported = os.fspath(self._out / _IMPORTED)
+        for name in (n for n in pool.teachers if any(n in names for names in planned)):
+            self._working[name] = at_work(pool.teachers[name], self._sampling, imported=imported)
+        learns = [True] * len(prompts)
+        if settings.router is not None:
+            planned = self._picked(self._loaded(settings.router), prompts, planned)
+        elif settings.routing == "learned":
+            learns = self._subset(prompts)
+            pairs = zip(planned, learns, strict=True)
+            self._ask(prompts, [names if learn else [] for names, learn in pairs])
+            subset = [i for i, learn in enumerate(learns) if learn]
+            picked = self._learned(prompts, subset, planned)
+            planned = [names if learns[i] else picked[i] for i, names in enumerate(planned)]
+        self._ask(prompts, planned)
+        return self._chosen(prompts, planned, learns)
+
+    def _loaded(self, path: str) -> router.Router:
+        """Returns the router in a file; raises DataError if it is not of this pool."""
+        trained = router.load(path)
+        if trained.names != tuple(self._pool.teachers):
+            raise DataError(
+                f"--router={path} chooses among {', '.join(trained.names)}, not the pool's "
+                f"{', '.join(self._pool.teachers)}: give the router of this pool, or none"
+            )
+        return trained
+
+    def _subset(self, prompts: Sequence[Prompt]) -> list[bool]:
+        """Returns whether all teachers answer a prompt, from which the router learns: at least one of each language."""
+        share, seed = self._settings.subset, self._sampling.seed
+        learns = [routing.in_subset(prompt, share, seed=seed) for prompt in prompts]
+        for language in {prompt.language for prompt in prompts}:
+            own = [i for i, prompt in enumerate(prompts) if prompt.language == language]
+            learns[own[0]] = learns[own[0]] or not any(learns[i] for i in own)
+        return learns
+
+    def _planned(self, prompt: Prompt) -> str:
+        """Returns the one teacher to ask, for routings that need no answer."""
+        if self._settings.routing == "single":
+            return routing.single(self._pool, self._settings.teacher, prompt)
+        if self._settings.routing == "random":
+            return routing.random(self._pool, prompt, seed=self._sampling.seed)
+        return routing.fixed(self._pool, prompt)
+
+    def _ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
+        wanted = {
+            name: [p for p, names in zip(prompts, planned, strict=True) if name in names]
+            for name in self._working
+            if not self._asked[name].failed
+        }
+        attempts = self._settings.attempts
+        ask(self._working, wanted, self._store, attempts=attempts, asked=self._asked)
+
+    def _answers(self, prompt: Prompt, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        keys = {name: key_of(self._working[name], prompt) for name in names}
+        rows = {name: self._store.get(key) for name, key in keys.items()}
+        return {name: row for name, row in rows.items() if row is not None}
+
+    def _fate(self, prompt: Prompt, answer: Mapping[str, Any] | None) -> str:
+        """Returns why an answer cannot be used; empty if it can."""
+        if answer is None:
+            return NO_ANSWER
+        if is_blank(answer["text"]):
+            return EMPTY
+        if answer["ended"] == "length" and not self._settings.keep_cut:
+            return CUT
+        if self._language_of is not None and prompt.language != UNKNOWN:
+            language = self._language_of(answer["text"])
+            if language is not None and not same_language(language, prompt.language):
+                return WRONG_LANGUAGE
+        return ""
+
+    def _usable(
+        self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, str]]]:
+        """Returns all answers, the usable ones, and the fates of the others, each by prompt and teacher."""
+        everything, usable, fates = [], [], []
+        for prompt, names in zip(prompts, planned, strict=True):
+            answers = self._answers(prompt, names)
+            whys = {name: self._fate(prompt, answers.get(name)) for name in names}
+            everything.append(answers)
+            usable.append({name: answers[name] for name, why in whys.items() if not why})
+            fates.append({name: why for name, why in whys.items() if why})
+        return everything, usable, fates
+
+    def _learned(
+        self, prompts: Sequence[Prompt], subset: Sequence[int], planned: Sequence[Sequence[str]]
+    ) -> list[list[str]]:
+        """Returns, for each prompt, the one teacher that is expected to have the largest reward."""
+        assert self._rewards is not None
+        learnt = [prompts[i] for i in subset]
+        _, usable, _ = self._usable(learnt, [planned[i] for i in subset])
+        rewards = self._rewards(learnt, usable)
+        names = list(self._pool.teachers)
+        if self._settings.per == "language":
+            order = routing.best_by_language(learnt, rewards, names)
+            return [order.get(prompt.language, [])[:1] for prompt in prompts]
+        rewarded = [i for i, row in enumerate(rewards) if row]
+        if not rewarded:
+            return [[] for _ in prompts]
+        p_NK = router.targets([rewards[i] for i in rewarded], names, tau=self._settings.tau)
+        learnt = [learnt[i] for i in rewarded]
+        trained = router.fit(_texts(learnt), [p.language for p in learnt], p_NK, names)
+        trained.save(self._out / ROUTER)
+        return self._picked(trained, prompts, planned)
+
+    def _picked(
+        self,
+        trained: router.Router,
+        prompts: Sequence[Prompt],
+        planned: Sequence[Sequence[str]],
+    ) -> list[list[str]]:
+        """Returns the teacher that a router chooses for each prompt, among those that are asked in its language."""
+        names = trained.names
+        log_probs_NK = trained.log_probs(_texts(prompts), [p.language for p in prompts])
+        able_NK = np.array([[name in own for name in names] for own in planned])
+        best_N = np.argmax(np.where(able_NK, log_probs_NK, -np.inf), axis=1)
+        return [[names[k]] for k in best_N]
+
+    def _chosen(
+        self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]], learns: Sequence[bool]
+    ) -> Routed:
+        everything, usable, fates = self._usable(prompts, planned)
+        rewards: list[dict[str, float]] = [{} for _ in prompts]
+        if self._rewards is not None:
+            rewards = self._rewards(prompts, usable)
+        by_language: Mapping[str, Sequence[str]] = {}
+        if self._settings.per == "language":
+            known = [row if learn else {} for row, learn in zip(rewards, learns, strict=True)]
+            by_language = routing.best_by_language(prompts, known, list(self._pool.teachers))
+        chosen: list[str | None] = []
+        for prompt, answers, row in zip(prompts, usable, rewards, strict=True):
+            if self._settings.per == "language":
+                order = by_language.get(prompt.language, ())
+                chosen.append(next((name for name in order if name in answers), None))
+            elif len(answers) == 1:
+                chosen.append(next(iter(answers)))
+            else:
+                chosen.append(routing.best(row) if row else None)
+        teachers = {
+            name: {
+                "earlier": sum(
+                    self._store.is_earlier(row[name]["key"]) for row in everything if name in row
+                ),
+                "new": asked.new,
+                "failed": asked.failed,
+                "silent": dict(asked.silent.most_common(5)),
+                "dropped": _counts([row[name] for row in fates if name in row]),
+            }
+            for name, asked in self._asked.items()
+        }
+        return Routed(
+            chosen=chosen,
+            answers=usable,
+            all_answers=everything,
+            rewards=rewards,
+            fates=fates,
+            names=list(self._pool.teachers),
+            reward_version=None if self._rewards is None else self._rewards.version,
+            teachers=teachers,
+        )
+
+
+def _texts(prompts: Sequence[Prompt]) -> list[str]:
+    return [
+        prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"]
+        for prompt in prompts
+    ]
+
+
+def _counts(values: Sequence[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in sorted(set(values))}

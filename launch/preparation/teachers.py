@@ -1,0 +1,269 @@
+"""Teachers of a pool at work: checkpoints in this process, and endpoints over HTTP."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from data.aya_expanse.pool import Teacher
+from data.aya_expanse.prompts import Prompt
+from data.text.documents import DataError, check_unicode
+from data.text.splits import stable_hash
+from launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
+
+# Requests in a row without a reply after which an endpoint is not asked further.
+_PATIENCE = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How completions are sampled; a teacher of the pool may have its own values.
+
+    Attributes:
+      max_tokens: maximum new tokens.
+      temperature: 0 for greedy completions.
+      top_p: draws among the fewest tokens whose probabilities sum to at least p.
+      seed: of the draws; those of a prompt depend on it and the prompt's text.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"--max_tokens={self.max_tokens} must be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"--temperature={self.temperature} must be 0 or positive, and finite.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p={self.top_p} must be above 0, and 1 at most.")
+
+    def of(self, teacher: Teacher) -> "SamplingFlags":
+        """Returns the settings of a teacher."""
+        names = ("max_tokens", "temperature", "top_p")
+        own = {n: getattr(teacher, n) for n in names if getattr(teacher, n) is not None}
+        return dataclasses.replace(self, **own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A completion of a prompt.
+
+    Attributes:
+      text: the completion.
+      ended: "length" if it was cut at the maximum length.
+      prompt_tokens, new_tokens: numbers of tokens, None if unknown.
+    """
+
+    text: str
+    ended: str
+    prompt_tokens: int | None
+    new_tokens: int | None
+
+
+class Working(Protocol):
+    """A teacher that can be asked.
+
+    Attributes:
+      teacher: its entry in the pool.
+      sampling: its settings.
+      identity: JSON of everything besides the prompt and the seed that its answers depend on.
+      local: whether it uses this machine's devices, so that one works at a time.
+    """
+
+    teacher: Teacher
+    sampling: SamplingFlags
+    identity: Mapping[str, Any]
+    local: bool
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+        """Yields (index, answer) of each prompt, in the order in which they finish.
+
+        Raises:
+          ValueError, OSError: of this project: further prompts would fail too.
+        """
+
+
+def key_of(working: Working, prompt: Prompt) -> str:
+    """Returns the digest of everything that a completion depends on."""
+    content = [working.identity, prompt.prompt, working.sampling.seed]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Working:
+    """Returns a teacher that can be asked.
+
+    Args:
+      imported: folder for runs that are made of Hugging Face checkpoints.
+
+    Raises:
+      EndpointError: a malformed URL, or no key.
+      FileNotFoundError, ConvertError and others: the checkpoint cannot be read.
+    """
+    sampling = sampling.of(teacher)
+    if teacher.kind == "url":
+        return EndpointTeacher(teacher, sampling)
+    where = teacher.where if teacher.kind == "checkpoint" else _imported(teacher, imported)
+    return CheckpointTeacher(teacher, sampling, where)
+
+
+def _imported(teacher: Teacher, folder: str) -> str:
+    """Returns the run of a Hugging Face checkpoint, which is made once."""
+    from launch.weights import import_weights
+
+    source = os.path.realpath(teacher.where)
+    config = os.path.join(source, "config.json")
+    changed = os.stat(config).st_mtime_ns if os.path.exists(config) else 0
+    target = os.path.join(folder, f"{stable_hash(f'{source} {changed}'):016x}")
+    if not os.path.isdir(target):
+        os.makedirs(folder, exist_ok=True)
+        import_weights.import_hf(source, target)
+    return target
+
+
+class EndpointTeacher:
+    """An OpenAI-compatible endpoint; see `Working`."""
+
+    local = False
+
+    def __init__(self, teacher: Teacher, sampling: SamplingFlags):
+        self.teacher, self.sampling = teacher, sampling
+        self._endpoint = ChatEndpoint(
+            teacher.where,
+            model=teacher.model or "",
+            key=api_key(teacher.key_env, teacher.key_file),
+            timeout=teacher.timeout,
+            retries=teacher.retries,
+            concurrency=teacher.concurrency,
+            owner=f"the teacher {teacher.name!r}",
+        )
+        self._body = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+        }
+        self.identity = {
+            "kind": "url",
+            "url": self._endpoint.url,
+            "model": teacher.model,
+            **self._body,
+        }
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+        bodies = [
+            {
+                "messages": prompt.messages,
+                **self._body,
+                "seed": (self.sampling.seed + int(prompt.digest, 16)) % 2**31,
+            }
+            for prompt in prompts
+        ]
+        for i, reply in self._endpoint.ask_each(bodies, patience=_PATIENCE):
+            if isinstance(reply, Silence):
+                yield i, reply
+                continue
+            try:
+                check_unicode(reply.text, "content", self.teacher.name)
+            except DataError:
+                yield i, Silence(reason="the reply is not valid Unicode")
+                continue
+            yield (
+                i,
+                Answer(
+                    text=reply.text,
+                    ended=reply.ended,
+                    prompt_tokens=reply.prompt_tokens,
+                    new_tokens=reply.new_tokens,
+                ),
+            )
+
+
+class CheckpointTeacher:
+    """A run of this project; see `Working`. Prompts are turns of a user if its model has a chat template, else texts."""
+
+    local = True
+
+    def __init__(self, teacher: Teacher, sampling: SamplingFlags, checkpoint: str):
+        from launch.evaluation.judges.checkpoint import weights_identity
+        from launch.run import load_run
+        from trainers.checkpoints import step_dir
+
+        self.teacher, self.sampling = teacher, sampling
+        # A newer step would change the answers.
+        self._step = os.fspath(step_dir.resolve(checkpoint))
+        _, text = load_run.config_with_text(self._step)
+        self.identity = {
+            "kind": "checkpoint",
+            **weights_identity(self._step, settings=text, params="auto"),
+            "chat_template": teacher.chat_template,
+            **{name: getattr(sampling, name) for name in ("max_tokens", "temperature", "top_p")},
+        }
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
+        from launch.inference import generate
+        from launch.run import load_run
+        from trainers.decoding.settings import Sampling, Settings
+
+        sampling = self.sampling
+        top_p = None if sampling.top_p == 1 or sampling.temperature == 0 else sampling.top_p
+        settings = Settings(
+            max_new_tokens=sampling.max_tokens,
+            sampling=Sampling(temperature=sampling.temperature, top_p=top_p),
+        )
+        config = load_run.config_of(self._step)
+        if self.teacher.chat_template is not None:
+            config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
+        with config.load(self._step, encoder_decoders=True) as loaded:
+            rows, lengths = [], {}
+            for i, prompt in enumerate(prompts):
+                row = _row(loaded, prompt)
+                try:
+                    lengths[i] = _checked_length(loaded, row, prompt, sampling.max_tokens)
+                except load_run.LoadError as error:
+                    yield i, Silence(reason=str(error))
+                    continue
+                rows.append((prompt.where, row))
+            if not rows:
+                return
+            # Prompts of similar length share a batch, whose answers are then yielded together.
+            places = list(lengths)
+            order = sorted(range(len(rows)), key=lambda r: -lengths[places[r]])
+            decoder, texts = generate.decoder_and_texts(
+                loaded, settings, rows=len(rows), batch_size=self.teacher.batch_size
+            )
+            continued = generate.continued(
+                loaded,
+                decoder,
+                texts,
+                [rows[r] for r in order],
+                num_samples=1,
+                seed=sampling.seed,
+                indices=[int(prompts[places[r]].digest, 16) % 2**32 for r in order],
+            )
+            for r, row in zip(order, continued, strict=True):
+                i = places[r]
+                tokens = {"prompt_tokens": lengths[i], "new_tokens": len(row["tokens"])}
+                yield i, Answer(text=row["text"], ended=row["ended"], **tokens)
+
+
+def _row(loaded: Any, prompt: Prompt) -> dict[str, Any]:
+    converses = (
+        loaded.config.chat_template is not None
+        or getattr(loaded.vocabulary, "chat_template", None) is not None
+        or not isinstance(prompt.prompt, str)
+    )
+    return {"messages": prompt.messages} if converses else {"text": prompt.prompt}
+
+
+def _checked_length(loaded: Any, row: Mapping[str, Any], prompt: Prompt, new: int) -> int:
+    """Returns the number of tokens of a prompt; raises LoadError if the model cannot continue it."""
+    from launch.inference.generate import prompt_of
+    from launch.run.load_run import LoadError
+
+    length, limit = len(prompt_of(loaded, row, prompt.where)), loaded.model.max_length
+    if limit is not None and length + new - 1 > limit:
+        raise LoadError(f"the prompt and {new} new tokens are longer than {limit} positions")
+    return length

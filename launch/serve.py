@@ -1,0 +1,136 @@
+"""Serves a trained model to clients of the OpenAI API: completions of texts, and answers to messages.
+
+Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+
+  python -m launch.serve --checkpoint=/tmp/espalier_tiny --port=8000
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "espalier_tiny", "prompt": "def main(", "max_tokens": 32, "seed": 1}'
+
+or, in Python, openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Needs pip install -e .[serve].
+
+POST /v1/completions and /v1/chat/completions (messages are rendered by the model's chat template), GET /v1/models and
+/health. Parameters: max_tokens (max_completion_tokens), temperature, top_p, n, seed, stop, stream, stream_options and
+logprobs (of the chosen tokens). A parameter that would be ignored is an error. The text is that of launch.generate with
+the same settings and seed. Completions of all requests wait in one queue and are generated in batches.
+
+Only programs of this computer reach the server unless --host is another address; then give --api_key_file, a file with
+the key that clients must send. SIGINT or SIGTERM ends it after the requests in progress.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from launch import cli
+from launch.config import setting_flags
+from launch.run import load_run
+from launch.serving.limits import Limits
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_SHUTDOWN_S = 30  # for requests in progress
+
+
+class ServeError(ValueError):
+    """A server that cannot start."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.main(
+        __doc__,
+        entry="launch.run.load_run:RunConfig",
+        command="serve",
+        extra_flags=_add_flags,
+        run=_run,
+        default_files=load_run.default_files,
+        unused={"VOCABULARY": "None"},
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    load_run.add_flags(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to serve (default 127.0.0.1)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0 for a free one")
+    group.add_argument("--name", help="name of the model (default: of the run's directory)")
+    group.add_argument("--api_key_file", metavar="FILE", help="file with the key of the clients")
+    setting_flags.add(parser.add_argument_group("limits"), Limits())
+    group = parser.add_argument_group("key/value cache")
+    group.add_argument(
+        "--cache_dtype",
+        choices=("int8", "bfloat16", "float16", "float32"),
+        help="type of cached keys and values (default: the model's)",
+    )
+
+
+def _run(start: cli.Start) -> None:
+    """Serves until a signal.
+
+    Raises:
+      ServeError: packages or the key are missing, several processes, or an address that cannot be used.
+    """
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError:
+        raise ServeError(
+            "launch.serve needs starlette and uvicorn: pip install -e .[serve]"
+        ) from None
+    import jax
+
+    from launch.serving.app import make_app
+    from launch.serving.engine import Engine
+
+    flags = start.flags
+    if jax.process_count() > 1:
+        raise ServeError("launch.serve runs in one process, on all devices of a host.")
+    limits = Limits(**setting_flags.given(flags, Limits))
+    api_key = None if flags.api_key_file is None else key_of(flags.api_key_file)
+    if api_key is None and flags.host not in _LOCAL:
+        print(
+            f"warning: everyone who reaches {flags.host} can use the model: see --api_key_file.",
+            file=sys.stderr,
+        )
+    name = flags.name or os.path.basename(os.path.abspath(flags.checkpoint))
+    config = uvicorn.Config(
+        lambda: None,
+        host=flags.host,
+        port=flags.port,
+        log_level="info",
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+        server_header=False,
+    )
+    try:
+        socket = config.bind_socket()  # before the model is loaded
+    except SystemExit:  # uvicorn has printed the reason
+        raise ServeError(
+            f"--host={flags.host} --port={flags.port} cannot be served: choose another address or port."
+        ) from None
+    options = {"checkpoint": flags.checkpoint, "params": flags.params}
+    with socket, Engine(start(), limits=limits, cache_dtype=flags.cache_dtype, **options) as engine:
+        config.app = make_app(engine, model=name, limits=limits, api_key=api_key)
+        print(
+            f"serving {name} at http://{flags.host}:{socket.getsockname()[1]}/v1", file=sys.stderr
+        )
+        uvicorn.Server(config).run(sockets=[socket])
+
+
+def key_of(path: str) -> str:
+    """Returns the API key in a file.
+
+    Raises:
+      ServeError: the file is empty, or has more than one line.
+    """
+    text = pathlib.Path(path).read_text("utf-8").strip()
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        raise ServeError(
+            f"--api_key_file={path} must have one line with the key: letters, digits and signs, no spaces."
+        )
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

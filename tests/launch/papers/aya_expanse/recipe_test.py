@@ -1,0 +1,205 @@
+"""The recipe of Aya Expanse: its arms as gin has them, and the stages that train nothing."""
+
+import json
+import pathlib
+import types
+
+import gin
+import pytest
+import yaml
+
+from data.aya_expanse import rounds
+from data.text.documents import DataError
+from launch import cli
+from launch.config import gin_config
+from launch.papers.aya_expanse import recipe as recipes
+from launch.papers.aya_expanse import stage
+from launch.sweeping import file
+
+CLUSTERS = {"turkic": ["tr"], "slavic": ["uk"]}
+PROMPTS = [
+    {"prompt": f"{language} {i}", "language": language, "answer": "x", "origin": origin}
+    for language in ("tr", "uk", "en")
+    for origin in ("native", "translated")
+    for i in range(2)
+]
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.fixture
+def write(trained_run, tmp_path):
+    """Writes a recipe; returns its path."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+
+    def run(**changes):
+        row = {
+            "base": trained_run.path,
+            "chats": str(tmp_path / "chats"),
+            "prompts": str(tmp_path / "prompts.jsonl"),
+            "held_out": str(tmp_path / "prompts.jsonl"),
+            "clusters": CLUSTERS,
+            "shared": ["en"],
+            **changes,
+        }
+        row = {key: value for key, value in row.items() if value is not None}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(row))
+        return str(path)
+
+    return run
+
+
+def sweep(path):
+    return {run.arm: run for run in file.read(f"launch/papers/aya_expanse/sweep.py:{path}")}
+
+
+def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(write):
+    arms = sweep(write(rounds=2, samples=6))
+    order = list(arms)
+    assert order.index("arbitrage") < order.index("merged") < order.index("round1_turkic")
+    before = {"dpo": "merged", "round1": "merged_dpo", "round2": "merged_round1"}
+    for kind, parent in before.items():
+        for cluster in CLUSTERS:
+            run = arms[f"{kind}_{cluster}"]
+            assert run.parent == f"{parent}/seed0"
+            given = [*run.bindings, "MODEL_DIR='/run'", "INITIAL_CHECKPOINT_PATH='/before'"]
+            config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+            assert config.macros["REFERENCE"] == "/before"
+            if kind != "dpo":
+                inputs = config.arguments()["recipe"].inputs
+                assert (inputs.samples, inputs.gap, inputs.reference) == (6, 0.0, True)
+            gin.clear_config(clear_constants=True)
+    assert set(arms["merged_round2"].made_of) == {"round2_turkic", "round2_slavic"}
+    assert list(arms["rounds"].made_of) == [
+        "merged",
+        "merged_dpo",
+        "merged_round1",
+        "merged_round2",
+    ]
+    assert "PAIRS='{arbitrage}/pairs_slavic.jsonl'" in arms["dpo_slavic"].bindings
+    assert set(arms["dpo_slavic"].above) == {"merged/seed0", "arbitrage/seed0"}
+    for name in ("sft_turkic", "arbitrage_slavic"):
+        run = arms[name]
+        assert run.parent is None
+        given = [*run.bindings, "MODEL_DIR='/run'"]
+        config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+        assert config.arguments()["total_steps"] == 500
+        gin.clear_config(clear_constants=True)
+
+
+def test_a_reward_model_reaches_the_online_rounds_and_a_judge_cannot(write):
+    arms = sweep(write(reward="checkpoint:/rm", bindings=["BATCH_SIZE=8"]))
+    run = arms["round3_turkic"]
+    assert {"REWARD_CHECKPOINT='/rm'", "BATCH_SIZE=8"} <= set(run.bindings)
+    assert "t5x_configs/methods/preference/reward_checkpoint.gin" in run.gin_files
+    with pytest.raises(file.SweepError, match="need an exact scorer"):
+        sweep(write(reward="judge:openai:http://host/v1,model=m"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": None}, "'base' is missing"),
+        ({"clusters": []}, "'clusters' is"),
+        ({"steps": {"sft": 1}}, "'steps' is"),
+        ({"samples": 1}, "'samples' is 1"),
+        ({"origin": "both of them"}, "'origin' is"),
+        ({"bindings": "X=1"}, "'bindings' is"),
+        ({"roundz": 1}, "did you mean 'rounds'"),
+    ],
+)
+def test_a_bad_recipe_is_named(write, changes, message):
+    with pytest.raises(recipes.RecipeError, match=message):
+        recipes.read(write(**changes))
+
+
+def run(name, path, to, *flags):
+    return cli.status_of(
+        lambda: stage._run(_flags(stage=name, recipe=path, to=str(to), flags=flags))
+    )
+
+
+def _flags(*, stage, recipe, to, flags):
+    settings = {"runs": [], "prompts": None, "seed": 0, **dict(flags)}
+    return types.SimpleNamespace(stage=stage, recipe=recipe, to=to, **settings)
+
+
+def rows(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("origin", "count"), [("native", 2), ("translated", 2), ("both", 4)])
+def test_prompts_are_of_an_origin_and_shared_languages_are_in_every_cluster(
+    write, tmp_path, origin, count
+):
+    assert run("prompts", write(origin=origin), tmp_path / "p") == 0
+    for cluster, languages in CLUSTERS.items():
+        own = rows(tmp_path / f"p/{cluster}.jsonl")
+        assert {row["language"] for row in own} == {*languages, "en"}
+        assert len(own) == 2 * count
+
+
+def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
+    calls = []
+    merge = types.SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
+    import launch
+
+    monkeypatch.setitem(__import__("sys").modules, "launch.merge", merge)
+    monkeypatch.setattr(launch, "merge", merge, raising=False)
+    assert run("merge", write(), tmp_path / "m/seed0", ("runs", ["/a", "/b"])) == 0
+    ((config, out),) = calls
+    made = yaml.safe_load(pathlib.Path(config.removeprefix("--config=")).read_text())
+    assert made["merge_method"] == "linear" and out == f"--out={tmp_path / 'm/seed0'}"
+    assert [model["model"] for model in made["models"]] == ["/a", "/b"]
+    assert {model["parameters"]["weight"] for model in made["models"]} == {1.0}
+
+
+def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branches, trained_run):
+    judge = f"judge:logprob:{trained_run.path}"
+    path = write(reward=judge, form="prompt", keep_cut=True, max_new_tokens=4, batch_size=8)
+    assert run("prompts", path, tmp_path / "p") == 0
+    teachers = ("runs", branches.folders[:2])
+    prompts = ("prompts", str(tmp_path / "p"))
+    assert run("arbitrage", path, tmp_path / "a", teachers, prompts) == 0
+    for cluster, languages in CLUSTERS.items():
+        for name in ("sft", "pairs"):
+            own = rows(tmp_path / f"a/{name}_{cluster}.jsonl")
+            assert {row["language"] for row in own} <= {*languages, "en"}
+        assert all(row["chosen_reward"] > row["rejected_reward"] for row in own)
+    assert run("rounds", path, tmp_path / "r", teachers) == 0
+    made = json.loads((tmp_path / "r/rounds.json").read_text())
+    names = [stage._name(folder) for folder in branches.folders[:2]]
+    assert [row["round"] for row in made[:2]] == [f"{i}_{name}" for i, name in enumerate(names)]
+    assert {row["language"] for row in made} == {"tr", "uk", "en"}
+    assert all(row["reward"] == row["judge"] for row in made)
+    assert {row["over_optimised"] for row in made} == {None, False}
+
+
+def test_over_optimisation_is_a_rising_reward_and_a_falling_judge():
+    def table(*rewards, **more):
+        return [
+            {
+                "language": "tr",
+                "teacher": f"r{i}",
+                "reward": r,
+                "asked": 4,
+                "new_tokens": 3.0,
+                **more,
+            }
+            for i, r in enumerate(rewards)
+        ]
+
+    names = ["r0", "r1", "r2"]
+    made = rounds.indicators(names, table(0.1, 0.5, 0.6, cut=1), table(0.4, 0.5, 0.3))
+    assert [row["over_optimised"] for row in made] == [None, False, True]
+    assert {row["cut"] for row in made} == {0.25} and {row["wrong_language"] for row in made} == {0}
+    assert "| tr | r2 | 0.6 | 0.3 | 3 | 0 | 0.25 | yes |" in rounds.markdown(made)
+    unknown = rounds.indicators(names, table(0.1, None, 0.6), table(0.4, 0.5, 0.3))
+    assert [row["over_optimised"] for row in unknown] == [None, None, None]
+    with pytest.raises(DataError, match="no answer of 'r3' in 'tr'"):
+        rounds.indicators([*names, "r3"], table(1, 2, 3), table(1, 2, 3))

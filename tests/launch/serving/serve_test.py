@@ -1,0 +1,369 @@
+"""The server end to end, by the `openai` client: its texts are those of `generate`, and bad requests are errors."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+
+import numpy as np
+import openai
+import pytest
+import requests as http
+import uvicorn
+
+from launch import serve
+from launch.inference.generate import generate
+from launch.run import load_run
+from launch.serving import app as app_module
+from launch.serving import requests
+from launch.serving.engine import BusyError, Engine, Job
+from launch.serving.limits import Limits
+from trainers.decoding.sampling import Sampling
+from trainers.decoding.settings import Draw, Settings
+
+LIMITS = Limits(max_tokens=64, max_prompt_tokens=160, max_completions=6, max_body_bytes=5000)
+LIMITS = dataclasses.replace(LIMITS, batch_size=4, max_queue=12, timeout=120.0)
+KEY = "one-key"  # pragma: allowlist secret
+
+
+@contextlib.contextmanager
+def served(engine, limits=LIMITS, **options):
+    """Yields the address of a server in a thread."""
+    app = app_module.make_app(engine, model="tiny", limits=limits, **options)
+    config = uvicorn.Config(app, port=0, log_level="warning")
+    with config.bind_socket() as socket:
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=lambda: server.run(sockets=[socket]))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{socket.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def config(trained_run):
+    config = load_run.config_of(trained_run.path)
+    return dataclasses.replace(config, chat_template="command")
+
+
+@pytest.fixture(scope="module")
+def engine(config, trained_run):
+    with Engine(config, checkpoint=trained_run.path, limits=LIMITS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with served(engine, api_key=KEY) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def generated(config, trained_run):
+    """Rows of `generate`."""
+
+    def run(rows, *, tokens, seed=0, stops=(), samples=1, **sampling):
+        settings = Settings(
+            max_new_tokens=tokens, num_samples=samples, sampling=Sampling(**sampling)
+        )
+        options = {"settings": settings, "seed": seed, "stops": stops, "batch_size": 2}
+        places = [(f"row {i}", row) for i, row in enumerate(rows)]
+        return list(generate(config, places, checkpoint=trained_run.path, **options))
+
+    return run
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_texts_are_those_of_generate_whatever_shares_the_batch(client, generated):
+    prompts = ["import ", "x", "def f(", [5, 6, 7]]
+    sampled = generated(
+        [{"text": p} if isinstance(p, str) else {"tokens": p} for p in prompts],
+        tokens=20,
+        seed=3,
+        temperature=1.0,
+    )
+    greedy = generated([{"text": "import "}], tokens=24, temperature=0.0)
+    nucleus = generated([{"text": "y"}], tokens=12, seed=9, samples=2, temperature=0.7, top_p=0.8)
+    chat = generated([{"messages": user("hello")}], tokens=16, seed=4, temperature=1.3)
+
+    def texts(reply):
+        return [choice.text for choice in reply.choices]
+
+    complete = client.completions.create
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        one = pool.submit(complete, model="tiny", prompt=prompts[:3], max_tokens=20, seed=3)
+        two = pool.submit(complete, model="tiny", prompt="import ", max_tokens=24, temperature=0)
+        three = pool.submit(
+            complete,
+            model="tiny",
+            prompt="y",
+            max_tokens=12,
+            seed=9,
+            n=2,
+            temperature=0.7,
+            top_p=0.8,
+        )
+        four = pool.submit(
+            client.chat.completions.create,
+            **{"model": "tiny", "messages": user("hello"), "max_completion_tokens": 16},
+            **{"seed": 4, "temperature": 1.3, "logprobs": True},
+        )
+    assert texts(one.result()) == [row["text"] for row in sampled[:3]]
+    assert texts(two.result()) == [row["text"] for row in greedy]
+    assert texts(three.result()) == [row["text"] for row in nucleus]
+    (choice,) = four.result().choices
+    assert choice.message.content == chat[0]["text"]
+    assert choice.finish_reason == ("length" if chat[0]["ended"] == "length" else "stop")
+    log_probs = [token.logprob for token in choice.logprobs.content]
+    np.testing.assert_allclose(log_probs, chat[0]["logprobs"], atol=1e-4)
+    # The fourth prompt has index 3 in the file, and index 0 in a request of its own.
+    alone = complete(model="tiny", prompt=[5, 6, 7], max_tokens=20, seed=3, logprobs=0)
+    want = generated([{"tokens": [5, 6, 7]}], tokens=20, seed=3, temperature=1.0)[0]
+    assert texts(alone) == [want["text"]] and alone.usage.prompt_tokens == 4
+    np.testing.assert_allclose(
+        alone.choices[0].logprobs.token_logprobs, want["logprobs"], atol=1e-4
+    )
+    assert alone.usage.completion_tokens == len(want["tokens"])
+
+
+def test_a_stream_and_its_stop_are_those_of_the_whole_reply(client, generated):
+    ask = {"model": "tiny", "messages": user("hello"), "max_tokens": 40, "seed": 5}
+    whole = client.chat.completions.create(**ask).choices[0]
+    stop = whole.message.content[6:8]
+    assert len(stop) == 2
+    for stops in ([], [stop]):
+        want = generated(
+            [{"messages": user("hello")}], tokens=40, seed=5, stops=stops, temperature=1
+        )
+        options = {"include_usage": True}
+        chunks = list(
+            client.chat.completions.create(**ask, stop=stops, stream=True, stream_options=options)
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
+        assert "".join(pieces) == want[0]["text"]
+        assert len(pieces) > 3 or stops
+        reason = "length" if want[0]["ended"] == "length" else "stop"
+        assert [c.choices[0].finish_reason for c in chunks[:-1]][-1] == reason
+        assert chunks[-1].usage.completion_tokens == len(want[0]["tokens"])
+    texts = ["", ""]
+    for chunk in client.completions.create(
+        model="tiny", prompt="y", max_tokens=9, n=2, seed=2, stream=True
+    ):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    rows = generated([{"text": "y"}], tokens=9, seed=2, samples=2, temperature=1)
+    assert texts == [row["text"] for row in rows]
+
+
+def test_the_models_are_listed(client, url):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert http.get(url.replace("/v1", "/health")).json() == {"status": "ok"}
+
+
+def body(**changes):
+    return {"model": "tiny", "prompt": "x", "max_tokens": 4, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"model": "other"}, 404, "must be 'tiny'"),
+        ({"temprature": 1}, 400, "did you mean 'temperature'"),
+        ({"temperature": -1}, 400, "from 0 to 100"),
+        ({"temperature": float("nan")}, 400, "'temperature' is nan"),
+        ({"top_p": 0}, 400, "'top_p' is 0"),
+        ({"max_tokens": 65}, 400, "from 1 to 64"),
+        ({"max_tokens": 10**400}, 400, "from 1 to 64"),
+        ({"n": 7}, 400, "from 1 to 6"),
+        ({"prompt": ["x"] * 4, "n": 2}, 400, "more than 6 completions"),
+        ({"prompt": 3}, 400, "'prompt' must be"),
+        ({"prompt": "\ud800"}, 400, "not valid Unicode"),
+        ({"prompt": [[1, 999]]}, 400, "holds the id 999"),
+        ({"prompt": "x" * 200}, 400, "has 201 tokens; 160 are the most"),
+        ({"prompt": "x" * 6000}, 413, "more than 5,000 bytes"),
+        ({"logprobs": 2}, 400, "must be 0"),
+        ({"frequency_penalty": 1}, 400, "not supported"),
+        ({"stop": ["", "x"]}, 400, "'stop' must be"),
+        ({"seed": 1.5}, 400, "'seed' is 1.5"),
+        ({"stream": 1}, 400, "true or false"),
+        ({"stream_options": 1}, 400, "must be an object"),
+    ],
+)
+def test_a_bad_request_is_an_error_that_names_its_parameter(url, changes, status, message):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    content = json.dumps(body(**changes))
+    reply = http.post(f"{url}/completions", data=content, headers=headers)
+    assert reply.status_code == status
+    assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "must be a list"),
+        ([{"content": "x"}], "with a 'role'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "not a text"),
+        ([{"role": "user", "content": "x"}] * 2, "alternate"),
+    ],
+)
+def test_bad_messages_are_an_error(client, messages, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(model="tiny", messages=messages)
+
+
+def test_what_is_no_request_is_an_error(url, client):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+
+    def post(content, path="/completions", **changes):
+        return http.post(url + path, data=content, headers={**headers, **changes})
+
+    assert "not JSON" in post(b"{").json()["error"]["message"]
+    assert "not JSON" in post(b"[" * 4000).json()["error"]["message"]
+    assert "not a JSON object" in post(b"[]").json()["error"]["message"]
+    assert "'messages' is missing" in post(b"{}", "/chat/completions").json()["error"]["message"]
+    assert post(b"{}", **{"Content-Type": "text/plain"}).status_code == 415
+    assert post(b"{}", **{"Authorization": "Bearer other"}).status_code == 401
+    assert post(b"{}", "/embeddings").json()["error"]["message"].startswith("POST /v1/embeddings")
+    assert http.get(f"{url}/completions", headers=headers).status_code == 405
+    # A part of a text with content parts is a text.
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    ask = {"model": "tiny", "max_tokens": 3, "seed": 1}
+    create = client.chat.completions.create
+    joined = create(**ask, messages=[{"role": "user", "content": parts}])
+    assert (
+        joined.choices[0].message.content
+        == create(**ask, messages=user("ab")).choices[0].message.content
+    )
+
+
+class Held:
+    """Holds the engine at the first new token of a batch until `release`."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.free = threading.Event(), threading.Event()
+        watch = Job.watch
+
+        def slow(job, tokens):
+            self.begun.set()
+            self.free.wait(60)
+            return watch(job, tokens)
+
+        monkeypatch.setattr(Job, "watch", slow)
+
+
+def test_a_full_queue_and_a_slow_engine_are_errors_and_the_server_goes_on(engine, monkeypatch):
+    limits = dataclasses.replace(LIMITS, timeout=1.0)
+    with (
+        served(engine, limits) as url,
+        openai.OpenAI(base_url=url, api_key="x", max_retries=0) as c,
+    ):
+        with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(16) as pool:
+            held = Held(patch)
+            first = pool.submit(c.completions.create, **body())
+            assert held.begun.wait(60)
+            late = [pool.submit(c.completions.create, **body(prompt=["x"] * 6)) for _ in range(2)]
+            stream = pool.submit(lambda: list(c.completions.create(**body(), stream=True)))
+            while len(engine._waiting) < 12 and not stream.done():
+                time.sleep(0.01)
+            errors = [f.exception() for f in (first, *late, stream)]
+            held.free.set()
+        # One of the three did not fit into the queue; the others waited too long.
+        kinds = [type(e).__name__ for e in errors]
+        assert kinds.count("RateLimitError") == 1, kinds
+        assert all(e is not None for e in errors)
+        assert isinstance(errors[0], openai.InternalServerError) and "time limit" in str(errors[0])
+        deadline = time.monotonic() + 60
+        while engine._waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+    with served(engine) as url, openai.OpenAI(base_url=url, api_key="x") as c:
+        assert c.completions.create(**body(temperature=0)).usage.completion_tokens <= 4
+
+
+def test_a_client_that_goes_ends_its_completion(engine, url, monkeypatch):
+    with monkeypatch.context() as patch:
+        held = Held(patch)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with pytest.raises(http.ReadTimeout):
+            http.post(f"{url}/completions", json=body(max_tokens=60), headers=headers, timeout=0.5)
+        assert held.begun.wait(60)
+        (job,) = engine._batch
+        deadline = time.monotonic() + 60
+        while not job._cancelled and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held.free.set()
+    assert job._cancelled and not job.future.done()
+
+
+def test_a_shutdown_waits_for_the_requests_in_progress(engine, monkeypatch):
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        held = Held(patch)
+        with served(engine) as url, openai.OpenAI(base_url=url, api_key="x", max_retries=0) as c:
+            last = pool.submit(c.completions.create, **body())
+            assert held.begun.wait(60)
+            pool.submit(lambda: (time.sleep(0.3), held.free.set()))
+        assert last.result().usage.completion_tokens >= 1
+
+
+def test_an_error_of_a_batch_fails_its_requests_alone(engine, client, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "begin", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="model failed"):
+            client.completions.create(**body())
+    assert client.completions.create(**body()).choices[0].index == 0
+
+
+def test_a_closed_engine_fails_what_waits(config, trained_run):
+    with Engine(config, checkpoint=trained_run.path, limits=LIMITS) as engine:
+        pass
+    with pytest.raises(BusyError, match="shutting down"):
+        engine.submit([])
+
+
+def test_learned_positions_keep_jobs_apart(engine, monkeypatch):
+    """With 100 positions, 90 tokens of a prompt and 50 new tokens of another cannot be one batch."""
+    job = lambda prompt, new: Job(  # noqa: E731
+        [1] * prompt, max_tokens=new, draw=Draw(seed=0), deadline=1e12
+    )
+    jobs = [job(90, 4), job(4, 50)]
+    assert engine._fit(jobs)
+    model = engine._loaded.model
+    monkeypatch.setattr(type(model), "max_length", 100, raising=False)
+    assert not engine._fit(jobs) and engine._fit(jobs[:1]) and engine._fit(jobs[1:])
+
+
+def test_a_bad_start_is_an_error(command, trained_run, tmp_path, capsys):
+    run = f"--checkpoint={trained_run.path}"
+    (tmp_path / "key").write_text("two words")
+    for flags, message in (
+        (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--timeout=0"], "--timeout=0.0 must be at least 0.001"),
+        (["--max_queue=9"], "would never fit into --max_queue=9"),
+        ([f"--api_key_file={tmp_path / 'key'}"], "must have one line"),
+        ([f"--api_key_file={tmp_path / 'none'}"], "No such file"),
+        (["--host=203.0.113.1", f"--port={2**14}"], "cannot be served"),
+    ):
+        assert command("serve", run, *flags) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "key").write_text("a-key\n")
+    assert serve.key_of(str(tmp_path / "key")) == "a-key"
+
+
+def test_a_seed_is_drawn_for_a_request_without_one():
+    one, two = (
+        requests.read(json.dumps(body()).encode(), chat=False, model="tiny", limits=LIMITS)
+        for _ in range(2)
+    )
+    assert one.seed != two.seed and one.temperature == 1.0 and one.max_tokens == 4
