@@ -67,6 +67,9 @@ VISION = ["scikit-learn>=1.5"]
 # A model that embeds domains of data, in the place of n-grams or a run's own states.
 SENTENCES = ["sentence-transformers>=3"]
 
+# BM25, a baseline of influence.
+LEXICAL = ["bm25s>=0.2.7"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
@@ -75,6 +78,7 @@ EXTRAS = {
     "eval": EVAL,
     "vision": VISION,
     "sentences": SENTENCES,
+    "influence": LEXICAL,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
     "test": [
@@ -90,9 +94,10 @@ EXTRAS = {
         *TEXT,
         *EVAL,
         *VISION,
+        *LEXICAL,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
-    "peers": ["torch>=2.4", "transformers>=5.0"],
+    "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1"],
 }
 
 setup(

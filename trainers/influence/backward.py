@@ -156,9 +156,7 @@ def backward(
     outs = {path: consumers[path].zeros(site, rows, length) for path, site in sites.items()}
 
     def loss(outs: Any) -> tuple[jax.Array, jax.Array]:
-        slots = {
-            path: {"in": dict(inputs.get(path, {})), "out": outs[path]} for path in sites
-        }
+        slots = {path: {"in": dict(inputs.get(path, {})), "out": outs[path]} for path in sites}
         named = {site.parameter: slots[path] for path, site in sites.items()}
         tap = _Tap(consumers, sites, batch)
         args, keywords = decoder_arguments(batch, False)

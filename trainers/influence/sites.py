@@ -200,9 +200,7 @@ def select(model: Any, params: Any, modules: Sequence[str] = DEFAULT) -> dict[st
             try:
                 matching = {path: site for path, site in sites.items() if site.matches(pattern)}
             except re.error as error:
-                raise SiteError(
-                    f"--modules={name} is not a regular expression: {error}."
-                ) from None
+                raise SiteError(f"--modules={name} is not a regular expression: {error}.") from None
             if name == "all":
                 matching.pop(HEAD, None)
             if not matching:
