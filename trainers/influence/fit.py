@@ -31,7 +31,7 @@ from trainers.scoring.scoring import Row
 Labels = Literal["sampled", "empirical"]
 FactorDtype = Literal["float32", "float64", "bfloat16"]
 STAGES = ("covariances", "eigen", "squares")
-SAVE_SECONDS = 300.0
+SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,6 @@ def fit(
     settings: FitSettings,
     *,
     total: int | None = None,
-    save_seconds: float = SAVE_SECONDS,
 ) -> None:
     """Fits all stages that `folder` does not have yet.
 
@@ -121,16 +120,13 @@ def fit(
       folder: folder of the stages.
       read_documents: returns the documents from the first on, and the same ones at each call.
       total: their number, for progress and remaining time.
-      save_seconds: seconds between two saves of an unfinished sum.
 
     Raises:
       SiteError: modules that cannot be tapped.
       FactorError: there are no tokens, or a covariance is not finite.
     """
     sites = select(reader.model, reader.params, settings.modules)
-    sums = functools.partial(
-        _sums, reader, read_documents, settings, total=total, save_seconds=save_seconds
-    )
+    sums = functools.partial(_sums, reader, read_documents, settings, total=total)
     if not files.exists(folder / "covariances"):
         consumer = Covariances(settings.blocks, settings.sum_dtype)
         result, count = sums(sites, consumer, {}, folder / "covariances", stage=0)
@@ -190,7 +186,6 @@ def _sums(
     *,
     stage: int,
     total: int | None,
-    save_seconds: float,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Returns sums of a consumer's results over all documents, by site and kind, and the numbers of documents and tokens."""
     key = None
@@ -222,7 +217,7 @@ def _sums(
                 counts["tokens"] += int(arrays["decoder_loss_weights"].sum())
                 progress.update(len(indices))
             counts["read"] += len(window)
-            if time.monotonic() - saved > save_seconds and state is not None:
+            if time.monotonic() - saved > SAVE_SECONDS and state is not None:
                 files.write(partial, files.named(state), counts)
                 saved = time.monotonic()
     if state is None:

@@ -31,7 +31,10 @@ def float64():
         yield
 
 
-def made(*, mlp=functools.partial(GatedMlp, use_bias=True), **settings):
+BIASED = functools.partial(GatedMlp, use_bias=True)
+
+
+def made(*, mlp=BIASED, **settings):
     """A model without rotation, whose angles are float32, and parameters of some size."""
     config = TransformerConfig(
         **{
@@ -502,13 +505,10 @@ def test_one_expert_with_gate_one_is_the_dense_layer():
     mlp = {name: {"kernel": own["kernel"][:, None]} for name, own in block["mlp"].items()}
     mlp["router"] = {"kernel": jnp.zeros((1, 6, 1))}
     single = Case(model, {**dense.params, "layers": {"block_0": {**block, "mlp": mlp}}}, ("mlp",))
-    for consumer in (Gradients(F64), Covariances(1, F64)):
+    for consumer, axis in ((Gradients(F64), 2), (Covariances(1, F64), 1)):
         want, got = dense(consumer), single(consumer)
-        for path in dense.sites:
-            own = jax.tree.map(
-                lambda x: np.squeeze(x, 2 if consumer == Gradients(F64) else 1), got[path]
-            )
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), own, want[path])
+        own = jax.tree.map(lambda x, axis=axis: np.squeeze(x, axis), got)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), own, want)
 
 
 # ---- Which modules have taps.
