@@ -154,13 +154,13 @@ class Documents:
         """Returns sentences about documents that were cut, and repeated ones, of the last iteration."""
         notes = []
         if self.cut:
-            notes.append(f"{self.cut:,} documents were cut to --length={self.length} tokens.")
+            notes.append(f"documents cut to --length={self.length} tokens: {self.cut:,}")
         if self.repeats:
             shown = ", ".join(f"{where} repeats {first}" for where, first in self.repeated)
             more = f" and {self.repeats - _SHOWN:,} more" if self.repeats > _SHOWN else ""
             notes.append(
-                f"{self.repeats:,} documents repeat an earlier one and have the same scores ({shown}{more}): remove them to "
-                "rank each once."
+                f"documents that repeat an earlier one and have its scores: {self.repeats:,} ({shown}{more}); remove them to "
+                "rank each once"
             )
         return notes
 

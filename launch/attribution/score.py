@@ -243,7 +243,8 @@ class _Lexical:
         from trainers.influence import queries
 
         empty = np.full(len(self.rows), np.nan)
-        queries.save(folder, queries.QuerySet({}, empty, empty, empty, empty), record)
+        columns = dict.fromkeys(("nats", "norms", "kept", "pearson"), empty)
+        queries.save(folder, queries.QuerySet(inputs={}, **columns), record)
 
     def stream(self, skip: int) -> Iterator[dict[str, Any]]:
         from trainers.influence import lexical

@@ -106,8 +106,9 @@ class _Tap:
 
     def lookup(self, module, name, ids, y):
         head, consumer = self.sites.get(HEAD), self.consumers.get(HEAD)
-        own = head is not None and head.tied and head.parameter == "/".join((*module.path, name))
-        if not own or not isinstance(consumer, Gradients):
+        if head is None or not head.tied or not isinstance(consumer, Gradients):
+            return y
+        if head.parameter != "/".join((*module.path, name)):
             return y
         slot = module.get_variable(COLLECTION, name)
         consume = _StaticPartial(_lookup, consumer, head.outputs)

@@ -31,14 +31,14 @@ def split(x: jax.Array, blocks: int) -> jax.Array:
 
 def rotate(x: jax.Array, q_NSK: jax.Array) -> jax.Array:
     """Returns x Q for vectors [..., d]: their coordinates [..., n s] in the eigenbasis."""
-    parts = split(x, q_NSK.shape[0]).astype(q_NSK.dtype)
-    return _joined(jnp.einsum("...ns,nsk->...nk", parts, q_NSK))
+    parts = split(x, q_NSK.shape[0])
+    return _joined(jnp.einsum("...ns,nsk->...nk", parts, q_NSK.astype(x.dtype)))
 
 
 def rotate_back(x: jax.Array, q_NSK: jax.Array, width: int) -> jax.Array:
     """Returns x Q^T [..., d] for coordinates [..., n s], the inverse of `rotate`."""
-    parts = x.reshape(*x.shape[:-1], *q_NSK.shape[:2]).astype(q_NSK.dtype)
-    return _joined(jnp.einsum("...nk,nsk->...ns", parts, q_NSK))[..., :width]
+    parts = x.reshape(*x.shape[:-1], *q_NSK.shape[:2])
+    return _joined(jnp.einsum("...nk,nsk->...ns", parts, q_NSK.astype(x.dtype)))[..., :width]
 
 
 def rotate_matrix(v_XY: jax.Array, qa: jax.Array, qs: jax.Array) -> jax.Array:

@@ -184,9 +184,9 @@ class Squares:
 
     def experts(self, a_RX, g_RY, rows, inputs):
         def rotated(x, q_ENSK):
-            parts = blocks.split(x, q_ENSK.shape[1]).astype(q_ENSK.dtype)
+            parts = blocks.split(x, q_ENSK.shape[1])
             each = [
-                grouped_matmul(parts[:, n], q_ENSK[:, n], rows.sizes_E)
+                grouped_matmul(parts[:, n], q_ENSK[:, n].astype(x.dtype), rows.sizes_E)
                 for n in range(q_ENSK.shape[1])
             ]
             return jnp.where(rows.valid_R[:, None], jnp.concatenate(each, axis=-1), 0)

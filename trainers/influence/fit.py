@@ -79,6 +79,7 @@ class Reader:
     params: Any
     batch_size: int
     sharding: NamedSharding | None = None
+    _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def whole(self) -> NamedSharding | None:
@@ -91,7 +92,8 @@ class Reader:
         def run(params: Any, inputs: Any, batch: Any, key: Any) -> Any:
             return backward(self.model, sites, consumer, params, inputs, batch, key=key)
 
-        return jax.jit(run, out_shardings=self.whole)
+        key = (tuple(sites), consumer)
+        return self._programs.setdefault(key, jax.jit(run, out_shardings=self.whole))
 
     def place(self, arrays: Any) -> Any:
         return documents.placed(arrays, self.sharding)
@@ -136,8 +138,8 @@ def fit(
     if not files.exists(folder / "squares"):
         eigen = files.by_site(files.read(folder / "eigen")[0])
         inputs = {p: {n: eigen[p][n] for n in ("qa", "qs")} for p in sites}
-        consumer = Squares(settings.blocks, settings.sum_dtype)
-        result, count = sums(sites, consumer, inputs, folder / "squares", stage=1)
+        squares = Squares(settings.blocks, settings.sum_dtype)
+        result, count = sums(sites, squares, inputs, folder / "squares", stage=1)
         mean = {
             path: {"squares": np.asarray(kinds["squares"], np.float64) / count["documents"]}
             for path, kinds in result.items()

@@ -8,11 +8,11 @@ Shapes: L layers, E experts ('...' any of both), n blocks of size s, X inputs, Y
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainers.influence import blocks
@@ -119,9 +119,16 @@ def apply_eigen(
       batched: whether v has the dimension Q.
     """
 
+    return _apply(site, batched, v, eigen["qa"], eigen["qs"], factors)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(
+    site: Site, batched: bool, v: jax.Array, qa: jax.Array, qs: jax.Array, factors: jax.Array
+) -> jax.Array:
     def one(v_XY: jax.Array, qa: jax.Array, qs: jax.Array, factors: jax.Array) -> jax.Array:
-        rotated = blocks.rotate_matrix(v_XY.astype(qa.dtype), qa, qs)
-        return blocks.rotate_matrix_back(rotated * factors.astype(qa.dtype), qa, qs, v_XY.shape)
+        rotated = blocks.rotate_matrix(v_XY, qa, qs)
+        return blocks.rotate_matrix_back(rotated * factors.astype(v.dtype), qa, qs, v_XY.shape)
 
     mapped: Callable[..., jax.Array] = one
     if site.experts is not None:
@@ -130,7 +137,7 @@ def apply_eigen(
         mapped = jax.vmap(mapped, in_axes=(0, None, None, None))
     if site.layers is not None:
         mapped = jax.vmap(mapped)
-    return mapped(v, *(jnp.asarray(x) for x in (eigen["qa"], eigen["qs"], factors)))
+    return mapped(v, qa, qs, factors)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -106,7 +106,8 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     assert status == 0
     printed = capsys.readouterr().out
     assert "6 documents scored for 2 queries" in printed
-    assert "1 documents repeat an earlier one" in printed and "line 6 repeats document 1" in printed
+    assert "that repeat an earlier one and have its scores: 1" in printed
+    assert "line 6 repeats document 1" in printed
     rows = read(out)
     assert [len(row["scores"]) for row in rows] == [2] * 6
     assert rows[3]["scores"] == [0, 0] and rows[3]["norm"] == 0
