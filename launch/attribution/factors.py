@@ -10,6 +10,7 @@ from launch.run.load_run import LoadError
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"
+FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
 _MAX_BYTES = 64 << 20
 
 

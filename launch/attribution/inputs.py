@@ -58,6 +58,10 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
     if missing:
         raise LoadError(f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}.")
     prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, str | list):
+        raise LoadError(
+            f"{where}: the prompt is neither a text, nor a list of token ids or of messages."
+        )
     if run.encodes:
         asked: Mapping[str, Any] = {"inputs": prompt, "targets": completion}
     elif isinstance(prompt, list) and all(type(id) is int for id in prompt):

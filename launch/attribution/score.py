@@ -11,14 +11,12 @@ of each query in scores.jsonl.top.json. --method=bm25 needs the extra `influence
 """
 
 import argparse
-import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from launch import cli
@@ -28,11 +26,10 @@ from launch.attribution.fit import add_document_flags, import_mixtures
 from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
-from launch.run.load_run import LoadedRun, LoadError, RunConfig
+from launch.run.load_run import LoadError, RunConfig
 
 Method = Literal["ekfac", "kfac", "identity", "cosine", "ekfac_cg", "bm25", "tfidf"]
 LEXICAL = ("bm25", "tfidf")
-FITTED = ("ekfac", "kfac", "ekfac_cg")
 _SETTINGS = ("method", "damping", "damping_kind", "rank", "query_dtype", "cg_steps", "cg_documents")
 _SETTINGS += ("per_layer", "token_scores", "top", "length", "max_documents", "batch_size")
 
@@ -158,6 +155,8 @@ def score(
     """
     import jax
 
+    from launch.attribution import scorers
+
     row_files.check_output(out, "out", others={"queries": queries, "documents": documents})
     _check(method, factors, rank=rank, cg_steps=cg_steps, cg_documents=cg_documents, top=top)
     record = factor_files.read(factors) if factors else None
@@ -182,7 +181,7 @@ def score(
             "per_layer": per_layer,
         }
         if method in LEXICAL:
-            scored = _Lexical(method, rows, source)
+            scored: Any = scorers.Lexical(method, rows, source)
         else:
             made_of |= {
                 **{"damping": damping, "damping_kind": damping_kind, "rank": rank},
@@ -190,7 +189,7 @@ def score(
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
                 "query_checkpoint": query_checkpoint and factor_files.step_of(query_checkpoint),
             }
-            scored = _Gradients(
+            scored = scorers.Gradients(
                 *(config, run, rows, source),
                 checkpoint=checkpoint,
                 factors=factors,
@@ -201,12 +200,15 @@ def score(
                 params=params,
             )
         began = time.perf_counter()
-        count = _write(out, scored, source, made_of | scored.record, per_layer=per_layer)
+        count = _write(out, scored, made_of | scored.record)
         seconds = time.perf_counter() - began
         if jax.process_index() == 0:
             ranking.write_top(out, top=top)
-        if token_scores and method not in LEXICAL:
-            _write_tokens(out, scored, source, count=token_scores)
+        if token_scores and isinstance(scored, scorers.Gradients):
+            tops = ranking.read_top(out)["queries"]
+            wanted = [[entry["document"] for entry in q["top"][:token_scores]] for q in tops]
+            rows_of_tokens = scored.token_rows(wanted)
+            row_files.write(f"{out}.tokens.jsonl", rows_of_tokens, writer=jax.process_index() == 0)
     if jax.process_index() == 0:
         for note in [*source.notes(), *scored.notes()]:
             print(note)
@@ -214,7 +216,7 @@ def score(
 
 
 def _check(method: str, factors: str | None, *, cg_steps: int, **numbers: int) -> None:
-    if method in FITTED and factors is None:
+    if method in factor_files.FITTED and factors is None:
         raise LoadError(
             f"--method={method} needs --factors=DIR, which `launch.influence fit` writes."
         )
@@ -230,184 +232,7 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Lexical:
-    """Scores by the tokens that a query shares with a document; all documents are read at once."""
-
-    def __init__(self, method: str, rows: Sequence[Any], source: inputs.Documents):
-        self.method, self.rows, self.source = method, rows, source
-        self.record: dict[str, Any] = {}
-
-    def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-        import numpy as np
-
-        from trainers.influence import queries
-
-        empty = np.full(len(self.rows), np.nan)
-        columns = dict.fromkeys(("nats", "norms", "kept", "pearson"), empty)
-        queries.save(folder, queries.QuerySet(inputs={}, **columns), record)
-
-    def stream(self, skip: int) -> Iterator[dict[str, Any]]:
-        from trainers.influence import lexical
-
-        texts = [[*row.context, *row.targets] for row in self.source]
-        wanted = [[*row.encoder_inputs, *row.context, *row.targets] for row in self.rows]
-        try:
-            scores = (lexical.bm25 if self.method == "bm25" else lexical.tfidf)(wanted, texts)
-        except ImportError:
-            raise LoadError(
-                "--method=bm25 needs bm25s: pip install 'espalier-lm[influence]'."
-            ) from None
-        return ({"scores": row.tolist()} for row in scores[skip:])
-
-    def notes(self) -> list[str]:
-        return []
-
-
-class _Gradients:
-    """Scores by gradients: the queries' are prepared, then documents stream once."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        run: LoadedRun,
-        rows: Sequence[Any],
-        source: inputs.Documents,
-        *,
-        checkpoint: str,
-        factors: str | None,
-        record: Mapping[str, Any] | None,
-        modules: Sequence[str] | None,
-        settings: Mapping[str, Any],
-        batch_size: int,
-        params: str,
-    ):
-        from trainers.influence import fit as stages
-        from trainers.influence import kronecker, sites
-        from trainers.influence.files import model_digest
-
-        self.config, self.run, self.rows, self.source = config, run, rows, source
-        self.settings, self.factors, self.params = settings, factors, params
-        digest = model_digest(run.params)
-        if record is not None and factors is not None:
-            factor_files.check_model(factors, record, digest, checkpoint)
-        fitted = record["settings"]["modules"] if record is not None else ["mlp"]
-        self.sites = sites.select(run.model, run.params, tuple(modules or fitted))
-        lacking = sorted(set(self.sites) - set(record["sites"])) if record is not None else []
-        if lacking and settings["method"] in FITTED:
-            raise LoadError(
-                f"--modules chooses {lacking[0]}, which --factors={factors} lack: they have {', '.join(fitted)}."
-            )
-        # Raises before any work.
-        self.damping = kronecker.Damping(settings["damping"], settings["damping_kind"])
-        self.reader = stages.Reader(
-            model=run.model, params=run.params, batch_size=batch_size, sharding=run.row_sharding
-        )
-        self.record = {"model": digest, "sites": sorted(self.sites), "factors": factors and record}
-        self.queries: Any = None
-
-    def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-        """Computes the queries' gradients, or reads those of an earlier start."""
-        from trainers.influence import files, queries
-
-        if files.exists(folder):
-            self.queries, _ = queries.load(folder)
-            return
-        sample = inputs.read_sample(pathlib.Path(self.factors or "") / factor_files.SAMPLE)
-        with self._query_reader() as reader:
-            precondition, refine = self._curvature(reader, sample)
-            self.queries = queries.prepare(
-                *(reader, self.sites, self.rows, precondition),
-                rank=self.settings["rank"] or None,
-                store_dtype=self.settings["query_dtype"],
-                sample=sample if self.settings["query_checkpoint"] is None else (),
-                refine=refine,
-            )
-        queries.save(folder, self.queries, record)
-
-    @contextlib.contextmanager
-    def _query_reader(self) -> Iterator[Any]:
-        """The reader of the queries' model."""
-        import dataclasses
-
-        from launch.run import run_model
-
-        other = self.settings["query_checkpoint"]
-        if other is None:
-            yield self.reader
-            return
-        config = dataclasses.replace(
-            self.config, model=run_model.model(run=other, macro="query_checkpoint")
-        )
-        with config.load(other, params=self.params, encoder_decoders=True) as run:
-            yield dataclasses.replace(self.reader, model=run.model, params=run.params)
-
-    def _curvature(self, reader: Any, sample: Sequence[Any]) -> tuple[Any, Any]:
-        """Returns what preconditions a batch of gradients, and what refines the gradients of one query."""
-        from trainers.influence import conjugate, documents
-        from trainers.influence import fit as stages
-
-        method = self.settings["method"]
-        if method not in FITTED:
-            return None, None
-        strategy = "kfac" if method == "kfac" else "ekfac"
-        curvature = stages.read_curvature(
-            pathlib.Path(self.factors or ""), self.sites, strategy, self.damping
-        )
-        if method != "ekfac_cg":
-            return curvature, None
-        batch = [row for row in sample if row.targets][: self.settings["cg_documents"]]
-        if not batch:
-            raise LoadError(
-                f"--factors={self.factors} have no documents for ekfac_cg: fit them again."
-            )
-        longest = max(row.inputs for row in batch)
-        length = documents.bucket_length(longest, limit=self.run.model.max_length)
-        size = self.run.batch_size(len(batch), len(batch))
-        arrays = self.reader.place(documents.columns(batch, range(len(batch)), size, length))
-        product = conjugate.gauss_newton(self.run.model, self.sites)
-
-        def refine(q: Any) -> tuple[Any, Any]:
-            solution = conjugate.solve(
-                lambda v: product(self.run.params, arrays, v),
-                curvature,
-                q,
-                steps=self.settings["cg_steps"],
-            )
-            return solution.x, solution.note
-
-        return None, refine
-
-    def stream(self, skip: int) -> Iterator[dict[str, Any]]:
-        from trainers.influence import scores
-
-        scored = scores.score(
-            *(self.reader, self.sites, self.queries),
-            itertools.islice(iter(self.source), skip, None),
-            first=skip,
-            per_layer=self.settings["per_layer"],
-            cosine=self.settings["method"] == "cosine",
-            total=self.source.count(),
-        )
-        for one in scored:
-            row: dict[str, Any] = {"scores": one.scores.tolist(), "norm": one.norm}
-            if one.layers is not None:
-                row["layers"] = {path: values.tolist() for path, values in one.layers.items()}
-            yield row
-
-    def notes(self) -> list[str]:
-        import numpy as np
-
-        kept, pearson = self.queries.kept, self.queries.pearson
-        text = f"query gradients keep {100 * np.mean(kept):.2f} % of their squared norm (least {100 * np.min(kept):.2f} %)"
-        if not np.all(np.isnan(pearson)):
-            text += f"; scores of sample documents correlate at {np.nanmean(pearson):.4f} with uncompressed ones (least "
-            text += f"{np.nanmin(pearson):.4f})"
-        return [text]
-
-
-def _write(
-    out: str, scored: Any, source: inputs.Documents, record: Mapping[str, Any], *, per_layer: bool
-) -> int:
+def _write(out: str, scored: Any, record: Mapping[str, Any]) -> int:
     """Writes the rows that `out` does not have yet, and returns the number of all."""
     import jax
 
@@ -434,50 +259,6 @@ def _write(
                 rows.add(row)
             count += 1
     return count
-
-
-def _write_tokens(out: str, scored: Any, source: inputs.Documents, *, count: int) -> None:
-    """Writes the influence of the tokens of each query's top documents."""
-    import jax
-    import numpy as np
-
-    from trainers.influence import documents, queries, token_scores
-
-    tops = ranking.read_top(out)["queries"]
-    wanted = [[entry["document"] for entry in query["top"][:count]] for query in tops]
-    needed = {index for chosen in wanted for index in chosen}
-    rows = {i: row for i, row in enumerate(source) if i in needed}
-    influence = token_scores.output_token_scores(scored.run.model, scored.sites)
-    size = scored.run.batch_size(1, 1)
-
-    def lines() -> Iterator[dict[str, Any]]:
-        for q, chosen in enumerate(wanted):
-            direction = {
-                path: np.take(
-                    np.asarray(queries.whole(scored.queries.inputs[path], "float32")),
-                    *(q, len(site.scan)),
-                )
-                for path, site in scored.sites.items()
-            }
-            for index in chosen:
-                row = rows[index]
-                if not row.targets:
-                    continue
-                length = documents.bucket_length(row.inputs, limit=scored.run.model.max_length)
-                arrays = scored.reader.place(documents.columns([row], [index], size, length))
-                values = jax.device_get(influence(scored.run.params, arrays, direction))[0]
-                first = len(row.context) - 1
-                own = values[first : first + len(row.targets)]
-                yield {
-                    "query": q,
-                    "document": index,
-                    "tokens": [*row.targets],
-                    "scores": own.tolist(),
-                    "concentration": token_scores.concentration(own),
-                    "spurious": token_scores.is_spurious(own),
-                }
-
-    row_files.write(f"{out}.tokens.jsonl", lines(), writer=jax.process_index() == 0)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class _Recorder:
             use["stream"] = ("encoder" if encoder else "decoder") if rows is not None else None
         uses = self.uses.setdefault("/".join((*module.path, name)), [])
         # A scan traces its layers twice; a projection that is used twice occurs twice in one trace.
-        use["trace"] = getattr(x, "_trace", None)
+        use["trace"] = getattr(y, "_trace", None)
         uses.append(use)
         return y
 

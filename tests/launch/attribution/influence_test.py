@@ -171,6 +171,40 @@ def test_other_methods_and_low_ranks(place, capsys):
     assert "query gradients keep" in printed and "correlate at" in printed
 
 
+def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_run, capsys):
+    import seqio
+    import tensorflow as tf
+
+    from data.tokenizers import vocabularies
+
+    texts = [row["text"] for row in DOCUMENTS if row.get("text")]
+    seqio.TaskRegistry.add(
+        "influence_texts",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+                {"targets": texts}
+            ),
+            splits=("train",),
+        ),
+        preprocessors=[seqio.preprocessors.tokenize],
+        output_features={"targets": seqio.Feature(vocabularies.byte(), add_eos=False)},
+    )
+    given = (f"--factors={place.factors}", f"--queries={place.queries}", "--batch_size=8")
+    out = place.folder / "mixture.jsonl"
+    other = f"--query_checkpoint={trained_run.path}"
+    status = place.command(
+        "influence", "score", *given, "--mixture=influence_texts", f"--out={out}", other
+    )
+    assert status == 0
+    rows = [row["scores"] for row in read(out)]
+    want = [row["scores"] for row in read(place.score(out="files.jsonl")[1])]
+    want = [row for row, document in zip(want, DOCUMENTS, strict=True) if document.get("text")]
+    np.testing.assert_allclose(rows, want, rtol=1e-3, atol=1e-3)
+    assert place.command("influence", "score", *given, "--mixture=texts", "--out=/tmp/x.jsonl") == 2
+    assert "no such SeqIO mixture" in capsys.readouterr().err
+    assert place.command("influence", "report", f"--scores={out}") == 0  # without the texts
+
+
 def test_a_stopped_scan_continues_and_a_cut_file_is_completed(place, capsys):
     status, out = place.score(out="stopped.jsonl")
     assert status == 0
@@ -231,7 +265,7 @@ def test_a_fit_that_was_stopped_continues_bit_for_bit(place, monkeypatch):
         ({"prompt": "a", "completion": ""}, "line 1: the completion is empty"),
         ({"prompt": "a"}, "line 1 has no 'completion'"),
         ({"prompt": "a" * 600, "completion": "b"}, r"the query has 601 tokens, and the context"),
-        ({"prompt": 3, "completion": "b"}, "line 1"),
+        ({"prompt": 3, "completion": "b"}, "line 1: the prompt is neither a text"),
         (None, "has no query"),
     ],
 )

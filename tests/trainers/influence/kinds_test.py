@@ -46,13 +46,14 @@ def lora():
 
 
 def low_rank():
-    factorisation = Factorisation(rank=3)
+    factorisation = Factorisation(rank=3, rank_rule="absolute")
     return functools.partial(GatedMlp, dense=factorised(factorisation=factorisation))
 
 
 def low_rank_experts():
     dense = functools.partial(
-        LowRankExpertDense, factorisation=Factorisation(rank=3, layers=(".*",))
+        LowRankExpertDense,
+        factorisation=Factorisation(rank=3, rank_rule="absolute", layers=(".*",)),
     )
     return functools.partial(MoeMlp, num_experts=2, top_k=1, expert_dense=dense)
 
