@@ -76,6 +76,9 @@ SENTENCES = ["sentence-transformers>=3"]
 # The server of completions, launch.serve.
 SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 
+# BM25, a baseline of influence.
+LEXICAL = ["bm25s>=0.2.7"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
@@ -86,6 +89,7 @@ EXTRAS = {
     "languages": LANGUAGES,
     "sentences": SENTENCES,
     "serve": SERVE,
+    "influence": LEXICAL,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
     "test": [
@@ -104,9 +108,10 @@ EXTRAS = {
         *VISION,
         *SERVE,
         "openai>=1.60",
+        *LEXICAL,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
-    "peers": ["torch>=2.4", "transformers>=5.0"],
+    "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1"],
 }
 
 setup(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.kernels import taps
 from model.ranges import Size
 
 
@@ -34,7 +35,8 @@ class Embed(nn.Module):
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Returns rows [B, T, D]; ids outside the table are clipped to its ends."""
-        return jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)
+        y_BTD = jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)
+        return taps.lookup(self, "embedding", ids_BT, y_BTD)
 
 
 class Positions(nn.Module):

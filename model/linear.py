@@ -1,7 +1,7 @@
 """`Dense`: the projection that attention, MLPs and experts use.
 
-Factorised training, quantisation and influence functions replace or intercept this class through the `dense` factory of
-the module that owns the projection; adapters wrap what that factory makes (model/adapters/adapter.py). A head that is not tied is a table of rows like the
+Factorised training and quantisation replace this class through the `dense` factory of the module that owns the
+projection, and taps (model/kernels/taps.py) read its inputs and gradients; adapters wrap what that factory makes (model/adapters/adapter.py). A head that is not tied is a table of rows like the
 embedding (model/embed.py), because the loss reads rows of the vocabulary.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from model.axes import parameter, unboxed
 from model.flops import Counted
-from model.kernels import matmul
+from model.kernels import matmul, taps
 from model.ranges import Size
 
 # Variance 1/fan_in keeps activations at unit scale; the normal is truncated at two standard deviations.
@@ -37,12 +37,17 @@ class Dense(Counted):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.product(x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        y = self.product(x)
         if self.use_bias:
             zeros, shape = nn.initializers.zeros, (self.features,)
             bias = parameter(self, "bias", zeros, self.axes[1:], shape, self.param_dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        return self.tapped(x, y)
+
+    def tapped(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the output y for the input x, after a tap; factorised projections override it."""
+        return taps.projection(self, "kernel", x, y, bias=self.use_bias)
 
     def product(self, x: jax.Array) -> jax.Array:
         """Returns x @ kernel; factorised and adapted projections override it."""

@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, computed in float32 whatever the input's dtype."""
+"""Normalisation over the last axis, computed in float32, or float64 for inputs in float64."""
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         gain = _gain(self, "scale", nn.initializers.constant(1.0 - self.offset), x)
         if self.offset:
@@ -47,7 +47,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         y = y * _gain(self, "scale", nn.initializers.ones, x)
@@ -62,4 +62,5 @@ def _gain(module, name: str, init, x: jax.Array) -> jax.Array:
     # An axis name may occur only once in an array.
     names, shape = (axes.UNMODELED, axes.NORM)[-dims:], x.shape[-dims:]
     value = axes.parameter(module, name, init, names, shape, module.param_dtype)
-    return value.astype(jnp.float32).reshape((1,) * (x.ndim - dims) + shape)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return value.astype(wide).reshape((1,) * (x.ndim - dims) + shape)

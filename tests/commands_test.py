@@ -1,5 +1,7 @@
-"""The training commands that README and help texts show are configurations that load and resolve."""
+"""The training commands that README and help texts show are configurations that load and resolve; influence's have their flags."""
 
+import argparse
+import importlib
 import pathlib
 import re
 import shlex
@@ -61,3 +63,24 @@ def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, imported)
     config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
     recipe = config.arguments()["recipe"].with_span(Span(total_steps=100_000, stopped_at=1e-4))
     assert float(recipe.learning_rate(1)) > 0
+
+
+PARTS = [f"launch/attribution/{part}.py" for part in ("fit", "score", "report")]
+
+
+def influence_commands():
+    """(where, part, flags) of each `launch.influence` command shown."""
+    for path in ("launch/influence.py", "docs/influence.md", *PARTS):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        shown = re.finditer(r"python -m launch\.influence (fit|score|report) (--.*)", text)
+        for number, match in enumerate(shown):
+            words = shlex.split(match[2].rstrip("`"))
+            yield pytest.param(match[1], words, id=f"{path}-{number}")
+
+
+@pytest.mark.parametrize(("part", "words"), influence_commands())
+def test_a_command_of_influence_that_is_shown_has_these_flags(part, words):
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    importlib.import_module(f"launch.attribution.{part}")._add_flags(parser)
+    flags, rest = parser.parse_known_args(words)
+    assert rest == [] and vars(flags)

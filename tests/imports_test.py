@@ -144,7 +144,7 @@ LEVELS = {
         ("decoding", "objectives", "rewards", "scoring"),
         ("recipe", "reports", "step"),
         ("evaluate", "hooks", "loop"),
-        ("distillation", "low_rank", "online", "preference", "snapkv"),
+        ("distillation", "influence", "low_rank", "online", "preference", "snapkv"),
     ),
     "data": (
         ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
@@ -159,6 +159,7 @@ LEVELS = {
         ("cli", "config", "environment", "input_errors", "processes"),
         ("run",),
         ("aot", "cluster", "inference", "plots", "run.load", "serving"),
+        ("attribution",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         ("convert", "evaluation", "lm_eval", "preparation", "sweep", "sweeping", "weights"),
         ("reporting",),
@@ -250,6 +251,7 @@ def papers_named(module: str) -> list[str]:
     )
     owners = "|".join(PACKAGES)
     named = re.findall(rf"\b(?:{owners})(?:\.\w+)*\.(?:{'|'.join(SLUGS)})\b", strings)
+    named = [name for name in named if name != module]  # a command's help shows itself
     imported = [
         target
         for target in graph()[module] - CORE_MAY_IMPORT

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from model import axes
 from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError
-from model.kernels import matmul
+from model.kernels import matmul, taps
 from model.moe.grouped_matmul import grouped_matmul
 from model.ranges import Decay, Positive, Size
 
@@ -62,8 +62,10 @@ class Lora(Adapter):
         experts = site.base.num_experts if sizes else None
         a, b = self.factors(site, x.shape[-1], y.shape[-1], experts)
         # In the compute dtype of the projection, with the scale where arrays are small.
-        inner = self._product(self._dropped(x).astype(y.dtype), a.astype(y.dtype), *sizes)
-        change = self._product(inner * self.scale(a.shape[-1]), b.astype(y.dtype), *sizes)
+        x = self._dropped(x).astype(y.dtype)
+        inner = self._product("lora_a", x, a.astype(y.dtype), *sizes)
+        scaled = inner * self.scale(a.shape[-1])
+        change = self._product("lora_b", scaled, b.astype(y.dtype), *sizes)
         return self._renormed(site, y, change, a, b) if self.dora else y + change
 
     @nn.nowrap
@@ -120,8 +122,9 @@ class Lora(Adapter):
             return x
         return nn.Dropout(self.dropout, deterministic=False)(x)
 
-    def _product(self, x: jax.Array, factor: jax.Array, *sizes: jax.Array) -> jax.Array:
-        return grouped_matmul(x, factor, *sizes) if sizes else matmul.matmul(x, factor)
+    def _product(self, name: str, x: jax.Array, factor: jax.Array, *sizes: jax.Array) -> jax.Array:
+        y = grouped_matmul(x, factor, *sizes) if sizes else matmul.matmul(x, factor)
+        return taps.projection(self, name, x, y, sizes=sizes[0] if sizes else None)
 
     def _renormed(
         self, site: Adapted, y: jax.Array, change: jax.Array, a_XR: jax.Array, b_RY: jax.Array

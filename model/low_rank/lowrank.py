@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from model.axes import RANK, parameter, unboxed
-from model.kernels import matmul
+from model.kernels import matmul, taps
 from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
@@ -145,7 +145,17 @@ class LowRankDense(Dense):
             self.kernel_init,
             *((self.axes[0], RANK), (RANK, self.axes[1])),
         )
-        return super().product(x) if factors is None else product(x, *factors)
+        if factors is None:
+            return super().product(x)
+        if taps.is_active():
+            u_XR, v_RY = factors
+            inner = taps.projection(self, "u", x, matmul.matmul(x, u_XR))
+            return taps.projection(self, "v", inner, matmul.matmul(inner, v_RY))
+        return product(x, *factors)
+
+    def tapped(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        # The factors were tapped in `product`.
+        return y if self.has_variable("params", "u") else super().tapped(x, y)
 
     def matrix(self) -> jax.Array:
         if not self.has_variable("params", "u"):
@@ -171,7 +181,9 @@ class LowRankExpertDense(ExpertDense):
         if factors is None:
             return super().product(rows_RX, sizes_E)
         inner = grouped_matmul(rows_RX, factors[0], sizes_E)
-        return grouped_matmul(inner, factors[1], sizes_E)
+        inner = taps.projection(self, "u", rows_RX, inner, sizes=sizes_E)
+        y_RY = grouped_matmul(inner, factors[1], sizes_E)
+        return taps.projection(self, "v", inner, y_RY, sizes=sizes_E)
 
 
 def factorised(

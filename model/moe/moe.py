@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, weights
+from model.kernels import taps
 from model.linear import Dense
 from model.mlp import GatedMlp, activation
 from model.moe import dispatch, parallel, routing
@@ -59,7 +60,8 @@ class ExpertDense(nn.Module):
         kernel = axes.parameter(
             self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype
         )
-        return grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
+        y_RY = grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
+        return taps.projection(self, "kernel", rows_RX, y_RY, sizes=sizes_E)
 
 
 class MoeMlp(Counted):
@@ -114,7 +116,8 @@ class MoeMlp(Counted):
         self._check()
         logits_BTE, probs_BTE = routing.probabilities(self, x_BTD)
         real_BT = routing.real_tokens(x_BTD, segments_BT)
-        place = parallel.placement(len(x_BTD), self.num_experts)
+        # A tap needs the rows of all devices in one order.
+        place = None if taps.is_active() else parallel.placement(len(x_BTD), self.num_experts)
         choose: Callable[..., Any] = functools.partial(self._choose, place=place)
         if place is not None:  # without this, XLA would gather all probabilities to sort them
             choose = place.map(choose, place.split, place.split)
@@ -180,7 +183,9 @@ class MoeMlp(Counted):
         if place is None:
             most = rows * min(length * top_k, count * self._capacity(length))
             rows_RD, plan = dispatch.send(x_BTD, experts_BTK, count, rows=most)
-            return dispatch.collect(self._experts(rows_RD, plan.sizes_E), weights_BTK, plan)
+            with taps.expert_rows(plan.order_R // top_k):
+                out_RD = self._experts(rows_RD, plan.sizes_E)
+            return dispatch.collect(out_RD, weights_BTK, plan)
         # The experts of a token are distinct, so it sends at most `experts` choices to one device.
         rows, experts = rows // place.token_shards, count // place.expert_shards
         most = rows * min(length * min(top_k, experts), experts * self._capacity(length))

@@ -1,0 +1,84 @@
+"""The folder of fitted factors: its record, and whether it is of a checkpoint."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from launch.run.load_run import LoadError
+
+RECORD = "influence.json"
+SAMPLE = "sample.json"
+FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
+_MAX_BYTES = 64 << 20
+
+
+def step_of(checkpoint: str) -> str:
+    """Returns the absolute path of a checkpoint's step: its newest good one may change."""
+    from trainers.checkpoints import step_dir
+
+    return os.path.abspath(os.fspath(step_dir.resolve(checkpoint)))
+
+
+def begin(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Writes the record of new factors, or checks that the folder's factors have the same one.
+
+    Raises:
+      LoadError: the folder has factors of other settings, documents or parameters.
+    """
+    import jax
+
+    if (folder / RECORD).exists():
+        other = read(str(folder))
+        # The place of a checkpoint may change; its digest is compared.
+        names = [
+            n for n in record if n not in ("checkpoint", "params") and other.get(n) != record[n]
+        ]
+        if names:
+            raise LoadError(
+                f"--out={folder} has factors of other {', '.join(names)}: give another folder, or delete it to fit them anew."
+            )
+    elif jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{RECORD}.partial"
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, folder / RECORD)
+
+
+def read(folder: str) -> dict[str, Any]:
+    """Returns the record of fitted factors.
+
+    Raises:
+      LoadError: the folder has none, or a damaged one.
+    """
+    path = pathlib.Path(folder) / RECORD
+    if not path.is_file():
+        raise LoadError(
+            f"--factors={folder} has no {RECORD}: give the folder that `launch.influence fit --out` wrote."
+        )
+    try:
+        with open(path, "rb") as file:
+            record = json.loads(file.read(_MAX_BYTES))
+        if not isinstance(record, dict):
+            raise ValueError("it is not a JSON object")
+        return {**record, "checkpoint": str(record["checkpoint"]), "model": str(record["model"])}
+    except (ValueError, KeyError, RecursionError) as error:
+        raise LoadError(f"{path} is damaged ({error}): fit the factors again.") from None
+
+
+def check_model(folder: str, record: Mapping[str, Any], digest: str, checkpoint: str) -> None:
+    """Raises LoadError if factors were fitted on other parameters."""
+    if record["model"] != digest:
+        raise LoadError(
+            f"--factors={folder} are of another checkpoint: they were fitted on {record['checkpoint']}, whose parameters "
+            f"differ from those of {checkpoint}. Give that checkpoint, or fit factors of this one."
+        )
+
+
+def check_float64(dtype: str) -> None:
+    """Raises LoadError for float64 if JAX has it switched off."""
+    import jax
+
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise LoadError("--factor_dtype=float64 needs JAX_ENABLE_X64=1 in the environment.")

@@ -1,0 +1,257 @@
+"""Documents and queries of influence: rows of files or of SeqIO mixtures, as the model reads them."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data.text import documents as document_files
+from data.text import spelling
+from launch.inference import row_files
+from launch.inference.generate import with_prompt_key
+from launch.inference.score import scored_row
+from launch.run.load_run import LoadedRun, LoadError
+from trainers.scoring.scoring import Row
+
+QUERY_EXAMPLE = '{"prompt": "2 + 3 =", "completion": " 5"}'
+DOCUMENT_EXAMPLE = '{"text": "..."} or {"tokens": [...]}'
+LENGTH = 512
+_SHOWN = 5
+
+
+def length_of(run: LoadedRun, length: int | None) -> int:
+    """Returns the number of tokens that are read of a document.
+
+    Raises:
+      LoadError: it is longer than the model's learned positions, or not positive.
+    """
+    limit = run.model.max_length
+    if length is None:
+        return min(LENGTH, limit or LENGTH)
+    if length < 1 or (limit is not None and length > limit):
+        upper = f" and at most the model's {limit} positions" if limit else ""
+        raise LoadError(f"--length={length} must be at least 1{upper}.")
+    return length
+
+
+def read_queries(run: LoadedRun, path: str, length: int) -> list[Row]:
+    """Returns the queries of a file.
+
+    Raises:
+      LoadError: there is none, or one has no prompt, an empty completion or too many tokens.
+      RowFileError, DataError: the file cannot be read.
+    """
+    rows = []
+    for where, row in row_files.read(path, example=QUERY_EXAMPLE, flag="queries"):
+        rows.append(_query(run, row, where, length))
+    if not rows:
+        raise LoadError(f"--queries={path} has no query: give lines such as {QUERY_EXAMPLE}.")
+    return rows
+
+
+def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> Row:
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        raise LoadError(f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}.")
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, str | list):
+        raise LoadError(
+            f"{where}: the prompt is neither a text, nor a list of token ids or of messages."
+        )
+    if run.encodes:
+        asked: Mapping[str, Any] = {"inputs": prompt, "targets": completion}
+    elif isinstance(prompt, list) and all(type(id) is int for id in prompt):
+        asked = {"tokens": prompt, "targets": completion}
+    else:
+        asked = with_prompt_key({"prompt": prompt, "targets": completion})
+    query = scored_row(run, asked, where)
+    if not query.targets:
+        raise LoadError(
+            f"{where}: the completion is empty, so there is nothing to explain: give its text, such as {QUERY_EXAMPLE}."
+        )
+    if query.inputs > length:
+        raise LoadError(
+            f"{where}: the query has {query.inputs} tokens, and the context {length}: shorten it, or raise --length."
+        )
+    return query
+
+
+@dataclasses.dataclass(kw_only=True)
+class Documents:
+    """Documents that are read from the first on at each iteration: of a file, or of a SeqIO mixture.
+
+    Attributes:
+      run: the model that reads them.
+      length: tokens that are read of each; the rest is cut off.
+      path: JSON lines.
+      mixture: name of a registered SeqIO mixture or task, without `path`.
+      split: split of the mixture.
+      limit: number of first documents that are read; None for all.
+      cut: number of documents that were cut, of the last iteration.
+      repeated: (place, place of the first) of documents with the tokens of an earlier one, of the last iteration.
+    """
+
+    run: LoadedRun
+    length: int
+    path: str | None = None
+    mixture: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    cut: int = 0
+    repeats: int = 0
+    repeated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if (self.path is None) == (self.mixture is None):
+            raise LoadError("Give the documents: either --documents=FILE or --mixture=NAME.")
+        if self.path is not None and not os.path.isfile(self.path):
+            raise row_files.RowFileError(f"--documents={self.path}: there is no such file.")
+        if self.limit is not None and self.limit < 1:
+            raise LoadError(f"--max_documents={self.limit} must be at least 1.")
+        if self.mixture is not None:
+            _check_mixture(self.run, self.mixture, self.split)
+
+    def __iter__(self) -> Iterator[Row]:
+        self.cut, self.repeats, self.repeated = 0, 0, []
+        seen: dict[bytes, int] = {}
+        for number, (where, row) in enumerate(itertools.islice(self._placed(), self.limit), 1):
+            text = repr((row.encoder_inputs, row.context, row.targets)).encode()
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            first = seen.setdefault(digest, number)
+            if first != number and row.targets:
+                self.repeats += 1
+                if self.repeats <= _SHOWN:
+                    self.repeated.append((where, f"document {first}"))
+            yield row
+
+    def raw(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows of the file, or rows with the tokens of the mixture."""
+        if self.path is not None:
+            lines = document_files.read_json_lines(
+                pathlib.Path(self.path), example=DOCUMENT_EXAMPLE
+            )
+            yield from itertools.islice((row for _, row in lines), self.limit)
+        else:
+            for _, row in itertools.islice(self._placed(), self.limit):
+                yield {"tokens": [*row.targets]}
+
+    def record(self) -> dict[str, Any]:
+        """Returns what identifies the documents."""
+        if self.path is not None:
+            with open(self.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"path": os.path.abspath(self.path), "sha256": digest, "limit": self.limit}
+        return {"mixture": self.mixture, "split": self.split, "limit": self.limit}
+
+    def count(self) -> int | None:
+        """Returns the number of documents of a file; None for a mixture."""
+        if self.path is None:
+            return None
+        lines = document_files.read_json_lines(pathlib.Path(self.path), example=DOCUMENT_EXAMPLE)
+        return sum(1 for _ in itertools.islice(lines, self.limit))
+
+    def notes(self) -> list[str]:
+        """Returns sentences about documents that were cut, and repeated ones, of the last iteration."""
+        notes = []
+        if self.cut:
+            notes.append(f"documents cut to --length={self.length} tokens: {self.cut:,}")
+        if self.repeats:
+            shown = ", ".join(f"{where} repeats {first}" for where, first in self.repeated)
+            more = f" and {self.repeats - _SHOWN:,} more" if self.repeats > _SHOWN else ""
+            notes.append(
+                f"documents that repeat an earlier one and have its scores: {self.repeats:,} ({shown}{more}); remove them to "
+                "rank each once"
+            )
+        return notes
+
+    def _placed(self) -> Iterator[tuple[str, Row]]:
+        for where, row in self._rows():
+            read = row if isinstance(row, Row) else scored_row(self.run, row, where)
+            room = max(0, self.length + 1 - len(read.context))
+            if len(read.targets) > room:
+                self.cut += 1
+                read = dataclasses.replace(read, targets=read.targets[:room])
+            if len(read.encoder_inputs) > self.length:
+                read = dataclasses.replace(read, encoder_inputs=read.encoder_inputs[: self.length])
+            yield where, read
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        if self.path is not None:
+            path = pathlib.Path(self.path)
+            for number, row in document_files.read_json_lines(path, example=DOCUMENT_EXAMPLE):
+                yield f"{self.path}, line {number}", row
+            return
+        assert self.mixture is not None
+        for i, example in enumerate(_examples(self.mixture, self.split, self.length)):
+            where = f"{self.mixture}, example {i}"
+            targets = [int(id) for id in example["targets"]]
+            inputs = [int(id) for id in example["inputs"]] if "inputs" in example else []
+            if self.run.encodes:
+                yield (
+                    where,
+                    Row(
+                        context=[self.run.start_token or 0], targets=targets, encoder_inputs=inputs
+                    ),
+                )
+                continue
+            context = self.run.context(inputs)
+            if not context:
+                context, targets = targets[:1] or [0], targets[1:]
+            yield where, Row(context=context, targets=targets)
+
+
+def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
+    """Raises LoadError if a mixture is not registered, has no such split, or another vocabulary."""
+    import seqio
+
+    from data.stream.rows import vocabulary_digest
+
+    names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    if name not in names:
+        raise LoadError(
+            f"--mixture={name}: no such SeqIO mixture or task; {spelling.nearest(name, sorted(names))} (--module=NAME "
+            "registers more)."
+        )
+    mixture = seqio.get_mixture_or_task(name)
+    own = vocabulary_digest(run.vocabulary)
+    for feature, settings in mixture.output_features.items():
+        if feature in ("inputs", "targets") and vocabulary_digest(settings.vocabulary) != own:
+            raise LoadError(
+                f"--mixture={name}: its feature {feature!r} has another vocabulary than the run: register it with the run's."
+            )
+    tasks = mixture.tasks if hasattr(mixture, "tasks") else [mixture]
+    for task in tasks:
+        if split not in task.splits:
+            raise LoadError(
+                f"--mixture={name}: the task {task.name} has no split {split!r}; it has {', '.join(task.splits)}."
+            )
+
+
+def _examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]:
+    """Yields the examples of a mixture, in a fixed order, once each."""
+    import seqio
+
+    mixture = seqio.get_mixture_or_task(name)
+    lengths = dict.fromkeys(mixture.output_features, length)
+    repeat = {"num_epochs": 1} if hasattr(mixture, "tasks") else {}
+    dataset = mixture.get_dataset(lengths, split=split, shuffle=False, **repeat)
+    yield from dataset.as_numpy_iterator()
+
+
+def write_sample(path: pathlib.Path, rows: list[Row]) -> None:
+    """Writes the first documents that factors were fitted on, which refinements and measurements use."""
+    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows]) + "\n")
+
+
+def read_sample(path: pathlib.Path) -> list[Row]:
+    """Returns the documents of `write_sample`; none without the file."""
+    if not path.is_file():
+        return []
+    try:
+        return [Row(**row) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError):
+        raise LoadError(f"{path} is damaged: fit the factors again.") from None

@@ -1,0 +1,210 @@
+"""Scorers of the command `influence score`: by gradients, or by shared tokens.
+
+A scorer prepares the queries once, then yields the rows of all documents from any row on.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.attribution import factors as factor_files
+from launch.attribution import inputs
+from launch.run import run_model
+from launch.run.load_run import LoadedRun, LoadError, RunConfig
+from trainers.influence import conjugate, documents, files, kronecker, lexical, queries, scores
+from trainers.influence import fit as stages
+from trainers.influence import sites as site_list
+from trainers.influence.token_scores import concentration, is_spurious, output_token_scores
+
+
+class Lexical:
+    """Scores by the tokens that a query shares with a document; all documents are read at once."""
+
+    def __init__(self, method: str, rows: Sequence[Any], source: inputs.Documents):
+        self.method, self.rows, self.source = method, rows, source
+        self.record: dict[str, Any] = {}
+
+    def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
+        empty = np.full(len(self.rows), np.nan)
+        columns = dict.fromkeys(("nats", "norms", "kept", "pearson"), empty)
+        queries.save(folder, queries.QuerySet(inputs={}, **columns), record)
+
+    def stream(self, skip: int) -> Iterator[dict[str, Any]]:
+        texts = [[*row.context, *row.targets] for row in self.source]
+        wanted = [[*row.encoder_inputs, *row.context, *row.targets] for row in self.rows]
+        try:
+            scores = (lexical.bm25 if self.method == "bm25" else lexical.tfidf)(wanted, texts)
+        except ImportError:
+            raise LoadError(
+                "--method=bm25 needs bm25s: pip install 'espalier-lm[influence]'."
+            ) from None
+        return ({"scores": row.tolist()} for row in scores[skip:])
+
+    def notes(self) -> list[str]:
+        return []
+
+
+class Gradients:
+    """Scores by gradients: the queries' are prepared, then documents stream once."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: LoadedRun,
+        rows: Sequence[Any],
+        source: inputs.Documents,
+        *,
+        checkpoint: str,
+        factors: str | None,
+        record: Mapping[str, Any] | None,
+        modules: Sequence[str] | None,
+        settings: Mapping[str, Any],
+        batch_size: int,
+        params: str,
+    ):
+        self.config, self.run, self.rows, self.source = config, run, rows, source
+        self.settings, self.factors, self.params = settings, factors, params
+        digest = files.model_digest(run.params)
+        if record is not None and factors is not None:
+            factor_files.check_model(factors, record, digest, checkpoint)
+        fitted = record["settings"]["modules"] if record is not None else ["mlp"]
+        self.sites = site_list.select(run.model, run.params, tuple(modules or fitted))
+        lacking = sorted(set(self.sites) - set(record["sites"])) if record is not None else []
+        if lacking and settings["method"] in factor_files.FITTED:
+            raise LoadError(
+                f"--modules chooses {lacking[0]}, which --factors={factors} lack: they have {', '.join(fitted)}."
+            )
+        # Raises before any work.
+        self.damping = kronecker.Damping(settings["damping"], settings["damping_kind"])
+        self.reader = stages.Reader(
+            model=run.model, params=run.params, batch_size=batch_size, sharding=run.row_sharding
+        )
+        self.record = {"model": digest, "sites": sorted(self.sites), "factors": factors and record}
+        self.queries: Any = None
+
+    def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
+        """Computes the queries' gradients, or reads those of an earlier start."""
+        if files.exists(folder):
+            self.queries, _ = queries.load(folder)
+            return
+        sample = inputs.read_sample(pathlib.Path(self.factors or "") / factor_files.SAMPLE)
+        with self._query_reader() as reader:
+            precondition, refine = self._curvature(reader, sample)
+            self.queries = queries.prepare(
+                *(reader, self.sites, self.rows, precondition),
+                rank=self.settings["rank"] or None,
+                store_dtype=self.settings["query_dtype"],
+                sample=sample if self.settings["query_checkpoint"] is None else (),
+                refine=refine,
+            )
+        queries.save(folder, self.queries, record)
+
+    @contextlib.contextmanager
+    def _query_reader(self) -> Iterator[Any]:
+        """The reader of the queries' model."""
+        other = self.settings["query_checkpoint"]
+        if other is None:
+            yield self.reader
+            return
+        config = dataclasses.replace(
+            self.config, model=run_model.model(run=other, macro="query_checkpoint")
+        )
+        with config.load(other, params=self.params, encoder_decoders=True) as run:
+            yield dataclasses.replace(self.reader, model=run.model, params=run.params)
+
+    def _curvature(self, reader: Any, sample: Sequence[Any]) -> tuple[Any, Any]:
+        """Returns what preconditions a batch of gradients, and what refines the gradients of one query."""
+        method = self.settings["method"]
+        if method not in factor_files.FITTED:
+            return None, None
+        strategy = "kfac" if method == "kfac" else "ekfac"
+        curvature = stages.read_curvature(
+            pathlib.Path(self.factors or ""), self.sites, strategy, self.damping
+        )
+        if method != "ekfac_cg":
+            return curvature, None
+        batch = [row for row in sample if row.targets][: self.settings["cg_documents"]]
+        if not batch:
+            raise LoadError(
+                f"--factors={self.factors} have no documents for ekfac_cg: fit them again."
+            )
+        longest = max(row.inputs for row in batch)
+        length = documents.bucket_length(longest, limit=self.run.model.max_length)
+        size = self.run.batch_size(len(batch), len(batch))
+        arrays = self.reader.place(documents.columns(batch, range(len(batch)), size, length))
+        product = conjugate.gauss_newton(self.run.model, self.sites)
+
+        def refine(q: Any) -> tuple[Any, Any]:
+            solution = conjugate.solve(
+                lambda v: product(self.run.params, arrays, v),
+                curvature,
+                q,
+                steps=self.settings["cg_steps"],
+            )
+            return solution.x, solution.note
+
+        return None, refine
+
+    def stream(self, skip: int) -> Iterator[dict[str, Any]]:
+        scored = scores.score(
+            *(self.reader, self.sites, self.queries),
+            itertools.islice(iter(self.source), skip, None),
+            first=skip,
+            per_layer=self.settings["per_layer"],
+            cosine=self.settings["method"] == "cosine",
+            total=self.source.count(),
+        )
+        for one in scored:
+            row: dict[str, Any] = {"scores": one.scores.tolist(), "norm": one.norm}
+            if one.layers is not None:
+                row["layers"] = {path: values.tolist() for path, values in one.layers.items()}
+            yield row
+
+    def notes(self) -> list[str]:
+        kept, pearson = self.queries.kept, self.queries.pearson
+        text = f"query gradients keep {100 * np.mean(kept):.2f} % of their squared norm (least {100 * np.min(kept):.2f} %)"
+        if not np.all(np.isnan(pearson)):
+            text += f"; scores of sample documents correlate at {np.nanmean(pearson):.4f} with uncompressed ones (least "
+            text += f"{np.nanmin(pearson):.4f})"
+        return [text]
+
+    def token_rows(self, wanted: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
+        """Yields the influence of every token of some documents, in the order of the queries.
+
+        Args:
+          wanted: indices of documents, by query.
+        """
+        needed = {index for chosen in wanted for index in chosen}
+        rows = {i: row for i, row in enumerate(self.source) if i in needed}
+        influence = output_token_scores(self.run.model, self.sites)
+        size = self.run.batch_size(1, 1)
+        for q, chosen in enumerate(wanted):
+            direction = {
+                path: np.take(
+                    np.asarray(queries.whole(self.queries.inputs[path], "float32")),
+                    *(q, len(site.scan)),
+                )
+                for path, site in self.sites.items()
+            }
+            for index in chosen:
+                row = rows[index]
+                if not row.targets:
+                    continue
+                length = documents.bucket_length(row.inputs, limit=self.run.model.max_length)
+                arrays = self.reader.place(documents.columns([row], [index], size, length))
+                values = np.asarray(influence(self.run.params, arrays, direction))[0]
+                first = len(row.context) - 1
+                own = values[first : first + len(row.targets)]
+                yield {
+                    "query": q,
+                    "document": index,
+                    "tokens": [*row.targets],
+                    "scores": own.tolist(),
+                    "concentration": concentration(own),
+                    "spurious": is_spurious(own),
+                }

@@ -1,0 +1,21 @@
+"""Influence of training documents on a model's completions, by EK-FAC: fits factors, scores documents, reports.
+
+  python -m launch.influence fit --checkpoint=/tmp/espalier_tiny --documents=d.jsonl --out=/tmp/factors
+  python -m launch.influence score --factors=/tmp/factors --queries=q.jsonl --documents=d.jsonl --out=/tmp/scores.jsonl
+  python -m launch.influence report --scores=/tmp/scores.jsonl
+
+A query is {"prompt": "...", "completion": "..."}, a document {"text": "..."} or {"tokens": [...]}. A row of scores is
+{"scores": [one for each query], "norm": ...}, in the order of the documents. docs/influence.md leads from a run and files to a
+table of documents; `python -m launch.influence NAME --help` shows the flags of one part.
+"""
+
+from launch import cli
+
+COMMANDS = {
+    "fit": "launch.attribution.fit",
+    "score": "launch.attribution.score",
+    "report": "launch.attribution.report",
+}
+
+if __name__ == "__main__":
+    raise SystemExit(cli.subcommand(__doc__, COMMANDS))

@@ -1,0 +1,128 @@
+"""Taps of every kind of layer against autodiff in float64: low-rank factors, adapters, and an encoder-decoder."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.adapters import adapter
+from model.adapters.lora import Lora
+from model.attention import Attention
+from model.config import TransformerConfig
+from model.low_rank.lowrank import Factorisation, LowRankExpertDense, factorised
+from model.mlp import GatedMlp
+from model.moe.moe import MoeMlp
+from model.t5.encoder_decoder import EncoderDecoder
+from model.transformer import Block, Transformer
+from trainers.checkpoints import state_tree
+from trainers.influence import conjugate, documents, sites
+from trainers.influence.backward import backward
+from trainers.influence.consumers import Covariances, Gradients
+from trainers.scoring.scoring import Row
+
+F64 = "float64"
+CONFIG = TransformerConfig(
+    **dict(vocab_size=13, num_layers=1, embed_dim=6, num_heads=1, mlp_dim=5),
+    **dict(dtype=F64, param_dtype=F64, layer_pattern=("full_nope",)),
+)
+ROWS = [
+    Row(context=[0], targets=[3, 4, 5, 1, 2], encoder_inputs=[4, 4, 9]),
+    Row(context=[0], targets=[8, 1], encoder_inputs=[7]),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def lora():
+    make = functools.partial(Lora, layers=(r".*attention/query",), rank=2, param_dtype=F64)
+    return functools.partial(Attention, adapters=adapter.named(lora=make))
+
+
+def low_rank():
+    factorisation = Factorisation(rank=3, rank_rule="absolute")
+    return functools.partial(GatedMlp, dense=factorised(factorisation=factorisation))
+
+
+def low_rank_experts():
+    dense = functools.partial(
+        LowRankExpertDense,
+        factorisation=Factorisation(rank=3, rank_rule="absolute", layers=(".*",)),
+    )
+    return functools.partial(MoeMlp, num_experts=2, top_k=1, expert_dense=dense)
+
+
+MODELS = {
+    "factors and adapters": (
+        lambda: Transformer(
+            config=CONFIG, block=functools.partial(Block, mlp=low_rank(), attention=lora())
+        ),
+        ("mlp", "adapters"),
+        {"mlp/down/v": (3, 6), "query/adapter_lora/lora_a": (6, 2)},
+    ),
+    "factors of experts": (
+        lambda: Transformer(config=CONFIG, block=functools.partial(Block, mlp=low_rank_experts())),
+        ("mlp",),
+        {"mlp/gate/u": (6, 3)},
+    ),
+    "an encoder-decoder": (
+        lambda: EncoderDecoder(config=CONFIG, tie_embeddings=True),
+        ("all", "head"),
+        {"encoder/layers/block_0/mlp/up/kernel": (6, 5), "cross_attention/key/kernel": (6, 6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_equal_autodiff(kind):
+    make, modules, known = MODELS[kind]
+    model = make()
+    ids = jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
+    r = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(r.normal(size=x.shape) * 0.5), nn.meta.unbox(shapes)["params"]
+    )
+    chosen = sites.select(model, params, modules)
+    for name, shape in known.items():
+        (site,) = (s for path, s in chosen.items() if path.endswith(name))
+        assert (site.inputs, site.outputs) == shape
+    arrays = documents.columns(ROWS, [0, 1], 2, 6)
+    if model.row == "tokens":
+        arrays = {n: x for n, x in arrays.items() if not n.startswith("encoder")}
+
+    def loss(params, batch):
+        table = jax.nn.log_softmax(conjugate.logits_of(model, params, batch))
+        picked = jnp.take_along_axis(table, batch["decoder_target_tokens"][..., None], -1)[..., 0]
+        return -(picked * batch["decoder_loss_weights"]).sum()
+
+    @jax.jit
+    def both(params, batch):
+        tapped = [
+            backward(model, chosen, consumer, params, {}, batch)[0]
+            for consumer in (Gradients(F64), Covariances(1, F64))
+        ]
+        rows = [
+            jax.grad(loss)(params, jax.tree.map(lambda x, b=b: x[b : b + 1], batch)) for b in (0, 1)
+        ]
+        return *tapped, rows
+
+    tapped, covariances, rows = both(params, arrays)
+    # The router of experts computes in float32.
+    tolerance = 2e-6 if "experts" in kind else 1e-10
+    for path, site in chosen.items():
+        for b, row in enumerate(rows):
+            got = jnp.take(tapped[path], b, axis=len(site.scan))
+            want = site.matrix(state_tree.flatten(row))
+            np.testing.assert_allclose(got, want, atol=tolerance, err_msg=path)
+        encoder = (
+            "encoder/" in path or "cross_attention/key" in path or "cross_attention/value" in path
+        )
+        tokens = 4 if encoder else 7  # that each side reads
+        assert np.sum(covariances[path]["count"]) == tokens

@@ -1,0 +1,277 @@
+"""What the backward pass computes at each site from inputs a and gradients g of its outputs.
+
+A consumer's results take the place of a gradient, so that no activation outlives its layer: with scanned layers and
+remat, memory is one layer's. Consumers are static arguments of compiled programs, hence frozen dataclasses.
+
+Shapes: B batch, T length, Q queries, X inputs (with the bias row), Y outputs, E experts, R rows of experts, r rank;
+n blocks of size s (trainers/influence/blocks.py).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from model.moe.grouped_matmul import grouped_matmul
+from trainers.influence import blocks
+from trainers.influence.sites import Site
+
+Arrays = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows sorted by expert: their tokens and experts, and the batch that they come from.
+
+    Attributes:
+      sizes_E: rows of each expert.
+      tokens_R: index of each row's token, below B * T.
+      batch, length: B and T.
+    """
+
+    sizes_E: jax.Array
+    tokens_R: jax.Array
+    batch: int
+    length: int
+
+    @property
+    def valid_R(self) -> jax.Array:
+        """Whether a row has an expert."""
+        return jnp.arange(len(self.tokens_R)) < self.sizes_E.sum()
+
+    @property
+    def documents_R(self) -> jax.Array:
+        return self.tokens_R // self.length
+
+    @property
+    def sizes_of_documents(self) -> jax.Array:
+        """Rows of each expert and document, [E * B], in the order of the rows: tokens of an expert are in order."""
+        ends_E = jnp.cumsum(self.sizes_E)
+        expert_R = jnp.searchsorted(ends_E, jnp.arange(len(self.tokens_R)), side="right")
+        count = len(self.sizes_E) * self.batch
+        group_R = jnp.where(self.valid_R, expert_R * self.batch + self.documents_R, count)
+        return jnp.bincount(group_R, length=count + 1)[:-1].astype(jnp.int32)
+
+    def by_document(self, values_RQ: jax.Array, *, tokens: bool) -> jax.Array:
+        """Returns the sums of values over the rows of each document [B, Q], or of each token [B, T, Q]."""
+        values_RQ = jnp.where(self.valid_R[:, None], values_RQ, 0)
+        if tokens:
+            sums = jax.ops.segment_sum(values_RQ, self.tokens_R, self.batch * self.length)
+            return sums.reshape(self.batch, self.length, -1)
+        return jax.ops.segment_sum(values_RQ, self.documents_R, self.batch)
+
+
+def outer_by_group(a_RX: jax.Array, g_RY: jax.Array, sizes_G: jax.Array) -> jax.Array:
+    """Returns the sum of a g^T over the rows of each group, [G, X, Y]: the gradient of a grouped product's kernels."""
+    zeros = jnp.zeros((len(sizes_G), a_RX.shape[-1], g_RY.shape[-1]), a_RX.dtype)
+    _, pull = jax.vjp(lambda kernel: grouped_matmul(a_RX, kernel, sizes_G), zeros)
+    return pull(g_RY)[0]
+
+
+class Consumer(Protocol):
+    """Computes results of one site; those of all layers of a scanned site are stacked.
+
+    Attributes:
+      squares: whether results are not sums over the uses of a matrix.
+    """
+
+    squares: ClassVar[bool]
+
+    @property
+    def dtype(self) -> str: ...
+
+    def zeros(self, site: Site, batch: int, length: int) -> Any:
+        """Returns zeros of the results' shapes, with L first where layers are scanned."""
+
+    def dense(self, a_BTX: jax.Array, g_BTY: jax.Array, mask_BT: jax.Array, inputs: Any) -> Any:
+        """Returns the results of one matrix; a is zero where the mask is."""
+
+    def experts(self, a_RX: jax.Array, g_RY: jax.Array, rows: Rows, inputs: Any) -> Any:
+        """Returns the results of stacked experts; rows without an expert are zero."""
+
+    def finish(self, site: Site, gradient: jax.Array, inputs: Any) -> Any:
+        """Returns the results from the gradients [B, X, Y] of a matrix that is used twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Covariances:
+    """Sums over tokens of a a^T and g g^T, and the number of tokens.
+
+    Attributes:
+      blocks: n.
+      dtype: dtype of the sums.
+    """
+
+    squares: ClassVar[bool] = False
+
+    blocks: int = 1
+    dtype: str = "float32"
+
+    def zeros(self, site: Site, batch: int, length: int) -> Any:
+        def square(width: int) -> jax.Array:
+            size = blocks.block_size(width, self.blocks)
+            return jnp.zeros((*site.lead, self.blocks, size, size), self.dtype)
+
+        count = jnp.zeros(site.lead, self.dtype)
+        return {"a": square(site.inputs), "s": square(site.outputs), "count": count}
+
+    def dense(self, a_BTX, g_BTY, mask_BT, inputs):
+        def square(x):
+            parts = blocks.split(x, self.blocks)
+            return jnp.einsum("btns,btnr->nsr", parts, parts)
+
+        return {"a": square(a_BTX), "s": square(g_BTY), "count": mask_BT.sum()}
+
+    def experts(self, a_RX, g_RY, rows, inputs):
+        def square(x):
+            parts = blocks.split(x, self.blocks)
+            each = [
+                outer_by_group(parts[:, n], parts[:, n], rows.sizes_E) for n in range(self.blocks)
+            ]
+            return jnp.stack(each, axis=1)
+
+        return {"a": square(a_RX), "s": square(g_RY), "count": rows.sizes_E.astype(self.dtype)}
+
+    def finish(self, site, gradient, inputs):
+        raise NotImplementedError  # sums over both uses are right as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradient of each document, [B, X, Y], or [B, E, X, Y] of experts."""
+
+    squares: ClassVar[bool] = False
+
+    dtype: str = "float32"
+
+    def zeros(self, site: Site, batch: int, length: int) -> Any:
+        return jnp.zeros((*site.scan, batch, *site.stack, site.inputs, site.outputs), self.dtype)
+
+    def dense(self, a_BTX, g_BTY, mask_BT, inputs):
+        return jnp.einsum("btx,bty->bxy", a_BTX, g_BTY)
+
+    def experts(self, a_RX, g_RY, rows, inputs):
+        sums = outer_by_group(a_RX, g_RY, rows.sizes_of_documents)
+        return sums.reshape(-1, rows.batch, *sums.shape[1:]).swapaxes(0, 1)
+
+    def finish(self, site, gradient, inputs):
+        return gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Sum over documents of the squared gradient in the eigenbasis: a and g are rotated first.
+
+    Attributes:
+      blocks: n.
+      dtype: dtype of the sums.
+    """
+
+    squares: ClassVar[bool] = True
+
+    blocks: int = 1
+    dtype: str = "float32"
+
+    def zeros(self, site: Site, batch: int, length: int) -> Any:
+        widths = [blocks.padded_width(d, self.blocks) for d in (site.inputs, site.outputs)]
+        return jnp.zeros((*site.lead, *widths), self.dtype)
+
+    def dense(self, a_BTX, g_BTY, mask_BT, inputs):
+        a, g = blocks.rotate(a_BTX, inputs["qa"]), blocks.rotate(g_BTY, inputs["qs"])
+        return jnp.square(jnp.einsum("btx,bty->bxy", a, g)).sum(0).astype(self.dtype)
+
+    def experts(self, a_RX, g_RY, rows, inputs):
+        def rotated(x, q_ENSK):
+            parts = blocks.split(x, q_ENSK.shape[1])
+            each = [
+                grouped_matmul(parts[:, n], q_ENSK[:, n].astype(x.dtype), rows.sizes_E)
+                for n in range(q_ENSK.shape[1])
+            ]
+            return jnp.where(rows.valid_R[:, None], jnp.concatenate(each, axis=-1), 0)
+
+        a, g = rotated(a_RX, inputs["qa"]), rotated(g_RY, inputs["qs"])
+        squares = jnp.square(outer_by_group(a, g, rows.sizes_of_documents))
+        return squares.reshape(-1, rows.batch, *squares.shape[1:]).sum(1).astype(self.dtype)
+
+    def finish(self, site, gradient, inputs):
+        rotated = jax.vmap(lambda v: blocks.rotate_matrix(v, inputs["qa"], inputs["qs"]))(gradient)
+        return jnp.square(rotated).sum(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of documents by queries, and squared norms of the documents' gradients.
+
+    The inputs are preconditioned gradients of the queries: `p` [Q, X, Y], or factors `u` [Q, X, r] and `v` [Q, Y, r]; of
+    experts [Q, E, ...].
+
+    Attributes:
+      queries: Q.
+      tokens: whether scores are of every token, [B, T, Q], instead of [B, Q].
+      dtype: dtype of the sums.
+    """
+
+    squares: ClassVar[bool] = True
+
+    queries: int
+    tokens: bool = False
+    dtype: str = "float32"
+
+    def zeros(self, site: Site, batch: int, length: int) -> Any:
+        shape = (batch, length, self.queries) if self.tokens else (batch, self.queries)
+        return {
+            "scores": jnp.zeros((*site.scan, *shape), self.dtype),
+            "squares": jnp.zeros((*site.scan, batch), self.dtype),
+        }
+
+    def dense(self, a_BTX, g_BTY, mask_BT, inputs):
+        (_, length, X), Y = a_BTX.shape, g_BTY.shape[-1]
+        whole = "p" in inputs and not self.tokens
+        # The norm of sum_t a_t g_t^T: of the matrix itself, or from products of pairs of tokens if these are cheaper.
+        if whole or length * (X + Y) > X * Y:
+            d_BXY = jnp.einsum("btx,bty->bxy", a_BTX, g_BTY)
+            squares = jnp.square(d_BXY).sum((1, 2))
+        else:
+            pairs = [jnp.einsum("btx,bsx->bts", x, x) for x in (a_BTX, g_BTY)]
+            squares = (pairs[0] * pairs[1]).sum((1, 2))
+        if whole:
+            scores = jnp.einsum("bxy,qxy->bq", d_BXY, self._wide(inputs["p"]))
+        elif "p" in inputs:
+            ap = jnp.einsum("btx,qxy->btqy", a_BTX, self._wide(inputs["p"]))
+            scores = jnp.einsum("btqy,bty->btq", ap, g_BTY)
+        else:
+            au = jnp.einsum("btx,qxr->btqr", a_BTX, self._wide(inputs["u"]))
+            gv = jnp.einsum("bty,qyr->btqr", g_BTY, self._wide(inputs["v"]))
+            scores = jnp.einsum("btqr,btqr->btq" if self.tokens else "btqr,btqr->bq", au, gv)
+        return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
+
+    def experts(self, a_RX, g_RY, rows, inputs):
+        d_BEXY = Gradients(self.dtype).experts(a_RX, g_RY, rows, inputs)
+        squares = jnp.square(d_BEXY).sum((1, 2, 3))
+        if "p" in inputs and not self.tokens:
+            scores = jnp.einsum("bexy,qexy->bq", d_BEXY, self._wide(inputs["p"]))
+            return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
+
+        def product(x_RX, kernel_QEXY):
+            kernel = self._wide(kernel_QEXY).transpose(1, 2, 0, 3)
+            flat = grouped_matmul(x_RX, kernel.reshape(*kernel.shape[:2], -1), rows.sizes_E)
+            return flat.reshape(len(x_RX), self.queries, -1)
+
+        if "p" in inputs:
+            values_RQ = (product(a_RX, inputs["p"]) * g_RY[:, None]).sum(-1)
+        else:
+            values_RQ = (product(a_RX, inputs["u"]) * product(g_RY, inputs["v"])).sum(-1)
+        scores = rows.by_document(values_RQ, tokens=self.tokens)
+        return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
+
+    def finish(self, site, gradient, inputs):
+        whole = inputs.get("p")
+        if whole is None:
+            whole = jnp.einsum("qxr,qyr->qxy", *(self._wide(inputs[name]) for name in ("u", "v")))
+        scores = jnp.einsum("bxy,qxy->bq", gradient, self._wide(whole))
+        return {"scores": scores, "squares": jnp.square(gradient).sum((1, 2))}
+
+    def _wide(self, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.promote_types(x.dtype, self.dtype))

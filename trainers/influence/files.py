@@ -1,0 +1,121 @@
+"""Stages of arrays on disk: safetensors with a checksum and a record, written whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from model.hf.files.safetensors_files import (
+    SINGLE,
+    SafetensorsReader,
+    SafetensorsWriter,
+    WeightFileError,
+    read_json,
+)
+from trainers.checkpoints import agreement, manifest, state_tree
+
+RECORD = "record.json"
+_SHARD_BYTES = 1 << 60
+
+
+class StageError(ValueError):
+    """A stage that is missing, damaged, or of another model."""
+
+
+def write(
+    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
+) -> None:
+    """Writes arrays by name and a record of JSON values; a folder that exists is replaced once all is written."""
+    if not agreement.is_primary():
+        return
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    layout = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    with SafetensorsWriter(fresh, layout, shard_bytes=_SHARD_BYTES) as writer:
+        for name, array in arrays.items():
+            # A scalar has no rows.
+            writer.write(name, array)
+    full = {**record, "sha256": _checksum(fresh / SINGLE)}
+    with open(fresh / RECORD, "w", encoding="utf-8") as file:
+        file.write(json.dumps(full, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(fresh, folder)
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns the arrays by name and the record.
+
+    Raises:
+      StageError: the folder is missing or damaged.
+    """
+    try:
+        record = read_json(folder / RECORD)
+        with SafetensorsReader(folder) as reader:
+            if _checksum(folder / SINGLE) != record.get("sha256"):
+                raise StageError(
+                    f"{folder / SINGLE} is damaged: its checksum is not the recorded one. Delete {folder} and run the "
+                    "command again."
+                )
+            return {name: reader.read(name) for name in reader.tensors}, record
+    except WeightFileError as error:
+        raise StageError(
+            f"{folder} is missing or damaged. Delete it and run the command again. ({error})"
+        ) from None
+
+
+def exists(folder: pathlib.Path) -> bool:
+    """Returns whether a stage was written whole."""
+    return (folder / RECORD).is_file()
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Removes a stage, if it is there."""
+    if agreement.is_primary():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
+def by_site(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns arrays named 'path:kind' as {path: {kind: array}}."""
+    result: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        path, _, kind = name.rpartition(":")
+        result.setdefault(path, {})[kind] = array
+    return result
+
+
+def named(by_site: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns {path: {kind: array}} as arrays on the host named 'path:kind'; the inverse of `by_site`."""
+    return {
+        f"{path}:{kind}": np.asarray(jax.device_get(array))
+        for path, kinds in by_site.items()
+        for kind, array in kinds.items()
+    }
+
+
+def model_digest(params: Any) -> str:
+    """Returns a digest of all parameters, whatever mesh they are on. Every process must call it."""
+    flat = state_tree.flatten(params)
+    blocks = {name: manifest.owned_blocks(array) for name, array in flat.items()}
+    own = {name: str(value) for name, value in manifest.digests(blocks).items()}
+    shares = [{n: int(v) for n, v in share.items()} for share in agreement.gather(own)]
+    total = manifest.add_digests(shares)
+    lines = [f"{n} {flat[n].dtype} {list(flat[n].shape)} {total[n]}" for n in sorted(flat)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _checksum(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,254 @@
+"""Fits EK-FAC factors in three stages, each of which is on disk once it is done and continues after a stop.
+
+covariances: sums of a a^T and g g^T over the tokens of all documents.
+eigen:       their eigenvectors and eigenvalues.
+squares:     the corrected eigenvalues, from a second pass with labels of other draws.
+
+Labels are drawn by document and position, and sums are saved between windows of documents, so that a continued fit equals
+an uninterrupted one bit for bit.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from trainers.influence import documents, files, kronecker
+from trainers.influence.backward import backward
+from trainers.influence.consumers import Consumer, Covariances, Squares
+from trainers.influence.sites import DEFAULT, Site, select
+from trainers.scoring.scoring import Row
+
+Labels = Literal["sampled", "empirical"]
+FactorDtype = Literal["float32", "float64", "bfloat16"]
+STAGES = ("covariances", "eigen", "squares")
+SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """Settings that factors depend on.
+
+    Attributes:
+      modules: names in sites.GROUPS (mlp, attention, adapters, head, all), or patterns of whole paths.
+      labels: 'sampled' from the model (the Fisher), or 'empirical', the documents' own tokens.
+      blocks: number of diagonal blocks of each covariance; more blocks need less memory.
+      factor_dtype: dtype of sums and stored factors; of bfloat16 only the stored eigenvectors are.
+      seed: seed of the labels.
+    """
+
+    modules: Sequence[str] = DEFAULT
+    labels: Labels = "sampled"
+    blocks: int = 1
+    factor_dtype: FactorDtype = "float32"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.blocks < 1:
+            raise kronecker.FactorError(f"--blocks={self.blocks} must be at least 1.")
+
+    @property
+    def sum_dtype(self) -> str:
+        """Dtype of sums over tokens: at least float32."""
+        return "float32" if self.factor_dtype == "bfloat16" else self.factor_dtype
+
+    def record(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "modules": list(self.modules)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How a model reads documents.
+
+    Attributes:
+      model, params: a language model and its parameters.
+      batch_size: rows of a batch.
+      sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
+    """
+
+    model: Any
+    params: Any
+    batch_size: int
+    sharding: NamedSharding | None = None
+    _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """The sharding of results, which every device has whole."""
+        return None if self.sharding is None else NamedSharding(self.sharding.mesh, PartitionSpec())
+
+    def compiled(self, sites: Mapping[str, Site], consumer: Consumer) -> Callable[..., Any]:
+        """Returns `backward` of the sites, compiled: called with (params, inputs, batch, key)."""
+
+        def run(params: Any, inputs: Any, batch: Any, key: Any) -> Any:
+            return backward(self.model, sites, consumer, params, inputs, batch, key=key)
+
+        key = (tuple(sites), consumer)
+        return self._programs.setdefault(key, jax.jit(run, out_shardings=self.whole))
+
+    def place(self, arrays: Any) -> Any:
+        return documents.placed(arrays, self.sharding)
+
+    def place_whole(self, arrays: Any) -> Any:
+        return jax.device_put(arrays, self.whole)
+
+    def batches(self, rows: Sequence[Row], first: int) -> Any:
+        return documents.batches(
+            rows, first=first, batch_size=self.batch_size, limit=self.model.max_length
+        )
+
+
+def fit(
+    reader: Reader,
+    folder: pathlib.Path,
+    read_documents: Callable[[], Iterable[Row]],
+    settings: FitSettings,
+    *,
+    total: int | None = None,
+) -> None:
+    """Fits all stages that `folder` does not have yet.
+
+    Args:
+      reader: model and batches.
+      folder: folder of the stages.
+      read_documents: returns the documents from the first on, and the same ones at each call.
+      total: their number, for progress and remaining time.
+
+    Raises:
+      SiteError: modules that cannot be tapped.
+      FactorError: there are no tokens, or a covariance is not finite.
+    """
+    sites = select(reader.model, reader.params, settings.modules)
+    sums = functools.partial(_sums, reader, read_documents, settings, total=total)
+    if not files.exists(folder / "covariances"):
+        consumer = Covariances(settings.blocks, settings.sum_dtype)
+        result, count = sums(sites, consumer, {}, folder / "covariances", stage=0)
+        files.write(folder / "covariances", files.named(result), count)
+    if not files.exists(folder / "eigen"):
+        _write_eigen(folder, settings)
+    if not files.exists(folder / "squares"):
+        eigen = files.by_site(files.read(folder / "eigen")[0])
+        inputs = {p: {n: eigen[p][n] for n in ("qa", "qs")} for p in sites}
+        squares = Squares(settings.blocks, settings.sum_dtype)
+        result, count = sums(sites, squares, inputs, folder / "squares", stage=1)
+        mean = {
+            path: {"squares": np.asarray(kinds["squares"], np.float64) / count["documents"]}
+            for path, kinds in result.items()
+        }
+        if settings.sum_dtype == "float32":
+            mean = jax.tree.map(lambda x: x.astype(np.float32), mean)
+        files.write(folder / "squares", files.named(mean), count)
+
+
+def _write_eigen(folder: pathlib.Path, settings: FitSettings) -> None:
+    """Decomposes the covariances: each process decomposes some sites, and all get all of them."""
+    covariances = files.by_site(files.read(folder / "covariances")[0])
+    result: dict[str, Any] = {}
+    kinds = ("qa", "qs", "la", "ls")
+    wide = np.dtype(settings.sum_dtype)
+    names = sorted(covariances)
+    for i, path in enumerate(tqdm(names, desc="eigenvectors", unit="matrix", disable=None)):
+        if i % jax.process_count() == jax.process_index():
+            result[path] = kronecker.eigendecomposition(covariances[path], name=path, dtype=wide)
+        else:
+            a, s = covariances[path]["a"], covariances[path]["s"]
+            shapes = (a.shape, s.shape, a.shape[:-1], s.shape[:-1])
+            result[path] = {
+                kind: np.zeros(shape, wide if kind.startswith("q") else np.float64)
+                for kind, shape in zip(kinds, shapes, strict=True)
+            }
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # Only one process has numbers other than zeros.
+        result = jax.tree.map(lambda x: multihost_utils.process_allgather(x).sum(0), result)
+    if settings.factor_dtype == "bfloat16":
+        for own in result.values():
+            own |= {name: own[name].astype(jnp.bfloat16) for name in ("qa", "qs")}
+    files.write(folder / "eigen", files.named(result), {})
+
+
+def _sums(
+    reader: Reader,
+    read_documents: Callable[[], Iterable[Row]],
+    settings: FitSettings,
+    sites: Mapping[str, Site],
+    consumer: Consumer,
+    inputs: Mapping[str, Any],
+    target: pathlib.Path,
+    *,
+    stage: int,
+    total: int | None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """Returns sums of a consumer's results over all documents, by site and kind, and the numbers of documents and tokens."""
+    key = None
+    if settings.labels == "sampled":
+        key = jax.random.fold_in(jax.random.key(settings.seed), stage)
+    run = reader.compiled(sites, consumer)
+    add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y), donate_argnums=0)
+    inputs = reader.place_whole(inputs)
+    partial = target.with_name(f"{target.name}.partial")
+    state, counts = None, {"read": 0, "documents": 0, "tokens": 0}
+    if files.exists(partial):
+        arrays, record = files.read(partial)
+        state = reader.place_whole(files.by_site(arrays))
+        counts = {name: record[name] for name in counts}
+    saved = time.monotonic()
+    rows = iter(read_documents())
+    skipped = sum(1 for _ in zip(range(counts["read"]), rows, strict=False))
+    progress = tqdm(desc=target.name, unit="document", total=total, initial=skipped, disable=None)
+    with progress:
+        for window in documents.windows(rows, reader.batch_size):
+            for indices, arrays in reader.batches(window, counts["read"]):
+                results, nll_BT = run(reader.params, inputs, reader.place(arrays), key)
+                results = {
+                    path: kinds if isinstance(kinds, Mapping) else {"squares": kinds}
+                    for path, kinds in results.items()
+                }
+                state = results if state is None else add(state, results)
+                counts["documents"] += len(indices)
+                counts["tokens"] += int(arrays["decoder_loss_weights"].sum())
+                progress.update(len(indices))
+            counts["read"] += len(window)
+            if time.monotonic() - saved > SAVE_SECONDS and state is not None:
+                files.write(partial, files.named(state), counts)
+                saved = time.monotonic()
+    if state is None:
+        raise kronecker.FactorError(
+            "The documents have no token to predict: give documents of two tokens or more."
+        )
+    files.remove(partial)
+    return jax.device_get(state), counts
+
+
+def read_curvature(
+    folder: pathlib.Path,
+    sites: Mapping[str, Site],
+    strategy: kronecker.Strategy,
+    damping: kronecker.Damping,
+) -> kronecker.Curvature:
+    """Returns the curvature of fitted stages; raises StageError if one is missing or damaged."""
+    eigen = files.by_site(files.read(folder / "eigen")[0])
+    squares = None
+    if strategy == "ekfac":
+        squares = {
+            p: k["squares"] for p, k in files.by_site(files.read(folder / "squares")[0]).items()
+        }
+    dtype = np.float64 if next(iter(eigen.values()))["qa"].dtype == np.float64 else np.float32
+    return kronecker.Curvature.of(sites, eigen, squares, damping, dtype=dtype)
+
+
+def tokens_of_experts(folder: pathlib.Path, sites: Mapping[str, Site]) -> dict[str, list[int]]:
+    """Returns the fewest and most tokens of an expert, by site of experts."""
+    arrays, _ = files.read(folder / "covariances")
+    counts = {p: arrays[f"{p}:count"] for p, s in sites.items() if s.experts is not None}
+    return {p: [math.floor(c.min()), math.floor(c.max())] for p, c in counts.items()}

@@ -1,0 +1,188 @@
+"""Eigendecomposed Kronecker factors, damping, and inverse-Hessian-vector products.
+
+EK-FAC (Grosse et al., arXiv 2308.03296): the curvature of a matrix is Q diag(Lambda) Q^T with Q = Q_A x Q_S from the
+covariances of inputs and gradients, and Lambda the mean over documents of the squared gradient in that basis. K-FAC takes
+the products of both factors' eigenvalues for Lambda.
+
+Shapes: L layers, E experts ('...' any of both), n blocks of size s, X inputs, Y outputs; X', Y' the padded widths n s.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from trainers.influence import blocks
+from trainers.influence.sites import Site
+
+Strategy = Literal["ekfac", "kfac"]
+DampingKind = Literal["relative", "absolute"]
+RELATIVE = 0.1
+
+
+class FactorError(ValueError):
+    """Factors that are not finite, or a damping that is not positive."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Damping:
+    """What is added to the eigenvalues of a matrix.
+
+    Attributes:
+      value: the added number, or the factor on the mean eigenvalue of the matrix.
+      kind: 'relative' to the mean eigenvalue, or 'absolute'.
+
+    Raises:
+      FactorError: the value is not positive.
+    """
+
+    value: float = RELATIVE
+    kind: DampingKind = "relative"
+
+    def __post_init__(self):
+        if not (np.isfinite(self.value) and self.value > 0):
+            raise FactorError(
+                f"--damping={self.value} must be a positive number: without it, directions of no curvature have no inverse."
+            )
+
+    def of(self, site: Site, eigenvalues: np.ndarray) -> np.ndarray:
+        """Returns the damping of each matrix, float64 [..., 1, 1].
+
+        Relative damping of an expert is at least that of the mean over its layer's experts, so that an expert without
+        tokens has some.
+        """
+        if self.kind == "absolute":
+            return np.full((*eigenvalues.shape[:-2], 1, 1), self.value)
+        # Padding has no eigenvalues.
+        mean = eigenvalues.sum((-2, -1), keepdims=True) / (site.inputs * site.outputs)
+        if site.experts is not None:
+            mean = np.maximum(mean, mean.mean(-3, keepdims=True))
+        return self.value * mean
+
+
+def eigendecomposition(
+    sums: Mapping[str, np.ndarray], *, name: str, dtype: Any = np.float32
+) -> dict[str, np.ndarray]:
+    """Returns `qa`, `qs` [..., n, s, s] and eigenvalues `la`, `ls` [..., n, s] of sums over tokens, decomposed in float64.
+
+    Args:
+      sums: `a` and `s`, and `count`, the number of tokens.
+      name: the site, for errors.
+      dtype: dtype of the eigenvectors; eigenvalues are float64.
+
+    Raises:
+      FactorError: a sum is not finite.
+    """
+    count = np.maximum(np.asarray(sums["count"], np.float64), 1.0)[..., None, None, None]
+    result = {}
+    for side in ("a", "s"):
+        mean = np.asarray(sums[side], np.float64) / count
+        if not np.isfinite(mean).all():
+            raise FactorError(
+                f"The covariance '{side}' of {name} is not finite: accumulate in float32 or wider (--factor_dtype), or "
+                "remove the documents whose loss is not finite."
+            )
+        values, vectors = np.linalg.eigh((mean + np.swapaxes(mean, -1, -2)) / 2)
+        result[f"q{side}"] = vectors.astype(dtype)
+        result[f"l{side}"] = np.maximum(values, 0.0)
+    return result
+
+
+def kfac_eigenvalues(eigen: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the products of both factors' eigenvalues, float64 [..., X', Y']."""
+    la, ls = (
+        np.asarray(eigen[name], np.float64).reshape(*eigen[name].shape[:-2], -1)
+        for name in ("la", "ls")
+    )
+    return la[..., :, None] * ls[..., None, :]
+
+
+def reciprocals(site: Site, eigenvalues: np.ndarray, damping: Damping) -> np.ndarray:
+    """Returns 1 / (Lambda + lambda), float64 [..., X', Y']; 0 where both are 0, as gradients are."""
+    eigenvalues = np.asarray(eigenvalues, np.float64)
+    damped = eigenvalues + damping.of(site, eigenvalues)
+    return np.divide(1.0, damped, out=np.zeros_like(damped), where=damped > 0)
+
+
+def apply_eigen(
+    site: Site, eigen: Mapping[str, Any], factors: Any, v: jax.Array, *, batched: bool = True
+) -> jax.Array:
+    """Returns Q_A ((Q_A^T V Q_S) * factors) Q_S^T of matrices: with reciprocals, the inverse-Hessian-vector product.
+
+    Args:
+      eigen: `qa` and `qs`.
+      factors: [..., X', Y'], such as `reciprocals`.
+      v: matrices [L, Q, E, X, Y], without the dimensions that the site does not have.
+      batched: whether v has the dimension Q.
+    """
+
+    return _apply(site, batched, v, eigen["qa"], eigen["qs"], factors)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(
+    site: Site, batched: bool, v: jax.Array, qa: jax.Array, qs: jax.Array, factors: jax.Array
+) -> jax.Array:
+    def one(v_XY: jax.Array, qa: jax.Array, qs: jax.Array, factors: jax.Array) -> jax.Array:
+        rotated = blocks.rotate_matrix(v_XY, qa, qs)
+        return blocks.rotate_matrix_back(rotated * factors.astype(v.dtype), qa, qs, v_XY.shape)
+
+    mapped: Callable[..., jax.Array] = one
+    if site.experts is not None:
+        mapped = jax.vmap(mapped)
+    if batched:
+        mapped = jax.vmap(mapped, in_axes=(0, None, None, None))
+    if site.layers is not None:
+        mapped = jax.vmap(mapped)
+    return mapped(v, qa, qs, factors)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curvature:
+    """The damped inverse curvature of all sites, for one strategy and damping.
+
+    Attributes:
+      sites: by path.
+      eigen: `qa` and `qs` by path.
+      inverse: reciprocals of the damped eigenvalues, by path.
+      damping: the number added to the eigenvalues, [..., 1, 1] by path.
+    """
+
+    sites: Mapping[str, Site]
+    eigen: Mapping[str, Mapping[str, Any]]
+    inverse: Mapping[str, Any]
+    damping: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        sites: Mapping[str, Site],
+        eigen: Mapping[str, Mapping[str, np.ndarray]],
+        squares: Mapping[str, np.ndarray] | None,
+        damping: Damping,
+        *,
+        dtype: Any = np.float32,
+    ) -> "Curvature":
+        """Returns the curvature by EK-FAC with `squares`, the corrected eigenvalues, or by K-FAC without them."""
+        values = {
+            path: kfac_eigenvalues(eigen[path])
+            if squares is None
+            else np.asarray(squares[path], np.float64)
+            for path in sites
+        }
+        return cls(
+            sites=sites,
+            eigen={p: {name: eigen[p][name] for name in ("qa", "qs")} for p in sites},
+            inverse={p: reciprocals(s, values[p], damping).astype(dtype) for p, s in sites.items()},
+            damping={p: damping.of(s, values[p]).astype(dtype) for p, s in sites.items()},
+        )
+
+    def __call__(self, v: Mapping[str, jax.Array], *, batched: bool = True) -> dict[str, jax.Array]:
+        """Returns (G + lambda)^-1 V by site; see `apply_eigen`."""
+        return {
+            path: apply_eigen(site, self.eigen[path], self.inverse[path], v[path], batched=batched)
+            for path, site in self.sites.items()
+        }

@@ -1,0 +1,259 @@
+"""Gradients of queries: preconditioned, compressed to low rank, and how much of them compression keeps.
+
+A query is a prompt with a completion; its loss is the completion's negative log-likelihood. Only the compressed factors
+stay in memory while documents stream.
+
+Shapes: Q queries, L layers, E experts, X inputs, Y outputs, r rank; V matrices [L, Q, E, X, Y].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from trainers.influence import documents, files
+from trainers.influence.consumers import Gradients, Scores
+from trainers.influence.fit import Reader
+from trainers.influence.sites import Site
+from trainers.scoring.scoring import Row
+
+QueryDtype = Literal["bfloat16", "float32", "float64"]
+# (gradients by site [L, Q, E, X, Y]) -> preconditioned gradients.
+Precondition = Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]
+_EXACT_SVD = 512  # largest smaller side of a matrix that is decomposed whole
+_OVERSAMPLED, _POWER_STEPS = 8, 2
+Inputs = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuerySet:
+    """Queries that are ready to score documents.
+
+    Attributes:
+      inputs: inputs of `Scores` by site: `p`, or `u` and `v`.
+      nats: negative log-likelihood of each completion, I(y_c).
+      norms: norms of the gradients before preconditioning.
+      kept: share of the squared norm of the preconditioned gradients that compression keeps.
+      pearson: correlation of compressed and full scores over sample documents; NaN without a sample or compression.
+      notes: what a refinement reports, by query.
+    """
+
+    inputs: Inputs
+    nats: np.ndarray
+    norms: np.ndarray
+    kept: np.ndarray
+    pearson: np.ndarray
+    notes: list[Any] = dataclasses.field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.nats)
+
+
+def gradients(
+    reader: Reader, sites: Mapping[str, Site], rows: Sequence[Row], *, dtype: str = "float32"
+) -> Any:
+    """Yields (gradients by site [L, B, E, X, Y], negative log-likelihoods [B]) of batches of rows, in order."""
+    run = reader.compiled(sites, Gradients(dtype))
+    size = reader.batch_size
+    for first in range(0, len(rows), size):
+        chosen = rows[first : first + size]
+        longest = max(row.inputs for row in chosen)
+        length = documents.bucket_length(longest, limit=reader.model.max_length)
+        arrays = documents.columns(chosen, range(first, first + len(chosen)), size, length)
+        results, nll_BT = run(reader.params, {}, reader.place(arrays), None)
+        count = len(chosen)
+        own = {
+            path: jax.lax.slice_in_dim(value, 0, count, axis=len(sites[path].scan))
+            for path, value in results.items()
+        }
+        nats_B = np.asarray((nll_BT * arrays["decoder_loss_weights"]).sum(-1), np.float64)
+        yield own, nats_B[:count]
+
+
+def prepare(
+    reader: Reader,
+    sites: Mapping[str, Site],
+    rows: Sequence[Row],
+    precondition: Precondition | None,
+    *,
+    rank: int | None,
+    store_dtype: QueryDtype = "bfloat16",
+    dtype: str = "float32",
+    sample: Sequence[Row] = (),
+    refine: Callable[[Mapping[str, jax.Array]], tuple[Mapping[str, jax.Array], Any]] | None = None,
+) -> QuerySet:
+    """Returns the queries' gradients, preconditioned and compressed.
+
+    Args:
+      reader, sites: the model and its sites.
+      rows: prompts and completions.
+      precondition: multiplies gradients by the inverse curvature; None for none.
+      rank: rank of the factors; None, or at least the smaller side of a matrix, for whole matrices.
+      store_dtype: dtype of the factors. Whole matrices of a query set without `rank` stay in `dtype`.
+      dtype: dtype of gradients and sums.
+      sample: documents over which compressed and full scores are compared.
+      refine: (gradients of one query [L, E, X, Y]) -> (preconditioned gradients, a note), in place of `precondition`.
+    """
+    parts: list[Inputs] = []
+    nats, norms, kept, pearson, notes = [], [], [], [], []
+    compress = Compression(rank, store_dtype if rank is not None else dtype)
+    with tqdm(total=len(rows), desc="queries", unit="query", disable=None) as progress:
+        for grads, nats_B in gradients(reader, sites, rows, dtype=dtype):
+            if refine is not None:
+                full, more = _each(refine, sites, grads, len(nats_B))
+                notes += more
+            else:
+                full = grads if precondition is None else precondition(grads)
+            own = {path: compress(full[path]) for path in sites}
+            nats.append(nats_B)
+            norms.append(np.sqrt(_squares(sites, grads)))
+            errors = {p: full[p].astype(dtype) - whole(own[p], dtype) for p in sites}
+            total = np.maximum(_squares(sites, full), 1e-300)
+            kept.append(1 - _squares(sites, errors) / total)
+            pearson.append(_fidelity(reader, sites, own, full, sample, len(nats_B), dtype))
+            parts.append(jax.device_get(own))
+            progress.update(len(nats_B))
+    inputs = {
+        path: {
+            name: np.concatenate([part[path][name] for part in parts], axis=len(site.scan))
+            for name in parts[0][path]
+        }
+        for path, site in sites.items()
+    }
+    return QuerySet(
+        inputs=inputs,
+        nats=np.concatenate(nats),
+        norms=np.concatenate(norms),
+        kept=np.concatenate(kept),
+        pearson=np.concatenate(pearson),
+        notes=notes,
+    )
+
+
+def _each(refine: Any, sites: Mapping[str, Site], grads: Any, count: int) -> tuple[Any, list[Any]]:
+    """Refines the queries of a batch one after the other."""
+    results, notes = [], []
+    for b in range(count):
+        one = {p: jnp.take(g, b, axis=len(sites[p].scan)) for p, g in grads.items()}
+        refined, note = refine(one)
+        results.append(refined)
+        notes.append(note)
+    stacked = {
+        p: jnp.stack([r[p] for r in results], axis=len(site.scan)) for p, site in sites.items()
+    }
+    return stacked, notes
+
+
+def _squares(sites: Mapping[str, Site], v: Mapping[str, jax.Array]) -> np.ndarray:
+    """Returns the squared norm of each query's matrices, summed over sites in float64."""
+    total = 0.0
+    for path, site in sites.items():
+        rows = jnp.square(jnp.moveaxis(v[path], len(site.scan), 0)).sum(-1)
+        total = total + np.asarray(rows, np.float64).reshape(len(rows), -1).sum(-1)
+    return np.asarray(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """Makes factors u v^T of matrices; singular values are in u.
+
+    Attributes:
+      rank: r, None for whole matrices.
+      dtype: dtype of the factors.
+    """
+
+    rank: int | None
+    dtype: str
+
+    def __call__(self, v: jax.Array) -> dict[str, jax.Array]:
+        if self.rank is None or self.rank >= min(v.shape[-2:]):
+            return {"p": v.astype(self.dtype)}
+        u, w = low_rank(v, self.rank)
+        return {"u": u.astype(self.dtype), "v": w.astype(self.dtype)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def low_rank(v: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Returns u [..., X, r] and w [..., Y, r] with u w^T close to v: the truncated SVD of small matrices.
+
+    Large matrices are first projected on a random range with power iterations (Halko et al., arXiv 0909.4061).
+    """
+    if min(v.shape[-2:]) <= max(_EXACT_SVD, 2 * rank):
+        basis, small = None, v
+    else:
+        omega = jax.random.normal(jax.random.key(0), (v.shape[-1], rank + _OVERSAMPLED), v.dtype)
+        basis = jnp.linalg.qr(v @ omega)[0]
+        for _ in range(_POWER_STEPS):
+            basis = jnp.linalg.qr(v @ jnp.linalg.qr(jnp.swapaxes(v, -1, -2) @ basis)[0])[0]
+        small = jnp.swapaxes(basis, -1, -2) @ v
+    left, values, right = jnp.linalg.svd(small, full_matrices=False)
+    u = left[..., :rank] * values[..., None, :rank]
+    u = u if basis is None else basis @ u
+    return u, jnp.swapaxes(right[..., :rank, :], -1, -2)
+
+
+def whole(own: Mapping[str, Any], dtype: str) -> jax.Array:
+    """Returns the matrices of factors, or whole ones, in `dtype`."""
+    if "p" in own:
+        return jnp.asarray(own["p"]).astype(dtype)
+    u, v = (jnp.asarray(own[name]).astype(dtype) for name in ("u", "v"))
+    return u @ jnp.swapaxes(v, -1, -2)
+
+
+def _fidelity(
+    reader: Reader,
+    sites: Mapping[str, Site],
+    own: Any,
+    full: Any,
+    sample: Sequence[Row],
+    count: int,
+    dtype: str,
+) -> np.ndarray:
+    """Returns Pearson correlations of compressed and full scores over the sample documents, by query."""
+    if len(sample) < 3 or all("p" in kinds for kinds in own.values()):
+        return np.full(count, np.nan)
+    run = reader.compiled(sites, Scores(count, dtype=dtype))
+    columns: list[list[np.ndarray]] = [[], []]
+    for _, arrays in reader.batches(sample, 0):
+        placed = reader.place(arrays)
+        for column, inputs in zip(columns, (own, {p: {"p": full[p]} for p in sites}), strict=True):
+            results, _ = run(reader.params, inputs, placed, None)
+            column.append(np.asarray(total_scores(sites, results)[0], np.float64))
+    compressed, exact = (np.concatenate(column).T for column in columns)
+    with np.errstate(invalid="ignore"):
+        return np.array([np.corrcoef(x, y)[0, 1] for x, y in zip(compressed, exact, strict=True)])
+
+
+def total_scores(sites: Mapping[str, Site], results: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns scores and squared norms of documents, summed over sites and layers."""
+    scores: Any = 0.0
+    squares: Any = 0.0
+    for path, site in sites.items():
+        own = results[path]
+        scores += own["scores"].sum(0) if site.scan else own["scores"]
+        squares += own["squares"].sum(0) if site.scan else own["squares"]
+    return scores, squares
+
+
+_COLUMNS = ("nats", "norms", "kept", "pearson")
+
+
+def save(folder: Any, queries: QuerySet, record: Mapping[str, Any]) -> None:
+    """Writes a query set and a record of what it was made from."""
+    arrays = files.named(queries.inputs)
+    arrays |= {f"queries:{name}": getattr(queries, name) for name in _COLUMNS}
+    files.write(folder, arrays, {**record, "notes": queries.notes})
+
+
+def load(folder: Any) -> tuple[QuerySet, dict[str, Any]]:
+    """Returns a query set and its record; raises StageError if it is damaged."""
+    arrays, record = files.read(folder)
+    by_site = files.by_site(arrays)
+    own = by_site.pop("queries")
+    return QuerySet(inputs=by_site, notes=record.get("notes", []), **own), record
