@@ -70,6 +70,6 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
 
 
 def _is_random(merge: Merge) -> bool:
-    from model.transforms.merge import METHODS
+    from model.transforms.merge_methods import METHODS
 
     return METHODS[merge.method].random

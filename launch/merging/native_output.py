@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.merging import card, plan
-from launch.merging.models import Model, NativeModel
+from launch.merging import card, plan_table
+from launch.merging.models import ARRAY, Model, NativeModel
 from launch.merging.plan import Planned, Planner
 from launch.merging.progress import Progress
 from launch.merging.settings import Merge, MergeError
@@ -44,13 +44,13 @@ def write(
     lines = _config_lines(merge, models, planner, planned)
     by_array = _by_array(donor, planned)
     with new_directory(target) as folder:
-        check_space(folder, plan.out_bytes(planned))
+        check_space(folder, plan_table.out_bytes(planned))
         text = "\n".join([donor.source.config(whole=False), *lines, ""])
         pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
         model_record.write(folder)
         run_vocabulary.copy(donor.folder, folder)
         leaves = transformed_run.abstract_params(transformed_run.model_of(folder))
-        with Progress(plan.out_bytes(planned), os.path.basename(target)) as progress:
+        with Progress(plan_table.out_bytes(planned), os.path.basename(target)) as progress:
             arrays = {
                 f"params/{path}": _streamed(path, parts, donor, models, workers, progress)
                 for path, parts in by_array.items()
@@ -131,8 +131,6 @@ def _by_array(donor: NativeModel, planned: Sequence[Planned]) -> dict[str, list[
 
 
 def _split(path: str) -> tuple[str | None, int, str]:
-    from launch.merging.models import ARRAY
-
     match = ARRAY.fullmatch(path)
     return (match[1], int(match[2]), match[3]) if match else (None, 0, path)
 

@@ -1,23 +1,18 @@
 """What becomes of every tensor in a merge: its inputs, its method and its parameters, before any weight is read."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.merging.models import Entry, HfModel, Model
-from launch.merging.settings import Condition, Merge, MergeError, Module, Parameters, Slice, Source
-from model.transforms.merge import METHODS, Job
+from launch.merging.models import Entry, Model
+from launch.merging.parameters import evaluate, problem_of
+from launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
+from launch.merging.settings import Merge, MergeError, Module, Parameters, Slice, Source
+from model.transforms.merge import Job
 from model.transforms.merge_blocks import is_float
-
-# Tensors that come before the layers; other tensors outside of layers come after them.
-_FIRST = re.compile(
-    r"(?!lm_head)(?:.*[./])?(?:token_embed|embed_tokens|wte|wpe|shared|word_embeddings|positions?|"
-    r"position_embeddings|embed_positions|embeddings?|relative_bias\w*)(?:[./].*)?"
-)
-_HEAD = re.compile(r"(?:.*[./])?(?:lm_head|output_projection|embed_out)[./].*")
+from model.transforms.merge_methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +89,7 @@ class Planner:
         Raises:
           MergeError: the models, or the parameters, do not fit the method or each other.
         """
-        stacks = _stacks(self.donor)
+        stacks = stacks_of(self.donor)
         modules = self._modules(stacks)
         planned: list[Planned] = []
         for module, names, last in modules:
@@ -103,12 +98,12 @@ class Planner:
             after = self._group(last_part, module, None, 0, 1.0)
             outside = self._outside(module, [x for x in names if x is None], last, stacks)
             for rest in outside:
-                if _FIRST.fullmatch(rest):
+                if FIRST.fullmatch(rest):
                     planned += self._tensor(before, None, None, rest)
             for stack in (x for x in names if x is not None):
                 planned += self._stack(stack, module)
             for rest in outside:
-                if not _FIRST.fullmatch(rest):
+                if not FIRST.fullmatch(rest):
                     planned += self._tensor(after, None, None, rest)
         return planned
 
@@ -121,18 +116,18 @@ class Planner:
         if "" in merge.modules:
             module = merge.modules[""]
             if len(stacks) > 1 and any(x.layers for part in module.slices for x in part.sources):
-                names = ", ".join(_short(stack, stacks) for stack in stacks)
+                names = ", ".join(short(stack, stacks) for stack in stacks)
                 raise self._error(
                     f"the models have several stacks of layers: give modules with slices for {names}."
                 )
             return [(module, [None, *stacks], "")]
-        short = {_short(stack, stacks): stack for stack in stacks}
+        by_name = {short(stack, stacks): stack for stack in stacks}
         for name in merge.modules:
-            if name not in short and name != "shared":
+            if name not in by_name and name != "shared":
                 raise self._error(
-                    f"modules.{name}: the models have the modules {', '.join([*short, 'shared'])}."
+                    f"modules.{name}: the models have the modules {', '.join([*by_name, 'shared'])}."
                 )
-        if missing := [name for name in short if name not in merge.modules]:
+        if missing := [name for name in by_name if name not in merge.modules]:
             raise self._error(
                 f"modules.{missing[0]} is missing: the models have this stack of layers."
             )
@@ -140,7 +135,7 @@ class Planner:
         result: list[tuple[Module, list[str | None], str]] = []
         if "shared" in merge.modules:
             result.append((merge.modules["shared"], [None], ""))
-        for name, stack in short.items():
+        for name, stack in by_name.items():
             outside = "" if name == rest else f"{name}{'/' if '/' in stack else '.'}"
             result.append((merge.modules[name], [None, stack], outside))
         return result
@@ -156,7 +151,7 @@ class Planner:
         for model in (self.donor, *(self._models[path] for path in sorted(paths))):
             names |= {n: None for n, entry in model.tensors.items() if entry.place.stack is None}
         own = list(self._merge.modules)
-        prefixes = [f"{_short(stack, stacks)}{'/' if '/' in stack else '.'}" for stack in stacks]
+        prefixes = [f"{short(stack, stacks)}{'/' if '/' in stack else '.'}" for stack in stacks]
         if prefix:
             return [name for name in names if name.startswith(prefix)]
         if "" in own or len(stacks) == 1:
@@ -185,14 +180,14 @@ class Planner:
         names: dict[str, None] = {}
         for source, layer in group.sources:
             model = self._models[source.model]
-            names |= {rest: None for rest in _by_layer(model).get((stack, layer), ())}
+            names |= {rest: None for rest in by_layer(model).get((stack, layer), ())}
         return list(names)
 
     def _count(self, stack: str, part: Slice) -> int:
         """Returns the number of layers of a slice."""
         counts = {}
         for source in part.sources:
-            there = _depth(self._models[source.model], stack)
+            there = depth(self._models[source.model], stack)
             if source.layers and source.layers[1] > there:
                 raise self._error(
                     f"layer_range {list(source.layers)} of {source.model}: it has {there} layers in {stack}."
@@ -265,7 +260,7 @@ class Planner:
             model = self._models[source.model]
             name = model.name(stack, at, rest)
             if name not in model.tensors:
-                if _HEAD.fullmatch(rest) and all(map(_is_tied, self._models.values())):
+                if HEAD.fullmatch(rest) and all(map(is_tied, self._models.values())):
                     return []
                 having = [
                     s.model
@@ -307,7 +302,7 @@ class Planner:
             return self._shapes[name]
         for (path, _), entry in zip(inputs, entries, strict=True):
             if entry.shape != entries[0].shape:
-                vocabulary = _FIRST.fullmatch(name) or _HEAD.fullmatch(name)
+                vocabulary = FIRST.fullmatch(name) or HEAD.fullmatch(name)
                 remedy = (
                     "add `tokenizer_source: union` (or base) to align vocabularies"
                     if vocabulary and entry.shape[1:] == entries[0].shape[1:]
@@ -371,47 +366,6 @@ class Planner:
         return job
 
 
-def problem_of(job: Job) -> str | None:
-    """Returns what is wrong with a job's parameters, such as weights that cancel out; None if nothing is."""
-    values = job.values
-    weights = values.get("weight")
-    divides = values.get("normalize_weights") or (job.method == "linear" and values["normalize"])
-    if weights and divides and abs(sum(weights)) < 1e-12:
-        return (
-            "the weights sum to 0, by which they are normalised: change them, or do not normalise."
-        )
-    if METHODS[job.method].random and "epsilon" in values:
-        for d, eps in zip(values["density"], values["epsilon"], strict=True):
-            if 0 < d < 1 and not (d - eps > 0 and d + eps < 1):
-                return (
-                    f"density {d:g} with epsilon {eps:g} leaves (0, 1): choose a smaller epsilon."
-                )
-    return None
-
-
-def evaluate(
-    conditions: Sequence[Condition], names: Sequence[str], u: float, *, outside: bool = False
-) -> Any:
-    """Returns the value of the first condition that matches a tensor; None if none does.
-
-    A list of numbers is interpolated at u from 0 (its first value) to 1 (its last), and of other values the entry is taken.
-    """
-    for condition in conditions:
-        if condition.matches(names):
-            if outside and condition.non_layer is not None:
-                return condition.non_layer
-            value = condition.value
-            if not isinstance(value, list):
-                return value
-            if any(isinstance(x, bool | str) for x in value):
-                return value[int(u * (len(value) - 1))]
-            place = u * (len(value) - 1)
-            low = int(place)
-            high = min(len(value) - 1, low + 1)
-            return (1 - (place - low)) * value[low] + (place - low) * value[high]
-    return None
-
-
 def _key(source: Source, group: _Group) -> str:
     """Returns the name of a source for random numbers, also if a model is in a slice twice."""
     same = [s for s, _ in group.sources if s.model == source.model]
@@ -422,85 +376,3 @@ def _dtype(name: str | None) -> np.dtype | None:
     import ml_dtypes
 
     return None if name is None else np.dtype(getattr(ml_dtypes, name, name))
-
-
-def _stacks(model: Model) -> list[str]:
-    """Returns a model's stacks of layers."""
-    places = (entry.place.stack for entry in model.tensors.values())
-    return list(dict.fromkeys(stack for stack in places if stack is not None))
-
-
-def _short(stack: str, stacks: Sequence[str]) -> str:
-    """Returns the name of a stack in `modules`: that of its owner, or 'default' for the only one."""
-    if len(stacks) == 1:
-        return "default"
-    owner, _, _ = stack.replace("/", ".").rpartition(".")
-    return owner or "decoder"
-
-
-def _by_layer(model: Model) -> dict[tuple[str, int | None], list[str]]:
-    """Returns the names of a model's tensors in each layer."""
-    held = getattr(model, "_by_layer", None)
-    if held is None:
-        held = {}
-        for entry in model.tensors.values():
-            if entry.place.stack is not None:
-                held.setdefault((entry.place.stack, entry.place.layer), []).append(entry.place.rest)
-        model._by_layer = held  # type: ignore[union-attr]
-    return held
-
-
-def _depth(model: Model, stack: str) -> int:
-    layers = {layer for name, layer in _by_layer(model) if name == stack}
-    return len(layers)
-
-
-def _is_tied(model: Model) -> bool:
-    return isinstance(model, HfModel) and model.config.get("tie_word_embeddings") is True
-
-
-def table(planned: Sequence[Planned]) -> list[str]:
-    """Returns lines of a table of the tensors: name, shape, dtype, method with its parameters, inputs."""
-    from model.transforms.base import aligned
-
-    paths = list(dict.fromkeys(path for x in planned for path, _ in x.inputs))
-    numbers = {path: f"m{i}" for i, path in enumerate(paths)}
-    rows = [("tensor", "shape", "dtype", "merged by", "of")]
-    for x in planned:
-        how = "equal in all" if x.job is None else _shown(x.job)
-        inputs = [
-            f"{numbers[path]}:{name}" if name != x.name else numbers[path]
-            for path, name in x.inputs
-        ]
-        shape = " x ".join(map(str, x.shape)) or "1"
-        rows.append((x.name, shape, x.out_dtype.name, how, " ".join(inputs)))
-    return [*(f"{number} = {path}" for path, number in numbers.items()), *aligned(rows, right=())]
-
-
-def _shown(job: Job) -> str:
-    method = METHODS[job.method]
-    words = []
-    for name, value in job.values.items():
-        if value != method.parameters[name].default and value is not None:
-            shown = ",".join(map(_number, value)) if isinstance(value, list) else _number(value)
-            words.append(f"{name}={shown}")
-    return " ".join([job.method, *words])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def out_bytes(planned: Sequence[Planned]) -> int:
-    """Returns the bytes of the output's tensors."""
-    return sum(int(np.prod(x.shape)) * x.out_dtype.itemsize for x in planned)
-
-
-def is_vocabulary(entry: Entry, size: int) -> bool:
-    """Returns whether the rows of a tensor are the tokens of a vocabulary of this size."""
-    name = entry.names[0]
-    rows = bool(entry.shape) and entry.shape[0] == size
-    positions = re.search(
-        r"(^|[./])(wpe|positions?|position_embeddings|embed_positions)([./]|$)", name
-    )
-    return rows and not positions and bool(_FIRST.fullmatch(name) or _HEAD.fullmatch(name))

@@ -8,7 +8,16 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from launch.merging import card, checks, hf_output, plan, settings, tokens
+from launch.merging import (
+    card,
+    checks,
+    config_file,
+    hf_output,
+    places,
+    plan_table,
+    settings,
+    tokens,
+)
 from launch.merging.models import HfModel, Model, open_model
 from launch.merging.plan import Planned, Planner
 from launch.merging.settings import Merge, MergeError
@@ -43,7 +52,7 @@ def merge_all(
     Raises:
       MergeError, TransformError, WeightFileError, TokenizerError, DamagedCheckpointError, ConvertError, OSError.
     """
-    merges = settings.read(config)
+    merges = config_file.read(config)
     targets = _targets(merges, out)
     lines: list[str] = []
     for merge in merges:
@@ -119,7 +128,7 @@ def _merge(
         planner = Planner(merge, models, seed=seed, shapes=_shapes(vocabulary, models, merge))
         planned = planner.plan()
         if dry_run:
-            return plan.table(planned)
+            return plan_table.table(planned)
         workers.check_equal(planned, models, merge.file)
         if isinstance(planner.donor, HfModel):
             hf_output.write(
@@ -149,14 +158,14 @@ def _shapes(
     shapes = {}
     for path in merge.models():
         for name, entry in models[path].tensors.items():
-            if plan.is_vocabulary(entry, vocabulary.sizes[path]):
+            if places.is_vocabulary(entry, vocabulary.sizes[path]):
                 shapes[name] = (vocabulary.size, *entry.shape[1:])
     return shapes
 
 
 def _described(merge: Merge, planned: Sequence[Planned]) -> str:
     count = sum(math.prod(x.shape) for x in planned)
-    size = plan.out_bytes(planned)
-    return (
-        f"{merge.method} of {len(merge.models())} models, {count:,} parameters, {size / 1e9:.2f} GB"
-    )
+    size = plan_table.out_bytes(planned)
+    shown = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    models = merge.models()
+    return f"{merge.method} of {len(models)} model{'s' * (len(models) != 1)}, {count:,} parameters, {shown}"

@@ -333,8 +333,8 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         base = 8 + len(text)
         for name, info in infos.items():
             self.tensors[name] = dataclasses.replace(info, offset=base + info.offset)
-        new = 0 if self._again else os.O_EXCL
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | new, 0o644)
+        new = 0 if self._again else os.O_CREAT | os.O_EXCL
+        descriptor = os.open(file, os.O_RDWR | new, 0o644)
         self._descriptors[file] = descriptor
         os.write(descriptor, len(text).to_bytes(8, "little") + text)
         # Allocate now, so that a full disk is an error before any weights are written.

@@ -10,7 +10,7 @@ import pytest
 
 from model.transforms import merge, merge_blocks
 from model.transforms.base import TransformError
-from model.transforms.merge import METHODS
+from model.transforms.merge_methods import METHODS
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "merges.npz")
 CASES = json.loads(GOLDENS["cases"].tobytes())
