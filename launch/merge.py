@@ -8,9 +8,12 @@ Example, of two runs of one model, in the proportion 3 to 1; docs/merging.md has
 Models are Hugging Face folders with safetensors, and the result is one too; or runs of this project, and the result is a
 run that every command takes as --checkpoint. Weights go through memory in blocks. A merge that was killed leaves nothing
 at --out; of Hugging Face folders, the same command then goes on where it was.
+
+`python -m launch.merge search --help`: searches the weights of a linear merge on held-out texts.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from launch import cli
@@ -67,4 +70,6 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        raise SystemExit(cli.subcommand(__doc__, {"search": "launch.merging.search"}))
     raise SystemExit(main())

@@ -15,6 +15,7 @@ from launch.merging.progress import Progress
 from launch.merging.settings import Merge, MergeError
 from launch.merging.workers import Workers
 from launch.weights.target_folder import check_space, new_directory
+from model.transforms.merge_blocks import promoted
 
 _CHUNK_BYTES = 16 << 20
 
@@ -149,7 +150,8 @@ def _streamed(
     first = parts[0]
     stacked = first.stack is not None and donor.scanned
     shape = (len(parts), *first.shape) if stacked else first.shape
-    width = math.prod(first.shape[1:]) * first.out_dtype.itemsize
+    dtype = promoted([x.out_dtype for x in parts])  # layers of models with other dtypes
+    width = math.prod(first.shape[1:]) * dtype.itemsize
     rows = max(1, min(first.shape[0], _CHUNK_BYTES // max(1, width))) if first.shape else 1
     chunk = (1, *first.shape) if stacked else (rows, *first.shape[1:]) if first.shape else ()
 
@@ -158,7 +160,7 @@ def _streamed(
             reads = [models[p].read(name) for p, name in x.inputs]
             merged = workers.run(x, reads)
             if stacked:
-                values = _joined(merged, math.prod(x.shape), x.out_dtype)
+                values = _joined(merged, math.prod(x.shape), dtype)
                 yield (i, *(0 for _ in x.shape)), values.reshape(1, *x.shape)
                 progress.add(values.nbytes)
                 continue
@@ -168,7 +170,7 @@ def _streamed(
                 yield start, values.reshape(-1, *x.shape[1:]) if x.shape else values.reshape(())
                 progress.add(values.nbytes)
 
-    return StreamedArray(shape, first.out_dtype, chunk, blocks)
+    return StreamedArray(shape, dtype, chunk, blocks)
 
 
 def _joined(merged: Iterator[tuple[int, np.ndarray]], size: int, dtype: np.dtype) -> np.ndarray:

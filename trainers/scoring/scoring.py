@@ -97,7 +97,10 @@ def check_lengths(lengths: Sequence[int], limit: int | None) -> None:
 
 
 class Scorer:
-    """Computes log-probabilities of targets; see `Batched` for `batch_size` and `sharding`."""
+    """Computes log-probabilities of targets; see `Batched` for `batch_size` and `sharding`.
+
+    `params` may be replaced between calls by others of the same shapes, without a new compilation.
+    """
 
     def __init__(
         self, model: Any, params: Any, *, batch_size: int, sharding: NamedSharding | None = None
@@ -107,7 +110,7 @@ class Scorer:
 
         encodes = model.row == "inputs_and_targets"
         columns = encoded_columns if encodes else scored_columns
-        self._params = params
+        self.params = params
         self._read = Batched(log_probs, columns, model, batch_size=batch_size, sharding=sharding)
 
     def __call__(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -125,7 +128,7 @@ class Scorer:
                 raise ValueError(f"Row {i} has no context: nothing precedes its first target.")
         lengths = [row.inputs for row in rows]
         check_lengths(lengths, self._read.limit)
-        scored = self._read(self._params, rows, lengths, title="score")
+        scored = self._read(self.params, rows, lengths, title="score")
         return in_order(
             (i, logp_T[len(rows[i].context) - 1 :][: len(rows[i].targets)]) for i, logp_T in scored
         )
