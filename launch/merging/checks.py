@@ -2,10 +2,14 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from data.tokenizers import checkpoint_files, hf_tokenizer
+from launch.merging import places
 from launch.merging.models import HfModel, Model, NativeModel
 from launch.merging.settings import Merge, MergeError
 
@@ -54,6 +58,8 @@ _DEFAULTS: dict[str, Any] = {
     "rope.rope_theta": 10_000.0,
     "rope.rope_type": "default",
 }
+_RELATED = 0.1  # least correlation of embeddings of models of one start; others have none
+_COMPARED = 1 << 20  # values
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
 _OF_DEPTH = {*_DEPTHS, "layer_types", "max_window_layers", "no_rope_layers"}
 
@@ -85,6 +91,32 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
             f"{merge.file}: tokenizer: vocabularies of runs are not re-indexed: export the models with launch.convert "
             "--to_hf, merge them there, and import the result."
         )
+
+
+def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
+    """Warns of models whose embeddings are not correlated: weights of models of other starts do not correspond."""
+    opened = [models[path] for path in merge.models()]
+    names = [next((n for n in x.tensors if places.is_embedding(n)), None) for x in opened]
+    first = _some_values(opened[0], names[0])
+    for model, name in zip(opened[1:], names[1:], strict=True):
+        values = _some_values(model, name)
+        if first is None or values is None or values.size != first.size or not first.size:
+            continue
+        with np.errstate(invalid="ignore", divide="ignore"):
+            correlation = float(np.corrcoef(first, values)[0, 1])
+        if abs(correlation) < _RELATED:
+            print(
+                f"warning: the embeddings of {opened[0].path} and {model.path} have a correlation of {correlation:.2f}, as "
+                "models of different starts do: their mean is hardly of use.",
+                file=sys.stderr,
+            )
+
+
+def _some_values(model: Model, name: str | None) -> np.ndarray | None:
+    if name is None:
+        return None
+    size = int(np.prod(model.tensors[name].shape))
+    return model.read(name)(0, min(size, _COMPARED)).astype(np.float64)
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,3 +56,10 @@ def is_vocabulary(entry: Entry, size: int) -> bool:
         r"(^|[./])(wpe|positions?|position_embeddings|embed_positions)([./]|$)", name
     )
     return rows and not positions and bool(FIRST.fullmatch(name) or HEAD.fullmatch(name))
+
+
+def is_embedding(name: str) -> bool:
+    """Returns whether a tensor is the table of the tokens."""
+    return bool(
+        re.search(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)", name)
+    )

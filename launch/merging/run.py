@@ -130,6 +130,8 @@ def _merge(
         if dry_run:
             return plan_table.table(planned)
         workers.check_equal(planned, models, merge.file)
+        if merge.method != "passthrough" and merge.tokens is None:
+            checks.warn_unrelated(merge, models)
         if isinstance(planner.donor, HfModel):
             hf_output.write(
                 merge,

@@ -66,7 +66,9 @@ def test_linear_is_the_mean_in_any_layout(tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# out" in card and "- `a`\n- `b`" in card and "merge_method: linear" in card
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["made_of"] == ["a", "b"]
-    assert "linear of 2 models, 1,904 parameters" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "linear of 2 models, 1,904 parameters" in printed.out
+    assert "have a correlation of" in printed.err  # they were drawn apart
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
