@@ -50,7 +50,7 @@ _DRAWN = 1 << 24  # values that tables repeat
 _SIDES = ("ours", "mergekit")
 
 
-def run(*, rounds: int = 3) -> dict[str, Any]:
+def run(*, rounds: int = 2) -> dict[str, Any]:
     """Alternates both sides `rounds` times for each method."""
     results: dict[str, Any] = {}
     reports: dict[str, list[dict[str, Any]]] = {}

@@ -13,12 +13,12 @@ class SearchFlags:
       models: NAME=DIR of each run.
       held_out: NAME=FILE of each domain.
       out: folder of trials.jsonl, merge.yml and search.json.
-      method: how weights are proposed (coordinate).
-      budget: largest number of trials (60); the table takes one more for each model.
-      seed: of random weights (0).
+      method: how weights are proposed.
+      budget: largest number of trials; the table takes one more for each model.
+      seed: of random weights.
       delta: how much worse than the best the worst domain may be, in nats a token; by default its standard error.
       params: see launch.score.
-      batch_size: rows at a time (8).
+      batch_size: rows at a time.
     """
 
     models: Sequence[str]
