@@ -26,15 +26,12 @@ cut short leaves nothing at its target.
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from launch import cli
-from launch.config import setting_flags
+from launch.config import setting_flags, sizes
 from launch.run import load_run
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +132,7 @@ def _import_adapters(flags: argparse.Namespace) -> None:
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
     from launch.weights import export_weights
 
-    shard_bytes = _bytes(settings.pop("shard_size", "5GB"))
+    shard_bytes = sizes.parse(settings.pop("shard_size", "5GB"), "shard_size")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
     settings |= {"dtype": flags.dtype, "shard_bytes": shard_bytes}
     weights = export_weights.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
@@ -157,13 +154,6 @@ def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> Non
         return
     adapters = adapter_run.export(source, model, flags.to_adapter, base=flags.base, params=params)
     print(f"{flags.to_adapter}: {adapters}")
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
-    if not match or not int(match[1]):
-        raise ValueError(f"--shard_size={text} is not a size: give one such as 500MB or 5GB.")
-    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 if __name__ == "__main__":

@@ -161,7 +161,16 @@ LEVELS = {
         ("aot", "cluster", "inference", "plots", "run.load", "serving"),
         ("attribution",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
-        ("convert", "evaluation", "lm_eval", "preparation", "sweep", "sweeping", "weights"),
+        (
+            "convert",
+            "evaluation",
+            "lm_eval",
+            "merging",
+            "preparation",
+            "sweep",
+            "sweeping",
+            "weights",
+        ),
         ("reporting",),
         ("benchmarks", "papers", "reliability"),
     ),

@@ -12,7 +12,7 @@ import sys
 from launch import environment
 
 # The other modules are started as the project's commands are.
-_LIBRARY = ("hf_import", "loss_memory")
+_LIBRARY = ("hf_import", "loss_memory", "merge")
 
 
 def main(module: str, *arguments: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from launch.run import model_record, run_vocabulary
 from launch.run.model_record import CONFIG
 from launch.weights import transformed_run
-from launch.weights.import_weights import ConvertError, new_directory
 from launch.weights.source_models import SourceModel
+from launch.weights.target_folder import ConvertError, new_directory
 from model.adapters.adapter import adapters_of, is_adapter
 from trainers.checkpoints import base_step, step_dir, stream_checkpoint
 from trainers.checkpoints.base_step import Part

@@ -12,13 +12,8 @@ import numpy as np
 from data.tokenizers import hf_tokenizer
 from launch.run import run_vocabulary
 from launch.weights import model_card, source_models
-from launch.weights.import_weights import (
-    ConvertError,
-    check_space,
-    described,
-    new_directory,
-    progress,
-)
+from launch.weights.import_weights import described, progress
+from launch.weights.target_folder import ConvertError, check_space, new_directory
 from model.adapters.adapter import adapters_of
 from model.hf.description import describe, differences
 from model.hf.families import family_named, family_of_model

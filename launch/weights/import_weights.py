@@ -1,12 +1,9 @@
 """Imports weights of other projects as a run: `config.gin` and a checkpoint that every command reads."""
 
-import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -20,16 +17,13 @@ from data.tokenizers import gguf_tokenizer, hf_tokenizer
 from launch.config import gin_writer
 from launch.run import model_record, run_vocabulary
 from launch.run.model_record import CONFIG
+from launch.weights.target_folder import check_space, new_directory
 from model.hf.families import family_of_config
 from model.hf.files.gguf_file import GgufReader
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
 from model.hf.plan import Plan, narrow_names, plan
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.stream_checkpoint import StreamedArray
-
-
-class ConvertError(ValueError):
-    """A conversion that is not possible with these arguments."""
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
@@ -140,66 +134,3 @@ def progress(total: int) -> Any:
     return tqdm.tqdm(
         total=total, unit="B", unit_scale=True, desc="weights", disable=not sys.stderr.isatty()
     )
-
-
-def check_space(folder: str, needed: int) -> None:
-    """Raises ConvertError if the disk has too little free space."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConvertError(
-            f"{os.path.dirname(folder)} has {free / 1e9:.1f} GB free, but the weights need "
-            f"{needed / 1e9:.1f} GB: free some space, or write to another disk."
-        )
-
-
-@contextlib.contextmanager
-def new_directory(target: str) -> Iterator[str]:
-    """Yields a temporary directory, which is renamed to `target` at the end, or removed after an error.
-
-    A killed process leaves `.<target>.partial`, which is ignored, and removed by the next conversion to the same target.
-
-    Raises:
-      ConvertError: the target exists, or another process is writing it.
-    """
-    target = os.path.abspath(target)
-    parent, name = os.path.split(target)
-    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
-        raise ConvertError(f"{target} exists: give another directory, or remove it first.")
-    partial = os.path.join(parent, f".{name}.partial")
-    with _parents(parent), _locked(f"{partial}.lock", target):
-        shutil.rmtree(partial, ignore_errors=True)
-        os.mkdir(partial)
-        try:
-            yield partial
-            os.rename(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def _parents(folder: str) -> Iterator[None]:
-    """Creates a directory and its parents; after an error, removes those that it created and that are empty."""
-    above = [folder, *map(str, pathlib.Path(folder).parents)]
-    missing = [path for path in above if not os.path.isdir(path)]
-    os.makedirs(folder, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # Another process has put files there.
-            for path in missing:
-                os.rmdir(path)
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: str, target: str) -> Iterator[None]:
-    with open(path, "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConvertError(f"Another process is writing {target}: wait for it.") from None
-        try:
-            yield
-        finally:
-            os.unlink(path)

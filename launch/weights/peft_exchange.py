@@ -7,8 +7,8 @@ import numpy as np
 
 from launch.run import load_run
 from launch.weights import adapter_run, transformed_run
-from launch.weights.import_weights import ConvertError, new_directory
 from launch.weights.source_models import SourceModel
+from launch.weights.target_folder import ConvertError, new_directory
 from model.adapters.adapter import PREFIX, adapters_of, is_adapter
 from model.hf import peft
 from model.hf.families import family_named, family_of_model

@@ -62,6 +62,10 @@ class SourceModel:
         part = self._parts[path]
         return StoredArray(part.step, part.root + path, part.entries[path])
 
+    def dtype(self, path: str) -> str:
+        """Returns the name of a parameter's dtype."""
+        return self._parts[path].entries[path].dtype
+
     @property
     def base_digest(self) -> str:
         """The digest of the parameters that are no adapters', see base_step.digest."""

@@ -16,8 +16,8 @@ from gin import config_parser
 from launch.config import gin_config, gin_reader, gin_source, model_file
 from launch.run import model_record, run_vocabulary
 from launch.run.model_record import CONFIG
-from launch.weights.import_weights import new_directory
 from launch.weights.source_models import SourceModel
+from launch.weights.target_folder import new_directory
 from model.transforms import base
 from model.transforms.base import Recipe, TreeTransform
 from trainers.checkpoints import state_tree, step_dir, stream_checkpoint

@@ -143,6 +143,8 @@ def read_verified(path: epath.Path, recorded: Manifest, wanted: state_tree.Flat)
 class StoredArray:
     """Reads regions of an array on disk; an array of one chunk is read once and cached in memory.
 
+    `chunk` is the shape of the stored chunks.
+
     Raises:
       DamagedCheckpointError: shape or dtype are not those of `entry`.
     """
@@ -152,8 +154,8 @@ class StoredArray:
         if entry is not None:
             _check_layout(path, name, self._store, entry)
         self._whole: np.ndarray | None = None
-        chunk = self._store.chunk_layout.read_chunk.shape
-        if all(a >= b for a, b in zip(chunk, self._store.shape, strict=True)):
+        self.chunk: tuple[int, ...] = tuple(self._store.chunk_layout.read_chunk.shape)
+        if all(a >= b for a, b in zip(self.chunk, self._store.shape, strict=True)):
             self._whole = self._store.read().result()
 
     def read(self, at: tuple[int, ...] = (), rows: tuple[int, int] | None = None) -> np.ndarray:

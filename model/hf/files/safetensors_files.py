@@ -123,9 +123,14 @@ class SafetensorsReader(TensorReader):
           WeightFileError: the file has become shorter since it was opened.
         """
         info = self.tensors[name]
-        row = info.nbytes // max(1, info.shape[0]) if info.shape else 0
+        width = math.prod(info.shape[1:]) if info.shape else 0
+        self.read_values(name, start * width, into)
+
+    def read_values(self, name: str, start: int, into: np.ndarray) -> None:
+        """Fills a contiguous array with a flattened tensor's values from `start` on; see `read_into`."""
+        info = self.tensors[name]
         data = into.reshape(-1).view(np.uint8)
-        position, offset = 0, info.offset + start * row
+        position, offset = 0, info.offset + start * info.dtype.itemsize
         while position < data.size:
             part = data[position : position + _READ_BYTES]
             count = os.preadv(self._descriptors[info.file], [part.data], offset + position)
@@ -288,6 +293,7 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
       directory: the directory of the new files.
       tensors: (dtype, shape) by name, in the order in which they are stored.
       shard_bytes: maximum data per file, unless a single tensor is larger.
+      again: continue the files of an earlier writer with the same arguments, where they are.
     """
 
     def __init__(
@@ -296,8 +302,10 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
         *,
         shard_bytes: int,
+        again: bool = False,
     ):
         self.directory = pathlib.Path(directory)
+        self._again = again
         self.tensors: dict[str, TensorInfo] = {}
         self._descriptors: dict[pathlib.Path, int] = {}
         shards = list(_shards(tensors, shard_bytes))
@@ -325,7 +333,8 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         base = 8 + len(text)
         for name, info in infos.items():
             self.tensors[name] = dataclasses.replace(info, offset=base + info.offset)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        new = 0 if self._again else os.O_CREAT | os.O_EXCL
+        descriptor = os.open(file, os.O_RDWR | new, 0o644)
         self._descriptors[file] = descriptor
         os.write(descriptor, len(text).to_bytes(8, "little") + text)
         # Allocate now, so that a full disk is an error before any weights are written.
@@ -336,17 +345,26 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         info = self.tensors[name]
         if values.dtype != info.dtype or values.shape[1:] != info.shape[1:]:
             raise ValueError(f"{name} is {info}, not {values.dtype}{list(values.shape)}")
+        self.write_values(name, values, row * math.prod(info.shape[1:]))
+
+    def write_values(self, name: str, values: np.ndarray, start: int) -> None:
+        """Writes values of the tensor's dtype into the flattened tensor from `start` on."""
+        info = self.tensors[name]
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        width = int(np.prod(info.shape[1:], dtype=np.int64)) * info.dtype.itemsize
-        position, offset = 0, info.offset + row * width
+        position, offset = 0, info.offset + start * info.dtype.itemsize
         while position < data.size:
             part = data[position : position + _READ_BYTES].data
             position += os.pwrite(self._descriptors[info.file], part, offset + position)
 
-    def close(self) -> None:
-        """Flushes the files to disk and closes them."""
+    def flush(self) -> None:
+        """Flushes the files to disk."""
         for descriptor in self._descriptors.values():
             os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Flushes the files to disk and closes them."""
+        self.flush()
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 

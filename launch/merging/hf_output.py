@@ -1,0 +1,268 @@
+"""Writes a merge as a Hugging Face folder, block by block; a run that was killed goes on where it was."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.tokenizers import chat_template, hf_tokenizer
+from launch.merging import card, places, plan_table, tokens
+from launch.merging.models import CONFIG, HfModel, Model
+from launch.merging.plan import Planned, Planner
+from launch.merging.progress import Progress
+from launch.merging.settings import Merge, MergeError
+from launch.merging.tokens import Vocabulary
+from launch.merging.workers import Workers
+from launch.weights.target_folder import check_space, new_directory
+from model.hf.files.safetensors_files import SafetensorsWriter
+
+_JOURNAL = "merge.progress"
+_FLUSH_BYTES = 256 << 20  # a power cut loses at most the work on so many bytes
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def write(
+    merge: Merge,
+    models: Mapping[str, Model],
+    planner: Planner,
+    planned: Sequence[Planned],
+    target: str,
+    *,
+    vocabulary: Vocabulary | None,
+    seed: int,
+    shard_bytes: int,
+    workers: Workers,
+) -> None:
+    """Writes the folder `target`, which must not exist.
+
+    Raises:
+      MergeError, TransformError, ConvertError, OSError.
+    """
+    config = _config(merge, models, planner, planned, vocabulary)
+    record = card.record(merge, models, seed)
+    sizes = {x.name: (x.out_dtype, x.shape) for x in planned}
+    state = {
+        "planned": [repr(x) for x in planned],
+        "models": {path: models[path].fingerprint() for path in merge.models()},
+        "shard_bytes": shard_bytes,
+        "config": config,
+        "merge": record,
+    }
+    text = json.dumps(state, sort_keys=True, default=str)
+    fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    with new_directory(
+        target, goes_on=lambda folder: _done(folder, fingerprint) is not None
+    ) as folder:
+        done = _done(folder, fingerprint)
+        if done is None:
+            check_space(folder, plan_table.out_bytes(planned))
+        journal = _Journal(folder, fingerprint, again=done is not None)
+        with (
+            SafetensorsWriter(
+                folder, sizes, shard_bytes=shard_bytes, again=done is not None
+            ) as writer,
+            Progress(plan_table.out_bytes(planned), os.path.basename(target)) as progress,
+        ):
+            for x in planned:
+                nbytes = writer.tensors[x.name].nbytes
+                if x.name not in (done or ()):
+                    for low, values in workers.run(x, _reads(x, models, vocabulary, workers)):
+                        writer.write_values(x.name, values, low)
+                        progress.add(values.nbytes)
+                    journal.add(x.name, nbytes, writer)
+                else:
+                    progress.skip(nbytes)
+            journal.finish()
+        _write_rest(pathlib.Path(folder), merge, models, planner, config, record, vocabulary)
+
+
+def _reads(
+    x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary | None, workers: Workers
+) -> list[Any]:
+    """Returns what reads each input, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
+    reads = [models[path].read(name) for path, name in x.inputs]
+    if vocabulary is None or not _is_table(x, models, vocabulary):
+        return reads
+    paths = [path for path, _ in x.inputs]
+    width = int(np.prod(x.shape[1:]))
+    return [
+        tokens.reader(tokens.rows_of(vocabulary, paths, path), reads, width, dtype)
+        for path, dtype in zip(paths, x.dtypes, strict=True)
+    ]
+
+
+def _is_table(x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary) -> bool:
+    path, name = x.inputs[0]
+    return places.is_vocabulary(models[path].tensors[name], vocabulary.sizes[path])
+
+
+class _Journal:
+    """The list of finished tensors in a partial folder; tensors are flushed to disk before they are listed."""
+
+    def __init__(self, folder: str, fingerprint: str, *, again: bool):
+        self._path = os.path.join(folder, _JOURNAL)
+        self._waiting: list[str] = []
+        self._size = 0
+        if not again:
+            self._append([fingerprint])
+
+    def add(self, name: str, nbytes: int, writer: SafetensorsWriter) -> None:
+        self._waiting.append(name)
+        self._size += nbytes
+        if self._size >= _FLUSH_BYTES:
+            writer.flush()
+            self._append(self._waiting)
+            self._waiting, self._size = [], 0
+
+    def finish(self) -> None:
+        os.unlink(self._path)
+
+    def _append(self, lines: Sequence[str]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _done(folder: str, fingerprint: str) -> set[str] | None:
+    """Returns the finished tensors in a partial folder; None if it is of another merge, or not readable."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = pathlib.Path(folder, _JOURNAL).read_text("utf-8").splitlines()
+        values = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # the last may be cut short
+                values.append(json.loads(line))
+        if values and values[0] == fingerprint:
+            return set(values[1:])
+    return None
+
+
+def _config(
+    merge: Merge,
+    models: Mapping[str, Model],
+    planner: Planner,
+    planned: Sequence[Planned],
+    vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
+    """Returns the output's config.json: the donor's, with the new depth, vocabulary and dtype."""
+    donor = planner.donor
+    assert isinstance(donor, HfModel)
+    config = dict(donor.config)
+    if not config:
+        return {}
+    for stack, origins in planner.layers.items():
+        before = len({e.place.layer for e in donor.tensors.values() if e.place.stack == stack})
+        same = origins == [(path, i) for i, (path, _) in enumerate(origins)]
+        if len(origins) != before or not same:
+            _change_depth(merge, models, config, stack, origins, before)
+    if vocabulary is not None:
+        config["vocab_size"] = vocabulary.size
+    sizes: dict[str, int] = {}
+    for x in planned:
+        sizes[x.out_dtype.name] = sizes.get(x.out_dtype.name, 0) + int(np.prod(x.shape))
+    dtype = max(sizes, key=sizes.__getitem__)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return config | dict.fromkeys(keys, dtype)
+
+
+def _change_depth(
+    merge: Merge,
+    models: Mapping[str, Model],
+    config: dict[str, Any],
+    stack: str,
+    origins: Sequence[tuple[str, int]],
+    before: int,
+) -> None:
+    keys = [key for key in _DEPTHS if config.get(key) == before]
+    if "decoder" in stack and config.get("num_decoder_layers") is not None:
+        keys = ["num_decoder_layers"]
+    if not keys:
+        raise MergeError(
+            f"{merge.file}: config.json of the first model has no number of layers of {stack} ({before}): slices of this "
+            "model are not supported."
+        )
+    config[keys[0]] = len(origins)
+    types = []
+    for i, (path, layer) in enumerate(origins):
+        own = getattr(models[path], "config", {})
+        of_layer = own.get("layer_types")
+        if isinstance(of_layer, list) and layer < len(of_layer):
+            types.append(of_layer[layer])
+        elif (
+            period := own.get("sliding_window_pattern")
+            or (2 if own.get("model_type") == "gemma2" else 1)
+        ) and (layer % period != i % period):
+            raise MergeError(
+                f"{merge.file}: layer {layer} of {path} would become layer {i}, which has another kind of attention: "
+                f"move layers by multiples of {period}."
+            )
+    if types:
+        config["layer_types"] = types
+        config.pop("sliding_window_pattern", None)
+
+
+def _write_rest(
+    folder: pathlib.Path,
+    merge: Merge,
+    models: Mapping[str, Model],
+    planner: Planner,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    vocabulary: Vocabulary | None,
+) -> None:
+    """Writes config.json, the tokenizer, the record and the model card."""
+    donor = planner.donor
+    source = donor.folder if vocabulary is None else vocabulary.folder
+    hf_tokenizer.copy(source, folder)
+    if vocabulary is not None:
+        (folder / hf_tokenizer.TOKENIZER).write_bytes(vocabulary.content)
+        for name in ("vocab.json", "merges.txt", "added_tokens.json", hf_tokenizer.SENTENCEPIECE):
+            (folder / name).unlink(missing_ok=True)  # of the vocabulary before
+    if config:
+        _write_json(folder / CONFIG, config)
+    if merge.chat_template is not None:
+        _set_template(folder, merge, models)
+    _write_json(folder / card.RECORD, record)
+    (folder / card.NAME).write_text(card.text(folder.name, merge, record), encoding="utf-8")
+
+
+def _set_template(folder: pathlib.Path, merge: Merge, models: Mapping[str, Model]) -> None:
+    chosen = str(merge.chat_template)
+    if chosen == "auto":
+        found: dict[str, tuple[int, Any]] = {}
+        for path in merge.models():
+            template = _template_of(models[path].folder)
+            if template is not None:
+                count, _ = found.get(template, (0, None))
+                found[template] = (count + 1, path)
+        if not found:
+            raise MergeError(
+                f"{merge.file}: chat_template: auto, but no model has a chat template."
+            )
+        text = max(found, key=lambda x: found[x][0])
+    elif "{" in chosen:
+        text = chosen
+    else:
+        text = chat_template.named(chosen).templates[chat_template.DEFAULT]
+    config_file = folder / hf_tokenizer.CONFIG
+    if config_file.exists():
+        settings = json.loads(config_file.read_bytes())
+        settings.pop("chat_template", None)
+        _write_json(config_file, settings)
+    (folder / chat_template.FILE).write_text(text, encoding="utf-8")
+
+
+def _template_of(folder: pathlib.Path) -> str | None:
+    if not (folder / hf_tokenizer.TOKENIZER).exists():
+        return None
+    template = hf_tokenizer.read(folder).chat_template
+    return None if template is None else template.templates.get(chat_template.DEFAULT)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,274 @@
+"""Merges of deltas, the differences of models from their base: task arithmetic, TIES, DARE, DELLA, breadcrumbs and SCE.
+
+All but SCE are one routine: drop part of each delta, rescale, weigh, elect a sign for every value, sum and normalise.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from model.transforms import merge_blocks
+from model.transforms.base import TransformError
+from model.transforms.merge_blocks import Blocks, Parts, Top
+
+_TINY = 1e-7  # an L1 norm below it is not matched
+
+Compute = Callable[[Parts, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a method treats deltas: which values it drops ("largest" are kept, "middle", "random", "ranked" or none), and
+    whether it elects signs."""
+
+    drops: str | None = None
+    elects: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Parameters of a merge of N deltas.
+
+    Attributes:
+      weight, density, gamma, epsilon: of each delta.
+      normalize: divide by the sum of weights, of those with the elected sign if signs are elected.
+      rescale: multiply what is left of a delta, so that its L1 norm is that of the whole delta.
+      scale: multiplies the sum.
+      keys: of each delta, for random numbers.
+      where: the tensor, for messages.
+    """
+
+    weight: Sequence[float]
+    density: Sequence[float]
+    gamma: Sequence[float]
+    epsilon: Sequence[float]
+    normalize: bool
+    rescale: bool
+    scale: float
+    keys: Sequence[str]
+    where: str
+
+
+def deltas_of(parts: Parts) -> Parts:
+    """Returns the differences of all arrays but the first from the first."""
+    return [part - parts[0] for part in parts[1:]]
+
+
+def task_vectors(blocks: Blocks, kind: Kind, settings: Settings) -> Compute:
+    """Returns what merges a grain, after the passes that the method needs."""
+    masks = _masks(blocks, kind, settings)
+    scales = _scales(blocks, masks, settings)
+    weights = [np.float32(w * s) for w, s in zip(settings.weight, scales, strict=True)]
+    if blocks.work == np.float64:
+        weights = [np.float64(w * s) for w, s in zip(settings.weight, scales, strict=True)]
+    total = sum(settings.weight)
+    divisor = 1.0 if abs(total) < 1e-8 else total
+
+    def compute(parts: Parts, low: int) -> np.ndarray:
+        terms = deltas_of(parts)
+        for delta, mask, weight in zip(terms, masks, weights, strict=True):
+            if mask is not None:
+                delta *= mask(delta, low)
+            delta *= weight
+        if kind.elects:
+            result = _elected(terms, settings)
+        else:
+            result = terms[0]
+            for term in terms[1:]:
+                result += term
+            if settings.normalize:
+                result /= blocks.work.type(divisor)
+        if settings.scale != 1:
+            result *= blocks.work.type(settings.scale)
+        result += parts[0]
+        return result
+
+    return compute
+
+
+def _elected(terms: Parts, settings: Settings) -> np.ndarray:
+    """Returns the sum of the terms that have the sign of the sum of all; their weighted mean with `normalize`."""
+    positive = sum(terms[1:], terms[0]) >= 0
+    result, divisor = np.zeros_like(terms[0]), np.zeros_like(terms[0])
+    for term, weight in zip(terms, settings.weight, strict=True):
+        agrees = ((term > 0) == positive) & (term != 0)
+        result += term * agrees
+        if settings.normalize:
+            divisor += agrees * term.dtype.type(weight)
+    if settings.normalize:
+        divisor[divisor == 0] = 1
+        result /= divisor
+    return result
+
+
+def _masks(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | None]:
+    """Returns, for each delta, what returns which values of a grain are kept; None if all are."""
+    densities = settings.density
+    if kind.drops in ("largest", "middle"):
+        return _by_magnitude(blocks, kind, settings)
+    if kind.drops == "random":
+        return [
+            None if d >= 1 else _random(key, d)
+            for key, d in zip(settings.keys, densities, strict=True)
+        ]
+    if kind.drops == "ranked":
+        masks: list[Callable | None] = []
+        width = blocks.shape[-1] if blocks.shape else 1
+        for d, eps, key in zip(densities, settings.epsilon, settings.keys, strict=True):
+            if 0 < d < 1 and not (d - eps > 0 and d + eps < 1):
+                raise TransformError(
+                    f"{settings.where}: density {d:g} with epsilon {eps:g} gives probabilities outside of (0, 1): "
+                    "choose a smaller epsilon."
+                )
+            masks.append(None if d >= 1 else _nothing if d <= 0 else _ranked(key, d, eps, width))
+        return masks
+    return [None] * len(densities)
+
+
+def _by_magnitude(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | None]:
+    """Returns masks of the largest values, or of the largest after the share `gamma` of outliers."""
+    size, wanted, ranks = blocks.size, [], []
+    for i, density in enumerate(settings.density):
+        first, count = 0, size
+        if density < 1:
+            count = int(density * size) if density > 0 else 0
+            if kind.drops == "largest" and density > 0:
+                count = max(1, count)
+            if kind.drops == "middle":
+                first = min(int(settings.gamma[i] * size), size - count)
+        ranks.append((first, first + count))
+        wanted += [(i, rank) for rank in (first, first + count) if count and 0 < rank < size]
+    tops = dict(zip(wanted, merge_blocks.largest(blocks, deltas_of, wanted), strict=True))
+
+    def mask(i: int) -> Callable | None:
+        first, last = ranks[i]
+        if (first, last) == (0, size):
+            return None
+        if first == last:
+            return _nothing
+        return _between(tops.get((i, first)), tops.get((i, last)))
+
+    return [mask(i) for i in range(len(ranks))]
+
+
+def _between(outer: Top | None, inner: Top | None) -> Callable:
+    def mask(delta: np.ndarray, low: int) -> np.ndarray:
+        kept = np.ones(delta.shape, bool) if inner is None else inner.mask(delta, low)
+        return kept if outer is None else kept & ~outer.mask(delta, low)
+
+    return mask
+
+
+def _nothing(delta: np.ndarray, low: int) -> np.ndarray:
+    return np.zeros(delta.shape, bool)
+
+
+def _random(key: str, density: float) -> Callable:
+    limit = np.uint32(max(0, min(round(density * 2**32), 2**32 - 1)))
+
+    def mask(delta: np.ndarray, low: int) -> np.ndarray:
+        return merge_blocks.random_words(key, low, low + delta.size) < limit
+
+    return mask
+
+
+def _ranked(key: str, density: float, epsilon: float, width: int) -> Callable:
+    """Returns the mask of DELLA: within a row, the probability rises by 2 epsilon from the smallest value to the largest.
+
+    The only value of a row has the probability in the middle.
+    """
+
+    def mask(delta: np.ndarray, low: int) -> np.ndarray:
+        rows = np.abs(delta).reshape(-1, width)
+        order = np.argsort(rows, axis=1, kind="stable")
+        share = np.empty(rows.shape)
+        steps = np.linspace(0, 1, width) if width > 1 else np.array([0.5])
+        np.put_along_axis(share, order, np.broadcast_to(steps, rows.shape), axis=1)
+        limits = (density - epsilon + 2 * epsilon * share) * 2**32
+        words = merge_blocks.random_words(key, low, low + delta.size)
+        return words < limits.reshape(-1)
+
+    return mask
+
+
+def _scales(blocks: Blocks, masks: Sequence[Callable | None], settings: Settings) -> list[float]:
+    """Returns the factors that give the kept values the L1 norms of the whole deltas."""
+    if not settings.rescale or all(mask is None for mask in masks):
+        return [1.0] * len(masks)
+
+    def measure(parts: Parts, low: int) -> np.ndarray:
+        sums = np.zeros((len(masks), 2))
+        for row, delta, mask in zip(sums, deltas_of(parts), masks, strict=True):
+            if mask is not None:
+                size = np.abs(delta)
+                row[:] = size.sum(dtype=np.float64), (size * mask(delta, low)).sum(dtype=np.float64)
+        return sums
+
+    sums = blocks.sum(measure)
+    return [
+        float(before / after) if before >= _TINY and after >= _TINY else 1.0
+        for before, after in np.atleast_2d(sums)
+    ]
+
+
+def sce(blocks: Blocks, select_topk: float) -> Compute:
+    """Returns what merges a grain by SCE: keep the values that vary most among models, weigh each model by the mean
+    square of its delta, and drop values against the elected sign."""
+    mask = _varying(blocks, select_topk)
+
+    def selected(parts: Parts, low: int) -> Parts:
+        deltas = deltas_of(parts)
+        if mask is not None:
+            kept = mask(deltas, low)
+            deltas = [delta * kept for delta in deltas]
+        return deltas
+
+    squares = blocks.sum(
+        lambda parts, low: np.array(
+            [
+                np.einsum("i,i->", x.astype(np.float64), x.astype(np.float64))
+                for x in selected(parts, low)
+            ]
+        )
+    )
+    means = np.asarray(squares) / max(1, blocks.size)
+    # As in the reference, small deltas (a sum of mean squares below 1e-6) weigh the same.
+    small = abs(means.sum()) < 1e-6
+    weights = np.full(len(means), 1 / len(means)) if small else means / means.sum()
+
+    def compute(parts: Parts, low: int) -> np.ndarray:
+        deltas = selected(parts, low)
+        positive = sum(deltas[1:], deltas[0]) >= 0
+        result, divisor = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
+        for delta, weight in zip(deltas, weights, strict=True):
+            agrees = (((delta > 0) == positive) & (delta != 0)) * delta.dtype.type(weight)
+            result += delta * agrees
+            divisor += agrees
+        result /= np.maximum(divisor, divisor.dtype.type(1e-6))
+        result += parts[0]
+        return result
+
+    return compute
+
+
+def _varying(blocks: Blocks, share: float) -> Callable[[Parts, int], np.ndarray] | None:
+    """Returns what returns which values of a grain are among the given share of those that vary most; None for all."""
+    if share >= 1:
+        return None
+
+    def variance(deltas: Parts) -> np.ndarray:
+        mean = sum(deltas[1:], deltas[0]) / blocks.work.type(len(deltas))
+        squares = [np.square(delta - mean) for delta in deltas]
+        return sum(squares[1:], squares[0]) / blocks.work.type(len(deltas))
+
+    nonzero = 0
+    if share > 0:
+        nonzero = sum(
+            blocks.each(lambda parts, _: int(np.count_nonzero(variance(deltas_of(parts)))))
+        )
+    count = int(nonzero * share)
+    if count == 0:
+        return lambda deltas, low: _nothing(deltas[0], low)
+    (top,) = merge_blocks.largest(blocks, lambda parts: [variance(deltas_of(parts))], [(0, count)])
+    return lambda deltas, low: top.mask(variance(deltas), low)

@@ -1,0 +1,178 @@
+"""Runs are merged into runs that every command reads: of any family, however their layers are stored."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import convert, merge
+from launch.merging import models
+from launch.weights import model_card
+from model.hf import families
+from tests.launch.merging import folders
+from tests.model.hf import arrays
+from trainers.checkpoints import step_dir
+from trainers.checkpoints.array_files import StoredArray
+from trainers.checkpoints.restore_params import restore_params
+
+GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity"
+
+
+def golden(name):
+    """config.json and tensors of a tiny model of the family."""
+    with np.load(GOLDENS / f"{name}.npz") as case:
+        config = json.loads(str(case["config"]))
+        found = {k.partition("/")[2]: case[k] for k in case.files if k.startswith("tensor/")}
+    family = families.family_of_config(config)
+    names = family.match(family.model(config), {k: x.shape for k, x in found.items()})
+    return config, {k: found[names[k]] for k in family.shapes(family.model(config))}
+
+
+def make(root, name):
+    """Writes two models as folders 'a' and 'b' and as runs 'run_a' and 'run_b'; returns config.json and both's tensors."""
+    config, first = golden(name)
+    second = folders.drawn(1, {k: x.shape for k, x in first.items()}, around=first)
+    for letter, tensors in (("a", first), ("b", second)):
+        folders.write(root / letter, tensors, config)
+        flags = [f"--from_hf={root}/{letter}", f"--to={root}/run_{letter}"]
+        assert convert.main(flags) == 0
+    return config, first, second
+
+
+def configured(root, *, prefix="", **settings):
+    path = root / f"{prefix}merge.yml"
+    path.write_text(json.dumps(settings).replace('"@', f'"{root}/{prefix}'))
+    return f"--config={path}"
+
+
+EMBED = "model.embed_tokens.weight"
+# Of families, and a part of the names of their MLPs in Hugging Face's layout.
+FAMILIES = {"cohere_1": "mlp", "t5_0": "DenseReluDense", "mixtral_0": "block_sparse_moe"}
+
+
+def weighted(name):
+    chosen = [{"filter": FAMILIES[name], "value": [0.5, 2]}, {"value": 1}]
+    entries = [
+        {"model": "@a", "parameters": {"weight": [1, 0.2]}},
+        {"model": "@b", "parameters": {"weight": chosen}},
+    ]
+    return {"merge_method": "linear", "models": entries}
+
+
+def stored(run, name):
+    return StoredArray(step_dir.resolve(run), f"params/{name}").read()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_runs_are_merged_like_the_folders_that_they_were_made_of(tmp_path, name):
+    config, first, second = make(tmp_path, name)
+    for prefix in ("", "run_"):
+        flags = [
+            configured(tmp_path, prefix=prefix, **weighted(name)),
+            f"--out={tmp_path}/{prefix}out",
+        ]
+        assert merge.main(flags) == 0
+    family = families.family_of_config(config)
+    model = family.model(config)
+    expected = arrays.to_native(family, model, folders.read(tmp_path / "out"))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
+    restored = restore_params(tmp_path / "run_out", abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    meta = step_dir.read_meta(tmp_path / "run_out")
+    assert meta["made_of"] == ["run_a, step 0", "run_b, step 0"]
+    assert meta["merged"]["configuration"]["merge_method"] == "linear"
+    assert "made of run_a, step 0; run_b, step 0" in list(model_card._parents({}, meta))
+    if name == "cohere_1":
+        _check_logits(tmp_path, model, config, first, second)
+
+
+def _check_logits(root, model, config, first, second):
+    """The output's logits are those of weights that were averaged by hand."""
+    family = families.family_of_config(config)
+    layers = config["num_hidden_layers"]
+
+    def mean(name):
+        layer = int(name.split(".")[2]) if ".layers." in name else layers * (name != EMBED)
+        u = min(1.0, layer / max(1, layers - 1))
+        a = 1 + u * (0.2 - 1)
+        b = 0.5 + u * 1.5 if "mlp" in name else 1.0
+        return ((a * first[name].astype(np.float64) + b * second[name]) / (a + b)).astype(
+            np.float32
+        )
+
+    by_hand = arrays.to_native(family, model, {name: mean(name) for name in first})
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), by_hand)
+    restored = restore_params(root / "run_out", abstract)
+    tokens = jnp.arange(12).reshape(1, 12) % config["vocab_size"]
+    logits = [jax.jit(model.apply)({"params": params}, tokens) for params in (by_hand, restored)]
+    np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+def test_layers_of_runs_are_stacked(tmp_path, capsys):
+    make(tmp_path, "cohere2_0")
+    model = models.NativeModel(f"{tmp_path}/run_a").model
+    period, count = len(model.config.layer_pattern), model.config.num_layers
+    assert period > 1
+
+    def flags(first, last):
+        source = {"model": "@a", "layer_range": [0, count]}
+        more = {"model": "@b", "layer_range": [first, last]}
+        parts = [{"sources": [source]}, {"sources": [more]}]
+        config = configured(tmp_path, prefix="run_", merge_method="passthrough", slices=parts)
+        return [config, f"--out={tmp_path}/run_out"]
+
+    assert merge.main(flags(1, count)) == 2
+    assert "another kind of attention" in capsys.readouterr().err
+    assert not (tmp_path / "run_out").exists()
+    assert merge.main(flags(count - period, count)) == 0
+    made = models.NativeModel(f"{tmp_path}/run_out").model
+    assert made.config.num_layers == count + period
+    name = f"layers/block_{period - 1}/mlp/up/kernel"
+    a, b, out = (stored(f"{tmp_path}/run_{x}", name) for x in ("a", "b", "out"))
+    assert np.array_equal(out, np.concatenate([a, b[-1:]]))
+
+
+def test_low_rank_runs(tmp_path, command):
+    make(tmp_path, "llama_0")
+    for letter in "ab":
+        flags = (f"--checkpoint={tmp_path}/run_{letter}", f"--to={tmp_path}/low_{letter}")
+        assert command("upcycle factorise", *flags, "--rank=0.5") == 0
+    settings = {"merge_method": "task_arithmetic", "base_model": "@a", "out_dtype": "bfloat16"}
+    entries = [{"model": "@b", "parameters": {"weight": 0.5}}]
+    config = configured(tmp_path, prefix="low_", models=entries, **settings)
+    assert merge.main([config, f"--out={tmp_path}/low_out"]) == 0
+    made = models.NativeModel(f"{tmp_path}/low_out")
+    factors = [path for path in made.arrays if path.endswith("up/down/kernel") or "factor" in path]
+    for path in factors or list(made.arrays):
+        a, b, out = (
+            stored(f"{tmp_path}/low_{x}", path).astype(np.float64) for x in ("a", "b", "out")
+        )
+        np.testing.assert_allclose(out, a + 0.5 * (b - a), rtol=2**-8, atol=1e-6)
+    assert made.model.config.param_dtype == "bfloat16"
+
+
+def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, command, capsys):
+    names = branches.folders[:2]
+    entries = [{"model": str(name), "parameters": {"weight": 1}} for name in names]
+    config = configured(tmp_path, merge_method="linear", models=entries)
+    assert command("merge", config, f"--out={tmp_path}/out") == 0
+    a, b, out = (stored(x, "token_embed/embedding") for x in (*names, tmp_path / "out"))
+    np.testing.assert_allclose(out, (a + b) / 2, atol=1e-7)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "import os, sys\n" * 4}) + "\n")
+    files = (f"--inputs={tmp_path}/x.jsonl", f"--output={tmp_path}/y.jsonl")
+    assert command("score", *files, f"--checkpoint={tmp_path}/out") == 0
+    assert np.isfinite(json.loads((tmp_path / "y.jsonl").read_text())["sum"])
+    make(tmp_path, "llama_0")
+    entries = [{"model": "@run_a", "parameters": {"weight": 1}}, *entries]
+    for unlike, message in (
+        (entries[:2], "are not of one model"),
+        ([*entries[1:], {"model": "@a", "parameters": {"weight": 1}}], "convert one of them first"),
+    ):
+        config = configured(tmp_path, merge_method="linear", models=unlike)
+        capsys.readouterr()
+        assert command("merge", config, f"--out={tmp_path}/other") == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,94 @@
+"""The search for weights: no trial twice, never below its start, the choice by mean and worst, collisions."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch.merging import trials
+from launch.merging.settings import MergeError
+from launch.merging.trials import Trial, Trials
+
+TARGETS = {"x": np.array([0.7, 0.3, 0.0]), "y": np.array([0.2, 0.5, 0.3])}
+
+
+def evaluate(weights):
+    """Losses that are lowest near other weights for each domain."""
+    return {
+        k: (1 + float(np.square(np.array(weights) - t).sum()), 0.01) for k, t in TARGETS.items()
+    }
+
+
+def search(path, method, *, budget=40, evaluate=evaluate, **more):
+    found = Trials(str(path), {"models": 3}, evaluate, budget=budget)
+    getattr(trials, method)(found, 3, **(more or {"delta": None}))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [("coordinate", {"delta": 0.1}), ("random", {"seed": 1})]
+)
+def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_path, method, more):
+    whole = search(tmp_path / "whole", method, **more)
+    start = whole.done[trials.normalised([1, 1, 1])]
+    assert next(iter(whole.done)) == start.weights
+    best = trials.choose(list(whole.done.values()), delta=np.inf)
+    assert best.mean <= start.mean and len(whole.done) <= 40
+    seen = []
+
+    def counted(weights):
+        seen.append(weights)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return evaluate(weights)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", method, evaluate=counted, **more)
+    with open(tmp_path / "cut", "a") as file:
+        file.write('{"weights": [0.1')  # killed while it wrote
+    again = search(tmp_path / "cut", method, evaluate=counted, **more)
+    assert list(again.done) == list(whole.done) and again.new == len(whole.done) - 6
+    assert len(set(seen[:6] + seen[7:])) == len(whole.done)
+    assert (tmp_path / "cut").read_text() == (tmp_path / "whole").read_text()
+    with pytest.raises(MergeError, match="other models"):
+        Trials(str(tmp_path / "cut"), {"models": 4}, evaluate, budget=9)
+
+
+def test_choice_by_mean_and_worst():
+    def trial(*losses):
+        return Trial((1.0,), dict(zip("xy", losses, strict=True)), {"x": 0.2, "y": 0.01})
+
+    low_mean, balanced, near = trial(0.5, 3.0), trial(2.0, 2.0), trial(2.1, 1.8)
+    every = [low_mean, balanced, near]
+    assert trials.choose(every, delta=np.inf) is low_mean
+    assert trials.choose(every, delta=0) is balanced
+    assert trials.choose(every, delta=None) is near  # within the standard error of the worst
+
+
+def test_what_leaving_out_a_model_gains(tmp_path):
+    found = Trials(str(tmp_path / "t"), {}, evaluate, budget=1)
+    best = found([0.5, 0.5, 0.0])
+    without = list(trials.without_each(found, best))
+    assert [trial.weights for _, trial in without] == [(0, 1, 0), (1, 0, 0), (0.5, 0.5, 0)]
+    assert without[2][1] is best
+    lines = trials.table("abc", best, without)
+    assert lines[1].split()[0] == "merged" and lines[4].split() == [
+        "without",
+        "c",
+        "0.000",
+        *["+0.0000"] * 4,
+    ]
+    gain = best.losses["x"] - evaluate((1, 0, 0))["x"][0]
+    assert f"{gain:+.4f}" in lines[3]
+    rows = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    assert len(rows) == 4
+
+
+def test_two_copies_act_as_one_of_twice_the_weight():
+    from launch.merging import search_run
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    two = search_run._mean((0.25, 0.25, 0.5), [a, a, b])
+    np.testing.assert_allclose(two, search_run._mean((0.5, 0.5), [a, b]), atol=1e-6)
+    assert np.array_equal(search_run._mean((0.0, 1.0), [a, b]), b)
