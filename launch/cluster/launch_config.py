@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Modules with the settings of each back end, in their class `Settings`.
 BACKENDS = {
-    name: f"launch.cluster.{name}" for name in ("group", "slurm", "xmanager", "jobset", "tpu_vm")
+    "local": "launch.cluster.group",
+    **{name: f"launch.cluster.{name}" for name in ("slurm", "xmanager", "jobset", "tpu_vm")},
 }
 _SECRET = re.compile("(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)

@@ -137,7 +137,7 @@ def drive(
     stopping = 0.0
     results.write_results(folder, plan)
     try:
-        with _stop_signals() as signals:
+        with stop_signals() as signals:
             while open_jobs:
                 statuses = submitter.statuses(list(open_jobs.values()))
                 for name, handle in list(open_jobs.items()):
@@ -237,7 +237,7 @@ def first_error(log: pathlib.Path, status: int) -> str:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Yields the list of received SIGINT and SIGTERM; the first stops runs, the second kills them."""
     received: list[int] = []
 
