@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.text import spelling
 from launch import environment, input_errors
-from launch.processes import peers, supervisor
+from launch.processes import hosts, peers, supervisor
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -114,6 +114,8 @@ def main(
             defaults=defaults,
             part=part,
         )
+        if flags.coordinator_address:
+            hosts.check_start(config.text)
         for warning in config.warnings:
             # Files of another entry point have bindings without effect here, which is expected.
             if warning.place.source not in defaults:
