@@ -99,17 +99,13 @@ def submit(
     settings = launch_config.read(flags.config, overrides)
     job = _other_job(settings, command) if command else _train_job(settings, gin_words)
     submitter = settings.submitter()
-    if settings.BACKEND == "local":
+    if settings.FOREGROUND:
         if flags.status or flags.cancel:
             raise SubmitError(
-                "a local job runs as long as `launch.submit` does: Ctrl-C there saves its work and ends it."
+                "this job runs as long as `launch.submit` does: Ctrl-C there saves its work and ends it."
             )
-        if flags.dry_run:
-            from launch.sweeping.shell import command_line
-
-            print(command_line(job.command))
-            return 0
-        return _follow(submitter, job)
+        if not flags.dry_run:
+            return _follow(submitter, job)
     if flags.status or flags.cancel:
         handle = submitter.handle(job)
         if flags.cancel:

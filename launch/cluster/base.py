@@ -85,6 +85,10 @@ class Submitter(Protocol):
         """Ends all jobs at once."""
         ...
 
+    def preview(self) -> str:
+        """Returns the scripts, manifests or commands of the submitted jobs, and sends nothing."""
+        ...
+
 
 class Queue(Submitter, Protocol):
     """A back end whose jobs outlive the process that submits them.
@@ -95,8 +99,4 @@ class Queue(Submitter, Protocol):
 
     def handle(self, job: Job) -> Handle:
         """Returns the handle that `submit` returns, without submitting, for the status of a job or to cancel it."""
-        ...
-
-    def preview(self) -> str:
-        """Returns the scripts, manifests or commands that would be sent for the submitted jobs."""
         ...

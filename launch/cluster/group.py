@@ -45,6 +45,7 @@ class Settings(Launch):
     """
 
     BACKEND: ClassVar[str] = "local"
+    FOREGROUND: ClassVar[bool] = True
 
     processes_here: int = 1
     restarts: int = 3

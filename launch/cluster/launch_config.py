@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from data.text import spelling
 from launch import environment
-from launch.cluster.base import Submitter, SubmitError
+from launch.cluster.base import SubmitError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 # Modules with the settings of each back end, in their class `Settings`.
 BACKENDS = {
     "local": "launch.cluster.group",
-    **{name: f"launch.cluster.{name}" for name in ("slurm", "xmanager", "jobset", "tpu_vm")},
+    "slurm": "launch.cluster.slurm",
+    # A file xmanager.py would hide the library from the script beside it.
+    "xmanager": "launch.cluster.xmanager_backend",
+    "jobset": "launch.cluster.jobset",
+    "tpu_vm": "launch.cluster.tpu_vm",
 }
 _SECRET = re.compile("(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -43,6 +47,10 @@ class Launch:
     BACKEND: ClassVar[str]
     # Whether the job may run elsewhere, where this folder and this Python do not exist.
     ELSEWHERE: ClassVar[bool] = False
+    # Whether jobs can wait for each other, in a folder that all of them share.
+    SWEEPS: ClassVar[bool] = False
+    # Whether the job ends with the process that submits it.
+    FOREGROUND: ClassVar[bool] = False
 
     python: str = ""
     folder: str = ""
@@ -93,8 +101,8 @@ class Launch:
         """Flags with which the processes of a run join each other."""
         return ("--coordinator_address=auto",) if self.processes > 1 else ()
 
-    def submitter(self) -> Submitter:
-        """Returns the back end."""
+    def submitter(self) -> Any:
+        """Returns the back end, a `base.Submitter`, or a `base.Queue` unless FOREGROUND."""
         raise NotImplementedError
 
     def at_least(self, low: int, *names: str) -> None:
@@ -144,7 +152,9 @@ def read(path: str, overrides: Iterable[str] = ()) -> Launch:
         fields = {field.name for field in dataclasses.fields(kind)}
         for name in values:
             if name not in fields:
-                raise SubmitError(f"{name}: {backend} has no such setting; {_nearest(name, fields)}")
+                raise SubmitError(
+                    f"{name}: {backend} has no such setting; {_nearest(name, fields)}"
+                )
         return kind(**{name: _typed(kind, name, value) for name, value in values.items()})
     except SubmitError as error:
         raise SubmitError(f"{path}: {error}") from None
@@ -172,7 +182,7 @@ def _values(path: str, overrides: Iterable[str]) -> dict[str, Any]:
     try:
         parser(["submit", f"--config={full}{colon}{text}"])
         config = parser.config
-    except Exception as error:  # the file's code may raise any error
+    except (Exception, SystemExit) as error:  # the file's code may raise any error
         raise SubmitError(
             f"get_config() could not be called: {type(error).__name__}: {error}"
         ) from error

@@ -26,6 +26,8 @@ _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZ
 # Seconds until the status file of a job that has ended must be visible on a network file system.
 _VISIBLE_SECONDS = 30.0
 _COMMAND_SECONDS = 120.0
+# Seconds for which the scheduler may give no answer, for example during its own restart.
+_SILENT_SECONDS = 900.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Settings(Launch):
     """
 
     BACKEND: ClassVar[str] = "slurm"
+    SWEEPS: ClassVar[bool] = True
 
     partition: str = ""
     account: str = ""
@@ -116,6 +119,7 @@ class SlurmSubmitter:
         self._known: dict[str, tuple[str, float, str]] = {}  # state, seconds, reason by id
         self._gone: dict[str, float] = {}  # when a job without a status file was first missing
         self._asked = -1e9
+        self._answered = time.monotonic()
 
     def handle(self, job: Job) -> Handle:
         return os.path.abspath(job.log)
@@ -208,7 +212,10 @@ class SlurmSubmitter:
             needed = [entry.id for entry in before if not self._succeeded(entry)]
             words = ["sbatch", "--parsable"]
             if needed:
-                words += [f"--dependency=afterok:{':'.join(map(str, needed))}", "--kill-on-invalid-dep=yes"]
+                words += [
+                    f"--dependency=afterok:{':'.join(map(str, needed))}",
+                    "--kill-on-invalid-dep=yes",
+                ]
             for job in jobs:
                 _prepare(self.handle(job))
             answer = _slurm(*words, script=slurm_script.render(self._settings, jobs))
@@ -229,8 +236,17 @@ class SlurmSubmitter:
     def _ask(self) -> None:
         now = time.monotonic()
         ids = [entry.id for entry in self._entries.values() if entry.id is not None]
-        if ids and now - self._asked >= self._settings.poll_seconds:
-            self._known, self._asked = self._query(ids), now
+        if not ids or now - self._asked < self._settings.poll_seconds:
+            return
+        try:
+            self._asked = now
+            self._known = self._query(ids)
+        except SubmitError:
+            # Jobs go on while the scheduler does not answer, and so do those who wait for them.
+            if now - self._answered > _SILENT_SECONDS:
+                raise
+        else:
+            self._answered = now
 
     def _query(self, ids: Sequence[str | None]) -> dict[str, tuple[str, float, str]]:
         """Returns state, seconds and reason of the jobs that SLURM knows, by id."""

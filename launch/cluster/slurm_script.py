@@ -44,7 +44,7 @@ def render(settings: "Settings", jobs: Sequence[Job]) -> str:
         *_variables(settings),
         *_choice(jobs),
         *_END,
-        f"cd {shlex.quote(settings.directory)} && mkdir -p \"$(dirname \"$log\")\" || end 2",
+        f'cd {shlex.quote(settings.directory)} && mkdir -p "$(dirname "$log")" || end 2',
         'exec >>"$log" 2>&1',
         *_secrets(settings),
         f'srun {_srun_words(settings)}bash -c {shlex.quote(_TASK)} bash "$log" "${{words[@]}}"',

@@ -19,7 +19,9 @@ from typing import Any
 from launch import environment
 
 _KEYS = "espalier/hosts"
-_WAIT_MS = 15 * 60 * 1000  # for hosts that are slower; launch/processes/peers.py ends the wait when one is lost
+_WAIT_MS = (
+    15 * 60 * 1000
+)  # for hosts that are slower; launch/processes/peers.py ends the wait when one is lost
 # A network file system may show a new file late.
 _VISIBLE_SECONDS = 60.0
 _SHARED_FILE = ".hosts"

@@ -29,7 +29,9 @@ def share(environment: Mapping[str, str], visible: int) -> list[int] | None:
       visible: number of GPUs that this process sees.
     """
     try:
-        tasks = _expanded(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
+        tasks = _expanded(environment["SLURM_STEP_TASKS_PER_NODE"])[
+            int(environment["SLURM_NODEID"])
+        ]
         local = int(environment["SLURM_LOCALID"])
     except (KeyError, ValueError, IndexError):
         return None

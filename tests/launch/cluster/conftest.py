@@ -73,16 +73,25 @@ def slurm():
     before = {name: os.environ.get(name) for name in ("SLURM_CONF", "PATH")}
     os.environ |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
     log = open(folder / "daemons.log", "wb")  # noqa: SIM115 (open as long as the daemons)
-    munge = [f"--{key}={folder}/munge.{key.partition('-')[0]}" for key in ("key-file", "socket", "pid-file", "seed-file", "log-file")]
-    commands = (["munged", "--foreground", "--force", "--num-threads=2", *munge], ["slurmctld", "-D"], ["slurmd", "-D"])
+    munge = [
+        f"--{key}={folder}/munge.{key.partition('-')[0]}"
+        for key in ("key-file", "socket", "pid-file", "seed-file", "log-file")
+    ]
+    commands = (
+        ["munged", "--foreground", "--force", "--num-threads=2", *munge],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D"],
+    )
     daemons = []
     try:
         for command in commands:
             daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
-            _wait(lambda: command[0] != "munged" or (folder / "munge.socket").exists(), daemons, folder)
+            if command[0] == "munged":
+                _wait((folder / "munge.socket").exists, daemons, folder)
         _wait(lambda: b"idle" in _output("sinfo", "--noheader"), daemons, folder)
         yield folder
     finally:
+        _output("scancel", "--signal=KILL", "--full", "--user=root")
         _output("scancel", "--user=root")
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -102,6 +111,8 @@ def _wait(ready, daemons, folder):
     until = time.monotonic() + 60
     while not ready():
         if time.monotonic() > until or any(daemon.poll() is not None for daemon in daemons):
-            logs = "\n".join(file.read_text(errors="replace")[-2000:] for file in folder.glob("*.log"))
+            logs = "\n".join(
+                file.read_text(errors="replace")[-2000:] for file in folder.glob("*.log")
+            )
             raise AssertionError(f"the cluster did not start:\n{logs}")
         time.sleep(0.2)

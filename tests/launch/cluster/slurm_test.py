@@ -55,7 +55,11 @@ ENDED = (State.ENDED, State.DROPPED)
 def test_the_script_of_two_hosts_with_gpus():
     shipped = launch_config.read("launch/cluster/configs/slurm.py", ["env=('NCCL_DEBUG=WARN',)"])
     queue = slurm.Settings(
-        **{**vars(shipped), "folder": "/home/me/espalier", "secrets": ("WANDB_API_KEY=/home/me/.wandb",)}
+        **{
+            **vars(shipped),
+            "folder": "/home/me/espalier",
+            "secrets": ("WANDB_API_KEY=/home/me/.wandb",),
+        }
     ).submitter()
     command = ("python", "-m", "launch.train", "--gin.MODEL_DIR='/runs/a b'")
     queue.submit(Job(name="a b", command=command, log="/runs/a b/logs/log.txt"))

@@ -1,6 +1,5 @@
 """A run of two processes on a real SLURM cluster: preempted, queued again, and continued bit for bit."""
 
-import os
 import pathlib
 import re
 import subprocess
