@@ -77,6 +77,8 @@ EXTRAS = {
     "sentences": SENTENCES,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
+    # Brings protobuf 6, with which newer versions of sentencepiece cannot be imported.
+    "xmanager": ["xmanager>=0.8.5", "sentencepiece>=0.2,<0.2.3"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -87,6 +89,7 @@ EXTRAS = {
         "pre-commit>=4",
         "detect-secrets>=1.5",
         "psutil>=6",
+        "kubernetes-validate>=1.35",
         *TEXT,
         *EVAL,
         *VISION,

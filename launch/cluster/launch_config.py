@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from data.text import spelling
 from launch import environment
 from launch.cluster.base import SubmitError
+from launch.config import python_config
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -167,9 +168,9 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _values(path: str, overrides: Iterable[str]) -> dict[str, Any]:
     """Returns the values of a file by name, with the overrides."""
     from absl import flags
-    from ml_collections import ConfigDict, config_flags
+    from ml_collections import config_flags
 
-    file, colon, text = path.partition(":")
+    file, _, text = path.partition(":")
     here = os.path.expanduser(file)
     shipped = os.path.join(environment.ROOT, file)
     full = here if os.path.isfile(here) or not os.path.isfile(shipped) else shipped
@@ -177,17 +178,10 @@ def _values(path: str, overrides: Iterable[str]) -> dict[str, Any]:
         raise SubmitError(
             "there is no such Python file: copy one of launch/cluster/configs/ and give its path."
         )
-    parser = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=parser, sys_argv=[])
     try:
-        parser(["submit", f"--config={full}{colon}{text}"])
-        config = parser.config
-    except (Exception, SystemExit) as error:  # the file's code may raise any error
-        raise SubmitError(
-            f"get_config() could not be called: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(config, ConfigDict):
-        raise SubmitError("get_config() must return launch_config.as_config(Settings(...)).")
+        config = python_config.load(full, text)
+    except python_config.PythonConfigError as error:
+        raise SubmitError(str(error)) from error
     for override in overrides:
         name, sign, _ = override.partition("=")
         if name not in config:
