@@ -142,6 +142,8 @@ def check_shared(path: str) -> None:
             break
         time.sleep(0.2)
     check_same("shared", {"MODEL_DIR": seen})
+    if jax.process_index() == 0:
+        file.unlink()
 
 
 def _holds(file: pathlib.Path, token: str) -> bool:

@@ -100,11 +100,15 @@ class Peers:
 
     def leave(self) -> None:
         """Waits for the others at the end of the work, and leaves; the coordinator leaves last."""
-        import jax
-
         self._client.wait_at_barrier(
             f"{_KEYS}/end", _FOREVER_MS
         )  # `_watch` ends it if a process is lost
+        self._go()
+
+    def _go(self) -> None:
+        """Leaves, after a barrier that all have passed; the coordinator leaves last."""
+        import jax
+
         self._done.set()
         self._thread.join(self._timeout)
         if self._index == 0:
@@ -127,6 +131,7 @@ class Peers:
                 self._key("ended", self._index), json.dumps([status, message])
             )
             self._client.wait_at_barrier(f"{_KEYS}/failed", 5000)  # all may have the same error
+            self._go()  # else JAX aborts those that leave after the coordinator
         self._done.set()
 
 

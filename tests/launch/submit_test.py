@@ -161,3 +161,15 @@ def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path):
     assert process.wait(timeout=60) == 75
     assert (tmp_path / "stops").read_text() == "stop\nstop\n"
     assert (tmp_path / "ups").read_text() == "up\nup\n"
+
+
+def test_xla_accepts_the_flags_for_gpus():
+    """XLA ends a process at a flag that it does not know, also on CPU."""
+    settings = launch_config.read("launch/cluster/configs/gpu_node.py:8")
+    assert settings.devices == 8 and launch_config.read(CONFIGS[0] + ":1").devices == 1
+    code = "import jax; print(jax.devices())"
+    environment = {**os.environ, **settings.variables, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 import time
 
 import pytest
 
 from launch.cluster import launch_config, slurm
 from launch.cluster.base import Job, State, SubmitError
+
+pytestmark = pytest.mark.slurm
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "slurm.sh"
 HOSTILE = (
@@ -172,6 +175,38 @@ def test_status_75_queues_again_up_to_the_limit_and_not_after_cancelling(slurm, 
     text = pathlib.Path(again).read_text()
     assert text.count("start") == 2 and "status 75 after 1 requeues, the limit" in text
     assert "saved" in pathlib.Path(stopped).read_text()
+
+
+PREEMPTED = """
+import os, signal, sys, time
+if "SLURM_RESTART_COUNT" in os.environ:
+    sys.exit(0)
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(time.time()))
+print("up", flush=True)
+while not signals:
+    time.sleep(0.1)
+time.sleep(4)
+print("signals", len(signals), flush=True)
+sys.exit(75)
+"""
+
+
+def test_a_preempted_process_gets_one_signal_and_runs_again(slurm, tmp_path):
+    """A second SIGTERM would end a run that is saving."""
+    queue = settings(folder=str(tmp_path), partition="low").submitter()
+    command = (sys.executable, "-c", PREEMPTED)
+    handle = queue.submit(Job(name="low", command=command, log=str(tmp_path / "log")))
+    wait(queue, [handle], State.RUNNING)
+    until = time.monotonic() + 60
+    while not os.path.exists(handle) or "up" not in pathlib.Path(handle).read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    above = ("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
+    subprocess.run(above, check=True, capture_output=True)
+    (status,) = wait(queue, [handle], *ENDED)
+    log = pathlib.Path(handle).read_text()
+    assert (status.exit_status, log.count("signals 1\n")) == (0, 1), log
 
 
 def test_the_scheduler_is_quoted_when_it_refuses(slurm, tmp_path):
