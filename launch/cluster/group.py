@@ -69,16 +69,18 @@ class Settings(Launch):
     def join_flags(self) -> tuple[str, ...]:
         return ()  # each start has a new address
 
-    def submitter(self) -> "LocalSubmitter":
-        from launch.cluster.local import LocalSubmitter
-
-        return LocalSubmitter()
-
     def group_command(self, command: Sequence[str], log: str) -> tuple[str, ...]:
         """Returns the command that runs a command in all processes."""
         flags = (f"--processes={self.processes}", f"--restarts={self.restarts}", f"--log={log}")
         secrets = tuple(f"--secret={name}={path}" for name, path in self.secret_places.items())
         return (sys.executable, "-m", "launch.cluster.group", *flags, *secrets, "--", *command)
+
+
+def submitter(settings: Settings) -> "LocalSubmitter":
+    """Returns the back end of the settings."""
+    from launch.cluster.local import LocalSubmitter
+
+    return LocalSubmitter()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

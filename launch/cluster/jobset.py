@@ -134,9 +134,6 @@ class Settings(Launch):
     def join_flags(self) -> tuple[str, ...]:
         return ()  # the manifest adds them, because $(NAME) in them is for Kubernetes
 
-    def submitter(self) -> "JobSetSubmitter":
-        return JobSetSubmitter(self)
-
 
 def manifest(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the JobSet of a job."""
@@ -291,6 +288,11 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def submitter(settings: Settings) -> "JobSetSubmitter":
+    """Returns the back end of the settings."""
+    return JobSetSubmitter(settings)
 
 
 class JobSetSubmitter:

@@ -20,7 +20,7 @@ from launch.config import python_config
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Modules with the settings of each back end, in their class `Settings`.
+# Modules of the back ends, each with a class `Settings` and a function `submitter`.
 BACKENDS = {
     "local": "launch.cluster.group",
     "slurm": "launch.cluster.slurm",
@@ -104,7 +104,7 @@ class Launch:
 
     def submitter(self) -> Any:
         """Returns the back end, a `base.Submitter`, or a `base.Queue` unless FOREGROUND."""
-        raise NotImplementedError
+        return importlib.import_module(BACKENDS[self.BACKEND]).submitter(self)
 
     def at_least(self, low: int, *names: str) -> None:
         """Raises SubmitError for a number that is too small."""

@@ -12,11 +12,11 @@ import pathlib
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from launch.cluster import slurm_script
 from launch.cluster.base import Handle, Job, State, Status, SubmitError
-from launch.cluster.launch_config import Launch
+from launch.cluster.slurm_script import Settings
 
 _WAITING = (
     *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"),
@@ -26,79 +26,10 @@ _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZ
 # Seconds until the status file of a job that has ended must be visible on a network file system.
 _VISIBLE_SECONDS = 30.0
 _COMMAND_SECONDS = 120.0
+# Jobs of an array: a cluster's MaxArraySize is 1001 unless it says otherwise.
+_ARRAY = 1000
 # Seconds for which the scheduler may give no answer, for example during its own restart.
 _SILENT_SECONDS = 900.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Launch):
-    """SLURM: what a job asks for, as the options of sbatch with these names.
-
-    Attributes:
-      partition, account, qos, constraint: as sbatch's; empty for the cluster's defaults.
-      nodes: hosts of a run.
-      tasks_per_node: processes on each host. One process for each GPU, or one for all.
-      gpus_per_node: GPUs of each host; 0 for none.
-      cpus_per_task: cores of each process; 0 for the default.
-      memory: of each host, such as '64G'; empty for the default, or for the need of a sweep's run if it is known.
-      time_limit: such as '24:00:00' or '2-00:00:00'; empty for the partition's.
-      signal_seconds: seconds before the time limit at which a run saves and ends with status 75.
-      requeues: times that a job is queued again after status 75 or a preemption.
-      at_once: jobs of an array that run at once; 0 for no limit.
-      sbatch_flags: further options, each '--name' or '--name=value'.
-      srun_flags: further options of srun, such as '--container-image=IMAGE'.
-      logs: folder of the logs; empty for MODEL_DIR/logs.
-      poll_seconds: seconds between questions to the scheduler.
-    """
-
-    BACKEND: ClassVar[str] = "slurm"
-    SWEEPS: ClassVar[bool] = True
-
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    nodes: int = 1
-    tasks_per_node: int = 1
-    gpus_per_node: int = 0
-    cpus_per_task: int = 0
-    memory: str = ""
-    time_limit: str = ""
-    signal_seconds: int = 300
-    requeues: int = 100
-    at_once: int = 0
-    sbatch_flags: tuple[str, ...] = ()
-    srun_flags: tuple[str, ...] = ()
-    logs: str = ""
-    poll_seconds: float = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "nodes", "tasks_per_node", "signal_seconds")
-        self.at_least(0, "gpus_per_node", "cpus_per_task", "requeues", "at_once")
-        # These stand in #SBATCH lines, which sbatch reads with rules of its own.
-        self.matching(r"[\w.,:/+-]+", "partition", "account", "qos", like="gpu")
-        self.matching(r"[\w.,:/+&|*()\[\]=!-]+", "constraint", like="a100&ib")
-        self.matching(r"\d+[KMGT]?", "memory", like="64G")
-        self.matching(r"[\d:-]+", "time_limit", like="24:00:00")
-        self.matching(r"--[a-z][a-z-]*(=[\w.,:/+@%*()\[\]=-]+)?", "sbatch_flags", like="--nice=5")
-        self.matching(r"--?[a-z][a-z-]*(=[^\0\n]*)?", "srun_flags", like="--cpu-bind=cores")
-        if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
-            raise SubmitError(
-                f"tasks_per_node = {self.tasks_per_node}: with gpus_per_node = {self.gpus_per_node}, give 1 (one process "
-                f"for all GPUs of a host) or {self.gpus_per_node} (one for each)."
-            )
-
-    @property
-    def processes(self) -> int:
-        return self.nodes * self.tasks_per_node
-
-    @property
-    def devices(self) -> int | None:
-        return self.nodes * self.gpus_per_node or None
-
-    def submitter(self) -> "SlurmSubmitter":
-        return SlurmSubmitter(self)
 
 
 @dataclasses.dataclass
@@ -108,6 +39,11 @@ class _Entry:
     job: Job
     id: str | None = None
     dropped: bool = False
+
+
+def submitter(settings: Settings) -> "SlurmSubmitter":
+    """Returns the back end of the settings."""
+    return SlurmSubmitter(settings)
 
 
 class SlurmSubmitter:
@@ -198,7 +134,9 @@ class SlurmSubmitter:
         for handle in handles:
             job = self._entries[handle].job
             groups.setdefault(job.after, []).append(job)
-        return list(groups.values())
+        return [
+            jobs[i : i + _ARRAY] for jobs in groups.values() for i in range(0, len(jobs), _ARRAY)
+        ]
 
     def _send(self) -> None:
         """Sends all jobs that have no id yet."""

@@ -63,8 +63,10 @@ class Settings(Launch):
     def interpreter(self) -> str:
         return self.python or ".venv/bin/python"
 
-    def submitter(self) -> "TpuVmCommands":
-        return TpuVmCommands(self)
+
+def submitter(settings: Settings) -> "TpuVmCommands":
+    """Returns the back end of the settings."""
+    return TpuVmCommands(settings)
 
 
 class TpuVmCommands:

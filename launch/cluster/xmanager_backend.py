@@ -73,9 +73,6 @@ class Settings(Launch):
     def devices(self) -> int | None:
         return self.accelerators or None
 
-    def submitter(self) -> "XManagerSubmitter":
-        return XManagerSubmitter(self)
-
 
 def experiment(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the description of a job that the script reads."""
@@ -100,6 +97,11 @@ def experiment(settings: Settings, job: Job) -> dict[str, Any]:
         if settings.accelerator
         else {},
     }
+
+
+def submitter(settings: Settings) -> "XManagerSubmitter":
+    """Returns the back end of the settings."""
+    return XManagerSubmitter(settings)
 
 
 class XManagerSubmitter:

@@ -42,9 +42,9 @@ def shown(*overrides, command=("python", "-m", "launch.train")):
 @pytest.mark.parametrize("executor", ["vertex", "kubernetes"])
 def test_containers_with_accelerators(executor):
     words = (f"executor={executor}", "image=IMAGE", "accelerator=a100", "accelerators=8")
-    found = shown(*words)
-    assert (found["image"], found["requirements"]) == ("IMAGE", {"a100": 8})
-    assert found["arguments"][:3] == ["python", "-m", "launch.cluster.group"]
+    described = shown(*words)
+    assert (described["image"], described["requirements"]) == ("IMAGE", {"a100": 8})
+    assert described["arguments"][:3] == ["python", "-m", "launch.cluster.group"]
 
 
 def test_names_in_arguments_stay_as_they_are():

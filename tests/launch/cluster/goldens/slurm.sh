@@ -24,7 +24,7 @@ end() {
 cd /home/me/espalier && mkdir -p "$(dirname "$log")" || end 2
 exec >>"$log" 2>&1
 WANDB_API_KEY=$(cat -- /home/me/.wandb) && export WANDB_API_KEY || end 2
-srun --kill-on-bad-exit=0 bash -c 'log=$1; shift; [ "$SLURM_PROCID" = 0 ] || log=$log.task$SLURM_PROCID; exec "$@" >>"$log" 2>&1' bash "$log" "${words[@]}"
+srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c 'log=$1; shift; [ "$SLURM_PROCID" = 0 ] || log=$log.task$SLURM_PROCID; exec "$@" >>"$log" 2>&1' bash "$log" "${words[@]}"
 status=$?
 
 # 75: start again. Other statuses need a person.
