@@ -173,3 +173,31 @@ def test_xla_accepts_the_flags_for_gpus():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.multiprocess
+def test_two_processes_of_this_machine_train(train, tmp_path, capfdbinary, monkeypatch):
+    """The words reach `train`; the log comes to the terminal, and each process has one."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    folder = tmp_path / "a 'b' $(touch PWNED)"
+    bindings = (
+        f"MODEL_DIR={str(folder)!r}",
+        f"DIRECTORY={train.cache + '/text'!r}",
+        "TRAIN_STEPS=3",
+        "LENGTH=32",
+        "recipe.Recipe.mesh={'fsdp': 2}",
+    )
+    words = [
+        "--config=launch/cluster/configs/local.py",
+        "--config.processes_here=2",
+        "--config.devices_here=2",
+        "--config.env=('XLA_FLAGS=--xla_force_host_platform_device_count=1',)",
+        f"--gin_file={train.programs}/small_text.gin",
+        *(f"--gin.{binding}" for binding in bindings),
+    ]
+    assert submit.main(words) == 0, capfdbinary.readouterr()
+    out = capfdbinary.readouterr().out.decode()
+    assert "(2 x cpu)" in out and "done at step 3" in out
+    assert "done at step 3" in (folder / "logs/log.txt").read_text()
+    assert (folder / "logs/log.txt.task1").exists() and not (folder / ".hosts").exists()
+    assert not list(tmp_path.rglob("PWNED"))

@@ -134,7 +134,7 @@ def test_secrets_are_references():
         (("topology=x",), "topology = 'x'"),
         (("accelerator=tpu-v99",), "unknown; give chips_per_host"),
         (("image=a b",), "image = 'a b'"),
-        (("secrets=('A=/file',)",), "secrets = 'A=/file'"),
+        (("secrets=('A=/file',)",), "secrets = .A=/file. *: give"),
         (("env=('API_TOKEN=x',)",), "API_TOKEN looks like a secret"),
     ],
 )
