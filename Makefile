@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
 
-.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint audit peers peers-kvpress peers-lm-eval clean
+.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint audit peers peers-kvpress peers-lm-eval xmanager clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers."
+	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
 
 venv: $(VENV)/.installed
 
@@ -80,5 +80,14 @@ peers-lm-eval: .venv-lm-eval/.installed
 	.venv-lm-eval/bin/pip install -q 'torch>=2.4' 'transformers>=5.0' 'lm-eval[hf]>=0.4.13' sentencepiece protobuf
 	@touch $@
 
+# XManager, whose protobuf is older than that of SeqIO's tokenizers; `launch.submit` runs its script there.
+xmanager: .venv-xmanager/.installed
+
+.venv-xmanager/.installed:
+	$(PYTHON) -m venv .venv-xmanager
+	.venv-xmanager/bin/pip install -q --upgrade pip
+	.venv-xmanager/bin/pip install -q 'xmanager>=0.8.5'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-audit .venv-peers .venv-kvpress .venv-lm-eval build *.egg-info
+	rm -rf $(VENV) .venv-audit .venv-peers .venv-kvpress .venv-lm-eval .venv-xmanager build *.egg-info

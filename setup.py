@@ -92,6 +92,8 @@ EXTRAS = {
     "influence": LEXICAL,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
+    # Brings protobuf 6, with which newer versions of sentencepiece cannot be imported.
+    "xmanager": ["xmanager>=0.8.5", "sentencepiece>=0.2,<0.2.3"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -102,6 +104,7 @@ EXTRAS = {
         "pre-commit>=4",
         "detect-secrets>=1.5",
         "psutil>=6",
+        "kubernetes-validate>=1.35",
         *TEXT,
         *EVAL,
         *LANGUAGES,

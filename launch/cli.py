@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.text import spelling
 from launch import environment, input_errors
-from launch.processes import peers, supervisor
+from launch.processes import hosts, peers, supervisor
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -73,7 +73,7 @@ def main(
       part: see `gin_config.load`.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
-    program = _program(f"launch.{command}" if command else entry.partition(":")[0])
+    program = program_name(f"launch.{command}" if command else entry.partition(":")[0])
     usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
     parser = make_parser(doc, program, usage=usage)
     _add_gin_flags(parser)
@@ -114,6 +114,8 @@ def main(
             defaults=defaults,
             part=part,
         )
+        if flags.coordinator_address:
+            hosts.check_start(config.text)
         for warning in config.warnings:
             # Files of another entry point have bindings without effect here, which is expected.
             if warning.place.source not in defaults:
@@ -145,7 +147,7 @@ def run_command(
       huge_pages: whether the process restarts with malloc on huge pages, for XLA on CPU.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
-    parser = make_parser(doc, _program(f"launch.{command}"), usage=usage)
+    parser = make_parser(doc, program_name(f"launch.{command}"), usage=usage)
     add_flags(parser)
     flags = parser.parse_args(argv)
 
@@ -194,7 +196,7 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
         runpy.run_module(default, run_name="__main__", alter_sys=True)
         return 0
     main = sys.modules["__main__"].__spec__
-    program = _program(main.name) if main is not None else os.path.basename(sys.argv[0])
+    program = program_name(main.name) if main is not None else os.path.basename(sys.argv[0])
     return _dispatch(program, commands, doc.strip())
 
 
@@ -273,7 +275,7 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
     )
 
 
-def _program(module: str) -> str:
+def program_name(module: str) -> str:
     """Returns the program's name in help texts, `espalier NAME` or `python -m launch.NAME`."""
     return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
 
@@ -324,6 +326,18 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time without a sign of life after which a process counts as lost, and all others end (100)",
     )
+
+
+def read_gin_flags(words: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags of a command that gin configures, and its 'NAME=VALUE' bindings.
+
+    Args:
+      words: words of its command line.
+      program: name for the message of a wrong flag, after which this process ends with status 2.
+    """
+    parser = make_parser("", program, usage="--gin_file=FILE [--gin.NAME=VALUE ...]")
+    _add_gin_flags(parser)
+    return _parse(parser, list(words))
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[Any, list[str]]:

@@ -25,6 +25,7 @@ from launch import cli
 from launch.config import setting_flags
 
 if TYPE_CHECKING:
+    from launch.cluster.base import Submitter
     from launch.sweeping.folder import Planned, SweepFolder
 
 # Seconds to wait for the runs of a killed sweep to save.
@@ -62,19 +63,23 @@ def run_sweep(
     dry_run: bool = False,
     status: bool = False,
     rerun_changed: bool = False,
+    cluster: str | None = None,
+    cluster_setting: Sequence[str] | None = None,
 ) -> int:
     """Runs or shows a sweep; returns the exit status.
 
     Args:
       out: the sweep's folder.
       sweep: the sweep, FILE.py or FILE.py:TEXT; TEXT is the argument of its get_config.
-      workers: runs at once, each with an equal share of the cores.
+      workers: runs at once, each with an equal share of the cores; on a cluster, its at_once says how many.
       minutes: after these, runs save and stop (status 75).
       memory_gb: peak memory that runs side by side may need.
       only: pattern of names of runs, such as 'text/*' or '*/seed0'; the runs they start from run too; repeatable.
       dry_run: checks and shows the sweep, and runs nothing.
       status: shows the progress of the sweep in --out.
       rerun_changed: moves runs with another configuration to OUT/replaced, and runs them again.
+      cluster: launch configuration, such as launch/cluster/configs/slurm.py, whose machines execute the runs.
+      cluster_setting: NAME=VALUE, which replaces a value of the launch configuration; repeatable.
 
     Raises:
       ValueError: settings out of range, or a sweep that cannot be run.
@@ -90,7 +95,12 @@ def run_sweep(
     if not sweep:
         raise ValueError("give --sweep FILE.py, or --status.")
     runs = file.read(sweep)
-    submitter = LocalSubmitter(workers=workers, memory_gb=memory_gb)
+    submitter: Submitter
+    if cluster is None:
+        submitter = LocalSubmitter(workers=workers, memory_gb=memory_gb)
+    else:
+        submitter = _cluster(cluster, cluster_setting or (), memory_gb)
+        workers = len(runs)  # for the estimate of the remaining time
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes {minutes}: give a positive number of minutes.")
     for run in runs:
@@ -103,9 +113,14 @@ def run_sweep(
     wanted = _wanted(plan, only)
     if dry_run:
         _show(folder, plan, wanted)
+        if cluster is not None:
+            command = functools.partial(_command, folder)
+            driver.submit(folder, plan, submitter, [run.name for run in wanted], command)
+            print(f"\n{submitter.preview()}", end="")
         return 0
     with contextlib.closing(folder.lock()):
-        _await_runs(folder, wanted)
+        if cluster is None:  # runs on a cluster outlive the sweep, which takes them over
+            _await_runs(folder, wanted)
         _make_room(folder, plan, wanted, rerun_changed)
         folder.write_plan(sweep, plan)
         with screen.watching(folder.path.name, workers=workers) as watch:
@@ -122,6 +137,28 @@ def run_sweep(
     if folder.results.exists() and folder.results.stat().st_size:
         print(f"report  python -m launch.report --sweep {folder.path} --out=DIR")
     return exit_status
+
+
+def _cluster(file: str, overrides: Sequence[str], memory_gb: float | None) -> "Submitter":
+    """Returns the back end of a launch configuration; raises SubmitError for one that cannot run a sweep."""
+    from launch.cluster import launch_config
+    from launch.cluster.base import SubmitError
+
+    settings = launch_config.read(file, overrides)
+    if memory_gb is not None:
+        raise SubmitError(
+            "--memory_gb is for the runs of one machine: a cluster has its own limits."
+        )
+    if not settings.SWEEPS:
+        raise SubmitError(
+            f"{file}: {settings.BACKEND} cannot run a sweep, whose runs wait for each other in one folder: use SLURM."
+        )
+    if settings.processes > 1:
+        raise SubmitError(
+            f"{file}: a run of a sweep is one process, not {settings.processes}; it uses all devices of a host "
+            "(--cluster_setting nodes=1 --cluster_setting tasks_per_node=1)."
+        )
+    return settings.submitter()
 
 
 def _print_status(folder: "SweepFolder", only: Sequence[str] | None) -> None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from launch.processes import peers
+from launch.processes import hosts, peers
 from launch.run import phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, check_trained_vocabulary, open_data
@@ -120,6 +120,7 @@ def train(
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
         stack.enter_context(contextlib.closing(run))
         peers.note_run(run.path)
+        hosts.check_shared(run.path)
         parent = phase.find_parent(run.checkpoints, initial)
         data = open_data(
             program,
@@ -133,6 +134,7 @@ def train(
             total_epochs=total_epochs,
             of_prompts=rollouts is not None,
         )
+        hosts.check_same("data", {"data": data.stream.fingerprint})
         program.check_extras(lambda: data.identity(program))
         if parent.step >= data.total_steps:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import pathlib
 import re
 import shlex
@@ -9,16 +10,18 @@ import shlex
 import gin
 import pytest
 
+from launch.cluster import launch_config
 from launch.config import gin_config, gin_writer
 from model.config import TransformerConfig
 from model.transformer import Transformer
+from trainers import partitioning
 from trainers.optim.schedules import Span
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def commands():
-    """(where, gin files, bindings) of each `launch.train` and `launch.precompile` command shown."""
+    """(where, gin files, bindings, launch words) of each `launch.train`, `precompile` and `submit` command shown."""
     found = [
         ROOT / "README.md",
         ROOT / "PAPERS.md",
@@ -30,7 +33,7 @@ def commands():
         text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
         for number, match in enumerate(
             re.finditer(
-                r"python -m launch\.(?:train|precompile) ((?:.*\\\n)+.*|--gin_file=.*)", text
+                r"python -m launch\.(?:train|precompile|submit) ((?:.*\\\n)+.*|--gin_file=.*)", text
             )
         ):
             words = shlex.split(match[1].replace("\\\n", " "))
@@ -38,7 +41,8 @@ def commands():
             bindings = [w.removeprefix("--gin.") for w in words if w.startswith("--gin.")]
             shown_for_its_errors = "mine.gin" in files or "TRAIN_STEP=100" in bindings
             if not shown_for_its_errors:
-                yield pytest.param(files, bindings, id=f"{path}-{number}")
+                launch = [w for w in words if w.startswith("--config")]
+                yield pytest.param(files, bindings, launch, id=f"{path}-{number}")
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +60,40 @@ def clean_gin():
     gin.clear_config(clear_constants=True)
 
 
-@pytest.mark.parametrize(("files", "bindings"), commands())
-def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, imported):
+@pytest.mark.parametrize(("files", "bindings", "launch"), commands())
+def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, launch, imported):
     files = [imported if file.endswith("/config.gin") else file for file in files]
     unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
     config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
     recipe = config.arguments()["recipe"].with_span(Span(total_steps=100_000, stopped_at=1e-4))
     assert float(recipe.learning_rate(1)) > 0
+    if launch:
+        devices = settings_of(launch).devices
+        assert devices is None or partitioning.mesh_sizes(recipe.mesh, devices)
+
+
+def settings_of(words):
+    """The launch configuration that a command shows."""
+    named = dict(word.removeprefix("--config").partition("=")[::2] for word in words)
+    overrides = [f"{name[1:]}={value}" for name, value in named.items() if name]
+    return launch_config.read(named[""], overrides)
+
+
+def test_sweeps_that_are_shown_on_a_cluster_have_one_process_a_run():
+    shown = 0
+    for page in ROOT.glob("docs/*.md"):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for match in re.finditer(r"python -m launch\.sweep .*--cluster.*", text):
+            words = shlex.split(match[0])
+            place = words.index("--cluster")
+            settings = [
+                w for before, w in itertools.pairwise(words) if before == "--cluster_setting"
+            ]
+            read = launch_config.read(words[place + 1], settings)
+            assert read.SWEEPS and read.processes == 1
+            assert (ROOT / words[words.index("--sweep") + 1]).is_file()
+            shown += 1
+    assert shown == 2
 
 
 PARTS = [f"launch/attribution/{part}.py" for part in ("fit", "score", "report")]

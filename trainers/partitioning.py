@@ -38,6 +38,13 @@ def make_mesh(
       ValueError: unknown axis, or a shape that does not cover the devices exactly.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(shape, len(devices))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+
+
+def mesh_sizes(shape: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+    """Returns the sizes of MESH_AXES for a number of devices; arguments and errors are those of `make_mesh`."""
     shape = dict(shape or {"data": -1})
     unknown = set(shape) - set(MESH_AXES)
     if unknown:
@@ -46,16 +53,15 @@ def make_mesh(
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"MESH = {shape}: give positive sizes, and at most one -1.")
     fixed = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and count % fixed == 0:
+        sizes[sizes.index(-1)] = count // fixed
+    if math.prod(sizes) != count:
         raise ValueError(
-            f"MESH = {shape} does not cover the {len(devices)} available devices: the product of "
+            f"MESH = {shape} does not cover the {count} available devices: the product of "
             "its sizes must equal their number; -1 takes all remaining devices. Here: "
-            f'--gin.MESH="{_fitted(shape, len(devices))}".'
+            f'--gin.MESH="{_fitted(shape, count)}".'
         )
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    return tuple(sizes)
 
 
 def _fitted(shape: Mapping[str, int], count: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The interface between a driver of many runs and a back end that executes them.
+"""The interface between a driver of many runs, or `launch.submit`, and a back end that executes them.
 
 A job is plain data, so that any back end can run it: processes of this machine (launch/cluster/local.py), or a
 cluster's queue. A back end receives all jobs at once, each with the jobs that must succeed before it, and decides
@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 Handle = str
+
+
+class SubmitError(ValueError):
+    """A job cannot be submitted, or a launch configuration is wrong."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,4 +83,20 @@ class Submitter(Protocol):
 
     def close(self) -> None:
         """Ends all jobs at once."""
+        ...
+
+    def preview(self) -> str:
+        """Returns the scripts, manifests or commands of the submitted jobs, and sends nothing."""
+        ...
+
+
+class Queue(Submitter, Protocol):
+    """A back end whose jobs outlive the process that submits them.
+
+    Submitting sends nothing: the first call of `statuses` sends all jobs. A job that another process submitted
+    and that has not ended is taken over instead of being sent again.
+    """
+
+    def handle(self, job: Job) -> Handle:
+        """Returns the handle that `submit` returns, without submitting, for the status of a job or to cancel it."""
         ...

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,6 +76,10 @@ class LocalSubmitter:
         handle = f"{next(self._numbers)}-{job.name}"
         self._entries[handle] = _Entry(job)
         return handle
+
+    def preview(self) -> str:
+        """Returns the commands of the submitted jobs, as a shell reads them."""
+        return "".join(f"{shlex.join(entry.job.command)}\n" for entry in self._entries.values())
 
     def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
         self._collect()

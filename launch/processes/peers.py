@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from launch.processes import slurm_devices
+
 START_AGAIN = os.EX_TEMPFAIL  # 75
 # A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.
 STATUS_FILE = "ESPALIER_STATUS_FILE"
@@ -26,6 +28,10 @@ _FOREVER_MS = 24 * 3600 * 1000
 
 class JoinError(RuntimeError):
     """The processes of a run did not come together."""
+
+
+class NoClusterError(ValueError):
+    """JAX cannot find the other processes by itself."""
 
 
 class Peers:
@@ -94,11 +100,15 @@ class Peers:
 
     def leave(self) -> None:
         """Waits for the others at the end of the work, and leaves; the coordinator leaves last."""
-        import jax
-
         self._client.wait_at_barrier(
             f"{_KEYS}/end", _FOREVER_MS
         )  # `_watch` ends it if a process is lost
+        self._go()
+
+    def _go(self) -> None:
+        """Leaves, after a barrier that all have passed; the coordinator leaves last."""
+        import jax
+
         self._done.set()
         self._thread.join(self._timeout)
         if self._index == 0:
@@ -121,6 +131,7 @@ class Peers:
                 self._key("ended", self._index), json.dumps([status, message])
             )
             self._client.wait_at_barrier(f"{_KEYS}/failed", 5000)  # all may have the same error
+            self._go()  # else JAX aborts those that leave after the coordinator
         self._done.set()
 
 
@@ -147,7 +158,7 @@ def joined(
 
     Raises:
       JoinError: not all processes came in time.
-      ValueError: 'auto' outside of a cluster.
+      NoClusterError: 'auto' outside of a cluster.
     """
     if address is None:
         yield
@@ -156,7 +167,9 @@ def joined(
 
     # Without this, JAX aborts all processes when one is lost, with no word on which.
     jax.config.update("jax_enable_recoverability", True)
-    arguments = () if address == "auto" else (address, count, index)
+    arguments: tuple[Any, ...] = (address, count, index)
+    if address == "auto":
+        arguments = (None, None, None, slurm_devices.own_gpus())
     late = (
         f"the processes of this run did not come together at {address} within {initialization_timeout} s. Start "
         f"{count or 'all'} processes with the same --coordinator_address, and --process_index from 0; "
@@ -169,15 +182,15 @@ def joined(
             initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=heartbeat_timeout,
         )
-    except RuntimeError as error:
-        raise JoinError(late) from error
-    except ValueError as error:  # before it waits for anybody
-        if address != "auto":
+    except Exception as error:
+        # Errors of the connection have a class of their own; the search for a cluster raises many others.
+        searching = address == "auto" and not isinstance(error, jax.errors.JaxRuntimeError)
+        if isinstance(error, RuntimeError) and not searching:
+            raise JoinError(late) from error
+        if not searching:
             raise
-        raise ValueError(
-            f"--coordinator_address=auto: jax finds no cluster that it knows (TPU pod, SLURM, Open MPI) from here: {error} "
-            "Give HOST:PORT of process 0 with --process_count and --process_index, or remove the flag for one process."
-        ) from None
+        _write_status(joining=None)
+        raise NoClusterError(_no_cluster(error)) from error
     _write_status(joining=None)
     peers = Peers(address, heartbeat_timeout)
     try:
@@ -186,6 +199,17 @@ def joined(
         peers.fail(error, status_of(error))
         raise
     peers.leave()
+
+
+def _no_cluster(error: Exception) -> str:
+    """Returns a message for an error of JAX's search for a cluster."""
+    where = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_NODELIST" not in os.environ
+    remedy = "Inside a SLURM job, start the processes with srun. " if where else ""
+    return (
+        f"--coordinator_address=auto: jax finds no cluster that it knows (TPU pod, SLURM, Open MPI) from here: "
+        f"{str(error).strip() or type(error).__name__} {remedy}Give HOST:PORT of process 0 with --process_count and "
+        "--process_index, or remove the flag for one process."
+    )
 
 
 def note_run(path: str) -> None:

@@ -36,7 +36,7 @@ def supervise() -> int | None:
             env=environment,
             stderr=subprocess.PIPE,
             start_new_session=True,  # so that Ctrl-C comes once, from here
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         assert child.stderr is not None
         relay = _Relay(child.stderr)
@@ -105,6 +105,7 @@ def _signals_to(child: subprocess.Popen):
             signal.signal(number, handler)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Lets this process be killed when its parent ends; for a child before it runs its program."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)

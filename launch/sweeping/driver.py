@@ -133,11 +133,13 @@ def drive(
       minutes: time limit; then no run is started, and running runs are stopped.
     """
     began = time.monotonic()
-    open_jobs = _submit(folder, plan, submitter, wanted, command)
+    open_jobs = submit(folder, plan, submitter, wanted, command)
+    for name in open_jobs:
+        folder.directory(name).mkdir(parents=True, exist_ok=True)
     stopping = 0.0
     results.write_results(folder, plan)
     try:
-        with _stop_signals() as signals:
+        with stop_signals() as signals:
             while open_jobs:
                 statuses = submitter.statuses(list(open_jobs.values()))
                 for name, handle in list(open_jobs.items()):
@@ -168,7 +170,7 @@ def drive(
     return 1 if states & {RunState.FAILED, RunState.BLOCKED} else 0
 
 
-def _submit(
+def submit(
     folder: SweepFolder,
     plan: Sequence[Planned],
     submitter: Submitter,
@@ -181,7 +183,6 @@ def _submit(
         name, run = planned.name, planned.run
         if name not in wanted or folder.done(planned):
             continue
-        folder.directory(name).mkdir(parents=True, exist_ok=True)
         peaks = [attempt["memory_gb"] for attempt in folder.attempts(name)]
         jobs[name] = submitter.submit(
             Job(
@@ -237,7 +238,7 @@ def first_error(log: pathlib.Path, status: int) -> str:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Yields the list of received SIGINT and SIGTERM; the first stops runs, the second kills them."""
     received: list[int] = []
 

@@ -26,13 +26,13 @@ trained arms; a made arm names its own.
 
 import ast
 import dataclasses
-import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.text import spelling
+from launch.config import python_config
 from launch.sweeping import parts
 
 _PARENT = "INITIAL_CHECKPOINT_PATH"
@@ -107,27 +107,13 @@ def read(path: str) -> tuple[Run, ...]:
 
 
 def _load(file: str, text: str) -> dict[str, Any]:
-    import ml_collections
-
     full = os.path.abspath(os.path.expanduser(file))
     if not os.path.isfile(full):
         raise SweepError(file, [f"the file {full} does not exist: give --sweep FILE.py."])
-    spec = importlib.util.spec_from_file_location(pathlib.Path(full).stem, full)
-    if spec is None or spec.loader is None:
-        raise SweepError(file, ["it is no Python file: give --sweep FILE.py."])
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*([text] if text else []))
-    except Exception as error:  # the file's code may raise any error
-        problem = f"get_config() could not be called: {type(error).__name__}: {error}"
-        raise SweepError(file, [problem]) from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        problem = (
-            f"get_config() returned {type(config).__name__}; return ml_collections.ConfigDict."
-        )
-        raise SweepError(file, [problem])
-    return config.to_dict()
+        return python_config.load(full, text).to_dict()
+    except python_config.PythonConfigError as error:
+        raise SweepError(file, [str(error)]) from error
 
 
 def _repeated_keys(file: str) -> Iterator[str]:

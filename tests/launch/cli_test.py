@@ -340,10 +340,11 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
 
 
 COMMANDS = {
-    *("train", "evaluate", "lm_eval", "score", "generate", "convert", "merge", "upcycle"),
-    *("prepare", "precompile", "sweep", "reproduce", "report", "bench", "quickstart", "faults"),
+    *("train", "evaluate", "lm_eval", "score", "generate", "serve", "convert", "merge", "upcycle"),
+    *("prepare", "influence", "precompile", "submit", "sweep", "reproduce", "report", "bench"),
+    *("quickstart", "faults"),
 }
-GROUPS = ("evaluate", "prepare")  # their first argument names a sub-command
+GROUPS = ("evaluate", "prepare", "influence")  # their first argument names a sub-command
 
 
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():

@@ -47,7 +47,8 @@ def pair(tmp_path):
     gin_file = tmp_path / "x.gin"
     started = []
 
-    def start(*bindings):
+    def start(*bindings, differing=""):
+        """Starts the processes; the second has one more binding, and then nothing is waited for."""
         head = "from __gin__ import dynamic_registration\nimport exchanging\n"
         gin_file.write_text(head + "".join(f"exchanging.exchange.{b}\n" for b in bindings))
         with socket.socket() as free:
@@ -59,7 +60,8 @@ def pair(tmp_path):
         environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
         started.extend(
             subprocess.Popen(
-                [sys.executable, "-c", CODE, *flags, f"--process_index={index}"],
+                [sys.executable, "-c", CODE, *flags, f"--process_index={index}"]
+                + ([f"--gin.{differing}"] if differing and index else []),
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -67,6 +69,8 @@ def pair(tmp_path):
             )
             for index in range(2)
         )
+        if differing:
+            return started
         lines = (
             next(x for x in process.stdout if " " in x and x[0].isdigit()) for process in started
         )
@@ -113,6 +117,18 @@ def test_an_error_of_one_process_is_the_others_reason_not_to_start_again(pair):
     )
 
 
+def test_processes_with_other_settings_do_not_start(pair):
+    processes = pair("rounds = 5", differing="exchanging.exchange.rounds=6")
+    errors = [process.communicate(timeout=120)[1].strip() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    for error in errors:
+        assert error.startswith(
+            "error: the hosts of this run differ in their configuration: process 1"
+        )
+        assert "has 'exchanging.exchange.rounds = 6', process 0" in error
+        assert error.endswith("start all processes with the same flags and gin files.")
+
+
 def test_all_end_well_together(pair):
     processes, _ = pair("rounds = 5")
     errors = [process.communicate(timeout=120)[1] for process in processes]
@@ -157,19 +173,22 @@ def test_what_the_supervisor_hides_is_only_of_the_coordination_service(capfdbina
     assert relay.fatal == fatal
 
 
-def test_auto_outside_of_a_cluster_is_one_error(monkeypatch):
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError, AssertionError])
+def test_auto_outside_of_a_cluster_is_one_error(monkeypatch, kind):
     import jax
 
     from launch.processes import peers
 
     def initialize(*arguments, **settings):
-        raise ValueError("coordinator_address should be defined.")  # as jax does
+        raise kind("coordinator_address should be defined.")  # as jax does
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # in a job's script, without srun
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
     waits = {"initialization_timeout": 1, "heartbeat_timeout": 1}
     with (
-        pytest.raises(ValueError, match="auto: jax finds no cluster.* Give HOST:PORT"),
+        pytest.raises(ValueError, match="auto: jax finds no cluster.* with srun. Give HOST:PORT"),
         peers.joined("auto", None, None, **waits, status_of=lambda error: 2),
     ):
         pass

@@ -1,0 +1,19 @@
+"""GKE: two v5e slices of 16 chips as a JobSet. Change the image, and the claim that holds MODEL_DIR and the caches.
+
+For GPUs: --config.topology= --config.slices=1 --config.accelerator=nvidia-h100-80gb --config.nodes=2 --config.gpus_per_node=8
+"""
+
+from launch.cluster.jobset import Settings
+from launch.cluster.launch_config import as_config
+
+
+def get_config():
+    return as_config(
+        Settings(
+            accelerator="tpu-v5-lite-podslice",
+            topology="4x4",
+            slices=2,
+            volumes=("runs=/runs",),
+            env=("ESPALIER_CACHE=/runs/cache",),
+        )
+    )

@@ -1,0 +1,19 @@
+"""A SLURM cluster: two hosts with eight GPUs each, one process for each GPU.
+
+For hosts without GPUs: --config.gpus_per_node=0 --config.tasks_per_node=1.
+"""
+
+from launch.cluster.launch_config import as_config
+from launch.cluster.slurm import Settings
+
+
+def get_config():
+    return as_config(
+        Settings(
+            nodes=2,
+            tasks_per_node=8,
+            gpus_per_node=8,
+            cpus_per_task=8,
+            time_limit="24:00:00",
+        )
+    )

@@ -1,0 +1,214 @@
+"""Runs the processes of one run on this machine, and starts them again after status 75, up to a limit.
+
+`launch.submit` uses it for its local configurations, and the hosts of a TPU pod for one process each.
+
+  python -m launch.cluster.group --processes=2 --restarts=3 --log=/tmp/run/log.txt -- python -m launch.train --gin_file=...
+"""
+
+if __name__ == "__main__":
+    from launch.cluster import group
+
+    raise SystemExit(group.main())
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, ClassVar
+
+from launch import cli
+from launch.cluster.base import SubmitError
+from launch.cluster.launch_config import Launch
+from launch.processes import supervisor
+
+if TYPE_CHECKING:
+    from launch.cluster.local import LocalSubmitter
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Launch):
+    """This machine: a run in one process for all its devices, or in several.
+
+    Attributes:
+      processes_here: processes of a run. One process uses all devices; several need a number of devices for each, for
+        example by CUDA_VISIBLE_DEVICES or on CPU.
+      restarts: times that a run is started again after status 75, when a process of it was lost.
+      devices_here: devices of the machine, to check the mesh before the start; 0 if unknown.
+      logs: folder of the logs; empty for MODEL_DIR/logs.
+    """
+
+    BACKEND: ClassVar[str] = "local"
+    FOREGROUND: ClassVar[bool] = True
+
+    processes_here: int = 1
+    restarts: int = 3
+    devices_here: int = 0
+    logs: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "processes_here")
+        self.at_least(0, "restarts", "devices_here")
+
+    @property
+    def processes(self) -> int:
+        return self.processes_here
+
+    @property
+    def devices(self) -> int | None:
+        return self.devices_here or None
+
+    @property
+    def join_flags(self) -> tuple[str, ...]:
+        return ()  # each start has a new address
+
+    def group_command(self, command: Sequence[str], log: str) -> tuple[str, ...]:
+        """Returns the command that runs a command in all processes."""
+        flags = (f"--processes={self.processes}", f"--restarts={self.restarts}", f"--log={log}")
+        secrets = tuple(f"--secret={name}={path}" for name, path in self.secret_places.items())
+        return (sys.executable, "-m", "launch.cluster.group", *flags, *secrets, "--", *command)
+
+
+def submitter(settings: Settings) -> "LocalSubmitter":
+    """Returns the back end of the settings."""
+    from launch.cluster.local import LocalSubmitter
+
+    return LocalSubmitter()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    own, command = words, []
+    if "--" in words:
+        place = words.index("--")
+        own, command = words[:place], words[place + 1 :]
+    parser = cli.make_parser(__doc__ or "", "python -m launch.cluster.group")
+    _add_flags(parser)
+    flags = parser.parse_args(own)
+    if not command or flags.processes < 1 or flags.restarts < 0:
+        parser.error("give at least one process, no negative --restarts, and the command after --")
+    return cli.status_of(lambda: _run(flags, command))
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="starts after status 75 (0)"
+    )
+    parser.add_argument(
+        "--log", metavar="FILE", help="FILE.task1 and so on have the output of further processes"
+    )
+    parser.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a variable of the processes whose value is in a file; repeatable",
+    )
+
+
+def _run(flags: argparse.Namespace, command: Sequence[str]) -> int:
+    environment = dict(os.environ)
+    for entry in flags.secret:
+        name, _, path = entry.partition("=")
+        environment[name] = _secret(name, path)
+    return run(
+        command,
+        processes=flags.processes,
+        restarts=flags.restarts,
+        log=flags.log,
+        environment=environment,
+    )
+
+
+def _secret(name: str, path: str) -> str:
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError as error:
+        raise SubmitError(
+            f"secrets: the file {path!r} of {name} cannot be read: {error.strerror}."
+        ) from None
+
+
+def run(
+    command: Sequence[str],
+    *,
+    processes: int = 1,
+    restarts: int = 0,
+    log: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> int:
+    """Runs a command in several processes that join each other; returns the highest exit status.
+
+    A signal to this process goes to all of them, and then nothing is started again.
+    """
+    stopping: list[int] = []
+    for attempt in range(restarts + 1):
+        flags = _join_flags(processes)
+        with contextlib.ExitStack() as stack:
+            children = [
+                subprocess.Popen(
+                    [*command, *flags, *([f"--process_index={i}"] if flags else [])],
+                    stdout=(output := _log(stack, log, i)),
+                    stderr=subprocess.STDOUT if output is not None else None,
+                    env=environment,
+                    start_new_session=True,  # a signal to this process's group comes once, from here
+                    preexec_fn=supervisor.die_with_parent,
+                )
+                for i in range(processes)
+            ]
+            with _signals_to(children, stopping):
+                statuses = [_status(child.wait()) for child in children]
+        status = max(statuses)
+        if status != cli.INTERRUPTED or stopping or attempt == restarts:
+            break
+        print(f"status 75: start {attempt + 1} of {restarts} after the first.", flush=True)
+    if status == cli.INTERRUPTED and restarts and not stopping:
+        print(f"error: status 75 after {restarts} restarts, the limit (restarts).", file=sys.stderr)
+    return status
+
+
+def _join_flags(processes: int) -> list[str]:
+    if processes == 1:
+        return []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [f"--coordinator_address=localhost:{port}", f"--process_count={processes}"]
+
+
+def _log(stack: contextlib.ExitStack, log: str | None, index: int) -> IO[bytes] | None:
+    """Returns the log of a process; None for this process's own output."""
+    if log is None or index == 0:
+        return None
+    return stack.enter_context(open(f"{log}.task{index}", "ab"))
+
+
+def _status(code: int) -> int:
+    return code if code >= 0 else 128 - code  # as a shell reports a signal
+
+
+@contextlib.contextmanager
+def _signals_to(children: Sequence[subprocess.Popen], stopping: list[int]) -> Iterator[None]:
+    """Context manager: signals to this process go to the children, and are noted."""
+
+    def forward(number: int, frame: object) -> None:
+        stopping.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,231 @@
+"""Starts a run on this machine, a SLURM cluster, XManager, GKE or a TPU slice, with the flags of `train`.
+
+Example: the script of a SLURM job, sent to nobody:
+
+  python -m launch.submit --config=launch/cluster/configs/slurm.py --config.nodes=4 --dry_run \\
+    --gin_file=t5x_configs/models/tiny.gin --gin_file=t5x_configs/data/bytes.gin \\
+    --gin_file=t5x_configs/runs/pretrain.gin \\
+    --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
+
+The configuration is checked here before anything is sent. After `--`, words are another command, such as
+`-- evaluate loss --checkpoint=DIR`; it needs --config.logs. docs/clusters.md has one command for each back end.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch import cli
+
+if TYPE_CHECKING:
+    from launch.cluster.base import Job, Status, Submitter
+    from launch.cluster.launch_config import Launch
+
+ENTRY = "launch.train:train"
+_FOLLOW_SECONDS = 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = cli.make_parser(
+        __doc__ or "",
+        cli.program_name("launch.submit"),
+        usage="python -m launch.submit --config=FILE.py [--config.NAME=VALUE ...] [flags] [flags of train, or -- COMMAND]",
+    )
+    _add_flags(parser)
+    words = sys.argv[1:] if argv is None else list(argv)
+    words, dashes, command = _split(words)
+    settings = [word for word in words if word.startswith("--config.")]
+    flags, rest = parser.parse_known_args([word for word in words if word not in settings])
+    if dashes and rest:
+        parser.error(f"unknown flags before --: {' '.join(rest)}")
+    if dashes and not command:
+        parser.error("give a command after --, such as evaluate loss --checkpoint=DIR")
+    overrides = [word.removeprefix("--config.") for word in settings]
+    gin_words = command if command and command[0].startswith("-") else rest
+    return cli.status_of(
+        lambda: submit(flags, overrides, gin_words, command if gin_words is rest else [])
+    )
+
+
+def _split(words: list[str]) -> tuple[list[str], bool, list[str]]:
+    """Returns the words before and after '--', and whether it is there."""
+    if "--" not in words:
+        return words, False, []
+    place = words.index("--")
+    return words[:place], True, words[place + 1 :]
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py",
+        help="launch configuration, such as launch/cluster/configs/slurm.py",
+    )
+    parser.add_argument(
+        "--config.NAME",
+        dest="_setting",
+        metavar="VALUE",
+        help="replaces a value of the launch configuration: --config.nodes=4",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--dry_run", action="store_true", help="print the script or manifest, and send nothing"
+    )
+    what.add_argument("--status", action="store_true", help="show the state of the submitted job")
+    what.add_argument(
+        "--cancel", action="store_true", help="let the submitted job save its work and end"
+    )
+
+
+def submit(
+    flags: argparse.Namespace, overrides: Sequence[str], gin_words: list[str], command: list[str]
+) -> int:
+    """Submits a job, or shows or cancels it; returns the exit status.
+
+    Args:
+      flags: see `_add_flags`.
+      overrides: 'NAME=VALUE' for the launch configuration.
+      gin_words: flags of `train`; unused if there is a command.
+      command: words of another command, without 'launch.'.
+    """
+    from launch.cluster import launch_config
+    from launch.cluster.base import SubmitError
+
+    settings = launch_config.read(flags.config, overrides)
+    job = _other_job(settings, command) if command else _train_job(settings, gin_words)
+    submitter = settings.submitter()
+    if settings.FOREGROUND:
+        if flags.status or flags.cancel:
+            raise SubmitError(
+                "this job runs as long as `launch.submit` does: Ctrl-C there saves its work and ends it."
+            )
+        if not flags.dry_run:
+            return _follow(submitter, job)
+    if flags.status or flags.cancel:
+        handle = submitter.handle(job)
+        if flags.cancel:
+            submitter.cancel(handle)
+        print(f"{job.name}: {_text(submitter.statuses([handle])[handle])}")
+        return 0
+    handle = submitter.submit(job)
+    if flags.dry_run:
+        print(submitter.preview(), end="")
+        return 0
+    print(f"{job.name}: {_text(submitter.statuses([handle])[handle])}")
+    if not settings.ELSEWHERE:
+        print(f"log {job.log}")
+    print("The same command with --status shows its state, with --cancel ends it.")
+    return 0
+
+
+def _text(status: "Status") -> str:
+    ended = f" with status {status.exit_status}" if status.exit_status is not None else ""
+    seconds = f", {status.seconds:.0f} s" if status.seconds else ""
+    return f"{status.state.value}{ended}{seconds}"
+
+
+def _train_job(settings: "Launch", words: list[str]) -> "Job":
+    """Returns the job that trains, after checks of its configuration.
+
+    Raises:
+      ConfigError: with all problems of the gin configuration.
+      SubmitError: the mesh does not fit the machines.
+    """
+    from launch.cluster.base import SubmitError
+    from launch.config import gin_config
+    from trainers import partitioning
+
+    flags, bindings = cli.read_gin_flags(words, "the flags of train")
+    if flags.coordinator_address:
+        raise SubmitError("--coordinator_address is for one process: the back end sets it.")
+    paths = list(filter(None, ",".join(flags.gin_search_paths).split(",")))
+    config = gin_config.load(flags.gin_file, bindings, paths, entry=ENTRY)
+    arguments = config.arguments()
+    if settings.devices is not None:
+        try:
+            partitioning.mesh_sizes(arguments["recipe"].mesh, settings.devices)
+        except ValueError as error:
+            raise SubmitError(
+                f"the launch configuration has {settings.devices} devices: {error}"
+            ) from None
+    folder = str(arguments["model_dir"])
+    return _job(settings, ["train", *words], os.path.basename(folder.rstrip("/")), folder)
+
+
+def _other_job(settings: "Launch", command: list[str]) -> "Job":
+    from data.text import spelling
+    from launch.cluster.base import SubmitError
+
+    names = [name for name in cli.command_names() if name != "submit"]
+    if command[0] not in names:
+        raise SubmitError(f"no command {command[0]!r}; {spelling.nearest(command[0], names)}")
+    return _job(settings, command, command[0], None)
+
+
+def _job(settings: "Launch", words: list[str], name: str, folder: str | None) -> "Job":
+    """Returns the job of a command of this project."""
+    from launch.cluster.base import Job, SubmitError
+
+    logs = getattr(settings, "logs", "") or (os.path.join(folder, "logs") if folder else "")
+    if not logs and not settings.ELSEWHERE:
+        raise SubmitError("logs: a command without MODEL_DIR needs --config.logs=DIR.")
+    log = os.path.join(os.path.abspath(os.path.expanduser(logs)), "log.txt")
+    command = (settings.interpreter, "-m", f"launch.{words[0]}", *words[1:], *settings.join_flags)
+    environment: dict[str, str] = {}
+    if settings.BACKEND == "local":
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        command, environment = settings.group_command(command, log), settings.variables
+    return Job(name=name or "espalier", command=command, log=log, environment=environment)
+
+
+def _follow(submitter: "Submitter", job: "Job") -> int:
+    """Runs a job on this machine, copies its log to the terminal, and returns its exit status."""
+    from launch.cluster.base import State
+    from launch.sweeping.driver import stop_signals
+
+    place = os.path.getsize(job.log) if os.path.exists(job.log) else 0
+    handle = submitter.submit(job)
+    print(f"log {job.log}", flush=True)
+    cancelled = False
+    try:
+        with stop_signals() as signals:
+            while True:
+                status = submitter.statuses([handle])[handle]
+                place = _copy(job.log, place)
+                if status.state in (State.ENDED, State.DROPPED):
+                    return _exit_status(status)
+                if signals and not cancelled:
+                    cancelled = True
+                    submitter.cancel(handle)
+                if len(signals) > 1:
+                    submitter.close()
+                time.sleep(_FOLLOW_SECONDS)
+    finally:
+        submitter.close()
+
+
+def _copy(log: str, place: int) -> int:
+    """Writes what a log has after a position to standard output; returns the new position."""
+    if not os.path.exists(log):
+        return place
+    with open(log, "rb") as file:
+        file.seek(place)
+        sys.stdout.buffer.write(file.read())
+        sys.stdout.flush()
+        return file.tell()
+
+
+def _exit_status(status: "Status") -> int:
+    code: Any = status.exit_status
+    if code is None:
+        return cli.INTERRUPTED
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,38 @@
+#!/bin/bash
+#SBATCH --job-name=a-b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --output=/dev/null
+#SBATCH --requeue
+
+# SIGTERM is for the processes, which save; this shell waits for them.
+trap : TERM
+export NCCL_DEBUG=WARN
+log='/runs/a b/logs/log.txt'
+words=(python -m launch.train '--gin.MODEL_DIR='"'"'/runs/a b'"'"'')
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
+end() {
+  printf '{"id": "%s", "status": %d, "seconds": %d}\n' "$id" "$1" "$SECONDS" >"$log.ended.new"
+  mv -- "$log.ended.new" "$log.ended"
+  exit "$1"
+}
+cd /home/me/espalier && mkdir -p "$(dirname "$log")" || end 2
+exec >>"$log" 2>&1
+WANDB_API_KEY=$(cat -- /home/me/.wandb) && export WANDB_API_KEY || end 2
+srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c 'log=$1; shift; [ "$SLURM_PROCID" = 0 ] || log=$log.task$SLURM_PROCID; exec "$@" >>"$log" 2>&1' bash "$log" "${words[@]}"
+status=$?
+
+# 75: start again. Other statuses need a person.
+if [ "$status" = 75 ] && [ ! -e "$log.cancelled" ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+    scontrol requeue "$id" && exit 75
+  else
+    echo "error: status 75 after 100 requeues, the limit (requeues): submit again to go on."
+  fi
+fi
+end "$status"

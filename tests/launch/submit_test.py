@@ -1,0 +1,203 @@
+"""`submit`: launch configurations, checks before anything is sent, and a run on this machine."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import submit
+from launch.cluster import group, launch_config
+from launch.cluster.base import SubmitError
+from launch.environment import ROOT
+
+TINY = (
+    "--gin_file=t5x_configs/models/tiny.gin",
+    "--gin_file=t5x_configs/data/bytes.gin",
+    "--gin_file=t5x_configs/runs/pretrain.gin",
+    "--gin.MODEL_DIR=/tmp/espalier_tiny",
+    "--gin.MIXTURE_OR_TASK_NAME=python",
+    "--gin.TRAIN_STEPS=50",
+)
+CONFIGS = sorted(
+    str(path.relative_to(ROOT))
+    for path in pathlib.Path(ROOT, "launch/cluster/configs").glob("[a-z]*.py")
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    import gin
+
+    yield
+    gin.clear_config(clear_constants=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_configuration_shows_what_it_would_send(config, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # nothing can be sent
+    assert submit.main([f"--config={config}", "--dry_run", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "launch.train" in out and "--gin.TRAIN_STEPS=50" in out
+    if config.endswith(("slurm.py", "jobset.py", "tpu_vm.py")):
+        assert "--coordinator_address=auto" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config=no.py",), "no.py: there is no such Python file: copy one of"),
+        (("--config=launch/environment.py",), "environment.py: get_config.. could not be called"),
+        (("--config.node=2",), "node: no such setting; did you mean 'nodes'"),
+        (("--config.nodes=many",), "nodes=many: invalid literal"),
+        (("--config.env=('A',)",), "env: 'A' is not NAME=VALUE"),
+        (("--config.time_limit=a day",), "time_limit = 'a day': give a text like 24:00:00"),
+        (("--gin.MESH={'data': 3}",), "has 16 devices: MESH = .* does not cover the 16"),
+        (("--gin.TRAIN_STEP=3",), "TRAIN_STEP"),
+        (("--coordinator_address=auto",), "the back end sets it"),
+    ],
+)
+def test_what_is_wrong_is_one_error_before_anything_is_sent(words, message, capsys, monkeypatch):
+    import re
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    given = any(word.startswith("--config=") for word in words)
+    config = [] if given else ["--config=launch/cluster/configs/slurm.py"]
+    assert submit.main([*config, *TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_another_command_needs_a_place_for_its_log(capsys, tmp_path):
+    words = [
+        "--config=launch/cluster/configs/slurm.py",
+        "--config.nodes=1",
+        "--config.tasks_per_node=1",
+    ]
+    command = ["--", "evaluate", "loss", "--checkpoint=/runs/a b"]
+    assert submit.main([*words, "--dry_run", *command]) == 2
+    assert "needs --config.logs=DIR" in capsys.readouterr().err
+    assert submit.main([*words, "--dry_run", f"--config.logs={tmp_path}", *command]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "-m launch.evaluate loss '--checkpoint=/runs/a b')" in out
+        and f"log={tmp_path}/log.txt" in out
+    )
+    assert submit.main([*words, "--dry_run", f"--config.logs={tmp_path}", "--", "evalute"]) == 2
+    assert "did you mean 'evaluate'" in capsys.readouterr().err
+
+
+def test_flags_of_train_may_stand_after_the_dashes(capsys):
+    words = ["--config=launch/cluster/configs/local.py", "--dry_run", "--"]
+    assert submit.main([*words, *TINY]) == 0
+    assert "launch.train" in capsys.readouterr().out
+
+
+def test_a_local_job_needs_no_status(capsys):
+    assert submit.main(["--config=launch/cluster/configs/local.py", "--status", *TINY]) == 2
+    assert "Ctrl-C there saves its work" in capsys.readouterr().err
+
+
+def test_settings_come_back_from_their_configuration(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from launch.cluster.group import Settings\n"
+        "from launch.cluster.launch_config import as_config\n"
+        "def get_config(number='2'):\n"
+        "    return as_config(Settings(processes_here=int(number), env=('A=b c',)))\n"
+    )
+    settings = launch_config.read(f"{file}:3", ["restarts=7"])
+    assert settings == group.Settings(processes_here=3, restarts=7, env=("A=b c",))
+    with pytest.raises(SubmitError, match="invalid literal for int"):
+        launch_config.read(f"{file}:x")
+
+
+def test_a_group_starts_again_after_75_and_ends_with_the_worst_status(tmp_path, capfd):
+    count = f"echo x >>{tmp_path}/starts; n=$(wc -l <{tmp_path}/starts); "
+    assert group.run(["sh", "-c", f"{count} [ $n -gt 2 ] || exit 75"], restarts=5) == 0
+    assert (tmp_path / "starts").read_text() == "x\n" * 3
+    assert group.run(["sh", "-c", "exit 75"], restarts=1) == 75
+    assert "status 75 after 1 restarts, the limit" in capfd.readouterr().err
+    # The second process fails; `sh` ignores the flags with which processes join.
+    log = tmp_path / "log"
+    script = 'echo "$@"; case "$@" in *--process_index=1) exit 2;; esac; exit 75'
+    assert group.run(["sh", "-c", script, "sh"], processes=2, restarts=3, log=str(log)) == 75
+    assert "--process_count=2 --process_index=1" in (tmp_path / "log.task1").read_text()
+
+
+def test_a_secret_comes_from_a_file_and_is_shown_nowhere(tmp_path, capfd):
+    secret = tmp_path / "secret"
+    secret.write_text("s3cr3t\n")
+    main = [
+        f"--secret=WANDB_API_KEY={secret}",
+        "--",
+        "sh",
+        "-c",
+        f"printf %s $WANDB_API_KEY >{tmp_path}/seen",
+    ]
+    assert group.main(main) == 0
+    assert (tmp_path / "seen").read_text() == "s3cr3t"
+    assert group.main(["--secret=WANDB_API_KEY=/no/such", "--", "true"]) == 2
+    output = capfd.readouterr()
+    assert "'/no/such' of WANDB_API_KEY cannot be read" in output.err
+    assert "s3cr3t" not in output.out + output.err
+
+
+def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path):
+    script = f"trap 'echo stop >>{tmp_path}/stops; exit 75' TERM; echo up >>{tmp_path}/ups; while :; do sleep 0.1; done"
+    words = ("--processes=2", "--restarts=3", f"--log={tmp_path}/log", "--", "sh", "-c", script)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cluster.group", *words], cwd=ROOT, start_new_session=True
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "ups").exists() or (tmp_path / "ups").read_text() != "up\nup\n":
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a local submitter does
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "stops").read_text() == "stop\nstop\n"
+    assert (tmp_path / "ups").read_text() == "up\nup\n"
+
+
+def test_xla_accepts_the_flags_for_gpus():
+    """XLA ends a process at a flag that it does not know, also on CPU."""
+    settings = launch_config.read("launch/cluster/configs/gpu_node.py:8")
+    assert settings.devices == 8 and launch_config.read(CONFIGS[0] + ":1").devices == 1
+    code = "import jax; print(jax.devices())"
+    environment = {**os.environ, **settings.variables, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.multiprocess
+def test_two_processes_of_this_machine_train(train, tmp_path, capfdbinary, monkeypatch):
+    """The words reach `train`; the log comes to the terminal, and each process has one."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    folder = tmp_path / "a 'b' $(touch PWNED)"
+    bindings = (
+        f"MODEL_DIR={str(folder)!r}",
+        f"DIRECTORY={train.cache + '/text'!r}",
+        "TRAIN_STEPS=3",
+        "LENGTH=32",
+        "recipe.Recipe.mesh={'fsdp': 2}",
+    )
+    words = [
+        "--config=launch/cluster/configs/local.py",
+        "--config.processes_here=2",
+        "--config.devices_here=2",
+        "--config.env=('XLA_FLAGS=--xla_force_host_platform_device_count=1',)",
+        f"--gin_file={train.programs}/small_text.gin",
+        *(f"--gin.{binding}" for binding in bindings),
+    ]
+    assert submit.main(words) == 0, capfdbinary.readouterr()
+    out = capfdbinary.readouterr().out.decode()
+    assert "(2 x cpu)" in out and "done at step 3" in out
+    assert "done at step 3" in (folder / "logs/log.txt").read_text()
+    assert (folder / "logs/log.txt.task1").exists() and not (folder / ".hosts").exists()
+    assert not list(tmp_path.rglob("PWNED"))
