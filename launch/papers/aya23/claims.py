@@ -137,7 +137,7 @@ CLAIMS = (
     RequiredClaim(
         "Y7",
         "A vocabulary of equal shares of languages treats them more alike",
-        "the highest over the lowest parity to English of 16 languages is smaller than with a vocabulary of shares as 1/rank",
+        "the highest over the lowest parity to English of 16 languages is smaller than with a vocabulary of shares as rank ** -1.5",
         {"fertility": [spread]},
         paper="none; the vocabulary is trained on a balanced subset",
     ),

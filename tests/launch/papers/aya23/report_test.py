@@ -8,7 +8,7 @@ import pytest
 
 from launch.config import gin_config
 from launch.papers.aya23 import answers, measure, page, sweep
-from launch.papers.aya23.fertility import LANGUAGES, Ranked
+from launch.papers.aya23.fertility import LANGUAGES, TOTAL, Ranked
 from launch.sweeping import file
 
 SWEEP = "launch/papers/aya23/sweep.py"
@@ -171,9 +171,11 @@ def test_bytes_of_caches_are_proportional_to_heads():
 
 
 def test_amounts_of_text_fall_with_the_rank():
-    ranked = Ranked(corpus=None, order=("lang_cs", "lang_hi", "lang_ja"))
-    sizes = [ranked.size(source) for source in ranked.sources]
-    assert sizes[0] == 2 * sizes[1] == 3 * sizes[2]
+    order = ("lang_cs", "lang_hi", "lang_ja")
+    falling, even = (Ranked(corpus=None, order=order, exponent=x) for x in (1.0, 0.0))
+    sizes = [falling.size(source) for source in order]
+    assert sizes[0] == pytest.approx(2 * sizes[1], abs=3) == pytest.approx(3 * sizes[2], abs=3)
+    assert sum(sizes) == pytest.approx(TOTAL, abs=2) == 3 * even.size("lang_ja")
 
 
 def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say():
