@@ -19,8 +19,9 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
     if runs:
         out = [
             "- *made languages*: Cohere decoders of two layers (width 64; 32 narrow, 128 wide) read made languages of one "
-            "grammar (data/aya23/toy_languages.py), 600 updates of 32 rows of 64 symbols. Every language has its own words "
-            "for 60 concepts, from one stock; languages of a family share half of them, and differ in order and case. The "
+            "grammar (data/aya23/toy_languages.py), 800 updates of 32 rows of 64 symbols. Every language has its own words "
+            "for 60 concepts, from one stock; languages of a family share half of them, and differ in order and case. Half of "
+            "the documents in the four common languages say each sentence again in one of these. The "
             f"loss is of the four languages that every mixture has. {runs.amount()}.",
             f"- *instructions*: to say a sentence again or in another of the four languages, as turns, {sweep.FULL} updates "
             f"or {sweep.QUARTER} from the base. An answer is right if all of its symbols are; answers are greedy.",

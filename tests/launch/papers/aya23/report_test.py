@@ -44,7 +44,7 @@ def rows(seeds=5):
     """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
-        row = {"run": run.name, "arm": run.arm, "seed": run.seed, "seconds": 30.0, "step": 600}
+        row = {"run": run.name, "arm": run.arm, "seed": run.seed, "seconds": 30.0, "step": 800}
         row |= {"evaluations": {}, "parents": [run.parent] if run.parent else [], "tokens": 1e6}
         if run.evaluations:
             scores = right_of(run.arm)
@@ -157,7 +157,7 @@ def test_a_row_is_read_with_its_losses_and_curve(tmp_path):
     lines = [
         {"step": 150, "eval/toy_0/loss": 2.0, "eval/toy_1/loss": 4.0},
         {"step": 150, "loss": 9.0},
-        {"step": 600, "eval/toy_0/loss": 1.0, "eval/toy_1/loss": 3.0},
+        {"step": 800, "eval/toy_0/loss": 1.0, "eval/toy_1/loss": 3.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     held_out = {"toy_0": {"loss": 1.0, "perplexity": 2.7}}
@@ -189,7 +189,7 @@ def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say
         config = gin_config.load(run.gin_files, bindings, entry="launch.train:train")
         arguments = config.arguments()
         sizes[arm] = arguments["recipe"].program().num_params()
-        expected = {"scratch": 400, "tuned_longer": 400, "tuned": 100}.get(arm, 600)
+        expected = {"tuned": 200}.get(arm, 800)
         assert arguments["total_steps"] == expected
         gin.clear_config(clear_constants=True)
     assert sizes["gelu"] == sizes["base"]
