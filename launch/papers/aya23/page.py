@@ -18,7 +18,7 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
     runs = parts.get("toy")
     if runs:
         out = [
-            "- *made languages*: Cohere decoders of two layers (width 64; 32 narrow, 128 wide) read made languages of one "
+            "- *made languages*: Cohere decoders of two layers (width 64; 32 narrow, 96 wide) read made languages of one "
             "grammar (data/aya23/toy_languages.py), 800 updates of 32 rows of 64 symbols. Every language has its own words "
             "for 60 concepts, from one stock; languages of a family share half of them, and differ in order and case. Half of "
             "the documents in the four common languages say each sentence again in one of these. The "

@@ -162,7 +162,7 @@ def test_a_row_is_read_with_its_losses_and_curve(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     held_out = {"toy_0": {"loss": 1.0, "perplexity": 2.7}}
     row = measure.with_losses({"arm": "base", "held_out": held_out, "log": "x"}, tmp_path)
-    assert row["curve"] == [(150, 3.0), (600, 2.0)] and row["held_out"] == {"toy_0": 1.0}
+    assert row["curve"] == [(150, 3.0), (800, 2.0)] and row["held_out"] == {"toy_0": 1.0}
     assert "log" not in row
 
 
