@@ -13,7 +13,7 @@ CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages
 WIDTHS = {"narrow": (32, 96), "wide": (96, 288)}  # width, and hidden width of the FFN
 KV_HEADS = (4, 1)  # the base has 2 of 4
-FULL, QUARTER = 800, 200  # updates of instruction tuning
+FULL, QUARTER = 200, 50  # updates of instruction tuning
 BASE = "base"  # eight languages, width 64
 
 
@@ -53,11 +53,9 @@ def _arm(*bindings: str, **macros: object) -> dict:
 
 
 def _tuned(steps: int, parent: str | None = None) -> dict:
-    # A model that is new learns at the rate of pre-training, and a trained one at two thirds of it.
-    rate = () if parent else ("LEARNING_RATE=3e-3",)
     return configs.arm(
         f"{CPU}toy_instruct.gin",
-        bindings=(f"TRAIN_STEPS={steps}", *rate),
+        bindings=(f"TRAIN_STEPS={steps}",),
         evaluations=("answers",),
         parent=parent,
     )
