@@ -3,7 +3,9 @@
 A sentence says the same in every language: two nouns with an adjective each, and a verb that prefers some nouns as its
 object. A language has its own word for each of 60 concepts, drawn from one stock of words for all languages; languages of one
 family, of four, share half of their words. It also has an order of words (SVO, SOV or VSO), adjectives before or
-after nouns, and marks of case or none. A document is a sign for its language and sentences, one after another:
+after nouns, and marks of case or none. A document is sentences, each after a sign for its language. In half of the
+documents of the first four languages each sentence is said again, in one of these four, as texts of two languages on the
+web do:
 
   toy_0 ... toy_15    documents; the mixtures toy_mix_4, toy_mix_8 and toy_mix_16 have the first ones in equal shares
 
@@ -150,18 +152,36 @@ class ToySource(GeneratedSource):
 
     @property
     def digest(self) -> str:
-        return f"ToySource 1: {self}, {self.validation_documents}"
+        return f"ToySource 2: {self}, {self.validation_documents}"
 
     def texts(self, split: str) -> list[str]:
-        language = Language(self.language)
         rng = np.random.default_rng([self.seed, self.splits.index(split), self.language])
-        sentences = -(-(self.length - 1) // (language.sentence_length + 1))
         documents = self.num_input_examples(split)
-        said_NST = language.say(meanings((documents, sentences), rng))
-        stops = np.full((*said_NST.shape[:2], 1), symbol("sign", "stop"))
-        body_NT = np.concatenate([said_NST, stops], axis=-1).reshape(documents, -1)
-        tag_N1 = np.full((documents, 1), symbol("language", self.language))
-        return [text(row) for row in np.concatenate([tag_N1, body_NT], axis=1)[:, : self.length]]
+        sentences = -(-self.length // (2 + min(5, Language(self.language).sentence_length)))
+        meanings_NS5 = meanings((documents, sentences), rng)
+        # The language in which sentences are said again; -1 for none.
+        again_N = np.where(rng.random(documents) < 0.5, rng.integers(COMMON, size=documents), -1)
+        if self.language >= COMMON:
+            again_N[:] = -1
+        rows: list[Any] = [None] * documents
+        for again in np.unique(again_N).tolist():
+            (places,) = np.nonzero(again_N == again)
+            spoken = [self.language, *([again] if again >= 0 else [])]
+            said = [_tagged(number, meanings_NS5[places]) for number in spoken]
+            text_NT = np.concatenate(said, axis=-1).reshape(len(places), -1)[:, : self.length]
+            for place, row in zip(places, text_NT, strict=True):
+                rows[place] = text(row)
+        return rows
+
+
+def _tagged(number: int, meanings_NS5: np.ndarray) -> np.ndarray:
+    """Returns sentences in a language [N, S, T], each between the language's sign and a stop."""
+    said_NST = Language(number).say(meanings_NS5)
+    ends = [
+        np.full((*said_NST.shape[:2], 1), x)
+        for x in (symbol("language", number), symbol("sign", "stop"))
+    ]
+    return np.concatenate([ends[0], said_NST, ends[1]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +250,7 @@ def instructions(documents: int, seed: int) -> list[Instruction]:
 def register(
     *,
     vocabulary: Any,
-    documents: Size = 4800,
+    documents: Size = 6400,
     length: Size = 64,
     requests: Size = 2048,
     seed: Seed = 0,
@@ -239,7 +259,7 @@ def register(
 
     Args:
       vocabulary: has all of SYMBOLS, in this order.
-      documents: training documents of each language; 4,800 are enough for 600 batches of 32 in four languages.
+      documents: training documents of each language; 6,400 are enough for 800 batches of 32 in four languages.
       length: symbols of a document.
       requests: training examples of each kind of instruction and language.
       seed: seed of documents and requests; the languages do not depend on it.

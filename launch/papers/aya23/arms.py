@@ -9,7 +9,7 @@ from launch.papers.shared import results
 LOSS, TURNS, PLAIN, FORMAT = "loss", "right answers", "right without turns", "gain by turns"
 TUNED = ("scratch", "tuned", "tuned_longer")
 _LABELS = {
-    "base": "base: 8 languages",
+    "base": "base: parallel, SwiGLU, 2 heads",
     "sequential": "sequential blocks",
     "gelu": "GELU",
     "kv4": "4 heads of keys and values",

@@ -44,10 +44,10 @@ def less_by_width(runs: Runs, where: str) -> list[Effect]:
 
 def format_matters(runs: Runs, where: str) -> list[Effect]:
     """Compares the answers of a tuned model with turns and without them."""
-    gaps = (runs.scores("tuned", TURNS) - runs.scores("tuned", PLAIN)).dropna()
+    gaps = (runs.scores("tuned_longer", TURNS) - runs.scores("tuned_longer", PLAIN)).dropna()
     if gaps.empty:
         return []
-    means = [runs.scores("tuned", score).mean() for score in (TURNS, PLAIN)]
+    means = [runs.scores("tuned_longer", score).mean() for score in (TURNS, PLAIN)]
     return [
         Effect(
             where=where,
@@ -104,11 +104,12 @@ CLAIMS = (
         f"the loss with {_MOST} languages less that with {_FEWEST} is larger for the narrow model",
         {"toy": [less_by_width]},
     ),
-    RequiredClaim(
+    Claim(
         "Y3",
         "A base that knows the languages is worth more than a larger mixture of instructions",
-        "with a quarter of the updates on instructions, the base answers more of them right than a new model with all of them",
-        {"toy": [compare(TURNS, ("tuned", "scratch"))]},
+        "with a quarter of the updates on instructions, and with all of them, the base answers more of them right than a new "
+        "model with all of them",
+        {"toy": [compare(TURNS, ("tuned", "scratch"), ("tuned_longer", "scratch"))]},
         paper="win rate of the 8 billion model over Aya 101, of 13 billion on an older base, 82.4",
     ),
     Claim(
@@ -137,7 +138,7 @@ CLAIMS = (
     RequiredClaim(
         "Y7",
         "A vocabulary of equal shares of languages treats them more alike",
-        "the highest over the lowest parity to English of 16 languages is smaller than with a vocabulary of shares as 1/rank",
+        "the highest over the lowest parity to English of 16 languages is smaller than with a vocabulary of shares as rank ** -1.5",
         {"fertility": [spread]},
         paper="none; the vocabulary is trained on a balanced subset",
     ),

@@ -24,39 +24,38 @@ LANGUAGES = (
     "vi",
     "uk",
 )
-BALANCES = {
-    "raw": 1.0,
-    "balanced": 0.0,
-}  # exponent of a language's bytes, see data.tokenizers.vocabularies
+SHARES = {"raw": 1.5, "balanced": 0.0}  # exponent of a language's rank, by which its bytes fall
 SIZE = 4096  # pieces
-LARGEST = 120_000  # bytes of the language with most text; the one of rank r has 1/r of it
+TOTAL = 160_000  # bytes of all languages
 SENTENCES = 300
 SETTINGS = {
     "languages": LANGUAGES,
-    "balances": BALANCES,
+    "shares": SHARES,
     "size": SIZE,
-    "largest": LARGEST,
+    "total": TOTAL,
     "sentences": SENTENCES,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """The corpus of installed packages, of which the language of rank r has 1/r of the first one's bytes."""
+    """The corpus of installed packages, of which the language of rank r has a share proportional to r ** -exponent."""
 
     corpus: Any
     order: tuple[str, ...]  # tasks, the one with most text first
+    exponent: float
 
     @property
     def digest(self) -> str:
-        return f"{self.corpus.digest} {LARGEST} {' '.join(self.order)}"
+        return f"{self.corpus.digest} {TOTAL} {self.exponent} {' '.join(self.order)}"
 
     @property
     def sources(self) -> tuple[str, ...]:
         return self.order
 
     def size(self, source: str) -> int:
-        return LARGEST // (self.order.index(source) + 1)
+        weights = {name: rank**-self.exponent for rank, name in enumerate(self.order, start=1)}
+        return round(TOTAL * weights[source] / sum(weights.values()))
 
     def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
         return self.corpus.sample(source, num_bytes)
@@ -77,17 +76,15 @@ def measure(seeds: Sequence[int]) -> dict[str, dict[str, dict[str, float]]]:
 
     cpu_tensorflow.load()
     sources = [table.LANGUAGES[code].sources[0] for code in LANGUAGES]
-    corpus = corpus_lib.assemble(sources=sources, bytes_per_source=2 * LARGEST)
+    corpus = corpus_lib.assemble(sources=sources, bytes_per_source=TOTAL)
     pairs = parallel.read(parallel.PACKAGES, LANGUAGES, limit=SENTENCES)
     out: dict[str, dict[str, dict[str, float]]] = {}
     for seed in seeds:
         order = tuple(np.random.default_rng(seed).permutation(sources).tolist())
-        ranked = Ranked(corpus, order)
-        total = sum(map(ranked.size, order))
         out[str(seed)] = {}
-        for name, balance in BALANCES.items():
+        for name, exponent in SHARES.items():
             vocabulary = vocabularies.sentencepiece(
-                corpus=ranked, size=SIZE, balance=balance, sample_bytes=total // 2
+                corpus=Ranked(corpus, order, exponent), size=SIZE, balance=1.0, sample_bytes=TOTAL
             )
             report = tokenizer_report.measure(vocabulary, pairs)
             parity = {code: one["parity"] for code, one in report["languages"].items()}

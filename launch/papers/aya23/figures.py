@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from launch.papers.aya23.arms import LOSS, PLAIN, TUNED, TURNS, Runs
-from launch.papers.aya23.fertility import BALANCES
+from launch.papers.aya23.fertility import SHARES
 from launch.papers.aya23.sweep import BASE, COUNTS, WIDTHS, breadth, heads
 from launch.plots import panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE
 
 _WIDTHS = {"narrow": ORANGE, "wide": BLUE}
-_BALANCES = {"raw": ORANGE, "balanced": BLUE}
+_SHARE_COLOURS = {"raw": ORANGE, "balanced": BLUE}
 _BLOCKS = (BASE, "sequential", "gelu", heads(4), heads(1))
 
 
@@ -113,11 +113,11 @@ def _fertility(measured: Mapping[str, Any] | None) -> Any:
     codes = [code for code in seeds[0]["raw"] if code != "spread"]
     means = {
         name: {code: np.mean([one[name][code] for one in seeds]) for code in codes}
-        for name in BALANCES
+        for name in SHARES
     }
     codes.sort(key=lambda code: means["balanced"][code])
     figure, (axes,) = panels.panels(1, (9.0, 4.0))
-    for i, (name, colour) in enumerate(_BALANCES.items()):
+    for i, (name, colour) in enumerate(_SHARE_COLOURS.items()):
         for at, code in enumerate(codes):
             values = np.array([one[name][code] for one in seeds])
             label = f"{name} shares" if not at else ""

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch.papers.aya23 import claims, figures, sweep
 from launch.papers.aya23.arms import LOSS, PLAIN, TURNS, Runs
-from launch.papers.aya23.fertility import LANGUAGES, LARGEST, SIZE
+from launch.papers.aya23.fertility import LANGUAGES, SHARES, SIZE, TOTAL
 from launch.papers.shared import nulls, page
 
 _SCORES = (LOSS, TURNS, PLAIN)
@@ -18,17 +18,18 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
     runs = parts.get("toy")
     if runs:
         out = [
-            "- *made languages*: Cohere decoders of two layers (width 64; 32 narrow, 128 wide) read made languages of one "
-            "grammar (data/aya23/toy_languages.py), 600 updates of 32 rows of 64 symbols. Every language has its own words "
-            "for 60 concepts, from one stock; languages of a family share half of them, and differ in order and case. The "
+            "- *made languages*: Cohere decoders of two layers (width 64; 32 narrow, 96 wide) read made languages of one "
+            "grammar (data/aya23/toy_languages.py), 800 updates of 32 rows of 64 symbols. Every language has its own words "
+            "for 60 concepts, from one stock; languages of a family share half of them, and differ in order and case. Half of "
+            "the documents in the four common languages say each sentence again in one of these. The "
             f"loss is of the four languages that every mixture has. {runs.amount()}.",
             f"- *instructions*: to say a sentence again or in another of the four languages, as turns, {sweep.FULL} updates "
             f"or {sweep.QUARTER} from the base. An answer is right if all of its symbols are; answers are greedy.",
         ]
     out.append(
-        f"- *real languages*: SentencePiece BPE of {SIZE:,} pieces on text of installed packages in {len(LANGUAGES)} languages, of "
-        f"which the one of rank r has {LARGEST // 1000} kB / r; a seed draws the ranks. Parity is of messages of Django and "
-        "Sphinx with their translations."
+        f"- *real languages*: SentencePiece BPE of {SIZE:,} pieces on text of installed packages in {len(LANGUAGES)} languages, "
+        f"{TOTAL // 1000} kB in all: in equal shares, or of the one of rank r in proportion to r ** -{SHARES['raw']}; a seed draws "
+        "the ranks. Parity is of messages of Django and Sphinx with their translations."
     )
     out.append(
         "- *where it falls short*: the paper compares finished models of other makers, so that its first claim has no "

@@ -1,6 +1,6 @@
 """Aya 23 (arXiv 2405.15032) with small models on made languages: what more languages cost, and what a base is worth.
 
-Fourteen runs for each seed, of half a minute on one core; the number of seeds after a colon:
+Fourteen runs for each seed, of about a minute on one core; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/aya23/sweep.py:5 --out runs/aya23/toy --workers 2
 """
@@ -11,9 +11,9 @@ from launch.papers.shared import configs
 
 CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages
-WIDTHS = {"narrow": (32, 96), "wide": (128, 384)}  # width, and hidden width of the FFN
+WIDTHS = {"narrow": (32, 96), "wide": (96, 288)}  # width, and hidden width of the FFN
 KV_HEADS = (4, 1)  # the base has 2 of 4
-FULL, QUARTER = 400, 100  # updates of instruction tuning
+FULL, QUARTER = 200, 50  # updates of instruction tuning
 BASE = "base"  # eight languages, width 64
 
 
@@ -53,11 +53,9 @@ def _arm(*bindings: str, **macros: object) -> dict:
 
 
 def _tuned(steps: int, parent: str | None = None) -> dict:
-    # A model that is new learns at the rate of pre-training, and a trained one at a third of it.
-    rate = () if parent else ("LEARNING_RATE=3e-3",)
     return configs.arm(
         f"{CPU}toy_instruct.gin",
-        bindings=(f"TRAIN_STEPS={steps}", *rate),
+        bindings=(f"TRAIN_STEPS={steps}",),
         evaluations=("answers",),
         parent=parent,
     )

@@ -43,7 +43,23 @@ def test_documents_are_their_seeds_and_begin_with_their_language():
     assert texts == toy.ToySource("toy_2", 20, 0, 2, 64).texts("train")
     assert texts != source.texts("validation")
     assert {len(text) for text in texts} == {64}
-    assert {text[0] for text in texts} == {toy.SYMBOLS[toy.symbol("language", 2)]}
+    tag = toy.SYMBOLS[toy.symbol("language", 2)]
+    assert {text[0] for text in texts} == {tag}
+    # Half of the documents say each sentence again, in one of the common languages; of the other languages none does.
+    tags = [toy.SYMBOLS[toy.symbol("language", i)] for i in range(toy.COMMON)]
+    said = [[letter for letter in text if letter in tags] for text in texts]
+    assert any(set(one) == {tag} for one in said) and any(len(set(one)) == 2 for one in said)
+    other = toy.ToySource("toy_9", 20, 0, 9, 64).texts("train")
+    assert not any(set(tags) & set(text) for text in other)
+
+
+def test_a_sentence_that_is_said_again_says_the_same():
+    meaning = toy.meanings((1, 1), np.random.default_rng(0))
+    both = np.concatenate([toy._tagged(number, meaning)[0, 0] for number in (0, 3)])
+    first, second = toy.Language(0).say(meaning[0, 0]), toy.Language(3).say(meaning[0, 0])
+    stop = toy.symbol("sign", "stop")
+    tags = [toy.symbol("language", number) for number in (0, 3)]
+    assert both.tolist() == [tags[0], *first, stop, tags[1], *second, stop]
 
 
 def test_an_answer_says_the_sentence_in_the_language_that_is_asked_for():

@@ -118,7 +118,7 @@ def test_every_group_is_evaluated_as_far_as_its_sets_go(
     monkeypatch.setenv("COLUMNS", "250")  # of the table
     result = tmp_path / "suite.json"
     flags = [f"--checkpoint={trained_run.path}", "--suite=aya23", f"--data_dir={sets}"]
-    flags += [f"--json={result}", "--model_args=batch_tokens=2048,max_length=160,max_gen_toks=8"]
+    flags += [f"--json={result}", "--model_args=batch_tokens=4096,max_length=512,max_gen_toks=8"]
     assert command("evaluate harness", *flags) == 0
     found = json.loads(result.read_text())
     assert {name: value["n"] for name, value in found["benchmarks"].items()} == {
