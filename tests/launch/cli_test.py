@@ -340,8 +340,8 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
 
 
 COMMANDS = {
-    *("train", "evaluate", "lm_eval", "score", "generate", "convert", "upcycle", "prepare"),
-    *("precompile", "sweep", "reproduce", "report", "bench", "quickstart", "faults"),
+    *("train", "evaluate", "lm_eval", "score", "generate", "serve", "convert", "upcycle"),
+    *("prepare", "precompile", "sweep", "reproduce", "report", "bench", "quickstart", "faults"),
 }
 GROUPS = ("evaluate", "prepare")  # their first argument names a sub-command
 
