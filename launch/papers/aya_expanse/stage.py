@@ -136,8 +136,9 @@ def _route(
 
 
 def _name(run: str) -> str:
-    """Returns the arm of a run of a sweep: runs/ARM/seed0."""
+    """Returns the arm of a run of a sweep, in runs/ARM/seed0 or, if it is made, runs/ARM/seed0/made."""
     path = pathlib.Path(run)
+    path = path.parent if path.name == "made" else path
     return path.parent.name if path.name.startswith("seed") else path.name
 
 

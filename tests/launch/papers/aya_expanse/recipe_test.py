@@ -144,6 +144,11 @@ def test_prompts_are_of_an_origin_and_shared_languages_are_in_every_cluster(
         assert len(own) == 2 * count
 
 
+def test_a_run_of_a_sweep_has_the_name_of_its_arm():
+    assert stage._name("runs/sft_turkic/seed0") == stage._name("runs/sft_turkic") == "sft_turkic"
+    assert stage._name("/x/runs/merged/seed10/made") == "merged"
+
+
 def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
     calls = []
     merge = types.SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
