@@ -341,9 +341,9 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
 
 COMMANDS = {
     *("train", "evaluate", "lm_eval", "score", "generate", "convert", "upcycle", "prepare"),
-    *("precompile", "sweep", "reproduce", "report", "bench", "quickstart", "faults"),
+    *("precompile", "sweep", "reproduce", "report", "bench", "quickstart", "faults", "influence"),
 }
-GROUPS = ("evaluate", "prepare")  # their first argument names a sub-command
+GROUPS = ("evaluate", "influence", "prepare")  # their first argument names a sub-command
 
 
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():
