@@ -43,12 +43,12 @@ def installed(tap: Tap) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def expert_rows(rows_R: jax.Array) -> Iterator[None]:
-    """Context manager: the projections of experts inside read the rows of these tokens [R], indices into B * T."""
+def expert_rows(choices_R: jax.Array, top_k: int) -> Iterator[None]:
+    """Context manager: row r inside experts is choice choices_R[r], of the token of index choices_R[r] // top_k."""
     if not is_active():
         yield
         return
-    _rows.append(rows_R)
+    _rows.append(choices_R // top_k)
     try:
         yield
     finally:

@@ -183,7 +183,7 @@ class MoeMlp(Counted):
         if place is None:
             most = rows * min(length * top_k, count * self._capacity(length))
             rows_RD, plan = dispatch.send(x_BTD, experts_BTK, count, rows=most)
-            with taps.expert_rows(plan.order_R // top_k):
+            with taps.expert_rows(plan.order_R, top_k):
                 out_RD = self._experts(rows_RD, plan.sizes_E)
             return dispatch.collect(out_RD, weights_BTK, plan)
         # The experts of a token are distinct, so it sends at most `experts` choices to one device.
