@@ -49,9 +49,8 @@ def run(flags: SearchFlags) -> list[str]:
             trials.random(found, len(models), seed=flags.seed)
         else:
             trials.coordinate(found, len(models), delta=flags.delta)
-        best = trials.choose(list(found.done.values()), delta=flags.delta)
-        count = len(found.done)
-        without = list(trials.without_each(found, best))
+        best, without = trials.best_with_table(found, delta=flags.delta)
+    count = len(found.done)
     return [*_written(flags, models, best, without), f"{count} trials, {found.new} of them new"]
 
 

@@ -153,6 +153,17 @@ def choose(trials: Sequence[Trial], *, delta: float | None) -> Trial:
     return min((x for x in trials if x.worst <= safest.worst + delta), key=lambda trial: trial.mean)
 
 
+def best_with_table(
+    trials: Trials, *, delta: float | None
+) -> tuple[Trial, list[tuple[int, Trial]]]:
+    """Returns the chosen trial and those of all models but one, which can be chosen too."""
+    while True:
+        best = choose(list(trials.done.values()), delta=delta)
+        without = list(without_each(trials, best))
+        if choose(list(trials.done.values()), delta=delta) is best:
+            return best, without
+
+
 def without_each(trials: Trials, best: Trial) -> Iterator[tuple[int, Trial]]:
     """Yields the trials of all models but one, beyond the budget; a model of weight 0 changes nothing."""
     trials.budget += len(best.weights)
