@@ -238,7 +238,7 @@ def _with_ties(
         def count(parts: Parts, _: int) -> list[int]:
             bits = [bits_of(x) for x in scores(parts)]
             return [
-                int(np.count_nonzero(bits[wanted[i][0]] == np.uint32(searches[i].value)))
+                int(np.count_nonzero(bits[wanted[i][0]] == np.uint32(searches[i].value or 0)))
                 for i in some
             ]
 

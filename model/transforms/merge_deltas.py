@@ -59,9 +59,7 @@ def task_vectors(blocks: Blocks, kind: Kind, settings: Settings) -> Compute:
     """Returns what merges a grain, after the passes that the method needs."""
     masks = _masks(blocks, kind, settings)
     scales = _scales(blocks, masks, settings)
-    weights = [np.float32(w * s) for w, s in zip(settings.weight, scales, strict=True)]
-    if blocks.work == np.float64:
-        weights = [np.float64(w * s) for w, s in zip(settings.weight, scales, strict=True)]
+    weights = [blocks.work.type(w * s) for w, s in zip(settings.weight, scales, strict=True)]
     total = sum(settings.weight)
     divisor = 1.0 if abs(total) < 1e-8 else total
 

@@ -90,7 +90,7 @@ class Method:
     random: bool = False
 
 
-def _combined(coefficients: Sequence[Any], work: np.dtype) -> Compute:
+def _combined(coefficients: Sequence[Any] | np.ndarray, work: np.dtype) -> Compute:
     """Returns what sums the inputs with coefficients."""
     factors = [work.type(c) for c in coefficients]
 
@@ -103,7 +103,7 @@ def _combined(coefficients: Sequence[Any], work: np.dtype) -> Compute:
     return compute
 
 
-def _combined_deltas(coefficients: Sequence[Any], work: np.dtype) -> Compute:
+def _combined_deltas(coefficients: Sequence[Any] | np.ndarray, work: np.dtype) -> Compute:
     inner = _combined(coefficients, work)
 
     def compute(parts: Parts, low: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def _vectors(tensor: Tensor) -> Callable[[Parts], Parts]:
     return merge_deltas.deltas_of if tensor.based else lambda parts: parts
 
 
-def _of_vectors(tensor: Tensor, coefficients: Sequence[Any]) -> Compute:
+def _of_vectors(tensor: Tensor, coefficients: Sequence[Any] | np.ndarray) -> Compute:
     combine = _combined_deltas if tensor.based else _combined
     return combine(coefficients, tensor.blocks.work)
 
