@@ -42,16 +42,16 @@ def run(flags: SearchFlags) -> list[str]:
         "search": [flags.method, flags.seed, flags.delta, flags.params],
     }
     with _evaluator(list(models.values()), held_out, flags) as evaluate:
-        found = Trials(
+        tried = Trials(
             os.path.join(flags.out, "trials.jsonl"), facts, evaluate, budget=flags.budget
         )
         if flags.method == "random":
-            trials.random(found, len(models), seed=flags.seed)
+            trials.random(tried, len(models), seed=flags.seed)
         else:
-            trials.coordinate(found, len(models), delta=flags.delta)
-        best, without = trials.best_with_table(found, delta=flags.delta)
-    count = len(found.done)
-    return [*_written(flags, models, best, without), f"{count} trials, {found.new} of them new"]
+            trials.coordinate(tried, len(models), delta=flags.delta)
+        best, without = trials.best_with_table(tried, delta=flags.delta)
+    count = len(tried.done)
+    return [*_written(flags, models, best, without), f"{count} trials, {tried.new} of them new"]
 
 
 def _named(flag: str, entries: Sequence[str]) -> dict[str, str]:

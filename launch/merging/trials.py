@@ -15,7 +15,7 @@ import numpy as np
 from launch.merging.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
-_DIGITS = 6  # of normalised weights, by which trials are told apart
+_DIGITS = 6  # of normalised weights, by which trials are compared
 
 Weights = tuple[float, ...]
 # Weights -> mean loss and its standard error by domain.
@@ -46,7 +46,7 @@ def normalised(weights: Sequence[float]) -> Weights:
 
 
 class Trials:
-    """Evaluated weights, kept in a file.
+    """Evaluated weights, stored in a file.
 
     Args:
       path: JSON lines; the first is `facts`.
@@ -95,9 +95,9 @@ class Trials:
         if key not in self.done:
             if self.spent:
                 return None
-            found = self._evaluate(key)
-            losses = {name: loss for name, (loss, _) in found.items()}
-            errors = {name: error for name, (_, error) in found.items()}
+            results = self._evaluate(key)
+            losses = {name: loss for name, (loss, _) in results.items()}
+            errors = {name: error for name, (_, error) in results.items()}
             self.done[key] = Trial(key, losses, errors)
             self.new += 1
             self._append({"weights": key, "losses": losses, "errors": errors})

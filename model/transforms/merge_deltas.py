@@ -19,8 +19,12 @@ Compute = Callable[[Parts, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a method treats deltas: which values it drops ("largest" are kept, "middle", "random", "ranked" or none), and
-    whether it elects signs."""
+    """How a method treats deltas.
+
+    Attributes:
+      drops: which values are dropped: all but the "largest", all but the "middle", at "random", at random by "ranked" size, or none.
+      elects: whether values against the elected sign are dropped.
+    """
 
     drops: str | None = None
     elects: bool = False
@@ -101,7 +105,7 @@ def _elected(terms: Parts, settings: Settings) -> np.ndarray:
 
 
 def _masks(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | None]:
-    """Returns, for each delta, what returns which values of a grain are kept; None if all are."""
+    """Returns, for each delta, what returns which values of a grain stay; None if all are."""
     densities = settings.density
     if kind.drops in ("largest", "middle"):
         return _by_magnitude(blocks, kind, settings)
@@ -152,8 +156,8 @@ def _by_magnitude(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callab
 
 def _between(outer: Top | None, inner: Top | None) -> Callable:
     def mask(delta: np.ndarray, low: int) -> np.ndarray:
-        kept = np.ones(delta.shape, bool) if inner is None else inner.mask(delta, low)
-        return kept if outer is None else kept & ~outer.mask(delta, low)
+        mask_ = np.ones(delta.shape, bool) if inner is None else inner.mask(delta, low)
+        return mask_ if outer is None else mask_ & ~outer.mask(delta, low)
 
     return mask
 
@@ -191,7 +195,7 @@ def _ranked(key: str, density: float, epsilon: float, width: int) -> Callable:
 
 
 def _scales(blocks: Blocks, masks: Sequence[Callable | None], settings: Settings) -> list[float]:
-    """Returns the factors that give the kept values the L1 norms of the whole deltas."""
+    """Returns the factors that give the remaining values the L1 norms of the whole deltas."""
     if not settings.rescale or all(mask is None for mask in masks):
         return [1.0] * len(masks)
 
@@ -218,8 +222,8 @@ def sce(blocks: Blocks, select_topk: float) -> Compute:
     def selected(parts: Parts, low: int) -> Parts:
         deltas = deltas_of(parts)
         if mask is not None:
-            kept = mask(deltas, low)
-            deltas = [delta * kept for delta in deltas]
+            mask_ = mask(deltas, low)
+            deltas = [delta * mask_ for delta in deltas]
         return deltas
 
     squares = blocks.sum(
@@ -251,7 +255,7 @@ def sce(blocks: Blocks, select_topk: float) -> Compute:
 
 
 def _varying(blocks: Blocks, share: float) -> Callable[[Parts, int], np.ndarray] | None:
-    """Returns what returns which values of a grain are among the given share of those that vary most; None for all."""
+    """Returns what returns which values of a grain are among the share of those that vary most; None for all."""
     if share >= 1:
         return None
 
