@@ -182,14 +182,18 @@ def _ranked(key: str, density: float, epsilon: float, width: int) -> Callable:
     """
 
     def mask(delta: np.ndarray, low: int) -> np.ndarray:
-        rows = np.abs(delta).reshape(-1, width)
-        order = np.argsort(rows, axis=1, kind="stable")
-        share = np.empty(rows.shape)
+        rows = merge_blocks.bits_of(delta).reshape(-1, width)
+        # Bits of the size, then the index: sorted as numbers, so that equal sizes have one order.
+        sized = rows.astype(np.uint64) << np.uint64(32) | np.arange(width, dtype=np.uint64)
+        sized.sort(axis=1)
+        order = (sized & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        order += width * np.arange(len(rows))[:, None]
         steps = np.linspace(0, 1, width) if width > 1 else np.array([0.5])
-        np.put_along_axis(share, order, np.broadcast_to(steps, rows.shape), axis=1)
+        share = np.empty(delta.size)
+        share[order.reshape(-1)] = np.tile(steps, len(rows))
         limits = (density - epsilon + 2 * epsilon * share) * 2**32
         words = merge_blocks.random_words(key, low, low + delta.size)
-        return words < limits.reshape(-1)
+        return words < limits
 
     return mask
 
