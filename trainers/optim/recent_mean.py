@@ -4,7 +4,8 @@ It is the linear merge, with equal weights, of the parameters after the last `wi
 those of the last checkpoints. It does not change training. Bindings, after the run's files:
 
   from trainers import recipe
-  from trainers.optim import optimizers, recent_mean
+  from trainers.optim import optimizers
+  from trainers.optim import recent_mean
 
   OPTIMIZER = @recent_mean.recent_mean
   recent_mean.recent_mean.optimizer = @optimizers.adamw
