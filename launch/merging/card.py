@@ -13,7 +13,7 @@ NAME = "README.md"
 
 
 def record(merge: Merge, models: Mapping[str, Model], seed: int) -> dict[str, Any]:
-    """Returns what a result was made of: the configuration as it was read, the seed, and the models."""
+    """Returns the record of a result: the configuration as it was read, the seed, and the models."""
     return {
         "configuration": json.loads(json.dumps(merge.text, default=str)),
         "seed": seed,

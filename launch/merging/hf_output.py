@@ -84,7 +84,7 @@ def write(
 def _reads(
     x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary | None, workers: Workers
 ) -> list[Any]:
-    """Returns what reads each input, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
+    """Returns the functions that read the inputs, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
     reads = [models[path].read(name) for path, name in x.inputs]
     if vocabulary is None or not _is_table(x, models, vocabulary):
         return reads

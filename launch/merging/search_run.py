@@ -88,7 +88,7 @@ def _digest(path: str) -> str:
 
 @contextlib.contextmanager
 def _evaluator(paths: Sequence[str], held_out: Mapping[str, str], flags: SearchFlags) -> Any:
-    """Context manager: yields what returns losses of weights."""
+    """Context manager: yields the function that returns losses of weights."""
     every = [_params(path, flags.params) for path in paths]
     with load_run.config_of(paths[0]).load(
         paths[0], params=flags.params, encoder_decoders=True

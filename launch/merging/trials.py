@@ -1,4 +1,4 @@
-"""The search for weights of a linear merge: trials, their choice, and what each model contributes.
+"""The search for weights of a linear merge: trials, their choice, and the part of each model.
 
 A loss is of one domain, such as a language; lower is better. Trials are in a file, so that a search that was stopped repeats none.
 """
@@ -50,7 +50,7 @@ class Trials:
 
     Args:
       path: JSON lines; the first is `facts`.
-      facts: what the losses depend on, such as the models and texts.
+      facts: the causes of the losses, such as the models and texts.
       evaluate: returns losses of new weights.
       budget: largest number of trials, those in the file included.
 
@@ -156,7 +156,7 @@ def choose(trials: Sequence[Trial], *, delta: float | None) -> Trial:
 def best_with_table(
     trials: Trials, *, delta: float | None
 ) -> tuple[Trial, list[tuple[int, Trial]]]:
-    """Returns the chosen trial and those of all models but one, which can be chosen too."""
+    """Returns the chosen trial and the trials without one of its models, which can be chosen too."""
     while True:
         best = choose(list(trials.done.values()), delta=delta)
         without = list(without_each(trials, best))
@@ -178,7 +178,7 @@ def without_each(trials: Trials, best: Trial) -> Iterator[tuple[int, Trial]]:
 
 
 def table(names: Sequence[str], best: Trial, without: Sequence[tuple[int, Trial]]) -> list[str]:
-    """Returns lines of losses by domain, and of what leaving out each model gains: a positive number is a collision."""
+    """Returns lines of losses by domain, and of the gain of leaving out each model: a positive number is a collision."""
     from model.transforms.base import aligned
 
     domains = list(best.losses)

@@ -1,4 +1,4 @@
-"""Merges of models tensor by tensor: how one tensor is merged of those of several models.
+"""Merges of models tensor by tensor: how a tensor of several models becomes one.
 
 Arithmetic is in float32, or in float64 for tensors of float64; results are rounded at the end. A tensor is read in blocks
 (model/transforms/merge_blocks.py), and no result depends on their size.

@@ -1,6 +1,6 @@
 """Passes over one tensor of several models, in blocks whose size does not change any result.
 
-A tensor is read as its flattened values. A block is what a thread reads at a time, and consists of grains: a fixed number
+A tensor is read as its flattened values. A thread reads a block at a time. It consists of grains: a fixed number
 of values, or of whole rows for methods that work on rows. All arithmetic is per grain, and sums over grains are added in
 their order, so results do not depend on the size of a block or on the number of threads.
 """
@@ -36,7 +36,7 @@ class Blocks:
       work: float32 or float64; grains have this dtype.
       cast: dtype that inputs are rounded to first; None for none.
       block: number of values that a thread reads at a time; at least a grain is read.
-      row: number of values that are never split, such as those of a row; 1 for none.
+      row: number of values that are never split, such as a row; 1 for none.
       pool: runs blocks in threads; None for this thread.
       threads: number of threads of the pool.
     """

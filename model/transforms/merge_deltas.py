@@ -37,7 +37,7 @@ class Settings:
     Attributes:
       weight, density, gamma, epsilon: of each delta.
       normalize: divide by the sum of weights, of those with the elected sign if signs are elected.
-      rescale: multiply what is left of a delta, so that its L1 norm is that of the whole delta.
+      rescale: multiply the rest of a delta, so that it has the L1 norm of the whole delta.
       scale: multiplies the sum.
       keys: of each delta, for random numbers.
       where: the tensor, for messages.
@@ -60,7 +60,7 @@ def deltas_of(parts: Parts) -> Parts:
 
 
 def task_vectors(blocks: Blocks, kind: Kind, settings: Settings) -> Compute:
-    """Returns what merges a grain, after the passes that the method needs."""
+    """Returns the function that merges a grain, after the passes that the method needs."""
     masks = _masks(blocks, kind, settings)
     scales = _scales(blocks, masks, settings)
     weights = [blocks.work.type(w * s) for w, s in zip(settings.weight, scales, strict=True)]
@@ -105,7 +105,7 @@ def _elected(terms: Parts, settings: Settings) -> np.ndarray:
 
 
 def _masks(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | None]:
-    """Returns, for each delta, what returns which values of a grain stay; None if all are."""
+    """Returns, for each delta, the function that returns which values of a grain stay; None if all do."""
     densities = settings.density
     if kind.drops in ("largest", "middle"):
         return _by_magnitude(blocks, kind, settings)
@@ -219,7 +219,7 @@ def _scales(blocks: Blocks, masks: Sequence[Callable | None], settings: Settings
 
 
 def sce(blocks: Blocks, select_topk: float) -> Compute:
-    """Returns what merges a grain by SCE: keep the values that vary most among models, weigh each model by the mean
+    """Returns the function that merges a grain by SCE: keep the values that vary most among models, weigh each model by the mean
     square of its delta, and drop values against the elected sign."""
     mask = _varying(blocks, select_topk)
 
@@ -259,7 +259,7 @@ def sce(blocks: Blocks, select_topk: float) -> Compute:
 
 
 def _varying(blocks: Blocks, share: float) -> Callable[[Parts, int], np.ndarray] | None:
-    """Returns what returns which values of a grain are among the share of those that vary most; None for all."""
+    """Returns the function that returns which values of a grain are in the share that varies most; None for all."""
     if share >= 1:
         return None
 

@@ -1,7 +1,7 @@
 """The mean of a run's last few states, evaluated and released in place of the newest parameters.
 
 It is the linear merge, with equal weights, of the parameters after the last `window` multiples of `every` updates, such as
-those of the last checkpoints. It does not change training. Bindings, after the run's files:
+the last checkpoints. It does not change training. Bindings, after the run's files:
 
   from trainers import recipe
   from trainers.optim import optimizers
