@@ -24,7 +24,7 @@ def record(merge: Merge, models: Mapping[str, Model], seed: int) -> dict[str, An
 def made_of(merge: Merge, models: Mapping[str, Model]) -> list[str]:
     """Returns the names of the models, with the steps of runs, as model cards show parents."""
     names = []
-    for path in merge.models():
+    for path in merge.merged_models():
         model = models[path]
         name = os.path.basename(os.path.abspath(os.fspath(model.folder)))
         step = f", step {model.source.step.name}" if isinstance(model, NativeModel) else ""
