@@ -34,14 +34,14 @@ class RecentMean(NamedTuple):
 
     Attributes:
       inner: the optimiser's own state.
-      count: number of updates.
+      step: number of updates.
       started: whether there is a state.
       states: the parameters at the last multiples of `every`; the slot of the oldest is used next.
       mean: their mean; of no meaning before the first.
     """
 
     inner: Any
-    count: jax.Array
+    step: jax.Array
     started: jax.Array
     states: tuple[Any, ...]
     mean: Any
@@ -69,17 +69,17 @@ def recent_mean(
 
     def init(params: Any) -> RecentMean:
         copies = [jax.tree.map(jnp.array, params) for _ in range(window + 1)]
-        count, started = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
-        return RecentMean(inner.init(params), count, started, tuple(copies[1:]), copies[0])
+        step, started = jnp.zeros([], jnp.int32), jnp.zeros([], bool)
+        return RecentMean(inner.init(params), step, started, tuple(copies[1:]), copies[0])
 
     def update(updates: Any, state: RecentMean, params: Any = None) -> tuple[Any, RecentMean]:
         updates, inner_state = inner.update(updates, state.inner, params)
-        count = optax.safe_increment(state.count)
+        step = optax.safe_increment(state.step)
         newest = optax.apply_updates(params, updates)
 
         def added(_: None) -> tuple[tuple[Any, ...], Any]:
-            slot = (count // every - 1) % window
-            number = jnp.minimum(count // every, window)
+            slot = (step // every - 1) % window
+            number = jnp.minimum(step // every, window)
             states = tuple(
                 jax.tree.map(lambda new, old, i=i: jnp.where(slot == i, new, old), newest, old)
                 for i, old in enumerate(state.states)
@@ -87,9 +87,9 @@ def recent_mean(
             return states, _mean(newest, states, number)
 
         states, mean = jax.lax.cond(
-            count % every == 0, added, lambda _: (state.states, state.mean), None
+            step % every == 0, added, lambda _: (state.states, state.mean), None
         )
-        return updates, RecentMean(inner_state, count, count >= every, states, mean)
+        return updates, RecentMean(inner_state, step, step >= every, states, mean)
 
     return optax.GradientTransformation(init, update)
 
