@@ -13,7 +13,7 @@ NAME = "README.md"
 
 
 def record(merge: Merge, models: Mapping[str, Model], seed: int) -> dict[str, Any]:
-    """Returns what a result was made of: the configuration as it was read, the seed, and the models."""
+    """Returns the record of a result: the configuration as it was read, the seed, and the models."""
     return {
         "configuration": json.loads(json.dumps(merge.text, default=str)),
         "seed": seed,
@@ -24,7 +24,7 @@ def record(merge: Merge, models: Mapping[str, Model], seed: int) -> dict[str, An
 def made_of(merge: Merge, models: Mapping[str, Model]) -> list[str]:
     """Returns the names of the models, with the steps of runs, as model cards show parents."""
     names = []
-    for path in merge.models():
+    for path in merge.merged_models():
         model = models[path]
         name = os.path.basename(os.path.abspath(os.fspath(model.folder)))
         step = f", step {model.source.step.name}" if isinstance(model, NativeModel) else ""

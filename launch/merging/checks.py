@@ -13,7 +13,7 @@ from launch.merging import places
 from launch.merging.models import HfModel, Model, NativeModel
 from launch.merging.settings import Merge, MergeError
 
-# Fields of config.json that do not change what is computed of the weights.
+# Fields of config.json that do not change the function that is computed.
 _SILENT = {
     *("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "unk_token_id"),
@@ -120,7 +120,7 @@ def _some_values(model: Model, name: str | None) -> np.ndarray | None:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a config.json that decide what is computed, the rotary embedding's in one spelling."""
+    """Returns the fields of a config.json that decide the computed function, the rotary embedding's in one spelling."""
     result = {key: value for key, value in config.items() if key not in _SILENT}
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):

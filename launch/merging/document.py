@@ -284,13 +284,13 @@ class Document:
         inner = self.mapping(f"{key}.source", source, ("kind", "model", "token", "token_id"))
         if inner.get("kind") == "zero":
             return TokenSource(zero=True, force=force)
-        given = [inner[x] for x in ("token", "token_id") if inner.get(x) is not None]
-        if inner.get("kind") != "model_token" or len(given) != 1:
+        tokens = [inner[x] for x in ("token", "token_id") if inner.get(x) is not None]
+        if inner.get("kind") != "model_token" or len(tokens) != 1:
             raise self.error(
                 f"{key}.source",
                 "must be a model, {kind: zero}, or {kind: model_token, model, token or token_id}.",
             )
         model = self.model(f"{key}.source.model", inner.get("model"))
-        if model is None or not isinstance(given[0], str | int) or isinstance(given[0], bool):
+        if model is None or not isinstance(tokens[0], str | int) or isinstance(tokens[0], bool):
             raise self.error(f"{key}.source", "needs a model, and the text or the id of a token.")
-        return TokenSource(model=model, token=given[0], force=force)
+        return TokenSource(model=model, token=tokens[0], force=force)

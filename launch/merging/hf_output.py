@@ -84,7 +84,7 @@ def write(
 def _reads(
     x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary | None, workers: Workers
 ) -> list[Any]:
-    """Returns what reads each input, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
+    """Returns the functions that read the inputs, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
     reads = [models[path].read(name) for path, name in x.inputs]
     if vocabulary is None or not _is_table(x, models, vocabulary):
         return reads
@@ -234,17 +234,17 @@ def _write_rest(
 def _set_template(folder: pathlib.Path, merge: Merge, models: Mapping[str, Model]) -> None:
     chosen = str(merge.chat_template)
     if chosen == "auto":
-        found: dict[str, tuple[int, Any]] = {}
+        counts: dict[str, tuple[int, Any]] = {}
         for path in merge.models():
             template = _template_of(models[path].folder)
             if template is not None:
-                count, _ = found.get(template, (0, None))
-                found[template] = (count + 1, path)
-        if not found:
+                count, _ = counts.get(template, (0, None))
+                counts[template] = (count + 1, path)
+        if not counts:
             raise MergeError(
                 f"{merge.file}: chat_template: auto, but no model has a chat template."
             )
-        text = max(found, key=lambda x: found[x][0])
+        text = max(counts, key=lambda x: counts[x][0])
     elif "{" in chosen:
         text = chosen
     else:

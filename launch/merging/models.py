@@ -91,7 +91,7 @@ class HfModel:
         return read
 
     def fingerprint(self) -> list[Any]:
-        """Returns what changes if the weights' files are replaced."""
+        """Returns facts that change if the weights' files are replaced."""
         files = sorted({info.file for info in self._reader.tensors.values()})
         stats = [(file, file.stat()) for file in files]
         return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]

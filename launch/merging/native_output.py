@@ -1,5 +1,6 @@
 """Writes a merge of runs as a run directory, which every command reads."""
 
+import json
 import math
 import os
 import pathlib
@@ -65,17 +66,17 @@ def write(
                     "one architecture."
                 )
             checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
-            meta = _meta(merge, models, donor, seed, changed=bool(lines))
+            record = card.record(merge, models, seed)
+            pathlib.Path(folder, card.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            meta = _meta(record, donor, changed=bool(lines))
             stream_checkpoint.save(checkpoints, arrays, meta=meta)
 
 
-def _meta(
-    merge: Merge, models: Mapping[str, Model], donor: NativeModel, seed: int, *, changed: bool
-) -> dict[str, Any]:
+def _meta(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
     # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
     hf = {"hf": donor.source.meta["hf"]} if "hf" in donor.source.meta and not changed else {}
-    record = card.record(merge, models, seed)
-    return {**donor.source.text_meta(), **hf, "made_of": record.pop("made_of"), "merged": record}
+    facts = {key: value for key, value in record.items() if key != "made_of"}
+    return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
 
 
 def _config_lines(

@@ -9,7 +9,7 @@ from model.transforms.merge_methods import METHODS
 
 
 def problem_of(job: Job) -> str | None:
-    """Returns what is wrong with a job's parameters, such as weights that cancel out; None if nothing is."""
+    """Returns the problem of a job's parameters, such as weights that cancel out; None if there is none."""
     values = job.values
     weights = values.get("weight")
     divides = values.get("normalize_weights") or (job.method == "linear" and values["normalize"])

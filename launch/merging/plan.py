@@ -337,7 +337,7 @@ class Planner:
                     return result
             if default is ...:
                 raise self._error(
-                    f"{parameter} is missing{where} for {name}: add `parameters: {{{parameter}: ...}}`, with a value for every tensor."
+                    f"{parameter}{where} is missing for {name}: add `parameters: {{{parameter}: ...}}`, with a value for every tensor."
                 )
             return default
 

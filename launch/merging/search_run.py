@@ -42,17 +42,16 @@ def run(flags: SearchFlags) -> list[str]:
         "search": [flags.method, flags.seed, flags.delta, flags.params],
     }
     with _evaluator(list(models.values()), held_out, flags) as evaluate:
-        found = Trials(
+        tried = Trials(
             os.path.join(flags.out, "trials.jsonl"), facts, evaluate, budget=flags.budget
         )
         if flags.method == "random":
-            trials.random(found, len(models), seed=flags.seed)
+            trials.random(tried, len(models), seed=flags.seed)
         else:
-            trials.coordinate(found, len(models), delta=flags.delta)
-        best = trials.choose(list(found.done.values()), delta=flags.delta)
-        count = len(found.done)
-        without = list(trials.without_each(found, best))
-    return [*_written(flags, models, best, without), f"{count} trials, {found.new} of them new"]
+            trials.coordinate(tried, len(models), delta=flags.delta)
+        best, without = trials.best_with_table(tried, delta=flags.delta)
+    count = len(tried.done)
+    return [*_written(flags, models, best, without), f"{count} trials, {tried.new} of them new"]
 
 
 def _named(flag: str, entries: Sequence[str]) -> dict[str, str]:
@@ -89,7 +88,7 @@ def _digest(path: str) -> str:
 
 @contextlib.contextmanager
 def _evaluator(paths: Sequence[str], held_out: Mapping[str, str], flags: SearchFlags) -> Any:
-    """Context manager: yields what returns losses of weights."""
+    """Context manager: yields the function that returns losses of weights."""
     every = [_params(path, flags.params) for path in paths]
     with load_run.config_of(paths[0]).load(
         paths[0], params=flags.params, encoder_decoders=True

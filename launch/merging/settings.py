@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from model.transforms.merge_methods import METHODS
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -119,6 +121,15 @@ class Merge:
 
     def models(self) -> list[str]:
         """Returns the paths of all models, the base first."""
-        named = [source.model for part in self.slices() for source in part.sources]
-        bases = [base for base in (self.base, *(x.base for x in self.slices())) if base]
-        return list(dict.fromkeys([*bases, *named]))
+        return list(dict.fromkeys([*self._bases(), *self._sources()]))
+
+    def merged_models(self) -> list[str]:
+        """Returns the paths of the models that are merged; a base that only gives config.json and tokenizer is none."""
+        bases = [] if METHODS[self.method].base == "config" else self._bases()
+        return list(dict.fromkeys([*bases, *self._sources()]))
+
+    def _sources(self) -> list[str]:
+        return [source.model for part in self.slices() for source in part.sources]
+
+    def _bases(self) -> list[str]:
+        return [base for base in (self.base, *(x.base for x in self.slices())) if base]

@@ -202,7 +202,7 @@ def rows_of(vocabulary: Vocabulary, paths: Sequence[str], path: str) -> Rows:
 
 
 def reader(rows: Rows, reads: Sequence[Read], width: int, dtype: np.dtype) -> Read:
-    """Returns what reads a model's table by the output's rows.
+    """Returns the function that reads a model's table by the output's rows.
 
     Args:
       rows: of the model.

@@ -1,4 +1,4 @@
-"""The search for weights of a linear merge: trials, their choice, and what each model contributes.
+"""The search for weights of a linear merge: trials, their choice, and the part of each model.
 
 A loss is of one domain, such as a language; lower is better. Trials are in a file, so that a search that was stopped repeats none.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from launch.merging.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
-_DIGITS = 6  # of normalised weights, by which trials are told apart
+_DIGITS = 6  # of normalised weights, by which trials are compared
 
 Weights = tuple[float, ...]
 # Weights -> mean loss and its standard error by domain.
@@ -46,11 +46,11 @@ def normalised(weights: Sequence[float]) -> Weights:
 
 
 class Trials:
-    """Evaluated weights, kept in a file.
+    """Evaluated weights, stored in a file.
 
     Args:
       path: JSON lines; the first is `facts`.
-      facts: what the losses depend on, such as the models and texts.
+      facts: the causes of the losses, such as the models and texts.
       evaluate: returns losses of new weights.
       budget: largest number of trials, those in the file included.
 
@@ -95,9 +95,9 @@ class Trials:
         if key not in self.done:
             if self.spent:
                 return None
-            found = self._evaluate(key)
-            losses = {name: loss for name, (loss, _) in found.items()}
-            errors = {name: error for name, (_, error) in found.items()}
+            results = self._evaluate(key)
+            losses = {name: loss for name, (loss, _) in results.items()}
+            errors = {name: error for name, (_, error) in results.items()}
             self.done[key] = Trial(key, losses, errors)
             self.new += 1
             self._append({"weights": key, "losses": losses, "errors": errors})
@@ -153,6 +153,17 @@ def choose(trials: Sequence[Trial], *, delta: float | None) -> Trial:
     return min((x for x in trials if x.worst <= safest.worst + delta), key=lambda trial: trial.mean)
 
 
+def best_with_table(
+    trials: Trials, *, delta: float | None
+) -> tuple[Trial, list[tuple[int, Trial]]]:
+    """Returns the chosen trial and the trials without one of its models, which can be chosen too."""
+    while True:
+        best = choose(list(trials.done.values()), delta=delta)
+        without = list(without_each(trials, best))
+        if choose(list(trials.done.values()), delta=delta) is best:
+            return best, without
+
+
 def without_each(trials: Trials, best: Trial) -> Iterator[tuple[int, Trial]]:
     """Yields the trials of all models but one, beyond the budget; a model of weight 0 changes nothing."""
     trials.budget += len(best.weights)
@@ -167,7 +178,7 @@ def without_each(trials: Trials, best: Trial) -> Iterator[tuple[int, Trial]]:
 
 
 def table(names: Sequence[str], best: Trial, without: Sequence[tuple[int, Trial]]) -> list[str]:
-    """Returns lines of losses by domain, and of what leaving out each model gains: a positive number is a collision."""
+    """Returns lines of losses by domain, and of the gain of leaving out each model: a positive number is a collision."""
     from model.transforms.base import aligned
 
     domains = list(best.losses)

@@ -1,4 +1,4 @@
-"""Merges of models tensor by tensor: how one tensor is merged of those of several models.
+"""Merges of models tensor by tensor: how a tensor of several models becomes one.
 
 Arithmetic is in float32, or in float64 for tensors of float64; results are rounded at the end. A tensor is read in blocks
 (model/transforms/merge_blocks.py), and no result depends on their size.
@@ -72,8 +72,14 @@ class Job:
         tensor = Tensor(
             blocks=blocks, based=self.based, values=self.values, keys=keys, name=self.name
         )
-        if blocks.size:
-            yield from blocks.map(method.compute(tensor), results)
+        if not blocks.size:
+            return
+        for low, values in blocks.map(method.compute(tensor), results):
+            if values.dtype == np.float16 and not np.isfinite(values).all():
+                raise TransformError(
+                    f"{self.name} has values that are not finite in float16: use bfloat16 or float32."
+                )
+            yield low, values
 
 
 def merged(job: Job, arrays: Sequence[np.ndarray], **settings: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Passes over one tensor of several models, in blocks whose size does not change any result.
 
-A tensor is read as its flattened values. A block is what a thread reads at a time, and consists of grains: a fixed number
+A tensor is read as its flattened values. A thread reads a block at a time. It consists of grains: a fixed number
 of values, or of whole rows for methods that work on rows. All arithmetic is per grain, and sums over grains are added in
 their order, so results do not depend on the size of a block or on the number of threads.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 GRAIN = 1 << 16  # values
 _SAMPLE = 1 << 9  # values of a grain that are sampled to guess a threshold
-_MOST_HELD = 1 << 22  # values between two guesses that are kept in memory
+_MOST_HELD = 1 << 22  # values between two guesses that stay in memory
 _TOP_BITS = np.uint32(0x7FFFFFFF)  # of a float32 without its sign
 _WORDS_PER_COUNT = 8  # 32-bit words that Philox makes of one counter
 
@@ -36,7 +36,7 @@ class Blocks:
       work: float32 or float64; grains have this dtype.
       cast: dtype that inputs are rounded to first; None for none.
       block: number of values that a thread reads at a time; at least a grain is read.
-      row: number of values that are never split, such as those of a row; 1 for none.
+      row: number of values that are never split, such as a row; 1 for none.
       pool: runs blocks in threads; None for this thread.
       threads: number of threads of the pool.
     """
@@ -132,12 +132,12 @@ class Blocks:
 
     def sample(self, scores: Callable[[Parts], Parts]) -> list[np.ndarray]:
         """Returns some of the values of each score, as bits in ascending order."""
-        found: list[list[np.ndarray]] = []
+        samples: list[list[np.ndarray]] = []
         for low in range(0, self.size, self.grain):
             high = min(low + min(_SAMPLE, self.grain), self.size)
             parts = [self._cast_part(read(low, high)) for read in self._reads]
-            found.append([bits_of(x) for x in scores(parts)])
-        return [np.sort(np.concatenate(column)) for column in zip(*found, strict=True)]
+            samples.append([bits_of(x) for x in scores(parts)])
+        return [np.sort(np.concatenate(column)) for column in zip(*samples, strict=True)]
 
 
 def products(vectors: Parts) -> np.ndarray:
@@ -238,7 +238,7 @@ def _with_ties(
         def count(parts: Parts, _: int) -> list[int]:
             bits = [bits_of(x) for x in scores(parts)]
             return [
-                int(np.count_nonzero(bits[wanted[i][0]] == np.uint32(searches[i].value)))
+                int(np.count_nonzero(bits[wanted[i][0]] == np.uint32(searches[i].value or 0)))
                 for i in some
             ]
 
@@ -277,7 +277,7 @@ class _Search:
 
     def begin(self) -> None:
         self._above = self._within = 0
-        self._kept: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
         self._size, self._stride = 0, 1
 
     def measure(self, bits: np.ndarray) -> tuple[int, int, np.ndarray]:
@@ -291,14 +291,14 @@ class _Search:
     def add(self, above: int, within: int, values: np.ndarray) -> None:
         self._above += above
         self._within += within
-        self._kept.append(values)
+        self._values.append(values)
         self._size += values.size
         while (
             self._size > _MOST_HELD
         ):  # too many to sort: from here on they only guess narrower bounds
             self._stride *= 2
-            self._kept = [np.concatenate(self._kept)[::2].copy()]
-            self._size = self._kept[0].size
+            self._values = [np.concatenate(self._values)[::2].copy()]
+            self._size = self._values[0].size
 
     def narrow(self) -> None:
         """Finds the value, or narrows the bounds."""
@@ -312,7 +312,7 @@ class _Search:
         elif self._low == self._high:
             self.value, self.held, self.equal = self._low, rank, self._within
         else:
-            values = np.concatenate(self._kept)
+            values = np.concatenate(self._values)
             if self._stride == 1:
                 place = values.size - rank
                 values.partition(place)
@@ -326,7 +326,7 @@ class _Search:
                 self._guess(np.sort(values), rank / self._within)
                 if (self._low, self._high) == before:  # halve, so that the search always ends
                     self._low = (before[0] + before[1] + 1) // 2
-        self._kept = []
+        self._values = []
 
 
 def random_words(key: str, low: int, high: int) -> np.ndarray:

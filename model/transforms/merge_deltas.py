@@ -19,8 +19,12 @@ Compute = Callable[[Parts, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a method treats deltas: which values it drops ("largest" are kept, "middle", "random", "ranked" or none), and
-    whether it elects signs."""
+    """How a method treats deltas.
+
+    Attributes:
+      drops: which values are dropped: all but the "largest", all but the "middle", at "random", at random by "ranked" size, or none.
+      elects: whether values against the elected sign are dropped.
+    """
 
     drops: str | None = None
     elects: bool = False
@@ -33,7 +37,7 @@ class Settings:
     Attributes:
       weight, density, gamma, epsilon: of each delta.
       normalize: divide by the sum of weights, of those with the elected sign if signs are elected.
-      rescale: multiply what is left of a delta, so that its L1 norm is that of the whole delta.
+      rescale: multiply the rest of a delta, so that it has the L1 norm of the whole delta.
       scale: multiplies the sum.
       keys: of each delta, for random numbers.
       where: the tensor, for messages.
@@ -56,12 +60,10 @@ def deltas_of(parts: Parts) -> Parts:
 
 
 def task_vectors(blocks: Blocks, kind: Kind, settings: Settings) -> Compute:
-    """Returns what merges a grain, after the passes that the method needs."""
+    """Returns the function that merges a grain, after the passes that the method needs."""
     masks = _masks(blocks, kind, settings)
     scales = _scales(blocks, masks, settings)
-    weights = [np.float32(w * s) for w, s in zip(settings.weight, scales, strict=True)]
-    if blocks.work == np.float64:
-        weights = [np.float64(w * s) for w, s in zip(settings.weight, scales, strict=True)]
+    weights = [blocks.work.type(w * s) for w, s in zip(settings.weight, scales, strict=True)]
     total = sum(settings.weight)
     divisor = 1.0 if abs(total) < 1e-8 else total
 
@@ -103,7 +105,7 @@ def _elected(terms: Parts, settings: Settings) -> np.ndarray:
 
 
 def _masks(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | None]:
-    """Returns, for each delta, what returns which values of a grain are kept; None if all are."""
+    """Returns, for each delta, the function that returns which values of a grain stay; None if all do."""
     densities = settings.density
     if kind.drops in ("largest", "middle"):
         return _by_magnitude(blocks, kind, settings)
@@ -154,8 +156,8 @@ def _by_magnitude(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callab
 
 def _between(outer: Top | None, inner: Top | None) -> Callable:
     def mask(delta: np.ndarray, low: int) -> np.ndarray:
-        kept = np.ones(delta.shape, bool) if inner is None else inner.mask(delta, low)
-        return kept if outer is None else kept & ~outer.mask(delta, low)
+        mask_ = np.ones(delta.shape, bool) if inner is None else inner.mask(delta, low)
+        return mask_ if outer is None else mask_ & ~outer.mask(delta, low)
 
     return mask
 
@@ -180,20 +182,24 @@ def _ranked(key: str, density: float, epsilon: float, width: int) -> Callable:
     """
 
     def mask(delta: np.ndarray, low: int) -> np.ndarray:
-        rows = np.abs(delta).reshape(-1, width)
-        order = np.argsort(rows, axis=1, kind="stable")
-        share = np.empty(rows.shape)
+        rows = merge_blocks.bits_of(delta).reshape(-1, width)
+        # Bits of the size, then the index: sorted as numbers, so that equal sizes have one order.
+        sized = rows.astype(np.uint64) << np.uint64(32) | np.arange(width, dtype=np.uint64)
+        sized.sort(axis=1)
+        order = (sized & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        order += width * np.arange(len(rows))[:, None]
         steps = np.linspace(0, 1, width) if width > 1 else np.array([0.5])
-        np.put_along_axis(share, order, np.broadcast_to(steps, rows.shape), axis=1)
+        share = np.empty(delta.size)
+        share[order.reshape(-1)] = np.tile(steps, len(rows))
         limits = (density - epsilon + 2 * epsilon * share) * 2**32
         words = merge_blocks.random_words(key, low, low + delta.size)
-        return words < limits.reshape(-1)
+        return words < limits
 
     return mask
 
 
 def _scales(blocks: Blocks, masks: Sequence[Callable | None], settings: Settings) -> list[float]:
-    """Returns the factors that give the kept values the L1 norms of the whole deltas."""
+    """Returns the factors that give the remaining values the L1 norms of the whole deltas."""
     if not settings.rescale or all(mask is None for mask in masks):
         return [1.0] * len(masks)
 
@@ -213,15 +219,15 @@ def _scales(blocks: Blocks, masks: Sequence[Callable | None], settings: Settings
 
 
 def sce(blocks: Blocks, select_topk: float) -> Compute:
-    """Returns what merges a grain by SCE: keep the values that vary most among models, weigh each model by the mean
+    """Returns the function that merges a grain by SCE: keep the values that vary most among models, weigh each model by the mean
     square of its delta, and drop values against the elected sign."""
     mask = _varying(blocks, select_topk)
 
     def selected(parts: Parts, low: int) -> Parts:
         deltas = deltas_of(parts)
         if mask is not None:
-            kept = mask(deltas, low)
-            deltas = [delta * kept for delta in deltas]
+            mask_ = mask(deltas, low)
+            deltas = [delta * mask_ for delta in deltas]
         return deltas
 
     squares = blocks.sum(
@@ -253,7 +259,7 @@ def sce(blocks: Blocks, select_topk: float) -> Compute:
 
 
 def _varying(blocks: Blocks, share: float) -> Callable[[Parts, int], np.ndarray] | None:
-    """Returns what returns which values of a grain are among the given share of those that vary most; None for all."""
+    """Returns the function that returns which values of a grain are in the share that varies most; None for all."""
     if share >= 1:
         return None
 

@@ -1,4 +1,4 @@
-"""The methods of merging models: their parameters, and what each computes for one tensor."""
+"""The methods of merging models: their parameters, and their computation for one tensor."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ class Parameter:
     high: float | None = None
 
     def check(self, value: Any) -> str | None:
-        """Returns what a value must be, or None if it is right."""
+        """Returns the condition that a value breaks, such as 'a number'; None if it is right."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if self.kind is bool:
             return None if isinstance(value, bool) else "true or false"
@@ -72,7 +72,7 @@ class Method:
     """A way to merge models.
 
     Attributes:
-      compute: returns what merges a grain, after the passes that the method needs.
+      compute: returns the function that merges a grain, after the passes that the method needs.
       parameters: by name.
       base: whether one model is the base: "needed" or "possible"; "config" if base_model only gives config and tokenizer,
         and is merged if it is among the models.
@@ -90,8 +90,8 @@ class Method:
     random: bool = False
 
 
-def _combined(coefficients: Sequence[Any], work: np.dtype) -> Compute:
-    """Returns what sums the inputs with coefficients."""
+def _combined(coefficients: Sequence[Any] | np.ndarray, work: np.dtype) -> Compute:
+    """Returns the function that sums the inputs with coefficients."""
     factors = [work.type(c) for c in coefficients]
 
     def compute(parts: Parts, low: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def _combined(coefficients: Sequence[Any], work: np.dtype) -> Compute:
     return compute
 
 
-def _combined_deltas(coefficients: Sequence[Any], work: np.dtype) -> Compute:
+def _combined_deltas(coefficients: Sequence[Any] | np.ndarray, work: np.dtype) -> Compute:
     inner = _combined(coefficients, work)
 
     def compute(parts: Parts, low: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def _vectors(tensor: Tensor) -> Callable[[Parts], Parts]:
     return merge_deltas.deltas_of if tensor.based else lambda parts: parts
 
 
-def _of_vectors(tensor: Tensor, coefficients: Sequence[Any]) -> Compute:
+def _of_vectors(tensor: Tensor, coefficients: Sequence[Any] | np.ndarray) -> Compute:
     combine = _combined_deltas if tensor.based else _combined
     return combine(coefficients, tensor.blocks.work)
 
@@ -175,7 +175,7 @@ def _nuslerp(tensor: Tensor) -> Compute:
 
 
 def _by_group(tensor: Tensor, coefficients: Callable[[Parts], np.ndarray], width: int) -> Compute:
-    """Returns what sums rows of `width` values with coefficients of the rows or of the columns."""
+    """Returns the function that sums rows of `width` values with coefficients of the rows or of the columns."""
     vectors = _vectors(tensor)
 
     def compute(parts: Parts, low: int) -> np.ndarray:

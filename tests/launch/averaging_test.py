@@ -80,3 +80,21 @@ def test_the_average_is_saved_evaluated_and_exported(run, tmp_path, command, cap
     for name, leaf in exported.items():
         np.testing.assert_array_equal(leaf, x[name])
     assert "auto" in load_run.PARAMS
+
+
+def test_the_bindings_that_recent_mean_shows_make_a_recipe(tmp_path):
+    from launch.config import gin_config
+    from trainers.optim import recent_mean
+
+    lines = [line[2:] for line in recent_mean.__doc__.splitlines() if line.startswith("  ")]
+    text = "\n".join(["from __gin__ import dynamic_registration", *lines, ""])
+    (tmp_path / "mean.gin").write_text(text)
+    names = ("models/tiny", "data/bytes", "runs/pretrain")
+    config = gin_config.load(
+        [*(f"t5x_configs/{name}.gin" for name in names), str(tmp_path / "mean.gin")],
+        ["MODEL_DIR='x'", "MIXTURE_OR_TASK_NAME='english'", "TRAIN_STEPS=1", "BATCH_SIZE=8"],
+        entry="launch.train:train",
+    )
+    recipe = config.arguments()["recipe"]
+    state = recipe.program(devices=jax.devices()[:1]).abstract_state.opt_state
+    assert isinstance(state, recent_mean.RecentMean) and recipe.averaged is not None

@@ -19,7 +19,7 @@ import pytest
 
 from launch import convert
 from launch.config import gin_config, gin_writer
-from launch.weights import export_weights, import_weights
+from launch.weights import export_weights, import_weights, target_folder
 from model.attention import Attention
 from model.config import TransformerConfig
 from model.embed import Positions
@@ -242,8 +242,8 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_counts(llama, tmp_path)
 
 def test_two_conversions_to_one_target(llama, tmp_path):
     with (
-        import_weights.new_directory(str(tmp_path / "run")),
-        pytest.raises(import_weights.ConvertError, match="Another process"),
+        target_folder.new_directory(str(tmp_path / "run")),
+        pytest.raises(target_folder.ConvertError, match="Another process"),
     ):
         import_weights.import_hf(llama[0], str(tmp_path / "run"))
 

@@ -17,7 +17,7 @@ from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.restore import restore_or_initialise
 from trainers.checkpoints.restore_params import restore_params
 from trainers.evaluate import Evaluation
-from trainers.optim import optimizers, schedules
+from trainers.optim import optimizers, recent_mean, schedules
 from trainers.recipe import Recipe
 from trainers.trainable import path_name
 
@@ -89,6 +89,22 @@ def test_what_is_released_is_the_mean_of_the_iterates_and_training_is_unchanged(
     assert_close(last.released_params, closed)
     assert distance(last.released_params, last.params) > 1e-4
     jax.tree.map(np.testing.assert_array_equal, states[0].ema_params, states[0].params)
+
+
+def test_the_mean_of_the_last_states_is_released():
+    optimizer = functools.partial(
+        recent_mean.recent_mean, optimizer=optimizers.adamw, every=1, window=2
+    )
+    recipe = make_recipe(optimizer=optimizer, averaged=recent_mean.mean_of)
+    program = recipe.program(devices=jax.devices()[:4])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state, step, params = program.init(), program.steps(1).train, []
+        for i in range(STEPS):
+            state, _ = step(state, make_batch(recipe, program.batch_sharding, i))
+            params.append(jax.tree.map(np.asarray, state.params))
+    assert_close(state.released_params, jax.tree.map(lambda a, b: (a + b) / 2, *params[-2:]))
+    kernel = state.opt_state.states[0]["token_embed"]["embedding"]
+    assert kernel.sharding == state.params["token_embed"]["embedding"].sharding
 
 
 def test_frozen_parameters_are_released_as_they_are():

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from launch.benchmarks import merge as bench
 from launch.merging import config_file
 from launch.merging.settings import Condition, MergeError
 from model.transforms.merge_methods import METHODS
@@ -211,3 +212,11 @@ def test_errors_name_the_key(tmp_path, text):
         read(tmp_path, text)
     assert re.search(ERRORS[text], str(error.value)), error.value
     assert str(error.value).startswith(str(tmp_path / "merge.yml"))
+
+
+def test_the_benchmark_merges_as_it_says(tmp_path):
+    for method, case in bench.METHODS.items():
+        (merge,) = config_file.read(bench.write_config(str(tmp_path), method))
+        assert merge.method == method and len(merge.models()) == len(case["models"]) + (
+            method == "ties"
+        )

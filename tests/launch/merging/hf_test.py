@@ -84,6 +84,20 @@ def test_random_methods_depend_on_the_seed_alone(tmp_path):
     assert not all(np.array_equal(first[name], other[name]) for name in first)
 
 
+def test_a_base_of_linear_gives_its_configuration_alone(tmp_path, capsys):
+    a, b, _ = folders.pair(tmp_path, count=3)
+    config = json.dumps({**folders.CONFIG, "bos_token_id": 9})
+    (tmp_path / "c" / "config.json").write_text(config)
+    assert (
+        merge.main([f"--config={linear(tmp_path, base_model='@c')}", f"--out={tmp_path}/out"]) == 0
+    )
+    assert "linear of 2 models" in capsys.readouterr().out
+    out = folders.read(tmp_path / "out")
+    np.testing.assert_allclose(out[EMBED], (a[EMBED] + 3 * b[EMBED]) / 4, atol=1e-7)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 9
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["made_of"] == ["a", "b"]
+
+
 def test_dtypes(tmp_path):
     a, b = folders.pair(tmp_path, dtype=BF16)
     out = merged(tmp_path, linear(tmp_path, (0.5, 0.25)))

@@ -92,3 +92,15 @@ def test_two_copies_act_as_one_of_twice_the_weight():
     two = search_run._mean((0.25, 0.25, 0.5), [a, a, b])
     np.testing.assert_allclose(two, search_run._mean((0.5, 0.5), [a, b]), atol=1e-6)
     assert np.array_equal(search_run._mean((0.0, 1.0), [a, b]), b)
+
+
+def test_leaving_out_a_model_can_be_the_best_choice(tmp_path):
+    def harmed(weights):
+        return {"x": (1 + weights[2], 0.0)}
+
+    found = Trials(str(tmp_path / "t"), {}, harmed, budget=1)
+    found([1, 1, 1])
+    best, without = trials.best_with_table(found, delta=None)
+    assert best.weights == (0.5, 0.5, 0.0) and without[2][1] is best
+    again = Trials(str(tmp_path / "t"), {}, harmed, budget=1)
+    assert trials.best_with_table(again, delta=None)[0] == best and not again.new

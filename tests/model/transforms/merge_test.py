@@ -157,6 +157,8 @@ def test_dtypes_of_results():
     assert merged("ties", [a, b], weight=1.0, out_dtype=np.dtype(np.float16)).dtype == np.float16
     wide = [x.astype(np.float64) for x in (a, b)]
     assert merged("slerp", wide, t=0.5).dtype == np.float64
+    with pytest.raises(TransformError, match="not finite in float16"):
+        merged("linear", [1e5 * a, b], weight=1.0, out_dtype=np.dtype(np.float16))
     # A dtype rounds the inputs first.
     fine = tensors(1)
     rounded = [x.astype(BF16) for x in fine]
