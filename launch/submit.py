@@ -30,11 +30,9 @@ _FOLLOW_SECONDS = 0.5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = cli.make_parser(
-        __doc__ or "",
-        cli.program_name("launch.submit"),
-        usage="python -m launch.submit --config=FILE.py [--config.NAME=VALUE ...] [flags] [flags of train, or -- COMMAND]",
-    )
+    program = cli.program_name("launch.submit")
+    usage = f"{program} --config=FILE.py [--config.NAME=VALUE ...] [flags] [flags of train, or -- COMMAND]"
+    parser = cli.make_parser(__doc__ or "", program, usage=usage)
     _add_flags(parser)
     words = sys.argv[1:] if argv is None else list(argv)
     words, dashes, command = _split(words)

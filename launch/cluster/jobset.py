@@ -8,13 +8,12 @@ Every slice of a TPU, or the hosts with GPUs, are one Job of the set. Exit codes
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -277,7 +276,7 @@ def _join_flags(settings: Settings, name: str) -> tuple[str, ...]:
 
 def name_of(job: Job) -> str:
     """Returns a name that Kubernetes takes: readable, and of this command only."""
-    digest = hashlib.sha256(json.dumps([job.name, job.log]).encode()).hexdigest()[:6]
+    digest = hashlib.sha256(json.dumps([job.name, job.log, *job.command]).encode()).hexdigest()[:6]
     words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:32].strip("-")
     readable = words if words[:1].isalpha() else f"run-{words}".strip("-")
     return f"{readable}-{digest}"
@@ -315,15 +314,21 @@ class JobSetSubmitter:
         return handle
 
     def preview(self) -> str:
-        manifests = [manifest(self._settings, job) for job in self._new.values()]
-        dump = functools.partial(yaml.dump_all, Dumper=_Dumper, sort_keys=False, width=2**31)
-        return dump(manifests)
+        return self._text(self._new.values())
 
     def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
-        if self._new:
-            self._kubectl("create", "--filename=-", text=self.preview())
-            self._new = {}
+        while self._new:
+            handle, job = self._new.popitem()
+            state = self._status(handle).state
+            if state is State.ENDED:  # an earlier start of the same command
+                self._kubectl("delete", f"jobset/{handle}", "--wait=true")
+            if state in (State.ENDED, State.DROPPED):
+                self._kubectl("create", "--filename=-", text=self._text([job]))
         return {handle: self._status(handle) for handle in handles}
+
+    def _text(self, jobs: Iterable[Job]) -> str:
+        manifests = [manifest(self._settings, job) for job in jobs]
+        return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=2**31)
 
     def cancel(self, handle: Handle) -> None:
         if self._new.pop(handle, None) is None:

@@ -5,12 +5,14 @@ It imports nothing of this project, because XManager may live in an environment 
   xmanager launch launch/cluster/xmanager_script.py -- --job=/tmp/run/logs/log.txt.xm.json
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -35,7 +37,10 @@ def main(argv: Sequence[str]) -> None:
     if job["executor"] == "local":
         os.chdir(job["folder"])
     try:
-        with xm_local.create_experiment(experiment_title=job["title"]) as experiment:
+        with contextlib.ExitStack() as stack:
+            with _alone():
+                created = xm_local.create_experiment(experiment_title=job["title"])
+                experiment = stack.enter_context(created)
             packageable = xm.Packageable(
                 executable_spec=specification(job, xm), executor_spec=executor.Spec()
             )
@@ -52,6 +57,16 @@ def main(argv: Sequence[str]) -> None:
         if code := re.search(r"non-zero code: (-?\d+)", str(error)):
             raise SystemExit(int(code[1])) from None
         raise
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Context manager: no other such script is in it, because two cannot make XManager's database at once."""
+    folder = pathlib.Path.home() / ".xmanager"
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".espalier.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def executor_of(job: dict[str, Any], xm: Any, xm_local: Any) -> Any:

@@ -146,7 +146,8 @@ def test_wrong_settings_name_the_key(overrides, message):
 KUBECTL = """#!/bin/bash
 echo "$@" >>"$CALLS"
 case "$*" in
-*create*) cat >"$CALLS.yaml";;
+*create*) cat >"$CALLS.yaml"; echo '{}' >"$ANSWERS/jobset.json";;
+*delete*) rm "$ANSWERS/jobset.json";;
 *"get pods"*) cat "$ANSWERS/pods.json";;
 *get*) if [ -e "$ANSWERS/jobset.json" ]; then cat "$ANSWERS/jobset.json"; else echo 'Error (NotFound): no' >&2; exit 1; fi;;
 esac
@@ -165,9 +166,8 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     handle = queue.submit(JOB)
     answers, pods = tmp_path / "jobset.json", tmp_path / "pods.json"
     pods.write_text('{"items": []}')
-    states = []
+    states = [queue.statuses([handle])[handle]]
     for status in (
-        {},
         {"replicatedJobsStatus": [{"ready": 1}]},
         {"conditions": [{"type": "Completed", "status": "True"}]},
         {"conditions": [{"type": "Failed", "status": "True"}]},
@@ -182,16 +182,23 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     ]
     assert (tmp_path / "calls").read_text().count("create --filename=-") == 1
     assert yaml.safe_load((tmp_path / "calls.yaml").read_text()) == rendered()
-    answers.write_text("{}")
+    # The same command again, after its end, starts anew; while it runs, it is taken over.
+    again = settings.submitter()
+    again.submit(JOB)
+    assert again.statuses([handle])[handle].state is State.WAITING
+    again = settings.submitter()
+    again.submit(JOB)
+    again.statuses([handle])
+    calls = (tmp_path / "calls").read_text()
+    assert (calls.count("create"), calls.count("delete")) == (2, 1)
     waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}
     pods.write_text(
         json.dumps({"items": [{"status": {"containerStatuses": [{"state": waiting}]}}]})
     )
     with pytest.raises(SubmitError, match="cannot start .*: ErrImagePull: no such image"):
         settings.submitter().statuses([handle])
-    answers.unlink()
-    assert queue.statuses([handle])[handle].state is State.DROPPED
     queue.cancel(handle)
+    assert queue.statuses([handle])[handle].state is State.DROPPED
     assert f"delete jobset/{handle} --wait=false" in (tmp_path / "calls").read_text()
     program.write_text("#!/bin/bash\necho 'error: no cluster' >&2; exit 1\n")
     with pytest.raises(SubmitError, match="Kubernetes refused .*: error: no cluster"):
