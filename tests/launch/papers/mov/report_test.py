@@ -176,7 +176,8 @@ def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monke
         assert len(lines) == 3
         for line in lines:
             row = json.loads(line)
-            numbers = np.array([compositions.LETTERS.index(x) for x in row["letters"].split()])
+            numbers = np.array([compositions.LETTERS.index(x[0]) for x in row["letters"].split()])
+            assert [x[1] for x in row["letters"].split()] == [*"123456"]
             pair = operations[row["first"]], operations[row["second"]]
             assert row["choices"][row["label"]] == rows.text(compositions.solve(pair, numbers))
             assert len(set(row["choices"])) == len(row["choices"]) == rows.CHOICES
