@@ -11,12 +11,12 @@ import numpy as np
 from data.chats import records, spans
 from data.chats.records import Kind
 from data.preference import tokens
+from data.preference.exact_split import ExactSplit
 from data.preference.prompted_files import PromptedFiles
 from data.preference.records import DegenerateError, Record
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
-from data.text.exact_split import ExactSplit
 
 # Part of the digest of a source: raise it when the same records become other tokens.
 VERSION = 1

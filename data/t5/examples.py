@@ -17,11 +17,11 @@ import numpy as np
 
 from data import tasks
 from data.cache import fingerprint
+from data.preference.exact_split import ExactSplit
 from data.preference.records import DegenerateError
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
-from data.text.exact_split import ExactSplit
 from model.ranges import Count, Fraction
 
 # Part of the digest of a source: raise it when the same rows become other examples.

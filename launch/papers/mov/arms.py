@@ -30,6 +30,8 @@ _LABELS = {
     "mov10_sentence": "MoV-10, routed by sentences",
 }
 CHANCE = 1 / 4
+# Nats for each token of an answer, half of which are letters. A model that knows the letters but not their order has 0.5.
+LEARNED = 0.2
 
 
 class Runs(results.Results):
@@ -48,6 +50,9 @@ class Runs(results.Results):
         return score != ACCURACY
 
     def degenerate(self, row: Mapping[str, Any]) -> str:
+        loss = (self.find(BASE).get(row["seed"]) or {}).get("trained_loss")
+        if loss is not None and loss > LEARNED:
+            return f"the frozen model has not learned its own operations: a loss of {loss:.2f} on other strings, above {LEARNED}"
         return loads.collapsed(row, self.top_1(row["arm"]))
 
     def limits(self, score: str) -> tuple[float, float] | None:

@@ -1,6 +1,8 @@
 """Writes the tasks of the CPU reproduction: two operations on six letters, worded by several prompt templates.
 
-    reverse then sort: d b b a k f  ->  a b b d f k
+    reverse then sort: d1 b2 b3 a4 k5 f6  ->  a1 b2 b3 d4 f5 k6
+
+Letters have their places beside them: a T5 has no positions in cross-attention, and would learn first of all to count.
 
 The operations are those of data/mov/compositions.py. A row has four answer choices: the result, and what other
 operations make of the same letters, first of all each operation alone and both in the other order. It writes sets of rows with their
@@ -35,7 +37,7 @@ TEMPLATES = {
     "after": "{second} after {first} of {letters}",
 }
 CHOICES = 4
-TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 8000, 256, 40
+TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 16000, 256, 40
 FOLDER = "operations"
 SINGLE, PAIRS = f"{FOLDER}/single", f"{FOLDER}/pairs"
 
@@ -127,4 +129,5 @@ def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str,
 
 
 def text(numbers: np.ndarray) -> str:
-    return " ".join(LETTERS[number] for number in numbers)
+    """Returns letters with their places, such as 'd1 b2 b3'."""
+    return " ".join(f"{LETTERS[number]}{place}" for place, number in enumerate(numbers, 1))

@@ -2,7 +2,7 @@
 
 A T5 is pre-trained by span corruption, then on six operations alone, worded by three prompt templates. It is frozen, and
 each arm is tuned on 44 compositions of two operations; 12 others are judged by ranking answer choices. A tuned arm is
-about a minute on one core; the number of seeds after a colon:
+about a minute on one core, the frozen model about ten; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/mov/sweep.py:5 --out runs/mov/operations --workers 2
 """
@@ -15,10 +15,12 @@ from launch.papers.shared import configs
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
 MOV = "t5x_configs/methods/mov/"
+BASE_STEPS = 4000  # of the frozen model, on single operations
 STEPS = 500  # of each tuned arm
 RANK = 4  # of MoLORA's experts
 # Learning rates: vectors need a larger one than matrices.
-FULL_RATE, LORA_RATE, VECTOR_RATE = 1e-3, 3e-3, 1e-2
+BASE_RATE = FULL_RATE = 1e-3
+LORA_RATE, VECTOR_RATE = 3e-3, 1e-2
 MOV_EXPERTS = (10, 30, 60)
 MOLORA_EXPERTS = (10, 15)
 LORA_RANKS = (4, 16)
@@ -38,8 +40,8 @@ VARIANTS = {
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     write = ("launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
     single = (
-        "LEARNING_RATE=3e-3",
-        "TRAIN_STEPS=1000",
+        _rate(BASE_RATE),
+        f"TRAIN_STEPS={BASE_STEPS}",
         f"TRAIN_SETS={{'single': {[rows.SINGLE]!r}}}",
     )
     arms = {

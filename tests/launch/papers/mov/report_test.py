@@ -95,6 +95,20 @@ def test_each_claim_is_judged_by_its_arms(changed, name, verdict):
     assert judged(**changed)[name].verdict == verdict
 
 
+def test_a_frozen_model_that_never_learned_and_a_collapsed_router_give_no_verdict():
+    rows_ = measured()["operations"]
+    unlearned = [{**row, "trained_loss": 0.4} if row["arm"] == "base" else row for row in rows_]
+    found = {one.name: one.verdict for one in page.REPORT.judge({"operations": unlearned})}
+    assert found["M1"] == found["M3"] == found["M5"] == "not measured"
+    one = [[0.9, 0.1]] * 4
+    collapsed = {task: {"mlp": one, "attention": one} for task in TASKS}
+    for row in rows_:
+        if row["arm"] == "mov10_top1":
+            row["evaluations"]["routing"]["chosen"] = collapsed
+    found = {one.name: one.verdict for one in page.REPORT.judge({"operations": rows_})}
+    assert found["M4"] == "not measured" and found["M1"] == "holds"
+
+
 def test_shuffled_arms_leave_no_claim():
     held = collections.Counter()
     for draw in range(20):
@@ -162,7 +176,8 @@ def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monke
         assert len(lines) == 3
         for line in lines:
             row = json.loads(line)
-            numbers = np.array([compositions.LETTERS.index(x) for x in row["letters"].split()])
+            numbers = np.array([compositions.LETTERS.index(x[0]) for x in row["letters"].split()])
+            assert [x[1] for x in row["letters"].split()] == [*"123456"]
             pair = operations[row["first"]], operations[row["second"]]
             assert row["choices"][row["label"]] == rows.text(compositions.solve(pair, numbers))
             assert len(set(row["choices"])) == len(row["choices"]) == rows.CHOICES
