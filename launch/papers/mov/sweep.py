@@ -15,7 +15,7 @@ from launch.papers.shared import configs
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
 MOV = "t5x_configs/methods/mov/"
-BASE_STEPS = 4000  # of the frozen model, on single operations
+BASE_STEPS = 6000  # of the frozen model, on single operations
 STEPS = 500  # of each tuned arm
 RANK = 4  # of MoLORA's experts
 # Learning rates: vectors need a larger one than matrices.
