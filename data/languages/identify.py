@@ -106,6 +106,16 @@ def detector(kind: Kind = "lingua") -> Detector:
     return ByScript() if kind == "script" else _lingua()
 
 
+def language_of(text: str) -> str | None:
+    """Returns the code of the language of most of a text's lines, by lingua; None where it cannot be told.
+
+    Raises:
+      ValueError: the package lingua is missing.
+    """
+    counts = collections.Counter(filter(None, _lingua().languages(judged_lines(text) or [text])))
+    return max(counts, key=lambda code: (counts[code], code)) if counts else None
+
+
 @functools.cache
 def _lingua() -> ByLingua:
     return ByLingua()

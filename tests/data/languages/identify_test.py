@@ -61,6 +61,9 @@ def test_lingua_tells_languages_of_one_script_apart(lingua):
         "fa": PERSIAN,
     }.items():
         assert identify.check(text, code, lingua).passes, code
+        assert identify.language_of(text) == code
+    assert identify.language_of(f"{GERMAN}\n{CZECH}\n{GERMAN}") == "de"
+    assert identify.language_of("12 + 30 = 42") is None
     assert identify.check(f"{CZECH}\n{GERMAN}", "cs", lingua).others == {"de": 1}
     assert identify.check(PERSIAN, "ar", lingua).others == {"fa": 1}
     assert lingua.name.startswith("lingua 2.")
