@@ -394,7 +394,15 @@ def test_what_a_data_file_requires_is_asked_for(name):
 # What an arm of a sweep has beside an experiment's file, such as launch/papers/preference/sweep.py; batches of which eight
 # devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
+_BASE = ["t5x_configs/models/tiny.gin", "t5x_configs/experiments/aya_expanse/vocabulary_base.gin"]
+_FROM_BASE = ["BASE='/tmp/base'", "INITIAL_CHECKPOINT_PATH='/tmp/base'"]
 ARMS = {
+    "t5x_configs/experiments/aya_expanse/sft.gin": (_BASE, ["CHATS='x.jsonl'", *_FROM_BASE]),
+    "t5x_configs/experiments/aya_expanse/preference.gin": (_BASE, ["PAIRS='x.jsonl'", *_FROM_BASE]),
+    "t5x_configs/experiments/aya_expanse/online.gin": (
+        _BASE,
+        ["PROMPT_FILES='x.jsonl'", *_FROM_BASE],
+    ),
     "t5x_configs/experiments/mov/cpu/operations.gin": (
         [],
         ["TOKENIZER='/tmp/t5/vocabulary.model'", "INSTRUCTIONS_DIR='/tmp/rows'"],
