@@ -6,7 +6,7 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "espalier_tiny", "prompt": "def main(", "max_tokens": 32, "seed": 1}'
 
-or, in Python, openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Needs pip install -e .[serve].
+or, in Python, openai.OpenAI(base_url="http://127.0.0.1:8000/v1") with any key. Needs pip install -e .[serve].
 
 POST /v1/completions and /v1/chat/completions (messages are rendered by the model's chat template), GET /v1/models and
 /health. Parameters: max_tokens (max_completion_tokens), temperature, top_p, n, seed, stop, stream, stream_options and
