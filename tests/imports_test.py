@@ -162,14 +162,8 @@ LEVELS = {
         ("attribution",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         (
-            "convert",
-            "evaluation",
-            "lm_eval",
-            "merging",
-            "preparation",
-            "sweep",
-            "sweeping",
-            "weights",
+            *("convert", "evaluation", "lm_eval", "merge", "merging", "preparation", "sweep"),
+            *("sweeping", "weights"),
         ),
         ("reporting",),
         ("benchmarks", "papers", "reliability"),
