@@ -6,7 +6,7 @@ from typing import Any
 
 from data.stream import rows
 from data.text import spelling
-from launch.evaluation.lm_eval.arguments import default_batch_tokens, unroll
+from launch.evaluation.lm_eval.arguments import default_batch_tokens
 from launch.evaluation.lm_eval.generation import Generation, Generator
 from launch.inference.generate import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
@@ -32,7 +32,7 @@ class Answers:
 
     def __init__(self, run: LoadedRun, max_new_tokens: int):
         self.model = run.model
-        unroll(run)
+        run.unroll()
         batch_tokens = default_batch_tokens()
         self._run = run
         self._greedy = Generation(
@@ -51,7 +51,7 @@ class Answers:
 
     def use(self, run: LoadedRun) -> None:
         """Sets another run of an equal model, for which all programs stay."""
-        unroll(run)
+        run.unroll()
         self._run = run
         self._generator.use(run)
         self._scorer.use(run.params)
