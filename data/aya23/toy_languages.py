@@ -167,8 +167,8 @@ class ToySource(GeneratedSource):
         for again in np.unique(again_N).tolist():
             (places,) = np.nonzero(again_N == again)
             spoken = [self.language, *([again] if again >= 0 else [])]
-            said = [_tagged(number, meanings_NS5[places]) for number in spoken]
-            text_NT = np.concatenate(said, axis=-1).reshape(len(places), -1)[:, : self.length]
+            versions = [_tagged(number, meanings_NS5[places]) for number in spoken]
+            text_NT = np.concatenate(versions, axis=-1).reshape(len(places), -1)[:, : self.length]
             for place, row in zip(places, text_NT, strict=True):
                 rows[place] = text(row)
         return rows
@@ -176,12 +176,12 @@ class ToySource(GeneratedSource):
 
 def _tagged(number: int, meanings_NS5: np.ndarray) -> np.ndarray:
     """Returns sentences in a language [N, S, T], each between the language's sign and a stop."""
-    said_NST = Language(number).say(meanings_NS5)
+    sentences_NST = Language(number).say(meanings_NS5)
     ends = [
-        np.full((*said_NST.shape[:2], 1), x)
+        np.full((*sentences_NST.shape[:2], 1), x)
         for x in (symbol("language", number), symbol("sign", "stop"))
     ]
-    return np.concatenate([ends[0], said_NST, ends[1]], axis=-1)
+    return np.concatenate([ends[0], sentences_NST, ends[1]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

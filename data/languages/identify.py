@@ -87,8 +87,8 @@ class ByLingua:
 
     def languages(self, lines: Sequence[str]) -> list[str | None]:
         """Returns the code of each line's language; None where it cannot be told."""
-        found = self._detector.detect_languages_in_parallel_of(list(lines))
-        return [None if one is None else one.iso_code_639_1.name.lower() for one in found]
+        detected = self._detector.detect_languages_in_parallel_of(list(lines))
+        return [None if one is None else one.iso_code_639_1.name.lower() for one in detected]
 
     def mismatches(self, lines: Sequence[str], language: Language) -> list[str]:
         return [

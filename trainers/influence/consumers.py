@@ -135,7 +135,7 @@ class Covariances:
         return {"a": square(a_RX), "s": square(g_RY), "count": rows.sizes_E.astype(self.dtype)}
 
     def finish(self, site, gradient, inputs):
-        raise NotImplementedError  # sums over both uses are right as they are
+        raise NotImplementedError  # never called: `squares` is False, so the sums of both uses are added
 
 
 @dataclasses.dataclass(frozen=True)

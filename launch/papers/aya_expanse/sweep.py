@@ -69,7 +69,11 @@ def _trained(
 ) -> dict:
     """Returns the arm of a trained stage; the first stages start from the base."""
     kind = {"sft": "sft", "arbitrage": "sft"}.get(stage, stage)
-    files = [os.path.join(recipe.base, "model.json"), f"{GIN}{kind}.gin", f"{GIN}vocabulary_base.gin"]
+    files = [
+        os.path.join(recipe.base, "model.json"),
+        f"{GIN}{kind}.gin",
+        f"{GIN}vocabulary_base.gin",
+    ]
     steps = f"TRAIN_STEPS={recipe.steps[stage]}"
     bindings = [data, steps, f"BASE={recipe.base!r}", *recipe.bindings]
     if first:

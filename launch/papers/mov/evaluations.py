@@ -30,15 +30,15 @@ def ranks(run_dir: str) -> dict[str, Any]:
     config = gin_config.load(
         [], ["TRAIN_SETS={}"], entry="launch.evaluation.ranks:evaluate", defaults=files
     )
-    found = ranks.evaluate(**{**config.arguments(), "checkpoint": run_dir})
+    scores = ranks.evaluate(**{**config.arguments(), "checkpoint": run_dir})
     tasks = {}
-    for name, values in found.pop("tasks").items():
+    for name, values in scores.pop("tasks").items():
         (templates,) = values.pop("templates").values()
         tasks[name] = {
             **values,
             "templates": {x: round(y["accuracy"], 5) for x, y in templates.items()},
         }
-    return {**found, "tasks": tasks}
+    return {**scores, "tasks": tasks}
 
 
 def routing(run_dir: str) -> dict[str, Any]:

@@ -76,16 +76,10 @@ def test_a_mesh_and_other_batches_change_nothing(model, params, tmp_path, shape,
         sharding = partitioning.batch_sharding(mesh, partitioning.rules_named(rules))
         many = Reader(model=model, params=params, batch_size=8, sharding=sharding)
         got = scored(many, tmp_path / "many", settings, documents, asked)
-    for stage in ("covariances", "squares"):
-        own, other = (files.read(tmp_path / name / stage)[0] for name in ("one", "many"))
-        for name, array in own.items():
-            if (
-                stage == "covariances"
-            ):  # squares depend on the signs of eigenvectors' bases less than on rounding
-                np.testing.assert_allclose(
-                    other[name], array, rtol=1e-4, atol=1e-5 * np.abs(array).max()
-                )
-    np.testing.assert_allclose(got, want, rtol=2e-2, atol=1e-3 * np.abs(want).max())
+    own, other = (files.read(tmp_path / name / "covariances")[0] for name in ("one", "many"))
+    for name, array in own.items():
+        np.testing.assert_allclose(other[name], array, rtol=0, atol=2e-6 * np.abs(array).max())
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_drawn_labels_have_the_probabilities_of_the_model():
