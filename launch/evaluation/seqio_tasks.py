@@ -8,7 +8,7 @@ from data.stream import rows
 from data.text import spelling
 from launch.evaluation.lm_eval.arguments import default_batch_tokens
 from launch.evaluation.lm_eval.generation import Generation, Generator
-from launch.inference.generate import Texts, decoder_of
+from launch.inference.texts import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.full import FullCache
 from trainers.decoding.decoder import Decoder

@@ -2,25 +2,24 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from launch.inference import row_files
 from launch.inference.cache_comparison import Agreement, compared
+from launch.inference.texts import PROMPT_KEYS, Texts, decoder_of
 from launch.inference.token_healing import Healed, TokenHealing
 from launch.run import side_by_side
 from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
-from trainers.decoding.decoder import Continuation, Decoder, Stats
+from trainers.decoding.decoder import Decoder, Stats
 from trainers.decoding.settings import Settings
-from trainers.decoding.stop_strings import GrowingText, cut
 
 # New tokens between two checks of the texts: a check takes less than a tenth of the time of a token.
 LOOK_AT_STOPS, LOOK_AT_STREAM = 16, 1
-_PROMPT_KEYS = ("text", "messages", "tokens")
 
 
 def generate_file(
@@ -49,7 +48,7 @@ def with_prompt_key(row: Mapping[str, Any]) -> Mapping[str, Any]:
     Rows of preferences have a "prompt", and rows of encoder-decoders "inputs".
     """
     key = next((key for key in ("prompt", "inputs") if key in row), None)
-    if key is None or not row.keys().isdisjoint(_PROMPT_KEYS):
+    if key is None or not row.keys().isdisjoint(PROMPT_KEYS):
         return row
     prompt = row[key]
     rest = {name: value for name, value in row.items() if name != key}
@@ -198,7 +197,7 @@ def generate(
 def continued(
     loaded: LoadedRun,
     decoder: Decoder,
-    texts: "Texts",
+    texts: Texts,
     rows: Sequence[tuple[str, Mapping[str, Any]]],
     *,
     num_samples: int,
@@ -275,7 +274,7 @@ def decoder_and_texts(
     prefill_chunk: int | None = None,
     batch_size: int,
     show: Callable[[str], None] | None = None,
-) -> tuple[Decoder, "Texts"]:
+) -> tuple[Decoder, Texts]:
     """Returns what continues `rows` prompts of a loaded run, and their texts; see `generate` for the arguments."""
     vocabulary = loaded.vocabulary_or_none
     if vocabulary is None and stops:
@@ -328,105 +327,3 @@ def _costs(stats: Stats, policy_name: str, cache_dtype: str | None) -> str:
         f"{stats.decode_seconds:.2f} s, compilation before {stats.compile_seconds:.1f} s); cache "
         f"({cache}) {stats.cache_bytes:,} bytes a batch"
     )
-
-
-class Texts:
-    """The texts of continuations: decodes them while they are generated, finds stops, and makes rows of a file.
-
-    Args:
-      decode: decodes tokens; None for a run without a vocabulary, whose rows have no text.
-      ends: ids that end a continuation; they are among its tokens but not in its text.
-      stops: texts that end a continuation; its text is cut before the stop, its tokens after the token that completes
-        the stop.
-      show: called with text as soon as it is final; None to wait for the end.
-      decode_watched: decodes tokens to search for stops; None for `decode`.
-    """
-
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str] | None,
-        *,
-        ends: Collection[int],
-        stops: Sequence[str] = (),
-        show: Callable[[str], None] | None = None,
-        decode_watched: Callable[..., str] | None = None,
-    ):
-        self._decode = decode
-        self._ends = frozenset(ends)
-        self._stops = tuple(stops)
-        self._show = show
-        self._decode_watched = decode_watched or decode
-        self.begin({})
-
-    def begin(self, begun: Mapping[int, str]) -> None:
-        """Forgets earlier prompts; `begun`: by prompt, its text with which its continuation begins, which is left out."""
-        self._growing: dict[tuple[int, int], GrowingText] = {}
-        self._begun = begun
-
-    @property
-    def watching(self) -> bool:
-        """Whether `watch` must be called during generation."""
-        return bool(self._stops) or self._show is not None
-
-    def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
-        """Returns the number of new tokens after which a row stops, or None; see trainers/decoding/decoder.py."""
-        if not self.watching:
-            return None
-        text = self._growing.get((prompt, sample))
-        if text is None:
-            text = GrowingText(self._decode_watched, self._stops, begun=self._begun.get(prompt, ""))
-            self._growing[prompt, sample] = text
-        for count, token in enumerate(tokens, 1):
-            if token in self._ends:
-                return None
-            self._show_piece(text.add(token))
-            if text.stopped:
-                return count
-        return None
-
-    def _show_piece(self, piece: str) -> None:
-        if piece and self._show is not None:
-            self._show(piece)
-
-    def text(self, tokens: Sequence[int], *, prompt: int = 0) -> tuple[str, str]:
-        """Returns the text of a continuation up to its end, and the kind of end: "eos", "stop" or "length"."""
-        ended = bool(tokens) and tokens[-1] in self._ends
-        text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
-        text = text.removeprefix(self._begun.get(prompt, ""))
-        before_stop = cut(text, self._stops)
-        if before_stop is not None:
-            return before_stop, "stop"
-        return text, "eos" if ended else "length"
-
-    def answer(
-        self, row: Mapping[str, Any], prompt: int, sample: int, new: Continuation
-    ) -> dict[str, Any]:
-        """Returns a row with one of its continuations."""
-        growing = self._growing.pop((prompt, sample), None)
-        if growing is not None:
-            self._show_piece(growing.finish())
-        answer = {key: value for key, value in row.items() if key not in _PROMPT_KEYS}
-        answer["prompt"] = next(row[key] for key in _PROMPT_KEYS if key in row)
-        answer["sample"] = sample
-        text, answer["ended"] = self.text(new.tokens, prompt=prompt)
-        if self._decode is not None:
-            answer["text"] = text
-        answer |= {"tokens": new.tokens, "logprobs": new.log_probs}
-        if new.score is not None:
-            answer["score"] = new.score
-        return answer
-
-
-def decoder_of(vocabulary: Any) -> Callable[[Sequence[int]], str]:
-    """Returns a function that decodes all tokens; SeqIO's `decode` would stop at the first EOS."""
-
-    def decode(tokens: Sequence[int]) -> str:
-        parts: list[list[int]] = [[]]
-        for token in tokens:
-            if token == vocabulary.eos_id:
-                parts.append([])
-            else:
-                parts[-1].append(token)
-        return "".join(vocabulary.decode(part) for part in parts)
-
-    return decode

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, Texts, decoder_for, decoder_of
+from launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
+from launch.inference.texts import Texts, decoder_of
 from launch.run.load_run import LoadedRun, RunConfig
 from launch.serving.limits import Limits
 from model.transforms import layer_stack

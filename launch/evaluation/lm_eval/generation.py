@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.inference.generate import Texts, decoder_of
+from launch.inference.texts import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.base import CachePolicy
 from trainers.decoding.buckets import bucket_length

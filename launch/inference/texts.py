@@ -1,0 +1,111 @@
+"""The texts of continuations: decoded while they are generated, searched for stops, and made rows of a file."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from trainers.decoding.decoder import Continuation
+from trainers.decoding.stop_strings import GrowingText, cut
+
+PROMPT_KEYS = ("text", "messages", "tokens")  # of a row: the one that is there is its prompt
+
+
+class Texts:
+    """The texts of continuations: decodes them while they are generated, finds stops, and makes rows of a file.
+
+    Args:
+      decode: decodes tokens; None for a run without a vocabulary, whose rows have no text.
+      ends: ids that end a continuation; they are among its tokens but not in its text.
+      stops: texts that end a continuation; its text is cut before the stop, its tokens after the token that completes
+        the stop.
+      show: called with text as soon as it is final; None to wait for the end.
+      decode_watched: decodes tokens to search for stops; None for `decode`.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str] | None,
+        *,
+        ends: Collection[int],
+        stops: Sequence[str] = (),
+        show: Callable[[str], None] | None = None,
+        decode_watched: Callable[..., str] | None = None,
+    ):
+        self._decode = decode
+        self._ends = frozenset(ends)
+        self._stops = tuple(stops)
+        self._show = show
+        self._decode_watched = decode_watched or decode
+        self.begin({})
+
+    def begin(self, begun: Mapping[int, str]) -> None:
+        """Forgets earlier prompts; `begun`: by prompt, its text with which its continuation begins, which is left out."""
+        self._growing: dict[tuple[int, int], GrowingText] = {}
+        self._begun = begun
+
+    @property
+    def watching(self) -> bool:
+        """Whether `watch` must be called during generation."""
+        return bool(self._stops) or self._show is not None
+
+    def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
+        """Returns the number of new tokens after which a row stops, or None; see trainers/decoding/watched.py."""
+        if not self.watching:
+            return None
+        text = self._growing.get((prompt, sample))
+        if text is None:
+            text = GrowingText(self._decode_watched, self._stops, begun=self._begun.get(prompt, ""))
+            self._growing[prompt, sample] = text
+        for count, token in enumerate(tokens, 1):
+            if token in self._ends:
+                return None
+            self._show_piece(text.add(token))
+            if text.stopped:
+                return count
+        return None
+
+    def _show_piece(self, piece: str) -> None:
+        if piece and self._show is not None:
+            self._show(piece)
+
+    def text(self, tokens: Sequence[int], *, prompt: int = 0) -> tuple[str, str]:
+        """Returns the text of a continuation up to its end, and the kind of end: "eos", "stop" or "length"."""
+        ended = bool(tokens) and tokens[-1] in self._ends
+        text = self._decode(tokens[:-1] if ended else tokens) if self._decode else ""
+        text = text.removeprefix(self._begun.get(prompt, ""))
+        before_stop = cut(text, self._stops)
+        if before_stop is not None:
+            return before_stop, "stop"
+        return text, "eos" if ended else "length"
+
+    def answer(
+        self, row: Mapping[str, Any], prompt: int, sample: int, new: Continuation
+    ) -> dict[str, Any]:
+        """Returns a row with one of its continuations."""
+        growing = self._growing.pop((prompt, sample), None)
+        if growing is not None:
+            self._show_piece(growing.finish())
+        answer = {key: value for key, value in row.items() if key not in PROMPT_KEYS}
+        answer["prompt"] = next(row[key] for key in PROMPT_KEYS if key in row)
+        answer["sample"] = sample
+        text, answer["ended"] = self.text(new.tokens, prompt=prompt)
+        if self._decode is not None:
+            answer["text"] = text
+        answer |= {"tokens": new.tokens, "logprobs": new.log_probs}
+        if new.score is not None:
+            answer["score"] = new.score
+        return answer
+
+
+def decoder_of(vocabulary: Any) -> Callable[[Sequence[int]], str]:
+    """Returns a function that decodes all tokens; SeqIO's `decode` would stop at the first EOS."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        parts: list[list[int]] = [[]]
+        for token in tokens:
+            if token == vocabulary.eos_id:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return "".join(vocabulary.decode(part) for part in parts)
+
+    return decode
