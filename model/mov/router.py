@@ -89,9 +89,10 @@ class Routed(Adapter):
             return jnp.zeros_like(site.layer_input), axes.UNMODELED
         if embeddings is None:
             raise AdapterError(
-                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. Training, "
-                "scoring and ranking have them of encoder-decoders, and of batches with the column 'sentence_embeddings'; "
-                "generation has none. In Python, apply the model inside of sentence.sentence_embeddings(...)."
+                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. "
+                "Encoder-decoders have them of their inputs; a decoder has them in training, scoring and ranking, of batches "
+                "with the column 'sentence_embeddings', and not in generation. In Python, apply the model inside of "
+                "sentence.sentence_embeddings(...)."
             )
         if isinstance(embeddings, sentence.OfTokens):
             return embeddings.at(self.site_path), axes.UNMODELED

@@ -70,15 +70,30 @@ def of_batch(
         return batch[COLUMN]
     if "encoder_input_tokens" not in batch or not _reads_sentences(model):
         return None
-    x_BND = model.apply(
-        variables, batch["encoder_input_tokens"], method=lambda model, ids: model.token_embed(ids)
-    )
-    x_BND = jax.lax.stop_gradient(x_BND).astype(jnp.float32)
+    x_BND = _embedded(model, variables, batch["encoder_input_tokens"])
     segments_BN = batch["encoder_segment_ids"]
     return OfTokens(
         _means(x_BND, segments_BN, segments_BN),
         _means(x_BND, segments_BN, batch["decoder_segment_ids"]),
     )
+
+
+def of_inputs(
+    model: Any, variables: Mapping[str, Any], tokens_BN: jax.Array, segments_BN: jax.Array
+) -> jax.Array | None:
+    """Returns the embedding of each row's inputs, [B, S], as `of_batch` has them; None if no router reads them.
+
+    Rows are one example each: segments_BN is 1 at its tokens and 0 at padding.
+    """
+    if not _reads_sentences(model):
+        return None
+    x_BND = _embedded(model, variables, tokens_BN)
+    return _means(x_BND, segments_BN, jnp.ones_like(segments_BN[:, :1]))[:, 0]
+
+
+def _embedded(model: Any, variables: Mapping[str, Any], tokens_BN: jax.Array) -> jax.Array:
+    x_BND = model.apply(variables, tokens_BN, method=lambda model, ids: model.token_embed(ids))
+    return jax.lax.stop_gradient(x_BND).astype(jnp.float32)
 
 
 def _means(x_BND: jax.Array, segments_BN: jax.Array, segments_BT: jax.Array) -> jax.Array:

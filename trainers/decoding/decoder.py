@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
+from model.mov import sentence
 from model.transforms import layer_stack
 from trainers.decoding import beam, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
@@ -240,31 +241,39 @@ class Decoder:
         return program if self._draws is None else f"{program} by row"
 
     def _read(self, length: int, *arrays: Any) -> Any:
-        """Reads each prompt once and repeats its caches; returns a decode.Loop or beam.search's arguments."""
+        """Reads each prompt once and repeats its caches.
+
+        Returns:
+          A decode.Loop or beam.search's arguments, and the embeddings of the rows' sentences [R, S] (see model/mov/sentence.py)
+          or None.
+        """
         model, policy, settings = self._model, self._policy, self._settings
         room = max(settings.max_new_tokens - 1, 1)
         beams, penalty = settings.beams, settings.sampling.repetition_penalty
         copies = settings.num_samples if beams is None else beams.num_beams
 
         def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling):
-            encoder = {}
+            encoder, sentences_B = {}, None
             if self._encodes:
                 real_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]
                 segments_BT = real_BT.astype(jnp.int32)
+                inputs = ({"params": params}, tokens_BT, segments_BT)
+                sentences_B = sentence.of_inputs(model, *inputs)
                 encoder = {"encoder_tokens_BS": tokens_BT, "encoder_segments_BS": segments_BT}
                 tokens_BT = jnp.full_like(tokens_BT[:, :1], self._decoder_start)
                 lengths_B = jnp.ones_like(lengths_B)
-            logits_BV, caches = prefill(
-                *(model, params, policy, tokens_BT, lengths_B),
-                room=room,
-                encoder=encoder,
-                **self._prefill_options,
-            )
+            with sentence.sentence_embeddings(sentences_B):
+                logits_BV, caches = prefill(
+                    *(model, params, policy, tokens_BT, lengths_B),
+                    room=room,
+                    encoder=encoder,
+                    **self._prefill_options,
+                )
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
-            caches = repeated(caches, copies)
+            caches, sentences_R = repeated((caches, sentences_B), copies)
             if beams is not None:
-                return logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV
+                return (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), sentences_R
             copy_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
             all_B = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B, sampling)
             all_R = repeated(all_B, copies)
@@ -273,25 +282,27 @@ class Decoder:
             keys_R = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_R), index_R)
             keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R + copy_R)
             rows = (lengths_R, active_R, keys_R, seen_RV)
-            return begin(logits_RV, caches, *rows, settings, allowed_RV, sampling)
+            return begin(logits_RV, caches, *rows, settings, allowed_RV, sampling), sentences_R
 
         name = self._name("prefill" if self._first is None else "restricted prefill")
         program = self._compiled(name, length, jax.jit(run), *arrays)
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
         self.stats.prefill_seconds += time.perf_counter() - began
-        caches = state.caches if beams is None else state[1]
+        caches = state[0].caches if beams is None else state[0][1]
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
         self.stats.cache_bytes = max(self.stats.cache_bytes, size)
         return state
 
-    def _choose(self, length: int, loop: Any, batch: Sequence[int]) -> list[list[Continuation]]:
+    def _choose(self, length: int, state: Any, batch: Sequence[int]) -> list[list[Continuation]]:
         """Returns the continuations of a batch, with tokens chosen one by one."""
         model, policy, settings = self._model, self._policy, self._settings
 
-        def run(params, loop, until, ended_R):
-            loop = advance(model, params, policy, loop, until, ended_R, settings)
-            return loop, (loop.step, loop.done_B, loop.decoded)
+        def run(params, state, until, ended_R):
+            loop, sentences_R = state
+            with sentence.sentence_embeddings(sentences_R):
+                loop = advance(model, params, policy, loop, until, ended_R, settings)
+            return (loop, sentences_R), (loop.step, loop.done_B, loop.decoded)
 
         samples = settings.num_samples
         watched = Watched(self._watch, batch, samples)
@@ -299,8 +310,8 @@ class Decoder:
         rows: dict[int, Continuation] = {}
         until = settings.max_new_tokens if self._watch is None else 1
         while True:
-            arguments = (loop, np.int32(until), jax.device_put(ended_R, self._sharding))
-            loop, seen = self._timed(self._name("decode"), length, run, *arguments)
+            arguments = (state, np.int32(until), jax.device_put(ended_R, self._sharding))
+            state, seen = self._timed(self._name("decode"), length, run, *arguments)
             _, done_R, decoded = seen
             counts_R = decoded.lengths_B
             ended_R = watched.look(decoded.tokens_BM, counts_R)
@@ -323,10 +334,12 @@ class Decoder:
         model, policy, settings = self._model, self._policy, self._settings
 
         def run(params, state):
-            logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV = state
+            (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), sentences_R = state
             rows = (logits_BV, caches, lengths_B, active_B, seen_BV)
-            beams, caches = beam.search(model, params, policy, *rows, settings, allowed_BV)
-            return (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), beams
+            with sentence.sentence_embeddings(sentences_R):
+                beams, caches = beam.search(model, params, policy, *rows, settings, allowed_BV)
+            rows = (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV)
+            return (rows, sentences_R), beams
 
         name = "decode" if self._first is None else "restricted decode"
         _, beams = self._timed(name, length, run, state)

@@ -17,6 +17,8 @@ from model.mov import sentence
 from model.mov.mov import Mov
 from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Block
+from trainers.decoding.decoder import Decoder
+from trainers.decoding.settings import Beams, Settings
 from trainers.objectives.forward import frozen_forward
 
 CONFIG = TransformerConfig(
@@ -76,8 +78,23 @@ def test_a_packed_example_is_routed_by_its_own_inputs(made):
     assert np.abs(found.targets[0, 2] - mean).max() > 0.01
 
 
+@pytest.mark.parametrize("beams", [None, Beams(num_beams=2)])
+def test_generated_tokens_have_the_probabilities_of_scoring(made, beams):
+    """Generation routes by the inputs of each row, short ones padded, as a batch of rows does."""
+    model, params = made
+    prompts = [[3, 4, 5, 6], [8, 9]]
+    settings = Settings(max_new_tokens=4, num_samples=1, beams=beams)
+    decoder = Decoder(model, params, settings, batch_size=2)
+    for inputs, continued in zip(prompts, decoder(prompts), strict=True):
+        read = [0, *continued.tokens[:-1]]
+        batch = batch_of((inputs, read))
+        batch["decoder_target_tokens"] = jnp.asarray([continued.tokens], jnp.int32)
+        scored = frozen_forward(model, params, batch).log_probs_BT()[0]
+        np.testing.assert_allclose(continued.log_probs, scored, atol=1e-4)
+
+
 def test_without_a_batch_there_is_no_sentence(made):
     model, params = made
     ids = jnp.ones((1, 3), jnp.int32)
-    with pytest.raises(AdapterError, match="generation has none"):
+    with pytest.raises(AdapterError, match="not in generation"):
         model.apply({"params": params}, ids, encoder_tokens_BS=ids)
