@@ -18,6 +18,7 @@ from data.text import code_problems
 from launch.config import setting_flags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
+from launch.run import load_run
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
@@ -85,7 +86,6 @@ def first_problems(problems: code_problems.Problems, limit: int | None) -> list[
 def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.Problems) -> Samples:
     """Returns the completions of the checkpoint's model; arguments as of `run`."""
     from launch.inference.generate import generate
-    from trainers.checkpoints import step_dir
     from trainers.decoding.settings import Sampling, Settings
 
     if chosen.samples < 1:
@@ -136,7 +136,7 @@ def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.P
         settings={
             "temperature": temperature,
             "top_p": top_p,
-            "checkpoint": str(step_dir.resolve(flags.checkpoint)),
+            "checkpoint": load_run.place(flags.checkpoint),
             "params": flags.params,
             "seed": chosen.seed,
             "max_new_tokens": chosen.max_new_tokens,

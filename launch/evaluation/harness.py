@@ -91,7 +91,6 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
       LoadError, WrongDataError: a checkpoint or a set that cannot be read.
     """
     from launch import lm_eval
-    from trainers.checkpoints import step_dir
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"  # missing sets are reported at once, without network access
@@ -105,7 +104,7 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         suite = scores.find(suite_name).only(flags.groups)
     except ValueError as error:
         raise SuiteError(f"--groups: {error}") from None
-    measured = code_results(flags.code_results or (), step_dir.resolve(checkpoint))
+    measured = code_results(flags.code_results or (), load_run.place(checkpoint))
     present, missing = _data(suite, measured, flags.data_dir)
     if not present and not measured:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())

@@ -296,7 +296,8 @@ def load(
     """Loads a run: of `launch.train`, of `launch.convert`, or written by `Run.save`. Its parameters are verified.
 
     Args:
-      checkpoint: run directory (its newest good step) or step directory.
+      checkpoint: run directory (its newest good step), step directory, or directory of a Hugging Face checkpoint, whose
+        files have no checksums.
       params: the trained parameters (raw), their moving average (ema), or the average where there is one (auto).
       vocabulary: a SeqIO vocabulary in place of the run's own, for example if the directory has none.
       mesh: mesh shape by axis name, such as {"fsdp": 4, "tensor": 2}; None splits the parameters over all devices.
@@ -310,16 +311,18 @@ def load(
     """
     environment.check_packages()
     from launch.config import model_file
-    from launch.run import load_run, run_model, run_vocabulary, side_by_side
+    from launch.run import hf_checkpoint, load_run, run_model, run_vocabulary, side_by_side
     from trainers.checkpoints import step_dir
 
     path = os.fspath(checkpoint)
-    step_dir.resolve(path)  # a missing checkpoint is an error that says so
-    model = run_model.model(run=path, macro="checkpoint")
-    record = load_run.file_of_run(step_dir.resolve(path), model_file.NAME)
-    assert record is not None  # the model is described in it
-    folder = os.path.dirname(record)
-    if vocabulary is None and run_vocabulary.is_usable(folder, path):
+    if hf_checkpoint.is_hf(path):
+        folder, of_step = hf_checkpoint.recorded(path)[0], None
+        model = run_model.of_file(os.path.join(folder, model_file.NAME), path)
+    else:
+        step_dir.resolve(path)  # a missing checkpoint is an error that says so
+        model = run_model.model(run=path, macro="checkpoint")
+        folder, of_step = os.fspath(step_dir.run_folder(path)), path
+    if vocabulary is None and run_vocabulary.is_usable(folder, of_step):
         read = functools.partial(run_vocabulary.load, folder=folder)
     else:
         read = functools.partial(lambda value: value, vocabulary)
@@ -327,4 +330,5 @@ def load(
     adapters = [] if adapter is None else [os.fspath(adapter)]
     with side_by_side.load(config, path, adapters, params=params) as ((_, loaded),):
         is_whole = loaded.model is model  # of an actor-critic, the actor is loaded
-        return Run._of(loaded, model_file.read(record).gin() if is_whole else None)
+        recorded = model_file.read(os.path.join(folder, model_file.NAME)).gin()
+        return Run._of(loaded, recorded if is_whole else None)

@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="run directory (its newest good step) or step directory",
+        help="run directory (its newest good step), step directory, or directory of a Hugging Face checkpoint",
     )
     group.add_argument(
         "--params",
@@ -92,11 +92,14 @@ def files_of(checkpoint: str | None, gin_file: Sequence[str] = ()) -> Sequence[s
       FileNotFoundError: there is no checkpoint.
     """
     from launch.config import model_file
-    from launch.run import run_vocabulary
+    from launch.run import hf_checkpoint, run_vocabulary
     from trainers.checkpoints import step_dir
 
     if checkpoint is None:
         return [OWN]
+    if hf_checkpoint.is_hf(checkpoint):
+        folder, _ = hf_checkpoint.recorded(checkpoint)
+        return [os.path.join(folder, model_file.NAME), OWN, *run_vocabulary.gin_files(folder)]
     step = step_dir.resolve(checkpoint)
     if (model := file_of_run(step, model_file.NAME)) is None:
         if gin_file:
@@ -176,6 +179,20 @@ def file_of_run(step: Any, name: str) -> str | None:
     return os.fspath(path) if path.is_file() else None
 
 
+def place(checkpoint: str) -> str:
+    """Returns the absolute path of the step, or of the Hugging Face checkpoint, that commands read.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    from launch.run import hf_checkpoint
+    from trainers.checkpoints import step_dir
+
+    if hf_checkpoint.is_hf(checkpoint):
+        return os.path.abspath(checkpoint)
+    return os.fspath(step_dir.resolve(checkpoint))
+
+
 def vocabulary(*, value: Any) -> Any:
     """Returns `value`, which gin makes only at this call: a vocabulary loads slowly, and rows of tokens need none."""
     return value
@@ -228,6 +245,7 @@ class RunConfig:
           AdapterError: it has adapters of other settings.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
+        from launch.run import hf_checkpoint
         from model.adapters.adapter import check_settings
         from trainers import initialise, partitioning
 
@@ -254,7 +272,10 @@ class RunConfig:
         sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
         partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
         abstract = initialise.abstract_params(self.model, mesh, rules)
-        values, meta = restore(checkpoint, abstract, params=params, of_base=of_base)
+        if hf_checkpoint.is_hf(checkpoint):
+            values, meta = hf_checkpoint.restore(checkpoint, self.model, abstract, params=params)
+        else:
+            values, meta = restore(checkpoint, abstract, params=params, of_base=of_base)
         check_settings(self.model, meta.get("adapters"), checkpoint)
         values = self.model.inference_params(values)
         with partitioning.use_mesh(mesh, rules):

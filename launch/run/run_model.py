@@ -39,6 +39,16 @@ def model(*, run: str | None, macro: str) -> Any:
             f"{macro} = {run} has no {model_file.NAME} beside its checkpoints, so its model is unknown: give the "
             "directory of a run, or put the file back."
         )
+    return of_file(path, f"{macro} = {run}")
+
+
+def of_file(path: str, where: str) -> Any:
+    """Returns the linen module that a model.json describes; see `model`. `where` names its run in errors.
+
+    Raises:
+      ValueError: it does not describe a model.
+      ConfigError: it is damaged, or names code that this run's files do not import.
+    """
     reader = gin_reader.Reader(own_modules=_own_modules())
     reader.read_file(path)
     problems = [reader.refused] if reader.refused else reader.checked.problems
@@ -48,7 +58,7 @@ def model(*, run: str | None, macro: str) -> Any:
     try:
         return configuration.macro(MODEL)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{macro} = {run}: {path} does not describe a model: {error}.") from error
+        raise ValueError(f"{where}: {path} does not describe a model: {error}.") from error
 
 
 def _own_modules() -> list[str]:

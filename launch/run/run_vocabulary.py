@@ -215,21 +215,22 @@ def export_files(run_dir: str | os.PathLike, to_dir: str | os.PathLike) -> str |
     return "; ".join(part for part in (missing, differs) if part) or None
 
 
-def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> bool:
+def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> bool:
     """Returns whether a run's directory has the intact vocabulary of a checkpoint; warns if it should have.
 
     Args:
       folder: a run's directory.
-      checkpoint: the run or one of its step directories.
+      checkpoint: the run or one of its step directories; None to compare with no checkpoint.
     """
     digest = _intact_digest(folder)
-    if digest is None or digest != (_trained_digest(checkpoint) or digest):
+    trained = None if checkpoint is None else _trained_digest(checkpoint)
+    if digest is None or digest != (trained or digest):
         _warn_of_damage(folder, digest)
         return False
     return True
 
 
-def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike) -> list[str]:
+def gin_files(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> list[str]:
     """Returns the path of a gin file that sets VOCABULARY to the run directory's copy, or no path.
 
     It is a file so that later files and bindings can replace VOCABULARY. It is deleted when the process ends.

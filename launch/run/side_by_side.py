@@ -30,6 +30,7 @@ def load(
     Raises:
       LoadError: adapters of another base, or none; see also `RunConfig.load`.
     """
+    from launch.run import hf_checkpoint
     from model.adapters.adapter import adapters_of
     from trainers.checkpoints import base_step, step_dir
 
@@ -40,6 +41,11 @@ def load(
         if adapters_of(base.model) is not None:
             raise LoadError(
                 f"--checkpoint={checkpoint} has adapters itself: give the model that --adapter={adapters[0]} was trained on."
+            )
+        if hf_checkpoint.is_hf(checkpoint):
+            raise LoadError(
+                f"--checkpoint={checkpoint} is a Hugging Face checkpoint, and --adapter={adapters[0]} belongs to a run: import it "
+                f"with launch.convert --from_hf={checkpoint} --to=RUN, and give that run."
             )
         part = base_step.base_of(step_dir.resolve(checkpoint), params)
         digest = base_step.digest(part.entries)

@@ -1,27 +1,23 @@
 """Imports weights of other projects as a run: `config.gin` and a checkpoint that every command reads."""
 
-import dataclasses
 import math
 import os
 import pathlib
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from data.tokenizers import gguf_tokenizer, hf_tokenizer
-from launch.config import gin_writer
-from launch.run import model_record, run_vocabulary
-from launch.run.model_record import CONFIG
+from data.tokenizers import gguf_tokenizer
+from launch.run import hf_checkpoint
 from launch.weights.target_folder import check_space, new_directory
 from model.hf.families import family_of_config
 from model.hf.files.gguf_file import GgufReader
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
-from model.hf.plan import Plan, narrow_names, plan
+from model.hf.plan import Plan, narrow_names
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.stream_checkpoint import StreamedArray
 
@@ -72,50 +68,23 @@ def _write(
     *,
     tokenizer: pathlib.Path,
 ) -> str:
-    family = family_of_config(config)
-    model = family.model(config)
-    checked = plan(family, model, tensors, dtype=dtype)
+    weights = hf_checkpoint.weights(tensors, config, dtype=dtype)
+    checked, stored = weights.plan, weights.model.config.param_dtype
     check_space(folder, checked.nbytes)
-    sizes: Counter[str] = Counter()
-    for array in checked.arrays.values():
-        sizes[array.dtype.name] += array.nbytes
-    stored = sizes.most_common(1)[0][0]
-    model = model.clone(config=dataclasses.replace(model.config, param_dtype=stored))
     meta = {
         "hf": {
-            "family": family.name,
+            "family": weights.family,
             "config": config,
             "dtypes": {} if dtype else narrow_names(checked),
             **record,
         },
-        "start_token": None,  # There is no token before a text except the tokenizer's BOS.
-        **_keep_tokenizer(folder, tokenizer),
+        **hf_checkpoint.write_record(folder, weights.model, tokenizer),
     }
-    text = gin_writer.write(model)
-    pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
-    model_record.write(folder)
     with progress(checked.nbytes) as bar:
         arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}
         stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
     shapes = [array.shape for array in checked.arrays.values()]
-    return described(family.name, shapes, stored, checked.nbytes)
-
-
-def _keep_tokenizer(folder: str, source: pathlib.Path) -> dict[str, Any]:
-    """Copies a checkpoint's tokenizer to the run; returns the facts about texts for the checkpoint's meta."""
-    if not any(
-        (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
-    ):
-        print(f"{source} has no tokenizer: the run accepts tokens, not texts.", file=sys.stderr)
-        return {}
-    digest = run_vocabulary.save_files(folder, source)
-    files = getattr(run_vocabulary.load(folder=folder), "files", None)
-    if files is not None:
-        return {"vocabulary": digest, "add_bos": files.adds_bos}
-    # A SentencePiece model alone; transformers begins texts with BOS by default.
-    path = source / hf_tokenizer.CONFIG
-    settings = read_json(path) if path.exists() else {}
-    return {"vocabulary": digest, "add_bos": bool(settings.get("add_bos_token", True))}
+    return described(weights.family, shapes, stored, checked.nbytes)
 
 
 def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:

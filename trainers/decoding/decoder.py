@@ -335,11 +335,12 @@ class Decoder:
 
         def run(params, state):
             (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), sentences_R = state
-            rows = (logits_BV, caches, lengths_B, active_B, seen_BV)
+            rows = (lengths_B, active_B, seen_BV)
             with sentence.sentence_embeddings(sentences_R):
-                beams, caches = beam.search(model, params, policy, *rows, settings, allowed_BV)
-            rows = (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV)
-            return (rows, sentences_R), beams
+                beams, caches = beam.search(
+                    model, params, policy, logits_BV, caches, *rows, settings, allowed_BV
+                )
+            return ((logits_BV, caches, *rows, allowed_BV), sentences_R), beams
 
         name = "decode" if self._first is None else "restricted decode"
         _, beams = self._timed(name, length, run, state)

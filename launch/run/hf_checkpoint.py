@@ -1,0 +1,169 @@
+"""A Hugging Face checkpoint in place of a run: its model and tokenizer as a run records them, its weights from its own files.
+
+Commands with --checkpoint so read a model that `launch.convert` has not imported. Layers are not stacked, as decoding reads
+them, and weights are not copied on the way but to transpose kernels.
+"""
+
+import atexit
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from launch.run.loaded_run import LoadError
+
+CONFIG_JSON = "config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The model of a checkpoint, and how its tensors become parameters.
+
+    Attributes:
+      family: name of its family in model/hf/families.py.
+      model: the linen module, with the dtype of most parameters as `param_dtype`.
+      plan: a model.hf.plan.Plan.
+    """
+
+    family: str
+    model: Any
+    plan: Any
+
+
+def is_hf(checkpoint: str | os.PathLike) -> bool:
+    """Returns whether a directory has a config.json and no run's checkpoints."""
+    from trainers.checkpoints import step_dir
+
+    folder = pathlib.Path(checkpoint)
+    own = (step_dir.MANIFEST, step_dir.META, step_dir.CHECKPOINTS)
+    return (folder / CONFIG_JSON).is_file() and not any((folder / name).exists() for name in own)
+
+
+def weights(
+    tensors: Any, config: Mapping[str, Any], *, dtype: str | None = None, scan_layers: bool = True
+) -> Weights:
+    """Returns the model of a config.json with its plan.
+
+    Args:
+      tensors: a model.hf.plan.Source.
+      config: the content of config.json.
+      dtype: dtype of the parameters; None for the dtypes of the tensors.
+      scan_layers: whether the parameters of layers are stacked.
+
+    Raises:
+      UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
+    """
+    from model.hf.families import family_of_config
+    from model.hf.plan import plan
+
+    family = family_of_config(config)
+    model = family.model(config)
+    model = _with_config(model, scan_layers=scan_layers)
+    planned = plan(family, model, tensors, dtype=dtype)
+    sizes: collections.Counter[str] = collections.Counter()
+    for array in planned.arrays.values():
+        sizes[array.dtype.name] += array.nbytes
+    stored = sizes.most_common(1)[0][0]
+    return Weights(family=family.name, model=_with_config(model, param_dtype=stored), plan=planned)
+
+
+def _with_config(model: Any, **settings: Any) -> Any:
+    return model.clone(config=dataclasses.replace(model.config, **settings))
+
+
+def write_record(folder: str | os.PathLike, model: Any, tokenizer: pathlib.Path) -> dict[str, Any]:
+    """Writes config.gin and model.json of a model, and a copy of its tokenizer, into a run's directory.
+
+    Args:
+      tokenizer: directory with the tokenizer's files, if it has some.
+
+    Returns:
+      The facts about texts for the checkpoint's meta.
+    """
+    from launch.config import gin_writer
+    from launch.run import model_record
+
+    pathlib.Path(folder, model_record.CONFIG).write_text(gin_writer.write(model), encoding="utf-8")
+    model_record.write(folder)
+    # There is no token before a text except the tokenizer's BOS.
+    return {"start_token": None, **_keep_tokenizer(folder, tokenizer)}
+
+
+def _keep_tokenizer(folder: str | os.PathLike, source: pathlib.Path) -> dict[str, Any]:
+    from data.tokenizers import hf_tokenizer
+    from launch.run import run_vocabulary
+    from model.hf.files.safetensors_files import read_json
+
+    if not any(
+        (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
+    ):
+        print(f"{source} has no tokenizer: the run accepts tokens, not texts.", file=sys.stderr)
+        return {}
+    digest = run_vocabulary.save_files(folder, source)
+    files = getattr(run_vocabulary.load(folder=os.fspath(folder)), "files", None)
+    if files is not None:
+        return {"vocabulary": digest, "add_bos": files.adds_bos}
+    # A SentencePiece model alone; transformers begins texts with BOS by default.
+    path = source / hf_tokenizer.CONFIG
+    settings = read_json(path) if path.exists() else {}
+    return {"vocabulary": digest, "add_bos": bool(settings.get("add_bos_token", True))}
+
+
+@functools.cache
+def recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
+    """Returns a directory with the record of a checkpoint's model and tokenizer, and the meta of `write_record`.
+
+    The directory is deleted when the process ends.
+
+    Raises:
+      WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
+    """
+    from model.hf.families import family_of_config
+    from model.hf.files.safetensors_files import SafetensorsReader, read_json
+
+    source = pathlib.Path(checkpoint)
+    config = read_json(source / CONFIG_JSON)
+    family_of_config(config)  # raises before files are opened
+    folder = tempfile.mkdtemp(prefix="espalier_hf_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with SafetensorsReader(source) as tensors:
+        model = weights(tensors, config, scan_layers=False).model
+    return folder, write_record(folder, model, source)
+
+
+def restore(
+    checkpoint: str, model: Any, abstract: Any, *, params: str
+) -> tuple[Any, Mapping[str, Any]]:
+    """Returns the parameters of a model on the shardings of `abstract`, and the facts about texts.
+
+    Raises:
+      LoadError: `params` asks for a moving average.
+      WeightFileError, UnsupportedConfig, UnsupportedModel, MismatchedTensors, UnsuitableDtypeError.
+    """
+    import jax
+    from flax import traverse_util
+
+    from model.hf import load
+    from model.hf.families import family_of_config
+    from model.hf.files.safetensors_files import SafetensorsReader, read_json
+    from model.hf.plan import plan
+
+    if params == "ema":
+        raise LoadError(
+            f"{checkpoint} is a Hugging Face checkpoint, without a moving average: remove --params=ema."
+        )
+    family = family_of_config(read_json(pathlib.Path(checkpoint) / CONFIG_JSON))
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+    with SafetensorsReader(checkpoint) as tensors:
+        arrays = load.fill(plan(family, model, tensors))
+    values = {}
+    for path, leaf in wanted.items():
+        host = arrays.pop(path).astype(leaf.dtype, copy=False)
+        values[path] = jax.device_put(host, leaf.sharding, may_alias=True)
+    return traverse_util.unflatten_dict(values, sep="/"), recorded(checkpoint)[1]

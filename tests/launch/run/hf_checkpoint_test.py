@@ -1,0 +1,103 @@
+"""Commands read the directory of a Hugging Face checkpoint as they read the run that `launch.convert` makes of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch.run.load import load
+from launch.run.loaded_run import LoadError
+from model.hf import families
+from tests.launch.convert_test import GOLDENS, write_checkpoint
+from tests.launch.run.run_vocabulary_test import hf_files
+
+
+def case_of(name):
+    """(golden case of the family, config.json, tensors in float32)."""
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        case = dict(file)
+    tensors = {
+        name.partition("/")[2]: value.astype(np.float32)
+        for name, value in case.items()
+        if name.startswith("tensor/")
+    }
+    return case, json.loads(str(case["config"])), tensors
+
+
+@pytest.mark.parametrize("name", ["gpt2_0", "mixtral_0"])
+def test_log_probabilities_are_those_of_transformers(name, tmp_path, capsys):
+    case, config, tensors = case_of(name)
+    write_checkpoint(tmp_path / "hf", config, tensors)
+    run = load(tmp_path / "hf", mesh={"data": -1})
+    assert not run.model.config.scan_layers
+    tokens, expected = case["tokens/0"], case["logprobs/0"]
+    logits_TV = np.asarray(run.logits(tokens[None]), np.float64)[0]
+    found = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # float32 of two libraries
+    assert "has no tokenizer" in capsys.readouterr().err
+    with pytest.raises(LoadError, match="sets no VOCABULARY"):
+        run.encode("text")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A checkpoint with a tokenizer, in bfloat16 but for its last norm."""
+    folder = tmp_path_factory.mktemp("llama") / "hf"
+    config = {**case_of("llama_0")[1], "vocab_size": 320, "torch_dtype": "float32"}
+    config |= {"dtype": "float32", "eos_token_id": [257, 259]}
+    family = families.family_of_config(config)
+    rng = np.random.default_rng(0)
+    shapes = family.shapes(family.model(config))
+    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    write_checkpoint(folder, config, tensors)
+    hf_files(folder.parent / "tokenizer", config=config)
+    for file in (folder.parent / "tokenizer").iterdir():
+        file.rename(folder / file.name)
+    return folder
+
+
+def test_commands_read_it_as_the_run_of_an_import(llama, command, tmp_path):
+    assert command("convert", f"--from_hf={llama}", f"--to={tmp_path}/run") == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "import os"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    found = {}
+    for checkpoint in (llama, tmp_path / "run"):
+        out = {name: tmp_path / f"{name}.jsonl" for name in ("generate", "score")}
+        files = (f"--checkpoint={checkpoint}", f"--inputs={rows}")
+        new = ("--max_new_tokens=4", "--temperature=0")
+        assert command("generate", *files, f"--output={out['generate']}", *new) == 0
+        assert command("score", *files, f"--output={out['score']}") == 0
+        found[checkpoint] = [
+            [json.loads(line) for line in path.read_text().splitlines()] for path in out.values()
+        ]
+    direct, imported = found.values()
+    for here, there in zip(direct, imported, strict=True):
+        for row, same in zip(here, there, strict=True):
+            # Loops over stacked layers and unrolled ones are compiled differently.
+            np.testing.assert_allclose(row.pop("logprobs"), same.pop("logprobs"), atol=1e-5)
+            if "logprob" in row:
+                np.testing.assert_allclose(row.pop("logprob"), same.pop("logprob"), rtol=1e-5)
+            assert row == same
+
+
+def test_what_it_lacks_is_one_error(llama, command, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "import os"}\n')
+    files = (f"--inputs={rows}", f"--output={tmp_path}/out.jsonl")
+    for flags, words in (
+        (("--params=ema",), "without a moving average: remove --params=ema"),
+        (("--adapter=/none",), "belongs to a run: import it with launch.convert"),
+        (("--gin.transformer.Transformer.tie_embeddings=None",), "tie_embeddings"),
+    ):
+        assert command("score", f"--checkpoint={llama}", *files, *flags) != 0
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+    (tmp_path / "hf").mkdir()
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert command("score", f"--checkpoint={tmp_path}/hf", *files) != 0
+    assert "has no weights: give a directory with model.safetensors" in capsys.readouterr().err
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "mamba"}')
+    assert command("score", f"--checkpoint={tmp_path}/hf", *files) != 0
+    error = capsys.readouterr().err
+    assert "mamba" in error and "Traceback" not in error
