@@ -45,7 +45,7 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
         }
         for _ in range(rounds):
             for side in _SIDES:
-                _evict(source)
+                evict(source)
                 for cache in ("cold", "warm"):
                     reports_by_case.setdefault(f"{side}_{cache}", []).append(
                         compare.measured(commands[side])
@@ -73,7 +73,7 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
     }
 
 
-def _evict(folder: str) -> None:
+def evict(folder: str) -> None:
     """Evicts the files of a folder from the page cache."""
     for path in pathlib.Path(folder).iterdir():
         with open(path, "rb") as file:

@@ -3,7 +3,7 @@
   .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py train FOLDER eager|compiled STEPS
   .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py train FOLDER EXPERTS|EXPERTS+compiled STEPS
   .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py serve FOLDER
-  .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py load MODEL
+  .venv-peers/bin/python -P launch/benchmarks/torch/llama_torch.py load|first_token MODEL
 
 FOLDER is a folder of case.py or moe_case.py, EXPERTS is transformers' implementation of experts: eager, batched_mm or
 grouped_mm. `serve` answers requests, the others print one line of JSON. The project never imports this file.
@@ -186,6 +186,26 @@ def load(folder: str) -> dict:
     }
 
 
+def first_token(folder: str) -> dict:
+    """Loads a checkpoint and continues the prompt of first_token.py by one token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.arange(100, 116)[None]
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=1,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return {
+        "first_token_s": time.time() - float(os.environ["BENCH_PROCESS_START"]),
+        "peak_mb": peak_bytes() / 1e6,
+        "versions": VERSIONS,
+    }
+
+
 def peak_bytes() -> int:
     """Returns the peak resident memory of this process in bytes, including touched pages of mapped files (Linux)."""
     with open("/proc/self/status", encoding="ascii") as file:
@@ -193,6 +213,7 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    report = {"train": train, "serve": serve, "load": load}[sys.argv[1]](*sys.argv[2:])
+    actions = {"train": train, "serve": serve, "load": load, "first_token": first_token}
+    report = actions[sys.argv[1]](*sys.argv[2:])
     if report is not None:
         print(json.dumps(report))

@@ -13,6 +13,7 @@ from launch.benchmarks import (
     case,
     compare,
     dpo,
+    first_token,
     hf_import,
     lm_eval,
     moe_case,
@@ -27,7 +28,9 @@ REPORT = {
     "losses": [3.0, 2.0],
     "seconds": [1.0] * 40,
     "cpu_seconds": [2.0] * 40,
-    **dict.fromkeys(("first_loss_s", "first_step_s", "set_up_s", "load_s", "ended"), 1.0),
+    **dict.fromkeys(
+        ("first_loss_s", "first_step_s", "first_token_s", "set_up_s", "load_s", "ended"), 1.0
+    ),
     **dict.fromkeys(("load_and_touch_s", "peak_mb", "peak_memory_mb"), 3.0),
     "tunables": "",
     "versions": {"torch": "2"},
@@ -67,6 +70,15 @@ def test_figures_have_the_names_of_the_recorded_ones(name, monkeypatch):
     for key, figure in figures.items():
         if isinstance(figure, dict) and "median" in figure:
             assert figure.keys() == recorded[key].keys()
+
+
+def test_figures_of_the_first_token_are_ratios_of_stand_ins(monkeypatch):
+    monkeypatch.setattr(compare, "peer", lambda *arguments, **_: [*map(str, arguments)])
+    monkeypatch.setattr(compare, "measured", measured)
+    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
+    figures = first_token.run(rounds=2)
+    assert figures["transformers_over_ours_seconds_cold"] == figures["transformers_over_ours_peak"]
+    assert figures["seconds"].keys() == {"ours_cold", "ours_warm", "transformers_cold", "transformers_warm"}  # fmt: skip
 
 
 def test_figures_of_t5_and_of_peft_are_ratios_of_stand_ins(monkeypatch):
