@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
@@ -34,13 +35,41 @@ def make_mesh(
         None puts every device on `data`.
       devices: the devices to use; all by default.
 
+    On devices of several TPU slices, the outermost axis whose size their number divides is split over the slices, and the
+    other axes stay within one: only `data`, or else `fsdp` and so on, uses the slower network between slices.
+
     Raises:
-      ValueError: unknown axis, or a shape that does not cover the devices exactly.
+      ValueError: unknown axis, a shape that does not cover the devices exactly, or no axis that can be split over slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(shape, len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis that is no product of whole dimensions of the torus takes a part of one.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within, between = _split_over_slices(sizes, slices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, between, devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _split_over_slices(sizes: Sequence[int], slices: int) -> tuple[list[int], list[int]]:
+    """Returns the sizes of MESH_AXES within a slice, and over slices; raises ValueError if no axis can be split."""
+    outer = next((i for i, size in enumerate(sizes) if size % slices == 0), None)
+    if outer is None:
+        named = {axis: size for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1}
+        raise ValueError(
+            f"MESH = {named}: no axis is a multiple of the {slices} slices of the devices, so none can be split over "
+            f"them. Here: --gin.MESH=\"{{'data': {slices}, 'fsdp': -1}}\"."
+        )
+    within, between = list(sizes), [1] * len(sizes)
+    within[outer], between[outer] = sizes[outer] // slices, slices
+    return within, between
 
 
 def mesh_sizes(shape: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
