@@ -1,7 +1,7 @@
 """Compiles runs for absent TPUs: memory, FLOPs, traffic and least time per chip; searches layouts, makes tables.
 
-  python -m launch.precompile \
-    --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \
+  python -m launch.precompile \\
+    --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \\
     --topology=v5e:4x4 --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS='{"targets": 2048}'
   python -m launch.precompile tables --rows llama2_7b_v5e_4x4
 

@@ -8,10 +8,17 @@ Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs 
 
 Takes the gin arguments of `train`, but reads no data and no directories. Nothing is allocated or run: the
 compiler reports memory; FLOPs and collectives are counted in its program.
-Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong.
+
+--search=batch finds the largest BATCH_SIZE that fits, and --search=layout the mesh, rule set and remat with the least time
+for a step of this BATCH_SIZE. Both print a table of what each candidate costs, with the flags of the best one. Results are
+stored, so that the same command continues a search whose time was over.
+Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong, 75 the search's time is over.
 """
 
 import argparse
+import functools
+import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +29,13 @@ from launch.aot import tpu_topology
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     tpu_topology.prepare_environment()
+    words = sys.argv[1:] if argv is None else list(argv)
     return cli.main(
         __doc__,
         entry="launch.train:train",
         command="precompile",
         extra_flags=_add_flags,
-        run=_run,
+        run=functools.partial(_run, words=words),
         unused={"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"},
         argv=argv,
     )
@@ -50,6 +58,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="train: an update (default); prefill, decode: BATCH_SIZE prompts of TASK_FEATURE_LENGTHS tokens are read, or "
         "continued by one token; covariances: a batch of documents of EK-FAC's first stage",
     )
+    _add_search_flags(parser)
     group = parser.add_argument_group("prefill, decode")
     group.add_argument("--max_new_tokens", type=int, default=128, metavar="N")
     group.add_argument("--cache_policy", default="full", metavar="NAME", help="as of `generate`")
@@ -63,10 +72,52 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--blocks", type=int, default=1, metavar="N", help="as of `influence fit`")
 
 
-def _run(start: cli.Start) -> int:
+def _add_search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--search",
+        choices=("batch", "layout"),
+        help="batch: the largest BATCH_SIZE; layout: the best of meshes, rule sets and remat",
+    )
+    group.add_argument(
+        "--memory_limit",
+        type=float,
+        metavar="GB",
+        help="memory of a chip that a candidate may use, in 10^9 bytes (default: all that a program can have)",
+    )
+    group.add_argument(
+        "--search_minutes", type=float, default=60, metavar="M", help="time of the search (60)"
+    )
+    group.add_argument(
+        "--candidate_minutes",
+        type=float,
+        default=20,
+        metavar="M",
+        help="most time of a candidate (20)",
+    )
+    group.add_argument(
+        "--candidate_gb",
+        type=float,
+        default=12,
+        metavar="GB",
+        help="most memory of the compiler (12)",
+    )
+    group.add_argument(
+        "--search_dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder of stored results (default: precompile in the caches' folder, see ESPALIER_CACHE)",
+    )
+
+
+def _run(start: cli.Start, *, words: Sequence[str]) -> int:
+    flags, recipe = start.flags, start.config.arguments()["recipe"]
+    if flags.search:
+        from launch.aot import search_run
+
+        return search_run.run(recipe, flags, without_search(words), start.config.text)
     from launch.aot import precompile
 
-    flags, recipe = start.flags, start.config.arguments()["recipe"]
     fits = precompile.precompile(
         recipe,
         flags.topology,
@@ -76,6 +127,22 @@ def _run(start: cli.Start) -> int:
         hlo=flags.hlo,
     )
     return 0 if fits else 1
+
+
+def without_search(words: Sequence[str]) -> list[str]:
+    """Returns the words of a command line without the flags of its search and of its output."""
+    removed = (
+        *("--search", "--memory_limit", "--search_minutes", "--candidate_minutes"),
+        *("--candidate_gb", "--search_dir", "--json", "--hlo"),
+    )
+    rest: list[str] = []
+    values = iter(words)
+    for word in values:
+        if word in removed:
+            next(values, None)  # its value is the next word
+        elif word.partition("=")[0] not in removed:
+            rest.append(word)
+    return rest
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:

@@ -122,7 +122,8 @@ def _generation(program: Program, policy: CachePolicy, options: Options, *, deco
     prompts = (row(jnp.int32, length), row(jnp.int32), row(jnp.bool_), row(jnp.uint32))
     tokens = rows * length
     # Logits are computed for the last token alone.
-    flops = tokens * recipe.language_model.hidden_flops(recipe.inputs_spec.arrays(1))
+    decoder: Any = recipe.model
+    flops = tokens * decoder.hidden_flops(recipe.inputs_spec.arrays(1))
     if not decodes:
         return Work(
             function=jax.jit(read),

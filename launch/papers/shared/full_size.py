@@ -85,7 +85,7 @@ def rows() -> dict[str, tuple[Row, ...]]:
     Raises:
       ValueError: a name that two rows have.
     """
-    tables = {"llama": LLAMA_ROWS}
+    tables: dict[str, tuple[Row, ...]] = {"llama": LLAMA_ROWS}
     for paper in cli.papers_with("full_size"):
         if paper != "shared":
             tables[paper] = importlib.import_module(f"launch.papers.{paper}.full_size").ROWS

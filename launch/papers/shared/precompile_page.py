@@ -6,7 +6,7 @@ from typing import Any
 from launch.aot.chips import CHIPS, GIB
 from launch.papers.shared.full_size import Row
 
-_TITLES = {
+TITLES = {
     "llama": "Llama 2 7B on every generation",
     "code_mix": "Code in pre-training",
     "low_rank": "Low-rank training",
@@ -61,14 +61,17 @@ def page(tables: Mapping[str, Sequence[Row]], records: Mapping[str, Any]) -> str
         lines = [_line(_COLUMNS), _line("---" for _ in _COLUMNS)]
         lines += [_row(row, records.get(row.name)) for row in rows]
         notes = [f"- {row.title}: {row.note}" for row in rows if row.note]
-        parts.append("\n".join([f"## {_TITLES.get(paper, paper)}", "", *lines, ""]))
+        parts.append("\n".join([f"## {TITLES.get(paper, paper)}", "", *lines, ""]))
         parts += ["\n".join(notes) + "\n"] if notes else []
     parts += [_collectives(tables, records), _chips()]
     return "\n".join(part for part in parts if part)
 
 
-def summary(report: Mapping[str, Any]) -> str:
-    """Returns the main figures of a report in a line."""
+def summary(record: Mapping[str, Any]) -> str:
+    """Returns the main figures of a record in a line, or why there are none."""
+    report = record["report"]
+    if report is None:
+        return record["problem"]
     hbm, times = report["hbm_bytes"]["peak"], report["roofline_seconds"]
     fits = "fits" if report["fits"] else "does NOT fit"
     line = f"{fits}, {hbm / 1e9:.2f} GB"

@@ -44,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="NAME", help="only these rows, in this order (default: all)"
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these rows, in this order (default: all)",
     )
     parser.add_argument("--again", action="store_true", help="compile rows that are there already")
     parser.add_argument("--list", action="store_true", help="print the command of each row and end")
@@ -92,8 +96,8 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["rows"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RowError(f"{path} is not a file of reports: {error}. Move or delete it.") from None
 
 
@@ -131,7 +135,7 @@ def _compile(
             }
             os.makedirs(target.parent, exist_ok=True)
             precompile.write_json(target, {"rows": records})
-            line = outcome.problem or precompile_page.summary(outcome.report)
+            line = precompile_page.summary(records[row.name])
             progress.write(f"{row.name}: {line}, {outcome.seconds:.0f} s")
 
 
