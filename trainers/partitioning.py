@@ -35,11 +35,11 @@ def make_mesh(
         None puts every device on `data`.
       devices: the devices to use; all by default.
 
-    On devices of several TPU slices, the outermost axis whose size their number divides is split over the slices, and the
-    other axes stay within one: only `data`, or else `fsdp` and so on, uses the slower network between slices.
+    On devices of several TPU slices, the outermost axes are split over the slices: `data`, then `fsdp` and so on. Only they
+    use the slower network between slices.
 
     Raises:
-      ValueError: unknown axis, a shape that does not cover the devices exactly, or no axis that can be split over slices.
+      ValueError: unknown axis, or a shape that does not cover the devices exactly.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(shape, len(devices))
@@ -59,16 +59,12 @@ def make_mesh(
 
 
 def _split_over_slices(sizes: Sequence[int], slices: int) -> tuple[list[int], list[int]]:
-    """Returns the sizes of MESH_AXES within a slice, and over slices; raises ValueError if no axis can be split."""
-    outer = next((i for i, size in enumerate(sizes) if size % slices == 0), None)
-    if outer is None:
-        named = {axis: size for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1}
-        raise ValueError(
-            f"MESH = {named}: no axis is a multiple of the {slices} slices of the devices, so none can be split over "
-            f"them. Here: --gin.MESH=\"{{'data': {slices}, 'fsdp': -1}}\"."
-        )
+    """Returns the sizes of MESH_AXES within a slice, and over slices, the outermost axes first."""
     within, between = list(sizes), [1] * len(sizes)
-    within[outer], between[outer] = sizes[outer] // slices, slices
+    for i, size in enumerate(sizes):
+        between[i] = math.gcd(size, slices)
+        within[i] = size // between[i]
+        slices //= between[i]
     return within, between
 
 

@@ -113,6 +113,10 @@ def _add_search_flags(parser: argparse.ArgumentParser) -> None:
 def _run(start: cli.Start, *, words: Sequence[str]) -> int:
     flags, recipe = start.flags, start.config.arguments()["recipe"]
     if flags.search:
+        if flags.program != "train":
+            raise tpu_topology.TopologyError(
+                f"--search={flags.search} searches for updates alone: remove --program={flags.program}."
+            )
         from launch.aot import search_run
 
         return search_run.run(recipe, flags, without_search(words), start.config.text)

@@ -46,8 +46,8 @@ class Flops:
     Attributes:
       compiled: FLOPs of the program: `products` + `kernels`.
       products: FLOPs of its matrix products, recomputation included.
-      kernels: FLOPs of its attention kernels, computed from their shapes; only unmasked keys count, about half
-        of all keys.
+      kernels: FLOPs of its attention kernels and grouped products, computed from their shapes; of keys, only unmasked
+        ones count, about half of all.
       analytic: FLOPs of the model: forward and backward without recomputation, causal attention too; None if they are
         not counted for this program.
     """
@@ -129,13 +129,28 @@ def measure(
 
 
 def kernel_flops(kernel: Kernel, mean_keys: float) -> float | None:
-    """Returns the FLOPs of one call of an attention kernel; None for kernels of another kind."""
+    """Returns the FLOPs of one call of an attention kernel or a grouped product; None for kernels of another kind."""
+    if kernel.name.startswith("ragged-dot"):
+        return _grouped_flops(kernel)
     products = next((n for part, n in _KERNEL_PRODUCTS.items() if part in kernel.name), None)
     # The operands are integer tables of the mask first, then queries [..., T, H] and keys.
     queries = next((a for a in kernel.operands if _is_float(a) and len(a.dims) >= 3), None)
     if products is None or queries is None:
         return None
     return products * 2.0 * queries.size * mean_keys
+
+
+def _grouped_flops(kernel: Kernel) -> float:
+    """Returns the FLOPs of jax.lax.ragged_dot, rows [R, X] by kernels [E, X, Y], as if every row had an expert.
+
+    A second kernel computes where the groups begin, without products.
+    """
+    floats = [array for array in kernel.operands if _is_float(array)]
+    rows = next((array for array in floats if len(array.dims) == 2), None)
+    kernels = next((array for array in floats if len(array.dims) == 3), None)
+    if rows is None or kernels is None:
+        return 0.0
+    return 2.0 * rows.size * kernels.size / (kernels.dims[0] * rows.dims[1])
 
 
 def _is_float(array: Array) -> bool:

@@ -10,7 +10,7 @@ The rows of a batch are the recipe's, and its row length is the length of a prom
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from trainers.influence.fit import Reader
 from trainers.recipe import Program, Recipe
 
 Kind = Literal["train", "prefill", "decode", "covariances"]
-KINDS = get_args(Kind)
 # Axes of a cache's arrays by the end of their names, see model/kv_cache/slots.py.
 _CACHE_AXES = {
     "_BKSH": (axes.BATCH, axes.ACT_KV_HEADS),

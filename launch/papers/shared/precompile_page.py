@@ -34,6 +34,8 @@ All figures are of one chip and one execution: an update of a training run, a ba
   A range ends with the time if collectives use the links of one dimension of the torus only.
 - **MFU below**: the model's FLOPs in that time, as a share of the chip's peak. Real steps are slower: see it as what a layout
   cannot exceed.
+
+`--rows NAME` compiles single rows, also those that are marked as not compiled yet.
 """
 _COLUMNS = (
     "program",
@@ -46,6 +48,7 @@ _COLUMNS = (
     "least time",
     "MFU below",
 )
+_Compiled = Sequence[tuple[Row, Mapping[str, Any]]]
 _BUSY = {"compute": "matrix units", "hbm": "HBM", "links": "links", "network": "network"}
 
 
@@ -63,7 +66,13 @@ def page(tables: Mapping[str, Sequence[Row]], records: Mapping[str, Any]) -> str
         notes = [f"- {row.title}: {row.note}" for row in rows if row.note]
         parts.append("\n".join([f"## {TITLES.get(paper, paper)}", "", *lines, ""]))
         parts += ["\n".join(notes) + "\n"] if notes else []
-    parts += [_collectives(tables, records), _chips()]
+    compiled = [
+        (row, report)
+        for rows in tables.values()
+        for row in rows
+        if (report := records.get(row.name, {}).get("report")) and report["fits"]
+    ]
+    parts += [_times(compiled), _collectives(compiled), _chips()]
     return "\n".join(part for part in parts if part)
 
 
@@ -89,19 +98,19 @@ def _row(row: Row, record: Mapping[str, Any] | None) -> str:
     report = record and record["report"]
     if not report:
         why = record["problem"] if record else "not compiled yet"
-        return _line([row.title, row.topology, why, *[""] * (len(_COLUMNS) - 3)])
+        return _line([_title(row), row.topology, why, *[""] * (len(_COLUMNS) - 3)])
     times, flops = report["roofline_seconds"], report["flops"]
     hbm = f"{report['hbm_bytes']['peak'] / 1e9:.2f} of {report['hbm_available_bytes'] / 1e9:.1f} GB"
     if not report["fits"]:
         return _line(
-            [row.title, row.topology, _layout(report), _batch(report), f"**{hbm}**: does not fit"]
+            [_title(row), row.topology, _layout(report), _batch(report), f"**{hbm}**: does not fit"]
             + [""] * 4
         )
     share = f" ({flops['analytic'] / flops['compiled']:.0%})" if flops["analytic"] else ""
     mfu = times["mfu_bound"]
     return _line(
         [
-            row.title,
+            _title(row),
             row.topology,
             _layout(report),
             _batch(report),
@@ -113,6 +122,10 @@ def _row(row: Row, record: Mapping[str, Any] | None) -> str:
             "" if mfu is None else _range(f"{mfu:.0%}", f"{times['mfu_bound_one_ring']:.0%}"),
         ]
     )
+
+
+def _title(row: Row) -> str:
+    return f"{row.title} (`{row.name}`)"
 
 
 def _range(first: str, last: str) -> str:
@@ -141,21 +154,41 @@ def _sent(report: Mapping[str, Any]) -> str:
     return text + (f" + {between / 1e9:.3g} GB" if between else "")
 
 
-def _collectives(tables: Mapping[str, Sequence[Row]], records: Mapping[str, Any]) -> str:
-    """Returns the table of collectives: executions with loops counted, and bytes sent."""
-    compiled = [
-        (row, report)
-        for rows in tables.values()
-        for row in rows
-        if (report := records.get(row.name, {}).get("report")) and report["collectives"]
+def _times(compiled: _Compiled) -> str:
+    """Returns the table of what each resource takes at its published rate."""
+    if not compiled:
+        return ""
+    names = {
+        "compute": "matrix units",
+        "hbm": "HBM",
+        "links": "links",
+        "one_ring": "links of one ring",
+        "network": "network between slices",
+    }
+    lines = [
+        "## Time by resource",
+        "",
+        "What each resource takes at its published rate; HBM's traffic is an estimate.",
+        "",
+        _line(["row", *names.values()]),
+        _line(["---"] * (len(names) + 1)),
     ]
+    for row, report in compiled:
+        times = report["roofline_seconds"]
+        cells = [seconds(times[name]) if times[name] else "" for name in names]
+        lines.append(_line([f"`{row.name}`", *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _collectives(compiled: _Compiled) -> str:
+    """Returns the table of collectives: executions with loops counted, and bytes sent."""
     kinds = sorted({kind for _, report in compiled for kind in report["collectives"]})
     if not kinds:
         return ""
     lines = [
         "## Collectives",
         "",
-        "Executions in one step, trips of loops included, and bytes that a chip sends in them.",
+        "Executions, trips of loops included, and bytes that a chip sends in them.",
         "",
         _line(["row", *kinds]),
         _line(["---"] * (len(kinds) + 1)),

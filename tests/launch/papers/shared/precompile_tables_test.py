@@ -61,6 +61,7 @@ def report(**changed):
         "roofline_seconds": {
             **{"step": 0.5, "step_one_ring": 1.25, "bound_by": "links"},
             **{"mfu_bound": 0.76, "mfu_bound_one_ring": 0.3},
+            **{"compute": 0.4, "hbm": 0.1, "links": 0.5, "one_ring": 1.25, "network": 0.3},
         },
         "versions": VERSIONS,
         **changed,
@@ -95,7 +96,10 @@ def test_the_command_continues_and_says_what_failed(tmp_path, monkeypatch):
     chosen = ["--rows", "code_mix_2p8b", "code_mix_470m"]
     assert run(tmp_path, *chosen) == 1
     page = (tmp_path / precompile_tables.PAGE).read_text()
-    assert "| 2.8B, pre-training, the paper's recipe | v5e:16x16 | fsdp 4 x tensor 4," in page
+    assert (
+        "| 2.8B, pre-training, the paper's recipe (`code_mix_2p8b`) | v5e:16x16 | fsdp 4 x tensor 4,"
+        in page
+    )
     assert "stopped after 9 s" in page and "12: 3 GB" in page
     # The row without a report is compiled again, the other is not.
     assert run(tmp_path, *chosen) == 0
