@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from launch.aot import precompile
 from launch.aot.tpu_topology import Topology
 from model import axes
 from model.config import REMAT_POLICIES
-from trainers import partitioning
+from trainers import initialise, partitioning
 from trainers.recipe import Recipe
 
 # From the least memory to the most.
@@ -93,7 +95,7 @@ def layouts(recipe: Recipe, topology: Topology) -> list[Candidate]:
     if hasattr(recipe.model.config, "remat"):
         remats = _REMATS
     fitting: list[Candidate] = []
-    for mesh, rules in _splits(topology):
+    for mesh, rules in _splits(topology, experts=_has_experts(recipe)):
         plain = (tuple(mesh.items()), rules.removesuffix("_whole_kv"))
         if rules.endswith("_whole_kv") and plain in {(one.mesh, one.rules) for one in fitting}:
             continue  # heads can be split, so that copies of them are of no use
@@ -105,14 +107,19 @@ def layouts(recipe: Recipe, topology: Topology) -> list[Candidate]:
     return [dataclasses.replace(one, remat=remat) for remat in remats for one in fitting]
 
 
-def _splits(topology: Topology) -> Iterator[tuple[dict[str, int], str]]:
-    """Yields meshes, each with the rule sets that use exactly its axes."""
+def _has_experts(recipe: Recipe) -> bool:
+    boxed = initialise.abstract_variables(recipe.model, recipe.inputs_spec)["params"]
+    return any(axes.EXPERT in box.names for box in jax.tree.leaves(boxed, is_leaf=axes.is_boxed))
+
+
+def _splits(topology: Topology, *, experts: bool) -> Iterator[tuple[dict[str, int], str]]:
+    """Yields meshes, each with the rule sets that use exactly its axes; an axis of experts only with `experts`."""
     chips = topology.num_chips // topology.slices
     between = {"data": topology.slices} if topology.slices > 1 else {}
     meshes: list[dict[str, int]] = [{"data": topology.num_chips}]
     size = 1
     while chips % size == 0 and size <= chips:
-        for axis in ("tensor", "expert"):
+        for axis in ("tensor", "expert") if experts else ("tensor",):
             if size > 1 or axis == "tensor":
                 sizes = {"fsdp": chips // size, axis: size}
                 meshes.append(between | {a: s for a, s in sizes.items() if s > 1})

@@ -60,7 +60,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     _add_search_flags(parser)
     group = parser.add_argument_group("prefill, decode")
-    group.add_argument("--max_new_tokens", type=int, default=128, metavar="N")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=128, metavar="N", help="room in the caches (128)"
+    )
     group.add_argument("--cache_policy", default="full", metavar="NAME", help="as of `generate`")
     group.add_argument(
         "--cache", action="append", default=[], metavar="NAME=VALUE", help="as of `generate`"
@@ -110,13 +112,47 @@ def _add_search_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Flags that only some programs read, with their defaults; and the flags of a search.
+_OF_PROGRAMS: dict[tuple[str, ...], dict[str, Any]] = {
+    ("prefill", "decode"): {
+        **{"max_new_tokens": 128, "cache_policy": "full", "cache": []},
+        **{"cache_dtype": None, "prefill_chunk": None},
+    },
+    ("covariances",): {"modules": "mlp", "blocks": 1},
+}
+_OF_SEARCH = {
+    **{"memory_limit": None, "search_minutes": 60, "search_dir": None},
+    **{"candidate_minutes": 20, "candidate_gb": 12},
+}
+
+
+class FlagError(ValueError):
+    """Flags that exclude each other, or that nothing would read."""
+
+
+def _check(flags: argparse.Namespace) -> None:
+    for programs, defaults in _OF_PROGRAMS.items():
+        for name, default in defaults.items():
+            if getattr(flags, name) != default and flags.program not in programs:
+                raise FlagError(
+                    f"--{name} is read by --program={' or '.join(programs)} alone, and this is {flags.program}: remove it."
+                )
+    for name, default in _OF_SEARCH.items():
+        if not flags.search and getattr(flags, name) != default:
+            raise FlagError(f"--{name} is read by a search alone: add --search or remove it.")
+    if flags.search and flags.program != "train":
+        raise FlagError(
+            f"--search={flags.search} searches for updates alone: remove --program={flags.program}."
+        )
+    if flags.search and flags.hlo:
+        raise FlagError("--hlo writes one program's text: remove it, or --search.")
+
+
 def _run(start: cli.Start, *, words: Sequence[str]) -> int:
-    flags, recipe = start.flags, start.config.arguments()["recipe"]
+    flags = start.flags
+    _check(flags)
+    recipe = start.config.arguments()["recipe"]
     if flags.search:
-        if flags.program != "train":
-            raise tpu_topology.TopologyError(
-                f"--search={flags.search} searches for updates alone: remove --program={flags.program}."
-            )
         from launch.aot import search_run
 
         return search_run.run(recipe, flags, without_search(words), start.config.text)

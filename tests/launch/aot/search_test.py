@@ -182,3 +182,23 @@ def test_stored_results_are_json(tmp_path):
     timed(tmp_path, lambda *_: (report(3), "", False))(candidate())
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["candidate"] == "8 rows, fsdp 8, fsdp, remat full"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache=capacity=3"], "--cache is read by --program=prefill or decode alone"),
+        (["--program=decode", "--blocks=2"], "--blocks is read by --program=covariances alone"),
+        (["--memory_limit=3"], "--memory_limit is read by a search alone"),
+        (["--search=batch", "--program=decode"], "searches for updates alone"),
+        (["--search=layout", "--hlo=x"], "--hlo writes one program's text"),
+        (["--search=layout", "--memory_limit=17"], "must be above 0 and at most 16.91 GB"),
+    ],
+)
+def test_flags_that_nothing_would_read_are_errors(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(tpu_topology, "prepare_environment", lambda: None)
+    tiny = [f"--gin_file=t5x_configs/{file}.gin" for file in ("models/tiny", "runs/pretrain")]
+    lengths = '--gin.TASK_FEATURE_LENGTHS={"targets": 64}'
+    words = [*tiny, "--gin.BATCH_SIZE=4", lengths, "--topology=v5e:2x2", *flags]
+    assert command.main(words) == 2
+    assert message in capsys.readouterr().err
