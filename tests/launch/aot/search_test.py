@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from launch.aot import candidates, command, precompile, search, tpu_topology
+from launch.aot import apart, candidates, command, precompile, search, tpu_topology
 from launch.aot.candidates import Candidate
 from launch.aot.search import Result
 from tests.launch import precompile_test as runs
@@ -184,6 +184,47 @@ def test_stored_results_are_json(tmp_path):
     assert json.loads(path.read_text())["candidate"] == "8 rows, fsdp 8, fsdp, remat full"
 
 
+TINY = [
+    *("--gin_file=t5x_configs/models/tiny.gin", "--gin_file=t5x_configs/runs/pretrain.gin"),
+    *("--gin.BATCH_SIZE=8", '--gin.TASK_FEATURE_LENGTHS={"targets": 64}', "--topology=v5e:2x4"),
+]
+
+
+def test_the_command_searches_continues_and_says_the_best(
+    eight_devices, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tpu_topology, "prepare_environment", lambda: None)
+    monkeypatch.setattr(tpu_topology, "versions", lambda: {"jax": "1"})
+    compiled = []
+
+    def compile_apart(words, limits):
+        compiled.append(words)
+        assert limits.memory_bytes == 12e9 and limits.seconds <= 1200
+        dots, two = (any(text in word for word in words) for text in ("'dots'", '"tensor": 2'))
+        peak = 20e9 if any("'none'" in word for word in words) else 10e9
+        return apart.Outcome(report(peak, step=3.0 - dots - two), "", 1.0)
+
+    monkeypatch.setattr(apart, "compile_apart", compile_apart)
+    stored = [f"--search_dir={tmp_path / 'results'}", f"--json={tmp_path / 'search.json'}"]
+    words = [*TINY, "--search=layout", *stored]
+    assert command.main([*words, "--search_minutes=0"]) == 75
+    assert "the same command continues it" in capsys.readouterr().out and not compiled
+    assert not json.loads((tmp_path / "search.json").read_text())["finished"]
+
+    assert command.main(words) == 0
+    shown, count = capsys.readouterr().out, len(compiled)
+    assert "best: 8 rows, fsdp 4 x tensor 2, fsdp_tp, remat dots" in shown
+    assert f"{count} layouts fit this run" in shown
+    written = json.loads((tmp_path / "search.json").read_text())
+    assert written["finished"] and written["best"][1] == '--gin.MESH={"fsdp": 4, "tensor": 2}'
+    assert len(written["candidates"]) == count
+    assert set(TINY) < set(compiled[0]) and not any("search" in word for word in compiled[0])
+    # What is stored is not compiled again, not even without time.
+    assert command.main([*words, "--search_minutes=0"]) == 0 and len(compiled) == count
+    assert command.main([*words, "--memory_limit=5"]) == 1
+    assert "nothing fits into 5.00 GB" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -197,8 +238,5 @@ def test_stored_results_are_json(tmp_path):
 )
 def test_flags_that_nothing_would_read_are_errors(flags, message, capsys, monkeypatch):
     monkeypatch.setattr(tpu_topology, "prepare_environment", lambda: None)
-    tiny = [f"--gin_file=t5x_configs/{file}.gin" for file in ("models/tiny", "runs/pretrain")]
-    lengths = '--gin.TASK_FEATURE_LENGTHS={"targets": 64}'
-    words = [*tiny, "--gin.BATCH_SIZE=4", lengths, "--topology=v5e:2x2", *flags]
-    assert command.main(words) == 2
+    assert command.main([*TINY, *flags]) == 2
     assert message in capsys.readouterr().err
