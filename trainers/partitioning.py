@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
@@ -34,13 +35,37 @@ def make_mesh(
         None puts every device on `data`.
       devices: the devices to use; all by default.
 
+    On devices of several TPU slices, the outermost axes are split over the slices: `data`, then `fsdp` and so on. Only they
+    use the slower network between slices.
+
     Raises:
       ValueError: unknown axis, or a shape that does not cover the devices exactly.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(shape, len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis that is no product of whole dimensions of the torus takes a part of one.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within, between = _split_over_slices(sizes, slices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, between, devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _split_over_slices(sizes: Sequence[int], slices: int) -> tuple[list[int], list[int]]:
+    """Returns the sizes of MESH_AXES within a slice, and over slices, the outermost axes first."""
+    within, between = list(sizes), [1] * len(sizes)
+    for i, size in enumerate(sizes):
+        between[i] = math.gcd(size, slices)
+        within[i] = size // between[i]
+        slices //= between[i]
+    return within, between
 
 
 def mesh_sizes(shape: Mapping[str, int] | None, count: int) -> tuple[int, ...]:

@@ -46,15 +46,16 @@ class Flops:
     Attributes:
       compiled: FLOPs of the program: `products` + `kernels`.
       products: FLOPs of its matrix products, recomputation included.
-      kernels: FLOPs of its attention kernels, computed from their shapes; only unmasked keys count, about half
-        of all keys.
-      analytic: FLOPs of the model: forward and backward without recomputation, causal attention too.
+      kernels: FLOPs of its attention kernels and grouped products, computed from their shapes; of keys, only unmasked
+        ones count, about half of all.
+      analytic: FLOPs of the model: forward and backward without recomputation, causal attention too; None if they are
+        not counted for this program.
     """
 
     compiled: float
     products: float
     kernels: float
-    analytic: float
+    analytic: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +82,22 @@ class Report:
         }
 
 
-def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: float) -> Report:
+def measure(
+    compiled: Any,
+    *,
+    model_flops: float | None,
+    mean_keys: float,
+    hbm_bytes: float,
+    open_loops: int = 0,
+) -> Report:
     """Returns the costs of a compiled program.
 
     Args:
       compiled: from `jax.jit(step).lower(...).compile()`.
-      model_flops: analytic FLOPs of the step, divided by the number of chips.
+      model_flops: analytic FLOPs of the step, divided by the number of chips; None if they are not counted.
       mean_keys: mean number of keys per query, over rows and layers.
       hbm_bytes: memory of a chip.
+      open_loops: see launch/aot/hlo/loops.py.
 
     Raises:
       HloError: the program has a part whose cost cannot be counted.
@@ -101,7 +110,7 @@ def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: f
         aliased=stats.alias_size_in_bytes,
         peak=stats.peak_memory_in_bytes,
     )
-    program = analysis.analyse(compiled.as_text())
+    program = analysis.analyse(compiled.as_text(), open_loops=open_loops)
     per_call = {kernel: kernel_flops(kernel, mean_keys) for kernel in program.kernels}
     in_kernels = float(sum(kernel.count * each for kernel, each in per_call.items() if each))
     return Report(
@@ -120,13 +129,28 @@ def measure(compiled: Any, *, model_flops: float, mean_keys: float, hbm_bytes: f
 
 
 def kernel_flops(kernel: Kernel, mean_keys: float) -> float | None:
-    """Returns the FLOPs of one call of an attention kernel; None for kernels of another kind."""
+    """Returns the FLOPs of one call of an attention kernel or a grouped product; None for kernels of another kind."""
+    if kernel.name.startswith("ragged-dot"):
+        return _grouped_flops(kernel)
     products = next((n for part, n in _KERNEL_PRODUCTS.items() if part in kernel.name), None)
     # The operands are integer tables of the mask first, then queries [..., T, H] and keys.
     queries = next((a for a in kernel.operands if _is_float(a) and len(a.dims) >= 3), None)
     if products is None or queries is None:
         return None
     return products * 2.0 * queries.size * mean_keys
+
+
+def _grouped_flops(kernel: Kernel) -> float:
+    """Returns the FLOPs of jax.lax.ragged_dot, rows [R, X] by kernels [E, X, Y], as if every row had an expert.
+
+    A second kernel computes where the groups begin, without products.
+    """
+    floats = [array for array in kernel.operands if _is_float(array)]
+    rows = next((array for array in floats if len(array.dims) == 2), None)
+    kernels = next((array for array in floats if len(array.dims) == 3), None)
+    if rows is None or kernels is None:
+        return 0.0
+    return 2.0 * rows.size * kernels.size / (kernels.dims[0] * rows.dims[1])
 
 
 def _is_float(array: Array) -> bool:
@@ -167,17 +191,19 @@ def table(report: Report, facts: Sequence[tuple[str, str]]) -> str:
     ]
     lines.append(f"  {'fits':<16}{'yes' if report.fits else 'NO':>12}")
     if report.flops:
-        lines += ["", "products of a chip, one step"]
+        lines += ["", "FLOPs of a chip"]
         lines += [
             f"  {name:<14}{amount(value, 'FLOP'):>14}"
             for name, value in dataclasses.asdict(report.flops).items()
+            if value is not None
         ]
-        ratio = report.flops.compiled / report.flops.analytic
-        lines.append(f"  {'ratio':<16}{ratio:>12.3f}")
+        if report.flops.analytic:
+            ratio = report.flops.compiled / report.flops.analytic
+            lines.append(f"  {'ratio':<16}{ratio:>12.3f}")
     if report.collectives is not None:
-        lines += ["", f"{'collectives':<22}{'count':>8}{'sent':>12}{'largest':>12}"]
+        lines += ["", f"{'collectives':<30}{'count':>8}{'sent':>12}{'largest':>12}"]
         lines += [
-            f"  {kind:<20}{total.count:>8}{amount(total.bytes, 'B'):>12}"
+            f"  {kind:<28}{total.count:>8}{amount(total.bytes, 'B'):>12}"
             f"{amount(total.largest, 'B'):>12}"
             for kind, total in report.collectives.items()
         ]

@@ -1,4 +1,4 @@
-"""Compiles a training step for absent TPUs, and reports its memory, FLOPs and traffic per chip."""
+"""Compiles a program for absent TPUs, and reports its memory, FLOPs, traffic and least time per chip."""
 
 import json
 import math
@@ -9,145 +9,205 @@ from typing import Any
 
 import jax
 
-from launch.aot import compile_report, tpu_topology
+from launch.aot import chips, compile_report, programs, tpu_topology
 from launch.aot.compile_report import Memory, Report
+from launch.aot.hlo import collectives
+from launch.aot.programs import Kind, Options, Work
 from launch.aot.tpu_topology import Topology
-from model.flops import mean_keys
+from model.kv_cache.base import CachePolicy
+from model.kv_cache.full import FullCache
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
 
 
 def precompile(
-    recipe: Recipe, topology_name: str, *, json_file: str | None = None, hlo: str | None = None
+    recipe: Recipe,
+    topology_name: str,
+    *,
+    kind: Kind = "train",
+    policy: CachePolicy | None = None,
+    options: Options | None = None,
+    json_file: str | None = None,
+    hlo: str | None = None,
 ) -> bool:
-    """Compiles the train step of a recipe for a slice such as v5e:4x4, prints the report, and returns whether it fits.
+    """Compiles a program of a recipe for a topology such as v5e:4x4, prints the report, and returns whether it fits.
 
     Writes the report to `json_file` and the compiled program's text to `hlo`, if they are not None.
 
+    Args:
+      recipe: the recipe.
+      topology_name: see `tpu_topology.parse`.
+      kind: the program, see programs.py; `policy` and `options` are of programs other than 'train'.
+      json_file, hlo: paths.
+
     Raises:
       TopologyError: the topology is unknown, or libtpu is missing.
+      ValueError: the model has no program of this kind.
     """
     topology = tpu_topology.parse(topology_name)
-    devices = tpu_topology.devices(topology)
-    # The length of a schedule changes a constant of the program, not its cost.
-    span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
-    program = recipe.with_span(span).program(devices=devices)
+    program = resolved(recipe, topology)
     print("".join(line + "\n" for line in program.reports), end="")
-    print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", flush=True)
+    work = programs.work(kind, program, policy or FullCache(), options or Options())
+    device = program.mesh.devices.flat[0].device_kind
+    print(f"compiling for {topology.num_chips} x {device} ...", flush=True)
     began = time.perf_counter()
-    report, text = compile_step(program, hbm_bytes=topology.chip.hbm_bytes)
+    report, text = compile_work(work, program, hbm_bytes=topology.chip.hbm_bytes)
     seconds = time.perf_counter() - began
-    header = _header(topology, program)
-    print(compile_report.table(report, _facts(header, report, topology, seconds)))
+    document = {
+        **_header(topology, program, kind, work),
+        "compile_seconds": round(seconds, 1),
+        **report.as_json(),
+        "roofline_seconds": _roofline(report, topology),
+    }
+    print(compile_report.table(report, _facts(document)))
     if json_file:
-        document = {**header, "compile_seconds": round(seconds, 1), **report.as_json()}
-        _write(json_file, json.dumps(document, indent=2) + "\n")
+        write_json(json_file, document)
     if hlo and text is not None:
         _write(hlo, text)
     return report.fits
 
 
+def resolved(recipe: Recipe, topology: Topology) -> Program:
+    """Returns the program of a recipe on absent devices; raises ValueError for a mesh that does not fit the run."""
+    # The length of a schedule changes a constant of the program, not its cost.
+    span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
+    return recipe.with_span(span).program(devices=tpu_topology.devices(topology))
+
+
 def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
-    """Compiles the train step of a program; its devices may be absent.
+    """Compiles the train step of a program; see `compile_work`."""
+    return compile_work(programs.train(program), program, hbm_bytes=hbm_bytes)
+
+
+def compile_work(work: Work, program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:
+    """Compiles a function of a program, whose devices may be absent.
 
     Returns its report for devices with this memory, and its text, which is None if it does not fit.
     """
-    recipe = program.recipe
-    batch = recipe.abstract_batch(program.batch_sharding)
-    # Losses by data source would need the data; they cost next to nothing.
-    step = program.steps(0).train
     with partitioning.use_mesh(program.mesh, program.rules):
-        lowered = step.trace(program.abstract_state, batch).lower()
+        lowered = work.function.trace(*work.arguments).lower()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             sizes = compile_report.out_of_memory(str(error))
             if sizes is None:
                 raise
-            return _too_large(program, batch, needed=sizes[0]), None
-    model_flops = program.train_flops_per_unit * recipe.units_per_batch / program.mesh.devices.size
+            return _too_large(work, needed=sizes[0]), None
+    chips_of_mesh = program.mesh.devices.size
     report = compile_report.measure(
-        compiled, model_flops=model_flops, mean_keys=_mean_keys(recipe), hbm_bytes=hbm_bytes
+        compiled,
+        model_flops=None if work.model_flops is None else work.model_flops / chips_of_mesh,
+        mean_keys=work.mean_keys,
+        hbm_bytes=hbm_bytes,
+        open_loops=work.open_loops,
     )
     return report, compiled.as_text()
 
 
-def _too_large(program: Program, batch: Any, *, needed: int) -> Report:
+def _too_large(work: Work, *, needed: int) -> Report:
     """Returns the report of a program that does not fit; the compiler's figure `needed` includes the arguments."""
-    state = sum(map(_shard_bytes, jax.tree.leaves(program.abstract_state)))
-    arguments = state + sum(map(_shard_bytes, jax.tree.leaves(batch)))
+    arguments = argument_bytes(work.arguments)
+    outputs = 0 if work.donated is None else argument_bytes(work.arguments[work.donated])
     memory = Memory(
         arguments=arguments,
         temporaries=needed - arguments,
-        outputs=state,
-        aliased=state,
+        outputs=outputs,
+        aliased=outputs,
         peak=needed,
     )
     return Report(memory=memory, fits=False)
+
+
+def argument_bytes(arguments: Any) -> int:
+    """Returns the bytes that abstract arrays with shardings have on one chip."""
+    return sum(map(_shard_bytes, jax.tree.leaves(arguments)))
 
 
 def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def _mean_keys(recipe: Recipe) -> float:
-    """Returns the keys per query, on average over rows and layers; 0 without attention."""
-    if recipe.inputs_spec.length is None:
-        return 0.0
-    windows = [layer.kind.window for layer in recipe.model.layer_settings()]
-    return sum(mean_keys(recipe.length, window) for window in windows) / len(windows)
+def _roofline(report: Report, topology: Topology) -> dict[str, Any] | None:
+    """Returns the seconds of an execution at the chip's published rates; None for a program that does not fit."""
+    if report.flops is None or report.collectives is None or report.traffic is None:
+        return None
+    within, between = collectives.sent(report.collectives)
+    return chips.roofline(
+        topology.chip,
+        flops=report.flops.compiled,
+        hbm_bytes=report.traffic,
+        sent=within,
+        sent_between_slices=between,
+        model_flops=report.flops.analytic,
+    ).as_json()
 
 
-def _header(topology: Topology, program: Program) -> dict[str, Any]:
+def _header(topology: Topology, program: Program, kind: Kind, work: Work) -> dict[str, Any]:
     """Returns facts about the compiled program, for the JSON report."""
     recipe = program.recipe
     return {
+        "program": kind,
+        "per": work.per,
         "topology": str(topology),
         "chips": topology.num_chips,
         "device": program.mesh.devices.flat[0].device_kind,
         "hbm_available_bytes": topology.chip.hbm_bytes,
         "mesh": dict(program.mesh.shape),
         "rules": recipe.rules,
+        "remat": getattr(recipe.model.config, "remat", "none"),
         "parameters": program.num_params(),
+        "trained_parameters": program.num_params(trained_only=True),
         "batch_size": recipe.batch_size,
+        "microbatches": recipe.microbatches,
         "length": recipe.length,
         "unit": recipe.inputs_spec.unit,
         "versions": tpu_topology.versions(),
     }
 
 
-def _facts(header: dict[str, Any], report: Report, topology: Topology, seconds: float):
+def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns (name, value) of the lines above the table."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in header["mesh"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    rows = "images" if header["unit"] == "images" else f"rows of {header['length']} tokens"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in document["mesh"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    images = document["unit"] == "images"
+    rows = "images" if images else f"rows of {document['length']} tokens"
+    hbm = document["hbm_available_bytes"]
     facts = [
-        ("topology", f"{topology}, {header['chips']} x {header['device']}"),
-        ("mesh", f"{mesh}, rules {header['rules']}"),
-        ("parameters", f"{header['parameters']:,}"),
-        ("batch", f"{header['batch_size']} {rows}"),
-        (
-            "HBM limit",
-            f"{topology.chip.hbm_bytes / 1e9:.2f} GB ({topology.chip.hbm_bytes / 2**30:.2f} GiB)",
-        ),
-        ("compiled in", f"{seconds:.0f} s with {versions}"),
+        ("program", f"{document['program']}, figures of one {document['per']}"),
+        ("topology", f"{document['topology']}, {document['chips']} x {document['device']}"),
+        ("mesh", f"{mesh}, rules {document['rules']}, remat {document['remat']}"),
+        ("parameters", f"{document['parameters']:,}, trained {document['trained_parameters']:,}"),
+        ("batch", f"{document['batch_size']} {rows}, microbatches {document['microbatches']}"),
+        ("HBM limit", f"{hbm / 1e9:.2f} GB ({hbm / 2**30:.2f} GiB)"),
+        ("compiled in", f"{document['compile_seconds']:.0f} s with {versions}"),
     ]
-    if report.flops:
-        chip = topology.chip
-        sent = sum(total.bytes for total in report.collectives.values())
-        seconds_at_peak = {
-            "products": report.flops.compiled / chip.peak_flops,
-            "memory": report.traffic / chip.hbm_rate,
-            "one ring of links": sent / chip.wire_rate,
+    if times := document["roofline_seconds"]:
+        busy = {
+            "compute": "compute",
+            "hbm": "main memory",
+            "links": "links",
+            "one_ring": "links of one ring",
+            "network": "between slices",
         }
-        times = ", ".join(f"{name} {value:.3g} s" for name, value in seconds_at_peak.items())
-        facts.append(("at peak rates", times))
+        at_peak = ", ".join(f"{busy[name]} {times[name]:.3g} s" for name in busy if times[name])
+        facts.append(("at peak rates", at_peak))
+        bound = f"at least {times['step']:.3g} s, {times['step_one_ring']:.3g} s with one ring"
+        facts.append((f"a {document['per']}", f"{bound}; busiest: {busy[times['bound_by']]}"))
+        if times["mfu_bound"] is not None:
+            mfu = (
+                f"at most {times['mfu_bound']:.1%}, {times['mfu_bound_one_ring']:.1%} with one ring"
+            )
+            facts.append(("MFU", mfu))
     return facts
 
 
-def _write(path: str, text: str) -> None:
-    """Writes a file atomically."""
+def write_json(path: str | pathlib.Path, document: Any) -> None:
+    """Writes a document atomically."""
+    _write(path, json.dumps(document, indent=2) + "\n")
+
+
+def _write(path: str | pathlib.Path, text: str) -> None:
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")

@@ -1,6 +1,7 @@
 """Descriptions of absent TPU slices, for which a CPU host with the `tpu` extra can compile.
 
-A topology is named like `v5e:4x4`: generation and chips along each dimension of the torus.
+A topology is named like `v5e:4x4`: generation and chips along each dimension of the torus. `2xv5e:16x16` is two slices of
+256 chips each, joined by the data centre's network.
 """
 
 import dataclasses
@@ -15,37 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # jax is imported only after the environment is set
     import jax
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One generation of TPU chips.
-
-    Attributes:
-      dimensions: number of dimensions of the torus.
-      hbm_bytes: memory available to a program; the runtime uses the rest.
-      peak_flops: dense bfloat16 FLOP/s of a chip, from data sheets.
-      hbm_rate: bytes/s to and from main memory, from data sheets.
-      wire_rate: bytes/s a chip sends over the two links of one dimension (a bidirectional ring).
-      options: further arguments of the topology that make one device of one chip.
-    """
-
-    dimensions: int
-    hbm_bytes: int
-    peak_flops: float
-    hbm_rate: float
-    wire_rate: float
-    options: tuple[tuple[str, str], ...] = ()
-
-
-CHIPS = {
-    # Two cores that act as one device.
-    "v4": Chip(3, int(30.75 * GIB), 275e12, 1.23e12, 90e9, (("chip_config_name", "megacore"),)),
-    "v5e": Chip(2, int(15.75 * GIB), 197e12, 0.82e12, 90e9),
-    "v5p": Chip(3, int(95.74 * GIB), 459e12, 2.77e12, 180e9),
-    "v6e": Chip(2, int(31.25 * GIB), 918e12, 1.64e12, 180e9),
-}
+from launch.aot.chips import CHIPS, Chip
 
 
 class TopologyError(ValueError):
@@ -54,44 +25,50 @@ class TopologyError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of chips of one generation; `shape` is the number of chips along each dimension."""
+    """Slices of chips of one generation; `shape` is the number of a slice's chips along each dimension."""
 
     generation: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
         return CHIPS[self.generation]
 
     @property
+    def slice_name(self) -> str:
+        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+
+    @property
     def num_chips(self) -> int:
-        return math.prod(self.shape)
+        """Chips of all slices."""
+        return self.slices * math.prod(self.shape)
 
     def __str__(self) -> str:
-        return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+        return self.slice_name if self.slices == 1 else f"{self.slices}x{self.slice_name}"
 
 
 def parse(name: str) -> Topology:
-    """Parses the name of a topology, such as `v5e:4x4`.
+    """Parses the name of a topology, such as `v5e:4x4` or `2xv5e:16x16`.
 
     Raises:
       TopologyError: the generation is unknown, or the shape has the wrong rank.
     """
-    generation, _, shape = name.partition(":")
-    examples = "for example v5e:4x4, v6e:8x8, v5p:4x4x4 or v5e:1x1"
-    if generation not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    examples = "for example v5e:4x4, v6e:8x8, v5p:4x4x4, v5e:1x1, or 2xv5e:16x16 for two slices"
+    if match is None or match[2] not in CHIPS:
         raise TopologyError(
             f"--topology={name} is not a TPU topology: give one of {', '.join(CHIPS)}, a colon and the chips "
             f"along each dimension, {examples}."
         )
-    sizes = tuple(int(size) for size in shape.split("x"))
+    generation, sizes = match[2], tuple(int(size) for size in match[3].split("x"))
     rank = CHIPS[generation].dimensions
     if len(sizes) != rank:
         raise TopologyError(
             f"--topology={name}: a {generation} slice has {rank} dimensions, not {len(sizes)}; "
             f"{examples}."
         )
-    return Topology(generation, sizes)
+    return Topology(generation, sizes, int(match[1] or 1))
 
 
 def prepare_environment() -> None:
@@ -124,7 +101,7 @@ def versions() -> dict[str, str]:
 
 
 def devices(topology: Topology) -> Sequence["jax.Device"]:
-    """Returns devices of an absent slice, one per chip: programs compile for them but do not run.
+    """Returns devices of absent slices, one per chip: programs compile for them but do not run.
 
     Raises:
       TopologyError: libtpu is missing, or does not know the slice.
@@ -136,12 +113,14 @@ def devices(topology: Topology) -> Sequence["jax.Device"]:
     from jax.experimental import topologies
 
     options: dict[str, object] = dict(topology.chip.options)
-    if topology.num_chips == 1:
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if math.prod(topology.shape) == 1:
         # By default hosts hold 2 x 2 chips.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=str(topology), **options
+            platform="tpu", topology_name=topology.slice_name, **options
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise TopologyError(f"--topology={topology}: {error}") from error

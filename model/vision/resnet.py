@@ -18,10 +18,13 @@ import jax.numpy as jnp
 
 from model import axes, flops
 from model.config import FloatDtypes
+from model.kernels import taps
 from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
 from model.ranges import Size
 from model.vision.convolution import Conv, he_normal
+
+STATISTICS = "batch_stats"  # flax's collection of running averages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class ResNetConfig(FloatDtypes):
       widths: output channels of the blocks of each stage.
       stem_width: output channels of the first convolution.
       dtype: compute dtype of convolutions and activations; statistics, pooling and loss use float32.
+      scan_blocks: whether the equal blocks of a stage are one block in a loop, which compiles faster. Parameters are the
+        same either way.
 
     Raises:
       ValueError: invalid sizes; all problems in one message.
@@ -45,6 +50,7 @@ class ResNetConfig(FloatDtypes):
     stem_width: Size
     dtype: str = "float32"
     param_dtype: str = "float32"
+    scan_blocks: bool = True
 
     def __post_init__(self):
         problems = []
@@ -215,7 +221,10 @@ class ResNet(nn.Module):
         x_BHWC = self.stem(config=config, name="stem")(x_BHWC, train)
         block = partial(self.block, config=config, conv=self.conv, dense=self.dense)
         for index, (blocks, width) in enumerate(zip(config.stages, config.widths, strict=True)):
-            stage = _Stage(blocks, width, 2 if index else 1, block, name=f"stage_{index}")
+            stage = _Stage(
+                *(blocks, width, 2 if index else 1, block, config.scan_blocks),
+                name=f"stage_{index}",
+            )
             x_BHWC = axes.constrain(stage(x_BHWC, train), axes.BATCH)
         if self.final_norm:
             x_BHWC = nn.relu(batch_norm(config, train, "norm")(x_BHWC))
@@ -242,19 +251,53 @@ class ResNet(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks of one width; the first block has the stride. Parameter paths have a scope per stage."""
+    """Blocks of one width; the first block has the stride. Parameter paths have a scope per stage.
+
+    All blocks but the first have equal shapes. With `scan_blocks`, their variables are stacked inside the program and one
+    block runs in a loop over them; the stage's variables are those of the unrolled blocks, `block_0`, `block_1` and so on.
+    """
 
     blocks: int
     width: int
     stride: int
     block: Callable[..., nn.Module]
+    scan_blocks: bool
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
-        for index in range(self.blocks):
+        unrolled = 1 if self._scans() else self.blocks
+        for index in range(unrolled):
             stride = 1 if index else self.stride
             block = self.block(width=self.width, stride=stride, name=f"block_{index}")
             x_BHWC = block(x_BHWC, train)
+        return self._scanned(x_BHWC, train) if unrolled < self.blocks else x_BHWC
+
+    def _scans(self) -> bool:
+        """Returns whether equal blocks run in a loop: not where something reads the modules of each block."""
+        observed = taps.is_active() or self.is_mutable_collection("intermediates")
+        return self.scan_blocks and self.blocks > 2 and not self.is_initializing() and not observed
+
+    def _scanned(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
+        """Applies the blocks after the first."""
+        names = [f"block_{index}" for index in range(1, self.blocks)]
+        block = self.block(width=self.width, stride=1, name=None, parent=None)
+        written = [STATISTICS] if self.is_mutable_collection(STATISTICS) else []
+
+        def body(x_BHWC: jax.Array, variables: Any) -> tuple[jax.Array, Any]:
+            return block.apply(variables, x_BHWC, train, mutable=written)
+
+        variables = {
+            collection: jax.tree.map(
+                lambda *leaves: jnp.stack(leaves),
+                *(self.get_variable(collection, name) for name in names),
+            )
+            for collection in ("params", STATISTICS)
+        }
+        x_BHWC, updated = jax.lax.scan(body, x_BHWC, variables)
+        for collection in written:
+            for index, name in enumerate(names):
+                own = jax.tree.map(lambda leaf, i=index: leaf[i], updated[collection])
+                self.put_variable(collection, name, own)
         return x_BHWC
 
 

@@ -391,7 +391,7 @@ def text(*words):
 pages = {}
 for program in sys.argv[1].split():
     pages[program] = text(program)
-    if program in ("evaluate", "prepare", "upcycle"):
+    if program in ("evaluate", "precompile", "prepare", "upcycle"):
         for name in importlib.import_module(f"launch.{program}").COMMANDS:
             if name != "factorise":  # the flags of which are made by the module that does the work
                 pages[f"{program} {name}"] = text(program, name)

@@ -293,6 +293,8 @@ def test_a_slice_that_cannot_be_built(tpu_environment):
         ("v5e:4by4", "is not a TPU topology"),
         ("v5e:4", "2 dimensions, not 1"),
         ("v5p:4x4", "3 dimensions, not 2"),
+        ("0xv5e:4x4", "is not a TPU topology"),
+        ("v5e:4x4x4", "2 dimensions, not 3"),
     ],
 )
 def test_bad_topologies(name, message):
@@ -303,6 +305,8 @@ def test_bad_topologies(name, message):
 def test_topology():
     topology = tpu_topology.parse("v5p:4x4x8")
     assert (topology.num_chips, str(topology)) == (128, "v5p:4x4x8")
+    slices = tpu_topology.parse("2xv5e:16x16")
+    assert (slices.num_chips, slices.slices, str(slices)) == (512, 2, "2xv5e:16x16")
 
 
 # Programs that do not fit.
@@ -356,6 +360,15 @@ def test_attention_kernels_by_their_shapes(name, products):
     kernel = Kernel(f"splash_mha_{name}_segmented", 1, (tables, tables, queries, queries))
     flops = compile_report.kernel_flops(kernel, mean_keys=1024.5)
     assert flops == products * 2 * 8 * 2048 * 128 * 1024.5
+
+
+def test_grouped_products_by_their_shapes():
+    tables = Array("s32", (5,)), Array("s32", (11,))
+    rows, kernels = Array("bf16", (1024, 512)), Array("bf16", (4, 512, 256))
+    flops = compile_report.kernel_flops(Kernel("ragged-dot-none", 1, (*tables, rows, kernels)), 4)
+    assert flops == 2 * 1024 * 512 * 256
+    groups = Kernel("ragged-dot-metadata", 1, tables[:1])
+    assert compile_report.kernel_flops(groups, 4) == 0
 
 
 def test_other_kernels_are_not_guessed():

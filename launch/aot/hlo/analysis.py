@@ -31,14 +31,18 @@ class Analysis:
     hbm_bytes: int
 
 
-def analyse(program: str) -> Analysis:
+def analyse(program: str, *, open_loops: int = 0) -> Analysis:
     """Returns the costs of a program from its text, `compiled.as_text()`.
+
+    Args:
+      program: the text.
+      open_loops: see `loops.executions`.
 
     Raises:
       HloError: the text, a loop or a collective cannot be understood.
     """
     module = text.parse(program)
-    executions = loops.executions(module)
+    executions = loops.executions(module, open_loops=open_loops)
     products = 0
     kernels: collections.Counter = collections.Counter()
     for name, computation in module.computations.items():

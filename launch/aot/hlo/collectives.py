@@ -1,8 +1,13 @@
-"""Collectives of a program by kind: how often each runs and how many bytes it sends over the wire."""
+"""Collectives of a program by kind: how often each runs and how many bytes it sends over the wire.
+
+In programs of several TPU slices, collectives run within a slice. What slices exchange is sent and received by the host,
+with the kind of collective in an attribute; these kinds have the prefix BETWEEN.
+"""
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 from launch.aot.hlo.text import HloError, Instruction, Module, leaves
 
@@ -15,6 +20,16 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+
+BETWEEN = "between-slices "
+# Bytes that a chip sends to n slices, as a multiple of what it has: exchanges of slices by their kind.
+_EXCHANGES = {
+    "ALL_GATHER": lambda n: n - 1,
+    "ALL_REDUCE": lambda n: 2 * (n - 1) / n,
+    "ALL_TO_ALL": lambda n: (n - 1) / n,
+    "ONE_TO_ONE": lambda n: 1,
+    "REDUCE_SCATTER": lambda n: (n - 1) / n,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +76,8 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
             continue
         for instruction in computation.instructions.values():
             opcode = instruction.opcode.removesuffix("-start")
+            if opcode == "send" and (exchange := _exchange(module, instruction)):
+                apart.append((exchange[0], times, exchange[1]))
             if opcode not in KINDS:
                 continue
             kind = _kind(opcode, computation.name)
@@ -74,6 +91,29 @@ def _distinct(module: Module, executions: dict[str, int]) -> list[tuple[str, int
                 best = channels.get((kind, channel), entry)
                 channels[kind, channel] = min(best, entry, key=lambda e: e[1])
     return apart + list(channels.values())
+
+
+def _exchange(module: Module, send: Instruction) -> tuple[str, int] | None:
+    """Returns (kind, bytes) of what a chip sends to other slices; None for other transfers to the host.
+
+    Raises:
+      HloError: an unknown kind of exchange.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    if kind is None:
+        return None
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', send.attributes)
+    if kind[1] not in _EXCHANGES or slices is None:
+        raise HloError(f"send {send.name} between slices has the kind {kind[1]!r}: unknown bytes")
+    size = sum(leaf.bytes for leaf in leaves(module.operand(send, 0).shape))
+    factor = _EXCHANGES[kind[1]](len(slices[1].split(",")))
+    return BETWEEN + kind[1].lower().replace("_", "-"), round(size * factor)
+
+
+def sent(totals: Mapping[str, Total]) -> tuple[int, int]:
+    """Returns the bytes that a chip sends within its slice, and to other slices."""
+    between = sum(total.bytes for kind, total in totals.items() if kind.startswith(BETWEEN))
+    return sum(total.bytes for total in totals.values()) - between, between
 
 
 def _kind(opcode: str, computation: str) -> str:

@@ -318,6 +318,65 @@ def test_a_collective_repeated_in_several_fusions_counts_once():
     assert found == {"all-gather": collectives.Total(1, 256 * 3, 256 * 3)}
 
 
+# Slices.
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "sent"),
+    [
+        ("ALL_REDUCE", "1,2", 4096),  # half twice
+        ("ALL_REDUCE", "1,2,3,4", 6144),
+        ("ALL_GATHER", "1,2,3,4", 3 * 4096),
+        ("REDUCE_SCATTER", "1,2", 2048),
+        ("ALL_TO_ALL", "1,2,3,4", 3072),
+        ("ONE_TO_ONE", "1,2", 4096),
+    ],
+)
+def test_what_slices_exchange_is_counted_apart(kind, slices, sent):
+    transfer = f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"'
+    lines = f"""\
+  %x = bf16[8,256]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[8,256]{{1,0}}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={{{transfer}}}
+  ROOT %done = token[] send-done(%send), channel_id=2
+"""
+    found = analysis.analyse(program(lines, result="token[]")).collectives
+    name = "between-slices " + kind.lower().replace("_", "-")
+    assert found == {name: collectives.Total(1, sent, sent)}
+    assert collectives.sent(found) == (0, sent)
+
+
+def test_an_unknown_exchange_of_slices_is_an_error():
+    lines = """\
+  %x = f32[8]{0} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[8]{0}, u32[], token[]) send(%x, %token), frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="NEW"}
+  ROOT %done = token[] send-done(%send)
+"""
+    with pytest.raises(HloError, match="'NEW'"):
+        analysis.analyse(program(lines, result="token[]"))
+
+
+def test_one_trip_counts_of_a_loop_that_data_end():
+    def fall(x_BD, w_DD):
+        def more(carry):
+            return carry[1].sum() > 1.0
+
+        def step(carry):
+            count, x_BD = carry
+            for _ in range(2):
+                x_BD = jax.lax.fori_loop(0, 3, lambda _, x_BD: x_BD @ w_DD, x_BD)
+            return count + 1, x_BD
+
+        return jax.lax.while_loop(more, step, (0, x_BD))
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((8, 16), (16, 16))]
+    compiled = jax.jit(fall).lower(*shapes).compile().as_text()
+    with pytest.raises(HloError, match="trip count"):
+        analysis.analyse(compiled)
+    assert analysis.analyse(compiled, open_loops=1).flops == 2 * 3 * 2 * 8 * 16 * 16
+
+
 # Memory traffic.
 
 

@@ -1,5 +1,6 @@
 """Residual networks: exact sizes, shapes, batch statistics, and blocks against their formula."""
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -116,6 +117,85 @@ def test_by_default_blocks_are_factorised_and_stem_and_classifier_are_not(block)
     blocks = {"stage_0/block_0", "stage_1/block_0", "stage_1/block_1"}
     shortcuts = {"stage_1/block_0/shortcut"}  # the stem already gives the first stage's width
     assert paths == {f"{b}/{c}" for b in blocks for c in convolutions} | shortcuts
+
+
+@pytest.mark.parametrize("block", [Bottleneck, WideBlock])
+def test_scanned_blocks_are_the_unrolled_ones(block):
+    """Losses, gradients and running averages, in factors, of equal parameters."""
+    config = ResNetConfig(
+        num_classes=3,
+        stages=(4,),
+        widths=(8,),
+        stem_width=4,
+        dtype="float64",
+        param_dtype="float64",
+    )
+    made = lowrank.Factorisation(rank=0.5)
+    factories = {
+        "conv": partial(LowRankConv, factorisation=made),
+        "dense": partial(lowrank.LowRankDense, factorisation=made),
+    }
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3), "float64")
+
+        def outcome(scan_blocks):
+            own = dataclasses.replace(config, scan_blocks=scan_blocks)
+            model = wide(own, block, **factories)
+            variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), x))
+
+            def loss(params):
+                changed = {**variables, "params": params}
+                out, written = model.apply(changed, x, train=True, mutable=["batch_stats"])
+                return (out**2).sum(), written
+
+            gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+            return variables, gradients, jax.jit(model.apply)(variables, x)
+
+        scanned, unrolled = outcome(True), outcome(False)
+        assert jax.tree.structure(scanned) == jax.tree.structure(unrolled)
+        assert "block_2" in scanned[1][0][1]["batch_stats"]["stage_0"]
+        # The same variables, bit for bit, and results to rounding.
+        jax.tree.map(np.testing.assert_array_equal, scanned[0], unrolled[0])
+        close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+        jax.tree.map(close, scanned[1:], unrolled[1:])
+
+
+def text_of(model, x):
+    def loss(variables, x):
+        return model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
+    return str(jax.make_jaxpr(jax.grad(loss))(shapes_of(model, x.shape[1]), x))
+
+
+def test_programs_of_small_networks_and_of_observed_ones_are_not_scanned():
+    x = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    deep = dataclasses.replace(SMALL, stages=(1, 3))
+    unrolled, scanned = (
+        text_of(wide(dataclasses.replace(config, scan_blocks=scans)), x)
+        for config, scans in ((SMALL, False), (SMALL, True))
+    )
+    assert scanned == unrolled  # stages of one or two blocks, as in every network for a CPU
+    assert "scan[" in text_of(wide(deep), x) and "scan[" not in scanned
+    model = wide(deep)
+    states = jax.eval_shape(
+        lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"])[1],
+        *(shapes_of(model, 8), x),
+    )
+    assert {"block_0", "block_1", "block_2"} <= states["intermediates"]["stage_1"].keys()
+
+
+def test_wrn_28_10_has_half_the_convolutions_to_compile():
+    config = ResNetConfig(num_classes=100, stages=(4, 4, 4), widths=(160, 320, 640), stem_width=16)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    scanned, unrolled = (
+        text_of(wide(dataclasses.replace(config, scan_blocks=scans)), x).count(
+            "conv_general_dilated["
+        )
+        for scans in (True, False)
+    )
+    # Three of each convolution: forward, and two gradients; the images have none.
+    assert unrolled == 3 * (1 + 3 * 4 * 2) - 1
+    assert scanned == 3 * (1 + 3 * 2 * 2) - 1
 
 
 def test_sizes_that_make_no_network_are_told_together():

@@ -1,0 +1,206 @@
+"""Compiles a training run for absent TPUs, and reports its memory, FLOPs, traffic and least time per chip.
+
+Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs the extra `tpu`):
+
+  python -m launch.precompile \\
+    --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \\
+    --topology=v5e:4x4 --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS='{"targets": 2048}'
+
+Takes the gin arguments of `train`, but reads no data and no directories. Nothing is allocated or run: the
+compiler reports memory; FLOPs and collectives are counted in its program.
+
+--search=batch finds the largest BATCH_SIZE that fits, and --search=layout the mesh, rule set and remat with the least time
+for a step of this BATCH_SIZE. Both print a table of what each candidate costs, with the flags of the best one. Results are
+stored, so that the same command continues a search whose time was over.
+Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong, 75 the search's time is over.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from launch import cli
+from launch.aot import tpu_topology
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    tpu_topology.prepare_environment()
+    words = sys.argv[1:] if argv is None else list(argv)
+    return cli.main(
+        __doc__,
+        entry="launch.train:train",
+        command="precompile",
+        extra_flags=_add_flags,
+        run=functools.partial(_run, words=words),
+        unused={"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"},
+        argv=argv,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("compilation")
+    group.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="slice to compile for: v5e:4x4, v6e:8x8, v5p:4x4x4, v4:2x2x2, v5e:1x1; 2xv5e:16x16 for two slices; ...",
+    )
+    group.add_argument("--json", metavar="FILE", help="also writes the report here")
+    group.add_argument("--hlo", metavar="FILE", help="also writes the compiled program's text here")
+    group.add_argument(
+        "--program",
+        default="train",
+        choices=("train", "prefill", "decode", "covariances"),
+        help="train: an update (default); prefill, decode: BATCH_SIZE prompts of TASK_FEATURE_LENGTHS tokens are read, or "
+        "continued by one token; covariances: a batch of documents of EK-FAC's first stage",
+    )
+    _add_search_flags(parser)
+    group = parser.add_argument_group("prefill, decode")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=128, metavar="N", help="room in the caches (128)"
+    )
+    group.add_argument("--cache_policy", default="full", metavar="NAME", help="as of `generate`")
+    group.add_argument(
+        "--cache", action="append", default=[], metavar="NAME=VALUE", help="as of `generate`"
+    )
+    group.add_argument("--cache_dtype", choices=("int8", "bfloat16", "float16", "float32"))
+    group.add_argument("--prefill_chunk", type=int, metavar="N", help="as of `generate`")
+    group = parser.add_argument_group("covariances")
+    group.add_argument("--modules", default="mlp", metavar="NAMES", help="as of `influence fit`")
+    group.add_argument("--blocks", type=int, default=1, metavar="N", help="as of `influence fit`")
+
+
+def _add_search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--search",
+        choices=("batch", "layout"),
+        help="batch: the largest BATCH_SIZE; layout: the best of meshes, rule sets and remat",
+    )
+    group.add_argument(
+        "--memory_limit",
+        type=float,
+        metavar="GB",
+        help="memory of a chip that a candidate may use, in 10^9 bytes (default: all that a program can have)",
+    )
+    group.add_argument(
+        "--search_minutes", type=float, default=60, metavar="M", help="time of the search (60)"
+    )
+    group.add_argument(
+        "--candidate_minutes",
+        type=float,
+        default=20,
+        metavar="M",
+        help="most time of a candidate (20)",
+    )
+    group.add_argument(
+        "--candidate_gb",
+        type=float,
+        default=12,
+        metavar="GB",
+        help="most memory of the compiler (12)",
+    )
+    group.add_argument(
+        "--search_dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder of stored results (default: precompile in the caches' folder, see ESPALIER_CACHE)",
+    )
+
+
+# Flags that only some programs read, with their defaults; and the flags of a search.
+_OF_PROGRAMS: dict[tuple[str, ...], dict[str, Any]] = {
+    ("prefill", "decode"): {
+        **{"max_new_tokens": 128, "cache_policy": "full", "cache": []},
+        **{"cache_dtype": None, "prefill_chunk": None},
+    },
+    ("covariances",): {"modules": "mlp", "blocks": 1},
+}
+_OF_SEARCH = {
+    **{"memory_limit": None, "search_minutes": 60, "search_dir": None},
+    **{"candidate_minutes": 20, "candidate_gb": 12},
+}
+
+
+class FlagError(ValueError):
+    """Flags that exclude each other, or that nothing would read."""
+
+
+def _check(flags: argparse.Namespace) -> None:
+    for programs, defaults in _OF_PROGRAMS.items():
+        for name, default in defaults.items():
+            if getattr(flags, name) != default and flags.program not in programs:
+                raise FlagError(
+                    f"--{name} is read by --program={' or '.join(programs)} alone, and this is {flags.program}: remove it."
+                )
+    for name, default in _OF_SEARCH.items():
+        if not flags.search and getattr(flags, name) != default:
+            raise FlagError(f"--{name} is read by a search alone: add --search or remove it.")
+    if flags.search and flags.program != "train":
+        raise FlagError(
+            f"--search={flags.search} searches for updates alone: remove --program={flags.program}."
+        )
+    if flags.search and flags.hlo:
+        raise FlagError("--hlo writes one program's text: remove it, or --search.")
+
+
+def _run(start: cli.Start, *, words: Sequence[str]) -> int:
+    flags = start.flags
+    _check(flags)
+    recipe = start.config.arguments()["recipe"]
+    if flags.search:
+        from launch.aot import search_run
+
+        return search_run.run(recipe, flags, without_search(words), start.config.text)
+    from launch.aot import precompile
+
+    fits = precompile.precompile(
+        recipe,
+        flags.topology,
+        kind=flags.program,
+        **_settings(flags),
+        json_file=flags.json,
+        hlo=flags.hlo,
+    )
+    return 0 if fits else 1
+
+
+def without_search(words: Sequence[str]) -> list[str]:
+    """Returns the words of a command line without the flags of its search and of its output."""
+    removed = (
+        *("--search", "--memory_limit", "--search_minutes", "--candidate_minutes"),
+        *("--candidate_gb", "--search_dir", "--json", "--hlo"),
+    )
+    rest: list[str] = []
+    values = iter(words)
+    for word in values:
+        if word in removed:
+            next(values, None)  # its value is the next word
+        elif word.partition("=")[0] not in removed:
+            rest.append(word)
+    return rest
+
+
+def _settings(flags: argparse.Namespace) -> dict[str, Any]:
+    from launch.aot.programs import Options
+    from model.kv_cache.policies import policy_from_text
+
+    pairs = dict(pair.partition("=")[::2] for pair in flags.cache)
+    return {
+        "policy": policy_from_text(flags.cache_policy, pairs),
+        "options": Options(
+            max_new_tokens=flags.max_new_tokens,
+            cache_dtype=flags.cache_dtype,
+            prefill_chunk=flags.prefill_chunk,
+            modules=tuple(flags.modules.split(",")),
+            blocks=flags.blocks,
+        ),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

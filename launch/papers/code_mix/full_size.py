@@ -1,0 +1,23 @@
+"""Code in pre-training (arXiv 2408.10914) at full size: the recipes of both models."""
+
+from launch.papers.shared.full_size import Row
+
+_FULL = "t5x_configs/experiments/code_mix/full/"
+_DATA = ("DATA_ROOT=data", "TOKENIZER=tokenizer", "MBPP=mbpp.jsonl")
+
+ROWS = (
+    Row(
+        name="code_mix_470m",
+        title="470M, pre-training, the paper's recipe",
+        files=(f"{_FULL}text_only.gin",),
+        topology="v5e:16x16",
+        bindings=_DATA,
+    ),
+    Row(
+        name="code_mix_2p8b",
+        title="2.8B, pre-training, the paper's recipe",
+        files=(f"{_FULL}text_only.gin", f"{_FULL}size_2p8b.gin"),
+        topology="v5e:16x16",
+        bindings=_DATA,
+    ),
+)

@@ -1,0 +1,95 @@
+"""Full-size configurations of the papers that `precompile tables` compiles for absent TPUs.
+
+Each paper lists its own in `full_size.py` of its folder, as ROWS. Llama 2 7B, which several papers use, is here, on each
+generation of chips.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+
+from launch import cli
+
+_LLAMA = ("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One program of a table.
+
+    Attributes:
+      name: unique among all papers.
+      title: what is compiled, for a reader.
+      files: gin files.
+      topology: see launch/aot/tpu_topology.py.
+      bindings: 'NAME=VALUE'. Values of macros that only data need may be any.
+      flags: further flags of `precompile`.
+      note: a sentence for the page.
+    """
+
+    name: str
+    title: str
+    files: tuple[str, ...]
+    topology: str
+    bindings: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def words(self) -> list[str]:
+        """Arguments of `launch.precompile`."""
+        files = [f"--gin_file={file}" for file in self.files]
+        bindings = [f"--gin.{binding}" for binding in self.bindings]
+        return [*files, f"--topology={self.topology}", *bindings, *self.flags]
+
+    def digest(self, versions: dict[str, str]) -> str:
+        """Returns a digest of the program's definition and of the compiler's versions; the gin files' text is not in it."""
+        text = json.dumps([self.words, versions], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tokens(rows: int, length: int) -> tuple[str, str]:
+    """Returns the bindings of a batch of rows of tokens."""
+    return (f"BATCH_SIZE={rows}", f'TASK_FEATURE_LENGTHS={{"targets": {length}}}')
+
+
+def mesh(rules: str, **sizes: int) -> tuple[str, str]:
+    """Returns the bindings of a mesh and a rule set."""
+    return (f"MESH={json.dumps(sizes)}", f"recipe.Recipe.rules='{rules}'")
+
+
+def _llama(topology: str, chips: int, *bindings: str, note: str = "") -> Row:
+    return Row(
+        name=f"llama2_7b_{topology.replace(':', '_')}",
+        title=f"Llama 2 7B, pre-training on {topology}",
+        files=_LLAMA,
+        topology=topology,
+        bindings=(*tokens(chips, 2048), *bindings),
+        note=note,
+    )
+
+
+LLAMA_ROWS = (
+    _llama("v5e:4x4", 16),
+    _llama("v4:2x2x4", 16),
+    _llama("v5p:2x2x4", 16),
+    _llama("v6e:4x4", 16),
+    _llama("2xv5e:4x4", 32, *mesh("fsdp", data=2, fsdp=16), note="Slices are copies (`data`)."),
+)
+
+
+def rows() -> dict[str, tuple[Row, ...]]:
+    """Returns the rows of each paper by its name, and Llama 2 7B's as 'llama'.
+
+    Raises:
+      ValueError: a name that two rows have.
+    """
+    tables: dict[str, tuple[Row, ...]] = {"llama": LLAMA_ROWS}
+    for paper in cli.papers_with("full_size"):
+        if paper != "shared":
+            tables[paper] = importlib.import_module(f"launch.papers.{paper}.full_size").ROWS
+    names = [row.name for table in tables.values() for row in table]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"launch/papers/*/full_size.py has several rows named {sorted(twice)}.")
+    return tables

@@ -1,0 +1,96 @@
+"""Several slices of absent TPUs: which mesh axes join them, and what they exchange; and budgets of other programs.
+
+What compiles for TPUs needs libtpu (the extra `tpu`) and is skipped without it.
+"""
+
+import os
+
+import jax
+import pytest
+
+from launch.aot import precompile, programs, tpu_topology
+from launch.aot.hlo import collectives
+from launch.aot.programs import Options
+from model.kv_cache.full import FullCache
+from model.kv_cache.snapkv import SnapKV
+from tests.launch import precompile_test as runs
+from trainers import partitioning
+
+needs_libtpu = runs.needs_libtpu
+
+
+@pytest.fixture
+def tpu_environment(monkeypatch):
+    for name in list(os.environ):
+        monkeypatch.setenv(name, os.environ[name])  # so that it is put back
+    tpu_topology.prepare_environment()
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "shape", "joined"),
+    [
+        ("2xv5e:2x2", {"data": 2, "fsdp": 4}, {"data": 2}),
+        ("2xv5e:2x2", {"fsdp": 4, "tensor": 2}, {"fsdp": 2}),
+        ("4xv5e:2x2", {"data": 2, "fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2}),
+        ("3xv5e:2x2", {"data": 3, "tensor": 4}, {"data": 3}),
+    ],
+)
+def test_the_outermost_axes_join_slices(name, shape, joined, tpu_environment):
+    devices = tpu_topology.devices(tpu_topology.parse(name))
+    mesh = partitioning.make_mesh(shape=shape, devices=devices)
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == shape
+    for axis, size in shape.items():
+        index = mesh.axis_names.index(axis)
+        along = mesh.devices.swapaxes(0, index).reshape(size, -1)
+        for line in along.T:
+            assert len({device.slice_index for device in line}) == joined.get(axis, 1)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_slices_that_are_copies_exchange_gradients_alone(tpu_environment):
+    topology = tpu_topology.parse("2xv5e:2x2")
+    run = runs.recipe(
+        runs.tpu_model("llama"), mesh={"data": 2, "fsdp": 4}, rules="fsdp", rows=8, length=512
+    )
+    program = precompile.resolved(run, topology)
+    report, _ = _compiled(programs.train(program), program)
+    within, between = collectives.sent(report.collectives)
+    # A ring of two sends what it has once: a chip's quarter of the gradients, bfloat16 or float32, and some of them whole.
+    assert 2 <= between / (program.num_params() / 4) <= 6
+    assert within > 0 and report.fits
+    assert {kind for kind in report.collectives if kind.startswith("between")} == {
+        "between-slices all-reduce"
+    }
+
+
+# Of one token: most bytes of arguments and at the peak, most bytes sent. Measured plus 5 %.
+DECODE_BUDGETS = {
+    "full": (None, 12.6e6, 46e6, 16.2e3),
+    "snapkv": (256, 4.2e6, 7.9e6, 55e3),
+}
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize("name", DECODE_BUDGETS)
+def test_budgets_of_decoding(name, tpu_environment):
+    capacity, most_arguments, most_peak, most_sent = DECODE_BUDGETS[name]
+    topology = tpu_topology.parse("v5e:2x2")
+    run = runs.recipe(runs.tpu_model("llama"), mesh={"tensor": 4}, rules="tp", rows=2, length=4096)
+    program = precompile.resolved(run, topology)
+    policy = FullCache() if capacity is None else SnapKV(capacity=capacity)
+    work = programs.work("decode", program, policy, Options(max_new_tokens=128))
+    report, text = _compiled(work, program)
+    assert report.memory.arguments <= most_arguments
+    assert report.memory.peak <= most_peak
+    assert sum(total.bytes for total in report.collectives.values()) <= most_sent
+    # The caches are updated in place.
+    assert report.memory.temporaries < report.memory.arguments
+
+
+def _compiled(work, program):
+    with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
+        return precompile.compile_work(work, program, hbm_bytes=16e9)

@@ -1,0 +1,167 @@
+"""Tables of full-size configurations: their rows resolve, the command continues, and the page shows what is stored."""
+
+import json
+
+import pytest
+
+from launch.aot import apart, tpu_topology
+from launch.config import gin_config
+from launch.papers.shared import full_size, precompile_page, precompile_tables
+
+TABLES = full_size.rows()
+ROWS = [row for table in TABLES.values() for row in table]
+UNUSED = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
+VERSIONS = {"jax": "1", "jaxlib": "1", "libtpu": "1"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_a_row_resolves_to_a_run_on_its_chips(row):
+    config = gin_config.load(row.files, row.bindings, entry="launch.train:train", unused=UNUSED)
+    recipe = config.arguments()["recipe"]
+    chips = tpu_topology.parse(row.topology).num_chips
+    from launch.aot import candidates
+
+    assert recipe.batch_size % candidates.batch_unit(recipe, tpu_topology.parse(row.topology)) == 0
+    assert chips > 1
+
+
+def test_all_papers_and_sizes_have_rows():
+    assert set(TABLES) == set(precompile_page.TITLES)
+    names = {row.name for row in ROWS}
+    assert {
+        "code_mix_470m",
+        "aya23_8b",
+        "aya23_35b_lora",
+        "bam_4x2b",
+        "nexus_4x2p8b_extended",
+    } < names
+    assert {"t5_11b_mov30", "dpo_8b", "ekfac_35b", "wrn28_10", "resnet50"} < names
+    assert len({tpu_topology.parse(row.topology).generation for row in ROWS}) == 4
+
+
+def report(**changed):
+    return {
+        "program": "train",
+        "per": "step",
+        "topology": "v5e:4x4",
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 4},
+        "rules": "fsdp_tp",
+        "remat": "full",
+        "batch_size": 16,
+        "length": 2048,
+        "unit": "tokens",
+        "fits": True,
+        "hbm_available_bytes": 16.9e9,
+        "hbm_bytes": {"peak": 5.5e9},
+        "flops": {"compiled": 100e12, "analytic": 75e12},
+        "collectives": {
+            "all-gather": {"count": 12, "bytes": 3e9},
+            "between-slices all-reduce": {"count": 2, "bytes": 1e9},
+        },
+        "roofline_seconds": {
+            **{"step": 0.5, "step_one_ring": 1.25, "bound_by": "links"},
+            **{"mfu_bound": 0.76, "mfu_bound_one_ring": 0.3},
+            **{"compute": 0.4, "hbm": 0.1, "links": 0.5, "one_ring": 1.25, "network": 0.3},
+        },
+        "versions": VERSIONS,
+        **changed,
+    }
+
+
+def fake(monkeypatch, outcome):
+    compiled = []
+
+    def compile_apart(words, limits, *, waiting):
+        compiled.append(words)
+        waiting(1.0)
+        return outcome(len(compiled))
+
+    monkeypatch.setattr(apart, "compile_apart", compile_apart)
+    monkeypatch.setattr(tpu_topology, "missing", lambda: "")
+    monkeypatch.setattr(tpu_topology, "versions", lambda: VERSIONS)
+    return compiled
+
+
+def run(folder, *flags):
+    return precompile_tables.main([f"--out={folder}", *flags])
+
+
+def test_the_command_continues_and_says_what_failed(tmp_path, monkeypatch):
+    outcomes = [
+        apart.Outcome(report(), "", 61.0),
+        apart.Outcome(None, "stopped after 9 s, the limit of time", 9.0, stopped=True),
+        apart.Outcome(report(fits=False, flops=None, roofline_seconds=None), "", 3.0),
+    ]
+    compiled = fake(monkeypatch, lambda n: outcomes[min(n, 3) - 1])
+    chosen = ["--rows", "code_mix_2p8b", "code_mix_470m"]
+    assert run(tmp_path, *chosen) == 1
+    page = (tmp_path / precompile_tables.PAGE).read_text()
+    assert (
+        "| 2.8B, pre-training, the paper's recipe (`code_mix_2p8b`) | v5e:16x16 | fsdp 4 x tensor 4,"
+        in page
+    )
+    assert "stopped after 9 s" in page and "12: 3 GB" in page
+    # The row without a report is compiled again, the other is not.
+    assert run(tmp_path, *chosen) == 0
+    assert [words[0] for words in compiled] == [compiled[0][0]] * 3 and len(compiled) == 3
+    assert "does not fit" in (tmp_path / precompile_tables.PAGE).read_text()
+    assert run(tmp_path, *chosen, "--again") == 0 and len(compiled) == 5
+    stored = json.loads((tmp_path / precompile_tables.JSON).read_text())["rows"]
+    assert "--topology=v5e:16x16" in stored["code_mix_470m"]["command"]
+
+
+def test_a_row_of_another_compiler_is_compiled_again(tmp_path, monkeypatch):
+    compiled = fake(monkeypatch, lambda n: apart.Outcome(report(), "", 1.0))
+    run(tmp_path, "--rows", "dpo_8b")
+    monkeypatch.setattr(tpu_topology, "versions", lambda: {**VERSIONS, "jax": "2"})
+    run(tmp_path, "--rows", "dpo_8b")
+    assert len(compiled) == 2
+
+
+def test_a_line_of_the_page():
+    (line,) = [
+        line
+        for line in precompile_page.page(
+            {"bam": TABLES["bam"][:1]}, {TABLES["bam"][0].name: {"report": report()}}
+        ).splitlines()
+        if line.startswith("| BAM of four 590M")
+    ]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:] == [
+        "fsdp 4 x tensor 4, `fsdp_tp`, remat full",
+        "16 x 2,048",
+        "5.50 of 16.9 GB",
+        "100 T (75%)",
+        "3 GB + 1 GB",
+        "500 ms to 1.25 s (links)",
+        "76% to 30%",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
+def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, text):
+    fake(monkeypatch, lambda n: apart.Outcome(report(), "", 1.0))
+    (tmp_path / precompile_tables.JSON).write_text(text)
+    assert run(tmp_path, "--rows", "dpo_8b") == 2
+    assert "precompile_tables.json is not a file of reports" in capsys.readouterr().err
+
+
+def test_an_unknown_row_is_named(tmp_path, capsys):
+    assert run(tmp_path, "--rows", "dpo_9b") == 2
+    assert (
+        "--rows names no row ['dpo_9b']: choose from llama2_7b_v5e_4x4" in capsys.readouterr().err
+    )
+
+
+def test_the_stored_page_is_that_of_the_stored_numbers():
+    records = precompile_tables.read(precompile_tables.DOCS / precompile_tables.JSON)
+    page = (precompile_tables.DOCS / precompile_tables.PAGE).read_text(encoding="utf-8")
+    assert records and page == precompile_page.page(TABLES, records)
+    assert set(records) <= {row.name for row in ROWS}
+
+
+def test_the_tensor_axis_keeps_the_wire_of_35b_below_200_gb():
+    records = precompile_tables.read(precompile_tables.DOCS / precompile_tables.JSON)
+    split = records["aya23_35b_tensor4"]["report"]
+    sent = sum(total["bytes"] for total in split["collectives"].values())
+    assert split["fits"] and sent < 200e9
