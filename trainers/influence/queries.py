@@ -119,20 +119,32 @@ def prepare(
             pearson.append(_fidelity(reader, sites, own, full, sample, len(nats_B), dtype))
             parts.append(jax.device_get(own))
             progress.update(len(nats_B))
-    inputs = {
+    return QuerySet(
+        inputs=_concatenated(sites, parts),
+        nats=np.concatenate(nats),
+        norms=np.concatenate(norms),
+        kept=np.concatenate(kept),
+        pearson=np.concatenate(pearson),
+        notes=notes,
+    )
+
+
+def _concatenated(sites: Mapping[str, Site], parts: Sequence[Inputs]) -> Inputs:
+    return {
         path: {
             name: np.concatenate([part[path][name] for part in parts], axis=len(site.scan))
             for name in parts[0][path]
         }
         for path, site in sites.items()
     }
+
+
+def joined(sites: Mapping[str, Site], sets: Sequence[QuerySet]) -> QuerySet:
+    """Returns several query sets as one, in order, so that one pass over the documents scores all of them."""
+    columns = {name: np.concatenate([getattr(one, name) for one in sets]) for name in _COLUMNS}
+    notes = [note for one in sets for note in one.notes]
     return QuerySet(
-        inputs=inputs,
-        nats=np.concatenate(nats),
-        norms=np.concatenate(norms),
-        kept=np.concatenate(kept),
-        pearson=np.concatenate(pearson),
-        notes=notes,
+        inputs=_concatenated(sites, [one.inputs for one in sets]), notes=notes, **columns
     )
 
 
