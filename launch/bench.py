@@ -5,8 +5,8 @@ Example, about a minute; figures and the environment go to standard output and t
   python -m launch.bench data_pipeline --out=/tmp/data_pipeline.json
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
-interval. Benchmarks against PyTorch (train_step, moe_step, adapters, t5, dpo, sft, cold_start, hf_import, merge) need
-`make peers` first, and lm_eval needs `make peers-lm-eval`.
+interval. Benchmarks against PyTorch (train_step, moe_step, adapters, t5, dpo, sft, cold_start, hf_import, merge,
+influence) need `make peers` first, and lm_eval needs `make peers-lm-eval`.
 """
 
 import argparse

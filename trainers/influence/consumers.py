@@ -75,9 +75,11 @@ class Consumer(Protocol):
 
     Attributes:
       squares: whether results are not sums over the uses of a matrix.
+      sums: whether results are sums over documents, whose shapes do not depend on the batch.
     """
 
     squares: ClassVar[bool]
+    sums: ClassVar[bool]
 
     @property
     def dtype(self) -> str: ...
@@ -105,6 +107,7 @@ class Covariances:
     """
 
     squares: ClassVar[bool] = False
+    sums: ClassVar[bool] = True
 
     blocks: int = 1
     dtype: str = "float32"
@@ -143,6 +146,7 @@ class Gradients:
     """The gradient of each document, [B, X, Y], or [B, E, X, Y] of experts."""
 
     squares: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
 
     dtype: str = "float32"
 
@@ -170,6 +174,7 @@ class Squares:
     """
 
     squares: ClassVar[bool] = True
+    sums: ClassVar[bool] = True
 
     blocks: int = 1
     dtype: str = "float32"
@@ -214,6 +219,7 @@ class Scores:
     """
 
     squares: ClassVar[bool] = True
+    sums: ClassVar[bool] = False
 
     queries: int
     tokens: bool = False

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def half_names() -> list[str]:
 
 def halves(documents: int, rng: np.random.Generator) -> np.ndarray:
     """Returns random halves [halves, documents] in pairs that complete each other."""
-    out = []
+    out: list[np.ndarray] = []
     while len(out) < HALVES:
         kept_N = np.zeros(documents, bool)
         kept_N[rng.permutation(documents)[: documents // 2]] = True
@@ -96,7 +96,7 @@ def halves(documents: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack(out[:HALVES])
 
 
-def without(documents: Sequence[Document], removed: Sequence[int]) -> list[Document]:
+def without(documents: Sequence[Document], removed: Iterable[int]) -> list[Document]:
     """Returns the documents with some of them blank."""
     gone = {int(index) for index in removed}
     return [one.removed() if i in gone else one for i, one in enumerate(documents)]

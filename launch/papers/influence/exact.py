@@ -94,8 +94,14 @@ def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:
 
     # Without rotation, whose angles are float32.
     config = TransformerConfig(
-        **dict(vocab_size=SYMBOLS, num_layers=2, embed_dim=_WIDTH, num_heads=1, mlp_dim=_HIDDEN),
-        **dict(dtype="float64", param_dtype="float64", layer_pattern=("full_nope",)),
+        vocab_size=SYMBOLS,
+        num_layers=2,
+        embed_dim=_WIDTH,
+        num_heads=1,
+        mlp_dim=_HIDDEN,
+        dtype="float64",
+        param_dtype="float64",
+        layer_pattern=("full_nope",),
     )
     model = Transformer(config=config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
@@ -114,7 +120,7 @@ def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:
     asked = [
         Row(context=[0, *one[:4]], targets=one[4:]) for one in (text() for _ in range(QUERIES))
     ]
-    batches = [documents.columns(x, range(len(x)), len(x), 16) for x in (rows, asked)]
+    batches: list[Any] = [documents.columns(x, range(len(x)), len(x), 16) for x in (rows, asked)]
     problem = responses.Problem(
         model=model,
         params=params,

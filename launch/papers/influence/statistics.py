@@ -50,7 +50,7 @@ def correlations(scores_NQ: np.ndarray, groups: Sequence[str]) -> dict[str, floa
     one, other = np.triu_indices(len(groups), 1)
     out = {}
     for name, belongs in PAIRS.items():
-        chosen = [belongs(groups[a], groups[b]) for a, b in zip(one, other, strict=True)]
+        chosen = [belongs(groups[int(a)], groups[int(b)]) for a, b in zip(one, other, strict=True)]
         values = r_QQ[one[chosen], other[chosen]]
         out[name] = float(values.mean()) if len(values) else float("nan")
     return out
