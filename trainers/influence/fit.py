@@ -93,10 +93,8 @@ class Reader:
             return backward(self.model, sites, consumer, params, inputs, batch, key=key)
 
         out_shardings: Any = self.whole
-        if consumer.sums and self.sharding is not None:
-            shapes = {
-                p: jax.eval_shape(lambda s=s: consumer.zeros(s, 1, 1)) for p, s in sites.items()
-            }
+        if consumer.matrices and self.sharding is not None:
+            shapes = {p: jax.eval_shape(consumer.zeros, site, 1, 1) for p, site in sites.items()}
             out_shardings = (spread.shardings(self.sharding.mesh, shapes), self.whole)
         key = (tuple(sites), consumer)
         return self._programs.setdefault(key, jax.jit(run, out_shardings=out_shardings))
@@ -108,7 +106,7 @@ class Reader:
         return jax.device_put(arrays, self.whole)
 
     def place_spread(self, arrays: Any) -> Any:
-        """Returns sums and eigenvectors on the devices, which have a part of each."""
+        """Returns sums, eigenvectors and queries on the devices, which have a part of each."""
         if self.sharding is None:
             return jax.device_put(arrays)
         return jax.device_put(arrays, spread.shardings(self.sharding.mesh, arrays))
@@ -243,8 +241,14 @@ def read_curvature(
     sites: Mapping[str, Site],
     strategy: kronecker.Strategy,
     damping: kronecker.Damping,
+    *,
+    reader: Reader | None = None,
 ) -> kronecker.Curvature:
-    """Returns the curvature of fitted stages; raises StageError if one is missing or damaged."""
+    """Returns the curvature of fitted stages, split over the devices of a reader's mesh.
+
+    Raises:
+      StageError: a stage is missing or damaged.
+    """
     eigen = files.by_site(files.read(folder / "eigen")[0])
     squares = None
     if strategy == "ekfac":
@@ -252,7 +256,11 @@ def read_curvature(
             p: k["squares"] for p, k in files.by_site(files.read(folder / "squares")[0]).items()
         }
     dtype = np.float64 if next(iter(eigen.values()))["qa"].dtype == np.float64 else np.float32
-    return kronecker.Curvature.of(sites, eigen, squares, damping, dtype=dtype)
+    curvature = kronecker.Curvature.of(sites, eigen, squares, damping, dtype=dtype)
+    if reader is None or reader.sharding is None:
+        return curvature
+    placed = {name: reader.place_spread(getattr(curvature, name)) for name in ("eigen", "inverse")}
+    return dataclasses.replace(curvature, **placed)
 
 
 def tokens_of_experts(folder: pathlib.Path, sites: Mapping[str, Site]) -> dict[str, list[int]]:
