@@ -24,7 +24,8 @@ CASE: dict[str, Any] = {
     "num_heads": 4,
     "mlp_dim": 352,
     "vocab_size": 1024,
-    "length": 64,
+    "tokens": 64,  # of a text
+    "max_length": 4096,  # positions, and tokens of a batch at most
     "documents": 512,
     "queries": 16,
     "prompt": 16,  # tokens of a query that do not count
@@ -145,7 +146,7 @@ def write(folder: str, sizes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
 
 def draw(sizes: Mapping[str, Any], count: int, rng: np.random.Generator) -> np.ndarray:
     """Returns texts [count, T] of ids, each mostly of the words of one topic."""
-    vocab, length = sizes["vocab_size"], sizes["length"]
+    vocab, length = sizes["vocab_size"], sizes["tokens"]
     own = (vocab - 4) // _TOPICS
     topics = rng.integers(_TOPICS, size=(count, 1))
     words = np.minimum(rng.zipf(1.3, (count, length)) - 1, own - 1)
@@ -183,12 +184,13 @@ def _train(
 
     from launch.benchmarks.jax import influence_jax
     from model.hf.load import load
+    from trainers.checkpoints import state_tree
     from trainers.influence import conjugate
     from trainers.influence import sites as site_list
 
     model, params = load(os.path.join(folder, "model"))
     sites = site_list.select(model, params)
-    flat = conjugate.state_tree.flatten(params)
+    flat = state_tree.flatten(params)
     own = {site.parameter: jnp.asarray(flat[site.parameter]) for site in sites.values()}
     optimizer = optax.adam(sizes["learning_rate"])
 
@@ -202,7 +204,7 @@ def _train(
     @jax.jit
     def step(own: Any, state: Any, batch: Any, weights_B: jax.Array) -> Any:
         def mean(own: Any) -> jax.Array:
-            return (losses(own, batch) * weights_B).sum() / weights_B.sum() / sizes["length"]
+            return (losses(own, batch) * weights_B).sum() / weights_B.sum() / sizes["tokens"]
 
         updates, state = optimizer.update(jax.grad(mean)(own), state)
         return optax.apply_updates(own, updates), state
@@ -222,11 +224,11 @@ def _train(
 
     own = trained(own, np.ones(sizes["documents"], bool))
     halves = [trained(own, kept_N) for kept_N in halves_SN]
-    _replace(folder, sizes, {path: np.asarray(x) for path, x in own.items()})
+    replace_mlps(folder, sizes, {path: np.asarray(x) for path, x in own.items()})
     return np.stack([np.asarray(query_losses(half, queries), np.float64) for half in halves])
 
 
-def _replace(folder: str, sizes: Mapping[str, Any], own: Mapping[str, np.ndarray]) -> None:
+def replace_mlps(folder: str, sizes: Mapping[str, Any], own: Mapping[str, np.ndarray]) -> None:
     """Writes the model again with other kernels of its MLPs, by path of the parameter [L, X, Y]."""
     from model.hf.files.safetensors_files import SafetensorsReader
 

@@ -115,7 +115,7 @@ class Bergson:
     def index(self, name, data):
         from bergson.config.config import DataConfig, DistributedConfig, IndexConfig
 
-        tokens = self.case["batch_size"] * self.case["length"]
+        tokens = self.case["batch_size"] * self.case["tokens"]
         return IndexConfig(
             run_path=os.path.join(self.root, name),
             model=os.path.join(self.folder, "model"),
