@@ -26,7 +26,7 @@ from data.influence.small_corpus import Document
 from launch import cli
 from launch.inference import row_files
 
-HALVES = 20
+HALVES = 32
 DOCUMENTS, HELD_OUT, QUERIES, SUBSETS = (
     *("documents.jsonl", "held_out.jsonl"),
     *("queries.jsonl", "halves.npz"),
@@ -87,13 +87,8 @@ def half_names() -> list[str]:
 
 
 def halves(documents: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns random halves [halves, documents] in pairs that complete each other."""
-    out: list[np.ndarray] = []
-    while len(out) < HALVES:
-        kept_N = np.zeros(documents, bool)
-        kept_N[rng.permutation(documents)[: documents // 2]] = True
-        out += [kept_N, ~kept_N]
-    return np.stack(out[:HALVES])
+    """Returns random halves [halves, documents]."""
+    return np.stack([rng.permutation(documents) < documents // 2 for _ in range(HALVES)])
 
 
 def without(documents: Sequence[Document], removed: Iterable[int]) -> list[Document]:

@@ -26,6 +26,7 @@ from launch import cli
 from launch.papers.influence import completions, corpus, scoring, statistics
 
 RECORD = "losses.json"
+DRAWS = 50  # of random scores: one draw's agreement with the losses is chance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def of_losses(
 
     Args:
       losses: run -> losses [Q], of the runs of `main`.
-      scores: method -> scores [N, Q].
+      scores: method -> scores [N, Q]; those of `scoring.RANDOM` are drawn DRAWS times.
       halves_SN: whether each half has each document.
       asked: the queries.
     """
@@ -94,8 +95,15 @@ def of_losses(
             method: float((losses[scoring.without(method, what)] - random_Q)[mine_Q].mean())
             for method in scoring.REMOVED_BY
         }
+    rng = np.random.default_rng(0)
+    draws = {str(i): rng.permutation(scores[scoring.RANDOM]) for i in range(DRAWS)}
+    lds = statistics.datamodelling({**scores, **draws}, halves_SN, halves_SQ, asked)
+    by_draw = [lds.pop(name) for name in draws]
+    lds[scoring.RANDOM] = {
+        group: float(np.mean([one[group] for one in by_draw])) for group in by_draw[0]
+    }
     return {
-        "lds": statistics.datamodelling(scores, halves_SN, halves_SQ, asked),
+        "lds": lds,
         "removal": removal,
         "losses": {name: scoring.by_group(values_Q, asked) for name, values_Q in losses.items()},
     }
