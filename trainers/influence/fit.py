@@ -94,7 +94,8 @@ class Reader:
 
         out_shardings: Any = self.whole
         if consumer.matrices and self.sharding is not None:
-            shapes = {p: jax.eval_shape(consumer.zeros, site, 1, 1) for p, site in sites.items()}
+            zeros = {p: functools.partial(consumer.zeros, site, 1, 1) for p, site in sites.items()}
+            shapes = {p: jax.eval_shape(make) for p, make in zeros.items()}
             out_shardings = (spread.shardings(self.sharding.mesh, shapes), self.whole)
         key = (tuple(sites), consumer)
         return self._programs.setdefault(key, jax.jit(run, out_shardings=out_shardings))
