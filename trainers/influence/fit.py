@@ -103,9 +103,6 @@ class Reader:
     def place(self, arrays: Any) -> Any:
         return documents.placed(arrays, self.sharding)
 
-    def place_whole(self, arrays: Any) -> Any:
-        return jax.device_put(arrays, self.whole)
-
     def place_spread(self, arrays: Any) -> Any:
         """Returns sums, eigenvectors and queries on the devices, which have a part of each."""
         if self.sharding is None:
