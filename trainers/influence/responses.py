@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from model.kernels.platform import use_reference_forms
 from trainers.checkpoints import state_tree
 from trainers.influence.conjugate import logits_of, with_changed
 from trainers.influence.sites import Site
@@ -66,9 +67,13 @@ class Problem:
         """Returns all parameters with other tapped weights."""
         return with_changed(self.params, self._ravelled[1](theta_P))
 
+    def _logits(self, theta_P: jax.Array, batch: Batch) -> jax.Array:
+        with use_reference_forms():  # which have forward derivatives
+            return logits_of(self.model, self.with_weights(theta_P), batch)
+
     def _losses(self, theta_P: jax.Array, batch: Batch) -> jax.Array:
         """Returns summed losses by row."""
-        log_probs_BTV = jax.nn.log_softmax(logits_of(self.model, self.with_weights(theta_P), batch))
+        log_probs_BTV = jax.nn.log_softmax(self._logits(theta_P, batch))
         picked = jnp.take_along_axis(
             log_probs_BTV, batch["decoder_target_tokens"][..., None], axis=-1
         )
@@ -94,7 +99,7 @@ class Problem:
         weights_NT1 = self.documents["decoder_loss_weights"][..., None].astype(theta_P.dtype)
 
         def logits(theta_P: jax.Array) -> jax.Array:
-            return logits_of(self.model, self.with_weights(theta_P), self.documents)
+            return self._logits(theta_P, self.documents)
 
         p_NTV = jax.nn.softmax(logits(theta_P))
         j_NTVP = jax.jacfwd(logits)(theta_P)
@@ -172,7 +177,7 @@ class Problem:
 
         def objective(theta_P: jax.Array, weights_N: jax.Array, before_P: jax.Array) -> jax.Array:
             before, after = (
-                jax.nn.log_softmax(logits_of(self.model, self.with_weights(theta), self.documents))
+                jax.nn.log_softmax(self._logits(theta, self.documents))
                 for theta in (before_P, theta_P)
             )
             kl_NT = (jnp.exp(before) * (before - after)).sum(-1)
