@@ -102,7 +102,7 @@ class Problem:
             return self._logits(theta_P, self.documents)
 
         p_NTV = jax.nn.softmax(logits(theta_P))
-        j_NTVP = jax.jacfwd(logits)(theta_P)
+        j_NTVP = jax.jit(jax.jacfwd(logits))(theta_P)
         centred = j_NTVP - jnp.einsum("ntv,ntvp->ntp", p_NTV, j_NTVP)[:, :, None]
         scaled = jnp.sqrt(p_NTV * weights_NT1)[..., None] * centred
         flat = scaled.reshape(-1, scaled.shape[-1])
