@@ -181,7 +181,10 @@ class Bergson:
 
 def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(
-        os.path.join(folder, "model"), dtype=torch.float32, attn_implementation="eager"
+        os.path.join(folder, "model"),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_cache=False,
     )
 
 
