@@ -88,6 +88,7 @@ def _begin(matrix: np.ndarray, device: Any) -> tuple[Any, Any]:
     """Starts one decomposition, and returns its results, which are not awaited."""
     if device.platform == "tpu":
         return np.linalg.eigh(matrix)
-    with jax.enable_x64(True):
+    # Within the mesh of all devices, a program cannot be on one of them.
+    with jax.enable_x64(True), jax.set_mesh(Mesh(np.array([device]), ("one",))):
         values, vectors = jnp.linalg.eigh(jax.device_put(matrix, device))
     return values, vectors
