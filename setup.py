@@ -114,7 +114,7 @@ EXTRAS = {
         *LEXICAL,
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
-    "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1"],
+    "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1", "bergson>=2.5"],
 }
 
 setup(

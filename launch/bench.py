@@ -6,7 +6,7 @@ Example, about a minute; figures and the environment go to standard output and t
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
 interval. Benchmarks against PyTorch (train_step, moe_step, adapters, t5, dpo, sft, cold_start, hf_import,
-first_token, merge) need `make peers` first, and lm_eval needs `make peers-lm-eval`.
+first_token, influence, merge) need `make peers` first, and lm_eval needs `make peers-lm-eval`.
 """
 
 import argparse

@@ -407,6 +407,10 @@ ARMS = {
         [],
         ["TOKENIZER='/tmp/t5/vocabulary.model'", "INSTRUCTIONS_DIR='/tmp/rows'"],
     ),
+    "t5x_configs/experiments/influence/cpu/corpus.gin": (
+        [],
+        ["FILES='x.jsonl'", "VALIDATION_FILES='y.jsonl'"],
+    ),
     "t5x_configs/experiments/preference/cpu/preference.gin": ([], _PAIRS),
     "t5x_configs/experiments/preference/cpu/online.gin": (
         ["t5x_configs/methods/preference/rloo.gin"],

@@ -124,7 +124,8 @@ class Gradients:
             return None, None
         strategy = "kfac" if method == "kfac" else "ekfac"
         curvature = stages.read_curvature(
-            pathlib.Path(self.factors or ""), self.sites, strategy, self.damping
+            *(pathlib.Path(self.factors or ""), self.sites, strategy, self.damping),
+            reader=reader,
         )
         if method != "ekfac_cg":
             return curvature, None

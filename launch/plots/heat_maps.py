@@ -17,6 +17,7 @@ def draw(
     title: str = "",
     signed: bool = False,
     row_names: bool = True,
+    most: float = 1.0,
 ) -> None:
     """Draws one matrix: shares from 0 to 1, or `signed` cosines from -1 to 1.
 
@@ -27,12 +28,13 @@ def draw(
       title: title above the matrix.
       signed: whether colours go from blue to red around 0.
       row_names: whether to write the names of the rows; False beside a matrix with the same rows.
+      most: value of the darkest colour, for numbers other than shares and cosines.
     """
     values_RC = np.asarray(values, float)
-    low = -1.0 if signed else 0.0
-    axes.imshow(values_RC, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=1.0, aspect="auto")
+    low = -most if signed else 0.0
+    axes.imshow(values_RC, cmap="RdBu_r" if signed else "Blues", vmin=low, vmax=most, aspect="auto")
     for (i, j), value in np.ndenumerate(values_RC):
-        dark = abs(value) > _DARK if signed else value > _DARK
+        dark = (abs(value) if signed else value) > _DARK * most
         text = f"{value:.2f}".replace("0.", ".", 1)
         axes.text(
             j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black"

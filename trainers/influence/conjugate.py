@@ -18,6 +18,7 @@ import numpy as np
 from model.kernels.platform import use_reference_forms
 from model.kernels.vocab_logits import LogitForm
 from trainers.checkpoints import state_tree
+from trainers.influence import spread
 from trainers.influence.kronecker import Curvature
 from trainers.influence.sites import Site
 from trainers.objectives.base import Batch
@@ -87,7 +88,7 @@ def gauss_newton(model: Any, sites: Mapping[str, Site]) -> Callable[..., dict[st
 
 def dot(x: Matrices, y: Matrices) -> float:
     """Returns the inner product over all sites; rows are summed on the device, and their sums in float64."""
-    rows = [np.asarray((x[path] * y[path]).sum(-1), np.float64).sum() for path in x]
+    rows = [spread.on_host((x[path] * y[path]).sum(-1)).astype(np.float64).sum() for path in x]
     return float(np.sum(rows))
 
 

@@ -75,9 +75,11 @@ class Consumer(Protocol):
 
     Attributes:
       squares: whether results are not sums over the uses of a matrix.
+      matrices: whether results end with the rows and columns of matrices, by which a mesh splits them.
     """
 
     squares: ClassVar[bool]
+    matrices: ClassVar[bool]
 
     @property
     def dtype(self) -> str: ...
@@ -105,6 +107,7 @@ class Covariances:
     """
 
     squares: ClassVar[bool] = False
+    matrices: ClassVar[bool] = True
 
     blocks: int = 1
     dtype: str = "float32"
@@ -143,6 +146,7 @@ class Gradients:
     """The gradient of each document, [B, X, Y], or [B, E, X, Y] of experts."""
 
     squares: ClassVar[bool] = False
+    matrices: ClassVar[bool] = True
 
     dtype: str = "float32"
 
@@ -170,6 +174,7 @@ class Squares:
     """
 
     squares: ClassVar[bool] = True
+    matrices: ClassVar[bool] = True
 
     blocks: int = 1
     dtype: str = "float32"
@@ -214,6 +219,7 @@ class Scores:
     """
 
     squares: ClassVar[bool] = True
+    matrices: ClassVar[bool] = False
 
     queries: int
     tokens: bool = False

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from model.hf.files.safetensors_files import (
@@ -20,6 +19,7 @@ from model.hf.files.safetensors_files import (
     read_json,
 )
 from trainers.checkpoints import agreement, manifest, state_tree
+from trainers.influence import spread
 
 RECORD = "record.json"
 _SHARD_BYTES = 1 << 60
@@ -99,8 +99,8 @@ def by_site(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
 def named(by_site: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Returns {path: {kind: array}} as arrays on the host named 'path:kind'; the inverse of `by_site`."""
     return {
-        f"{path}:{kind}": np.asarray(jax.device_get(array))
-        for path, kinds in by_site.items()
+        f"{path}:{kind}": array
+        for path, kinds in spread.on_host(by_site).items()
         for kind, array in kinds.items()
     }
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
-from trainers.influence import documents, files, kronecker
+from trainers.influence import documents, files, kronecker, spread
 from trainers.influence.backward import backward
 from trainers.influence.consumers import Consumer, Covariances, Squares
 from trainers.influence.sites import DEFAULT, Site, select
@@ -92,14 +92,22 @@ class Reader:
         def run(params: Any, inputs: Any, batch: Any, key: Any) -> Any:
             return backward(self.model, sites, consumer, params, inputs, batch, key=key)
 
+        out_shardings: Any = self.whole
+        if consumer.matrices and self.sharding is not None:
+            zeros = {p: functools.partial(consumer.zeros, site, 1, 1) for p, site in sites.items()}
+            shapes = {p: jax.eval_shape(make) for p, make in zeros.items()}
+            out_shardings = (spread.shardings(self.sharding.mesh, shapes), self.whole)
         key = (tuple(sites), consumer)
-        return self._programs.setdefault(key, jax.jit(run, out_shardings=self.whole))
+        return self._programs.setdefault(key, jax.jit(run, out_shardings=out_shardings))
 
     def place(self, arrays: Any) -> Any:
         return documents.placed(arrays, self.sharding)
 
-    def place_whole(self, arrays: Any) -> Any:
-        return jax.device_put(arrays, self.whole)
+    def place_spread(self, arrays: Any) -> Any:
+        """Returns sums, eigenvectors and queries on the devices, which have a part of each."""
+        if self.sharding is None:
+            return jax.device_put(arrays)
+        return jax.device_put(arrays, spread.shardings(self.sharding.mesh, arrays))
 
     def batches(self, rows: Sequence[Row], first: int) -> Any:
         return documents.batches(
@@ -134,7 +142,7 @@ def fit(
         result, count = sums(sites, consumer, {}, folder / "covariances", stage=0)
         files.write(folder / "covariances", files.named(result), count)
     if not files.exists(folder / "eigen"):
-        _write_eigen(folder, settings)
+        _write_eigen(reader, folder, settings)
     if not files.exists(folder / "squares"):
         eigen = files.by_site(files.read(folder / "eigen")[0])
         inputs = {p: {n: eigen[p][n] for n in ("qa", "qs")} for p in sites}
@@ -149,23 +157,19 @@ def fit(
         files.write(folder / "squares", files.named(mean), count)
 
 
-def _write_eigen(folder: pathlib.Path, settings: FitSettings) -> None:
-    """Decomposes the covariances: each process decomposes some sites, and all get all of them."""
+def _write_eigen(reader: Reader, folder: pathlib.Path, settings: FitSettings) -> None:
+    """Decomposes the covariances: on a mesh, each matrix of a stack on one of its devices in turn."""
     covariances = files.by_site(files.read(folder / "covariances")[0])
     result: dict[str, Any] = {}
-    kinds = ("qa", "qs", "la", "ls")
+    eigh: Any = np.linalg.eigh
+    if reader.sharding is not None:
+        eigh = spread.Eigh([*reader.sharding.mesh.devices.flat])
     wide = np.dtype(settings.sum_dtype)
     names = sorted(covariances)
-    for i, path in enumerate(tqdm(names, desc="eigenvectors", unit="matrix", disable=None)):
-        if i % jax.process_count() == jax.process_index():
-            result[path] = kronecker.eigendecomposition(covariances[path], name=path, dtype=wide)
-        else:
-            a, s = covariances[path]["a"], covariances[path]["s"]
-            shapes = (a.shape, s.shape, a.shape[:-1], s.shape[:-1])
-            result[path] = {
-                kind: np.zeros(shape, wide if kind.startswith("q") else np.float64)
-                for kind, shape in zip(kinds, shapes, strict=True)
-            }
+    for path in tqdm(names, desc="eigenvectors", unit="matrix", disable=None):
+        result[path] = kronecker.eigendecomposition(
+            covariances[path], name=path, dtype=wide, eigh=eigh
+        )
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -195,12 +199,12 @@ def _sums(
         key = jax.random.fold_in(jax.random.key(settings.seed), stage)
     run = reader.compiled(sites, consumer)
     add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y), donate_argnums=0)
-    inputs = reader.place_whole(inputs)
+    inputs = reader.place_spread(inputs)
     partial = target.with_name(f"{target.name}.partial")
     state, counts = None, {"read": 0, "documents": 0, "tokens": 0}
     if files.exists(partial):
         arrays, record = files.read(partial)
-        state = reader.place_whole(files.by_site(arrays))
+        state = reader.place_spread(files.by_site(arrays))
         counts = {name: record[name] for name in counts}
     saved = time.monotonic()
     rows = iter(read_documents())
@@ -227,7 +231,7 @@ def _sums(
             "The documents have no token to predict: give documents of two tokens or more."
         )
     files.remove(partial)
-    return jax.device_get(state), counts
+    return spread.on_host(state), counts
 
 
 def read_curvature(
@@ -235,8 +239,14 @@ def read_curvature(
     sites: Mapping[str, Site],
     strategy: kronecker.Strategy,
     damping: kronecker.Damping,
+    *,
+    reader: Reader | None = None,
 ) -> kronecker.Curvature:
-    """Returns the curvature of fitted stages; raises StageError if one is missing or damaged."""
+    """Returns the curvature of fitted stages, split over the devices of a reader's mesh.
+
+    Raises:
+      StageError: a stage is missing or damaged.
+    """
     eigen = files.by_site(files.read(folder / "eigen")[0])
     squares = None
     if strategy == "ekfac":
@@ -244,7 +254,11 @@ def read_curvature(
             p: k["squares"] for p, k in files.by_site(files.read(folder / "squares")[0]).items()
         }
     dtype = np.float64 if next(iter(eigen.values()))["qa"].dtype == np.float64 else np.float32
-    return kronecker.Curvature.of(sites, eigen, squares, damping, dtype=dtype)
+    curvature = kronecker.Curvature.of(sites, eigen, squares, damping, dtype=dtype)
+    if reader is None or reader.sharding is None:
+        return curvature
+    placed = {name: reader.place_spread(getattr(curvature, name)) for name in ("eigen", "inverse")}
+    return dataclasses.replace(curvature, **placed)
 
 
 def tokens_of_experts(folder: pathlib.Path, sites: Mapping[str, Site]) -> dict[str, list[int]]:

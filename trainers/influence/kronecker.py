@@ -64,7 +64,11 @@ class Damping:
 
 
 def eigendecomposition(
-    sums: Mapping[str, np.ndarray], *, name: str, dtype: Any = np.float32
+    sums: Mapping[str, np.ndarray],
+    *,
+    name: str,
+    dtype: Any = np.float32,
+    eigh: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = np.linalg.eigh,
 ) -> dict[str, np.ndarray]:
     """Returns `qa`, `qs` [..., n, s, s] and eigenvalues `la`, `ls` [..., n, s] of sums over tokens, decomposed in float64.
 
@@ -72,6 +76,7 @@ def eigendecomposition(
       sums: `a` and `s`, and `count`, the number of tokens.
       name: the site, for errors.
       dtype: dtype of the eigenvectors; eigenvalues are float64.
+      eigh: decomposes a stack of symmetric matrices, such as `spread.Eigh`.
 
     Raises:
       FactorError: a sum is not finite.
@@ -85,7 +90,7 @@ def eigendecomposition(
                 f"The covariance '{side}' of {name} is not finite: accumulate in float32 or wider (--factor_dtype), or "
                 "remove the documents whose loss is not finite."
             )
-        values, vectors = np.linalg.eigh((mean + np.swapaxes(mean, -1, -2)) / 2)
+        values, vectors = eigh((mean + np.swapaxes(mean, -1, -2)) / 2)
         result[f"q{side}"] = vectors.astype(dtype)
         result[f"l{side}"] = np.maximum(values, 0.0)
     return result

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from trainers.influence import documents, files
+from trainers.influence import documents, files, spread
 from trainers.influence.consumers import Gradients, Scores
 from trainers.influence.fit import Reader
 from trainers.influence.sites import Site
@@ -117,22 +117,34 @@ def prepare(
             total = np.maximum(_squares(sites, full), 1e-300)
             kept.append(1 - _squares(sites, errors) / total)
             pearson.append(_fidelity(reader, sites, own, full, sample, len(nats_B), dtype))
-            parts.append(jax.device_get(own))
+            parts.append(spread.on_host(own))
             progress.update(len(nats_B))
-    inputs = {
+    return QuerySet(
+        inputs=_concatenated(sites, parts),
+        nats=np.concatenate(nats),
+        norms=np.concatenate(norms),
+        kept=np.concatenate(kept),
+        pearson=np.concatenate(pearson),
+        notes=notes,
+    )
+
+
+def _concatenated(sites: Mapping[str, Site], parts: Sequence[Inputs]) -> Inputs:
+    return {
         path: {
             name: np.concatenate([part[path][name] for part in parts], axis=len(site.scan))
             for name in parts[0][path]
         }
         for path, site in sites.items()
     }
+
+
+def joined(sites: Mapping[str, Site], sets: Sequence[QuerySet]) -> QuerySet:
+    """Returns several query sets as one, in order, so that one pass over the documents scores all of them."""
+    columns = {name: np.concatenate([getattr(one, name) for one in sets]) for name in _COLUMNS}
+    notes = [note for one in sets for note in one.notes]
     return QuerySet(
-        inputs=inputs,
-        nats=np.concatenate(nats),
-        norms=np.concatenate(norms),
-        kept=np.concatenate(kept),
-        pearson=np.concatenate(pearson),
-        notes=notes,
+        inputs=_concatenated(sites, [one.inputs for one in sets]), notes=notes, **columns
     )
 
 
@@ -155,7 +167,7 @@ def _squares(sites: Mapping[str, Site], v: Mapping[str, jax.Array]) -> np.ndarra
     total = 0.0
     for path, site in sites.items():
         rows = jnp.square(jnp.moveaxis(v[path], len(site.scan), 0)).sum(-1)
-        total = total + np.asarray(rows, np.float64).reshape(len(rows), -1).sum(-1)
+        total = total + spread.on_host(rows).astype(np.float64).reshape(len(rows), -1).sum(-1)
     return np.asarray(total)
 
 
@@ -220,9 +232,10 @@ def _fidelity(
         return np.full(count, np.nan)
     run = reader.compiled(sites, Scores(count, dtype=dtype))
     columns: list[list[np.ndarray]] = [[], []]
+    both = (own, {p: {"p": full[p]} for p in sites})
     for _, arrays in reader.batches(sample, 0):
         placed = reader.place(arrays)
-        for column, inputs in zip(columns, (own, {p: {"p": full[p]} for p in sites}), strict=True):
+        for column, inputs in zip(columns, both, strict=True):
             results, _ = run(reader.params, inputs, placed, None)
             column.append(np.asarray(total_scores(sites, results)[0], np.float64))
     compressed, exact = (np.concatenate(column).T for column in columns)

@@ -60,7 +60,7 @@ def score(
       dtype: dtype of sums.
     """
     run = reader.compiled(sites, Scores(queries.size, dtype=dtype))
-    inputs = reader.place_whole(queries.inputs)
+    inputs = reader.place_spread(queries.inputs)
     progress = tqdm(desc="score", unit="document", total=total, initial=first, disable=None)
     with progress:
         for window in documents.windows(rows, reader.batch_size):

@@ -1,0 +1,188 @@
+"""Plots of the results; None where there is nothing to plot."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.influence import small_corpus
+from launch.papers.influence import scoring, statistics
+from launch.papers.influence.arms import GROUPS, METHODS, Seeds
+from launch.plots import heat_maps, panels
+from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+
+COLOURS = {
+    "hessian": GREY,
+    "gauss_newton": GREY,
+    "ekfac_cg": GREEN,
+    "ekfac": BLUE,
+    "kfac": PURPLE,
+    "identity": ORANGE,
+    "cosine": ORANGE,
+    "bm25": RED,
+    "tfidf": RED,
+    "random": GREY,
+}
+_EXACT = {
+    "pbrf": "Bregman responses",
+    "loo": "leave-one-out",
+    "lds": "halves (linear datamodeling score)",
+}
+_GRADIENTS = ("ekfac_cg", "ekfac", "kfac", "identity")
+_SHOWN = (*_GRADIENTS, "bm25", "tfidf", "random")
+_MAPPED = ("ekfac", "identity", "bm25")  # methods whose sources are drawn
+_BRIGHT = 5.0  # multiplier of the darkest square
+
+
+def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Returns file name -> (figure, caption)."""
+    seeds = parts.get("corpus", Seeds([]))
+    return {
+        "exact.png": (
+            _exact(parts.get("exact", ())),
+            "Tiny models: mean correlation of scores with three kinds of retraining; a dot for each seed, a bar for their mean",
+        ),
+        "correlations.png": (
+            _correlations(seeds),
+            "Mean correlation of the influences of two queries over all documents, by kind of pair; a dot for each seed",
+        ),
+        "sources.png": (
+            _sources(seeds),
+            f"Share of each source in the top {statistics.TOP} of the queries of a group (rows) over its share in the corpus; "
+            "means over seeds",
+        ),
+        "answers.png": (
+            _answers(seeds),
+            f"Share of queries whose answer is in one of the top {statistics.TOP} documents; a dot for each seed. Dashed: in any "
+            "document of the corpus, mean",
+        ),
+        "lds.png": (
+            _lds(seeds),
+            "Linear datamodeling score over halves of the corpus, mean over the queries of each group; a dot for each seed",
+        ),
+        "removal.png": (
+            _removal(seeds),
+            f"Rise of the loss of a group's queries without the top {statistics.SHARE:.0%} of each method, over that without "
+            "random documents; a dot for each seed",
+        ),
+    }
+
+
+def _row(label: str, values: Sequence[float], colour: str) -> tuple[str, list[float], dict, str]:
+    mean = {"value": float(np.mean(values)), "low": np.nan, "high": np.nan}
+    return label, [float(x) for x in values], mean, colour
+
+
+def _dots(
+    titles: Mapping[str, str],
+    methods: Sequence[str],
+    values: Callable[[str, str], Sequence[float]],
+    label: str,
+) -> Any:
+    """Returns a figure with a panel for each title and a row for each method; None without values."""
+    tables = {
+        name: [
+            _row(METHODS[method], found, COLOURS[method])
+            for method in methods
+            if len(found := values(name, method))
+        ]
+        for name in titles
+    }
+    if not all(tables.values()):
+        return None
+    rows = max(map(len, tables.values()))
+    figure, every = panels.panels(len(titles), (3.4 * len(titles) + 1, 1.3 + 0.28 * rows))
+    for axes, (name, title) in zip(every, titles.items(), strict=True):
+        panels.paired(axes, tables[name])
+        axes.grid(axis="x", alpha=0.25)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+    for axes in every[1:]:
+        axes.set_yticklabels([])
+    return figure
+
+
+def _exact(rows: Sequence[Mapping[str, Any]]) -> Any:
+    methods = ("hessian", "gauss_newton", *_GRADIENTS)
+    return _dots(
+        _EXACT, methods, lambda kind, method: [row[kind][method] for row in rows], "correlation"
+    )
+
+
+def _correlations(seeds: Seeds) -> Any:
+    titles = {kind: kind for kind in statistics.PAIRS}
+
+    def values(kind: str, method: str) -> list[float]:
+        def value(record: Mapping[str, Any]) -> float:
+            return record["methods"][method]["correlations"][kind]
+
+        return [*seeds.scores(value).values()]
+
+    return _dots(titles, _GRADIENTS, values, "correlation")
+
+
+def _answers(seeds: Seeds) -> Any:
+    titles = {group: GROUPS[group] for group in small_corpus.GROUPS}
+
+    def values(place: str, group: str, method: str) -> list[float]:
+        def value(record: Mapping[str, Any]) -> float:
+            return record["methods"][method]["answers"][group][place]
+
+        return [*seeds.scores(value).values()]
+
+    figure = _dots(
+        titles, _SHOWN, lambda group, method: values("top", group, method), "share of queries"
+    )
+    if figure is not None:
+        for axes, group in zip(figure.axes, titles, strict=True):
+            axes.axvline(np.mean(values("corpus", group, "ekfac")), color="black", ls="--", lw=1)
+            axes.set_xlim(-0.05, 1.05)
+    return figure
+
+
+def _sources(seeds: Seeds) -> Any:
+    rows = [row["scores"] for row in seeds.rows if row.get("scores")]
+    if not rows:
+        return None
+    names = [source.replace("_", " ") for source in statistics.SOURCES]
+    groups = small_corpus.GROUPS
+    figure, axes = heat_maps.grid(1, len(_MAPPED), (len(groups), len(names)))
+    for at, method in enumerate(_MAPPED):
+        found = np.mean(
+            [
+                [[*one["methods"][method]["sources"][g]["first"]["top"].values()] for g in groups]
+                for one in rows
+            ],
+            axis=0,
+        )
+        heat_maps.draw(
+            axes[0, at],
+            found,
+            [GROUPS[group] for group in groups],
+            names,
+            title=METHODS[method],
+            row_names=at == 0,
+            most=_BRIGHT,
+        )
+    return figure
+
+
+def _lds(seeds: Seeds) -> Any:
+    titles = {"all": "all queries", **{group: GROUPS[group] for group in small_corpus.GROUPS}}
+
+    def values(group: str, method: str) -> list[float]:
+        return [*seeds.losses(lambda record: record["lds"][method][group]).values()]
+
+    return _dots(titles, _SHOWN, values, "linear datamodeling score")
+
+
+def _removal(seeds: Seeds) -> Any:
+    titles = {what: GROUPS[what] for what in scoring.REMOVED_FOR}
+    methods = [method for method in scoring.REMOVED_BY if method != scoring.RANDOM]
+
+    def values(what: str, method: str) -> list[float]:
+        return [*seeds.losses(lambda record: record["removal"][what][method]).values()]
+
+    return _dots(titles, methods, values, "nats per completion")

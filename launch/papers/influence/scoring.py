@@ -1,0 +1,173 @@
+"""Fits the factors of a model on its corpus, scores all documents by each method, and removes the most influential ones.
+
+  python -m launch.papers.influence.scoring --checkpoint=MODEL --corpus=CORPUS --to=DIR --seed=0
+
+CORPUS is a folder of launch.papers.influence.corpus. In DIR are factors/, scores.npz with the scores of each method
+[documents, queries], scores.json with what the claims compare, and the corpora without the top documents of each method.
+"""
+
+if __name__ == "__main__":
+    from launch import cli
+    from launch.run import load_run
+
+    def add_flags(parser):
+        load_run.add_flags(parser)
+        parser.add_argument("--corpus", required=True, metavar="DIR", help="folder of the corpus")
+        parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+        parser.add_argument("--seed", type=int, default=0, help="random seed of labels")
+
+    def start_run(start):
+        from launch.papers.influence import scoring
+
+        scoring.run(start)
+
+    raise SystemExit(
+        cli.main(
+            __doc__,
+            entry="launch.run.load_run:RunConfig",
+            command="scoring",
+            extra_flags=add_flags,
+            run=start_run,
+            default_files=load_run.default_files,
+            unused={"MODEL": "None", "VOCABULARY": "None"},
+        )
+    )
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.influence.small_corpus import FACT, PROCEDURES, Document, Query
+from launch.papers.influence import completions, corpus, statistics
+from launch.run.loaded_run import LoadedRun
+from trainers.influence import conjugate, kronecker, lexical, queries, scores
+from trainers.influence import fit as stages
+from trainers.influence import sites as site_list
+from trainers.scoring.scoring import Row
+
+SCORES, RECORD = "scores.npz", "scores.json"
+# The methods of gradients, in the order in which a set of queries has them.
+GRADIENTS = ("identity", "kfac", "ekfac", "ekfac_cg")
+RANDOM = "random"
+METHODS = (*GRADIENTS, "cosine", "bm25", "tfidf", RANDOM)
+REMOVED_BY = ("ekfac", "ekfac_cg", "identity", "bm25", RANDOM)
+REMOVED_FOR = {"fact": (FACT,), "procedure": PROCEDURES}
+MODULES = ("mlp",)
+FITTED = 3000  # documents
+CG_STEPS, CG_DOCUMENTS = 10, 128
+BATCH = 64
+
+
+def without(method: str, what: str) -> str:
+    """Returns the name of the corpus, and of the arm, without the top documents of a method for some queries."""
+    return f"without_{what}_{method}"
+
+
+def run(start: Any) -> None:
+    """Scores as the flags say."""
+    flags = start.flags
+    target, source = pathlib.Path(flags.to), pathlib.Path(flags.corpus)
+    target.mkdir(parents=True, exist_ok=True)
+    texts, asked = corpus.read_documents(source), corpus.read_queries(source)
+    with start().load(flags.checkpoint, params=flags.params) as loaded:
+        rows = [completions.document_row(loaded, one) for one in texts]
+        wanted = [completions.query_row(loaded, one) for one in asked]
+        every, norms_N, nats_Q = all_scores(loaded, rows, wanted, target / "factors", flags.seed)
+        batch = completions.batch_of(wanted)
+        _, answered_Q = completions.measure(loaded.model)(loaded.params, batch)
+    every |= lexical_scores(texts, asked)
+    every[RANDOM] = np.random.default_rng((flags.seed, 2)).normal(size=(len(texts), len(asked)))
+    np.savez_compressed(target / SCORES, **{n: x.astype(np.float32) for n, x in every.items()})
+    record = {
+        "nats": by_group(nats_Q, asked),
+        "answered": by_group(np.asarray(answered_Q), asked),
+        "masses": {m: statistics.masses(every[m], nats_Q, asked) for m in GRADIENTS},
+        "methods": {
+            method: statistics.of_scores(per_norm(method, every[method], norms_N), texts, asked)
+            for method in METHODS
+        },
+    }
+    (target / RECORD).write_text(json.dumps(record) + "\n")
+    count = statistics.removed(len(texts))
+    for what, groups in REMOVED_FOR.items():
+        for method in REMOVED_BY:
+            order_N = statistics.ranked_for(every[method], asked, groups)
+            kept = corpus.without(texts, order_N[:count].tolist())
+            corpus.write_documents(target / f"{without(method, what)}.jsonl", kept)
+
+
+def per_norm(method: str, scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
+    """Returns scores over the norms of the documents' gradients, if they are of gradients."""
+    return scores_NQ / np.maximum(norms_N, 1e-30)[:, None] if method in GRADIENTS else scores_NQ
+
+
+def by_group(values_Q: np.ndarray, asked: Sequence[Query]) -> dict[str, float]:
+    """Returns the mean over the queries of each group."""
+    groups = np.array([query.group for query in asked])
+    return {group: float(values_Q[groups == group].mean()) for group in dict.fromkeys(groups)}
+
+
+def all_scores(
+    loaded: LoadedRun, rows: Sequence[Row], wanted: Sequence[Row], folder: pathlib.Path, seed: int
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Returns the scores of the methods of gradients and of the cosine [N, Q], norms of documents [N], and nats [Q]."""
+    reader = stages.Reader(model=loaded.model, params=loaded.params, batch_size=BATCH)
+    settings = stages.FitSettings(modules=MODULES, seed=seed)
+    fitted = rows[:FITTED]
+    stages.fit(reader, folder, lambda: fitted, settings, total=len(fitted))
+    sites = site_list.select(loaded.model, loaded.params, MODULES)
+    damping = kronecker.Damping()
+    kfac, ekfac = (
+        stages.read_curvature(folder, sites, strategy, damping) for strategy in ("kfac", "ekfac")
+    )
+    refine = refinement(loaded, reader, sites, ekfac, rows[:CG_DOCUMENTS])
+    sets = [
+        queries.prepare(reader, sites, wanted, precondition, rank=None, refine=refined)
+        for precondition, refined in ((None, None), (kfac, None), (ekfac, None), (None, refine))
+    ]
+    joined = queries.joined(sites, sets)
+    scored = list(scores.score(reader, sites, joined, rows, total=len(rows)))
+    norms_N = np.array([one.norm for one in scored])
+    parts = np.split(np.array([one.scores for one in scored]), len(sets), axis=1)
+    every = dict(zip(GRADIENTS, parts, strict=True))
+    lengths = np.maximum(norms_N[:, None] * sets[0].norms, 1e-30)
+    return every | {"cosine": every["identity"] / lengths}, norms_N, sets[0].nats
+
+
+def refinement(
+    loaded: LoadedRun,
+    reader: stages.Reader,
+    sites: Mapping[str, site_list.Site],
+    curvature: kronecker.Curvature,
+    batch: Sequence[Row],
+) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns what refines one query's gradient by conjugate gradients on a batch of documents."""
+    arrays = reader.place(completions.batch_of(batch))
+    product = conjugate.gauss_newton(loaded.model, sites)
+
+    def refine(q: Any) -> tuple[Any, Any]:
+        solution = conjugate.solve(
+            lambda v: product(loaded.params, arrays, v), curvature, q, steps=CG_STEPS
+        )
+        return solution.x, solution.note
+
+    return refine
+
+
+def lexical_scores(texts: Sequence[Document], asked: Sequence[Query]) -> dict[str, np.ndarray]:
+    """Returns BM25 and TF-IDF scores [N, Q], by words and signs: shared characters, the model's tokens, would tell little."""
+    ids: dict[str, int] = {}
+
+    def words(text: str) -> list[int]:
+        return [ids.setdefault(word, len(ids)) for word in re.findall(r"\w+|[^\w\s]", text)]
+
+    corpus_words = [words(one.text) for one in texts]
+    query_words = [words(one.prompt + one.completion) for one in asked]
+    return {
+        "bm25": lexical.bm25(query_words, corpus_words),
+        "tfidf": lexical.tfidf(query_words, corpus_words),
+    }

@@ -1,0 +1,117 @@
+"""The scores of a tiny model on a tiny corpus, and the losses of models that are read beside it."""
+
+import contextlib
+import json
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.influence import small_corpus
+from data.tokenizers import vocabularies
+from launch.papers.influence import corpus, losses, scoring, statistics
+from launch.run import load_run
+from model.config import TransformerConfig
+from model.transformer import Transformer
+
+SIZES = dict.fromkeys(small_corpus.SIZES, 6)
+LINES = [f"line {i} of some real text." for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    config = TransformerConfig(vocab_size=64, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
+    model = Transformer(config=config)
+    made = jax.jit(lambda key: model.init(key, jnp.zeros((1, 4), jnp.int32)))(jax.random.key(0))
+    return types.SimpleNamespace(
+        model=model,
+        params=nn.meta.unbox(made)["params"],
+        vocabulary=vocabularies.characters(symbols=small_corpus.SYMBOLS),
+        context=lambda tokens: [0, *tokens],
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(loaded, tmp_path_factory):
+    """(folder of the corpus, folder of its scores)."""
+    source, target = (tmp_path_factory.mktemp(name) for name in ("corpus", "scores"))
+    patch = pytest.MonkeyPatch()
+    for name, value in {"FITTED": 30, "CG_STEPS": 2, "CG_DOCUMENTS": 8, "BATCH": 64}.items():
+        patch.setattr(scoring, name, value)
+    patch.setattr(statistics, "TOP", 4)
+    corpus.write(source, LINES, 3, sizes=SIZES, queries=2)
+
+    class Start:
+        flags = types.SimpleNamespace(
+            to=str(target), corpus=str(source), seed=3, checkpoint="run", params="auto"
+        )
+
+        def __call__(self):
+            return types.SimpleNamespace(
+                load=lambda *args, **settings: contextlib.nullcontext(loaded)
+            )
+
+    scoring.run(Start())
+    yield source, target
+    patch.undo()
+
+
+def test_every_method_scores_all_documents_for_all_queries(scored):
+    source, target = scored
+    documents = corpus.read_documents(source)
+    with np.load(target / scoring.SCORES) as arrays:
+        every = dict(arrays)
+    assert set(every) == set(scoring.METHODS)
+    assert {x.shape for x in every.values()} == {(len(documents), 6)}
+    assert all(np.isfinite(x).all() for x in every.values())
+    # The cosine divides the dot product by both norms: their products are a matrix of rank one.
+    lengths = every["identity"] / every["cosine"]
+    np.testing.assert_allclose(
+        lengths, np.outer(lengths[:, 0], lengths[0]) / lengths[0, 0], rtol=1e-3
+    )
+    assert (lengths > 0).all() and np.abs(every["cosine"]).max() <= 1 + 1e-5
+    for one, other in (("ekfac", "identity"), ("ekfac_cg", "ekfac"), ("kfac", "ekfac")):
+        assert not np.allclose(every[one], every[other], rtol=1e-3)
+    record = json.loads((target / scoring.RECORD).read_text())
+    assert set(record["methods"]) == set(scoring.METHODS)
+    assert set(record["answered"]) == set(record["nats"]) == set(small_corpus.GROUPS)
+    assert all(value > 1 for value in record["nats"].values())  # the model has learned nothing
+
+
+def test_the_top_documents_of_a_method_are_blank_in_its_corpus(scored):
+    source, target = scored
+    documents, queries = corpus.read_documents(source), corpus.read_queries(source)
+    with np.load(target / scoring.SCORES) as arrays:
+        scores = arrays["ekfac"].astype(np.float64)
+    (best,) = statistics.ranked_for(scores, queries, ("fact",))[:1]
+    lines = (target / "without_fact_ekfac.jsonl").read_text().splitlines()
+    changed = [
+        i
+        for i, (line, one) in enumerate(zip(lines, documents, strict=True))
+        if json.loads(line)["text"] != one.text
+    ]
+    assert set(changed) <= {int(best)}  # one in a hundred; it may be blank already
+    assert len(list(target.glob("without_*.jsonl"))) == 2 * len(scoring.REMOVED_BY)
+
+
+def test_losses_of_runs_are_their_queries_negative_log_likelihoods(loaded, scored, monkeypatch):
+    source, target = scored
+    scaled = types.SimpleNamespace(
+        **{**vars(loaded), "params": jax.tree.map(lambda x: 0 * x, loaded.params)}
+    )
+    runs = {"model": loaded, "uniform": scaled}
+
+    def config_of(name):
+        return types.SimpleNamespace(load=lambda run: contextlib.nullcontext(runs[name]))
+
+    monkeypatch.setattr(load_run, "config_of", config_of)
+    queries = corpus.read_queries(source)
+    found = losses.of_runs({name: name for name in runs}, queries)
+    lengths = [len(query.completion) + 1 for query in queries]
+    np.testing.assert_allclose(found["uniform"], np.log(64) * np.array(lengths), rtol=1e-5)
+    record = json.loads((target / scoring.RECORD).read_text())
+    by_group = scoring.by_group(found["model"], queries)
+    assert by_group == pytest.approx(record["nats"], rel=1e-4)

@@ -1,0 +1,242 @@
+"""What scores predict: responses of queries to documents, found by optimisation, in models of some hundred tapped weights.
+
+Curvature is dense here, and every optimum is found, so that approximations can be told apart (Grosse et al., arXiv
+2308.03296): the proximal Bregman response (PBRF) is what Gauss-Newton influence estimates, leave-one-out retraining what
+the Hessian's does, and both differ from EK-FAC by its blocks. Compute in float64.
+
+Shapes: P tapped weights, N documents, Q queries, S subsets, T tokens, V vocabulary; G the Gauss-Newton matrix [P, P].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from model.kernels.platform import use_reference_forms
+from trainers.checkpoints import state_tree
+from trainers.influence.conjugate import logits_of, with_changed
+from trainers.influence.sites import Site
+from trainers.objectives.base import Batch
+
+# Of the gradient, in the coordinates in which the curvature is the identity.
+TOLERANCE = 1e-6
+_POLISHED = 1e-11
+_MAX_STEPS, _MAX_POLISH = 5000, 50
+
+
+class NoOptimumError(ValueError):
+    """An optimisation that did not converge: its result would not be a response."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A model whose tapped weights are trained, on documents and queries of one batch each; all else is fixed.
+
+    Attributes:
+      model, params: a language model, and its parameters in float64.
+      sites: the tapped sites by path.
+      documents, queries: batches, one text in each row.
+      damping: lambda, the weight of |theta|^2 / 2 in the objective, and what is added to every curvature.
+    """
+
+    model: Any
+    params: Any
+    sites: Mapping[str, Site]
+    documents: Batch
+    queries: Batch
+    damping: float
+
+    @functools.cached_property
+    def _ravelled(self) -> tuple[jax.Array, Callable[[jax.Array], dict[str, jax.Array]]]:
+        flat = state_tree.flatten(self.params)
+        zeros = {path: jnp.zeros((*s.lead, s.inputs, s.outputs)) for path, s in self.sites.items()}
+        names = {name for p, site in self.sites.items() for name in site.tangents(zeros[p])}
+        return ravel_pytree({name: flat[name] for name in sorted(names)})
+
+    @property
+    def start_P(self) -> jax.Array:
+        """The tapped weights of `params`."""
+        return self._ravelled[0]
+
+    def with_weights(self, theta_P: jax.Array) -> Any:
+        """Returns all parameters with other tapped weights."""
+        return with_changed(self.params, self._ravelled[1](theta_P))
+
+    def _logits(self, theta_P: jax.Array, batch: Batch) -> jax.Array:
+        with use_reference_forms():  # which have forward derivatives
+            return logits_of(self.model, self.with_weights(theta_P), batch)
+
+    def _losses(self, theta_P: jax.Array, batch: Batch) -> jax.Array:
+        """Returns summed losses by row."""
+        log_probs_BTV = jax.nn.log_softmax(self._logits(theta_P, batch))
+        picked = jnp.take_along_axis(
+            log_probs_BTV, batch["decoder_target_tokens"][..., None], axis=-1
+        )
+        return -(picked[..., 0] * batch["decoder_loss_weights"]).sum(-1)
+
+    @functools.cached_property
+    def document_losses(self) -> Callable[[jax.Array], jax.Array]:
+        """The compiled function theta [P] -> losses [N] of the documents."""
+        return jax.jit(lambda theta_P: self._losses(theta_P, self.documents))
+
+    @functools.cached_property
+    def query_losses(self) -> Callable[[jax.Array], jax.Array]:
+        """The compiled function theta [P] -> losses [Q] of the queries."""
+        return jax.jit(lambda theta_P: self._losses(theta_P, self.queries))
+
+    def gradients(self, theta_P: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the gradients of the queries [Q, P] and of the documents [N, P]."""
+        both = (jax.jacrev(self.query_losses)(theta_P), jax.jacrev(self.document_losses)(theta_P))
+        return np.asarray(both[0], np.float64), np.asarray(both[1], np.float64)
+
+    def gauss_newton(self, theta_P: jax.Array) -> np.ndarray:
+        """Returns G [P, P]: the mean over documents of J^T (diag(p) - p p^T) J, summed over tokens with a loss weight."""
+        weights_NT1 = self.documents["decoder_loss_weights"][..., None].astype(theta_P.dtype)
+
+        def logits(theta_P: jax.Array) -> jax.Array:
+            return self._logits(theta_P, self.documents)
+
+        p_NTV = jax.nn.softmax(logits(theta_P))
+        j_NTVP = jax.jit(jax.jacfwd(logits))(theta_P)
+        centred = j_NTVP - jnp.einsum("ntv,ntvp->ntp", p_NTV, j_NTVP)[:, :, None]
+        scaled = jnp.sqrt(p_NTV * weights_NT1)[..., None] * centred
+        flat = scaled.reshape(-1, scaled.shape[-1])
+        return np.asarray(flat.T @ flat / len(p_NTV), np.float64)
+
+    def hessian(self, theta_P: jax.Array) -> np.ndarray:
+        """Returns the Hessian [P, P] of the mean loss of the documents."""
+        mean = jax.jit(jax.hessian(lambda theta: self._losses(theta, self.documents).mean()))
+        return np.asarray(mean(theta_P), np.float64)
+
+    def exact_scores(self, curvature_PP: np.ndarray, theta_P: jax.Array) -> np.ndarray:
+        """Returns scores [N, Q]: gradients of documents times (curvature + lambda)^-1 times gradients of queries."""
+        queries_QP, documents_NP = self.gradients(theta_P)
+        damped = curvature_PP + self.damping * np.eye(len(curvature_PP))
+        return documents_NP @ np.linalg.solve(damped, queries_QP.T)
+
+    def trained(
+        self,
+        start_P: jax.Array,
+        weights_N: np.ndarray | None = None,
+        curvature_PP: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Returns the weights [P] that minimise the weighted mean loss of the documents + lambda |theta|^2 / 2, from a start.
+
+        Args:
+          start_P: where the optimisation starts.
+          weights_N: weight of each document; 1 by default. The sum is divided by N.
+          curvature_PP: scales the steps; by default, G where a first optimisation ends.
+
+        Raises:
+          NoOptimumError: the gradient did not vanish.
+        """
+        weights = jnp.ones(self._count) if weights_N is None else jnp.asarray(weights_N)
+        if curvature_PP is None:
+            flat = np.zeros((len(start_P),) * 2)
+            near_P, _ = self._search(self._objective, start_P, (weights,), flat)
+            start_P = jnp.asarray(near_P)
+            curvature_PP = self.gauss_newton(start_P)
+        return self._minimum(self._objective, start_P, (weights,), curvature_PP)
+
+    @functools.cached_property
+    def _objective(self) -> Callable[..., Any]:
+        def objective(theta_P: jax.Array, weights_N: jax.Array) -> jax.Array:
+            loss = (weights_N * self._losses(theta_P, self.documents)).sum() / self._count
+            return loss + self.damping * jnp.square(theta_P).sum() / 2
+
+        return jax.jit(jax.value_and_grad(objective))
+
+    @property
+    def _count(self) -> int:
+        return len(self.documents["decoder_target_tokens"])
+
+    def bregman_response(
+        self, theta_P: jax.Array, document: int, epsilon: float, curvature_PP: np.ndarray
+    ) -> np.ndarray:
+        """Returns the weights [P] of the proximal Bregman response to one document (Grosse et al., equation 10).
+
+        They minimise the mean over documents of KL(p at theta || p), summed over tokens, + epsilon times the document's
+        loss + lambda |change|^2 / 2.
+
+        Raises:
+          NoOptimumError: the gradient did not vanish.
+        """
+        chosen = np.zeros(self._count)
+        chosen[document] = epsilon
+        arguments = (jnp.asarray(chosen), jnp.asarray(theta_P))
+        return self._minimum(self._bregman, theta_P, arguments, curvature_PP)
+
+    @functools.cached_property
+    def _bregman(self) -> Callable[..., Any]:
+        weights_NT = self.documents["decoder_loss_weights"]
+
+        def objective(theta_P: jax.Array, weights_N: jax.Array, before_P: jax.Array) -> jax.Array:
+            before, after = (
+                jax.nn.log_softmax(self._logits(theta, self.documents))
+                for theta in (before_P, theta_P)
+            )
+            kl_NT = (jnp.exp(before) * (before - after)).sum(-1)
+            near = self.damping * jnp.square(theta_P - before_P).sum() / 2
+            own = (weights_N * self._losses(theta_P, self.documents)).sum()
+            return (kl_NT * weights_NT).sum() / self._count + own + near
+
+        return jax.jit(jax.value_and_grad(objective))
+
+    def _minimum(
+        self,
+        objective: Callable[..., Any],
+        start_P: Any,
+        arguments: tuple[Any, ...],
+        curvature_PP: np.ndarray,
+    ) -> np.ndarray:
+        theta_P, left = self._search(objective, start_P, arguments, curvature_PP)
+        if left > TOLERANCE:
+            raise NoOptimumError(
+                f"The gradient is still {left:.1e} at the end of the optimisation: use a larger damping, or fewer weights."
+            )
+        return theta_P
+
+    def _search(
+        self,
+        objective: Callable[..., Any],
+        start_P: Any,
+        arguments: tuple[Any, ...],
+        curvature_PP: np.ndarray,
+    ) -> tuple[np.ndarray, float]:
+        """Returns where L-BFGS and then Newton steps end, and the gradient's largest entry there.
+
+        Both take coordinates in which curvature + lambda is the identity. The loss is too coarse for the line searches of
+        L-BFGS near the optimum; steps along the gradient alone end the search.
+        """
+        from scipy import linalg, optimize
+
+        start_P = np.asarray(start_P, np.float64)
+        root_PP = np.linalg.cholesky(curvature_PP + self.damping * np.eye(len(start_P)))
+
+        def moved(z_P: np.ndarray) -> np.ndarray:
+            return start_P + linalg.solve_triangular(root_PP, z_P, lower=True, trans=1)
+
+        def value(z_P: np.ndarray) -> tuple[float, np.ndarray]:
+            loss, grad_P = objective(moved(z_P), *arguments)
+            grad_P = np.asarray(grad_P, np.float64)
+            return float(loss), linalg.solve_triangular(root_PP, grad_P, lower=True)
+
+        options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 0, "gtol": TOLERANCE}
+        result = optimize.minimize(
+            value, np.zeros_like(start_P), jac=True, method="L-BFGS-B", options=options
+        )
+        z_P, grad_P = result.x, result.jac
+        for _ in range(_MAX_POLISH):
+            if np.abs(grad_P).max() < _POLISHED:
+                break
+            step_P = z_P - grad_P
+            _, next_P = value(step_P)
+            if np.linalg.norm(next_P) >= np.linalg.norm(grad_P):
+                break
+            z_P, grad_P = step_P, next_P
+        return moved(z_P), float(np.abs(grad_P).max())
