@@ -15,6 +15,7 @@ from launch.inference import row_files
 from launch.inference.generate import with_prompt_key
 from launch.inference.score import scored_row
 from launch.run.load_run import LoadedRun, LoadError
+from trainers.decoding.stop_strings import GrowingText
 from trainers.scoring.scoring import Row
 
 QUERY_EXAMPLE = '{"prompt": "2 + 3 =", "completion": " 5"}'
@@ -240,6 +241,20 @@ def _examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]
     repeat = {"num_epochs": 1} if hasattr(mixture, "tasks") else {}
     dataset = mixture.get_dataset(lengths, split=split, shuffle=False, **repeat)
     yield from dataset.as_numpy_iterator()
+
+
+def texts(run: LoadedRun, row: Row) -> list[str]:
+    """Returns the text that each target adds after the context; "" where a character is not complete.
+
+    The first text begins with that of the context, without its first token if that only starts a text.
+    """
+    growing = GrowingText(run.decode)
+    first = 1 if row.context[0] == (run.start_token or 0) else 0
+    before = "".join(growing.add(token) for token in row.context[first:])
+    pieces = [growing.add(token) for token in row.targets]
+    pieces[0] = before + pieces[0]
+    pieces[-1] += growing.finish()
+    return pieces
 
 
 def write_sample(path: pathlib.Path, rows: list[Row]) -> None:
