@@ -226,17 +226,13 @@ def score(
         seconds = time.perf_counter() - began
         if jax.process_index() == 0:
             ranking.write_top(out, top=top)
+        tops = ranking.read_top(out)
+        writer = jax.process_index() == 0
+        decoded = source.texts({i for chosen in ranking.shown(tops, top) for i in chosen})
+        row_files.write(ranking.texts_file(out), decoded, writer=writer)
         if token_scores:
-            wanted = [
-                list(
-                    dict.fromkeys(
-                        e["document"] for end in ranking.ENDS for e in q[end][:token_scores]
-                    )
-                )
-                for q in ranking.read_top(out)["queries"]
-            ]
-            rows_of_tokens = scored.token_rows(wanted)
-            row_files.write(f"{out}.tokens.jsonl", rows_of_tokens, writer=jax.process_index() == 0)
+            rows_of_tokens = scored.token_rows(ranking.shown(tops, token_scores))
+            row_files.write(ranking.tokens_file(out), rows_of_tokens, writer=writer)
     if jax.process_index() == 0:
         for note in [*source.notes(), *scored.notes()]:
             print(note)
