@@ -22,7 +22,8 @@ def per_query(
     """Returns what the first documents of each query with a pattern have, by query.
 
     Each has `top`, the number of matching documents among the first; `rank`, that of the first one, or None; `corpus`, the
-    number of all matching documents; and `chance`, the probability of one among as many random documents.
+    number of all matching documents; `chance`, the probability of one among as many random documents, and `expected`, the number of
+    matching ones among these.
     """
     documents = len(ranked_NQ)
     result = {}
@@ -31,6 +32,7 @@ def per_query(
         result[q] = {
             **{"top": len(ranks), "rank": ranks[0] if ranks else None, "corpus": len(own)},
             "chance": search.chance(documents, len(own), top),
+            "expected": len(own) * min(top, documents) / documents,
         }
     return result
 
@@ -57,8 +59,8 @@ def table(
 
     Returns:
       Rows with `share` and its Wilson interval, the share that random documents would have (`chance`), the number of
-      queries whose pattern occurs in any document (`in_corpus`), and the number of matching top documents (`times`) and of
-      different ones (`distinct`).
+      queries whose pattern occurs in any document (`in_corpus`), and the number of matching top documents (`times`), of those
+      among as many random documents (`expected`), and of different ones (`distinct`).
     """
     from launch.plots import intervals
 
@@ -82,6 +84,7 @@ def table(
                     "chance": float(np.mean([single[q]["chance"] for q in own])),
                     "in_corpus": sum(single[q]["corpus"] > 0 for q in own),
                     "times": sum(len(x) for x in tops),
+                    "expected": sum(single[q]["expected"] for q in own),
                     "distinct": len(np.unique(np.concatenate(tops))),
                 }
             )

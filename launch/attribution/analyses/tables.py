@@ -57,7 +57,7 @@ def _correlations(analyses: Mapping[str, Any]) -> Table:
 
 
 def _fixed(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.2f}"
+    return "" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # not -0.00
 
 
 def _named(kind: str, task: str) -> str:
@@ -122,15 +122,25 @@ def _presence(name: str, title: str, what: str) -> Callable[[Mapping[str, Any]],
     def make(analyses: Mapping[str, Any]) -> Table:
         return _table(
             title,
-            f"Queries whose {what} is in one of their first {analyses['within']} documents, with Wilson intervals; by chance, as "
-            f"many random documents have it as often as the next column says. Then queries whose {what} is in any document, and "
-            "how many of the first documents have it (different ones).",
-            ["kind", "answered", "queries", "in the top", "by chance", "anywhere", "times"],
+            f"Queries whose {what} occurs in one of their first {analyses['within']} documents (with Wilson intervals), and the "
+            f"share of queries that as many random documents would give; queries whose {what} occurs in any document; and how "
+            "often it occurs in the first documents (in how many different ones), and would in random ones.",
+            [
+                "kind",
+                "answered",
+                "queries",
+                "in the top",
+                "by chance",
+                "anywhere",
+                "times",
+                "by chance",
+            ],
             [
                 [
                     *(row["group"], row["answered"], str(row["queries"])),
                     *(_interval(row["share"], _percent), _percent(row["chance"])),
                     *(str(row["in_corpus"]), f"{row['times']} ({row['distinct']})"),
+                    number(row["expected"]),
                 ]
                 for row in analyses[name]
             ],
@@ -140,17 +150,22 @@ def _presence(name: str, title: str, what: str) -> Callable[[Mapping[str, Any]],
 
 
 def _layers(analyses: Mapping[str, Any]) -> Table:
-    rows = []
-    for group, kinds in analyses["layers"].items():
-        for kind, shares in kinds.items():
-            for key, value in shares.items():
-                name = f"layer {key}" if kind == "layers" else key
-                rows.append([group, name, _percent(value)])
+    groups = analyses["layers"]
+    parts: dict[tuple[str, str], None] = {}
+    for shares in groups.values():
+        parts |= dict.fromkeys((kind, key) for kind, own in shares.items() for key in own)
     return _table(
         "Layers and matrices",
-        "Shares of the summed scores of the top documents, by layer and by matrix; a negative one pulls against the others.",
-        ["kind", "part", "share"],
-        rows,
+        "Shares of the summed scores of the top documents, by layer and by matrix, as means over queries of a kind; a negative "
+        "one pulls against the others.",
+        ["part", *groups],
+        [
+            [
+                f"layer {key}" if kind == "layers" else key,
+                *(_percent(shares[kind].get(key)) for shares in groups.values()),
+            ]
+            for kind, key in parts
+        ],
     )
 
 

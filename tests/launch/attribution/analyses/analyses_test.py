@@ -115,7 +115,13 @@ def test_answers_in_the_top_are_counted_by_those_answered_correctly():
     ranked = np.array([[0, 3, 1], [1, 2, 0], [2, 1, 2], [3, 0, 3]])
     matching = {0: np.array([1]), 1: np.array([0]), 2: np.array([], int)}
     single = presence.per_query(ranked, matching, 2)
-    assert single[0] == {"top": 1, "rank": 2, "corpus": 1, "chance": pytest.approx(0.5)}
+    assert single[0] == {
+        "top": 1,
+        "rank": 2,
+        "corpus": 1,
+        "chance": pytest.approx(0.5),
+        "expected": 0.5,
+    }
     assert single[1]["rank"] is None and single[2]["chance"] == 0
     rows = presence.table(
         ranked, matching, {"facts": [0, 1, 2], "other": []}, [True, False, True], top=2
@@ -124,7 +130,7 @@ def test_answers_in_the_top_are_counted_by_those_answered_correctly():
     assert [row["queries"] for row in rows] == [3, 2, 1]
     assert every["share"]["value"] == pytest.approx(1 / 3, abs=1e-4) and every["in_corpus"] == 2
     assert correct["share"]["value"] == 0.5 and wrong["share"]["value"] == 0
-    assert (every["times"], every["distinct"]) == (1, 1)
+    assert (every["times"], every["distinct"], every["expected"]) == (1, 1, 1)
     low, high = stats.binomtest(1, 2).proportion_ci(method="wilson")
     assert (correct["share"]["low"], correct["share"]["high"]) == pytest.approx(
         (low, high), abs=1e-4
