@@ -160,9 +160,8 @@ def score(
     Raises:
       LoadError: settings or rows that do not fit, or scores of other settings in `out`.
     """
-    import jax
-
     from launch.attribution import scorers, similarity
+    from trainers.checkpoints import agreement
     from trainers.influence import files
 
     row_files.check_output(out, "out", others={"queries": queries, "documents": documents})
@@ -224,16 +223,16 @@ def score(
         began = time.perf_counter()
         count = _write(out, scored, made_of | scored.record)
         seconds = time.perf_counter() - began
-        if jax.process_index() == 0:
+        writer = agreement.is_primary()
+        if writer:
             ranking.write_top(out, top=top)
-        tops = ranking.read_top(out)
-        writer = jax.process_index() == 0
-        decoded = source.texts({i for chosen in ranking.shown(tops, top) for i in chosen})
-        row_files.write(ranking.texts_file(out), decoded, writer=writer)
+            shown = {i for chosen in ranking.shown(ranking.read_top(out), top) for i in chosen}
+            row_files.write(ranking.texts_file(out), source.texts(shown))
         if token_scores:
-            rows_of_tokens = scored.token_rows(ranking.shown(tops, token_scores))
+            agreement.gather("ranked")  # other processes read what the first has written
+            rows_of_tokens = scored.token_rows(ranking.shown(ranking.read_top(out), token_scores))
             row_files.write(ranking.tokens_file(out), rows_of_tokens, writer=writer)
-    if jax.process_index() == 0:
+    if writer:
         for note in [*source.notes(), *scored.notes()]:
             print(note)
         print(f"{count:,} documents scored for {len(rows)} queries in {seconds:.1f} s: {out}")

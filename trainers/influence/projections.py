@@ -73,6 +73,7 @@ class Features:
 
     # Both uses of a tied matrix are projected at once, from its whole gradient.
     squares: ClassVar[bool] = True
+    matrices: ClassVar[bool] = False
 
     side: int
     dtype: str = "float32"
@@ -126,7 +127,7 @@ def second_moment(
     """
     side = next(iter(own.values()))["a"].shape[-1]
     run = reader.compiled(sites, Features(side, dtype))
-    inputs = reader.place_whole(own)
+    inputs = jax.device_put(own, reader.whole)
     moment_FF, count = np.zeros((side * side, side * side)), 0
     with tqdm(desc="projections", unit="document", total=total, disable=None) as progress:
         for window in documents.windows(rows, reader.batch_size):

@@ -38,6 +38,7 @@ _ONES = [
 ]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _LARGEST_IN_WORDS = 999_999
+_NUMBER, _WORD = re.compile(r"-?\d{1,15}"), re.compile(r"\w+")
 
 
 def pattern(value: Any) -> Pattern:
@@ -83,7 +84,7 @@ def in_words(number: int) -> str:
 def spellings(text: str) -> list[str]:
     """Returns equivalent spellings of a text, in `normal` form."""
     plain = normal(text)
-    if not re.fullmatch(r"-?\d{1,15}", plain):
+    if not _NUMBER.fullmatch(plain):
         return [plain]
     number = int(plain)
     result = [plain, f"{number:,}"]
@@ -103,15 +104,17 @@ def _has(text: str, part: str) -> bool:
     return any(spelling in text and rule.search(text) for spelling, rule in _rules(part))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65_536)
 def _rules(part: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
-    return tuple((spelling, _whole(spelling)) for spelling in spellings(part))
+    number = _NUMBER.fullmatch(normal(part)) is not None
+    return tuple((spelling, _whole(spelling, number)) for spelling in spellings(part))
 
 
-def _whole(text: str) -> re.Pattern[str]:
+def _whole(text: str, number: bool) -> re.Pattern[str]:
     """Returns the rule for a text as whole words; a number is no part of a longer, a decimal or a negative one."""
-    before = r"(?<![\w-])" if text[0].isalpha() else ""
-    after = r"(?![\w-])" if text[-1].isalpha() else ""
+    hyphen = "-" if number else ""  # of forty-two
+    before = rf"(?<![\w{hyphen}])" if _WORD.match(text) else ""
+    after = rf"(?![\w{hyphen}])" if _WORD.match(text[-1]) else ""
     if text[0].isdigit():
         before = r"(?<!\w)(?<!\d[.,])(?<!(?<![\w)])-)"
     elif re.match(r"-\d", text):
@@ -122,12 +125,26 @@ def _whole(text: str) -> re.Pattern[str]:
 
 
 def matches(texts: Iterable[str], patterns: Mapping[Any, Pattern]) -> dict[Any, np.ndarray]:
-    """Returns the numbers of the documents in which each pattern occurs, ascending, by the pattern's key."""
+    """Returns the numbers of the documents in which each pattern occurs, ascending, by the pattern's key.
+
+    A pattern is searched in documents that have a word of it: the time hardly depends on the number of patterns.
+    """
     result: dict[Any, list[int]] = {key: [] for key in patterns}
+    by_word: dict[str, set[Any]] = {}
+    without_words: set[Any] = set()
+    for key, wanted in patterns.items():
+        for texts_together in wanted:
+            for spelling in spellings(texts_together[0]):
+                words = _WORD.findall(spelling)
+                keys = by_word.setdefault(max(words, key=len), set()) if words else without_words
+                keys.add(key)
     for number, text in enumerate(texts):
         plain = normal(text)
-        for key, wanted in patterns.items():
-            if occurs(plain, wanted):
+        keys = without_words.union(
+            *(by_word[w] for w in set(_WORD.findall(plain)) & by_word.keys())
+        )
+        for key in keys:
+            if occurs(plain, patterns[key]):
                 result[key].append(number)
     return {key: np.array(numbers, np.int64) for key, numbers in result.items()}
 

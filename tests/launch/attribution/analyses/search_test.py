@@ -33,6 +33,8 @@ def test_numbers_in_words(number, words):
         ("5", "the sum is -5", False),
         ("5", "7-5 and 3 - 5", True),
         ("5", "twenty-five", False),
+        ("Rome", "a Rome-based firm", True),
+        ("_x", "a_x", False),
         ("-5", "gives \N{MINUS SIGN}5 here", True),
         ("-5", "minus five", True),
         ("-5", "7-5", False),
@@ -58,6 +60,16 @@ def test_matches_are_the_numbers_of_documents():
     got = search.matches(["in Rome", "", "ROME and x"], patterns)
     assert {key: own.tolist() for key, own in got.items()} == {"a": [0, 2], "b": [2]}
     assert search.matches([], patterns)["a"].shape == (0,)
+    # Patterns that share words, that are no word, and whose first text has several spellings.
+    texts = ["x ++ y", "forty two apples", "42 apples", "two apples", "apples, pears"]
+    patterns = {0: "++", 1: "42", 2: [["42", "apples"], "pears"], 3: "apples", 4: "two apples"}
+    patterns = {key: search.pattern(value) for key, value in patterns.items()}
+    want = {
+        key: [i for i, text in enumerate(texts) if search.occurs(search.normal(text), own)]
+        for key, own in patterns.items()
+    }
+    assert want == {0: [0], 1: [1, 2], 2: [1, 2, 4], 3: [1, 2, 3, 4], 4: [1, 3]}
+    assert {key: own.tolist() for key, own in search.matches(texts, patterns).items()} == want
 
 
 @pytest.mark.parametrize("value", [3, [], {}, [[]], [3], [""], "  ", [["a", None]]])
