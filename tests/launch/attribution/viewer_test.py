@@ -49,7 +49,7 @@ def test_hostile_texts_stay_data(tmp_path):
     assert parsed.tags.count("script") == 2 and "img" not in parsed.tags
     embedded, script = parsed.scripts
     assert json.loads(embedded) == data()
-    assert page.count(HOSTILE[:10]) == 2  # the ends of the two scripts
+    assert page.count("</script>") == 2 and "<!--" not in page
     assert not [a for a in parsed.attributes if a[1].startswith("on")]
     # Nothing is loaded, and nothing but this script and style is admitted.
     assert not [a for a in parsed.attributes if a[1] in ("src", "href")]
