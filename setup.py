@@ -131,6 +131,7 @@ setup(
     install_requires=CORE,
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
+        "launch.attribution": ["page/*"],
         "launch.papers.code_mix": ["harness_tasks/*.yaml"],
         "launch.reliability": ["shim.c"],
     },

@@ -6,15 +6,17 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from data.text import documents as document_files
 from data.text import spelling
+from launch.attribution.analyses import labels
 from launch.inference import row_files
-from launch.inference.generate import with_prompt_key
+from launch.inference.generate import decoder_of, with_prompt_key
 from launch.inference.score import scored_row
 from launch.run.load_run import LoadedRun, LoadError
+from trainers.decoding.stop_strings import GrowingText
 from trainers.scoring.scoring import Row
 
 QUERY_EXAMPLE = '{"prompt": "2 + 3 =", "completion": " 5"}'
@@ -57,6 +59,9 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
     missing = [key for key in ("prompt", "completion") if key not in row]
     if missing:
         raise LoadError(f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}.")
+    labels.query(
+        row, where
+    )  # a wrong label is an error before documents are read, not in the report
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str | list):
         raise LoadError(
@@ -128,16 +133,18 @@ class Documents:
                     self.repeated.append((where, f"document {first}"))
             yield row
 
-    def raw(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of the file, or rows with the tokens of the mixture."""
+    def texts(self, wanted: Collection[int]) -> Iterator[dict[str, Any]]:
+        """Yields {"document": number, "text": decoded tokens} of those wanted documents that come without a text."""
+        without = set(wanted)
         if self.path is not None:
-            lines = document_files.read_json_lines(
-                pathlib.Path(self.path), example=DOCUMENT_EXAMPLE
-            )
-            yield from itertools.islice((row for _, row in lines), self.limit)
-        else:
-            for _, row in itertools.islice(self._placed(), self.limit):
-                yield {"tokens": [*row.targets]}
+            path = pathlib.Path(self.path)
+            lines = document_files.read_json_lines(path, example=DOCUMENT_EXAMPLE)
+            rows = enumerate(row for _, row in itertools.islice(lines, self.limit))
+            without = {i for i, row in rows if i in without and "text" not in row}
+        if without:
+            for i, row in enumerate(self):
+                if i in without:
+                    yield {"document": i, "text": "".join(texts(self.run, row))}
 
     def record(self) -> dict[str, Any]:
         """Returns what identifies the documents."""
@@ -240,6 +247,26 @@ def _examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]
     repeat = {"num_epochs": 1} if hasattr(mixture, "tasks") else {}
     dataset = mixture.get_dataset(lengths, split=split, shuffle=False, **repeat)
     yield from dataset.as_numpy_iterator()
+
+
+def texts(run: LoadedRun, row: Row) -> list[str]:
+    """Returns the text that each target adds after the context; "" where a character is not complete.
+
+    The first text begins with that of the context, without its first token if that only starts a text. Tokens of a run
+    without a vocabulary are shown as numbers.
+    """
+    if not row.targets:
+        return []
+    first = 1 if row.context[0] == (run.start_token or 0) else 0
+    before, last = row.context[first:], ""
+    if run.vocabulary_or_none is None:
+        pieces = [f"{token} " for token in [*before, *row.targets]]
+    else:
+        growing = GrowingText(decoder_of(run.vocabulary))
+        pieces = [growing.add(int(token)) for token in [*before, *row.targets]]
+        last = growing.finish()
+    joined = ["".join(pieces[: len(before) + 1]), *pieces[len(before) + 1 :]]
+    return [*joined[:-1], joined[-1] + last]
 
 
 def write_sample(path: pathlib.Path, rows: list[Row]) -> None:

@@ -6,16 +6,22 @@ less often.
 
 import heapq
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
 
 from data.text import documents
 from launch.inference.row_files import RowFileError
 
 _EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
 _MAX_BYTES = 1 << 30
+# Of each query: the highest and the lowest scores, as they are and divided by the norms of the documents' gradients.
+ENDS = ("top", "bottom", "top_per_norm", "bottom_per_norm")
 
 
 def queries_folder(scores: str) -> str:
@@ -27,23 +33,112 @@ def top_file(scores: str) -> str:
     return f"{scores}.top.json"
 
 
-def read_scores(path: str) -> Iterator[tuple[list[float], float | None]]:
-    """Yields (scores, norm or None) of each document.
+def tokens_file(scores: str) -> str:
+    """Returns the file of the token scores of top and bottom documents."""
+    return f"{scores}.tokens.jsonl"
+
+
+def texts_file(scores: str) -> str:
+    """Returns the file of the texts of top and bottom documents that were read as tokens."""
+    return f"{scores}.texts.jsonl"
+
+
+def check_stored(tops: Mapping[str, Any], top: int) -> None:
+    """Raises RowFileError if fewer than `top` documents of each query are stored."""
+    stored = min((len(query[end]) for query in tops["queries"] for end in ENDS), default=0)
+    if top > stored and stored < tops["documents"]:
+        raise RowFileError(
+            f"--top={top}: {stored} documents at each end are stored: run the same `launch.influence score` command with "
+            f"--top={top}."
+        )
+
+
+def shown(tops: Mapping[str, Any], count: int) -> list[list[int]]:
+    """Returns the documents among the first `count` of each end of each query, without repetition, by query."""
+    return [
+        list(dict.fromkeys(item["document"] for end in ENDS for item in query[end][:count]))
+        for query in tops["queries"]
+    ]
+
+
+def read_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yields the row of each document: `scores`, and `norm` and `layers` where the method has them.
 
     Raises:
-      RowFileError: a row is not of `launch.influence score`, or has another number of scores than the first.
-      DataError: the file cannot be read.
+      RowFileError: a row is cut short, is not of `launch.influence score`, or has another number of scores than the first.
     """
     size = None
-    for number, row in documents.read_json_lines(pathlib.Path(path), example=_EXAMPLE):
-        scores = row.get("scores")
-        if not isinstance(scores, list) or size not in (None, len(scores)):
-            raise RowFileError(
-                f"{path}, line {number} is not a row of {size or 'the'} scores, such as {_EXAMPLE}: run `launch.influence "
-                "score` again with another --out."
-            )
-        size = len(scores)
-        yield scores, row.get("norm")
+    again = "run the same `launch.influence score` command again, and it writes the rest"
+    try:
+        for number, row in documents.read_json_lines(pathlib.Path(path), example=_EXAMPLE):
+            scores, norm = row.get("scores"), row.get("norm")
+            if not _are_numbers(scores) or size not in (None, len(scores)):
+                raise RowFileError(
+                    f"{path}, line {number} is not a row of {size or 'the'} scores, such as {_EXAMPLE}: run `launch.influence "
+                    "score` again with another --out."
+                )
+            if not all(map(math.isfinite, (*scores, *([] if norm is None else [norm])))):
+                raise RowFileError(
+                    f"{path}, line {number} has a score that is not finite: remove this document, or a query whose loss is not "
+                    "finite, and run `launch.influence score` with another --out."
+                )
+            size = len(scores)
+            yield row
+    except documents.DataError as error:
+        raise RowFileError(f"{path} was cut short or damaged ({error}): {again}.") from None
+
+
+def _are_numbers(scores: Any) -> bool:
+    return isinstance(scores, list) and all(type(x) in (int, float) for x in scores)
+
+
+def read_scores(path: str) -> Iterator[tuple[list[float], float | None]]:
+    """Yields (scores, norm or None) of each document; raises RowFileError as `read_rows` does."""
+    for row in read_rows(path):
+        yield row["scores"], row.get("norm")
+
+
+def read_table(
+    scores: str, count: int, each: Callable[[int, dict[str, Any]], None] | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns all scores [N, Q] and norms [N], float32; None for norms that the method does not have.
+
+    Args:
+      scores: file of scores.
+      count: number of its rows, N.
+      each: called with the number of each document and its row.
+
+    Raises:
+      RowFileError: there are fewer or more rows, or a row that `read_rows` raises for.
+    """
+    table_NQ, norms_N, rows = np.zeros((count, 0), np.float32), np.zeros(count, np.float32), 0
+    has_norms = count > 0
+    quiet = None if count > 10_000 else True
+    for i, row in enumerate(tqdm(read_rows(scores), desc="read", total=count, disable=quiet)):
+        rows = i + 1
+        if rows > count:
+            continue
+        if i == 0:
+            table_NQ = np.zeros((count, len(row["scores"])), np.float32)
+        table_NQ[i] = row["scores"]
+        norm = row.get("norm")
+        has_norms &= norm is not None
+        norms_N[i] = norm or 0.0
+        if each is not None:
+            each(i, row)
+    if rows != count:
+        short = "was cut short" if rows < count else "has rows of another file"
+        raise RowFileError(
+            f"--scores={scores} {short}: it has {rows:,} of {count:,} rows. Run the same `launch.influence score` "
+            "command again, and it writes the rest."
+        )
+    return table_NQ, norms_N if has_norms else None
+
+
+def per_norm(scores_NQ: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
+    """Returns scores [N, Q] divided by the norms [N] of the documents' gradients; 0 for a gradient of zero."""
+    norms_N1 = norms_N[:, None]
+    return np.divide(scores_NQ, norms_N1, out=np.zeros_like(scores_NQ), where=norms_N1 > 0)
 
 
 def write_top(scores: str, *, top: int) -> None:
@@ -52,8 +147,7 @@ def write_top(scores: str, *, top: int) -> None:
     count = 0
     for document, (row, norm) in enumerate(read_scores(scores)):
         if not best:
-            names = ("top", "bottom", "top_per_norm", "bottom_per_norm")
-            best = [{name: [] for name in names} for _ in row]
+            best = [{name: [] for name in ENDS} for _ in row]
         for query, score in zip(best, row, strict=True):
             per_norm = score / norm if norm else 0.0
             for name, value in (("top", score), ("top_per_norm", per_norm)):
@@ -94,7 +188,7 @@ def _push(heap: list[tuple[float, int, float]], item: tuple[float, int, float], 
 
 
 def read_top(scores: str) -> dict[str, Any]:
-    """Returns the table of `write_top`.
+    """Returns the table of `write_top`: `documents`, their number, and of each of the `queries` the ENDS.
 
     Raises:
       RowFileError: the scores are not complete, or the table is damaged.
@@ -109,17 +203,15 @@ def read_top(scores: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             table = json.loads(file.read(_MAX_BYTES))
-        documents_, queries = table["documents"], table["queries"]
-        if not isinstance(documents_, int) or not isinstance(queries, list):
+        if not isinstance(table["documents"], int) or not isinstance(table["queries"], list):
             raise ValueError("it has no documents and queries")
+        for query in table["queries"]:
+            for item in (item for end in ENDS for item in query[end]):
+                if not 0 <= item["document"] < table["documents"]:
+                    raise ValueError(f"it has no document {item['document']}")
+                float(item["score"]), float(item["value"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RowFileError(
             f"{path} is damaged ({error}): delete it, and run `launch.influence score` again."
         ) from None
-    rows = sum(1 for _ in read_scores(scores))
-    if rows != documents_:
-        raise RowFileError(
-            f"--scores={scores} was cut short: it has {rows:,} of {documents_:,} rows. Run the same `launch.influence score` "
-            "command again, and it writes the rest."
-        )
     return table

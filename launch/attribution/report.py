@@ -1,26 +1,29 @@
-"""Shows the documents with the most influence on each query, from a file of scores.
+"""Shows the documents with the most influence on each query, analyses of all scores, and a page to look through them.
 
 Example, after `python -m launch.influence score` wrote /tmp/scores.jsonl:
 
   python -m launch.influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
 
-The table goes to standard output, and with --out also to report.md and report.json of that folder. "per nat" is the score
-divided by the completion's negative log-likelihood, so that queries of different length can be compared; completions of less
-than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the norm of the document's gradient.
+The tables go to standard output, and with --out to report.md and report.json of that folder, beside viewer.html, which a browser
+opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
+length can be compared; completions of less than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the
+norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "answer", "procedure";
+"source") add analyses: docs/influence.md.
 """
 
 import argparse
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import cli
 from launch.attribution import ranking
 from launch.inference import row_files
+from launch.inference.row_files import RowFileError
 
 LEAST_NATS = 0.1
-_SNIPPET = 90
+_COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +37,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", required=True, metavar="FILE", help="that `score` wrote")
     parser.add_argument("--queries", metavar="FILE", help="by default the file that was scored")
     parser.add_argument("--documents", metavar="FILE", help="by default the file that was scored")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="scores of another method, which the same tables show; repeatable",
+    )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="documents (default 10)")
     parser.add_argument("--bottom", action="store_true", help="also the documents at the other end")
     parser.add_argument(
@@ -42,29 +52,41 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         default="score",
         help="the score (default), or the score divided by the norm of the document's gradient",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for report.md and report.json")
+    parser.add_argument(
+        "--within",
+        type=int,
+        metavar="N",
+        help="top documents that are searched and compared (default: a hundredth of all, from 10 to 500)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for report.md, .json and viewer.html")
 
 
 def _run(flags: argparse.Namespace) -> None:
+    from launch.attribution import pages, viewer
+
     if flags.out:
         row_files.check_folder(flags.out)
-    if flags.top < 1:
-        raise row_files.RowFileError(f"--top={flags.top} must be at least 1.")
-    table = report(
+    for name in ("top", "within"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise RowFileError(f"--{name}={value} must be at least 1.")
+    table, shown = report(
         flags.scores,
         queries=flags.queries,
         documents=flags.documents,
+        beside=flags.beside,
         top=flags.top,
-        bottom=flags.bottom,
         rank_by=flags.rank_by,
+        within=flags.within,
     )
-    text = "\n".join(markdown(table))
+    text = "\n".join(pages.markdown(table, bottom=flags.bottom))
     print(text)
     if flags.out:
         folder = pathlib.Path(flags.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         (folder / "report.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        viewer.write(shown, folder / "viewer.html")
 
 
 def report(
@@ -72,129 +94,135 @@ def report(
     *,
     queries: str | None = None,
     documents: str | None = None,
+    beside: Sequence[str] = (),
     top: int = 10,
-    bottom: bool = False,
     rank_by: str = "score",
-) -> dict[str, Any]:
-    """Returns the top documents of each query as JSON values.
+    within: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the report as JSON values, and the data of the viewer.
 
     Args:
       scores: file of scores.
       queries, documents: the files that were scored; None for the recorded ones.
-      top: number of documents.
-      bottom: whether to show the other end of the ranking too.
+      beside: files of scores by other methods.
+      top: number of documents of each query at both ends.
       rank_by: 'score' or 'per_norm'.
+      within: number of top documents that are searched and compared; None for `compute.searched`.
 
     Raises:
-      RowFileError: scores that are not complete, or a file that is missing.
+      RowFileError: scores that are not complete or not comparable, or a file that is missing or has changed.
     """
+    from launch.attribution import corpus, pages
+    from launch.attribution.analyses import compute, labels, parts
     from trainers.influence import queries as query_files
 
     tops = ranking.read_top(scores)
     prepared, record = query_files.load(pathlib.Path(ranking.queries_folder(scores)))
     queries = queries or record["queries"]["path"]
     documents = documents or record["documents"].get("path")
-    asked = [row for _, row in row_files.read(queries, example="{...}", flag="queries")]
-    if len(asked) != len(tops["queries"]):
-        raise row_files.RowFileError(
-            f"--queries={queries} has {len(asked)} queries, and --scores={scores} {len(tops['queries'])}: give the file that was "
+    corpus.check_same(queries, record["queries"], "queries")
+    asked = [
+        labels.query(row, where)
+        for where, row in row_files.read(queries, example="{...}", flag="queries")
+    ]
+    if documents is not None:
+        corpus.check_same(documents, record["documents"], "documents")
+    count = tops["documents"]
+    within = min(within or compute.searched(count), count)
+    suffix = "" if rank_by == "score" else "_per_norm"
+    firsts = [[e["document"] for e in query[f"top{suffix}"][:within]] for query in tops["queries"]]
+    layers = parts.LayerSums(firsts) if record["per_layer"] else None
+
+    def add_layers(document: int, row: Mapping[str, Any]) -> None:
+        if layers is not None and row.get("layers"):
+            layers.add(document, row["layers"])
+
+    ranking.check_stored(tops, top)
+    scores_NQ, norms_N = ranking.read_table(scores, count, add_layers)
+    if scores_NQ.shape[1] != len(asked):
+        raise RowFileError(
+            f"--queries={queries} has {len(asked)} queries, and --scores={scores} {scores_NQ.shape[1]}: give the file that was "
             "scored."
         )
-    suffix = "" if rank_by == "score" else "_per_norm"
-    ends = [f"top{suffix}", *([f"bottom{suffix}"] if bottom else [])]
-    shown = {e["document"] for q in tops["queries"] for end in ends for e in q[end][:top]}
-    texts = _texts(documents, shown)
-    spurious = _spurious(scores)
-    entries = []
-    for q, (row, query) in enumerate(zip(asked, tops["queries"], strict=True)):
-        nats = float(prepared.nats[q])
-        least = max(nats, LEAST_NATS) if nats == nats else None
-        entry: dict[str, Any] = {
-            **{"prompt": row.get("prompt"), "completion": row.get("completion")},
-            **{
-                "nats": nats if least else None,
-                "nearly_certain": bool(least and nats < LEAST_NATS),
-            },
-        }
-        for end in ends:
-            entry[end.removesuffix("_per_norm")] = [
-                {
-                    "document": item["document"],
-                    "score": item["score"],
-                    "per_nat": item["score"] / least if least else None,
-                    "value": item["value"],
-                    "spurious": spurious.get((q, item["document"])),
-                    "text": texts.get(item["document"]),
-                }
-                for item in query[end][:top]
-            ]
-        entries.append(entry)
-    return {
-        "method": record["method"],
-        "rank_by": rank_by,
-        "documents": tops["documents"],
-        "queries": entries,
-    }
-
-
-def _texts(path: str | None, wanted: set[int]) -> dict[int, str]:
-    """Returns the beginnings of documents by index; none for a mixture's."""
-    if path is None:
-        return {}
-    from data.text import documents
-
-    lines: Iterator[tuple[int, Mapping[str, Any]]] = documents.read_json_lines(pathlib.Path(path))
-    texts = {}
-    for index, (_, row) in enumerate(lines):
-        if index in wanted:
-            value = row.get("text", row.get("tokens", ""))
-            texts[index] = value if isinstance(value, str) else json.dumps(value)
-    return texts
-
-
-def _spurious(scores: str) -> dict[tuple[int, int], bool]:
-    """Returns which pairs of (query, document) have token scores, and whether the document is spurious."""
-    path = pathlib.Path(f"{scores}.tokens.jsonl")
-    if not path.is_file():
-        return {}
-    rows = row_files.read(str(path), example="{...}", flag="scores")
-    return {(row["query"], row["document"]): bool(row["spurious"]) for _, row in rows}
-
-
-def markdown(table: Mapping[str, Any]) -> list[str]:
-    """Returns the lines of a report as Markdown."""
-    lines = [f"# Influence of {table['documents']:,} documents ({table['method']})", ""]
-    for number, query in enumerate(table["queries"], 1):
-        nats = "" if query["nats"] is None else f", {query['nats']:.2f} nats"
-        mark = " (nearly certain: divided by 0.1 nats)" if query["nearly_certain"] else ""
-        asked = f"{_cell(query['prompt'])} **{_cell(query['completion'])}**"
-        lines += [f"## Query {number}{nats}{mark}", "", asked, ""]
-        for end in ("top", "bottom"):
-            if end in query:
-                lines += _table(end, query[end], table["rank_by"])
-    return lines
-
-
-def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[str]:
-    per_norm = rank_by == "per_norm"
-    last = "per norm" if per_norm else "per nat"
-    lines = [f"| {end} | document | score | {last} | text |", "|---|---|---|---|---|"]
-    for rank, item in enumerate(items, 1):
-        value = item["value"] if per_norm else item["per_nat"]
-        shown = "" if value is None else f"{value:.4g}"
-        mark = " (spurious)" if item["spurious"] else ""
-        text = _cell(item["text"] or "")
-        lines.append(
-            f"| {rank} | {item['document'] + 1} | {item['score']:.4g} | {shown} | {text}{mark} |"
+    if rank_by == "per_norm" and norms_N is None:
+        raise RowFileError(
+            f"--rank_by=per_norm needs norms of gradients, and --method={record['method']} has none: rank by the score."
         )
-    return [*lines, ""]
+    patterns = {
+        (name, q): own
+        for q, query in enumerate(asked)
+        for name in ("answer", "procedure")
+        if (own := getattr(query, name)) is not None
+    }
+    wanted = {i for chosen in ranking.shown(tops, top) for i in chosen}
+    limit = record["documents"].get("limit")
+    texts = corpus.read(scores, documents, wanted, patterns, count=count, limit=limit)
+    tokens = corpus.token_rows(scores, queries=len(asked), count=count)
+    nats = [float(x) if x == x else None for x in prepared.nats]
+    ranked = scores_NQ
+    if rank_by == "per_norm" and norms_N is not None:
+        ranked = ranking.per_norm(scores_NQ, norms_N)
+    analyses = compute.analyse(
+        compute.Inputs(
+            scores_NQ=ranked,
+            queries=asked,
+            nats=[None if x is None else max(x, LEAST_NATS) for x in nats],
+            sources=texts.sources,
+            matching=None if documents is None else texts.matching,
+            layers=layers,
+            tokens=tokens,
+            method=record["method"],
+            others=_others(beside, record, count, rank_by),
+            within=within,
+        )
+    )
+    made = pages.Made(
+        record=record,
+        tops=tops,
+        prepared=prepared,
+        asked=asked,
+        nats=nats,
+        corpus=texts,
+        tokens=tokens,
+        analyses=analyses,
+        norms_N=norms_N,
+        rank_by=rank_by,
+        top=top,
+        least_nats=LEAST_NATS,
+    )
+    return pages.table(made), pages.shown(made)
 
 
-def _cell(value: Any) -> str:
-    """Returns the beginning of a text in one line of a table."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = " ".join(text.split()).replace("|", "\\|")
-    return text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]}..."
+def _others(
+    beside: Sequence[str], record: Mapping[str, Any], count: int, rank_by: str
+) -> dict[str, Any]:
+    """Returns the scores [N, Q] of other methods by name; those without norms of gradients are not divided by any."""
+    from trainers.influence import queries as query_files
+
+    result: dict[str, Any] = {}
+    for path in beside:
+        ranking.read_top(path)
+        _, other = query_files.load(pathlib.Path(ranking.queries_folder(path)))
+        differing = [
+            name for name in _COMPARED if _identity(other[name]) != _identity(record[name])
+        ]
+        if differing:
+            raise RowFileError(
+                f"--beside={path} has scores of other {', '.join(differing)} than --scores: give scores of the same files."
+            )
+        scores_NQ, norms_N = ranking.read_table(path, count)
+        if rank_by == "per_norm" and norms_N is not None:
+            scores_NQ = ranking.per_norm(scores_NQ, norms_N)
+        name = other["method"]
+        if name in (record["method"], *result):
+            name = f"{name} ({pathlib.Path(path).name})"
+        result[name] = scores_NQ
+    return result
+
+
+def _identity(value: Any) -> Any:
+    """Returns what identifies recorded files, wherever they are."""
+    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
 
 
 if __name__ == "__main__":

@@ -28,10 +28,14 @@ from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
 
-Method = Literal["ekfac", "kfac", "identity", "cosine", "ekfac_cg", "bm25", "tfidf"]
+Method = Literal[
+    "ekfac", "kfac", "identity", "cosine", "ekfac_cg", "trak", "embedding", "bm25", "tfidf"
+]
 LEXICAL = ("bm25", "tfidf")
+WITHOUT_GRADIENTS = (*LEXICAL, "embedding")
 _SETTINGS = ("method", "damping", "damping_kind", "rank", "query_dtype", "cg_steps", "cg_documents")
-_SETTINGS += ("per_layer", "token_scores", "top", "length", "max_documents", "batch_size")
+_SETTINGS += ("projection", "per_layer", "token_scores", "top", "length", "max_documents")
+_SETTINGS += ("batch_size",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,9 +115,10 @@ def score(
     damping: float = 0.1,
     damping_kind: Literal["relative", "absolute"] = "relative",
     rank: int = 64,
-    query_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    query_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
     cg_steps: int = 10,
     cg_documents: int = 16,
+    projection: int = 32,
     per_layer: bool = False,
     token_scores: int = 0,
     top: int = 100,
@@ -135,16 +140,18 @@ def score(
       mixture: name of a SeqIO mixture in place of a file.
       split: split of the mixture.
       modules: names or patterns of layers; those of the factors if not set.
-      method: ekfac, kfac, ekfac_cg (refined by conjugate gradients), identity (dot product of gradients), cosine, bm25 or
-        tfidf.
+      method: ekfac, kfac, ekfac_cg (refined by conjugate gradients), identity (dot product of gradients), cosine, trak
+        (random projections), embedding (cosine of mean hidden states), bm25 or tfidf.
       damping: factor on the mean eigenvalue of each matrix, or an absolute number.
       damping_kind: relative or absolute.
       rank: rank of the queries' gradients in memory; 0 for whole matrices in float32.
-      query_dtype: dtype of the queries' low-rank factors.
+      query_dtype: dtype of the queries' low-rank factors; each column of int8 has a scale.
       cg_steps: steps of ekfac_cg.
       cg_documents: documents of its Gauss-Newton matrix, the first that factors were fitted on.
+      projection: side N of trak's projected gradients, which have N * N numbers.
       per_layer: whether rows have "layers", the scores of each matrix.
-      token_scores: for so many top documents of each query, writes the influence of each token to OUT.tokens.jsonl.
+      token_scores: for so many documents at both ends of each query's ranking, writes the influence of each token to
+        OUT.tokens.jsonl.
       top: number of top and bottom documents of each query in OUT.top.json.
       length: tokens that are read of each document; those of the factors if not set.
       max_documents: number of first documents that are scored; all if not set.
@@ -153,12 +160,19 @@ def score(
     Raises:
       LoadError: settings or rows that do not fit, or scores of other settings in `out`.
     """
-    import jax
-
-    from launch.attribution import scorers
+    from launch.attribution import scorers, similarity
+    from trainers.checkpoints import agreement
+    from trainers.influence import files
 
     row_files.check_output(out, "out", others={"queries": queries, "documents": documents})
-    _check(method, factors, rank=rank, cg_steps=cg_steps, cg_documents=cg_documents, top=top)
+    _check(
+        *(method, factors),
+        **{"rank": rank, "cg_steps": cg_steps, "cg_documents": cg_documents, "top": top},
+        **{"projection": projection, "token_scores": token_scores},
+    )
+    _check_gradients(
+        method, per_layer=per_layer, token_scores=token_scores, query_checkpoint=query_checkpoint
+    )
     record = factor_files.read(factors) if factors else None
     if length is None and record is not None:
         length = int(record["length"])
@@ -173,7 +187,7 @@ def score(
             split=split,
             limit=max_documents,
         )
-        made_of = {
+        made_of: dict[str, Any] = {
             "method": method,
             "queries": {"path": os.path.abspath(queries), "sha256": _digest(queries)},
             "documents": source.record(),
@@ -181,12 +195,19 @@ def score(
             "per_layer": per_layer,
         }
         if method in LEXICAL:
-            scored: Any = scorers.Lexical(method, rows, source)
+            scored: Any = similarity.Lexical(method, rows, source)
+        elif method == "embedding":
+            scored = similarity.Embeddings(
+                *(run, rows, source),
+                batch_size=run.batch_size(batch_size, 1 << 30),
+                digest=files.model_digest(run.params),
+            )
         else:
             made_of |= {
                 **{"damping": damping, "damping_kind": damping_kind, "rank": rank},
                 **{"query_dtype": query_dtype, "cg_steps": cg_steps if method == "ekfac_cg" else 0},
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
+                **{"projection": projection if method == "trak" else 0},
                 "query_checkpoint": query_checkpoint and factor_files.step_of(query_checkpoint),
             }
             scored = scorers.Gradients(
@@ -202,14 +223,16 @@ def score(
         began = time.perf_counter()
         count = _write(out, scored, made_of | scored.record)
         seconds = time.perf_counter() - began
-        if jax.process_index() == 0:
+        writer = agreement.is_primary()
+        if writer:
             ranking.write_top(out, top=top)
-        if token_scores and isinstance(scored, scorers.Gradients):
-            tops = ranking.read_top(out)["queries"]
-            wanted = [[entry["document"] for entry in q["top"][:token_scores]] for q in tops]
-            rows_of_tokens = scored.token_rows(wanted)
-            row_files.write(f"{out}.tokens.jsonl", rows_of_tokens, writer=jax.process_index() == 0)
-    if jax.process_index() == 0:
+            shown = {i for chosen in ranking.shown(ranking.read_top(out), top) for i in chosen}
+            row_files.write(ranking.texts_file(out), source.texts(shown))
+        if token_scores:
+            agreement.gather("ranked")  # other processes read what the first has written
+            rows_of_tokens = scored.token_rows(ranking.shown(ranking.read_top(out), token_scores))
+            row_files.write(ranking.tokens_file(out), rows_of_tokens, writer=writer)
+    if writer:
         for note in [*source.notes(), *scored.notes()]:
             print(note)
         print(f"{count:,} documents scored for {len(rows)} queries in {seconds:.1f} s: {out}")
@@ -220,11 +243,23 @@ def _check(method: str, factors: str | None, *, cg_steps: int, **numbers: int) -
         raise LoadError(
             f"--method={method} needs --factors=DIR, which `launch.influence fit` writes."
         )
-    for name, least in (("rank", 0), ("cg_documents", 1), ("top", 1)):
+    least_values = {"rank": 0, "cg_documents": 1, "top": 1, "projection": 1, "token_scores": 0}
+    for name, least in least_values.items():
         if numbers[name] < least:
             raise LoadError(f"--{name}={numbers[name]} must be at least {least}.")
     if cg_steps < 0:
         raise LoadError(f"--cg_steps={cg_steps} must be at least 0.")
+
+
+def _check_gradients(method: str, **settings: Any) -> None:
+    """Raises LoadError if settings need gradients that a method does not have."""
+    if method in WITHOUT_GRADIENTS:
+        for name, value in settings.items():
+            if value:
+                raise LoadError(
+                    f"--{name} needs the gradients of documents, and --method={method} has none: omit the flag, or choose "
+                    "another method."
+                )
 
 
 def _digest(path: str) -> str:

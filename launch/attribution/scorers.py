@@ -1,4 +1,4 @@
-"""Scorers of the command `influence score`: by gradients, or by shared tokens.
+"""The scorer of the command `influence score` by gradients.
 
 A scorer prepares the queries once, then yields the rows of all documents from any row on.
 """
@@ -16,37 +16,10 @@ from launch.attribution import factors as factor_files
 from launch.attribution import inputs
 from launch.run import run_model
 from launch.run.load_run import LoadedRun, LoadError, RunConfig
-from trainers.influence import conjugate, documents, files, kronecker, lexical, queries, scores
+from trainers.influence import conjugate, documents, files, kronecker, projections, queries, scores
 from trainers.influence import fit as stages
 from trainers.influence import sites as site_list
 from trainers.influence.token_scores import concentration, is_spurious, output_token_scores
-
-
-class Lexical:
-    """Scores by the tokens that a query shares with a document; all documents are read at once."""
-
-    def __init__(self, method: str, rows: Sequence[Any], source: inputs.Documents):
-        self.method, self.rows, self.source = method, rows, source
-        self.record: dict[str, Any] = {}
-
-    def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-        empty = np.full(len(self.rows), np.nan)
-        columns = dict.fromkeys(("nats", "norms", "kept", "pearson"), empty)
-        queries.save(folder, queries.QuerySet(inputs={}, **columns), record)
-
-    def stream(self, skip: int) -> Iterator[dict[str, Any]]:
-        texts = [[*row.context, *row.targets] for row in self.source]
-        wanted = [[*row.encoder_inputs, *row.context, *row.targets] for row in self.rows]
-        try:
-            scores = (lexical.bm25 if self.method == "bm25" else lexical.tfidf)(wanted, texts)
-        except ImportError:
-            raise LoadError(
-                "--method=bm25 needs bm25s: pip install 'espalier-lm[influence]'."
-            ) from None
-        return ({"scores": row.tolist()} for row in scores[skip:])
-
-    def notes(self) -> list[str]:
-        return []
 
 
 class Gradients:
@@ -120,6 +93,8 @@ class Gradients:
     def _curvature(self, reader: Any, sample: Sequence[Any]) -> tuple[Any, Any]:
         """Returns what preconditions a batch of gradients, and what refines the gradients of one query."""
         method = self.settings["method"]
+        if method == "trak":
+            return self._projected(), None
         if method not in factor_files.FITTED:
             return None, None
         strategy = "kfac" if method == "kfac" else "ekfac"
@@ -151,6 +126,14 @@ class Gradients:
 
         return None, refine
 
+    def _projected(self) -> projections.ProjectedCurvature:
+        """Returns the inverse of the second moment of all documents' projected gradients, from a pass of its own."""
+        own = projections.projections(self.sites, self.settings["projection"])
+        moment = projections.second_moment(
+            self.reader, self.sites, own, self.source, total=self.source.count()
+        )
+        return projections.ProjectedCurvature.of(self.sites, own, moment, self.damping)
+
     def stream(self, skip: int) -> Iterator[dict[str, Any]]:
         scored = scores.score(
             *(self.reader, self.sites, self.queries),
@@ -175,7 +158,7 @@ class Gradients:
         return [text]
 
     def token_rows(self, wanted: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
-        """Yields the influence of every token of some documents, in the order of the queries.
+        """Yields the influence of every token of some documents, and its text, in the order of the queries.
 
         Args:
           wanted: indices of documents, by query.
@@ -205,6 +188,7 @@ class Gradients:
                     "query": q,
                     "document": index,
                     "tokens": [*row.targets],
+                    "texts": inputs.texts(self.run, row),
                     "scores": own.tolist(),
                     "concentration": concentration(own),
                     "spurious": is_spurious(own),

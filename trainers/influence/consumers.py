@@ -210,7 +210,7 @@ class Scores:
     """Scores of documents by queries, and squared norms of the documents' gradients.
 
     The inputs are preconditioned gradients of the queries: `p` [Q, X, Y], or factors `u` [Q, X, r] and `v` [Q, Y, r]; of
-    experts [Q, E, ...].
+    experts [Q, E, ...]. Quantised ones come with scales of their columns (`column_scaled`).
 
     Attributes:
       queries: Q.
@@ -243,13 +243,13 @@ class Scores:
             pairs = [jnp.einsum("btx,bsx->bts", x, x) for x in (a_BTX, g_BTY)]
             squares = (pairs[0] * pairs[1]).sum((1, 2))
         if whole:
-            scores = jnp.einsum("bxy,qxy->bq", d_BXY, self._wide(inputs["p"]))
+            scores = jnp.einsum("bxy,qxy->bq", d_BXY, column_scaled(inputs, "p", self.dtype))
         elif "p" in inputs:
-            ap = jnp.einsum("btx,qxy->btqy", a_BTX, self._wide(inputs["p"]))
+            ap = jnp.einsum("btx,qxy->btqy", a_BTX, column_scaled(inputs, "p", self.dtype))
             scores = jnp.einsum("btqy,bty->btq", ap, g_BTY)
         else:
-            au = jnp.einsum("btx,qxr->btqr", a_BTX, self._wide(inputs["u"]))
-            gv = jnp.einsum("bty,qyr->btqr", g_BTY, self._wide(inputs["v"]))
+            au = jnp.einsum("btx,qxr->btqr", a_BTX, column_scaled(inputs, "u", self.dtype))
+            gv = jnp.einsum("bty,qyr->btqr", g_BTY, column_scaled(inputs, "v", self.dtype))
             scores = jnp.einsum("btqr,btqr->btq" if self.tokens else "btqr,btqr->bq", au, gv)
         return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
 
@@ -257,27 +257,37 @@ class Scores:
         d_BEXY = Gradients(self.dtype).experts(a_RX, g_RY, rows, inputs)
         squares = jnp.square(d_BEXY).sum((1, 2, 3))
         if "p" in inputs and not self.tokens:
-            scores = jnp.einsum("bexy,qexy->bq", d_BEXY, self._wide(inputs["p"]))
+            scores = jnp.einsum("bexy,qexy->bq", d_BEXY, column_scaled(inputs, "p", self.dtype))
             return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
 
-        def product(x_RX, kernel_QEXY):
-            kernel = self._wide(kernel_QEXY).transpose(1, 2, 0, 3)
+        def product(x_RX, name):
+            kernel = column_scaled(inputs, name, self.dtype).transpose(1, 2, 0, 3)
             flat = grouped_matmul(x_RX, kernel.reshape(*kernel.shape[:2], -1), rows.sizes_E)
             return flat.reshape(len(x_RX), self.queries, -1)
 
         if "p" in inputs:
-            values_RQ = (product(a_RX, inputs["p"]) * g_RY[:, None]).sum(-1)
+            values_RQ = (product(a_RX, "p") * g_RY[:, None]).sum(-1)
         else:
-            values_RQ = (product(a_RX, inputs["u"]) * product(g_RY, inputs["v"])).sum(-1)
+            values_RQ = (product(a_RX, "u") * product(g_RY, "v")).sum(-1)
         scores = rows.by_document(values_RQ, tokens=self.tokens)
         return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
 
     def finish(self, site, gradient, inputs):
-        whole = inputs.get("p")
-        if whole is None:
-            whole = jnp.einsum("qxr,qyr->qxy", *(self._wide(inputs[name]) for name in ("u", "v")))
-        scores = jnp.einsum("bxy,qxy->bq", gradient, self._wide(whole))
+        scores = jnp.einsum("bxy,qxy->bq", gradient, whole(inputs, self.dtype))
         return {"scores": scores, "squares": jnp.square(gradient).sum((1, 2))}
 
-    def _wide(self, x: jax.Array) -> jax.Array:
-        return x.astype(jnp.promote_types(x.dtype, self.dtype))
+
+def column_scaled(inputs: Any, name: str, dtype: str) -> jax.Array:
+    """Returns matrices or factors [..., X, r] in `dtype` or wider: int8 ones times the scales [..., r] of their columns."""
+    x = inputs[name]
+    wide = x.astype(jnp.promote_types(x.dtype, dtype))
+    scales = inputs.get(f"{name}_scale")
+    return wide if scales is None else wide * scales[..., None, :].astype(wide.dtype)
+
+
+def whole(inputs: Any, dtype: str) -> jax.Array:
+    """Returns the matrices [..., X, Y] of factors, or whole ones, in `dtype` or wider."""
+    if "p" in inputs:
+        return column_scaled(inputs, "p", dtype)
+    u, v = (column_scaled(inputs, name, dtype) for name in ("u", "v"))
+    return u @ jnp.swapaxes(v, -1, -2)

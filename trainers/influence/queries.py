@@ -17,12 +17,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from trainers.influence import documents, files, spread
-from trainers.influence.consumers import Gradients, Scores
+from trainers.influence.consumers import Gradients, Scores, whole
 from trainers.influence.fit import Reader
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
 
-QueryDtype = Literal["bfloat16", "float32", "float64"]
+QueryDtype = Literal["bfloat16", "float32", "float64", "int8"]
 # (gradients by site [L, Q, E, X, Y]) -> preconditioned gradients.
 Precondition = Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]
 _EXACT_SVD = 512  # largest smaller side of a matrix that is decomposed whole
@@ -35,7 +35,7 @@ class QuerySet:
     """Queries that are ready to score documents.
 
     Attributes:
-      inputs: inputs of `Scores` by site: `p`, or `u` and `v`.
+      inputs: inputs of `Scores` by site: `p`, or `u` and `v`; int8 ones with their scales.
       nats: negative log-likelihood of each completion, I(y_c).
       norms: norms of the gradients before preconditioning.
       kept: share of the squared norm of the preconditioned gradients that compression keeps.
@@ -177,7 +177,7 @@ class Compression:
 
     Attributes:
       rank: r, None for whole matrices.
-      dtype: dtype of the factors.
+      dtype: dtype of the factors; of int8, each column has a scale of its own, float32.
     """
 
     rank: int | None
@@ -185,9 +185,17 @@ class Compression:
 
     def __call__(self, v: jax.Array) -> dict[str, jax.Array]:
         if self.rank is None or self.rank >= min(v.shape[-2:]):
-            return {"p": v.astype(self.dtype)}
-        u, w = low_rank(v, self.rank)
-        return {"u": u.astype(self.dtype), "v": w.astype(self.dtype)}
+            named = {"p": v}
+        else:
+            named = dict(zip(("u", "v"), low_rank(v, self.rank), strict=True))
+        if self.dtype != "int8":
+            return {name: x.astype(self.dtype) for name, x in named.items()}
+        result: dict[str, jax.Array] = {}
+        for name, x in named.items():
+            scales = (jnp.abs(x).max(-2) / 127).astype(jnp.float32)
+            steps = x / jnp.where(scales > 0, scales, 1)[..., None, :]
+            result |= {name: jnp.round(steps).astype(jnp.int8), f"{name}_scale": scales}
+        return result
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -210,14 +218,6 @@ def low_rank(v: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return u, jnp.swapaxes(right[..., :rank, :], -1, -2)
 
 
-def whole(own: Mapping[str, Any], dtype: str) -> jax.Array:
-    """Returns the matrices of factors, or whole ones, in `dtype`."""
-    if "p" in own:
-        return jnp.asarray(own["p"]).astype(dtype)
-    u, v = (jnp.asarray(own[name]).astype(dtype) for name in ("u", "v"))
-    return u @ jnp.swapaxes(v, -1, -2)
-
-
 def _fidelity(
     reader: Reader,
     sites: Mapping[str, Site],
@@ -228,7 +228,7 @@ def _fidelity(
     dtype: str,
 ) -> np.ndarray:
     """Returns Pearson correlations of compressed and full scores over the sample documents, by query."""
-    if len(sample) < 3 or all("p" in kinds for kinds in own.values()):
+    if len(sample) < 3 or all(set(kinds) == {"p"} for kinds in own.values()):
         return np.full(count, np.nan)
     run = reader.compiled(sites, Scores(count, dtype=dtype))
     columns: list[list[np.ndarray]] = [[], []]

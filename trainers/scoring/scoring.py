@@ -154,15 +154,18 @@ class MeanStates:
             means, _masked_columns, model, batch_size=batch_size, sharding=sharding
         )
 
-    def stream(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+    def stream(self, rows: Sequence[Row], *, title: str | None = "states") -> Iterator[np.ndarray]:
         """Yields for each row the mean [D], float32, of the states of its targets, which are read after its context.
+
+        Args:
+          title: label of a progress bar; None for no bar.
 
         Raises:
           ValueError: a row is longer than the model's learned positions.
         """
         lengths = [len(row.context) + len(row.targets) for row in rows]
         check_lengths(lengths, self._read.limit)
-        return in_order(self._read(self._params, rows, lengths, title="states"))
+        return in_order(self._read(self._params, rows, lengths, title=title))
 
 
 def scored_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:

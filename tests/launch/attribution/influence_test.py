@@ -18,7 +18,7 @@ from trainers.influence import conjugate, documents, files, scores
 from trainers.influence import fit as stages
 
 DOCUMENTS = [
-    {"text": "import os"},
+    {"text": "import os", "source": "code"},
     {"text": "import sys and os"},
     {"tokens": [5, 6, 7, 8]},
     {"text": ""},
@@ -26,7 +26,7 @@ DOCUMENTS = [
     {"text": "import os"},  # repeats the first
 ]
 QUERIES = [
-    {"prompt": "import ", "completion": "os"},
+    {"prompt": "import ", "completion": "os", "kind": "factual", "answer": "sys", "correct": True},
     {"prompt": [5, 6], "completion": [7]},
 ]
 
@@ -121,16 +121,31 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     assert {row["query"] for row in tokens} == {0, 1}
     for row in tokens:
         total = rows[row["document"]]["scores"][row["query"]]
-        np.testing.assert_allclose(sum(row["scores"]), total, rtol=1e-2)
+        size = np.abs(row["scores"]).sum()  # a small sum of large numbers has their rounding
+        np.testing.assert_allclose(sum(row["scores"]), total, atol=1e-2 * size)
     report = place.folder / "report"
-    flags = (f"--scores={out}", "--top=2", "--bottom", f"--out={report}")
+    flags = (f"--scores={out}", "--top=2", "--bottom", "--within=1", f"--out={report}")
     assert place.command("influence", "report", *flags) == 0
     text = capsys.readouterr().out
     assert "# Influence of 6 documents (ekfac)" in text and "import os" in text
+    assert "## Answers in documents" in text
     table = json.loads((report / "report.json").read_text())
     best = table["queries"][1]["top"][0]
     assert best["document"] == 2 and best["score"] == pytest.approx(rows[2]["scores"][1])
     assert best["per_nat"] == pytest.approx(best["score"] / max(table["queries"][1]["nats"], 0.1))
+    # Token scores have the texts that the bytes add, and a document of tokens is decoded.
+    pieces = {row["document"]: row["texts"] for row in tokens if row["query"] == 0}
+    assert all("".join(own) == DOCUMENTS[i]["text"] for i, own in pieces.items() if i in (0, 1, 4))
+    assert best["text"] == bytes(x - 3 for x in DOCUMENTS[2]["tokens"]).decode()
+    assert table["analyses"]["answer_of_queries"]["0"]["corpus"] == 1
+    shares = table["analyses"]["layers"]["all queries"]
+    assert sum(shares["layers"].values()) == pytest.approx(1)
+    page = (report / "viewer.html").read_text()
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    shown = json.loads(data)
+    assert shown["queries"][1]["top"][0]["document"] == 2 and "1:2" in shown["tokens"]
+    for number, document in shown["documents"].items():
+        assert document["source"] == DOCUMENTS[int(number)].get("source", "(none)")
     assert place.command("influence", "report", f"--scores={out}", "--rank_by=per_norm") == 0
 
 
@@ -152,11 +167,12 @@ def test_identity_and_cosine_are_products_of_gradients(place, trained_run):
 
 
 def test_other_methods_and_low_ranks(place, capsys):
-    for method in ("kfac", "ekfac_cg", "tfidf", "bm25"):
+    names = ["kfac", "ekfac_cg", "tfidf", "trak", "embedding", "bm25"]
+    for method in names:
         if method == "bm25":
             pytest.importorskip("bm25s")
         flags = (f"--method={method}", "--cg_steps=2", "--cg_documents=2", "--rank=4")
-        status, out = place.score(*flags, out=f"{method}.jsonl")
+        status, out = place.score(*flags, "--query_dtype=int8", out=f"{method}.jsonl")
         assert status == 0, method
         rows = read(out)
         assert len(rows) == 6 and np.isfinite([row["scores"] for row in rows]).all()
@@ -169,6 +185,35 @@ def test_other_methods_and_low_ranks(place, capsys):
     )
     printed = capsys.readouterr().out
     assert "query gradients keep" in printed and "correlate at" in printed
+    beside = [f"--beside={place.folder / name}.jsonl" for name in names[1:5]]
+    flags = (f"--scores={place.folder / 'kfac.jsonl'}", *beside, f"--out={place.folder / 'beside'}")
+    assert place.command("influence", "report", *flags) == 0
+    table = json.loads((place.folder / "beside" / "report.json").read_text())
+    assert [row["method"] for row in table["analyses"]["methods"]] == names[:5]
+    assert (
+        table["compression"]["query_dtype"] == "int8"
+        and table["compression"]["kept"]["least"] > 0.5
+    )
+
+
+def test_embeddings_are_mean_hidden_states(place, trained_run):
+    """The states of the model itself, without the first token's."""
+    out = place.folder / "embedding.jsonl"
+    if not out.exists():
+        assert place.score("--method=embedding", out="embedding.jsonl")[0] == 0
+    model, params = trained_run.model, trained_run.params["ema"]
+
+    def mean(tokens):
+        hidden = model.apply({"params": params}, jax.numpy.array([tokens]), method="hidden")
+        return np.asarray(hidden.hidden_BTD[0, 1:], np.float64).mean(0)
+
+    query = mean([0, *BYTES])
+    other = mean([0, *[byte + 3 for byte in b"import sys and os"]])
+    rows = [row["scores"][0] for row in read(out)]
+    np.testing.assert_allclose(rows[0], 1, rtol=1e-5)
+    want = query @ other / np.linalg.norm(query) / np.linalg.norm(other)
+    np.testing.assert_allclose(rows[1], want, rtol=1e-3)
+    assert rows[3] == 0 and want < 0.999
 
 
 def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_run, capsys):
@@ -202,7 +247,11 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
     np.testing.assert_allclose(rows, want, rtol=1e-3, atol=1e-3)
     assert place.command("influence", "score", *given, "--mixture=texts", "--out=/tmp/x.jsonl") == 2
     assert "no such SeqIO mixture" in capsys.readouterr().err
-    assert place.command("influence", "report", f"--scores={out}") == 0  # without the texts
+    report = place.folder / "mixture_report"
+    flags = (f"--scores={out}", f"--out={report}")
+    assert place.command("influence", "report", *flags) == 0
+    (best, *_), *_ = (q["top"] for q in json.loads((report / "report.json").read_text())["queries"])
+    assert best["text"] == texts[best["document"]]
 
 
 def test_a_stopped_scan_continues_and_a_cut_file_is_completed(place, capsys):
@@ -212,7 +261,9 @@ def test_a_stopped_scan_continues_and_a_cut_file_is_completed(place, capsys):
     file = pathlib.Path(out)
     lines = file.read_text()
     file.write_text(lines[: len(lines) * 2 // 3])
+    capsys.readouterr()
     assert place.command("influence", "report", f"--scores={out}") == 2
+    assert "was cut short or damaged" in capsys.readouterr().err
     assert place.score(out="stopped.jsonl")[0] == 0
     again = read(out)
     assert len(again) == len(whole)
@@ -266,6 +317,7 @@ def test_a_fit_that_was_stopped_continues_bit_for_bit(place, monkeypatch):
         ({"prompt": "a"}, "line 1 has no 'completion'"),
         ({"prompt": "a" * 600, "completion": "b"}, r"the query has 601 tokens, and the context"),
         ({"prompt": 3, "completion": "b"}, "line 1: the prompt is neither a text"),
+        ({"prompt": "a", "completion": "b", "correct": 1}, "line 1: 'correct' is 1: give true or"),
         (None, "has no query"),
     ],
 )
@@ -314,6 +366,66 @@ def test_bad_settings_files_and_factors(place, trained_run, capsys, tmp_path):
         assert "its checksum is not the recorded one" in error(place.score(out="y.jsonl")[0])
     finally:
         stored.write_bytes(whole)
+
+
+def test_reports_of_bad_files_are_one_error(place, capsys):
+    status, out = place.score("--token_scores=1", "--top=2", out="reported.jsonl")
+    assert status == 0
+    capsys.readouterr()
+
+    def error(*flags, scores=out):
+        assert place.command("influence", "report", f"--scores={scores}", *flags) == 2
+        message = capsys.readouterr().err
+        assert message.count("error:") == 1 and "Traceback" not in message
+        return message
+
+    changed = write(place.folder / "changed.jsonl", [{"text": "import io"}])
+    assert "has changed since it was scored" in error(f"--documents={changed}")
+    assert "has changed since it was scored" in error(f"--queries={changed}")
+    assert "If it was moved, give its new place" in error("--documents=/none.jsonl")
+    assert "2 documents at each end are stored" in error("--top=3")
+    assert "--within=0 must be at least 1" in error("--within=0")
+    lexical = place.score("--method=tfidf", out="lexical.jsonl")[1]
+    assert "has none: rank by the score" in error("--rank_by=per_norm", "--top=2", scores=lexical)
+    shorter = place.score("--method=tfidf", "--max_documents=3", out="shorter.jsonl")[1]
+    assert "has scores of other documents than --scores" in error("--top=2", f"--beside={shorter}")
+    for name, rows, message in (
+        (
+            "tokens.jsonl",
+            [{"query": 9, "document": 0}],
+            "line 1 has no text and score of each token",
+        ),
+        ("texts.jsonl", [{"document": 0}], "a row has no document and text"),
+        ("top.json", [{"documents": 6, "queries": [{"top": []}]}], "is damaged"),
+        ("top.json", [{"documents": 6, "queries": [[]]}], "is damaged"),
+    ):
+        path = pathlib.Path(f"{out}.{name}")
+        whole = path.read_bytes()
+        write(path, rows)
+        assert message in error("--top=2")
+        path.write_bytes(whole)
+    cut = pathlib.Path(f"{out}.tokens.jsonl")
+    cut.write_bytes(cut.read_bytes()[:-20])
+    assert "delete it, and run the same `launch.influence score` command" in error("--top=2")
+    cut.unlink()
+    for row, message in (
+        ({"scores": [1.0, "2"]}, "is not a row of"),
+        ({"scores": [1.0, float("nan")]}, "has a score that is not finite"),
+        ({"scores": [1.0, 2.0], "norm": float("inf")}, "has a score that is not finite"),
+    ):
+        write(pathlib.Path(out), [row] * 6)
+        assert message in error("--top=2")
+    write(pathlib.Path(out), [{"scores": [1.0, 2.0]}] * 7)
+    assert "has rows of another file: it has 7 of 6 rows" in error("--top=2")
+
+
+def test_settings_that_a_method_does_not_use_are_errors(place, capsys):
+    for flag in ("--token_scores=1", "--per_layer", f"--query_checkpoint={place.run}"):
+        assert place.score("--method=tfidf", flag, out="unused.jsonl")[0] == 2
+        message = capsys.readouterr().err
+        assert f"{flag.partition('=')[0]} needs the gradients of documents" in message
+    assert place.score("--method=trak", "--projection=0", out="unused.jsonl")[0] == 2
+    assert "--projection=0 must be at least 1" in capsys.readouterr().err
 
 
 def test_ranking_divides_by_norms_and_takes_the_first_of_equal_scores(tmp_path):

@@ -1,0 +1,156 @@
+"""Searches documents for the answer of a query, or for its procedure, in equivalent spellings.
+
+A pattern is a text, or a list of alternatives; an alternative is a text, or a list of texts that must all occur, such as the
+steps of a calculation. Letters' case and spaces do not matter, a text occurs only as whole words, and a whole number also as
+words ("forty-two") and with commas (1,000).
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Pattern = Sequence[Sequence[str]]  # alternatives, of texts that must all occur
+
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_LARGEST_IN_WORDS = 999_999
+_NUMBER, _WORD = re.compile(r"-?\d{1,15}"), re.compile(r"\w+")
+
+
+def pattern(value: Any) -> Pattern:
+    """Returns the pattern of a JSON value.
+
+    Raises:
+      ValueError: it is none, or has an empty text.
+    """
+    alternatives = [value] if isinstance(value, str) else value
+    if not isinstance(alternatives, list) or not alternatives:
+        raise ValueError("it is neither a text nor a list of texts")
+    result = []
+    for one in alternatives:
+        texts = [one] if isinstance(one, str) else one
+        if not isinstance(texts, list) or not texts:
+            raise ValueError("an alternative is neither a text nor a list of texts")
+        if not all(isinstance(text, str) and normal(text) for text in texts):
+            raise ValueError("a text of it is empty or no text")
+        result.append(texts)
+    return result
+
+
+def normal(text: str) -> str:
+    """Returns a text without case, with single spaces, and with '-' for the minus sign."""
+    return " ".join(text.replace("\N{MINUS SIGN}", "-").casefold().split())
+
+
+def in_words(number: int) -> str:
+    """Returns a whole number below a million in English words."""
+    if number < 0:
+        return f"minus {in_words(-number)}"
+    if number < 20:
+        return _ONES[number]
+    if number < 100:
+        tens, ones = divmod(number, 10)
+        return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
+    size, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
+    head, rest = divmod(number, size)
+    joined = " and " if rest < 100 else " "
+    return f"{in_words(head)} {name}" + (f"{joined}{in_words(rest)}" if rest else "")
+
+
+def spellings(text: str) -> list[str]:
+    """Returns equivalent spellings of a text, in `normal` form."""
+    plain = normal(text)
+    if not _NUMBER.fullmatch(plain):
+        return [plain]
+    number = int(plain)
+    result = [plain, f"{number:,}"]
+    if abs(number) <= _LARGEST_IN_WORDS:
+        words = in_words(number)
+        result += [words, words.replace("-", " "), words.replace(" and ", " ")]
+    return list(dict.fromkeys(result))
+
+
+def occurs(text: str, wanted: Pattern) -> bool:
+    """Returns whether a pattern occurs in a text of `normal` form."""
+    return any(all(_has(text, part) for part in texts) for texts in wanted)
+
+
+def _has(text: str, part: str) -> bool:
+    # A search for the letters alone is fast, and decides most documents.
+    return any(spelling in text and rule.search(text) for spelling, rule in _rules(part))
+
+
+@functools.lru_cache(maxsize=65_536)
+def _rules(part: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    number = _NUMBER.fullmatch(normal(part)) is not None
+    return tuple((spelling, _whole(spelling, number)) for spelling in spellings(part))
+
+
+def _whole(text: str, number: bool) -> re.Pattern[str]:
+    """Returns the rule for a text as whole words; a number is no part of a longer, a decimal or a negative one."""
+    hyphen = "-" if number else ""  # of forty-two
+    before = rf"(?<![\w{hyphen}])" if _WORD.match(text) else ""
+    after = rf"(?![\w{hyphen}])" if _WORD.match(text[-1]) else ""
+    if text[0].isdigit():
+        before = r"(?<!\w)(?<!\d[.,])(?<!(?<![\w)])-)"
+    elif re.match(r"-\d", text):
+        before = r"(?<![\w)])"
+    if text[-1].isdigit():
+        after = r"(?!\w)(?![.,]\d)"
+    return re.compile(before + re.escape(text) + after)
+
+
+def matches(texts: Iterable[str], patterns: Mapping[Any, Pattern]) -> dict[Any, np.ndarray]:
+    """Returns the numbers of the documents in which each pattern occurs, ascending, by the pattern's key.
+
+    A pattern is searched in documents that have a word of it: the time hardly depends on the number of patterns.
+    """
+    result: dict[Any, list[int]] = {key: [] for key in patterns}
+    by_word: dict[str, set[Any]] = {}
+    without_words: set[Any] = set()
+    for key, wanted in patterns.items():
+        for texts_together in wanted:
+            for spelling in spellings(texts_together[0]):
+                words = _WORD.findall(spelling)
+                keys = by_word.setdefault(max(words, key=len), set()) if words else without_words
+                keys.add(key)
+    for number, text in enumerate(texts):
+        plain = normal(text)
+        keys = without_words.union(
+            *(by_word[w] for w in set(_WORD.findall(plain)) & by_word.keys())
+        )
+        for key in keys:
+            if occurs(plain, patterns[key]):
+                result[key].append(number)
+    return {key: np.array(numbers, np.int64) for key, numbers in result.items()}
+
+
+def chance(documents: int, matching: int, top: int) -> float:
+    """Returns the probability that `top` random documents have one of the matching ones."""
+    from scipy import stats
+
+    return float(stats.hypergeom.sf(0, documents, matching, min(top, documents)))

@@ -1,0 +1,257 @@
+"""A report as JSON values, as Markdown, and as the data of the viewer."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.attribution.analyses import tables
+from launch.attribution.analyses.labels import Query
+from launch.attribution.corpus import Corpus
+from launch.attribution.ranking import ENDS
+
+_SNIPPET = 90
+MOST_TEXT = 20_000  # characters of a document in the viewer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a report is made of.
+
+    Attributes:
+      record: what the scores were made from.
+      tops: documents at both ends of each ranking (launch/attribution/ranking.py).
+      prepared: queries as they were scored.
+      asked: queries with labels.
+      nats: negative log-likelihoods of the completions; None where the method has none.
+      corpus: texts and sources.
+      tokens: rows of token scores.
+      analyses: of all scores.
+      norms_N: norms of the documents' gradients, or None.
+      rank_by: 'score' or 'per_norm'.
+      top: number of documents at an end.
+      least_nats: what a score is divided by at least.
+    """
+
+    record: Mapping[str, Any]
+    tops: Mapping[str, Any]
+    prepared: Any
+    asked: Sequence[Query]
+    nats: Sequence[float | None]
+    corpus: Corpus
+    tokens: Sequence[Mapping[str, Any]]
+    analyses: Mapping[str, Any]
+    norms_N: np.ndarray | None
+    rank_by: str
+    top: int
+    least_nats: float
+
+    def per_nat(self, query: int, score: float) -> float | None:
+        nats = self.nats[query]
+        return None if nats is None else score / max(nats, self.least_nats)
+
+    def per_norm(self, document: int, score: float) -> float | None:
+        if self.norms_N is None:
+            return None
+        norm = float(self.norms_N[document])
+        return score / norm if norm else 0.0
+
+
+def _known(value: float) -> float | None:
+    """Returns a number, None for NaN."""
+    return float(value) if value == value else None
+
+
+def table(made: Made) -> dict[str, Any]:
+    """Returns the report as JSON values."""
+    spurious = {(row["query"], row["document"]): row["spurious"] for row in made.tokens}
+    suffix = "" if made.rank_by == "score" else "_per_norm"
+    entries = []
+    for q, (query, tops) in enumerate(zip(made.asked, made.tops["queries"], strict=True)):
+        nats = made.nats[q]
+        entry: dict[str, Any] = {
+            **{"prompt": query.prompt, "completion": query.completion},
+            **{"task": query.task, "kind": query.kind, "correct": query.correct, "nats": nats},
+            "nearly_certain": nats is not None and nats < made.least_nats,
+            "kept": _known(made.prepared.kept[q]),
+            "pearson": _known(made.prepared.pearson[q]),
+        }
+        for end in ("top", "bottom"):
+            entry[end] = [
+                {
+                    "document": item["document"],
+                    "score": item["score"],
+                    "per_nat": made.per_nat(q, item["score"]),
+                    "value": item["value"],
+                    "source": _source(made.corpus, item["document"]),
+                    "spurious": spurious.get((q, item["document"])),
+                    "text": made.corpus.texts.get(item["document"]),
+                }
+                for item in tops[f"{end}{suffix}"][: made.top]
+            ]
+        entries.append(entry)
+    return _plain(
+        {
+            **{"method": made.record["method"], "rank_by": made.rank_by},
+            **{"documents": made.tops["documents"], "compression": compression(made)},
+            **{"queries": entries, "analyses": dict(made.analyses)},
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Returns JSON values in which NaN, which JSON does not have, is null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _source(corpus: Corpus, document: int) -> str | None:
+    return None if corpus.sources is None else corpus.sources[document]
+
+
+def compression(made: Made) -> dict[str, Any] | None:
+    """Returns how much of the queries' gradients compression keeps; None for a method without gradients.
+
+    `kept` is the share of their squared norm, and `pearson` the correlation of scores of sample documents with uncompressed
+    ones, each as mean and least value over queries.
+    """
+    if "rank" not in made.record:
+        return None
+    result: dict[str, Any] = {n: made.record[n] for n in ("rank", "query_dtype")}
+    for name in ("kept", "pearson"):
+        values = getattr(made.prepared, name)
+        values = values[~np.isnan(values)]
+        known = len(values) > 0
+        result[name] = (
+            {"mean": float(values.mean()), "least": float(values.min())} if known else None
+        )
+    return result
+
+
+def markdown(report: Mapping[str, Any], *, bottom: bool) -> list[str]:
+    """Returns the lines of a report as Markdown.
+
+    Args:
+      report: of `table`.
+      bottom: whether to show the documents at the other end of the ranking too.
+    """
+    lines = [f"# Influence of {report['documents']:,} documents ({report['method']})", ""]
+    lines += _compression_lines(report["compression"])
+    for number, query in enumerate(report["queries"], 1):
+        nats = "" if query["nats"] is None else f", {query['nats']:.2f} nats"
+        mark = " (nearly certain: divided by 0.1 nats)" if query["nearly_certain"] else ""
+        asked = f"{_cell(query['prompt'])} **{_cell(query['completion'])}**"
+        lines += [f"## Query {number}{nats}{mark}", "", asked, ""]
+        for end in ("top", *(["bottom"] if bottom else [])):
+            lines += _table(end, query[end], report["rank_by"])
+    for one in tables.tables(report["analyses"]):
+        lines += [f"## {one['title']}", "", one["text"], ""]
+        header, *rows = (
+            f"| {' | '.join(map(_escaped, row))} |" for row in (one["header"], *one["rows"])
+        )
+        lines += [header, "|" + "---|" * len(one["header"]), *rows, ""]
+    if omitted := report["analyses"]["omitted"]:
+        lines += ["Not computed:", "", *(f"- {_escaped(text)}" for text in omitted), ""]
+    return lines
+
+
+def _compression_lines(shown: Mapping[str, Any] | None) -> list[str]:
+    if shown is None or shown["kept"] is None:
+        return []
+    rank = f"rank {shown['rank']}" if shown["rank"] else "whole matrices"
+    text = f"Query gradients ({rank}, {shown['query_dtype'] if shown['rank'] else 'float32'}) keep "
+    text += f"{100 * shown['kept']['mean']:.2f} % of their squared norm (least {100 * shown['kept']['least']:.2f} %)"
+    if shown["pearson"] is not None:
+        mean, least = (shown["pearson"][name] for name in ("mean", "least"))
+        text += f"; their scores correlate at {mean:.4f} with uncompressed ones (least {least:.4f})"
+    return [f"{text}.", ""]
+
+
+def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[str]:
+    per_norm = rank_by == "per_norm"
+    last = "per norm" if per_norm else "per nat"
+    sources = any(item["source"] for item in items)
+    header = [end, "document", *(["source"] if sources else []), "score", last, "text"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for rank, item in enumerate(items, 1):
+        value = item["value"] if per_norm else item["per_nat"]
+        mark = " (spurious)" if item["spurious"] else ""
+        cells = [
+            *(str(rank), str(item["document"] + 1)),
+            *([_escaped(item["source"])] if sources else []),
+            *(f"{item['score']:.4g}", "" if value is None else f"{value:.4g}"),
+            f"{_cell(item['text'] or '')}{mark}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _cell(value: Any) -> str:
+    """Returns the beginning of a text in one line of a table."""
+    text = " ".join(_text(value).split())
+    return _escaped(text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]}...")
+
+
+def _escaped(text: str) -> str:
+    """Returns a text whose characters mean nothing in Markdown: no tag, no cell's end."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def shown(made: Made) -> dict[str, Any]:
+    """Returns the data of the viewer: both ends of both rankings, texts, token scores and the tables of analyses."""
+    spurious = {(row["query"], row["document"]) for row in made.tokens if row["spurious"]}
+    queries, numbers = [], set()
+    ends = ENDS if made.norms_N is not None else ENDS[:2]
+    for q, (query, tops) in enumerate(zip(made.asked, made.tops["queries"], strict=True)):
+        entry: dict[str, Any] = {
+            **{"prompt": _text(query.prompt), "completion": _text(query.completion)},
+            **{"task": query.task, "kind": query.kind, "correct": query.correct},
+            "nats": made.nats[q],
+        }
+        for end in ends:
+            items = tops[end][: made.top]
+            numbers |= {item["document"] for item in items}
+            entry[end] = [
+                {
+                    **{"document": item["document"], "score": item["score"]},
+                    "per_nat": made.per_nat(q, item["score"]),
+                    "per_norm": made.per_norm(item["document"], item["score"]),
+                    "spurious": (q, item["document"]) in spurious,
+                }
+                for item in items
+            ]
+        queries.append(entry)
+    texts = {i: made.corpus.texts.get(i, "") for i in sorted(numbers)}
+    return _plain(
+        {
+            **{"method": made.record["method"], "count": made.tops["documents"]},
+            **{"rank_by": made.rank_by, "per_norm": made.norms_N is not None},
+            "queries": queries,
+            "documents": {
+                i: {
+                    **{"text": text[:MOST_TEXT], "cut": len(text) > MOST_TEXT},
+                    "source": _source(made.corpus, i),
+                }
+                for i, text in texts.items()
+            },
+            "tokens": {
+                f"{row['query']}:{row['document']}": {
+                    "texts": row["texts"],
+                    "scores": [float(f"{score:.4g}") for score in row["scores"]],
+                }
+                for row in made.tokens
+                if row["document"] in numbers
+            },
+            "tables": tables.tables(made.analyses),
+            "omitted": made.analyses["omitted"],
+        }
+    )

@@ -1,0 +1,81 @@
+"""The viewer: one file whose texts cannot execute."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+
+from launch.attribution import pages, viewer
+
+HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page, and the texts of its scripts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.scripts = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "script" and data.strip():
+            self.scripts.append(data)
+
+
+def data():
+    item = {"document": 0, "score": 1.5, "per_nat": 0.5, "per_norm": None, "spurious": False}
+    query = {"prompt": HOSTILE, "completion": HOSTILE, "task": HOSTILE, "kind": "", "correct": None}
+    return {
+        **{"method": "ekfac", "count": 1, "rank_by": "score", "per_norm": False},
+        "queries": [{**query, "nats": 3.0, "top": [item], "bottom": [item]}],
+        "documents": {"0": {"text": HOSTILE, "cut": False, "source": HOSTILE}},
+        "tokens": {"0:0": {"texts": [HOSTILE], "scores": [1.0]}},
+        **{"tables": [{"title": HOSTILE, "text": "", "header": [HOSTILE], "rows": [[HOSTILE]]}]},
+        "omitted": [HOSTILE],
+    }
+
+
+def test_hostile_texts_stay_data(tmp_path):
+    path = tmp_path / "viewer.html"
+    viewer.write(data(), path)
+    page = path.read_text(encoding="utf-8")
+    parsed = Elements(page)
+    assert parsed.tags.count("script") == 2 and "img" not in parsed.tags
+    embedded, script = parsed.scripts
+    assert json.loads(embedded) == data()
+    assert page.count("</script>") == 2 and "<!--" not in page
+    assert not [a for a in parsed.attributes if a[1].startswith("on")]
+    # Nothing is loaded, and nothing but this script and style is admitted.
+    assert not [a for a in parsed.attributes if a[1] in ("src", "href")]
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    for text in (script, style):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_script_shows_texts_as_text_only():
+    page = viewer.page(data())
+    script = page[page.rindex("<script>") :]
+    for name in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "fetch(",
+    ):
+        assert name not in script
+
+
+def test_markdown_shows_texts_as_text_of_one_line():
+    cell = pages._cell("a|b\n<img src=x>" + "x" * 200)
+    assert cell.startswith("a\\|b &lt;img src=x>") and cell.endswith("...") and "\n" not in cell
