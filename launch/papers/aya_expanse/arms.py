@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from data.aya_expanse import lexicon
-from launch.papers.aya_expanse import small_sweep
+from launch.papers.aya_expanse import small_pool, small_sweep
 from launch.papers.shared import results
 
 S, WORST, ARTEFACTS = "score", "score of the worst language", "words of the other language"
@@ -32,6 +32,13 @@ _LABELS = {
     "six_ties": "six, TIES",
     "offline": "offline",
     "offline_long": "offline, as many updates as three rounds more",
+    **{arm: f"offline, beta {beta:g}" for arm, beta in small_sweep.BETAS.items()},
+    **{
+        f"offline_languages{n}": f"pairs of {n} language{'s' * (n > 1)}"
+        for n in small_pool.PAIR_LANGUAGES
+    },
+    **{f"student_{name}": f"student of {name} routing" for name in ("random", "fixed", "learned")},
+    "student_translated": "student of translated answers",
     "native": "native against translated pairs",
     "merged_offline": "offline by cluster, merged",
     "merged_online": "a round by cluster, merged",

@@ -68,7 +68,9 @@ def where_they_disagree(runs: Runs, where: str) -> list[Effect]:
         by_seed[seed] = float(means[0] - means[1])
     what = f"gain of routing by reward over the best single teacher, {_DISAGREEING} languages of most disagreement less the others"
     unmet = runs.untaught() or runs.unmet(S, "student_reward", "student_single")
-    return [Effect(where=where, what=what, by_seed=by_seed, unmet=unmet)] if by_seed else []
+    if not by_seed:
+        return []
+    return [Effect(where=where, what=what, by_seed=by_seed, above=0.0, unmet=unmet)]
 
 
 def falls_with_noise(runs: Runs, where: str) -> list[Effect]:
@@ -105,7 +107,7 @@ def falls_with_noise(runs: Runs, where: str) -> list[Effect]:
 
 def over_optimised(runs: Runs, where: str) -> list[Effect]:
     """Compares the reward and the score of the last rounds with those of the third."""
-    reward = runs.gain(where, REWARD, _LAST, _THIRD, unmet="")
+    reward = runs.gain(where, REWARD, _LAST, _THIRD)
     score = runs.gain(where, S, _LAST, _THIRD, above=-np.inf, below=0.01)
     return [*reward, *score]
 
@@ -154,7 +156,9 @@ def harmful_collides(runs: Runs, where: str) -> list[Effect]:
         for seed, some in gains.items()
     }
     what = "lower loss without the harmful expert, less the most that leaving out another gains"
-    return [Effect(where=where, what=what, by_seed=by_seed, unit="nats per token")] if gains else []
+    if not by_seed:
+        return []
+    return [Effect(where=where, what=what, by_seed=by_seed, above=0.0, unit="nats per token")]
 
 
 def minimum_costs(runs: Runs, where: str) -> list[Effect]:
@@ -256,7 +260,7 @@ CLAIMS: Sequence[Claim] = (
         "X10",
         "A larger beta keeps the model nearer to its reference",
         "divergence from the reference is smaller with a beta of 0.3 than of 0.01",
-        {"small": [_pairs(("offline_beta3", "offline_beta01"), score=DIVERGENCE)]},
+        {"small": [_pairs(("offline_beta03", "offline_beta001"), score=DIVERGENCE)]},
         paper="",
     ),
     Claim(

@@ -197,7 +197,7 @@ def _rounds(runs: Runs | None) -> Any:
 
 
 def _betas(runs: Runs | None) -> Any:
-    arms = {f"offline_beta{beta:g}".replace("0.", ""): beta for beta in BETAS} | {"offline": 0.1}
+    arms = {**BETAS, "offline": 0.1}
     order = sorted(arms, key=lambda arm: arms[arm])
     shown = [arm for arm in order if runs and runs.values(arm, DIVERGENCE).size]
     if not runs or not shown:
@@ -236,13 +236,22 @@ def _weights(runs: Runs | None) -> Any:
         for key, colour, name in (("uniform", ORANGE, "equal"), ("best", BLUE, "chosen")):
             label = name if not seed else ""
             trials.plot(*one[key], ls="", marker="o", ms=6, color=colour, mew=0, label=label)
-    trials.set(
-        xlabel="mean loss, nats per token", ylabel="loss of the worst language", yscale="log"
-    )
-    trials.set_xscale("log")
+    trials.set(xlabel="mean loss, nats per token", ylabel="loss of the worst language")
+    _plain_logarithms(trials)
     trials.legend(frameon=False)
     _gains(without, [one["gains"] for one in searches.values()])
     return figure
+
+
+def _plain_logarithms(axes: Any) -> None:
+    """Makes both axes logarithmic, with plain numbers."""
+    from matplotlib import ticker
+
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(ticker.NullLocator())
 
 
 def _gains(axes: Any, gains: Sequence[Sequence[float]]) -> None:

@@ -80,10 +80,22 @@ def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str,
     answered = [row for row in rows if (row.get("evaluations") or {}).get("answers")]
     # Rewards and divergences are exchanged among the arms that have them.
     answered = nulls.shuffle_arms({"small": answered}, rng)["small"]
+    answered = [_sides_exchanged(row, rng) for row in answered]
     other = [
         _exchanged(row, rng) for row in rows if not (row.get("evaluations") or {}).get("answers")
     ]
     return {"small": [*answered, *other]} if rows else {}
+
+
+def _sides_exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns a row with wins and losses exchanged in about half of the languages."""
+    if not row.get("wins"):
+        return dict(row)
+    wins = {
+        code: {**one, "win": one["loss"], "loss": one["win"]} if rng.random() < 0.5 else one
+        for code, one in row["wins"].items()
+    }
+    return {**row, "wins": wins}
 
 
 def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

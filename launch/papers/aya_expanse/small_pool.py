@@ -15,7 +15,7 @@ DEVIATION = 0.1  # of the reward's noise
 NOISES = (0.0, 0.1, 0.3, 1.0, 10.0)  # deviations at which routing by reward is measured
 TRANSLATION_LOSS = 0.15  # share of words that the translator takes from the other language
 NEW_TOKENS = 24
-ROUTINGS = ("random", "fixed", "reward", "learned")
+ROUTINGS = ("reward", "learned", "fixed", "random")  # the first asks all teachers
 # Number of languages in pairs -> the languages.
 PAIR_LANGUAGES = {1: ("en",), 3: ("en", "es", "de"), 7: lexicon.LANGUAGES}
 QUALITIES = "qualities.json"

@@ -23,7 +23,7 @@ from launch.papers.aya_expanse import small_pool
 from launch.papers.aya_expanse.small_pool import write
 
 # Requests of each split in every language.
-TUNING, POOL, DEV = 400, 200, 12
+TUNING, POOL, DEV = 2000, 800, 24
 OUTSIDE = 0.1  # share of the requests in other languages that a cluster's teacher sees
 ONLINE = 30  # requests of each language in online rounds
 BUDGET = 60  # trials of the search

@@ -26,7 +26,7 @@ CLUSTER_OFFLINE_STEPS, CLUSTER_ONLINE_STEPS = (
     round(steps * 3 / 7) for steps in (OFFLINE_STEPS, ONLINE_STEPS)
 )
 ROUNDS, ONLINE_ONLY_ROUNDS = 6, 4
-BETAS = (0.01, 0.03, 0.3)  # and 0.1
+BETAS = {"offline_beta001": 0.01, "offline_beta003": 0.03, "offline_beta03": 0.3}  # and 0.1
 RATE = 2e-3  # of supervised stages
 # Name -> (share of the rate, updates) of a polish after the merge.
 POLISHES = {
@@ -91,9 +91,8 @@ def _joint_preferences() -> dict[str, dict]:
     """Returns the arms of preference training of the joint model."""
     start = "student_reward"
     arms = {"offline": _offline("{pool}/pairs.jsonl", OFFLINE_STEPS, parent=start, kl=True)}
-    for beta in BETAS:
+    for name, beta in BETAS.items():
         settings = (f"BETA={beta}",)
-        name = f"offline_beta{beta:g}".replace("0.", "")
         arms[name] = _offline("{pool}/pairs.jsonl", OFFLINE_STEPS, *settings, parent=start, kl=True)
     as_many = OFFLINE_STEPS + 3 * ONLINE_STEPS  # as offline, then three rounds
     arms["offline_long"] = _offline("{pool}/pairs.jsonl", as_many, parent=start)

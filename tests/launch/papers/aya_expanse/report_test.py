@@ -25,7 +25,12 @@ SCORES = {
     **{"offline_languages1": 0.6, "offline_languages3": 0.63, "offline_languages7": 0.66},
 }
 REWARDS = {"round3": 0.8, "round6": 0.9}
-DIVERGENCES = {"offline_beta01": 3.0, "offline_beta03": 2.0, "offline": 1.0, "offline_beta3": 0.3}
+DIVERGENCES = {
+    "offline_beta001": 3.0,
+    "offline_beta003": 2.0,
+    "offline": 1.0,
+    "offline_beta03": 0.3,
+}
 DISAGREE = ("es", "cs", "pl")
 
 
@@ -180,6 +185,12 @@ def verdict_of(measured, name):
     return next(claim for claim in page.REPORT.judge(measured) if claim.name == name)
 
 
+def test_every_effect_has_a_bound(everything):
+    for claim in page.REPORT.judge(everything):
+        for effect in claim.effects:
+            assert np.isfinite([effect.above, effect.below]).any(), claim.name
+
+
 def test_three_seeds_decide_nothing():
     assert set(verdicts({"small": rows(seeds=3)}).values()) == {"not measured"}
 
@@ -244,7 +255,7 @@ def test_arms_of_the_sweep_are_valid_configurations_with_equal_updates():
             continue
         bindings = (*run.bindings, "MODEL_DIR='/run'")
         bindings += ("INITIAL_CHECKPOINT_PATH='/before'",) if run.parent else ()
-        if arm in ("base", "student_reward", "polish_tenth", "offline_beta03", "round1"):
+        if arm in ("base", "student_reward", "polish_tenth", "offline_beta003", "round1"):
             config = gin_config.load(run.gin_files, bindings, entry="launch.train:train")
             assert [str(warning) for warning in config.warnings] == []
             arguments = config.arguments()
@@ -256,7 +267,7 @@ def test_arms_of_the_sweep_are_valid_configurations_with_equal_updates():
         elif run.parent:
             (count,) = (b.partition("=")[2] for b in run.bindings if b.startswith("TRAIN_STEPS"))
             steps[arm] = int(count)
-    offline_first = steps["offline_beta03"] + sum(steps[f"round{i}"] for i in (1, 2, 3))
+    offline_first = steps["offline_beta003"] + sum(steps[f"round{i}"] for i in (1, 2, 3))
     online = sum(steps[f"online{i}"] for i in range(1, 5))
     assert offline_first == online == steps["offline_long"]
     clusters = [steps[f"expert_{name}"] for name in lexicon.FAMILIES]
