@@ -396,7 +396,7 @@ def test_what_a_data_file_requires_is_asked_for(name):
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 _BASE = ["t5x_configs/models/tiny.gin", "t5x_configs/experiments/aya_expanse/vocabulary_base.gin"]
 _STAGES = "t5x_configs/experiments/aya_expanse/"
-_SMALL = f"{_STAGES}cpu/model.gin"
+_SMALL = f"{_STAGES}cpu/model_base.gin"
 _FROM_BASE = ["BASE='/tmp/base'", "INITIAL_CHECKPOINT_PATH='/tmp/base'"]
 ARMS = {
     "t5x_configs/experiments/aya_expanse/sft.gin": (_BASE, ["CHATS='x.jsonl'", *_FROM_BASE]),
@@ -412,11 +412,11 @@ ARMS = {
     ),
     "t5x_configs/experiments/aya_expanse/cpu/preference.gin": (
         [_SMALL, f"{_STAGES}preference.gin", *_BASE[1:], f"{_STAGES}cpu/preference.gin"],
-        ["PAIRS='x.jsonl'", "TRAIN_STEPS=1", *_FROM_BASE],
+        ["PAIRS='x.jsonl'", "TRAIN_STEPS=100", *_FROM_BASE],
     ),
     "t5x_configs/experiments/aya_expanse/cpu/online.gin": (
         [_SMALL, f"{_STAGES}online.gin", *_BASE[1:], f"{_STAGES}cpu/online.gin"],
-        ["PROMPT_FILES='x.jsonl'", "TRAIN_STEPS=1", *_FROM_BASE],
+        ["PROMPT_FILES='x.jsonl'", "TRAIN_STEPS=100", *_FROM_BASE],
     ),
     "t5x_configs/experiments/mov/cpu/operations.gin": (
         [],

@@ -153,7 +153,7 @@ def _online(data: str, steps: int, *, parent: str) -> dict:
 def _trained(
     kind: str, data: str, steps: int, *bindings: str, parent: str, evaluations=EVALUATED
 ) -> dict:
-    files = ("cpu/model.gin", f"{kind}.gin", "vocabulary_base.gin", f"cpu/{kind}.gin")
+    files = ("cpu/model_base.gin", f"{kind}.gin", "vocabulary_base.gin", f"cpu/{kind}.gin")
     return configs.arm(
         *(f"{GIN}{name}" for name in files),
         bindings=("BASE='{base}'", data, f"TRAIN_STEPS={steps}", *bindings),
