@@ -117,7 +117,15 @@ class _Pool:
         self._file.write_text(yaml.safe_dump({"teachers": teachers, "fixed": fixed}), "utf-8")
         self._to, self._store, self._seed = to, store, seed
 
-    def route(self, routing: Any, prompts: Sequence[Prompt], teacher: str | None = None) -> Any:
+    def route(
+        self,
+        routing: Any,
+        prompts: Sequence[Prompt],
+        teacher: str | None = None,
+        *,
+        rewarded: bool = True,
+    ) -> Any:
+        """Returns what `launch.preparation.route.Router` does; prompts need an "answer" in their language if `rewarded`."""
         from data.aya_expanse import pool as pools
         from launch.preparation.arbitrage import ArbitrageFlags
         from launch.preparation.route import Router
@@ -136,7 +144,7 @@ class _Pool:
             pools.read(self._file),
             self._store,
             sampling=SamplingFlags(max_tokens=NEW_TOKENS, seed=self._seed),
-            rewards=NoisyRewards(DEVIATION, self._seed),
+            rewards=NoisyRewards(DEVIATION, self._seed) if rewarded else None,
             language_of=None,
         )
         return router(prompts)
@@ -151,7 +159,7 @@ class _Pool:
             )
             for prompt, row in zip(prompts, requests, strict=True)
         ]
-        texts = _chosen_texts(self.route("single", asked, teacher=teacher))
+        texts = _chosen_texts(self.route("single", asked, teacher=teacher, rewarded=False))
         return [
             text
             if text is None or prompt.language == lexicon.SHARED

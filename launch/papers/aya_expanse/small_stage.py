@@ -12,7 +12,7 @@ launch/papers/aya_expanse/small_sweep.py calls it:
 import argparse
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,7 @@ def _merge(flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Merges runs with equal weights."""
     import yaml
 
-    models: list[Mapping[str, Any]] = [
-        {"model": run, **({} if flags.method == "karcher" else {"parameters": {"weight": 1.0}})}
-        for run in flags.runs
-    ]
+    models = [{"model": run, "parameters": {"weight": 1.0}} for run in flags.runs]
     config: dict[str, Any] = {"merge_method": flags.method, "models": models}
     if flags.base is not None:
         config |= {"base_model": flags.base, "parameters": {"density": 0.5}}

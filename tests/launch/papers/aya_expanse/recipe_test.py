@@ -14,7 +14,7 @@ from data.text.documents import DataError
 from launch import cli
 from launch.config import gin_config
 from launch.papers.aya_expanse import recipe as recipes
-from launch.papers.aya_expanse import stage
+from launch.papers.aya_expanse import small_answers, stage
 from launch.sweeping import file
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.array_files import StoredArray
@@ -114,7 +114,9 @@ def test_a_polish_follows_the_first_merge_at_a_tenth_of_the_rate(write):
     assert rates["polished"] == pytest.approx(rates["sft_turkic"] / 10)
 
 
-def test_a_polish_at_rate_zero_leaves_the_merge_bit_for_bit(write, branches, train, tmp_path):
+def test_a_polish_at_rate_zero_leaves_the_merge_bit_for_bit(
+    write, branches, train, tmp_path, monkeypatch
+):
     merged, rows = tmp_path / "merged", [{"prompt": "say a", "completion": " b"}] * 8
     assert run("merge", write(), merged, ("runs", branches.folders[:2])) == 0
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -141,6 +143,10 @@ def test_a_polish_at_rate_zero_leaves_the_merge_bit_for_bit(write, branches, tra
     assert before.keys() == still.keys() and before
     assert all(np.array_equal(before[name], still[name]) for name in before)
     assert not all(np.array_equal(before[name], moved[name]) for name in before)
+    # A model that has not moved does not diverge from the one that it started from.
+    monkeypatch.setattr(small_answers, "SAMPLED", 1)
+    assert small_answers.parent(str(tmp_path / "still")).startswith(str(merged))
+    assert small_answers.divergence(str(tmp_path / "still")) == pytest.approx(0.0, abs=1e-3)
 
 
 def _arrays(path):
