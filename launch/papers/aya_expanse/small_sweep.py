@@ -18,7 +18,7 @@ CPU = f"{GIN}cpu/"
 STAGE = "launch.papers.aya_expanse.small_stage"
 CLUSTERS = tuple(lexicon.FAMILIES)
 ROUTINGS = ("single", "random", "fixed", "reward", "learned", "translated")
-TEACHER_STEPS, STUDENT_STEPS = 300, 240
+TEACHER_STEPS, STUDENT_STEPS = 500, 350
 # A cluster has three of the seven languages, so that its expert reads its data as often as the joint model.
 EXPERT_STEPS = round(STUDENT_STEPS * 3 / 7)
 OFFLINE_STEPS, ONLINE_STEPS, BY_LANGUAGES_STEPS = 60, 30, 40

@@ -171,7 +171,7 @@ def test_teachers_that_know_nothing_give_no_verdict_on_routing(everything):
         if row.get("qualities"):
             teachers = row["qualities"]["teachers"]
             row["qualities"]["teachers"] = {
-                name: {code: 0.5 * value for code, value in one.items()}
+                name: {code: 0.4 * value for code, value in one.items()}
                 for name, one in teachers.items()
             }
     judged = {claim.name: claim for claim in page.REPORT.judge(bad)}
