@@ -395,13 +395,28 @@ def test_what_a_data_file_requires_is_asked_for(name):
 # devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 _BASE = ["t5x_configs/models/tiny.gin", "t5x_configs/experiments/aya_expanse/vocabulary_base.gin"]
+_STAGES = "t5x_configs/experiments/aya_expanse/"
+_SMALL = f"{_STAGES}cpu/model_base.gin"
 _FROM_BASE = ["BASE='/tmp/base'", "INITIAL_CHECKPOINT_PATH='/tmp/base'"]
 ARMS = {
     "t5x_configs/experiments/aya_expanse/sft.gin": (_BASE, ["CHATS='x.jsonl'", *_FROM_BASE]),
+    "t5x_configs/experiments/aya_expanse/polish.gin": (_BASE, ["CHATS='x.jsonl'", *_FROM_BASE]),
     "t5x_configs/experiments/aya_expanse/preference.gin": (_BASE, ["PAIRS='x.jsonl'", *_FROM_BASE]),
     "t5x_configs/experiments/aya_expanse/online.gin": (
         _BASE,
         ["PROMPT_FILES='x.jsonl'", *_FROM_BASE],
+    ),
+    "t5x_configs/experiments/aya_expanse/cpu/sft.gin": (
+        [_SMALL, f"{_STAGES}sft.gin", *_BASE[1:], f"{_STAGES}cpu/sft.gin"],
+        ["CHATS='x.jsonl'", *_FROM_BASE],
+    ),
+    "t5x_configs/experiments/aya_expanse/cpu/preference.gin": (
+        [_SMALL, f"{_STAGES}preference.gin", *_BASE[1:], f"{_STAGES}cpu/preference.gin"],
+        ["PAIRS='x.jsonl'", "TRAIN_STEPS=100", *_FROM_BASE],
+    ),
+    "t5x_configs/experiments/aya_expanse/cpu/online.gin": (
+        [_SMALL, f"{_STAGES}online.gin", *_BASE[1:], f"{_STAGES}cpu/online.gin"],
+        ["PROMPT_FILES='x.jsonl'", "TRAIN_STEPS=100", *_FROM_BASE],
     ),
     "t5x_configs/experiments/mov/cpu/operations.gin": (
         [],

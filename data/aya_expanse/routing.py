@@ -5,7 +5,7 @@ and a reward R(x, y).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from data.aya_expanse.pool import DEFAULT, Pool, Teacher
 from data.aya_expanse.prompts import Prompt
 from data.text.documents import DataError
 from data.text.splits import stable_hash
-
-Routing = Literal["single", "random", "fixed", "reward", "learned"]
-Per = Literal["prompt", "language"]
 
 
 def able(pool: Pool, language: str) -> list[Teacher]:

@@ -18,7 +18,9 @@ routings (arXiv 2408.14960):
   reward    all teachers answer; the answer with the largest reward is kept
   learned   all teachers answer a --subset of the prompts; a classifier of prompts, trained on softmax(reward / --tau),
             chooses one teacher for each of the others; with --router, an earlier one for all
-With --per=language the last two choose the teacher with the largest mean reward in each language.
+  fusion    all teachers but --fuser answer, and the fuser writes one answer out of theirs
+  translated  --teacher answers the row's "english", the prompt in English, and --translator translates its answer
+With --per=language reward and learned choose the teacher with the largest mean reward in each language.
 
 rewards:
   exact_answer, reasoning_gym, checkpoint:DIR   as in launch.prepare best_of_n
@@ -39,6 +41,8 @@ from launch.config import setting_flags
 from launch.preparation.best_of_n import RewardFlags
 from launch.preparation.teachers import SamplingFlags
 
+Routing = Literal["single", "random", "fixed", "reward", "learned", "fusion", "translated"]
+
 SFT, PAIRS, TABLE, SUMMARY = "sft.jsonl", "pairs.jsonl", "table.md", "summary.json"
 COMPLETIONS = "completions.jsonl"
 
@@ -57,7 +61,9 @@ class ArbitrageFlags:
       out: folder of the outputs, and of the answers of earlier starts.
       routing: how the teacher of a prompt is chosen, see below.
       per: whether routing by reward, or learned, chooses for each prompt or for each language.
-      teacher: the teacher of --routing=single.
+      teacher: the teacher of --routing=single, and of the English answers of --routing=translated.
+      fuser: the teacher that writes one answer out of the others' for --routing=fusion.
+      translator: the teacher that translates for --routing=translated.
       subset: share of the prompts that all teachers answer for --routing=learned.
       router: the router.npz of an earlier start for --routing=learned, in place of a subset.
       tau: temperature of the rewards that the router learns; 0 for the best teacher alone.
@@ -73,9 +79,11 @@ class ArbitrageFlags:
     pool: str
     prompts: str
     out: str
-    routing: Literal["single", "random", "fixed", "reward", "learned"] = "reward"
+    routing: Routing = "reward"
     per: Literal["prompt", "language"] = "prompt"
     teacher: str | None = None
+    fuser: str | None = None
+    translator: str | None = None
     subset: float = 0.2
     router: str | None = None
     tau: float = 0.1
@@ -87,8 +95,12 @@ class ArbitrageFlags:
     attempts: int = 2
 
     def __post_init__(self):
-        if (self.teacher is None) == (self.routing == "single"):
-            raise ArbitrageError("--teacher=NAME goes with --routing=single.")
+        if (self.teacher is None) == (self.routing in ("single", "translated")):
+            raise ArbitrageError("--teacher=NAME goes with --routing=single and translated.")
+        if (self.fuser is None) == (self.routing == "fusion"):
+            raise ArbitrageError("--fuser=NAME goes with --routing=fusion.")
+        if (self.translator is None) == (self.routing == "translated"):
+            raise ArbitrageError("--translator=NAME goes with --routing=translated.")
         if self.per == "language" and self.routing not in ("reward", "learned"):
             raise ArbitrageError("--per=language is for --routing=reward and learned.")
         if self.router is not None and (self.routing, self.per) != ("learned", "prompt"):

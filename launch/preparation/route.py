@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import router, routing
+from data.aya_expanse import router, routing, second_prompts
 from data.aya_expanse.pool import Pool
 from data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
 from data.preference.texts import is_blank
 from data.text.documents import DataError
+from launch.preparation import second_answers
 from launch.preparation.completions import Asked, Store, ask
 from launch.preparation.teachers import SamplingFlags, Working, at_work, key_of
 
@@ -79,27 +80,89 @@ class Router:
           EndpointError, LoadError, FileNotFoundError and others: a teacher that cannot be used.
         """
         settings, pool = self._settings, self._pool
+        if settings.routing == "fusion":
+            return self._fused(prompts)
+        if settings.routing == "translated":
+            return self._translated(prompts)
         planned: list[list[str]]
         if settings.routing in ("reward", "learned"):
             planned = [[t.name for t in routing.able(pool, p.language)] for p in prompts]
         else:
             planned = [[self._planned(prompt)] for prompt in prompts]
-        # Errors in the pool end the command before anything is requested.
-        imported = os.fspath(self._out / _IMPORTED)
-        for name in (n for n in pool.teachers if any(n in names for names in planned)):
-            self._working[name] = at_work(pool.teachers[name], self._sampling, imported=imported)
+        self._begin({name for names in planned for name in names})
         learns = [True] * len(prompts)
         if settings.router is not None:
             planned = self._picked(self._loaded(settings.router), prompts, planned)
         elif settings.routing == "learned":
             learns = self._subset(prompts)
             pairs = zip(planned, learns, strict=True)
-            self._ask(prompts, [names if learn else [] for names, learn in pairs])
+            self.ask(prompts, [names if learn else [] for names, learn in pairs])
             subset = [i for i, learn in enumerate(learns) if learn]
             picked = self._learned(prompts, subset, planned)
             planned = [names if learns[i] else picked[i] for i, names in enumerate(planned)]
-        self._ask(prompts, planned)
+        self.ask(prompts, planned)
         return self._chosen(prompts, planned, learns)
+
+    def _begin(self, names: set[str]) -> None:
+        """Prepares teachers: errors in the pool end the command before anything is requested."""
+        imported = os.fspath(self._out / _IMPORTED)
+        for name, teacher in self._pool.teachers.items():
+            if name in names:
+                self._working[name] = at_work(teacher, self._sampling, imported=imported)
+
+    def _fused(self, prompts: Sequence[Prompt]) -> Routed:
+        """Asks all teachers but one, and then that one for an answer out of theirs; without it the best of theirs is kept."""
+        fuser = second_answers.check(self._pool, "fuser", self._settings.fuser)
+        planned = [second_answers.writers(self._pool, fuser, prompt) for prompt in prompts]
+        self._begin({fuser, *(name for names in planned for name in names)})
+        self.ask(prompts, planned)
+        everything, usable, fates = self._usable(prompts, planned)
+        second = second_answers.fused(self, prompts, usable, fuser)
+        for i, one in enumerate(second):
+            if one is not None:
+                self._add(prompts[i], fuser, one[1], everything[i], usable[i], fates[i])
+        rewards = self._rewarded(prompts, usable)
+        chosen = [
+            fuser if fuser in answers else routing.best(row) if row else next(iter(answers), None)
+            for answers, row in zip(usable, rewards, strict=True)
+        ]
+        return self._routed(chosen, everything, usable, rewards, fates)
+
+    def _translated(self, prompts: Sequence[Prompt]) -> Routed:
+        """Asks one teacher in English, and another for translations of its answers; English prompts keep the first answer."""
+        settings, pool = self._settings, self._pool
+        translator = second_answers.check(pool, "translator", settings.translator)
+        english = [second_prompts.in_english(prompt) for prompt in prompts]
+        planned = [[routing.single(pool, settings.teacher, prompt)] for prompt in english]
+        self._begin({translator, *(name for names in planned for name in names)})
+        self.ask(english, planned)
+        everything, usable, fates = self._usable(english, planned)
+        second = second_answers.translated(self, prompts, usable, translator)
+        chosen = [next(iter(answers), None) for answers in usable]
+        for i, one in enumerate(second):
+            if one is None:
+                continue
+            usable[i] = {}  # an English answer is none to a prompt in another language
+            self._add(prompts[i], translator, one[1], everything[i], usable[i], fates[i])
+            chosen[i] = next(iter(usable[i]), None)
+        return self._routed(chosen, everything, usable, self._rewarded(prompts, usable), fates)
+
+    def _add(
+        self,
+        prompt: Prompt,
+        name: str,
+        answer: Mapping[str, Any] | None,
+        everything: dict[str, Any],
+        usable: dict[str, Any],
+        fates: dict[str, str],
+    ) -> None:
+        """Adds a second model's answer to those of a prompt."""
+        if answer is not None:
+            everything[name] = answer
+        if why := self._fate(prompt, answer):
+            fates[name] = why
+        else:
+            usable[name] = answer
 
     def _loaded(self, path: str) -> router.Router:
         """Returns the router in a file; raises DataError if it is not of this pool."""
@@ -128,7 +191,8 @@ class Router:
             return routing.random(self._pool, prompt, seed=self._sampling.seed)
         return routing.fixed(self._pool, prompt)
 
-    def _ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
+    def ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
+        """Asks the planned teachers of each prompt, unless their answers are stored."""
         wanted = {
             name: [p for p, names in zip(prompts, planned, strict=True) if name in names]
             for name in self._working
@@ -137,7 +201,8 @@ class Router:
         attempts = self._settings.attempts
         ask(self._working, wanted, self._store, attempts=attempts, asked=self._asked)
 
-    def _answers(self, prompt: Prompt, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    def answers(self, prompt: Prompt, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        """Returns the stored answers to a prompt by teacher."""
         keys = {name: key_of(self._working[name], prompt) for name in names}
         rows = {name: self._store.get(key) for name, key in keys.items()}
         return {name: row for name, row in rows.items() if row is not None}
@@ -162,7 +227,7 @@ class Router:
         """Returns all answers, the usable ones, and the fates of the others, each by prompt and teacher."""
         everything, usable, fates = [], [], []
         for prompt, names in zip(prompts, planned, strict=True):
-            answers = self._answers(prompt, names)
+            answers = self.answers(prompt, names)
             whys = {name: self._fate(prompt, answers.get(name)) for name in names}
             everything.append(answers)
             usable.append({name: answers[name] for name, why in whys.items() if not why})
@@ -207,9 +272,7 @@ class Router:
         self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]], learns: Sequence[bool]
     ) -> Routed:
         everything, usable, fates = self._usable(prompts, planned)
-        rewards: list[dict[str, float]] = [{} for _ in prompts]
-        if self._rewards is not None:
-            rewards = self._rewards(prompts, usable)
+        rewards = self._rewarded(prompts, usable)
         by_language: Mapping[str, Sequence[str]] = {}
         if self._settings.per == "language":
             known = [row if learn else {} for row, learn in zip(rewards, learns, strict=True)]
@@ -223,6 +286,21 @@ class Router:
                 chosen.append(next(iter(answers)))
             else:
                 chosen.append(routing.best(row) if row else None)
+        return self._routed(chosen, everything, usable, rewards, fates)
+
+    def _rewarded(
+        self, prompts: Sequence[Prompt], usable: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, float]]:
+        return [{} for _ in prompts] if self._rewards is None else self._rewards(prompts, usable)
+
+    def _routed(
+        self,
+        chosen: Sequence[str | None],
+        everything: Sequence[Mapping[str, Any]],
+        usable: Sequence[Mapping[str, Any]],
+        rewards: Sequence[Mapping[str, float]],
+        fates: Sequence[Mapping[str, str]],
+    ) -> Routed:
         teachers = {
             name: {
                 "earlier": sum(

@@ -163,7 +163,7 @@ class Top:
     Attributes:
       value: bits of the smallest score in the set; all larger ones are in it.
       held: number of scores of this value that are in the set.
-      before: number of scores of this value before each grain; None if all of them are in the set.
+      before: number of scores of this value before each grain, and in the whole tensor; None if all of them are in the set.
       grain: number of values of a grain.
     """
 
@@ -174,12 +174,16 @@ class Top:
 
     def mask(self, scores: np.ndarray, low: int) -> np.ndarray:
         """Returns which scores of the grain from index `low` on are in the set."""
-        bits = bits_of(scores)
+        bits, value = bits_of(scores), np.uint32(self.value)
         if self.before is None:
-            return bits >= np.uint32(self.value)
-        mask = bits > np.uint32(self.value)
-        equal = np.flatnonzero(bits == np.uint32(self.value))
-        mask[equal[: max(0, self.held - int(self.before[low // self.grain]))]] = True
+            return bits >= value
+        number = low // self.grain
+        first, last = self.before[number : number + 2]
+        if last <= self.held:
+            return bits >= value
+        mask = bits > value
+        if first < self.held:
+            mask[np.flatnonzero(bits == value)[: self.held - int(first)]] = True
         return mask
 
 
@@ -203,7 +207,8 @@ def largest(
         def measure(
             parts: Parts, _: int, open_: list[int] = open_
         ) -> list[tuple[int, int, np.ndarray]]:
-            bits = [bits_of(x) for x in scores(parts)]
+            values = scores(parts)
+            bits = {kind: bits_of(values[kind]) for kind in {wanted[i][0] for i in open_}}
             return [searches[i].measure(bits[wanted[i][0]]) for i in open_]
 
         for search in (searches[i] for i in open_):
@@ -213,7 +218,7 @@ def largest(
                 searches[i].add(*part)
         for i in open_:
             searches[i].narrow()
-    return _with_ties(blocks, scores, wanted, searches)
+    return [search.top(blocks.grain) for search in searches]
 
 
 def _stream(blocks: Blocks, measure: Callable[[Parts, int], _T]) -> Iterator[_T]:
@@ -224,46 +229,20 @@ def _stream(blocks: Blocks, measure: Callable[[Parts, int], _T]) -> Iterator[_T]
         yield from block
 
 
-def _with_ties(
-    blocks: Blocks,
-    scores: Callable[[Parts], Parts],
-    wanted: Sequence[tuple[int, int]],
-    searches: "Sequence[_Search]",
-) -> list[Top]:
-    """Returns the sets, after a pass that counts equal scores by grain where only some of them are in a set."""
-    some = [i for i, search in enumerate(searches) if search.held < search.equal]
-    before: dict[int, np.ndarray] = {}
-    if some:
-
-        def count(parts: Parts, _: int) -> list[int]:
-            bits = [bits_of(x) for x in scores(parts)]
-            return [
-                int(np.count_nonzero(bits[wanted[i][0]] == np.uint32(searches[i].value or 0)))
-                for i in some
-            ]
-
-        counts = np.array(blocks.each(count), np.int64)
-        before = dict(zip(some, (np.cumsum(counts, axis=0) - counts).T, strict=True))
-    return [
-        Top(int(search.value or 0), search.held, before.get(i), blocks.grain)
-        for i, search in enumerate(searches)
-    ]
-
-
 class _Search:
     """The search for the `count`-th largest of `size` scores, as bits.
 
     Attributes:
       value: the score; None while it is not known.
       held: number of scores of this value among the `count` largest.
-      equal: number of scores of this value.
+      equal: number of scores of this value in each grain.
     """
 
     def __init__(self, sample: np.ndarray, count: int, size: int):
         self._count = count
         self._bottom, self._top = 0, int(_TOP_BITS)  # the value is known to be within
         self.value: int | None = None
-        self.held = self.equal = 0
+        self.held, self.equal = 0, np.zeros(0, np.int64)
         self._guess(sample, count / size)
 
     def _guess(self, sample: np.ndarray, share: float) -> None:
@@ -277,20 +256,24 @@ class _Search:
 
     def begin(self) -> None:
         self._above = self._within = 0
-        self._values: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []  # of each grain, as long as all of them are held
+        self._counts: list[int] = []
         self._size, self._stride = 0, 1
 
     def measure(self, bits: np.ndarray) -> tuple[int, int, np.ndarray]:
         """Returns the number of scores above the bounds and within, and those within."""
         above = int(np.count_nonzero(bits > np.uint32(self._high)))
-        within = bits[(bits >= np.uint32(self._low)) & (bits <= np.uint32(self._high))]
         if self._low == self._high:
-            return above, within.size, within[:0]
+            return above, int(np.count_nonzero(bits == np.uint32(self._low))), bits[:0]
+        # Differences of smaller scores wrap around to large numbers.
+        inside = bits - np.uint32(self._low) <= np.uint32(self._high - self._low)
+        within = bits.compress(inside)
         return above, within.size, within[:: self._stride]
 
     def add(self, above: int, within: int, values: np.ndarray) -> None:
         self._above += above
         self._within += within
+        self._counts.append(within)
         self._values.append(values)
         self._size += values.size
         while (
@@ -310,7 +293,7 @@ class _Search:
             self._top = self._high = self._low - 1
             self._low = self._bottom
         elif self._low == self._high:
-            self.value, self.held, self.equal = self._low, rank, self._within
+            self.value, self.held, self.equal = self._low, rank, np.array(self._counts)
         else:
             values = np.concatenate(self._values)
             if self._stride == 1:
@@ -319,14 +302,21 @@ class _Search:
                 value = values[place]
                 above = int(np.count_nonzero(values > value))
                 self.value, self.held = int(value), rank - above
-                self.equal = int(np.count_nonzero(values == value))
+                equal = [np.count_nonzero(part == value) for part in self._values]
+                self.equal = np.array(equal, np.int64)
             else:
                 before = (self._low, self._high)
                 self._bottom, self._top = before
                 self._guess(np.sort(values), rank / self._within)
                 if (self._low, self._high) == before:  # halve, so that the search always ends
                     self._low = (before[0] + before[1] + 1) // 2
-        self._values = []
+        self._values, self._counts = [], []
+
+    def top(self, grain: int) -> Top:
+        """Returns the set, once `value` is known."""
+        assert self.value is not None
+        before = np.concatenate([[0], np.cumsum(self.equal)])
+        return Top(self.value, self.held, before if self.held < before[-1] else None, grain)
 
 
 def random_words(key: str, low: int, high: int) -> np.ndarray:

@@ -13,6 +13,8 @@ from model.transforms.base import TransformError
 from model.transforms.merge_blocks import Blocks, Parts, Top
 
 _TINY = 1e-7  # an L1 norm below it is not matched
+# Values whose signs are elected at a time, so that they stay in the processor's cache.
+_PIECE = 1 << 14
 
 Compute = Callable[[Parts, int], np.ndarray]
 
@@ -71,8 +73,9 @@ def task_vectors(blocks: Blocks, kind: Kind, settings: Settings) -> Compute:
         terms = deltas_of(parts)
         for delta, mask, weight in zip(terms, masks, weights, strict=True):
             if mask is not None:
-                delta *= mask(delta, low)
-            delta *= weight
+                delta *= mask(delta, low).astype(delta.dtype)
+            if weight != 1:
+                delta *= weight
         if kind.elects:
             result = _elected(terms, settings)
         else:
@@ -90,18 +93,47 @@ def task_vectors(blocks: Blocks, kind: Kind, settings: Settings) -> Compute:
 
 
 def _elected(terms: Parts, settings: Settings) -> np.ndarray:
-    """Returns the sum of the terms that have the sign of the sum of all; their weighted mean with `normalize`."""
-    positive = sum(terms[1:], terms[0]) >= 0
-    result, divisor = np.zeros_like(terms[0]), np.zeros_like(terms[0])
+    """Returns the sum of the terms that have the sign of the sum of all; their weighted mean with `normalize`.
+
+    Terms are overwritten.
+    """
+    for low in range(0, terms[0].size, _PIECE):
+        _elect([term[low : low + _PIECE] for term in terms], settings)
+    return terms[0]
+
+
+def _elect(terms: Parts, settings: Settings) -> None:
+    """Writes the elected sum of pieces of terms into the first of them."""
+    dtype = terms[0].dtype
+    words = np.uint64 if dtype.itemsize == 8 else np.uint32
+    signs = terms[0] + terms[1] if len(terms) > 1 else terms[0].copy()
+    for term in terms[2:]:
+        signs += term
+    signs += dtype.type(0)  # a sum of -0 counts as positive
+    bits = signs.view(words)
+    np.bitwise_and(bits, words(1 << (8 * dtype.itemsize - 1)), out=bits)
+    divisor = None
     for term, weight in zip(terms, settings.weight, strict=True):
-        agrees = ((term > 0) == positive) & (term != 0)
-        result += term * agrees
+        flipped = term.view(words)
+        np.bitwise_xor(flipped, bits, out=flipped)  # now those that agree are positive
         if settings.normalize:
-            divisor += agrees * term.dtype.type(weight)
-    if settings.normalize:
-        divisor[divisor == 0] = 1
+            part = (term > 0).astype(dtype)
+            if weight != 1:
+                part *= dtype.type(weight)
+            divisor = part if divisor is None else np.add(divisor, part, out=divisor)
+        np.maximum(term, 0, out=term)
+    result = terms[0]
+    for term in terms[1:]:
+        result += term
+    if divisor is not None:
+        smallest = dtype.type(min(settings.weight))
+        if smallest > 0:  # where nothing agrees, the result is 0 whatever it is divided by
+            np.maximum(divisor, smallest, out=divisor)
+        else:
+            divisor[divisor == 0] = 1
         result /= divisor
-    return result
+    flipped = result.view(words)
+    np.bitwise_xor(flipped, bits, out=flipped)
 
 
 def _masks(blocks: Blocks, kind: Kind, settings: Settings) -> list[Callable | None]:

@@ -7,7 +7,7 @@ from launch.papers.aya23 import answers
 from launch.papers.shared import results
 
 LOSS, TURNS, PLAIN, FORMAT = "loss", "right answers", "right without turns", "gain by turns"
-TUNED = ("scratch", "tuned", "tuned_longer")
+TUNED = ("scratch", "tuned", "tuned_full")
 _LABELS = {
     "base": "base: parallel, SwiGLU, 2 heads",
     "sequential": "sequential blocks",
@@ -16,7 +16,7 @@ _LABELS = {
     "kv1": "1 head of keys and values",
     "scratch": "new model, full mixture",
     "tuned": "base, a quarter of the mixture",
-    "tuned_longer": "base, full mixture",
+    "tuned_full": "base, full mixture",
 }
 # A loss of uniform guesses over the words of a language is above 4 nats.
 _UNTRAINED = 3.5

@@ -9,7 +9,7 @@ from typing import Any
 from launch.papers.aya23.arms import LOSS, PLAIN, TURNS, Runs
 from launch.papers.aya23.measure import CACHED_KV
 from launch.papers.aya23.sweep import BASE, COUNTS, WIDTHS, breadth, heads
-from launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from launch.papers.shared.claim import Effect, RequiredClaim
 from launch.papers.shared.results import compare
 
 SAME = 1.0  # per cent of the loss: what counts as no worse
@@ -44,10 +44,10 @@ def less_by_width(runs: Runs, where: str) -> list[Effect]:
 
 def format_matters(runs: Runs, where: str) -> list[Effect]:
     """Compares the answers of a tuned model with turns and without them."""
-    gaps = (runs.scores("tuned_longer", TURNS) - runs.scores("tuned_longer", PLAIN)).dropna()
+    gaps = (runs.scores("tuned_full", TURNS) - runs.scores("tuned_full", PLAIN)).dropna()
     if gaps.empty:
         return []
-    means = [runs.scores("tuned_longer", score).mean() for score in (TURNS, PLAIN)]
+    means = [runs.scores("tuned_full", score).mean() for score in (TURNS, PLAIN)]
     return [
         Effect(
             where=where,
@@ -98,27 +98,27 @@ CLAIMS = (
         {"toy": [compare(LOSS, *_BREADTH)]},
         paper="23 languages at 8 billion parameters beat 101 at 13 billion: 67.6 against 62.1 mean accuracy on unseen tasks",
     ),
-    Claim(
+    RequiredClaim(
         "Y2",
         "and a wider model less",
         f"the loss with {_MOST} languages less that with {_FEWEST} is larger for the narrow model",
         {"toy": [less_by_width]},
     ),
-    Claim(
+    RequiredClaim(
         "Y3",
         "A base that knows the languages is worth more than a larger mixture of instructions",
-        "with a quarter of the updates on instructions, and with all of them, the base answers more of them right than a new "
-        "model with all of them",
-        {"toy": [compare(TURNS, ("tuned", "scratch"), ("tuned_longer", "scratch"))]},
+        "after as many updates, the base answers more instructions right, tuned on a quarter of the mixture and on all of it, than "
+        "a new model that is tuned on all of it",
+        {"toy": [compare(TURNS, ("tuned", "scratch"), ("tuned_full", "scratch"))]},
         paper="win rate of the 8 billion model over Aya 101, of 13 billion on an older base, 82.4",
     ),
-    Claim(
+    RequiredClaim(
         "Y4",
         "Parallel blocks are no worse than sequential ones",
         f"loss at most {SAME:g} % above that of sequential blocks, which have one norm more in each layer",
         {"toy": [compare(LOSS, (BASE, "sequential"), relative=True, above=-SAME)]},
     ),
-    Claim(
+    RequiredClaim(
         "Y5",
         "SwiGLU is no worse than GELU with as many parameters",
         f"loss at most {SAME:g} % above that of GELU with an FFN one and a half times as wide",

@@ -23,8 +23,8 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
             "for 60 concepts, from one stock; languages of a family share half of them, and differ in order and case. Half of "
             "the documents in the four common languages say each sentence again in one of these. The "
             f"loss is of the four languages that every mixture has. {runs.amount()}.",
-            f"- *instructions*: to say a sentence again or in another of the four languages, as turns, {sweep.FULL} updates "
-            f"or {sweep.QUARTER} from the base. An answer is right if all of its symbols are; answers are greedy.",
+            f"- *instructions*: to say a sentence again or in another of the four languages, as turns, {sweep.TUNING_STEPS} updates on "
+            f"{sweep.REQUESTS:,} of each kind and pair of languages, or on a quarter of them. An answer is right if all of its symbols are; answers are greedy.",
         ]
     out.append(
         f"- *real languages*: SentencePiece BPE of {SIZE:,} pieces on text of installed packages in {len(LANGUAGES)} languages, "

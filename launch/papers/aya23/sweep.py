@@ -13,7 +13,8 @@ CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages
 WIDTHS = {"narrow": (32, 96), "wide": (96, 288)}  # width, and hidden width of the FFN
 KV_HEADS = (4, 1)  # the base has 2 of 4
-FULL, QUARTER = 200, 50  # updates of instruction tuning
+TUNING_STEPS = 200
+REQUESTS = 2048  # instructions of each kind and pair of languages in the full mixture
 BASE = "base"  # eight languages, width 64
 
 
@@ -30,9 +31,9 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     # As many parameters as three matrices of 192.
     arms["gelu"] = _arm("MLP=@mlp.Mlp", "mlp.Mlp.activation='gelu'", HIDDEN=288)
     arms |= {heads(count): _arm(KV_HEADS=count) for count in KV_HEADS}
-    arms["scratch"] = _tuned(FULL)
-    arms["tuned"] = _tuned(QUARTER, parent=BASE)
-    arms["tuned_longer"] = _tuned(FULL, parent=BASE)
+    arms["scratch"] = _tuned(REQUESTS)
+    arms["tuned"] = _tuned(REQUESTS // 4, parent=BASE)
+    arms["tuned_full"] = _tuned(REQUESTS, parent=BASE)
     evaluations = {"answers": {"call": "launch.papers.aya23.answers:exact"}}
     return configs.config(arms, seeds=seeds, evaluations=evaluations)
 
@@ -52,10 +53,11 @@ def _arm(*bindings: str, **macros: object) -> dict:
     return configs.arm(f"{CPU}toy.gin", bindings=(*settings, *bindings), evaluations=())
 
 
-def _tuned(steps: int, parent: str | None = None) -> dict:
+def _tuned(requests: int, parent: str | None = None) -> dict:
+    """Returns an arm that is tuned on a mixture of this size, always for as many updates."""
     return configs.arm(
         f"{CPU}toy_instruct.gin",
-        bindings=(f"TRAIN_STEPS={steps}",),
+        bindings=(f"TRAIN_STEPS={TUNING_STEPS}", f"REQUESTS={requests}"),
         evaluations=("answers",),
         parent=parent,
     )

@@ -33,6 +33,7 @@ class Recipe:
       rounds: number of online rounds.
       samples: of each prompt in an online round.
       steps: updates of the stages sft, arbitrage, preference and online.
+      polish: updates after the first merge, on the data of all clusters at a tenth of the rate; 0 for none.
       form, keep_cut: see launch.prepare arbitrage.
       max_prompt_length, max_new_tokens: tokens of prompts, and of completions.
       batch_size: prompts at a time of a teacher.
@@ -55,6 +56,7 @@ class Recipe:
     steps: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"sft": 500, "arbitrage": 500, "preference": 200, "online": 100}
     )
+    polish: int = 0
     form: Literal["messages", "prompt"] = "messages"
     keep_cut: bool = False
     max_prompt_length: int = 512
@@ -70,7 +72,7 @@ class Recipe:
 
 _CHOICES = {"origin": ("native", "translated", "both"), "form": ("messages", "prompt")}
 _TEXTS = ("base", "chats", "prompts", "held_out", "reward", "judge", "language_of")
-_NUMBERS = ("rounds", "samples", "max_prompt_length", "max_new_tokens", "batch_size")
+_NUMBERS = ("rounds", "polish", "samples", "max_prompt_length", "max_new_tokens", "batch_size")
 _STAGES = ("sft", "arbitrage", "preference", "online")
 
 
@@ -115,7 +117,7 @@ def _right(name: str, value: Any) -> bool:
     if name in _CHOICES:
         return value in _CHOICES[name]
     if name in _NUMBERS:
-        return type(value) is int and value >= {"rounds": 0, "samples": 2}.get(name, 1)
+        return type(value) is int and value >= {"rounds": 0, "polish": 0, "samples": 2}.get(name, 1)
     if name == "keep_cut":
         return isinstance(value, bool)
     if name == "clusters":

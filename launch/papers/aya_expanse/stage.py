@@ -49,6 +49,13 @@ def _prompts(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> Non
         for _, row in _rows(recipe.prompts)
         if recipe.origin == "both" or row.get("origin", "native") == recipe.origin
     ]
+    known = {row.get("language") for row in rows}
+    for cluster in recipe.clusters:
+        if missing := [code for code in recipe.languages(cluster) if code not in known]:
+            raise recipes.RecipeError(
+                f"{recipe.prompts}: no prompt of origin {recipe.origin} in {', '.join(missing)}: add prompts, or leave the languages "
+                "out of 'clusters' and 'shared'."
+            )
     _write(to / ALL, rows)
     _by_cluster(recipe, rows, to, "")
 

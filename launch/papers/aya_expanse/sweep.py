@@ -1,7 +1,7 @@
 """The stages of Aya Expanse (arXiv 2412.04261), from cluster models to online rounds, with a merge after each.
 
-  base -> SFT of each cluster -> arbitrage among these -> SFT of each cluster on it -> merge -> DPO of each cluster on best against
-  worst answers -> merge -> rounds of online DPO of each cluster, each with a merge -> indicators by language and round
+  base -> SFT of each cluster -> arbitrage among these -> SFT of each cluster on it -> merge (-> polish) -> DPO of each cluster on best
+  against worst answers -> merge -> rounds of online DPO of each cluster, each with a merge -> indicators by language and round
 
 Every stage of a cluster starts from the merge before it, which is also its frozen reference. The settings are in a file:
 
@@ -47,11 +47,15 @@ def get_config(path: str) -> ml_collections.ConfigDict:
         chats = f"CHATS='{{arbitrage}}/sft_{cluster}.jsonl'"
         arms[f"arbitrage_{cluster}"] = _trained(recipe, "arbitrage", chats, first=True)
     arms["merged"] = merge([f"arbitrage_{cluster}" for cluster in clusters])
+    start = "merged"
+    if recipe.polish:
+        start = "polished"
+        arms[start] = _trained(recipe, "polish", "CHATS='{arbitrage}/sft.jsonl'", parent="merged")
     for cluster in clusters:
         pairs = f"PAIRS='{{arbitrage}}/pairs_{cluster}.jsonl'"
-        arms[f"dpo_{cluster}"] = _trained(recipe, "preference", pairs, parent="merged")
+        arms[f"dpo_{cluster}"] = _trained(recipe, "preference", pairs, parent=start)
     arms["merged_dpo"] = merge([f"dpo_{cluster}" for cluster in clusters])
-    merged = ["merged", "merged_dpo"]
+    merged = [start, "merged_dpo"]
     for number in range(1, recipe.rounds + 1):
         for cluster in clusters:
             prompts = f"PROMPT_FILES='{{prompts}}/{cluster}.jsonl'"
@@ -74,7 +78,7 @@ def _trained(
         f"{GIN}{kind}.gin",
         f"{GIN}vocabulary_base.gin",
     ]
-    steps = f"TRAIN_STEPS={recipe.steps[stage]}"
+    steps = f"TRAIN_STEPS={recipe.polish if stage == 'polish' else recipe.steps[stage]}"
     bindings = [data, steps, f"BASE={recipe.base!r}", *recipe.bindings]
     if first:
         bindings.append(f"INITIAL_CHECKPOINT_PATH={recipe.base!r}")

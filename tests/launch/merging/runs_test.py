@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -201,3 +203,35 @@ def _search(root, runs, command):
     assert found["best"]["losses"] == pytest.approx({"code": loss, "again": loss}, abs=1e-4)
     assert command("merge search", *flags, "--budget=4", "--delta=0") == 0
     assert (root / "search" / "trials.jsonl").read_text().splitlines() == rows
+
+
+def test_the_example_of_the_docs_runs(branches, command, tmp_path):
+    text = pathlib.Path("docs/merging.md").read_text()
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    config, commands = blocks[0], blocks[1]
+    assert config[0] == "yaml" and commands[0] == ""
+    seed, python, markup = branches.folders[:3]
+    places = {"/tmp/merge.yml": str(tmp_path / "merge.yml"), "/tmp/espalier_seed": seed}
+    places |= {"/tmp/espalier_python": python, "/tmp/espalier_markup": markup}
+    places |= {"/tmp/espalier_merged": str(tmp_path / "merged")}
+
+    def here(text):
+        for place, path in places.items():
+            text = text.replace(place, path)
+        assert "/tmp/espalier" not in text
+        return text
+
+    (tmp_path / "merge.yml").write_text(here(config[1]))
+    lines = here(commands[1]).strip().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        name, *words = shlex.split(line.removeprefix("python -m launch."))
+        more = ["--max_new_tokens=2"] if name == "generate" else []
+        assert command(name, *words, *more) == 0, line
+    base, first, second = branches.params[:3]
+    expected = jax.tree.map(lambda b, x, y: b + 0.6 * ((x - b) + (y - b)), base, first, second)
+    for name in ("token_embed/embedding",):
+        leaf = expected
+        for key in name.split("/"):
+            leaf = leaf[key]
+        np.testing.assert_allclose(stored(places["/tmp/espalier_merged"], name), leaf, atol=1e-6)

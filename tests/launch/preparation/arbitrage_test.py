@@ -414,3 +414,64 @@ def test_a_pool_that_cannot_work_is_an_error_before_any_request(arbitrage, endpo
     assert not endpoint.asked
     assert arbitrage("--routing=reward", reward=None) == 2
     assert "needs --reward" in capsys.readouterr().err
+
+
+def test_a_fuser_sees_all_answers_and_its_own_is_kept(arbitrage, endpoint, capsys):
+    def fuse(prompt, before):
+        answers = [
+            part.partition("\n")[2].partition("\n")[0] for part in prompt.split("Answer ")[1:]
+        ]
+        return max(answers, key=lambda text: "?" not in text)
+
+    endpoint.teachers["fuser"] = fuse
+    teachers = ("turk", "ukr", "fuser")
+    made = arbitrage("--routing=fusion", "--fuser=fuser", teachers=teachers)
+    assert made.chosen == ["fuser"] * 12
+    assert [row["messages"][-1]["content"] for row in made.sft] == [r["answer"] for r in PROMPTS]
+    (shown,) = [p for name, p in endpoint.asked if name == "fuser" and "Request:\ntr 3\n" in p]
+    assert "Answer 1:\n4\n" in shown and "Answer 2:\n3?\n" in shown and "in Turkish" in shown
+    assert endpoint.count("fuser") == endpoint.count("turk") == 12
+    assert len(made.pairs) == 12  # best against worst of three
+    assert arbitrage("--routing=fusion", "--fuser=fuser", teachers=teachers).bytes() == made.bytes()
+    assert endpoint.count("fuser") == 12
+    # Without the fuser's answer the best of the others is kept.
+    endpoint.teachers["fuser"] = lambda prompt, before: 500
+    flags = ("--routing=fusion", "--fuser=fuser", "--attempts=1")
+    assert arbitrage(*flags, teachers=teachers, out="other").chosen == ["turk", "ukr"] * 6
+    assert arbitrage("--routing=fusion", "--fuser=nobody") == 2
+    assert "--fuser=nobody is not a teacher of the pool" in capsys.readouterr().err
+    assert arbitrage("--routing=fusion") == 2
+    assert "--fuser=NAME goes with" in capsys.readouterr().err
+    assert arbitrage("--routing=fusion", "--fuser=turk", teachers=("turk",)) == 2
+    assert "no teacher besides --fuser=turk" in capsys.readouterr().err
+
+
+def test_an_english_answer_is_translated_and_english_prompts_keep_it(
+    arbitrage, endpoint, tmp_path, capsys
+):
+    endpoint.teachers["teach"] = lambda prompt, before: f"answer to {prompt}"
+    endpoint.teachers["move"] = lambda prompt, before: (
+        f"{prompt.split()[6].rstrip('.')}: {prompt.strip().splitlines()[-1]}"
+    )
+    flags = ("--routing=translated", "--teacher=teach", "--translator=move")
+    teachers, rows = (
+        ("teach", "move"),
+        [{**row, "english": f"en {row['source_id']}"} for row in PROMPTS],
+    )
+    rows.append({"prompt": "plain", "language": "en", "answer": "x"})
+    assert arbitrage(*flags, teachers=teachers, reward=None) == 2
+    assert "no 'english'" in capsys.readouterr().err and not endpoint.asked
+    path = tmp_path / "english.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = arbitrage(*flags, f"--prompts={path}", teachers=teachers, reward=None)
+    assert made.chosen == ["move"] * 12 + ["teach"]
+    texts = [row["messages"][-1]["content"] for row in made.sft]
+    assert texts[:2] == ["Turkish: answer to en 0", "Ukrainian: answer to en 0"]
+    assert texts[-1] == "answer to plain" and made.sft[0]["messages"][0]["content"] == "tr 0"
+    # The English prompt of a request in two languages is asked once.
+    assert endpoint.count("teach") == 7 and endpoint.count("move") == 12
+    endpoint.teachers["move"] = lambda prompt, before: 500
+    made = arbitrage(
+        *flags, f"--prompts={path}", "--attempts=1", teachers=teachers, reward=None, out="b"
+    )
+    assert made.chosen == ["teach"]  # an English answer is none to a prompt in another language

@@ -5,6 +5,7 @@ import pathlib
 import types
 
 import gin
+import numpy as np
 import pytest
 import yaml
 
@@ -13,8 +14,10 @@ from data.text.documents import DataError
 from launch import cli
 from launch.config import gin_config
 from launch.papers.aya_expanse import recipe as recipes
-from launch.papers.aya_expanse import stage
+from launch.papers.aya_expanse import small_answers, stage
 from launch.sweeping import file
+from trainers.checkpoints import step_dir
+from trainers.checkpoints.array_files import StoredArray
 
 CLUSTERS = {"turkic": ["tr"], "slavic": ["uk"]}
 PROMPTS = [
@@ -92,6 +95,72 @@ def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(writ
         gin.clear_config(clear_constants=True)
 
 
+def test_a_polish_follows_the_first_merge_at_a_tenth_of_the_rate(write):
+    arms = sweep(write(polish=40, rounds=1))
+    assert arms["polished"].parent == "merged/seed0" and "polished" not in sweep(write())
+    assert {arms[f"dpo_{cluster}"].parent for cluster in CLUSTERS} == {"polished/seed0"}
+    assert next(iter(arms["rounds"].made_of)) == "polished"
+    rates = {}
+    for name in ("polished", "sft_turkic"):
+        given = [*arms[name].bindings, "MODEL_DIR='/run'", "INITIAL_CHECKPOINT_PATH='/before'"]
+        given = dict(one.split("=", 1) for one in given)
+        given = [f"{key}={value}" for key, value in given.items()]
+        config = gin_config.load(arms[name].gin_files, given, entry="launch.train:train")
+        rates[name] = config.macros["LEARNING_RATE"]
+        assert config.arguments()["total_steps"] == (40 if name == "polished" else 500)
+        if name == "polished":
+            assert gin.query_parameter("schedules.cosine.final_fraction") == 0.05
+        gin.clear_config(clear_constants=True)
+    assert rates["polished"] == pytest.approx(rates["sft_turkic"] / 10)
+
+
+def test_a_polish_at_rate_zero_leaves_the_merge_bit_for_bit(
+    write, branches, train, tmp_path, monkeypatch
+):
+    merged, rows = tmp_path / "merged", [{"prompt": "say a", "completion": " b"}] * 8
+    assert run("merge", write(), merged, ("runs", branches.folders[:2])) == 0
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rate in (("still", 0.0), ("moved", 1e-3)):
+        trained = train(
+            f"--gin_file={merged}/model.json",
+            *(
+                f"--gin_file=t5x_configs/experiments/aya_expanse/{x}.gin"
+                for x in ("polish", "vocabulary_base")
+            ),
+            f"--gin.BASE={str(merged)!r}",
+            f"--gin.INITIAL_CHECKPOINT_PATH={str(merged)!r}",
+            f"--gin.MODEL_DIR={str(tmp_path / name)!r}",
+            f"--gin.CHATS={str(tmp_path / 'chats.jsonl')!r}",
+            f"--gin.LEARNING_RATE={rate}",
+            *("--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=8", "--gin.CHATS_VALIDATION_FRACTION=0.0"),
+            "--gin.TASK_FEATURE_LENGTHS={'targets': 16}",
+            "--gin.train.train.eval_stream=None",
+        )
+        assert trained.status == 0, trained.err
+    before, still, moved = (
+        _arrays(path) for path in (merged, tmp_path / "still", tmp_path / "moved")
+    )
+    assert before.keys() == still.keys() and before
+    assert all(np.array_equal(before[name], still[name]) for name in before)
+    assert not all(np.array_equal(before[name], moved[name]) for name in before)
+    # A model that has not moved does not diverge from the one that it started from.
+    monkeypatch.setattr(small_answers, "SAMPLED", 1)
+    assert small_answers.parent(str(tmp_path / "still")).startswith(str(merged))
+    # Decoding and scoring are two programs, whose sums over 24 tokens differ a little.
+    assert small_answers.divergence(str(tmp_path / "still")) == pytest.approx(0.0, abs=1e-2)
+
+
+def _arrays(path):
+    """The parameters of a run's newest step by name, as their bits."""
+    step = step_dir.resolve(str(path))
+    manifest = step_dir.read_manifest(step)
+    return {
+        name: StoredArray(step, name).read().view(np.uint8)
+        for name in manifest.arrays
+        if name.startswith("params/")
+    }
+
+
 def test_a_reward_model_reaches_the_online_rounds_and_a_judge_cannot(write):
     arms = sweep(write(reward="checkpoint:/rm", bindings=["BATCH_SIZE=8"]))
     run = arms["round3_turkic"]
@@ -142,6 +211,17 @@ def test_prompts_are_of_an_origin_and_shared_languages_are_in_every_cluster(
         own = rows(tmp_path / f"p/{cluster}.jsonl")
         assert {row["language"] for row in own} == {*languages, "en"}
         assert len(own) == 2 * count
+
+
+def test_a_language_without_a_prompt_is_named(write, tmp_path):
+    with pytest.raises(recipes.RecipeError, match="no prompt of origin native in cs, pl: add"):
+        flags = _flags(
+            stage="prompts",
+            recipe=write(clusters={"slavic": ["cs", "uk", "pl"]}),
+            to=str(tmp_path / "p"),
+            flags=(),
+        )
+        stage._run(flags)
 
 
 def test_a_run_of_a_sweep_has_the_name_of_its_arm():

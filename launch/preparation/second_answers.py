@@ -1,0 +1,66 @@
+"""Answers that a second model makes of the teachers': one of several (fusion), or a translation of an English one."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data.aya_expanse import routing, second_prompts
+from data.aya_expanse.pool import Pool
+from data.aya_expanse.prompts import Prompt, same_language
+from data.text.documents import DataError
+
+if TYPE_CHECKING:
+    from launch.preparation.route import Router
+
+Answers = dict[str, Mapping[str, Any]]
+
+
+def check(pool: Pool, flag: str, name: str | None) -> str:
+    """Returns the name of the second model; raises DataError if the pool does not have it."""
+    if name is None or name not in pool.teachers:
+        names = ", ".join(pool.teachers)
+        raise DataError(f"--{flag}={name} is not a teacher of the pool: give one of {names}")
+    return name
+
+
+def writers(pool: Pool, fuser: str, prompt: Prompt) -> list[str]:
+    """Returns the teachers whose answers are fused; raises DataError if there is none besides the fuser."""
+    names = [t.name for t in routing.able(pool, prompt.language) if t.name != fuser]
+    if not names:
+        raise DataError(
+            f"{prompt.where}: no teacher besides --fuser={fuser} is asked in {prompt.language!r}: add one to the pool"
+        )
+    return names
+
+
+def fused(
+    router: "Router", prompts: Sequence[Prompt], usable: Sequence[Answers], fuser: str
+) -> list[tuple[Prompt, Mapping[str, Any] | None] | None]:
+    """Returns, for each prompt with answers, what the fuser is asked, and its answer or None."""
+    asked = [
+        second_prompts.fusion(prompt, {name: one["text"] for name, one in answers.items()})
+        if answers
+        else None
+        for prompt, answers in zip(prompts, usable, strict=True)
+    ]
+    return _answered(router, asked, fuser)
+
+
+def translated(
+    router: "Router", prompts: Sequence[Prompt], usable: Sequence[Answers], translator: str
+) -> list[tuple[Prompt, Mapping[str, Any] | None] | None]:
+    """Returns what the translator is asked, and its answer, for each prompt in another language with an English answer."""
+    asked = [
+        second_prompts.translation(prompt, next(iter(answers.values()))["text"])
+        if answers and not same_language(prompt.language, "en")
+        else None
+        for prompt, answers in zip(prompts, usable, strict=True)
+    ]
+    return _answered(router, asked, translator)
+
+
+def _answered(
+    router: "Router", asked: Sequence[Prompt | None], name: str
+) -> list[tuple[Prompt, Mapping[str, Any] | None] | None]:
+    some = [one for one in asked if one is not None]
+    router.ask(some, [[name]] * len(some))
+    return [None if one is None else (one, router.answers(one, [name]).get(name)) for one in asked]
