@@ -1,5 +1,6 @@
 # make quickstart: a code-mix ablation on real text and code, in minutes, on a laptop.
 # make test:       the whole test suite.
+# Other versions: PYTHON=python3.13, VENV=.venv-new, CONSTRAINTS=constraints/minimum.txt (or empty, for the newest).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

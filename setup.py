@@ -15,15 +15,15 @@ CORE = [
     "orbax-checkpoint>=0.12.8",
     "seqio>=0.0.20",
     "tensorflow>=2.21",
-    "tensorflow-text>=2.21",
+    "tensorflow-text>=2.21.1",
     "tensorflow-datasets>=4.9.10",
     "ml_collections>=1.1",
     "gin-config>=0.5",
     "numpy>=2.0",
     "scipy>=1.14",
-    "pandas>=2.2",
+    "pandas>=2.2.2",
     "sentencepiece>=0.2",
-    "tensorboardX>=2.6",
+    "tensorboardX>=2.6.1",
     "matplotlib>=3.9",
     "pyarrow>=17",
     "tqdm>=4.66",
@@ -31,7 +31,7 @@ CORE = [
     "rich>=13",
     "markdown-it-py>=3",
     "zstandard>=0.23",
-    "requests>=2.32",
+    "requests>=2.32.2",
     "urllib3>=2.6.3",
     "polib>=1.2",
     "safetensors>=0.5",
@@ -77,7 +77,7 @@ SENTENCES = ["sentence-transformers>=3"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 
 # BM25, a baseline of influence.
-LEXICAL = ["bm25s>=0.2.7"]
+LEXICAL = ["bm25s>=0.2.8"]
 
 EXTRAS = {
     "data": TEXT,
@@ -96,8 +96,8 @@ EXTRAS = {
     "xmanager": ["xmanager>=0.8.5", "sentencepiece>=0.2,<0.2.3"],
     "test": [
         "pytest>=8",
-        "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",
+        "pytest-timeout>=2.3.1",
+        "pytest-xdist>=3.6.1",
         "zstandard>=0.23",
         "ruff>=0.12",
         "mypy>=1.15",

@@ -11,6 +11,10 @@ flags are of methods, by launch/papers/NAME/report.py:
   python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
   python -m launch.report --board runs/dpo runs/dpo_nll --out board.html
 
+--time prints where the time of runs went over all their restarts, also while they train, and needs no --out:
+
+  python -m launch.report --time runs/quickstart/text
+
 --all gathers every claim of every paper that was reproduced, with its verdict, in docs/scorecard.md.
 """
 
@@ -41,6 +45,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--all", nargs="?", const=_REPRODUCTIONS, metavar="DIR", help=all_help)
     sweep_help = "folders (--out) of sweeps: finished runs by arm, with a dot for each seed"
     which.add_argument("--sweep", nargs="+", metavar="DIR", help=sweep_help)
+    time_help = "run directories: where their time went, over all their starts"
+    which.add_argument("--time", nargs="+", metavar="DIR", help=time_help)
     for module in _with_flags():
         which.add_argument(f"--{module.FLAG}", nargs="+", metavar="DIR", help=module.HELP)
     out_help = f"folder or file to write (default with --all: {_SCORECARD})"
@@ -70,6 +76,12 @@ def _run(flags: argparse.Namespace) -> None:
 
         out = pathlib.Path(flags.out or _SCORECARD)
         print(scorecard.write(pathlib.Path(flags.all), out, pathlib.Path("README.md")))
+        return
+    if flags.time:
+        from launch.reporting import time_table
+
+        for directory in flags.time:
+            print(time_table.text(directory))
         return
     if flags.out is None:
         raise ValueError("--out is missing: name the folder or file to write.")

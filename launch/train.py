@@ -17,6 +17,7 @@ if __name__ == "__main__":
     raise SystemExit(cli.main(__doc__, entry="launch.train:train"))
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ from trainers.optim.schedules import Span, as_schedule
 from trainers.recipe import Program, Recipe
 from trainers.telemetry import flops, metric_writers, profiler
 from trainers.telemetry.goodput import Goodput, process_start
+from trainers.telemetry.lifetime import FILE, Lifetime, Unrecorded
 
 
 def train(
@@ -120,20 +122,25 @@ def train(
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
         stack.enter_context(contextlib.closing(run))
         peers.note_run(run.path)
+        life = None
+        if primary:
+            life = Lifetime(run.file(FILE), functools.partial(run.write, FILE), goodput)
+            stack.enter_context(life)
         hosts.check_shared(run.path)
         parent = phase.find_parent(run.checkpoints, initial)
-        data = open_data(
-            program,
-            stream=stream,
-            positions=parent.positions,
-            tasks=tasks,
-            eval_stream=eval_stream,
-            eval_tasks=eval_tasks,
-            total_steps=total_steps,
-            total_tokens=total_tokens,
-            total_epochs=total_epochs,
-            of_prompts=rollouts is not None,
-        )
+        with goodput.measure("data"):
+            data = open_data(
+                program,
+                stream=stream,
+                positions=parent.positions,
+                tasks=tasks,
+                eval_stream=eval_stream,
+                eval_tasks=eval_tasks,
+                total_steps=total_steps,
+                total_tokens=total_tokens,
+                total_epochs=total_epochs,
+                of_prompts=rollouts is not None,
+            )
         hosts.check_same("data", {"data": data.stream.fingerprint})
         program.check_extras(lambda: data.identity(program))
         if parent.step >= data.total_steps:
@@ -155,7 +162,7 @@ def train(
         with (
             goodput.measure("compile"),
             program.compiling(steps.train, feed.abstract()),
-            goodput.measure("init"),
+            goodput.measure("restore"),
         ):
             identity = data.identity(program)
             start, meta = phase.restore_start(saver, program, initial, parent, identity)
@@ -163,8 +170,9 @@ def train(
         written = agreement.gather(_rows_of(run, start.step) if primary else [])[0]
         writer = _open_writers(run, start.step, rows, written, writers)
         stack.enter_context(contextlib.closing(writer))
-        if primary:
-            run_messages.announce(program, data, start)
+        if life is not None:
+            life.goes_on_from(start.step, of_run=start.source == "run")
+            run_messages.announce(program, data, start, life.starts)
 
         rates = _learning_rates(program, data.total_steps)
         context = RunContext(
@@ -207,6 +215,7 @@ def train(
                 profiler=profile,
                 row_metrics=_row_metrics(program, data, rates),
                 checkpoint_meta=_checkpoint_meta(meta, data, rates, writer),
+                life=life or Unrecorded(),
                 unit=program.recipe.inputs_spec.unit,
             ),
             hooks=(*evaluations, *(make(run=context) for make in hooks)),
@@ -218,13 +227,14 @@ def train(
         run.write("operative_config.gin", gin.operative_config_str())
         loop.run()
         run.write("operative_config.gin", gin.operative_config_str())
+        of_life = life.ends(interrupted=loop.interrupted) if life is not None else ""
     last = evaluation.results.get(loop.step, {})
     if primary:
         # A run that was done already has evaluated its last step in an earlier start.
         earlier = (
             {k: v for row in written for k, v in row.items()} if loop.step == start.step else {}
         )
-        run_messages.summarise(run.path, loop, data, {**earlier, **last})
+        run_messages.summarise(run.path, loop, data, {**earlier, **last}, of_life)
     return {**last, "interrupted": float(loop.interrupted)}
 
 

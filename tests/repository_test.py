@@ -57,6 +57,34 @@ def test_hosted_ci_runs_the_script_of_the_repository():
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
+def pins(name):
+    """Package -> version in a file of constraints."""
+    lines = (ROOT / "constraints" / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_the_minimum_that_is_tested_is_the_declared_one(packaging):
+    requirements = [*packaging["install_requires"], *packaging["extras_require"]["test"]]
+    declared = dict(re.fullmatch(r"([\w.-]+)>=([\d.]+)", text).groups() for text in requirements)
+    assert pins("minimum.txt") == declared
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "CONSTRAINTS=constraints/minimum.txt" in script
+
+
+def test_the_supported_versions_are_those_that_are_tested(packaging):
+    oldest = packaging["python_requires"].removeprefix(">=")
+    rows = [
+        [oldest, pins("minimum.txt")],
+        [oldest, pins(f"py{oldest.replace('.', '')}.txt")],
+        ["3.13", pins("py313.txt")],
+    ]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for python, versions in rows:
+        names = ("jax", "flax", "orbax-checkpoint", "numpy", "tensorflow")
+        cells = " | ".join([python, *(versions[name] for name in names)])
+        assert f"| {cells} |" in readme, cells
+
+
 def test_the_container_installs_the_locked_environment():
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     version = re.search(r"^FROM python:(\d)\.(\d+)-", dockerfile, re.MULTILINE)

@@ -17,12 +17,13 @@ import numpy as np
 
 from trainers.anomaly import Anomaly, AnomalyRecords
 from trainers.batches import Feed, Stream
-from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.checkpoint import Checkpointer, Occasion
 from trainers.checkpoints.restore import Restored
 from trainers.hooks import Hook, HookInterruptedError
 from trainers.signals import StopRequest
 from trainers.step import TrainStep
 from trainers.telemetry.goodput import Goodput
+from trainers.telemetry.lifetime import Unrecorded
 from trainers.telemetry.metric_writers import MetricWriter
 from trainers.telemetry.metrics import LateFetch
 from trainers.telemetry.profiler import ProfilerWindow
@@ -68,6 +69,7 @@ class Outputs:
       row_metrics: (updates applied, batches drawn, units per second) -> metrics known on the host.
       checkpoint_meta: (updates applied, batches drawn) -> facts to record with a checkpoint.
       unit: unit of rates, 'tokens' or 'images'.
+      life: records steps and saves, for the time of the run over all its starts.
     """
 
     folder: str | os.PathLike
@@ -78,6 +80,7 @@ class Outputs:
     row_metrics: Callable[[int, int, float], Mapping[str, float]] = lambda *counts: {}
     checkpoint_meta: Callable[[int, int], Mapping[str, Any]] = lambda *counts: {}
     unit: str = "tokens"
+    life: Unrecorded = Unrecorded()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -145,21 +148,23 @@ class Loop:
             unit=self.outputs.unit,
             shown=jax.process_index() == 0,
         )
+        saver = self.outputs.checkpointer
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             progressed = stack.enter_context(watching(self.schedule.step_timeout))
             values = self._run_hooks(self._first_hooks())
-            if self._rolls_back and not self.interrupted:
-                assert self.outputs.checkpointer is not None  # see __post_init__
-                if not self.outputs.checkpointer.all_steps():
-                    self._save(values)  # to go back to before the first checkpoint is due
+            if self._rolls_back and not (self.interrupted or (saver and saver.all_steps())):
+                self._save(values, "period")  # to go back to before the first checkpoint is due
             while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 progressed()
+                self.outputs.life.reached(self.step)
                 self._progress.update(self.step, self.loss, self._rate)
-        if self.outputs.checkpointer is not None:
+        if saver is not None:
             with self.outputs.goodput.measure("checkpoint"):
-                self.outputs.checkpointer.wait()
+                if saver.lacks(self.step) and not self.interrupted:
+                    self._save({}, "period")  # nothing was left to do from a local step
+                saver.wait()
         return self.state
 
     def _close(self) -> None:
@@ -184,9 +189,7 @@ class Loop:
         self.interrupted = self.stop.reached(self.step)
         due = [] if self.interrupted else self._due()  # the remaining time is for the save
         last = self.step == self.schedule.total_steps
-        save = last or self.interrupted or self.step % self.schedule.checkpoint_period == 0
-        save = save and self.outputs.checkpointer is not None
-        if due or save or last or self.interrupted:
+        if due or self._occasion() or last or self.interrupted:
             with self.outputs.goodput.measure("step"):  # it waits for the update
                 late = self._late.flush()
             if not self._observe(late):
@@ -194,11 +197,21 @@ class Loop:
         values = self._run_hooks(due)
         if self.ended and not self.interrupted:
             values |= self._run_hooks([hook for hook in self.hooks if hook not in due])
-        if self.outputs.checkpointer is not None and (save or self.interrupted or self.ended):
-            self._save(values)
+        if occasion := self._occasion():
+            self._save(values, occasion)
         if self.interrupted and not (last or self._ends_window(self.step)):
             # A last look, written after the save: the run that goes on writes the whole window's row in its place.
             self._write_row(self.step, self.data_step)
+
+    def _occasion(self) -> Occasion | None:
+        """Returns why the state is saved at this step; None if it is not."""
+        if (saver := self.outputs.checkpointer) is None:
+            return None
+        period = self.step % self.schedule.checkpoint_period == 0 and not self.interrupted
+        if period or self.ended or self.step == self.schedule.total_steps:
+            return "period"
+        local: Occasion | None = "local" if saver.is_due_locally(self.step) else None
+        return "signal" if self.interrupted else local
 
     @property
     def ended(self) -> bool:
@@ -365,9 +378,10 @@ class Loop:
         self._window.restore(restored.meta.get("window"))
         self._window_start = (self.step, self._busy())
 
-    def _save(self, hook_metrics: Mapping[str, float]) -> None:
+    def _save(self, hook_metrics: Mapping[str, float], occasion: Occasion) -> None:
         """Saves the state with the newest metrics and those of the hooks that ran at this step."""
         assert self.outputs.checkpointer is not None
+        self.outputs.life.saved(self.step)
         with self.outputs.goodput.measure("checkpoint"):
             self.outputs.checkpointer.save(
                 self.step,
@@ -382,4 +396,5 @@ class Loop:
                     "hooks_left_out": self.interrupted and bool(self._due()),
                 },
                 metrics={**self._window.newest, **hook_metrics},
+                occasion=occasion,
             )

@@ -99,7 +99,7 @@ def _read(step: epath.Path) -> int:
 
 
 _RUN_FILES = ("config.gin", "run.json", "model.json", "metrics.jsonl", "vocabulary.json")
-_RUN_FILES += ("operative_config.gin", "parameters.txt")
+_RUN_FILES += ("operative_config.gin", "parameters.txt", "lifetime.json")
 
 
 def _of_a_run(names: tuple[str, ...]) -> Callable[[int], Iterator[Case]]:

@@ -6,6 +6,7 @@ run.json                           commit, command, versions, environment, host,
 vocabulary.model, vocabulary.json  its SentencePiece vocabulary, if it has one
 tokenizer/                         or the files of an imported tokenizer
 parameters.txt                     every parameter with shape, axes and sharding
+lifetime.json                      its time, over all starts
 metrics.jsonl, tensorboard/, checkpoints/<step>/
 """
 
@@ -36,13 +37,13 @@ from launch.run import model_record
 MAY_CHANGE = (
     "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "TRAIN_EPOCHS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
     "LOG_PERIOD", "INITIAL_CHECKPOINT_PATH", "INITIAL_SCOPE", "INITIAL_DATA", "INITIAL_TRANSFORM",
-    "INITIAL_MOMENTS", "INDICATORS_STOP", "MESH",
+    "INITIAL_MOMENTS", "INDICATORS_STOP", "MESH", "LOCAL_CHECKPOINT_DIR", "LOCAL_CHECKPOINT_PERIOD", "GRACE_SECONDS",
     "train.model_dir", "train.total_steps", "train.total_tokens", "train.total_epochs", "train.eval_period",
     "train.eval_steps", "train.eval_tasks", "train.checkpoint_period", "train.checkpointer",
     "train.log_period", "train.step_timeout", "train.initial", "train.writers", "train.hooks", "hooks.named", "train.profile",
     "InitialCheckpoint.path", "InitialCheckpoint.scope", "InitialCheckpoint.data",
     "InitialCheckpoint.transform", "InitialCheckpoint.moments",
-    "Anomaly", "Checkpointer", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
+    "Anomaly", "Checkpointer", "LocalTier", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
     "Recipe.rules", "TrackioWriter", "WandbWriter",
 )  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
@@ -52,7 +53,7 @@ _ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIB
 
 
 # The files and folders that a start reads or writes, by name. Others are written anew.
-_FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "metrics.jsonl",
+_FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "metrics.jsonl", "lifetime.json",
           "vocabulary.model", "vocabulary.json", ".lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
 

@@ -9,8 +9,9 @@ from trainers.batches import Stream, TrainStream
 from trainers.checkpoints.restore import Restored
 from trainers.loop import Loop
 from trainers.recipe import Program
-from trainers.telemetry import flops
+from trainers.telemetry import flops, lifetime
 from trainers.telemetry.goodput import Goodput, duration
+from trainers.telemetry.lifetime import Start
 from trainers.telemetry.progress import held_out_text
 
 Line = tuple[str, str]  # name and text
@@ -27,8 +28,8 @@ _SHORTENED = {
 }
 
 
-def announce(program: Program, data: RunData, start: Restored) -> None:
-    """Prints a description of the run before its first step."""
+def announce(program: Program, data: RunData, start: Restored, life: Sequence[Start]) -> None:
+    """Prints a description of the run before its first step; `life` has its starts, this one included."""
     recipe, stream = program.recipe, data.stream
     units, unit = recipe.units_per_batch, recipe.inputs_spec.unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
@@ -45,6 +46,7 @@ def announce(program: Program, data: RunData, start: Restored) -> None:
         *(("caps", line) for line in data.repeats),
         *data_notices(data.tasks, stream, data.eval_streams),
         ("start", _start_line(start)),
+        *([("life", lifetime.line(life))] if len(life) > 1 else []),
         ("estimate", f"about {duration(seconds)} of training steps"),
     ]
     print(
@@ -52,8 +54,17 @@ def announce(program: Program, data: RunData, start: Restored) -> None:
     )
 
 
-def summarise(path: str, loop: Loop, data: RunData, evaluation: Mapping[str, float]) -> None:
-    """Prints how a run ended, with its losses; `evaluation` has the held-out metrics of the last step, if any."""
+def summarise(
+    path: str, loop: Loop, data: RunData, evaluation: Mapping[str, float], life: str
+) -> None:
+    """Prints how a run ended, with its losses.
+
+    Args:
+      path: the run's directory.
+      loop, data: its loop, which has ended, and its data.
+      evaluation: held-out metrics of the last step, if any.
+      life: a line on the run's whole life.
+    """
     how = "stopped by a signal" if loop.interrupted else "done"
     if loop.ended and loop.step < data.total_steps:
         how = "ended by a hook"
@@ -63,6 +74,7 @@ def summarise(path: str, loop: Loop, data: RunData, evaluation: Mapping[str, flo
     if losses:
         print(f"loss: {'; '.join(losses)}")
     print(time_split(loop.outputs.goodput))
+    print(f"life: {life}")
     print(f"read: {epochs_line(data.stream, loop.data_step)}", flush=True)
 
 

@@ -1,7 +1,8 @@
 """Saves the state of a run in the background: atomic, checksummed, keeping the last and best steps.
 
 Only the host copies of the arrays block the loop; a thread computes digests and checksums, writes, and
-deletes old steps. The state may be donated as soon as `save` returns.
+deletes old steps. The state may be donated as soon as `save` returns. With a local tier (local_tier.py), steps are also
+saved on a disk of each host, more often; the newest good step of both is restored.
 """
 
 import concurrent.futures
@@ -9,8 +10,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,68 +22,18 @@ from orbax.checkpoint import multihost
 from model.ranges import Count, Size
 from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
 from trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
+from trainers.checkpoints.local_tier import LocalSteps, LocalTier
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from trainers.checkpoints.restore import Restored, restore_state
+from trainers.checkpoints.retention import Retention
 
 _log = logging.getLogger(__name__)
 
 # How long a process waits for other processes to finish writing.
 _TIMEOUT_SECONDS = 1200
 
-
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """Which steps to keep: the latest ones, and the best ones by a metric.
-
-    Attributes:
-      keep_last: number of latest steps; None for all.
-      keep_best: number of best steps, among the steps saved with `metric`.
-      metric: a key of the metrics saved with a step.
-      mode: 'min' or 'max'; NaN is never best.
-    """
-
-    keep_last: int | None = 3
-    keep_best: int = 0
-    metric: str = "loss"
-    mode: str = "min"
-
-    def __post_init__(self):
-        if self.keep_last is not None and self.keep_last < 1:
-            raise ValueError(f"keep_last = {self.keep_last}: give 1 or more, or None to keep all.")
-        if self.keep_best < 0:
-            raise ValueError(f"keep_best = {self.keep_best}: give 0 or more.")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"best_mode = {self.mode!r}: use 'min' or 'max'.")
-
-    def check_metric(self, saved: Mapping[str, float]) -> None:
-        """Raises ValueError if `metric` is missing among the metrics of its kind that a step was saved with.
-
-        A step may be saved without an evaluation, and a source may be missing in a row of metrics.
-        """
-        kind = self.metric.split("/")[:-1][:1]  # ["eval"], or [] for the training metrics
-        names = [name for name in saved if name.split("/")[:-1][:1] == kind]
-        if self.keep_best and names and kind in ([], ["eval"]) and self.metric not in names:
-            raise ValueError(
-                f"best_metric = {self.metric!r} is not a metric of this run: choose from "
-                f"{', '.join(sorted(names))}, or set keep_best = 0."
-            )
-
-    def best(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """Returns the steps that have the metric, best first; of equal steps, the later first."""
-        sign = 1 if self.mode == "min" else -1
-        values = {
-            step: sign * of_step[self.metric]
-            for step, of_step in metrics.items()
-            if not math.isnan(of_step.get(self.metric, math.nan))
-        }
-        return sorted(values, key=lambda step: (values[step], -step))
-
-    def superfluous(self, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """Returns the steps to delete, from the metrics of all saved steps."""
-        if self.keep_last is None:
-            return []
-        keep = {*sorted(metrics)[-self.keep_last :], *self.best(metrics)[: self.keep_best]}
-        return sorted(set(metrics) - keep)
+# Why a step is saved: it is due, due in the local tier alone, or a signal has come.
+Occasion = Literal["period", "local", "signal"]
 
 
 class Checkpointer(contextlib.AbstractContextManager):
@@ -97,6 +48,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         best_metric: str = "loss",
         best_mode: Literal["min", "max"] = "min",
         asynchronous: bool = True,
+        local: LocalTier | None = None,
     ):
         """Opens or creates a directory and removes the files of interrupted saves.
 
@@ -104,6 +56,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           directory: directory of the steps; shared by all processes.
           keep_last, keep_best, best_metric, best_mode: see `Retention`.
           asynchronous: whether a thread finishes saves; otherwise `save` does.
+          local: the tier on a disk of each host; None for shared steps alone.
         """
         self._retention = Retention(keep_last, keep_best, best_metric, best_mode)
         self._directory = step_dir.absolute(directory)
@@ -126,6 +79,12 @@ class Checkpointer(contextlib.AbstractContextManager):
                     step_dir.remove(path)
         metrics = list(self._read_metrics().items()) if agreement.is_primary() else []
         self._metrics = {int(step): values for step, values in agreement.gather(metrics)[0]}
+        self._local = None if local is None else LocalSteps(local, self._directory)
+        self._grace = local.grace_seconds if local is not None else None
+        self._anchored = bool(self._metrics)  # see `save`
+        self._shared_seconds = 0.0  # of the last shared save
+        self._shared_since = 0.0  # when it began, by time.monotonic
+        self._rescued: int | None = None  # the local step of a signal
 
     def _numbered_barrier(self, *, key: str, timeout_ms: int) -> None:
         # Orbax names its barriers after the written directory, which is `state` in every step.
@@ -144,8 +103,17 @@ class Checkpointer(contextlib.AbstractContextManager):
         return self._directory / str(step)
 
     def all_steps(self) -> list[int]:
-        """Returns the complete steps, ascending."""
+        """Returns the complete shared steps, ascending."""
         return sorted(self._metrics)
+
+    def is_due_locally(self, step: int) -> bool:
+        """Returns whether the local tier asks for a save."""
+        return self._local is not None and self._local.is_due(step)
+
+    def lacks(self, step: int) -> bool:
+        """Returns whether a step is only in the local tier; waits for the last save."""
+        self.wait()
+        return self._local is not None and step not in self._metrics
 
     def save(
         self,
@@ -154,14 +122,19 @@ class Checkpointer(contextlib.AbstractContextManager):
         *,
         meta: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        occasion: Occasion = "period",
     ) -> bool:
         """Saves a state; waits for the previous save first. Every process must call it.
+
+        A run's first checkpoint is always shared too: it records where the run begins, and no local step is used without.
 
         Args:
           step: the number of steps taken; names the directory.
           state: any pytree of jax.Array; may be donated when this returns.
           meta: JSON facts about the run.
           metrics: metrics of this step, including the metric that ranks steps.
+          occasion: 'period' saves a shared step, and a local one if that is due; 'local' a local one alone; 'signal' first a
+            local one, then a shared one if the time suffices.
 
         Returns:
           Whether the step was not saved before.
@@ -170,15 +143,25 @@ class Checkpointer(contextlib.AbstractContextManager):
           CheckpointSaveError: this save could not begin, or the previous save failed.
           ValueError: the metric that ranks steps is none of the run's; the step is saved.
         """
-        self.wait()
-        if step in self._metrics:
-            return False
         arrays = state_tree.flatten_arrays(state)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"step": step, "metrics": numbers, "meta": dict(meta or {})}
         json.dumps(record)  # Errors are raised here, not in the thread.
+        if self._local is not None and not self._save_locally(record, arrays, occasion):
+            return True
+        try:
+            return self._save_shared(step, arrays, record)
+        except CheckpointSaveError as error:
+            self._raise_unless_local(error)
+            return True
+
+    def _save_shared(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+        self.wait()
+        if step in self._metrics:
+            return False
         path = self.step_path(step)
         self._saves += 1
+        self._anchored, self._shared_since = True, time.monotonic()
         try:
             if agreement.is_primary():
                 path.mkdir(parents=True, exist_ok=True)
@@ -191,10 +174,38 @@ class Checkpointer(contextlib.AbstractContextManager):
         entries = {name: ArrayEntry(x.shape, x.dtype.name, 0) for name, x in arrays.items()}
         blocks = {name: manifest.owned_blocks(array) for name, array in arrays.items()}
         self._pending = self._pool.submit(self._finish, path, record, entries, blocks)
-        self._retention.check_metric(numbers)
+        self._retention.check_metric(record["metrics"])
         if not self._asynchronous:
             self.wait()
         return True
+
+    def _save_locally(
+        self, record: Mapping[str, Any], arrays: Mapping[str, Any], occasion: Occasion
+    ) -> bool:
+        """Saves in the local tier what is due there; returns whether the step is to be shared too."""
+        assert self._local is not None
+        if occasion == "signal":
+            since = time.monotonic()
+            saved = self._local.save(record, arrays, wait=True)
+            self._rescued = record["step"] if saved and self._anchored else None
+            if self._grace is None or self._rescued is None:
+                return True
+            # What is being saved ends first. The clocks of processes differ: one decides.
+            rest = self._shared_since + self._shared_seconds - since if self._is_saving() else 0.0
+            needed = max(rest, 0.0) + self._shared_seconds + time.monotonic() - since
+            if agreement.gather(needed <= self._grace)[0]:
+                return True
+            _log.warning(
+                "step %d is saved in the local tier alone: a shared save takes about %.0f s, and grace_seconds is %g.",
+                *(record["step"], self._shared_seconds, self._grace),
+            )
+            return False
+        if occasion == "local" or self._local.is_due(record["step"]):
+            self._local.save(record, arrays)
+        return occasion != "local" or not self._anchored
+
+    def _is_saving(self) -> bool:
+        return self._pending is not None and not self._pending.done()
 
     def _finish(self, path: epath.Path, record: Mapping[str, Any], *arrays: Any) -> None:
         def barrier(name: str) -> None:
@@ -204,6 +215,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         try:
             commit(path, record, *arrays, written=written, barrier=barrier)
             self._metrics[record["step"]] = record["metrics"]
+            self._shared_seconds = time.monotonic() - self._shared_since
             self._make_room()
         except BaseException as error:  # The next call of `save`, `wait` or `check` raises it.
             raise self._failed(path, error) from error
@@ -226,10 +238,19 @@ class Checkpointer(contextlib.AbstractContextManager):
         return save_error(path, error, self.all_steps())
 
     def wait(self) -> None:
-        """Waits until the last save is committed; raises CheckpointSaveError if it failed."""
+        """Waits until the last shared save is committed; raises CheckpointSaveError if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            try:
+                pending.result()
+            except CheckpointSaveError as error:
+                self._raise_unless_local(error)
+
+    def _raise_unless_local(self, error: CheckpointSaveError) -> None:
+        """Raises the error of a shared save, unless a signal has saved the state in the local tier."""
+        if self._rescued is None:
+            raise error
+        _log.warning("%s Step %d is in the local tier.", error, self._rescued)
 
     def check(self) -> None:
         """Raises the error of a failed background save; does not wait."""
@@ -241,31 +262,71 @@ class Checkpointer(contextlib.AbstractContextManager):
     ) -> Restored | None:
         """Returns the latest good step, see `restore_state`; None if no step is saved.
 
-        Newer, damaged steps are renamed to `<step>.aside`, with one warning.
+        Newer, damaged steps are renamed to `<step>.aside`, with one warning; local ones are deleted, with another. Of equal
+        steps the local one is read.
 
         Raises:
           DamagedCheckpointError: steps are saved, but none is good.
           RunMismatchError, CheckpointMismatchError: see `restore_state`.
         """
         self.wait()
+        local = self._local_steps()
         damaged: dict[int, DamagedCheckpointError] = {}
-        for step in reversed(self.all_steps()):
-            try:
-                restored = restore_state(
-                    self.step_path(step), abstract_state, expected_meta=expected_meta
-                )
-            except DamagedCheckpointError as error:
-                damaged[step] = error
-                continue
+        unusable: dict[int, str] = {}  # local steps
+        restored = None
+        for step in sorted({*self._metrics, *local}, reverse=True):
+            if self._local is not None and step in local:
+                restored, problem = self._local.restore(step, abstract_state, expected_meta)
+                unusable |= {step: problem} if problem else {}
+            if restored is None and step in self._metrics:
+                try:
+                    restored = restore_state(
+                        self.step_path(step), abstract_state, expected_meta=expected_meta
+                    )
+                except DamagedCheckpointError as error:
+                    damaged[step] = error
+            if restored is not None:
+                break
+        if restored is None:
             if damaged:
-                self._set_aside(
-                    list(damaged), f"{damaged[max(damaged)]} Continuing from step {step}"
-                )
-            skipped = [(step, str(error)) for step, error in damaged.items()]
-            return dataclasses.replace(restored, skipped=skipped)
+                raise damaged[max(damaged)]
+            return None
+        if self._local is not None:
+            self._start_locally(self._local, restored, unusable)
         if damaged:
-            raise damaged[max(damaged)]
-        return None
+            self._set_aside(
+                list(damaged), f"{damaged[max(damaged)]} Continuing from step {restored.step}"
+            )
+        skipped = [(step, str(error)) for step, error in damaged.items()]
+        return dataclasses.replace(restored, skipped=[*unusable.items(), *skipped])
+
+    def _local_steps(self) -> list[int]:
+        """Returns the local steps that may be used: none unless a shared one records where the run begins."""
+        if self._local is None:
+            return []
+        if not any(agreement.gather(agreement.is_primary() and self._has_record())):
+            return []
+        return self._local.steps()
+
+    def _has_record(self) -> bool:
+        for step in self.all_steps():
+            with contextlib.suppress(DamagedCheckpointError):
+                step_dir.read_record(self.step_path(step))
+                return True
+        return False
+
+    def _start_locally(
+        self, local: LocalSteps, restored: Restored, unusable: Mapping[int, str]
+    ) -> None:
+        """Tells why newer local steps are not used, and goes on in the local tier from the restored step."""
+        reasons = list(unusable.values())[:1] or list(filter(None, [local.in_part(restored.step)]))
+        if reasons and agreement.is_primary():
+            _log.warning(
+                "%s Continuing from step %d of %s.",
+                *(f"{reasons[0].rstrip('.')}.", restored.step, restored.path),
+            )
+        local.begin(restored.step)
+        self._anchored = bool(self._metrics)
 
     def _set_aside(self, steps: list[int], reason: str) -> None:
         for step in steps:
@@ -282,6 +343,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.wait()
         finally:
             self._pool.shutdown()
+            if self._local is not None:
+                self._local.close()
             try:
                 self._orbax.close()
             except Exception as error:

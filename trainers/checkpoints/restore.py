@@ -1,6 +1,7 @@
 """Restores whole states onto any mesh, verified. Nothing is unpickled: checkpoints are JSON and raw arrays."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from trainers.anomaly import GATHERED, STATISTICS
 from trainers.checkpoints import state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
+from trainers.checkpoints.manifest import Manifest
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     describe,
@@ -40,7 +42,7 @@ class Restored:
       meta, metrics: the run's facts and the metrics recorded with the state.
       path: step directory of the state; None for a fresh state.
       source: 'run', 'initial' or 'scratch'.
-      skipped: newer damaged steps, each with the reason.
+      skipped: newer damaged steps, each with the reason; also the same step of another tier.
     """
 
     step: int
@@ -116,19 +118,29 @@ def restore_state(
       DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
     """
 
-    def read(step: epath.Path) -> Restored:
-        recorded = step_dir.read_manifest(step)
-        record = step_dir.read_record(step, recorded)
-        _check_meta(step, record["meta"], expected_meta or {})
-        wanted = state_tree.flatten(abstract_state)
-        saved = dict(recorded.arrays)
-        unknown = _unknown_losses(saved, wanted)
-        _check_same_arrays(step, saved, wanted)
-        arrays = {**read_verified(step, recorded, wanted), **unknown}
-        state = state_tree.unflatten(arrays, abstract_state)
-        return Restored(**record, state=state, path=step)
-
+    read = functools.partial(
+        read_step, abstract_state=abstract_state, expected_meta=expected_meta, read=read_verified
+    )
     return step_dir.newest_good(path, read)
+
+
+def read_step(
+    step: epath.Path,
+    abstract_state: Any,
+    *,
+    expected_meta: Mapping[str, Any] | None,
+    read: Callable[[epath.Path, Manifest, state_tree.Flat], state_tree.Flat],
+) -> Restored:
+    """Returns the state of one step directory; `read` reads its arrays. Otherwise as `restore_state`."""
+    recorded = step_dir.read_manifest(step)
+    record = step_dir.read_record(step, recorded)
+    _check_meta(step, record["meta"], expected_meta or {})
+    wanted = state_tree.flatten(abstract_state)
+    saved = dict(recorded.arrays)
+    unknown = _unknown_losses(saved, wanted)
+    _check_same_arrays(step, saved, wanted)
+    arrays = {**read(step, recorded, wanted), **unknown}
+    return Restored(**record, state=state_tree.unflatten(arrays, abstract_state), path=step)
 
 
 def restore_or_initialise(

@@ -1,18 +1,24 @@
-"""Measures a run's wall time by part: start, compilation, data, sampling, steps, saving, evaluation."""
+"""Measures a process's wall time by part: start, compilation, data, sampling, steps, saving, evaluation.
+
+trainers/telemetry/lifetime.py adds up the processes of a run.
+"""
 
 import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
 
-PARTS = ("init", "compile", "data_wait", "generation", "step", "checkpoint", "evaluation")
+# Interpreter, imports and checks; opening the data; restoring or making the state; the rest of compilation.
+_BEFORE = ("init", "data", "restore")
+START_PARTS = (*_BEFORE, "compile")
+PARTS = (*START_PARTS, "data_wait", "generation", "step", "checkpoint", "evaluation")
 
 
 class Goodput:
     """Splits wall time into named parts; every second counts for exactly one part.
 
     Time inside a nested `measure` counts only for the inner part. Time outside of `measure` counts as
-    'init' before the first `measure`, and as 'other' after it.
+    'init' before the first part other than 'init', 'data' and 'restore', and as 'other' after it.
 
     Attributes:
       seconds: seconds so far by part, including 'other'.
@@ -38,7 +44,7 @@ class Goodput:
         if part not in PARTS:
             raise ValueError(f"Unknown part {part!r}: choose from {PARTS}.")
         self._count()
-        if part != "init":
+        if part not in _BEFORE:
             self._stack[0] = "other"
         self._stack.append(part)
         try:
@@ -46,6 +52,12 @@ class Goodput:
         finally:
             self._count()
             self._stack.pop()
+
+    def so_far(self) -> dict[str, float]:
+        """Returns `seconds` up to now; another thread may call it."""
+        seconds = dict(self.seconds)
+        seconds[self._stack[-1]] += max(self._clock() - self._last, 0.0)
+        return seconds
 
     def metrics(self, prefix: str = "time/") -> dict[str, float]:
         """Returns the seconds so far by part, and 'goodput', the share of all time spent in steps."""

@@ -23,12 +23,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainers.checkpoints import manifest, state_tree, step_dir
-from trainers.checkpoints.checkpoint import Checkpointer, Retention
+from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.commit import CheckpointSaveError
 from trainers.checkpoints.initial import InitialCheckpoint
 from trainers.checkpoints.manifest import DamagedCheckpointError
 from trainers.checkpoints.restore import RunMismatchError, restore_or_initialise, restore_state
 from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
+from trainers.checkpoints.retention import Retention
 from trainers.checkpoints.step_dir import read_meta
 from trainers.train_state import TrainState
 

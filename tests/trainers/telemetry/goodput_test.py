@@ -35,7 +35,9 @@ def test_every_second_counts_in_one_part():
     clock.now += 2
     values = split.metrics(prefix="")
     assert values.pop("goodput") == pytest.approx(22 / 52)
-    expected = dict(init=12, compile=5, data_wait=6, generation=0, step=22, checkpoint=4)
+    expected = dict(
+        init=12, data=0, restore=0, compile=5, data_wait=6, generation=0, step=22, checkpoint=4
+    )
     expected |= dict(evaluation=0, other=3)
     assert values == expected
     assert sum(values.values()) == clock.now - 90.0
@@ -44,10 +46,15 @@ def test_every_second_counts_in_one_part():
 def test_init_may_be_measured_in_pieces():
     clock = Clock()
     split = goodput.Goodput(clock=clock)
-    with split.measure("init"):
+    with split.measure("data"):
         clock.now += 1
     clock.now += 1
-    assert split.metrics("")["init"] == 2
+    with split.measure("restore"):
+        clock.now += 4
+        assert split.so_far()["restore"] == 4 and split.seconds["restore"] == 0
+    clock.now += 1
+    values = split.metrics("")
+    assert (values["init"], values["data"], values["restore"], values["other"]) == (2, 1, 4, 0)
 
 
 def test_unknown_part():

@@ -1,0 +1,55 @@
+"""Where the time of a run went, over all its starts, as text."""
+
+import datetime
+import os
+from collections.abc import Sequence
+
+from trainers.telemetry import lifetime
+from trainers.telemetry.goodput import START_PARTS, duration
+from trainers.telemetry.lifetime import Start
+
+_HEAD = (
+    "began (UTC)",
+    "steps",
+    "lasted",
+    "in steps",
+    "start-up",
+    "lost steps",
+    "to next step",
+    "ended",
+)
+
+
+def text(directory: str | os.PathLike) -> str:
+    """Returns the line on a run's life, and a table with a row for each start.
+
+    Raises:
+      ValueError: the directory has no record of a run's time, or a damaged one.
+    """
+    path = os.path.join(directory, lifetime.FILE)
+    try:
+        starts = lifetime.read(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: name the directory (MODEL_DIR) of a run that this version has trained."
+        ) from None
+    waits = lifetime.waits(starts)
+    rows = [_HEAD, *(_row(start, wait) for start, wait in zip(starts, waits, strict=True))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    table = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([f"{os.fspath(directory)}: {lifetime.line(starts)}", *map(str.rstrip, table)])
+
+
+def _row(start: Start, wait: float | None) -> Sequence[str]:
+    began = datetime.datetime.fromtimestamp(start.began, datetime.UTC)
+    steps = "-" if start.from_step is None else f"{start.from_step:,} to {start.step:,}"
+    return (
+        began.isoformat(" ", "seconds")[:19],
+        steps,
+        duration(sum(start.seconds.values())),
+        duration(start.training),
+        duration(sum(start.seconds.get(part, 0.0) for part in START_PARTS)),
+        f"{start.lost_steps:,}",
+        "-" if wait is None else duration(wait),
+        start.ended,
+    )
