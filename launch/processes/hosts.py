@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import environment
+from model.storage import paths
 
 _KEYS = "espalier/hosts"
 _WAIT_MS = (
@@ -31,7 +32,7 @@ _REMEDIES = {
     "configuration": "start all processes with the same flags and gin files",
     "devices": "ask for hosts of one kind (SLURM: --constraint; GKE: a node selector)",
     "data": "let all hosts read the same data, vocabulary and preprocessing",
-    "MODEL_DIR": "give a folder on a file system that all hosts share",
+    "MODEL_DIR": "give a folder on a file system that all hosts share, or gs://BUCKET/NAME or s3://BUCKET/NAME and credentials on each",
 }
 
 
@@ -128,10 +129,10 @@ def check_shared(path: str) -> None:
 
     if jax.process_count() == 1:
         return
-    store, file = _store(), pathlib.Path(path, _SHARED_FILE)
+    store, file = _store(), paths.join(path, _SHARED_FILE)
     if jax.process_index() == 0:
         token = uuid.uuid4().hex
-        file.write_text(token, encoding="utf-8")
+        paths.write(file, token.encode())
         store.key_value_set(f"{_KEYS}/shared", token)
     token = _get(store, f"{_KEYS}/shared")
     seen = f"{path} as process 0 sees it"
@@ -143,13 +144,14 @@ def check_shared(path: str) -> None:
         time.sleep(0.2)
     check_same("shared", {"MODEL_DIR": seen})
     if jax.process_index() == 0:
-        file.unlink()
+        paths.delete(file)
 
 
-def _holds(file: pathlib.Path, token: str) -> bool:
+def _holds(file: str, token: str) -> bool:
     try:
-        os.listdir(file.parent)  # makes network file systems look again
-        return file.read_text(encoding="utf-8") == token
+        if not paths.is_remote(file):
+            os.listdir(os.path.dirname(file))  # makes network file systems look again
+        return paths.read(file) == token.encode()
     except OSError:
         return False
 

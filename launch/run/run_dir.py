@@ -7,6 +7,9 @@ vocabulary.model, vocabulary.json  its SentencePiece vocabulary, if it has one
 tokenizer/                         or the files of an imported tokenizer
 parameters.txt                     every parameter with shape, axes and sharding
 metrics.jsonl, tensorboard/, checkpoints/<step>/
+
+A MODEL_DIR in an object store has the same files under the same names. Checkpoints are written to it directly; the other
+files are written in a local folder, which is copied to the store before each checkpoint is committed, and at the end.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import logging
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +34,9 @@ from launch import environment
 from launch.config import config_diff, gin_source
 from launch.config.gin_source import ROOT
 from launch.run import model_record
+from model.storage import lock as store_lock
+from model.storage import mirror, paths
+from trainers.checkpoints import step_dir
 
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
@@ -69,20 +76,50 @@ class RunDir:
 
     Only the `writer` process writes; all may read. The writer holds a lock until it is closed, so that
     another run in the same directory fails to start.
+
+    Attributes:
+      path: the local folder of the files: the directory itself, or its mirror.
+      writer: whether this process writes.
+      lock: held by the writer.
+      mirror: copies the files of an address; None for a local directory.
     """
 
     path: str
     writer: bool = True
-    lock: IO[str] | None = None
+    lock: IO[str] | store_lock.StoreLock | None = None
+    mirror: mirror.Mirror | None = None
 
     def close(self) -> None:
-        """Releases the lock."""
-        if self.lock is not None:
-            self.lock.close()
+        """Copies the files to the store, if they are in one, and releases the lock."""
+        try:
+            if self.lock is not None:
+                self.publish()
+        finally:
+            if self.lock is not None:
+                self.lock.close()
+            if self.mirror is not None and not self.writer:
+                shutil.rmtree(self.path, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Copies the files to the store, so that another host can go on from here; nothing for a local directory.
+
+        Raises:
+          LostLockError: another process has taken the run.
+          StoreError: the store refuses, or cannot be reached.
+        """
+        if self.writer and self.mirror is not None:
+            if isinstance(self.lock, store_lock.StoreLock):
+                self.lock.check()
+            self.mirror.push()
+
+    @property
+    def address(self) -> str:
+        """The directory as all hosts know it: MODEL_DIR."""
+        return self.path if self.mirror is None else self.mirror.address
 
     @property
     def checkpoints(self) -> str:
-        return self.file("checkpoints")
+        return paths.join(self.address, step_dir.CHECKPOINTS)
 
     @property
     def metrics(self) -> str:
@@ -95,6 +132,8 @@ class RunDir:
 
     @property
     def has_checkpoints(self) -> bool:
+        if self.mirror is not None:
+            return bool(paths.names(self.checkpoints))
         return os.path.isdir(self.checkpoints) and bool(os.listdir(self.checkpoints))
 
     def file(self, name: str) -> str:
@@ -119,7 +158,7 @@ class RunDir:
         new = facts.get("data_fingerprint")
         if new is not None and recorded and recorded[-1] != new:
             raise RunDirectoryError(
-                f"The data of the run in {self.path} has changed: its fingerprint was "
+                f"The data of the run in {self.address} has changed: its fingerprint was "
                 f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
                 f"the data, vocabulary and preprocessing, or start in another MODEL_DIR (from "
                 f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
@@ -140,23 +179,64 @@ def prepare(
 
     Raises:
       RunDirectoryError: the directory holds a run of another or an unknown configuration; the path is
-        empty or an address of an object store, or it cannot be read and written; another process is
+        empty or an address of an unknown kind, or it cannot be read and written; another process is
         training in it.
+      StoreError: the store of an address refuses, has no such bucket, or cannot be reached.
     """
     if not path or "\0" in path:
         raise RunDirectoryError(
             f"MODEL_DIR = {path!r} is no path: give the run a directory of its own."
         )
+    if paths.is_remote(path):
+        run = _open_address(path, writer)
+    else:
+        run = _open_folder(path, writer)
+    try:
+        _check_entries(run)
+        _continue(run, config, tuple(may_change))
+        run.publish()
+    except BaseException:
+        if run.lock is not None:
+            run.lock.close()
+        raise
+    return run
+
+
+def _open_address(address: str, writer: bool) -> RunDir:
+    """Locks a directory in an object store, and copies its files to the local folder of this process."""
+    address = paths.absolute(address)
+    if not paths.split(address)[2]:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {address!r} is a whole bucket: give the run a folder of its own, {address}/NAME."
+        )
+    try:
+        held = store_lock.StoreLock(address) if writer else None
+    except store_lock.HeldError as error:
+        raise RunDirectoryError(
+            f"{address} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    name = "" if writer else f".{os.getpid()}"
+    try:
+        files = mirror.Mirror(
+            address, writer=writer, without=(step_dir.CHECKPOINTS, "logs"), name=name
+        )
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
+    return RunDir(files.path, writer, held, files)
+
+
+def _open_folder(path: str, writer: bool) -> RunDir:
     if "://" in path:
         raise RunDirectoryError(
-            f"MODEL_DIR = {path!r} is an address, but a run's directory is a folder that all its "
-            "processes see: mount the bucket and give the folder, or use a shared file system."
+            f"MODEL_DIR = {path!r} is an address of an unknown kind: give a folder, or {' or '.join(paths.SCHEMES)}BUCKET/NAME."
         )
     path = os.path.abspath(os.path.expanduser(path))
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # what makes no directory: a name that is too long, links in a circle
-        run = RunDir(path, writer, lock(path) if writer else None)
+        return RunDir(path, writer, lock(path) if writer else None)
     except BlockingIOError as error:
         raise RunDirectoryError(
             f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
@@ -166,13 +246,6 @@ def prepare(
             f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
             "that can be made and written, or remove what is in its place."
         ) from None
-    try:
-        _check_entries(run)
-        _continue(run, config, tuple(may_change))
-    except BaseException:
-        run.close()
-        raise
-    return run
 
 
 def lock(path: str | os.PathLike) -> IO[str]:
@@ -223,7 +296,7 @@ def _check_entries(run: RunDir) -> None:
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
     """Checks that the directory belongs to this run, and describes the new start."""
-    path = run.path
+    path = run.address
     old = _read(run.file("config.gin")) if run.started else None
     if old is None and run.has_checkpoints:
         raise RunDirectoryError(
@@ -237,7 +310,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
         raise RunDirectoryError(
             f"{path}/config.gin is damaged, so the run in the directory is unknown: {error}. {remedy}"
         ) from None
-    previous = read_run(path) if run.started else {}
+    previous = read_run(run.path) if run.started else {}
     if difference:
         if previous.get("config_sha256") not in (None, _sha256(old)):
             raise RunDirectoryError(
@@ -254,7 +327,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
         if previous:
             facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
-        model_record.write(path)
+        model_record.write(run.path)
         run.write("run.json", _json(facts))
 
 
