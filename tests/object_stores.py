@@ -167,7 +167,9 @@ def gs() -> Iterator[Store]:
 
     class Server(http.server.ThreadingHTTPServer):
         def handle_error(self, request, client_address) -> None:
-            if not isinstance(sys.exc_info()[1], ConnectionError):  # a client need not read to the end
+            if not isinstance(
+                sys.exc_info()[1], ConnectionError
+            ):  # a client need not read to the end
                 super().handle_error(request, client_address)
 
     server = Server(("127.0.0.1", 0), functools.partial(Handler, storage))

@@ -71,7 +71,9 @@ def remove(directory: pathlib.Path, marker: str) -> None:
 def others(parent: pathlib.Path, marker: str) -> Iterator[tuple[str, bytes]]:
     """Yields address and marker of the complete folders that only the store has below a folder."""
     address = address_of(parent)
-    for name in paths.names(address) if address is not None else ():
+    if address is None:
+        return
+    for name in paths.names(address):
         if not (parent / name).exists():
             with contextlib.suppress(FileNotFoundError):
                 yield paths.join(address, name), paths.read(paths.join(address, name, marker))

@@ -116,9 +116,6 @@ def _manifests(parent: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
                 yield directory, token_cache.read_manifest(directory)
             except CacheCorruptError:
                 yield directory, {}
-    for address, raw in shared.others(parent, token_cache.MANIFEST):
-        with contextlib.suppress(CacheCorruptError):
-            yield pathlib.Path(address), token_cache.parse_manifest(raw, pathlib.Path(address))
 
 
 def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
@@ -131,14 +128,18 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
                 pass
         token_cache.remove(other)
         shared.remove(other, token_cache.MANIFEST)
-    if not directory.exists():
-        shared.remove(directory, token_cache.MANIFEST)
+    for address, _ in list(shared.others(parent, token_cache.MANIFEST)):
+        shared.remove(parent / address.rpartition("/")[2], token_cache.MANIFEST)
 
 
 def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
     """Reports what has changed since the most similar of the other caches."""
     differences = []
-    for directory, manifest in _manifests(parent):
+    manifests: list[tuple[object, dict]] = list(_manifests(parent))
+    for address, raw in shared.others(parent, token_cache.MANIFEST):
+        with contextlib.suppress(CacheCorruptError):
+            manifests.append((address, token_cache.parse_manifest(raw, parent)))
+    for directory, manifest in manifests:
         if manifest:
             previous = {**manifest["description"], "features": manifest["features"]}
             keys = [key for key in now if canonical(now[key]) != canonical(previous.get(key))]

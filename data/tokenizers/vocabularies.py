@@ -32,6 +32,7 @@ from data.sandbox.limited_process import LimitedProcess, LimitError
 from data.text.documents import Document
 from data.tokenizers import checkpoint_files
 from model.ranges import Amount, Count, Fraction, Size
+from model.storage import mirror
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint

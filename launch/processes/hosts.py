@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import environment
-from model.storage import paths
 
 _KEYS = "espalier/hosts"
 _WAIT_MS = (
@@ -32,6 +31,7 @@ _REMEDIES = {
     "configuration": "start all processes with the same flags and gin files",
     "devices": "ask for hosts of one kind (SLURM: --constraint; GKE: a node selector)",
     "data": "let all hosts read the same data, vocabulary and preprocessing",
+    "ESPALIER_CACHE": "set it to one address on all hosts, or to a folder on all",
     "MODEL_DIR": "give a folder on a file system that all hosts share, or gs://BUCKET/NAME or s3://BUCKET/NAME and credentials on each",
 }
 
@@ -61,6 +61,7 @@ def check_start(configuration: str) -> None:
             "packages": _packages(),
             "configuration": configuration,
             "devices": f"{len(local)} {local[0].device_kind}",
+            "ESPALIER_CACHE": _cache_address(),
         },
     )
 
@@ -127,6 +128,8 @@ def check_shared(path: str) -> None:
     """
     import jax
 
+    from model.storage import paths
+
     if jax.process_count() == 1:
         return
     store, file = _store(), paths.join(path, _SHARED_FILE)
@@ -148,12 +151,20 @@ def check_shared(path: str) -> None:
 
 
 def _holds(file: str, token: str) -> bool:
+    from model.storage import paths
+
     try:
         if not paths.is_remote(file):
             os.listdir(os.path.dirname(file))  # makes network file systems look again
         return paths.read(file) == token.encode()
     except OSError:
         return False
+
+
+def _cache_address() -> str:
+    """Returns the address of the caches in an object store; folders of hosts may differ."""
+    cache = os.environ.get("ESPALIER_CACHE") or ""
+    return cache.rstrip("/") if "://" in cache else "a folder"
 
 
 def _store() -> Any:

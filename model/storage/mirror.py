@@ -199,6 +199,7 @@ def new_folder(address: str, *, last: Sequence[str]) -> Iterator[str]:
     os.makedirs(folder(), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder(), prefix="new_") as parent:
         target = os.path.join(parent, address.rpartition("/")[2])
+        os.mkdir(target)
         yield target
         publish(target, address, last=last)
 

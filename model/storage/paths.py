@@ -324,10 +324,17 @@ def kvstore(path: str | os.PathLike) -> dict[str, Any]:
         driver = os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs")
         return {"driver": driver, "bucket": bucket, "path": f"{key}/"}
     retries = {"max_retries": _RETRIES}
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{key}/", "s3_request_retries": retries}
+    spec: dict[str, Any] = {
+        "driver": "s3",
+        "bucket": bucket,
+        "path": f"{key}/",
+        "s3_request_retries": retries,
+    }
     for name, variables in (("endpoint", _ENDPOINTS), ("aws_region", _REGIONS)):
         if value := next(filter(None, map(os.environ.get, variables)), None):
             spec[name] = value
-    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else it looks for files and roles, with a message for each missing one
+    if os.environ.get(
+        "AWS_ACCESS_KEY_ID"
+    ):  # else it looks for files and roles, with a message for each missing one
         spec["aws_credentials"] = {"type": "environment"}
     return spec

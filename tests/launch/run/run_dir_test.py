@@ -190,10 +190,10 @@ def test_damaged_files_are_named(tmp_path):
         run_dir.prepare(str(tmp_path), CONFIG)
 
 
-def test_an_address_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
+def test_an_address_of_an_unknown_kind_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(run_dir.RunDirectoryError, match="MODEL_DIR = 'gs://bucket/run'.*mount"):
-        run_dir.prepare("gs://bucket/run", "")
+    with pytest.raises(run_dir.RunDirectoryError, match="MODEL_DIR = 'hdfs://host/run'.*gs://"):
+        run_dir.prepare("hdfs://host/run", "")
     assert not list(tmp_path.iterdir())
 
 
