@@ -81,13 +81,13 @@ class RunDir:
       path: the local folder of the files: the directory itself, or its mirror.
       writer: whether this process writes.
       lock: held by the writer.
-      mirror: copies the files of an address; None for a local directory.
+      store: copies the files to an address; None for a local directory.
     """
 
     path: str
     writer: bool = True
     lock: IO[str] | store_lock.StoreLock | None = None
-    mirror: mirror.Mirror | None = None
+    store: mirror.Mirror | None = None
 
     def close(self) -> None:
         """Copies the files to the store, if they are in one, and releases the lock."""
@@ -97,7 +97,7 @@ class RunDir:
         finally:
             if self.lock is not None:
                 self.lock.close()
-            if self.mirror is not None and not self.writer:
+            if self.store is not None and not self.writer:
                 shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
@@ -107,15 +107,15 @@ class RunDir:
           LostLockError: another process has taken the run.
           StoreError: the store refuses, or cannot be reached.
         """
-        if self.writer and self.mirror is not None:
+        if self.writer and self.store is not None:
             if isinstance(self.lock, store_lock.StoreLock):
                 self.lock.check()
-            self.mirror.push()
+            self.store.push()
 
     @property
     def address(self) -> str:
         """The directory as all hosts know it: MODEL_DIR."""
-        return self.path if self.mirror is None else self.mirror.address
+        return self.path if self.store is None else self.store.address
 
     @property
     def checkpoints(self) -> str:
@@ -132,7 +132,7 @@ class RunDir:
 
     @property
     def has_checkpoints(self) -> bool:
-        if self.mirror is not None:
+        if self.store is not None:
             return bool(paths.names(self.checkpoints))
         return os.path.isdir(self.checkpoints) and bool(os.listdir(self.checkpoints))
 
