@@ -12,13 +12,10 @@ A MODEL_DIR in an object store has the same files under the same names. Checkpoi
 files are written in a local folder, which is copied to the store before each checkpoint is committed, and at the end.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import platform
@@ -33,9 +30,10 @@ from typing import IO, Any
 from launch import environment
 from launch.config import config_diff, gin_source
 from launch.config.gin_source import ROOT
-from launch.run import model_record
-from model.storage import lock as store_lock
+from launch.run import model_record, run_place
+from launch.run.run_place import RunDirectoryError
 from model.storage import mirror, paths
+from model.storage.lock import StoreLock
 from trainers.checkpoints import step_dir
 
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
@@ -63,11 +61,6 @@ _FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "m
           "vocabulary.model", "vocabulary.json", ".lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
 
-_log = logging.getLogger(__name__)
-
-
-class RunDirectoryError(ValueError):
-    """The directory cannot be used, is damaged, or belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +79,7 @@ class RunDir:
 
     path: str
     writer: bool = True
-    lock: IO[str] | store_lock.StoreLock | None = None
+    lock: IO[str] | StoreLock | None = None
     store: mirror.Mirror | None = None
 
     def close(self) -> None:
@@ -108,7 +101,7 @@ class RunDir:
           StoreError: the store refuses, or cannot be reached.
         """
         if self.writer and self.store is not None:
-            if isinstance(self.lock, store_lock.StoreLock):
+            if isinstance(self.lock, StoreLock):
                 self.lock.check()
             self.store.push()
 
@@ -188,9 +181,11 @@ def prepare(
             f"MODEL_DIR = {path!r} is no path: give the run a directory of its own."
         )
     if paths.is_remote(path):
-        run = _open_address(path, writer)
+        folder, held, store = run_place.open_address(path, writer)
+        run = RunDir(folder, writer, held, store)
     else:
-        run = _open_folder(path, writer)
+        folder, locked = run_place.open_folder(path, writer)
+        run = RunDir(folder, writer, locked)
     try:
         _check_entries(run)
         _continue(run, config, tuple(may_change))
@@ -200,79 +195,6 @@ def prepare(
             run.lock.close()
         raise
     return run
-
-
-def _open_address(address: str, writer: bool) -> RunDir:
-    """Locks a directory in an object store, and copies its files to the local folder of this process."""
-    address = paths.absolute(address)
-    if not paths.split(address)[2]:
-        raise RunDirectoryError(
-            f"MODEL_DIR = {address!r} is a whole bucket: give the run a folder of its own, {address}/NAME."
-        )
-    try:
-        held = store_lock.StoreLock(address) if writer else None
-    except store_lock.HeldError as error:
-        raise RunDirectoryError(
-            f"{address} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
-        ) from None
-    name = "" if writer else f".{os.getpid()}"
-    try:
-        files = mirror.Mirror(
-            address, writer=writer, without=(step_dir.CHECKPOINTS, "logs"), name=name
-        )
-    except BaseException:
-        if held is not None:
-            held.close()
-        raise
-    return RunDir(files.path, writer, held, files)
-
-
-def _open_folder(path: str, writer: bool) -> RunDir:
-    if "://" in path:
-        raise RunDirectoryError(
-            f"MODEL_DIR = {path!r} is an address of an unknown kind: give a folder, or {' or '.join(paths.SCHEMES)}BUCKET/NAME."
-        )
-    path = os.path.abspath(os.path.expanduser(path))
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(path)  # what makes no directory: a name that is too long, links in a circle
-        return RunDir(path, writer, lock(path) if writer else None)
-    except BlockingIOError as error:
-        raise RunDirectoryError(
-            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
-        ) from None
-    except OSError as error:
-        raise RunDirectoryError(
-            f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
-            "that can be made and written, or remove what is in its place."
-        ) from None
-
-
-def lock(path: str | os.PathLike) -> IO[str]:
-    """Locks a directory until the returned file is closed.
-
-    Raises:
-      BlockingIOError: another process holds the lock; the message is its name.
-    """
-    os.makedirs(path, exist_ok=True)
-    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise BlockingIOError(holder) from None
-    except OSError as error:
-        _log.warning(
-            "%s cannot be locked (%s): nothing prevents that two processes use this directory at once.",
-            path,
-            error.strerror,
-        )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
 
 
 def _check_entries(run: RunDir) -> None:
