@@ -62,7 +62,6 @@ _FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "m
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
 
 
-
 @dataclasses.dataclass(frozen=True)
 class RunDir:
     """A run's directory.

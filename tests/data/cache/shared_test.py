@@ -79,9 +79,9 @@ def test_a_token_cache_in_the_store_is_copied_and_a_damaged_one_is_named(store, 
     paths.write(f"{address}/{name}", b"\0" * len(paths.read(f"{address}/{name}")))
     host("c")
     third = task_cache.caches_path("task", "train") / "key"
-    with pytest.raises(CacheCorruptError, match=f"{address} is damaged.*{name}"):
-        with task_cache._shared_build(third):
-            pass
+    damaged = pytest.raises(CacheCorruptError, match=f"{address} is damaged.*{name}")
+    with damaged, task_cache._shared_build(third):
+        pass
     assert not third.exists()
     assert [place for place, _ in shared.others(third.parent, token_cache.MANIFEST)] == [address]
     shared.remove(third, token_cache.MANIFEST)

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from launch.config import config_diff
-from launch.run import run_dir
+from launch.run import run_dir, run_place
 from launch.run.parameter_table import parameter_table
 from launch.run.run_dir import RunDirectoryError
 
@@ -310,7 +310,7 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplo
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_dir.fcntl, "flock", refuse)
+    monkeypatch.setattr(run_place.fcntl, "flock", refuse)
     run_dir.prepare(str(tmp_path), CONFIG).close()
     [warning] = caplog.messages
     assert str(tmp_path) in warning
