@@ -103,8 +103,12 @@ def filesystem(address: str) -> Any:
 
 @functools.cache
 def _filesystem(scheme: str) -> Any:
-    # epath would use TensorFlow's own client, which is slow to import and has none for s3.
+    # epath would use TensorFlow's own client, which is slow to import and has none for s3. It decides this at its first use,
+    # which may have been of a path of this machine.
     os.environ.setdefault("EPATH_USE_TF", "0")
+    from etils.epath import gpath
+
+    gpath._is_tf_installed.cache_clear()
     if emulator := os.environ.get(EMULATOR):
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         os.environ.setdefault(

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from model.storage import lock, mirror, paths
 
@@ -58,6 +59,12 @@ def test_objects_are_written_listed_read_and_deleted(store):
     assert not paths.exists(f"{base}/a.txt")
     with pytest.raises(FileNotFoundError):
         paths.read(f"{base}/a.txt")
+
+
+def test_epath_reaches_the_store_after_a_path_of_this_machine(store, tmp_path):
+    epath.Path(tmp_path).exists()  # makes epath decide on its client
+    paths.write(f"{store.address}/x", b"1")
+    assert epath.Path(f"{store.address}/x").read_bytes() == b"1"
 
 
 def test_of_several_creators_one_succeeds(store):
