@@ -34,7 +34,7 @@ def _wait_for_checkpoint(process, address):
     pytest.fail(f"no checkpoint: {process.communicate(timeout=10)}")
 
 
-def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path, monkeypatch):
+def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
     whole = tmp_path / "whole"
     assert train(*flags(train, whole)).status == 0
     address = f"{store.address}/runs/small"
