@@ -62,7 +62,7 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
     )
 
     inputs, output = f"{store.address}/x.jsonl", f"{store.address}/y.jsonl"
-    paths.write(inputs, b'{"text": "import os"}\n')
+    paths.write(inputs, b'{"tokens": [40, 41, 42, 43]}\n')
     given = [f"--checkpoint={address}", f"--inputs={inputs}", f"--output={output}"]
     assert score.main(given) == 0
     here = tmp_path / "y.jsonl"
