@@ -79,6 +79,10 @@ SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 # BM25, a baseline of influence.
 LEXICAL = ["bm25s>=0.2.8"]
 
+# Clients of object stores, which epath and Orbax use too.
+GCS = ["gcsfs>=2025.9"]
+S3 = ["s3fs>=2025.9"]
+
 EXTRAS = {
     "data": TEXT,
     "data-large": ["home-assistant-frontend"],
@@ -90,6 +94,8 @@ EXTRAS = {
     "sentences": SENTENCES,
     "serve": SERVE,
     "influence": LEXICAL,
+    "gcs": GCS,
+    "s3": S3,
     "wandb": ["wandb>=0.17"],
     "trackio": ["trackio>=0.20"],
     # Brings protobuf 6, with which newer versions of sentencepiece cannot be imported.
@@ -112,6 +118,12 @@ EXTRAS = {
         *SERVE,
         "openai>=1.60",
         *LEXICAL,
+        *GCS,
+        *S3,
+        "moto[s3]>=5.1",
+        "flask>=3",  # of moto's server
+        "flask-cors>=6",
+        "gcp-storage-emulator>=2026.7",
     ],
     # Reference implementations, for goldens and benchmarks only; never imported by the project.
     "peers": ["torch>=2.4", "transformers>=5.0", "kronfluence>=1.0.1", "bergson>=2.5"],

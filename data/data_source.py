@@ -18,6 +18,7 @@ import numpy as np
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.text import documents, splits
+from model.storage import mirror, paths
 
 Patterns = str | Sequence[str]
 _SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
@@ -181,21 +182,25 @@ class FileSource(DataSource, abc.ABC):
 
 def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:
     """Returns all files that match, sorted, without duplicates and directories."""
-    paths: set[str] = set()
+    files: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
-        full = os.path.abspath(os.path.join(_expanded(data_root or ""), _expanded(pattern)))
-        matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
+        root = "" if paths.is_remote(pattern) else _expanded(data_root or "")
+        full = paths.absolute(paths.join(root, _expanded(pattern)))
+        if paths.is_remote(full):
+            matches = mirror.local_files(paths.matches(full))
+        else:
+            matches = [path for path in glob.glob(full, recursive=True) if os.path.isfile(path)]
         if not matches:
             raise FileNotFoundError(
                 f"{name}: {argument}={pattern!r} matches no file ({full}). Check the path; a "
                 f"relative one starts at {'data_root' if data_root else 'the working directory'}"
             )
-        paths.update(matches)
-    if not paths:
+        files.update(matches)
+    if not files:
         raise ValueError(f"{name}: {argument} is empty; give a glob such as 'data/*.jsonl.zst'")
-    for path in sorted(paths):
+    for path in sorted(files):
         documents.check_suffix(pathlib.Path(path))
-    return tuple(sorted(paths))
+    return tuple(sorted(files))
 
 
 def _expanded(path: str | os.PathLike) -> str:

@@ -29,6 +29,18 @@ INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
 CONSOLE = "espalier"  # the script that runs every command
 # Flags for paths whose help text shows no DIR, FILE or PATH.
 _PATH_FLAGS = ("checkpoint", "inputs", "output", "out", "to", "problems", "solutions")
+# Flags whose paths may be addresses of object stores (model/storage/paths.py).
+_ADDRESS_FLAGS = (
+    "checkpoint",
+    "inputs",
+    "output",
+    "to",
+    "to_hf",
+    "from_hf",
+    "from_gguf",
+    "base",
+    "adapter",
+)
 _by_console = False  # whether the script `espalier` started this process
 
 
@@ -250,15 +262,27 @@ def papers_with(module: str) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that refuses an empty path, which would mean the working directory, or fail after the work."""
+    """A parser that refuses an empty path, which would mean the working directory, or fail after the work.
+
+    It refuses an address where only a folder of this machine can be used: it would become a folder named `gs:`.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             is_path = action.dest in _PATH_FLAGS or re.search("DIR|FILE|PATH", str(action.metavar))
             values = getattr(parsed, action.dest, None)
-            if is_path and "" in (values if isinstance(values, list) else [values]):
-                self.error(f"argument {'/'.join(action.option_strings)}: the path is empty")
+            paths = values if isinstance(values, list) else [values]
+            flag = "/".join(action.option_strings)
+            if is_path and "" in paths:
+                self.error(f"argument {flag}: the path is empty")
+            addresses = [
+                p for p in paths if isinstance(p, str) and p.startswith(("gs://", "s3://"))
+            ]
+            if is_path and flag and addresses and action.dest not in _ADDRESS_FLAGS:
+                self.error(
+                    f"argument {flag}: {addresses[0]} is an address; give a path of this machine"
+                )
         return parsed, rest
 
 

@@ -32,6 +32,7 @@ from typing import Any, Literal
 from launch import cli
 from launch.config import setting_flags, sizes
 from launch.run import load_run
+from model.storage import mirror
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _run(flags: argparse.Namespace) -> None:
     convert, origin = import_weights.import_hf, flags.from_hf
     if flags.from_gguf is not None:
         convert, origin = import_weights.import_gguf, flags.from_gguf
-    print(f"{flags.to}: {convert(origin, flags.to, dtype=flags.dtype)}")
+    print(f"{flags.to}: {convert(mirror.local(origin), flags.to, dtype=flags.dtype)}")
 
 
 def _import_adapters(flags: argparse.Namespace) -> None:

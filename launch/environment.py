@@ -37,8 +37,9 @@ def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> No
 
 
 def cache_dir() -> str:
-    """Returns the folder of all caches: $ESPALIER_CACHE or ~/.cache/espalier."""
-    return os.path.expanduser(os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier")
+    """Returns the folder of all caches: $ESPALIER_CACHE or ~/.cache/espalier; for an address, the latter: of programs."""
+    cache = os.environ.get("ESPALIER_CACHE") or ""
+    return os.path.expanduser("~/.cache/espalier" if not cache or "://" in cache else cache)
 
 
 def prepare() -> None:

@@ -169,7 +169,12 @@ def _job(settings: "Launch", words: list[str], name: str, folder: str | None) ->
     """Returns the job of a command of this project."""
     from launch.cluster.base import Job, SubmitError
 
-    logs = getattr(settings, "logs", "") or (os.path.join(folder, "logs") if folder else "")
+    logs = getattr(settings, "logs", "")
+    if folder and not logs and not settings.ELSEWHERE and "://" in folder:
+        raise SubmitError(
+            f"MODEL_DIR = {folder!r} is an address: give a folder for the logs, --config.logs=DIR."
+        )
+    logs = logs or (os.path.join(folder, "logs") if folder else "")
     if not logs and not settings.ELSEWHERE:
         raise SubmitError("logs: a command without MODEL_DIR needs --config.logs=DIR.")
     log = os.path.join(os.path.abspath(os.path.expanduser(logs)), "log.txt")

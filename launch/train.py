@@ -121,12 +121,12 @@ def train(
         primary = jax.process_index() == 0
         run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
         stack.enter_context(contextlib.closing(run))
-        peers.note_run(run.path)
+        peers.note_run(run.address)
         life = None
         if primary:
             life = Lifetime(run.file(FILE), functools.partial(run.write, FILE), goodput)
             stack.enter_context(life)
-        hosts.check_shared(run.path)
+        hosts.check_shared(run.address)
         parent = phase.find_parent(run.checkpoints, initial)
         with goodput.measure("data"):
             data = open_data(
@@ -214,7 +214,7 @@ def train(
                 goodput=goodput,
                 profiler=profile,
                 row_metrics=_row_metrics(program, data, rates),
-                checkpoint_meta=_checkpoint_meta(meta, data, rates, writer),
+                checkpoint_meta=_checkpoint_meta(meta, data, rates, writer, run),
                 life=life or Unrecorded(),
                 unit=program.recipe.inputs_spec.unit,
             ),
@@ -234,7 +234,7 @@ def train(
         earlier = (
             {k: v for row in written for k, v in row.items()} if loop.step == start.step else {}
         )
-        run_messages.summarise(run.path, loop, data, {**earlier, **last}, of_life)
+        run_messages.summarise(run.address, loop, data, {**earlier, **last}, of_life)
     return {**last, "interrupted": float(loop.interrupted)}
 
 
@@ -332,12 +332,22 @@ def _checkpoint_meta(
     data: RunData,
     rates: np.ndarray,
     writer: metric_writers.MultiWriter,
+    run: run_dir.RunDir,
 ) -> Callable[[int, int], Mapping[str, Any]]:
-    """Returns a function that computes the facts in a checkpoint: `meta`, rate, positions, and what writers record."""
+    """Returns a function that computes the facts in a checkpoint: `meta`, rate, positions, and what writers record.
+
+    The run's files are in its directory before the checkpoint that goes on from them.
+    """
     before = meta.get("initial", {}).get("positions", {})
-    return lambda updates, batches: {
-        **meta,
-        "learning_rate": float(rates[updates]),
-        "positions": {**before, **data.stream.positions(batches)},
-        **writer.sync(),
-    }
+
+    def facts(updates: int, batches: int) -> Mapping[str, Any]:
+        written = writer.sync()
+        run.publish()
+        return {
+            **meta,
+            "learning_rate": float(rates[updates]),
+            "positions": {**before, **data.stream.positions(batches)},
+            **written,
+        }
+
+    return facts

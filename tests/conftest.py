@@ -85,3 +85,35 @@ def _registered():
     seqio = sys.modules.get("seqio")  # importing it takes seconds, and most tests do without
     kinds = ("MixtureRegistry", "TaskRegistry") if seqio else ()
     return {kind: set(getattr(seqio, kind).names()) for kind in kinds}
+
+
+@pytest.fixture(scope="session")
+def _stores():
+    """Object stores on this machine, started when a test needs one; clients read their environment once in a process."""
+    import contextlib
+
+    from tests import object_stores
+
+    with contextlib.ExitStack() as stack:
+        started = {}
+
+        def start(scheme: str):
+            if scheme not in started:
+                started[scheme] = stack.enter_context(getattr(object_stores, scheme)())
+                os.environ.update(started[scheme].environment)
+            return started[scheme]
+
+        yield start
+        for store in started.values():
+            for name in store.environment:
+                os.environ.pop(name, None)
+
+
+@pytest.fixture(params=["s3", "gs"])
+def store(request, _stores, monkeypatch, tmp_path):
+    """A store with an empty bucket (`store.address`), of each kind."""
+    running = _stores(request.param)
+    running.new_bucket()
+    monkeypatch.setenv("ESPALIER_COPIES", str(tmp_path / "copies"))
+    yield running
+    running.fault = None

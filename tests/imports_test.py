@@ -20,8 +20,12 @@ OWN = {
     "data": {"data"},
     "launch": {"launch", "trainers", "model", "data"},
 }
-# Names of types, which all packages use; the module imports none of them.
-LEAVES = {"model.ranges"}
+# Names of types, and files and addresses, which all packages use; the modules import none of them.
+LEAVES = {
+    "model.ranges",
+    "model.storage",
+    *(f"model.storage.{name}" for name in ("lock", "mirror", "paths")),
+}
 # The modules that need TensorFlow are slow to import and are kept out of the training process.
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"}
 FORBIDDEN = {
@@ -131,7 +135,7 @@ def test_what_is_allowed_passes(tmp_path):
 # place of its own. Files that no level names are the commands, above all.
 LEVELS = {
     "model": (
-        ("axes", "kernels", "ranges", "same"),
+        ("axes", "kernels", "ranges", "same", "storage"),
         ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope"),
         ("attention", "layers", "mlp", "transformer"),
         ("heads", "low_rank", "moe", "t5", "transforms", "vision"),

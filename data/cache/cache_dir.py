@@ -9,14 +9,19 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 
+from data.cache import shared
+
 VARIABLE = "ESPALIER_CACHE"
 
 
 def cache_dir(*parts: str, override: str | os.PathLike | None = None) -> pathlib.Path:
-    """Returns `parts` under `override`, else under $ESPALIER_CACHE, else under ~/.cache/espalier."""
+    """Returns `parts` under `override`, else under $ESPALIER_CACHE, else under ~/.cache/espalier.
+
+    For an address of an object store, these are folders of its local copy, see data/cache/shared.py.
+    """
     if override is None:
         override = os.environ.get(VARIABLE) or "~/.cache/espalier"
-    return pathlib.Path(override).expanduser().joinpath(*parts)
+    return pathlib.Path(shared.local_root(override)).expanduser().joinpath(*parts)
 
 
 def build_directory(
@@ -27,7 +32,21 @@ def build_directory(
     `build` writes into a temporary sibling directory, which is then renamed. If another process
     finished first, its directory is used: both have the same content, because the name is a hash of
     all inputs. An existing directory that lacks one of the `expected` files is replaced.
+
+    In a cache of an object store, a directory that another host has built is copied; otherwise this host builds it for all.
     """
+    marker = expected[-1]
+    if shared.fetch(target, marker):
+        return
+    with shared.building(target):
+        if not shared.fetch(target, marker):
+            _build_here(target, build, expected)
+            shared.publish(target, marker)
+
+
+def _build_here(
+    target: pathlib.Path, build: Callable[[pathlib.Path], None], expected: Sequence[str]
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = _temporary(target), _temporary(target)
     temporary.mkdir(mode=0o755)

@@ -214,6 +214,11 @@ def read_manifest(directory: pathlib.Path) -> dict:
         if directory.exists():
             raise corrupt(directory, MANIFEST, "is missing") from None
         raise FileNotFoundError(f"There is no token cache at {directory}.") from None
+    return parse_manifest(raw, directory)
+
+
+def parse_manifest(raw: bytes, directory: pathlib.Path) -> dict:
+    """Returns the manifest of a cache from its bytes; raises CacheCorruptError."""
     try:
         manifest = json.loads(raw)
         body = manifest["body"]

@@ -6,6 +6,7 @@ other fingerprints, one of its inputs has changed; by default this is an error, 
 overwritten. On request, caches with several fingerprints can exist side by side.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 from data.cache import cache_dir as directories
-from data.cache import fingerprint, task_reader
+from data.cache import fingerprint, shared, task_reader
 from data.cache import store as token_cache
 from data.cache.cache_files import CacheCorruptError, canonical
 from data.choices import check_choice
@@ -69,13 +70,42 @@ def open_task_cache(
             if changed == "replace":
                 _remove_others(parent, directory)
             if not directory.exists():  # another process may have built it meanwhile
-                _compare(parent, {**description, "features": features}, num_shards, changed)
-                _build(task, split, directory, features, description, num_shards)
+                with _shared_build(directory) as complete:
+                    if not complete:
+                        now = {**description, "features": features}
+                        _compare(parent, now, num_shards, changed)
+                        _build(task, split, directory, features, description, num_shards)
+                        shared.publish(directory, token_cache.MANIFEST)
     cache = token_cache.open_cache(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
         raise ValueError(f"Task {task.name!r} has no records in split {split!r}.")
     return cache
+
+
+@contextlib.contextmanager
+def _shared_build(directory: pathlib.Path) -> Iterator[bool]:
+    """Copies the cache if its root is in a store that has it, else holds the store's lock; yields whether it was copied.
+
+    Raises:
+        CacheCorruptError: the cache in the store is damaged.
+    """
+    marker = token_cache.MANIFEST
+    with contextlib.ExitStack() as stack:
+        complete = shared.fetch(directory, marker)
+        if not complete:
+            stack.enter_context(shared.building(directory))
+            complete = shared.fetch(directory, marker)
+        if complete:
+            try:
+                token_cache.open_cache(directory)
+            except CacheCorruptError as error:
+                token_cache.remove(directory)
+                raise CacheCorruptError(
+                    f"The token cache {shared.address_of(directory)} is damaged: {error} `--replace` deletes the one in the "
+                    "store too."
+                ) from None
+        yield complete
 
 
 def _manifests(parent: pathlib.Path) -> Iterator[tuple[pathlib.Path, dict]]:
@@ -97,12 +127,19 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
             except CacheCorruptError:
                 pass
         token_cache.remove(other)
+        shared.remove(other, token_cache.MANIFEST)
+    for address, _ in list(shared.others(parent, token_cache.MANIFEST)):
+        shared.remove(parent / address.rpartition("/")[2], token_cache.MANIFEST)
 
 
 def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
     """Reports what has changed since the most similar of the other caches."""
     differences = []
-    for directory, manifest in _manifests(parent):
+    manifests: list[tuple[object, dict]] = list(_manifests(parent))
+    for address, raw in shared.others(parent, token_cache.MANIFEST):
+        with contextlib.suppress(CacheCorruptError):
+            manifests.append((address, token_cache.parse_manifest(raw, parent)))
+    for directory, manifest in manifests:
         if manifest:
             previous = {**manifest["description"], "features": manifest["features"]}
             keys = [key for key in now if canonical(now[key]) != canonical(previous.get(key))]

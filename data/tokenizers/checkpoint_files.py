@@ -10,6 +10,7 @@ import stat
 from typing import Any
 
 MAX_JSON = 16 << 20  # bytes of a JSON file of settings
+SUFFIXES = (".json", ".model", ".jinja", ".txt")  # of the files that a tokenizer may have
 MAX_BYTES = 128 << 20  # bytes of a vocabulary
 
 

@@ -32,6 +32,7 @@ from data.sandbox.limited_process import LimitedProcess, LimitError
 from data.text.documents import Document
 from data.tokenizers import checkpoint_files
 from model.ranges import Amount, Count, Fraction, Size
+from model.storage import mirror
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
@@ -113,6 +114,7 @@ def from_file(*, path: str | os.PathLike, extra_ids: Count = 0):
 
     `extra_ids` is the number of sentinels after the last piece, as for T5 span corruption.
     """
+    path = mirror.local(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"no SentencePiece model {os.fspath(path)!r}; give the path of a .model file, or train one "
@@ -149,6 +151,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
       FileNotFoundError: the directory has no tokenizer.
       ValueError: its files are damaged, or the tokenizer does not allow extra ids.
     """
+    path = mirror.local(path, suffixes=checkpoint_files.SUFFIXES)
     folder = pathlib.Path(path)
     alone = not os.path.lexists(folder / "tokenizer.json")
     limit = checkpoint_files.MAX_BYTES

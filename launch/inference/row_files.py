@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from data.text import documents
+from model.storage import mirror, paths
 
 _log = logging.getLogger(__name__)
 
@@ -27,9 +29,13 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
       RowFileError: there is no such file.
       DataError: a malformed line, named by file and number.
     """
-    if not os.path.isfile(path):
+    try:
+        file = mirror.local(path)
+    except FileNotFoundError:
+        file = ""
+    if not os.path.isfile(file):
         raise RowFileError(f"--{flag}={path}: there is no such file.")
-    lines = documents.read_json_lines(pathlib.Path(path), example=example)
+    lines = documents.read_json_lines(pathlib.Path(file), example=example)
     return [(f"{path}, line {number}", row) for number, row in lines]
 
 
@@ -48,7 +54,12 @@ def check_output(
       compressed: whether a file named .gz or .zst is written compressed, see `write`.
       others: files of other flags, which must not be overwritten, by flag.
     """
-    folder = os.path.dirname(os.path.abspath(path))
+    if paths.is_remote(path):
+        paths.names(path)  # raises StoreError
+        folder = mirror.folder()
+        os.makedirs(folder, exist_ok=True)
+    else:
+        folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise RowFileError(f"--{flag}={path}: there is no folder {folder}. Create it first.")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
@@ -92,6 +103,12 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
     if not writer:
         for _ in iterator:
             pass
+        return
+    if paths.is_remote(path):
+        with tempfile.TemporaryDirectory(dir=mirror.folder()) as folder:
+            local = os.path.join(folder, path.rpartition("/")[2])
+            write(local, itertools.chain(first, iterator))
+            mirror.put(local, path)
         return
     partial = f"{path}.partial"
     with documents.open_to_write(pathlib.Path(partial), named=path) as file:

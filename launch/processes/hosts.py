@@ -31,7 +31,8 @@ _REMEDIES = {
     "configuration": "start all processes with the same flags and gin files",
     "devices": "ask for hosts of one kind (SLURM: --constraint; GKE: a node selector)",
     "data": "let all hosts read the same data, vocabulary and preprocessing",
-    "MODEL_DIR": "give a folder on a file system that all hosts share",
+    "ESPALIER_CACHE": "set it to one address on all hosts, or to a folder on all",
+    "MODEL_DIR": "give a folder on a file system that all hosts share, or gs://BUCKET/NAME or s3://BUCKET/NAME and credentials on each",
 }
 
 
@@ -60,6 +61,7 @@ def check_start(configuration: str) -> None:
             "packages": _packages(),
             "configuration": configuration,
             "devices": f"{len(local)} {local[0].device_kind}",
+            "ESPALIER_CACHE": _cache_address(),
         },
     )
 
@@ -126,12 +128,14 @@ def check_shared(path: str) -> None:
     """
     import jax
 
+    from model.storage import paths
+
     if jax.process_count() == 1:
         return
-    store, file = _store(), pathlib.Path(path, _SHARED_FILE)
+    store, file = _store(), paths.join(path, _SHARED_FILE)
     if jax.process_index() == 0:
         token = uuid.uuid4().hex
-        file.write_text(token, encoding="utf-8")
+        paths.write(file, token.encode())
         store.key_value_set(f"{_KEYS}/shared", token)
     token = _get(store, f"{_KEYS}/shared")
     seen = f"{path} as process 0 sees it"
@@ -143,15 +147,24 @@ def check_shared(path: str) -> None:
         time.sleep(0.2)
     check_same("shared", {"MODEL_DIR": seen})
     if jax.process_index() == 0:
-        file.unlink()
+        paths.delete(file)
 
 
-def _holds(file: pathlib.Path, token: str) -> bool:
+def _holds(file: str, token: str) -> bool:
+    from model.storage import paths
+
     try:
-        os.listdir(file.parent)  # makes network file systems look again
-        return file.read_text(encoding="utf-8") == token
+        if not paths.is_remote(file):
+            os.listdir(os.path.dirname(file))  # makes network file systems look again
+        return paths.read(file) == token.encode()
     except OSError:
         return False
+
+
+def _cache_address() -> str:
+    """Returns the address of the caches in an object store; folders of hosts may differ."""
+    cache = os.environ.get("ESPALIER_CACHE") or ""
+    return cache.rstrip("/") if "://" in cache else "a folder"
 
 
 def _store() -> Any:

@@ -175,8 +175,8 @@ def file_of_run(step: Any, name: str) -> str | None:
     """Returns the path of a file in the run that a step directory belongs to; None without one."""
     from trainers.checkpoints import step_dir
 
-    path = step_dir.folder_of(step) / name
-    return os.fspath(path) if path.is_file() else None
+    path = os.path.join(step_dir.files_of_run(step), name)
+    return path if os.path.isfile(path) else None
 
 
 def place(checkpoint: str) -> str:

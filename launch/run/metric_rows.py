@@ -1,11 +1,13 @@
 """Reads the rows of metrics.jsonl, and names runs by their directories."""
 
+import contextlib
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from model.storage import mirror, paths
 from trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
 
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/SOURCE/METRIC
@@ -32,7 +34,9 @@ def read_rows(directory: str | os.PathLike) -> list[dict[str, Any]]:
       FileNotFoundError: the directory holds no metrics.
       DamagedRowsError: a line is not a row of metrics, or a held-out metric names no source.
     """
-    path = os.path.join(directory, "metrics.jsonl")
+    path = paths.join(directory, "metrics.jsonl")
+    with contextlib.suppress(FileNotFoundError):
+        path = mirror.local(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: give the directory of a run (MODEL_DIR).")
     rows = rows_in_force(path)

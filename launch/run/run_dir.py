@@ -8,18 +8,19 @@ tokenizer/                         or the files of an imported tokenizer
 parameters.txt                     every parameter with shape, axes and sharding
 lifetime.json                      its time, over all starts
 metrics.jsonl, tensorboard/, checkpoints/<step>/
+
+A MODEL_DIR in an object store has the same files under the same names. Checkpoints are written to it directly; the other
+files are written in a local folder, which is copied to the store before each checkpoint is committed, and at the end.
 """
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,7 +31,11 @@ from typing import IO, Any
 from launch import environment
 from launch.config import config_diff, gin_source
 from launch.config.gin_source import ROOT
-from launch.run import model_record
+from launch.run import model_record, run_place
+from launch.run.run_place import RunDirectoryError
+from model.storage import mirror, paths
+from model.storage.lock import StoreLock
+from trainers.checkpoints import step_dir
 
 # Settings that a run may change when it continues: its length, its outputs, and its devices.
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
@@ -57,12 +62,6 @@ _FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "m
           "vocabulary.model", "vocabulary.json", ".lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
 
-_log = logging.getLogger(__name__)
-
-
-class RunDirectoryError(ValueError):
-    """The directory cannot be used, is damaged, or belongs to another run."""
-
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
@@ -70,20 +69,50 @@ class RunDir:
 
     Only the `writer` process writes; all may read. The writer holds a lock until it is closed, so that
     another run in the same directory fails to start.
+
+    Attributes:
+      path: the local folder of the files: the directory itself, or its mirror.
+      writer: whether this process writes.
+      lock: held by the writer.
+      store: copies the files to an address; None for a local directory.
     """
 
     path: str
     writer: bool = True
-    lock: IO[str] | None = None
+    lock: IO[str] | StoreLock | None = None
+    store: mirror.Mirror | None = None
 
     def close(self) -> None:
-        """Releases the lock."""
-        if self.lock is not None:
-            self.lock.close()
+        """Copies the files to the store, if they are in one, and releases the lock."""
+        try:
+            if self.lock is not None:
+                self.publish()
+        finally:
+            if self.lock is not None:
+                self.lock.close()
+            if self.store is not None and not self.writer:
+                shutil.rmtree(self.path, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Copies the files to the store, so that another host can go on from here; nothing for a local directory.
+
+        Raises:
+          LostLockError: another process has taken the run.
+          StoreError: the store refuses, or cannot be reached.
+        """
+        if self.writer and self.store is not None:
+            if isinstance(self.lock, StoreLock):
+                self.lock.check()
+            self.store.push()
+
+    @property
+    def address(self) -> str:
+        """The directory as all hosts know it: MODEL_DIR."""
+        return self.path if self.store is None else self.store.address
 
     @property
     def checkpoints(self) -> str:
-        return self.file("checkpoints")
+        return paths.join(self.address, step_dir.CHECKPOINTS)
 
     @property
     def metrics(self) -> str:
@@ -96,6 +125,8 @@ class RunDir:
 
     @property
     def has_checkpoints(self) -> bool:
+        if self.store is not None:
+            return bool(paths.names(self.checkpoints))
         return os.path.isdir(self.checkpoints) and bool(os.listdir(self.checkpoints))
 
     def file(self, name: str) -> str:
@@ -120,7 +151,7 @@ class RunDir:
         new = facts.get("data_fingerprint")
         if new is not None and recorded and recorded[-1] != new:
             raise RunDirectoryError(
-                f"The data of the run in {self.path} has changed: its fingerprint was "
+                f"The data of the run in {self.address} has changed: its fingerprint was "
                 f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
                 f"the data, vocabulary and preprocessing, or start in another MODEL_DIR (from "
                 f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
@@ -141,66 +172,29 @@ def prepare(
 
     Raises:
       RunDirectoryError: the directory holds a run of another or an unknown configuration; the path is
-        empty or an address of an object store, or it cannot be read and written; another process is
+        empty or an address of an unknown kind, or it cannot be read and written; another process is
         training in it.
+      StoreError: the store of an address refuses, has no such bucket, or cannot be reached.
     """
     if not path or "\0" in path:
         raise RunDirectoryError(
             f"MODEL_DIR = {path!r} is no path: give the run a directory of its own."
         )
-    if "://" in path:
-        raise RunDirectoryError(
-            f"MODEL_DIR = {path!r} is an address, but a run's directory is a folder that all its "
-            "processes see: mount the bucket and give the folder, or use a shared file system."
-        )
-    path = os.path.abspath(os.path.expanduser(path))
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(path)  # what makes no directory: a name that is too long, links in a circle
-        run = RunDir(path, writer, lock(path) if writer else None)
-    except BlockingIOError as error:
-        raise RunDirectoryError(
-            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
-        ) from None
-    except OSError as error:
-        raise RunDirectoryError(
-            f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
-            "that can be made and written, or remove what is in its place."
-        ) from None
+    if paths.is_remote(path):
+        folder, held, store = run_place.open_address(path, writer)
+        run = RunDir(folder, writer, held, store)
+    else:
+        folder, locked = run_place.open_folder(path, writer)
+        run = RunDir(folder, writer, locked)
     try:
         _check_entries(run)
         _continue(run, config, tuple(may_change))
+        run.publish()
     except BaseException:
-        run.close()
+        if run.lock is not None:
+            run.lock.close()
         raise
     return run
-
-
-def lock(path: str | os.PathLike) -> IO[str]:
-    """Locks a directory until the returned file is closed.
-
-    Raises:
-      BlockingIOError: another process holds the lock; the message is its name.
-    """
-    os.makedirs(path, exist_ok=True)
-    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise BlockingIOError(holder) from None
-    except OSError as error:
-        _log.warning(
-            "%s cannot be locked (%s): nothing prevents that two processes use this directory at once.",
-            path,
-            error.strerror,
-        )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
 
 
 def _check_entries(run: RunDir) -> None:
@@ -224,7 +218,7 @@ def _check_entries(run: RunDir) -> None:
 
 def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
     """Checks that the directory belongs to this run, and describes the new start."""
-    path = run.path
+    path = run.address
     old = _read(run.file("config.gin")) if run.started else None
     if old is None and run.has_checkpoints:
         raise RunDirectoryError(
@@ -238,7 +232,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
         raise RunDirectoryError(
             f"{path}/config.gin is damaged, so the run in the directory is unknown: {error}. {remedy}"
         ) from None
-    previous = read_run(path) if run.started else {}
+    previous = read_run(run.path) if run.started else {}
     if difference:
         if previous.get("config_sha256") not in (None, _sha256(old)):
             raise RunDirectoryError(
@@ -255,7 +249,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
         if previous:
             facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
-        model_record.write(path)
+        model_record.write(run.path)
         run.write("run.json", _json(facts))
 
 

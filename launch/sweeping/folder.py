@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from data.cache import cache_dir
-from launch.run import run_dir
+from launch.run import run_place
 from launch.sweeping.file import Run
 from trainers.telemetry.metric_writers import read_jsonl, restored
 
@@ -222,7 +222,7 @@ def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
 def _lock(directory: pathlib.Path, use: str) -> IO[str]:
     """Locks a directory for this process; the error names another process that holds the lock."""
     try:
-        return run_dir.lock(directory)
+        return run_place.lock(directory)
     except BlockingIOError as error:
         raise SweepFolderError(f"{directory} is in use: {error} {use}") from None
 

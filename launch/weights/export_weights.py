@@ -108,7 +108,7 @@ def _export(
     main = max(
         set(dtypes.values()), key=lambda x: sum(sizes[hf] for hf in shapes if dtypes[hf] == x)
     )
-    if missing := run_vocabulary.export_files(step_dir.run_folder(step), folder):
+    if missing := run_vocabulary.export_files(step_dir.files_of_run(step), folder):
         print(f"note: {missing}.", file=sys.stderr)
     config = {**_config(family, model, source), "torch_dtype": main.name, "dtype": main.name}
     generation = _generation(folder, config, source)
@@ -126,7 +126,7 @@ def _export(
     weights = described(family.name, shapes.values(), main.name, sum(sizes.values()))
     model_card.write(
         folder,
-        step_dir.folder_of(step),
+        step_dir.files_of_run(step),
         record,
         weights=weights,
         architecture=family.architecture,

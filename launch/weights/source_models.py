@@ -52,7 +52,7 @@ class SourceModel:
         self._parts = {name: part for part in parts for name in part.entries}
         shapes = {name: tuple(part.entries[name].shape) for name, part in self._parts.items()}
         self.abstract = Source(path, shapes)
-        self.folder = step_dir.run_folder(self.step)
+        self.folder = step_dir.files_of_run(self.step)
 
     def config(self, *, whole: bool) -> str:
         """Returns the gin text of the run's model, or of its whole configuration."""

@@ -7,6 +7,11 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
+from model.storage import mirror, paths
+
+# What is copied last to an object store: a reader takes a checkpoint for complete once these are there.
+_LAST = ("config.json", "manifest.json")
+
 
 class ConvertError(ValueError):
     """A conversion that is not possible with these arguments."""
@@ -24,7 +29,7 @@ def check_space(folder: str, needed: int) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: str, *, goes_on: Callable[[str], bool] | None = None) -> Iterator[str]:
-    """Yields a temporary directory, which is renamed to `target` at the end, or removed after an error.
+    """Yields a temporary directory, which is renamed to `target` (or copied to an address) at the end, or removed after an error.
 
     A killed process leaves `.<target>.partial`, which is ignored, and removed by the next conversion to the same target.
 
@@ -36,6 +41,10 @@ def new_directory(target: str, *, goes_on: Callable[[str], bool] | None = None) 
     Raises:
       ConvertError: the target exists, or another process is writing it.
     """
+    if paths.is_remote(target):
+        with mirror.new_folder(target, last=_LAST) as folder:
+            yield folder
+        return
     target = os.path.abspath(target)
     parent, name = os.path.split(target)
     if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):

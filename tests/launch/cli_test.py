@@ -217,6 +217,7 @@ def test_errors_raised_by_the_command_module_itself_are_messages(command, tmp_pa
         (["--gin.STEPS"], "needs a value: --gin.STEPS=VALUE"),
         (["--gin_fil=x"], "unrecognized arguments"),
         (["--gin_file="], "--gin_file: the path is empty"),
+        (["--gin_file=gs://bucket/x.gin"], "--gin_file: gs://bucket/x.gin is an address"),
         (["--process_count=2"], "go together"),
         (["--coordinator_address=h:1", "--process_index=0"], "go together"),
         (["--coordinator_address=auto", "--process_index=0"], "go together"),

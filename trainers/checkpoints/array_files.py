@@ -1,6 +1,5 @@
 """The arrays of a step on disk: how they are stored, read onto shardings, and verified."""
 
-import os
 from typing import Any
 
 import jax
@@ -9,13 +8,15 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir
+from model.storage import paths
+from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir, store_drivers
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler of arrays: uncompressed, because weights hardly compress; one writer per element."""
     quiet.install()
+    store_drivers.install()
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
@@ -84,10 +85,10 @@ def open_array(path: epath.Path, name: str) -> Any:
 
 def _open(path: epath.Path, name: str, context: tensorstore.Context | None = None) -> Any:
     """Returns the future of a TensorStore."""
-    base = os.fspath((path / step_dir.STATE).resolve())
+    state = path / step_dir.STATE
     kvstore = {
         "driver": "ocdbt",
-        "base": base if "://" in base else f"file://{base}",
+        "base": paths.kvstore(state if paths.is_remote(state) else state.resolve()),
         "path": name.replace("/", ".") + "/",
     }
     return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, context=context)

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from model.storage import paths
 from trainers.checkpoints import agreement, manifest, step_dir
 from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
@@ -77,7 +77,7 @@ def save_error(path: epath.Path, error: BaseException, good: Sequence[int]) -> C
     """Returns an error with the reason and with the newest of the `good` steps."""
     text = str(error)
     full = getattr(error, "errno", None) in _NO_SPACE or any(t in text for t in _NO_SPACE_TEXTS)
-    if full and "://" not in os.fspath(path):
+    if full and not paths.is_remote(path):
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = f"the disk is full or a quota is reached ({free:.0f} MB free)"
         remedy = "Free some space or keep fewer steps, then start again"

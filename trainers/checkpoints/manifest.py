@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from model.storage import paths
+
 # Limits the memory of the cached keys; longer axes are contracted in pieces.
 _KEYS_AT_ONCE = 1 << 18
 _READ_BYTES = 1 << 22
@@ -141,7 +143,7 @@ def file_checksum(path: epath.Path) -> tuple[int, str]:
 
 def is_inside(directory: epath.Path, name: str) -> bool:
     """Returns whether a file of a step is a regular file in its directory; raises FileNotFoundError if there is none."""
-    if "://" in os.fspath(directory):  # an object store, which has no links
+    if paths.is_remote(directory):  # an object store has no links
         return ".." not in name.split("/")
     path = os.path.join(directory, name)
     inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))

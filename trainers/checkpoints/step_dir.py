@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from model.storage import mirror, paths
 from trainers.checkpoints import agreement, step_record
 from trainers.checkpoints.manifest import (
     DamagedCheckpointError,
@@ -32,6 +33,7 @@ META = "meta.json"
 MANIFEST = "manifest.json"
 INCOMPLETE = "incomplete"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -39,13 +41,15 @@ _log = logging.getLogger(__name__)
 
 def absolute(path: str | os.PathLike) -> epath.Path:
     """Returns the absolute path, as Orbax requires; addresses of object stores are already absolute."""
-    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
+    if paths.is_remote(path):
+        paths.filesystem(os.fspath(path))  # sets up how epath reaches it
+    return epath.Path(paths.absolute(path))
 
 
 def write_file(path: epath.Path, data: bytes) -> None:
     """Writes a file atomically, also with respect to a power cut."""
-    if "://" in os.fspath(path):  # Object stores write whole objects atomically.
-        path.write_bytes(data)
+    if paths.is_remote(path):
+        paths.write(os.fspath(path), data)
         return
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "wb") as file:
@@ -118,6 +122,8 @@ def remove(path: epath.Path) -> None:
         if entry.name != INCOMPLETE:
             entry.rmtree() if entry.is_dir() else entry.unlink()
     (path / INCOMPLETE).unlink()
+    if paths.is_remote(path):  # a folder is gone with its last object
+        return
     try:
         path.rmdir()
     except (OSError, ValueError):  # a process is still writing: the next start removes its files
@@ -130,7 +136,11 @@ def set_aside(path: epath.Path) -> epath.Path:
     taken = {entry.name for entry in path.parent.iterdir()}
     names = (f"{path.name}.aside{i or ''}" for i in itertools.count())
     target = path.parent / next(name for name in names if name not in taken)
-    path.rename(target)
+    if paths.is_remote(path):  # nothing can be renamed
+        paths.copy_tree(os.fspath(path), os.fspath(target), last=MANIFEST)
+        remove(path)
+    else:
+        path.rename(target)
     return target
 
 
@@ -144,6 +154,8 @@ def candidates(path: str | os.PathLike) -> list[epath.Path]:
       FileNotFoundError: it has no checkpoint.
     """
     folder = absolute(path)
+    if paths.is_remote(path):
+        paths.names(os.fspath(path))  # a missing bucket or a refusal is an error that says so
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder}: there is no such directory.")
     if any((folder / name).exists() for name in (MANIFEST, META, STATE, INCOMPLETE)):
@@ -164,15 +176,28 @@ def resolve(path: str | os.PathLike) -> epath.Path:
     return candidates(path)[0]
 
 
-def run_folder(path: str | os.PathLike) -> epath.Path:
-    """Returns the directory of a checkpoint's run; raises FileNotFoundError as `resolve`."""
-    return folder_of(resolve(path))
-
-
 def folder_of(step: epath.Path) -> epath.Path:
     """Returns the directory of the run that a step directory belongs to."""
     folder = step.parent
     return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+def files_of_run(step: epath.Path) -> epath.Path:
+    """Returns a local folder with the files of a step's run: the run's own, or for an address an up-to-date copy of those
+    that are beside its checkpoints.
+
+    Raises:
+      StoreError: the run's store refuses, or cannot be reached.
+    """
+    folder = folder_of(step)
+    if not paths.is_remote(folder):
+        return folder
+    address = os.fspath(folder)
+    steps = [name for name in paths.names(address) if name.partition(".")[0].isdecimal()]
+    try:
+        return epath.Path(mirror.local(address, without=(CHECKPOINTS, TENSORBOARD, *steps)))
+    except FileNotFoundError:  # the run has checkpoints alone
+        return epath.Path(mirror.place(address))
 
 
 def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:

@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir
+from model.storage import paths
+from trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir, store_drivers
 from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _BYTES_IN_FLIGHT = 16 << 20
@@ -58,16 +59,16 @@ class _Handler(ocp.type_handlers.TypeHandler):
     ) -> Sequence[Any]:
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            base = os.path.join(os.fspath(info.parent_dir), "ocdbt.process_0")
+            base = paths.kvstore(info.parent_dir / "ocdbt.process_0")
             self.digests[info.name] = _write(base, info.name, value)
         return []
 
 
-def _write(base: str, name: str, array: StreamedArray) -> int:
+def _write(base: Mapping[str, Any], name: str, array: StreamedArray) -> int:
     """Writes an array and returns its digest."""
     spec = {
         "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{base}", "path": f"{name}/"},
+        "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
         "metadata": {
             "shape": array.shape,
             "chunks": [max(1, size) for size in array.chunk],
@@ -123,6 +124,7 @@ def save(
       CheckpointSaveError: the disk is full or cannot be written.
     """
     quiet.install()
+    store_drivers.install()
     path = step_dir.absolute(directory) / str(step)
     writer = _Handler()
     # Orbax warns if this argument is missing.

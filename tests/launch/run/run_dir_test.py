@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from launch.config import config_diff
-from launch.run import run_dir
+from launch.run import run_dir, run_place
 from launch.run.parameter_table import parameter_table
 from launch.run.run_dir import RunDirectoryError
 
@@ -190,10 +190,10 @@ def test_damaged_files_are_named(tmp_path):
         run_dir.prepare(str(tmp_path), CONFIG)
 
 
-def test_an_address_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
+def test_an_address_of_an_unknown_kind_is_refused_and_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(run_dir.RunDirectoryError, match="MODEL_DIR = 'gs://bucket/run'.*mount"):
-        run_dir.prepare("gs://bucket/run", "")
+    with pytest.raises(run_dir.RunDirectoryError, match="MODEL_DIR = 'hdfs://host/run'.*gs://"):
+        run_dir.prepare("hdfs://host/run", "")
     assert not list(tmp_path.iterdir())
 
 
@@ -310,7 +310,7 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplo
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_dir.fcntl, "flock", refuse)
+    monkeypatch.setattr(run_place.fcntl, "flock", refuse)
     run_dir.prepare(str(tmp_path), CONFIG).close()
     [warning] = caplog.messages
     assert str(tmp_path) in warning

@@ -1,0 +1,104 @@
+"""Where a run's directory is, a local folder or an address of an object store, and the lock of the one process that writes it."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import platform
+from typing import IO
+
+from model.storage import mirror, paths
+from model.storage.lock import HeldError, StoreLock
+from trainers.checkpoints import step_dir
+
+_log = logging.getLogger(__name__)
+
+
+class RunDirectoryError(ValueError):
+    """The directory cannot be used, is damaged, or belongs to another run."""
+
+
+def open_address(address: str, writer: bool) -> tuple[str, StoreLock | None, mirror.Mirror]:
+    """Locks a directory in an object store for the writer, and copies its files to a local folder of this process.
+
+    Returns:
+      The folder, the lock, and what copies the files of the folder to the store.
+
+    Raises:
+      RunDirectoryError: the address is a whole bucket, or another process holds it.
+      StoreError: the store refuses, has no such bucket, or cannot be reached.
+    """
+    address = paths.absolute(address)
+    if not paths.split(address)[2]:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {address!r} is a whole bucket: give the run a folder of its own, {address}/NAME."
+        )
+    try:
+        held = StoreLock(address) if writer else None
+    except HeldError as error:
+        raise RunDirectoryError(
+            f"{address} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    name = "" if writer else f".{os.getpid()}"
+    try:
+        files = mirror.Mirror(
+            address, writer=writer, without=(step_dir.CHECKPOINTS, "logs"), name=name
+        )
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
+    return files.path, held, files
+
+
+def open_folder(path: str, writer: bool) -> tuple[str, IO[str] | None]:
+    """Returns the absolute path of a local directory, and its lock, which the writer holds.
+
+    Raises:
+      RunDirectoryError: the directory cannot be made or locked, or it is an address of an unknown kind.
+    """
+    if "://" in path:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} is an address of an unknown kind: give a folder, or {' or '.join(paths.SCHEMES)}BUCKET/NAME."
+        )
+    path = os.path.abspath(os.path.expanduser(path))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # what makes no directory: a name that is too long, links in a circle
+        return path, lock(path) if writer else None
+    except BlockingIOError as error:
+        raise RunDirectoryError(
+            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
+            "that can be made and written, or remove what is in its place."
+        ) from None
+
+
+def lock(path: str | os.PathLike) -> IO[str]:
+    """Locks a directory until the returned file is closed.
+
+    Raises:
+      BlockingIOError: another process holds the lock; the message is its name.
+    """
+    os.makedirs(path, exist_ok=True)
+    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder) from None
+    except OSError as error:
+        _log.warning(
+            "%s cannot be locked (%s): nothing prevents that two processes use this directory at once.",
+            path,
+            error.strerror,
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file

@@ -1,0 +1,118 @@
+"""Checkpoints in object stores: the faults of local ones, and those of stores."""
+
+import itertools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.storage import paths
+from trainers.checkpoints import step_dir, stream_checkpoint
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.commit import CheckpointSaveError
+from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.restore import restore_state
+
+
+def state(step):
+    params = {"a": jnp.arange(12.0).reshape(3, 4) + step, "b": jnp.full(5, step, jnp.bfloat16)}
+    return {"params": params, "step": jnp.array(step)}
+
+
+ABSTRACT = jax.eval_shape(lambda: state(0))
+
+
+def check(restored, step):
+    assert restored.step == step
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state(step))
+
+
+@pytest.fixture
+def saved(store):
+    """A run with the steps 1 and 2."""
+    directory = f"{store.address}/run/checkpoints"
+    with Checkpointer(directory, keep_last=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state(step), meta={"x": 1}, metrics={"loss": step})
+    return directory
+
+
+def data_file(directory, step):
+    return next(
+        f"{directory}/{step}/{n}" for n in paths.entries(f"{directory}/{step}") if "/d/" in n
+    )
+
+
+def test_steps_are_saved_verified_kept_and_restored(store, saved):
+    check(restore_state(f"{store.address}/run", ABSTRACT), 2)
+    with Checkpointer(saved, keep_last=2) as checkpointer:
+        assert checkpointer.all_steps() == [1, 2]
+        checkpointer.save(3, state(3))
+    assert paths.names(saved) == ["2", "3"]  # the oldest is deleted with all its objects
+    assert not paths.exists(f"{saved}/3/incomplete")
+
+
+def test_a_damaged_and_a_missing_object_are_named_and_the_step_before_is_used(store, saved):
+    address = data_file(saved, 2)
+    content = bytearray(paths.read(address))
+    content[len(content) // 2] ^= 1
+    paths.write(address, bytes(content))
+    name = address.removeprefix(f"{saved}/2/")
+    with pytest.raises(DamagedCheckpointError, match=f"{name} does not match its checksum"):
+        restore_state(f"{saved}/2", ABSTRACT)
+    paths.delete(address)
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is missing"):
+        restore_state(f"{saved}/2", ABSTRACT)
+    with Checkpointer(saved) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 1)
+    assert paths.names(saved) == ["1", "2.aside"]
+
+
+def test_a_half_written_step_is_not_used_and_is_removed(store, saved):
+    paths.write(f"{saved}/3/incomplete", b"")
+    paths.write(f"{saved}/3/state/d/x", b"half")
+    check(restore_state(f"{store.address}/run", ABSTRACT), 2)
+    with Checkpointer(saved) as checkpointer:
+        assert checkpointer.all_steps() == [1, 2]
+    assert paths.names(saved) == ["1", "2"]
+
+
+def test_a_store_that_fails_now_and_then_and_is_slow_does_no_harm(store, saved):
+    numbers, lock = itertools.count(1), threading.Lock()
+
+    def fault(method, path):
+        with lock:
+            number = next(numbers)
+        return 503 if number % 7 == 0 else 0.01
+
+    store.fault = fault
+    with Checkpointer(saved) as checkpointer:
+        checkpointer.save(3, state(3))
+    check(restore_state(f"{store.address}/run", ABSTRACT), 3)
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_store_that_refuses_to_write_is_an_error_and_the_steps_before_stay(store, saved):
+    store.fault = lambda method, path: 403 if method in ("PUT", "POST") else None
+    with Checkpointer(saved) as checkpointer:
+        with pytest.raises(CheckpointSaveError, match="step 2 is good"):
+            checkpointer.save(3, state(3))
+            checkpointer.wait()
+        store.fault = None
+    check(restore_state(f"{store.address}/run", ABSTRACT), 2)
+
+
+def test_arrays_that_are_computed_while_they_are_written(store):
+    values = np.arange(24, dtype=np.float32).reshape(6, 4)
+
+    def blocks():
+        for row in range(0, 6, 2):
+            yield (row, 0), values[row : row + 2]
+
+    array = stream_checkpoint.StreamedArray((6, 4), np.dtype(np.float32), (2, 4), blocks)
+    step = stream_checkpoint.save(f"{store.address}/run/checkpoints", {"params/w": array})
+    restored = restore_state(step, {"params": {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)}})
+    np.testing.assert_array_equal(restored.state["params"]["w"], values)
+    assert step_dir.read_record(step)["step"] == 0
