@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 WORKERS ?= 2
+EXTRAS ?= test,test_stores
 
 .PHONY: help venv quickstart test smoke test-tpu test-pretrained lint audit peers peers-kvpress peers-lm-eval xmanager clean
 
@@ -19,7 +20,7 @@ $(VENV)/.installed: setup.py $(wildcard $(CONSTRAINTS))
 	@$(PYTHON) -c 'import sys; sys.exit("Espalier needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[test]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[$(EXTRAS)]'
 	@touch $@
 
 quickstart: venv

@@ -98,6 +98,8 @@ def _stores():
         started = {}
 
         def start(scheme: str):
+            package = {"s3": "moto", "gs": "gcp_storage_emulator"}[scheme]
+            pytest.importorskip(package, reason="the extra test_stores is not installed")
             if scheme not in started:
                 started[scheme] = stack.enter_context(getattr(object_stores, scheme)())
                 os.environ.update(started[scheme].environment)

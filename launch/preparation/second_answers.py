@@ -1,17 +1,24 @@
 """Answers that a second model makes of the teachers': one of several (fusion), or a translation of an English one."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from data.aya_expanse import routing, second_prompts
 from data.aya_expanse.pool import Pool
 from data.aya_expanse.prompts import Prompt, same_language
 from data.text.documents import DataError
 
-if TYPE_CHECKING:
-    from launch.preparation.route import Router
-
 Answers = dict[str, Mapping[str, Any]]
+
+
+class Teachers(Protocol):
+    """Asks models of a pool, and has their answers; a launch.preparation.route.Router."""
+
+    def ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
+        """Asks the models named in `planned` each prompt."""
+
+    def answers(self, prompt: Prompt, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        """Returns the answers of models to a prompt by name, without those that failed."""
 
 
 def check(pool: Pool, flag: str, name: str | None) -> str:
@@ -33,7 +40,7 @@ def writers(pool: Pool, fuser: str, prompt: Prompt) -> list[str]:
 
 
 def fused(
-    router: "Router", prompts: Sequence[Prompt], usable: Sequence[Answers], fuser: str
+    teachers: Teachers, prompts: Sequence[Prompt], usable: Sequence[Answers], fuser: str
 ) -> list[tuple[Prompt, Mapping[str, Any] | None] | None]:
     """Returns, for each prompt with answers, what the fuser is asked, and its answer or None."""
     asked = [
@@ -42,11 +49,11 @@ def fused(
         else None
         for prompt, answers in zip(prompts, usable, strict=True)
     ]
-    return _answered(router, asked, fuser)
+    return _answered(teachers, asked, fuser)
 
 
 def translated(
-    router: "Router", prompts: Sequence[Prompt], usable: Sequence[Answers], translator: str
+    teachers: Teachers, prompts: Sequence[Prompt], usable: Sequence[Answers], translator: str
 ) -> list[tuple[Prompt, Mapping[str, Any] | None] | None]:
     """Returns what the translator is asked, and its answer, for each prompt in another language with an English answer."""
     asked = [
@@ -55,12 +62,14 @@ def translated(
         else None
         for prompt, answers in zip(prompts, usable, strict=True)
     ]
-    return _answered(router, asked, translator)
+    return _answered(teachers, asked, translator)
 
 
 def _answered(
-    router: "Router", asked: Sequence[Prompt | None], name: str
+    teachers: Teachers, asked: Sequence[Prompt | None], name: str
 ) -> list[tuple[Prompt, Mapping[str, Any] | None] | None]:
     some = [one for one in asked if one is not None]
-    router.ask(some, [[name]] * len(some))
-    return [None if one is None else (one, router.answers(one, [name]).get(name)) for one in asked]
+    teachers.ask(some, [[name]] * len(some))
+    return [
+        None if one is None else (one, teachers.answers(one, [name]).get(name)) for one in asked
+    ]

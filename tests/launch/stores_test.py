@@ -18,7 +18,7 @@ from tests.launch.resume_test import ROOT, digests, flags, points, rows
 def _start(train, address, copies):
     """Starts the run as a process of a host with its own folders; each step takes a while."""
     command = [sys.executable, "-m", "launch.train", *flags(train, address)]
-    command.append("--gin.train.train.hooks=[@local_text.Sleep]")
+    command.append("--gin.train.train.hooks=[@local_text.LongSleep]")
     environment = {**os.environ, mirror.COPIES: str(copies)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)

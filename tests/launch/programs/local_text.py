@@ -103,3 +103,10 @@ class Sleep:
 
     def __call__(self, step, state, metrics):
         time.sleep(self._seconds)
+
+
+class LongSleep(Sleep):
+    """A hook that makes steps slow enough for another process to start in them."""
+
+    def __init__(self, *, run):
+        super().__init__(run=run, seconds=2)
