@@ -244,8 +244,8 @@ def noisy_score(
 def translated(text: str, language: str, *, loss: float, key: Any) -> str:
     """Returns an English answer said in another language word by word, with the mistakes of `lossy`; unknown words stay."""
     english = concepts(SHARED)
-    said = [words(language)[english[one]] if one in english else one for one in _items(text)]
-    return lossy(", ".join(said), language, loss=loss, key=key)
+    translated = [words(language)[english[one]] if one in english else one for one in _items(text)]
+    return lossy(", ".join(translated), language, loss=loss, key=key)
 
 
 def lossy(text: str, language: str, *, loss: float, key: Any) -> str:

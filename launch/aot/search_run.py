@@ -75,9 +75,9 @@ def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: s
 
 def _results(recipe: Recipe, flags: argparse.Namespace, topology, timed, limit: float):
     if flags.search == "layout":
-        found = candidates.layouts(recipe, topology)
-        print(f"{len(found)} layouts fit this run", flush=True)
-        return search.all_layouts(found, timed, limit=limit)
+        layouts = candidates.layouts(recipe, topology)
+        print(f"{len(layouts)} layouts fit this run", flush=True)
+        return search.all_layouts(layouts, timed, limit=limit)
     unit = candidates.batch_unit(recipe, topology)
     return search.largest_batch(
         lambda rows: candidates.of_recipe(recipe, topology, rows), timed, unit=unit, limit=limit

@@ -319,9 +319,9 @@ def load(
         folder, of_step = hf_checkpoint.recorded(path)[0], None
         model = run_model.of_file(os.path.join(folder, model_file.NAME), path)
     else:
-        step_dir.resolve(path)  # a missing checkpoint is an error that says so
+        step = step_dir.resolve(path)  # a missing checkpoint is an error that says so
         model = run_model.model(run=path, macro="checkpoint")
-        folder, of_step = os.fspath(step_dir.run_folder(path)), path
+        folder, of_step = os.fspath(step_dir.files_of_run(step)), path
     if vocabulary is None and run_vocabulary.is_usable(folder, of_step):
         read = functools.partial(run_vocabulary.load, folder=folder)
     else:

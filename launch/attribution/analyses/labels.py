@@ -77,7 +77,7 @@ def name(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def source(row: Mapping[str, Any]) -> str:
-    """Returns the source of a document, NO_SOURCE without; what is no text as JSON, and the beginning of a long one."""
+    """Returns the source of a document: a long one cut, other values than texts as JSON, and NO_SOURCE if there is none."""
     value = row.get("source")
     if value is None or value == "":
         return NO_SOURCE

@@ -42,11 +42,11 @@ def largest(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
         np.asarray(sources), return_inverse=True, return_counts=True
     )
     order = np.argsort(-counts, kind="stable")
-    kept = order if len(order) <= _MOST else order[: _MOST - 1]
-    places = np.full(len(every), len(kept))
-    places[kept] = np.arange(len(kept))
-    names = [str(every[i]) for i in kept]
-    return [*names, *([OTHER_SOURCES] if len(kept) < len(order) else [])], places[numbers_N]
+    largest = order if len(order) <= _MOST else order[: _MOST - 1]
+    places = np.full(len(every), len(largest))
+    places[largest] = np.arange(len(largest))
+    names = [str(every[i]) for i in largest]
+    return [*names, *([OTHER_SOURCES] if len(largest) < len(order) else [])], places[numbers_N]
 
 
 def table(

@@ -85,8 +85,8 @@ def with_wins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not answers:
             out.append(dict(row))
             continue
-        kept = {key: value for key, value in answers.items() if key != "judge"}
-        made = {**row, "evaluations": {**row["evaluations"], "answers": kept}}
+        scores = {key: value for key, value in answers.items() if key != "judge"}
+        made = {**row, "evaluations": {**row["evaluations"], "answers": scores}}
         if (reference := judges.get(row["seed"])) is not None and row["arm"] != REFERENCE:
             made["wins"] = {
                 code: _outcomes(own, reference[code]) for code, own in answers["judge"].items()

@@ -34,8 +34,8 @@ def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def answered(row: Mapping[str, str], text: str | None = None) -> dict[str, str]:
     """Returns a request as supervised data, with its reference as answer or another text."""
-    kept = {key: row[key] for key in ("id", "prompt", "language")}
-    return {**kept, "completion": row["answer"] if text is None else text}
+    request = {key: row[key] for key in ("id", "prompt", "language")}
+    return {**request, "completion": row["answer"] if text is None else text}
 
 
 class NoisyRewards:
@@ -230,8 +230,8 @@ def _write_pairs(
 
 
 def _pair(row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, str]:
-    kept = {key: row[key] for key in ("id", "prompt", "language")}
-    return {**kept, "chosen": chosen, "rejected": rejected}
+    request = {key: row[key] for key in ("id", "prompt", "language")}
+    return {**request, "chosen": chosen, "rejected": rejected}
 
 
 def _qualities(
