@@ -66,7 +66,9 @@ def test_a_batch_of_covariances():
     # Of gate, up and down: squares of inputs and of gradients of outputs in two blocks, split over both devices, and a
     # count for each layer; losses are whole.
     entries = L * ((2 * D * D + F * F) + (2 * F * F + D * D)) / 2
-    assert report.memory.outputs == pytest.approx(4 * (entries / 2 + 3 * L + ROWS * PROMPT), rel=0.01)
+    assert report.memory.outputs == pytest.approx(
+        4 * (entries / 2 + 3 * L + ROWS * PROMPT), rel=0.01
+    )
     assert report.flops.analytic is None
 
 
