@@ -145,7 +145,8 @@ def test_a_run_leaves_its_record(trained):
     assert "mfu" not in row  # nobody knows this CPU's peak
     parts = ("init", "compile", "data_wait", "step", "checkpoint", "evaluation", "other")
     assert all(row[f"time/{part}"] >= 0 for part in parts)
-    assert row["time/compile"] > 0.2 and row["time/step"] > 0.02
+    # Programs may have been compiled before.
+    assert row["time/compile"] > 0.02 and row["time/step"] > 0.02
 
 
 def test_a_finished_run_started_again_has_nothing_to_do(train, flags, trained):
