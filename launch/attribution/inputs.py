@@ -13,8 +13,9 @@ from data.text import documents as document_files
 from data.text import spelling
 from launch.attribution.analyses import labels
 from launch.inference import row_files
-from launch.inference.generate import decoder_of, with_prompt_key
+from launch.inference.generate import with_prompt_key
 from launch.inference.score import scored_row
+from launch.inference.texts import decoder_of
 from launch.run.load_run import LoadedRun, LoadError
 from trainers.decoding.stop_strings import GrowingText
 from trainers.scoring.scoring import Row

@@ -117,7 +117,7 @@ class Run:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, also of those after an EOS."""
-        from launch.inference.generate import decoder_of
+        from launch.inference.texts import decoder_of
 
         return decoder_of(self.vocabulary)([int(token) for token in tokens])
 

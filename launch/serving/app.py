@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from launch.inference.generate import decoder_of, prompt_of
+from launch.inference.generate import prompt_of
+from launch.inference.texts import decoder_of
 from launch.run.load_run import LoadError
 from launch.serving import replies, requests
 from launch.serving.engine import (
