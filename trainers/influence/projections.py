@@ -23,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from model.moe.grouped_matmul import grouped_matmul
-from trainers.influence import documents
+from trainers.influence import documents, spread
 from trainers.influence.consumers import outer_by_group
 from trainers.influence.fit import Reader
 from trainers.influence.kronecker import Damping, FactorError
@@ -191,7 +191,7 @@ class ProjectedCurvature:
             terms = f"{batch}xy,{lead}xk,{lead}ym->qkm"
             phi = phi + _contracted(terms, v[path], self.own[path]["a"], self.own[path]["s"])
         Q, K, _ = phi.shape
-        solved_QF = np.asarray(phi, np.float64).reshape(Q, K * K) @ self.inverse_FF
+        solved_QF = spread.on_host(phi).astype(np.float64).reshape(Q, K * K) @ self.inverse_FF
         w_QKK = jnp.asarray(solved_QF.reshape(Q, K, K), phi.dtype)
         result = {}
         for path, site in self.sites.items():
