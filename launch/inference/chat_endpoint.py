@@ -128,33 +128,37 @@ class ChatEndpoint:
         """
         hopeless: list[EndpointError] = []
         ended = threading.Event()
-        in_a_row = 0
+        lock, in_a_row = threading.Lock(), 0
 
+        # Whoever gets a reply decides whether to go on: the consumer of the replies may be far behind.
         def ask(body: Mapping[str, Any]) -> ChatReply | Silence | None:
-            return None if ended.is_set() else self._ask(body)
+            nonlocal in_a_row
+            if ended.is_set():
+                return None
+            try:
+                reply = self._ask(body)
+            except EndpointError as error:
+                # Requests in flight have been paid for, so their replies are awaited.
+                hopeless.append(error)
+                ended.set()
+                return None
+            with lock:
+                in_a_row = in_a_row + 1 if isinstance(reply, Silence) else 0
+                if isinstance(reply, Silence) and in_a_row == patience:
+                    hopeless.append(
+                        EndpointError(
+                            f"{self.name} has not replied to {in_a_row} requests in a row: {reply.reason}"
+                        )
+                    )
+                    ended.set()
+            return reply
 
         with ThreadPoolExecutor(self._concurrency) as pool:
             try:
                 asked = {pool.submit(ask, body): i for i, body in enumerate(bodies)}
                 for future in as_completed(asked):
-                    try:
-                        reply = future.result()
-                    except EndpointError as error:
-                        # Requests in flight have been paid for, so their replies are awaited.
-                        ended.set()
-                        hopeless.append(error)
-                        continue
-                    if reply is None:
-                        continue
-                    in_a_row = in_a_row + 1 if isinstance(reply, Silence) else 0
-                    if isinstance(reply, Silence) and in_a_row == patience:
-                        ended.set()
-                        hopeless.append(
-                            EndpointError(
-                                f"{self.name} has not replied to {in_a_row} requests in a row: {reply.reason}"
-                            )
-                        )
-                    yield asked[future], reply
+                    if (reply := future.result()) is not None:
+                        yield asked[future], reply
             finally:
                 ended.set()
         if hopeless:
