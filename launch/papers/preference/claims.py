@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import fits, numbers, rule
+from launch.papers.preference import fits, numbers, rule, sweep
 from launch.papers.preference.numbers import Number, change, of_arm
 from launch.papers.preference.results import METHODS, Arm, Course, arms_of, by_seed, find
 from launch.papers.shared.claim import FEW_SEEDS, Claim, Effect, Measure, RequiredClaim
@@ -230,8 +230,8 @@ CLAIMS = (
     RequiredClaim(
         "C7",
         "An NLL term acts through likelihood alone",
-        f"at the end of DPO with β = {STRONG:g}, which holds better LLH within {HELD} of the start by itself, λ = {WEIGHTS[-1]:g} "
-        f"changes better LLH by less than {LLH_MOVES} and P_win by less than {P_WIN_MOVES}; with β = {WEAK:g}, P_win is more than "
+        f"at the end of DPO with β = {STRONG:g} and a rate of {sweep.RATES[STRONG]}, which holds better LLH within {HELD} of the "
+        f"start by itself, λ = {WEIGHTS[-1]:g} changes better LLH by less than {LLH_MOVES} and P_win by less than {P_WIN_MOVES}; with β = {WEAK:g}, P_win is more than "
         f"{TURNS} higher with λ = {WEIGHTS[1]:g} than with 0 and with {WEIGHTS[-1]:g}",
         {"language": _NLL},
         paper="a larger weight is not better; with a strong penalty it changes little (plots alone)",

@@ -23,7 +23,7 @@ _TEXT = [
     "it are judged 2,048 times by Bradley and Terry's model of their quality, six or seven times for each of 320 prompts, "
     "and 600 updates of 32 such pairs follow, about nine epochs, with DPO, IPO (sums over tokens) or SLiC's hinge (means "
     "over tokens; α weighs its regulariser, which is of sums), of several strengths and with an NLL term (a mean over "
-    "tokens) of weight λ beside some. A sample that was cut without an end is trained on with one. For comparison SimPO (β = 2, γ = 1) and the "
+    "tokens) of weight λ beside some. The rate is 1e-3, and 3e-4 with β = 50, which holds the policy only then (chosen on a pilot seed). A sample that was cut without an end is trained on with one. For comparison SimPO (β = 2, γ = 1) and the "
     "likelihood of the better completions alone learn from the same pairs, online DPO, RLOO, GRPO and PPO "
     "from the quality of 25,600 samples of their own (PPO in 800 updates, the others in 200; one seed), and the best of n samples of the "
     "first model needs no training; claims, fits and rates exclude them (t5x_configs/experiments/preference/cpu).",

@@ -29,6 +29,8 @@ ONLINE = {
     "grpo": ("SAMPLES=4", "BATCH_SIZE=128"),
     "ppo": ("SAMPLES=4", "BATCH_SIZE=128", "TRAIN_STEPS=800", "INDICATORS_PERIOD=80"),
 }
+# Strengths of DPO -> their rate: at 1e-3, Adam's first updates move the policy as far as those of a weaker penalty do.
+RATES = {50.0: "3e-4"}
 # Arms whose entropy is to turn early, and the updates after which they are read beside every twentieth.
 EARLY = {"dpo": (0.01, 0.1)}
 ALSO_AT = tuple(step for step in range(5, 60, 5) if step % 20)
@@ -68,6 +70,8 @@ def _learned(method: str, strength: float, nll: float) -> dict:
         losses, weights = [*losses, "@terms.slic_regulariser"], [*weights, strength]
     if nll:
         losses, weights = [*losses, "@terms.nll"], [*weights, nll]
+    if method == "dpo" and strength in RATES:
+        settings = [*settings, f"LEARNING_RATE={RATES[strength]}"]
     if not nll and strength in EARLY.get(method, ()):
         settings = [*settings, f"INDICATORS_ALSO_AT={ALSO_AT}"]
     bindings = (f"LOSSES=[{', '.join(losses)}]", f"LOSS_WEIGHTS={weights}", *settings)
