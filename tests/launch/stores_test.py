@@ -10,9 +10,11 @@ import time
 
 import pytest
 
-from launch import score
+from launch import convert, score
 from model.storage import mirror, paths
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
+
+WEIGHTS = "model.safetensors"
 
 
 def _start(train, address, copies):
@@ -68,6 +70,16 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
     here = tmp_path / "y.jsonl"
     assert score.main([f"--checkpoint={whole}", f"--inputs={inputs}", f"--output={here}"]) == 0
     assert json.loads(paths.read(output)) == json.loads(here.read_bytes())
+
+    # From a store to a store, the weights are those of the run that was never in one.
+    exported, imported = f"{store.address}/hf", f"{store.address}/imported"
+    assert convert.main([f"--from={address}", f"--to_hf={exported}"]) == 0
+    assert convert.main([f"--from_hf={exported}", f"--to={imported}"]) == 0
+    for number, source in enumerate((whole, imported)):
+        hf = tmp_path / f"hf{number}"
+        assert convert.main([f"--from={source}", f"--to_hf={hf}"]) == 0
+        assert (hf / WEIGHTS).read_bytes() == paths.read(f"{exported}/{WEIGHTS}")
+    assert convert.main([f"--from_hf={exported}", f"--to={imported}"]) == 2  # it is there
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)

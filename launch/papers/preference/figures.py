@@ -146,7 +146,8 @@ def _heat_map(figure: Any, axes: Any, x_E: np.ndarray, y_E: np.ndarray, z_E: np.
     mesh = axes.pcolormesh(*edges, means.T, cmap="viridis", edgecolors="white", linewidth=0.6)
     low, high = max(edges[0][0], edges[1][0]), min(edges[0][-1], edges[1][-1])
     axes.plot([low, high], [low, high], color="black", ls=":", lw=1)
-    axes.annotate("gap 0", (high, high), (-34, -4), textcoords="offset points", fontsize=8)
+    middle = (low + high) / 2
+    axes.annotate("gap 0", (middle, middle), (-38, 2), textcoords="offset points", fontsize=8)
     axes.grid(False)
     axes.set(xlabel="better LLH (nats a token)", ylabel="worse LLH (nats a token)")
     figure.colorbar(mesh, ax=axes, label=f"mean P_win ({_FEWEST} evaluations or more)")
