@@ -13,7 +13,7 @@ TITLE = "likelihood over-optimisation, 2410.11677"
 SEEDS = 5
 PARTS = {
     "language": "preferences in a generated language",
-    "smollm": "SmolLM2-135M on arithmetic, an hour a run",
+    "smollm": "SmolLM2-135M on arithmetic, ten minutes a run",
 }
 # Of an evaluation, as PreferenceIndicators names them.
 INDICATORS = (
