@@ -104,7 +104,7 @@ class Host:
         last = self._stream.steps_for_epochs(1.0)
         return {
             "begin": self._rate(0),
-            "end": self._rate(last - 1000),
+            "end": self._rate(max(0, last - 1000)),
             "last_step": last,
             "before_mb": before,
             "peak_mb": _peak_megabytes(),
