@@ -40,8 +40,8 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     },
     "attention": {
         "kind": "attention",
-        "batch_size": 4,
-        "length": 8192,
+        "batch_size": 2,
+        "length": 16_384,
         "num_heads": 32,
         "num_kv_heads": 8,
         "head_dim": 128,
