@@ -6,6 +6,7 @@ Shapes: R rows, E experts, X in, Y out.
 """
 
 import functools
+import importlib.util
 import warnings
 from typing import Any
 
@@ -14,6 +15,11 @@ import jax.numpy as jnp
 
 from model import axes
 
+# Experimental modules of JAX, which a version may lack.
+_MODULES = tuple(
+    f"jax.experimental.pallas.ops.gpu.{name}_mgpu"
+    for name in ("ragged_dot", "transposed_ragged_dot")
+)
 _BLOCK = 128  # rows and columns of a tile of the results
 _CONTRACTED = (
     64  # rows or columns that are multiplied at a time: 128 bytes, a row of swizzled shared memory
@@ -40,6 +46,8 @@ def problem(rows_RX: jax.Array, kernel_EXY: jax.Array) -> str:
     """Returns why the kernels do not support the call, or ''."""
     if (found := capability()) != "9.0":
         return f"a GPU of compute capability {found}" if found else "an absent GPU"
+    if not all(map(importlib.util.find_spec, _MODULES)):
+        return "this version of JAX"
     if rows_RX.dtype != kernel_EXY.dtype or rows_RX.dtype not in (jnp.bfloat16, jnp.float16):
         return f"rows of {rows_RX.dtype} with kernels of {kernel_EXY.dtype}"
     R, (_, X, Y) = len(rows_RX), kernel_EXY.shape

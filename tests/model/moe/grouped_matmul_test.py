@@ -154,6 +154,13 @@ def test_ragged_dot_on_a_gpu_warns_of_its_cost_once(on, capability, operands, re
             assert form._choose(*operands) == "ragged_dot"
 
 
+def test_a_version_of_jax_without_the_kernels_has_ragged_dot(on, monkeypatch):
+    on("9.0")
+    assert hopper.problem(*halves()) == ""
+    monkeypatch.setattr(hopper, "_MODULES", (*hopper._MODULES, "jax.experimental.no_such_module"))
+    assert hopper.problem(*halves()) == "this version of JAX"
+
+
 def small_gpu(monkeypatch):
     """A GPU with few processors, for the kernel that asks for their number."""
     monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(core_count=2)])
@@ -171,7 +178,8 @@ def test_the_hopper_kernels_lower_for_cuda_without_products_of_all_experts(on, m
 
         return jax.grad(loss, (0, 1))(rows, kernel)
 
-    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    names = ("mosaic_gpu", "mosaic_gpu_v2")
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in names]
     exporting = export.export(jax.jit(gradients), platforms=["cuda"], disabled_checks=checks)
     with use_platform("gpu"):
         text = exporting(*shapes, jax.ShapeDtypeStruct((3,), jnp.int32)).mlir_module()
