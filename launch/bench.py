@@ -6,11 +6,13 @@ Example, about a minute; figures and the environment go to standard output and t
 
 Benchmarks that compare alternate both sides in one run and report the median of pair ratios with a 95 %
 interval. Benchmarks against PyTorch (train_step, moe_step, adapters, t5, dpo, sft, cold_start, hf_import,
-first_token, influence, merge) need `make peers` first, and lm_eval needs `make peers-lm-eval`.
+first_token, influence, merge) need `make peers` first, and lm_eval needs `make peers-lm-eval`. accelerator needs a
+GPU or a TPU, and measures PyTorch beside it if `make peers` installed it with CUDA.
 """
 
 import argparse
 import importlib
+import inspect
 import json
 import pathlib
 import sys
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK")
     parser.add_argument("--out", metavar="FILE", help="also writes the JSON here")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes, to try the benchmark on a small machine"
+    )
 
 
 def _measure(flags: argparse.Namespace) -> None:
@@ -40,12 +45,14 @@ def _measure(flags: argparse.Namespace) -> None:
 
     if flags.out:
         row_files.check_output(flags.out, "out")
-    machine = compare.environment()
     module = importlib.import_module(f"launch.benchmarks.{flags.benchmark}")
+    if flags.tiny and "tiny" not in inspect.signature(module.run).parameters:
+        raise ValueError(f"Benchmark {flags.benchmark!r} has no tiny sizes: remove --tiny.")
+    machine = compare.environment()
     result = {
         "benchmark": flags.benchmark,
         "command": " ".join(sys.orig_argv[1:]),
-        "figures": module.run(),
+        "figures": module.run(**({"tiny": True} if flags.tiny else {})),
         "environment": machine,
     }
     text = json.dumps(result, indent=1)

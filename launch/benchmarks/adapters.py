@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 
 from launch.benchmarks import case, compare, train_step
-from launch.benchmarks.step_side import StepSide
+from launch.benchmarks.step_side import StepSide, recipe_of
 from model.adapters.adapter import Adapted
 from model.kernels import matmul
 from model.mov.molora import MoLora
@@ -80,13 +80,14 @@ def _sides() -> dict[str, StepSide]:
         "molora": ("mov/molora", molora),
     }
     sides = {
-        name: StepSide((*_FILES, f"{_METHODS}{file}.gin"), (*_SIZES, *bindings))
+        name: StepSide(recipe_of((*_FILES, f"{_METHODS}{file}.gin"), (*_SIZES, *bindings)))
         for name, (file, bindings) in methods.items()
     }
     with tempfile.TemporaryDirectory() as folder:
         loop = pathlib.Path(folder, "loop.gin")
         loop.write_text(_LOOP)
-        return {**sides, "loop": StepSide((*_FILES, str(loop)), (*_SIZES, *molora))}
+        recipe = recipe_of((*_FILES, str(loop)), (*_SIZES, *molora))
+        return {**sides, "loop": StepSide(recipe)}
 
 
 def _peft(rounds: int, steps: int) -> dict[str, Any]:

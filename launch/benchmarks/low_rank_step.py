@@ -6,7 +6,7 @@ The model has blocks of width 1,024 and a small vocabulary, so that nearly all p
 from typing import Any
 
 from launch.benchmarks import compare
-from launch.benchmarks.step_side import StepSide
+from launch.benchmarks.step_side import StepSide, recipe_of
 from model.low_rank import factors
 
 FILES = ("t5x_configs/models/bench_blocks.gin", "t5x_configs/runs/pretrain.gin")
@@ -18,8 +18,8 @@ RANK = 0.125
 def run(*, repeats: int = 12) -> dict[str, Any]:
     """Alternates `repeats` steps of both models, each with AdamW and the weight decay of its gin file."""
     sides = {
-        "dense": StepSide(FILES, BINDINGS),
-        "low_rank": StepSide((*FILES, LOW_RANK), (*BINDINGS, f"RANK={RANK}")),
+        "dense": StepSide(recipe_of(FILES, BINDINGS)),
+        "low_rank": StepSide(recipe_of((*FILES, LOW_RANK), (*BINDINGS, f"RANK={RANK}"))),
     }
     steps = {name: side.step for name, side in sides.items()}
     times = compare.alternate(steps, repeats, warm_up=1)

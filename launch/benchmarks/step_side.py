@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -14,8 +15,19 @@ from trainers.recipe import Recipe
 _UNUSED = ("MODEL_DIR='unused'", "MIXTURE_OR_TASK_NAME='unused'", "TASKS=()")
 
 
+def recipe_of(files: Sequence[str], bindings: Sequence[str]) -> Recipe:
+    """Returns the recipe of gin files and bindings; the run needs neither data nor a directory."""
+    config = gin_config.load(files, [*_UNUSED, *bindings], entry="launch.train:train")
+    return config.arguments()["recipe"]
+
+
 class StepSide:
     """A model with its state and compiled training step.
+
+    Args:
+      recipe: the recipe.
+      rows: the stream of its batches; None for random tokens.
+      devices: devices to use; None for all.
 
     Attributes:
       params: shapes of all parameters.
@@ -24,12 +36,16 @@ class StepSide:
       flops: of a step, as the compiler counts them.
     """
 
-    def __init__(self, files: Sequence[str], bindings: Sequence[str]):
-        config = gin_config.load(files, [*_UNUSED, *bindings], entry="launch.train:train")
-        recipe: Recipe = config.arguments()["recipe"]
-        program = recipe.program()
+    def __init__(
+        self,
+        recipe: Recipe,
+        rows: Any = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        program = recipe.program(devices=devices)
         self._mesh = program.mesh, program.rules
-        rows = RandomRows(recipe.batch_size, recipe.length, recipe.model.config.vocab_size)
+        if rows is None:
+            rows = RandomRows(recipe.batch_size, recipe.length, recipe.model.config.vocab_size)
         with partitioning.use_mesh(*self._mesh):
             self._batch = global_batch(rows, 0, program.batch_sharding)
             self._state = program.init()

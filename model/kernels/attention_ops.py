@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from model.kernels import attention_blocked, attention_splash
+from model.kernels import attention_blocked, attention_cudnn, attention_splash
 from model.kernels.attention_shards import per_device, placement
 from model.kernels.platform import reference_forms, target_platform
 
@@ -50,7 +50,7 @@ def dot_product_attention(
         (decoding with a cache). None compares indices (training, packed rows included).
       kv_positions_BS: position of every key; -1 marks an empty slot, which no query sees. [B, X, S]
         where heads see different slots: X is a multiple of K and divides N.
-      q_segments_BT: a query sees only keys of an equal segment.
+      q_segments_BT: a query sees only keys of an equal segment; the tokens of a segment are adjacent.
       kv_segments_BS: segments of the keys; None for the queries' segments.
       bias: added to the logits, [1 or B, N, T, S].
       causal: whether query i sees only keys j <= i.
@@ -103,6 +103,14 @@ def dot_product_attention(
             softcap=softcap,
         )
 
+    if (
+        implementation == "cudnn"
+        and q_segments_BT is not None
+        and not attention_cudnn.problem(q_BTNH)
+    ):
+        return attention_cudnn.packed_attention(
+            *(q_BTNH, k_BSKH, v_BSKH, q_segments_BT), causal=causal, window=window, scale=scale
+        )
     if implementation in ("xla", "cudnn") and not library:
         return jax.nn.dot_product_attention(
             q_BTNH,
@@ -199,8 +207,9 @@ def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
         return "GPUs other than CUDA's"
     if bias is not None:
         return "a bias"  # it would write its gradient for every row
-    # Segments are passed to the kernel as a bias, whose backward pass does not support odd lengths.
-    if q_segments_BT is not None and (q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2):
+    # Segments that are passed to the kernel as a bias: its backward pass does not support odd lengths.
+    odd = q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2
+    if q_segments_BT is not None and odd and attention_cudnn.problem(q_BTNH):
         return "segments at odd lengths"
     return ""
 

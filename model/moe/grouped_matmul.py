@@ -4,13 +4,13 @@ Shapes: R rows, E experts, X in, Y out.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from model.kernels.platform import reference_forms, target_platform
-from model.moe import parallel
+from model.moe import grouped_matmul_hopper, parallel
 
 # Rows per block on CPU. A block reads its expert's whole kernel, so large blocks are faster. The number of
 # an expert's rows is rounded up to a multiple of the last, smallest length.
@@ -20,9 +20,10 @@ _LENGTHS = (256, 128, 64, 16)
 def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
-    On accelerators this is jax.lax.ragged_dot. On CPU ragged_dot multiplies every row with every expert;
-    there a loop multiplies blocks of rows instead, as many as the sizes need. Results for rows after the
-    last expert's rows are undefined.
+    On TPUs this is jax.lax.ragged_dot. On CPUs and GPUs ragged_dot multiplies every row with every expert. On a
+    CPU a loop multiplies blocks of rows instead, as many as the sizes need. On a Hopper GPU a Pallas kernel does
+    (grouped_matmul_hopper.py); other GPUs, and calls that it does not support, take ragged_dot with one warning of
+    the cost. Results for rows after the last expert's rows are undefined.
 
     Args:
       sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
@@ -31,9 +32,26 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     if sizes_E.ndim == 2:
         return parallel.per_device(grouped_matmul, rows_RX, kernel_EXY, sizes_E)
     sizes_E = sizes_E.astype(jnp.int32)
-    if target_platform() == "cpu" and not reference_forms():
+    form = _choose(rows_RX, kernel_EXY)
+    if form == "blocks":
         return _blocks(rows_RX, kernel_EXY, sizes_E)
+    if form == "hopper":
+        return grouped_matmul_hopper.hopper_matmul(rows_RX, kernel_EXY, sizes_E)
     return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
+
+
+def _choose(rows_RX: jax.Array, kernel_EXY: jax.Array) -> Literal["blocks", "hopper", "ragged_dot"]:
+    """Returns the form for the target platform; warns of the cost of ragged_dot on a GPU."""
+    if reference_forms():
+        return "ragged_dot"
+    if target_platform() == "cpu":
+        return "blocks"
+    if target_platform() == "gpu":
+        problem = grouped_matmul_hopper.problem(rows_RX, kernel_EXY)
+        if not problem:
+            return "hopper"
+        grouped_matmul_hopper.warn(len(kernel_EXY), problem)
+    return "ragged_dot"
 
 
 @jax.custom_vjp

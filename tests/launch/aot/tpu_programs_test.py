@@ -3,14 +3,20 @@
 What compiles for TPUs needs libtpu (the extra `tpu`) and is skipped without it.
 """
 
+import dataclasses
+import functools
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from launch.aot import precompile, programs, tpu_topology
 from launch.aot.hlo import collectives
 from launch.aot.programs import Options
+from launch.benchmarks import accelerator_case
+from launch.benchmarks.jax import accelerator_jax
+from model.kernels import platform
 from model.kv_cache.full import FullCache
 from model.kv_cache.snapkv import SnapKV
 from tests.launch import precompile_test as runs
@@ -89,6 +95,69 @@ def test_budgets_of_decoding(name, tpu_environment):
     assert sum(total.bytes for total in report.collectives.values()) <= most_sent
     # The caches are updated in place.
     assert report.memory.temporaries < report.memory.arguments
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize("name", accelerator_case.WORKLOADS)
+def test_the_accelerator_tier_compiles(name, tpu_environment):
+    topology = tpu_topology.parse("v5e:1x1")
+    work = {**accelerator_case.workloads(tiny=True)[name], "length": 512}
+    if work["kind"] in ("train", "dpo"):
+        program = precompile.resolved(accelerator_jax.recipe_of(work), topology)
+        report, _ = _compiled(programs.train(program), program)
+        assert report.fits and report.flops.products > 0
+        return
+    (device,) = tpu_topology.devices(topology)
+    if work["kind"] == "decode":
+        recipe = accelerator_jax.recipe_of({**work, "kind": "train"})
+        recipe = dataclasses.replace(recipe, model=accelerator_jax.model_of(work["model"]))
+        program = precompile.resolved(recipe, topology)
+        for policy in (FullCache(), SnapKV(**work["snapkv"])):
+            for kind in ("prefill", "decode"):
+                options = Options(max_new_tokens=work["new"])
+                report, _ = _compiled(programs.work(kind, program, policy, options), program)
+                assert report.fits
+        return
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    for function, shapes, _ in accelerator_jax.kernels(work).values():
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
+        with platform.use_platform("tpu"), jax.default_matmul_precision("default"):
+            compiled = jax.jit(function).trace(*shapes).lower().compile()
+        assert compiled.cost_analysis()["flops"] > 0
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_flops_of_the_products_of_experts(tpu_environment):
+    """The figures of docs/benchmarks.md in small: a compiled program is the same for all sizes of experts."""
+    from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+
+    R, X, E = 1024, 256, 8
+    (device,) = tpu_topology.devices(tpu_topology.parse("v5e:1x1"))
+    arrays = [((R, X), jnp.bfloat16), ((E, X, X), jnp.bfloat16), ((E,), jnp.int32)]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    shapes = [jax.ShapeDtypeStruct(*array, sharding=sharding) for array in arrays]
+    forms = {
+        "ragged_dot": jax.lax.ragged_dot,
+        "megablox": functools.partial(megablox.gmm, preferred_element_type=jnp.bfloat16),
+    }
+
+    def flops(function):
+        with jax.default_matmul_precision("default"):
+            compiled = jax.jit(function).trace(*shapes).lower().compile()
+        return compiled.cost_analysis()["flops"] / (2 * R * X * X)
+
+    def gradients(form, rows, kernel, sizes):
+        loss = lambda r, k: jnp.sum(form(r, k, sizes).astype(jnp.float32) ** 2)  # noqa: E731
+        return jax.grad(loss, (0, 1))(rows, kernel)
+
+    for name, form in forms.items():
+        assert flops(form) == pytest.approx(1, rel=0.05), name
+    # XLA multiplies all rows for the gradient of every expert's kernel, most of them zeros.
+    of_gradients = {name: flops(functools.partial(gradients, form)) for name, form in forms.items()}
+    assert of_gradients["ragged_dot"] == pytest.approx(2 + E, rel=0.05)
+    assert of_gradients["megablox"] == pytest.approx(3, rel=0.05)
 
 
 def _compiled(work, program):

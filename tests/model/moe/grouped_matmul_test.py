@@ -1,12 +1,18 @@
 """Grouped products against loops over experts in float64, and what the blocks of the CPU form cover."""
 
+import functools
+import types
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from model.kernels.platform import use_platform, use_reference_forms
 from model.moe import grouped_matmul as form
+from model.moe import grouped_matmul_hopper as hopper
 
 X, Y = 5, 3
 
@@ -98,3 +104,139 @@ def test_half_precision_stays():
     out, pull = jax.vjp(lambda r, k: form.grouped_matmul(r, k, jnp.array([3, 4])), rows, kernel)
     assert out.dtype == jnp.bfloat16
     assert [g.dtype for g in pull(out)] == [jnp.bfloat16] * 2
+
+
+def halves(rows=256, experts=3, x=128, y=128):
+    return jnp.ones((rows, x), jnp.bfloat16), jnp.ones((experts, x, y), jnp.bfloat16)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Sets the GPU of this process by its compute capability, and forgets earlier warnings."""
+    hopper.warn.cache_clear()
+    return lambda capability: monkeypatch.setattr(hopper, "capability", lambda: capability)
+
+
+def test_choice_by_platform_and_capability(on):
+    rows, kernel = halves()
+    assert hopper.capability() is None  # there is no GPU here
+    on("9.0")
+    chosen = {}
+    for platform in ("cpu", "tpu", "gpu"):
+        with use_platform(platform), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            chosen[platform] = form._choose(rows, kernel)
+            with use_reference_forms():
+                assert form._choose(rows, kernel) == "ragged_dot"
+    assert chosen == {"cpu": "blocks", "tpu": "ragged_dot", "gpu": "hopper"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "operands", "reason"),
+    [
+        ("8.0", halves(), "capability 8.0"),
+        ("10.0", halves(), "capability 10.0"),  # Blackwell lacks Hopper's instructions
+        ("gfx942", halves(), "capability gfx942"),
+        (None, halves(), "an absent GPU"),
+        ("9.0", [a.astype(jnp.float32) for a in halves()], "rows of float32"),
+        ("9.0", halves(rows=96), "96 rows"),
+        ("9.0", halves(x=64), r"\[64, 128\]"),
+        ("9.0", halves(y=192), r"\[128, 192\]"),
+    ],
+)
+def test_ragged_dot_on_a_gpu_warns_of_its_cost_once(on, capability, operands, reason):
+    on(capability)
+    with use_platform("gpu"):
+        with pytest.warns(UserWarning, match=f"3 times their FLOPs.*{reason}"):
+            assert form._choose(*operands) == "ragged_dot"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert form._choose(*operands) == "ragged_dot"
+
+
+def test_a_version_of_jax_without_the_kernels_has_ragged_dot(on, monkeypatch):
+    on("9.0")
+    assert hopper.problem(*halves()) == ""
+    monkeypatch.setattr(hopper, "_MODULES", (*hopper._MODULES, "jax.experimental.no_such_module"))
+    assert hopper.problem(*halves()) == "this version of JAX"
+
+
+def small_gpu(monkeypatch):
+    """A GPU with few processors, for the kernel that asks for their number."""
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(core_count=2)])
+
+
+def test_the_hopper_kernels_lower_for_cuda_without_products_of_all_experts(on, monkeypatch):
+    on("9.0")
+    small_gpu(monkeypatch)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in halves()]
+
+    def gradients(rows, kernel, sizes):
+        def loss(rows, kernel):
+            out = form.grouped_matmul(rows, kernel, sizes)
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        return jax.grad(loss, (0, 1))(rows, kernel)
+
+    names = ("mosaic_gpu", "mosaic_gpu_v2")
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in names]
+    exporting = export.export(jax.jit(gradients), platforms=["cuda"], disabled_checks=checks)
+    with use_platform("gpu"):
+        text = exporting(*shapes, jax.ShapeDtypeStruct((3,), jnp.int32)).mlir_module()
+    calls = text.count("stablehlo.custom_call @mosaic_gpu")
+    assert calls == 3  # products, and the gradients of rows and kernels
+    assert "stablehlo.dot_general" not in text and "chlo.ragged_dot" not in text
+
+
+def test_the_hopper_kernel_in_the_interpreter(on):
+    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    on("9.0")
+    sizes, unused = (70, 0, 150), 36
+    rows, kernel, direction = large(sizes, unused)
+    want, *_ = by_loops(rows, kernel, direction, sizes)
+    with use_platform("gpu"), interpreter.force_gpu_interpret_mode():
+        got = np.asarray(form.grouped_matmul(rows, kernel, jnp.asarray(sizes)), np.float64)
+    np.testing.assert_allclose(got, want, rtol=2**-7, atol=2**-7 * np.abs(want).max())
+    np.testing.assert_array_equal(got[-unused:], 0)
+
+
+def large(sizes, unused):
+    """Operands that the kernels support; unused rows are not a number, on which no result may depend."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((sum(sizes) + unused, 128), (len(sizes), 128, 128), (sum(sizes) + unused, 128))
+    rows, kernel, direction = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
+    )
+    return rows.at[-unused:].set(jnp.nan), kernel, direction.at[-unused:].set(jnp.nan)
+
+
+def test_the_gradient_of_the_hopper_form(on, monkeypatch):
+    """JAX's interpreter lacks the transposed products of the backward kernels: here they have stand-ins."""
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
+
+    def products(lhs, rhs, *, group_sizes, transpose_rhs, **tiles):
+        assert tiles == hopper._TILES
+        rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
+        return jax.lax.ragged_dot(lhs, rhs, group_sizes)
+
+    def transposed(lhs, rhs, *, group_sizes, **tiles):
+        assert tiles == hopper._TILES
+        # As the kernel does, rows of others are masked by a product with zero.
+        own = np.repeat(np.eye(len(group_sizes)), np.asarray(group_sizes), axis=0)
+        own = np.pad(own, ((0, len(lhs) - len(own)), (0, 0)))
+        return jnp.einsum("re,rx,ry->exy", own, lhs, rhs).astype(lhs.dtype)
+
+    monkeypatch.setattr(ragged_dot_mgpu, "ragged_dot", products)
+    monkeypatch.setattr(transposed_ragged_dot_mgpu, "transposed_ragged_dot", transposed)
+    on("9.0")
+    sizes = (70, 0, 150)
+    rows, kernel, direction = large(sizes, 36)
+    want = by_loops(rows, kernel, direction, sizes)
+    with use_platform("gpu"):
+        call = functools.partial(form.grouped_matmul, sizes_E=jnp.asarray(sizes))
+        out, pull = jax.vjp(call, rows, kernel)
+        grads = pull(direction)
+    for got, expected in zip((out, *grads), want, strict=True):
+        assert got.dtype == jnp.bfloat16
+        got = np.asarray(got, np.float64)
+        np.testing.assert_allclose(got, expected, rtol=2**-7, atol=2**-7 * np.abs(expected).max())
