@@ -1,9 +1,9 @@
 """A synthetic retrieval task: look up the values of a key among many lines (SnapKV, arXiv 2404.14469).
 
-A document has lines "key v1 v2 v3 v4" with distinct keys, and questions about some of the lines. If the
-question is last, it repeats the key after the lines, and the answer is the key's four values. If the question is
-first, a question token of the key precedes the lines, and a mark and the answer follow them. Only answers have
-loss weights.
+A document has lines "key v1 v2 v3 v4" with distinct keys, and questions about some of the lines. Each place in a
+line has values of its own, so that a model need not count. If the question is last, it repeats the key after the
+lines, and the answer is the key's four values. If the question is first, a question token of the key precedes the
+lines, and a mark and the answer follow them. Only answers have loss weights.
 
 Ids: 0 precedes every document; then come the keys, the values, the mark, and the question tokens of the keys.
 
@@ -22,12 +22,12 @@ from data.data_source import GeneratedSource
 from model.ranges import Seed, Size
 
 NUM_KEYS = 64
-NUM_VALUES = 32
+NUM_VALUES = 16  # of each place in a line
 ANSWER_TOKENS = 4
 LINE = 1 + ANSWER_TOKENS
 FIRST_KEY = 1
 FIRST_VALUE = FIRST_KEY + NUM_KEYS
-MARK = FIRST_VALUE + NUM_VALUES
+MARK = FIRST_VALUE + ANSWER_TOKENS * NUM_VALUES
 FIRST_ASKING = MARK + 1
 VOCAB_SIZE = FIRST_ASKING + NUM_KEYS
 
@@ -61,7 +61,8 @@ def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
     keys_EK = np.tile(np.arange(NUM_KEYS, dtype=np.int32) + FIRST_KEY, (examples, 1))
     keys_EL = rng.permuted(keys_EK, axis=1)[:, :lines]
     values_ELA = rng.integers(NUM_VALUES, size=(examples, lines, ANSWER_TOKENS), dtype=np.int32)
-    return Lines(keys_EL, values_ELA + FIRST_VALUE)
+    firsts_A = FIRST_VALUE + NUM_VALUES * np.arange(ANSWER_TOKENS, dtype=np.int32)
+    return Lines(keys_EL, values_ELA + firsts_A)
 
 
 def documents(
