@@ -3,6 +3,8 @@
 Shapes: R rows, E experts, X in, Y out.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.platform import reference_forms, target_platform
-from model.moe import grouped_matmul_hopper, parallel
+from model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
 
 # Rows per block on CPU. A block reads its expert's whole kernel, so large blocks are faster. The number of
 # an expert's rows is rounded up to a multiple of the last, smallest length.
@@ -20,7 +22,8 @@ _LENGTHS = (256, 128, 64, 16)
 def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
-    On TPUs this is jax.lax.ragged_dot. On CPUs and GPUs ragged_dot multiplies every row with every expert. On a
+    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox (grouped_matmul_tpu.py); calls that
+    it does not support compute that gradient at E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with every expert. On a
     CPU a loop multiplies blocks of rows instead, as many as the sizes need. On a Hopper GPU a Pallas kernel does
     (grouped_matmul_hopper.py); other GPUs, and calls that it does not support, take ragged_dot with one warning of
     the cost. Results for rows after the last expert's rows are undefined.
@@ -35,13 +38,17 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     form = _choose(rows_RX, kernel_EXY)
     if form == "blocks":
         return _blocks(rows_RX, kernel_EXY, sizes_E)
+    if form == "megablox":
+        return grouped_matmul_tpu.tpu_matmul(rows_RX, kernel_EXY, sizes_E)
     if form == "hopper":
         return grouped_matmul_hopper.hopper_matmul(rows_RX, kernel_EXY, sizes_E)
     return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
 
 
-def _choose(rows_RX: jax.Array, kernel_EXY: jax.Array) -> Literal["blocks", "hopper", "ragged_dot"]:
-    """Returns the form for the target platform; warns of the cost of ragged_dot on a GPU."""
+def _choose(
+    rows_RX: jax.Array, kernel_EXY: jax.Array
+) -> Literal["blocks", "hopper", "megablox", "ragged_dot"]:
+    """Returns the form for the target platform; warns of the cost of ragged_dot."""
     if reference_forms():
         return "ragged_dot"
     if target_platform() == "cpu":
@@ -50,8 +57,21 @@ def _choose(rows_RX: jax.Array, kernel_EXY: jax.Array) -> Literal["blocks", "hop
         problem = grouped_matmul_hopper.problem(rows_RX, kernel_EXY)
         if not problem:
             return "hopper"
-        grouped_matmul_hopper.warn(len(kernel_EXY), problem)
+        _warn(grouped_matmul_hopper.cost(len(kernel_EXY), problem))
+    if target_platform() == "tpu":
+        problem = grouped_matmul_tpu.problem(kernel_EXY)
+        if not problem:
+            return "megablox"
+        _warn(
+            f"The gradient of the kernels of {len(kernel_EXY)} experts takes {len(kernel_EXY)} times its FLOPs here, because "
+            f"XLA multiplies all rows for every expert. megablox does not support {problem}."
+        )
     return "ragged_dot"
+
+
+@functools.cache  # once for all layers
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 @jax.custom_vjp

@@ -5,9 +5,7 @@ Elsewhere on GPUs `jax.lax.ragged_dot` becomes one product of all rows with all 
 Shapes: R rows, E experts, X in, Y out.
 """
 
-import functools
 import importlib.util
-import warnings
 from typing import Any
 
 import jax
@@ -60,14 +58,12 @@ def problem(rows_RX: jax.Array, kernel_EXY: jax.Array) -> str:
     return ""
 
 
-@functools.cache  # once for all layers
-def warn(num_experts: int, reason: str) -> None:
-    """Warns once of the cost of `jax.lax.ragged_dot` on a GPU."""
-    warnings.warn(
+def cost(num_experts: int, reason: str) -> str:
+    """Returns what `jax.lax.ragged_dot` costs on a GPU, and why it is taken, as a warning."""
+    return (
         f"The products of {num_experts} experts take {num_experts} times their FLOPs here, because on GPUs "
         f"jax.lax.ragged_dot multiplies all rows with all experts. The grouped kernel does not support {reason}: it "
-        f"needs a Hopper GPU, bfloat16 or float16, and widths that are multiples of {_BLOCK}.",
-        stacklevel=2,
+        f"needs a Hopper GPU, bfloat16 or float16, and widths that are multiples of {_BLOCK}."
     )
 
 

@@ -19,6 +19,7 @@ from launch.benchmarks.jax import accelerator_jax
 from model.kernels import platform
 from model.kv_cache.full import FullCache
 from model.kv_cache.snapkv import SnapKV
+from model.moe.grouped_matmul import grouped_matmul
 from tests.launch import precompile_test as runs
 from trainers import partitioning
 
@@ -158,6 +159,9 @@ def test_flops_of_the_products_of_experts(tpu_environment):
     of_gradients = {name: flops(functools.partial(gradients, form)) for name, form in forms.items()}
     assert of_gradients["ragged_dot"] == pytest.approx(2 + E, rel=0.05)
     assert of_gradients["megablox"] == pytest.approx(3, rel=0.05)
+    with platform.use_platform("tpu"):
+        ours = flops(functools.partial(gradients, grouped_matmul))
+    assert ours == pytest.approx(3, rel=0.05)
 
 
 def _compiled(work, program):

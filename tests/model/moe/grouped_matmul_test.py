@@ -13,6 +13,7 @@ from jax import export
 from model.kernels.platform import use_platform, use_reference_forms
 from model.moe import grouped_matmul as form
 from model.moe import grouped_matmul_hopper as hopper
+from model.moe import grouped_matmul_tpu as tpu
 
 X, Y = 5, 3
 
@@ -113,7 +114,7 @@ def halves(rows=256, experts=3, x=128, y=128):
 @pytest.fixture
 def on(monkeypatch):
     """Sets the GPU of this process by its compute capability, and forgets earlier warnings."""
-    hopper.warn.cache_clear()
+    form._warn.cache_clear()
     return lambda capability: monkeypatch.setattr(hopper, "capability", lambda: capability)
 
 
@@ -128,7 +129,7 @@ def test_choice_by_platform_and_capability(on):
             chosen[platform] = form._choose(rows, kernel)
             with use_reference_forms():
                 assert form._choose(rows, kernel) == "ragged_dot"
-    assert chosen == {"cpu": "blocks", "tpu": "ragged_dot", "gpu": "hopper"}
+    assert chosen == {"cpu": "blocks", "tpu": "megablox", "gpu": "hopper"}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,33 @@ def test_ragged_dot_on_a_gpu_warns_of_its_cost_once(on, capability, operands, re
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert form._choose(*operands) == "ragged_dot"
+
+
+def test_ragged_dot_on_a_tpu_warns_of_the_cost_of_its_gradient_once(on):
+    with use_platform("tpu"):
+        with pytest.warns(UserWarning, match=r"3 times its FLOPs.*kernels \[64, 128\]"):
+            assert form._choose(*halves(x=64)) == "ragged_dot"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert form._choose(*halves(x=64)) == "ragged_dot"
+
+
+@pytest.mark.parametrize("sizes", [(70, 0, 150), (0, 128, 9)])
+def test_the_gradient_of_the_tpu_form_in_the_interpreter(sizes):
+    rows, kernel, direction = large(sizes, unused := 36)
+    want = by_loops(rows, kernel, direction, sizes)
+    out, pull = jax.vjp(
+        lambda r, k: tpu.tpu_matmul(r, k, jnp.asarray(sizes), interpret=True), rows, kernel
+    )
+    got = (out, *pull(direction))
+    for values, expected in zip(got, want, strict=True):
+        assert values.dtype == jnp.bfloat16
+        values = np.asarray(values, np.float64)
+        if len(values) == len(rows):
+            values, expected = values[:-unused], expected[:-unused]
+        np.testing.assert_allclose(
+            values, expected, rtol=2**-7, atol=2**-7 * np.abs(expected).max()
+        )
 
 
 def test_a_version_of_jax_without_the_kernels_has_ragged_dot(on, monkeypatch):
