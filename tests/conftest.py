@@ -32,6 +32,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
+# Tests of stored programs turn the store on.
+os.environ["ESPALIER_PROGRAMS"] = "0"
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
