@@ -72,6 +72,27 @@ def programs_of_absent_chips_are_not_stored(request):
     compilation_cache.reset_cache()
 
 
+@pytest.fixture
+def stored_programs(tmp_path, monkeypatch):
+    """The folder of stored programs, on for this test, beside an empty cache of jax's that stores every program."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    monkeypatch.delenv("ESPALIER_PROGRAMS")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (str(tmp_path / "xla"), 0, 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path / "xla" / "programs"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def seqio_registries_as_found():
     """SeqIO's registries are global: what a module's tests register ends with the module."""

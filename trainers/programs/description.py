@@ -44,7 +44,10 @@ def digest(value: Any) -> str:
       Undescribable: a value of unknown content, or too many values.
     """
     visitor = _Visitor()
-    visitor.visit(value)
+    try:
+        visitor.visit(value)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise Undescribable(f"it depends on a value that cannot be visited ({error!r})") from error
     return visitor.hash.hexdigest()
 
 
@@ -121,7 +124,7 @@ class _Visitor:
         elif isinstance(value, np.dtype):
             self._write("dtype", value.str, value.name)
         elif isinstance(value, Mesh):
-            ids = [device.id for device in value.devices.flat]
+            ids = [] if value.empty else [device.id for device in value.devices.flat]
             self._write("mesh", value.axis_names, value.devices.shape, ids, value.axis_types)
         elif isinstance(value, NamedSharding):
             self._write("sharding", value.spec, value.memory_kind)

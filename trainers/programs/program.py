@@ -67,6 +67,8 @@ class StoredFunction:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            return self._jitted(*args, **kwargs)  # a part of another program
         signature = _signature(args, kwargs)
         newest = self._newest
         if newest is None or newest[0] != signature:
@@ -148,7 +150,8 @@ def _leaf(leaf: Any) -> tuple[Any, ...]:
     """Returns (shape, dtype, whether weakly typed, sharding if the array is bound to it) of an argument or its shape."""
     if isinstance(leaf, jax.Array):
         placed = leaf.sharding if leaf.committed else None
-        return leaf.shape, leaf.dtype, leaf.weak_type, placed
+        # Arrays of random keys have no weak types.
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), placed
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
     if isinstance(leaf, np.ndarray | np.generic):
