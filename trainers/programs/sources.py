@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Iterator
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+# TensorFlow writes its form of the functions of a data pipeline under random names; no program of jax calls them.
+_OF_TENSORFLOW = "__autograph_generated_file"
 OWN = ("model", "trainers", "data", "launch")
 
 
@@ -79,6 +81,8 @@ def _other_files() -> Iterator[tuple[str, str]]:
     own = tuple(os.path.join(str(_ROOT / package), "") for package in OWN)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
+        if name.startswith(_OF_TENSORFLOW):
+            continue
         if isinstance(file, str) and not os.path.abspath(file).startswith(
             (*own, *_installed_folders())
         ):
