@@ -58,7 +58,7 @@ def read(path: pathlib.Path, load: Callable[[Any, bytes], T]) -> T | None:
         data = _bytes(path)
         description, executable = _checked(data, path.stem)
         program = load(description, executable)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # no program, or another user's
         return None
     except (DamagedProgramError, Unstorable, OSError) as error:
         _log.warning("The stored program %s is not used (%s); it is compiled again.", path, error)
