@@ -21,6 +21,7 @@ from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
 from trainers.moving_reference import MovingReference
+from trainers.objectives import bound_extras
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
@@ -327,8 +328,10 @@ class Program:
         """Returns the jitted functions, which report the loss of `num_sources` data sources separately."""
         recipe = self.recipe
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=num_sources))
+        # The steps take the extras as an argument: wherever their files are, the program is the same.
+        loss_fn = dataclasses.replace(objective, stored_extras=None)
         train_step = make_train_step(
-            loss_fn=objective,
+            loss_fn=loss_fn,
             optimizer=self._optimizer,
             seed=recipe.seed,
             mask=self.mask,
@@ -340,7 +343,7 @@ class Program:
             moving_reference=recipe.moving_reference,
         )
         evaluate = make_eval_step(
-            loss_fn=objective,
+            loss_fn=loss_fn,
             microbatches=recipe.microbatches,
             moving_reference=recipe.moving_reference,
         )
@@ -349,7 +352,7 @@ class Program:
         train = programs.jit(
             train_step, donate_argnums=0, out_shardings=(self._state_shardings, replicated)
         )
-        with_extras = _extras_binder(objective, self.mesh, self.rules)
+        with_extras = bound_extras.binder(objective, self.mesh, self.rules)
         return Steps(
             train=with_extras(train),
             evaluate=with_extras(programs.jit(evaluate, out_shardings=replicated)),
@@ -381,33 +384,3 @@ class Program:
             counted = trainable.mask_of((), self.boxed_params)
         params, _ = trainable.split(self.abstract_state.params, counted)
         return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WithExtras:
-    """A jitted function with its keyword `extras` bound: arrays in calls, shapes ahead of time."""
-
-    jitted: Any
-    abstract: Any
-    read: Callable[[], Any]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.jitted(*args, extras=self.read())
-
-    def compiled(self, *args: Any, **kwargs: Any) -> Any:
-        return programs.compiled(self.jitted, *args, extras=self.abstract, **kwargs)
-
-    def lower(self, *args: Any) -> Any:
-        return self.jitted.lower(*args, extras=self.abstract)
-
-    def trace(self, *args: Any) -> Any:
-        return self.jitted.trace(*args, extras=self.abstract)
-
-
-def _extras_binder(objective: Objective, mesh: Mesh, rules: Rules) -> Callable[[Any], Any]:
-    """Returns a function that binds the objective's extras to jitted functions; all of them share one copy."""
-    stored = objective.stored_extras
-    if stored is None:
-        return lambda jitted: jitted
-    read = functools.cache(lambda: stored.read(mesh, rules))  # at the first call
-    return functools.partial(_WithExtras, abstract=stored.abstract(mesh, rules), read=read)

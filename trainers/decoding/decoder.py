@@ -22,7 +22,7 @@ from model.transforms import layer_stack
 from trainers.decoding import beam, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
-from trainers.decoding.prefill import prefill
+from trainers.decoding.prefill import prefill, repeated
 from trainers.decoding.sampling import RowSampling, seen_in
 from trainers.decoding.settings import Draw
 from trainers.decoding.watched import Watch, Watched
@@ -395,10 +395,3 @@ class Decoder:
             self._programs[name, length] = program
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]
-
-
-def repeated(tree: Any, copies: int) -> Any:
-    """Returns a tree with each row of its arrays repeated `copies` times, adjacent; scalars do not change."""
-    if copies == 1:
-        return tree
-    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, tree)
