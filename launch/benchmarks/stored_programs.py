@@ -42,10 +42,14 @@ def _compare(
     calls = {side: lambda switch=switch: start(switch) for side, switch in _SIDES.items()}
     reports: dict[str, list[compare.Report]] = compare.alternate(calls, rounds, warm_up=1)
     seconds = compare.each(reports, key)
+    cpu_seconds = compare.each(reports, "process_cpu_s")
     results = [report[result] for of_one in reports.values() for report in of_one]
     return {
         "traced_over_stored": compare.ratio(seconds["traced"], seconds["stored"]),
+        # Of whole processes; other programs change it less than the time.
+        "cpu_traced_over_stored": compare.ratio(cpu_seconds["traced"], cpu_seconds["stored"]),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "same_results": all(result == results[0] for result in results),
         "contended": compare.contended(reports),
     }

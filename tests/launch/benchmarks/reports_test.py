@@ -26,6 +26,7 @@ RECORDED = pathlib.Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
 PARTS = ("sampling", "rewards", "reference", "arrangement", "update")
 REPORT = {
     "other_load": 0.1,
+    "process_cpu_s": 1.0,
     "losses": [3.0, 2.0],
     "seconds": [1.0] * 40,
     "cpu_seconds": [2.0] * 40,
