@@ -19,37 +19,38 @@ from jax.sharding import NamedSharding
 from jax.stages import ArgInfo, Compiled
 
 from trainers.programs import structures
-from trainers.programs.recorded import recorded
+from trainers.programs.recorded import Entry, recorded
 from trainers.programs.structures import Unstorable, exactly
 
 __all__ = ["load", "parts", "recorded"]
 
 
-def parts(compiled: Compiled, executable: bytes | None) -> tuple[dict[str, Any], bytes]:
+def parts(compiled: Compiled, entry: Entry) -> tuple[dict[str, Any], bytes]:
     """Returns (description in JSON types, bytes of the executable).
 
     Args:
-      executable: its bytes if jax's cache has read or written it (trainers/programs/recorded.py); else None.
+      entry: what jax's cache read or wrote when the program was compiled.
 
     Raises:
       Unstorable: the program calls the host, closes over arrays, or has other parts that have no description.
     """
     try:
-        return _described(compiled), executable or _bytes(compiled)
+        description = _described(compiled, entry)
+        whole: Any = compiled._executable._unloaded_executable  # type: ignore[attr-defined]
+        # It is made again, but for the bytes, so that another version of jax is noticed here.
+        _compiled(description, whole.xla_executable, whole.device_list, whole.backend)
+        return description, entry.executable or whole.xla_executable.serialize()
     except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
         raise Unstorable(f"this version of jax has another form of programs ({error!r})") from error
 
 
-def _bytes(compiled: Compiled) -> bytes:
-    runtime: Any = compiled.runtime_executable()
-    return runtime.serialize()
-
-
-def _described(compiled: Compiled) -> dict[str, Any]:
+def _described(compiled: Compiled, entry: Entry) -> dict[str, Any]:
     whole: Any = compiled._executable._unloaded_executable  # type: ignore[attr-defined]
     arguments = whole.all_args_info
     if whole.host_callbacks or whole.ordered_effects or whole.unordered_effects or whole.keepalive:
         raise Unstorable("it calls functions of the host")
+    if not entry.searched:
+        raise Unstorable("jax had compiled or loaded it before")
     if compiled._params.const_args:
         raise Unstorable("it closes over arrays")
     others = (whole.mut, whole.pgle_profiler, *whole.dispatch_in_layouts)

@@ -113,7 +113,7 @@ class StoredFunction:
         with executable.recorded() as entry:
             program = lowered.compile()
         try:
-            store.write(path, key, *executable.parts(program, entry.executable))
+            store.write(path, key, *executable.parts(program, entry))
         except Unstorable as reason:
             _log.debug("The program of %s is not stored: %s.", name, reason)
         return program

@@ -5,53 +5,72 @@ jax has read are kept. Its cache has no public access to them.
 """
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax._src import compilation_cache
+from jax._src.compilation_cache import (
+    _get_cache,
+    decompress_executable,
+    extract_executable_and_time,
+)
 
-_last = threading.local()
+
+@dataclasses.dataclass
+class Entry:
+    """What jax's cache read or wrote while a program was compiled.
+
+    Attributes:
+      searched: whether jax searched its cache; if not, it had the program in memory, from wherever.
+      executable: bytes that it read or wrote; None for neither.
+    """
+
+    searched: bool = False
+    executable: bytes | None = None
 
 
 class _Recorder:
-    """A cache of jax's that remembers the entry that this thread has read or written last."""
+    """A cache of jax's that notes what this thread reads and writes."""
 
     def __init__(self, cache: Any):
         self._cache = cache
 
     def get(self, key: str) -> bytes | None:
-        _last.entry = self._cache.get(key)
-        return _last.entry
+        value = self._cache.get(key)
+        _note(value)
+        return value
 
     def put(self, key: str, value: bytes) -> None:
-        _last.entry = value
+        _note(value)
         self._cache.put(key, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-class Entry:
-    """What jax's cache read or wrote while a program was compiled."""
+_of_thread = threading.local()
 
-    def __init__(self) -> None:
-        self.executable: bytes | None = (
-            None  # None if the program was compiled and is not in the cache
-        )
+
+def _note(value: bytes | None) -> None:
+    entry = getattr(_of_thread, "entry", None)
+    if entry is not None:
+        entry.searched = True
+        if value is not None:
+            entry.executable, _ = extract_executable_and_time(decompress_executable(value))
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Entry]:
-    """Context manager: yields the entry of the one program that the body compiles, which is complete after the body."""
+    """Context manager: yields the entry of the one program that the body compiles."""
     client: Any = jax.devices()[0].client
-    cache: Any = compilation_cache._get_cache(client)
+    cache: Any = _get_cache(client)
     if cache is not None and not isinstance(cache, _Recorder):
         compilation_cache._cache = _Recorder(cache)  # type: ignore[assignment]
-    _last.entry = None
-    entry = Entry()
-    yield entry
-    if _last.entry is not None:
-        whole = compilation_cache.decompress_executable(_last.entry)
-        entry.executable, _ = compilation_cache.extract_executable_and_time(whole)
+    _of_thread.entry = entry = Entry()
+    try:
+        yield entry
+    finally:
+        _of_thread.entry = None

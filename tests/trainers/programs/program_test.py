@@ -94,6 +94,20 @@ def test_a_program_that_jaxs_cache_has_loaded_is_stored_whole(stored_programs, t
     assert traces == ["step", "step"]
 
 
+def test_a_program_that_jax_had_in_memory_is_not_stored(stored_programs, traces, caplog):
+    first = fresh()
+    expected = first(*arguments())
+    (file,) = stored_programs.iterdir()
+    file.unlink()
+    again = program.jit(
+        first.__wrapped__
+    )  # jax knows the function, and returns what it has, read from bytes or not
+    with caplog.at_level(logging.DEBUG, "trainers.programs"):
+        equal(again(*arguments()), expected)
+    assert "jax had compiled or loaded it before" in caplog.text
+    assert not list(stored_programs.iterdir())
+
+
 def test_a_donated_argument_is_consumed_by_a_loaded_program_too(stored_programs, traces):
     for _ in range(2):
         state, x = arguments()
