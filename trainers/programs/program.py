@@ -18,6 +18,7 @@ from trainers.programs.structures import Unstorable
 
 # (shapes of a program's results): raises an error if they are refused.
 Check = Callable[[Any], None]
+_TRACED = (None, None, None, None)  # in a signature, of an argument without a value
 _log = logging.getLogger(__name__)
 
 
@@ -67,11 +68,11 @@ class StoredFunction:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-            return self._jitted(*args, **kwargs)  # a part of another program
         signature = _signature(args, kwargs)
         newest = self._newest
         if newest is None or newest[0] != signature:
+            if _TRACED in signature[1]:
+                return self._jitted(*args, **kwargs)  # a part of another program
             newest = self._newest = (signature, self.compiled(*args, **kwargs))
         return newest[1](*args, **kwargs)
 
@@ -148,10 +149,12 @@ def _signature(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _leaf(leaf: Any) -> tuple[Any, ...]:
     """Returns (shape, dtype, whether weakly typed, sharding if the array is bound to it) of an argument or its shape."""
-    if isinstance(leaf, jax.Array):
-        placed = leaf.sharding if leaf.committed else None
+    if (committed := getattr(leaf, "committed", None)) is not None:  # faster than isinstance
+        placed = leaf.sharding if committed else None
         # Arrays of random keys have no weak types.
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), placed
+    if isinstance(leaf, jax.core.Tracer):
+        return _TRACED
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
     if isinstance(leaf, np.ndarray | np.generic):
