@@ -149,12 +149,12 @@ def _signature(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _leaf(leaf: Any) -> tuple[Any, ...]:
     """Returns (shape, dtype, whether weakly typed, sharding if the array is bound to it) of an argument or its shape."""
+    if isinstance(leaf, jax.core.Tracer):
+        return _TRACED
     if (committed := getattr(leaf, "committed", None)) is not None:  # faster than isinstance
         placed = leaf.sharding if committed else None
         # Arrays of random keys have no weak types.
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), placed
-    if isinstance(leaf, jax.core.Tracer):
-        return _TRACED
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
     if isinstance(leaf, np.ndarray | np.generic):
