@@ -2,7 +2,8 @@
 
 import pytest
 
-from launch.config import gin_config
+from launch.config import gin_check, gin_config
+from launch.config.isolated import Isolated
 from trainers.programs import replacements
 from trainers.programs.description import Undescribable, digest
 
@@ -52,3 +53,14 @@ def test_without_the_bindings_a_configured_function_is_undescribable(model_of, m
     monkeypatch.setattr(replacements, "REPLACEMENTS", [])
     with pytest.raises(Undescribable, match=r"the class .*Block, made by gin\.config"):
         digest(model)
+
+
+def test_a_factory_of_an_isolated_configuration_does_not_depend_on_its_file(gin_file):
+    text = "from __gin__ import dynamic_registration\nimport toy_net\n"
+    text += "BLOCK = @toy_net.Block\ntoy_net.Block.dense = @toy_net.Factored\n"
+
+    def block(name, rank):
+        file = gin_file(f"{text}toy_net.Factored.rank = {rank}\n", name)
+        return digest(Isolated(gin_check.check([file], fragment=True)).macro("BLOCK"))
+
+    assert block("one.gin", 3) == block("another.gin", 3) != block("one.gin", 4)
