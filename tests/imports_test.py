@@ -143,7 +143,7 @@ LEVELS = {
         ("hf", "mov"),
     ),
     "trainers": (
-        ("inputs", "partitioning", "telemetry", "train_state", "trainable"),
+        ("inputs", "partitioning", "programs", "telemetry", "train_state", "trainable"),
         ("anomaly", "batches", "checkpoints", "initialise", "moving_reference", "optim", "signals"),
         ("decoding", "objectives", "rewards", "scoring"),
         ("recipe", "reports", "step"),

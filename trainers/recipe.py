@@ -21,12 +21,14 @@ from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
 from trainers.moving_reference import MovingReference
+from trainers.objectives import bound_extras
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
 from trainers.optim import schedules
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
+from trainers.programs import program as programs
 from trainers.reports import Report
 from trainers.step import Averaged, make_eval_step, make_train_step
 from trainers.train_state import TrainState
@@ -189,8 +191,7 @@ class Recipe:
         reports = [line for report in self.reports for line in report(shapes)]
         mask = trainable.mask_of(self.trainable, boxed)
         optimizer = self._make_optimizer(boxed)
-        make_state = functools.partial(self._make_state, optimizer=optimizer, mask=mask)
-        abstract = jax.eval_shape(make_state, variables)
+        abstract = jax.eval_shape(self._state_maker(optimizer, mask), variables)
         shardings = initialise.state_shardings(
             abstract,
             optimizer,
@@ -222,12 +223,12 @@ class Recipe:
             terms=self.gradient_terms,
         )
 
-    def _make_state(
-        self, variables: Any, *, optimizer: optax.GradientTransformation, mask: Any
-    ) -> TrainState:
-        return initialise.make_state(
-            variables,
-            optimizer,
+    def _state_maker(
+        self, optimizer: optax.GradientTransformation, mask: Any
+    ) -> Callable[[Any], TrainState]:
+        return functools.partial(
+            initialise.make_state,
+            optimizer=optimizer,
             mask=mask,
             ema=self.ema_decay is not None or self.averaged is not None,
             anomaly=self.anomaly,
@@ -290,13 +291,13 @@ class Program:
     def init(self) -> Callable[[], TrainState]:
         """A jitted function () -> state of step 0, created sharded."""
         recipe = self.recipe
+        model, inputs, seed = recipe.model, recipe.inputs_spec, recipe.seed
+        make_state = recipe._state_maker(self._optimizer, self.mask)
 
         def init() -> TrainState:
-            key = jax.random.key(recipe.seed)
-            variables = initialise.variables(recipe.model, key, recipe.inputs_spec)
-            return recipe._make_state(variables, optimizer=self._optimizer, mask=self.mask)
+            return make_state(initialise.variables(model, jax.random.key(seed), inputs))
 
-        return jax.jit(init, out_shardings=self._state_shardings)
+        return programs.jit(init, out_shardings=self._state_shardings)
 
     @functools.cached_property
     def restart(self) -> Callable[[TrainState], TrainState] | None:
@@ -327,8 +328,10 @@ class Program:
         """Returns the jitted functions, which report the loss of `num_sources` data sources separately."""
         recipe = self.recipe
         objective = Objective.of(recipe.objective(model=recipe.model, num_sources=num_sources))
+        # The steps take the extras as an argument: wherever their files are, the program is the same.
+        loss_fn = dataclasses.replace(objective, stored_extras=None)
         train_step = make_train_step(
-            loss_fn=objective,
+            loss_fn=loss_fn,
             optimizer=self._optimizer,
             seed=recipe.seed,
             mask=self.mask,
@@ -340,24 +343,24 @@ class Program:
             moving_reference=recipe.moving_reference,
         )
         evaluate = make_eval_step(
-            loss_fn=objective,
+            loss_fn=loss_fn,
             microbatches=recipe.microbatches,
             moving_reference=recipe.moving_reference,
         )
         # Metrics of any shape are read by every process.
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        train = jax.jit(
+        train = programs.jit(
             train_step, donate_argnums=0, out_shardings=(self._state_shardings, replicated)
         )
-        with_extras = _extras_binder(objective, self.mesh, self.rules)
+        with_extras = bound_extras.binder(objective, self.mesh, self.rules)
         return Steps(
             train=with_extras(train),
-            evaluate=with_extras(jax.jit(evaluate, out_shardings=replicated)),
+            evaluate=with_extras(programs.jit(evaluate, out_shardings=replicated)),
         )
 
     @contextlib.contextmanager
     def compiling(self, train_step: Any, batch: Any) -> Iterator[None]:
-        """Compiles the train step in a thread while the body runs, waits for it at the end, and raises its error.
+        """Compiles or loads the train step in a thread while the body runs, waits for it at the end, and raises its error.
 
         jax caches the program, so that the first call of `train_step` neither traces nor compiles.
 
@@ -367,7 +370,7 @@ class Program:
 
         def compile_step() -> None:
             with partitioning.use_mesh(self.mesh, self.rules):  # it is local to a thread
-                train_step.lower(self.abstract_state, batch).compile()
+                programs.compiled(train_step, self.abstract_state, batch)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             compilation = pool.submit(compile_step)
@@ -381,30 +384,3 @@ class Program:
             counted = trainable.mask_of((), self.boxed_params)
         params, _ = trainable.split(self.abstract_state.params, counted)
         return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _WithExtras:
-    """A jitted function with its keyword `extras` bound: arrays in calls, shapes ahead of time."""
-
-    jitted: Any
-    abstract: Any
-    read: Callable[[], Any]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.jitted(*args, extras=self.read())
-
-    def lower(self, *args: Any) -> Any:
-        return self.jitted.lower(*args, extras=self.abstract)
-
-    def trace(self, *args: Any) -> Any:
-        return self.jitted.trace(*args, extras=self.abstract)
-
-
-def _extras_binder(objective: Objective, mesh: Mesh, rules: Rules) -> Callable[[Any], Any]:
-    """Returns a function that binds the objective's extras to jitted functions; all of them share one copy."""
-    stored = objective.stored_extras
-    if stored is None:
-        return lambda jitted: jitted
-    read = functools.cache(lambda: stored.read(mesh, rules))  # at the first call
-    return functools.partial(_WithExtras, abstract=stored.abstract(mesh, rules), read=read)

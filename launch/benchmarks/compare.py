@@ -56,7 +56,7 @@ def _variables(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> Report:
-    """Runs a command; returns the JSON report in its last line of output, with 'other_load' (cores) added.
+    """Runs a command; returns the JSON report in its last line of output, with 'other_load' (cores) and 'process_cpu_s' added.
 
     Raises:
       PeerError: the process failed.
@@ -69,8 +69,10 @@ def measured(command: list[str], *, env: Mapping[str, str] | None = None) -> Rep
         status = f"ended with status {process.returncode}"  # negative: the signal that ended it
         raise PeerError(f"{' '.join(command)} {status}:\n{process.stderr[-2000:]}")
     wall = time.perf_counter() - before
-    other_seconds = (_busy_seconds() - busy) - (_used_by_children() - used)
+    cpu = _used_by_children() - used
+    other_seconds = (_busy_seconds() - busy) - cpu
     report = json.loads(process.stdout.strip().splitlines()[-1])
+    report["process_cpu_s"] = cpu
     report["other_load"] = round(max(0.0, other_seconds) / wall, 2)
     return report
 

@@ -4,6 +4,7 @@ Shapes: B prompts, R rows (B times the samples or beams of each), T prompt lengt
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,10 +22,11 @@ from model.transforms import layer_stack
 from trainers.decoding import beam, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
-from trainers.decoding.prefill import prefill
+from trainers.decoding.prefill import prefill, repeated
 from trainers.decoding.sampling import RowSampling, seen_in
 from trainers.decoding.settings import Draw
 from trainers.decoding.watched import Watch, Watched
+from trainers.programs import program as programs
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]
@@ -251,23 +253,25 @@ class Decoder:
         room = max(settings.max_new_tokens - 1, 1)
         beams, penalty = settings.beams, settings.sampling.repetition_penalty
         copies = settings.num_samples if beams is None else beams.num_beams
+        encodes, start, options = self._encodes, self._decoder_start, self._prefill_options
 
+        # It reads nothing of this decoder but these, so that another process finds the stored program.
         def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling):
             encoder, sentences_B = {}, None
-            if self._encodes:
+            if encodes:
                 real_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]
                 segments_BT = real_BT.astype(jnp.int32)
                 inputs = ({"params": params}, tokens_BT, segments_BT)
                 sentences_B = sentence.of_inputs(model, *inputs)
                 encoder = {"encoder_tokens_BS": tokens_BT, "encoder_segments_BS": segments_BT}
-                tokens_BT = jnp.full_like(tokens_BT[:, :1], self._decoder_start)
+                tokens_BT = jnp.full_like(tokens_BT[:, :1], start)
                 lengths_B = jnp.ones_like(lengths_B)
             with sentence.sentence_embeddings(sentences_B):
                 logits_BV, caches = prefill(
                     *(model, params, policy, tokens_BT, lengths_B),
                     room=room,
                     encoder=encoder,
-                    **self._prefill_options,
+                    **options,
                 )
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
@@ -285,7 +289,7 @@ class Decoder:
             return begin(logits_RV, caches, *rows, settings, allowed_RV, sampling), sentences_R
 
         name = self._name("prefill" if self._first is None else "restricted prefill")
-        program = self._compiled(name, length, jax.jit(run), *arrays)
+        program = self._compiled(name, length, programs.jit(run), *arrays)
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
         self.stats.prefill_seconds += time.perf_counter() - began
@@ -365,7 +369,7 @@ class Decoder:
         if self._sharding is not None:
             unchanged = jax.tree.map(lambda x: x.sharding, state)
             shardings = (unchanged, NamedSharding(self._sharding.mesh, PartitionSpec()))
-        jitted = jax.jit(run, donate_argnums=1, out_shardings=shardings)
+        jitted = programs.jit(run, donate_argnums=1, out_shardings=shardings)
         program = self._compiled(name, length, jitted, state, *arrays)
         began = time.perf_counter()
         state, result = program(self._params, state, *arrays)
@@ -374,27 +378,20 @@ class Decoder:
         return state, result
 
     def _compiled(self, name: str, length: int, function: Any, *arrays: Any) -> Callable:
-        """Returns the program for prompts of a length; compilation is timed separately.
+        """Returns the program for prompts of a length; compiling or loading it is timed separately.
 
         Raises:
           TooLargeError: its results cannot be in memory.
         """
         if (name, length) not in self._programs:
             began = time.perf_counter()
-            traced = function.trace(self._params, *arrays)
-            memory.check(
-                traced.out_info,
+            check = functools.partial(
+                memory.check,
                 max_new_tokens=self._settings.max_new_tokens,
                 rows=self._batch_size,
                 devices=1 if self._sharding is None else self._sharding.mesh.size,
             )
-            self._programs[name, length] = traced.lower().compile()
+            program = programs.compiled(function, self._params, *arrays, check=check)
+            self._programs[name, length] = program
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]
-
-
-def repeated(tree: Any, copies: int) -> Any:
-    """Returns a tree with each row of its arrays repeated `copies` times, adjacent; scalars do not change."""
-    if copies == 1:
-        return tree
-    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, tree)

@@ -15,8 +15,7 @@ from model.kv_cache.full import FullCache
 from model.transforms import layer_stack
 from trainers.decoding import decode
 from trainers.decoding.buckets import bucket_length, padded
-from trainers.decoding.decoder import repeated
-from trainers.decoding.prefill import prefill
+from trainers.decoding.prefill import prefill, repeated
 from trainers.decoding.settings import Settings
 
 

@@ -140,3 +140,10 @@ def _read_chunks(
     if rest:
         carry = read_chunk(carry, chunks * chunk, rest)
     return carry
+
+
+def repeated(tree: Any, copies: int) -> Any:
+    """Returns a tree with each row of its arrays repeated `copies` times, adjacent; scalars do not change."""
+    if copies == 1:
+        return tree
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, tree)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from model.kv_cache.full import FullCache
 from trainers.decoding.buckets import bucket_length, padded
 from trainers.decoding.prefill import empty_caches, read
+from trainers.programs import program as programs
 from trainers.scoring.scoring import Row, check_lengths
 
 _CHUNK_LOGITS = 2**26  # float32 logits in memory at a time: 256 MiB
@@ -163,7 +164,7 @@ class LikelihoodScorer:
             hidden_XD = hidden_states(model, params, *rows)
             return log_probs_at(model, params, hidden_XD, places_Q, targets_Q)
 
-        self._log_probs = jax.jit(log_probs, out_shardings=whole)
+        self._log_probs = programs.jit(log_probs, out_shardings=whole)
 
     def use(self, params: Any) -> None:
         """Sets other parameters of the same shapes, for which all programs stay."""

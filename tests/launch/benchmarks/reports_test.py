@@ -18,6 +18,7 @@ from launch.benchmarks import (
     lm_eval,
     moe_case,
     online_dpo,
+    stored_programs,
     t5,
 )
 
@@ -25,14 +26,18 @@ RECORDED = pathlib.Path(__file__).resolve().parents[3] / "docs" / "benchmarks"
 PARTS = ("sampling", "rewards", "reference", "arrangement", "update")
 REPORT = {
     "other_load": 0.1,
+    "process_cpu_s": 1.0,
     "losses": [3.0, 2.0],
     "seconds": [1.0] * 40,
     "cpu_seconds": [2.0] * 40,
     **dict.fromkeys(
-        ("first_loss_s", "first_step_s", "first_token_s", "set_up_s", "load_s", "ended"), 1.0
+        ("first_loss_s", "first_step_s", "first_token_s", "first_tokens_s")
+        + ("set_up_s", "load_s", "ended"),
+        1.0,
     ),
     **dict.fromkeys(("load_and_touch_s", "peak_mb", "peak_memory_mb"), 3.0),
     "tunables": "",
+    "tokens": [1],
     "versions": {"torch": "2"},
     "step_ends": list(range(40)),
     "multiple_choice": {"seconds": 1.0, "again": 0.5, "answers": [[-1.0, True], [-2.0, False]]},
@@ -79,6 +84,14 @@ def test_figures_of_the_first_token_are_ratios_of_stand_ins(monkeypatch):
     figures = first_token.run(rounds=2)
     assert figures["transformers_over_ours_seconds_cold"] == figures["transformers_over_ours_peak"]
     assert figures["seconds"].keys() == {"ours_cold", "ours_warm", "transformers_cold", "transformers_warm"}  # fmt: skip
+
+
+def test_figures_of_stored_programs_are_ratios_of_stand_ins(monkeypatch):
+    monkeypatch.setattr(compare, "measured", measured)
+    monkeypatch.setattr(case, "write_training", lambda *_, **__: None)
+    figures = stored_programs.run(rounds=2)
+    assert figures["train"]["traced_over_stored"]["pairs"] == 2
+    assert figures["generate"]["same_results"] is True and figures["contended"] is False
 
 
 def test_figures_of_t5_and_of_peft_are_ratios_of_stand_ins(monkeypatch):
