@@ -33,7 +33,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 # Tests of stored programs turn the store on.
-os.environ["ESPALIER_PROGRAMS"] = "0"
+os.environ.pop("ESPALIER_PROGRAMS", None)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -77,7 +77,7 @@ def stored_programs(tmp_path, monkeypatch):
     """The folder of stored programs, on for this test, beside an empty cache of jax's that stores every program."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    monkeypatch.delenv("ESPALIER_PROGRAMS")
+    monkeypatch.setenv("ESPALIER_PROGRAMS", "1")
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",

@@ -1,6 +1,6 @@
 """`jit` with a store: a program that another process has compiled is neither traced nor compiled again.
 
-The store is on if jax's cache of compiled programs is (launch/environment.py sets it), unless ESPALIER_PROGRAMS=0. A program's key has
+The store is on with ESPALIER_PROGRAMS=1, if jax's cache of compiled programs is (launch/environment.py sets it). A program's key has
 all that determines it: see trainers/programs/description.py for its function, trainers/programs/surroundings.py for the rest.
 """
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled, Lowered, Traced
 
+from model.kernels import platform
 from trainers.programs import description, store, structures, surroundings
 from trainers.programs.structures import Unstorable
 
@@ -122,12 +123,13 @@ class StoredFunction:
     def _key(self, name: str, signature: Any) -> dict[str, Any]:
         if jax.process_count() > 1:  # one process might load a program that another compiles
             raise Unstorable("several processes run it")
-        definition, leaves = signature
+        definition, leaves, forms = signature
         return {
             "function": name,
             "closure": description.digest((self.__wrapped__, self._options)),
             "arguments": structures.tree(definition),
             "leaves": [_leaf_key(leaf) for leaf in leaves],
+            "forms": list(forms),
             **surroundings.of_process(),
             **surroundings.of_call(),
         }
@@ -142,9 +144,11 @@ def _executable() -> Any:
     return executable
 
 
-def _signature(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
+def _signature(args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], tuple[str, bool]]:
+    """Returns what distinguishes the programs of a function: the arguments' tree and leaves, and the forms that models have."""
     leaves, definition = jax.tree.flatten((args, kwargs))
-    return definition, tuple(map(_leaf, leaves))
+    forms = platform.target_platform(), platform.reference_forms()
+    return definition, tuple(map(_leaf, leaves)), forms
 
 
 def _leaf(leaf: Any) -> tuple[Any, ...]:

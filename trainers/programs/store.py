@@ -35,11 +35,11 @@ class DamagedProgramError(Exception):
 def folder() -> pathlib.Path | None:
     """Returns the folder of programs beside jax's compiled ones; None if programs are not stored.
 
-    They are not with ESPALIER_PROGRAMS=0, and not without jax's cache of compiled programs or with one in an object store.
+    They are with ESPALIER_PROGRAMS=1, if jax has a cache of compiled programs that is in no object store.
     """
     flags: Any = jax.config
     root = flags.jax_compilation_cache_dir
-    if os.environ.get(SWITCH) == "0" or not flags.jax_enable_compilation_cache:
+    if os.environ.get(SWITCH) != "1" or not flags.jax_enable_compilation_cache:
         return None
     return None if not root or "://" in root else pathlib.Path(root, "programs")
 

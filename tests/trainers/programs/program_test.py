@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from model.config import TransformerConfig
+from model.kernels import platform
 from model.transformer import Transformer
 from trainers import partitioning
 from trainers.optim import optimizers, schedules
@@ -135,6 +136,19 @@ def test_a_function_within_another_is_a_part_of_it(stored_programs, traces):
 
     assert float(jax.grad(program.jit(square))(3.0)) == 6
     assert traces == [] and not stored_programs.exists()
+
+
+def test_reference_forms_and_platforms_have_programs_of_their_own(stored_programs, traces):
+    def doubled(x):
+        return x * (2 if platform.reference_forms() else 3)
+
+    function, x = program.jit(doubled), jnp.ones(3)
+    with platform.use_reference_forms():
+        np.testing.assert_array_equal(function(x), 2 * x)
+    np.testing.assert_array_equal(function(x), 3 * x)
+    with platform.use_platform("tpu"):
+        np.testing.assert_array_equal(function(x), 3 * x)
+    assert len(traces) == len(list(stored_programs.iterdir())) == 3
 
 
 def test_a_program_that_was_made_ahead_serves_the_call(stored_programs, traces):

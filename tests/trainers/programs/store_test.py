@@ -127,10 +127,11 @@ def test_many_writers_and_readers_see_whole_programs_only(tmp_path):
 
 @pytest.mark.parametrize(
     ("variable", "root", "used"),
-    [(None, "/c", True), ("0", "/c", False), ("1", "/c", True), (None, "gs://b/c", False)],
+    [(None, "/c", False), ("0", "/c", False), ("1", "/c", True), ("1", "gs://b/c", False)],
 )
 def test_the_switch_and_the_folder(variable, root, used, stored_programs, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", root)
+    monkeypatch.delenv(store.SWITCH)
     if variable is not None:
         monkeypatch.setenv(store.SWITCH, variable)
     assert (store.folder() is not None) == used
