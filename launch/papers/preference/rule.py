@@ -120,7 +120,9 @@ def rates(rule: StoppingRule, seeds: int = claim.SEEDS) -> Measure:
                     by_seed={seed: float(np.mean(one)) for seed, one in flags.items() if one},
                     below=allowed,
                     interval=intervals.share(every) if every else None,
-                    note=f"{sum(every)} of {len(every)}; interval of Wilson, as if runs of a seed were independent",
+                    note=f"{sum(every)} of {len(every)}; interval of Wilson, as if runs of a seed were independent"
+                    if every
+                    else "",
                     unmet=unmet or ("" if every else "no such runs"),
                 )
             )

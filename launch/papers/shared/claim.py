@@ -93,7 +93,9 @@ class Effect:
         return room / width if width > 0 else math.copysign(math.inf, room)
 
     def text(self) -> str:
-        """Returns the value with its interval and unit."""
+        """Returns the value with its interval and unit; a dash where there is none."""
+        if math.isnan(self.range["value"]):
+            return "–"
         if self.exact and self.range["low"] == self.range["high"]:
             shown = f"{self.range['value']:,.{self.digits}f}"
         else:
