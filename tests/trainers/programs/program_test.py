@@ -367,8 +367,14 @@ print(program.jit(f)(np.arange(3.0, dtype=np.float32))["y"])
 def test_a_second_process_traces_nothing(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(PROCESS)
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
-    environment |= {"ESPALIER_PROGRAMS": "1", "PYTHONPATH": os.getcwd()}
+    # Settings that tests before this one left in the environment are not of this one.
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("JAX_", "XLA_"))}
+    environment = inherited | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "ESPALIER_PROGRAMS": "1",
+        "PYTHONPATH": os.getcwd(),
+    }
     outputs = [
         subprocess.run(
             [sys.executable, script], env=environment, capture_output=True, text=True, check=True
