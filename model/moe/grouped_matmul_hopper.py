@@ -19,9 +19,8 @@ _MODULES = tuple(
     for name in ("ragged_dot", "transposed_ragged_dot")
 )
 _BLOCK = 128  # rows and columns of a tile of the results
-_CONTRACTED = (
-    64  # rows or columns that are multiplied at a time: 128 bytes, a row of swizzled shared memory
-)
+# Rows or columns that are multiplied at a time: 128 bytes, a row of swizzled shared memory.
+_CONTRACTED = 64
 _TILES: dict[str, Any] = {
     "block_m": _BLOCK,
     "block_n": _BLOCK,

@@ -38,7 +38,7 @@ def _of_models(runs: Retrieval) -> list[str]:
     left_out = "; ".join(f"seed {seed} {why}" for seed, why in runs.excluded.items())
     return [
         f"- *{SMALL}*: 2 layers of width 64, trained here on a synthetic task, seeds "
-        f"{', '.join(map(str, runs.models))}. A phase of training ends at 95 % exact answers or at its limit of updates, so "
+        f"{', '.join(map(str, runs.models))}. A phase of training ends at 80 % exact answers, the last at 95 %, or at its limit of updates, so "
         f"that seeds differ in their numbers of updates. A model whose full cache answers less than {BAR} of the judged "
         f"prompts is left out: {left_out or 'none is'}. Each seed has {measure.PROMPTS} prompts of its own of "
         f"{runs.length} tokens: 48 lines of a key and four values, one answered question, and the question. Window 8, max "

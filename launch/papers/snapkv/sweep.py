@@ -1,6 +1,6 @@
 """The retrieval models of SnapKV's small experiment, trained phase by phase.
 
-A phase ends when the model answers 95 % of its kinds of prompts exactly, or at its limit of updates; the next starts from
+A phase ends when the model answers its share of each kind of prompts exactly, or at its limit of updates; the next starts from
 its parameters and moments. Three runs for each seed, together some minutes on one core; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/snapkv/sweep.py:5 --out runs/snapkv/retrieval --workers 2

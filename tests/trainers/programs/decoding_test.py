@@ -13,7 +13,6 @@ from trainers.decoding.decoder import Decoder
 from trainers.decoding.memory import TooLargeError
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Beams, Settings
-from trainers.programs import program
 from trainers.scoring.likelihoods import LikelihoodScorer
 from trainers.scoring.scoring import Row, Scorer
 
@@ -30,19 +29,6 @@ def model():
 def params(model):
     whole = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     return nn.meta.unbox(whole)["params"]
-
-
-@pytest.fixture
-def traces(monkeypatch):
-    names = []
-    lower = program._lower
-
-    def recording(jitted, *rest):
-        names.append(jitted.__wrapped__.__qualname__)
-        return lower(jitted, *rest)
-
-    monkeypatch.setattr(program, "_lower", recording)
-    return names
 
 
 SETTINGS = {

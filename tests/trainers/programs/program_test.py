@@ -42,20 +42,6 @@ def arguments(size=4):
     return State(weights, jax.random.key(3), {"none": None}), np.ones(8, np.float32)
 
 
-@pytest.fixture
-def traces(monkeypatch):
-    """The names of the functions that were traced."""
-    names = []
-    lower = program._lower
-
-    def recording(jitted, *rest):
-        names.append(jitted.__wrapped__.__name__)
-        return lower(jitted, *rest)
-
-    monkeypatch.setattr(program, "_lower", recording)
-    return names
-
-
 def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
