@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from launch.papers.shared import page
-from launch.papers.snapkv import claims, figures, measure, needles, null, results
+from launch.papers.snapkv import claims, figures, measure, needles, null, results, sweep
 from launch.papers.snapkv.results import BAR, CHAT, SMALL, Latency, Needles, Retrieval
 
 _PLACES = {"retrieval": SMALL, "needles": CHAT, "latency": "random weights, 4 layers"}
@@ -38,12 +38,18 @@ def _of_models(runs: Retrieval) -> list[str]:
     left_out = "; ".join(f"seed {seed} {why}" for seed, why in runs.excluded.items())
     return [
         f"- *{SMALL}*: 2 layers of width 64, trained here on a synthetic task, seeds "
-        f"{', '.join(map(str, runs.models))}. A phase of training ends at 80 % exact answers, the last at 95 %, or at its limit of updates, so "
+        f"{', '.join(map(str, runs.models))}. A phase of training ends at {_ends()} exact answers, or at its limit of updates, so "
         f"that seeds differ in their numbers of updates. A model whose full cache answers less than {BAR} of the judged "
         f"prompts is left out: {left_out or 'none is'}. Each seed has {measure.PROMPTS} prompts of its own of "
         f"{runs.length} tokens: 48 lines of a key and four values, one answered question, and the question. Window 8, max "
         "pooling over 7. PyramidKV is not measured here: of two layers it would leave the last a twentieth of C - w.",
     ]
+
+
+def _ends() -> str:
+    """Returns the shares of exact answers that end the phases."""
+    first, *middle, last = (f"{100 * phase.share:.0f}" for phase in sweep.PHASES.values())
+    return f"{', '.join([first, *middle])} and {last} %"
 
 
 def _of_haystacks(answers: Needles) -> list[str]:
