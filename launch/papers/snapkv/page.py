@@ -70,9 +70,11 @@ def _of_tova(answers: Needles) -> str:
     tova, snapkv = (
         float(answers.exact(grid.tokens, name, grid.fifth).mean()) for name in ("tova", "snapkv")
     )
-    ahead = "TOVA, which asks the last query alone, is ahead of SnapKV" if tova > snapkv else None
-    ahead = ahead or "SnapKV is not behind TOVA, which asks the last query alone,"
-    return f"{ahead} at C = {grid.fifth}: {tova:.2f} against {snapkv:.2f} exact answers."
+    if tova > snapkv:
+        words, shares = "TOVA, which asks the last query alone, is ahead of SnapKV", (tova, snapkv)
+    else:
+        words, shares = "SnapKV is not behind TOVA, which asks the last query alone", (snapkv, tova)
+    return f"{words}, at C = {grid.fifth}: {shares[0]:.2f} against {shares[1]:.2f} exact answers."
 
 
 def _tables(parts: page.Parts) -> Iterable[str]:
