@@ -8,9 +8,11 @@ Example, the first 100 prompts of m-ArenaHard in three languages, from /data/eva
 The rows are {"id", "language", "prompt", ...}; `launch.generate --chat --inputs=prompts.jsonl` answers them, and
 `launch.evaluate win_rate --by_language` and `launch.evaluate language` read the answers. Sets:
 
-  m_arena_hard        500 prompts of Arena-Hard-Auto, translated by machine into the 23 languages
-  dolly               200 held-out prompts of Dolly, translated by machine
-  dolly_human_edited  the same, edited by people, in fewer languages
+  m_arena_hard              500 prompts of Arena-Hard-Auto, translated by machine into the 23 languages
+  dolly                     200 held-out prompts of Dolly, edited by people where there is such a translation (ar, es, fr,
+                            hi, ru), by machine in the other languages: the prompts of Aya 23 and Aya Expanse
+  dolly_machine_translated  the same, all translated by machine
+  dolly_human_edited        only those edited by people
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from launch.config import setting_flags
 from launch.evaluation.suites import local_data
 from launch.evaluation.suites.local_data import Source
 
-Set = Literal["m_arena_hard", "dolly", "dolly_human_edited"]
+Set = Literal["m_arena_hard", "dolly", "dolly_machine_translated", "dolly_human_edited"]
 _ARENA = "CohereLabs/m-ArenaHard"
 _DOLLY = "CohereLabs/aya_evaluation_suite"
 
@@ -101,19 +103,23 @@ def _arena(
 def _dolly(
     set: str, wanted: Sequence[str], data_dir: str | None
 ) -> Mapping[str, list[dict[str, Any]]]:
-    name = "dolly_machine_translated" if set == "dolly" else set
-    source = Source(
-        folder="aya_evaluation_suite",
-        split="test",
-        columns=("id", "inputs", "language"),
-        configuration=name,
-        repository=_DOLLY,
-    )
     rows: dict[str, list[dict[str, Any]]] = {code: [] for code in wanted}
-    for code, row in _of_languages(local_data.rows(source, data_dir)):
-        if code in rows:
-            id = f"{row['id']}/{code}"
-            rows[code].append({"id": id, "language": code, "prompt": row["inputs"]})
+    names = ("dolly_human_edited", "dolly_machine_translated") if set == "dolly" else (set,)
+    for name in names:
+        source = Source(
+            folder="aya_evaluation_suite",
+            split="test",
+            columns=("id", "inputs", "language"),
+            configuration=name,
+            repository=_DOLLY,
+        )
+        lacking = [code for code in wanted if not rows[code]]
+        for code, row in _of_languages(local_data.rows(source, data_dir) if lacking else []):
+            if code in lacking:
+                id = f"{row['id']}/{code}"
+                rows[code].append(
+                    {"id": id, "language": code, "set": name, "prompt": row["inputs"]}
+                )
     return rows
 
 
