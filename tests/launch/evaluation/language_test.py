@@ -52,14 +52,18 @@ def test_rows_that_cannot_be_checked_are_named(command, tmp_path, capsys, rows, 
     assert message in capsys.readouterr().err
 
 
-def test_prompts_of_an_arena_are_written_by_language(command, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("m_arena_hard", "m-ArenaHard "), ("m_arena_hard_v2", "m-ArenaHard-v2.0 ")],
+)
+def test_prompts_of_an_arena_are_written_by_language(command, tmp_path, capsys, name, repository):
     for code in ("cs", "hi"):
-        folder = tmp_path / "eval" / "m_arena_hard" / code
+        folder = tmp_path / "eval" / name / code
         folder.mkdir(parents=True)
         row = {"cluster": "c", "category": "k", "prompt": f"{code}?"}
         write(folder / "test-0.jsonl", [{"question_id": f"q{i}", **row} for i in range(3)])
     out = tmp_path / "prompts.jsonl"
-    flags = ("--set=m_arena_hard", f"--data_dir={tmp_path / 'eval'}", f"--output={out}")
+    flags = (f"--set={name}", f"--data_dir={tmp_path / 'eval'}", f"--output={out}")
     assert command("prepare arena_prompts", *flags, "--languages=hi,cs", "--limit=2") == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["language"], row["prompt"]) for row in rows] == [
@@ -67,7 +71,7 @@ def test_prompts_of_an_arena_are_written_by_language(command, tmp_path, capsys):
         *((f"q{i}/cs", "cs", "cs?") for i in range(2)),
     ]
     assert command("prepare arena_prompts", *flags, "--languages=ja") == 2
-    assert "hf download --repo-type=dataset CohereLabs/m-ArenaHard" in capsys.readouterr().err
+    assert f"hf download --repo-type=dataset CohereLabs/{repository}" in capsys.readouterr().err
 
 
 def test_prompts_of_dolly_are_those_edited_by_people_where_there_are_some(
