@@ -222,7 +222,7 @@ def _answer(row: Mapping[str, Any], source: Source) -> int:
 
     The harness would count another answer as an error of the model.
     """
-    numbers = {**{letter: i for i, letter in enumerate(_LETTERS)}, 0: 0, 1: 1, 2: 2, 3: 3}
+    numbers: dict[Any, int] = {0: 0, 1: 1, 2: 2, 3: 3, **{x: i for i, x in enumerate(_LETTERS)}}
     answer = row["answer"]
     if not isinstance(answer, str | int) or isinstance(answer, bool) or answer not in numbers:
         raise WrongDataError(
