@@ -1,10 +1,10 @@
 """Two operations on strings, applied one after the other: many small tasks, for experiments on a CPU (arXiv 2309.05444).
 
-    RSdbbakf  ->  abbdfk      reverse, then sort
+    RPdbba  ->  bcce      reverse, then the next letter of the alphabet
 
-An input is two letters that name operations and six of twelve symbols; the target is the result. The 56 ordered pairs of
-different operations are the tasks, of which 12 are held out. To begin with, six operations are learnt alone, with
-`copy` as the second.
+An input is two letters that name operations, and four of twelve symbols; the target is the result. One of the operations moves symbols
+and the other replaces them, or one is `copy`: 48 pairs are the tasks, of which 12, six in both orders, are held out. To begin with, the eight
+operations are learnt alone, with `copy` as the second.
 """
 
 import dataclasses
@@ -21,24 +21,27 @@ from data.data_source import GeneratedSource
 from data.instructions.encoding import Form
 from model.ranges import Seed, Size
 
-NUM_SYMBOLS, LENGTH = 12, 6
+NUM_SYMBOLS, LENGTH = 12, 4
 NUM_HELD_OUT = 12  # compositions
 HELD_OUT_STRINGS = 10  # one string in ten is for validation, the same in all tasks
 
 Array = np.ndarray  # [..., LENGTH] numbers of symbols
 # Letter of the input, name and function of each operation.
-OPERATIONS: Mapping[str, tuple[str, Callable[[Array], Array]]] = {
+MOVES: Mapping[str, tuple[str, Callable[[Array], Array]]] = {
     "R": ("reverse", lambda x: x[..., ::-1]),
-    "S": ("sort", lambda x: np.sort(x, axis=-1)),
-    "D": ("descend", lambda x: np.sort(x, axis=-1)[..., ::-1]),
     "O": ("rotate", lambda x: np.roll(x, -1, axis=-1)),
+    "H": ("halves", lambda x: np.roll(x, LENGTH // 2, axis=-1)),
+    "W": ("swap", lambda x: x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)),
+}
+SHIFTS: Mapping[str, tuple[str, Callable[[Array], Array]]] = {
     "P": ("shift1", lambda x: (x + 1) % NUM_SYMBOLS),
     "Q": ("shift3", lambda x: (x + 3) % NUM_SYMBOLS),
-    "W": ("swap", lambda x: x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)),
-    "C": ("copy", lambda x: x),
+    "F": ("shift5", lambda x: (x + 5) % NUM_SYMBOLS),
+    "N": ("shift8", lambda x: (x + 8) % NUM_SYMBOLS),
 }
 COPY = "C"
-SINGLE = tuple((letter, COPY) for letter in "RSDOPQ")  # learnt before the compositions
+OPERATIONS = {**MOVES, **SHIFTS, COPY: ("copy", lambda x: x)}
+SINGLE = tuple((letter, COPY) for letter in (*MOVES, *SHIFTS))  # learnt before the compositions
 LETTERS = "abcdefghijkl"
 SYMBOLS = "".join(OPERATIONS) + LETTERS  # of the vocabulary
 
@@ -46,16 +49,17 @@ Pair = tuple[str, str]  # letters of the first and the second operation
 
 
 def split_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Returns the compositions that are trained and held out; those held out contain no `copy`."""
-    every = list(itertools.permutations(OPERATIONS, 2))
-    held_out = random.Random(f"compositions {seed}").sample(
-        [pair for pair in every if COPY not in pair], NUM_HELD_OUT
-    )
+    """Returns the compositions that are trained and held out; those held out are without `copy`, and in both orders."""
+    kinds = itertools.permutations((MOVES, SHIFTS, COPY), 2)
+    every = [pair for first, second in kinds for pair in itertools.product(first, second)]
+    together = [*itertools.product(MOVES, SHIFTS)]
+    chosen = random.Random(f"compositions {seed}").sample(together, NUM_HELD_OUT // 2)
+    held_out = [pair for pair in every if pair in chosen or pair[::-1] in chosen]
     return [pair for pair in every if pair not in held_out], held_out
 
 
 def task_name(pair: Pair) -> str:
-    """Returns the name of a composition's task, such as `mov_reverse_sort`."""
+    """Returns the name of a composition's task, such as `mov_reverse_shift1`."""
     return "mov_" + "_".join(OPERATIONS[letter][0] for letter in pair)
 
 
@@ -77,7 +81,7 @@ class Composition(GeneratedSource):
 
     @property
     def digest(self) -> str:
-        return f"Composition 1: {self.name} {self.train_documents} {self.seed} {self.form} {self.vocabulary}"
+        return f"Composition 2: {self.name} {self.train_documents} {self.seed} {self.form} {self.vocabulary}"
 
     def strings(self, split: str) -> Array:
         """Returns the strings of a split, [examples, LENGTH]."""
@@ -124,7 +128,7 @@ def register(
 ) -> None:
     """Registers a task for each composition, and mixtures with equal rates.
 
-    The mixtures are `mov_pretrain` (six operations, followed by copy), `mov_train` (44 compositions) and
+    The mixtures are `mov_pretrain` (eight operations, followed by copy), `mov_train` (36 compositions) and
     `mov_held_out` (12 others).
 
     Args:

@@ -11,11 +11,11 @@ from launch.papers.shared import loads, nulls, page
 
 _TEXT = [
     "- *model*: T5 1.1 of two layers in each stack, width 128, four heads, MLPs of 256 "
-    "(t5x_configs/experiments/mov/cpu): span corruption of English and docstrings, then six operations alone (followed by "
-    f"`copy`; {sweep.BASE_STEPS:,} updates, rate {sweep.BASE_RATE:g}), all worded by the same three prompt templates. Letters have "
-    "their places beside them, since T5 has no positions in cross-attention. This is the **frozen model**; the verdicts of a seed "
+    "(t5x_configs/experiments/mov/cpu): span corruption of English and docstrings, then eight operations alone (followed by "
+    f"`copy`; {sweep.BASE_STEPS:,} updates, rate {sweep.BASE_RATE:g}), all worded by the same three prompt templates. A letter "
+    "and its place are one piece of the vocabulary, since T5 has no positions in cross-attention. This is the **frozen model**; the verdicts of a seed "
     f"whose frozen model has a loss above {LEARNED} on other strings of its operations are not measured.",
-    f"- *arms*: each continues it for {sweep.STEPS} updates of about 40 examples of 44 compositions: "
+    f"- *arms*: each continues it for {sweep.STEPS} updates of about 55 examples of 36 compositions: "
     f"full tuning (rate {sweep.FULL_RATE:g}), (IA)3 and MoV ({sweep.VECTOR_RATE:g}), LoRA and MoLORA ({sweep.LORA_RATE:g}, "
     f"experts of rank {sweep.RANK}), Adam without decay. LoRA has MoLORA's sites. *top-1*, *top-2*: a token uses only its most "
     "probable experts, whose weights are their probabilities, as in the paper's code, or sum to 1 (*renormalised*). "

@@ -1,12 +1,12 @@
-"""Writes the tasks of the CPU reproduction: two operations on six letters, worded by several prompt templates.
+"""Writes the tasks of the CPU reproduction: two operations on four letters, worded by several prompt templates.
 
-    reverse then sort: d1 b2 b3 a4 k5 f6  ->  a1 b2 b3 d4 f5 k6
+    reverse then shift1: d1b2b3a4  ->  b1c2c3e4
 
-Letters have their places beside them: a T5 has no positions in cross-attention, and would learn first of all to count.
+Letters have their places beside them, as one piece of the vocabulary: a T5 has no positions in cross-attention, and its relative
+positions move by at most the learning rate an update, so that it would spend thousands of updates on counting.
 
 The operations are those of data/mov/compositions.py. A row has four answer choices: the result, and what other
-operations make of the same letters, first of all each operation alone and both in the other order. It writes sets of rows with their
-templates as `register_instructions` reads them: `operations/single`, `operations/pairs`, and one set for each composition
+operations make of the same letters, first of all each operation alone. It writes sets of rows with their templates as `register_instructions` reads them: `operations/single`, `operations/pairs`, and one set for each composition
 that is held out, which all seeds share.
 
   python -m launch.papers.mov.rows --to=DIR --seed=0
@@ -86,13 +86,22 @@ def _template(name: str) -> dict[str, Any]:
     }
 
 
+def pieces() -> tuple[str, ...]:
+    """Returns what is one piece of the vocabulary: the operations, and each letter at each place, such as 'd1'."""
+    operations = (name for name, _ in OPERATIONS.values())
+    letters = (
+        f"{letter}{place}" for place in range(1, compositions.LENGTH + 1) for letter in LETTERS
+    )
+    return (*operations, *letters)
+
+
 def held_out() -> dict[str, list[str]]:
     """Returns evaluated task -> its sets, as HELD_OUT has them."""
     return {name_of(pair): [set_of(pair)] for pair in compositions.split_pairs(0)[1]}
 
 
 def name_of(pair: Pair) -> str:
-    """Returns the name of a composition, such as 'reverse_sort'."""
+    """Returns the name of a composition, such as 'reverse_shift1'."""
     return compositions.task_name(pair).removeprefix("mov_")
 
 
@@ -109,7 +118,7 @@ def draw(pairs: Sequence[Pair], count: int, rng: np.random.Generator) -> list[di
 def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     first, second = pair
     copy, others = compositions.COPY, rng.permutation([*OPERATIONS])
-    wrong = [(first, copy), (second, copy), (second, first), *((first, str(x)) for x in others)]
+    wrong = [(first, copy), (second, copy), *((first, str(x)) for x in others)]
     choices = [text(compositions.solve(pair, letters))]
     right = choices[0]
     for other in wrong:
@@ -129,5 +138,5 @@ def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str,
 
 
 def text(numbers: np.ndarray) -> str:
-    """Returns letters with their places, such as 'd1 b2 b3'."""
-    return " ".join(f"{LETTERS[number]}{place}" for place, number in enumerate(numbers, 1))
+    """Returns letters with their places, such as 'd1b2b3'."""
+    return "".join(f"{LETTERS[number]}{place}" for place, number in enumerate(numbers, 1))

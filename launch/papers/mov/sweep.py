@@ -1,8 +1,8 @@
 """Light experts (arXiv 2309.05444) on a small T5: all claims, on compositions of operations that no run has seen.
 
-A T5 is pre-trained by span corruption, then on six operations alone, worded by three prompt templates. It is frozen, and
-each arm is tuned on 44 compositions of two operations; 12 others are judged by ranking answer choices. A tuned arm is
-about a minute on one core, the frozen model about ten; the number of seeds after a colon:
+A T5 is pre-trained by span corruption, then on eight operations alone, worded by three prompt templates. It is frozen, and
+each arm is tuned on 36 compositions of two operations; 12 others are judged by ranking answer choices. A tuned arm is
+about a minute on one core, the frozen model about five; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/mov/sweep.py:5 --out runs/mov/operations --workers 2
 """
@@ -15,8 +15,8 @@ from launch.papers.shared import configs
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
 MOV = "t5x_configs/methods/mov/"
-BASE_STEPS = 6000  # of the frozen model, on single operations
-STEPS = 500  # of each tuned arm
+BASE_STEPS = 1200  # of the frozen model, on single operations
+STEPS = 600  # of each tuned arm
 RANK = 4  # of MoLORA's experts
 # Learning rates: vectors need a larger one than matrices.
 BASE_RATE = FULL_RATE = 1e-3

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import types
 
 import numpy as np
@@ -14,7 +15,7 @@ from launch.papers.shared import sweeps
 from trainers.checkpoints import step_dir
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
-TASKS = ("reverse_sort", "sort_rotate")
+TASKS = ("reverse_shift1", "shift1_rotate")
 # Accuracies with which all claims hold.
 ACCURACIES = {
     "base": 0.05,
@@ -176,8 +177,9 @@ def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monke
         assert len(lines) == 3
         for line in lines:
             row = json.loads(line)
-            numbers = np.array([compositions.LETTERS.index(x[0]) for x in row["letters"].split()])
-            assert [x[1] for x in row["letters"].split()] == [*"123456"]
+            numbers = np.array([*map(compositions.LETTERS.index, row["letters"][::2])])
+            assert row["letters"][1::2] == "1234"
+            assert set(re.findall("..", row["letters"])) <= {*rows.pieces()}
             pair = operations[row["first"]], operations[row["second"]]
             assert row["choices"][row["label"]] == rows.text(compositions.solve(pair, numbers))
             assert len(set(row["choices"])) == len(row["choices"]) == rows.CHOICES
