@@ -51,7 +51,7 @@ def case(request, tmp_path_factory):
     folder = CASES / request.param
     run = tmp_path_factory.mktemp(request.param) / "run"
     assert convert.main([f"--from_hf={folder / 'model'}", f"--to={run}"]) == 0
-    # The checkpoint is float16, and the peer computed in float32. Few tokens would make many programs.
+    # The checkpoint is float16, and the peer computed in float32.
     with opened(str(run), dtype="float32", batch_tokens=4096) as model:
         yield json.loads((folder / "answers.json").read_bytes()), model
 
@@ -136,6 +136,20 @@ def test_a_run_reads_its_start_token_before_every_context(native, trained_run):
         assert log_prob == pytest.approx(float(logp_T.sum(dtype=np.float64)), abs=1e-4)
     rolled = native.loglikelihood_rolling(requests("loglikelihood_rolling", ("def f",), ("",)))
     assert rolled == [pytest.approx(found[1][0], abs=1e-4), 0.0]
+
+
+def test_a_small_job_needs_one_program_for_scores_and_two_for_answers(trained_run, compiled):
+    """Requests of many lengths; no operation of jax runs, and so compiles, outside of these programs."""
+    with opened(trained_run.path, params="raw", max_length=64, batch_tokens=256) as model:
+        compiled.clear()
+        contexts = ["x" * length for length in (1, 5, 14, 20, 25, 34, 40, 50)]
+        pairs = [(context, end) for context in contexts for end in ("y", "yz", "yzyzyzyzyz")]
+        assert len(model.loglikelihood(requests("loglikelihood", *pairs))) == len(pairs)
+        assert len(compiled) == 1, compiled
+        answers = {"until": ["\n"], "max_gen_toks": 4}
+        asked = [(context, answers) for context in contexts]
+        assert len(model.generate_until(requests("generate_until", *asked))) == len(asked)
+        assert len(compiled) == 3, compiled
 
 
 def test_answers_are_kept_as_they_come_and_not_asked_for_again(native, tmp_path, monkeypatch):
