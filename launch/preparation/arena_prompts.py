@@ -8,9 +8,12 @@ Example, the first 100 prompts of m-ArenaHard in three languages, from /data/eva
 The rows are {"id", "language", "prompt", ...}; `launch.generate --chat --inputs=prompts.jsonl` answers them, and
 `launch.evaluate win_rate --by_language` and `launch.evaluate language` read the answers. Sets:
 
-  m_arena_hard        500 prompts of Arena-Hard-Auto, translated by machine into the 23 languages
-  dolly               200 held-out prompts of Dolly, translated by machine
-  dolly_human_edited  the same, edited by people, in fewer languages
+  m_arena_hard              500 prompts of Arena-Hard-Auto, translated by machine into the 23 languages
+  m_arena_hard_v2           498 later ones, of Arena-Hard-Auto 2.0
+  dolly                     200 held-out prompts of Dolly, edited by people where there is such a translation (ar, es, fr,
+                            hi, ru), by machine in the other languages: the prompts of Aya 23 and Aya Expanse
+  dolly_machine_translated  the same, all translated by machine
+  dolly_human_edited        only those edited by people
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +25,13 @@ from launch.config import setting_flags
 from launch.evaluation.suites import local_data
 from launch.evaluation.suites.local_data import Source
 
-Set = Literal["m_arena_hard", "dolly", "dolly_human_edited"]
-_ARENA = "CohereLabs/m-ArenaHard"
+Set = Literal[
+    "m_arena_hard", "m_arena_hard_v2", "dolly", "dolly_machine_translated", "dolly_human_edited"
+]
+_ARENAS = {
+    "m_arena_hard": "CohereLabs/m-ArenaHard",
+    "m_arena_hard_v2": "CohereLabs/m-ArenaHard-v2.0",
+}
 _DOLLY = "CohereLabs/aya_evaluation_suite"
 
 
@@ -65,7 +73,7 @@ def write(
     if limit is not None and limit < 1:
         raise ValueError(f"--limit={limit} must be at least 1.")
     wanted = table.codes(languages.split(",")) if languages else tuple(table.LANGUAGES)
-    read = _arena if set == "m_arena_hard" else _dolly
+    read = _arena if set in _ARENAS else _dolly
     rows = read(set, wanted, data_dir)
     if empty := [code for code in wanted if not rows[code]]:
         raise ValueError(
@@ -84,7 +92,7 @@ def _arena(
     rows = {}
     for code in wanted:
         source = Source(
-            folder=set, split="test", columns=columns, configuration=code, repository=_ARENA
+            folder=set, split="test", columns=columns, configuration=code, repository=_ARENAS[set]
         )
         rows[code] = [
             {
@@ -101,19 +109,23 @@ def _arena(
 def _dolly(
     set: str, wanted: Sequence[str], data_dir: str | None
 ) -> Mapping[str, list[dict[str, Any]]]:
-    name = "dolly_machine_translated" if set == "dolly" else set
-    source = Source(
-        folder="aya_evaluation_suite",
-        split="test",
-        columns=("id", "inputs", "language"),
-        configuration=name,
-        repository=_DOLLY,
-    )
     rows: dict[str, list[dict[str, Any]]] = {code: [] for code in wanted}
-    for code, row in _of_languages(local_data.rows(source, data_dir)):
-        if code in rows:
-            id = f"{row['id']}/{code}"
-            rows[code].append({"id": id, "language": code, "prompt": row["inputs"]})
+    names = ("dolly_human_edited", "dolly_machine_translated") if set == "dolly" else (set,)
+    for name in names:
+        source = Source(
+            folder="aya_evaluation_suite",
+            split="test",
+            columns=("id", "inputs", "language"),
+            configuration=name,
+            repository=_DOLLY,
+        )
+        lacking = [code for code in wanted if not rows[code]]
+        for code, row in _of_languages(local_data.rows(source, data_dir) if lacking else []):
+            if code in lacking:
+                id = f"{row['id']}/{code}"
+                rows[code].append(
+                    {"id": id, "language": code, "set": name, "prompt": row["inputs"]}
+                )
     return rows
 
 

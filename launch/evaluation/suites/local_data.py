@@ -38,6 +38,7 @@ class Source:
       repository: repository on the Hugging Face hub; None for a set that is not on the hub.
       revision: revision of the repository, if the main revision has other files.
       how: how to get a set that is not on the hub.
+      only: a column, and the start of its text in the rows to read, if the files hold other rows too.
     """
 
     folder: str
@@ -47,6 +48,7 @@ class Source:
     repository: str | None = None
     revision: str | None = None
     how: str | None = None
+    only: tuple[str, str] | None = None
 
 
 def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapping[str, Any]]:
@@ -57,7 +59,7 @@ def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapp
       data_dir: the folder of all sets; None for $ESPALIER_EVAL_DATA.
 
     Raises:
-      MissingDataError: the set or the setting of the data folder is missing.
+      MissingDataError: the set, a row to read, or the setting of the data folder is missing.
       WrongDataError: a column is missing.
       DataError: a malformed line.
     """
@@ -71,9 +73,11 @@ def rows(source: Source, data_dir: str | os.PathLike | None = None) -> list[Mapp
                     f"{where}: there is no column {missing[0]!r}, but {', '.join(row)}. Use the set's "
                     f"public files: {_how(source, path.parent)}"
                 )
-            result.append(row)
+            if source.only is None or str(row[source.only[0]]).startswith(source.only[1]):
+                result.append(row)
     if not result:
-        raise MissingDataError(f"{files[0]} holds no rows: {_how(source, files[0].parent)}")
+        which = "" if source.only is None else " whose {!r} starts with {!r}".format(*source.only)
+        raise MissingDataError(f"{files[0]} holds no rows{which}: {_how(source, files[0].parent)}")
     return result
 
 

@@ -83,7 +83,8 @@ class Suite:
             return self.programs[benchmark]
         try:
             for source in (self.sources[benchmark], *self.task(benchmark).sources):
-                local_data.find(source, data_dir)
+                # Only the rows show whether files of several languages or kinds have the right ones.
+                (local_data.rows if source.only else local_data.find)(source, data_dir)
         except local_data.MissingDataError as error:
             return str(error)
         return ""

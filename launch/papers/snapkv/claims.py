@@ -4,7 +4,7 @@ The retrieval models give one number for each seed. The chat model gives one for
 bootstrap over haystacks, since the needles of one are not independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -32,34 +32,37 @@ LOST = 0.5  # of what compressing after the question keeps
 FLAT = 0.1  # of the full cache's slope
 
 
+_LEAD = "hit rate on average over layers, last window less the best other"
+
+
 def last_window(runs: Retrieval, where: str) -> list[Effect]:
     """Compares the hit rate of the prompt's last window with the best of those before it."""
-    return [
-        over_models(
-            runs,
-            where,
-            "hit rate on average over layers, last window less the best other",
-            {seed: _lead(runs.window_rates(seed)) for seed in runs.sound},
-            above=0.0,
-        )
-    ]
+    means_W = {seed: runs.window_rates(seed).mean(0) for seed in runs.sound}
+    leads = {seed: _lead(mean_W) for seed, mean_W in means_W.items()}
+    return [over_models(runs, where, _LEAD, leads, above=0.0, note=_averaged(means_W.values()))]
 
 
 def last_window_of_chat(results: Needles, where: str) -> list[Effect]:
     """Makes the same comparison on haystacks."""
-    leads = [_lead(rates(one["hits"])) for one in results.of_length(needles.JUDGED.tokens).values()]
-    if not leads:
+    haystacks = results.of_length(needles.JUDGED.tokens).values()
+    means_W = [rates(one["hits"]).mean(0) for one in haystacks]
+    if not means_W:
         return []
-    what = "hit rate on average over layers, last window less the best other"
-    unmet = chat_unmet(results)
-    return [
-        over_haystacks(results, where, what, leads, np.ones(len(leads)), above=0.0, unmet=unmet)
-    ]
+    leads = [_lead(mean_W) for mean_W in means_W]
+    settings = {"above": 0.0, "unmet": chat_unmet(results), "note": _averaged(means_W)}
+    return [over_haystacks(results, where, _LEAD, leads, np.ones(len(leads)), **settings)]
 
 
-def _lead(rates_LW: np.ndarray) -> float:
-    mean_W = rates_LW.mean(0)
+def _lead(mean_W: np.ndarray) -> float:
     return float(mean_W[-1] - mean_W[:-1].max())
+
+
+def _averaged(means_W: Collection[np.ndarray]) -> str:
+    """Returns the hit rates of the last and the best other window after averaging, by which no window is best by luck."""
+    if not means_W:
+        return ""
+    *others, last = np.mean([*means_W], axis=0)
+    return f"averaged before windows are compared: last {last:.3f}, best other {max(others):.3f}"
 
 
 _OVERLAP = "share of kept positions in common, one question asked twice less two questions"

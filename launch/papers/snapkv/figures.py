@@ -74,7 +74,8 @@ def _accuracy(runs: Retrieval) -> Any:
         for name in names:
             colour, marker, label = STYLE[name]
             by_capacity = [list(runs.exact(name, c).values()) for c in capacities]
-            style = {"color": colour, "marker": marker}
+            # Above int8, which gives the same answers.
+            style = {"color": colour, "marker": marker, "zorder": 3 if name == "snapkv" else 2}
             one.plot(
                 capacities, [np.mean(v) for v in by_capacity], lw=1.6, ms=6, label=label, **style
             )
@@ -165,7 +166,8 @@ def _questions(runs: Retrieval, answers: Needles) -> Any:
             np.mean([one["chance"] for one in overlaps]), color="black", ls=":", label="chance"
         )
         axes.set(xlabel="layer", title=f"positions in common, {title}")
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        # Above the line of chance.
+        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.2))
     small.set_xticks(range(len(models[0]["overlaps"]["same"])))
     chat.set_xticks(range(0, len(haystacks[0]["overlap"]["same"]), 5))
     both = runs.sound_at_both
@@ -256,8 +258,8 @@ def _latency(timed: Latency) -> Any:
             one.plot(at, np.median(ms, 1), color=colour, marker=marker, label=f"{label}, median")
             one.plot(at, ms.min(1), color=colour, ls=":", lw=1.2, label=f"{label}, least")
         one.set_xticks(at, [f"{n // 1024}K" for n in at], fontsize=8)
-        one.set(ylim=(0, None), xlabel="prompt, tokens")
+        one.set_xlabel("prompt, tokens")
         one.set_title(f"batch {batch}", fontsize=10)
-    axes[0].set_ylabel("ms per generated token")
+    axes[0].set(ylabel="ms per generated token", ylim=(0, None))  # of both, once all is drawn
     axes[0].legend(frameon=False, fontsize=8)
     return figure

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from launch.papers.shared import page
-from launch.papers.snapkv import claims, figures, measure, needles, null, results
+from launch.papers.snapkv import claims, figures, measure, needles, null, results, sweep
 from launch.papers.snapkv.results import BAR, CHAT, SMALL, Latency, Needles, Retrieval
 
 _PLACES = {"retrieval": SMALL, "needles": CHAT, "latency": "random weights, 4 layers"}
@@ -38,12 +38,18 @@ def _of_models(runs: Retrieval) -> list[str]:
     left_out = "; ".join(f"seed {seed} {why}" for seed, why in runs.excluded.items())
     return [
         f"- *{SMALL}*: 2 layers of width 64, trained here on a synthetic task, seeds "
-        f"{', '.join(map(str, runs.models))}. A phase of training ends at 80 % exact answers, the last at 95 %, or at its limit of updates, so "
+        f"{', '.join(map(str, runs.models))}. A phase of training ends at {_ends()} exact answers, or at its limit of updates, so "
         f"that seeds differ in their numbers of updates. A model whose full cache answers less than {BAR} of the judged "
         f"prompts is left out: {left_out or 'none is'}. Each seed has {measure.PROMPTS} prompts of its own of "
         f"{runs.length} tokens: 48 lines of a key and four values, one answered question, and the question. Window 8, max "
         "pooling over 7. PyramidKV is not measured here: of two layers it would leave the last a twentieth of C - w.",
     ]
+
+
+def _ends() -> str:
+    """Returns the shares of exact answers that end the phases."""
+    first, *middle, last = (f"{100 * phase.share:.0f}" for phase in sweep.PHASES.values())
+    return f"{', '.join([first, *middle])} and {last} %"
 
 
 def _of_haystacks(answers: Needles) -> list[str]:
@@ -64,9 +70,11 @@ def _of_tova(answers: Needles) -> str:
     tova, snapkv = (
         float(answers.exact(grid.tokens, name, grid.fifth).mean()) for name in ("tova", "snapkv")
     )
-    ahead = "TOVA, which asks the last query alone, is ahead of SnapKV" if tova > snapkv else None
-    ahead = ahead or "SnapKV is not behind TOVA, which asks the last query alone,"
-    return f"{ahead} at C = {grid.fifth}: {tova:.2f} against {snapkv:.2f} exact answers."
+    if tova > snapkv:
+        words, shares = "TOVA, which asks the last query alone, is ahead of SnapKV", (tova, snapkv)
+    else:
+        words, shares = "SnapKV is not behind TOVA, which asks the last query alone", (snapkv, tova)
+    return f"{words}, at C = {grid.fifth}: {shares[0]:.2f} against {shares[1]:.2f} exact answers."
 
 
 def _tables(parts: page.Parts) -> Iterable[str]:

@@ -37,7 +37,7 @@ class Phase(NamedTuple):
 # A document with the question first has four answer tokens at any length: it needs a large share. The last phase reads
 # 12 lines too: both positions of the question are compared at 12 lines, and would be forgotten.
 PHASES = {
-    "lines_3": Phase({"retrieval_3": 1.0}, 128, ((3, "last"),), 3000, 0.8),
+    "lines_3": Phase({"retrieval_3": 1.0}, 128, ((3, "last"),), 3000, 0.95),
     "lines_12": Phase(
         {"retrieval_12": 0.4, "retrieval_first_6": 0.3, "retrieval_first_12": 0.3},
         256,

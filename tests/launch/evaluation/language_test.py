@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from launch.evaluation.judges import answers
+
 CZECH, GREEK = "Příliš žluťoučký kůň úpěl.", "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία."
 
 
@@ -50,14 +52,18 @@ def test_rows_that_cannot_be_checked_are_named(command, tmp_path, capsys, rows, 
     assert message in capsys.readouterr().err
 
 
-def test_prompts_of_an_arena_are_written_by_language(command, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("m_arena_hard", "m-ArenaHard "), ("m_arena_hard_v2", "m-ArenaHard-v2.0 ")],
+)
+def test_prompts_of_an_arena_are_written_by_language(command, tmp_path, capsys, name, repository):
     for code in ("cs", "hi"):
-        folder = tmp_path / "eval" / "m_arena_hard" / code
+        folder = tmp_path / "eval" / name / code
         folder.mkdir(parents=True)
         row = {"cluster": "c", "category": "k", "prompt": f"{code}?"}
         write(folder / "test-0.jsonl", [{"question_id": f"q{i}", **row} for i in range(3)])
     out = tmp_path / "prompts.jsonl"
-    flags = ("--set=m_arena_hard", f"--data_dir={tmp_path / 'eval'}", f"--output={out}")
+    flags = (f"--set={name}", f"--data_dir={tmp_path / 'eval'}", f"--output={out}")
     assert command("prepare arena_prompts", *flags, "--languages=hi,cs", "--limit=2") == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["language"], row["prompt"]) for row in rows] == [
@@ -65,27 +71,56 @@ def test_prompts_of_an_arena_are_written_by_language(command, tmp_path, capsys):
         *((f"q{i}/cs", "cs", "cs?") for i in range(2)),
     ]
     assert command("prepare arena_prompts", *flags, "--languages=ja") == 2
-    assert "hf download --repo-type=dataset CohereLabs/m-ArenaHard" in capsys.readouterr().err
+    assert f"hf download --repo-type=dataset CohereLabs/{repository}" in capsys.readouterr().err
 
 
-def test_prompts_of_dolly_are_chosen_by_language_and_a_language_without_one_is_named(
+def test_prompts_of_dolly_are_those_edited_by_people_where_there_are_some(
     command, tmp_path, capsys
 ):
-    folder = tmp_path / "aya_evaluation_suite" / "dolly_machine_translated"
-    folder.mkdir(parents=True)
-    rows = [
-        {"id": 1, "inputs": "Hans?", "language": "zho", "script": "Hans"},
-        {"id": 1, "inputs": "Hant?", "language": "zho", "script": "Hant"},
-        {"id": 1, "inputs": "Zulu?", "language": "zul", "script": "Latn"},
-    ]
-    write(folder / "test.jsonl", rows)
+    rows = {
+        "machine_translated": [
+            {"id": 1, "inputs": "Hans?", "language": "zho", "script": "Hans"},
+            {"id": 1, "inputs": "Hant?", "language": "zho", "script": "Hant"},
+            {"id": 1, "inputs": "Zulu?", "language": "zul", "script": "Latn"},
+            {"id": 1, "inputs": "Machine ?", "language": "fra", "script": "Latn"},
+        ],
+        "human_edited": [
+            {"id": 1, "inputs": "Humain ?", "language": "fra", "script": "Latn"},
+            {"id": 1, "inputs": "Serbian?", "language": "srp", "script": "Cyrl"},
+        ],
+    }
+    for name in rows:
+        folder = tmp_path / f"aya_evaluation_suite/dolly_{name}"
+        folder.mkdir(parents=True)
+        write(folder / "test.jsonl", rows[name])
     out = tmp_path / "prompts.jsonl"
-    flags = ("--set=dolly", f"--data_dir={tmp_path}", f"--output={out}")
-    assert command("prepare arena_prompts", *flags, "--languages=zh") == 0
-    (row,) = map(json.loads, out.read_text().splitlines())
-    assert row == {"id": "1/zh", "language": "zh", "prompt": "Hans?"}
-    assert command("prepare arena_prompts", *flags, "--languages=zh,cs") == 2
+
+    def prompts(set, languages):
+        flags = (f"--set={set}", f"--data_dir={tmp_path}", f"--output={out}")
+        status = command("prepare arena_prompts", *flags, f"--languages={languages}")
+        return [json.loads(line) for line in out.read_text().splitlines()] if not status else None
+
+    both = prompts("dolly", "zh,fr")
+    assert both == [
+        {"id": "1/zh", "language": "zh", "set": "dolly_machine_translated", "prompt": "Hans?"},
+        {"id": "1/fr", "language": "fr", "set": "dolly_human_edited", "prompt": "Humain ?"},
+    ]
+    assert [row["prompt"] for row in prompts("dolly_machine_translated", "fr")] == ["Machine ?"]
+    assert prompts("dolly", "zh,cs") is None
     assert "dolly has no prompt in Czech: leave cs out" in capsys.readouterr().err
+    assert prompts("dolly_human_edited", "fr,zh") is None
+    assert "dolly_human_edited has no prompt in Chinese" in capsys.readouterr().err
+    # Rows with answers are what a judge compares by language.
+    files = {
+        name: str(write(tmp_path / f"{name}.jsonl", [{**row, "text": name} for row in both]))
+        for name in ("a", "b")
+    }
+    pairs = answers.pairs(answers.read(files, by_language=True))
+    assert [(pair.id, pair.language) for pair in pairs] == [("1/zh", "Chinese"), ("1/fr", "French")]
+    (tmp_path / "aya_evaluation_suite/dolly_machine_translated/test.jsonl").unlink()
+    assert len(prompts("dolly", "fr")) == 1  # needs no translation by machine
+    assert prompts("dolly", "fr,zh") is None
+    assert "CohereLabs/aya_evaluation_suite" in capsys.readouterr().err
 
 
 def test_tokenizers_are_compared_in_a_table_a_file_and_a_picture(command, tmp_path, capsys):
