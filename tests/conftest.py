@@ -93,6 +93,23 @@ def stored_programs(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
+@pytest.fixture
+def compiled():
+    """The names of all programs that jax compiles or reads from its cache in this test, those of single operations too."""
+    from jax import monitoring
+
+    jax.clear_caches()  # what other tests have compiled would not be counted
+    names = []
+
+    def record(event, duration, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(facts.get("fun_name"))
+
+    monitoring.register_event_duration_secs_listener(record)
+    yield names
+    monitoring.unregister_event_duration_listener(record)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def seqio_registries_as_found():
     """SeqIO's registries are global: what a module's tests register ends with the module."""

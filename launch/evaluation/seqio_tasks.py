@@ -6,7 +6,7 @@ from typing import Any
 
 from data.stream import rows
 from data.text import spelling
-from launch.evaluation.lm_eval.arguments import default_batch_tokens
+from launch.evaluation.lm_eval.arguments import default_batch_tokens, default_generation_tokens
 from launch.evaluation.lm_eval.generation import Generation, Generator
 from launch.inference.texts import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
@@ -33,18 +33,20 @@ class Answers:
     def __init__(self, run: LoadedRun, max_new_tokens: int):
         self.model = run.model
         run.unroll()
-        batch_tokens = default_batch_tokens()
         self._run = run
         self._greedy = Generation(
             until=(), max_gen_toks=max_new_tokens, sampling=Sampling(temperature=0.0)
         )
         self._generator = Generator(
-            run, ends=run.eos_ids, batch_tokens=batch_tokens, policy=FullCache()
+            run,
+            ends=run.eos_ids,
+            batch_tokens=default_generation_tokens(),
+            policy=FullCache(),
         )
         self._scorer = LikelihoodScorer(
             run.model,
             run.params,
-            batch_tokens=batch_tokens,
+            batch_tokens=default_batch_tokens(),
             row_shards=run.row_shards,
             sharding=run.row_sharding,
         )

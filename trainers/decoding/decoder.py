@@ -3,6 +3,7 @@
 Shapes: B prompts, R rows (B times the samples or beams of each), T prompt length, M new tokens at most.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -19,7 +20,7 @@ from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.mov import sentence
 from model.transforms import layer_stack
-from trainers.decoding import beam, memory
+from trainers.decoding import beam, few_programs, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.decoding.decode import Settings, advance, begin
 from trainers.decoding.prefill import prefill, repeated
@@ -67,6 +68,9 @@ class Stats:
 
 class Decoder:
     """Continues prompts in batches of similar length; compiles once for each of a few lengths.
+
+    Batches of another length get programs of their own only if these save more padding than they cost
+    (trainers/decoding/few_programs.py).
 
     A continuation depends on the seed, the index of its prompt and the number of the sample, not on its batch.
 
@@ -124,6 +128,7 @@ class Decoder:
         self.watch_every = watch_every
         self._ended = ended
         self._programs: dict[tuple[str, int], Callable] = {}
+        self._batches_read: collections.Counter[int] = collections.Counter()  # by length
         self._indices: Sequence[int] = ()
         self._first: Sequence[Sequence[int] | None] | None = None
         self._draws: Sequence[Draw] | None = None
@@ -186,13 +191,41 @@ class Decoder:
         """Yields (index, continuations) of each prompt, batch by batch."""
         lengths = [len(prompt) for prompt in prompts]
         batches = batches_by_length(lengths, self._batch_size)
+        limit = self._model.max_length
+        buckets = [bucket_length(lengths[batch[0]], limit=limit) for batch in batches]
+        padded_lengths = self._padded_lengths(buckets)
         quiet = True if len(batches) == 1 else None
         with tqdm(batches, desc="generate", unit="batch", disable=quiet or None) as progress:
-            for batch in progress:
-                length = bucket_length(lengths[batch[0]], limit=self._model.max_length)
-                continued = self._batch(prompts, batch, length, seed)
+            for batch, bucket in zip(progress, buckets, strict=True):
+                continued = self._batch(prompts, batch, padded_lengths[bucket], seed)
                 progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
                 yield from zip(batch, continued, strict=True)
+
+    def _padded_lengths(self, buckets: Sequence[int]) -> dict[int, int]:
+        """Returns the length of the programs that read batches of each length, from the lengths of all batches."""
+        known = {length for _, length in self._programs}
+        # With the batches of earlier calls, many small calls get the programs that a large one gets.
+        self._batches_read.update(buckets)
+        counts = [(length, self._batches_read[length]) for length in dict.fromkeys(buckets)]
+
+        def program(group: tuple[int, int]) -> tuple[float, int]:
+            """Returns (cost in tokens, length of the cheapest program) of a number of batches up to a length."""
+            length, count = group
+            rows = count * self._batch_size
+            # A prompt is read by one program and continued by another.
+            options = [(rows * length + 2 * self._program_tokens, length)]
+            return min(options + [(rows * other, other) for other in known if other >= length])
+
+        groups = few_programs.grouped(
+            counts,
+            lambda one, other: (max(one[0], other[0]), one[1] + other[1]),
+            lambda group: program(group)[0],
+        )
+        return {length: program(group)[1] for group, members in groups for length, _ in members}
+
+    @functools.cached_property
+    def _program_tokens(self) -> float:
+        return few_programs.program_tokens(self._model, self._params)
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int

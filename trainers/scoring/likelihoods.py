@@ -8,7 +8,9 @@ Shapes: B rows, T length, K continuations of a row, C their length, R = B K, Q p
 D width, V vocabulary.
 """
 
+import collections
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,14 +22,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
 from model.kv_cache.full import FullCache
-from trainers.decoding.buckets import bucket_length, padded
+from trainers.decoding import few_programs
+from trainers.decoding.buckets import padded
 from trainers.decoding.prefill import empty_caches, read
 from trainers.programs import program as programs
 from trainers.scoring.scoring import Row, check_lengths
 
-_CHUNK_LOGITS = 2**26  # float32 logits in memory at a time: 256 MiB
-_FEWEST = 16  # minimum number of predicted tokens of a program
-_SHORTEST_TAIL = 16
+_CHUNK = 256  # predicted tokens whose logits are in memory at a time; a power of two
 _WORTH_SHARING = 16  # minimum tokens of a shared context; reading a shorter one again is as fast
 
 
@@ -81,30 +82,95 @@ def hidden_states(
 
 
 def log_probs_at(
-    model: Any, params: Any, hidden_XD: jax.Array, places_Q: jax.Array, targets_Q: jax.Array
+    model: Any,
+    params: Any,
+    hidden_XD: jax.Array,
+    places_Q: jax.Array,
+    targets_Q: jax.Array,
+    count: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target) [Q], whether the target is the most probable token [Q]).
 
     Args:
       places_Q: index of the hidden state that predicts each target.
       targets_Q: target tokens; Q must be a power of two.
+      count: number of targets that are no padding. Padding takes no time, and has no meaningful results.
     """
     hidden_QD = hidden_XD[places_Q]
+    size = min(_CHUNK, len(targets_Q))
 
-    def chunk(hidden_CD: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def chunk(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_CD = jax.lax.dynamic_slice_in_dim(hidden_QD, i * size, size)
+        targets_C = jax.lax.dynamic_slice_in_dim(targets_Q, i * size, size)
         logits_CV = model.apply({"params": params}, hidden_CD[None], method="logits")[0]
         logits_CV = logits_CV.astype(jnp.float32)
         target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-        greedy_C = jnp.argmax(logits_CV, axis=-1) == targets_C
-        return target_C - jax.nn.logsumexp(logits_CV, axis=-1), greedy_C
+        logp_C = target_C - jax.nn.logsumexp(logits_CV, axis=-1)
+        parts = logp_C, jnp.argmax(logits_CV, axis=-1) == targets_C
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
+        logp_Q, greedy_Q = (put(array, part) for array, part in zip(results, parts, strict=True))
+        return logp_Q, greedy_Q
 
-    # A power of two, so that it divides the number of targets.
-    size = 1 << max(1, _CHUNK_LOGITS // model.config.vocab_size).bit_length() - 1
-    if len(targets_Q) <= size:
-        return chunk(hidden_QD, targets_Q)
-    split = (hidden_QD.reshape(-1, size, hidden_QD.shape[-1]), targets_Q.reshape(-1, size))
-    logp_JC, greedy_JC = jax.lax.map(lambda part: chunk(*part), split)
-    return logp_JC.reshape(-1), greedy_JC.reshape(-1)
+    empty = jnp.zeros(len(targets_Q), jnp.float32), jnp.zeros(len(targets_Q), bool)
+    return jax.lax.fori_loop(0, (count + size - 1) // size, chunk, empty)
+
+
+class Shape(NamedTuple):
+    """Sizes of a reading in a program, each at least that of every reading in it.
+
+    Attributes:
+      tails: K, the number of tails.
+      tail_length: C.
+      length: T; may exceed the learned positions.
+    """
+
+    tails: int
+    tail_length: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of a reading, padding included."""
+        return self.length + self.tails * self.tail_length
+
+    def fits(self, into: "Shape") -> bool:
+        """Returns whether a program of shape `into` can read a reading of this shape."""
+        return all(map(operator.le, self, into))
+
+    def joined(self, other: "Shape") -> "Shape":
+        """Returns the smallest shape into which both fit."""
+        return Shape(*map(max, self, other))
+
+
+class Program(NamedTuple):
+    """The shape of a program's readings, and their number in a batch."""
+
+    shape: Shape
+    size: int
+
+    def tokens(self, count: int) -> int:
+        """Number of tokens of all batches of `count` readings, padding included."""
+        return -(-count // self.size) * self.size * self.shape.tokens
+
+
+class Group(NamedTuple):
+    """Readings that one program reads.
+
+    Attributes:
+      shape: a shape into which they fit.
+      number: how many they are.
+      total: their number and that of readings of their shapes in earlier calls. Many small calls then get the programs that
+        a large one gets.
+    """
+
+    shape: Shape
+    number: int
+    total: int
+
+    def joined(self, other: "Group") -> "Group":
+        """Returns the group of the readings of both."""
+        shape = self.shape.joined(other.shape)
+        return Group(shape, self.number + other.number, self.total + other.total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +188,21 @@ class Reading:
     rows: list[tuple[int, int | None]]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(K, C, T), each rounded up to one of few sizes; T may exceed the learned positions."""
-        length = bucket_length(len(self.tokens))
-        if not self.tails:
-            return 0, 0, length
-        longest = max(_SHORTEST_TAIL, *map(len, self.tails))
-        return _power_of_two(len(self.tails)), _power_of_four(longest), length
+    def shape(self) -> Shape:
+        """Its sizes, the lengths rounded up a little, so that there are not too many different shapes to choose from."""
+        tail_length = _rounded(max(map(len, self.tails), default=0))
+        return Shape(len(self.tails), tail_length, _rounded(len(self.tokens)))
 
 
 class LikelihoodScorer:
-    """Scores continuations in batches of similar length; compiles once for each of a few shapes.
+    """Scores continuations in batches of similar length, with few programs.
+
+    A program's batches are equal in size and shape. Another program is made only if it saves more padding than it costs
+    (trainers/decoding/few_programs.py); later calls use the programs of earlier ones, which cost nothing more.
 
     Args:
       model: a decoder-only module with unrolled layers.
-      batch_tokens: number of tokens of a batch, including padding; determines its number of rows.
+      batch_tokens: maximum number of tokens of a batch, including padding, unless one row has more.
       batch_size: maximum number of rows; None for as many as batch_tokens allows.
       row_shards: the number of rows of a batch is a multiple of this.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
@@ -158,11 +224,16 @@ class LikelihoodScorer:
         self._batch_size = batch_size
         self._row_shards = row_shards
         self._sharding = sharding
+        self._program_tokens = few_programs.program_tokens(model, params)
+        self._programs: set[Program] = set()
+        self._earlier: collections.Counter[Shape] = (
+            collections.Counter()
+        )  # readings of earlier calls
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 
-        def log_probs(params: Any, places_Q: Any, targets_Q: Any, *rows: Any) -> Any:
+        def log_probs(params: Any, places_Q: Any, targets_Q: Any, count: Any, *rows: Any) -> Any:
             hidden_XD = hidden_states(model, params, *rows)
-            return log_probs_at(model, params, hidden_XD, places_Q, targets_Q)
+            return log_probs_at(model, params, hidden_XD, places_Q, targets_Q, count)
 
         self._log_probs = programs.jit(log_probs, out_shardings=whole)
 
@@ -186,41 +257,57 @@ class LikelihoodScorer:
 
     def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]:
         with tqdm(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
-            for shape, batch, size in self.batches(readings(rows)):
-                for i, likelihood in self._score(rows, shape, batch, size):
+            for program, batch in self.batches(readings(rows)):
+                for i, likelihood in self._score(rows, program, batch):
                     progress.update()
                     yield i, likelihood
 
-    def batches(
-        self, readings: Sequence[Reading]
-    ) -> Iterator[tuple[tuple[int, int, int], Sequence[Reading], int]]:
-        """Yields (shape, readings of the batch, number of rows), in the order of the readings.
+    def batches(self, readings: Sequence[Reading]) -> Iterator[tuple[Program, Sequence[Reading]]]:
+        """Yields (program, readings of the batch), those of the program with the longest readings first."""
+        same: dict[Shape, list[Reading]] = {}
+        for reading in readings:
+            same.setdefault(reading.shape, []).append(reading)
+        groups = few_programs.grouped(
+            [Group(shape, len(x), len(x) + self._earlier[shape]) for shape, x in same.items()],
+            Group.joined,
+            lambda group: self._program(group)[0],
+        )
+        self._earlier.update({shape: len(x) for shape, x in same.items()})
+        for group, members in sorted(groups, key=lambda g: g[0].shape.tokens, reverse=True):
+            _, program = self._program(group)
+            self._programs.add(program)
+            chosen = [reading for member in members for reading in same[member.shape]]
+            for begin in range(0, len(chosen), program.size):
+                yield program, chosen[begin : begin + program.size]
 
-        A batch that is not full also gets readings of smaller shapes, because compiling another program
-        takes longer than running a batch.
-        """
-        first = 0
-        while first < len(readings):
-            shape = count, tail_length, length = readings[first].shape
-            most = max(1, self._batch_tokens // (length + count * tail_length))
-            most = self._sharded(min(most, self._batch_size or most))
-            last = first + 1
-            while (
-                last < len(readings) and last - first < most and _fits(readings[last].shape, shape)
-            ):
-                last += 1
-            # The last batch is not padded to a full batch.
-            yield shape, readings[first:last], min(most, self._sharded(_power_of_two(last - first)))
-            first = last
+    def _program(self, group: Group) -> tuple[float, Program]:
+        """Returns (cost in tokens, program) of the cheapest program for a group."""
+
+        def most(shape: Shape) -> int:
+            rows = max(1, self._batch_tokens // shape.tokens)
+            return self._sharded(min(rows, self._batch_size or rows))
+
+        # As few batches as possible, of equal size, so that the last one has little padding.
+        batches = -(-group.number // most(group.shape))
+        new = Program(group.shape, self._sharded(-(-group.number // batches)))
+        options = [(new.tokens(group.total) + self._program_tokens, new)]
+        for program in self._programs:
+            # Batches much smaller than possible would be slow.
+            smallest = min(group.number, most(program.shape)) / 2
+            if group.shape.fits(program.shape) and program.size >= smallest:
+                options.append((program.tokens(group.total), program))
+        return min(options)
 
     def _sharded(self, count: int) -> int:
         """Returns the smallest multiple of the number of shards that is at least `count`."""
         return -(-count // self._row_shards) * self._row_shards
 
     def _score(
-        self, rows: Sequence[Row], shape: tuple[int, int, int], batch: Sequence[Reading], size: int
+        self, rows: Sequence[Row], program: Program, batch: Sequence[Reading]
     ) -> Iterator[tuple[int, Likelihood]]:
-        count, tail_length, length = shape
+        (count, tail_length, length), size = program
+        # Almost always enough for all targets, so that their number does not change the program.
+        room = size * program.shape.tokens
         length = length if self._max_length is None else min(length, self._max_length)
         arrays = [*padded([reading.tokens for reading in batch], size, length)]
         if count:
@@ -233,19 +320,20 @@ class LikelihoodScorer:
             after = b * length + len(reading.tokens)
             for i, tail in reading.rows:
                 row_targets = rows[i].targets
-                if count:  # the context predicts the first target, the tail the rest
+                if reading.tails:  # the context predicts the first target, the tail the rest
                     begin = size * length + (b * count + (tail or 0)) * tail_length
                     places += [after - 1, *range(begin, begin + len(row_targets) - 1)]
                 else:
                     places += range(after - len(row_targets), after)
                 targets += row_targets
                 ends.append((i, len(targets)))
-        extra = _power_of_four(max(_FEWEST, len(targets))) - len(targets)
+        extra = _power_of_two(max(room, len(targets))) - len(targets)
         places_Q, targets_Q = (np.pad(x, (0, extra)).astype(np.int32) for x in (places, targets))
         arrays = jax.device_put(arrays, self._sharding)
-        logp_Q, greedy_Q = map(
-            np.asarray, self._log_probs(self._params, places_Q, targets_Q, *arrays)
+        results = self._log_probs(
+            self._params, places_Q, targets_Q, np.int32(len(targets)), *arrays
         )
+        logp_Q, greedy_Q = map(np.asarray, results)
         begin = 0
         for i, end in ends:
             # float64, so that the sum does not depend on the other rows of the batch.
@@ -274,13 +362,10 @@ def readings(rows: Sequence[Row]) -> list[Reading]:
     return sorted(each, key=lambda reading: reading.shape, reverse=True)
 
 
-def _fits(shape: tuple[int, int, int], into: tuple[int, int, int]) -> bool:
-    """Returns whether a batch of shape `into` can hold a reading of `shape`: both or neither have tails."""
-    return (shape[0] > 0) == (into[0] > 0) and all(map(operator.le, shape, into))
-
-
-def _power_of_four(count: int) -> int:
-    return 1 << (count - 1).bit_length() + (count - 1).bit_length() % 2
+def _rounded(length: int) -> int:
+    """Returns the smallest multiple of 8 that is at least `length`; above 128 of an eighth of the power of two below it."""
+    step = max(8, _power_of_two(length) // 16)
+    return -(-length // step) * step
 
 
 def _power_of_two(count: int) -> int:

@@ -19,6 +19,11 @@ def default_batch_tokens() -> int:
     return 2048 if target_platform() == "cpu" else 16384
 
 
+def default_generation_tokens() -> int:
+    # A CPU reads all weights for each new token of a batch, which a larger batch shares.
+    return 8192 if target_platform() == "cpu" else 16384
+
+
 def computing_in(dtype: str, model: Any) -> Any:
     if dtype not in _DTYPES:
         raise LoadError(f"--model_args: dtype={dtype} must be one of {', '.join(_DTYPES)}.")

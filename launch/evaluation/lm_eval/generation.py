@@ -121,8 +121,11 @@ class Generator:
     def stream(self, contexts: Sequence[Sequence[int]], chosen: Generation) -> Iterator[str]:
         """Yields the answers to contexts with the same options, in order, as they finish."""
         longest = max(map(len, contexts))
-        rows = self._batch_tokens // (bucket_length(longest) + chosen.max_gen_toks)
-        rows = min(max(1, rows), len(contexts), self._batch_size or len(contexts))
+        most = max(1, self._batch_tokens // (bucket_length(longest) + chosen.max_gen_toks))
+        most = min(most, self._batch_size or most)
+        # As few batches as possible, of equal size, so that the last one has little padding.
+        batches = -(-len(contexts) // most)
+        rows = -(-len(contexts) // batches)
         decoder = self._decoder_for(chosen, self._run.batch_size(rows, len(contexts)))
         vocabulary, watched = self._run.vocabulary, {}
         decode = decoder_of(vocabulary)

@@ -50,7 +50,7 @@ class EspalierLM(TemplateLM):
       max_length: maximum tokens of an input; None for the model's learned or published length, else 2048.
       cut: where contexts of generation lose tokens that exceed max_length less the new tokens: 'beginning' or 'middle'.
       max_gen_toks: maximum new tokens, for tasks that do not set it.
-      batch_tokens: tokens of a batch, including padding; None for 2048 on CPU, 16384 elsewhere.
+      batch_tokens: tokens of a batch, including padding; None for 2048 on CPU (8192 when it generates), 16384 elsewhere.
       batch_size: maximum rows of a batch; 1 (the harness's value without --batch_size) and 'auto' mean as many as
         batch_tokens allows.
       max_batch_size: a second limit of rows; None for no limit.
@@ -110,9 +110,7 @@ class EspalierLM(TemplateLM):
                 f"--model_args: cache_policy={cache_policy} needs the answer beforehand; choose another."
             )
         self._cut = arguments.cut_of(cut)
-        if batch_tokens is None:
-            batch_tokens = arguments.default_batch_tokens()
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
         config = load_run.config_of(checkpoint, [gin_file] if gin_file else [])
         changes: dict[str, Any]
@@ -152,7 +150,7 @@ class EspalierLM(TemplateLM):
         self._scorer = scorer(
             self._run.model,
             self._run.params,
-            batch_tokens=batch_tokens,
+            batch_tokens=batch_tokens or arguments.default_batch_tokens(),
             batch_size=size,
             row_shards=self._run.row_shards,
             sharding=self._run.row_sharding,
@@ -161,7 +159,7 @@ class EspalierLM(TemplateLM):
         self._generator = Generator(
             self._run,
             ends=sorted({*self._run.eos_ids, *(() if eos in (None, -1) else (eos,))}),
-            batch_tokens=batch_tokens,
+            batch_tokens=batch_tokens or arguments.default_generation_tokens(),
             batch_size=size,
             policy=policy,
             cache_dtype=cache_dtype,

@@ -223,6 +223,25 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(model, params, log_prob
         np.testing.assert_allclose(row.log_probs, table[np.arange(M), row.tokens], atol=2e-5)
 
 
+def test_another_length_gets_programs_of_its_own_only_if_they_pay(model, params):
+    """Prompts of 32 and 16 tokens: a batch of two short ones has 32 tokens more in the long one's programs."""
+    settings = Settings(max_new_tokens=2)
+    long, short = [[1] * 30] * 2, [[1] * 9] * 2
+    for cost, lengths in ((10**6, [32]), (20, [32]), (15, [32, 16])):
+        decoder = Decoder(model, params, settings, batch_size=2)
+        decoder._program_tokens = cost
+        found = decoder([*short, *long])
+        assert decoder._programs.keys() == {(n, x) for n in ("prefill", "decode") for x in lengths}
+        assert [row.tokens for row in found[:2]] == [found[0].tokens] * 2
+    decoder = Decoder(model, params, settings, batch_size=2)
+    decoder._program_tokens = 20
+    decoder(long)
+    decoder(short)
+    assert len(decoder._programs) == 2
+    decoder(short)  # the second time, they would have paid
+    assert len(decoder._programs) == 4
+
+
 SAMPLED = {"max_new_tokens": M, "sampling": Sampling(temperature=1.5, min_p=0.01)}
 
 

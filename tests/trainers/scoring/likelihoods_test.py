@@ -1,5 +1,7 @@
 """Log-likelihoods against a log-softmax in float64, whatever shares a batch or a row."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,11 +73,11 @@ def rows(reference):
     return [*found, Row(context=[2, 8], targets=[best]), Row(context=[2, 8], targets=[best, 0])]
 
 
-@pytest.mark.parametrize("chunk", [V * 4, 2**26])  # four tokens' logits at a time, or all
+@pytest.mark.parametrize("chunk", [4, 256])  # four tokens' logits at a time, or all
 def test_likelihoods_equal_a_log_softmax_in_float64(
     model, params, rows, reference, monkeypatch, chunk
 ):
-    monkeypatch.setattr(likelihoods, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(likelihoods, "_CHUNK", chunk)
     scorer = LikelihoodScorer(model, params, batch_tokens=48)
     found = dict(scorer.stream(rows))
     assert sorted(found) == list(range(len(rows)))
@@ -92,25 +94,94 @@ def test_what_reads_the_same_is_read_once(rows):
     assert sorted(whole[3, 9, 1]) == [(0, None), (1, None), (2, None), (5, None)]
     context, other = (r for r in found if r.tails)
     assert context.tokens == tuple(range(18))
-    assert context.tails == ((5,), (8, 9), (5, 6)) and context.shape == (4, 16, 24)
+    assert context.tails == ((5,), (8, 9), (5, 6)) and context.shape == (3, 8, 24)
     assert context.rows == [(6, None), (7, 0), (8, 0), (9, 1), (10, 2)]
     assert other.tails == ((3,), (4,))
     assert sorted(i for r in found for i, _ in r.rows) == list(range(len(rows)))
 
 
-def test_batches_hold_the_tokens_asked_for(model, params):
-    scorer = LikelihoodScorer(model, params, batch_tokens=96, batch_size=3, row_shards=2)
-    found = [likelihoods.Reading((1,) * n, ((1,), (2,)), []) for n in (16, 16, 9)]
-    found += [likelihoods.Reading((1,) * n, (), []) for n in (30, 28, 27, 16, 16, 16, 9, 9)]
-    batches = [(shape, len(batch), size) for shape, batch, size in scorer.batches(found)]
-    # 96 // (16 + 2 * 16) = 2 rows and what is left, which takes nothing that has no tails; alone
-    # 96 // 32 = 3, made even by the two shards and filled with a shorter one; then 3 of 96 // 16, made even.
-    assert batches == [
-        ((2, 16, 16), 2, 2),
-        ((2, 16, 16), 1, 2),
-        ((0, 0, 32), 4, 4),
-        ((0, 0, 16), 4, 4),
+def test_a_job_of_many_lengths_compiles_one_program_and_no_other_operation(model, params, compiled):
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in (1, 3, 15, 17, 30, 40, 60):
+        context = rng.integers(V, size=length).tolist()
+        ends = rng.integers(1, 12, size=4)
+        rows += [Row(context=context, targets=rng.integers(V, size=n).tolist()) for n in ends]
+    scorer = LikelihoodScorer(model, params, batch_tokens=256)
+    first = dict(scorer.stream(rows))
+    assert len(list(scorer.batches(likelihoods.readings(rows)))) > 1
+    assert len(compiled) == 1, compiled
+    # Later calls with fewer or shorter rows use it.
+    alone = dict(scorer.stream(rows[:20]))
+    assert len(compiled) == 1, compiled
+    for i, (log_prob, greedy) in alone.items():
+        assert first[i].log_prob == pytest.approx(log_prob, abs=1e-5) and first[i].greedy is greedy
+
+
+def readings_of(*counts):
+    """Readings by (tails, tail length, length) and their number, sorted as `readings` sorts."""
+    return [
+        likelihoods.Reading((1,) * length, tuple((2,) * tail for _ in range(tails)), [])
+        for (tails, tail, length), count in sorted(counts, reverse=True)
+        for _ in range(count)
     ]
+
+
+@pytest.mark.parametrize("cost", [0, 50, 200, 1000, 10**6])
+def test_no_other_division_into_programs_costs_less(model, params, cost):
+    counts = [
+        ((3, 8, 64), 5),
+        ((3, 8, 24), 4),
+        ((2, 16, 16), 1),
+        ((0, 0, 128), 2),
+        ((0, 0, 32), 30),
+        ((0, 0, 24), 9),
+    ]
+    scorer = LikelihoodScorer(model, params, batch_tokens=256)
+    scorer._program_tokens = cost
+    read, made = 0, set()
+    for (shape, size), batch in scorer.batches(readings_of(*counts)):
+        assert len(batch) <= size and size * (shape[0] * shape[1] + shape[2]) <= 256
+        read += size * (shape[0] * shape[1] + shape[2])
+        made.add((shape, size))
+
+    def cost_of(group):
+        """Tokens of a program and of the batches of a group, written out."""
+        tails, tail, length = (max(shape[axis] for shape, _ in group) for axis in range(3))
+        tokens, rows = tails * tail + length, sum(count for _, count in group)
+        batches = math.ceil(rows / (256 // tokens))
+        return cost + batches * math.ceil(rows / batches) * tokens
+
+    def divisions(items):
+        """All ways to divide items into groups."""
+        if not items:
+            yield []
+            return
+        for rest in divisions(items[1:]):
+            yield [items[:1], *rest]
+            for n, group in enumerate(rest):
+                yield [*rest[:n], [*items[:1], *group], *rest[n + 1 :]]
+
+    least = min(sum(map(cost_of, division)) for division in divisions(counts))
+    assert read + cost * len(made) == least
+    assert len(made) == {0: 6, 10**6: 1}.get(cost, len(made))
+
+
+def test_batches_fit_shards_and_rows(model, params):
+    scorer = LikelihoodScorer(model, params, batch_tokens=96, batch_size=3, row_shards=2)
+    found = readings_of(((0, 0, 16), 9))
+    # 96 // 16 is more than 3 rows, which two shards make 4; 9 rows are 3 batches of 3, which they make 4 again.
+    batches = [(*program, len(batch)) for program, batch in scorer.batches(found)]
+    assert batches == [((0, 0, 16), 4, 4), ((0, 0, 16), 4, 4), ((0, 0, 16), 4, 1)]
+
+
+def test_many_small_calls_get_the_programs_of_a_large_one(model, params):
+    scorer = LikelihoodScorer(model, params, batch_tokens=64)
+    scorer._program_tokens = 100
+    long, short = readings_of(((0, 0, 32), 2)), readings_of(((0, 0, 8), 2))
+    lengths = [next(scorer.batches(each))[0].shape.length for each in (long, *[short] * 5)]
+    # Two rows in the long program have 48 tokens more than in their own, so the third call pays for it.
+    assert lengths == [32, 32, 32, 8, 8, 8]
 
 
 def test_a_row_that_predicts_nothing_is_refused(model, params):

@@ -51,7 +51,7 @@ def case(request, tmp_path_factory):
     folder = CASES / request.param
     run = tmp_path_factory.mktemp(request.param) / "run"
     assert convert.main([f"--from_hf={folder / 'model'}", f"--to={run}"]) == 0
-    # The checkpoint is float16, and the peer computed in float32. Few tokens would make many programs.
+    # The checkpoint is float16, and the peer computed in float32.
     with opened(str(run), dtype="float32", batch_tokens=4096) as model:
         yield json.loads((folder / "answers.json").read_bytes()), model
 
@@ -218,3 +218,18 @@ def test_what_does_not_fit_the_model_is_refused(native):
         native.generate_until(requests("generate_until", ("a", {"max_gen_toks": 64})))
     with pytest.raises(LoadError, match="no chat template"):
         native.chat_template(True)
+
+
+# The last one: gin's configuration is that of the model which was opened last, and `native` traces more programs above.
+def test_a_small_job_needs_one_program_for_scores_and_two_for_answers(trained_run, compiled):
+    """Requests of many lengths; no operation of jax runs, and so compiles, outside of these programs."""
+    with opened(trained_run.path, params="raw", max_length=64, batch_tokens=256) as model:
+        compiled.clear()
+        contexts = ["x" * length for length in (1, 5, 14, 20, 25, 34, 40, 50)]
+        pairs = [(context, end) for context in contexts for end in ("y", "yz", "yzyzyzyzyz")]
+        assert len(model.loglikelihood(requests("loglikelihood", *pairs))) == len(pairs)
+        assert len(compiled) == 1, compiled
+        answers = {"until": ["\n"], "max_gen_toks": 4}
+        asked = [(context, answers) for context in contexts]
+        assert len(model.generate_until(requests("generate_until", *asked))) == len(asked)
+        assert len(compiled) == 3, compiled
