@@ -10,7 +10,7 @@ Shapes: P tapped weights, N documents, Q queries, S subsets, T tokens, V vocabul
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,27 @@ from trainers.objectives.base import Batch
 # Of the gradient, in the coordinates in which the curvature is the identity.
 TOLERANCE = 1e-6
 _POLISHED = 1e-11
-_MAX_STEPS, _MAX_POLISH = 5000, 50
+_MAX_STEPS, _MAX_NEWTON = 5000, 20
 
 
 class NoOptimumError(ValueError):
     """An optimisation that did not converge: its result would not be a response."""
+
+
+class _Objective(NamedTuple):
+    """Compiled functions of (theta [P], further arguments).
+
+    Attributes:
+      value_and_grad: returns the objective and its gradient [P].
+      hessian: returns its Hessian [P, P].
+    """
+
+    value_and_grad: Callable[..., Any]
+    hessian: Callable[..., jax.Array]
+
+    @classmethod
+    def of(cls, function: Callable[..., jax.Array]) -> "_Objective":
+        return cls(jax.jit(jax.value_and_grad(function)), jax.jit(jax.hessian(function)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,12 +160,12 @@ class Problem:
         return self._minimum(self._objective, start_P, (weights,), curvature_PP)
 
     @functools.cached_property
-    def _objective(self) -> Callable[..., Any]:
+    def _objective(self) -> _Objective:
         def objective(theta_P: jax.Array, weights_N: jax.Array) -> jax.Array:
             loss = (weights_N * self._losses(theta_P, self.documents)).sum() / self._count
             return loss + self.damping * jnp.square(theta_P).sum() / 2
 
-        return jax.jit(jax.value_and_grad(objective))
+        return _Objective.of(objective)
 
     @property
     def _count(self) -> int:
@@ -172,7 +188,7 @@ class Problem:
         return self._minimum(self._bregman, theta_P, arguments, curvature_PP)
 
     @functools.cached_property
-    def _bregman(self) -> Callable[..., Any]:
+    def _bregman(self) -> _Objective:
         weights_NT = self.documents["decoder_loss_weights"]
 
         def objective(theta_P: jax.Array, weights_N: jax.Array, before_P: jax.Array) -> jax.Array:
@@ -185,11 +201,11 @@ class Problem:
             own = (weights_N * self._losses(theta_P, self.documents)).sum()
             return (kl_NT * weights_NT).sum() / self._count + own + near
 
-        return jax.jit(jax.value_and_grad(objective))
+        return _Objective.of(objective)
 
     def _minimum(
         self,
-        objective: Callable[..., Any],
+        objective: _Objective,
         start_P: Any,
         arguments: tuple[Any, ...],
         curvature_PP: np.ndarray,
@@ -203,15 +219,16 @@ class Problem:
 
     def _search(
         self,
-        objective: Callable[..., Any],
+        objective: _Objective,
         start_P: Any,
         arguments: tuple[Any, ...],
         curvature_PP: np.ndarray,
     ) -> tuple[np.ndarray, float]:
-        """Returns where L-BFGS and then Newton steps end, and the gradient's largest entry there.
+        """Returns where L-BFGS and then Newton's steps end, and the gradient's largest entry there.
 
-        Both take coordinates in which curvature + lambda is the identity. The loss is too coarse for the line searches of
-        L-BFGS near the optimum; steps along the gradient alone end the search.
+        L-BFGS takes coordinates in which curvature + lambda is the identity, in which the gradient is returned too. Near the
+        optimum the loss is too coarse for its line searches; Newton's steps, of the objective's own Hessian, go on while the
+        gradient gets smaller.
         """
         from scipy import linalg, optimize
 
@@ -221,22 +238,25 @@ class Problem:
         def moved(z_P: np.ndarray) -> np.ndarray:
             return start_P + linalg.solve_triangular(root_PP, z_P, lower=True, trans=1)
 
+        def scaled(grad_P: Any) -> np.ndarray:
+            return linalg.solve_triangular(root_PP, np.asarray(grad_P, np.float64), lower=True)
+
         def value(z_P: np.ndarray) -> tuple[float, np.ndarray]:
-            loss, grad_P = objective(moved(z_P), *arguments)
-            grad_P = np.asarray(grad_P, np.float64)
-            return float(loss), linalg.solve_triangular(root_PP, grad_P, lower=True)
+            loss, grad_P = objective.value_and_grad(moved(z_P), *arguments)
+            return float(loss), scaled(grad_P)
 
         options = {"maxiter": _MAX_STEPS, "maxfun": 2 * _MAX_STEPS, "ftol": 0, "gtol": TOLERANCE}
         result = optimize.minimize(
             value, np.zeros_like(start_P), jac=True, method="L-BFGS-B", options=options
         )
-        z_P, grad_P = result.x, result.jac
-        for _ in range(_MAX_POLISH):
-            if np.abs(grad_P).max() < _POLISHED:
+        theta_P = moved(result.x)
+        _, grad_P = objective.value_and_grad(theta_P, *arguments)
+        for _ in range(_MAX_NEWTON):
+            if np.abs(scaled(grad_P)).max() < _POLISHED:
                 break
-            step_P = z_P - grad_P
-            _, next_P = value(step_P)
-            if np.linalg.norm(next_P) >= np.linalg.norm(grad_P):
+            next_P = theta_P - np.linalg.solve(objective.hessian(theta_P, *arguments), grad_P)
+            _, next_grad_P = objective.value_and_grad(next_P, *arguments)
+            if np.linalg.norm(next_grad_P) >= np.linalg.norm(grad_P):
                 break
-            z_P, grad_P = step_P, next_P
-        return moved(z_P), float(np.abs(grad_P).max())
+            theta_P, grad_P = next_P, next_grad_P
+        return theta_P, float(np.abs(scaled(grad_P)).max())

@@ -100,6 +100,7 @@ def test_conjugate_gradients_from_ekfac_give_the_exact_scores(made, optimum, tmp
 
 def test_an_optimisation_that_does_not_converge_is_an_error(made, monkeypatch):
     monkeypatch.setattr(responses, "_MAX_STEPS", 2)
+    monkeypatch.setattr(responses, "_MAX_NEWTON", 0)
     with pytest.raises(responses.NoOptimumError, match="The gradient is still"):
         made[0].trained(made[0].start_P)
 
