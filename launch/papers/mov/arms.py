@@ -52,7 +52,7 @@ class Runs(results.Results):
     def degenerate(self, row: Mapping[str, Any]) -> str:
         loss = (self.find(BASE).get(row["seed"]) or {}).get("trained_loss")
         if loss is not None and loss > LEARNED:
-            return f"the frozen model has not learned its own operations: a loss of {loss:.2f} on other strings, above {LEARNED}"
+            return f"the frozen model has not learned the compositions: a loss of {loss:.2f} on other strings, above {LEARNED}"
         return loads.collapsed(row, self.top_1(row["arm"]))
 
     def limits(self, score: str) -> tuple[float, float] | None:

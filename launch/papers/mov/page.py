@@ -11,23 +11,26 @@ from launch.papers.shared import loads, nulls, page
 
 _TEXT = [
     "- *model*: T5 1.1 of two layers in each stack, width 128, four heads, MLPs of 256 "
-    "(t5x_configs/experiments/mov/cpu): span corruption of English and docstrings, then eight operations alone (followed by "
-    f"`copy`; {sweep.BASE_STEPS:,} updates, rate {sweep.BASE_RATE:g}), all worded by the same three prompt templates. A letter "
-    "and its place are one piece of the vocabulary, since T5 has no positions in cross-attention. This is the **frozen model**; the verdicts of a seed "
-    f"whose frozen model has a loss above {LEARNED} on other strings of its operations are not measured.",
-    f"- *arms*: each continues it for {sweep.STEPS} updates of about 55 examples of 36 compositions: "
+    "(t5x_configs/experiments/mov/cpu): span corruption of English and docstrings, then eight operations on four letters "
+    f"({sweep.SINGLE_STEPS:,} updates, rate {sweep.BASE_RATE:g}) and all compositions of one that moves letters and one that replaces "
+    f"them ({sweep.BASE_STEPS:,} updates), in the words "
+    f"{', '.join(rows.KNOWN_WORDS.values())}. A letter and its place are one piece of the vocabulary, since T5 has no positions in "
+    "cross-attention. This is the **frozen model**; the verdicts of a seed whose frozen model has a loss above "
+    f"{LEARNED} on other strings are not measured.",
+    f"- *arms*: each continues it for {sweep.STEPS} updates of about 70 examples of 36 compositions, in the words "
+    f"{', '.join(rows.NEW_WORDS.values())}: "
     f"full tuning (rate {sweep.FULL_RATE:g}), (IA)3 and MoV ({sweep.VECTOR_RATE:g}), LoRA and MoLORA ({sweep.LORA_RATE:g}, "
     f"experts of rank {sweep.RANK}), Adam without decay. LoRA has MoLORA's sites. *top-1*, *top-2*: a token uses only its most "
     "probable experts, whose weights are their probabilities, as in the paper's code, or sum to 1 (*renormalised*). "
     "*Routed by layers' inputs*: a router reads what attention or MLP reads, not the tensor that it rescales; *by sentences*: the "
     "mean embedding of the inputs, the same for all tokens of an example.",
-    f"- *judged*: {rows.HELD_OUT_ROWS} rows of each of {len(rows.held_out())} compositions that no run has seen, with "
-    f"{rows.CHOICES} answer choices, among them each operation alone and both in the other order; the choice with the greatest "
+    f"- *judged*: {rows.HELD_OUT_ROWS} rows of each of {len(rows.held_out())} compositions that no arm was tuned on, in the new "
+    f"words, with {rows.CHOICES} answer choices, among them each operation alone; the choice with the greatest "
     "log-likelihood is the answer (`launch.evaluate ranks`).",
     "- *routers*: what they choose is read on the same compositions, by kind of site and layer; keys, values and heads count "
     "alike.",
     "- *where it falls short*: the paper's models are of 770 million to 11 billion parameters and its tasks are natural "
-    "language; here tasks are generated, and the held-out ones are compositions of operations that are known. The embedding of a "
+    "language; here tasks are generated, and the frozen model knows the held-out ones by other words. The embedding of a "
     "sentence is the mean of the frozen model's embeddings of the inputs, the paper's is another model's.",
 ]
 

@@ -1,13 +1,17 @@
 """Writes the tasks of the CPU reproduction: two operations on four letters, worded by several prompt templates.
 
     reverse then shift1: d1b2b3a4  ->  b1c2c3e4
+    mirror then next: d1b2b3a4     ->  b1c2c3e4
 
 Letters have their places beside them, as one piece of the vocabulary: a T5 has no positions in cross-attention, and its relative
 positions move by at most the learning rate an update, so that it would spend thousands of updates on counting.
 
-The operations are those of data/mov/compositions.py. A row has four answer choices: the result, and what other
-operations make of the same letters, first of all each operation alone. It writes sets of rows with their templates as `register_instructions` reads them: `operations/single`, `operations/pairs`, and one set for each composition
-that is held out, which all seeds share.
+The operations are those of data/mov/compositions.py. The frozen model knows all compositions by one set of words; those that are tuned
+and judged have other words, which it has never read, as instructions are to a model that has only been pre-trained.
+
+A row has four answer choices: the result, and what other operations make of the same letters, first of all each operation alone. It
+writes sets of rows with their templates as `register_instructions` reads them: in the first words `operations/single`, of one operation and `copy`, and
+`operations/known`; in the others `operations/pairs`, and one set for each composition that is held out, which all seeds share.
 
   python -m launch.papers.mov.rows --to=DIR --seed=0
 """
@@ -20,7 +24,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +34,11 @@ from data.mov.compositions import LETTERS, OPERATIONS, Pair
 from launch import cli
 from launch.inference import row_files
 
+KNOWN_WORDS = {letter: name for letter, (name, _) in OPERATIONS.items()}
+NEW_WORDS = {
+    **{"R": "mirror", "O": "turn", "H": "exchange", "W": "cross"},
+    **{"P": "next", "Q": "third", "F": "fifth", "N": "eighth", "C": "keep"},
+}
 # Name -> what is read. The last one has the operations in the other order.
 TEMPLATES = {
     "then": "{first} then {second}: {letters}",
@@ -39,7 +48,7 @@ TEMPLATES = {
 CHOICES = 4
 TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 16000, 256, 40
 FOLDER = "operations"
-SINGLE, PAIRS = f"{FOLDER}/single", f"{FOLDER}/pairs"
+SINGLE, KNOWN, PAIRS = (f"{FOLDER}/{name}" for name in ("single", "known", "pairs"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +70,10 @@ def write(folder: pathlib.Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     trained, held_out = compositions.split_pairs(0)
     sizes = {"train": TRAIN_ROWS, "validation": VALIDATION_ROWS}
-    for name, pairs in ((SINGLE, compositions.SINGLE), (PAIRS, trained)):
-        for split, size in sizes.items():
-            _write(folder / name / f"{split}.jsonl", draw(pairs, size, rng))
+    for split, size in sizes.items():
+        for name, pairs in ((SINGLE, compositions.SINGLE), (KNOWN, [*trained, *held_out])):
+            _write(folder / name / f"{split}.jsonl", draw(pairs, size, rng, KNOWN_WORDS))
+        _write(folder / PAIRS / f"{split}.jsonl", draw(trained, size, rng))
     for pair in held_out:
         _write(folder / set_of(pair) / "validation.jsonl", draw([pair], HELD_OUT_ROWS, rng))
     file = folder / FOLDER / "templates.yaml"
@@ -87,12 +97,11 @@ def _template(name: str) -> dict[str, Any]:
 
 
 def pieces() -> tuple[str, ...]:
-    """Returns what is one piece of the vocabulary: the operations, and each letter at each place, such as 'd1'."""
-    operations = (name for name, _ in OPERATIONS.values())
+    """Returns what is one piece of the vocabulary: the words of operations, and each letter at each place, such as 'd1'."""
     letters = (
         f"{letter}{place}" for place in range(1, compositions.LENGTH + 1) for letter in LETTERS
     )
-    return (*operations, *letters)
+    return (*KNOWN_WORDS.values(), *NEW_WORDS.values(), *letters)
 
 
 def held_out() -> dict[str, list[str]]:
@@ -109,13 +118,20 @@ def set_of(pair: Pair) -> str:
     return f"{FOLDER}/{name_of(pair)}"
 
 
-def draw(pairs: Sequence[Pair], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Returns rows of compositions in turn, on random letters."""
+def draw(
+    pairs: Sequence[Pair],
+    count: int,
+    rng: np.random.Generator,
+    words: Mapping[str, str] = NEW_WORDS,
+) -> list[dict[str, Any]]:
+    """Returns rows of compositions in turn, on random letters, with these words for the operations."""
     strings = rng.integers(len(LETTERS), size=(count, compositions.LENGTH))
-    return [_row(pairs[i % len(pairs)], letters, rng) for i, letters in enumerate(strings)]
+    return [_row(pairs[i % len(pairs)], letters, rng, words) for i, letters in enumerate(strings)]
 
 
-def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+def _row(
+    pair: Pair, letters: np.ndarray, rng: np.random.Generator, words: Mapping[str, str]
+) -> dict[str, Any]:
     first, second = pair
     copy, others = compositions.COPY, rng.permutation([*OPERATIONS])
     wrong = [(first, copy), (second, copy), *((first, str(x)) for x in others)]
@@ -129,8 +145,8 @@ def _row(pair: Pair, letters: np.ndarray, rng: np.random.Generator) -> dict[str,
             break
     choices = [choices[i] for i in rng.permutation(len(choices))]
     return {
-        "first": OPERATIONS[first][0],
-        "second": OPERATIONS[second][0],
+        "first": words[first],
+        "second": words[second],
         "letters": text(letters),
         "choices": choices,
         "label": choices.index(right),

@@ -159,7 +159,7 @@ def test_a_row_has_the_parameters_of_its_adapters_or_of_the_whole_model(tmp_path
 
 def test_every_arm_that_is_compared_is_in_the_sweep():
     planned = {run.arm: run for run in sweeps.planned("mov/sweep", "1")}
-    assert set(planned) == {"rows", "pretrained", arms.BASE, *arms.TUNED}
+    assert set(planned) == {"rows", "pretrained", "single", arms.BASE, *arms.TUNED}
     routed = {arm for arm, run in planned.items() if "routing" in run.evaluations}
     assert routed == set(arms.ROUTED)
     assert {run.seed for run in sweeps.planned("mov/sweep", measure.SEEDS)} == set(range(10, 15))
@@ -169,10 +169,12 @@ def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monke
     for name in ("TRAIN_ROWS", "VALIDATION_ROWS", "HELD_OUT_ROWS"):
         monkeypatch.setattr(rows, name, 3)
     rows.write(tmp_path, 0)
-    operations = {name: letter for letter, (name, _) in compositions.OPERATIONS.items()}
+    words = (*rows.KNOWN_WORDS.items(), *rows.NEW_WORDS.items())
+    operations = {word: letter for letter, word in words}
+    assert len(operations) == len(words) == 2 * len(compositions.OPERATIONS)
     sets = {name for names in rows.held_out().values() for name in names}
     assert len(sets) == compositions.NUM_HELD_OUT
-    for name in (rows.SINGLE, rows.PAIRS, *sets):
+    for name in (rows.SINGLE, rows.KNOWN, rows.PAIRS, *sets):
         lines = (tmp_path / name / "validation.jsonl").read_text().splitlines()
         assert len(lines) == 3
         for line in lines:
@@ -181,6 +183,8 @@ def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monke
             assert row["letters"][1::2] == "1234"
             assert set(re.findall("..", row["letters"])) <= {*rows.pieces()}
             pair = operations[row["first"]], operations[row["second"]]
+            known = {*rows.KNOWN_WORDS.values()}
+            assert ({row["first"], row["second"]} <= known) == (name in (rows.SINGLE, rows.KNOWN))
             assert row["choices"][row["label"]] == rows.text(compositions.solve(pair, numbers))
             assert len(set(row["choices"])) == len(row["choices"]) == rows.CHOICES
     made = templates.read(tmp_path / rows.FOLDER / "templates.yaml")
