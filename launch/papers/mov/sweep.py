@@ -21,7 +21,7 @@ STEPS = 600  # of each tuned arm
 RANK = 4  # of MoLORA's experts
 # Learning rates: vectors need a larger one than matrices.
 BASE_RATE = FULL_RATE = 1e-3
-LORA_RATE, VECTOR_RATE = 3e-3, 1e-2
+LORA_RATE, VECTOR_RATE = 3e-3, 3e-2
 MOV_EXPERTS = (10, 30, 60)
 MOLORA_EXPERTS = (10, 15)
 LORA_RANKS = (4, 16)
