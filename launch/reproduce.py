@@ -6,8 +6,8 @@ The same command continues where it stopped: runs and measurements stay in --mod
   python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
   python -m launch.reproduce code_mix --again --out=docs/reproductions   # the page anew, from results.json
 
-On two idle cores snapkv takes an hour, low_rank, preference and influence an hour each, code_mix 40 minutes, bam, mov and
-nexus three quarters of an hour each, and aya_expanse an hour and a half. python -m launch.reproduce PAPER --help lists the
+On two idle cores snapkv, low_rank, code_mix and influence take about an hour each, bam, mov and preference up to an hour and a half, and
+nexus and aya_expanse an hour and a half or more. python -m launch.reproduce PAPER --help lists the
 flags of a paper.
 The exit status is 1 if a claim that must hold fails or was not measured by one of --parts, and 75 if --minutes or a
 signal stopped the command.

@@ -226,9 +226,7 @@ class LikelihoodScorer:
         self._sharding = sharding
         self._program_tokens = few_programs.program_tokens(model, params)
         self._programs: set[Program] = set()
-        self._earlier: collections.Counter[Shape] = (
-            collections.Counter()
-        )  # readings of earlier calls
+        self._earlier: collections.Counter[Shape] = collections.Counter()  # of earlier calls
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 
         def log_probs(params: Any, places_Q: Any, targets_Q: Any, count: Any, *rows: Any) -> Any:

@@ -37,9 +37,9 @@ _LEAD = "hit rate on average over layers, last window less the best other"
 
 def last_window(runs: Retrieval, where: str) -> list[Effect]:
     """Compares the hit rate of the prompt's last window with the best of those before it."""
-    means_W = {seed: runs.window_rates(seed).mean(0) for seed in runs.sound}
-    leads = {seed: _lead(mean_W) for seed, mean_W in means_W.items()}
-    return [over_models(runs, where, _LEAD, leads, above=0.0, note=_averaged(means_W.values()))]
+    by_seed = {seed: runs.window_rates(seed).mean(0) for seed in runs.sound}
+    leads = {seed: _lead(mean_W) for seed, mean_W in by_seed.items()}
+    return [over_models(runs, where, _LEAD, leads, above=0.0, note=_averaged(by_seed.values()))]
 
 
 def last_window_of_chat(results: Needles, where: str) -> list[Effect]:

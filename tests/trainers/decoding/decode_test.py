@@ -227,12 +227,14 @@ def test_another_length_gets_programs_of_its_own_only_if_they_pay(model, params)
     """Prompts of 32 and 16 tokens: a batch of two short ones has 32 tokens more in the long one's programs."""
     settings = Settings(max_new_tokens=2)
     long, short = [[1] * 30] * 2, [[1] * 9] * 2
+    continued = [
+        row.tokens for row in Decoder(model, params, settings, batch_size=1)([*short, *long])
+    ]
     for cost, lengths in ((10**6, [32]), (20, [32]), (15, [32, 16])):
         decoder = Decoder(model, params, settings, batch_size=2)
         decoder._program_tokens = cost
-        found = decoder([*short, *long])
+        assert [row.tokens for row in decoder([*short, *long])] == continued
         assert decoder._programs.keys() == {(n, x) for n in ("prefill", "decode") for x in lengths}
-        assert [row.tokens for row in found[:2]] == [found[0].tokens] * 2
     decoder = Decoder(model, params, settings, batch_size=2)
     decoder._program_tokens = 20
     decoder(long)
