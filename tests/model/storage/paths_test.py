@@ -61,6 +61,12 @@ def test_objects_are_written_listed_read_and_deleted(store):
         paths.read(f"{base}/a.txt")
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\n\r", b"\x85", b" "])
+def test_the_last_bytes_of_an_object_are_those_written(store, end):
+    paths.write(f"{store.address}/x", b"\x00\n\xff" + end)
+    assert paths.read(f"{store.address}/x") == b"\x00\n\xff" + end
+
+
 def test_epath_reaches_the_store_after_a_path_of_this_machine(store, tmp_path):
     epath.Path(tmp_path).exists()  # makes epath decide on its client
     paths.write(f"{store.address}/x", b"1")
