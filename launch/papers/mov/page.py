@@ -14,7 +14,8 @@ _TEXT = [
     "(t5x_configs/experiments/mov/cpu): span corruption of English and docstrings, then eight operations on four letters "
     f"({sweep.SINGLE_STEPS:,} updates, rate {sweep.BASE_RATE:g}) and all compositions of one that moves letters and one that replaces "
     f"them ({sweep.BASE_STEPS:,} updates), in the words "
-    f"{', '.join(rows.KNOWN_WORDS.values())}. A letter and its place are one piece of the vocabulary, since T5 has no positions in "
+    f"{', '.join(rows.KNOWN_WORDS.values())}, with {rows.NEW_WORDS_SHARE:g} single operations in the words of the arms for each "
+    "composition. A letter and its place are one piece of the vocabulary, since T5 has no positions in "
     "cross-attention. This is the **frozen model**; the verdicts of a seed whose frozen model has a loss above "
     f"{LEARNED} on other strings are not measured.",
     f"- *arms*: each continues it for {sweep.STEPS} updates of about 70 examples of 36 compositions, in the words "
@@ -30,7 +31,7 @@ _TEXT = [
     "- *routers*: what they choose is read on the same compositions, by kind of site and layer; keys, values and heads count "
     "alike.",
     "- *where it falls short*: the paper's models are of 770 million to 11 billion parameters and its tasks are natural "
-    "language; here tasks are generated, and the frozen model knows the held-out ones by other words. The embedding of a "
+    "language; here tasks are generated, and the frozen model knows the held-out ones in other words. The embedding of a "
     "sentence is the mean of the frozen model's embeddings of the inputs, the paper's is another model's.",
 ]
 

@@ -6,12 +6,14 @@
 Letters have their places beside them, as one piece of the vocabulary: a T5 has no positions in cross-attention, and its relative
 positions move by at most the learning rate an update, so that it would spend thousands of updates on counting.
 
-The operations are those of data/mov/compositions.py. The frozen model knows all compositions by one set of words; those that are tuned
-and judged have other words, which it has never read, as instructions are to a model that has only been pre-trained.
+The operations are those of data/mov/compositions.py, each with two words. The frozen model knows all compositions in the first words, and
+single operations in both; what is tuned and judged are compositions in the others. So it has the knowledge, and answers some of these
+requests right before it is tuned, as a pre-trained model does.
 
 A row has four answer choices: the result, and what other operations make of the same letters, first of all each operation alone. It
-writes sets of rows with their templates as `register_instructions` reads them: in the first words `operations/single`, of one operation and `copy`, and
-`operations/known`; in the others `operations/pairs`, and one set for each composition that is held out, which all seeds share.
+writes sets of rows with their templates as `register_instructions` reads them: in the first words `operations/single`, of one operation and
+`copy`, and `operations/known`, of all compositions and of single operations in the other words; in these `operations/pairs`, and one set
+for each composition that is held out, which all seeds share.
 
   python -m launch.papers.mov.rows --to=DIR --seed=0
 """
@@ -47,6 +49,7 @@ TEMPLATES = {
 }
 CHOICES = 4
 TRAIN_ROWS, VALIDATION_ROWS, HELD_OUT_ROWS = 16000, 256, 40
+NEW_WORDS_SHARE = 0.3  # single operations in their other words, for each known composition
 FOLDER = "operations"
 SINGLE, KNOWN, PAIRS = (f"{FOLDER}/{name}" for name in ("single", "known", "pairs"))
 
@@ -71,8 +74,12 @@ def write(folder: pathlib.Path, seed: int) -> None:
     trained, held_out = compositions.split_pairs(0)
     sizes = {"train": TRAIN_ROWS, "validation": VALIDATION_ROWS}
     for split, size in sizes.items():
-        for name, pairs in ((SINGLE, compositions.SINGLE), (KNOWN, [*trained, *held_out])):
-            _write(folder / name / f"{split}.jsonl", draw(pairs, size, rng, KNOWN_WORDS))
+        _write(
+            folder / SINGLE / f"{split}.jsonl", draw(compositions.SINGLE, size, rng, KNOWN_WORDS)
+        )
+        known = draw([*trained, *held_out], size, rng, KNOWN_WORDS)
+        known += draw(compositions.SINGLE, round(size * NEW_WORDS_SHARE), rng)
+        _write(folder / KNOWN / f"{split}.jsonl", [known[i] for i in rng.permutation(len(known))])
         _write(folder / PAIRS / f"{split}.jsonl", draw(trained, size, rng))
     for pair in held_out:
         _write(folder / set_of(pair) / "validation.jsonl", draw([pair], HELD_OUT_ROWS, rng))

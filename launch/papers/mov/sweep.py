@@ -1,7 +1,7 @@
-"""Light experts (arXiv 2309.05444) on a small T5: all claims, on compositions of operations in words that no run has seen together.
+"""Light experts (arXiv 2309.05444) on a small T5: all claims, on compositions of operations in words that it has not read together.
 
-A T5 is pre-trained by span corruption, then on all compositions of two operations in one set of words. It is frozen, and each arm is
-tuned on 36 compositions in other words; the 12 that are left are judged by ranking answer choices. A tuned arm is about two minutes on
+A T5 is pre-trained by span corruption, then on all compositions of two operations in one set of words, and on single operations in
+another. It is frozen, and each arm is tuned on 36 compositions in the other words; the 12 that are left are judged by ranking answer choices. A tuned arm is about two minutes on
 one core, the frozen model about five; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/mov/sweep.py:5 --out runs/mov/operations --workers 2
@@ -15,8 +15,8 @@ from launch.papers.shared import configs
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
 MOV = "t5x_configs/methods/mov/"
-# Of the frozen model, on single operations and then on all compositions: on all at once it takes twice as long.
-SINGLE_STEPS, BASE_STEPS = 800, 800
+# Of the frozen model, on single operations and then on compositions: on all at once it takes twice as long.
+SINGLE_STEPS, BASE_STEPS = 800, 1000
 STEPS = 600  # of each tuned arm
 RANK = 4  # of MoLORA's experts
 # Learning rates: vectors need a larger one than matrices.

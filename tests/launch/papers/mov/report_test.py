@@ -176,15 +176,16 @@ def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monke
     assert len(sets) == compositions.NUM_HELD_OUT
     for name in (rows.SINGLE, rows.KNOWN, rows.PAIRS, *sets):
         lines = (tmp_path / name / "validation.jsonl").read_text().splitlines()
-        assert len(lines) == 3
+        assert len(lines) == 3 + (name == rows.KNOWN)  # and one of a single operation
         for line in lines:
             row = json.loads(line)
             numbers = np.array([*map(compositions.LETTERS.index, row["letters"][::2])])
             assert row["letters"][1::2] == "1234"
             assert set(re.findall("..", row["letters"])) <= {*rows.pieces()}
             pair = operations[row["first"]], operations[row["second"]]
-            known = {*rows.KNOWN_WORDS.values()}
-            assert ({row["first"], row["second"]} <= known) == (name in (rows.SINGLE, rows.KNOWN))
+            known = {row["first"], row["second"]} <= {*rows.KNOWN_WORDS.values()}
+            alone = pair[1] == compositions.COPY
+            assert known == (name in (rows.SINGLE, rows.KNOWN)) or (alone and name == rows.KNOWN)
             assert row["choices"][row["label"]] == rows.text(compositions.solve(pair, numbers))
             assert len(set(row["choices"])) == len(row["choices"]) == rows.CHOICES
     made = templates.read(tmp_path / rows.FOLDER / "templates.yaml")
