@@ -14,13 +14,6 @@ FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
 _MAX_BYTES = 64 << 20
 
 
-def step_of(checkpoint: str) -> str:
-    """Returns the absolute path of a checkpoint's step: its newest good one may change."""
-    from trainers.checkpoints import step_dir
-
-    return os.path.abspath(os.fspath(step_dir.resolve(checkpoint)))
-
-
 def begin(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Writes the record of new factors, or checks that the folder's factors have the same one.
 

@@ -123,7 +123,7 @@ def fit(
 
     Args:
       config: configuration of the checkpoint's run.
-      checkpoint: step or run directory.
+      checkpoint: step or run directory, or a Hugging Face directory.
       out: folder of the factors.
       params: see launch/run/load_run.py.
       documents: JSON lines.
@@ -163,7 +163,7 @@ def fit(
             limit=max_documents,
         )
         record = {
-            "checkpoint": factor_files.step_of(checkpoint),
+            "checkpoint": load_run.place(checkpoint),
             "params": params,
             "model": model_digest(run.params),
             "settings": settings.record(),

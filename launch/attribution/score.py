@@ -58,7 +58,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="run or step directory; by default the one that the factors were fitted on",
+        help="run, step or Hugging Face directory; by default the one that the factors were fitted on",
     )
     group.add_argument("--params", choices=load_run.PARAMS, help="by default those of the factors")
     group.add_argument(
@@ -130,7 +130,7 @@ def score(
 
     Args:
       config: configuration of the checkpoint's run.
-      checkpoint: step or run directory.
+      checkpoint: step or run directory, or a Hugging Face directory.
       queries: JSON lines of queries.
       out: JSON lines of scores.
       factors: folder of fitted factors; None for methods without.
@@ -208,7 +208,7 @@ def score(
                 **{"query_dtype": query_dtype, "cg_steps": cg_steps if method == "ekfac_cg" else 0},
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
                 **{"projection": projection if method == "trak" else 0},
-                "query_checkpoint": query_checkpoint and factor_files.step_of(query_checkpoint),
+                "query_checkpoint": query_checkpoint and load_run.place(query_checkpoint),
             }
             scored = scorers.Gradients(
                 *(config, run, rows, source),

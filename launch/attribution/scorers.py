@@ -85,9 +85,17 @@ class Gradients:
             yield self.reader
             return
         config = dataclasses.replace(
-            self.config, model=run_model.model(run=other, macro="query_checkpoint")
+            self.config, model=run_model.of_checkpoint(other, macro="query_checkpoint")
         )
         with config.load(other, params=self.params, encoder_decoders=True) as run:
+            sites, _ = site_list.discover(run.model, run.params)
+            for path, site in self.sites.items():
+                if sites.get(path) != site:
+                    raise LoadError(
+                        f"--query_checkpoint={other} has no matrix {path} like that of the documents' model: give a fine-tuned "
+                        "form of the same model. If one of the two is a Hugging Face directory, whose layers are not stacked, "
+                        "import it with launch.convert."
+                    )
             yield dataclasses.replace(self.reader, model=run.model, params=run.params)
 
     def _curvature(self, reader: Any, sample: Sequence[Any]) -> tuple[Any, Any]:
