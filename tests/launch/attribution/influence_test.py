@@ -1,5 +1,6 @@
 """The command `influence` on a tiny run: factors, scores, reports, what continues after a stop, and bad input."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from launch import environment
-from launch.attribution import ranking
+from launch.attribution import ranking, score
+from launch.run.load_run import LoadError
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, files, scores
 from trainers.influence import fit as stages
@@ -171,8 +173,11 @@ def test_other_methods_and_low_ranks(place, capsys):
     for method in names:
         if method == "bm25":
             pytest.importorskip("bm25s")
-        flags = (f"--method={method}", "--cg_steps=2", "--cg_documents=2", "--rank=4")
-        status, out = place.score(*flags, "--query_dtype=int8", out=f"{method}.jsonl")
+        flags = [f"--method={method}"]
+        flags += ["--cg_steps=2", "--cg_documents=2"] if method == "ekfac_cg" else []
+        if method in ("kfac", "ekfac_cg", "trak"):
+            flags += ["--rank=4", "--query_dtype=int8"]
+        status, out = place.score(*flags, out=f"{method}.jsonl")
         assert status == 0, method
         rows = read(out)
         assert len(rows) == 6 and np.isfinite([row["scores"] for row in rows]).all()
@@ -420,10 +425,29 @@ def test_reports_of_bad_files_are_one_error(place, capsys):
 
 
 def test_settings_that_a_method_does_not_use_are_errors(place, capsys):
-    for flag in ("--token_scores=1", "--per_layer", f"--query_checkpoint={place.run}"):
-        assert place.score("--method=tfidf", flag, out="unused.jsonl")[0] == 2
-        message = capsys.readouterr().err
-        assert f"{flag.partition('=')[0]} needs the gradients of documents" in message
+    gradients = {"token_scores": 1, "per_layer": True, "query_checkpoint": place.run, "rank": 3}
+    gradients |= {"query_dtype": "int8", "modules": ["attention"]}
+    damping = {"damping": 0.2, "damping_kind": "absolute"}
+    cg, projection = {"cg_steps": 3, "cg_documents": 3}, {"projection": 3}
+    for methods, settings in (
+        (("tfidf", "bm25", "embedding"), gradients | damping | cg | projection),
+        (("identity", "cosine"), damping | cg | projection),
+        (("ekfac", "kfac"), cg | projection),
+        (("ekfac_cg",), projection),
+        (("trak",), cg),
+    ):
+        given = {"checkpoint": place.run, "queries": place.queries, "factors": place.factors}
+        given |= {"out": str(place.folder / "unused.jsonl")}
+        for method, (name, value) in itertools.product(methods, settings.items()):
+            with pytest.raises(LoadError, match=f"--{name} is read by .* alone, and this is"):
+                score.score(None, **given, method=method, **{name: value})
+    assert place.score("--method=tfidf", "--rank=3", out="unused.jsonl")[0] == 2
+    assert "--rank is read by --method=ekfac or kfac or" in capsys.readouterr().err
+    assert place.score("--rank=0", "--query_dtype=int8", out="unused.jsonl")[0] == 2
+    assert "--rank=0 has none" in capsys.readouterr().err
+    assert place.score("--split=test", out="unused.jsonl")[0] == 2
+    assert place.fit("--module=json", f"--out={place.folder / 'unused'}") == 2
+    assert capsys.readouterr().err.count("add --mixture=NAME, or remove") == 2
     assert place.score("--method=trak", "--projection=0", out="unused.jsonl")[0] == 2
     assert "--projection=0 must be at least 1" in capsys.readouterr().err
 
@@ -439,3 +463,18 @@ def test_ranking_divides_by_norms_and_takes_the_first_of_equal_scores(tmp_path):
     assert [e["document"] for e in query["top_per_norm"]] == [2, 0]
     assert [e["value"] for e in query["top_per_norm"]] == [2, 1]
     assert query["bottom"][0] == {"document": 3, "score": -3.0, "value": -3.0}
+
+
+def test_scores_over_scores_per_norm_are_one_number_of_each_document(tmp_path):
+    """Its norm, whatever the query."""
+    r = np.random.default_rng(0)
+    scores_NQ, norms_N = r.normal(size=(20, 5)), r.uniform(0.1, 9, 20)
+    rows = zip(scores_NQ.tolist(), norms_N.tolist(), strict=True)
+    path = write(tmp_path / "s.jsonl", [{"scores": s, "norm": n} for s, n in rows])
+    ranking.write_top(path, top=20)
+    queries = ranking.read_top(path)["queries"]
+    ratios_QN = [
+        [e["score"] / e["value"] for e in sorted(q["top_per_norm"], key=lambda e: e["document"])]
+        for q in queries
+    ]
+    np.testing.assert_allclose(ratios_QN, np.tile(norms_N, (5, 1)), rtol=1e-6)
