@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from launch import environment
-from launch.attribution import ranking, score
+from launch.attribution import ranking, score, similarity
 from launch.run.load_run import LoadError
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, files, scores
 from trainers.influence import fit as stages
+from trainers.scoring.scoring import Row
 
 DOCUMENTS = [
     {"text": "import os", "source": "code"},
@@ -199,6 +200,19 @@ def test_other_methods_and_low_ranks(place, capsys):
         table["compression"]["query_dtype"] == "int8"
         and table["compression"]["kept"]["least"] > 0.5
     )
+
+
+def test_shared_tokens_are_also_those_of_an_encoders_inputs():
+    """A document whose inputs share a token is not one that shares none."""
+    query = Row(context=[0], targets=[9], encoder_inputs=[5, 6])
+    documents = [
+        Row(context=[0], targets=[1, 2], encoder_inputs=[7, 8]),
+        Row(context=[0], targets=[1, 2], encoder_inputs=[5, 6]),
+    ]
+    (other,), (same,) = (
+        row["scores"] for row in similarity.Lexical("tfidf", [query], documents).stream(0)
+    )
+    assert same > other == pytest.approx(0)
 
 
 def test_embeddings_are_mean_hidden_states(place, trained_run):
