@@ -74,4 +74,6 @@ def check_float64(dtype: str) -> None:
     import jax
 
     if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise LoadError("--factor_dtype=float64 needs JAX_ENABLE_X64=1 in the environment.")
+        raise LoadError(
+            "Factors in float64 (--factor_dtype=float64) need JAX_ENABLE_X64=1 in the environment, to fit them and to score."
+        )

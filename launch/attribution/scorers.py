@@ -52,6 +52,10 @@ class Gradients:
             raise LoadError(
                 f"--modules chooses {lacking[0]}, which --factors={factors} lack: they have {', '.join(fitted)}."
             )
+        self.dtype = "float32"
+        if record is not None and record["settings"]["factor_dtype"] == "float64":
+            self.dtype = "float64"
+            factor_files.check_float64(self.dtype)
         # Raises before any work.
         self.damping = kronecker.Damping(settings["damping"], settings["damping_kind"])
         self.reader = stages.Reader(
@@ -72,7 +76,9 @@ class Gradients:
                 *(reader, self.sites, self.rows, precondition),
                 rank=self.settings["rank"] or None,
                 store_dtype=self.settings["query_dtype"],
-                sample=sample if self.settings["query_checkpoint"] is None else (),
+                dtype=self.dtype,
+                sample=sample,
+                of_sample=self.reader,
                 refine=refine,
             )
         queries.save(folder, self.queries, record)
@@ -138,7 +144,9 @@ class Gradients:
         """Returns the inverse of the second moment of all documents' projected gradients, from a pass of its own."""
         own = projections.projections(self.sites, self.settings["projection"])
         moment = projections.second_moment(
-            self.reader, self.sites, own, self.source, total=self.source.count()
+            *(self.reader, self.sites, own, self.source),
+            total=self.source.count(),
+            dtype=self.dtype,
         )
         return projections.ProjectedCurvature.of(self.sites, own, moment, self.damping)
 
@@ -150,6 +158,7 @@ class Gradients:
             per_layer=self.settings["per_layer"],
             cosine=self.settings["method"] == "cosine",
             total=self.source.count(),
+            dtype=self.dtype,
         )
         for one in scored:
             row: dict[str, Any] = {"scores": one.scores.tolist(), "norm": one.norm}

@@ -255,13 +255,13 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
     )
     given = (f"--factors={place.factors}", f"--queries={place.queries}", "--batch_size=8")
     out = place.folder / "mixture.jsonl"
-    other = f"--query_checkpoint={trained_run.path}"
+    other = (f"--query_checkpoint={trained_run.path}", "--rank=4")
     status = place.command(
-        "influence", "score", *given, "--mixture=influence_texts", f"--out={out}", other
+        "influence", "score", *given, "--mixture=influence_texts", f"--out={out}", *other
     )
-    assert status == 0
+    assert status == 0 and "correlate at" in capsys.readouterr().out
     rows = [row["scores"] for row in read(out)]
-    want = [row["scores"] for row in read(place.score(out="files.jsonl")[1])]
+    want = [row["scores"] for row in read(place.score("--rank=4", out="files.jsonl")[1])]
     want = [row for row, document in zip(want, DOCUMENTS, strict=True) if document.get("text")]
     np.testing.assert_allclose(rows, want, rtol=1e-3, atol=1e-3)
     assert place.command("influence", "score", *given, "--mixture=texts", "--out=/tmp/x.jsonl") == 2
@@ -327,6 +327,20 @@ def test_a_fit_that_was_stopped_continues_bit_for_bit(place, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, other["whole"], other["parts"])
     assert set(other["whole"]["squares"]) == set(first)
     place.factors = str(place.folder / "factors")
+
+
+def test_scores_by_factors_in_float64_are_summed_in_float64(place, capsys):
+    given = [f"--factors={place.folder / 'wide'}", "--rank=0"]
+    with jax.enable_x64(True):
+        assert place.fit("--factor_dtype=float64", f"--out={place.folder / 'wide'}") == 0
+        status, out = place.score(*given, out="wide.jsonl")
+    assert status == 0
+    arrays, _ = files.read(place.folder / "wide.jsonl.queries")
+    assert {x.dtype for x in arrays.values()} == {np.dtype(np.float64)}
+    got = np.array([row["scores"] for row in read(out)])
+    assert (got.astype(np.float32) != got).any()
+    assert place.score(*given, out="narrow.jsonl")[0] == 2
+    assert "need JAX_ENABLE_X64=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
