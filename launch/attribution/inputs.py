@@ -156,9 +156,9 @@ class Documents:
         return {"mixture": self.mixture, "split": self.split, "limit": self.limit}
 
     def count(self) -> int | None:
-        """Returns the number of documents of a file; None for a mixture."""
+        """Returns the number of documents of a file; of a mixture the limit, as if it had so many, or None without one."""
         if self.path is None:
-            return None
+            return self.limit
         lines = document_files.read_json_lines(pathlib.Path(self.path), example=DOCUMENT_EXAMPLE)
         return sum(1 for _ in itertools.islice(lines, self.limit))
 
