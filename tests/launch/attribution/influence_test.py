@@ -6,6 +6,7 @@ import pathlib
 import re
 import runpy
 import sys
+import types
 import warnings
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from launch import environment
-from launch.attribution import ranking, score, similarity
+from launch.attribution import inputs, ranking, score, similarity
 from launch.run.load_run import LoadError
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, files, scores
@@ -249,6 +250,7 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
                 {"targets": texts}
             ),
             splits=("train",),
+            num_input_examples={"train": len(texts)},
         ),
         preprocessors=[seqio.preprocessors.tokenize],
         output_features={"targets": seqio.Feature(vocabularies.byte(), add_eos=False)},
@@ -264,6 +266,14 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
     want = [row["scores"] for row in read(place.score("--rank=4", out="files.jsonl")[1])]
     want = [row for row, document in zip(want, DOCUMENTS, strict=True) if document.get("text")]
     np.testing.assert_allclose(rows, want, rtol=1e-3, atol=1e-3)
+    for limit, count in ((None, len(texts)), (2, 2), (100, len(texts))):
+        of_mixture = inputs.Documents(
+            run=types.SimpleNamespace(vocabulary=vocabularies.byte()),
+            length=8,
+            mixture="influence_texts",
+            limit=limit,
+        )
+        assert of_mixture.count() == count
     assert place.command("influence", "score", *given, "--mixture=texts", "--out=/tmp/x.jsonl") == 2
     assert "no such SeqIO mixture" in capsys.readouterr().err
     report = place.folder / "mixture_report"
