@@ -14,13 +14,6 @@ FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
 _MAX_BYTES = 64 << 20
 
 
-def step_of(checkpoint: str) -> str:
-    """Returns the absolute path of a checkpoint's step: its newest good one may change."""
-    from trainers.checkpoints import step_dir
-
-    return os.path.abspath(os.fspath(step_dir.resolve(checkpoint)))
-
-
 def begin(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Writes the record of new factors, or checks that the folder's factors have the same one.
 
@@ -81,4 +74,6 @@ def check_float64(dtype: str) -> None:
     import jax
 
     if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise LoadError("--factor_dtype=float64 needs JAX_ENABLE_X64=1 in the environment.")
+        raise LoadError(
+            "Factors in float64 (--factor_dtype=float64) need JAX_ENABLE_X64=1 in the environment, to fit them and to score."
+        )

@@ -23,7 +23,7 @@ from launch.attribution import inputs
 from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
-from launch.run.load_run import RunConfig
+from launch.run.load_run import LoadError, RunConfig
 
 SAMPLE = 64
 
@@ -74,8 +74,13 @@ def add_document_flags(group: Any) -> None:
 
 
 def import_mixtures(flags: argparse.Namespace) -> None:
-    """Imports the modules of --module, if --mixture is set."""
+    """Imports the modules of --module, if --mixture is set; raises LoadError for flags of a mixture without one."""
     if flags.mixture is None:
+        for name, unset in (("module", []), ("split", "train")):
+            if getattr(flags, name) != unset:
+                raise LoadError(
+                    f"--{name} is of a mixture: add --mixture=NAME, or remove --{name}."
+                )
         return
     from data import cpu_tensorflow
     from data.text import user_data
@@ -123,7 +128,7 @@ def fit(
 
     Args:
       config: configuration of the checkpoint's run.
-      checkpoint: step or run directory.
+      checkpoint: step or run directory, or a Hugging Face directory.
       out: folder of the factors.
       params: see launch/run/load_run.py.
       documents: JSON lines.
@@ -163,7 +168,7 @@ def fit(
             limit=max_documents,
         )
         record = {
-            "checkpoint": factor_files.step_of(checkpoint),
+            "checkpoint": load_run.place(checkpoint),
             "params": params,
             "model": model_digest(run.params),
             "settings": settings.record(),

@@ -156,9 +156,12 @@ class Documents:
         return {"mixture": self.mixture, "split": self.split, "limit": self.limit}
 
     def count(self) -> int | None:
-        """Returns the number of documents of a file; None for a mixture."""
+        """Returns the number of documents; of a mixture about the number, or None if neither it nor the limit is known."""
         if self.path is None:
-            return None
+            assert self.mixture is not None
+            own = [task.num_input_examples(self.split) for task in _tasks(self.mixture)]
+            known = [] if None in own else [sum(own)]
+            return min([*known, *([] if self.limit is None else [self.limit])], default=None)
         lines = document_files.read_json_lines(pathlib.Path(self.path), example=DOCUMENT_EXAMPLE)
         return sum(1 for _ in itertools.islice(lines, self.limit))
 
@@ -231,12 +234,18 @@ def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
             raise LoadError(
                 f"--mixture={name}: its feature {feature!r} has another vocabulary than the run: register it with the run's."
             )
-    tasks = mixture.tasks if hasattr(mixture, "tasks") else [mixture]
-    for task in tasks:
+    for task in _tasks(name):
         if split not in task.splits:
             raise LoadError(
                 f"--mixture={name}: the task {task.name} has no split {split!r}; it has {', '.join(task.splits)}."
             )
+
+
+def _tasks(name: str) -> list[Any]:
+    import seqio
+
+    mixture = seqio.get_mixture_or_task(name)
+    return [*mixture.tasks] if hasattr(mixture, "tasks") else [mixture]
 
 
 def _examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ of each query in scores.jsonl.top.json. --method=bm25 needs the extra `influence
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -32,7 +33,17 @@ Method = Literal[
     "ekfac", "kfac", "identity", "cosine", "ekfac_cg", "trak", "embedding", "bm25", "tfidf"
 ]
 LEXICAL = ("bm25", "tfidf")
-WITHOUT_GRADIENTS = (*LEXICAL, "embedding")
+_GRADIENTS = (*factor_files.FITTED, "identity", "cosine", "trak")
+# Settings that only some methods read.
+_OF_METHODS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    _GRADIENTS: (
+        *("modules", "rank", "query_dtype", "query_checkpoint"),
+        *("per_layer", "token_scores"),
+    ),
+    (*factor_files.FITTED, "trak"): ("damping", "damping_kind"),
+    ("ekfac_cg",): ("cg_steps", "cg_documents"),
+    ("trak",): ("projection",),
+}
 _SETTINGS = ("method", "damping", "damping_kind", "rank", "query_dtype", "cg_steps", "cg_documents")
 _SETTINGS += ("projection", "per_layer", "token_scores", "top", "length", "max_documents")
 _SETTINGS += ("batch_size",)
@@ -58,7 +69,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="run or step directory; by default the one that the factors were fitted on",
+        help="run, step or Hugging Face directory; by default the one that the factors were fitted on",
     )
     group.add_argument("--params", choices=load_run.PARAMS, help="by default those of the factors")
     group.add_argument(
@@ -130,7 +141,7 @@ def score(
 
     Args:
       config: configuration of the checkpoint's run.
-      checkpoint: step or run directory.
+      checkpoint: step or run directory, or a Hugging Face directory.
       queries: JSON lines of queries.
       out: JSON lines of scores.
       factors: folder of fitted factors; None for methods without.
@@ -170,8 +181,12 @@ def score(
         **{"rank": rank, "cg_steps": cg_steps, "cg_documents": cg_documents, "top": top},
         **{"projection": projection, "token_scores": token_scores},
     )
-    _check_gradients(
-        method, per_layer=per_layer, token_scores=token_scores, query_checkpoint=query_checkpoint
+    _check_read(
+        method,
+        **{"modules": modules, "rank": rank, "query_dtype": query_dtype},
+        **{"query_checkpoint": query_checkpoint, "per_layer": per_layer},
+        **{"token_scores": token_scores, "damping": damping, "damping_kind": damping_kind},
+        **{"cg_steps": cg_steps, "cg_documents": cg_documents, "projection": projection},
     )
     record = factor_files.read(factors) if factors else None
     if length is None and record is not None:
@@ -208,7 +223,7 @@ def score(
                 **{"query_dtype": query_dtype, "cg_steps": cg_steps if method == "ekfac_cg" else 0},
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
                 **{"projection": projection if method == "trak" else 0},
-                "query_checkpoint": query_checkpoint and factor_files.step_of(query_checkpoint),
+                "query_checkpoint": query_checkpoint and load_run.place(query_checkpoint),
             }
             scored = scorers.Gradients(
                 *(config, run, rows, source),
@@ -251,15 +266,18 @@ def _check(method: str, factors: str | None, *, cg_steps: int, **numbers: int) -
         raise LoadError(f"--cg_steps={cg_steps} must be at least 0.")
 
 
-def _check_gradients(method: str, **settings: Any) -> None:
-    """Raises LoadError if settings need gradients that a method does not have."""
-    if method in WITHOUT_GRADIENTS:
-        for name, value in settings.items():
-            if value:
+def _check_read(method: str, **settings: Any) -> None:
+    """Raises LoadError if a setting has another value than its default, and nothing would read it."""
+    parameters = inspect.signature(score).parameters
+    changed = {n for n, value in settings.items() if value != parameters[n].default}
+    for methods, names in _OF_METHODS.items():
+        for name in names:
+            if name in changed and method not in methods:
                 raise LoadError(
-                    f"--{name} needs the gradients of documents, and --method={method} has none: omit the flag, or choose "
-                    "another method."
+                    f"--{name} is read by --method={' or '.join(methods)} alone, and this is {method}: remove it."
                 )
+    if settings["rank"] == 0 and "query_dtype" in changed:
+        raise LoadError("--query_dtype is of low-rank factors, and --rank=0 has none: remove it.")
 
 
 def _digest(path: str) -> str:

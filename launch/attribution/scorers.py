@@ -52,6 +52,10 @@ class Gradients:
             raise LoadError(
                 f"--modules chooses {lacking[0]}, which --factors={factors} lack: they have {', '.join(fitted)}."
             )
+        self.dtype = "float32"
+        if record is not None and record["settings"]["factor_dtype"] == "float64":
+            self.dtype = "float64"
+            factor_files.check_float64(self.dtype)
         # Raises before any work.
         self.damping = kronecker.Damping(settings["damping"], settings["damping_kind"])
         self.reader = stages.Reader(
@@ -72,7 +76,9 @@ class Gradients:
                 *(reader, self.sites, self.rows, precondition),
                 rank=self.settings["rank"] or None,
                 store_dtype=self.settings["query_dtype"],
-                sample=sample if self.settings["query_checkpoint"] is None else (),
+                dtype=self.dtype,
+                sample=sample,
+                of_sample=self.reader,
                 refine=refine,
             )
         queries.save(folder, self.queries, record)
@@ -85,9 +91,17 @@ class Gradients:
             yield self.reader
             return
         config = dataclasses.replace(
-            self.config, model=run_model.model(run=other, macro="query_checkpoint")
+            self.config, model=run_model.of_checkpoint(other, macro="query_checkpoint")
         )
         with config.load(other, params=self.params, encoder_decoders=True) as run:
+            sites, _ = site_list.discover(run.model, run.params)
+            for path, site in self.sites.items():
+                if sites.get(path) != site:
+                    raise LoadError(
+                        f"--query_checkpoint={other} has no matrix {path} like that of the documents' model: give a fine-tuned "
+                        "form of the same model. If one of the two is a Hugging Face directory, whose layers are not stacked, "
+                        "import it with launch.convert."
+                    )
             yield dataclasses.replace(self.reader, model=run.model, params=run.params)
 
     def _curvature(self, reader: Any, sample: Sequence[Any]) -> tuple[Any, Any]:
@@ -130,7 +144,9 @@ class Gradients:
         """Returns the inverse of the second moment of all documents' projected gradients, from a pass of its own."""
         own = projections.projections(self.sites, self.settings["projection"])
         moment = projections.second_moment(
-            self.reader, self.sites, own, self.source, total=self.source.count()
+            *(self.reader, self.sites, own, self.source),
+            total=self.source.count(),
+            dtype=self.dtype,
         )
         return projections.ProjectedCurvature.of(self.sites, own, moment, self.damping)
 
@@ -142,6 +158,7 @@ class Gradients:
             per_layer=self.settings["per_layer"],
             cosine=self.settings["method"] == "cosine",
             total=self.source.count(),
+            dtype=self.dtype,
         )
         for one in scored:
             row: dict[str, Any] = {"scores": one.scores.tolist(), "norm": one.norm}

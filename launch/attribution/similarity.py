@@ -34,8 +34,10 @@ class Lexical:
         _save(folder, {}, len(self.rows), record)
 
     def stream(self, skip: int) -> Iterator[dict[str, Any]]:
-        texts = [[*row.context, *row.targets] for row in self.source]
-        wanted = [[*row.encoder_inputs, *row.context, *row.targets] for row in self.rows]
+        texts, wanted = (
+            [[*row.encoder_inputs, *row.context, *row.targets] for row in rows]
+            for rows in (self.source, self.rows)
+        )
         try:
             scores = (lexical.bm25 if self.method == "bm25" else lexical.tfidf)(wanted, texts)
         except ImportError:

@@ -5,7 +5,9 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
 
 The tasks are in the run's config.gin, and reading it calls the functions that it names, hence --trust_config. --gin_file
-and --gin.NAME=VALUE change it, such as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices.
+and --gin.NAME=VALUE change it, such as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices. A Hugging
+Face checkpoint has no data: give gin files of data and recipe, such as t5x_configs/data/files_base.gin and
+t5x_configs/runs/pretrain.gin, or the config.gin of a run on the data.
 """
 
 import argparse
@@ -104,7 +106,9 @@ def evaluate(
     from trainers.telemetry import metric_writers
 
     program = recipe.program()
-    values, meta = load_run.restore(checkpoint, program.abstract_state.params, params=params)
+    values, meta = load_run.restore(
+        checkpoint, recipe.model, program.abstract_state.params, params=params
+    )
     streams = open_streams(stream, register, tasks, mixture_or_task_name)
     for opened in streams:
         _check_vocabulary(opened, meta, checkpoint)

@@ -112,7 +112,9 @@ def routing(
             f"{run_dir} has no router: give a mixture of experts, such as a run of methods/bam/btx.gin."
         )
     program = recipe.program()
-    values, meta = load_run.restore(run_dir, program.abstract_state.params, params=params)
+    values, meta = load_run.restore(
+        run_dir, recipe.model, program.abstract_state.params, params=params
+    )
     streams = held_out.open_streams(
         configured["stream"], configured["register"], tasks, configured["mixture_or_task_name"]
     )

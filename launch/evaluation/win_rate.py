@@ -18,7 +18,7 @@ a restarted command continues there, and another judge, pair or prompt adds only
 judge is configured as in launch.generate.
 
 judges:
-  checkpoint:DIR           a run or step directory: its model writes the comparison
+  checkpoint:DIR           a run, step or Hugging Face directory: its model writes the comparison
   openai:URL,model=NAME    a chat-completions endpoint; key_env=VARIABLE names the variable with its key
   logprob:DIR              scores each answer by its mean log-probability under a model
 

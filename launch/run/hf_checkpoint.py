@@ -8,6 +8,7 @@ import atexit
 import collections
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
@@ -115,15 +116,19 @@ def _keep_tokenizer(folder: str | os.PathLike, source: pathlib.Path) -> dict[str
     return {"vocabulary": digest, "add_bos": bool(settings.get("add_bos_token", True))}
 
 
-@functools.cache
 def recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
     """Returns a directory with the record of a checkpoint's model and tokenizer, and the meta of `write_record`.
 
-    The directory is deleted when the process ends.
+    The directory is one for each checkpoint, and deleted when the process ends.
 
     Raises:
       WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
     """
+    return _recorded(os.path.abspath(checkpoint))
+
+
+@functools.cache
+def _recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
     from model.hf.families import family_of_config
     from model.hf.files.safetensors_files import SafetensorsReader, read_json
 
@@ -135,6 +140,16 @@ def recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
     with SafetensorsReader(source) as tensors:
         model = weights(tensors, config, scan_layers=False).model
     return folder, write_record(folder, model, source)
+
+
+def digest(checkpoint: str) -> str:
+    """Returns a digest of a checkpoint's settings, tokenizer and weights, whose files have no checksums: reads them all."""
+    lines = []
+    for path in sorted(pathlib.Path(checkpoint).iterdir()):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".safetensors"):
+            with open(path, "rb") as file:
+                lines.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def restore(

@@ -317,11 +317,10 @@ def load(
     path = os.fspath(checkpoint)
     if hf_checkpoint.is_hf(path):
         folder, of_step = hf_checkpoint.recorded(path)[0], None
-        model = run_model.of_file(os.path.join(folder, model_file.NAME), path)
     else:
         step = step_dir.resolve(path)  # a missing checkpoint is an error that says so
-        model = run_model.model(run=path, macro="checkpoint")
         folder, of_step = os.fspath(step_dir.files_of_run(step)), path
+    model = run_model.of_checkpoint(path, macro="checkpoint")
     if vocabulary is None and run_vocabulary.is_usable(folder, of_step):
         read = functools.partial(run_vocabulary.load, folder=folder)
     else:

@@ -127,13 +127,19 @@ def whole_files(
       LoadError: `trust_config` and `gin_file` are both missing, or the run has no config.gin.
       FileNotFoundError: there is no checkpoint.
     """
-    from launch.run import run_vocabulary
+    from launch.run import hf_checkpoint, run_vocabulary
     from launch.run.model_record import CONFIG
     from trainers.checkpoints import step_dir
 
-    if not trust_config:
+    is_hf = hf_checkpoint.is_hf(checkpoint)
+    if is_hf or not trust_config:
         if gin_file:
             return [own if file == OWN else file for file in files_of(checkpoint, gin_file)]
+        if is_hf:
+            raise LoadError(
+                f"{checkpoint} is a Hugging Face checkpoint, which describes no data: configure data and recipe yourself, "
+                "--gin_file=FILE."
+            )
         raise LoadError(
             f"The data of {checkpoint} are described in its {CONFIG}, and reading that calls the functions that it names. "
             "If you trust its author, add --trust_config; or configure data and recipe yourself: --gin_file=FILE."
@@ -245,7 +251,6 @@ class RunConfig:
           AdapterError: it has adapters of other settings.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
-        from launch.run import hf_checkpoint
         from model.adapters.adapter import check_settings
         from trainers import initialise, partitioning
 
@@ -272,10 +277,7 @@ class RunConfig:
         sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
         partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
         abstract = initialise.abstract_params(self.model, mesh, rules)
-        if hf_checkpoint.is_hf(checkpoint):
-            values, meta = hf_checkpoint.restore(checkpoint, self.model, abstract, params=params)
-        else:
-            values, meta = restore(checkpoint, abstract, params=params, of_base=of_base)
+        values, meta = restore(checkpoint, self.model, abstract, params=params, of_base=of_base)
         check_settings(self.model, meta.get("adapters"), checkpoint)
         values = self.model.inference_params(values)
         with partitioning.use_mesh(mesh, rules):
@@ -304,14 +306,18 @@ def load_frozen(
 
 
 def restore(
-    checkpoint: str, abstract: Any, *, params: str, of_base: bool = False
+    checkpoint: str, model: Any, abstract: Any, *, params: str, of_base: bool = False
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Returns the parameters on the shardings of `abstract`, and the run's record of them.
+    """Returns a model's parameters on the shardings of `abstract`, and the run's record of them.
 
     With `of_base`, adapters that the checkpoint lacks are left out.
     """
+    from launch.run import hf_checkpoint
     from trainers.checkpoints import base_step, step_dir
     from trainers.checkpoints.restore_params import restore_params
+
+    if hf_checkpoint.is_hf(checkpoint):
+        return hf_checkpoint.restore(checkpoint, model, abstract, params=params)
 
     def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
         recorded = step_dir.read_manifest(step)

@@ -4,6 +4,7 @@ The other run's model.json describes its model completely (launch/config/model_f
 author named is run, except classes of modules that this run's own files import.
 """
 
+import os
 from typing import Any
 
 import gin
@@ -40,6 +41,16 @@ def model(*, run: str | None, macro: str) -> Any:
             "directory of a run, or put the file back."
         )
     return of_file(path, f"{macro} = {run}")
+
+
+def of_checkpoint(checkpoint: str, *, macro: str) -> Any:
+    """Returns the linen module of a run, or of a Hugging Face directory; see `model`."""
+    from launch.run import hf_checkpoint
+
+    if not hf_checkpoint.is_hf(checkpoint):
+        return model(run=checkpoint, macro=macro)
+    folder, _ = hf_checkpoint.recorded(checkpoint)
+    return of_file(os.path.join(folder, model_file.NAME), f"{macro} = {checkpoint}")
 
 
 def of_file(path: str, where: str) -> Any:

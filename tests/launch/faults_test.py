@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from launch import faults
+from launch import environment, faults
 from launch.reliability import invariances, program, report, runner, shim, worker
 from launch.reliability.table import (
     Bench,
@@ -33,8 +33,8 @@ def bench(tmp_path):
 
 
 def test_rows_are_those_of_the_table_and_cases_have_names():
-    assert set(ROWS) | set(report.ABSENT) == set(range(1, 27))
-    assert not set(ROWS) & set(report.ABSENT)
+    assert set(ROWS) | set(report.TESTED) == set(range(1, 27))
+    assert not set(ROWS) & set(report.TESTED)
     counts = {number: len(selected(row, 0, sample=False)) for number, row in ROWS.items()}
     assert sum(counts.values()) > 500 and min(counts.values()) >= 2
     kills = [case.name for case in selected(ROWS[2], 0, sample=False)]
@@ -111,7 +111,9 @@ def test_the_table_is_written_between_its_marks(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "this time" not in text
     assert "| 3 | a bit | named | 26 | 25 |" in text and "- row 3, b: silent; `a \\| b`" in text
-    assert "| 21 | merging" in text and "| 0 | not in this version |" in text
+    assert "| 21 | merging" in text and "| 0 | made by tests/launch/merging |" in text
+    roots = [name for *_, tests in report.TESTED.values() for name in tests.split(", ")]
+    assert all(pathlib.Path(environment.ROOT, name).is_dir() for name in roots)
     record = json.loads((tmp_path / "reliability.json").read_text())
     assert record["seed"] == 7 and record["rows"][0]["failures"][0]["verdict"] == "silent"
     printed = "\n".join(report.lines(summaries, 7))

@@ -54,12 +54,9 @@ class Rows:
         group_R = jnp.where(self.valid_R, expert_R * self.batch + self.documents_R, count)
         return jnp.bincount(group_R, length=count + 1)[:-1].astype(jnp.int32)
 
-    def by_document(self, values_RQ: jax.Array, *, tokens: bool) -> jax.Array:
-        """Returns the sums of values over the rows of each document [B, Q], or of each token [B, T, Q]."""
+    def by_document(self, values_RQ: jax.Array) -> jax.Array:
+        """Returns the sums of values over the rows of each document, [B, Q]."""
         values_RQ = jnp.where(self.valid_R[:, None], values_RQ, 0)
-        if tokens:
-            sums = jax.ops.segment_sum(values_RQ, self.tokens_R, self.batch * self.length)
-            return sums.reshape(self.batch, self.length, -1)
         return jax.ops.segment_sum(values_RQ, self.documents_R, self.batch)
 
 
@@ -214,7 +211,6 @@ class Scores:
 
     Attributes:
       queries: Q.
-      tokens: whether scores are of every token, [B, T, Q], instead of [B, Q].
       dtype: dtype of the sums.
     """
 
@@ -222,19 +218,17 @@ class Scores:
     matrices: ClassVar[bool] = False
 
     queries: int
-    tokens: bool = False
     dtype: str = "float32"
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
-        shape = (batch, length, self.queries) if self.tokens else (batch, self.queries)
         return {
-            "scores": jnp.zeros((*site.scan, *shape), self.dtype),
+            "scores": jnp.zeros((*site.scan, batch, self.queries), self.dtype),
             "squares": jnp.zeros((*site.scan, batch), self.dtype),
         }
 
     def dense(self, a_BTX, g_BTY, mask_BT, inputs):
         (_, length, X), Y = a_BTX.shape, g_BTY.shape[-1]
-        whole = "p" in inputs and not self.tokens
+        whole = "p" in inputs
         # The norm of sum_t a_t g_t^T: of the matrix itself, or from products of pairs of tokens if these are cheaper.
         if whole or length * (X + Y) > X * Y:
             d_BXY = jnp.einsum("btx,bty->bxy", a_BTX, g_BTY)
@@ -244,19 +238,16 @@ class Scores:
             squares = (pairs[0] * pairs[1]).sum((1, 2))
         if whole:
             scores = jnp.einsum("bxy,qxy->bq", d_BXY, column_scaled(inputs, "p", self.dtype))
-        elif "p" in inputs:
-            ap = jnp.einsum("btx,qxy->btqy", a_BTX, column_scaled(inputs, "p", self.dtype))
-            scores = jnp.einsum("btqy,bty->btq", ap, g_BTY)
         else:
             au = jnp.einsum("btx,qxr->btqr", a_BTX, column_scaled(inputs, "u", self.dtype))
             gv = jnp.einsum("bty,qyr->btqr", g_BTY, column_scaled(inputs, "v", self.dtype))
-            scores = jnp.einsum("btqr,btqr->btq" if self.tokens else "btqr,btqr->bq", au, gv)
+            scores = jnp.einsum("btqr,btqr->bq", au, gv)
         return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
 
     def experts(self, a_RX, g_RY, rows, inputs):
         d_BEXY = Gradients(self.dtype).experts(a_RX, g_RY, rows, inputs)
         squares = jnp.square(d_BEXY).sum((1, 2, 3))
-        if "p" in inputs and not self.tokens:
+        if "p" in inputs:
             scores = jnp.einsum("bexy,qexy->bq", d_BEXY, column_scaled(inputs, "p", self.dtype))
             return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
 
@@ -265,11 +256,7 @@ class Scores:
             flat = grouped_matmul(x_RX, kernel.reshape(*kernel.shape[:2], -1), rows.sizes_E)
             return flat.reshape(len(x_RX), self.queries, -1)
 
-        if "p" in inputs:
-            values_RQ = (product(a_RX, "p") * g_RY[:, None]).sum(-1)
-        else:
-            values_RQ = (product(a_RX, "u") * product(g_RY, "v")).sum(-1)
-        scores = rows.by_document(values_RQ, tokens=self.tokens)
+        scores = rows.by_document((product(a_RX, "u") * product(g_RY, "v")).sum(-1))
         return {"scores": scores.astype(self.dtype), "squares": squares.astype(self.dtype)}
 
     def finish(self, site, gradient, inputs):

@@ -32,9 +32,18 @@ class StageError(ValueError):
 def write(
     folder: pathlib.Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
 ) -> None:
-    """Writes arrays by name and a record of JSON values; a folder that exists is replaced once all is written."""
-    if not agreement.is_primary():
-        return
+    """Writes arrays by name and a record of JSON values; a folder that exists is replaced once all is written.
+
+    Every process must call it, with the same values; it returns once the folder is whole.
+    """
+    if agreement.is_primary():
+        _write(folder, arrays, record)
+    agreement.gather("written")  # other processes read what the first has written
+
+
+def _write(
+    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
+) -> None:
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -49,9 +58,17 @@ def write(
         file.write(json.dumps(full, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    old = _set_aside(folder)
     if folder.exists():
-        shutil.rmtree(folder)
+        # A folder with files cannot be replaced in one call: `exists` undoes a stop between these two.
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
     os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}.old")
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -76,15 +93,22 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def exists(folder: pathlib.Path) -> bool:
-    """Returns whether a stage was written whole."""
-    return (folder / RECORD).is_file()
+    """Returns whether a stage was written whole. Every process must call it: all take the answer of the first."""
+    whole = False
+    if agreement.is_primary():
+        old = _set_aside(folder)
+        if not folder.exists() and (old / RECORD).is_file():  # a stop while it was replaced
+            os.replace(old, folder)
+        whole = (folder / RECORD).is_file()
+    return agreement.gather(whole)[0]
 
 
 def remove(folder: pathlib.Path) -> None:
     """Removes a stage, if it is there."""
     if agreement.is_primary():
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        for each in (_set_aside(folder), folder):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(each)
 
 
 def by_site(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
+from trainers.checkpoints import agreement
 from trainers.influence import documents, files, kronecker, spread
 from trainers.influence.backward import backward
 from trainers.influence.consumers import Consumer, Covariances, Squares
@@ -155,6 +156,9 @@ def fit(
         if settings.sum_dtype == "float32":
             mean = jax.tree.map(lambda x: x.astype(np.float32), mean)
         files.write(folder / "squares", files.named(mean), count)
+    for stage in STAGES:
+        # Only now: a stop before a stage is written would lose its sum.
+        files.remove(_partial(folder / stage))
 
 
 def _write_eigen(reader: Reader, folder: pathlib.Path, settings: FitSettings) -> None:
@@ -171,14 +175,17 @@ def _write_eigen(reader: Reader, folder: pathlib.Path, settings: FitSettings) ->
             covariances[path], name=path, dtype=wide, eigh=eigh
         )
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         # Only one process has numbers other than zeros.
-        result = jax.tree.map(lambda x: multihost_utils.process_allgather(x).sum(0), result)
+        result = jax.tree.map(spread.summed, result)
     if settings.factor_dtype == "bfloat16":
         for own in result.values():
             own |= {name: own[name].astype(jnp.bfloat16) for name in ("qa", "qs")}
     files.write(folder / "eigen", files.named(result), {})
+
+
+def _partial(target: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of a stage's unfinished sum."""
+    return target.with_name(f"{target.name}.partial")
 
 
 def _sums(
@@ -200,7 +207,7 @@ def _sums(
     run = reader.compiled(sites, consumer)
     add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y), donate_argnums=0)
     inputs = reader.place_spread(inputs)
-    partial = target.with_name(f"{target.name}.partial")
+    partial = _partial(target)
     state, counts = None, {"read": 0, "documents": 0, "tokens": 0}
     if files.exists(partial):
         arrays, record = files.read(partial)
@@ -223,14 +230,15 @@ def _sums(
                 counts["tokens"] += int(arrays["decoder_loss_weights"].sum())
                 progress.update(len(indices))
             counts["read"] += len(window)
-            if time.monotonic() - saved > SAVE_SECONDS and state is not None:
+            # Saving gathers the sums, so all processes follow the clock of the first.
+            due = agreement.gather(time.monotonic() - saved > SAVE_SECONDS)[0]
+            if due and state is not None:
                 files.write(partial, files.named(state), counts)
                 saved = time.monotonic()
     if state is None:
         raise kronecker.FactorError(
             "The documents have no token to predict: give documents of two tokens or more."
         )
-    files.remove(partial)
     return spread.on_host(state), counts
 
 

@@ -86,6 +86,7 @@ def prepare(
     store_dtype: QueryDtype = "bfloat16",
     dtype: str = "float32",
     sample: Sequence[Row] = (),
+    of_sample: Reader | None = None,
     refine: Callable[[Mapping[str, jax.Array]], tuple[Mapping[str, jax.Array], Any]] | None = None,
 ) -> QuerySet:
     """Returns the queries' gradients, preconditioned and compressed.
@@ -98,6 +99,7 @@ def prepare(
       store_dtype: dtype of the factors. Whole matrices of a query set without `rank` stay in `dtype`.
       dtype: dtype of gradients and sums.
       sample: documents over which compressed and full scores are compared.
+      of_sample: the model of the documents, if it is another.
       refine: (gradients of one query [L, E, X, Y]) -> (preconditioned gradients, a note), in place of `precondition`.
     """
     parts: list[Inputs] = []
@@ -116,7 +118,9 @@ def prepare(
             errors = {p: full[p].astype(dtype) - whole(own[p], dtype) for p in sites}
             total = np.maximum(_squares(sites, full), 1e-300)
             kept.append(1 - _squares(sites, errors) / total)
-            pearson.append(_fidelity(reader, sites, own, full, sample, len(nats_B), dtype))
+            pearson.append(
+                _fidelity(of_sample or reader, sites, own, full, sample, len(nats_B), dtype)
+            )
             parts.append(spread.on_host(own))
             progress.update(len(nats_B))
     return QuerySet(

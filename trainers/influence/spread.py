@@ -55,6 +55,18 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def summed(array: np.ndarray) -> np.ndarray:
+    """Returns the sum of an array over processes, in its own dtype. Every process must call it.
+
+    Bytes are gathered: JAX would round float64 to float32.
+    """
+    from jax.experimental import multihost_utils
+
+    array = np.ascontiguousarray(array)
+    bytes_P = multihost_utils.process_allgather(array.view(np.uint8))
+    return np.asarray(bytes_P).view(array.dtype).sum(0)
+
+
 @dataclasses.dataclass
 class Eigh:
     """Decomposes stacks of symmetric matrices in float64, each matrix on one of the devices in turn.

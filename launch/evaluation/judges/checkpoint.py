@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ class CheckpointWriter:
     Args:
       config: a load_run.RunConfig of the run that made the checkpoint.
       settings: the whole configuration as text, on which replies depend.
-      checkpoint: step or run directory.
+      checkpoint: step or run directory, or a Hugging Face directory.
       params: see launch/run/load_run.py.
       max_tokens: maximum tokens of a reply.
       batch_size: prompts at a time.
@@ -93,7 +92,7 @@ class CheckpointWriter:
 
 
 def resolved(checkpoint: str, *, batch_size: int) -> str:
-    """Returns the step directory that a run or step directory means now, because a newer step would change replies.
+    """Returns the step or Hugging Face directory that a judge reads now: a newer step of a run would change replies.
 
     Raises:
       JudgeError: there are several processes; only one could write replies.
@@ -101,7 +100,7 @@ def resolved(checkpoint: str, *, batch_size: int) -> str:
     """
     import jax
 
-    from trainers.checkpoints import step_dir
+    from launch.run import load_run
 
     if jax.process_count() > 1:
         raise JudgeError(
@@ -109,22 +108,29 @@ def resolved(checkpoint: str, *, batch_size: int) -> str:
         )
     if batch_size < 1:
         raise JudgeError(f"batch_size={batch_size} of --judge must be at least 1.")
-    return os.fspath(step_dir.resolve(checkpoint))
+    return load_run.place(checkpoint)
 
 
 def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]:
     """Returns digests of everything that a checkpoint's outputs depend on: arrays, configuration, choice of parameters.
 
     Raises:
-      DamagedCheckpointError: the manifest of the step is damaged.
+      DamagedCheckpointError: the manifest of the step is damaged; a Hugging Face directory has none.
     """
     from etils import epath
 
+    from launch.run import hf_checkpoint
     from trainers.checkpoints import step_dir
 
-    manifest = step_dir.read_manifest(epath.Path(step)).to_bytes()
+    if hf_checkpoint.is_hf(step):
+        weights = hf_checkpoint.digest(step)
+        # The record of its model is in a folder that each process names anew.
+        settings = settings.replace(hf_checkpoint.recorded(step)[0], step)
+    else:
+        manifest = step_dir.read_manifest(epath.Path(step)).to_bytes()
+        weights = hashlib.sha256(manifest).hexdigest()
     return {
-        "weights": hashlib.sha256(manifest).hexdigest()[:32],
+        "weights": weights[:32],
         "configuration": hashlib.sha256(settings.encode()).hexdigest()[:32],
         "params": params,
     }

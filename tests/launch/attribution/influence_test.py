@@ -1,10 +1,12 @@
 """The command `influence` on a tiny run: factors, scores, reports, what continues after a stop, and bad input."""
 
+import itertools
 import json
 import pathlib
 import re
 import runpy
 import sys
+import types
 import warnings
 
 import jax
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 
 from launch import environment
-from launch.attribution import ranking
+from launch.attribution import inputs, ranking, score, similarity
+from launch.run.load_run import LoadError
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, files, scores
 from trainers.influence import fit as stages
+from trainers.scoring.scoring import Row
 
 DOCUMENTS = [
     {"text": "import os", "source": "code"},
@@ -171,8 +175,11 @@ def test_other_methods_and_low_ranks(place, capsys):
     for method in names:
         if method == "bm25":
             pytest.importorskip("bm25s")
-        flags = (f"--method={method}", "--cg_steps=2", "--cg_documents=2", "--rank=4")
-        status, out = place.score(*flags, "--query_dtype=int8", out=f"{method}.jsonl")
+        flags = [f"--method={method}"]
+        flags += ["--cg_steps=2", "--cg_documents=2"] if method == "ekfac_cg" else []
+        if method in ("kfac", "ekfac_cg", "trak"):
+            flags += ["--rank=4", "--query_dtype=int8"]
+        status, out = place.score(*flags, out=f"{method}.jsonl")
         assert status == 0, method
         rows = read(out)
         assert len(rows) == 6 and np.isfinite([row["scores"] for row in rows]).all()
@@ -194,6 +201,19 @@ def test_other_methods_and_low_ranks(place, capsys):
         table["compression"]["query_dtype"] == "int8"
         and table["compression"]["kept"]["least"] > 0.5
     )
+
+
+def test_shared_tokens_are_also_those_of_an_encoders_inputs():
+    """A document whose inputs share a token is not one that shares none."""
+    query = Row(context=[0], targets=[9], encoder_inputs=[5, 6])
+    documents = [
+        Row(context=[0], targets=[1, 2], encoder_inputs=[7, 8]),
+        Row(context=[0], targets=[1, 2], encoder_inputs=[5, 6]),
+    ]
+    (other,), (same,) = (
+        row["scores"] for row in similarity.Lexical("tfidf", [query], documents).stream(0)
+    )
+    assert same > other == pytest.approx(0)
 
 
 def test_embeddings_are_mean_hidden_states(place, trained_run):
@@ -230,21 +250,30 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
                 {"targets": texts}
             ),
             splits=("train",),
+            num_input_examples={"train": len(texts)},
         ),
         preprocessors=[seqio.preprocessors.tokenize],
         output_features={"targets": seqio.Feature(vocabularies.byte(), add_eos=False)},
     )
     given = (f"--factors={place.factors}", f"--queries={place.queries}", "--batch_size=8")
     out = place.folder / "mixture.jsonl"
-    other = f"--query_checkpoint={trained_run.path}"
+    other = (f"--query_checkpoint={trained_run.path}", "--rank=4")
     status = place.command(
-        "influence", "score", *given, "--mixture=influence_texts", f"--out={out}", other
+        "influence", "score", *given, "--mixture=influence_texts", f"--out={out}", *other
     )
-    assert status == 0
+    assert status == 0 and "correlate at" in capsys.readouterr().out
     rows = [row["scores"] for row in read(out)]
-    want = [row["scores"] for row in read(place.score(out="files.jsonl")[1])]
+    want = [row["scores"] for row in read(place.score("--rank=4", out="files.jsonl")[1])]
     want = [row for row, document in zip(want, DOCUMENTS, strict=True) if document.get("text")]
     np.testing.assert_allclose(rows, want, rtol=1e-3, atol=1e-3)
+    for limit, count in ((None, len(texts)), (2, 2), (100, len(texts))):
+        of_mixture = inputs.Documents(
+            run=types.SimpleNamespace(vocabulary=vocabularies.byte()),
+            length=8,
+            mixture="influence_texts",
+            limit=limit,
+        )
+        assert of_mixture.count() == count
     assert place.command("influence", "score", *given, "--mixture=texts", "--out=/tmp/x.jsonl") == 2
     assert "no such SeqIO mixture" in capsys.readouterr().err
     report = place.folder / "mixture_report"
@@ -308,6 +337,20 @@ def test_a_fit_that_was_stopped_continues_bit_for_bit(place, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, other["whole"], other["parts"])
     assert set(other["whole"]["squares"]) == set(first)
     place.factors = str(place.folder / "factors")
+
+
+def test_scores_by_factors_in_float64_are_summed_in_float64(place, capsys):
+    given = [f"--factors={place.folder / 'wide'}", "--rank=0"]
+    with jax.enable_x64(True):
+        assert place.fit("--factor_dtype=float64", f"--out={place.folder / 'wide'}") == 0
+        status, out = place.score(*given, out="wide.jsonl")
+    assert status == 0
+    arrays, _ = files.read(place.folder / "wide.jsonl.queries")
+    assert {x.dtype for x in arrays.values()} == {np.dtype(np.float64)}
+    got = np.array([row["scores"] for row in read(out)])
+    assert (got.astype(np.float32) != got).any()
+    assert place.score(*given, out="narrow.jsonl")[0] == 2
+    assert "need JAX_ENABLE_X64=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -420,10 +463,29 @@ def test_reports_of_bad_files_are_one_error(place, capsys):
 
 
 def test_settings_that_a_method_does_not_use_are_errors(place, capsys):
-    for flag in ("--token_scores=1", "--per_layer", f"--query_checkpoint={place.run}"):
-        assert place.score("--method=tfidf", flag, out="unused.jsonl")[0] == 2
-        message = capsys.readouterr().err
-        assert f"{flag.partition('=')[0]} needs the gradients of documents" in message
+    gradients = {"token_scores": 1, "per_layer": True, "query_checkpoint": place.run, "rank": 3}
+    gradients |= {"query_dtype": "int8", "modules": ["attention"]}
+    damping = {"damping": 0.2, "damping_kind": "absolute"}
+    cg, projection = {"cg_steps": 3, "cg_documents": 3}, {"projection": 3}
+    for methods, settings in (
+        (("tfidf", "bm25", "embedding"), gradients | damping | cg | projection),
+        (("identity", "cosine"), damping | cg | projection),
+        (("ekfac", "kfac"), cg | projection),
+        (("ekfac_cg",), projection),
+        (("trak",), cg),
+    ):
+        given = {"checkpoint": place.run, "queries": place.queries, "factors": place.factors}
+        given |= {"out": str(place.folder / "unused.jsonl")}
+        for method, (name, value) in itertools.product(methods, settings.items()):
+            with pytest.raises(LoadError, match=f"--{name} is read by .* alone, and this is"):
+                score.score(None, **given, method=method, **{name: value})
+    assert place.score("--method=tfidf", "--rank=3", out="unused.jsonl")[0] == 2
+    assert "--rank is read by --method=ekfac or kfac or" in capsys.readouterr().err
+    assert place.score("--rank=0", "--query_dtype=int8", out="unused.jsonl")[0] == 2
+    assert "--rank=0 has none" in capsys.readouterr().err
+    assert place.score("--split=test", out="unused.jsonl")[0] == 2
+    assert place.fit("--module=json", f"--out={place.folder / 'unused'}") == 2
+    assert capsys.readouterr().err.count("add --mixture=NAME, or remove") == 2
     assert place.score("--method=trak", "--projection=0", out="unused.jsonl")[0] == 2
     assert "--projection=0 must be at least 1" in capsys.readouterr().err
 
@@ -439,3 +501,18 @@ def test_ranking_divides_by_norms_and_takes_the_first_of_equal_scores(tmp_path):
     assert [e["document"] for e in query["top_per_norm"]] == [2, 0]
     assert [e["value"] for e in query["top_per_norm"]] == [2, 1]
     assert query["bottom"][0] == {"document": 3, "score": -3.0, "value": -3.0}
+
+
+def test_scores_over_scores_per_norm_are_one_number_of_each_document(tmp_path):
+    """Its norm, whatever the query."""
+    r = np.random.default_rng(0)
+    scores_NQ, norms_N = r.normal(size=(20, 5)), r.uniform(0.1, 9, 20)
+    rows = zip(scores_NQ.tolist(), norms_N.tolist(), strict=True)
+    path = write(tmp_path / "s.jsonl", [{"scores": s, "norm": n} for s, n in rows])
+    ranking.write_top(path, top=20)
+    queries = ranking.read_top(path)["queries"]
+    ratios_QN = [
+        [e["score"] / e["value"] for e in sorted(q["top_per_norm"], key=lambda e: e["document"])]
+        for q in queries
+    ]
+    np.testing.assert_allclose(ratios_QN, np.tile(norms_N, (5, 1)), rtol=1e-6)

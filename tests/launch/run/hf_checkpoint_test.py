@@ -1,10 +1,13 @@
 """Commands read the directory of a Hugging Face checkpoint as they read the run that `launch.convert` makes of it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from launch.evaluation.judges.checkpoint import CheckpointWriter
+from launch.run import hf_checkpoint, load_run
 from launch.run.load import load
 from launch.run.loaded_run import LoadError
 from model.hf import families
@@ -78,6 +81,73 @@ def test_commands_read_it_as_the_run_of_an_import(llama, command, tmp_path):
             if "logprob" in row:
                 np.testing.assert_allclose(row.pop("logprob"), same.pop("logprob"), rtol=1e-5)
             assert row == same
+
+
+def test_influence_reads_it_for_documents_and_for_queries(llama, command, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"text": "import os"}\n{"tokens": [5, 6, 7]}\n')
+    (tmp_path / "q.jsonl").write_text('{"prompt": "import ", "completion": "os"}\n')
+    files = (f"--documents={tmp_path}/d.jsonl", "--batch_size=8")
+    made = f"{tmp_path}/factors"
+    assert command("influence fit", f"--checkpoint={llama}", *files, f"--out={made}") == 0
+    given = (f"--factors={made}", *files, f"--queries={tmp_path}/q.jsonl")
+    rows = {}
+    for name, flags in (("own", ()), ("other", (f"--query_checkpoint={llama}",))):
+        out = tmp_path / f"{name}.jsonl"
+        assert command("influence score", *given, f"--out={out}", *flags) == 0
+        rows[name] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows["own"] == rows["other"] and np.abs(rows["own"][0]["scores"][0]) > 0
+    # The layers of a run are stacked.
+    assert command("convert", f"--from_hf={llama}", f"--to={tmp_path}/run") == 0
+    capsys.readouterr()
+    flags = (f"--out={tmp_path}/x.jsonl", f"--query_checkpoint={tmp_path}/run")
+    assert command("influence score", *given, *flags) == 2
+    assert "import it with launch.convert" in capsys.readouterr().err
+
+
+def test_held_out_loss_is_that_of_the_import(llama, command, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"text": "import os"}\n' * 3)
+    assert command("convert", f"--from_hf={llama}", f"--to={tmp_path}/run") == 0
+    data = (
+        "--gin_file=t5x_configs/data/files_base.gin",
+        "--gin_file=t5x_configs/runs/pretrain.gin",
+        f"--gin.MODEL_DIR={tmp_path}/none",
+        f"--gin.FILES={tmp_path}/d.jsonl",
+        f"--gin.VALIDATION_FILES={tmp_path}/d.jsonl",
+        "--gin.MIXTURE_OR_TASK_NAME=files",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 16}",
+        "--gin.BATCH_SIZE=8",
+        f"--gin.stream.make_eval_stream.cache_dir={tmp_path}/cache",
+    )
+    losses = []
+    for checkpoint in (llama, tmp_path / "run"):
+        report = tmp_path / "eval.json"
+        flags = (f"--checkpoint={checkpoint}", f"--json={report}")
+        assert command("evaluate loss", *flags, *data) == 0
+        losses.append(json.loads(report.read_text())["tasks"]["files"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    capsys.readouterr()
+    assert command("evaluate loss", f"--checkpoint={llama}", "--trust_config") == 2
+    assert "describes no data: configure data and recipe" in capsys.readouterr().err
+
+
+def test_a_judge_knows_its_weights_and_settings_by_their_content(llama, tmp_path):
+    """The folder of the record, which each process names anew, is no part of its identity."""
+    identities = []
+    for _ in range(2):
+        hf_checkpoint._recorded.cache_clear()
+        config, text = load_run.config_with_text(str(llama))
+        judge = CheckpointWriter(config, settings=text, checkpoint=str(llama), max_tokens=2)
+        identities.append(judge.identity)
+    assert identities[0] == identities[1] and judge.name == f"checkpoint:{llama}"
+    ((index, reply),) = judge.write(["a"], temperature=0.0, seed=0)
+    assert index == 0 and isinstance(reply, str)
+    shutil.copytree(llama, tmp_path / "hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    config, text = load_run.config_with_text(str(tmp_path / "hf"))
+    other = CheckpointWriter(config, settings=text, checkpoint=str(tmp_path / "hf"), max_tokens=2)
+    assert {n for n in other.identity if other.identity[n] != judge.identity[n]} >= {"weights"}
 
 
 def test_what_it_lacks_is_one_error(llama, command, tmp_path, capsys):

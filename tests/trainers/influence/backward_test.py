@@ -241,25 +241,6 @@ def test_scores_and_norms_of_documents_whole_and_of_low_rank(case, preconditione
     assert (np.diagonal(want) >= 0).all()
 
 
-def test_scores_of_tokens_and_layers_add_up():
-    case = Case(*made(), ("mlp",))
-    inputs = {path: {"p": jnp.asarray(x)} for path, x in case.autodiff.items()}
-    tokens = case(Scores(3, tokens=True, dtype=F64), inputs)
-    low = {p: queries.Compression(3, F64)(own["p"]) for p, own in inputs.items()}
-    tokens_low, rows_low = (
-        case(Scores(3, tokens=True, dtype=F64), low),
-        case(Scores(3, dtype=F64), low),
-    )
-    rows = case(Scores(3, dtype=F64), inputs)
-    for path in case.sites:
-        for each, whole in ((tokens, rows), (tokens_low, rows_low)):
-            assert each[path]["scores"].shape == (2, 3, T, 3)
-            np.testing.assert_allclose(
-                each[path]["scores"].sum(2), whole[path]["scores"], atol=1e-10
-            )
-            np.testing.assert_allclose(each[path]["squares"], whole[path]["squares"], rtol=1e-9)
-
-
 def test_padding_batches_and_order_change_nothing(case):
     whole = case(Gradients(F64))
     longer = backward_of(case, batch_of(size=5, length=T + 3))

@@ -1,4 +1,13 @@
-"""Fits on a mesh, labels of two seeds over thousands of documents, and drawn labels."""
+"""Fits on a mesh and in two processes, labels of two seeds over thousands of documents, and drawn labels."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
 
 import flax.linen as nn
 import jax
@@ -16,22 +25,31 @@ from trainers.influence.fit import FitSettings, Reader
 from trainers.scoring.scoring import Row
 
 V = 11
+ROOT = pathlib.Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = TransformerConfig(vocab_size=V, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
-    return Transformer(config=config)
+def made(**settings):
+    config = dict(vocab_size=V, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
+    return Transformer(config=TransformerConfig(**{**config, **settings}))
 
 
-@pytest.fixture(scope="module")
-def params(model):
+def drawn_params(model):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     r = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(r.normal(size=x.shape) * 0.5, jnp.float32),
         nn.meta.unbox(shapes)["params"],
     )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return made()
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return drawn_params(model)
 
 
 def texts(count, seed):
@@ -84,6 +102,149 @@ def test_a_mesh_and_other_batches_change_nothing(model, params, tmp_path, shape,
     for name, array in own.items():
         np.testing.assert_allclose(other[name], array, rtol=0, atol=2e-6 * np.abs(array).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def fit_in_a_process(folder):
+    """Fits and scores on the devices of all processes; called by each process of the next test."""
+    model = made()
+    mesh = partitioning.make_mesh(shape={"fsdp": 2, "tensor": 2})
+    rules = partitioning.rules_named("fsdp_tp")
+    with partitioning.use_mesh(mesh, rules):
+        reader = Reader(
+            model=model,
+            params=None,
+            batch_size=8,
+            sharding=partitioning.batch_sharding(mesh, rules),
+        )
+        params = jax.device_put(drawn_params(model), reader.whole)
+        reader = dataclasses.replace(reader, params=params)
+        return scored(reader, folder, FitSettings(blocks=2), texts(40, 3), texts(3, 4), rank=3)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_fit_as_one_does(model, params, tmp_path):
+    """They read what the first one writes, and save when it does, whatever their own clocks say."""
+    script = """
+        import pathlib, sys
+        import jax, numpy as np
+        folder, index, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_default_matmul_precision", "highest")
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+        from tests.trainers.influence import fit_test
+        from trainers.influence import documents
+        documents.BATCHES_SORTED = 2
+        fit_test.fit.SAVE_SECONDS = (-1.0, 1e9)[index]
+        np.save(folder / f"scores{index}.npy", fit_test.fit_in_a_process(folder / "two"))
+        print("fine", index)
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(i), str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=250) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for i, (out, err) in enumerate(results):
+        assert f"fine {i}" in out, err[-3000:]
+    one = Reader(model=model, params=params, batch_size=16)
+    want = scored(one, tmp_path / "one", FitSettings(blocks=2), texts(40, 3), texts(3, 4), rank=3)
+    own, other = (files.read(tmp_path / name / "covariances")[0] for name in ("one", "two"))
+    for name, array in own.items():
+        np.testing.assert_allclose(other[name], array, rtol=0, atol=2e-6 * np.abs(array).max())
+    own, other = (files.read(tmp_path / name / "eigen")[0] for name in ("one", "two"))
+    for name in own:
+        assert other[name].dtype == own[name].dtype
+        if name.endswith((":la", ":ls")):
+            assert own[name].dtype == np.float64
+            atol = 1e-5 * own[name].max()
+            np.testing.assert_allclose(other[name], own[name], rtol=0, atol=atol)
+    for i in range(2):
+        got = np.load(tmp_path / f"scores{i}.npy")
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert {path.name for path in (tmp_path / "two").iterdir()} == set(fit.STAGES)
+
+
+def test_modules_that_are_fitted_apart_have_the_same_factors(model, params, tmp_path):
+    documents = texts(24, 5)
+    reader = Reader(model=model, params=params, batch_size=8)
+    parts = {"both": ("mlp",), "wide": (".*/mlp/(gate|up)",), "down": (".*/mlp/down",)}
+    stages = {}
+    for name, modules in parts.items():
+        settings = FitSettings(modules=modules)
+        fit.fit(reader, tmp_path / name, lambda: documents, settings)
+        stages[name] = {s: files.read(tmp_path / name / s)[0] for s in fit.STAGES}
+    for stage, both in stages["both"].items():
+        apart = stages["wide"][stage] | stages["down"][stage]
+        assert set(apart) == set(both) and not set(stages["wide"][stage]) >= set(both)
+        for name, array in both.items():
+            np.testing.assert_allclose(apart[name], array, rtol=1.3e-6, atol=1e-5)
+
+
+def test_scores_of_rank_32_correlate_with_uncompressed_ones(tmp_path):
+    """At Pearson 0.99 or more, where 32 is less than the rank of every matrix."""
+    model = made(num_layers=1, embed_dim=48, mlp_dim=64)
+    reader = Reader(model=model, params=drawn_params(model), batch_size=32)
+    documents, asked = texts(64, 6), texts(3, 7)
+    fit.fit(reader, tmp_path, lambda: documents, FitSettings())
+    chosen = sites.select(model, reader.params)
+    curvature = fit.read_curvature(tmp_path, chosen, "ekfac", kronecker.Damping())
+    by_rank, pearson = {}, {}
+    for rank in (32, None):
+        ready = queries.prepare(reader, chosen, asked, curvature, rank=rank, sample=documents)
+        rows = scores.score(reader, chosen, ready, documents)
+        by_rank[rank] = np.array([one.scores for one in rows]).T
+        pearson[rank] = ready.pearson
+    for low, full, measured in zip(by_rank[32], by_rank[None], pearson[32], strict=True):
+        assert 0.99 <= np.corrcoef(low, full)[0, 1] < 1
+        assert measured == pytest.approx(np.corrcoef(low, full)[0, 1], abs=1e-5)
+    assert np.isnan(pearson[None]).all()
+
+
+@pytest.mark.parametrize("call", ["rmtree", "replace"])
+def test_a_stop_while_a_sum_is_saved_leaves_the_one_before(tmp_path, monkeypatch, call):
+    """At each deletion and each renaming."""
+    module = {"rmtree": files.shutil, "replace": files.os}[call]
+    original = getattr(module, call)
+    for last in range(3):
+        folder = tmp_path / str(last) / "sum"
+        files.write(folder, {"x": np.arange(3)}, {"read": 1})
+        calls = []
+
+        def stop(*arguments, last=last, calls=calls, **settings):
+            calls.append(arguments)
+            if len(calls) > last:
+                raise KeyboardInterrupt
+            return original(*arguments, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, call, stop)
+            with contextlib.suppress(KeyboardInterrupt):
+                files.write(folder, {"x": np.arange(4)}, {"read": 2})
+        assert files.exists(folder)
+        arrays, record = files.read(folder)
+        assert len(arrays["x"]) == 2 + record["read"]
+        files.write(folder, {"x": np.arange(5)}, {"read": 3})
+        assert files.read(folder)[1]["read"] == 3
+        assert [path.name for path in folder.parent.iterdir()] == ["sum"]
+        files.remove(folder)
+        assert not files.exists(folder)
 
 
 def test_each_device_has_a_part_of_every_sum_and_decomposes_some_matrices():
