@@ -7,19 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.run.load_run import LoadError
-from model.storage import mirror, paths
+from model.storage import mirror
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"
 FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
 _MAX_BYTES = 64 << 20
-
-
-def step_of(checkpoint: str) -> str:
-    """Returns the absolute path of a checkpoint's step: its newest good one may change."""
-    from trainers.checkpoints import step_dir
-
-    return paths.absolute(step_dir.resolve(checkpoint))
 
 
 def begin(folder: pathlib.Path, record: Mapping[str, Any], *, out: str) -> None:

@@ -167,7 +167,7 @@ def fit(
             limit=max_documents,
         )
         record = {
-            "checkpoint": factor_files.step_of(checkpoint),
+            "checkpoint": load_run.place(checkpoint),
             "params": params,
             "model": model_digest(run.params),
             "settings": settings.record(),

@@ -213,7 +213,7 @@ def score(
                 **{"query_dtype": query_dtype, "cg_steps": cg_steps if method == "ekfac_cg" else 0},
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
                 **{"projection": projection if method == "trak" else 0},
-                "query_checkpoint": query_checkpoint and factor_files.step_of(query_checkpoint),
+                "query_checkpoint": query_checkpoint and load_run.place(query_checkpoint),
             }
             scored = scorers.Gradients(
                 *(config, run, rows, source),

@@ -21,6 +21,8 @@ from launch.merging.settings import Merge, MergeError, Module, Slice, Source
 from launch.merging.trials import Trial, Trials, Weights
 from launch.run import load_run
 from launch.run.load_run import EXAMPLE
+from model.storage import mirror
+from model.storage import paths as storage_paths
 from trainers.scoring.scoring import Scorer
 
 
@@ -81,9 +83,10 @@ def _checked(paths: Sequence[str]) -> list[str]:
 
 
 def _digest(path: str) -> str:
-    if not os.path.isfile(path):
+    file = mirror.local(path)
+    if not os.path.isfile(file):
         raise MergeError(f"--held_out: there is no file {path}.")
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -152,7 +155,7 @@ def _written(
     import yaml
 
     entries = [
-        {"model": os.path.abspath(path), "parameters": {"weight": weight}}
+        {"model": storage_paths.absolute(path), "parameters": {"weight": weight}}
         for path, weight in zip(models.values(), best.weights, strict=True)
         if weight
     ]
