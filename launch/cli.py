@@ -29,7 +29,7 @@ INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
 CONSOLE = "espalier"  # the script that runs every command
 # Flags for paths whose help text shows no DIR, FILE or PATH.
 _PATH_FLAGS = ("checkpoint", "inputs", "output", "out", "to", "problems", "solutions")
-# Flags whose paths may be addresses of object stores (model/storage/paths.py).
+# Flags whose paths may be addresses of object stores (model/storage/paths.py); see also `take_addresses`.
 _ADDRESS_FLAGS = (
     "checkpoint",
     "inputs",
@@ -267,6 +267,8 @@ class _Parser(argparse.ArgumentParser):
     It refuses an address where only a folder of this machine can be used: it would become a folder named `gs:`.
     """
 
+    address_flags: Sequence[str] = _ADDRESS_FLAGS
+
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
@@ -276,14 +278,19 @@ class _Parser(argparse.ArgumentParser):
             flag = "/".join(action.option_strings)
             if is_path and "" in paths:
                 self.error(f"argument {flag}: the path is empty")
-            addresses = [
-                p for p in paths if isinstance(p, str) and p.startswith(("gs://", "s3://"))
-            ]
-            if is_path and flag and addresses and action.dest not in _ADDRESS_FLAGS:
+            # A pathlib.Path has one slash after the colon.
+            addresses = [m for p in paths if (m := re.match("(gs|s3):/+(.*)", str(p)))]
+            if is_path and flag and addresses and action.dest not in self.address_flags:
                 self.error(
-                    f"argument {flag}: {addresses[0]} is an address; give a path of this machine"
+                    f"argument {flag}: {'://'.join(addresses[0].groups())} is an address; give a path of this machine"
                 )
         return parsed, rest
+
+
+def take_addresses(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Lets more flags of a command, by their names without dashes, be addresses of object stores."""
+    if isinstance(parser, _Parser):
+        parser.address_flags = (*parser.address_flags, *names)
 
 
 def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ Example, of two runs of one model, in the proportion 3 to 1; docs/merging.md has
 
 Models are Hugging Face folders with safetensors, and the result is one too; or runs of this project, and the result is a
 run that every command takes as --checkpoint. Weights go through memory in blocks. A merge that was killed leaves nothing
-at --out; of Hugging Face folders, the same command then goes on where it was.
+at --out; of Hugging Face folders, the same command then goes on where it was. Models, --config and --out may be addresses
+of object stores (docs/remote_storage.md); a merge to an address begins again.
 
 `python -m launch.merge search --help`: searches the weights of a linear merge on held-out texts.
 """
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    cli.take_addresses(parser, "config", "out")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file, see docs/merging.md"
     )

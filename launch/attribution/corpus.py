@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -36,11 +35,11 @@ class Corpus:
 
 def check_same(path: str, recorded: Mapping[str, Any], flag: str) -> None:
     """Raises RowFileError if a file is not the one that was scored."""
-    if not os.path.isfile(path):
-        raise RowFileError(
-            f"--{flag}={path}: there is no such file. If it was moved, give its new place with --{flag}."
-        )
-    with open(path, "rb") as file:
+    try:
+        local = row_files.local(path, flag)
+    except RowFileError as error:
+        raise RowFileError(f"{error} If it was moved, give its new place with --{flag}.") from None
+    with open(local, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != recorded["sha256"]:
         raise RowFileError(
@@ -75,10 +74,11 @@ def read(
     texts = _decoded(scores)
     if path is None:
         return Corpus({i: texts[i] for i in wanted if i in texts}, None, {})
+    file = row_files.local(path, "documents")
     sources: list[str] = []
 
     def each() -> Iterator[str]:
-        lines = documents.read_json_lines(pathlib.Path(path), example=inputs.DOCUMENT_EXAMPLE)
+        lines = documents.read_json_lines(file, example=inputs.DOCUMENT_EXAMPLE)
         numbered = enumerate(itertools.islice(lines, limit))
         quiet = None if count > 10_000 else True
         for i, (_, row) in tqdm(numbered, desc="documents", total=count, disable=quiet):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.run.load_run import LoadError
+from model.storage import mirror
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"
@@ -14,8 +15,8 @@ FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
 _MAX_BYTES = 64 << 20
 
 
-def begin(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Writes the record of new factors, or checks that the folder's factors have the same one.
+def begin(folder: pathlib.Path, record: Mapping[str, Any], *, out: str) -> None:
+    """Writes the record of new factors, or checks that the folder's factors have the same one; `out` is for messages.
 
     Raises:
       LoadError: the folder has factors of other settings, documents or parameters.
@@ -30,7 +31,7 @@ def begin(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
         ]
         if names:
             raise LoadError(
-                f"--out={folder} has factors of other {', '.join(names)}: give another folder, or delete it to fit them anew."
+                f"--out={out} has factors of other {', '.join(names)}: give another folder, or delete it to fit them anew."
             )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,13 +40,18 @@ def begin(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
         os.replace(partial, folder / RECORD)
 
 
+def local(folder: str) -> pathlib.Path:
+    """Returns the folder of factors, or for an address a copy."""
+    return pathlib.Path(mirror.local(folder))
+
+
 def read(folder: str) -> dict[str, Any]:
     """Returns the record of fitted factors.
 
     Raises:
       LoadError: the folder has none, or a damaged one.
     """
-    path = pathlib.Path(folder) / RECORD
+    path = local(folder) / RECORD
     if not path.is_file():
         raise LoadError(
             f"--factors={folder} has no {RECORD}: give the folder that `launch.influence fit --out` wrote."

@@ -11,7 +11,6 @@ Some thousand documents of the model's training data are enough for small models
 import argparse
 import itertools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from typing import Any, Literal
 
 from launch import cli
 from launch.attribution import factors as factor_files
-from launch.attribution import inputs
+from launch.attribution import inputs, outputs
 from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
+from model.storage import paths
 
 SAMPLE = 64
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    cli.take_addresses(parser, "documents", "out")
     load_run.add_flags(parser)
     group = parser.add_argument_group("factors")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the factors")
@@ -157,7 +158,10 @@ def fit(
         modules=tuple(modules), labels=labels, blocks=blocks, factor_dtype=factor_dtype, seed=seed
     )
     factor_files.check_float64(factor_dtype)
-    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
+    with (
+        config.load(checkpoint, params=params, encoder_decoders=True) as run,
+        outputs.opened(out, without=stages.UNFINISHED) as (path, push),
+    ):
         sites = site_list.select(run.model, run.params, settings.modules)
         source = inputs.Documents(
             run=run,
@@ -177,8 +181,8 @@ def fit(
             "documents": source.record(),
             "sites": {path: [s.inputs, s.outputs, list(s.lead)] for path, s in sites.items()},
         }
-        folder = pathlib.Path(out)
-        factor_files.begin(folder, record)
+        folder = pathlib.Path(path)
+        factor_files.begin(folder, record, out=out)
         if jax.process_index() == 0:
             inputs.write_sample(
                 folder / factor_files.SAMPLE, [*itertools.islice(iter(source), SAMPLE)]
@@ -190,18 +194,19 @@ def fit(
             sharding=run.row_sharding,
         )
         began = time.perf_counter()
-        stages.fit(reader, folder, lambda: source, settings, total=source.count())
+        push()
+        stages.fit(reader, folder, lambda: source, settings, total=source.count(), saved=push)
         experts = stages.tokens_of_experts(folder, sites)
         seconds = time.perf_counter() - began
+        count = json.loads((folder / "squares" / "record.json").read_text())
     if jax.process_index() == 0:
         for note in source.notes():
             print(note)
         for path, (fewest, most) in experts.items():
             print(f"{path}: {fewest:,} to {most:,} tokens an expert")
-        count = json.loads((folder / "squares" / "record.json").read_text())
         print(
             f"factors of {len(sites)} matrices ({site_list.weights(sites):,} weights) from {count['documents']:,} documents, "
-            f"{count['tokens']:,} tokens, in {seconds:.1f} s: {os.path.abspath(out)}"
+            f"{count['tokens']:,} tokens, in {seconds:.1f} s: {paths.absolute(out)}"
         )
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from launch.inference.generate import with_prompt_key
 from launch.inference.score import scored_row
 from launch.inference.texts import decoder_of
 from launch.run.load_run import LoadedRun, LoadError
+from model.storage import paths
 from trainers.decoding.stop_strings import GrowingText
 from trainers.scoring.scoring import Row
 
@@ -114,8 +114,8 @@ class Documents:
     def __post_init__(self):
         if (self.path is None) == (self.mixture is None):
             raise LoadError("Give the documents: either --documents=FILE or --mixture=NAME.")
-        if self.path is not None and not os.path.isfile(self.path):
-            raise row_files.RowFileError(f"--documents={self.path}: there is no such file.")
+        if self.path is not None:
+            self._file = row_files.local(self.path, "documents")
         if self.limit is not None and self.limit < 1:
             raise LoadError(f"--max_documents={self.limit} must be at least 1.")
         if self.mixture is not None:
@@ -138,8 +138,7 @@ class Documents:
         """Yields {"document": number, "text": decoded tokens} of those wanted documents that come without a text."""
         without = set(wanted)
         if self.path is not None:
-            path = pathlib.Path(self.path)
-            lines = document_files.read_json_lines(path, example=DOCUMENT_EXAMPLE)
+            lines = document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
             rows = enumerate(row for _, row in itertools.islice(lines, self.limit))
             without = {i for i, row in rows if i in without and "text" not in row}
         if without:
@@ -150,9 +149,9 @@ class Documents:
     def record(self) -> dict[str, Any]:
         """Returns what identifies the documents."""
         if self.path is not None:
-            with open(self.path, "rb") as file:
+            with open(self._file, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"path": os.path.abspath(self.path), "sha256": digest, "limit": self.limit}
+            return {"path": paths.absolute(self.path), "sha256": digest, "limit": self.limit}
         return {"mixture": self.mixture, "split": self.split, "limit": self.limit}
 
     def count(self) -> int | None:
@@ -162,7 +161,7 @@ class Documents:
             own = [task.num_input_examples(self.split) for task in _tasks(self.mixture)]
             known = [] if None in own else [sum(own)]
             return min([*known, *([] if self.limit is None else [self.limit])], default=None)
-        lines = document_files.read_json_lines(pathlib.Path(self.path), example=DOCUMENT_EXAMPLE)
+        lines = document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
         return sum(1 for _ in itertools.islice(lines, self.limit))
 
     def notes(self) -> list[str]:
@@ -192,8 +191,8 @@ class Documents:
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         if self.path is not None:
-            path = pathlib.Path(self.path)
-            for number, row in document_files.read_json_lines(path, example=DOCUMENT_EXAMPLE):
+            lines = document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
+            for number, row in lines:
                 yield f"{self.path}, line {number}", row
             return
         assert self.mixture is not None

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data.text import documents
+from launch.inference import row_files
 from launch.inference.row_files import RowFileError
+from model.storage import mirror, paths
 
 _EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
 _MAX_BYTES = 1 << 30
@@ -41,6 +44,19 @@ def tokens_file(scores: str) -> str:
 def texts_file(scores: str) -> str:
     """Returns the file of the texts of top and bottom documents that were read as tokens."""
     return f"{scores}.texts.jsonl"
+
+
+def local(scores: str) -> str:
+    """Returns a file of scores with what is beside it, or for an address a copy; raises RowFileError if there is none."""
+    if not paths.is_remote(scores):
+        return scores
+    for of in (queries_folder, top_file, tokens_file, texts_file):
+        copy = mirror.place(of(paths.absolute(scores)))
+        try:
+            mirror.local(of(scores))
+        except FileNotFoundError:  # not written, or deleted since it was copied
+            shutil.rmtree(copy) if os.path.isdir(copy) else paths.delete(copy)
+    return os.fspath(row_files.local(scores, "scores"))
 
 
 def check_stored(tops: Mapping[str, Any], top: int) -> None:

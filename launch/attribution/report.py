@@ -12,8 +12,10 @@ norm of the document's gradient. Labels in the files of queries and documents ("
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from launch import cli
 from launch.attribution import ranking
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
+from model.storage import mirror, paths
 
 LEAST_NATS = 0.1
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    cli.take_addresses(parser, "scores", "queries", "documents", "beside", "out")
     parser.add_argument("--scores", required=True, metavar="FILE", help="that `score` wrote")
     parser.add_argument("--queries", metavar="FILE", help="by default the file that was scored")
     parser.add_argument("--documents", metavar="FILE", help="by default the file that was scored")
@@ -82,11 +86,20 @@ def _run(flags: argparse.Namespace) -> None:
     text = "\n".join(pages.markdown(table, bottom=flags.bottom))
     print(text)
     if flags.out:
-        folder = pathlib.Path(flags.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.md").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        (folder / "report.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        viewer.write(shown, folder / "viewer.html")
+        with contextlib.ExitStack() as stack:
+            folder = pathlib.Path(flags.out)
+            if is_remote := paths.is_remote(flags.out):
+                folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.md").write_text(
+                text + "\n", encoding="utf-8", errors="backslashreplace"
+            )
+            (folder / "report.json").write_text(
+                json.dumps(table, indent=1) + "\n", encoding="utf-8"
+            )
+            viewer.write(shown, folder / "viewer.html")
+            if is_remote:
+                mirror.publish(folder, flags.out)
 
 
 def report(
@@ -116,6 +129,7 @@ def report(
     from launch.attribution.analyses import compute, labels, parts
     from trainers.influence import queries as query_files
 
+    scores = ranking.local(scores)
     tops = ranking.read_top(scores)
     prepared, record = query_files.load(pathlib.Path(ranking.queries_folder(scores)))
     queries = queries or record["queries"]["path"]
@@ -200,7 +214,7 @@ def _others(
     from trainers.influence import queries as query_files
 
     result: dict[str, Any] = {}
-    for path in beside:
+    for path in map(ranking.local, beside):
         ranking.read_top(path)
         _, other = query_files.load(pathlib.Path(ranking.queries_folder(path)))
         differing = [

@@ -17,17 +17,18 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from launch import cli
 from launch.attribution import factors as factor_files
-from launch.attribution import inputs, ranking
+from launch.attribution import inputs, outputs, ranking
 from launch.attribution.fit import add_document_flags, import_mixtures
 from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
+from model.storage import paths
 
 Method = Literal[
     "ekfac", "kfac", "identity", "cosine", "ekfac_cg", "trak", "embedding", "bm25", "tfidf"
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    cli.take_addresses(parser, "factors", "query_checkpoint", "queries", "documents", "out")
     group = parser.add_argument_group("influence")
     group.add_argument("--factors", metavar="DIR", help="folder that `fit` wrote")
     group.add_argument(
@@ -191,7 +193,10 @@ def score(
     record = factor_files.read(factors) if factors else None
     if length is None and record is not None:
         length = int(record["length"])
-    with config.load(checkpoint, params=params, encoder_decoders=True) as run:
+    with (
+        config.load(checkpoint, params=params, encoder_decoders=True) as run,
+        outputs.opened(out, beside=True) as (path, push),
+    ):
         size = inputs.length_of(run, length)
         rows = inputs.read_queries(run, queries, size)
         source = inputs.Documents(
@@ -204,7 +209,7 @@ def score(
         )
         made_of: dict[str, Any] = {
             "method": method,
-            "queries": {"path": os.path.abspath(queries), "sha256": _digest(queries)},
+            "queries": {"path": paths.absolute(queries), "sha256": _digest(queries)},
             "documents": source.record(),
             "length": size,
             "per_layer": per_layer,
@@ -236,17 +241,18 @@ def score(
                 params=params,
             )
         began = time.perf_counter()
-        count = _write(out, scored, made_of | scored.record)
+        count = _write(path, scored, made_of | scored.record, out=out, push=push)
         seconds = time.perf_counter() - began
         writer = agreement.is_primary()
         if writer:
-            ranking.write_top(out, top=top)
-            shown = {i for chosen in ranking.shown(ranking.read_top(out), top) for i in chosen}
-            row_files.write(ranking.texts_file(out), source.texts(shown))
+            ranking.write_top(path, top=top)
+            shown = {i for chosen in ranking.shown(ranking.read_top(path), top) for i in chosen}
+            row_files.write(ranking.texts_file(path), source.texts(shown))
         if token_scores:
             agreement.gather("ranked")  # other processes read what the first has written
-            rows_of_tokens = scored.token_rows(ranking.shown(ranking.read_top(out), token_scores))
-            row_files.write(ranking.tokens_file(out), rows_of_tokens, writer=writer)
+            rows_of_tokens = scored.token_rows(ranking.shown(ranking.read_top(path), token_scores))
+            row_files.write(ranking.tokens_file(path), rows_of_tokens, writer=writer)
+        push()
     if writer:
         for note in [*source.notes(), *scored.notes()]:
             print(note)
@@ -281,36 +287,45 @@ def _check_read(method: str, **settings: Any) -> None:
 
 
 def _digest(path: str) -> str:
-    with open(path, "rb") as file:
+    with open(row_files.local(path, "queries"), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(out: str, scored: Any, record: Mapping[str, Any]) -> int:
-    """Writes the rows that `out` does not have yet, and returns the number of all."""
+def _write(
+    path: str, scored: Any, record: Mapping[str, Any], *, out: str, push: Callable[[], None]
+) -> int:
+    """Writes the rows that a file does not have yet, and returns the number of all; see `outputs.opened`."""
     import jax
 
     from trainers.influence import files
+    from trainers.influence.fit import SAVE_SECONDS
 
-    folder = pathlib.Path(ranking.queries_folder(out))
+    folder = pathlib.Path(ranking.queries_folder(path))
     writer = jax.process_index() == 0
     record = json.loads(json.dumps(record))
     if files.exists(folder):
         _, other = files.read(folder)
         if names := sorted(name for name in record if other.get(name) != record[name]):
             raise LoadError(
-                f"--out={out} has scores of other {', '.join(names)}: give another file, or delete it and {folder}."
+                f"--out={out} has scores of other {', '.join(names)}: give another file, or delete it and "
+                f"{ranking.queries_folder(out)}."
             )
-    elif os.path.exists(out) and os.path.getsize(out):
+    elif os.path.exists(path) and os.path.getsize(path):
         raise LoadError(
             f"--out={out} exists and is not of `launch.influence score`: give another file, or delete it."
         )
     scored.prepare(folder, record)
-    with row_files.resumed(out, writer=writer) as rows:
+    push()
+    pushed = time.monotonic()
+    with row_files.resumed(path, writer=writer) as rows:
         count = len(rows.rows)
         for row in scored.stream(count):
             if writer:
                 rows.add(row)
             count += 1
+            if time.monotonic() - pushed > SAVE_SECONDS:
+                push()
+                pushed = time.monotonic()
     return count
 
 

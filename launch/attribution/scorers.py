@@ -69,7 +69,7 @@ class Gradients:
         if files.exists(folder):
             self.queries, _ = queries.load(folder)
             return
-        sample = inputs.read_sample(pathlib.Path(self.factors or "") / factor_files.SAMPLE)
+        sample = inputs.read_sample(factor_files.local(self.factors or "") / factor_files.SAMPLE)
         with self._query_reader() as reader:
             precondition, refine = self._curvature(reader, sample)
             self.queries = queries.prepare(
@@ -113,7 +113,7 @@ class Gradients:
             return None, None
         strategy = "kfac" if method == "kfac" else "ekfac"
         curvature = stages.read_curvature(
-            *(pathlib.Path(self.factors or ""), self.sites, strategy, self.damping),
+            *(factor_files.local(self.factors or ""), self.sites, strategy, self.damping),
             reader=reader,
         )
         if method != "ekfac_cg":

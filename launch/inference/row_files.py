@@ -22,6 +22,17 @@ class RowFileError(OSError):
     """A file of rows that does not exist, cannot be written, or cannot be continued."""
 
 
+def local(path: str, flag: str) -> pathlib.Path:
+    """Returns the file that a flag names, or for an address a copy; raises RowFileError if there is none."""
+    try:
+        file = mirror.local(path)
+    except FileNotFoundError:
+        file = ""
+    if not os.path.isfile(file):
+        raise RowFileError(f"--{flag}={path}: there is no such file.")
+    return pathlib.Path(file)
+
+
 def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, dict[str, Any]]]:
     """Returns (place, row) of every line; the place, and the flag that names the file, are for errors.
 
@@ -29,13 +40,7 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
       RowFileError: there is no such file.
       DataError: a malformed line, named by file and number.
     """
-    try:
-        file = mirror.local(path)
-    except FileNotFoundError:
-        file = ""
-    if not os.path.isfile(file):
-        raise RowFileError(f"--{flag}={path}: there is no such file.")
-    lines = documents.read_json_lines(pathlib.Path(file), example=example)
+    lines = documents.read_json_lines(local(path, flag), example=example)
     return [(f"{path}, line {number}", row) for number, row in lines]
 
 
@@ -82,7 +87,13 @@ def _is_same(path: str, other: str) -> bool:
 
 
 def check_folder(path: str, flag: str = "out") -> None:
-    """Raises RowFileError if files cannot be written to the folder that a flag names; called before any work."""
+    """Raises RowFileError if files cannot be written to the folder that a flag names; called before any work.
+
+    Raises StoreError for an address that cannot be reached.
+    """
+    if paths.is_remote(path):
+        paths.names(path)
+        return
     nearest = os.path.abspath(path)
     while not os.path.lexists(nearest):
         nearest = os.path.dirname(nearest)

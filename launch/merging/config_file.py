@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.merging.document import Document
 from launch.merging.settings import Merge, MergeError
+from model.storage import mirror
 
 _MAX_BYTES = 1 << 18
 _MAX_NODES = 50_000
@@ -47,7 +48,7 @@ def _documents(path: str) -> list[Any]:
                 seen.add(text)
             return super().construct_mapping(node, deep)
 
-    with open(path, "rb") as file:
+    with open(mirror.local(path), "rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise MergeError(

@@ -20,6 +20,7 @@ from launch.merging.settings import (
     Tokens,
     TokenSource,
 )
+from model.storage import paths
 from model.transforms.merge_methods import METHODS, Method
 
 _MAX_PATTERN = 300  # characters
@@ -115,7 +116,9 @@ class Document:
                 value = fields.get("path", fields.get("model"))
                 return self.model(key, value)
         path = self.text(key, value, needed=False)
-        if path is not None and not pathlib.Path(path).exists() and re.search(r"[@+]", path):
+        if path is None or paths.is_remote(path):
+            return path
+        if not pathlib.Path(path).exists() and re.search(r"[@+]", path):
             raise self.error(
                 key,
                 f"{path!r}: a revision (@) or a LoRA (+) is not read: download the revision to a folder, or merge the LoRA "

@@ -17,6 +17,7 @@ import numpy as np
 
 from launch.merging.settings import MergeError
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
+from model.storage import mirror, paths
 
 CONFIG = "config.json"
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?|layer))\.(\d+)\.(.+)")
@@ -54,20 +55,21 @@ class Entry:
 
 
 class HfModel:
-    """A folder with safetensors, and config.json if it has one.
+    """A folder with safetensors, and config.json if it has one; of an address, a copy.
 
     Raises:
       WeightFileError: a file is missing, damaged, or not safe to read.
+      FileNotFoundError, StoreError: see mirror.local.
     """
 
     kind = "hf"
 
     def __init__(self, path: str):
         self.path = path
-        self.folder = pathlib.Path(path)
+        self.folder = pathlib.Path(mirror.local(path))
         has_config = os.path.lexists(self.folder / CONFIG)
         self.config: dict[str, Any] = read_json(self.folder / CONFIG) if has_config else {}
-        self._reader = SafetensorsReader(path)
+        self._reader = SafetensorsReader(self.folder)
         self.tensors: dict[str, Entry] = {}
         for name, info in self._reader.tensors.items():
             if not _COMPUTED.fullmatch(name):
@@ -231,6 +233,13 @@ def open_model(path: str) -> Model:
     Raises:
       MergeError: there is none.
     """
+    if paths.is_remote(path):
+        names = paths.names(path)
+        own = {"checkpoints", "manifest.json"}
+        is_run = own.intersection(names) or path.rstrip("/").endswith("/checkpoints")
+        if not is_run and not any(name.endswith(".safetensors") for name in names):
+            raise MergeError(f"{path} has no checkpoint: check the address.")
+        return NativeModel(path) if is_run else HfModel(path)
     folder = pathlib.Path(path)
     if (
         (folder / "checkpoints").is_dir()
@@ -246,6 +255,6 @@ def open_model(path: str) -> Model:
     if not folder.is_dir():
         hint = "download it first" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "check the path"
         raise MergeError(
-            f"{path} is not a folder here: models are read from local folders; {hint}."
+            f"{path} is not a folder here: models are read from folders and object stores; {hint}."
         )
     return HfModel(path)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 
 from launch.merging import (
@@ -23,6 +22,7 @@ from launch.merging.plan import Planned, Planner
 from launch.merging.settings import Merge, MergeError
 from launch.merging.tokens import Vocabulary
 from launch.merging.workers import Workers
+from model.storage import paths
 
 
 def merge_all(
@@ -62,7 +62,7 @@ def merge_all(
             lines.append(f"{target}: there already")
             continue
         if dry_run and any(
-            path in targets.values() and not os.path.exists(path) for path in located.models()
+            path in targets.values() and not _exists(path) for path in located.models()
         ):
             lines.append(f"{target}: planned once its stages are there")
             continue
@@ -74,7 +74,7 @@ def merge_all(
 def _targets(merges: Sequence[Merge], out: str) -> dict[str | None, str]:
     """Returns the folder of each merge; the last is OUT even if it has a name."""
     targets: dict[str | None, str] = {
-        merge.name: os.path.join(f"{out.rstrip('/')}.stages", merge.name)
+        merge.name: paths.join(f"{out.rstrip('/')}.stages", merge.name)
         for merge in merges
         if merge.name
     }
@@ -102,13 +102,16 @@ def _located(merge: Merge, stages: dict[str, str]) -> Merge:
     return dataclasses.replace(merge, modules=modules, base=of(merge.base), tokens=tokens_)
 
 
+def _exists(target: str) -> bool:
+    return bool(paths.names(target)) if paths.is_remote(target) else os.path.lexists(target)
+
+
 def _is_there(merge: Merge, target: str, seed: int) -> bool:
     """Returns whether a stage is there; raises MergeError if it is of another configuration."""
-    path = pathlib.Path(target, card.RECORD)
-    if not os.path.lexists(target):
+    if not _exists(target):
         return False
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads(path.read_bytes())
+        record = json.loads(paths.read(paths.join(target, card.RECORD)))
         if record["configuration"] == json.loads(json.dumps(merge.text)) and record["seed"] == seed:
             return True
     raise MergeError(

@@ -22,6 +22,8 @@ from launch.merging.settings import Merge, MergeError, Module, Slice, Source
 from launch.merging.trials import Trial, Trials, Weights
 from launch.run import load_run
 from launch.run.load_run import EXAMPLE
+from model.storage import mirror
+from model.storage import paths as storage_paths
 from trainers.scoring.scoring import Scorer
 
 
@@ -82,9 +84,10 @@ def _checked(paths: Sequence[str]) -> list[str]:
 
 
 def _digest(path: str) -> str:
-    if not os.path.isfile(path):
+    file = mirror.local(path)
+    if not os.path.isfile(file):
         raise MergeError(f"--held_out: there is no file {path}.")
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -154,7 +157,9 @@ def _written(
 
     weights: collections.Counter[str] = collections.Counter()
     for path, weight in zip(models.values(), best.weights, strict=True):
-        weights[os.path.abspath(path)] += weight  # a model that is given twice has both weights
+        weights[storage_paths.absolute(path)] += (
+            weight  # a model that is given twice has both weights
+        )
     entries = [
         {"model": path, "parameters": {"weight": weight}}
         for path, weight in weights.items()

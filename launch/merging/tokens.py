@@ -15,6 +15,7 @@ import numpy as np
 from data.tokenizers import checkpoint_files, hf_tokenizer
 from launch.merging.models import HfModel, Model, Read
 from launch.merging.settings import Merge, MergeError, Tokens, TokenSource
+from model.storage import mirror
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,8 @@ def build(merge: Merge, models: Mapping[str, Model]) -> Vocabulary | None:
     source = paths[0] if tokens.source in ("union", "base") else tokens.source
     if tokens.source == "base" and merge.base is None:
         raise MergeError(f"{merge.file}: tokenizer_source: base needs a base_model.")
-    folders.setdefault(source, pathlib.Path(source))
+    if source not in folders:
+        folders[source] = pathlib.Path(mirror.local(source))
     texts = {path: _content(merge, folders[path]) for path in dict.fromkeys([source, *paths])}
     vocabularies = {path: hf_tokenizer.load(text).get_vocab(True) for path, text in texts.items()}
     sizes = {path: _rows(merge, models[path]) for path in paths}

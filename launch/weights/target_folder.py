@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from model.storage import mirror, paths
 
 # What is copied last to an object store: a reader takes a checkpoint for complete once these are there.
-_LAST = ("config.json", "manifest.json")
+# A stage of several merges is used again once its merge.json is there.
+_LAST = ("config.json", "manifest.json", "merge.json")
 
 
 class ConvertError(ValueError):

@@ -85,12 +85,12 @@ def copy_to(address: str, target: str) -> None:
     os.unlink(_index_path(target))
 
 
-def _wanted(address: str, without: Sequence[str]) -> dict[str, paths.Entry]:
-    objects = paths.entries(address)
+def _wanted(address: str, without: Sequence[str], beginning: str = "") -> dict[str, paths.Entry]:
+    objects = paths.entries(address, beginning)
     return {
         name: entry
         for name, entry in objects.items()
-        if name.partition("/")[0] not in without and not name.startswith(".lock.")
+        if name.partition("/")[0] not in without and not os.path.basename(name).startswith(".lock.")
     }
 
 
@@ -210,7 +210,15 @@ class Mirror:
     Files and their order are those of the folder: a changed file is copied whole, and a deleted one is deleted.
     """
 
-    def __init__(self, address: str, *, writer: bool, without: Sequence[str], name: str = ""):
+    def __init__(
+        self,
+        address: str,
+        *,
+        writer: bool,
+        without: Sequence[str],
+        name: str = "",
+        beginning: str = "",
+    ):
         """Makes the folder, with the files that are below the address now, and no others.
 
         Args:
@@ -218,14 +226,16 @@ class Mirror:
           writer: whether this process writes.
           without: folders below the address that are not copied.
           name: tells apart processes of one machine.
+          beginning: how the names of the files begin.
         """
         self.address = paths.absolute(address)
-        self.path = place(self.address, f"runs{name}")
+        self.path = place(paths.join(self.address, beginning), f"runs{name}")
         self._without = tuple(without)
         self._lock = threading.Lock()
         if not writer:
             shutil.rmtree(self.path, ignore_errors=True)
-        pulled = _pull(self.address, self.path, _wanted(self.address, without), prune=True)
+        wanted = _wanted(self.address, without, beginning)
+        pulled = _pull(self.address, self.path, wanted, prune=True)
         self._copied = {name: state[1:] for name, state in pulled.items()}
 
     def push(self) -> None:

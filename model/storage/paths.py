@@ -178,8 +178,8 @@ def _error(address: str, error: Exception) -> StoreError:
     )
 
 
-def entries(address: str) -> dict[str, Entry]:
-    """Returns the objects below an address by their names relative to it; empty if there are none.
+def entries(address: str, beginning: str = "") -> dict[str, Entry]:
+    """Returns the objects below an address by their names relative to it, those that begin so; empty if there are none.
 
     Raises:
       StoreError: there is no such bucket, or it refuses.
@@ -189,7 +189,9 @@ def entries(address: str) -> dict[str, Entry]:
     base = f"{bucket}/{key}".rstrip("/") + "/"
     with reporting(address):
         try:
-            objects: Mapping[str, Any] = filesystem(address).find(base, detail=True, withdirs=False)
+            objects: Mapping[str, Any] = filesystem(address).find(
+                base, detail=True, withdirs=False, prefix=beginning
+            )
         except FileNotFoundError:
             if not _has_bucket(address):
                 raise _no_bucket(address) from None
@@ -199,7 +201,7 @@ def entries(address: str) -> dict[str, Entry]:
     return {
         name.removeprefix(base): Entry(int(info["size"] or 0), _version(info))
         for name, info in sorted(objects.items())
-        if name.startswith(base) and name != base and not name.endswith("/")
+        if name.startswith(base + beginning) and name != base and not name.endswith("/")
     }
 
 

@@ -211,6 +211,12 @@ def test_errors_raised_by_the_command_module_itself_are_messages(command, tmp_pa
     assert capsys.readouterr().err == "\nerror: give --sweep FILE.py, or --status.\n"
 
 
+def test_a_sweep_in_an_object_store_is_refused(command, capsys):
+    assert command("sweep", "--out=gs://bucket/x", "--status") == cli.USAGE_ERROR
+    message = "argument --out: gs://bucket/x is an address; give a path of this machine"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -33,6 +33,8 @@ Labels = Literal["sampled", "empirical"]
 FactorDtype = Literal["float32", "float64", "bfloat16"]
 STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
+_PARTIAL = ".partial"
+UNFINISHED = (f"covariances{_PARTIAL}", f"squares{_PARTIAL}")  # folders of unfinished sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ def fit(
     settings: FitSettings,
     *,
     total: int | None = None,
+    saved: Callable[[], None] = lambda: None,
 ) -> None:
     """Fits all stages that `folder` does not have yet.
 
@@ -131,6 +134,7 @@ def fit(
       folder: folder of the stages.
       read_documents: returns the documents from the first on, and the same ones at each call.
       total: their number, for progress and remaining time.
+      saved: called after each stage.
 
     Raises:
       SiteError: modules that cannot be tapped.
@@ -142,8 +146,10 @@ def fit(
         consumer = Covariances(settings.blocks, settings.sum_dtype)
         result, count = sums(sites, consumer, {}, folder / "covariances", stage=0)
         files.write(folder / "covariances", files.named(result), count)
+        saved()
     if not files.exists(folder / "eigen"):
         _write_eigen(reader, folder, settings)
+        saved()
     if not files.exists(folder / "squares"):
         eigen = files.by_site(files.read(folder / "eigen")[0])
         inputs = {p: {n: eigen[p][n] for n in ("qa", "qs")} for p in sites}
@@ -156,6 +162,7 @@ def fit(
         if settings.sum_dtype == "float32":
             mean = jax.tree.map(lambda x: x.astype(np.float32), mean)
         files.write(folder / "squares", files.named(mean), count)
+        saved()
     for stage in STAGES:
         # Only now: a stop before a stage is written would lose its sum.
         files.remove(_partial(folder / stage))
@@ -185,7 +192,7 @@ def _write_eigen(reader: Reader, folder: pathlib.Path, settings: FitSettings) ->
 
 def _partial(target: pathlib.Path) -> pathlib.Path:
     """Returns the folder of a stage's unfinished sum."""
-    return target.with_name(f"{target.name}.partial")
+    return target.with_name(f"{target.name}{_PARTIAL}")
 
 
 def _sums(

@@ -16,6 +16,7 @@ import pytest
 from launch import environment
 from launch.attribution import inputs, ranking, score, similarity
 from launch.run.load_run import LoadError
+from model.storage import mirror, paths
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, files, scores
 from trainers.influence import fit as stages
@@ -351,6 +352,64 @@ def test_scores_by_factors_in_float64_are_summed_in_float64(place, capsys):
     assert (got.astype(np.float32) != got).any()
     assert place.score(*given, out="narrow.jsonl")[0] == 2
     assert "need JAX_ENABLE_X64=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
+    place, store, monkeypatch, tmp_path, capsys
+):
+    root = f"{store.address}/study"
+    mirror.publish(place.run, f"{root}/run")
+    for name in ("d.jsonl", "q.jsonl"):
+        mirror.put(f"{place.folder}/{name}", f"{root}/{name}")
+    inputs = [f"--queries={root}/q.jsonl", f"--documents={root}/d.jsonl"]
+    fit = ["fit", f"--checkpoint={root}/run", inputs[1], f"--out={root}/factors"]
+    score = ["score", f"--factors={root}/factors", *inputs, f"--out={root}/scores.jsonl"]
+
+    def stop(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    def run(host, *words):
+        monkeypatch.setenv(mirror.COPIES, str(tmp_path / host))
+        return place.command("influence", *words)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "_write_eigen", stop)
+        run("a", *fit, "--batch_size=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "Covariances", stop)  # the first stage is there
+        assert run("b", *fit, "--batch_size=8") == 0
+    for stage in stages.STAGES:
+        here, _ = files.read(place.folder / "factors" / stage)
+        there, _ = files.read(pathlib.Path(mirror.local(f"{root}/factors"), stage))
+        jax.tree.map(np.testing.assert_array_equal, here, there)
+
+    score += ["--batch_size=8", "--token_scores=1"]
+    monkeypatch.setattr(stages, "SAVE_SECONDS", -1.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ranking, "write_top", stop)
+        run("a", *score)
+    rows = paths.read(f"{root}/scores.jsonl")
+    assert run("b", *score) == 0
+    assert paths.read(f"{root}/scores.jsonl") == rows
+    status, out = place.score("--token_scores=1", out="local.jsonl")
+    assert status == 0 and read(out) == list(map(json.loads, rows.splitlines()))
+    for host, given in (("c", root), ("c", place.folder)):
+        scores = f"{root}/scores.jsonl" if given == root else out
+        assert run(host, "report", f"--scores={scores}", f"--out={given}/report") == 0
+    here, there = (
+        json.loads(paths.read(f"{given}/report/report.json")) for given in (place.folder, root)
+    )
+    assert there["queries"] == here["queries"] and there["analyses"] == here["analyses"]
+    assert not [name for name in paths.entries(root) if ".lock" in name]
+
+    capsys.readouterr()
+    assert run("a", *score, "--documents=s3://bucket0/none.jsonl") == 2
+    assert run("a", *score, f"--documents={root}/none.jsonl") == 2
+    assert run("a", *fit, f"--out={store.address}") == 2
+    errors = capsys.readouterr().err
+    for text in ("no bucket 'bucket0'", "none.jsonl: there is no such file", "is a whole bucket"):
+        assert text in errors
 
 
 @pytest.mark.parametrize(

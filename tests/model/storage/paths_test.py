@@ -50,6 +50,8 @@ def test_objects_are_written_listed_read_and_deleted(store):
         "a.txt": 3,
         "b/c.txt": 5,
     }
+    assert list(paths.entries(base, "b")) == ["b/c.txt"]
+    assert list(paths.entries(store.address, "ru")) == ["run/a.txt", "run/b/c.txt"]
     version = paths.entry(f"{base}/a.txt").version
     paths.write(f"{base}/a.txt", b"two")
     assert paths.entry(f"{base}/a.txt").version != version  # of a length that did not change
