@@ -174,14 +174,15 @@ def _job(settings: "Launch", words: list[str], name: str, folder: str | None) ->
         raise SubmitError(
             f"MODEL_DIR = {folder!r} is an address: give a folder for the logs, --config.logs=DIR."
         )
-    logs = logs or (os.path.join(folder, "logs") if folder else "")
+    if folder and not logs:
+        there = "" if settings.ELSEWHERE else settings.directory
+        logs = os.path.join(there, os.path.expanduser(folder), "logs")
     if not logs and not settings.ELSEWHERE:
         raise SubmitError("logs: a command without MODEL_DIR needs --config.logs=DIR.")
     log = os.path.join(os.path.abspath(os.path.expanduser(logs)), "log.txt")
     command = (settings.interpreter, "-m", f"launch.{words[0]}", *words[1:], *settings.join_flags)
     environment: dict[str, str] = {}
     if settings.BACKEND == "local":
-        os.makedirs(os.path.dirname(log), exist_ok=True)
         command, environment = settings.group_command(command, log), settings.variables
     return Job(name=name or "espalier", command=command, log=log, environment=environment)
 
@@ -191,6 +192,7 @@ def _follow(submitter: "Submitter", job: "Job") -> int:
     from launch.cluster.base import State
     from launch.sweeping.driver import stop_signals
 
+    os.makedirs(os.path.dirname(job.log), exist_ok=True)
     place = os.path.getsize(job.log) if os.path.exists(job.log) else 0
     handle = submitter.submit(job)
     print(f"log {job.log}", flush=True)

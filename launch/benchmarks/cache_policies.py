@@ -1,6 +1,6 @@
 """SnapKV against the full cache after a long prompt: time, memory, and the cost of compression.
 
-The model is that of the decode benchmark with a quarter of the layers, so that it reads a prompt of 16,384 tokens
+The model is that of the decode benchmark with half of the layers, so that it reads a prompt of 16,384 tokens
 in seconds on two cores. Like the model of the paper's figures, it has as many key/value heads as query heads. It
 generates 64 tokens, not 512: apart from the few slots that further tokens add, the time per token does not depend
 on their number. Compression is timed alone, on caches with the whole prompt; kvpress's is timed within its hook.
@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.benchmarks import case, compare
 
-SIZES = {**case.DECODE, "num_layers": 2, "max_length": 16_896}
+SIZES = {**case.DECODE, "num_layers": 4, "max_length": 16_896}
 BATCH, LENGTH, NEW = 2, 16_384, 64
 PEER_NEW = 384  # its prefill time is subtracted; with 64 tokens, the noise of the prefill would dominate the result
 CAPACITY, WINDOW, KERNEL = 2_048, 64, 5

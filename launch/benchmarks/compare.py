@@ -23,6 +23,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
+# Variables of this project's side: without the store of compiled programs (trainers/programs), which traces, and with it.
+TRACED, STORED = {"ESPALIER_PROGRAMS": "0"}, {"ESPALIER_PROGRAMS": "1"}
 K, T = TypeVar("K"), TypeVar("T")
 Report = dict[str, Any]
 
@@ -146,9 +148,23 @@ def alternate(
     return results
 
 
-def alternate_processes(commands: Mapping[str, list[str]], rounds: int) -> dict[str, list[Report]]:
-    """Runs all commands in fresh processes in every round; returns their reports by name."""
-    calls = {name: functools.partial(measured, command) for name, command in commands.items()}
+def alternate_processes(
+    commands: Mapping[str, list[str]],
+    rounds: int,
+    *,
+    env: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, list[Report]]:
+    """Runs all commands in fresh processes in every round; returns their reports by name.
+
+    Args:
+      commands: by name.
+      rounds: processes of each command.
+      env: variables of a command's processes, by its name.
+    """
+    calls = {
+        name: functools.partial(measured, command, env=(env or {}).get(name))
+        for name, command in commands.items()
+    }
     return alternate(calls, rounds)
 
 

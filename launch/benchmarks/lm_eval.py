@@ -1,9 +1,10 @@
 """lm-evaluation-harness with this project's model against its own Hugging Face backend: requests per second.
 
 Both sides have the same checkpoint and requests and alternate in fresh processes. The time is that of the first
-answer to all requests. It includes compilation, with compiled programs cached on disk, but not loading the model. The
-peer is first measured with several batch sizes; the fastest one is used. The result reports whether the answers are the
-same. The peer runs in .venv-lm-eval, made by `make peers-lm-eval`.
+answer to all requests. It includes compilation, with compiled programs cached on disk, but not loading the model. This
+project runs without and with the store of compiled programs (ESPALIER_PROGRAMS). The peer is first measured with several
+batch sizes; the fastest one is used. The result reports whether the answers are the same. 5,000 rankings are measured in
+processes of their own, with fewer rounds. The peer runs in .venv-lm-eval, made by `make peers-lm-eval`.
 """
 
 import json
@@ -27,40 +28,70 @@ SIZES = {
     "num_key_value_heads": 6,
 }
 KINDS = ("multiple_choice", "generate_until")
+_OURS = {"ours": compare.TRACED, "ours_stored": compare.STORED}
 
 
 def run(
     *,
     rounds: int = 5,
+    many_rounds: int = 2,
     documents: int = 120,
+    many_documents: int = 1250,
     prompts: int = 32,
     new_tokens: int = 64,
     peer_batches: Sequence[int] = (1, 8, 32),
     sizes: Mapping[str, int] = SIZES,
 ) -> dict[str, Any]:
-    """Alternates both sides `rounds` times on `documents` four-choice questions and `prompts` prompts to continue."""
+    """Alternates the sides `rounds` times on `documents` four-choice questions and `prompts` prompts to continue.
+
+    Then alternates them `many_rounds` times on `many_documents` such questions.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        theirs = compare.peer("jax/lm_eval_side.py", folder, target="peers-lm-eval")
-        ours = compare.ours("jax.lm_eval_side", folder)
         _write(folder, sizes, documents, prompts, new_tokens)
-        first = compare.measured(ours)  # fills the cache of compiled programs
-        choices = {str(n): compare.measured([*theirs, str(n)]) for n in peer_batches}
+        _write_many(folder, many_documents)
+        programs = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "programs")}
+        env = {name: programs | switch for name, switch in _OURS.items()}
+
+        def ours(requests: str) -> list[str]:
+            return compare.ours("jax.lm_eval_side", folder, requests)
+
+        def theirs(requests: str, batch: str) -> list[str]:
+            script = ("jax/lm_eval_side.py", folder, requests, batch)
+            return compare.peer(*script, target="peers-lm-eval")
+
+        # The first process of each side fills the cache of compiled programs.
+        first = {name: compare.measured(ours("requests"), env=env[name]) for name in _OURS}
+        choices = {
+            batch: compare.measured(theirs("requests", batch)) for batch in map(str, peer_batches)
+        }
         best = {kind: min(choices, key=lambda n: choices[n][kind]["seconds"]) for kind in KINDS}
-        commands = {n: [*theirs, n] for n in sorted(set(best.values()))}
-        runs = compare.alternate_processes({"ours": ours, **commands}, rounds)
+        commands = {
+            **dict.fromkeys(_OURS, ours("requests")),
+            **{n: theirs("requests", n) for n in sorted(set(best.values()))},
+        }
+        runs = compare.alternate_processes(commands, rounds, env=env)
         peers = [{kind: runs[best[kind]][i][kind] for kind in KINDS} for i in range(rounds)]
-        reports = {"ours": runs["ours"], "peer": peers}
+        reports = {**{name: runs[name] for name in _OURS}, "peer": peers}
+        for name in _OURS:  # programs of further shapes
+            compare.measured(ours("many"), env=env[name])
+        many_commands = {
+            **dict.fromkeys(_OURS, ours("many")),
+            "peer": theirs("many", best["multiple_choice"]),
+        }
+        many = compare.alternate_processes(many_commands, many_rounds, env=env)
         return {
             "case": {
                 **sizes,
                 "documents": documents,
+                "many_documents": many_documents,
                 "choices": 4,
                 "prompts": prompts,
                 "new": new_tokens,
             },
             "peer_versions": choices[str(peer_batches[0])]["versions"],
-            "other_load": [report["other_load"] for report in reports["ours"]],
-            **{kind: _compare(kind, reports, best[kind], first) for kind in KINDS},
+            "other_load": [report["other_load"] for report in (*runs["ours"], *many["ours"])],
+            **{kind: _compare(kind, reports, best[kind], first["ours"]) for kind in KINDS},
+            "multiple_choice_many": _compare("multiple_choice", many, best["multiple_choice"]),
         }
 
 
@@ -68,22 +99,24 @@ def _compare(
     kind: str,
     reports: Mapping[str, Sequence[Mapping[str, Any]]],
     batch: str,
-    first: Mapping[str, Any],
+    first: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     seconds = compare.each(reports, lambda report: report[kind]["seconds"])
     mine, theirs = (reports[side][0][kind]["answers"] for side in ("ours", "peer"))
     count = len(mine)
     result: dict[str, Any] = {
         "speed_over_peer": compare.ratio(seconds["peer"], seconds["ours"]),
+        "speed_over_peer_stored": compare.ratio(seconds["peer"], seconds["ours_stored"]),
         "requests_per_second": {
             side: [round(count / s, 2) for s in values] for side, values in seconds.items()
         },
         "ours_again_in_the_same_process": [
             round(count / report[kind]["again"], 2) for report in reports["ours"]
         ],
-        "ours_without_compiled_programs": round(count / first[kind]["seconds"], 2),
         "peer_batch_size": int(batch),
     }
+    if first is not None:
+        result["ours_without_compiled_programs"] = round(count / first[kind]["seconds"], 2)
     if kind == "generate_until":
         same = sum(map(operator.eq, mine, theirs))
         return {**result, "same_texts": same / count}
@@ -120,6 +153,13 @@ def _write(
     import_weights.import_hf(os.fspath(model), os.path.join(folder, "run"))
     requests = _requests(text, documents, prompts, new_tokens)
     pathlib.Path(folder, "requests.json").write_text(json.dumps(requests))
+
+
+def _write_many(folder: str, documents: int) -> None:
+    """Writes many.json, with rankings alone."""
+    requests = _requests(_text(), documents, 0, 0)
+    rankings = {"multiple_choice": requests["multiple_choice"]}
+    pathlib.Path(folder, "many.json").write_text(json.dumps(rankings))
 
 
 def _text() -> str:

@@ -4,6 +4,7 @@ Both sides are this project and alternate in fresh processes on one folder of co
 filled: the side without stored programs (ESPALIER_PROGRAMS=0) traces, and reads what XLA has compiled from jax's cache.
 """
 
+import functools
 import os
 import tempfile
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from launch.benchmarks import case, compare
 
 PROMPT = list(range(100, 116))
-_SIDES = {"traced": "0", "stored": "1"}
+_SIDES = {"traced": compare.TRACED, "stored": compare.STORED}
 
 
 def run(*, rounds: int = 5) -> dict[str, Any]:
@@ -35,11 +36,11 @@ def run(*, rounds: int = 5) -> dict[str, Any]:
 def _compare(
     command: list[str], key: str, result: str, *, caches: str, rounds: int
 ) -> dict[str, Any]:
-    def start(switch: str) -> dict[str, Any]:
-        variables = {"JAX_COMPILATION_CACHE_DIR": caches, "ESPALIER_PROGRAMS": switch}
-        return compare.measured(command, env=variables)
-
-    calls = {side: lambda switch=switch: start(switch) for side, switch in _SIDES.items()}
+    env = {"JAX_COMPILATION_CACHE_DIR": caches}
+    calls = {
+        side: functools.partial(compare.measured, command, env=env | switch)
+        for side, switch in _SIDES.items()
+    }
     reports: dict[str, list[compare.Report]] = compare.alternate(calls, rounds, warm_up=1)
     seconds = compare.each(reports, key)
     cpu_seconds = compare.each(reports, "process_cpu_s")

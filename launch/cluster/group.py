@@ -56,6 +56,12 @@ class Settings(Launch):
         super().__post_init__()
         self.at_least(1, "processes_here")
         self.at_least(0, "restarts", "devices_here")
+        if not os.path.isdir(self.directory):
+            raise SubmitError(f"folder = {self.folder!r}: there is no such folder on this machine.")
+
+    @property
+    def directory(self) -> str:
+        return os.path.abspath(os.path.expanduser(super().directory))
 
     @property
     def processes(self) -> int:
@@ -71,8 +77,10 @@ class Settings(Launch):
 
     def group_command(self, command: Sequence[str], log: str) -> tuple[str, ...]:
         """Returns the command that runs a command in all processes."""
-        flags = (f"--processes={self.processes}", f"--restarts={self.restarts}", f"--log={log}")
-        secrets = tuple(f"--secret={name}={path}" for name, path in self.secret_places.items())
+        flags = [f"--processes={self.processes}", f"--restarts={self.restarts}", f"--log={log}"]
+        if self.folder:
+            flags.append(f"--folder={self.directory}")
+        secrets = [f"--secret={name}={path}" for name, path in self.secret_places.items()]
         return (sys.executable, "-m", "launch.cluster.group", *flags, *secrets, "--", *command)
 
 
@@ -107,6 +115,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--log", metavar="FILE", help="FILE.task1 and so on have the output of further processes"
     )
     parser.add_argument(
+        "--folder", metavar="DIR", help="working directory of the processes (this one's)"
+    )
+    parser.add_argument(
         "--secret",
         action="append",
         default=[],
@@ -125,6 +136,7 @@ def _run(flags: argparse.Namespace, command: Sequence[str]) -> int:
         processes=flags.processes,
         restarts=flags.restarts,
         log=flags.log,
+        folder=flags.folder,
         environment=environment,
     )
 
@@ -145,6 +157,7 @@ def run(
     processes: int = 1,
     restarts: int = 0,
     log: str | None = None,
+    folder: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> int:
     """Runs a command in several processes that join each other; returns the highest exit status.
@@ -161,6 +174,7 @@ def run(
                     stdout=(output := _log(stack, log, i)),
                     stderr=subprocess.STDOUT if output is not None else None,
                     env=environment,
+                    cwd=folder,
                     start_new_session=True,  # a signal to this process's group comes once, from here
                     preexec_fn=supervisor.die_with_parent,
                 )

@@ -79,7 +79,7 @@ class LocalSubmitter:
 
     def preview(self) -> str:
         """Returns the commands of the submitted jobs, as a shell reads them."""
-        return "".join(f"{shlex.join(entry.job.command)}\n" for entry in self._entries.values())
+        return "".join(f"{_shell_line(entry.job)}\n" for entry in self._entries.values())
 
     def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
         self._collect()
@@ -188,6 +188,11 @@ class LocalSubmitter:
             if not worker.alive or now - worker.since > IDLE_SECONDS:
                 worker.kill()
                 self._workers[i] = None
+
+
+def _shell_line(job: Job) -> str:
+    variables = [f"{name}={shlex.quote(value)}" for name, value in job.environment.items()]
+    return " ".join([*variables, shlex.join(job.command)])
 
 
 def _cores() -> list[int]:

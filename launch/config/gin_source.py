@@ -198,9 +198,11 @@ def read(path: str) -> str:
     return pathlib.Path(path).read_text("utf-8")
 
 
-def imported_modules(files: Iterable[str], search_paths: Sequence[str]) -> set[str]:
-    """Returns the modules that gin files and their includes import; those of a model.json are not counted."""
-    modules: set[str] = set()
+def statements(files: Iterable[str], search_paths: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields the statements of gin files and of their includes, each with its file's path; every file once.
+
+    A model.json, and a file that is missing or cannot be read, have none.
+    """
     seen: set[str] = set()
     paths = list(files)
     while paths:
@@ -214,11 +216,18 @@ def imported_modules(files: Iterable[str], search_paths: Sequence[str]) -> set[s
         except (OSError, UnicodeDecodeError):
             continue  # reported when the file itself is read
         for statement in parse(text, path):
-            if isinstance(statement, config_parser.ImportStatement):
-                modules.add(statement.module)
-            elif isinstance(statement, config_parser.IncludeStatement):
+            yield path, statement
+            if isinstance(statement, config_parser.IncludeStatement):
                 paths.append(statement.filename)
-    return modules
+
+
+def imported_modules(files: Iterable[str], search_paths: Sequence[str]) -> set[str]:
+    """Returns the modules that gin files and their includes import; those of a model.json are not counted."""
+    return {
+        statement.module
+        for _, statement in statements(files, search_paths)
+        if isinstance(statement, config_parser.ImportStatement)
+    }
 
 
 def why_unreadable(error: OSError | ValueError) -> str:

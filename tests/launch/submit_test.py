@@ -46,6 +46,25 @@ def test_every_configuration_shows_what_it_would_send(config, capsys, monkeypatc
         assert "--coordinator_address=auto" in out
 
 
+def test_a_dry_run_here_shows_variables_and_folder_and_creates_nothing(capsys, tmp_path):
+    (tmp_path / "there").mkdir()
+    words = ["--config=launch/cluster/configs/local.py", f"--config.folder={tmp_path}/there"]
+    words += ["--config.env=('GREETING=a b',)", "--dry_run", *TINY, "--gin.MODEL_DIR=runs/tiny"]
+    assert submit.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("GREETING='a b' ")
+    assert f"--folder={tmp_path}/there " in out
+    assert f"--log={tmp_path}/there/runs/tiny/logs/log.txt" in out
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    assert submit.main([*words, f"--config.folder={tmp_path}/no"]) == 2
+    assert f"folder = '{tmp_path}/no': there is no such folder" in capsys.readouterr().err
+
+
+def test_processes_of_a_group_work_in_its_folder(tmp_path):
+    assert group.main([f"--folder={tmp_path}", "--", "sh", "-c", "pwd >here"]) == 0
+    assert (tmp_path / "here").read_text() == f"{tmp_path}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

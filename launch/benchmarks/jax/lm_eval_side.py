@@ -1,8 +1,8 @@
 """One side of the benchmark of lm-evaluation-harness; the peer's side runs under .venv-lm-eval.
 
-  .venv-lm-eval/bin/python -P launch/benchmarks/jax/lm_eval_side.py FOLDER BATCH_SIZE
+  .venv-lm-eval/bin/python -P launch/benchmarks/jax/lm_eval_side.py FOLDER REQUESTS BATCH_SIZE
 
-Reads FOLDER, written by lm_eval.py. Only this project's own side imports the project.
+Reads FOLDER and the requests of FOLDER/REQUESTS.json, written by lm_eval.py. Only this project's own side imports the project.
 """
 
 import copy
@@ -14,7 +14,7 @@ import sys
 import time
 
 
-def side(folder: str, peer_batch_size: str | None = None) -> dict:
+def side(folder: str, requests: str, peer_batch_size: str | None = None) -> dict:
     """Returns seconds and answers of each kind of request; without a batch size, of this project."""
     if peer_batch_size is None:
         from launch.evaluation.lm_eval.model import EspalierLM
@@ -30,21 +30,22 @@ def side(folder: str, peer_batch_size: str | None = None) -> dict:
         model = HFLM(os.path.join(folder, "model"), device="cpu", batch_size=int(peer_batch_size))
     from lm_eval.api.instance import Instance
 
-    arguments_by_kind = json.loads(pathlib.Path(folder, "requests.json").read_bytes())
-    kinds = {"multiple_choice": "loglikelihood", "generate_until": "generate_until"}
+    arguments_by_kind = json.loads(pathlib.Path(folder, f"{requests}.json").read_bytes())
+    methods = {"multiple_choice": "loglikelihood", "generate_until": "generate_until"}
     report = {"versions": _versions()}
-    for kind, method in kinds.items():
+    for kind, of_kind in arguments_by_kind.items():
+        method = methods[kind]
         seconds = []
         # The peer does not compile, so a second call would take as long as the first.
         for _ in range(2 if peer_batch_size is None else 1):
-            requests = [
+            instances = [
                 Instance(
                     request_type=method, doc={}, arguments=tuple(copy.deepcopy(arguments)), idx=i
                 )
-                for i, arguments in enumerate(arguments_by_kind[kind])
+                for i, arguments in enumerate(of_kind)
             ]
             began = time.perf_counter()
-            answers = getattr(model, method)(requests, disable_tqdm=True)
+            answers = getattr(model, method)(instances, disable_tqdm=True)
             seconds.append(time.perf_counter() - began)
         report[kind] = {"seconds": seconds[0], "again": seconds[-1], "answers": answers}
     return report

@@ -28,6 +28,8 @@ ROWS = (
         topology="v5e:16x16",
         bindings=tokens(256, 2048),
         note="Every chip receives all weights three times: its links are busy longer than its matrix units.",
+        hbm_gb=6.23,
+        bounds_from="5.929 GB in docs/precompile.md, and 5 %",
     ),
     Row(
         name="aya23_35b_tensor4",
@@ -36,6 +38,8 @@ ROWS = (
         topology="v5e:16x16",
         bindings=(*tokens(256, 2048), *mesh("fsdp_tp_sp", fsdp=64, tensor=4)),
         note="Weights, vocabulary and the residual stream's length are split over `tensor`.",
+        sent_gb=200,
+        bounds_from="two thirds of what is sent without a tensor axis, 303 GB in docs/precompile.md",
     ),
     Row(
         name="aya23_35b_tensor4_v5p",

@@ -8,8 +8,11 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from launch import cli
+from launch.config import gin_source
 
 _LLAMA = ("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin")
 
@@ -26,6 +29,10 @@ class Row:
       bindings: 'NAME=VALUE'. Values of macros that only data need may be any.
       flags: further flags of `precompile`.
       note: a sentence for the page.
+      fits: whether the program fits its chips; a row that is there because it does not has a note that says why.
+      hbm_gb: the most memory of a chip, in GB (1e9 bytes); None without a bound.
+      sent_gb: the most that a chip sends, in GB; None without a bound.
+      bounds_from: where the bounds come from.
     """
 
     name: str
@@ -35,6 +42,10 @@ class Row:
     bindings: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     note: str = ""
+    fits: bool = True
+    hbm_gb: float | None = None
+    sent_gb: float | None = None
+    bounds_from: str = ""
 
     @property
     def words(self) -> list[str]:
@@ -44,9 +55,28 @@ class Row:
         return [*files, f"--topology={self.topology}", *bindings, *self.flags]
 
     def digest(self, versions: dict[str, str]) -> str:
-        """Returns a digest of the program's definition and of the compiler's versions; the gin files' text is not in it."""
-        text = json.dumps([self.words, versions], sort_keys=True)
+        """Returns a digest of the program's definition and of the compiler's versions.
+
+        The definition is the command and the statements of its gin files and of their includes, without comments.
+        """
+        statements = [
+            [path, type(statement).__name__, repr(statement._replace(location=None))]
+            for path, statement in gin_source.statements(self.files)
+        ]
+        text = json.dumps([self.words, statements, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def broken(self, report: Mapping[str, Any]) -> list[str]:
+        """Returns what a report breaks of what the row states: whether it fits, and its bounds."""
+        if report["fits"] != self.fits:
+            return ["does not fit" if self.fits else "fits, but its row says that it does not"]
+        sent = sum(total["bytes"] for total in (report["collectives"] or {}).values())
+        figures = {"HBM": (report["hbm_bytes"]["peak"], self.hbm_gb), "sent": (sent, self.sent_gb)}
+        return [
+            f"{name}: {size / 1e9:.2f} GB of at most {bound:.2f} ({self.bounds_from})"
+            for name, (size, bound) in figures.items()
+            if bound is not None and size > bound * 1e9
+        ]
 
 
 def tokens(rows: int, length: int) -> tuple[str, str]:
@@ -59,19 +89,30 @@ def mesh(rules: str, **sizes: int) -> tuple[str, str]:
     return (f"MESH={json.dumps(sizes)}", f"recipe.Recipe.rules='{rules}'")
 
 
-def _llama(topology: str, chips: int, *bindings: str, note: str = "") -> Row:
+# 6.74e9 parameters: weights are gathered twice in bfloat16, and gradients reduced once in float32.
+_LLAMA_SENT_GB = 6.74 * (2 + 2 + 4)
+_LLAMA_BOUNDS = "sent: 8 bytes for each of 6.74e9 parameters"
+
+
+def _llama(topology: str, chips: int, *bindings: str, **stated: Any) -> Row:
     return Row(
         name=f"llama2_7b_{topology.replace(':', '_')}",
         title=f"Llama 2 7B, pre-training on {topology}",
         files=_LLAMA,
         topology=topology,
         bindings=(*tokens(chips, 2048), *bindings),
-        note=note,
+        sent_gb=_LLAMA_SENT_GB,
+        **{"bounds_from": _LLAMA_BOUNDS, **stated},
     )
 
 
 LLAMA_ROWS = (
-    _llama("v5e:4x4", 16),
+    _llama(
+        "v5e:4x4",
+        16,
+        hbm_gb=9.2,
+        bounds_from=f"HBM: the goal of docs/benchmarks.md with jax 0.10.2; {_LLAMA_BOUNDS}",
+    ),
     _llama("v4:2x2x4", 16),
     _llama("v5p:2x2x4", 16),
     _llama("v6e:4x4", 16),

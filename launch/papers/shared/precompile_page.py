@@ -96,21 +96,24 @@ def seconds(value: float) -> str:
 
 def _row(row: Row, record: Mapping[str, Any] | None) -> str:
     report = record and record["report"]
-    if not report:
+    if not record or not report:
         why = record["problem"] if record else "not compiled yet"
         return _line([_title(row), row.topology, why, *[""] * (len(_COLUMNS) - 3)])
+    title = _title(row)
+    if record["digest"] != row.digest(report["versions"]):
+        title += ", compiled from an earlier configuration"
     times, flops = report["roofline_seconds"], report["flops"]
     hbm = f"{report['hbm_bytes']['peak'] / 1e9:.2f} of {report['hbm_available_bytes'] / 1e9:.1f} GB"
     if not report["fits"]:
         return _line(
-            [_title(row), row.topology, _layout(report), _batch(report), f"**{hbm}**: does not fit"]
+            [title, row.topology, _layout(report), _batch(report), f"**{hbm}**: does not fit"]
             + [""] * 4
         )
     share = f" ({flops['analytic'] / flops['compiled']:.0%})" if flops["analytic"] else ""
     mfu = times["mfu_bound"]
     return _line(
         [
-            _title(row),
+            title,
             row.topology,
             _layout(report),
             _batch(report),

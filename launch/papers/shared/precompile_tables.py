@@ -6,7 +6,8 @@
 
 Each row is compiled in a process of its own, one to six minutes on one core. Rows that docs/precompile_tables.json has from
 the same definition and compiler are not compiled again; a stopped command continues where it was. Rows are in
-launch/papers/*/full_size.py. After a change of model/ or trainers/, --again compiles anew.
+launch/papers/*/full_size.py, with bounds of memory and of what is sent; a row that breaks them is named. A change of a row's
+gin files compiles it anew; after a change of model/ or trainers/, --again does.
 Exit status: 1 if a chosen row has no report.
 """
 
@@ -137,6 +138,8 @@ def _compile(
             precompile.write_json(target, {"rows": records})
             line = precompile_page.summary(records[row.name])
             progress.write(f"{row.name}: {line}, {outcome.seconds:.0f} s")
+            for problem in row.broken(outcome.report) if outcome.report else ():
+                progress.write(f"{row.name} breaks what its row states: {problem}")
 
 
 if __name__ == "__main__":

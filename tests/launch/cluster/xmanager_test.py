@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -45,6 +46,34 @@ def test_containers_with_accelerators(executor):
     described = shown(*words)
     assert (described["image"], described["requirements"]) == ("IMAGE", {"a100": 8})
     assert described["arguments"][:3] == ["python", "-m", "launch.cluster.group"]
+
+
+# Builds what the script gives to XManager, as the script does, and prints it.
+BUILD = """
+import json, sys
+from xmanager import xm, xm_local
+sys.path.insert(0, "launch/cluster")
+import xmanager_script as script
+job = json.load(sys.stdin)
+executor = script.executor_of(job, xm, xm_local)
+packageable = xm.Packageable(executable_spec=script.specification(job, xm), executor_spec=executor.Spec())
+xm.Job(executable=packageable, executor=executor, args=job["arguments"], env_vars=job["environment"])
+wanted = {str(getattr(kind, "name", kind)).lower(): n for kind, n in executor.requirements.task_requirements.items()}
+print(json.dumps([type(executor).__name__, packageable.executable_spec.image_path, wanted]))
+"""
+
+
+@pytest.mark.parametrize("executor", ["Vertex", "Kubernetes"])
+def test_xmanager_takes_executors_and_images(executor):
+    if not os.path.exists(PYTHON):
+        pytest.skip("no XManager in .venv-xmanager: make xmanager")
+    words = (f"executor={executor.lower()}", "image=IMAGE", "accelerator=a100", "accelerators=8")
+    described = json.dumps(shown(*words))
+    built = subprocess.run(
+        [PYTHON, "-c", BUILD], input=described, cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    assert json.loads(built.stdout.splitlines()[-1]) == [executor, "IMAGE", {"a100": 8}]
 
 
 def test_names_in_arguments_stay_as_they_are():

@@ -1,5 +1,6 @@
 """Tables of full-size configurations: their rows resolve, the command continues, and the page shows what is stored."""
 
+import dataclasses
 import json
 
 import pytest
@@ -118,15 +119,19 @@ def test_a_row_of_another_compiler_is_compiled_again(tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 
+def cells_of_a_line(digest):
+    row = TABLES["bam"][0]
+    page = precompile_page.page(
+        {"bam": [row]}, {row.name: {"digest": digest, "report": report()}}
+    ).splitlines()
+    (line,) = [line for line in page if line.startswith("| BAM of four 590M")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_a_line_of_the_page():
-    (line,) = [
-        line
-        for line in precompile_page.page(
-            {"bam": TABLES["bam"][:1]}, {TABLES["bam"][0].name: {"report": report()}}
-        ).splitlines()
-        if line.startswith("| BAM of four 590M")
-    ]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert "an earlier configuration" in cells_of_a_line("")[0]
+    cells = cells_of_a_line(TABLES["bam"][0].digest(VERSIONS))
+    assert cells[0] == "BAM of four 590M seeds (`bam_4x590m`)"
     assert cells[2:] == [
         "fsdp 4 x tensor 4, `fsdp_tp`, remat full",
         "16 x 2,048",
@@ -160,8 +165,39 @@ def test_the_stored_page_is_that_of_the_stored_numbers():
     assert set(records) <= {row.name for row in ROWS}
 
 
-def test_the_tensor_axis_keeps_the_wire_of_35b_below_200_gb():
+def test_stored_rows_are_what_their_rows_state():
     records = precompile_tables.read(precompile_tables.DOCS / precompile_tables.JSON)
-    split = records["aya23_35b_tensor4"]["report"]
-    sent = sum(total["bytes"] for total in split["collectives"].values())
-    assert split["fits"] and sent < 200e9
+    by_name = {row.name: row for row in ROWS}
+    reports = {name: record["report"] for name, record in records.items() if record["report"]}
+    assert reports and not {n: b for n, one in reports.items() if (b := by_name[n].broken(one))}
+
+
+def test_rows_say_where_their_bounds_come_from_and_why_they_do_not_fit():
+    for row in ROWS:
+        assert bool(row.bounds_from) == (row.hbm_gb is not None or row.sent_gb is not None)
+        assert row.fits or row.note
+    assert TABLES["aya23"][3].sent_gb == 200
+
+
+def test_what_a_report_breaks_is_named():
+    row = dataclasses.replace(ROWS[0], hbm_gb=5.4, sent_gb=4.1, bounds_from="here")
+    assert row.broken(report()) == ["HBM: 5.50 GB of at most 5.40 (here)"]
+    assert dataclasses.replace(row, hbm_gb=5.6).broken(report()) == []
+    assert dataclasses.replace(row, hbm_gb=5.6, sent_gb=3.9).broken(report()) == [
+        "sent: 4.00 GB of at most 3.90 (here)"
+    ]
+    assert row.broken(report(fits=False)) == ["does not fit"]
+    assert dataclasses.replace(row, fits=False).broken(report()) == [
+        "fits, but its row says that it does not"
+    ]
+
+
+def test_the_digest_follows_included_files_but_not_comments(tmp_path):
+    (tmp_path / "inner.gin").write_text("WIDTH = 8\n")
+    (tmp_path / "outer.gin").write_text(f"include '{tmp_path}/inner.gin'\nDEPTH = %WIDTH\n")
+    row = dataclasses.replace(ROWS[0], files=(str(tmp_path / "outer.gin"),))
+    before = row.digest(VERSIONS)
+    (tmp_path / "inner.gin").write_text("# A comment.\n\nWIDTH = 8  # wide\n")
+    assert row.digest(VERSIONS) == before
+    (tmp_path / "inner.gin").write_text("WIDTH = 16\n")
+    assert row.digest(VERSIONS) != before
