@@ -15,6 +15,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.adapters import prompt
 from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
@@ -125,6 +126,11 @@ class Recipe:
                 f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none. Preferences have them with "
                 "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}; online methods, reward models and distillation train "
                 "decoders alone."
+            )
+        if prompt.inputs_prefix(model=self.model):
+            raise ValueError(
+                f"With prompt tuning an {name}'s inputs begin with virtual tokens, and those of {type(inputs).__name__} do not: tune "
+                "a prompt on inputs with targets, runs/pretrain.gin, or use another adapter."
             )
 
     @property

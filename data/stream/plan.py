@@ -10,7 +10,7 @@ Shape suffixes: N records, P pieces of records, S segments (pieces in row order)
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ class Plan:
         counts: numbers of records, empty_records (skipped: no targets), long_records (longer than a
             row), cut_segments (start inside a record) and dropped_tokens.
         first: key of `counts` -> id of the first record counted there; only for pairs and prompts.
+        inputs_prefix: ids before the inputs of every record, which `lengths` count.
     """
 
     row_starts: np.ndarray
@@ -49,6 +50,7 @@ class Plan:
     long_documents: str
     counts: dict[str, int]
     first: dict[str, str] = dataclasses.field(default_factory=dict)
+    inputs_prefix: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -57,7 +59,8 @@ class Plan:
     @property
     def policy(self) -> list:
         """The settings that determine which records lie in which row, as JSON."""
-        return [self.row_lengths, self.packing, self.long_documents]
+        prefix = [list(self.inputs_prefix)] if self.inputs_prefix else []
+        return [self.row_lengths, self.packing, self.long_documents, *prefix]
 
     def tokens(self, feature: str = "targets") -> int:
         return int(self.lengths[feature].sum(dtype=np.int64))
@@ -73,6 +76,7 @@ def make_plan(
     *,
     packing: str = "best_fit",
     long_documents: str = "split",
+    inputs_prefix: Sequence[int] = (),
 ) -> Plan:
     """Plans the rows of one source.
 
@@ -86,10 +90,11 @@ def make_plan(
             room for all its features.
         long_documents: 'split' cuts records longer than a row into several pieces; 'truncate' drops
             the tokens after the first row. Records of several features cannot be split.
+        inputs_prefix: ids before the inputs of every record.
 
     Raises:
-        ValueError: a setting is unknown, a row length is not positive, or the policy does not work
-            with several features.
+        ValueError: a setting is unknown, a row length is not positive, the policy does not work
+            with several features, or a prefix has no inputs or no room.
     """
     check_choice("packing", packing, Packing)
     check_choice("long_documents", long_documents, LongDocuments)
@@ -97,6 +102,9 @@ def make_plan(
         if length < 1:
             raise ValueError(f"task_feature_lengths[{feature!r}] is {length}; it must be positive.")
     full = {feature: np.asarray(lengths[feature], np.int64) for feature in row_lengths}
+    if inputs_prefix:
+        _check_prefix(row_lengths, len(inputs_prefix))
+        full["inputs"] = full["inputs"] + len(inputs_prefix)
     make = _plan_single if len(row_lengths) == 1 else _plan_tuples
     row_starts, records, offsets, sizes = make(full, dict(row_lengths), packing, long_documents)
     num_planned = sum(int(size.sum()) for size in sizes.values())
@@ -117,7 +125,21 @@ def make_plan(
             "cut_segments": int((offsets > 0).sum()),
             "dropped_tokens": sum(int(x.sum()) for x in full.values()) - num_planned,
         },
+        inputs_prefix=tuple(inputs_prefix),
     )
+
+
+def _check_prefix(row_lengths: Mapping[str, int], count: int) -> None:
+    if "inputs" not in row_lengths:
+        raise ValueError(
+            "The inputs of a model with prompt tuning begin with its virtual tokens, and these rows are made of 'targets' alone: "
+            "train on a task of inputs with targets, TASK_FEATURE_LENGTHS = {'inputs': ..., 'targets': ...}."
+        )
+    if row_lengths["inputs"] <= count:
+        raise ValueError(
+            f"task_feature_lengths['inputs'] is {row_lengths['inputs']}, and {count} virtual tokens come before the inputs: "
+            "lengthen the rows."
+        )
 
 
 def _main(row_lengths: Mapping[str, int]) -> str:

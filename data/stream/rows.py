@@ -82,12 +82,13 @@ def plan_source(
     *,
     packing: str = "best_fit",
     long_documents: str = "split",
+    inputs_prefix: Sequence[int] = (),
 ) -> Source:
     """Returns a source with planned rows, made from an opened token cache without SeqIO.
 
     Args:
         feature_lengths: {'targets': tokens per row}, or with 'inputs' as well.
-        packing, long_documents: see `data.stream.plan.make_plan`.
+        packing, long_documents, inputs_prefix: see `data.stream.plan.make_plan`.
 
     Raises:
         ValueError: the cache lacks a feature, has invalid loss weights, or holds no target tokens.
@@ -111,6 +112,7 @@ def plan_source(
         feature_lengths,
         packing=packing,
         long_documents=long_documents,
+        inputs_prefix=inputs_prefix,
     )
     if not planned.num_rows:
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
@@ -221,7 +223,10 @@ def read_rows(
             before_S = np.cumsum(size_S) - size_S
             place_S = before_S - before_S[first_S]
             at_S = here_B[row_S] * length + place_S
-            columns[feature].gather(begin_S, size_S, tokens[feature].reshape(-1), at_S)
+            prefix = np.asarray(plan.inputs_prefix if feature == "inputs" else (), np.int32)
+            flat, more = tokens[feature].reshape(-1), len(prefix)
+            columns[feature].gather(begin_S, size_S - more, flat, at_S + more)
+            flat[at_S[:, None] + np.arange(more)] = prefix
             id_S, origin_S = ordinal_S + 1, place_S
             if cross_document_attention:
                 id_S, origin_S = np.ones_like(id_S), np.zeros_like(place_S)

@@ -47,6 +47,7 @@ def make_stream(
     interleaving: schedule.Interleaving = "error_diffusion",
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
+    inputs_prefix: Sequence[Count] = (),
     cross_document_attention: bool = False,
     start_token: Count = 0,
     max_epochs: repeats.MaxEpochs | None = None,
@@ -83,6 +84,7 @@ def make_stream(
             'random' orders the rows of each period at random, for comparison.
         packing: 'best_fit', 'concat' or 'examples'; see `data.stream.plan.make_plan`.
         long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
+        inputs_prefix: ids before the inputs of every example, such as the virtual tokens of prompt tuning.
         cross_document_attention: make each row one segment, so that its documents see each other.
         start_token: token that the model reads before the first token of every document.
         max_epochs: maximum number of epochs: one number for every source, or {task: number}.
@@ -103,7 +105,7 @@ def make_stream(
     return open_mixture(
         Stream,
         mixture_or_task_name,
-        _planner(task_feature_lengths, packing, long_documents),
+        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
         split=split,
         weights=weights,
         temperature=temperature,
@@ -133,6 +135,7 @@ def make_eval_stream(
     split: str = "validation",
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
+    inputs_prefix: Sequence[Count] = (),
     cross_document_attention: bool = False,
     start_token: Count = 0,
     cache_dir: str | os.PathLike | None = None,
@@ -151,7 +154,7 @@ def make_eval_stream(
     """
     source = open_held_out(
         task,
-        _planner(task_feature_lengths, packing, long_documents),
+        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
         split=split,
         cache_dir=cache_dir,
         changed=changed_cache,
@@ -287,11 +290,15 @@ def _open_cache(task, split: str, **cache_settings: Any) -> store.Cache:
 
 
 def _planner(
-    feature_lengths: Mapping[str, int], packing: str, long_documents: str
+    feature_lengths: Mapping[str, int],
+    packing: str,
+    long_documents: str,
+    inputs_prefix: Sequence[int],
 ) -> Callable[[str, store.Cache], rows.Source]:
     return functools.partial(
         rows.plan_source,
         feature_lengths=feature_lengths,
         packing=packing,
         long_documents=long_documents,
+        inputs_prefix=inputs_prefix,
     )

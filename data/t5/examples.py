@@ -22,7 +22,7 @@ from data.preference.records import DegenerateError
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
-from model.ranges import Count, Fraction
+from model.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows become other examples.
 VERSION = 1
@@ -46,7 +46,6 @@ class ExampleFiles(ExactSplit):
       vocabulary: a SeqIO vocabulary.
       keys: the keys of inputs and targets in a row.
       inputs_eos: whether inputs that are texts end with EOS. Targets always do.
-      prefix: ids before all inputs, such as the virtual tokens of prompt tuning.
     """
 
     MACRO: ClassVar[str] = "EXAMPLES"
@@ -54,7 +53,6 @@ class ExampleFiles(ExactSplit):
     vocabulary: Any
     keys: tuple[str, str]
     inputs_eos: bool
-    prefix: tuple[int, ...]
 
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         for example in self._examples(path, split):
@@ -75,7 +73,6 @@ class ExampleFiles(ExactSplit):
             "vocabulary": fingerprint.vocabulary(self.vocabulary),
             "keys": self.keys,
             "inputs_eos": self.inputs_eos,
-            "prefix": self.prefix,
         }
 
     def _examples(
@@ -95,7 +92,7 @@ class ExampleFiles(ExactSplit):
     def _example(self, row: Mapping[str, Any], where: str, id: str) -> _Example:
         """Returns the tokens of a row; raises DataError if it is malformed, DegenerateError if nothing can be learnt."""
         read, learnt = self.keys
-        inputs = [*self.prefix, *self._ids(row, read, where, eos=self.inputs_eos)]
+        inputs = self._ids(row, read, where, eos=self.inputs_eos)
         targets = self._ids(row, learnt, where, eos=True)
         weights = self._weights(row, targets, where)
         if not any(weights):
@@ -155,7 +152,6 @@ def register_examples(
     inputs_key: str = "inputs",
     targets_key: str = "targets",
     inputs_eos: bool = True,
-    prefix: Sequence[Count] = (),
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
@@ -173,19 +169,14 @@ def register_examples(
         in one split. 0 makes no validation split.
       inputs_key, targets_key: keys of a row.
       inputs_eos: end inputs that are texts with EOS. Targets that are texts always end with it.
-      prefix: ids before all inputs, such as the virtual tokens of prompt tuning.
       data_root: directory of relative patterns; None for the working directory.
       cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      ValueError: the vocabulary has no EOS, or an id of the prefix is outside it.
+      ValueError: the vocabulary has no EOS.
     """
     tasks.check_special_ids(name, vocabulary, add_bos=False, add_eos=True)
-    if wrong := [id for id in prefix if not 0 <= id < vocabulary.vocab_size]:
-        raise ValueError(
-            f"{name}: prefix has the id {wrong[0]}, and the vocabulary {vocabulary.vocab_size} entries: give ids that it has"
-        )
     source = ExampleFiles.find(
         name=name,
         files=files,
@@ -196,12 +187,11 @@ def register_examples(
         vocabulary=vocabulary,
         keys=(inputs_key, targets_key),
         inputs_eos=inputs_eos,
-        prefix=tuple(prefix),
     )
     tasks.register_features(
         name,
         source,
         origin="register_examples",
         features={"inputs": vocabulary, "targets": vocabulary, _WEIGHTS: None},
-        facts={"vocabulary": str(vocabulary), "inputs_eos": inputs_eos, "prefix": list(prefix)},
+        facts={"vocabulary": str(vocabulary), "inputs_eos": inputs_eos},
     )

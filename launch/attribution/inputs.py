@@ -201,11 +201,10 @@ class Documents:
             targets = [int(id) for id in example["targets"]]
             inputs = [int(id) for id in example["inputs"]] if "inputs" in example else []
             if self.run.encodes:
+                read = self.run.prefixed(inputs)
                 yield (
                     where,
-                    Row(
-                        context=[self.run.start_token or 0], targets=targets, encoder_inputs=inputs
-                    ),
+                    Row(context=[self.run.start_token or 0], targets=targets, encoder_inputs=read),
                 )
                 continue
             context = self.run.context(inputs)

@@ -78,6 +78,7 @@ class Answers:
 
 class EncoderAnswers:
     """The predictions and scores of an encoder-decoder, which reads the inputs as the task makes them, EOS included.
+    With prompt tuning, its virtual tokens come first.
 
     Args:
       run, max_new_tokens: see `Answers`.
@@ -115,7 +116,9 @@ class EncoderAnswers:
                 sharding=run.row_sharding,
             )
         texts = Texts(decoder_of(run.vocabulary), ends=run.eos_ids)
-        continued = self._decoders[size].stream([example["inputs"] for example in examples])
+        continued = self._decoders[size].stream(
+            [run.prefixed(example["inputs"]) for example in examples]
+        )
         return [texts.text(continuation.tokens)[0] for continuation in continued]
 
     def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -127,7 +130,11 @@ class EncoderAnswers:
             self._scorers[size] = Scorer(run.model, run.params, **options)
         start = run.start_token or 0
         scored = [
-            Row(context=[start], targets=example["targets"], encoder_inputs=example["inputs"])
+            Row(
+                context=[start],
+                targets=example["targets"],
+                encoder_inputs=run.prefixed(example["inputs"]),
+            )
             for example in examples
         ]
         return [float(log_probs.sum()) for log_probs in self._scorers[size].stream(scored)]

@@ -239,7 +239,7 @@ class LoadedRun:
         return list(tokens) if start is None else [start, *tokens]
 
     def encoder_inputs(self, row: Mapping[str, Any], where: str) -> list[int]:
-        """Returns the tokens that an encoder reads: of the row's "inputs", or as `tokens`. A text ends with EOS.
+        """Returns the tokens that an encoder reads: `prefixed`, of the row's "inputs", or as `tokens`. A text ends with EOS.
 
         Raises:
           LoadError: the row has no inputs, or malformed ones.
@@ -253,7 +253,18 @@ class LoadedRun:
             ids = [*ids, self.vocabulary.eos_id]
         if not ids:
             raise LoadError(f"{where}: the inputs are empty: an encoder reads at least one token.")
-        return ids
+        return self.prefixed(ids)
+
+    @functools.cached_property
+    def inputs_prefix(self) -> tuple[int, ...]:
+        """The virtual tokens of prompt tuning with which an encoder's inputs begin; empty without them."""
+        from model.adapters import prompt
+
+        return prompt.inputs_prefix(model=self.model)
+
+    def prefixed(self, inputs: Sequence[int]) -> list[int]:
+        """Returns an encoder's inputs after `inputs_prefix`."""
+        return [*self.inputs_prefix, *inputs]
 
     def batch_size(self, wanted: int, rows: int) -> int:
         """Returns `wanted` or the number of rows, if smaller, rounded up to a multiple for the mesh."""

@@ -1,7 +1,8 @@
 """Prompt tuning (arXiv 2104.08691): learned embeddings of virtual tokens, which a text begins with.
 
 Virtual tokens are ids of the vocabulary that no text uses, such as an imported model's reserved special tokens. Being tokens, they
-are packed, cached and masked like any other: texts and chat templates contain them, and their loss weights are those of a prompt.
+are packed, cached and masked like any other. An encoder-decoder's inputs begin with them (`inputs_prefix`); texts and chat templates
+of decoders contain them, and their loss weights are those of a prompt.
 
 Shapes: B batch, T length, D width, P virtual tokens, V rows of the table.
 """
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.adapters.adapter import PREFIX, Adapter, AdapterError
+from model.adapters.adapter import PREFIX, Adapter, AdapterError, adapters_of
 from model.embed import Embed
 from model.ranges import Count, Size
 
@@ -59,6 +60,16 @@ class Prompt(Adapter):
         virtual_BT = (index_BT >= 0) & (index_BT < count)
         learned_BTD = jnp.take(prompt_PD, index_BT, axis=0, mode="clip").astype(rows_BTD.dtype)
         return jnp.where(virtual_BT[..., None], learned_BTD, rows_BTD)
+
+
+def inputs_prefix(*, model: Any) -> tuple[int, ...]:
+    """Returns the virtual tokens with which an encoder-decoder's inputs begin; none for a decoder or without prompt tuning."""
+    if model.row != "inputs_and_targets" or (adapters := adapters_of(model)) is None:
+        return ()
+    adapter: Any = adapters.slots.get(SLOT)
+    return (
+        () if adapter is None else tuple(range(adapter.first_id, adapter.first_id + adapter.length))
+    )
 
 
 class PromptEmbed(Embed):

@@ -165,7 +165,7 @@ def test_adapters_of_another_base_are_refused(base, adapters, command, capsys, t
 
 
 def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
-    more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270", "INPUTS_PREFIX=[270, 271]")
+    more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270")
     more += (f"INITIAL_CHECKPOINT_PATH={str(base)!r}", "LEARNING_RATE=1e-2")
     result = start(tmp_path / "run", (*TUNING, "methods/adapters/prompt"), *more)
     assert "adapter prompt: Prompt at 1 layers, 32 parameters" in result.out
@@ -179,6 +179,54 @@ def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
     }
     assert {name for name in changed if not is_adapter(name.removeprefix("params/"))} == set()
     assert changed == {"params/token_embed/adapter_prompt/change"}
+
+
+def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, command, tmp_path):
+    from launch.evaluation.lm_eval.model import EspalierLM
+    from launch.evaluation.seqio_tasks import EncoderAnswers
+    from launch.run import load_run
+    from trainers.scoring.scoring import Row, Scorer
+
+    more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270", "LEARNING_RATE=1.0")
+    more += (f"INITIAL_CHECKPOINT_PATH={str(base)!r}",)
+    tuned = tmp_path / "run"
+    start(tuned, (*TUNING, "methods/adapters/prompt"), *more)
+    text, targets = "1 + 2 =", [50, 51]
+    with load_run.config_of(str(tuned)).load(str(tuned), encoder_decoders=True) as run:
+        inputs = [*run.vocabulary.encode(text), run.vocabulary.eos_id]
+        scorer = Scorer(run.model, run.params, batch_size=2)
+        plain, wanted = (
+            float(log_probs.sum())
+            for log_probs in scorer(
+                [
+                    Row(context=[0], targets=targets, encoder_inputs=[*prefix, *inputs])
+                    for prefix in ([], [270, 271])
+                ]
+            )
+        )
+        assert abs(plain - wanted) > 1e-2
+        example = {"inputs": inputs, "targets": targets}
+        assert EncoderAnswers(run, 1).scores([example]) == pytest.approx([wanted], abs=1e-4)
+    source, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
+    rows = [{"inputs": text, "targets": targets}, {"tokens": inputs, "targets": targets}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"--inputs={source}", f"--output={made}"]
+    assert command("score", f"--checkpoint={base}", f"--adapter={tuned}", *files) == 0
+    assert [row["sum"] for row in rows_of(made)] == pytest.approx([wanted] * 2, abs=1e-4)
+    model = EspalierLM(checkpoint=str(tuned))
+    try:
+        asked = [(("", ""), inputs, targets)]
+        ((log_prob, _),) = model._loglikelihood_tokens(asked)
+        assert log_prob == pytest.approx(wanted, abs=1e-4)
+    finally:
+        model.close()
+
+
+def test_pairs_do_not_tune_a_prompt(start, base, tmp_path):
+    names = (*PREFERENCES, "methods/adapters/prompt")
+    more = ("PROMPT_FIRST_ID=260", f"INITIAL_CHECKPOINT_PATH={str(base)!r}", "PROMPT_EOS=True")
+    refused = start(tmp_path / "run", names, *more, status=2)
+    assert "begin with virtual tokens, and those of PackedPairs do not" in refused.err
 
 
 def test_preferences_are_learnt_against_the_base(start, base, tmp_path):

@@ -281,6 +281,11 @@ class EspalierLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", requests[i][0], likelihoods[i])
         return likelihoods
 
+    @property
+    def _encoder_room(self) -> int:
+        """The maximum tokens of an encoder's inputs beside the virtual tokens of prompt tuning."""
+        return max(1, self.max_length - len(self._run.inputs_prefix))
+
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, quiet: bool
     ) -> Iterator[tuple[int, Likelihood]]:
@@ -290,8 +295,8 @@ class EspalierLM(TemplateLM):
         for context, continuation in pairs:
             if self._run.encodes:
                 context = context or [self.prefix_token_id]
-                cut += len(context) > self.max_length
-                context = context[-self.max_length :]
+                cut += len(context) > self._encoder_room
+                context = self._run.prefixed(context[-self._encoder_room :])
                 start = [self._run.start_token or 0]
                 row = Row(context=start, targets=continuation, encoder_inputs=context)
                 scored_rows.append(row)
@@ -358,7 +363,8 @@ class EspalierLM(TemplateLM):
         texts: list[Any] = [None] * len(requests)
         for chosen, members in groups.items():
             # An encoder's inputs and the new tokens are two sequences.
-            room = self.max_length - (0 if self._run.encodes else chosen.max_gen_toks)
+            encodes = self._run.encodes
+            room = self._encoder_room if encodes else self.max_length - chosen.max_gen_toks
             if room < 1:
                 raise LoadError(
                     f"max_gen_toks={chosen.max_gen_toks} leaves no room for a context in "
@@ -366,6 +372,7 @@ class EspalierLM(TemplateLM):
                 )
             contexts = [self._cut(self.tok_encode(requests[i].args[0]), room) for i in members]
             contexts = [context or [self.prefix_token_id] for context in contexts]
+            contexts = [*map(self._run.prefixed, contexts)] if encodes else contexts
             for i, text in zip(members, self._generator.stream(contexts, chosen), strict=True):
                 texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)

@@ -400,7 +400,8 @@ def test_a_part_of_an_evaluation_is_no_sample_of_long_documents_alone(caches):
         made.batch(made.num_steps, 0, 1)
 
 
-def test_encoder_decoder_rows_hold_whole_pairs(tmp_path):
+@pytest.mark.parametrize("prefix", [(), (95, 96, 97)])
+def test_encoder_decoder_rows_hold_whole_pairs(tmp_path, prefix):
     rng = np.random.default_rng(0)
     pairs = [
         {
@@ -413,7 +414,8 @@ def test_encoder_decoder_rows_hold_whole_pairs(tmp_path):
         tmp_path / "p", pairs, features={"inputs": 90, "targets": 90}, num_shards=3
     )
     pairs = [pair for shard in range(3) for pair in pairs[shard::3]]
-    source = rows.plan_source("p", opened, {"inputs": 64, "targets": 16})
+    lengths = {"inputs": 64, "targets": 16}
+    source = rows.plan_source("p", opened, lengths, inputs_prefix=prefix)
     made = EvalStream(source, batch_size=8)
     found = set()
     for step in range(made.num_steps):
@@ -423,9 +425,9 @@ def test_encoder_decoder_rows_hold_whole_pairs(tmp_path):
                 pair = pairs[part["record"]]
                 encoder = batch["encoder_segment_ids"][row] == segment
                 decoder = batch["decoder_segment_ids"][row] == segment
-                assert (batch["encoder_input_tokens"][row][encoder] == pair["inputs"]).all()
+                inputs = [*prefix, *pair["inputs"]]
+                assert batch["encoder_input_tokens"][row][encoder].tolist() == inputs
                 assert (batch["encoder_positions"][row][encoder] == np.arange(encoder.sum())).all()
-                assert encoder.sum() == len(pair["inputs"])
                 assert batch["decoder_target_tokens"][row][decoder].tolist() == list(
                     pair["targets"]
                 )
@@ -435,6 +437,20 @@ def test_encoder_decoder_rows_hold_whole_pairs(tmp_path):
     assert found == set(range(200))
     with pytest.raises(ValueError, match="cross_document_attention"):
         EvalStream(source, batch_size=8, cross_document_attention=True)
+
+
+def test_a_prefix_of_inputs_needs_inputs_and_room(tmp_path):
+    pairs = [{"inputs": [5, 6, 7, 8], "targets": [3]}]
+    opened = store.write(tmp_path / "p", pairs, features={"inputs": 9, "targets": 9})
+    with pytest.raises(ValueError, match="these rows are made of 'targets' alone"):
+        rows.plan_source("p", opened, {"targets": 8}, inputs_prefix=(1, 2))
+    with pytest.raises(ValueError, match="2 virtual tokens come before the inputs"):
+        rows.plan_source("p", opened, {"inputs": 2, "targets": 8}, inputs_prefix=(1, 2))
+    cut = rows.plan_source(
+        "p", opened, {"inputs": 4, "targets": 8}, long_documents="truncate", inputs_prefix=(1, 2)
+    )
+    batch = EvalStream(cut, batch_size=1).batch(0, 0, 1)
+    assert batch["encoder_input_tokens"].tolist() == [[1, 2, 5, 6]]
 
 
 def test_what_cannot_be_streamed_is_refused(make, caches, tmp_path):

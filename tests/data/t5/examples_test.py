@@ -45,8 +45,8 @@ def test_texts_end_with_eos_and_ids_are_as_they_are(register):
     assert text["loss_weights"].tolist() == [1, 1]
     assert (ids["inputs"].tolist(), ids["targets"].tolist()) == ([5, 6], [7, 8])
     assert ids["loss_weights"].tolist() == [0, 0.5]
-    prefixed, _ = examples(register(rows, prefix=[200, 201], inputs_eos=False))
-    assert prefixed["inputs"].tolist() == [200, 201, *VOCABULARY.encode("ab")]
+    without_eos, _ = examples(register(rows, inputs_eos=False))
+    assert without_eos["inputs"].tolist() == VOCABULARY.encode("ab")
     renamed = register([{"q": "a", "a": "b"}], inputs_key="q", targets_key="a")
     assert examples(renamed)[0]["targets"].tolist() == [*VOCABULARY.encode("b"), EOS]
 
@@ -119,8 +119,3 @@ def test_rows_that_cannot_be_learnt_are_one_error(register, row, words):
     with pytest.raises(DataError, match=words) as error:
         examples(register([row]))
     assert "x.jsonl" in str(error.value)
-
-
-def test_settings_that_cannot_be_are_errors(register):
-    with pytest.raises(ValueError, match="prefix has the id 999"):
-        register([{"inputs": "a", "targets": "b"}], prefix=[999])
