@@ -154,7 +154,7 @@ def test_a_merge_of_the_small_experiment_counts_a_run_that_is_given_twice(tmp_pa
     assert np.abs(made["twice"] - other).sum() <= np.abs(made["once"] - other).sum()
 
 
-def test_low_rank_runs(tmp_path, command):
+def test_low_rank_runs(tmp_path, command, capsys):
     make(tmp_path, "llama_0")
     for letter in "ab":
         flags = (f"--checkpoint={tmp_path}/run_{letter}", f"--to={tmp_path}/low_{letter}")
@@ -163,6 +163,7 @@ def test_low_rank_runs(tmp_path, command):
     entries = [{"model": "@b", "parameters": {"weight": 0.5}}]
     config = configured(tmp_path, prefix="low_", models=entries, **settings)
     assert merge.main([config, f"--out={tmp_path}/low_out"]) == 0
+    assert "are stored as factors U and V" in capsys.readouterr().err
     made = models.NativeModel(f"{tmp_path}/low_out")
     factors = [path for path in made.arrays if path.endswith("up/down/kernel") or "factor" in path]
     for path in factors or list(made.arrays):
