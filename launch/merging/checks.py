@@ -72,11 +72,12 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
             _check_config(merge, first, other, deep=deep)
     if merge.tokens is None and isinstance(first, HfModel):
         _check_tokenizers(merge, [x for x in opened if isinstance(x, HfModel)])
-    if merge.tokens is not None and isinstance(first, NativeModel):
-        raise MergeError(
-            f"{merge.file}: tokenizer: vocabularies of runs are not re-indexed: export the models with launch.convert "
-            "--to_hf, merge them there, and import the result."
-        )
+    for key, value in (("tokenizer", merge.tokens), ("chat_template", merge.chat_template)):
+        if value is not None and isinstance(first, NativeModel):
+            raise MergeError(
+                f"{merge.file}: {key}: vocabularies and templates of runs are not changed: export the models with "
+                "launch.convert --to_hf, merge them there, and import the result."
+            )
 
 
 def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:

@@ -196,6 +196,11 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
         capsys.readouterr()
         assert command("merge", config, f"--out={tmp_path}/other") == 2
         assert message in capsys.readouterr().err
+    for key, value in (("tokenizer_source", "union"), ("chat_template", "chatml")):
+        config = configured(tmp_path, merge_method="linear", models=entries[1:], **{key: value})
+        capsys.readouterr()
+        assert command("merge", config, f"--out={tmp_path}/other") == 2
+        assert "of runs are not changed" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
