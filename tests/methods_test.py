@@ -43,6 +43,7 @@ METHODS = {
     "adapters/own_base": ("reference", ("preference",)),
     "adapters/own_base_online": ("reference", ("online",)),
     "adapters/prompt": ("adapter", TEXT),
+    "averaging/recent_mean": ("optimiser", ("pretrain", "classify", "preference", "online")),
     "averaging/schedule_free": ("optimiser", ("pretrain", "classify", "preference")),
     "bam/attention_experts": ("architecture", TEXT),
     "bam/bam": ("architecture", TEXT),

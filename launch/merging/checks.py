@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.tokenizers import checkpoint_files, hf_tokenizer
-from launch.merging import places
+from launch.merging import config_defaults, places
 from launch.merging.models import HfModel, Model, NativeModel
 from launch.merging.settings import Merge, MergeError
 
@@ -44,20 +44,6 @@ _SILENT = {
     ),
     *("gradient_checkpointing", "architectures", "rope_scaling", "rope_parameters", "rope_theta"),
 }
-# The defaults of transformers for fields that some of its versions do not write.
-_DEFAULTS: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_qk_norm": False,
-    "logit_scale": 0.0625,
-    "layer_norm_eps": 1e-5,
-    "rms_norm_eps": 1e-6,
-    "layer_norm_epsilon": 1e-5,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "rope.rope_theta": 10_000.0,
-    "rope.rope_type": "default",
-}
 _RELATED = 0.1  # least correlation of embeddings of models of one start; others have none
 _COMPARED = 1 << 20  # values
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
@@ -86,11 +72,12 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
             _check_config(merge, first, other, deep=deep)
     if merge.tokens is None and isinstance(first, HfModel):
         _check_tokenizers(merge, [x for x in opened if isinstance(x, HfModel)])
-    if merge.tokens is not None and isinstance(first, NativeModel):
-        raise MergeError(
-            f"{merge.file}: tokenizer: vocabularies of runs are not re-indexed: export the models with launch.convert "
-            "--to_hf, merge them there, and import the result."
-        )
+    for key, value in (("tokenizer", merge.tokens), ("chat_template", merge.chat_template)):
+        if value is not None and isinstance(first, NativeModel):
+            raise MergeError(
+                f"{merge.file}: {key}: vocabularies and templates of runs are not changed: export the models with "
+                "launch.convert --to_hf, merge them there, and import the result."
+            )
 
 
 def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
@@ -110,6 +97,22 @@ def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
                 "models of different starts do: their mean is hardly of use.",
                 file=sys.stderr,
             )
+
+
+def warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
+    """Warns of matrices stored as factors: the product of the merged factors is not the merge of the products."""
+    from model.low_rank.decompose import factorised_modules
+
+    model = models[merge.models()[0]]
+    if isinstance(model, NativeModel) and (
+        modules := factorised_modules(model.source.abstract.shapes)
+    ):
+        print(
+            f"warning: {len(modules)} matrices, such as {modules[0]}, are stored as factors U and V, which are merged apart: "
+            "their product is not the merge of the matrices. For that, make the models dense first: "
+            "python -m launch.upcycle factorise --recompose.",
+            file=sys.stderr,
+        )
 
 
 def _some_values(model: Model, name: str | None) -> np.ndarray | None:
@@ -134,20 +137,41 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_config(merge: Merge, first: HfModel, other: HfModel, *, deep: bool) -> None:
     here, there = facts(first.config), facts(other.config)
+    defaults = config_defaults.of(first.config)
     ignored = {*(_OF_DEPTH if deep else ()), *(("vocab_size",) if merge.tokens else ())}
+    unknown = []
     for key in sorted({*here, *there} - ignored):
-        known = key in _DEFAULTS or (key in here and key in there)
-        a, b = (side.get(key, _DEFAULTS.get(key)) for side in (here, there))
-        if known and not _same(a, b):
+        name = key.removeprefix("rope.")
+        lacking = other if key in here else first
+        if (key in here) != (key in there) and key not in defaults:
+            unknown.append(f"{name} ({lacking.path})")
+            continue
+        a, b = (side.get(key, defaults.get(key)) for side in (here, there))
+        if config_defaults.VARIES in (a, b):
+            raise MergeError(
+                f"{merge.file}: {lacking.path}/config.json has no {name}, whose default differs between versions of "
+                "transformers: add the value that the model was trained with."
+            )
+        if not _same(a, b):
             remedy = (
                 "add `tokenizer_source: union` to align vocabularies"
                 if key == "vocab_size"
                 else "models that compute differently cannot be merged; if one config.json is wrong, correct it"
             )
             raise MergeError(
-                f"{merge.file}: {key.removeprefix('rope.')} is {a!r} in {first.path}/config.json, and {b!r} in "
-                f"{other.path}/config.json: {remedy}."
+                f"{merge.file}: {name} is {_shown(a, key in here)} in {first.path}/config.json, and "
+                f"{_shown(b, key in there)} in {other.path}/config.json: {remedy}."
             )
+    if unknown:
+        print(
+            f"warning: fields that one config.json lacks, and whose default is not known, were not compared: "
+            f"{', '.join(unknown)}.",
+            file=sys.stderr,
+        )
+
+
+def _shown(value: Any, written: bool) -> str:
+    return f"{value!r}{'' if written else ' (by default)'}"
 
 
 def _same(a: Any, b: Any) -> bool:

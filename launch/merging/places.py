@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from launch.merging import config_defaults
 from launch.merging.models import Entry, HfModel, Model
 
 # Tensors that come before the layers; other tensors outside of layers come after them.
@@ -45,7 +46,11 @@ def depth(model: Model, stack: str) -> int:
 
 
 def is_tied(model: Model) -> bool:
-    return isinstance(model, HfModel) and model.config.get("tie_word_embeddings") is True
+    """Returns whether a model's head is the table of the tokens."""
+    if not isinstance(model, HfModel):
+        return False
+    default = config_defaults.of(model.config).get("tie_word_embeddings")
+    return model.config.get("tie_word_embeddings", default) is True
 
 
 def is_vocabulary(entry: Entry, size: int) -> bool:

@@ -135,6 +135,7 @@ def _merge(
         workers.check_equal(planned, models, merge.file)
         if merge.method != "passthrough" and merge.tokens is None:
             checks.warn_unrelated(merge, models)
+            checks.warn_factors(merge, models)
         if isinstance(planner.donor, HfModel):
             hf_output.write(
                 merge,

@@ -8,13 +8,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.aya_expanse.prompts import Prompt
+from data.aya_expanse.prompts import UNKNOWN, Prompt
 from launch.inference import row_files
 from launch.preparation import best_of_n
 from launch.preparation.best_of_n import RewardFlags
 
 _JUDGE = "judge:"
 _VERSION = 1  # raise it when an exact scorer's rewards change
+_JUDGED = 2  # raise it when judges are asked something else about a prompt
 REWARDS, JUDGEMENTS = "rewards.jsonl", "judgements.jsonl"
 
 # The answers to one prompt by teacher: rows of `completions.Store`.
@@ -34,7 +35,7 @@ def check(flags: RewardFlags) -> None:
 class Rewards:
     """Rewards answers, and stores the rewards in a folder.
 
-    A judge compares every two answers to a prompt; an answer's reward is the share of comparisons that it wins, a tie
+    A judge, who also learns the prompt's language, compares every two answers to a prompt; an answer's reward is the share of comparisons that it wins, a tie
     counting one half. Answers that no comparison could judge have no reward.
 
     Args:
@@ -51,7 +52,7 @@ class Rewards:
         flags = self._flags
         identity: Any
         if flags.reward.startswith(_JUDGE):
-            identity = self._judge.identity
+            identity = [self._judge.identity, _JUDGED]
         elif (checkpoint := best_of_n.checkpoint_of(flags.reward)) is None:
             identity = [flags.reward, flags.answer_key, flags.answer_pattern, _VERSION]
         else:
@@ -121,13 +122,15 @@ class Rewards:
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]
     ) -> list[dict[str, float]]:
         from launch.evaluation.judges import asking
+        from launch.evaluation.judges.answers import language_name
         from launch.evaluation.judges.base import TIE, A, Pair
 
         pairs, places = [], []
         for p, (prompt, by_name) in enumerate(zip(prompts, answers, strict=True)):
             text: Any = prompt.prompt if isinstance(prompt.prompt, str) else prompt.messages
+            language = "" if prompt.language == UNKNOWN else language_name(prompt.language)
             for a, b in itertools.combinations(by_name, 2):
-                shown = {"a": by_name[a]["text"], "b": by_name[b]["text"]}
+                shown = {"a": by_name[a]["text"], "b": by_name[b]["text"], "language": language}
                 pairs.append(Pair(id=prompt.id, prompt=text, **shown, systems=(a, b)))
                 places.append((p, a, b))
         with asking.opened(self._folder / JUDGEMENTS) as journal:

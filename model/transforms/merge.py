@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from model.transforms import merge_blocks
-from model.transforms.base import Recipe, Shapes, Source, TransformError
+from model.transforms.base import TransformError
 from model.transforms.merge_blocks import Blocks, Read
 from model.transforms.merge_methods import METHODS, Tensor, Values
 
@@ -91,76 +91,3 @@ def merged(job: Job, arrays: Sequence[np.ndarray], **settings: Any) -> np.ndarra
     for low, values in job.blocks(reads, dtypes, **settings):
         result[low : low + values.size] = values
     return result.reshape(job.shape)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Merge:
-    """A tree transform that merges models of one shape, every layer by itself; the first is the base if the method has one.
-
-    Attributes:
-      method: name in METHODS.
-      values: parameters of the method that differ from their defaults; a list for those that each model but the base has.
-      scanned: whether arrays below `layers/` are stacks of layers.
-      seed: of random numbers.
-    """
-
-    method: str
-    values: Values
-    scanned: bool = True
-    seed: int = 0
-
-    def plan(self, sources: Sequence[Source], target: Shapes) -> list[Recipe]:
-        """Returns the recipes of all parameters; raises TransformError for unknown parameters or other shapes."""
-        method = METHODS[self.method]
-        based = method.base == "needed"
-        count = len(sources) - based
-        values = {}
-        for name, parameter in method.parameters.items():
-            if (value := self.values.get(name, parameter.default)) is ...:
-                raise TransformError(f"{self.method} needs {name}.")
-            spread = parameter.each and not isinstance(value, list | tuple)
-            values[name] = [value] * count if spread else value
-        if unknown := set(self.values) - set(values):
-            raise TransformError(f"{self.method} has no parameter {min(unknown)}.")
-        models = [source.name for source in sources[based:]]
-        return [
-            self._recipe(path, tuple(shape), sources, values, models)
-            for path, shape in target.items()
-        ]
-
-    def _recipe(
-        self,
-        path: str,
-        shape: tuple[int, ...],
-        sources: Sequence[Source],
-        values: Values,
-        models: Sequence[str],
-    ) -> Recipe:
-        for source in sources:
-            if source.shape(path) != shape:
-                raise TransformError(
-                    f"{path} is {list(source.shape(path))} in {source.name}, and {list(shape)} in the new model: use "
-                    "models of equal sizes."
-                )
-        layers = self.scanned and "layers/" in path
-
-        def compute(parts: Sequence[Any], first: int) -> list[np.ndarray]:
-            arrays = [np.asarray(part) for part in parts]
-            job = Job(
-                method=self.method,
-                name=f"{path}[{first}]" if layers else path,
-                shape=arrays[0].shape[1:] if layers else shape,
-                based=METHODS[self.method].base == "needed",
-                values=values,
-                models=models,
-                seed=self.seed,
-            )
-            return [merged(job, arrays).reshape(arrays[0].shape)]
-
-        return Recipe(
-            outputs={path: shape},
-            inputs=tuple((source.name, path) for source in sources),
-            origin=f"{self.method} of {len(sources)}",
-            compute=compute,
-            slices="layers" if layers else "whole",
-        )

@@ -1,4 +1,4 @@
-"""methods/averaging/schedule_free.gin from the command line: what is evaluated, read, continued and exported."""
+"""methods/averaging/: what is evaluated, read, continued and exported, from the command line."""
 
 import json
 import os
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from launch import convert
+from launch.config import gin_config
 from launch.run import load_run
 from model.hf import load
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.array_files import StoredArray
+from trainers.optim import recent_mean
 from trainers.telemetry.metric_writers import read_jsonl
 
 FILES = ("models/tiny", "data/files", "runs/pretrain", "methods/averaging/schedule_free")
@@ -82,19 +84,17 @@ def test_the_average_is_saved_evaluated_and_exported(run, tmp_path, command, cap
     assert "auto" in load_run.PARAMS
 
 
-def test_the_bindings_that_recent_mean_shows_make_a_recipe(tmp_path):
-    from launch.config import gin_config
-    from trainers.optim import recent_mean
-
-    lines = [line[2:] for line in recent_mean.__doc__.splitlines() if line.startswith("  ")]
-    text = "\n".join(["from __gin__ import dynamic_registration", *lines, ""])
-    (tmp_path / "mean.gin").write_text(text)
-    names = ("models/tiny", "data/bytes", "runs/pretrain")
+def test_the_mean_of_the_last_checkpoints_follows_their_period():
+    names = ("models/tiny", "data/bytes", "runs/pretrain", "methods/averaging/recent_mean")
+    bindings = ("MODEL_DIR='x'", "MIXTURE_OR_TASK_NAME='english'", "TRAIN_STEPS=1", "BATCH_SIZE=8")
     config = gin_config.load(
-        [*(f"t5x_configs/{name}.gin" for name in names), str(tmp_path / "mean.gin")],
-        ["MODEL_DIR='x'", "MIXTURE_OR_TASK_NAME='english'", "TRAIN_STEPS=1", "BATCH_SIZE=8"],
+        [f"t5x_configs/{name}.gin" for name in names],
+        [*bindings, "CHECKPOINT_PERIOD=7", "MEAN_WINDOW=2", "OPTIMIZER=@optimizers.lion"],
         entry="launch.train:train",
     )
     recipe = config.arguments()["recipe"]
     state = recipe.program(devices=jax.devices()[:1]).abstract_state.opt_state
     assert isinstance(state, recent_mean.RecentMean) and recipe.averaged is not None
+    bound = gin.get_bindings("recent_mean.recent_mean")
+    assert bound["every"] == 7 and len(state.states) == bound["window"] == 2
+    assert bound["optimizer"].__name__ == "lion"

@@ -1,17 +1,7 @@
 """The mean of a run's last few states, evaluated and released in place of the newest parameters.
 
 It is the linear merge, with equal weights, of the parameters after the last `window` multiples of `every` updates, such as
-the last checkpoints. It does not change training. Bindings, after the run's files:
-
-  from trainers import recipe
-  from trainers.optim import optimizers
-  from trainers.optim import recent_mean
-
-  OPTIMIZER = @recent_mean.recent_mean
-  recent_mean.recent_mean.optimizer = @optimizers.adamw
-  recent_mean.recent_mean.every = 1000
-  recent_mean.recent_mean.window = 3
-  recipe.Recipe.averaged = @recent_mean.mean_of
+the last checkpoints. It does not change training. t5x_configs/methods/averaging/recent_mean.gin binds it.
 
 The states are in the optimiser's state, so a run that is stopped within a window goes on with them, and memory grows by
 `window` + 1 times the trained parameters.
@@ -117,7 +107,8 @@ def mean_of(opt_state: Any, params: Any) -> Any:
     own = [leaf for leaf in leaves if isinstance(leaf, RecentMean)]
     if len(own) != 1:
         raise ValueError(
-            "Recipe.averaged = @recent_mean.mean_of needs OPTIMIZER = @recent_mean.recent_mean."
+            "Recipe.averaged = @recent_mean.mean_of needs the optimiser @recent_mean.recent_mean: give "
+            "t5x_configs/methods/averaging/recent_mean.gin."
         )
     (state,) = own
     return jax.tree.map(lambda mean, new: jnp.where(state.started, mean, new), state.mean, params)

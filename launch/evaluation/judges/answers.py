@@ -81,10 +81,12 @@ def pairs(systems: Sequence[System]) -> list[Pair]:
     ]
 
 
-def language_name(code: str) -> str:
-    """Returns the English name of a language by its code; a code that is not known is its own name."""
-    known = table.LANGUAGES.get(code)
-    return known.name if known else code
+def language_name(tag: str) -> str:
+    """Returns the English name of a language by its tag, such as pt-BR; a tag that is not known is its own name."""
+    try:
+        return table.find(tag).name
+    except ValueError:
+        return tag
 
 
 def _rows(path: str, by_language: bool) -> list[Answer]:

@@ -1,11 +1,13 @@
 """Reads a recipe of Aya Expanse: recipe.yaml, the settings of all stages."""
 
 import dataclasses
+import math
 import pathlib
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from data.aya_expanse import pool
 from data.text import spelling
 
 _MAX_BYTES = 1 << 20
@@ -26,12 +28,14 @@ class Recipe:
       held_out: prompts on which the rounds are compared, of the same form.
       clusters: cluster -> its languages.
       shared: languages that all clusters have.
+      teachers: pool of further teachers beside the models of the clusters, as for launch.prepare arbitrage; None for none.
       origin: prompts to use: native, translated or both.
       reward: of arbitrage and online rounds: exact_answer or checkpoint:DIR.
       judge: of the comparison of rounds, see launch.prepare arbitrage; None for the reward.
       language_of: see launch.prepare arbitrage.
       rounds: number of online rounds.
       samples: of each prompt in an online round.
+      pair_gap: pairs of an online round whose rewards differ by no more are not trained on.
       steps: updates of the stages sft, arbitrage, preference and online.
       polish: updates after the first merge, on the data of all clusters at a tenth of the rate; 0 for none.
       form, keep_cut: see launch.prepare arbitrage.
@@ -47,12 +51,14 @@ class Recipe:
     held_out: str
     clusters: Mapping[str, list[str]]
     shared: list[str] = dataclasses.field(default_factory=lambda: ["en", "es", "fr"])
+    teachers: str | None = None
     origin: Literal["native", "translated", "both"] = "native"
     reward: str = "exact_answer"
     judge: str | None = None
     language_of: str | None = None
     rounds: int = 3
     samples: int = 4
+    pair_gap: float = 0.0
     steps: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"sft": 500, "arbitrage": 500, "preference": 200, "online": 100}
     )
@@ -71,13 +77,21 @@ class Recipe:
 
 
 _CHOICES = {"origin": ("native", "translated", "both"), "form": ("messages", "prompt")}
-_TEXTS = ("base", "chats", "prompts", "held_out", "reward", "judge", "language_of")
+_TEXTS = (
+    *("base", "chats", "prompts", "held_out", "teachers", "reward", "judge"),
+    "language_of",
+)
 _NUMBERS = ("rounds", "polish", "samples", "max_prompt_length", "max_new_tokens", "batch_size")
 _STAGES = ("sft", "arbitrage", "preference", "online")
 
 
 def read(path: str) -> Recipe:
-    """Returns the recipe in a YAML file; raises RecipeError, which names the key at fault."""
+    """Returns the recipe in a YAML file.
+
+    Raises:
+      RecipeError: it is missing or malformed; the message names the key at fault.
+      DataError: its pool of further teachers is.
+    """
     import yaml
 
     file = pathlib.Path(path)
@@ -106,7 +120,19 @@ def read(path: str) -> Recipe:
             raise RecipeError(
                 f"{path}: {name!r} is {reprlib.repr(value)}, which it cannot be; see launch/papers/aya_expanse/recipe.py."
             )
-    return Recipe(**row)
+    recipe = Recipe(**row)
+    if recipe.teachers is not None:
+        names = pool.read(recipe.teachers).teachers
+        if taken := [arm for arm in map(sft_arm, recipe.clusters) if arm in names]:
+            raise RecipeError(
+                f"{recipe.teachers}: {taken[0]!r} is the name of a cluster's model: rename the teacher."
+            )
+    return recipe
+
+
+def sft_arm(cluster: str) -> str:
+    """Returns the arm of a cluster's first model, which is also its name as a teacher."""
+    return f"sft_{cluster}"
 
 
 def _right(name: str, value: Any) -> bool:
@@ -118,6 +144,8 @@ def _right(name: str, value: Any) -> bool:
         return value in _CHOICES[name]
     if name in _NUMBERS:
         return type(value) is int and value >= {"rounds": 0, "polish": 0, "samples": 2}.get(name, 1)
+    if name == "pair_gap":
+        return type(value) in (int, float) and 0 <= value < math.inf
     if name == "keep_cut":
         return isinstance(value, bool)
     if name == "clusters":

@@ -61,9 +61,14 @@ def _prompts(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> Non
 
 
 def _arbitrage(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
-    """Routes the prompts to the runs, and writes the rows and the pairs of each cluster."""
+    """Routes the prompts to the runs and the further teachers, and writes the rows and the pairs of each cluster."""
+    import yaml
+
     prompts = pathlib.Path(flags.prompts or "") / ALL
-    _route(recipe, flags.runs, str(prompts), to, recipe.reward, seed=flags.seed)
+    more = []
+    if recipe.teachers is not None:
+        more = yaml.safe_load(pathlib.Path(recipe.teachers).read_text("utf-8"))["teachers"]
+    _route(recipe, flags.runs, str(prompts), to, recipe.reward, more=more, seed=flags.seed)
     for name in ("sft", "pairs"):
         path = to / f"{name}.jsonl"
         _by_cluster(recipe, [row for _, row in _rows(str(path))], to, f"{name}_")
@@ -107,10 +112,11 @@ def _route(
     reward: str,
     *,
     names: Sequence[str] | None = None,
+    more: Sequence[Mapping[str, Any]] = (),
     temperature: float = 0.8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Calls `arbitrage` on a pool of runs; returns its summary."""
+    """Calls `arbitrage` on a pool of runs and `more` entries of a pool; returns its summary."""
     import yaml
 
     from launch.preparation import arbitrage
@@ -120,8 +126,11 @@ def _route(
     to.mkdir(parents=True, exist_ok=True)
     names = names or [_name(run) for run in runs]
     teachers = [
-        {"name": name, "checkpoint": run, "batch_size": recipe.batch_size}
-        for name, run in zip(names, runs, strict=True)
+        *(
+            {"name": name, "checkpoint": run, "batch_size": recipe.batch_size}
+            for name, run in zip(names, runs, strict=True)
+        ),
+        *more,
     ]
     pool = to / "pool.yaml"
     pool.write_text(yaml.safe_dump({"teachers": teachers}, sort_keys=False), "utf-8")

@@ -1,6 +1,6 @@
 """The stages of Aya Expanse (arXiv 2412.04261), from cluster models to online rounds, with a merge after each.
 
-  base -> SFT of each cluster -> arbitrage among these -> SFT of each cluster on it -> merge (-> polish) -> DPO of each cluster on best
+  base -> SFT of each cluster -> arbitrage among these and further teachers -> SFT of each cluster on it -> merge (-> polish) -> DPO of each cluster on best
   against worst answers -> merge -> rounds of online DPO of each cluster, each with a merge -> indicators by language and round
 
 Every stage of a cluster starts from the merge before it, which is also its frozen reference. The settings are in a file:
@@ -39,8 +39,8 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     arms: dict[str, dict] = {"prompts": stage("prompts")}
     for cluster in clusters:
         chats = f"CHATS={os.path.join(recipe.chats, f'{cluster}.jsonl')!r}"
-        arms[f"sft_{cluster}"] = _trained(recipe, "sft", chats, first=True)
-    teachers = [f"{{sft_{cluster}}}" for cluster in clusters]
+        arms[recipes.sft_arm(cluster)] = _trained(recipe, "sft", chats, first=True)
+    teachers = [f"{{{recipes.sft_arm(cluster)}}}" for cluster in clusters]
     words = ("--seed={SEED}", "--prompts={prompts}", "--runs", *teachers)
     arms["arbitrage"] = stage("arbitrage", *words)
     for cluster in clusters:
@@ -85,6 +85,7 @@ def _trained(
     if kind == "online":
         bindings += [
             f"SAMPLES={recipe.samples}",
+            f"PAIR_GAP={float(recipe.pair_gap)}",
             f"MAX_PROMPT_LENGTH={recipe.max_prompt_length}",
             f"MAX_NEW_TOKENS={recipe.max_new_tokens}",
         ]

@@ -270,13 +270,28 @@ def test_models_with_stacks_of_their_own(tmp_path):
     assert (made["num_layers"], made["num_decoder_layers"]) == (3, 2)
 
 
-def test_a_tied_head_that_one_model_stores_is_left_out(tmp_path):
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize("absent", [(), ("tie_word_embeddings",)])
+def test_a_tied_head_that_one_model_stores_is_left_out(tmp_path, absent):
+    config = without(folders.CONFIG, *absent)
     sizes = folders.shapes(head=True)
     a = folders.drawn(0, sizes)
     a["lm_head.weight"] = a[EMBED]
-    folders.write(tmp_path / "a", a)
+    folders.write(tmp_path / "a", a, config)
     folders.write(tmp_path / "b", folders.drawn(1, folders.shapes()))
     assert "lm_head.weight" not in merged(tmp_path, linear(tmp_path))
+
+
+def test_fields_that_one_model_lacks(tmp_path, capsys):
+    folders.pair(tmp_path)
+    config = without(folders.CONFIG, "tie_word_embeddings", "logit_scale", "layer_norm_eps")
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "unheard_of": 1}))
+    merged(tmp_path, linear(tmp_path))
+    warnings = [x for x in capsys.readouterr().err.splitlines() if "not compared" in x]
+    assert len(warnings) == 1 and f"unheard_of ({tmp_path}/a)" in warnings[0]
 
 
 @pytest.mark.parametrize("tensors_before", [0, 7, 20])
@@ -352,6 +367,11 @@ def change(key, value):
     return changed
 
 
+def _rewrite(root, *configs):
+    for name, config in zip("ab", configs, strict=True):
+        (root / name / "config.json").write_text(json.dumps(config))
+
+
 def _with(**more):
     def changed(root):
         tensors = folders.drawn(1, folders.shapes())
@@ -397,7 +417,9 @@ def write_tokenizer(folder, words, added=()):
 
 REFUSALS = {
     "logit_scale": (change("logit_scale", 0.125), r"logit_scale is 0\.0625 in .*a/config.json, and 0\.125 in .*b/config"),
-    "absent": (lambda root: (root / "b" / "config.json").write_text(json.dumps({k: v for k, v in folders.CONFIG.items() if k != "rope_theta"})) and change("rope_parameters", {"rope_theta": 5e5})(root), "rope_theta is 10000.0"),
+    "absent": (lambda root: _rewrite(root, folders.CONFIG, {**without(folders.CONFIG, "rope_theta"), "rope_parameters": {"rope_theta": 5e5}}), "rope_theta is 10000.0"),
+    "default": (lambda root: _rewrite(root, without(folders.CONFIG, "tie_word_embeddings"), {**folders.CONFIG, "tie_word_embeddings": False}), r"tie_word_embeddings is True \(by default\) in .*a/config.json, and False in .*b/config"),
+    "unclear default": (lambda root: _rewrite(root, folders.CONFIG, without(folders.CONFIG, "rope_theta")), "b/config.json has no rope_theta, whose default differs"),
     "rope": (change("rope_theta", 4e6), "rope_theta"),
     "eps": (change("layer_norm_eps", 1e-6), "layer_norm_eps"),
     "heads": (change("num_attention_heads", 4), "num_attention_heads"),

@@ -154,7 +154,7 @@ def test_a_merge_of_the_small_experiment_counts_a_run_that_is_given_twice(tmp_pa
     assert np.abs(made["twice"] - other).sum() <= np.abs(made["once"] - other).sum()
 
 
-def test_low_rank_runs(tmp_path, command):
+def test_low_rank_runs(tmp_path, command, capsys):
     make(tmp_path, "llama_0")
     for letter in "ab":
         flags = (f"--checkpoint={tmp_path}/run_{letter}", f"--to={tmp_path}/low_{letter}")
@@ -163,6 +163,7 @@ def test_low_rank_runs(tmp_path, command):
     entries = [{"model": "@b", "parameters": {"weight": 0.5}}]
     config = configured(tmp_path, prefix="low_", models=entries, **settings)
     assert merge.main([config, f"--out={tmp_path}/low_out"]) == 0
+    assert "are stored as factors U and V" in capsys.readouterr().err
     made = models.NativeModel(f"{tmp_path}/low_out")
     factors = [path for path in made.arrays if path.endswith("up/down/kernel") or "factor" in path]
     for path in factors or list(made.arrays):
@@ -195,6 +196,11 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
         capsys.readouterr()
         assert command("merge", config, f"--out={tmp_path}/other") == 2
         assert message in capsys.readouterr().err
+    for key, value in (("tokenizer_source", "union"), ("chat_template", "chatml")):
+        config = configured(tmp_path, merge_method="linear", models=entries[1:], **{key: value})
+        capsys.readouterr()
+        assert command("merge", config, f"--out={tmp_path}/other") == 2
+        assert "of runs are not changed" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

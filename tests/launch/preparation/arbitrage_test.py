@@ -4,6 +4,7 @@ import collections
 import contextlib
 import http.server
 import json
+import re
 import shutil
 import sys
 import threading
@@ -312,7 +313,10 @@ def test_a_learned_router_asks_one_teacher_for_what_it_has_not_learned_from(arbi
 
 
 def test_a_judge_rewards_by_the_comparisons_that_are_won(arbitrage, endpoint):
+    languages = set()
+
     def judge(prompt, before):
+        languages.add(re.search(r"1\. The answer is written in (\w+)", prompt)[1])
         first = prompt.partition("<answer_a>\n")[2].partition("\n")[0]
         second = prompt.partition("<answer_b>\n")[2].partition("\n")[0]
         better = "A" if "?" not in first else "B" if "?" not in second else "neither"
@@ -324,6 +328,7 @@ def test_a_judge_rewards_by_the_comparisons_that_are_won(arbitrage, endpoint):
     assert made.chosen == ["turk", "ukr"] * 6
     assert {row["reward"] for row in made.sft} == {1.0}
     assert len({row["reward_version"] for row in made.sft}) == 1
+    assert languages == {"Turkish", "Ukrainian"}
     asked = endpoint.count("judge")
     assert arbitrage(teachers=("none", "turk", "ukr"), reward=spec).bytes() == made.bytes()
     # Replies that cannot be read are asked for again in one start, up to three times in all.

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.transforms import base as transforms
 from model.transforms import merge, merge_blocks
 from model.transforms.base import TransformError
 from model.transforms.merge_methods import METHODS
@@ -343,28 +342,3 @@ def test_nearswap_moves_at_most_t():
     assert np.abs(moved).max() <= 0.2 + 1e-6
     near = np.abs(other - base) < 0.2
     np.testing.assert_allclose(moved[near], (other - base)[near], atol=1e-6)
-
-
-def test_a_tree_is_merged_layer_by_layer():
-    shapes = {"layers/block_0/mlp/up/kernel": (3, 8, 4), "final_norm/scale": (8,)}
-    rng = np.random.default_rng(0)
-    trees = {
-        n: {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()} for n in "abc"
-    }
-    sources = [transforms.Source(name, shapes) for name in trees]
-    transform = merge.Merge(method="ties", values={"weight": [0.5, 1.0], "density": 0.4})
-    recipes = transforms.plan(transform, sources, shapes)
-    out = transforms.apply(recipes, lambda name, path: trees[name][path])
-    for path, shape in shapes.items():
-        layers = range(shape[0]) if "layers" in path else [...]
-        for i in layers:
-            parts = [trees[name][path][i] for name in "abc"]
-            np.testing.assert_array_equal(
-                out[path][i], merged("ties", parts, weight=[0.5, 1.0], density=0.4)
-            )
-    for values, message in (
-        ({}, "needs weight"),
-        ({"weight": 1, "wight": 1}, "no parameter wight"),
-    ):
-        with pytest.raises(TransformError, match=message):
-            merge.Merge(method="ties", values=values).plan(sources, shapes)

@@ -85,5 +85,5 @@ def test_the_state_is_a_tree_that_goes_on_within_a_window():
 
 
 def test_another_optimiser_has_no_mean():
-    with pytest.raises(ValueError, match="needs OPTIMIZER"):
+    with pytest.raises(ValueError, match="needs the optimiser"):
         recent_mean.mean_of(sgd(learning_rate=0.1).init({"w": jnp.ones(2)}), {"w": jnp.ones(2)})

@@ -62,7 +62,7 @@ def sweep(path):
 
 
 def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(write):
-    arms = sweep(write(rounds=2, samples=6))
+    arms = sweep(write(rounds=2, samples=6, pair_gap=0.25))
     order = list(arms)
     assert order.index("arbitrage") < order.index("merged") < order.index("round1_turkic")
     before = {"dpo": "merged", "round1": "merged_dpo", "round2": "merged_round1"}
@@ -75,7 +75,7 @@ def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(writ
             assert config.macros["REFERENCE"] == "/before"
             if kind != "dpo":
                 inputs = config.arguments()["recipe"].inputs
-                assert (inputs.samples, inputs.gap, inputs.reference) == (6, 0.0, True)
+                assert (inputs.samples, inputs.gap, inputs.reference) == (6, 0.25, True)
             gin.clear_config(clear_constants=True)
     assert set(arms["merged_round2"].made_of) == {"round2_turkic", "round2_slavic"}
     assert list(arms["rounds"].made_of) == [
@@ -177,6 +177,7 @@ def test_a_reward_model_reaches_the_online_rounds_and_a_judge_cannot(write):
         ({"clusters": []}, "'clusters' is"),
         ({"steps": {"sft": 1}}, "'steps' is"),
         ({"samples": 1}, "'samples' is 1"),
+        ({"pair_gap": -0.1}, "'pair_gap' is -0.1"),
         ({"origin": "both of them"}, "'origin' is"),
         ({"bindings": "X=1"}, "'bindings' is"),
         ({"roundz": 1}, "did you mean 'rounds'"),
@@ -185,6 +186,16 @@ def test_a_reward_model_reaches_the_online_rounds_and_a_judge_cannot(write):
 def test_a_bad_recipe_is_named(write, changes, message):
     with pytest.raises(recipes.RecipeError, match=message):
         recipes.read(write(**changes))
+
+
+def test_further_teachers_are_a_pool_whose_names_are_no_arms(write, tmp_path):
+    pool = tmp_path / "pool.yaml"
+    pool.write_text("teachers: [{name: sft_slavic, checkpoint: runs/x}]")
+    with pytest.raises(recipes.RecipeError, match="'sft_slavic' is the name of a cluster's model"):
+        recipes.read(write(teachers=str(pool)))
+    pool.write_text("teachers: [{name: large, url: 'http://host/v1'}]")
+    with pytest.raises(DataError, match="an endpoint needs 'model'"):
+        recipes.read(write(teachers=str(pool)))
 
 
 def run(name, path, to, *flags):
@@ -246,11 +257,19 @@ def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
 
 def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branches, trained_run):
     judge = f"judge:logprob:{trained_run.path}"
-    path = write(reward=judge, form="prompt", keep_cut=True, max_new_tokens=4, batch_size=8)
+    pool = tmp_path / "pool.yaml"
+    pool.write_text(f"teachers: [{{name: further, checkpoint: '{branches.folders[2]}'}}]")
+    settings = {"form": "prompt", "keep_cut": True, "max_new_tokens": 4, "batch_size": 8}
+    path = write(reward=judge, teachers=str(pool), **settings)
     assert run("prompts", path, tmp_path / "p") == 0
     teachers = ("runs", branches.folders[:2])
     prompts = ("prompts", str(tmp_path / "p"))
     assert run("arbitrage", path, tmp_path / "a", teachers, prompts) == 0
+    answers = rows(tmp_path / "a/completions.jsonl")
+    assert {row["teacher"] for row in answers} == {
+        *map(stage._name, branches.folders[:2]),
+        "further",
+    }
     for cluster, languages in CLUSTERS.items():
         for name in ("sft", "pairs"):
             own = rows(tmp_path / f"a/{name}_{cluster}.jsonl")
