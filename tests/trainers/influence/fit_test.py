@@ -107,6 +107,7 @@ def test_a_mesh_and_other_batches_change_nothing(model, params, tmp_path, shape,
 def fit_in_a_process(folder):
     """Fits and scores on the devices of all processes; called by each process of the next test."""
     model = made()
+    params = jax.tree.map(np.asarray, drawn_params(model))
     mesh = partitioning.make_mesh(shape={"fsdp": 2, "tensor": 2})
     rules = partitioning.rules_named("fsdp_tp")
     with partitioning.use_mesh(mesh, rules):
@@ -116,8 +117,7 @@ def fit_in_a_process(folder):
             batch_size=8,
             sharding=partitioning.batch_sharding(mesh, rules),
         )
-        params = jax.device_put(drawn_params(model), reader.whole)
-        reader = dataclasses.replace(reader, params=params)
+        reader = dataclasses.replace(reader, params=jax.device_put(params, reader.whole))
         return scored(reader, folder, FitSettings(blocks=2), texts(40, 3), texts(3, 4), rank=3)
 
 
