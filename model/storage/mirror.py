@@ -22,6 +22,7 @@ from model.storage import paths
 COPIES = "ESPALIER_COPIES"
 _CACHE = "ESPALIER_CACHE"  # data/cache/cache_dir.py; an address there is not a folder
 _THREADS = 8
+_TRIES = 5  # of copying one object
 _log = logging.getLogger(__name__)
 
 
@@ -138,17 +139,20 @@ def _pull(
 
 
 def _get(address: str, path: str, size: int) -> None:
-    """Copies an object to a file, which is there whole or not at all."""
+    """Copies an object of the listed size to a file, which is there whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
-        with paths.reporting(address):
-            paths.filesystem(address).get_file(address, partial)
-        if os.path.getsize(partial) != size:
-            raise paths.StoreError(
-                f"{address}: {os.path.getsize(partial)} of {size} bytes were read. Start again once the store answers."
-            )
-        os.replace(partial, path)
+        for _ in range(_TRIES):
+            with paths.reporting(address):
+                paths.filesystem(address).get_file(address, partial)
+            if (read := os.path.getsize(partial)) == size:
+                os.replace(partial, path)
+                return
+            size = paths.entry(address).size  # another process may have replaced it since
+        raise paths.StoreError(
+            f"{address}: {read} of {size} bytes were read. Start again once the store answers."
+        )
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)

@@ -165,6 +165,22 @@ def test_a_copy_is_read_again_only_if_its_object_changed(store):
         mirror.local(f"{store.address}/nothing")
 
 
+def test_an_object_that_is_replaced_after_it_was_listed_is_copied(store, monkeypatch):
+    base = f"{store.address}/run"
+    paths.write(f"{base}/run.json", b"old")
+    listed = paths.entries(base)
+    paths.write(f"{base}/run.json", b"longer")
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "entries", lambda *_: listed)
+        copy = mirror.local(base)
+    assert pathlib.Path(copy, "run.json").read_bytes() == b"longer"
+    wrong = paths.Entry(3, "version")
+    monkeypatch.setattr(paths, "entries", lambda *_: {"run.json": wrong})
+    monkeypatch.setattr(paths, "entry", lambda *_: wrong)
+    with pytest.raises(paths.StoreError, match="run.json: 6 of 3 bytes were read"):
+        mirror.local(base)
+
+
 def test_a_mirror_copies_what_changed_in_the_order_of_writing(store, tmp_path):
     base = f"{store.address}/run"
     paths.write(f"{base}/old", b"old")
