@@ -237,6 +237,8 @@ def write(
     sites: Mapping[str, Mapping[str, np.ndarray]],
     pieces: Iterable[Piece],
     kernel: ReadKernel,
+    *,
+    encodes: bool,
 ) -> None:
     """Writes adapters as a directory of peft.
 
@@ -245,6 +247,7 @@ def write(
       settings: settings of the adapter, see `Adapter.settings`.
       sites: the adapter's arrays by path of the projection and name.
       pieces, kernel: see `read`.
+      encodes: whether the model is an encoder-decoder, for which peft has a class of its own.
 
     Raises:
       PeftError: adapters that peft does not have.
@@ -282,7 +285,7 @@ def write(
     config: dict[str, Any] = {
         "base_model_name_or_path": None,  # whoever loads the adapters names their copy of the base
         "inference_mode": True,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM",
         "target_modules": _short(targets, names),
     }
     if ranks:

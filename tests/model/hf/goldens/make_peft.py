@@ -9,7 +9,7 @@ The goldens beside this file (peft/*.npz, for tests/launch/weights/peft_test.py)
 prints the log-probabilities of each next token, for adapters that `launch.convert --to_peft` has written.
 
 A case holds config.json, tensors, adapter_config.json and the adapter's tensors as `save_pretrained` writes them, tokens, and
-the float32 log-probabilities of each token given those before it.
+the float32 log-probabilities of each token given those before it, and of an encoder-decoder given `inputs`.
 """
 
 import argparse
@@ -35,6 +35,17 @@ LLAMA = transformers.LlamaConfig(
 )
 GPT2 = transformers.GPT2Config(
     vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, n_inner=24
+)
+T5 = transformers.T5Config(
+    vocab_size=40,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=2,
+    num_heads=2,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    decoder_start_token_id=0,
 )
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 CASES = {
@@ -63,21 +74,41 @@ CASES = {
         GPT2,
         peft.LoraConfig(r=2, lora_alpha=4, fan_in_fan_out=True, target_modules=["c_attn", "c_fc"]),
     ),
+    "t5_lora": (
+        T5,
+        peft.LoraConfig(
+            task_type="SEQ_2_SEQ_LM", r=2, lora_alpha=4, target_modules=["q", "k", "v", "o", "wi_0"]
+        ),
+    ),
+    "t5_ia3": (
+        T5,
+        peft.IA3Config(
+            task_type="SEQ_2_SEQ_LM", target_modules=["k", "v", "wo"], feedforward_modules=["wo"]
+        ),
+    ),
 }
 
 
-def log_probs(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """The log-probability of each token after the first."""
+def log_probs(
+    model: torch.nn.Module, tokens: np.ndarray, inputs: np.ndarray | None = None
+) -> np.ndarray:
+    """The log-probability of each token after the first; the decoder's, if an encoder reads inputs."""
     ids = torch.tensor(tokens)[None]
     with torch.no_grad():
-        logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        if inputs is None:
+            logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        else:
+            read = torch.tensor(inputs)[None]
+            logits = model(input_ids=read, decoder_input_ids=ids).logits[0].log_softmax(-1)
     return logits[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
 
 
 def make(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     config, adapter = CASES[name]
     torch.manual_seed(sum(map(ord, name)))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    encodes = config.is_encoder_decoder
+    auto = transformers.AutoModelForSeq2SeqLM if encodes else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
     model.save_pretrained(folder / "base")
     adapted = peft.get_peft_model(model, adapter).eval()
     with torch.no_grad():
@@ -86,7 +117,11 @@ def make(name: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
                 value += 0.5 * torch.randn_like(value)
     adapted.save_pretrained(folder / "adapter")
     tokens = np.random.default_rng(0).integers(0, 40, 12)
-    case = {"tokens": tokens, "log_probs": log_probs(adapted, tokens)}
+    case = {"tokens": tokens}
+    if encodes:
+        tokens[0] = config.decoder_start_token_id
+        case["inputs"] = np.random.default_rng(1).integers(0, 40, 7)
+    case["log_probs"] = log_probs(adapted, tokens, case.get("inputs"))
     for part, settings, weights in (
         ("base", "config.json", "model.safetensors"),
         ("adapter", "adapter_config.json", "adapter_model.safetensors"),
@@ -111,6 +146,8 @@ def main() -> None:
         return
     (HERE / "peft").mkdir(exist_ok=True)
     for name in CASES:
+        if (HERE / "peft" / f"{name}.npz").exists():  # delete a golden to make it anew
+            continue
         with tempfile.TemporaryDirectory() as folder:
             np.savez_compressed(HERE / "peft" / f"{name}.npz", **make(name, pathlib.Path(folder)))
 
