@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 
@@ -15,6 +16,8 @@ from model.hf.files.safetensors_files import INDEX
 from tests.launch.merging import folders
 from tests.launch.merging.folders import BF16
 
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "files.npz"  # of make_files.py beside it
+GOLDEN_CASES = json.loads(np.load(GOLDENS)["cases"].tobytes())
 EMBED, LAST = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -70,6 +73,21 @@ def test_linear_is_the_mean_in_any_layout(tmp_path, capsys):
     assert "linear of 2 models, 1,904 parameters" in printed.out
     assert "have a correlation of" in printed.err  # they were drawn apart
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_configurations_merge_as_in_mergekit(tmp_path, case):
+    golden = np.load(GOLDENS)
+    for model in "abc":
+        prefix = f"inputs/{model}/"
+        tensors = {x.removeprefix(prefix): golden[x] for x in golden.files if x.startswith(prefix)}
+        folders.write(tmp_path / model, tensors, json.loads(golden["config"].tobytes()))
+    (tmp_path / "merge.yml").write_text(GOLDEN_CASES[case].replace("@", f"{tmp_path}/"))
+    out = merged(tmp_path, str(tmp_path / "merge.yml"))
+    expected = [x for x in golden.files if x.startswith(f"{case}/")]
+    assert {f"{case}/{name}" for name in out} == {*expected}
+    for name, values in out.items():
+        np.testing.assert_allclose(values, golden[f"{case}/{name}"], atol=2e-6, err_msg=name)
 
 
 def test_random_methods_depend_on_the_seed_alone(tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.aya_expanse import lexicon
 from launch import convert, merge
 from launch.merging import models
 from launch.papers.aya_expanse import small_stage
@@ -152,6 +153,26 @@ def test_a_merge_of_the_small_experiment_counts_a_run_that_is_given_twice(tmp_pa
     if method == "linear":
         np.testing.assert_allclose(made["twice"], (one + 2 * other) / 3, atol=1e-6)
     assert np.abs(made["twice"] - other).sum() <= np.abs(made["once"] - other).sum()
+
+
+def test_the_small_experiment_merges_with_the_weights_that_it_searched(
+    tmp_path, branches, monkeypatch
+):
+    monkeypatch.setattr(small_stage, "BUDGET", 3)
+    for code in lexicon.LANGUAGES:
+        row = {"text": f"{code} a", "targets": "b c"}
+        (tmp_path / f"dev_{code}.jsonl").write_text(json.dumps(row) + "\n")
+    first, second = branches.folders[1:3]
+    search, to = tmp_path / "search", tmp_path / "searched"
+    runs = ("--runs", first, second, first)
+    assert small_stage.main(["search", f"--requests={tmp_path}", *runs, f"--to={search}"]) == 0
+    best = small_stage.read(search, "search.json")["best"]
+    assert {*best["losses"]} == {*lexicon.LANGUAGES}
+    assert small_stage.main(["searched", f"--search={search}", f"--to={to}"]) == 0
+    a, b, out = (stored(str(x), "token_embed/embedding") for x in (first, second, to))
+    one, other, again = best["weights"]
+    mean = ((one + again) * a + other * b) / (one + other + again)
+    np.testing.assert_allclose(out, mean, atol=1e-6)
 
 
 def test_low_rank_runs(tmp_path, command, capsys):
