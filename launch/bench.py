@@ -26,7 +26,8 @@ BENCHMARKS = cli.modules_with("launch.benchmarks", r"^def run\(\s*\*,")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     texts = {name: cli.summary(f"launch.benchmarks.{name}") for name in BENCHMARKS}
-    listing = "\n".join(f"  {name:<15}{text}" for name, text in texts.items())
+    width = max(map(len, texts)) + 1
+    listing = "\n".join(f"  {name:<{width}}{text}" for name, text in texts.items())
     doc = f"{__doc__}\nbenchmarks:\n{listing}"
     return cli.run_command(doc, "bench", _measure, add_flags=_add_flags, argv=argv)
 

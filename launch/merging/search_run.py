@@ -1,5 +1,6 @@
 """Evaluates weights of a linear merge of runs in memory, for `launch.merge search`."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -154,9 +155,14 @@ def _written(
     """Writes merge.yml and search.json, and returns the table."""
     import yaml
 
+    weights: collections.Counter[str] = collections.Counter()
+    for path, weight in zip(models.values(), best.weights, strict=True):
+        weights[storage_paths.absolute(path)] += (
+            weight  # a model that is given twice has both weights
+        )
     entries = [
-        {"model": storage_paths.absolute(path), "parameters": {"weight": weight}}
-        for path, weight in zip(models.values(), best.weights, strict=True)
+        {"model": path, "parameters": {"weight": weight}}
+        for path, weight in weights.items()
         if weight
     ]
     config = {"merge_method": "linear", "models": entries}

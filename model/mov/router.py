@@ -86,7 +86,7 @@ class Routed(Adapter):
         embeddings = sentence.current()
         if embeddings is None and self.is_initializing():
             # The table of an encoder-decoder has the width of the model.
-            return jnp.zeros_like(site.layer_input), axes.UNMODELED
+            return jnp.zeros_like(site.layer_input), axes.SENTENCE
         if embeddings is None:
             raise AdapterError(
                 f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. "
@@ -95,9 +95,9 @@ class Routed(Adapter):
                 "sentence.sentence_embeddings(...)."
             )
         if isinstance(embeddings, sentence.OfTokens):
-            return embeddings.at(self.site_path), axes.UNMODELED
+            return embeddings.at(self.site_path), axes.SENTENCE
         between = (1,) * (site.layer_input.ndim - 2)
-        return embeddings.reshape(len(embeddings), *between, -1), axes.UNMODELED
+        return embeddings.reshape(len(embeddings), *between, -1), axes.SENTENCE
 
     def _jittered(self, x: jax.Array) -> jax.Array:
         if not (self.jitter and self.has_rng("dropout")):

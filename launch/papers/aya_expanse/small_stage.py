@@ -10,6 +10,7 @@ launch/papers/aya_expanse/small_sweep.py calls it:
 """
 
 import argparse
+import collections
 import json
 import pathlib
 from collections.abc import Sequence
@@ -97,10 +98,11 @@ def _arm(run: str) -> str:
 
 
 def _merge(flags: argparse.Namespace, to: pathlib.Path) -> None:
-    """Merges runs with equal weights."""
+    """Merges runs with equal weights; a run that is given twice has twice the weight."""
     import yaml
 
-    models = [{"model": run, "parameters": {"weight": 1.0}} for run in flags.runs]
+    counts = collections.Counter(flags.runs)
+    models = [{"model": run, "parameters": {"weight": float(n)}} for run, n in counts.items()]
     config: dict[str, Any] = {"merge_method": flags.method, "models": models}
     if flags.base is not None:
         config |= {"base_model": flags.base, "parameters": {"density": 0.5}}

@@ -12,6 +12,7 @@ import pytest
 
 from launch import convert, merge
 from launch.merging import models
+from launch.papers.aya_expanse import small_stage
 from launch.weights import model_card
 from model.hf import families
 from tests.launch.merging import folders
@@ -135,6 +136,22 @@ def test_layers_of_runs_are_stacked(tmp_path, capsys):
     name = f"layers/block_{period - 1}/mlp/up/kernel"
     a, b, out = (stored(f"{tmp_path}/run_{x}", name) for x in ("a", "b", "out"))
     assert np.array_equal(out, np.concatenate([a, b[-1:]]))
+
+
+@pytest.mark.parametrize("method", ["linear", "multislerp", "ties"])
+def test_a_merge_of_the_small_experiment_counts_a_run_that_is_given_twice(tmp_path, method):
+    make(tmp_path, "llama_0")
+    a, b = (f"{tmp_path}/run_{x}" for x in "ab")
+    flags = [f"--method={method}", *([f"--base={a}"] if method == "ties" else [])]
+    made = {}
+    for name, runs in (("twice", [b, a, b]), ("once", [b, a])):
+        to = tmp_path / "made" / name
+        assert small_stage.main(["merge", *flags, "--runs", *runs, f"--to={to}"]) == 0
+        made[name] = stored(str(to), "token_embed/embedding").astype(np.float64)
+    one, other = (stored(x, "token_embed/embedding").astype(np.float64) for x in (a, b))
+    if method == "linear":
+        np.testing.assert_allclose(made["twice"], (one + 2 * other) / 3, atol=1e-6)
+    assert np.abs(made["twice"] - other).sum() <= np.abs(made["once"] - other).sum()
 
 
 def test_low_rank_runs(tmp_path, command):

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
-from launch.merging import trials
+from launch.merging import search_run, trials
+from launch.merging.search_flags import SearchFlags
 from launch.merging.settings import MergeError
 from launch.merging.trials import Trial, Trials
 
@@ -104,3 +106,13 @@ def test_leaving_out_a_model_can_be_the_best_choice(tmp_path):
     assert best.weights == (0.5, 0.5, 0.0) and without[2][1] is best
     again = Trials(str(tmp_path / "t"), {}, harmed, budget=1)
     assert trials.best_with_table(again, delta=None)[0] == best and not again.new
+
+
+def test_a_model_that_is_given_twice_has_both_weights(tmp_path):
+    best = Trial((0.5, 0.25, 0.0, 0.25), {"x": 1.0}, {"x": 0.1})
+    models = {"one": "/runs/one", "two": "/runs/two", "none": "/runs/none", "again": "/runs/one"}
+    flags = SearchFlags(models=[], held_out=[], out=str(tmp_path))
+    search_run._written(flags, models, best, [])
+    document = yaml.safe_load((tmp_path / "merge.yml").read_text())
+    weights = {entry["model"]: entry["parameters"]["weight"] for entry in document["models"]}
+    assert weights == {"/runs/one": 0.75, "/runs/two": 0.25} and len(document["models"]) == 2

@@ -114,11 +114,15 @@ def test_small_arms_train_what_they_say_from_one_frozen_model():
     recipe = recipe_of(runs["mov10_top1"])
     adapter = recipe.model.layer_settings()[0].attention.adapters.slots["mov"]
     assert (adapter.num_experts, adapter.top_k, adapter.renormalise) == (10, 1, False)
-    lora, molora = (
-        recipe_of(runs[arm]).program(devices=jax.devices()[:1]) for arm in ("lora4", "molora10")
+    lora, molora, sentence = (
+        recipe_of(runs[arm]).program(devices=jax.devices()[:1])
+        for arm in ("lora4", "molora10", "mov10_sentence")
     )
     size = parameters.Size(2, 128, 256, 32, 0)
     assert lora.num_params(trained_only=True) == parameters.lora(size, sweep.RANK)
     assert molora.num_params(trained_only=True) == parameters.molora(size, 10, sweep.RANK)
+    # Eight routers for each layer of both stacks read a sentence's embedding, which has the model's width.
+    routers = 8 * size.layers * size.width
+    assert sentence.num_params(trained_only=True) == 10 * (parameters.ia3(size) + routers)
     full = recipe_of(runs["full"]).program(devices=jax.devices()[:1])
     assert 1e6 < full.num_params() == full.num_params(trained_only=True) < 3e6
