@@ -1,27 +1,30 @@
-"""Runs in object stores: a run killed on one host goes on on another, and its checkpoint is read by other commands."""
+"""Runs in object stores: a run killed on some hosts goes on on others, and other commands read and write there."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from launch import convert, score
+from launch import convert, merge, score
 from model.storage import mirror, paths
+from tests.launch.merging import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
+from trainers.checkpoints import step_dir
 
 WEIGHTS = "model.safetensors"
+SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
 
 
-def _start(train, address, copies):
-    """Starts the run as a process of a host with its own folders; each step takes a while."""
-    command = [sys.executable, "-m", "launch.train", *flags(train, address)]
-    command.append("--gin.train.train.hooks=[@local_text.LongSleep]")
-    environment = {**os.environ, mirror.COPIES: str(copies)}
+def _start(train, address, copies, *more, **variables):
+    """Starts the run as a process of a host with its own folders."""
+    command = [sys.executable, "-m", "launch.train", *flags(train, address), *more]
+    environment = {**os.environ, **variables, mirror.COPIES: str(copies)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
@@ -40,7 +43,7 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
     whole = tmp_path / "whole"
     assert train(*flags(train, whole)).status == 0
     address = f"{store.address}/runs/small"
-    process = _start(train, address, tmp_path / "host_a")
+    process = _start(train, address, tmp_path / "host_a", SLOWLY)
     _wait_for_checkpoint(process, address)
     second = train(*flags(train, address))  # while the first one trains
     assert second.status == 2 and f"{address} is in use: process {process.pid} on" in second.err
@@ -80,6 +83,85 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
         assert convert.main([f"--from={source}", f"--to_hf={hf}"]) == 0
         assert (hf / WEIGHTS).read_bytes() == paths.read(f"{exported}/{WEIGHTS}")
     assert convert.main([f"--from_hf={exported}", f"--to={imported}"]) == 2  # it is there
+
+
+def _start_pair(train, path, folder, *more):
+    """Starts the run as two processes, each of a host of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    device = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+    return [
+        _start(
+            *(train, path, folder / f"host{index}", "--gin.TRAIN_STEPS=8", *more),
+            *(f"--coordinator_address=127.0.0.1:{port}", "--process_count=2"),
+            f"--process_index={index}",
+            XLA_FLAGS=device,
+        )
+        for index in range(2)
+    ]
+
+
+def _finish(processes):
+    try:
+        results = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], results
+    return results
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("store", ["gs"], indirect=True)
+def test_two_hosts_are_killed_and_two_others_go_on(train, store, tmp_path):
+    whole, address = tmp_path / "whole", f"{store.address}/runs/pair"
+    _finish(_start_pair(train, whole, tmp_path / "a"))
+    processes = _start_pair(train, address, tmp_path / "b", SLOWLY)
+    _wait_for_checkpoint(processes[0], address)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    results = _finish(_start_pair(train, address, tmp_path / "c"))
+    assert re.search(rf"start +step 4 from {address}/checkpoints", results[0][0]), results
+    assert digests(address, 8) == digests(whole, 8)
+    run = mirror.local(address, without=("checkpoints",))
+    assert rows(run) == rows(whole)
+    assert points(run) == points(whole)
+    assert not [name for name in paths.names(address) if name.startswith(".lock")]
+
+
+def test_models_in_a_store_are_merged_into_a_store(store, tmp_path, branches):
+    first = folders.drawn(0, folders.shapes())
+    for name, tensors in (("a", first), ("b", folders.drawn(1, folders.shapes(), around=first))):
+        mirror.publish(folders.write(tmp_path / name, tensors), f"{store.address}/{name}")
+    for folder in branches.folders[:2]:
+        mirror.publish(folder, f"{store.address}/{os.path.basename(folder)}")
+
+    def merged(root, names, out):
+        weight = {"parameters": {"weight": 1}}
+        entries = [{"model": f"{root}/{name}", **weight} for name in names]
+        half = {"merge_method": "linear", "models": entries, "name": "half"}
+        last = {"merge_method": "linear", "models": [{"model": "half", **weight}, entries[0]]}
+        documents = [half, last]
+        text = "\n---\n".join(map(json.dumps, documents))
+        paths.write(f"{root}/merge.yml", text.encode())
+        return merge.main([f"--config={root}/merge.yml", f"--out={out}"])
+
+    address = f"{store.address}/merged"
+    assert merged(tmp_path, "ab", tmp_path / "merged") == 0
+    assert merged(store.address, "ab", address) == 0
+    for name in ("merged", "merged.stages/half"):
+        weights = paths.read(f"{store.address}/{name}/{WEIGHTS}")
+        assert weights == (tmp_path / name / WEIGHTS).read_bytes()
+    assert merged(store.address, "ab", address) == 2  # it is there, and so is its stage
+
+    runs = os.path.dirname(branches.folders[0])
+    names = [os.path.basename(folder) for folder in branches.folders[:2]]
+    assert merged(runs, names, tmp_path / "run") == 0
+    assert merged(store.address, names, f"{store.address}/run") == 0
+    there, here = (step_dir.resolve(f"{root}/run") for root in (store.address, tmp_path))
+    assert step_dir.read_manifest(there).arrays == step_dir.read_manifest(here).arrays
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
