@@ -210,6 +210,13 @@ def test_a_decoders_batches_may_have_embeddings_of_their_sentences():
     assert abs(float(one["loss"][0]) - float(other["loss"][0])) > 1e-4
 
 
+def test_adapters_of_a_model_without_attention_name_none_of_its_layers():
+    params = {"head": {"kernel": np.zeros((2, 3))}, "conv_0": {"kernel": np.zeros((2, 3))}}
+    with pytest.raises(AdapterError, match="no attention or MLP") as error:
+        adapter.report(params, adapters=adapter.named(lora=Lora))
+    assert "conv_0" not in str(error.value)
+
+
 def batch_of(program):
     like = program.recipe.abstract_batch(program.batch_sharding)
     batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in like.items()}
