@@ -6,7 +6,8 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
   python -m launch.score --checkpoint=/tmp/espalier_tiny --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
 
 Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens), or
-{"messages": [...]}, where an assistant's turn at the end is the targets. The output has them in order
+{"messages": [...]}, where an assistant's turn at the end is the targets. Of an encoder-decoder they are
+{"inputs": ..., "targets": ...}, texts or tokens; only inputs that are texts end with EOS. The output has them in order
 with "logprobs", one natural logarithm per target, and their "sum". Without targets every token of the row is
 one. The model's START_TOKEN comes before the first token; if it is None, the first token of a row has no
 log-probability. With --adapter, which is repeatable, all rows follow for

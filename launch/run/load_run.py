@@ -262,7 +262,8 @@ class RunConfig:
         if self.model.row == "inputs_and_targets" and not encoder_decoders:
             raise LoadError(
                 f"The checkpoint is of an {type(self.model).__name__}, and this command reads decoders alone: "
-                "launch.generate, launch.score, launch.evaluate loss, seqio and ranks, and launch.lm_eval read encoder-decoders."
+                "launch.generate, launch.score, launch.serve, launch.evaluate loss, seqio and ranks, launch.lm_eval, launch.influence and "
+                "launch.merge search read encoder-decoders."
             )
         if self.model.row == "images":
             raise LoadError(

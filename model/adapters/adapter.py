@@ -260,7 +260,7 @@ def _sites(params: Any) -> dict[str, tuple[str | None, int]]:
 
 
 def _examples(sites: Mapping[str, Any]) -> str:
-    names = [path for path in sites if re.fullmatch(PROJECTIONS[0], path)] or list(sites)
-    return (
-        f"layers are {', '.join(names[:4])}{', ...' if names[4:] else ''}" if names else "none is"
-    )
+    names = [path for path in sites if re.fullmatch(PROJECTIONS[0], path)]
+    if not names:
+        return "this model has no attention or MLP, whose projections adapters change"
+    return f"layers are {', '.join(names[:4])}{', ...' if names[4:] else ''}"

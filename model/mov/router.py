@@ -39,7 +39,8 @@ class Routed(Adapter):
       router_init: initialiser of the router. Zeros would leave equal experts equal for ever.
 
     Raises:
-      AdapterError: `top_k` is not between 1 and the number of experts, or no embedding for 'sentence'.
+      AdapterError: `top_k` is not between 1 and the number of experts, `balance_loss` without a choice of experts, or no
+        embedding for 'sentence'.
     """
 
     num_experts: Size = 10
@@ -50,13 +51,23 @@ class Routed(Adapter):
     balance_loss: NonNegative = 0.0
     router_init: Any = nn.initializers.normal(0.02)
 
+    def __post_init__(self):
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise AdapterError(
+                f"{type(self).__name__}: top_k = {self.top_k} must lie between 1 and num_experts = {self.num_experts}; None "
+                "mixes all."
+            )
+        if self.balance_loss and (self.top_k is None or self.num_experts == 1):
+            raise AdapterError(
+                f"{type(self).__name__}: balance_loss = {self.balance_loss} balances the load of chosen experts, and with top_k = "
+                f"{self.top_k} of {self.num_experts} none are chosen, so that it could not train a router: set top_k "
+                "(ADAPTER_TOP_K), or balance_loss = 0 (ADAPTER_BALANCE_LOSS)."
+            )
+        super().__post_init__()
+
     def weights(self, site: Adapted, tensor: jax.Array, axis: str) -> jax.Array:
         """Returns the experts' weights [..., N] for the tensor [..., W] of this site; `axis` is its last one's name."""
         top_k = self.num_experts if self.top_k is None else self.top_k
-        if not 1 <= top_k <= self.num_experts:
-            raise AdapterError(
-                f"{self.site_path}: top_k = {top_k} must lie between 1 and num_experts = {self.num_experts}; None mixes all."
-            )
         read, axis = self._read(site, tensor, axis)
         router = Dense(
             features=self.num_experts,
@@ -89,10 +100,10 @@ class Routed(Adapter):
             return jnp.zeros_like(site.layer_input), axes.SENTENCE
         if embeddings is None:
             raise AdapterError(
-                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. "
-                "Encoder-decoders have them of their inputs; a decoder has them in training, scoring and ranking, of batches "
-                "with the column 'sentence_embeddings', and not in generation. In Python, apply the model inside of "
-                "sentence.sentence_embeddings(...)."
+                f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. The commands "
+                "have them of an encoder-decoder's inputs alone: use 'site_tensor' or 'layer_input' for a decoder. In Python, "
+                "give float32 'sentence_embeddings' [rows, width of the model] in each batch of your own loop, or apply the "
+                "model inside of sentence.sentence_embeddings(...)."
             )
         if isinstance(embeddings, sentence.OfTokens):
             return embeddings.at(self.site_path), axes.SENTENCE

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from model.adapters import adapter
+from model.adapters.adapter import AdapterError
 from model.adapters.ia3 import Ia3
 from model.adapters.lora import Lora
 from model.attention import Attention
@@ -136,6 +137,84 @@ def test_adapters_train_on_factors_and_at_experts():
     assert sum("/attention/" in name for name in moved) == 4
     assert sum("/mlp/" in name for name in moved) == 3
     assert any(name.endswith("/attention/key/u") for name in after)
+
+
+def test_a_mixture_of_experts_has_mov_at_attention_and_ia3_at_its_experts():
+    make = {
+        "mov": functools.partial(Mov, inputs=(), num_experts=N),
+        "ia3": functools.partial(Ia3, outputs=()),
+    }
+
+    def model_with(**slots):
+        adapters = adapter.named(**slots)
+        block = functools.partial(
+            Block,
+            attention=functools.partial(Attention, adapters=adapters),
+            mlp=functools.partial(MoeMlp, num_experts=2, adapters=adapters),
+        )
+        sizes = {"num_layers": 1, "embed_dim": D, "num_heads": HEADS, "mlp_dim": F}
+        return Transformer(config=TransformerConfig(vocab_size=32, **sizes), block=block)
+
+    program = recipe_of(model_with(**make)).program(devices=jax.devices()[:1])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        state = program.init()
+        before = state_tree.flatten(jax.tree.map(np.array, state.params))
+        batch = jax.device_put(batch_of(program), program.batch_sharding)
+        state, _ = program.steps(0).train(state, batch)
+    after = state_tree.flatten(state.params)
+    moved = {name for name in after if np.any(after[name] != before[name])}
+    layer = "layers/block_0"
+    sites = {
+        f"{layer}/attention/key/adapter_mov/output_scales",
+        f"{layer}/attention/value/adapter_mov/output_scales",
+        f"{layer}/mlp/down/adapter_ia3/input_scale",
+    }
+    # The gradient of a router is zero while its vectors are equal.
+    assert {name for name in moved if "/router/" not in name} == sites
+    with pytest.raises(AdapterError, match="stacked experts, which adapter.named.mov cannot"):
+        recipe_of(model_with(mov=functools.partial(Mov, num_experts=N))).program()
+
+
+def test_a_compressed_cache_holds_the_rescaled_keys_and_values_of_a_longer_prompt():
+    model = model_of(scan=False, mov=functools.partial(Mov, num_experts=N))
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 1, 32)
+    params = filled(nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"])
+    whole = jax.jit(model.apply)({"params": params}, tokens)
+    caches = {}
+    for name, settings in (("full", {}), ("snapkv", {"capacity": 4, "window": 2})):
+        policy = policies.policy_named(name, **settings)
+        read = (model, params, policy, tokens, jnp.full(2, 7))
+        logits, caches[name] = prefill.prefill(*read, room=2)
+        np.testing.assert_allclose(logits, whole[:, -1], atol=1e-4)
+    for every, some in zip(caches["full"], caches["snapkv"], strict=True):
+        at_BXS = some.positions_BXS
+        there_BXS = at_BXS >= 0
+        assert (there_BXS.sum(-1) == 4).all()
+        at_BKS = jnp.broadcast_to(at_BXS, (2, HEADS, at_BXS.shape[-1]))[..., None]
+        for kind in ("k_BKSH", "v_BKSH"):
+            expected = jnp.take_along_axis(getattr(every, kind), jnp.maximum(at_BKS, 0), axis=2)
+            found = jnp.where(at_BKS >= 0, getattr(some, kind), expected)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_decoders_batches_may_have_embeddings_of_their_sentences():
+    make = functools.partial(Mov, num_experts=N, router_input="sentence")
+    program = recipe_of(model_of(mov=make)).program(devices=jax.devices()[:1])
+    with partitioning.use_mesh(program.mesh, program.rules):
+        params, batch = filled(program.init().params), batch_of(program)
+        evaluate = program.steps(0).evaluate
+        with pytest.raises(AdapterError, match="of an encoder-decoder's inputs alone"):
+            evaluate(params, batch)
+        embeddings = np.random.default_rng(0).normal(size=(2, 2, D)).astype(np.float32)
+        one, other = (evaluate(params, {**batch, "sentence_embeddings": x}) for x in embeddings)
+    assert abs(float(one["loss"][0]) - float(other["loss"][0])) > 1e-4
+
+
+def test_adapters_of_a_model_without_attention_name_none_of_its_layers():
+    params = {"head": {"kernel": np.zeros((2, 3))}, "conv_0": {"kernel": np.zeros((2, 3))}}
+    with pytest.raises(AdapterError, match="no attention or MLP") as error:
+        adapter.report(params, adapters=adapter.named(lora=Lora))
+    assert "conv_0" not in str(error.value)
 
 
 def batch_of(program):

@@ -23,6 +23,7 @@ ABLATIONS = {
     "top1": ("ADAPTER_TOP_K=1", RAW),
     "top2": ("ADAPTER_TOP_K=2", RAW),
     "top2_balanced": ("ADAPTER_TOP_K=2", RAW, "ADAPTER_BALANCE_LOSS=0.01"),
+    "sentence": ("ADAPTER_ROUTER_INPUT='sentence'",),
     "large_batch": ("BATCH_SIZE=2048", "TRAIN_STEPS=5000"),
 }
 

@@ -27,7 +27,7 @@ def unpack(name, folder):
             (folder / part / settings).write_text(str(case[f"{part}.json"]))
             tensors = {x.partition("/")[2]: case[x] for x in case if x.startswith(f"{part}/")}
             safetensors.numpy.save_file(tensors, folder / part / weights)
-        inputs = case["inputs"] if "inputs" in case else None
+        inputs = case.get("inputs")
         return case["tokens"], inputs, case["log_probs"]
 
 

@@ -212,7 +212,7 @@ def test_sentences_route_all_tokens_of_a_row_alike(kind, settings):
     without = nn.meta.unbox(module.init(KEY, x_btx()))["params"]["key"]
     # The width of an encoder-decoder's own table, until a context has another.
     assert without["adapter_one"]["router"]["kernel"].shape == (X, N)
-    with pytest.raises(AdapterError, match="sentence_embeddings"):
+    with pytest.raises(AdapterError, match="of an encoder-decoder's inputs alone"):
         apply(module, without)
     with sentence_embeddings(embeddings):
         params = nn.meta.unbox(module.init(KEY, x_btx()))["params"]["key"]
@@ -260,3 +260,11 @@ def test_more_choices_than_experts_are_refused():
         site(Mov, num_experts=N, top_k=5, **OUT)
     with pytest.raises(AdapterError, match="dora = False"):
         site(MoLora, num_experts=N, dora=True, rank=R, **ALL)
+    with pytest.raises(AdapterError, match="top_k = 2 must lie between 1 and num_experts = 1"):
+        Mov(num_experts=1, top_k=2)
+
+
+@pytest.mark.parametrize("settings", [{"num_experts": N}, {"num_experts": 1, "top_k": 1}])
+def test_a_balance_loss_without_a_choice_of_experts_is_refused_when_it_is_made(settings):
+    with pytest.raises(AdapterError, match="balance_loss = 0.01 balances the load of chosen"):
+        Mov(balance_loss=0.01, **settings)

@@ -100,6 +100,8 @@ def test_full_arms_are_all_methods_of_each_size_and_the_ablations_of_one():
         mov = {f"mov{n}" for n in full_sweep.MOV_EXPERTS[size]}
         others = {"full", "ia3", "lora4", "lora8", "lora16", "molora10", "molora15"}
         assert arms == others | mov | ablated
+    sentence = recipe_of(runs["mov10_sentence_3b"]).model.layer_settings()[0].attention.adapters
+    assert sentence.slots["mov"].router_input == "sentence"
     assert all(pathlib.Path(path).is_file() for run in runs.values() for path in run.gin_files)
 
 

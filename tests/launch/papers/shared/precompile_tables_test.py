@@ -36,7 +36,15 @@ def test_all_papers_and_sizes_have_rows():
         "bam_4x2b",
         "nexus_4x2p8b_extended",
     } < names
-    assert {"t5_11b_mov30", "dpo_8b", "ekfac_35b", "wrn28_10", "resnet50"} < names
+    assert {
+        "t5_11b_mov30",
+        "t5_3b_molora10",
+        "t5_770m_full",
+        "dpo_8b",
+        "ekfac_35b",
+        "wrn28_10",
+        "resnet50",
+    } < names
     assert len({tpu_topology.parse(row.topology).generation for row in ROWS}) == 4
 
 
