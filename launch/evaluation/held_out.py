@@ -6,11 +6,11 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
 The tasks are in the run's config.gin, and reading it calls the functions that it names, hence --trust_config. --gin_file
 and --gin.NAME=VALUE change it, such as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices. A Hugging
-Face checkpoint has no data: give gin files of data and recipe, such as t5x_configs/data/files_base.gin and
-t5x_configs/runs/pretrain.gin, or the config.gin of a run on the data.
+Face checkpoint has no data: give --gin_file with the config.gin of a run on the data, whose model is not used.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -83,7 +83,7 @@ def evaluate(
     """Evaluates a checkpoint on held-out splits and prints a table.
 
     Args:
-      recipe: the `Recipe` of the checkpoint's run.
+      recipe: the `Recipe` of the checkpoint's run; a Hugging Face directory has a model of its own.
       register: functions that register SeqIO tasks.
       stream: opens the held-out split of a task; called with (task=).
       mixture_or_task_name: the mixture whose tasks are evaluated.
@@ -101,10 +101,14 @@ def evaluate(
     """
     import jax
 
+    from launch.run import hf_checkpoint, run_model
     from trainers import evaluate as evaluation
     from trainers import partitioning
     from trainers.telemetry import metric_writers
 
+    if hf_checkpoint.is_hf(checkpoint):
+        model = run_model.of_checkpoint(checkpoint, macro="checkpoint")
+        recipe = dataclasses.replace(recipe, model=model)
     program = recipe.program()
     values, meta = load_run.restore(
         checkpoint, recipe.model, program.abstract_state.params, params=params

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model import axes
 from model.rope import Rope
 from model.same import Same
 from model.t5.encoder_decoder import EncoderDecoder
@@ -163,6 +163,10 @@ def native_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=4)
 def _native_shapes(model: Same) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = nn.unbox(jax.eval_shape(model.value.init, jax.random.key(0), tokens))["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}
+    boxed = jax.eval_shape(model.value.init, jax.random.key(0), tokens)["params"]
+    # Not nn.unbox, which would split shapes over a mesh that is in use.
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=axes.is_boxed)
+    return {
+        "/".join(str(key.key) for key in path): getattr(leaf, "value", leaf).shape
+        for path, leaf in leaves
+    }

@@ -104,27 +104,19 @@ def test_influence_reads_it_for_documents_and_for_queries(llama, command, tmp_pa
     assert "import it with launch.convert" in capsys.readouterr().err
 
 
-def test_held_out_loss_is_that_of_the_import(llama, command, tmp_path, capsys):
-    (tmp_path / "d.jsonl").write_text('{"text": "import os"}\n' * 3)
-    assert command("convert", f"--from_hf={llama}", f"--to={tmp_path}/run") == 0
-    data = (
-        "--gin_file=t5x_configs/data/files_base.gin",
-        "--gin_file=t5x_configs/runs/pretrain.gin",
-        f"--gin.MODEL_DIR={tmp_path}/none",
-        f"--gin.FILES={tmp_path}/d.jsonl",
-        f"--gin.VALIDATION_FILES={tmp_path}/d.jsonl",
-        "--gin.MIXTURE_OR_TASK_NAME=files",
-        "--gin.TASK_FEATURE_LENGTHS={'targets': 16}",
-        "--gin.BATCH_SIZE=8",
-        f"--gin.stream.make_eval_stream.cache_dir={tmp_path}/cache",
-    )
-    losses = []
-    for checkpoint in (llama, tmp_path / "run"):
-        report = tmp_path / "eval.json"
-        flags = (f"--checkpoint={checkpoint}", f"--json={report}")
-        assert command("evaluate loss", *flags, *data) == 0
-        losses.append(json.loads(report.read_text())["tasks"]["files"]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+def test_held_out_loss_is_that_of_the_run(llama, command, trained_run, tmp_path, capsys):
+    assert command("convert", f"--from={trained_run.path}", f"--to_hf={tmp_path}/hf") == 0
+    settings = f"--gin_file={trained_run.path}/config.gin"
+    losses = {}
+    for name, flags in {
+        "run": (f"--checkpoint={trained_run.path}", "--trust_config"),
+        "hf": (f"--checkpoint={tmp_path}/hf", settings),
+    }.items():
+        report = tmp_path / f"{name}.json"
+        cache = f"--gin.stream.make_eval_stream.cache_dir={tmp_path}/cache"
+        assert command("evaluate loss", *flags, cache, f"--json={report}") == 0
+        losses[name] = json.loads(report.read_text())["tasks"]["files"]["loss"]
+    assert losses["hf"] == pytest.approx(losses["run"], rel=1e-5)
     capsys.readouterr()
     assert command("evaluate loss", f"--checkpoint={llama}", "--trust_config") == 2
     assert "describes no data: configure data and recipe" in capsys.readouterr().err
