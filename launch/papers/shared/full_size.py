@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch import cli
-from launch.config import gin_source
 
 _LLAMA = ("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin")
 
@@ -59,6 +58,8 @@ class Row:
 
         The definition is the command and the statements of its gin files and of their includes, without comments.
         """
+        from launch.config import gin_source
+
         statements = [
             [path, type(statement).__name__, repr(statement._replace(location=None))]
             for path, statement in gin_source.statements(self.files)
