@@ -132,6 +132,8 @@ def kernel_flops(kernel: Kernel, mean_keys: float) -> float | None:
     """Returns the FLOPs of one call of an attention kernel or a grouped product; None for kernels of another kind."""
     if kernel.name.startswith("ragged-dot"):
         return _grouped_flops(kernel)
+    if kernel.name.startswith("tgmm"):
+        return _transposed_flops(kernel)
     products = next((n for part, n in _KERNEL_PRODUCTS.items() if part in kernel.name), None)
     # The operands are integer tables of the mask first, then queries [..., T, H] and keys.
     queries = next((a for a in kernel.operands if _is_float(a) and len(a.dims) >= 3), None)
@@ -151,6 +153,15 @@ def _grouped_flops(kernel: Kernel) -> float:
     if rows is None or kernels is None:
         return 0.0
     return 2.0 * rows.size * kernels.size / (kernels.dims[0] * rows.dims[1])
+
+
+def _transposed_flops(kernel: Kernel) -> float | None:
+    """Returns the FLOPs of megablox's transposed product, rows [X, R] or [R, X] by gradients [R, Y], as if every row had an expert."""
+    matrices = [array for array in kernel.operands if _is_float(array) and len(array.dims) == 2]
+    if len(matrices) != 2:
+        return None
+    rows, gradients = matrices
+    return 2.0 * rows.size * gradients.dims[1]
 
 
 def _is_float(array: Array) -> bool:

@@ -371,6 +371,14 @@ def test_grouped_products_by_their_shapes():
     assert compile_report.kernel_flops(groups, 4) == 0
 
 
+@pytest.mark.parametrize("rows", [(1024, 512), (512, 1024)])
+def test_transposed_grouped_products_by_their_shapes(rows):
+    tables = Array("s32", (5,)), Array("s32", (11,))
+    matrices = Array("bf16", rows), Array("bf16", (1024, 256))
+    flops = compile_report.kernel_flops(Kernel("tgmm.3", 1, (*tables, *matrices)), 4)
+    assert flops == 2 * 1024 * 512 * 256
+
+
 def test_other_kernels_are_not_guessed():
     assert compile_report.kernel_flops(Kernel("gmm", 1, (Array("bf16", (8, 8, 8)),)), 4) is None
 

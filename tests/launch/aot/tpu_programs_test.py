@@ -130,6 +130,24 @@ def test_the_accelerator_tier_compiles(name, tpu_environment):
 
 @pytest.mark.tpu
 @needs_libtpu
+def test_a_mixture_of_real_widths_takes_the_transposed_kernel(tpu_environment):
+    """Heads of 128 and widths of whole tiles: no form falls back, and FLOPs of experts do not grow with their number."""
+    topology = tpu_topology.parse("v5e:1x1")
+    sizes = {"embed_dim": 512, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 256}
+    model = {**accelerator_case.MIXTRAL, **sizes, "num_layers": 2, "vocab_size": 256}
+    work = {**accelerator_case.WORKLOADS["moe"], "model": model, "batch_size": 1, "length": 512}
+    program = precompile.resolved(accelerator_jax.recipe_of(work), topology)
+    report, _ = _compiled(programs.train(program), program)
+    assert report.fits and not report.unknown_kernels
+    # A layer has three products with experts: forward twice, since layers are recomputed, and both gradients.
+    product = 2 * (2 * 512) * sizes["embed_dim"] * sizes["mlp_dim"]
+    attention = 2 * 512 * (513 / 2) * 512
+    assert report.flops.kernels == pytest.approx(2 * (12 * product + 11 * attention), rel=0.01)
+    assert report.flops.compiled < 1.5 * report.flops.analytic
+
+
+@pytest.mark.tpu
+@needs_libtpu
 def test_flops_of_the_products_of_experts(tpu_environment):
     """The figures of docs/benchmarks.md in small: a compiled program is the same for all sizes of experts."""
     from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
