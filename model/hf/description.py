@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model import axes
 from model.rope import Rope
 from model.same import Same
 from model.t5.encoder_decoder import EncoderDecoder
@@ -163,6 +164,10 @@ def native_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=4)
 def _native_shapes(model: Same) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = nn.unbox(jax.eval_shape(model.value.init, jax.random.key(0), tokens))["params"]
+    boxed = jax.eval_shape(model.value.init, jax.random.key(0), tokens)["params"]
+    # Within a mesh, `nn.unbox` would constrain shapes, which have no sharding.
+    params = jax.tree.map(
+        lambda x: x.value if axes.is_boxed(x) else x, boxed, is_leaf=axes.is_boxed
+    )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}

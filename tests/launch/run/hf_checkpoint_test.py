@@ -110,7 +110,6 @@ def test_held_out_loss_is_that_of_the_import(llama, command, tmp_path, capsys):
     data = (
         "--gin_file=t5x_configs/data/files_base.gin",
         "--gin_file=t5x_configs/runs/pretrain.gin",
-        f"--gin.MODEL_DIR={tmp_path}/none",
         f"--gin.FILES={tmp_path}/d.jsonl",
         f"--gin.VALIDATION_FILES={tmp_path}/d.jsonl",
         "--gin.MIXTURE_OR_TASK_NAME=files",
