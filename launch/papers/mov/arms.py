@@ -1,6 +1,7 @@
 """Names of the arms of launch/papers/mov/sweep.py, and the scores of their runs."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,23 @@ CHANCE = 1 / 4
 LEARNED = 0.2
 
 
+@dataclasses.dataclass(frozen=True)
 class Runs(results.Results):
-    """Runs of the sweep, as `measure.run` returns them."""
+    """Runs of the sweep, as `measure.run` returns them.
+
+    Attributes:
+      unlearned: the loss on other strings of the frozen models that have not learned the compositions, by seed. Their
+        seeds' runs are left out.
+    """
+
+    unlearned: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def judging(cls, rows: Sequence[Mapping[str, Any]]) -> "Runs":
+        """Returns the runs of the seeds whose frozen model has learned the compositions."""
+        losses = {row["seed"]: row["trained_loss"] for row in rows if row["arm"] == BASE}
+        unlearned = {seed: loss for seed, loss in losses.items() if loss > LEARNED}
+        return cls([row for row in rows if row["seed"] not in unlearned], unlearned)
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         """Returns the accuracy on held-out compositions, the loss on those that are trained, and parameters."""
@@ -50,9 +66,6 @@ class Runs(results.Results):
         return score != ACCURACY
 
     def degenerate(self, row: Mapping[str, Any]) -> str:
-        loss = (self.find(BASE).get(row["seed"]) or {}).get("trained_loss")
-        if loss is not None and loss > LEARNED:
-            return f"the frozen model has not learned the compositions: a loss of {loss:.2f} on other strings, above {LEARNED}"
         return loads.collapsed(row, self.top_1(row["arm"]))
 
     def limits(self, score: str) -> tuple[float, float] | None:

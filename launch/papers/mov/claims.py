@@ -16,6 +16,7 @@ from launch.papers.shared import results
 from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
 
 PART = "operations"
+SEEDS = 4  # the least number for a verdict, of five: one frozen model may not have learned
 MARGIN = 0.02  # what counts as no worse
 SPECIALISED = 0.05  # of total variation: by how much tasks must differ in what routers choose
 REACH = 0.05  # by how much a method may be worse than full tuning to be within reach
@@ -23,7 +24,7 @@ TOP_1, TOP_1_RENORMALISED, TOP_2, LAYER_INPUT, SENTENCE = (
     f"{MOV[0]}_{name}" for name in ("top1", "top1_renormalised", "top2", "layer_input", "sentence")
 )
 
-_better = functools.partial(results.compare, ACCURACY)
+_better = functools.partial(results.compare, ACCURACY, seeds=SEEDS)
 
 
 def saturating(runs: Runs, where: str) -> list[Effect]:
@@ -66,7 +67,7 @@ def _plain(kind: str) -> str:
 def _effect(
     where: str, what: str, by_seed: dict[int, float], note: str, above: float = 0.0
 ) -> Effect:
-    return Effect(where=where, what=what, by_seed=by_seed, above=above, note=note)
+    return Effect(where=where, what=what, by_seed=by_seed, above=above, note=note, seeds=SEEDS)
 
 
 def _here(*measures: Measure) -> dict[str, Sequence[Measure]]:

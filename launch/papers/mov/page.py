@@ -16,13 +16,14 @@ _TEXT = [
     f"them ({sweep.BASE_STEPS:,} updates), in the words "
     f"{', '.join(rows.KNOWN_WORDS.values())}, with {rows.NEW_WORDS_SHARE:g} single operations in the words of the arms for each "
     "composition. A letter and its place are one piece of the vocabulary, since T5 has no positions in "
-    "cross-attention. This is the **frozen model**; the verdicts of a seed whose frozen model has a loss above "
-    f"{LEARNED} on other strings are not measured.",
+    "cross-attention. This is the **frozen model**; a seed whose frozen model has a loss above "
+    f"{LEARNED} on other strings is left out.",
     f"- *arms*: each continues it for {sweep.STEPS} updates of about 70 examples of 36 compositions, in the words "
     f"{', '.join(rows.NEW_WORDS.values())}: "
     f"full tuning (rate {sweep.FULL_RATE:g}), (IA)3 and MoV ({sweep.VECTOR_RATE:g}), LoRA and MoLORA ({sweep.LORA_RATE:g}, "
     f"experts of rank {sweep.RANK}), Adam without decay. LoRA has MoLORA's sites. *top-1*, *top-2*: a token uses only its most "
-    "probable experts, whose weights are their probabilities, as in the paper's code, or sum to 1 (*renormalised*). "
+    "probable experts, whose weights are their probabilities, as in the paper's code, or sum to 1 (*renormalised*); their balance "
+    f"loss has a weight of {sweep.BALANCE:g}. "
     "*Routed by layers' inputs*: a router reads what attention or MLP reads, not the tensor that it rescales; *by sentences*: the "
     "mean embedding of the inputs, the same for all tokens of an example.",
     f"- *judged*: {rows.HELD_OUT_ROWS} rows of each of {len(rows.held_out())} compositions that no arm was tuned on, in the new "
@@ -39,7 +40,8 @@ _TEXT = [
 def _setup(parts: Mapping[str, Any]) -> list[str]:
     out, missing = list(_TEXT), []
     for runs in parts.values():
-        out.insert(0, f"- *runs*: {runs.amount()}.")
+        unlearned = [f"seed {seed} (a loss of {x:.2f})" for seed, x in runs.unlearned.items()]
+        out.insert(0, f"- *runs*: {runs.amount()}. Left out: {', '.join(unlearned) or 'none'}.")
         missing = runs.missing((BASE, *TUNED), runs.seeds)
     return [*out, *page.missing(missing, tuple(measure.PARTS), parts)]
 
@@ -119,7 +121,8 @@ def _swapped(
 
 
 def _read(measured: Mapping[str, Any]) -> dict[str, Runs]:
-    return {part: Runs(measured[part]) for part in measure.PARTS if measured.get(part)}
+    parts = [part for part in measure.PARTS if measured.get(part)]
+    return {part: Runs.judging(measured[part]) for part in parts}
 
 
 REPORT = page.Report(

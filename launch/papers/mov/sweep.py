@@ -16,7 +16,7 @@ CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
 MOV = "t5x_configs/methods/mov/"
 # Of the frozen model, on single operations and then on compositions: on all at once it takes twice as long.
-SINGLE_STEPS, BASE_STEPS = 800, 1000
+SINGLE_STEPS, BASE_STEPS = 800, 1400
 STEPS = 600  # of each tuned arm
 RANK = 4  # of MoLORA's experts
 # Learning rates: vectors need a larger one than matrices.
@@ -27,12 +27,15 @@ MOLORA_EXPERTS = (10, 15)
 LORA_RANKS = (4, 16)
 # LoRA at the sites of MoLORA: of a gated MLP, the branch with the activation and the last projection.
 LORA_SITES = "LORA_LAYERS=['(.*/)?\\\\w*attention/(query|key|value|out)', '(.*/)?mlp/(gate|down)']"
+_CHOSE = 5  # seeds of an earlier round, which chose BASE_STEPS and the balance of routers, and judge nothing
 RAW = "ADAPTER_RENORMALISE=False"  # as the paper's code has it
+BALANCE = 0.1  # weight of the balance loss, without which a router of one expert often collapses
+_CHOOSING = f"ADAPTER_BALANCE_LOSS={BALANCE}"
 # Variant of MoV-10 -> bindings.
 VARIANTS = {
-    "top1": ("ADAPTER_TOP_K=1", RAW),
-    "top1_renormalised": ("ADAPTER_TOP_K=1",),
-    "top2": ("ADAPTER_TOP_K=2", RAW),
+    "top1": ("ADAPTER_TOP_K=1", RAW, _CHOOSING),
+    "top1_renormalised": ("ADAPTER_TOP_K=1", _CHOOSING),
+    "top2": ("ADAPTER_TOP_K=2", RAW, _CHOOSING),
     "layer_input": ("ADAPTER_ROUTER_INPUT='layer_input'",),
     "sentence": ("ADAPTER_ROUTER_INPUT='sentence'",),
 }
@@ -66,7 +69,8 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     evaluations = {
         name: {"call": f"launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
     }
-    return configs.config(arms, seeds=seeds, evaluations=evaluations)
+    judging = configs.seeds(int(seeds) + _CHOSE)[_CHOSE:]
+    return configs.config(arms, seeds=judging, evaluations=evaluations)
 
 
 def _rate(value: float) -> str:
