@@ -96,5 +96,5 @@ def test_generated_tokens_have_the_probabilities_of_scoring(made, beams):
 def test_without_a_batch_there_is_no_sentence(made):
     model, params = made
     ids = jnp.ones((1, 3), jnp.int32)
-    with pytest.raises(AdapterError, match="not in generation"):
+    with pytest.raises(AdapterError, match="inputs alone"):
         model.apply({"params": params}, ids, encoder_tokens_BS=ids)
