@@ -105,13 +105,16 @@ def test_influence_reads_it_for_documents_and_for_queries(llama, command, tmp_pa
 
 
 def test_held_out_loss_is_that_of_the_import(llama, command, tmp_path, capsys):
-    (tmp_path / "d.jsonl").write_text('{"text": "import os"}\n' * 3)
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "import os"}\n' * 3)
     assert command("convert", f"--from_hf={llama}", f"--to={tmp_path}/run") == 0
+    files = [f"t5x_configs/{name}.gin" for name in ("data/files_base", "runs/pretrain")]
+    lines = [f"include '{name}'\n" for name in files]
+    (tmp_path / "data.gin").write_text("".join([*lines, "MODEL_DIR = 'none'\n"]))
     data = (
-        "--gin_file=t5x_configs/data/files_base.gin",
-        "--gin_file=t5x_configs/runs/pretrain.gin",
-        f"--gin.FILES={tmp_path}/d.jsonl",
-        f"--gin.VALIDATION_FILES={tmp_path}/d.jsonl",
+        f"--gin_file={tmp_path}/data.gin",
+        f"--gin.FILES={tmp_path}/train.jsonl",
+        f"--gin.VALIDATION_FILES={tmp_path}/held_out.jsonl",
         "--gin.MIXTURE_OR_TASK_NAME=files",
         "--gin.TASK_FEATURE_LENGTHS={'targets': 16}",
         "--gin.BATCH_SIZE=8",
@@ -126,7 +129,7 @@ def test_held_out_loss_is_that_of_the_import(llama, command, tmp_path, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     capsys.readouterr()
     assert command("evaluate loss", f"--checkpoint={llama}", "--trust_config") == 2
-    assert "describes no data: configure data and recipe" in capsys.readouterr().err
+    assert "describes no data: give those of a run" in capsys.readouterr().err
 
 
 def test_a_judge_knows_its_weights_and_settings_by_their_content(llama, tmp_path):
