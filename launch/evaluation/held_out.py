@@ -6,7 +6,7 @@ Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
 
 The tasks are in the run's config.gin, and reading it calls the functions that it names, hence --trust_config. --gin_file
 and --gin.NAME=VALUE change it, such as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices. A Hugging
-Face checkpoint has no data: give --gin_file with the config.gin of a run on the data, whose model is not used.
+Face directory has no data: --gin_file=RUN/config.gin takes those of a run with its vocabulary, whose model is not used.
 """
 
 import argparse

@@ -137,8 +137,8 @@ def whole_files(
             return [own if file == OWN else file for file in files_of(checkpoint, gin_file)]
         if is_hf:
             raise LoadError(
-                f"{checkpoint} is a Hugging Face checkpoint, which describes no data: configure data and recipe yourself, "
-                "--gin_file=FILE."
+                f"{checkpoint} is a Hugging Face checkpoint, which describes no data: give those of a run with its vocabulary, "
+                "--gin_file=RUN/config.gin, or configure data and recipe yourself, --gin_file=FILE."
             )
         raise LoadError(
             f"The data of {checkpoint} are described in its {CONFIG}, and reading that calls the functions that it names. "
