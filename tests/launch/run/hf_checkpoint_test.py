@@ -119,7 +119,7 @@ def test_held_out_loss_is_that_of_the_run(llama, command, trained_run, tmp_path,
     assert losses["hf"] == pytest.approx(losses["run"], rel=1e-5)
     capsys.readouterr()
     assert command("evaluate loss", f"--checkpoint={llama}", "--trust_config") == 2
-    assert "describes no data: configure data and recipe" in capsys.readouterr().err
+    assert "describes no data: give those of a run" in capsys.readouterr().err
 
 
 def test_a_judge_knows_its_weights_and_settings_by_their_content(llama, tmp_path):
