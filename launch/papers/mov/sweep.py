@@ -1,8 +1,8 @@
 """Light experts (arXiv 2309.05444) on a small T5: all claims, on compositions of operations in words that it has not read together.
 
 A T5 is pre-trained by span corruption, then on all compositions of two operations in one set of words, and on single operations in
-another. It is frozen, and each arm is tuned on 36 compositions in the other words; the 12 that are left are judged by ranking answer choices. A tuned arm is about two minutes on
-one core, the frozen model about five; the number of seeds after a colon:
+another. It is frozen, and each arm is tuned on 36 compositions in the other words; the 12 that are left are judged by ranking answer
+choices. A tuned arm is about two minutes on one core, the frozen model about eight; the number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/mov/sweep.py:5 --out runs/mov/operations --workers 2
 """
@@ -69,7 +69,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     evaluations = {
         name: {"call": f"launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
     }
-    judging = configs.seeds(int(seeds) + _CHOSE)[_CHOSE:]
+    judging = configs.seeds(seeds, after=_CHOSE)
     return configs.config(arms, seeds=judging, evaluations=evaluations)
 
 

@@ -18,9 +18,10 @@ def config(arms: Mapping[str, Any], **settings: Any) -> ml_collections.ConfigDic
     )
 
 
-def seeds(number: int | str) -> tuple[int, ...]:
-    """Returns so many seeds that judge claims."""
-    return tuple(range(FIRST_SEED, FIRST_SEED + int(number)))
+def seeds(number: int | str, *, after: int = 0) -> tuple[int, ...]:
+    """Returns so many seeds that judge claims, `after` others that chose something."""
+    first = FIRST_SEED + after
+    return tuple(range(first, first + int(number)))
 
 
 def arm(*gin_files: str, **settings: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     for name, phase in PHASES.items():
         arms[name] = _arm(phase, parent)
         parent = name
-    return configs.config(arms, seeds=configs.seeds(int(seeds) + _CHOSE)[_CHOSE:])
+    return configs.config(arms, seeds=configs.seeds(seeds, after=_CHOSE))
 
 
 def _arm(phase: Phase, parent: str | None) -> dict[str, Any]:

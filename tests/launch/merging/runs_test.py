@@ -139,20 +139,19 @@ def test_layers_of_runs_are_stacked(tmp_path, capsys):
     assert np.array_equal(out, np.concatenate([a, b[-1:]]))
 
 
-@pytest.mark.parametrize("method", ["linear", "multislerp", "ties"])
+@pytest.mark.parametrize("method", ["linear", "multislerp"])
 def test_a_merge_of_the_small_experiment_counts_a_run_that_is_given_twice(tmp_path, method):
     make(tmp_path, "llama_0")
     a, b = (f"{tmp_path}/run_{x}" for x in "ab")
-    flags = [f"--method={method}", *([f"--base={a}"] if method == "ties" else [])]
     made = {}
     for name, runs in (("twice", [b, a, b]), ("once", [b, a])):
         to = tmp_path / "made" / name
-        assert small_stage.main(["merge", *flags, "--runs", *runs, f"--to={to}"]) == 0
+        assert small_stage.main(["merge", f"--method={method}", "--runs", *runs, f"--to={to}"]) == 0
         made[name] = stored(str(to), "token_embed/embedding").astype(np.float64)
     one, other = (stored(x, "token_embed/embedding").astype(np.float64) for x in (a, b))
     if method == "linear":
         np.testing.assert_allclose(made["twice"], (one + 2 * other) / 3, atol=1e-6)
-    assert np.abs(made["twice"] - other).sum() <= np.abs(made["once"] - other).sum()
+    assert np.abs(made["twice"] - other).sum() < 0.8 * np.abs(made["once"] - other).sum()
 
 
 def test_the_small_experiment_merges_with_the_weights_that_it_searched(

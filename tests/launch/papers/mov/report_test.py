@@ -100,17 +100,17 @@ def test_a_frozen_model_that_never_learned_and_a_collapsed_router_give_no_verdic
     rows_ = measured()["operations"]
 
     def without(*seeds):
-        found = [
+        changed = [
             {**row, "trained_loss": 0.4} if row["arm"] == "base" and row["seed"] in seeds else row
             for row in rows_
         ]
-        return {one.name: one for one in page.REPORT.judge({"operations": found})}
+        return {one.name: one for one in page.REPORT.judge({"operations": changed})}
 
     one_less = without(12)["M1"]
     assert one_less.verdict == "holds"
     assert all(set(effect.by_seed) == {10, 11, 13, 14} for effect in one_less.effects)
-    found = {name: claim.verdict for name, claim in without(12, 13).items()}
-    assert found["M1"] == found["M3"] == found["M5"] == "not measured"
+    verdicts = {name: claim.verdict for name, claim in without(12, 13).items()}
+    assert verdicts["M1"] == verdicts["M3"] == verdicts["M5"] == "not measured"
     one = [[0.9, 0.1]] * 4
     collapsed = {task: {"mlp": one, "attention": one} for task in TASKS}
     for row in rows_:
