@@ -198,11 +198,11 @@ def test_parameters_of_the_base_are_the_base_model():
             ["LoRA of up", "rank 7", "[6, 8]", "`ranks`"],
         ),
         (
-            {"a": functools.partial(Lora, layers=("up", "upp"), rank=1)},
-            ["adapter.named.a", "'upp'", "`layers`", "down, gate, up"],
+            {"a": functools.partial(Lora, layers=(".*up", "upp"), rank=1)},
+            ["adapter.named.a", "'upp'", "`layers`", "mlp/down, mlp/gate, mlp/up"],
         ),
         (
-            {"a": functools.partial(Lora, layers=("up",), ranks=[("u", 1)], rank=1)},
+            {"a": functools.partial(Lora, layers=(".*up",), ranks=[("u", 1)], rank=1)},
             ["'u'", "`ranks`"],
         ),
         (
@@ -214,7 +214,7 @@ def test_parameters_of_the_base_are_the_base_model():
 def test_sites_that_cannot_be_are_one_error(slots, words):
     module = mlp(**slots)
     with pytest.raises(AdapterError) as error:
-        adapter.report(mlp_params(module), adapters=module.adapters)
+        adapter.report({"mlp": mlp_params(module)}, adapters=module.adapters)
     assert all(word in str(error.value) for word in words), error.value
 
 

@@ -85,7 +85,13 @@ def test_a_start_is_recorded_while_it_runs_and_the_next_one_knows_what_was_lost(
     path, clock = tmp_path / lifetime.FILE, Clock()
     goodput = Goodput(clock=clock)
     clock.now += 3
-    life = Lifetime(str(path), path.write_text, goodput, pause=0.01)
+
+    def write(text):  # the test reads while the thread writes
+        temporary = tmp_path / "temporary"
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    life = Lifetime(str(path), write, goodput, pause=0.01)
     # As of a process that is killed: nothing is written at its end.
     life._thread.start()
     life.goes_on_from(0, of_run=False)
