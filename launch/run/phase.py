@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from model.adapters.adapter import adapters_of, check_settings
-from trainers.checkpoints import restore, step_dir
+from trainers.checkpoints import base_step, restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from trainers.checkpoints.manifest import DamagedCheckpointError
 from trainers.recipe import Program
@@ -101,7 +101,7 @@ def restore_start(
     Raises:
       ValueError: a parent with another vocabulary or other beginnings of documents, or damaged in a way
         that changes the phase.
-      DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
+      DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError, BaseModelError.
     """
     start = restore.restore_or_initialise(
         checkpointer,
@@ -124,10 +124,28 @@ def restore_start(
         meta["upcycled"] = start.meta["upcycled"]
     if record := parent.record():
         meta["initial"] = record
+    if initial.base_apart:
+        meta[base_step.META] = _base(program, start, initial)
     check_settings(program.recipe.model, start.meta.get("adapters"), start.path)
     if (adapters := adapters_of(program.recipe.model)) is not None:
         meta["adapters"] = adapters.settings
     return start, meta
+
+
+def _base(
+    program: Program, start: restore.Restored, initial: InitialCheckpoint
+) -> Mapping[str, str]:
+    """Returns what this run's checkpoints say of the base model that they are without."""
+    if start.source == "run":
+        return start.meta[base_step.META]  # a run does not change its configuration
+    assert start.path is not None  # see InitialCheckpoint.check
+    if start.state.ema_params is not None:
+        raise ValueError(
+            "BASE_APART is without effect on moving averages, which have the base model too: set EMA_DECAY = None."
+        )
+    return base_step.frozen(
+        start.path, program.abstract_state.params, program.mask, use_ema=initial.use_ema
+    )
 
 
 def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:

@@ -80,11 +80,7 @@ def write(
     Raises:
       ConvertError: `config` describes a model with other adapters.
     """
-    record = {
-        "path": os.fspath(base.step),
-        "params": "ema" if base.root.startswith("ema") else "raw",
-        "digest": base_step.digest(base.entries),
-    }
+    record = base_step.named(base)
     with new_directory(target) as folder:
         pathlib.Path(folder, CONFIG).write_text(config, encoding="utf-8")
         model_record.write(folder)

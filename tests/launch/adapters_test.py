@@ -99,3 +99,42 @@ def test_a_preference_run_learns_adapters_against_its_base(train, flags, unrolle
     more = [f"--gin.INITIAL_CHECKPOINT_PATH={str(alone)!r}", f"--gin.REFERENCE={str(alone)!r}"]
     other = train(*flags, *more, f"--gin.MODEL_DIR={str(tmp_path / 'b')!r}", "--gin.LORA_ALPHA=4.0")
     assert other.status == 2 and "alpha of adapter.named.lora is 3.0 there and 4.0" in other.err
+
+
+def test_checkpoints_without_the_base_go_on_as_with_it(train, flags, unrolled_run, tmp_path):
+    def run(name, *more):
+        return train(
+            *flags, "--gin.CHECKPOINT_PERIOD=2", *more, f"--gin.MODEL_DIR={str(tmp_path / name)!r}"
+        )
+
+    def arrays(name):
+        return step_dir.read_manifest(step_dir.resolve(tmp_path / name)).arrays
+
+    assert run("whole").status == 0
+    apart = "--gin.BASE_APART=True"
+    assert run("alone", apart).status == 0
+    last = step_dir.resolve(tmp_path / "alone")
+    step_dir.remove(last)  # as of a run that is stopped in its third update
+    result = run("alone", apart)
+    assert result.status == 0 and step_dir.resolve(tmp_path / "alone") == last, result.err
+    whole, alone = arrays("whole"), arrays("alone")
+    base = {name for name in whole if name.startswith("params/") and not is_adapter(name)}
+    assert base and set(alone) == set(whole) - base
+    assert all(x.digest == whole[name].digest for name, x in alone.items())
+    with load_run.config_of(str(last)).load(str(last)) as loaded:
+        up = loaded.params["layers"]["block_0"]["mlp"]["up"]
+    assert set(up) == {"kernel", "adapter_lora"}
+
+    moved = tmp_path / "alone" / "base.json"
+    moved.write_text(json.dumps({"path": "/no/such/run"}))
+    result = run("alone", apart)
+    assert result.status == 2 and "/no/such/run is missing" in result.err
+    moved.unlink()
+    for name, more, words in (
+        ("whole", (apart,), "BASE_APART was False there and is True now"),
+        ("b", (apart, "--gin.TRAINED=['.*']"), "train all adapters and nothing else"),
+        ("c", (apart, "--gin.INITIAL_CHECKPOINT_PATH=None"), "BASE_APART reads the base model"),
+        ("d", (apart, "--gin.recipe.Recipe.ema_decay=0.9"), "moving averages"),
+    ):
+        result = run(name, *more)
+        assert result.status == 2 and words in result.err, result.err

@@ -1,6 +1,6 @@
 """Checkpoints of adapters alone: a step without the base model's parameters, which are read from the base's own step.
 
-Its record names the base's step and the digest of the base's parameters, so that adapters are never combined with another
+`launch.convert --to_adapter` writes one, and with `InitialCheckpoint.base_apart` every step of a run is one. Its record names the base's step and the digest of the base's parameters, so that adapters are never combined with another
 base. Where the base has moved, `base.json` in the adapters' run directory says where it is now.
 """
 
@@ -57,9 +57,69 @@ def parts(step: epath.Path, recorded: Manifest, params: str) -> list[Part]:
     root, own = recorded.params(params)
     parts = [Part(step, recorded, root, own)]
     if own and all(map(is_adapter, own)):
-        record = step_dir.read_record(step, recorded)["meta"].get(META)
-        parts += [] if record is None else [_base(step, record)]
+        base = base_in(step, step_dir.read_record(step, recorded)["meta"])
+        parts += [] if base is None else [base]
     return parts
+
+
+def base_in(step: epath.Path, meta: Mapping[str, Any]) -> Part | None:
+    """Returns the base's parameters that a step's facts name; None if they name none. Raises the errors of `parts`."""
+    return _base(step, meta[META]) if META in meta else None
+
+
+def named(base: Part) -> dict[str, str]:
+    """Returns what a step's facts say of the base that it is without."""
+    params = "ema" if base.root.startswith("ema") else "raw"
+    return {"path": os.fspath(base.step), "params": params, "digest": digest(base.entries)}
+
+
+def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[str, str]:
+    """Returns what the facts of a run's steps say of its base, the checkpoint that it starts from.
+
+    Args:
+      start: the step directory that the run starts from.
+      params: the model's parameters, arrays or jax.ShapeDtypeStruct.
+      mask: tree of bools, True where trained; None when everything is.
+      use_ema: whether the run starts from the moving average.
+
+    Raises:
+      BaseModelError: the run trains more or less than its adapters, or the base is not as it was saved.
+    """
+    flat = state_tree.flatten(params)
+    trains = dict.fromkeys(flat, True) if mask is None else state_tree.flatten(mask)
+    if wrong := [name for name in flat if trains[name] != is_adapter(name)]:
+        kind = (
+            "is no adapter, but trained"
+            if trains[wrong[0]]
+            else "is an adapter that is not trained"
+        )
+        raise BaseModelError(
+            f"BASE_APART is for runs that train all adapters and nothing else: {wrong[0]} {kind}."
+        )
+    base = base_of(start, "ema" if use_ema else "raw")
+    there = {name: str(entry) for name, entry in base.entries.items()}
+    here = {
+        name: f"{leaf.dtype.name}{list(leaf.shape)}"
+        for name, leaf in flat.items()
+        if not is_adapter(name)
+    }
+    for name in sorted({*there, *here}):
+        if there.get(name) != here.get(name):
+            raise BaseModelError(
+                f"BASE_APART needs the base model as it was saved, but {name} is {there.get(name, 'missing')} in {base.step} "
+                f"and {here.get(name, 'missing')} here: set BASE_APART = False, or start from a model of this form."
+            )
+    return named(base)
+
+
+def without_base(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of a state, by path, that a step with these facts holds."""
+    apart = META in meta
+    return {
+        name: array
+        for name, array in arrays.items()
+        if not (apart and name.startswith("params/") and not is_adapter(name))
+    }
 
 
 def entries(step: epath.Path, recorded: Manifest, params: str) -> dict[str, ArrayEntry]:

@@ -20,7 +20,7 @@ from etils import epath
 from orbax.checkpoint import multihost
 
 from model.ranges import Count, Size
-from trainers.checkpoints import agreement, array_files, manifest, state_tree, step_dir
+from trainers.checkpoints import agreement, array_files, base_step, manifest, state_tree, step_dir
 from trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
 from trainers.checkpoints.local_tier import LocalSteps, LocalTier
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
@@ -131,7 +131,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         Args:
           step: the number of steps taken; names the directory.
           state: any pytree of jax.Array; may be donated when this returns.
-          meta: JSON facts about the run.
+          meta: JSON facts about the run. If they name a base model (base_step.py), its parameters are left out.
           metrics: metrics of this step, including the metric that ranks steps.
           occasion: 'period' saves a shared step, and a local one if that is due; 'local' a local one alone; 'signal' first a
             local one, then a shared one if the time suffices.
@@ -143,7 +143,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           CheckpointSaveError: this save could not begin, or the previous save failed.
           ValueError: the metric that ranks steps is none of the run's; the step is saved.
         """
-        arrays = state_tree.flatten_arrays(state)
+        arrays = base_step.without_base(state_tree.flatten_arrays(state), meta or {})
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"step": step, "metrics": numbers, "meta": dict(meta or {})}
         json.dumps(record)  # Errors are raised here, not in the thread.

@@ -27,6 +27,8 @@ class InitialCheckpoint:
       assignment, strict, use_ema: with 'params', see `restore_params`.
       added: with 'params', patterns of parameters that keep their initial values if the checkpoint lacks them, such as
         adapters.
+      base_apart: whether the run's own checkpoints have its adapters without the frozen base model, which is read from here
+        whenever one of them is (base_step.py).
       transform: transforms the checkpoint's parameters to this model's (model/transforms/base.py).
       moments: with `transform`, 'reset' uses fresh optimiser moments, 'carry' transforms the checkpoint's.
     """
@@ -38,6 +40,7 @@ class InitialCheckpoint:
     strict: bool = True
     use_ema: bool = False
     added: Sequence[str] = ()
+    base_apart: bool = False
     transform: TreeTransform | None = None
     moments: Moments = "reset"
 
@@ -74,6 +77,11 @@ class InitialCheckpoint:
                 f"INITIAL_SCOPE = {self.scope!r} restores a whole state, so "
                 f"{', '.join(name for name, is_set in options.items() if is_set)} would have no "
                 "effect: remove this setting, or use INITIAL_SCOPE = 'params'."
+            )
+        if self.base_apart and (not self.path or self.transform is not None or self.assignment):
+            raise ValueError(
+                "BASE_APART reads the base model from INITIAL_CHECKPOINT_PATH, as it is there: set this path, and no "
+                "INITIAL_TRANSFORM or InitialCheckpoint.assignment."
             )
         if self.transform is not None and not self.path:
             raise ValueError(

@@ -14,10 +14,10 @@ import optax
 from etils import epath
 
 from trainers.anomaly import GATHERED, STATISTICS
-from trainers.checkpoints import state_tree, step_dir
+from trainers.checkpoints import base_step, state_tree, step_dir
 from trainers.checkpoints.array_files import read_verified, sharding_of
 from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
-from trainers.checkpoints.manifest import Manifest
+from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     describe,
@@ -115,7 +115,7 @@ def restore_state(
       expected_meta: keys that must have these values in the recorded meta.
 
     Raises:
-      DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError.
+      DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError, BaseModelError.
     """
 
     read = functools.partial(
@@ -136,11 +136,26 @@ def read_step(
     record = step_dir.read_record(step, recorded)
     _check_meta(step, record["meta"], expected_meta or {})
     wanted = state_tree.flatten(abstract_state)
-    saved = dict(recorded.arrays)
+    base = base_step.base_in(step, record["meta"])
+    of_base = {} if base is None else {f"params/{name}": x for name, x in base.entries.items()}
+    saved = {**recorded.arrays, **of_base}
     unknown = _unknown_losses(saved, wanted)
     _check_same_arrays(step, saved, wanted)
-    arrays = {**read(step, recorded, wanted), **unknown}
+    own = {name: leaf for name, leaf in wanted.items() if name not in of_base}
+    arrays = {**read(step, recorded, own), **unknown}
+    if base is not None:
+        arrays |= _read_base(step, base, {name: wanted[f"params/{name}"] for name in base.entries})
     return Restored(**record, state=state_tree.unflatten(arrays, abstract_state), path=step)
+
+
+def _read_base(step: epath.Path, base: base_step.Part, wanted: state_tree.Flat) -> state_tree.Flat:
+    """Returns the base's parameters by their path in a state."""
+    there = {base.root + name: leaf for name, leaf in wanted.items()}
+    try:
+        arrays = read_verified(base.step, base.recorded, there)
+    except DamagedCheckpointError as error:  # its adapters are good: they are not set aside
+        raise base_step.BaseModelError(f"{step} is without its base model: {error}") from None
+    return {f"params/{name}": arrays[base.root + name] for name in wanted}
 
 
 def restore_or_initialise(

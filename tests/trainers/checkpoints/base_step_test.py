@@ -1,0 +1,97 @@
+"""Steps of adapters without their base model: in both tiers, on any mesh, and with a base that is damaged."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trainers.checkpoints import base_step, step_dir
+from trainers.checkpoints.base_step import BaseModelError
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.local_tier import LocalTier
+
+ADAPTER = "adapter_a"
+
+
+def state_of(step, devices=8):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("a",))
+    rng = np.random.default_rng(0)  # the base is the same in every step
+
+    def array(*shape, split=None):
+        return jax.device_put(rng.standard_normal(shape, np.float32), NamedSharding(mesh, P(split)))
+
+    base = {"kernel": array(16, 8, split="a"), "scale": array(8)}
+    rng = np.random.default_rng(step)
+    return {
+        "params": {"mlp": {**base, ADAPTER: {"b": array(8)}}},
+        "opt_state": {"mlp": {ADAPTER: {"b": array(8)}}},
+    }
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The step directory of a base model, whose parameters are a moving average."""
+    params = state_of(0)["params"]
+    del params["mlp"][ADAPTER]
+    other = jax.tree.map(lambda x: 2 * x, params)
+    with Checkpointer(tmp_path / "base") as checkpointer:
+        checkpointer.save(7, {"params": other, "ema_params": params})
+    return step_dir.resolve(tmp_path / "base")
+
+
+def facts(base):
+    params = state_of(0)["params"]
+    mask = {"mlp": {"kernel": False, "scale": False, ADAPTER: {"b": True}}}
+    return {base_step.META: base_step.frozen(base, params, mask, use_ema=True)}
+
+
+def test_both_tiers_read_the_base_from_its_own_step(base, tmp_path):
+    def opened():
+        local = LocalTier(directory=str(tmp_path / "host"), period=1)
+        return Checkpointer(tmp_path / "run", local=local)
+
+    with opened() as checkpointer:
+        for step, occasion in ((1, "period"), (2, "local")):
+            checkpointer.save(step, state_of(step), meta=facts(base), occasion=occasion)
+    assert set(step_dir.read_manifest(tmp_path / "run" / "1").arrays) == {
+        f"params/mlp/{ADAPTER}/b",
+        f"opt_state/mlp/{ADAPTER}/b",
+    }
+    for step in (2, 1):
+        with opened() as checkpointer:
+            restored = checkpointer.restore_latest(state_of(0, devices=2))
+        assert restored.step == step
+        jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(step))
+        shutil.rmtree(tmp_path / "host")  # the second time the shared step is read
+
+
+def test_a_damaged_base_is_named_and_the_adapters_stay(base, tmp_path):
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, state_of(1), meta=facts(base))
+    file = next(Path(base).glob("state/**/d/*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with (
+        Checkpointer(tmp_path / "run") as checkpointer,
+        pytest.raises(BaseModelError, match=r"run/1 is without its base model: .*base/7"),
+    ):
+        checkpointer.restore_latest(state_of(0))
+    assert step_dir.resolve(tmp_path / "run") == tmp_path / "run" / "1"
+
+
+def test_a_run_that_changes_its_base_is_refused(base):
+    state, everything = (
+        state_of(0)["params"],
+        {"kernel": True, "scale": False, ADAPTER: {"b": True}},
+    )
+    with pytest.raises(BaseModelError, match="mlp/kernel is no adapter, but trained"):
+        base_step.frozen(base, state, {"mlp": everything}, use_ema=True)
+    nothing = {"mlp": {"kernel": False, "scale": False, ADAPTER: {"b": False}}}
+    with pytest.raises(BaseModelError, match="is an adapter that is not trained"):
+        base_step.frozen(base, state, nothing, use_ema=True)
+    state["mlp"]["scale"] = state["mlp"]["scale"].astype("bfloat16")
+    with pytest.raises(BaseModelError, match=r"mlp/scale is float32\[8\] in .*bfloat16\[8\] here"):
+        base_step.frozen(base, state, {"mlp": {**everything, "kernel": False}}, use_ema=True)
