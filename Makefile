@@ -27,7 +27,7 @@ quickstart: venv
 	$(BIN)/python -m launch.quickstart
 
 test: venv
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=40 --durations-min=5
 
 smoke: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke

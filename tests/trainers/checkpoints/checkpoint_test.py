@@ -716,7 +716,7 @@ def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_save_and_restore_as_one(tmp_path):
+def test_two_processes_save_and_restore_as_one(two_processes, tmp_path):
     script = """
         import json, logging, os, sys
         import jax, numpy as np
@@ -782,34 +782,8 @@ def test_two_processes_save_and_restore_as_one(tmp_path):
             checkpointer.wait()
         print("fine", index)
     """
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(i), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for i, (out, err) in enumerate(results):
-        assert f"fine {i}" in out, err[-3000:]
-    assert sum(err.count("3.aside") for _, err in results) == 1  # One warning for the run.
+    errors = two_processes(script)
+    assert sum(err.count("3.aside") for err in errors) == 1  # One warning for the run.
     # One process with another mesh reads what two wrote.
     like = {"params": {f"w{i}": jax.ShapeDtypeStruct((64, 48), jnp.float32) for i in range(4)}}
     like = abstract(placed(jax.tree.map(lambda x: jnp.zeros(x.shape), like), mesh_of(8)))

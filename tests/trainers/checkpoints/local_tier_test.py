@@ -1,12 +1,7 @@
 """Checkpoints in two tiers: the newest good one is restored, and only if all processes hold it."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -264,7 +259,7 @@ def test_without_a_local_tier_nothing_of_it_is_written(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_use_a_local_step_only_if_both_hold_it_undamaged(tmp_path):
+def test_two_processes_use_a_local_step_only_if_both_hold_it_undamaged(two_processes, tmp_path):
     script = """
         import glob, logging, os, shutil, sys
         import jax, numpy as np
@@ -330,33 +325,13 @@ def test_two_processes_use_a_local_step_only_if_both_hold_it_undamaged(tmp_path)
         restored(4, "checkpoints", (P("b"), P("a", "b"), P(("b", "a")), P()))
         print("fine", index)
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(i), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    results = [process.communicate(timeout=180) for process in processes]
-    for i, (out, err) in enumerate(results):
-        assert f"fine {i}" in out, err
-    lines = [line for line in results[0][1].splitlines() if "Continuing from" in line]
+    errors = two_processes(script)
+    lines = [line for line in errors[0].splitlines() if "Continuing from" in line]
     assert len(lines) == 3, lines
     assert "local step 5 is held by 1 of 2 processes only. Continuing from step 4 of" in lines[0]
     assert "disk0" in lines[1] and "state/blocks.bin does not match its checksum" in lines[1]
     assert "has another mesh's part of w" in lines[2]
-    assert "Continuing from" not in results[1][1]  # one process speaks
+    assert "Continuing from" not in errors[1]  # one process speaks
     token = json.loads((tmp_path / "checkpoints" / TOKEN).read_text())["token"]
     for i in range(2):
         [folder] = (tmp_path / f"disk{i}").glob("*/*")

@@ -2,12 +2,7 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
-import socket
-import subprocess
-import sys
-import textwrap
 
 import flax.linen as nn
 import jax
@@ -122,7 +117,7 @@ def fit_in_a_process(folder):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_fit_as_one_does(model, params, tmp_path):
+def test_two_processes_fit_as_one_does(two_processes, model, params, tmp_path):
     """They read what the first one writes, and save when it does, whatever their own clocks say."""
     script = """
         import pathlib, sys
@@ -138,31 +133,7 @@ def test_two_processes_fit_as_one_does(model, params, tmp_path):
         np.save(folder / f"scores{index}.npy", fit_test.fit_in_a_process(folder / "two"))
         print("fine", index)
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(i), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=250) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for i, (out, err) in enumerate(results):
-        assert f"fine {i}" in out, err[-3000:]
+    two_processes(script)
     one = Reader(model=model, params=params, batch_size=16)
     want = scored(one, tmp_path / "one", FitSettings(blocks=2), texts(40, 3), texts(3, 4), rank=3)
     own, other = (files.read(tmp_path / name / "covariances")[0] for name in ("one", "two"))

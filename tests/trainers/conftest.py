@@ -1,0 +1,50 @@
+"""What several tests of training share."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """Runs a script in two processes of two devices each; its arguments are a folder, the process's index and a free port.
+
+    The script must end with printing "fine" and its index. Returns what each process wrote to standard error.
+    """
+
+    def run(script: str) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(ROOT),
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(i), str(port)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        try:
+            results = [process.communicate(timeout=250) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for i, (out, err) in enumerate(results):
+            assert f"fine {i}" in out, err[-3000:]
+        return [err for _, err in results]
+
+    return run
