@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from launch import cli, environment
@@ -108,23 +108,47 @@ def _kills(seed: int) -> Iterator[Case]:
 
 
 def _chain(name: str, kill: Any, count: int, bench: Bench) -> int:
-    """Kills a run `count` times; one that ends before it is killed is compared, and a new one begins."""
-    choice, kills, runs = bench.random(name), 0, 0
-    run, before = bench.folder / "run_0", 0
+    choice = bench.random(name)
+    return chain(
+        bench,
+        count,
+        kill=lambda run: kill(bench, bench.folder / run, choice),
+        train=lambda run: program.train(bench, bench.folder / run),
+        local=lambda run: bench.folder / run,
+    )
+
+
+def chain(
+    bench: Bench,
+    count: int,
+    *,
+    kill: Callable[[str], program.Process],
+    train: Callable[[str], program.Process],
+    local: Callable[[str], pathlib.Path],
+) -> int:
+    """Kills a run `count` times; one that ends before it is killed is compared, and a new one begins.
+
+    Args:
+      kill: starts the run of this name and kills it; returns the ended process.
+      train: starts it.
+      local: returns a folder with its files as they are now.
+    """
+    kills, runs = 0, 0
+    run, before = "run_0", 0
     while kills < count:
-        process = kill(bench, run, choice)
+        process = kill(run)
         _started_from(process, before)
         if process.status == 0:
-            program.ends_like(bench, run)
+            program.ends_like(bench, local(run))
             runs += 1
-            run, before = bench.folder / f"run_{runs}", 0
+            run, before = f"run_{runs}", 0
         else:
             kills += 1
-            before = program.good_step(run)
-    last = program.train(bench, run)
+            before = program.good_step(local(run))
+    last = train(run)
     last.succeeded()
     _started_from(last, before)
-    program.ends_like(bench, run)
+    program.ends_like(bench, local(run))
     return count
 
 

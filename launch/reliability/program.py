@@ -105,6 +105,19 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> Process:
     """Starts `python -m launch.COMMAND FLAGS` in a forked process; `before` is called in it first."""
+
+    def act() -> int:
+        if before is not None:
+            before()
+        return _run(command, list(flags))
+
+    return fork(bench, act, environment)
+
+
+def fork(
+    bench: Bench, act: Callable[[], int | None], environment: Mapping[str, str] | None = None
+) -> Process:
+    """Calls `act` in a forked process, whose exit status it returns; None is 0."""
     number = len(list(bench.folder.glob("process_*.log")))
     log = bench.folder / f"process_{number}.log"
     log.touch()
@@ -117,9 +130,7 @@ def start(
         os.dup2(file, 2)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.environ.update(environment or {})
-        if before is not None:
-            before()
-        status = _run(command, list(flags))
+        status = act() or 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -179,8 +190,8 @@ def train_flags(bench: Bench, run: pathlib.Path | str, *bindings: str) -> list[s
     return [*files, *(f"--gin.{setting}" for setting in settings)]
 
 
-def train(bench: Bench, run: pathlib.Path, *bindings: str, **options: Any) -> Process:
-    """Starts or continues the tiny run in directory `run`."""
+def train(bench: Bench, run: pathlib.Path | str, *bindings: str, **options: Any) -> Process:
+    """Starts or continues the tiny run in directory or address `run`."""
     return start(bench, "train", train_flags(bench, run, *bindings), **options)
 
 
