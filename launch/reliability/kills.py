@@ -107,6 +107,31 @@ def _kills(seed: int) -> Iterator[Case]:
         yield Case(f"4 kills at random times, chain {chain}", act, 2400, own_process=True)
 
 
+def _kills_with_a_local_tier(seed: int) -> Iterator[Case]:
+    del seed
+    for number in range(6):
+        act = functools.partial(_chain_with_a_local_tier, f"local tier {number}")
+        yield Case(f"5 kills at random writes, chain {number}", act, 2400, own_process=True)
+
+
+def _chain_with_a_local_tier(name: str, bench: Bench) -> int:
+    """Kills at writes to either tier. The disk's name begins with the run's, so that the shim watches both."""
+    choice = bench.random(name)
+
+    def start(run: str, before: Callable[[], None] | None = None) -> program.Process:
+        path = bench.folder / run
+        flags = program.train_flags(bench, path)
+        flags += program.local_tier(bench.folder / f"{run}_disk")
+        return program.start(bench, "train", flags, before=before)
+
+    def kill(run: str) -> program.Process:
+        mode, at = choice.choice([shim.KILL, shim.KILL_HALF]), choice.randrange(10, 250)
+        before = functools.partial(shim.files, bench, bench.folder / run, mode, at)
+        return killed(start(run, before))
+
+    return chain(bench, 5, kill=kill, train=start, local=lambda run: bench.folder / run)
+
+
 def _chain(name: str, kill: Any, count: int, bench: Bench) -> int:
     choice = bench.random(name)
     return chain(
@@ -164,7 +189,11 @@ def _kill_at_write(bench: Bench, run: pathlib.Path, choice: random.Random) -> pr
     """Kills a start before or in the middle of a random write, rename or sync below the run's directory."""
     mode = choice.choice([shim.KILL, shim.KILL_HALF])
     at = choice.randrange(10, 150)
-    process = program.train(bench, run, before=lambda: shim.files(bench, run, mode, at))
+    return killed(program.train(bench, run, before=lambda: shim.files(bench, run, mode, at)))
+
+
+def killed(process: program.Process) -> program.Process:
+    """Waits for the end, which must be that of the run or by SIGKILL."""
     if process.wait() not in (-signal.SIGKILL, 0):
         raise Unclear(f"status {process.status}: ...{process.text[-500:]}")
     return process
@@ -177,9 +206,7 @@ def _kill_at_time(bench: Bench, run: pathlib.Path, choice: random.Random) -> pro
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     process.signal(signal.SIGKILL)
-    if process.wait() not in (-signal.SIGKILL, 0):
-        raise Unclear(f"status {process.status}: ...{process.text[-500:]}")
-    return process
+    return killed(process)
 
 
 def _lost_processes(seed: int) -> Iterator[Case]:
@@ -318,5 +345,12 @@ ROWS = (
         "it is refused; the first one is not disturbed",
         _writers,
         sample=0,
+    ),
+    Row(
+        28,
+        "SIGKILL at random writes of a run with a local tier of checkpoints",
+        "the newest step that is good in either tier loads; the run ends bit-equal, metrics too",
+        _kills_with_a_local_tier,
+        sample=1,
     ),
 )

@@ -190,6 +190,15 @@ def train_flags(bench: Bench, run: pathlib.Path | str, *bindings: str) -> list[s
     return [*files, *(f"--gin.{setting}" for setting in settings)]
 
 
+def local_tier(disk: pathlib.Path) -> list[str]:
+    """Returns the flags by which the tiny run also saves on a disk of its host, at every update."""
+    return [
+        "--gin_file=t5x_configs/runs/local_checkpoints.gin",
+        f"--gin.LOCAL_CHECKPOINT_DIR={str(disk)!r}",
+        "--gin.LOCAL_CHECKPOINT_PERIOD=1",
+    ]
+
+
 def train(bench: Bench, run: pathlib.Path | str, *bindings: str, **options: Any) -> Process:
     """Starts or continues the tiny run in directory or address `run`."""
     return start(bench, "train", train_flags(bench, run, *bindings), **options)

@@ -136,10 +136,7 @@ def _kill(bench: Bench, bucket: _Bucket, run: str, choice: random.Random) -> pro
         partial.replace(bucket.plan)
 
     address, host = f"{bucket.address}/{run}", _host(bench, bucket, choice)
-    process = program.train(bench, address, before=plan, environment=host)
-    if process.wait() not in (-signal.SIGKILL, 0):
-        raise Unclear(f"status {process.status}: ...{process.text[-500:]}")
-    return process
+    return kills.killed(program.train(bench, address, before=plan, environment=host))
 
 
 def _copy(bench: Bench, bucket: _Bucket, run: str) -> pathlib.Path:

@@ -22,6 +22,7 @@ from tests.trainers.checkpoints import saver
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.commit import CheckpointSaveError
+from trainers.checkpoints.local_tier import LocalTier
 from trainers.checkpoints.manifest import DamagedCheckpointError
 from trainers.checkpoints.restore import restore_state
 
@@ -118,6 +119,22 @@ def test_kills_at_random_requests_of_saves(store, tmp_path):
     restored = restore_state(f"{store.address}/run", jax.eval_shape(lambda: saver.state(0)))
     assert restored.step == 6
     jax.tree.map(np.testing.assert_array_equal, restored.state, saver.state(6))
+
+
+def test_a_local_tier_beside_a_store(store, saved, tmp_path):
+    """The newest good step of both tiers is used: the local one, and if it is damaged, that of the store."""
+    tier = LocalTier(directory=str(tmp_path / "disk"), period=1)
+    with Checkpointer(saved, local=tier) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 2)
+        checkpointer.save(3, state(3), meta={"x": 1}, occasion="local")
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 2]
+    with Checkpointer(saved, local=tier) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 3)
+    (blocks,) = tmp_path.glob("disk/*/*/3/**/blocks.bin")
+    blocks.write_bytes(b"")
+    with Checkpointer(saved, local=tier) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 2)
 
 
 def test_a_store_that_fails_now_and_then_and_is_slow_does_no_harm(store, saved):
