@@ -51,9 +51,12 @@ class Killer:
         self._client, self._requests = 0, 0
 
     def __call__(self, method: str, path: str) -> int | None:
-        if method in ("GET", "HEAD") or not self._plan.exists():
+        if method in ("GET", "HEAD"):
             return None
-        client, at, executed = json.loads(self._plan.read_text())
+        try:
+            client, at, executed = json.loads(self._plan.read_text())
+        except FileNotFoundError:
+            return None
         with self._lock:
             self._requests = self._requests + 1 if client == self._client else 1
             self._client = client
@@ -136,7 +139,10 @@ def _kill(bench: Bench, bucket: _Bucket, run: str, choice: random.Random) -> pro
         partial.replace(bucket.plan)
 
     address, host = f"{bucket.address}/{run}", _host(bench, bucket, choice)
-    return kills.killed(program.train(bench, address, before=plan, environment=host))
+    try:
+        return kills.killed(program.train(bench, address, before=plan, environment=host))
+    finally:
+        bucket.plan.unlink(missing_ok=True)  # the next process may get the same id
 
 
 def _copy(bench: Bench, bucket: _Bucket, run: str) -> pathlib.Path:

@@ -53,6 +53,7 @@ def main(directory, last, plan, kills):
             train(directory, int(last))
             os._exit(0)
         print(f"ended {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}", flush=True)
+        pathlib.Path(plan).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
