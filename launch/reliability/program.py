@@ -22,11 +22,12 @@ from typing import Any
 from etils import epath
 
 from launch import cli
-from launch.reliability.table import Bench, Lost, Silent, Unclear
+from launch.reliability.table import Bench, Lost, NotTried, Silent, Unclear
 from trainers.checkpoints import step_dir
 from trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 STEPS, PERIOD = 12, 3  # updates of the run, and between its saves
+_NOT_TRIED = 76  # exit status of a process in which the fault cannot be made
 _HALF = 8  # between two saves and two rows
 
 
@@ -47,7 +48,11 @@ class Process:
         return self.status
 
     def wait(self, seconds: float = 600.0) -> int:
-        """Returns the exit status; kills the process and raises Unclear if it takes too long."""
+        """Returns the exit status; kills the process and raises Unclear if it takes too long.
+
+        Raises:
+          NotTried: `before` could not make the fault.
+        """
         end = time.monotonic() + seconds
         while (status := self.poll()) is None:
             if time.monotonic() > end:
@@ -56,6 +61,8 @@ class Process:
                     f"no end after {seconds:.0f} s; its output ends with {self.text[-300:]}"
                 )
             time.sleep(0.02)
+        if status == _NOT_TRIED:
+            raise NotTried(self.text.rpartition("not tried: ")[2].strip())
         return status
 
     def signal(self, number: int) -> None:
@@ -133,6 +140,9 @@ def fork(
         status = act() or 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
+    except NotTried as reason:
+        print(f"not tried: {reason}")
+        status = _NOT_TRIED
     except BaseException:
         traceback.print_exc()
     finally:

@@ -98,6 +98,13 @@ def test_a_killed_process_is_noticed(bench):
         process.refused()
 
 
+def test_a_fault_that_a_process_cannot_make_is_not_tried(tmp_path):
+    bench = Bench(out=tmp_path, folder=tmp_path, seed=0, shim=None)
+    process = program.start(bench, "train", [], before=lambda: shim.clock(bench))
+    with pytest.raises(NotTried, match="^no C compiler$"):
+        process.wait()
+
+
 def test_the_table_is_written_between_its_marks(tmp_path):
     row = Row(3, "a bit", "named", lambda seed: [Case("a", print), Case("b", print)])
     page = tmp_path / "reliability.md"
