@@ -141,7 +141,7 @@ def fork(
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except NotTried as reason:
-        print(f"not tried: {reason}")
+        os.write(1, f"not tried: {reason}".encode())
         status = _NOT_TRIED
     except BaseException:
         traceback.print_exc()
