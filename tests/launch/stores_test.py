@@ -1,5 +1,6 @@
 """Runs in object stores: a run killed on some hosts goes on on others, and other commands read and write there."""
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from model.storage import mirror, paths
 from tests.launch.merging import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
 from trainers.checkpoints import step_dir
+from trainers.telemetry import lifetime
+from trainers.telemetry.goodput import Goodput
 
 WEIGHTS = "model.safetensors"
 SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
@@ -90,13 +93,19 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path, cap
     assert convert.main([f"--from_hf={exported}", f"--to={imported}"]) == 2  # it is there
 
 
-def test_the_record_of_a_life_is_in_the_store_before_any_checkpoint(store):
-    """A host that is killed leaves it to the next one."""
+def test_the_record_of_a_life_is_in_the_store_before_any_checkpoint(store, capsys):
+    """A host that is killed leaves it to the next one, and to who asks."""
     address = f"{store.address}/run"
     run = run_dir.prepare(address, "")
     run.write("run.json", "later")
-    run.write_through("lifetime.json", "now")
-    assert paths.read(f"{address}/lifetime.json") == b"now"
+    write = functools.partial(run.write_through, lifetime.FILE)
+    with lifetime.Lifetime(run.file(lifetime.FILE), write, Goodput()) as life:
+        life.goes_on_from(0, of_run=False)
+        life.reached(7)
+        life._record()
+        assert report.main(["--time", address]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"{address}: ") and "0 to 7 " in text and text.endswith(" running\n")
     assert not paths.exists(f"{address}/run.json") or paths.read(f"{address}/run.json") != b"later"
     run.close()
     assert paths.read(f"{address}/run.json") == b"later"
