@@ -45,8 +45,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--all", nargs="?", const=_REPRODUCTIONS, metavar="DIR", help=all_help)
     sweep_help = "folders (--out) of sweeps: finished runs by arm, with a dot for each seed"
     which.add_argument("--sweep", nargs="+", metavar="DIR", help=sweep_help)
-    time_help = "run directories: where their time went, over all their starts"
+    time_help = "run directories, or addresses: where their time went, over all their starts"
     which.add_argument("--time", nargs="+", metavar="DIR", help=time_help)
+    cli.take_addresses(parser, "time")
     for module in _with_flags():
         which.add_argument(f"--{module.FLAG}", nargs="+", metavar="DIR", help=module.HELP)
     out_help = f"folder or file to write (default with --all: {_SCORECARD})"

@@ -151,7 +151,8 @@ def _cluster(file: str, overrides: Sequence[str], memory_gb: float | None) -> "S
         )
     if not settings.SWEEPS:
         raise SubmitError(
-            f"{file}: {settings.BACKEND} cannot run a sweep, whose runs wait for each other in one folder: use SLURM."
+            f"{file}: {settings.BACKEND} cannot run a sweep, whose runs wait for each other in one folder: use SLURM, or this "
+            "machine (without --cluster)."
         )
     if settings.processes > 1:
         raise SubmitError(

@@ -124,7 +124,7 @@ def train(
         peers.note_run(run.address)
         life = None
         if primary:
-            life = Lifetime(run.file(FILE), functools.partial(run.write, FILE), goodput)
+            life = Lifetime(run.file(FILE), functools.partial(run.write_through, FILE), goodput)
             stack.enter_context(life)
         hosts.check_shared(run.address)
         parent = phase.find_parent(run.checkpoints, initial)

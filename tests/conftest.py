@@ -133,13 +133,13 @@ def _stores():
     """Object stores on this machine, started when a test needs one; clients read their environment once in a process."""
     import contextlib
 
-    from tests import object_stores
+    from launch.reliability import object_stores
 
     with contextlib.ExitStack() as stack:
         started = {}
 
         def start(scheme: str):
-            package = {"s3": "moto", "gs": "gcp_storage_emulator"}[scheme]
+            package = object_stores.PACKAGES[scheme]
             pytest.importorskip(package, reason="the extra test_stores is not installed")
             if scheme not in started:
                 started[scheme] = stack.enter_context(getattr(object_stores, scheme)())

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from launch import cli, environment
@@ -107,24 +107,73 @@ def _kills(seed: int) -> Iterator[Case]:
         yield Case(f"4 kills at random times, chain {chain}", act, 2400, own_process=True)
 
 
+def _kills_with_a_local_tier(seed: int) -> Iterator[Case]:
+    del seed
+    for number in range(6):
+        act = functools.partial(_chain_with_a_local_tier, f"local tier {number}")
+        yield Case(f"5 kills at random writes, chain {number}", act, 2400, own_process=True)
+
+
+def _chain_with_a_local_tier(name: str, bench: Bench) -> int:
+    """Kills at writes to either tier. The disk's name begins with the run's, so that the shim watches both."""
+    choice = bench.random(name)
+
+    def start(run: str, before: Callable[[], None] | None = None) -> program.Process:
+        path = bench.folder / run
+        flags = program.train_flags(bench, path)
+        flags += program.local_tier(bench.folder / f"{run}_disk")
+        return program.start(bench, "train", flags, before=before)
+
+    def kill(run: str) -> program.Process:
+        mode, at = choice.choice([shim.KILL, shim.KILL_HALF]), choice.randrange(10, 250)
+        before = functools.partial(shim.files, bench, bench.folder / run, mode, at)
+        return killed(start(run, before))
+
+    return chain(bench, 5, kill=kill, train=start, local=lambda run: bench.folder / run)
+
+
 def _chain(name: str, kill: Any, count: int, bench: Bench) -> int:
-    """Kills a run `count` times; one that ends before it is killed is compared, and a new one begins."""
-    choice, kills, runs = bench.random(name), 0, 0
-    run, before = bench.folder / "run_0", 0
+    choice = bench.random(name)
+    return chain(
+        bench,
+        count,
+        kill=lambda run: kill(bench, bench.folder / run, choice),
+        train=lambda run: program.train(bench, bench.folder / run),
+        local=lambda run: bench.folder / run,
+    )
+
+
+def chain(
+    bench: Bench,
+    count: int,
+    *,
+    kill: Callable[[str], program.Process],
+    train: Callable[[str], program.Process],
+    local: Callable[[str], pathlib.Path],
+) -> int:
+    """Kills a run `count` times; one that ends before it is killed is compared, and a new one begins.
+
+    Args:
+      kill: starts the run of this name and kills it; returns the ended process.
+      train: starts it.
+      local: returns a folder with its files as they are now.
+    """
+    kills, runs = 0, 0
+    run, before = "run_0", 0
     while kills < count:
-        process = kill(bench, run, choice)
+        process = kill(run)
         _started_from(process, before)
         if process.status == 0:
-            program.ends_like(bench, run)
+            program.ends_like(bench, local(run))
             runs += 1
-            run, before = bench.folder / f"run_{runs}", 0
+            run, before = f"run_{runs}", 0
         else:
             kills += 1
-            before = program.good_step(run)
-    last = program.train(bench, run)
+            before = program.good_step(local(run))
+    last = train(run)
     last.succeeded()
     _started_from(last, before)
-    program.ends_like(bench, run)
+    program.ends_like(bench, local(run))
     return count
 
 
@@ -140,7 +189,11 @@ def _kill_at_write(bench: Bench, run: pathlib.Path, choice: random.Random) -> pr
     """Kills a start before or in the middle of a random write, rename or sync below the run's directory."""
     mode = choice.choice([shim.KILL, shim.KILL_HALF])
     at = choice.randrange(10, 150)
-    process = program.train(bench, run, before=lambda: shim.files(bench, run, mode, at))
+    return killed(program.train(bench, run, before=lambda: shim.files(bench, run, mode, at)))
+
+
+def killed(process: program.Process) -> program.Process:
+    """Waits for the end, which must be that of the run or by SIGKILL."""
     if process.wait() not in (-signal.SIGKILL, 0):
         raise Unclear(f"status {process.status}: ...{process.text[-500:]}")
     return process
@@ -153,9 +206,7 @@ def _kill_at_time(bench: Bench, run: pathlib.Path, choice: random.Random) -> pro
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     process.signal(signal.SIGKILL)
-    if process.wait() not in (-signal.SIGKILL, 0):
-        raise Unclear(f"status {process.status}: ...{process.text[-500:]}")
-    return process
+    return killed(process)
 
 
 def _lost_processes(seed: int) -> Iterator[Case]:
@@ -294,5 +345,12 @@ ROWS = (
         "it is refused; the first one is not disturbed",
         _writers,
         sample=0,
+    ),
+    Row(
+        28,
+        "SIGKILL at random writes of a run with a local tier of checkpoints",
+        "the newest step that is good in either tier loads; the run ends bit-equal, metrics too",
+        _kills_with_a_local_tier,
+        sample=1,
     ),
 )

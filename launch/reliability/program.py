@@ -22,11 +22,12 @@ from typing import Any
 from etils import epath
 
 from launch import cli
-from launch.reliability.table import Bench, Lost, Silent, Unclear
+from launch.reliability.table import Bench, Lost, NotTried, Silent, Unclear
 from trainers.checkpoints import step_dir
 from trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 STEPS, PERIOD = 12, 3  # updates of the run, and between its saves
+_NOT_TRIED = 76  # exit status of a process in which the fault cannot be made
 _HALF = 8  # between two saves and two rows
 
 
@@ -47,7 +48,11 @@ class Process:
         return self.status
 
     def wait(self, seconds: float = 600.0) -> int:
-        """Returns the exit status; kills the process and raises Unclear if it takes too long."""
+        """Returns the exit status; kills the process and raises Unclear if it takes too long.
+
+        Raises:
+          NotTried: `before` could not make the fault.
+        """
         end = time.monotonic() + seconds
         while (status := self.poll()) is None:
             if time.monotonic() > end:
@@ -56,6 +61,8 @@ class Process:
                     f"no end after {seconds:.0f} s; its output ends with {self.text[-300:]}"
                 )
             time.sleep(0.02)
+        if status == _NOT_TRIED:
+            raise NotTried(self.text.rpartition("not tried: ")[2].strip())
         return status
 
     def signal(self, number: int) -> None:
@@ -105,6 +112,19 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> Process:
     """Starts `python -m launch.COMMAND FLAGS` in a forked process; `before` is called in it first."""
+
+    def act() -> int:
+        if before is not None:
+            before()
+        return _run(command, list(flags))
+
+    return fork(bench, act, environment)
+
+
+def fork(
+    bench: Bench, act: Callable[[], int | None], environment: Mapping[str, str] | None = None
+) -> Process:
+    """Calls `act` in a forked process, whose exit status it returns; None is 0."""
     number = len(list(bench.folder.glob("process_*.log")))
     log = bench.folder / f"process_{number}.log"
     log.touch()
@@ -117,11 +137,12 @@ def start(
         os.dup2(file, 2)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.environ.update(environment or {})
-        if before is not None:
-            before()
-        status = _run(command, list(flags))
+        status = act() or 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
+    except NotTried as reason:
+        os.write(1, f"not tried: {reason}".encode())
+        status = _NOT_TRIED
     except BaseException:
         traceback.print_exc()
     finally:
@@ -179,8 +200,17 @@ def train_flags(bench: Bench, run: pathlib.Path | str, *bindings: str) -> list[s
     return [*files, *(f"--gin.{setting}" for setting in settings)]
 
 
-def train(bench: Bench, run: pathlib.Path, *bindings: str, **options: Any) -> Process:
-    """Starts or continues the tiny run in directory `run`."""
+def local_tier(disk: pathlib.Path) -> list[str]:
+    """Returns the flags by which the tiny run also saves on a disk of its host, at every update."""
+    return [
+        "--gin_file=t5x_configs/runs/local_checkpoints.gin",
+        f"--gin.LOCAL_CHECKPOINT_DIR={str(disk)!r}",
+        "--gin.LOCAL_CHECKPOINT_PERIOD=1",
+    ]
+
+
+def train(bench: Bench, run: pathlib.Path | str, *bindings: str, **options: Any) -> Process:
+    """Starts or continues the tiny run in directory or address `run`."""
     return start(bench, "train", train_flags(bench, run, *bindings), **options)
 
 

@@ -123,43 +123,40 @@ def reproduce(number: int, case: str, seed: int) -> str:
 
 
 def write(summaries: Sequence[Summary], *, seed: int, command: str, folder: pathlib.Path) -> None:
-    """Writes reliability.json, and the table between the marks of reliability.md."""
+    """Writes reliability.json, and the table between the marks of reliability.md; rows that were not made now stay."""
+    path = folder / "reliability.json"
+    made = {"commit": _commit(), "date": datetime.date.today().isoformat(), "seed": seed}
+    before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    rows = {row["number"]: row for row in before}
+    rows |= {s.number: {**dataclasses.asdict(s), **made, "command": command} for s in summaries}
     record = {
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "seed": seed,
-        "command": command,
-        "rows": [dataclasses.asdict(s) for s in summaries],
+        "rows": [row for _, row in sorted(rows.items())],
         "made by tests alone": sorted(TESTED),
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    (folder / "reliability.json").write_text(text, encoding="utf-8")
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = folder / "reliability.md"
-    before, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = "\n".join(markdown(summaries, record))
-    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    start, _, rest = page.read_text("utf-8").partition(BEGIN)
+    _, _, end = rest.partition(END)
+    table = "\n".join(markdown(record["rows"]))
+    page.write_text(f"{start}{BEGIN}\n{table}\n{END}{end}", encoding="utf-8")
 
 
-def markdown(summaries: Sequence[Summary], record: Mapping[str, Any]) -> list[str]:
-    """Returns the table as Markdown, with the rows of tests in their places."""
-    tried, held = (sum(getattr(s, name) for s in summaries) for name in ("tried", "held"))
-    text = [
-        f"{record['date']}, commit {record['commit']}, seed {record['seed']}: {held:,} of {tried:,} faults held.",
-        "",
-        "| # | fault | must hold | tried | held |",
-        "|---|---|---|---|---|",
-    ]
+def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the table of the rows of reliability.json as Markdown, with those of tests in their places."""
+    text = [*_made(rows), "", "| # | fault | must hold | tried | held |", "|---|---|---|---|---|"]
     entries: dict[int, str] = {
         number: f"| {number} | {fault} | {promise} | 0 | made by {tests} |"
         for number, (fault, promise, tests) in TESTED.items()
     }
-    for s in summaries:
-        notes = [f"{s.planned - s.done} cases not done"] if s.done < s.planned else []
-        held_text = "; ".join([str(s.held), *notes, *s.skipped])
-        entries[s.number] = f"| {s.number} | {s.fault} | {s.promise} | {s.tried} | {held_text} |"
+    for row in rows:
+        left = row["planned"] - row["done"]
+        held = "; ".join(
+            [str(row["held"]), *([f"{left} cases not done"] if left else []), *row["skipped"]]
+        )
+        number, tried = row["number"], row["tried"]
+        entries[number] = f"| {number} | {row['fault']} | {row['promise']} | {tried} | {held} |"
     text += [entry for _, entry in sorted(entries.items())]
-    failures = [(s.number, failure) for s in summaries for failure in s.failures]
+    failures = [(row["number"], failure) for row in rows for failure in row["failures"]]
     if failures:
         text += [
             "",
@@ -169,6 +166,20 @@ def markdown(summaries: Sequence[Summary], record: Mapping[str, Any]) -> list[st
         for number, failure in failures:
             message = " ".join(failure["message"].split()).replace("|", "\\|")[:160]
             text.append(f"- row {number}, {failure['case']}: {failure['verdict']}; `{message}`")
+    return text
+
+
+def _made(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line with date, commit, seed and counts for each time at which rows were made, most rows first."""
+    times: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        times.setdefault((row["date"], row["commit"], row["seed"]), []).append(row)
+    text = []
+    for (date, commit, seed), mine in sorted(times.items(), key=lambda item: -len(item[1])):
+        tried, held = (sum(row[name] for row in mine) for name in ("tried", "held"))
+        which = f" (row {', '.join(str(row['number']) for row in mine)})" if text else ""
+        counts = f"{held:,} of {tried:,} faults held"
+        text.append(f"{date}, commit {commit}, seed {seed}{which}: {counts}.")
     return text
 
 

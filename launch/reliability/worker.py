@@ -26,10 +26,11 @@ def rows() -> list[Row]:
         kills,
         numbers,
         storage,
+        stores,
     )
     from launch.reliability.hostile import code, lies, paths, pickles, templates, weights
 
-    modules = (configs, damage, data_rows, invariances, kills, numbers, storage)
+    modules = (configs, damage, data_rows, invariances, kills, numbers, storage, stores)
     hostile = (code, lies, paths, pickles, templates, weights)
     return sorted(
         (row for module in (*modules, *hostile) for row in module.ROWS), key=lambda row: row.number

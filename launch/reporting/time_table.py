@@ -4,6 +4,7 @@ import datetime
 import os
 from collections.abc import Sequence
 
+from model.storage import mirror, paths
 from trainers.telemetry import lifetime
 from trainers.telemetry.goodput import START_PARTS, duration
 from trainers.telemetry.lifetime import Start
@@ -21,14 +22,15 @@ _HEAD = (
 
 
 def text(directory: str | os.PathLike) -> str:
-    """Returns the line on a run's life, and a table with a row for each start.
+    """Returns the line on the life of a run in a folder or at an address, and a table with a row for each start.
 
     Raises:
       ValueError: the directory has no record of a run's time, or a damaged one.
+      StoreError: the directory is an address, and its store refuses or cannot be reached.
     """
-    path = os.path.join(directory, lifetime.FILE)
+    path = paths.join(directory, lifetime.FILE)
     try:
-        starts = lifetime.read(path)
+        starts = lifetime.read(mirror.local(path))
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing: name the directory (MODEL_DIR) of a run that this version has trained."

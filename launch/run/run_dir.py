@@ -101,9 +101,12 @@ class RunDir:
           StoreError: the store refuses, or cannot be reached.
         """
         if self.writer and self.store is not None:
-            if isinstance(self.lock, StoreLock):
-                self.lock.check()
+            self._check_lock()
             self.store.push()
+
+    def _check_lock(self) -> None:
+        if isinstance(self.lock, StoreLock):
+            self.lock.check()
 
     @property
     def address(self) -> str:
@@ -138,6 +141,13 @@ class RunDir:
             temporary = pathlib.Path(self.path, f".{name}.tmp")
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.file(name))
+
+    def write_through(self, name: str, text: str) -> None:
+        """Writes a small text file, and copies it to the store at once; raises as `publish`."""
+        self.write(name, text)
+        if self.writer and self.store is not None:
+            self._check_lock()
+            self.store.push_file(name)
 
     def record(self, **facts: Any) -> None:
         """Adds facts to run.json that are known only after the start (mesh, data, parameter count).

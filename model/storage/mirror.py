@@ -242,6 +242,14 @@ class Mirror:
         pulled = _pull(self.address, self.path, wanted, prune=True)
         self._copied = {name: state[1:] for name, state in pulled.items()}
 
+    def push_file(self, name: str) -> None:
+        """Copies one file; raises StoreError."""
+        with self._lock:
+            path = os.path.join(self.path, name)
+            state = _state(path)
+            put(path, paths.join(self.address, name))
+            self._copied[name] = state
+
     def push(self) -> None:
         """Copies new and changed files, in the order in which they were written; raises StoreError."""
         with self._lock:

@@ -33,7 +33,7 @@ def bench(tmp_path):
 
 
 def test_rows_are_those_of_the_table_and_cases_have_names():
-    assert set(ROWS) | set(report.TESTED) == set(range(1, 27))
+    assert set(ROWS) | set(report.TESTED) == set(range(1, 29))
     assert not set(ROWS) & set(report.TESTED)
     counts = {number: len(selected(row, 0, sample=False)) for number, row in ROWS.items()}
     assert sum(counts.values()) > 500 and min(counts.values()) >= 2
@@ -98,6 +98,13 @@ def test_a_killed_process_is_noticed(bench):
         process.refused()
 
 
+def test_a_fault_that_a_process_cannot_make_is_not_tried(tmp_path):
+    bench = Bench(out=tmp_path, folder=tmp_path, seed=0, shim=None)
+    process = program.start(bench, "train", [], before=lambda: shim.clock(bench))
+    with pytest.raises(NotTried, match="^no C compiler$"):
+        process.wait()
+
+
 def test_the_table_is_written_between_its_marks(tmp_path):
     row = Row(3, "a bit", "named", lambda seed: [Case("a", print), Case("b", print)])
     page = tmp_path / "reliability.md"
@@ -115,7 +122,16 @@ def test_the_table_is_written_between_its_marks(tmp_path):
     roots = [name for *_, tests in report.TESTED.values() for name in tests.split(", ")]
     assert all(pathlib.Path(environment.ROOT, name).is_dir() for name in roots)
     record = json.loads((tmp_path / "reliability.json").read_text())
-    assert record["seed"] == 7 and record["rows"][0]["failures"][0]["verdict"] == "silent"
+    assert (
+        record["rows"][0]["seed"] == 7 and record["rows"][0]["failures"][0]["verdict"] == "silent"
+    )
+    other = Row(5, "a disk", "clear", lambda seed: [Case("c", print)])
+    done = {(5, "c"): {"verdict": "held", "message": "", "tried": 4, "seconds": 1.0}}
+    later = report.summarise([other], {5: ["c"]}, done)
+    report.write(later, seed=8, command="python -m launch.faults --rows=5", folder=tmp_path)
+    both = page.read_text()
+    assert "| 3 | a bit | named | 26 | 25 |" in both and "| 5 | a disk | clear | 4 | 4 |" in both
+    assert "seed 7: 25 of 26 faults held." in both and "seed 8 (row 5): 4 of 4" in both
     printed = "\n".join(report.lines(summaries, 7))
     assert "python -m launch.faults --rows=3 --case=b --seed=7 --out=DIR" in printed
 

@@ -1,5 +1,6 @@
 """Runs in object stores: a run killed on some hosts goes on on others, and other commands read and write there."""
 
+import functools
 import json
 import os
 import re
@@ -11,11 +12,14 @@ import time
 
 import pytest
 
-from launch import convert, merge, score
+from launch import convert, merge, report, score
+from launch.run import run_dir
 from model.storage import mirror, paths
 from tests.launch.merging import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
 from trainers.checkpoints import step_dir
+from trainers.telemetry import lifetime
+from trainers.telemetry.goodput import Goodput
 
 WEIGHTS = "model.safetensors"
 SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
@@ -39,7 +43,7 @@ def _wait_for_checkpoint(process, address):
     pytest.fail(f"no checkpoint: {process.communicate(timeout=10)}")
 
 
-def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
+def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path, capsys):
     whole = tmp_path / "whole"
     assert train(*flags(train, whole)).status == 0
     address = f"{store.address}/runs/small"
@@ -59,6 +63,10 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
     run = mirror.local(address, without=("checkpoints",))
     assert rows(run) == rows(whole)
     assert points(run) == points(whole)
+    capsys.readouterr()
+    assert report.main(["--time", address]) == 0
+    life = capsys.readouterr().out
+    assert life.startswith(f"{address}: ") and ", 2 starts; " in life and " running\n" in life
     names = {name.partition("/")[0] for name in paths.entries(address)}
     assert names == {path.name for path in whole.iterdir()} - {".lock"}
     everything = b"".join(paths.read(f"{address}/{name}") for name in paths.entries(address))
@@ -83,6 +91,24 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path):
         assert convert.main([f"--from={source}", f"--to_hf={hf}"]) == 0
         assert (hf / WEIGHTS).read_bytes() == paths.read(f"{exported}/{WEIGHTS}")
     assert convert.main([f"--from_hf={exported}", f"--to={imported}"]) == 2  # it is there
+
+
+def test_the_record_of_a_life_is_in_the_store_before_any_checkpoint(store, capsys):
+    """A host that is killed leaves it to the next one, and to who asks."""
+    address = f"{store.address}/run"
+    run = run_dir.prepare(address, "")
+    run.write("run.json", "later")
+    write = functools.partial(run.write_through, lifetime.FILE)
+    with lifetime.Lifetime(run.file(lifetime.FILE), write, Goodput()) as life:
+        life.goes_on_from(0, of_run=False)
+        life.reached(7)
+        life._record()
+        assert report.main(["--time", address]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"{address}: ") and "0 to 7 " in text and text.endswith(" running\n")
+    assert not paths.exists(f"{address}/run.json") or paths.read(f"{address}/run.json") != b"later"
+    run.close()
+    assert paths.read(f"{address}/run.json") == b"later"
 
 
 def _start_pair(train, path, folder, *more):

@@ -201,6 +201,9 @@ class Lifetime(Unrecorded, contextlib.AbstractContextManager):
         """
         self._write, self._goodput, self._pause = write, goodput, pause
         self._lock, self._wake, self._done = threading.Lock(), threading.Event(), False
+        self._writing = (
+            threading.Lock()
+        )  # apart from the other: training must not wait for a slow store
         self._failed = False
         self.starts: list[Start] = []
         try:
@@ -236,10 +239,11 @@ class Lifetime(Unrecorded, contextlib.AbstractContextManager):
             self._wake.clear()
 
     def _record(self) -> None:
-        with self._lock:
-            self.now.alive = time.time()
-            self.now.seconds = {k: round(v, 3) for k, v in self._goodput.so_far().items()}
-            starts = [dataclasses.asdict(start) for start in self.starts]
+        with self._writing:
+            with self._lock:
+                self.now.alive = time.time()
+                self.now.seconds = {k: round(v, 3) for k, v in self._goodput.so_far().items()}
+                starts = [dataclasses.asdict(start) for start in self.starts]
             text = json.dumps({"starts": starts, "checksum": _checksum(starts)}, sort_keys=True)
             try:
                 self._write(text + "\n")

@@ -1,20 +1,23 @@
-"""Aya Expanse (arXiv 2412.04261) at full size: DPO of a cluster of 32B with stored log-probabilities of its reference."""
+"""Aya Expanse (arXiv 2412.04261) at full size: DPO of a cluster of 8B and of 32B with stored log-probabilities of its reference."""
 
 from launch.papers.shared.full_size import Row, mesh
 
-ROWS = (
-    Row(
-        name="aya_expanse_32b_dpo",
-        title="DPO of 32B, 64 rows of pairs of 2,048 tokens",
+
+def _dpo(size: str, topology: str, fsdp: int, tensor: int) -> Row:
+    return Row(
+        name=f"aya_expanse_{size}_dpo",
+        title=f"DPO of {size.upper()}, 64 rows of pairs of 2,048 tokens",
         files=(
-            "t5x_configs/models/aya_expanse_32b.gin",
+            f"t5x_configs/models/aya_expanse_{size}.gin",
             "t5x_configs/experiments/aya_expanse/preference.gin",
         ),
-        topology="v5e:16x16",
+        topology=topology,
         bindings=(
             *("INITIAL_CHECKPOINT_PATH=run", "PAIRS=pairs.jsonl", "DOCUMENT_START=None"),
             "VOCABULARY=None",
-            *mesh("fsdp_tp_sp", fsdp=64, tensor=4),
+            *mesh("fsdp_tp_sp", fsdp=fsdp, tensor=tensor),
         ),
-    ),
-)
+    )
+
+
+ROWS = (_dpo("8b", "v5e:8x8", fsdp=16, tensor=4), _dpo("32b", "v5e:16x16", fsdp=64, tensor=4))

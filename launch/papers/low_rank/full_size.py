@@ -16,6 +16,12 @@ def _images(name: str, title: str, topology: str) -> Row:
 
 ROWS = (
     Row(
+        name="gpt2_lm1b",
+        title="GPT-2 on LM1B, dense",
+        files=(f"{_FULL}gpt2_lm1b.gin",),
+        topology="v5e:4x4",
+    ),
+    Row(
         name="gpt2_lm1b_low_rank",
         title="GPT-2 on LM1B in factors of 0.62",
         files=(f"{_FULL}gpt2_lm1b_low_rank.gin",),

@@ -52,7 +52,10 @@ def test_a_dry_run_shows_arrays_and_writes_nothing(file, tmp_path, capsys, monke
     [
         (CLUSTER, "a run of a sweep is one process, not 16"),
         ((*CLUSTER, *ONE, "--memory_gb=3"), "a cluster has its own limits"),
-        (("--cluster=launch/cluster/configs/jobset.py",), "jobset cannot run a sweep"),
+        *(
+            ((f"--cluster=launch/cluster/configs/{name}.py",), f"{name} cannot run a sweep")
+            for name in ("jobset", "xmanager", "tpu_vm")
+        ),
         ((*CLUSTER, "--cluster_setting=node=1"), "no such setting; did you mean 'nodes'"),
     ],
 )

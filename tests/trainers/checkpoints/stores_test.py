@@ -1,6 +1,13 @@
 """Checkpoints in object stores: the faults of local ones, and those of stores."""
 
 import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -8,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.environment import ROOT
+from launch.reliability import stores
 from model.storage import paths
+from tests.trainers.checkpoints import saver
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.commit import CheckpointSaveError
+from trainers.checkpoints.local_tier import LocalTier
 from trainers.checkpoints.manifest import DamagedCheckpointError
 from trainers.checkpoints.restore import restore_state
 
@@ -77,6 +88,53 @@ def test_a_half_written_step_is_not_used_and_is_removed(store, saved):
     with Checkpointer(saved) as checkpointer:
         assert checkpointer.all_steps() == [1, 2]
     assert paths.names(saved) == ["1", "2"]
+
+
+def test_kills_at_random_requests_of_saves(store, tmp_path):
+    """Each start goes on from the last committed step or a newer one, and the end is that of a run without kills."""
+    directory, plan, choice = (
+        f"{store.address}/run/checkpoints",
+        tmp_path / "plan",
+        random.Random(0),
+    )
+    store.fault = stores.Killer(plan)
+    # A save changes about 20 objects.
+    planned = [[choice.randrange(2, 45), choice.random() < 0.5] for _ in range(3)]
+    words = [directory, "6", str(plan), json.dumps(planned)]
+    command = [sys.executable, "-m", "tests.trainers.checkpoints.saver", *words]
+    variables = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, env=variables, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+    )
+    starts = [re.findall(r"(\w+) (-?\d+)", part) for part in done.stdout.split("start\n")[1:]]
+    committed = 0
+    for number, lines in enumerate(starts):
+        kinds = dict(lines)
+        if "from" in kinds:
+            assert committed <= int(kinds["from"]) <= committed + 1, done.stdout
+        committed = int(kinds.get("saved", kinds.get("from", committed)))
+        killed = number < len(planned) and int(kinds["ended"]) == -signal.SIGKILL
+        assert killed or kinds["ended"] == "0", done
+    assert done.stdout.count("ended -9") >= 2 and "damaged" not in done.stdout + done.stderr
+    restored = restore_state(f"{store.address}/run", jax.eval_shape(lambda: saver.state(0)))
+    assert restored.step == 6
+    jax.tree.map(np.testing.assert_array_equal, restored.state, saver.state(6))
+
+
+def test_a_local_tier_beside_a_store(store, saved, tmp_path):
+    """The newest good step of both tiers is used: the local one, and if it is damaged, that of the store."""
+    tier = LocalTier(directory=str(tmp_path / "disk"), period=1)
+    with Checkpointer(saved, local=tier) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 2)
+        checkpointer.save(3, state(3), meta={"x": 1}, occasion="local")
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 2]
+    with Checkpointer(saved, local=tier) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 3)
+    (blocks,) = tmp_path.glob("disk/*/*/3/**/blocks.bin")
+    blocks.write_bytes(b"")
+    with Checkpointer(saved, local=tier) as checkpointer:
+        check(checkpointer.restore_latest(ABSTRACT), 2)
 
 
 def test_a_store_that_fails_now_and_then_and_is_slow_does_no_harm(store, saved):

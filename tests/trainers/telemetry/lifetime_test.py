@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 
 import pytest
@@ -123,6 +124,23 @@ def test_a_start_is_recorded_while_it_runs_and_the_next_one_knows_what_was_lost(
     with pytest.raises(KeyError), Lifetime(str(path), path.write_text, Goodput()):
         raise KeyError
     assert [start.ended for start in lifetime.read(path)] == ["running", "interrupted", "failed"]
+
+
+def test_training_does_not_wait_for_a_slow_store(tmp_path):
+    writing, written = threading.Event(), threading.Event()
+
+    def write(text):
+        writing.set()
+        assert written.wait(30)
+
+    with Lifetime(str(tmp_path / lifetime.FILE), write, Goodput()) as life:
+        assert writing.wait(30)
+        life.goes_on_from(0, of_run=False)
+        life.reached(1)
+        life.saved(1)
+        assert not written.is_set()
+        written.set()
+    assert life.now.saves[0][0] == 1
 
 
 def test_a_start_that_finds_no_checkpoint_has_lost_all(tmp_path):

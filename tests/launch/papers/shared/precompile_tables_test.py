@@ -11,6 +11,7 @@ from launch.papers.shared import full_size, precompile_page, precompile_tables
 
 TABLES = full_size.rows()
 ROWS = [row for table in TABLES.values() for row in table]
+BAM = next(row for row in ROWS if row.name == "bam_4x590m")
 UNUSED = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
 VERSIONS = {"jax": "1", "jaxlib": "1", "libtpu": "1"}
 
@@ -33,7 +34,10 @@ def test_all_papers_and_sizes_have_rows():
         "code_mix_470m",
         "aya23_8b",
         "aya23_35b_lora",
+        "bam_4x590m",
+        "bam_2b",
         "bam_4x2b",
+        "nexus_6x470m",
         "nexus_4x2p8b_extended",
     } < names
     assert {
@@ -41,7 +45,10 @@ def test_all_papers_and_sizes_have_rows():
         "t5_3b_molora10",
         "t5_770m_full",
         "dpo_8b",
+        "ekfac_7b",
         "ekfac_35b",
+        "decode_128k_full",
+        "decode_128k_snapkv",
         "wrn28_10",
         "resnet50",
     } < names
@@ -128,7 +135,7 @@ def test_a_row_of_another_compiler_is_compiled_again(tmp_path, monkeypatch):
 
 
 def cells_of_a_line(digest):
-    row = TABLES["bam"][0]
+    row = BAM
     page = precompile_page.page(
         {"bam": [row]}, {row.name: {"digest": digest, "report": report()}}
     ).splitlines()
@@ -138,7 +145,7 @@ def cells_of_a_line(digest):
 
 def test_a_line_of_the_page():
     assert "an earlier configuration" in cells_of_a_line("")[0]
-    cells = cells_of_a_line(TABLES["bam"][0].digest(VERSIONS))
+    cells = cells_of_a_line(BAM.digest(VERSIONS))
     assert cells[0] == "BAM of four 590M seeds (`bam_4x590m`)"
     assert cells[2:] == [
         "fsdp 4 x tensor 4, `fsdp_tp`, remat full",

@@ -1,4 +1,6 @@
-"""Object stores on this machine for tests: moto's server for s3://, gcp-storage-emulator for gs://, with faults on request.
+"""Object stores on this machine: moto's server for s3://, gcp-storage-emulator for gs://, with faults on request.
+
+The extra test_stores installs both.
 
 The emulator of Google's store lacks what locks and TensorStore need, which is added here: an upload only if there is no
 such object or if it has a generation, and the generation in the header of a download.
@@ -19,12 +21,13 @@ from collections.abc import Callable, Iterator
 
 import requests
 
+PACKAGES = {"s3": "moto", "gs": "gcp_storage_emulator"}  # by scheme
 # Of a request: its method and path; returns seconds to wait, or a status to answer with, or None.
 Fault = Callable[[str, str], float | int | None]
 
 
 class Store:
-    """A running store; each test has a bucket of its own."""
+    """A running store, with a bucket for each test or case."""
 
     def __init__(self, scheme: str, url: str, environment: dict[str, str]):
         self.scheme, self.url, self.environment = scheme, url, environment
@@ -45,7 +48,7 @@ class Store:
         self.address = f"{self.scheme}://{bucket}"
 
     def failing(self, method: str, path: str) -> int | None:
-        """Notes a request; waits, or returns the status of an error, as the fault of the test says."""
+        """Notes a request; waits, or returns the status of an error, as the fault says."""
         self.requests.append((method, path))
         fault = self.fault and self.fault(method, path)
         if isinstance(fault, float):
@@ -112,7 +115,10 @@ def gs() -> Iterator[Store]:
             if self._status_of_fault is not None:
                 self._answer(self._status_of_fault)
                 return
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            if len(body) < length:
+                return  # the client was killed; a store writes no half of an object
             # The emulator reads a last "\r" of an object as part of the end of line that gcsfs writes behind it.
             body = re.sub(rb"\r\n(--==0==--)\Z", rb"\r\r\n\1", body)
             del self.headers["Content-Length"]
