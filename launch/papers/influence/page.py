@@ -32,8 +32,9 @@ _TEXT = [
     f"- *queries*: {small_corpus.QUERIES} of each group: a capital; the steps and the result of each procedure for a number that "
     f"no document works out by it. A seed whose model completes fewer than {LEARNED:.0%} of a group's queries greedily decides nothing.",
     f"- *scores*: of the MLPs' weights, factors from {scoring.FITTED:,} documents with sampled labels, damping of a tenth of the mean "
-    f"eigenvalue, whole gradients of queries; conjugate gradients take {scoring.CG_STEPS} steps on {scoring.CG_DOCUMENTS} documents. BM25 and "
-    "TF-IDF count words and signs, since single characters tell little.",
+    f"eigenvalue, whole gradients of queries; conjugate gradients take {scoring.CG_STEPS} steps on {scoring.CG_DOCUMENTS} documents; TRAK has "
+    f"{scoring.PROJECTION**2:,} random projections of the same gradients of one model. Embeddings are means of the final hidden "
+    "states, compared by the cosine. BM25 and TF-IDF count words and signs, since single characters say little.",
     f"- *retraining*: {corpus.HALVES} halves of the corpus, and the corpus without the {statistics.SHARE:.0%} of the documents that "
     "a method ranks highest for the facts, or for both procedures; each from the start, for as many updates as the model. A "
     "document that is left out is replaced by dots of its length, so that all runs read the same places in the same order.",

@@ -8,6 +8,7 @@ import pytest
 
 from data.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
 from launch.papers.influence import (
+    arms,
     claims,
     corpus,
     exact,
@@ -23,7 +24,7 @@ from launch.papers.shared import claim
 FACTS = {"command": "a command", "versions": {"jax": "1"}, "criteria": None}
 LDS = {
     **{"ekfac_cg": 0.6, "ekfac": 0.45, "kfac": 0.4, "identity": 0.2, "cosine": 0.25},
-    **{"bm25": 0.15, "tfidf": 0.12, "random": 0.0},
+    **{"trak": 0.3, "embedding": 0.1, "bm25": 0.15, "tfidf": 0.12, "random": 0.0},
 }
 REMOVAL = {
     "fact": {"ekfac": 0.5, "ekfac_cg": 0.55, "identity": 0.2, "bm25": 0.5, "random": 0.0},
@@ -186,6 +187,12 @@ def test_the_page_has_tables_and_figures(tmp_path):
     for name, (figure, _) in drawn.items():
         assert figure is not None and f"influence/{name}" in text
     assert "| EK-FAC + CG |" in text and "Missing" not in text
+    lds, answers = (
+        text.partition(f"## {title}")[2].partition("## ")[0]
+        for title in ("Linear datamodeling scores", "Share of queries whose answer")
+    )
+    for name in map(arms.METHODS.get, scoring.METHODS):
+        assert f"| {name} |" in lds and f"| {name} |" in answers
     assert json.loads((tmp_path / "influence" / "results.json").read_text())["claims"]
     nothing = figures.figures({})
     assert all(figure is None for figure, _ in nothing.values())
