@@ -1,11 +1,13 @@
 """The report of the reproduction."""
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data.influence import small_corpus
+from launch.attribution.analyses import tables
 from launch.papers.influence import (
     claims,
     corpus,
@@ -44,6 +46,14 @@ _TEXT = [
 ]
 
 
+_SNIPPET = 120  # characters of prompts and documents
+_SHOWN_OF_REPORT = (
+    *("Methods", "Answers in documents", "Procedures in documents"),
+    *("Over-representation of sources", "Correlations of queries"),
+    "Positive influence of the top documents",
+)
+
+
 def _setup(parts: Mapping[str, Any]) -> list[str]:
     out, missing = list(_TEXT), []
     if seeds := parts.get("corpus"):
@@ -75,7 +85,44 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
         lines += _lds(seeds)
         lines += _removal(seeds)
         lines += _answers(seeds)
+    if found := parts.get("smollm"):
+        lines += _smollm(found)
     return lines
+
+
+def _smollm(found: Mapping[str, Any]) -> list[str]:
+    """Returns the tables of the report of the demonstration, and the first document of each query."""
+    fit, score = (found["seconds"][arm] / 60 for arm in ("factors", "ekfac"))
+    lines = [
+        "## A real model: SmolLM2-135M",
+        "",
+        f"{found['documents']:,} pieces of texts of installed packages are scored; factors took {fit:.0f} minutes, scores {score:.0f}. "
+        "Nothing is judged: it shows the report of a real model. Scores are divided by the norms of the documents' gradients.",
+        "",
+    ]
+    for table in tables.tables(found["analyses"]):
+        if table["title"] in _SHOWN_OF_REPORT:
+            cells = [[_cell(cell) for cell in row] for row in table["rows"]]
+            lines += [f"**{table['title']}.** {table['text']}", ""]
+            lines += page.table(table["header"], cells)
+    rows = [
+        (
+            *(_cell(_short(query["prompt"])), _cell(_short(query["completion"]))),
+            *(query["first"]["source"] or "", _cell(_short(query["first"]["text"] or ""))),
+        )
+        for query in found["queries"]
+    ]
+    header = ("prompt", "completion", "source", "first document by EK-FAC")
+    return [*lines, "**First documents.**", "", *page.table(header, rows)]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]} ..."
+
+
+def _cell(text: str) -> str:
+    """Returns a text in one line that ends no cell of a table and is no markup."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("`", "&#96;")
 
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:
@@ -204,6 +251,8 @@ def _shuffled_losses(record: Mapping[str, Any], rng: np.random.Generator) -> dic
 
 def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    if measured.get("smollm"):
+        out["smollm"] = measured["smollm"]
     if measured.get("exact"):
         out["exact"] = measured["exact"]
     if measured.get("corpus"):
