@@ -128,7 +128,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 def pieces(text: str) -> list[str]:
     """Returns a text in pieces that end at white space, without short ones."""
-    cut = re.findall(rf"(?s)\S.{{0,{_LONGEST - 1}}}(?=\s|$)", text)
+    cut = re.findall(rf"(?s)(?<!\S)\S.{{0,{_LONGEST - 1}}}(?=\s|$)", text)
     return [piece for piece in cut if len(piece) >= _SHORTEST]
 
 

@@ -45,7 +45,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         ),
         "factors": configs.made(
             *("launch.influence", "fit", "--checkpoint={model}", documents, "--out={run}"),
-            *(f"--modules=layers_{layers}/mlp/.*", f"--length={length}"),
+            *(f"--modules=layers/block_{layers}/mlp/.*", f"--length={length}"),
             f"--max_documents={fitted}",
         ),
         "ekfac": configs.made(*score, f"--rank={RANK}", "--per_layer", "--token_scores=5"),

@@ -190,9 +190,15 @@ def test_shares_of_layers_add_up_and_follow_the_scores():
     assert got["matrices"] == pytest.approx({"layers/mlp/up": 7 / 8, "head": 1 / 8})
     assert sums.shares([0, 1])["layers"]["other"] == pytest.approx((1 / 8 + 2 / 4) / 2)
     unrolled = parts.LayerSums([[0]])
-    unrolled.add(0, {"layers_0/mlp/up": [1.0], "layers_12/mlp/up": [3.0]})
+    unrolled.add(0, {"layers/block_0/mlp/up": [1.0], "layers/block_12/mlp/up": [3.0]})
     got = unrolled.shares([0])
     assert got == {"layers": {"0": 0.25, "12": 0.75}, "matrices": {"layers/mlp/up": 1.0}}
+    # Two periods of a pattern of two kinds of layers: 0, 2 and 1, 3.
+    scanned = parts.LayerSums([[0]])
+    scanned.add(0, {"layers/block_0/up": [[1], [2]], "layers/block_1/up": [[3], [4]]})
+    got = scanned.shares([0])
+    assert got["layers"] == pytest.approx({"0": 0.1, "2": 0.2, "1": 0.3, "3": 0.4})
+    assert got["matrices"] == {"layers/up": 1.0}
     assert parts.LayerSums([[]]).shares([0]) == {"layers": {}, "matrices": {}}
 
 
