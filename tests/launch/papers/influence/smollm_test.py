@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
+from launch.attribution import score
 from launch.attribution.analyses import labels, search
-from launch.papers.influence import measure, smollm_files, smollm_sweep
+from launch.papers.influence import measure, smollm_files, smollm_scores, smollm_sweep
 from launch.sweeping import file
 
 
@@ -90,3 +91,12 @@ def test_the_report_of_the_last_step_is_read(tmp_path):
     assert found["seconds"] == {"factors": 2.0, "report": 2.0}
     assert found["queries"][0]["first"] == {"source": "english", "text": "t"}
     assert measure.of_report(rows[:1]) is None
+
+
+def test_scores_go_to_a_folder_that_is_made(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(score, "main", lambda argv: calls.append(argv) or 0)
+    to = tmp_path / "new"
+    assert smollm_scores.main([f"--to={to}", "--method=bm25", "--token_scores=5"]) == 0
+    assert calls == [[f"--out={to}/scores.jsonl", "--method=bm25", "--token_scores=5"]]
+    assert to.is_dir()
