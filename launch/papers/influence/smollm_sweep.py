@@ -23,7 +23,7 @@ LENGTH = 128  # tokens of a document
 RANK = 32  # of the queries' gradients
 LAST_LAYERS = "2[0-9]"  # of 30
 # Name -> (documents that are scored, those that factors are fitted on, tokens of each, layers).
-SIZES = {"full": (2000, 500, LENGTH, LAST_LAYERS), "trial": (8, 8, 32, "29")}
+SIZES = {"full": (2000, 500, LENGTH, LAST_LAYERS), "trial": (8, 8, 64, "29")}
 BESIDE = ("bm25", "embedding")
 
 
