@@ -98,13 +98,25 @@ class Embeddings:
                 progress.update(len(window))
 
     def _states(self, rows: Sequence[Row]) -> np.ndarray:
-        """Returns the mean states [N, D], of a text without a second token zeros."""
-        texts = [[*row.context, *row.targets][: self._limit] for row in rows]
-        read = [Row(context=text[:1], targets=text[1:]) for text in texts]
-        return np.stack(list(self._means.stream(read, title=None)))
+        return mean_states(self._means, rows, limit=self._limit)
 
     def notes(self) -> list[str]:
         return []
+
+
+def embeddings(
+    means: MeanStates, rows: Sequence[Row], wanted: Sequence[Row], *, limit: int | None
+) -> np.ndarray:
+    """Returns the scores [N, Q] of `Embeddings` for documents and queries that are in memory."""
+    states = (mean_states(means, own, limit=limit) for own in (rows, wanted))
+    return cosines(*states)
+
+
+def mean_states(means: MeanStates, rows: Sequence[Row], *, limit: int | None) -> np.ndarray:
+    """Returns the mean states [N, D] of texts of at most `limit` tokens; of a text without a second token zeros."""
+    texts = [[*row.context, *row.targets][:limit] for row in rows]
+    read = [Row(context=text[:1], targets=text[1:]) for text in texts]
+    return np.stack(list(means.stream(read, title=None)))
 
 
 def cosines(states_ND: np.ndarray, queries_QD: np.ndarray) -> np.ndarray:

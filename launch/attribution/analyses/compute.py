@@ -66,6 +66,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
     result: dict[str, Any] = {"within": given.within}
     omitted: list[str] = []
     if len(given.queries) > 1:
+        result["random_overlap"] = min(given.within, len(given.scores_NQ)) / len(given.scores_NQ)
         tasks = [query.task for query in given.queries]
         kinds = [query.kind for query in given.queries]
         result["correlations"] = correlations.table(given.scores_NQ, tasks, kinds, top=given.within)
@@ -102,7 +103,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
         omitted.append("Tokens need `score --token_scores=N`.")
     if given.others:
         every = {given.method: given.scores_NQ, **given.others}
-        result["methods"] = methods.table(every, by_name, top=given.within, answers=given.within)
+        result["methods"] = methods.table(every, by_name, top=given.within)
     result["omitted"] = omitted
     return result
 
@@ -149,7 +150,7 @@ def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict
         for group, own in groups.items():
             values = {
                 name: [value for q in own if (value := by_query[q][p][name]) is not None]
-                for name in ("share", "per_nat")
+                for name in ("share", "per_nat", "random_share", "random_per_nat")
             }
             rows.append(
                 {

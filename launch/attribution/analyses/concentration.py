@@ -51,20 +51,20 @@ def cumulative(
       shares: parts of the documents; at least one document is taken.
 
     Returns:
-      For each part `documents`, `per_nat`, and `share` of all positive influence (None without any).
+      For each part `documents`, `per_nat`, and `share` of all positive influence (None without any); `random_per_nat` and
+      `random_share` are what as many random documents have in expectation.
     """
     positive = np.sort(np.maximum(scores_N, 0.0).astype(np.float64))[::-1]
     sums, total = np.cumsum(positive), float(positive.sum())
     rows: list[dict[str, float | None]] = []
     for share in shares:
         count = max(1, math.ceil(share * len(positive)))
-        own = float(sums[count - 1])
-        rows.append(
-            {
-                **{"part": share, "documents": count, "share": own / total if total else None},
-                "per_nat": own / nats if nats else None,
-            }
-        )
+        own, random = float(sums[count - 1]), total * count / len(positive)
+        row: dict[str, float | None] = {"part": share, "documents": count}
+        for prefix, value in (("", own), ("random_", random)):
+            row[f"{prefix}share"] = value / total if total else None
+            row[f"{prefix}per_nat"] = value / nats if nats else None
+        rows.append(row)
     return rows
 
 

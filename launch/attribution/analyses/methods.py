@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import correlations, presence
+from launch.attribution.analyses import correlations, presence, search
 from trainers.influence.measures import spearman
+
+RANDOM = "random"
 
 
 def table(
@@ -17,19 +19,18 @@ def table(
     matching: Mapping[str, Mapping[int, np.ndarray]],
     *,
     top: int,
-    answers: int,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each method, whose rankings are compared with those of the first.
+    """Returns a row for each method, whose rankings are compared with those of the first, and one for random rankings.
 
     Args:
       scores: scores [N, Q] by method.
       matching: matching documents of each query with such a pattern, by the pattern's name ('answer', 'procedure').
-      top: number of documents whose overlap is taken.
-      answers: number of top documents that are searched.
+      top: number of documents whose overlap is taken, and which are searched.
 
     Returns:
       Rows with the mean over queries of `spearman` and `overlap` (shares of the top documents), and for each pattern's name the
-      share of the queries with a matching document, None without such queries.
+      share of the queries with a matching document, None without such queries. The last row has what rankings of all
+      documents at random give in expectation.
     """
     ranked = {method: correlations.ranked(values) for method, values in scores.items()}
     first = next(iter(scores))
@@ -48,7 +49,7 @@ def table(
                 **{
                     kind: _mean(
                         [
-                            bool(presence.hits(ranked[method][:, q], documents, answers))
+                            bool(presence.hits(ranked[method][:, q], documents, top))
                             for q, documents in own.items()
                         ]
                     )
@@ -56,7 +57,13 @@ def table(
                 },
             }
         )
-    return rows
+    count = len(scores[first])
+    by_chance = {
+        kind: _mean([search.chance(count, len(documents), top) for documents in own.values()])
+        for kind, own in matching.items()
+    }
+    overlap = min(top, count) / count
+    return [*rows, {"method": RANDOM, "spearman": 0.0, "overlap": overlap, **by_chance}]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -15,9 +15,15 @@ _TENTH = 0.1
 _SHOWN = 10
 
 
-def layer_of(path: str) -> int | None:
-    """Returns the number of the layer in a path of parameters; None without one."""
-    numbers = re.findall(r"(?:^|/)layers?_(\d+)(?=/|$)", path)
+_BLOCK = re.compile(r"/block_(\d+)(?=/|$)")
+
+
+def block_of(path: str) -> int | None:
+    """Returns the number of the block in a path of parameters; None without one.
+
+    Where layers are scanned, it is the place in a period of the layer pattern, otherwise the layer.
+    """
+    numbers = _BLOCK.findall(path)
     return int(numbers[0]) if numbers else None
 
 
@@ -36,12 +42,17 @@ class LayerSums:
         self._sums: list[dict[tuple[str, int | None], float]] = [{} for _ in wanted]
 
     def add(self, document: int, layers: Mapping[str, Any]) -> None:
-        """Adds the scores [L, Q] or [Q] of one document by matrix."""
+        """Adds the scores of one document by matrix: [Q], or [L, Q] of scanned layers, which have all blocks of a period."""
+        period = 1 + max((block_of(path) or 0 for path in layers), default=0)
         for q in self._queries.get(document, ()):
             sums = self._sums[q]
             for path, values in layers.items():
-                own = np.asarray(values, np.float64)
-                parts = {layer_of(path): own[q]} if own.ndim == 1 else dict(enumerate(own[:, q]))
+                own, block = np.asarray(values, np.float64), block_of(path)
+                parts = (
+                    {block: own[q]}
+                    if own.ndim == 1
+                    else {(block or 0) + period * i: x for i, x in enumerate(own[:, q])}
+                )
                 for layer, value in parts.items():
                     key = (path, layer)
                     sums[key] = sums.get(key, 0.0) + float(value)
@@ -61,7 +72,7 @@ class LayerSums:
             count += 1
             for (path, layer), value in self._sums[q].items():
                 by_layer["other" if layer is None else str(layer)] += value / total
-                by_matrix[re.sub(r"layers?_\d+", "layers", path)] += value / total
+                by_matrix[_BLOCK.sub("", path)] += value / total
         return {
             name: {key: value / count for key, value in own.items()} if count else {}
             for name, own in (("layers", by_layer), ("matrices", by_matrix))

@@ -50,7 +50,8 @@ def _correlations(analyses: Mapping[str, Any]) -> Table:
     return _table(
         "Correlations of queries",
         "Means over pairs of queries of the correlations of their scores over all documents, and of the share that the first "
-        f"{analyses['within']} documents have in common. Intervals are bootstraps over queries.",
+        f"{analyses['within']} documents have in common. Intervals are bootstraps over queries. Random rankings have correlations of 0 "
+        f"and an overlap of {number(analyses['random_overlap'], 2)} in expectation.",
         ["queries", "with queries", "pairs", "Pearson", "Spearman", "overlap"],
         rows,
     )
@@ -69,15 +70,17 @@ def _cumulative(analyses: Mapping[str, Any]) -> Table:
         "Positive influence of the top documents",
         "Means over queries with Student intervals: the summed positive scores of a part of the documents, divided by the "
         "completion's nats, their variation over queries (standard deviation / mean), and their share of all positive "
-        "influence.",
-        ["documents", "kind", "per nat", "variation", "share"],
+        "influence; each sum beside what as many random documents have in expectation.",
+        ["documents", "kind", "per nat", "random", "variation", "share", "random"],
         [
             [
                 f"first {row['documents']:,} ({_percent(row['part'])})",
                 row["group"],
                 _interval(row["per_nat"]),
+                number(row["random_per_nat"]["value"]) if row["random_per_nat"] else "",
                 number(row["per_nat"]["variation"], 2) if row["per_nat"] else "",
                 _interval(row["share"], _percent),
+                _percent(row["random_share"]["value"]) if row["random_share"] else "",
             ]
             for row in analyses["cumulative"]
         ],
@@ -108,7 +111,7 @@ def _sources(analyses: Mapping[str, Any]) -> Table:
     return _table(
         "Over-representation of sources",
         "Shares of the sources in all documents, then multipliers: the share of a source at one end of the ranking divided by "
-        "its share in all documents. Means over queries with bootstrap intervals.",
+        "its share in all documents, 1 for random documents. Means over queries with bootstrap intervals.",
         ["documents", "kind", *shares],
         rows,
     )
@@ -191,7 +194,7 @@ def _methods(analyses: Mapping[str, Any]) -> Table:
     return _table(
         "Methods",
         "Rankings compared with those of the first method, as means over queries, and the queries whose answer or procedure is "
-        f"in their first {analyses['within']} documents.",
+        f"in their first {analyses['within']} documents. The last row is what random rankings give in expectation.",
         ["method", "Spearman", "overlap", *(f"{kind} in the top" for kind in named)],
         [
             [

@@ -13,6 +13,8 @@ METHODS = {
     "kfac": "K-FAC",
     "identity": "dot product",
     "cosine": "cosine",
+    "trak": "TRAK",
+    "embedding": "embeddings",
     "bm25": "BM25",
     "tfidf": "TF-IDF",
     "random": "random",

@@ -19,6 +19,8 @@ COLOURS = {
     "kfac": PURPLE,
     "identity": ORANGE,
     "cosine": ORANGE,
+    "trak": ORANGE,
+    "embedding": RED,
     "bm25": RED,
     "tfidf": RED,
     "random": GREY,
@@ -29,7 +31,7 @@ _EXACT = {
     "lds": "halves (linear datamodeling score)",
 }
 _GRADIENTS = ("ekfac_cg", "ekfac", "kfac", "identity")
-_SHOWN = (*_GRADIENTS, "bm25", "tfidf", "random")
+_SHOWN = (*_GRADIENTS, "trak", "embedding", "bm25", "tfidf", "random")
 _MAPPED = ("ekfac", "identity", "bm25")  # methods whose sources are drawn
 _BRIGHT = 5.0  # multiplier of the darkest square
 
@@ -120,7 +122,7 @@ def _correlations(seeds: Seeds) -> Any:
 
         return [*seeds.scores(value).values()]
 
-    return _dots(titles, _GRADIENTS, values, "correlation")
+    return _dots(titles, (*_GRADIENTS, "trak"), values, "correlation")
 
 
 def _answers(seeds: Seeds) -> Any:

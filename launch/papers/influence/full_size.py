@@ -1,27 +1,29 @@
 """EK-FAC influence (arXiv 2308.03296) at full size: sums of covariances of MLPs for one batch of documents.
 
-The sums of all layers, in blocks on the diagonal (`--blocks`), are split over all chips, as `influence fit` does it.
+The sums of all layers, in blocks on the diagonal (`--blocks`), are split over all chips, as `influence fit` does it. The models and
+blocks are those of plan.py, which counts storage and time of a whole fit and of 5 million scored documents.
 """
 
+from launch.papers.influence.plan import SIZES, Size
 from launch.papers.shared.full_size import Row, mesh, tokens
 
 _RUN = "t5x_configs/runs/pretrain.gin"
+_7B, _35B, _BAM = SIZES
+
+
+def _row(name: str, size: Size, topology: str, rows: int, *bindings: str) -> Row:
+    return Row(
+        name=name,
+        title=f"Covariances of the MLPs of {size.title} in {size.blocks} blocks, {rows} documents of 512 tokens",
+        files=(size.file, _RUN),
+        topology=topology,
+        bindings=(*tokens(rows, 512), *bindings),
+        flags=("--program=covariances", f"--blocks={size.blocks}"),
+    )
+
 
 ROWS = (
-    Row(
-        name="ekfac_7b",
-        title="Covariances of Llama 2 7B's MLPs in two blocks, 16 documents of 512 tokens",
-        files=("t5x_configs/models/llama2_7b.gin", _RUN),
-        topology="v5p:2x2x4",
-        bindings=tokens(16, 512),
-        flags=("--program=covariances", "--blocks=2"),
-    ),
-    Row(
-        name="ekfac_35b",
-        title="Covariances of Aya 23 35B's MLPs in four blocks, 64 documents of 512 tokens",
-        files=("t5x_configs/models/aya23_35b.gin", _RUN),
-        topology="v5p:4x4x4",
-        bindings=(*tokens(64, 512), *mesh("fsdp", fsdp=64)),
-        flags=("--program=covariances", "--blocks=4"),
-    ),
+    _row("ekfac_7b", _7B, "v5p:2x2x4", 16),
+    _row("ekfac_35b", _35B, "v5p:4x4x4", 64, *mesh("fsdp", fsdp=64)),
+    _row("ekfac_bam", _BAM, "v5e:4x4", 16),
 )

@@ -1,4 +1,4 @@
-"""Influence at small scale: exact responses of tiny models, and the small corpus with its retrained models."""
+"""Influence at small scale: exact responses of tiny models, the small corpus with its retrained models, and a real model."""
 
 import json
 import pathlib
@@ -12,17 +12,18 @@ SEEDS = 5
 PARTS = {
     "exact": "exact responses of tiny models",
     "corpus": "facts, procedures and text",
+    "smollm": "SmolLM2-135M over real text, a demonstration of about 40 minutes",
 }
 
 
 def run(
     *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
 ) -> dict[str, Any]:
-    """Returns {"exact": [{"seed", "seconds", and of `exact.run`}], "corpus": rows of `by_seed`}.
+    """Returns {"exact": [{"seed", "seconds", and of `exact.run`}], "corpus": rows of `by_seed`, "smollm": of `of_report`}.
 
     Args:
       model_dir: of all runs and measurements.
-      seeds: of both parts.
+      seeds: of the parts that judge.
       parts: of PARTS.
       **options: as of `sweeps.rows`.
 
@@ -38,6 +39,10 @@ def run(
             model_dir, {"corpus": ("influence/sweep", seeds)}, with_records, **options
         )
         out["corpus"] = by_seed(rows["corpus"])
+    if "smollm" in parts:
+        sweep = {"smollm": ("influence/smollm_sweep", "full")}
+        rows = sweeps.parts(model_dir, sweep, with_report, **options)
+        out["smollm"] = of_report(rows["smollm"])
     return out
 
 
@@ -60,6 +65,36 @@ def with_records(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, A
     file = directory / files.get(row["arm"], "")
     record = json.loads(file.read_bytes()) if row["arm"] in files and file.is_file() else None
     return {**{key: row[key] for key in ("arm", "seed", "seconds")}, "record": record}
+
+
+def with_report(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """Returns arm and seconds of a row of results of smollm_sweep.py, with the report that was made there, if it was."""
+    file = directory / "report.json"
+    report = json.loads(file.read_bytes()) if row["arm"] == "report" and file.is_file() else None
+    return {"arm": row["arm"], "seconds": row["seconds"], "report": report}
+
+
+def of_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Returns {"documents", "rank_by", "compression", "seconds" by arm, "analyses", "queries"}; None without a report.
+
+    A query has "prompt", "completion", "nats" and "first": the source and the text of its first document.
+    """
+    reports = [row["report"] for row in rows if row["report"]]
+    if not reports:
+        return None
+    (report,) = reports
+    queries = [
+        {
+            **{name: query[name] for name in ("prompt", "completion", "nats")},
+            "first": {name: query["top"][0][name] for name in ("source", "text")},
+        }
+        for query in report["queries"]
+    ]
+    return {
+        **{name: report[name] for name in ("documents", "rank_by", "compression", "analyses")},
+        "seconds": {row["arm"]: row["seconds"] for row in rows},
+        "queries": queries,
+    }
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """The report of the reproduction."""
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data.influence import small_corpus
+from launch.attribution.analyses import tables
 from launch.papers.influence import (
     claims,
     corpus,
@@ -32,8 +34,9 @@ _TEXT = [
     f"- *queries*: {small_corpus.QUERIES} of each group: a capital; the steps and the result of each procedure for a number that "
     f"no document works out by it. A seed whose model completes fewer than {LEARNED:.0%} of a group's queries greedily decides nothing.",
     f"- *scores*: of the MLPs' weights, factors from {scoring.FITTED:,} documents with sampled labels, damping of a tenth of the mean "
-    f"eigenvalue, whole gradients of queries; conjugate gradients take {scoring.CG_STEPS} steps on {scoring.CG_DOCUMENTS} documents. BM25 and "
-    "TF-IDF count words and signs, since single characters tell little.",
+    f"eigenvalue, whole gradients of queries; conjugate gradients take {scoring.CG_STEPS} steps on {scoring.CG_DOCUMENTS} documents; TRAK has "
+    f"{scoring.PROJECTION**2:,} random projections of the same gradients of one model. Embeddings are means of the final hidden "
+    "states, compared by the cosine. BM25 and TF-IDF count words and signs, since single characters say little.",
     f"- *retraining*: {corpus.HALVES} halves of the corpus, and the corpus without the {statistics.SHARE:.0%} of the documents that "
     "a method ranks highest for the facts, or for both procedures; each from the start, for as many updates as the model. A "
     "document that is left out is replaced by dots of its length, so that all runs read the same places in the same order.",
@@ -41,6 +44,14 @@ _TEXT = [
     "correlations of up to 0.96 are not to be expected at this size, so that claims ask for signs. Completions are the right ones, "
     "not the model's own. The controls (answers that are given in the prompt) and the comparison of two sizes of models are left out.",
 ]
+
+
+_SNIPPET = 120  # characters of prompts and documents
+_SHOWN_OF_REPORT = (
+    *("Methods", "Answers in documents", "Procedures in documents"),
+    *("Over-representation of sources", "Correlations of queries"),
+    "Positive influence of the top documents",
+)
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
@@ -74,7 +85,44 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
         lines += _lds(seeds)
         lines += _removal(seeds)
         lines += _answers(seeds)
+    if found := parts.get("smollm"):
+        lines += _smollm(found)
     return lines
+
+
+def _smollm(found: Mapping[str, Any]) -> list[str]:
+    """Returns the tables of the report of the demonstration, and the first document of each query."""
+    fit, score = (found["seconds"][arm] / 60 for arm in ("factors", "ekfac"))
+    lines = [
+        "## A real model: SmolLM2-135M",
+        "",
+        f"{found['documents']:,} pieces of texts of installed packages are scored; factors took {fit:.0f} minutes, scores {score:.0f}. "
+        "Nothing is judged: it shows the report of a real model. Scores are divided by the norms of the documents' gradients.",
+        "",
+    ]
+    for table in tables.tables(found["analyses"]):
+        if table["title"] in _SHOWN_OF_REPORT:
+            cells = [[_cell(cell) for cell in row] for row in table["rows"]]
+            lines += [f"**{table['title']}.** {table['text']}", ""]
+            lines += page.table(table["header"], cells)
+    rows = [
+        (
+            *(_cell(_short(query["prompt"])), _cell(_short(query["completion"]))),
+            *(query["first"]["source"] or "", _cell(_short(query["first"]["text"] or ""))),
+        )
+        for query in found["queries"]
+    ]
+    header = ("prompt", "completion", "source", "first document by EK-FAC")
+    return [*lines, "**First documents.**", "", *page.table(header, rows)]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]} ..."
+
+
+def _cell(text: str) -> str:
+    """Returns a text in one line that ends no cell of a table and is no markup."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("`", "&#96;")
 
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:
@@ -203,6 +251,8 @@ def _shuffled_losses(record: Mapping[str, Any], rng: np.random.Generator) -> dic
 
 def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    if measured.get("smollm"):
+        out["smollm"] = measured["smollm"]
     if measured.get("exact"):
         out["exact"] = measured["exact"]
     if measured.get("corpus"):

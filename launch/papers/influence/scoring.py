@@ -42,23 +42,25 @@ from typing import Any
 import numpy as np
 
 from data.influence.small_corpus import FACT, PROCEDURES, Document, Query
+from launch.attribution import similarity
 from launch.papers.influence import completions, corpus, statistics
 from launch.run.loaded_run import LoadedRun
-from trainers.influence import conjugate, kronecker, lexical, queries, scores
+from trainers.influence import conjugate, kronecker, lexical, projections, queries, scores
 from trainers.influence import fit as stages
 from trainers.influence import sites as site_list
-from trainers.scoring.scoring import Row
+from trainers.scoring.scoring import MeanStates, Row
 
 SCORES, RECORD = "scores.npz", "scores.json"
 # The methods of gradients, in the order in which a set of queries has them.
-GRADIENTS = ("identity", "kfac", "ekfac", "ekfac_cg")
+GRADIENTS = ("identity", "trak", "kfac", "ekfac", "ekfac_cg")
 RANDOM = "random"
-METHODS = (*GRADIENTS, "cosine", "bm25", "tfidf", RANDOM)
+METHODS = (*GRADIENTS, "cosine", "embedding", "bm25", "tfidf", RANDOM)
 REMOVED_BY = ("ekfac", "ekfac_cg", "identity", "bm25", RANDOM)
 REMOVED_FOR = {"fact": (FACT,), "procedure": PROCEDURES}
 MODULES = ("mlp",)
 FITTED = 3000  # documents
 CG_STEPS, CG_DOCUMENTS = 10, 128
+PROJECTION = 32  # side of trak's projected gradients
 BATCH = 64
 
 
@@ -77,6 +79,11 @@ def run(start: Any) -> None:
         rows = [completions.document_row(loaded, one) for one in texts]
         wanted = [completions.query_row(loaded, one) for one in asked]
         every, norms_N, nats_Q = all_scores(loaded, rows, wanted, target / "factors", flags.seed)
+        every["embedding"] = similarity.embeddings(
+            MeanStates(loaded.model, loaded.params, batch_size=BATCH),
+            *(rows, wanted),
+            limit=loaded.model.max_length,
+        )
         batch = completions.batch_of(wanted)
         _, answered_Q = completions.measure(loaded.model)(loaded.params, batch)
     every |= lexical_scores(texts, asked)
@@ -124,10 +131,14 @@ def all_scores(
     kfac, ekfac = (
         stages.read_curvature(folder, sites, strategy, damping) for strategy in ("kfac", "ekfac")
     )
+    own = projections.projections(sites, PROJECTION, seed=seed)
+    moment_FF = projections.second_moment(reader, sites, own, rows, total=len(rows))
+    projected = projections.ProjectedCurvature.of(sites, own, moment_FF, damping)
     refine = refinement(loaded, reader, sites, ekfac, rows[:CG_DOCUMENTS])
+    ways = ((None, None), (projected, None), (kfac, None), (ekfac, None), (None, refine))
     sets = [
         queries.prepare(reader, sites, wanted, precondition, rank=None, refine=refined)
-        for precondition, refined in ((None, None), (kfac, None), (ekfac, None), (None, refine))
+        for precondition, refined in ways
     ]
     joined = queries.joined(sites, sets)
     scored = list(scores.score(reader, sites, joined, rows, total=len(rows)))

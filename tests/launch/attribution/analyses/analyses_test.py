@@ -1,5 +1,6 @@
 """Analyses of influence against closed forms, examples by hand, and scipy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -80,8 +81,18 @@ def test_cumulative_influence_is_a_sum_of_positive_scores():
     assert (most["documents"], most["per_nat"]) == (3, 5)
     assert every["share"] == 1
     assert concentration.cumulative(-scores[:1], None, shares=(1.0,))[0] == {
-        **{"part": 1.0, "documents": 1, "share": None, "per_nat": None}
+        **{"part": 1.0, "documents": 1, "share": None, "per_nat": None},
+        **{"random_share": None, "random_per_nat": None},
     }
+
+
+def test_random_documents_have_their_part_of_the_positive_influence():
+    """Beside the mean over all sets of three of ten documents."""
+    scores = np.array([5.0, -9, 3, 0, 2] + [0] * 5)
+    (row,) = concentration.cumulative(scores, 2.0, shares=(0.3,))
+    sums = [sum(max(x, 0) for x in own) for own in itertools.combinations(scores, 3)]
+    assert row["random_per_nat"] == pytest.approx(np.mean(sums) / 2)
+    assert row["random_share"] == pytest.approx(np.mean(sums) / 10)
 
 
 def test_multipliers_are_shares_of_the_top_over_shares_of_all():
@@ -149,10 +160,24 @@ def test_methods_are_compared_with_the_first():
     rows = methods.table(
         {"ekfac": first, "other": -first},
         {"answer": {0: np.array([0])}},
-        **{"top": 2, "answers": 1},
+        top=2,
     )
     assert rows[0] == {"method": "ekfac", "spearman": 1, "overlap": 1, "answer": 1}
     assert rows[1] == {"method": "other", "spearman": pytest.approx(-1), "overlap": 0, "answer": 0}
+
+
+def test_random_rankings_are_beside_the_methods():
+    """Beside the means over all rankings of five documents."""
+    scores = np.array([[5.0], [4], [3], [2], [1]])
+    matching = np.array([1, 4])
+    last = methods.table({"ekfac": scores}, {"answer": {0: matching}}, top=2)[-1]
+    orders = np.array([*itertools.permutations(range(5))])
+    overlaps = [len({0, 1} & {*order[:2]}) / 2 for order in orders]
+    found = [bool({*order[:2]} & {*matching}) for order in orders]
+    assert last == {
+        **{"method": "random", "spearman": 0, "overlap": pytest.approx(np.mean(overlaps))},
+        "answer": pytest.approx(np.mean(found)),
+    }
 
 
 def test_shares_of_layers_add_up_and_follow_the_scores():
@@ -165,9 +190,15 @@ def test_shares_of_layers_add_up_and_follow_the_scores():
     assert got["matrices"] == pytest.approx({"layers/mlp/up": 7 / 8, "head": 1 / 8})
     assert sums.shares([0, 1])["layers"]["other"] == pytest.approx((1 / 8 + 2 / 4) / 2)
     unrolled = parts.LayerSums([[0]])
-    unrolled.add(0, {"layers_0/mlp/up": [1.0], "layers_12/mlp/up": [3.0]})
+    unrolled.add(0, {"layers/block_0/mlp/up": [1.0], "layers/block_12/mlp/up": [3.0]})
     got = unrolled.shares([0])
     assert got == {"layers": {"0": 0.25, "12": 0.75}, "matrices": {"layers/mlp/up": 1.0}}
+    # Two periods of a pattern of two kinds of layers: 0, 2 and 1, 3.
+    scanned = parts.LayerSums([[0]])
+    scanned.add(0, {"layers/block_0/up": [[1], [2]], "layers/block_1/up": [[3], [4]]})
+    got = scanned.shares([0])
+    assert got["layers"] == pytest.approx({"0": 0.1, "2": 0.2, "1": 0.3, "3": 0.4})
+    assert got["matrices"] == {"layers/up": 1.0}
     assert parts.LayerSums([[]]).shares([0]) == {"layers": {}, "matrices": {}}
 
 
@@ -231,6 +262,8 @@ def test_all_analyses_become_tables_and_what_is_not_possible_is_named():
         assert all(len(row) == len(table["header"]) for row in table["rows"])
     first = titles["Correlations of queries"]["rows"][0]
     assert first[:4] == ["factual: capitals", "factual: capitals", "1", "1.00"]
+    assert "an overlap of 0.12 in expectation" in titles["Correlations of queries"]["text"]
+    assert [row[0] for row in titles["Methods"]["rows"]] == ["ekfac", "bm25", "random"]
     bare = compute.analyse(
         given(sources=None, matching=None, others={}, queries=[query()] * 4, nats=[None] * 4)
     )

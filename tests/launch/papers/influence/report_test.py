@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from data.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
+from launch.attribution.analyses import compute, labels
 from launch.papers.influence import (
+    arms,
     claims,
     corpus,
     exact,
@@ -23,7 +25,7 @@ from launch.papers.shared import claim
 FACTS = {"command": "a command", "versions": {"jax": "1"}, "criteria": None}
 LDS = {
     **{"ekfac_cg": 0.6, "ekfac": 0.45, "kfac": 0.4, "identity": 0.2, "cosine": 0.25},
-    **{"bm25": 0.15, "tfidf": 0.12, "random": 0.0},
+    **{"trak": 0.3, "embedding": 0.1, "bm25": 0.15, "tfidf": 0.12, "random": 0.0},
 }
 REMOVAL = {
     "fact": {"ekfac": 0.5, "ekfac_cg": 0.55, "identity": 0.2, "bm25": 0.5, "random": 0.0},
@@ -105,7 +107,28 @@ def measured(change=None):
             change(records)
         out["exact"].append(noisy(records.pop("exact"), rng))
         out["corpus"].append({"seed": seed, "seconds": 60.0, **noisy(records, rng)})
-    return out
+    return {**out, "smollm": measure.of_report(real_model_rows())}
+
+
+def real_model_rows():
+    """Rows of the demonstration's sweep, whose report has two queries and ten documents."""
+    scores = np.random.default_rng(1).normal(size=(10, 2))
+    found = compute.analyse(
+        compute.Inputs(
+            scores_NQ=scores,
+            queries=[labels.Query(prompt="p", completion="c")] * 2,
+            **{"nats": [1.0, 2.0], "sources": ["code", "text"] * 5, "matching": {}},
+            **{"layers": None, "tokens": [], "method": "ekfac", "others": {"bm25": -scores}},
+            within=2,
+        )
+    )
+    hostile = "a | b\n<script>`x`"
+    query = {"prompt": "p", "completion": hostile, "nats": 1.0}
+    query["top"] = [{"source": "code", "text": hostile, "score": 1.0}]
+    report = {"documents": 10, "rank_by": "per_norm", "compression": None, "analyses": found}
+    report["queries"] = [query] * 2
+    arms_ = {"factors": None, "ekfac": None, "report": report}
+    return [{"arm": arm, "seconds": 60.0, "report": one} for arm, one in arms_.items()]
 
 
 def verdicts(change=None):
@@ -186,6 +209,16 @@ def test_the_page_has_tables_and_figures(tmp_path):
     for name, (figure, _) in drawn.items():
         assert figure is not None and f"influence/{name}" in text
     assert "| EK-FAC + CG |" in text and "Missing" not in text
+    lds, answers = (
+        text.partition(f"## {title}")[2].partition("## ")[0]
+        for title in ("Linear datamodeling scores", "Share of queries whose answer")
+    )
+    for name in map(arms.METHODS.get, scoring.METHODS):
+        assert f"| {name} |" in lds and f"| {name} |" in answers
+    real = text.partition("## A real model")[2]
+    assert "10 pieces of texts" in real and "factors took 1 minutes" in real
+    assert "| random | 0 | 0.2 |" in real
+    assert "| a &#124; b &lt;script&gt;&#96;x&#96; |" in real
     assert json.loads((tmp_path / "influence" / "results.json").read_text())["claims"]
     nothing = figures.figures({})
     assert all(figure is None for figure, _ in nothing.values())

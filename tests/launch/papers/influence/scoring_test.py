@@ -12,10 +12,14 @@ import pytest
 
 from data.influence import small_corpus
 from data.tokenizers import vocabularies
-from launch.papers.influence import corpus, losses, scoring, statistics
+from launch.papers.influence import completions, corpus, losses, scoring, statistics
 from launch.run import load_run
 from model.config import TransformerConfig
 from model.transformer import Transformer
+from trainers.checkpoints import state_tree
+from trainers.influence import conjugate, projections
+from trainers.influence import documents as documents_of
+from trainers.influence import sites as site_list
 
 SIZES = dict.fromkeys(small_corpus.SIZES, 6)
 LINES = [f"line {i} of some real text." for i in range(10)]
@@ -39,7 +43,8 @@ def scored(loaded, tmp_path_factory):
     """(folder of the corpus, folder of its scores)."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("corpus", "scores"))
     patch = pytest.MonkeyPatch()
-    for name, value in {"FITTED": 30, "CG_STEPS": 2, "CG_DOCUMENTS": 8, "BATCH": 64}.items():
+    settings = {"FITTED": 30, "CG_STEPS": 2, "CG_DOCUMENTS": 8, "BATCH": 64, "PROJECTION": 4}
+    for name, value in settings.items():
         patch.setattr(scoring, name, value)
     patch.setattr(statistics, "TOP", 4)
     corpus.write(source, LINES, 3, sizes=SIZES, queries=2)
@@ -79,6 +84,51 @@ def test_every_method_scores_all_documents_for_all_queries(scored):
     assert set(record["methods"]) == set(scoring.METHODS)
     assert set(record["answered"]) == set(record["nats"]) == set(small_corpus.GROUPS)
     assert all(value > 1 for value in record["nats"].values())  # the model has learned nothing
+
+
+def test_trak_is_of_projected_gradients_and_embeddings_of_mean_states(loaded, scored):
+    """Against gradients by autodiff and states of one text at a time."""
+    source, target = scored
+    documents, queries = corpus.read_documents(source), corpus.read_queries(source)
+    rows = [completions.document_row(loaded, one) for one in documents]
+    asked = [completions.query_row(loaded, one) for one in queries]
+    sites = site_list.select(loaded.model, loaded.params, ("mlp",))
+    own = projections.projections(sites, 4, seed=3)
+
+    def loss(weights, batch):
+        params = conjugate.with_changed(loaded.params, weights)
+        log_probs = jax.nn.log_softmax(conjugate.logits_of(loaded.model, params, batch))
+        picked = jnp.take_along_axis(log_probs, batch["decoder_target_tokens"][..., None], -1)
+        return -(picked[..., 0] * batch["decoder_loss_weights"]).sum()
+
+    weights = {path: state_tree.flatten(loaded.params)[path] for path in sites}
+    gradient = jax.jit(jax.grad(loss))
+
+    def features(row):
+        found = gradient(weights, documents_of.columns([row], [0], 1, 64))
+        return sum(
+            np.einsum("lxy,lxk,lym->km", found[path], own[path]["a"], own[path]["s"])
+            for path in sites
+        ).ravel()
+
+    phi, asked_phi = (np.stack([features(row) for row in some]) for some in (rows, asked))
+    moment = phi.T @ phi / len(phi)
+    damped = moment + 0.1 * np.trace(moment) / 16 * np.eye(16)
+    with np.load(target / scoring.SCORES) as arrays:
+        trak, embedding = arrays["trak"], arrays["embedding"]
+    np.testing.assert_allclose(
+        trak, phi @ np.linalg.solve(damped, asked_phi.T), rtol=2e-3, atol=2e-3
+    )
+
+    def state(row):
+        tokens = jnp.array([[*row.context, *row.targets]])
+        hidden = loaded.model.apply({"params": loaded.params}, tokens, method="hidden").hidden_BTD
+        mean = np.asarray(hidden[0, 1:], np.float64).mean(0)
+        return mean / np.linalg.norm(mean)
+
+    some = rows[:4]
+    want = np.stack([[state(x) @ state(q) for q in asked] for x in some])
+    np.testing.assert_allclose(embedding[:4], want, atol=1e-5)
 
 
 def test_the_top_documents_of_a_method_are_blank_in_its_corpus(scored):
