@@ -20,11 +20,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from trainers.telemetry.goodput import duration
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
 # Variables of this project's side: without the store of compiled programs (trainers/programs), which traces, and with it.
 TRACED, STORED = {"ESPALIER_PROGRAMS": "0"}, {"ESPALIER_PROGRAMS": "1"}
+_TELL_SECONDS = 10.0
 K, T = TypeVar("K"), TypeVar("T")
 Report = dict[str, Any]
 
@@ -137,14 +140,22 @@ def alternate(
 ) -> dict[K, list[T]]:
     """Calls all functions in every round, in turns forwards and backwards; returns their results by name.
 
-    Results of the first `warm_up` rounds, which are in addition to `rounds`, are dropped.
+    Results of the first `warm_up` rounds, which are in addition to `rounds`, are dropped. What takes longer than a few seconds
+    tells on standard error how far it is.
     """
     results: dict[K, list[T]] = {name: [] for name in calls}
+    done, total = 0, (warm_up + rounds) * len(calls)
+    began = told = time.monotonic()
     for i in range(warm_up + rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:
             result = calls[name]()
             if i >= warm_up:
                 results[name].append(result)
+            done += 1
+            if (now := time.monotonic()) - told >= _TELL_SECONDS and done < total:
+                told, left = now, (now - began) / done * (total - done)
+                text = f"{done} of {total} measurements, {name} last; about {duration(left)} left"
+                print(text, file=sys.stderr, flush=True)
     return results
 
 

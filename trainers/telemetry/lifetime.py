@@ -201,9 +201,8 @@ class Lifetime(Unrecorded, contextlib.AbstractContextManager):
         """
         self._write, self._goodput, self._pause = write, goodput, pause
         self._lock, self._wake, self._done = threading.Lock(), threading.Event(), False
-        self._writing = (
-            threading.Lock()
-        )  # apart from the other: training must not wait for a slow store
+        # Apart from the other lock: training must not wait for a slow store.
+        self._writing = threading.Lock()
         self._failed = False
         self.starts: list[Start] = []
         try:

@@ -134,6 +134,14 @@ def test_rounds_alternate_in_both_orders_and_the_warm_up_is_dropped():
     assert calls == ["ours", "peer", "peer", "ours", "ours", "peer"]
 
 
+def test_what_takes_long_tells_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(compare.time, "monotonic", lambda: next(clock))
+    compare.alternate({"ours": lambda: 1, "peer": lambda: 2}, 3)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "2 of 6 measurements, peer last; about 24 s left" and len(told) == 2
+
+
 def test_a_side_reports_the_last_line_of_its_output_or_its_error():
     report = compare.measured([sys.executable, "-c", "print('note'); print('{\"x\": 1}')"])
     assert report["x"] == 1 and report["other_load"] >= 0
