@@ -21,6 +21,7 @@ UNSEEN_SCORE = "score in languages without pairs"
 _LABELS = {
     "student_single": "student of the best single teacher",
     "student_reward": "student of routing by reward",
+    "shared": "joint student, halfway",
     "merged": "experts merged",
     "polish_tenth": "polish, a tenth of the rate",
     "polish_tenth_long": "polish, a tenth, twice as long",

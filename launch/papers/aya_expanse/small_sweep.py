@@ -1,7 +1,7 @@
 """The whole of Aya Expanse (arXiv 2412.04261) in small: seven languages in three clusters, on words of installed packages.
 
-A base; a teacher of each cluster; students of what each routing keeps of their answers; experts of the clusters, merged; the
-weights of a merge of six, one of them harmful; polish; offline and online preference training, by cluster with merges, and
+A base; a teacher of each cluster; students of what each routing keeps of their answers; experts of the clusters, which part from
+the joint model halfway, merged; the weights of a merge of six, one of them harmful; polish; offline and online preference training, by cluster with merges, and
 jointly. The number of seeds after a colon:
 
   python -m launch.sweep --sweep launch/papers/aya_expanse/small_sweep.py:5 --out runs/aya_expanse/small --workers 2
@@ -19,8 +19,10 @@ STAGE = "launch.papers.aya_expanse.small_stage"
 CLUSTERS = tuple(lexicon.FAMILIES)
 ROUTINGS = ("single", "random", "fixed", "reward", "learned", "translated")
 TEACHER_STEPS, STUDENT_STEPS = 500, 350
+# The joint model's updates until experts part from it: merged from the base on, they were no model (score 0.10).
+SHARED_STEPS = STUDENT_STEPS // 2
 # A cluster has three of the seven languages, so that its expert reads its data as often as the joint model.
-EXPERT_STEPS = round(STUDENT_STEPS * 3 / 7)
+EXPERT_STEPS = round((STUDENT_STEPS - SHARED_STEPS) * 3 / 7)
 OFFLINE_STEPS, ONLINE_STEPS, BY_LANGUAGES_STEPS = 60, 30, 40
 CLUSTER_OFFLINE_STEPS, CLUSTER_ONLINE_STEPS = (
     round(steps * 3 / 7) for steps in (OFFLINE_STEPS, ONLINE_STEPS)
@@ -58,8 +60,10 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms["pool"] = _stage("pool", *pool)
     for name in ROUTINGS:
         arms[f"student_{name}"] = _sft(f"{{pool}}/sft_{name}.jsonl", STUDENT_STEPS)
+    arms["shared"] = _sft("{pool}/sft_reward.jsonl", SHARED_STEPS)
     for name in CLUSTERS:
-        arms[f"expert_{name}"] = _sft(f"{{pool}}/sft_reward_{name}.jsonl", EXPERT_STEPS)
+        data = f"{{pool}}/sft_reward_{name}.jsonl"
+        arms[f"expert_{name}"] = _sft(data, EXPERT_STEPS, parent="shared")
     arms["merged"] = _merge([f"expert_{name}" for name in CLUSTERS])
     for name, (share, steps) in POLISHES.items():
         data = "{pool}/sft_reward.jsonl"
@@ -78,7 +82,7 @@ def _weights() -> dict[str, dict]:
     """Returns the arms of the search of weights among the six."""
     six = [f"{{{arm}}}" for arm in SIX]
     return {
-        "harmful": _sft("{pool}/sft_harmful.jsonl", EXPERT_STEPS),
+        "harmful": _sft("{pool}/sft_harmful.jsonl", EXPERT_STEPS, parent="shared"),
         "search": _stage("search", "--requests={requests}", "--seed={SEED}", "--runs", *six),
         "six_searched": _stage("searched", "--search={search}", evaluations=EVALUATED),
         "six_uniform": _merge(SIX),

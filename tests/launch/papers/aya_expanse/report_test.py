@@ -271,7 +271,9 @@ def test_arms_of_the_sweep_are_valid_configurations_with_equal_updates():
     online = sum(steps[f"online{i}"] for i in range(1, 5))
     assert offline_first == online == steps["offline_long"]
     clusters = [steps[f"expert_{name}"] for name in lexicon.FAMILIES]
-    assert clusters == [round(steps["student_reward"] * 3 / 7)] * 3
+    after = steps["student_reward"] - steps["shared"]
+    assert clusters == [round(after * 3 / 7)] * 3 and 0 < after < steps["student_reward"]
+    assert runs["expert_slavic"].parent == runs["harmful"].parent == "shared/seed10"
     assert runs["round1"].parent == "offline/seed10" and runs["round2"].parent == "round1/seed10"
     assert runs["online_slavic"].parent == "merged_offline/seed10"
     assert set(UNSEEN).isdisjoint({"en", "es", "de"})
