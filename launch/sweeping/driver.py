@@ -59,8 +59,15 @@ class Progress:
 Watcher = Callable[[Sequence[Progress]], Any]
 
 
+# States of a run and of its job of which nothing has changed.
+_UNCHANGED = ((RunState.DONE, State.ENDED), (RunState.WAITING, State.WAITING))
+
+
 def progress(
-    folder: SweepFolder, plan: Sequence[Planned], submitted: Mapping[str, Status] | None = None
+    folder: SweepFolder,
+    plan: Sequence[Planned],
+    submitted: Mapping[str, Status] | None = None,
+    known: Sequence[Progress] = (),
 ) -> list[Progress]:
     """Returns the progress of each run, read from its files.
 
@@ -69,15 +76,21 @@ def progress(
       plan: the runs, each after the runs it depends on.
       submitted: status of submitted runs that have not ended, by name; None if another process drives the sweep, so
         that locks show which runs are training.
+      known: an earlier result of the process that drives the sweep. Files of runs that were done then, or waited and still
+        do, are not read again.
     """
     nothing = Status(state=State.ENDED)
+    before = {entry.planned.name: entry for entry in known}
     out: dict[str, Progress] = {}
     for planned in plan:
         name = planned.name
+        job = nothing if submitted is None else submitted.get(name, nothing)
+        if name in before and (before[name].state, job.state) in _UNCHANGED:
+            out[name] = before[name]
+            continue
         attempts = folder.attempts(name)
         newest = folder.newest(name)
         above = {out[other].state for other in planned.run.above if other in out}
-        job = nothing if submitted is None else submitted.get(name, nothing)
         if folder.done(planned):
             state = RunState.DONE
         elif job.state is State.RUNNING or (submitted is None and folder.in_use(name)):
@@ -137,6 +150,7 @@ def drive(
     for name in open_jobs:
         folder.directory(name).mkdir(parents=True, exist_ok=True)
     stopping = 0.0
+    known: list[Progress] = []
     results.write_results(folder, plan)
     try:
         with stop_signals() as signals:
@@ -149,7 +163,8 @@ def drive(
                     if status.state is State.ENDED:
                         _record(folder, plan, name, status, bool(stopping))
                 submitted = {name: statuses[handle] for name, handle in open_jobs.items()}
-                watch(progress(folder, plan, submitted))
+                known = progress(folder, plan, submitted, known)
+                watch(known)
                 now = time.monotonic()
                 due = minutes is not None and now - began > 60 * minutes
                 if not stopping and (signals or due):

@@ -24,7 +24,8 @@ RouterInput = Literal["site_tensor", "layer_input", "sentence"]
 class Routed(Adapter):
     """An adapter with several experts. One expert is the plain adapter, without a router.
 
-    The mean probability of each expert, the entropy of a token's probabilities and the load are sown into 'metrics'.
+    The mean probability of each expert, the entropy of a token's probabilities and the load are sown into 'metrics'; the load of
+    a soft mixture is that of each token's most probable expert.
 
     Attributes:
       num_experts: N.
@@ -67,7 +68,6 @@ class Routed(Adapter):
 
     def weights(self, site: Adapted, tensor: jax.Array, axis: str) -> jax.Array:
         """Returns the experts' weights [..., N] for the tensor [..., W] of this site; `axis` is its last one's name."""
-        top_k = self.num_experts if self.top_k is None else self.top_k
         read, axis = self._read(site, tensor, axis)
         router = Dense(
             features=self.num_experts,
@@ -78,12 +78,13 @@ class Routed(Adapter):
         )
         logits = router(self._jittered(read.astype(jnp.float32)))
         probs = jax.nn.softmax(logits, axis=-1)
-        routes = routing.route(probs, top_k=top_k, renormalise=self.renormalise)
-        self._report(logits, probs, routes.experts_MK)
-        weights = probs
-        if self.top_k is not None:
-            chosen = jax.nn.one_hot(routes.experts_MK, self.num_experts)
+        if self.top_k is None:
+            weights, experts = probs, probs.argmax(-1)[..., None]
+        else:
+            routes = routing.route(probs, top_k=self.top_k, renormalise=self.renormalise)
+            experts, chosen = routes.experts_MK, jax.nn.one_hot(routes.experts_MK, self.num_experts)
             weights = jnp.sum(chosen * routes.weights_MK[..., None], axis=-2)
+        self._report(logits, probs, experts)
         self.sow("intermediates", "router_weights", weights)
         return weights
 
