@@ -1,7 +1,8 @@
 """Attention for CPUs: each block of query rows is multiplied only with the keys that it may see.
 
 Causal attention needs half of the score matrix, and the scores in use should fit a core's cache. A loop
-processes a few heads at a time. Each block of query rows is multiplied with the keys from the start of
+processes a few heads at a time. A bias of heads, such as T5's of relative positions, is added block by block, and its
+gradient is summed over rows in the loop: neither is ever written for every row. Each block of query rows is multiplied with the keys from the start of
 its window to its last row. The backward pass is written by hand: it saves only the output and the
 log-sum-exp, and recomputes the scores. This is flash attention (Dao, arXiv 2307.08691), with one matrix
 product in place of the loop over keys.
@@ -29,6 +30,7 @@ class _Form(NamedTuple):
     window: int | None
     scale: float
     softcap: float | None
+    causal: bool
 
 
 def blocked_attention(
@@ -38,22 +40,28 @@ def blocked_attention(
     q_segments_BT: jax.Array | None,
     kv_segments_BS: jax.Array | None,
     *,
+    bias_1NTS: jax.Array | None = None,
     window: int | None = None,
     scale: float,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Returns causal attention on one device, masked by index; arguments as in attention_ops."""
+    """Returns attention on one device, masked by index; arguments as in attention_ops, with one bias for all rows."""
     k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
     segments = None if q_segments_BT is None else (q_segments_BT, kv_segments_BS)
-    return _attend(_Form(window, scale, softcap), q_BTNH, k_BSKH, v_BSKH, segments)
+    form = _Form(window, scale, softcap, causal)
+    bias_KGTS = None
+    if bias_1NTS is not None:
+        bias_KGTS = bias_1NTS.reshape(k_BSKH.shape[2], -1, *bias_1NTS.shape[2:])
+    return _attend(form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
-    return _attend_fwd(form, q_BTNH, k_BSKH, v_BSKH, segments)[0]
+def _attend(form: _Form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments):
+    return _attend_fwd(form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments)[0]
 
 
-def _attend_fwd(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
+def _attend_fwd(form: _Form, q_BTNH, k_BSKH, v_BSKH, bias_KGTS, segments):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_PGTH = _by_head(q_BTNH * form.scale, K)  # scale the queries, which are fewer than the scores
@@ -61,13 +69,13 @@ def _attend_fwd(form: _Form, q_BTNH, k_BSKH, v_BSKH, segments):
     if segments is not None:
         segments = tuple(jnp.repeat(x, K, axis=0) for x in segments)
     arrays = (q_PGTH, k_PSH, v_PSH, segments)
-    out_PGTH, lse_PGT = _over_groups(functools.partial(_forward, form), arrays)
+    (out_PGTH, lse_PGT), _ = _over_groups(functools.partial(_forward, form), arrays, bias_KGTS)
     out_BTNH = _by_row(out_PGTH, B)
-    return out_BTNH, (*arrays, lse_PGT, out_BTNH)
+    return out_BTNH, (*arrays, lse_PGT, out_BTNH, bias_KGTS)
 
 
 def _attend_bwd(form: _Form, residuals, dout_BTNH):
-    *arrays, lse_PGT, out_BTNH = residuals
+    *arrays, lse_PGT, out_BTNH, bias_KGTS = residuals
     B, T, N, H = out_BTNH.shape
     delta_BNT = jnp.einsum(
         "btnh,btnh->bnt", out_BTNH, dout_BTNH, preferred_element_type=lse_PGT.dtype
@@ -77,9 +85,14 @@ def _attend_bwd(form: _Form, residuals, dout_BTNH):
         delta_BNT.reshape(lse_PGT.shape),
         _by_head(dout_BTNH, N // lse_PGT.shape[1]),
     ]
-    dq_PGTH, *dkv_PSH = _over_groups(functools.partial(_backward, form), tuple(arrays))
+    # Scores are transposed in the backward pass.
+    bias_KSGT = None if bias_KGTS is None else bias_KGTS.transpose(0, 3, 1, 2)
+    (dq_PGTH, *dkv_PSH), dbias_KSGT = _over_groups(
+        functools.partial(_backward, form), tuple(arrays), bias_KSGT
+    )
     dk_BSKH, dv_BSKH = (_by_row(x_PSH[:, None], B) for x_PSH in dkv_PSH)
-    return _by_row(dq_PGTH * form.scale, B), dk_BSKH, dv_BSKH, None
+    dbias_KGTS = None if bias_KSGT is None else dbias_KSGT.transpose(0, 2, 3, 1)
+    return _by_row(dq_PGTH * form.scale, B), dk_BSKH, dv_BSKH, dbias_KGTS, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -96,23 +109,52 @@ def _by_row(x_PGTH: jax.Array, batch: int) -> jax.Array:
     return x_PGTH.reshape(batch, -1, *x_PGTH.shape[2:]).swapaxes(1, 2)
 
 
-def _groups(pairs: int, heads: int) -> int:
-    """Returns the number of iterations, each with about HEADS_AT_ONCE of the pairs * heads query heads."""
+def _groups(pairs: int, heads: int, kv_heads: int) -> int:
+    """Returns the number of iterations, each with about HEADS_AT_ONCE of the pairs * heads query heads.
+
+    With a bias of `kv_heads`, an iteration has whole rows, or a part of one row's heads.
+    """
     size = max(1, HEADS_AT_ONCE // heads)
-    while pairs % size:
+    while pairs % size or (size % kv_heads and kv_heads % size):
         size -= 1
     return pairs // size
 
 
-def _over_groups(function, arrays):
-    """Maps `function` over groups of the leading axis P of every array in the tree."""
+def _over_groups(function, arrays, bias_K=None):
+    """Maps `function` over groups of the leading axis P of every array in the tree.
+
+    Args:
+      function: called with a group's arrays and its part of `bias_K`; returns outputs, and the gradient of that part or None.
+      bias_K: an array of K, the heads of each row; None for none.
+
+    Returns:
+      The outputs, with the leading axis P, and the sum over rows of the gradients, of the shape of `bias_K`.
+    """
     q_PGTH = arrays[0]
-    groups = _groups(*q_PGTH.shape[:2])
+    K = 1 if bias_K is None else len(bias_K)
+    groups = _groups(*q_PGTH.shape[:2], K)
+    size = len(q_PGTH) // groups
+
+    def of_group(total_K, group):
+        index, own = group
+        if bias_K is None:
+            return None, function(own, None)[0]
+        first, rows = index * size % K, max(1, size // K)
+        part = jax.lax.dynamic_slice_in_dim(bias_K, first, min(size, K))
+        out, change = function(own, jnp.tile(part, (rows,) + (1,) * (bias_K.ndim - 1)))
+        if change is None:
+            return total_K, out
+        change = change.reshape(rows, -1, *change.shape[1:]).sum(0)
+        before = jax.lax.dynamic_slice_in_dim(total_K, first, min(size, K))
+        return jax.lax.dynamic_update_slice_in_dim(total_K, before + change, first, 0), out
+
+    total_K = None if bias_K is None else jnp.zeros_like(bias_K)
     if groups == 1:
-        return function(arrays)
+        total_K, out = of_group(total_K, (0, arrays))
+        return out, total_K
     split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), arrays)
-    out = jax.lax.map(function, split)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+    total_K, out = jax.lax.scan(of_group, total_K, (jnp.arange(groups), split))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out), total_K
 
 
 def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
@@ -122,7 +164,7 @@ def _blocks(form: _Form, T: int, S: int) -> list[tuple[slice, slice]]:
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         first = 0 if form.window is None else max(0, start - form.window + 1)
-        last = min(stop, S)
+        last = min(stop, S) if form.causal else S
         blocks.append((slice(start, stop), slice(min(first, last - 1), last)))
     return blocks
 
@@ -139,13 +181,15 @@ def _visible(form: _Form, segments, rows: slice, keys: slice, scores: jax.Array,
 
     at_q = along(jnp.arange(rows.start, rows.stop)[None], row_axis)
     at_k = along(jnp.arange(keys.start, keys.stop)[None], key_axis)
-    parts = [at_k <= at_q]
+    parts = [at_k <= at_q] if form.causal else []
     if form.window is not None:
         parts.append(at_k > at_q - form.window)
     if segments is not None:
         q_segments_PT, kv_segments_PS = segments
         same = along(q_segments_PT[:, rows], row_axis) == along(kv_segments_PS[:, keys], key_axis)
         parts.append(same)
+    if not parts:
+        return scores
     return jnp.where(functools.reduce(jnp.logical_and, parts), scores, _MASKED)
 
 
@@ -157,13 +201,15 @@ def _capped(form: _Form, scores: jax.Array) -> tuple[jax.Array, jax.Array | None
     return form.softcap * t, 1 - t * t
 
 
-def _forward(form: _Form, arrays):
-    """Returns (out [P, G, T, H], log-sum-exp [P, G, T])."""
+def _forward(form: _Form, arrays, bias_PGTS):
+    """Returns (out [P, G, T, H], log-sum-exp [P, G, T]), and None."""
     q_PGTH, k_PSH, v_PSH, segments = arrays
     dot = _wide_dot(q_PGTH)
     outs, sums = [], []
     for rows, keys in _blocks(form, q_PGTH.shape[2], k_PSH.shape[1]):
         s, _ = _capped(form, dot("pgrh,pch->pgrc", q_PGTH[:, :, rows], k_PSH[:, keys]))
+        if bias_PGTS is not None:
+            s = s + bias_PGTS[:, :, rows, keys].astype(s.dtype)
         s = _visible(form, segments, rows, keys, s, axes=(2, 3))
         top = jnp.maximum(s.max(-1, keepdims=True), _MASKED / 2)
         p = jnp.exp(s - top)
@@ -172,11 +218,11 @@ def _forward(form: _Form, arrays):
         o = dot("pgrc,pch->pgrh", p.astype(v_PSH.dtype), v_PSH[:, keys])
         outs.append((o / total).astype(q_PGTH.dtype))
         sums.append((top + jnp.log(total))[..., 0])
-    return jnp.concatenate(outs, 2), jnp.concatenate(sums, 2)
+    return (jnp.concatenate(outs, 2), jnp.concatenate(sums, 2)), None
 
 
-def _backward(form: _Form, arrays):
-    """Returns (dq [P, G, T, H], dk [P, S, H], dv [P, S, H]).
+def _backward(form: _Form, arrays, bias_PSGT):
+    """Returns (dq [P, G, T, H], dk [P, S, H], dv [P, S, H]), and the gradient of the bias [P, S, G, T] or None.
 
     Scores are transposed, with keys first. The products for dk and dv then use their operands without
     a transposition; only dq is computed transposed and transposed back.
@@ -184,16 +230,21 @@ def _backward(form: _Form, arrays):
     q_PGTH, k_PSH, v_PSH, segments, lse_PGT, delta_PGT, dout_PGTH = arrays
     S = k_PSH.shape[1]
     dot = _wide_dot(q_PGTH)
-    dqs = []
+    dqs, dbiases = [], []
     dk_PSH = jnp.zeros(k_PSH.shape, lse_PGT.dtype)
     dv_PSH = jnp.zeros(k_PSH.shape, lse_PGT.dtype)
     for rows, keys in _blocks(form, q_PGTH.shape[2], S):
         q, dout = q_PGTH[:, :, rows], dout_PGTH[:, :, rows]
         k, v = k_PSH[:, keys], v_PSH[:, keys]
         s, slope = _capped(form, dot("pch,pgrh->pcgr", k, q))
+        if bias_PSGT is not None:
+            s = s + bias_PSGT[:, keys, :, rows].astype(s.dtype)
         s = _visible(form, segments, rows, keys, s, axes=(3, 1))
         p = jnp.exp(s - lse_PGT[:, None, :, rows])
         ds = p * (dot("pch,pgrh->pcgr", v, dout) - delta_PGT[:, None, :, rows])
+        if bias_PSGT is not None:
+            unseen = ((0, 0), (keys.start, S - keys.stop), (0, 0), (0, 0))
+            dbiases.append(jnp.pad(ds.astype(bias_PSGT.dtype), unseen))
         if slope is not None:
             ds = ds * slope
         # Both operands contract their rows; XLA's CPU backend cannot do this with bfloat16.
@@ -204,7 +255,8 @@ def _backward(form: _Form, arrays):
         dk_PSH = dk_PSH + jnp.pad(dot("pcgr,pgrh->pch", ds, q), outside)
         dv_PSH = dv_PSH + jnp.pad(dot("pcgr,pgrh->pch", p, dout), outside)
     dtype = q_PGTH.dtype
-    return jnp.concatenate(dqs, 2), dk_PSH.astype(dtype), dv_PSH.astype(dtype)
+    dbias_PSGT = jnp.concatenate(dbiases, 3) if dbiases else None
+    return (jnp.concatenate(dqs, 2), dk_PSH.astype(dtype), dv_PSH.astype(dtype)), dbias_PSGT
 
 
 def _wide_dot(operand: jax.Array):

@@ -7,7 +7,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 """
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,10 +79,12 @@ def dot_product_attention(
         implementation = "reference"
     by_position = q_positions_BT is not None
     library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
-    own = _kernel_problem(q_BTNH, k_BSKH, by_position, bias, causal)
+    own = _kernel_problem(q_BTNH, k_BSKH, by_position)
     problem = {
-        "blocked": own,
-        "splash": own or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1]),
+        "blocked": own or _bias_problem(q_BTNH, k_BSKH, bias),
+        "splash": own
+        or _causal_problem(bias, causal)
+        or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1]),
         "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
     }
     if implementation == "auto":
@@ -94,9 +96,13 @@ def dot_product_attention(
         )
 
     if implementation in ("blocked", "splash"):
-        blocked = implementation == "blocked"
+        kernel: Any = attention_splash.splash_attention
+        if implementation == "blocked":
+            kernel = functools.partial(
+                attention_blocked.blocked_attention, bias_1NTS=bias, causal=causal
+            )
         return per_device(
-            attention_blocked.blocked_attention if blocked else attention_splash.splash_attention,
+            kernel,
             *(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS),
             window=window,
             scale=scale,
@@ -174,14 +180,27 @@ def _choose(q_BTNH, by_position: bool, problem: dict[str, str]) -> str:
     return "xla"
 
 
-def _kernel_problem(q_BTNH, k_BSKH, by_position: bool, bias, causal: bool) -> str:
+def _causal_problem(bias, causal: bool) -> str:
+    """Returns what a kernel for causal attention without a bias does not support of a call, or ''."""
+    if bias is not None:
+        return "a bias"
+    return "" if causal else "causal=False"
+
+
+def _bias_problem(q_BTNH, k_BSKH, bias) -> str:
+    """Returns why the blocked kernel does not support a bias, or ''."""
+    if bias is None:
+        return ""
+    if len(bias) > 1:
+        return "a bias for each row"
+    # Its gradient would have to be summed over devices.
+    return "a bias on several devices" if len(placement(q_BTNH.shape, k_BSKH.shape)[0]) else ""
+
+
+def _kernel_problem(q_BTNH, k_BSKH, by_position: bool) -> str:
     """Returns why this project's per-device kernels do not support the call, or ''."""
     if by_position:
         return "positions"
-    if bias is not None:
-        return "a bias"
-    if not causal:
-        return "causal=False"
     if placement(q_BTNH.shape, k_BSKH.shape) is None:
         return "this mesh (it must divide batch and heads evenly and leave rows whole)"
     return ""

@@ -142,7 +142,7 @@ def test_blocked_at_its_real_block_size(length):
 
 
 def test_long_rows_take_taller_blocks():
-    form = attention_blocked._Form(window=None, scale=1.0, softcap=None)
+    form = attention_blocked._Form(window=None, scale=1.0, softcap=None, causal=True)
     blocks = attention_blocked._blocks(form, 20_000, 20_000)
     assert len(blocks) <= attention_blocked.MAX_BLOCKS
     assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
@@ -194,16 +194,29 @@ Q_SEGMENTS = np.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 3]])
 KV_SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, -1, -1], [1] * 7 + [-1] * 2])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    ("implementation", "kv_heads", "at_once"),
+    [
+        ("reference", 2, 2),
+        ("xla", 2, 2),
+        ("blocked", 2, 2),  # an iteration has one key/value head
+        ("blocked", 4, 2),  # half of a row's heads
+        ("blocked", 2, 8),  # whole rows
+    ],
+)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_bias_and_keys_of_another_length(implementation, causal, packed):
-    q, k, v, dout = arrays(T=5, S=9)
+def test_a_bias_and_keys_of_another_length(
+    implementation, kv_heads, at_once, causal, packed, monkeypatch
+):
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(attention_blocked, "HEADS_AT_ONCE", at_once)
+    q, k, v, dout = arrays(T=5, S=9, K=kv_heads)
     bias = jnp.asarray(np.random.default_rng(3).normal(size=(1, 4, 5, 9)), jnp.float32)
     segments = {"q_segments_BT": Q_SEGMENTS, "kv_segments_BS": KV_SEGMENTS} if packed else {}
 
-    def attend(q, k, v, bias, implementation=implementation):
-        options = {"bias": bias, "causal": causal, "scale": 1.0, **segments}
+    def attend(q, k, v, bias, implementation=implementation, **more):
+        options = {"bias": bias, "causal": causal, "scale": 1.0, **segments, **more}
         return dot_product_attention(q, k, v, implementation=implementation, **options)
 
     def visible(b, i, j):
@@ -220,6 +233,16 @@ def test_a_bias_and_keys_of_another_length(implementation, causal, packed):
     sides = [by_hand_(bias=whole + step * far) for step in (1e-5, -1e-5)]
     want = np.vdot(sides[0] - sides[1], dout) / 2e-5
     np.testing.assert_allclose(jnp.vdot(slope, direction), want, rtol=1e-3, atol=1e-4)
+
+    def loss(name, *operands):
+        return jnp.vdot(attend(*operands, implementation=name, softcap=2.0), dout)
+
+    found, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, name), argnums=(0, 1, 2, 3)))(q, k, v, bias)
+        for name in (implementation, "reference")
+    )
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=3e-5)
 
 
 def test_decoding_by_position_with_empty_slots():
@@ -309,9 +332,11 @@ def test_choice_by_platform():
     half_q, half_k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     at = jnp.zeros((2, 128), jnp.int32)
     bias = jnp.zeros((1, 4, 128, 128))
-    for platform in ("cpu", "gpu", "tpu"):  # no kernel has a bias
+    for platform in ("gpu", "tpu"):  # no kernel has a bias
         assert chosen(platform, half_q, half_k, bias=bias) == "xla"
-    assert chosen("cpu", q, k, causal=False) == chosen("tpu", q, k, causal=False) == "xla"
+    assert chosen("cpu", q, k, bias=bias) == chosen("cpu", q, k, causal=False) == "blocked"
+    assert chosen("cpu", q, k, bias=jnp.zeros((2, 4, 128, 128))) == "xla"  # of each row
+    assert chosen("tpu", q, k, causal=False) == "xla"
     assert chosen("gpu", half_q, half_k, causal=False) == "cudnn"
     assert chosen("cpu", q, k) == "blocked"
     assert chosen("tpu", q, k) == "splash"
@@ -416,8 +441,9 @@ def test_a_mesh_that_does_not_fit_falls_back_or_says_so():
         ({"implementation": "flash"}, "Unknown attention implementation"),
         ({"window": 0}, "window"),
         ({"window": 3, "causal": False}, "causal"),
-        ({"implementation": "blocked", "bias": np.zeros((1, 4, 13, 13))}, "a bias"),
-        ({"implementation": "blocked", "causal": False}, "causal=False"),
+        ({"implementation": "blocked", "bias": np.zeros((2, 4, 13, 13))}, "a bias for each row"),
+        ({"implementation": "splash", "bias": np.zeros((1, 4, 13, 13))}, "a bias"),
+        ({"implementation": "splash", "causal": False}, "causal=False"),
         ({"implementation": "cudnn", "bias": np.zeros((1, 4, 13, 13))}, "a bias"),
         ({"q_positions_BT": np.zeros((2, 13), int)}, "together"),
         ({"implementation": "splash"}, "multiples of 128"),
