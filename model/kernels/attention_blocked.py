@@ -130,10 +130,10 @@ def _over_groups(function, arrays, bias_K=None):
     Returns:
       The outputs, with the leading axis P, and the sum over rows of the gradients, of the shape of `bias_K`.
     """
-    q_PGTH = arrays[0]
+    P, G = arrays[0].shape[:2]
     K = 1 if bias_K is None else len(bias_K)
-    groups = _groups(*q_PGTH.shape[:2], K)
-    size = len(q_PGTH) // groups
+    groups = _groups(P, G, K)
+    size = P // groups
 
     def of_group(total_K, group):
         index, own = group

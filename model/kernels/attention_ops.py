@@ -193,8 +193,9 @@ def _bias_problem(q_BTNH, k_BSKH, bias) -> str:
         return ""
     if len(bias) > 1:
         return "a bias for each row"
+    specs = placement(q_BTNH.shape, k_BSKH.shape)
     # Its gradient would have to be summed over devices.
-    return "a bias on several devices" if len(placement(q_BTNH.shape, k_BSKH.shape)[0]) else ""
+    return "a bias on several devices" if specs is None or len(specs[0]) else ""
 
 
 def _kernel_problem(q_BTNH, k_BSKH, by_position: bool) -> str:
