@@ -104,7 +104,11 @@ def test_a_start_is_recorded_while_it_runs_and_the_next_one_knows_what_was_lost(
         clock.now += 7
     life.reached(2)
     until = time.monotonic() + 30
-    while time.monotonic() < until and lifetime.read(path)[0].seconds.get("step") != 17.0:
+
+    def is_recorded():
+        return path.exists() and lifetime.read(path)[0].seconds.get("step") == 17.0
+
+    while time.monotonic() < until and not is_recorded():
         time.sleep(0.01)
     killed = lifetime.read(path)[0]
     life._done = True
