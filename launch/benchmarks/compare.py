@@ -145,15 +145,15 @@ def alternate(
     """
     results: dict[K, list[T]] = {name: [] for name in calls}
     done, total = 0, (warm_up + rounds) * len(calls)
-    began = told = time.monotonic()
+    began = shown = time.monotonic()
     for i in range(warm_up + rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:
             result = calls[name]()
             if i >= warm_up:
                 results[name].append(result)
             done += 1
-            if (now := time.monotonic()) - told >= _TELL_SECONDS and done < total:
-                told, left = now, (now - began) / done * (total - done)
+            if (now := time.monotonic()) - shown >= _TELL_SECONDS and done < total:
+                shown, left = now, (now - began) / done * (total - done)
                 text = f"{done} of {total} measurements, {name} last; about {duration(left)} left"
                 print(text, file=sys.stderr, flush=True)
     return results

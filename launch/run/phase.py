@@ -141,7 +141,8 @@ def _base(
     assert start.path is not None  # see InitialCheckpoint.check
     if start.state.ema_params is not None:
         raise ValueError(
-            "BASE_APART is without effect on moving averages, which have the base model too: remove Recipe.ema_decay or Recipe.averaged, or set BASE_APART = False."
+            "BASE_APART is without effect on moving averages, which have the base model too: remove Recipe.ema_decay "
+            "or Recipe.averaged, or set BASE_APART = False."
         )
     return base_step.frozen(
         start.path, program.abstract_state.params, program.mask, use_ema=initial.use_ema

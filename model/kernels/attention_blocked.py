@@ -1,9 +1,9 @@
 """Attention for CPUs: each block of query rows is multiplied only with the keys that it may see.
 
 Causal attention needs half of the score matrix, and the scores in use should fit a core's cache. A loop
-processes a few heads at a time. A bias of heads, such as T5's of relative positions, is added block by block, and its
-gradient is summed over rows in the loop: neither is ever written for every row. Each block of query rows is multiplied with the keys from the start of
-its window to its last row. The backward pass is written by hand: it saves only the output and the
+processes a few heads at a time. Each block of query rows is multiplied with the keys from the start of
+its window to its last row, or with all keys. A bias of heads, such as T5's of relative positions, is added block by block,
+and its gradient is summed over rows in the loop: neither is ever written for every row. The backward pass is written by hand: it saves only the output and the
 log-sum-exp, and recomputes the scores. This is flash attention (Dao, arXiv 2307.08691), with one matrix
 product in place of the loop over keys.
 

@@ -454,12 +454,25 @@ def test_many_seeds_have_a_mark_each():
     assert line.count("✓") == 12 and max(map(len, text.splitlines())) <= 80
 
 
-def test_what_is_left_is_estimated_from_what_is_done():
-    def progress(name, state, step, seconds, rate=None):
-        return driver.Progress(
-            planned=planned(name), state=state, step=step, seconds=seconds, rate=rate
-        )
+def progress(name, state, step, seconds, rate=None):
+    return driver.Progress(
+        planned=planned(name), state=state, step=step, seconds=seconds, rate=rate
+    )
 
+
+def test_files_of_runs_that_have_ended_or_not_begun_are_not_read_again():
+    known = [
+        progress("a/seed0", RunState.DONE, 10, 20.0),
+        progress("a/seed1", RunState.WAITING, 0, 0.0),
+    ]
+    plan = [entry.planned for entry in known]
+    jobs = {"a/seed1": Status(state=State.WAITING)}
+    assert driver.progress(None, plan, jobs, known) == known  # no folder is asked
+    with pytest.raises(AttributeError):
+        driver.progress(None, plan, {"a/seed1": Status(state=State.RUNNING)}, known)
+
+
+def test_what_is_left_is_estimated_from_what_is_done():
     runs = [
         progress("a/seed0", RunState.DONE, 10, 20.0),  # 2 s a step
         progress("a/seed1", RunState.WAITING, 0, 0.0),  # 20 s

@@ -100,7 +100,7 @@ def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[
     base = base_of(start, "ema" if use_ema else "raw")
     there = {name: str(entry) for name, entry in base.entries.items()}
     here = {
-        name: f"{leaf.dtype.name}{list(leaf.shape)}"
+        name: str(ArrayEntry(tuple(leaf.shape), leaf.dtype.name, 0))
         for name, leaf in flat.items()
         if not is_adapter(name)
     }

@@ -37,7 +37,7 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
         f"of Django and Sphinx; a teacher of each family is tuned for {small_sweep.TEACHER_STEPS} updates on its languages, English and a tenth of the "
         f"other requests; students start from the base and have {small_sweep.STUDENT_STEPS} updates. An expert parts from the student of routing by "
         f"reward, the joint one, after {small_sweep.SHARED_STEPS} updates, and reads the data of a family and English from there, as often as the joint one.{amount}",
-        "- *preferences*: DPO, offline with the likelihood of the preferred answers beside it, as weights of 1.",
+        "- *preferences*: DPO; offline, the likelihood of the preferred answers is added with a weight of 1.",
         "- *translated*: an English answer, said word by word in the language, with 15 % of the words in the other language of the family.",
         f"- *rounds*: best against worst of 4 samples, {small_sweep.ONLINE_STEPS} updates each on {small_stage.ONLINE} requests of each language; the reference is the "
         "model that the round starts from. *six*: the three experts, the joint student, one that was tuned on answers of other requests, and a copy "

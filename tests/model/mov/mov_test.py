@@ -255,6 +255,15 @@ def test_losses_and_metrics_of_a_router():
     np.testing.assert_allclose(metrics["router_entropy"][0], entropy, rtol=1e-5)
 
 
+def test_the_load_of_a_soft_mixture_is_of_first_choices():
+    module, params = site(Mov, num_experts=N, **OUT)
+    _, written = apply(module, params, mutable=["metrics"])
+    probs = numpy(probabilities(module, params)).reshape(-1, N)
+    (load,) = written["metrics"]["key"]["adapter_one"]["router_load"]
+    np.testing.assert_allclose(load, np.eye(N)[probs.argmax(-1)].mean(0), rtol=1e-6)
+    assert load.max() > 1 / N
+
+
 def test_more_choices_than_experts_are_refused():
     with pytest.raises(AdapterError, match="top_k = 5 must lie between 1 and num_experts = 4"):
         site(Mov, num_experts=N, top_k=5, **OUT)
