@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.adapters import prompt
 from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
-from trainers import initialise, partitioning, trainable
+from trainers import host_memory, initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
 from trainers.moving_reference import MovingReference
@@ -382,6 +382,7 @@ class Program:
             compilation = pool.submit(compile_step)
             yield
         compilation.result()
+        host_memory.give_back()
 
     def num_params(self, *, trained_only: bool = False) -> int:
         """Returns the number of learnable parameters; with `trained_only`, of those that this run trains."""

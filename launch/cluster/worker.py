@@ -7,7 +7,6 @@ then receives SIGTERM first, so that it saves its work.
 """
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -22,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from launch import environment
+from trainers import host_memory
 
 OWN = "launch."
 
@@ -37,7 +37,8 @@ def serve(jobs: Iterable[str]) -> int:
         answer = {"status": status, "memory_gb": peak_bytes(os.getpid()) / 1e9}
         with contextlib.suppress(BrokenPipeError):  # the reader has ended
             print(json.dumps(answer), file=replies, flush=True)
-        _give_back_memory()
+        gc.collect()  # the last job's memory must not count in the next one's peak
+        host_memory.give_back()
     return 0
 
 
@@ -128,13 +129,6 @@ def peak_bytes(process: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def _give_back_memory() -> None:
-    """Returns the memory of the last job to the system, so that it does not count in the next job's peak."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # only glibc has malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":
