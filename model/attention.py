@@ -45,7 +45,8 @@ class Encoded:
       states_BSD: the encoder's output; None where a layer has the keys and values.
       segments_BS: a token sees the encoder's tokens of its own segment; None for one document without padding. Tokens
         without segments are of segment 1.
-      keys_values: keys and values [B, S, K, H] of one layer, computed from the states; None before.
+      keys_values: keys and values [B, K, S, H] of one layer, computed from the states; None before. Heads come first, as
+        in caches: decoding reads them for every token.
     """
 
     states_BSD: jax.Array | None
@@ -259,12 +260,13 @@ class CrossAttention(Attention):
     ) -> tuple[jax.Array, Encoded]:
         """Returns the output [B, T, D], and `encoded` with this layer's keys and values in place of the states."""
         q_BTNH = self._query(x_BTD)
-        keys_values = encoded.keys_values
-        if keys_values is None:
+        if encoded.keys_values is None:
             assert encoded.states_BSD is not None  # see Encoded
-            keys_values = self._key_value(encoded.states_BSD)
+            k_BSKH, v_BSKH = self._key_value(encoded.states_BSD)
+        else:
+            k_BSKH, v_BSKH = (x_BKSH.swapaxes(1, 2) for x_BKSH in encoded.keys_values)
+        keys_values = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
         encoded = Encoded(None, encoded.segments_BS, keys_values)
-        k_BSKH, v_BSKH = keys_values
         q_BTNH = axes.constrain(q_BTNH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
         k_BSKH = axes.constrain(k_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BSKH = axes.constrain(v_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)

@@ -164,10 +164,10 @@ def received_attention(
 def _choose(q_BTNH, by_position: bool, problem: dict[str, str]) -> str:
     """Returns the implementation for the target platform.
 
-    Decoding always uses the plain implementation, because it is bound by memory bandwidth.
+    Decoding, of one query per row, always uses the plain implementation, because it is bound by memory bandwidth.
     """
     platform = target_platform()
-    if by_position:
+    if by_position or q_BTNH.shape[1] == 1:
         return "xla"
     if platform == "tpu" and not problem["splash"]:
         return "splash"

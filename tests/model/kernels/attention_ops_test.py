@@ -348,6 +348,8 @@ def test_choice_by_platform():
     for platform in ("cpu", "gpu", "tpu"):
         by_position = {"q_positions_BT": at, "kv_positions_BS": at}
         assert chosen(platform, half_q, half_k, **by_position) == "plain"
+        # One token that reads an encoder's keys.
+        assert chosen(platform, half_q[:, :1], half_k, causal=False) == "xla"
 
 
 def test_cudnn_is_not_chosen_for_what_it_refuses(monkeypatch):
