@@ -10,6 +10,7 @@ from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted
 from model.kernels.dropout import dropped
+from model.kernels.platform import reference_forms, target_platform
 from model.linear import Dense
 from model.protocol import MlpSettings
 from model.ranges import Decay
@@ -98,8 +99,19 @@ class GatedMlp(_Mlp):
         del segments_BT  # every token by itself, padding like any other
         act = activation(self.activation)
         gate_BTF, up_BTF = self._inward("gate", x_BTD), self._inward("up", x_BTD)
-        gate_BTF = act(gate_BTF)
-        return self._down(gate_BTF * up_BTF, x_BTD, gate_BTF)
+        return self._down(_gated(act, gate_BTF, up_BTF), x_BTD, act(gate_BTF))
+
+
+def _gated(
+    act: Callable[[jax.Array], jax.Array], gate_BTF: jax.Array, up_BTF: jax.Array
+) -> jax.Array:
+    """Returns act(gate) * up. On CPUs XLA would keep parts of the activation for the backward pass; they are computed again."""
+
+    def product(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+        return act(gate_BTF) * up_BTF
+
+    again = target_platform() == "cpu" and not reference_forms()
+    return (jax.checkpoint(product) if again else product)(gate_BTF, up_BTF)
 
 
 class Mlp(_Mlp):

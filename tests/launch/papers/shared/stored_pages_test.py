@@ -26,7 +26,7 @@ def record_of(slug):
 # Claims that hold on shuffled measurements too, as was found after their runs, when criteria no longer change. The README of
 # the method says so. V1 of low_rank: all arms on images are within about 3 points, and its margin is 2.
 DECIDES_NOTHING = {"low_rank": {"V1"}}
-NOT_RUN = {"aya_expanse", "influence"}  # without a page so far
+NOT_RUN = {"influence"}  # without a page so far
 RUN = sorted(set(reproduce.slugs()) - NOT_RUN)
 TODAY = [slug for slug in RUN if "measured" in record_of(slug)]
 
