@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.adapters import prompt
 from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
-from trainers import host_memory, initialise, partitioning, trainable
+from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
 from trainers.moving_reference import MovingReference
@@ -29,6 +29,7 @@ from trainers.optim import schedules
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
+from trainers.programs import host_memory
 from trainers.programs import program as programs
 from trainers.reports import Report
 from trainers.step import Averaged, make_eval_step, make_train_step
