@@ -130,12 +130,14 @@ def test_the_accelerator_tier_compiles(name, tpu_environment):
 
 @pytest.mark.tpu
 @needs_libtpu
-def test_a_mixture_of_real_widths_takes_the_transposed_kernel(tpu_environment):
+@pytest.mark.parametrize(("chips", "batch_size"), [("v5e:1x1", 1), ("v5e:2x2", 4)])
+def test_a_mixture_of_real_widths_takes_the_transposed_kernel(chips, batch_size, tpu_environment):
     """Heads of 128 and widths of whole tiles: no form falls back, and FLOPs of experts do not grow with their number."""
-    topology = tpu_topology.parse("v5e:1x1")
+    topology = tpu_topology.parse(chips)
     sizes = {"embed_dim": 512, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 256}
     model = {**accelerator_case.MIXTRAL, **sizes, "num_layers": 2, "vocab_size": 256}
-    work = {**accelerator_case.WORKLOADS["moe"], "model": model, "batch_size": 1, "length": 512}
+    own = {"model": model, "batch_size": batch_size, "length": 512}
+    work = {**accelerator_case.WORKLOADS["moe"], **own}
     program = precompile.resolved(accelerator_jax.recipe_of(work), topology)
     report, _ = _compiled(programs.train(program), program)
     assert report.fits and not report.unknown_kernels
