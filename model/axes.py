@@ -71,9 +71,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def free_mesh_axes() -> dict[str, int]:
     """Returns the sizes of the mesh axes over which arrays may be split, outside of any `shard_map`."""
+    return {name: size for name, size in _mesh_axes().items() if size > 1}
+
+
+def single_mesh_axes() -> set[str]:
+    """Returns the mesh axes of one device, outside of any `shard_map`."""
+    return {name for name, size in _mesh_axes().items() if size == 1}
+
+
+def _mesh_axes() -> dict[str, int]:
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in axes if kind != AxisType.Manual and size > 1}
+    return {name: size for name, size, kind in axes if kind != AxisType.Manual}
 
 
 def parameter(

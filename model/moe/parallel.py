@@ -19,7 +19,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from model import axes
 from model.moe import dispatch, routing
@@ -37,15 +37,12 @@ class Placement:
 
     def map(self, local: Callable[..., Any], *specs: PartitionSpec) -> Callable[..., Any]:
         """Returns `local` mapped over the devices; results are concatenated along their first dimension."""
-        mesh = jax.sharding.get_abstract_mesh()
-        names = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        # A Pallas kernel needs all axes to be manual, those of one device too.
-        single = {name for name, size, kind in names if size == 1 and kind != AxisType.Manual}
         return jax.shard_map(
             local,
             in_specs=specs,
             out_specs=self.split,
-            axis_names=set(self.tokens) | single,
+            # Pallas kernels compile only where `shard_map` names every axis of the mesh, axes of one device included.
+            axis_names=set(self.tokens) | axes.single_mesh_axes(),
             check_vma=False,
         )
 
