@@ -35,7 +35,7 @@ SIZES: Mapping[str, int] = {
     TEXT: 1200,
     BLANK: 200,
 }
-COUNTRIES = 60
+COUNTRIES = 30
 QUERIES = 16  # of each group
 DIGITS = 3
 _ZIPF = 0.5  # exponent of the frequencies of countries

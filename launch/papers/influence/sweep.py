@@ -13,7 +13,7 @@ from launch.papers.influence import corpus, scoring
 from launch.papers.shared import configs
 
 CPU = "t5x_configs/experiments/influence/cpu/"
-STARTED, RETRAINED = 600, 300  # updates
+STARTED, RETRAINED = 1800, 300  # updates
 RATE = 1.5e-3  # of the updates after the start
 PILOT_SEED = 90
 
