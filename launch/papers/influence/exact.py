@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 DOCUMENTS, QUERIES, HALVES = 96, 12, 48
 LENGTH, SYMBOLS = 10, 12
@@ -47,7 +48,7 @@ def _run(seed: int, folder: Path) -> dict[str, Any]:
         return np.asarray(problem.query_losses(after_P)) - before_Q
 
     pbrf_NQ, loo_NQ = np.zeros((2, DOCUMENTS, QUERIES))
-    for n in range(DOCUMENTS):
+    for n in tqdm(range(DOCUMENTS), desc="without one", unit="document", disable=None):
         after = problem.bregman_response(theta_P, n, EPSILON, curvature_PP)
         pbrf_NQ[n] = -change(after)
         weights = np.ones(DOCUMENTS)
@@ -57,7 +58,7 @@ def _run(seed: int, folder: Path) -> dict[str, Any]:
     losses_SQ = np.stack(
         [
             np.asarray(problem.query_losses(problem.trained(theta_P, 2.0 * half, curvature_PP)))
-            for half in halves_SN
+            for half in tqdm(halves_SN, desc="halves", unit="half", disable=None)
         ]
     )
     return {
