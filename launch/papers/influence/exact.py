@@ -40,8 +40,8 @@ def _run(seed: int, folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng((seed, 3))
     problem, rows, asked = make_problem(rng)
     theta_P = problem.trained(problem.start_P)
-    curvature_PP = problem.gauss_newton(theta_P)
-    scores = all_scores(problem, theta_P, curvature_PP, rows, asked, folder)
+    curvature_PP, hessian_PP = problem.gauss_newton(theta_P), problem.hessian(theta_P)
+    scores = all_scores(problem, theta_P, curvature_PP, hessian_PP, rows, asked, folder)
     before_Q = np.asarray(problem.query_losses(theta_P))
 
     def change(after_P: np.ndarray) -> np.ndarray:
@@ -53,11 +53,11 @@ def _run(seed: int, folder: Path) -> dict[str, Any]:
         pbrf_NQ[n] = -change(after)
         weights = np.ones(DOCUMENTS)
         weights[n] = 0
-        loo_NQ[n] = change(problem.trained(theta_P, weights, curvature_PP))
+        loo_NQ[n] = change(problem.trained(theta_P, weights, hessian_PP))
     halves_SN = np.stack([rng.permutation(DOCUMENTS) < DOCUMENTS // 2 for _ in range(HALVES)])
     losses_SQ = np.stack(
         [
-            np.asarray(problem.query_losses(problem.trained(theta_P, 2.0 * half, curvature_PP)))
+            np.asarray(problem.query_losses(problem.trained(theta_P, 2.0 * half, hessian_PP)))
             for half in tqdm(halves_SN, desc="halves", unit="half", disable=None)
         ]
     )
@@ -134,7 +134,13 @@ def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:
 
 
 def all_scores(
-    problem: Any, theta_P: Any, curvature_PP: np.ndarray, rows: Any, asked: Any, folder: Path
+    problem: Any,
+    theta_P: Any,
+    curvature_PP: np.ndarray,
+    hessian_PP: np.ndarray,
+    rows: Any,
+    asked: Any,
+    folder: Path,
 ) -> Mapping[str, np.ndarray]:
     """Returns method -> scores [N, Q] at the optimum, by the dense matrices and by the factors that are fitted in `folder`."""
     from trainers.influence import conjugate, kronecker, queries, scores
@@ -158,7 +164,7 @@ def all_scores(
     ways = {"ekfac_cg": (None, refine), "ekfac": (ekfac, None), "kfac": (kfac, None)}
     ways["identity"] = (None, None)
     out = {
-        "hessian": problem.exact_scores(problem.hessian(theta_P), theta_P),
+        "hessian": problem.exact_scores(hessian_PP, theta_P),
         "gauss_newton": problem.exact_scores(curvature_PP, theta_P),
     }
     for name, (precondition, refined) in ways.items():

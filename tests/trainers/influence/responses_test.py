@@ -88,8 +88,8 @@ def test_scores_are_the_derivatives_of_responses(made, optimum):
 def test_conjugate_gradients_from_ekfac_give_the_exact_scores(made, optimum, tmp_path, monkeypatch):
     problem, rows, asked = made
     monkeypatch.setattr(exact, "LABELS", 2)
-    curvature = problem.gauss_newton(optimum)
-    scores = exact.all_scores(problem, optimum, curvature, rows, asked, tmp_path)
+    curvatures = (problem.gauss_newton(optimum), problem.hessian(optimum))
+    scores = exact.all_scores(problem, optimum, *curvatures, rows, asked, tmp_path)
     assert set(scores) == set(exact.METHODS)
     np.testing.assert_allclose(
         scores["ekfac_cg"], scores["gauss_newton"], atol=1e-6 * np.abs(scores["ekfac_cg"]).max()
@@ -98,9 +98,28 @@ def test_conjugate_gradients_from_ekfac_give_the_exact_scores(made, optimum, tmp
     assert 0.5 < with_newton["ekfac"] < 1 - 1e-6
 
 
+@pytest.mark.parametrize("hessians", (0, 1))
+def test_steps_by_a_wrong_curvature_end_by_the_hessian(made, optimum, hessians, monkeypatch):
+    problem = made[0]
+    weights, asked = np.ones(10), []
+    weights[0] = 0.9  # the curvature is nearly that of equal weights
+    near = {0: problem.hessian(optimum), 1: np.zeros_like(problem.hessian(optimum))}[hessians]
+    objective = problem._objective
+
+    def hessian(*arguments):
+        asked.append(arguments)
+        return objective.hessian(*arguments)
+
+    monkeypatch.setitem(problem.__dict__, "_objective", objective._replace(hessian=hessian))
+    found = problem.trained(optimum, weights, near)
+    assert len(asked) == hessians
+    gradient = objective.value_and_grad(found, weights)[1]
+    assert np.abs(gradient).max() < 1e-9
+
+
 def test_an_optimisation_that_does_not_converge_is_an_error(made, monkeypatch):
     monkeypatch.setattr(responses, "_MAX_STEPS", 2)
-    monkeypatch.setattr(responses, "_MAX_NEWTON", 0)
+    monkeypatch.setattr(responses, "_MAX_POLISHING", 0)
     with pytest.raises(responses.NoOptimumError, match="The gradient is still"):
         made[0].trained(made[0].start_P)
 
