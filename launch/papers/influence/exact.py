@@ -24,6 +24,7 @@ LABELS = 20  # draws of the labels of each document, for the factors
 CG_STEPS = 400
 METHODS = ("hessian", "gauss_newton", "ekfac_cg", "ekfac", "kfac", "identity")
 _WIDTH, _HIDDEN = 6, 6
+_VANISHED = 1e-6  # largest weight
 
 
 def run(seed: int) -> dict[str, Any]:
@@ -38,8 +39,7 @@ def _run(seed: int, folder: Path) -> dict[str, Any]:
     from trainers.influence import measures
 
     rng = np.random.default_rng((seed, 3))
-    problem, rows, asked = make_problem(rng)
-    theta_P = problem.trained(problem.start_P)
+    problem, rows, asked, theta_P = optimum(rng)
     curvature_PP, hessian_PP = problem.gauss_newton(theta_P), problem.hessian(theta_P)
     scores = all_scores(problem, theta_P, curvature_PP, hessian_PP, rows, asked, folder)
     before_Q = np.asarray(problem.query_losses(theta_P))
@@ -79,6 +79,18 @@ def correlation(scores_NQ: np.ndarray, responses_NQ: np.ndarray) -> float:
     """Returns the mean over queries of Pearson's correlation over documents."""
     pairs = zip(scores_NQ.T, responses_NQ.T, strict=True)
     return float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in pairs]))
+
+
+def optimum(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any], np.ndarray]:
+    """Returns a problem with its rows, and the weights that are optimal.
+
+    A start whose weights the regularisation drives to zero is drawn again: no document has an influence there.
+    """
+    while True:
+        problem, rows, asked = make_problem(rng)
+        theta_P = problem.trained(problem.start_P)
+        if np.abs(theta_P).max() > _VANISHED:
+            return problem, rows, asked, theta_P
 
 
 def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:

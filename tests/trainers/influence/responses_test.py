@@ -1,5 +1,7 @@
 """Dense curvature against products and EK-FAC + CG, and responses against their derivatives, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,16 @@ def test_steps_by_a_wrong_curvature_end_by_the_hessian(made, optimum, hessians, 
     assert len(asked) == hessians
     gradient = objective.value_and_grad(found, weights)[1]
     assert np.abs(gradient).max() < 1e-9
+
+
+def test_an_optimum_without_weights_is_drawn_again(made, monkeypatch):
+    problem, *_ = made
+    zero = dataclasses.replace(problem, params=jax.tree.map(jnp.zeros_like, problem.params))
+    drawn = [zero, problem]
+    monkeypatch.setattr(exact, "make_problem", lambda rng: (drawn.pop(0), [], []))
+    found, _, _, weights = exact.optimum(np.random.default_rng(0))
+    assert found is problem and not drawn
+    assert np.abs(weights).max() > 0.1
 
 
 def test_an_optimisation_that_does_not_converge_is_an_error(made, monkeypatch):

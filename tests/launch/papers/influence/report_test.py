@@ -299,4 +299,4 @@ def test_results_are_gathered_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "run", lambda seed: calls.append(seed) or {"loss": 1.0})
     for _ in range(2):
         found = measure.run(model_dir=str(tmp_path), seeds=2, parts=["exact"])
-    assert [row["seed"] for row in found["exact"]] == calls == [10, 11]
+    assert [row["seed"] for row in found["exact"]] == calls == [15, 16]
