@@ -101,6 +101,7 @@ def _dots(
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(label, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
     for axes in every[1:]:
         axes.set_yticklabels([])
     return figure
