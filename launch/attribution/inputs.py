@@ -79,9 +79,10 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
         raise LoadError(
             f"{where}: the completion is empty, so there is nothing to explain: give its text, such as {QUERY_EXAMPLE}."
         )
-    if query.inputs > length:
+    read = max(query.inputs, len(query.encoder_inputs))
+    if read > length:
         raise LoadError(
-            f"{where}: the query has {query.inputs} tokens, and the context {length}: shorten it, or raise --length."
+            f"{where}: the query has {read} tokens, and the context {length}: shorten it, or raise --length."
         )
     return query
 
@@ -182,11 +183,13 @@ class Documents:
         for where, row in self._rows():
             read = row if isinstance(row, Row) else scored_row(self.run, row, where)
             room = max(0, self.length + 1 - len(read.context))
-            if len(read.targets) > room:
+            if len(read.targets) > room or len(read.encoder_inputs) > self.length:
                 self.cut += 1
-                read = dataclasses.replace(read, targets=read.targets[:room])
-            if len(read.encoder_inputs) > self.length:
-                read = dataclasses.replace(read, encoder_inputs=read.encoder_inputs[: self.length])
+                read = dataclasses.replace(
+                    read,
+                    targets=read.targets[:room],
+                    encoder_inputs=read.encoder_inputs[: self.length],
+                )
             yield where, read
 
     def _rows(self) -> Iterator[tuple[str, Any]]:

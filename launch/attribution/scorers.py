@@ -182,6 +182,7 @@ class Gradients:
         """
         needed = {index for chosen in wanted for index in chosen}
         rows = {i: row for i, row in enumerate(self.source) if i in needed}
+        norms = self._norms(rows) if self.settings["method"] == "cosine" else None
         influence = output_token_scores(self.run.model, self.sites)
         size = self.run.batch_size(1, 1)
         for q, chosen in enumerate(wanted):
@@ -201,6 +202,8 @@ class Gradients:
                 values = np.asarray(influence(self.run.params, arrays, direction))[0]
                 first = len(row.context) - 1
                 own = values[first : first + len(row.targets)]
+                if norms is not None:  # a cosine's tokens add up to the cosine
+                    own = own / max(self.queries.norms[q] * norms[index], scores.LEAST_NORMS)
                 yield {
                     "query": q,
                     "document": index,
@@ -210,3 +213,10 @@ class Gradients:
                     "concentration": concentration(own),
                     "spurious": is_spurious(own),
                 }
+
+    def _norms(self, rows: Mapping[int, Any]) -> dict[int, float]:
+        """Returns the norms of the gradients of some documents."""
+        scored = scores.score(
+            self.reader, self.sites, self.queries, rows.values(), dtype=self.dtype
+        )
+        return {index: one.norm for index, one in zip(rows, scored, strict=True)}

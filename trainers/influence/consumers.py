@@ -135,7 +135,7 @@ class Covariances:
         return {"a": square(a_RX), "s": square(g_RY), "count": rows.sizes_E.astype(self.dtype)}
 
     def finish(self, site, gradient, inputs):
-        raise NotImplementedError  # never called: `squares` is False, so the sums of both uses are added
+        raise NotImplementedError  # never called: of a tied table, the covariances are of its use as the head
 
 
 @dataclasses.dataclass(frozen=True)

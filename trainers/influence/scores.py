@@ -20,6 +20,8 @@ from trainers.influence.queries import QuerySet, total_scores
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
 
+LEAST_NORMS = 1e-30  # what a cosine divides by at least
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
@@ -83,6 +85,6 @@ def _document(sites, queries, results, b, per_layer, cosine) -> Scored:
     }
     scores, square = total_scores(sites, own)
     norm = float(np.sqrt(square))
-    factor = np.maximum(queries.norms * norm, 1e-30) if cosine else 1.0
-    layers = {path: kinds["scores"] / factor for path, kinds in own.items()} if per_layer else None
-    return Scored(np.asarray(scores / factor), norm, layers)
+    divisor = np.maximum(queries.norms * norm, LEAST_NORMS) if cosine else 1.0
+    layers = {path: kinds["scores"] / divisor for path, kinds in own.items()} if per_layer else None
+    return Scored(np.asarray(scores / divisor), norm, layers)

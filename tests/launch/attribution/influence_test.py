@@ -160,10 +160,19 @@ def test_identity_and_cosine_are_products_of_gradients(place, trained_run):
     got = {}
     for method in ("identity", "cosine"):
         status, out = place.score(
-            f"--method={method}", "--rank=0", out=f"{method}.jsonl", factors=False
+            f"--method={method}",
+            "--rank=0",
+            "--token_scores=1",
+            out=f"{method}.jsonl",
+            factors=False,
         )
         assert status == 0
-        got[method] = read(out)[0]
+        rows = read(out)
+        got[method] = rows[0]
+        for row in read(f"{out}.tokens.jsonl"):
+            total = rows[row["document"]]["scores"][row["query"]]
+            size = np.abs(row["scores"]).sum()
+            np.testing.assert_allclose(sum(row["scores"]), total, atol=1e-5 * size)
     dot = query @ document
     norms = np.linalg.norm(query), np.linalg.norm(document)
     np.testing.assert_allclose(got["identity"]["scores"][0], dot, rtol=1e-3)
@@ -430,6 +439,25 @@ def test_a_bad_query_names_its_line_and_the_remedy(place, capsys, query, message
     queries = write(place.folder / "bad.jsonl", [] if query is None else [query])
     assert place.score(queries=queries, out="bad_scores.jsonl")[0] == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_an_encoder_reads_is_at_most_the_length(tmp_path):
+    """A longer query is an error; a longer document is cut and counted."""
+    run = types.SimpleNamespace(
+        encodes=True,
+        start_token=0,
+        encode=lambda value, where: value,
+        encoder_inputs=lambda row, where: row["inputs"],
+    )
+    asked = write(tmp_path / "q.jsonl", [{"prompt": [5] * 9, "completion": [7]}])
+    assert inputs.read_queries(run, asked, 9)[0].encoder_inputs == [5] * 9
+    with pytest.raises(
+        LoadError, match="q.jsonl, line 1: the query has 9 tokens, and the context 8"
+    ):
+        inputs.read_queries(run, asked, 8)
+    rows = [{"inputs": [5] * count, "targets": [7] * 2} for count in (8, 9)]
+    source = inputs.Documents(run=run, length=8, path=write(tmp_path / "d.jsonl", rows))
+    assert [len(row.encoder_inputs) for row in source] == [8, 8] and source.cut == 1
 
 
 def test_bad_settings_files_and_factors(place, trained_run, capsys, tmp_path):

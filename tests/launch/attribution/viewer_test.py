@@ -5,8 +5,13 @@ import hashlib
 import html.parser
 import json
 import re
+import types
 
-from launch.attribution import pages, viewer
+import numpy as np
+import pytest
+
+from launch.attribution import corpus, pages, viewer
+from launch.attribution.analyses import labels
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
 
@@ -79,3 +84,27 @@ def test_the_script_shows_texts_as_text_only():
 def test_markdown_shows_texts_as_text_of_one_line():
     cell = pages._cell("a|b\n<img src=x>" + "x" * 200)
     assert cell.startswith("a\\|b &lt;img src=x>") and cell.endswith("...") and "\n" not in cell
+
+
+def test_a_nearly_certain_completion_is_divided_by_the_least_nats_and_marked():
+    item = {"document": 0, "score": 2.0, "value": 2.0}
+    unknown = np.full(2, np.nan)
+    made = pages.Made(
+        record={"method": "cosine"},
+        tops={"documents": 1, "queries": [{"top": [item], "bottom": []}] * 2},
+        prepared=types.SimpleNamespace(kept=unknown, pearson=unknown),
+        asked=[labels.Query(prompt="p", completion="c")] * 2,
+        nats=[0.01, 0.5],
+        corpus=corpus.Corpus({0: "text"}, None, {}),
+        tokens=[],
+        analyses={"omitted": []},
+        norms_N=None,
+        rank_by="score",
+        top=1,
+        least_nats=0.1,
+    )
+    table = pages.table(made)
+    assert [q["top"][0]["per_nat"] for q in table["queries"]] == pytest.approx([20, 4])
+    assert [q["nearly_certain"] for q in table["queries"]] == [True, False]
+    first, second = (x for x in pages.markdown(table, bottom=False) if x.startswith("## Query"))
+    assert "nearly certain: divided by 0.1 nats" in first and "nearly" not in second

@@ -17,7 +17,7 @@ from model.transformer import Block, Transformer
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, kronecker, queries, sites, token_scores
 from trainers.influence.backward import backward
-from trainers.influence.consumers import Covariances, Gradients, Scores, Squares
+from trainers.influence.consumers import Covariances, Gradients, Rows, Scores, Squares
 from trainers.influence.fit import Reader
 from trainers.scoring.scoring import Row
 
@@ -241,19 +241,47 @@ def test_scores_and_norms_of_documents_whole_and_of_low_rank(case, preconditione
     assert (np.diagonal(want) >= 0).all()
 
 
+def test_scores_are_linear_in_queries_and_sums_over_tokens(case, preconditioned, spied):
+    """Of a third query that combines the first two."""
+
+    def combined(x, axis):
+        first, second, _ = jnp.split(x, 3, axis)
+        return jnp.concatenate([first, second, 2 * first - 3 * second], axis)
+
+    inputs = {p: {"p": combined(x, len(case.sites[p].scan))} for p, x in preconditioned.items()}
+    results = case(Scores(3, dtype=F64), inputs)
+    total, _ = queries.total_scores(case.sites, results)
+    want = 2 * total[:, 0] - 3 * total[:, 1]
+    np.testing.assert_allclose(total[:, 2], want, atol=1e-10 * np.abs(total).max())
+    for path, site in case.sites.items():
+        if not site.tied:
+            a, p, g = spied[path]["a"], inputs[path]["p"], spied[path]["g"]
+            each = np.einsum("...btx,...qxy,...bty->...btq", a, p, g)
+            np.testing.assert_allclose(each.sum(-2), results[path]["scores"], atol=1e-10)
+
+
 def test_padding_batches_and_order_change_nothing(case):
     whole = case(Gradients(F64))
-    longer = backward_of(case, batch_of(size=5, length=T + 3))
+    longer, sums = passes_of(case, batch_of(size=5, length=T + 3))
     turned = case(Gradients(F64), batch=batch_of(ROWS[::-1]))
     for path, site in case.sites.items():
         axis = len(site.scan)
         np.testing.assert_allclose(np.take(longer[path], range(3), axis), whole[path], atol=1e-10)
         assert not np.take(longer[path], [3, 4], axis).any()  # rows that are padding
         np.testing.assert_allclose(np.flip(turned[path], axis), whole[path], atol=1e-12)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), sums, case(Covariances(1, F64))
+    )
 
 
-def backward_of(case, batch):
-    run = jax.jit(lambda p, b: backward(case.model, case.sites, Gradients(F64), p, {}, b)[0])
+def passes_of(case, batch):
+    @jax.jit
+    def run(params, batch):
+        return [
+            backward(case.model, case.sites, consumer, params, {}, batch)[0]
+            for consumer in (Gradients(F64), Covariances(1, F64))
+        ]
+
     return run(case.params, batch)
 
 
@@ -459,6 +487,139 @@ def test_experts_equal_autodiff_and_a_loop_over_experts(mixture):
             kronecker.Damping(),
         )
         assert np.isfinite(curvature({path: grads[path]})[path]).all()
+
+
+class Experts:
+    """Tokens of three documents at four experts, of which the last has none; a token is at several, or at none."""
+
+    X, Y = 5, 4
+
+    def __init__(self):
+        r = np.random.default_rng(5)
+        self.used_EM = r.random((4, 3 * T)) < 0.4
+        self.used_EM[3] = False
+        self.a_EMX, self.g_EMY = (r.normal(size=(4, 3 * T, d)) for d in (self.X, self.Y))
+        self.qa, self.qs = (r.normal(size=(4, 2, d, d)) for d in (3, 2))  # two blocks
+        self.p = r.normal(size=(2, 4, self.X, self.Y))
+        self.u, self.v = (r.normal(size=(2, 4, d, 2)) for d in (self.X, self.Y))
+        rotation = {
+            "qa": (self.qa, 0),
+            "qs": (self.qs, 0),
+        }  # arrays, and their dimensions of experts
+        self.consumers = [
+            (Covariances(2, F64), {}),
+            (Gradients(F64), {}),
+            (Squares(2, F64), rotation),
+            (Scores(2, dtype=F64), {"p": (self.p, 1)}),
+            (Scores(2, dtype=F64), {"u": (self.u, 1), "v": (self.v, 1)}),
+        ]
+
+    def together(self, order=range(4)):
+        """The results of each consumer for rows that are sorted by expert, with the experts in an order."""
+        order = np.asarray(order)
+        experts, tokens = np.nonzero(self.used_EM[order])
+        spare = 4  # rows without an expert
+        a_RX, g_RY = (
+            jnp.asarray(np.pad(x[order][experts, tokens], ((0, spare), (0, 0))))
+            for x in (self.a_EMX, self.g_EMY)
+        )
+        sizes_E = jnp.asarray(self.used_EM[order].sum(1))
+        tokens_R = jnp.asarray(np.pad(tokens, (0, spare)))
+        results = []
+        for consumer, inputs in self.consumers:
+
+            def run(a_RX, g_RY, sizes_E, tokens_R, inputs, consumer=consumer):
+                rows = Rows(sizes_E, tokens_R, 3, T)
+                return consumer.experts(a_RX, g_RY, rows, inputs)
+
+            own = {name: jnp.asarray(np.take(x, order, axis)) for name, (x, axis) in inputs.items()}
+            results.append(jax.device_get(jax.jit(run)(a_RX, g_RY, sizes_E, tokens_R, own)))
+        return results
+
+    def one_by_one(self):
+        """The results of each consumer for every expert's tokens, by the dense form: the others are padding."""
+        results = []
+        for consumer, inputs in self.consumers:
+            run, each = jax.jit(consumer.dense), []
+            for e, used_M in enumerate(self.used_EM):
+                a_BTX, g_BTY = (
+                    jnp.asarray((x[e] * used_M[:, None]).reshape(3, T, -1))
+                    for x in (self.a_EMX, self.g_EMY)
+                )
+                own = {n: jnp.asarray(np.take(x, e, axis)) for n, (x, axis) in inputs.items()}
+                mask_BT = jnp.asarray(used_M.reshape(3, T), F64)
+                each.append(jax.device_get(run(a_BTX, g_BTY, mask_BT, own)))
+            results.append(each)
+        return results
+
+
+@pytest.fixture(scope="module")
+def experts():
+    made = Experts()
+    return made, made.together()
+
+
+def test_results_of_experts_are_those_of_one_expert_after_the_other(experts):
+    made, (covariances, gradients, squares, *scores) = experts
+    one_by_one = made.one_by_one()
+    for e in range(4):
+        for got, (want,) in (
+            (jax.tree.map(lambda x, e=e: x[e], covariances), one_by_one[0][e : e + 1]),
+            (gradients[:, e], one_by_one[1][e : e + 1]),
+            (squares[e], one_by_one[2][e : e + 1]),
+        ):
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), got, want)
+    for got, each in zip(scores, one_by_one[3:], strict=True):
+        for name in ("scores", "squares"):
+            want = sum(one[name] for one in each)
+            np.testing.assert_allclose(got[name], want, atol=1e-10, err_msg=name)
+    assert not squares[3].any() and covariances["count"].tolist() == made.used_EM.sum(1).tolist()
+
+
+def test_experts_in_another_order_have_the_same_blocks_bit_for_bit(experts):
+    made, (covariances, gradients, squares, *scores) = experts
+    order = np.array([2, 0, 3, 1])
+    turned = made.together(order)
+    for got, want in (
+        (turned[0], jax.tree.map(lambda x: x[order], covariances)),
+        (turned[1], gradients[:, order]),
+        (turned[2], squares[order]),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    for got, want in zip(turned[3:], scores, strict=True):  # sums over experts
+        np.testing.assert_allclose(got["scores"], want["scores"], atol=1e-10)
+
+
+def test_the_inverse_product_of_experts_is_that_of_each_matrix(experts):
+    """It is finite, and zero for the expert without a token."""
+    made, (covariances, gradients, *_) = experts
+    eigen = kronecker.eigendecomposition(covariances, name="", dtype=np.float64)
+    squares = jax.jit(Squares(2, F64).dense)
+    site = sites.Site(path="m/kernel", inputs=made.X, outputs=made.Y, experts=4)
+    values = []
+    for e, used_M in enumerate(made.used_EM):
+        a_BTX, g_BTY = (
+            jnp.asarray((x[e] * used_M[:, None]).reshape(3, T, -1))
+            for x in (made.a_EMX, made.g_EMY)
+        )
+        own = {name: jnp.asarray(eigen[name][e]) for name in ("qa", "qs")}
+        values.append(squares(a_BTX, g_BTY, None, own) / 3)
+    values = np.stack(values)
+    curvature = kronecker.Curvature.of(
+        {"m": site}, {"m": eigen}, {"m": values}, kronecker.Damping(), dtype=np.float64
+    )
+    got = np.asarray(curvature({"m": jnp.asarray(gradients)})["m"])
+    assert np.isfinite(got).all() and not got[:, 3].any() and got[:, :3].any((2, 3)).all()
+    single = sites.Site(path="m/kernel", inputs=made.X, outputs=made.Y)
+    for e in range(4):
+        damping = kronecker.Damping(float(curvature.damping["m"][e].squeeze()), "absolute")
+        alone = kronecker.Curvature.of(
+            *({"m": single}, {"m": {name: x[e] for name, x in eigen.items()}}, {"m": values[e]}),
+            damping,
+            dtype=np.float64,
+        )
+        want = alone({"m": jnp.asarray(gradients[:, e])})["m"]
+        np.testing.assert_allclose(got[:, e], want, atol=1e-10)
 
 
 def test_permuted_experts_permute_blocks(mixture):

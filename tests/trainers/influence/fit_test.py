@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 
 import flax.linen as nn
@@ -12,7 +13,8 @@ import pytest
 
 from model.config import TransformerConfig
 from model.kernels.vocab_logits import LogitForm
-from model.transformer import Transformer
+from model.moe.moe import MoeMlp
+from model.transformer import Block, Transformer
 from trainers import partitioning
 from trainers.influence import files, fit, kronecker, queries, scores, sites, spread
 from trainers.influence.backward import sampled_labels
@@ -23,9 +25,9 @@ V = 11
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def made(**settings):
+def made(*, block=Block, **settings):
     config = dict(vocab_size=V, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
-    return Transformer(config=TransformerConfig(**{**config, **settings}))
+    return Transformer(config=TransformerConfig(**{**config, **settings}), block=block)
 
 
 def drawn_params(model):
@@ -97,6 +99,73 @@ def test_a_mesh_and_other_batches_change_nothing(model, params, tmp_path, shape,
     for name, array in own.items():
         np.testing.assert_allclose(other[name], array, rtol=0, atol=2e-6 * np.abs(array).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_mixture_on_a_mesh_that_splits_experts_has_the_same_scores(tmp_path):
+    mixture = functools.partial(MoeMlp, num_experts=4, top_k=2)
+    model = made(num_layers=1, block=functools.partial(Block, mlp=mixture))
+    params, documents, asked = drawn_params(model), texts(40, 3), texts(3, 4)
+    one = Reader(model=model, params=params, batch_size=8)
+    want = scored(one, tmp_path / "one", FitSettings(), documents, asked)
+    mesh = partitioning.make_mesh(shape={"data": 4, "expert": 2})
+    with partitioning.use_mesh(mesh, partitioning.rules_named("ep")):
+        sharding = partitioning.batch_sharding(mesh, partitioning.rules_named("ep"))
+        many = dataclasses.replace(one, sharding=sharding)
+        got = scored(many, tmp_path / "many", FitSettings(), documents, asked)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    chosen = sites.select(model, params)
+    counts = [fit.tokens_of_experts(tmp_path / name, chosen) for name in ("one", "many")]
+    assert counts[0] == counts[1] and set(counts[0]) == set(chosen)
+
+
+def test_the_fewest_and_most_tokens_of_an_expert_are_those_of_all_layers(tmp_path):
+    site = sites.Site(path="mlp/up/kernel", inputs=2, outputs=2, layers=2, experts=3)
+    chosen = {site.path: site, "dense": sites.Site(path="dense", inputs=2, outputs=2)}
+    counts = {f"{site.path}:count": np.array([[3.0, 9, 4], [5, 0, 7]]), "dense:count": np.ones(())}
+    files.write(tmp_path / "covariances", counts, {})
+    assert fit.tokens_of_experts(tmp_path, chosen) == {site.path: [0, 9]}
+
+
+def test_in_float64_batches_and_the_order_of_documents_change_nothing(tmp_path):
+    """Documents alone, or all of them as a batch of longer rows; labels are drawn. Scores of layers add up."""
+    r = np.random.default_rng(8)
+    documents = [
+        Row(context=[0], targets=r.integers(1, V, length).tolist())
+        for length in (20, 3, 9, 14, 2, 12, 5, 18) * 3
+    ]
+    stages, table = {}, {}
+    with jax.enable_x64(True):
+        model = made(num_layers=1, dtype="float64", param_dtype="float64")
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), drawn_params(model))
+        chosen = sites.select(model, params)
+        settings = FitSettings(factor_dtype="float64")
+        for size in (24, 1):
+            reader, folder = (
+                Reader(model=model, params=params, batch_size=size),
+                tmp_path / str(size),
+            )
+            fit.fit(reader, folder, lambda: documents, settings)
+            stages[size] = [files.read(folder / name)[0] for name in ("covariances", "squares")]
+            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping())
+            ready = queries.prepare(
+                *(reader, chosen, documents[:2], curvature), rank=None, dtype="float64"
+            )
+            rows = scores.score(
+                *(reader, chosen, ready, documents), per_layer=True, dtype="float64"
+            )
+            table[size] = [*rows]
+        turned = [*scores.score(reader, chosen, ready, documents[::-1], dtype="float64")]
+    for many, alone in zip(stages[24], stages[1], strict=True):
+        for name, array in many.items():
+            atol = 1e-10 * np.abs(array).max()
+            np.testing.assert_allclose(alone[name], array, rtol=0, atol=atol, err_msg=name)
+    got, want = (np.array([one.scores for one in table[size]]) for size in (1, 24))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-10 * np.abs(want).max())
+    # A document alone is the same program with the same input, wherever it is among the documents.
+    np.testing.assert_array_equal([one.scores for one in turned[::-1]], got)
+    for one in table[1]:
+        layers = sum(np.reshape(x, (-1, 2)).sum(0) for x in one.layers.values())
+        np.testing.assert_allclose(layers, one.scores, atol=1e-10 * np.abs(want).max())
 
 
 def fit_in_a_process(folder):
