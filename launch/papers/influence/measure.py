@@ -42,7 +42,8 @@ def run(
         out["corpus"] = by_seed(rows["corpus"])
     if "smollm" in parts:
         sweep = {"smollm": ("influence/smollm_sweep", "full")}
-        rows = sweeps.parts(model_dir, sweep, with_report, **options)
+        # Nearly all arms need the one before: a single worker has all cores.
+        rows = sweeps.parts(model_dir, sweep, with_report, **{**options, "workers": 1})
         out["smollm"] = of_report(rows["smollm"])
     return out
 
