@@ -225,11 +225,11 @@ class Problem:
         arguments: tuple[Any, ...],
         curvature_PP: np.ndarray,
     ) -> tuple[np.ndarray, float]:
-        """Returns where L-BFGS and then Newton's steps end, and the gradient's largest entry there.
+        """Returns where L-BFGS and then steps by a curvature end, and the gradient's largest entry there.
 
         L-BFGS takes coordinates in which curvature + lambda is the identity, in which the gradient is returned too. Near the
         optimum the loss is too coarse for its line searches: steps by the inverse of curvature + lambda go on while the
-        gradient gets smaller, and where it does not, by that of the objective's own Hessian, which takes 500 gradients' time.
+        gradient gets smaller, and where it does not, by that of the objective's own Hessian, which takes some 400 gradients' time.
         """
         from scipy import linalg, optimize
 

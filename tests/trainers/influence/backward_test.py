@@ -502,10 +502,8 @@ class Experts:
         self.qa, self.qs = (r.normal(size=(4, 2, d, d)) for d in (3, 2))  # two blocks
         self.p = r.normal(size=(2, 4, self.X, self.Y))
         self.u, self.v = (r.normal(size=(2, 4, d, 2)) for d in (self.X, self.Y))
-        rotation = {
-            "qa": (self.qa, 0),
-            "qs": (self.qs, 0),
-        }  # arrays, and their dimensions of experts
+        # Arrays, and their dimensions of experts.
+        rotation = {"qa": (self.qa, 0), "qs": (self.qs, 0)}
         self.consumers = [
             (Covariances(2, F64), {}),
             (Gradients(F64), {}),
