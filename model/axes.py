@@ -38,6 +38,7 @@ PARAMETER_AXES = (
 
 # Activations.
 BATCH = "act_batch"
+LOOKUP_BATCH = "act_lookup_batch"  # batch of looked-up rows, where EMBED splits their width
 LENGTH = "act_length"
 INNER_LENGTH = "act_inner_length"  # length inside attention and MLP, where heads or width are split
 ACT_EMBED = "act_embed"
@@ -45,7 +46,10 @@ ACT_HEADS = "act_heads"
 ACT_KV_HEADS = "act_kv_heads"
 ACT_MLP = "act_mlp"
 
-ACTIVATION_AXES = (BATCH, LENGTH, INNER_LENGTH, ACT_EMBED, ACT_HEADS, ACT_KV_HEADS, ACT_MLP)
+ACTIVATION_AXES = (
+    *(BATCH, LOOKUP_BATCH, LENGTH, INNER_LENGTH),
+    *(ACT_EMBED, ACT_HEADS, ACT_KV_HEADS, ACT_MLP),
+)
 
 ALL_AXES = PARAMETER_AXES + ACTIVATION_AXES
 

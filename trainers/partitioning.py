@@ -106,6 +106,8 @@ def _rules(*targets: Mapping[str, Any]) -> Rules:
     merged = {axes.BATCH: ("data", "fsdp")}
     for target in targets:
         merged |= target
+    width = merged.get(axes.EMBED)
+    merged[axes.LOOKUP_BATCH] = tuple(axis for axis in merged[axes.BATCH] if axis != width)
     return tuple((name, merged.get(name)) for name in axes.ALL_AXES)
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from model import axes
 from model.config import TransformerConfig
+from model.embed import Embed
 from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers import initialise, partitioning
@@ -285,6 +287,27 @@ def test_activations_are_split_as_the_rule_sets_say():
         rules = partitioning.rules_named(rules)
         assert tuple(partitioning.mesh_spec(residual, rules)) == (batch, residual_length, None)
         assert tuple(partitioning.mesh_spec(heads, rules)) == (batch, None, head, None)
+
+
+@pytest.mark.parametrize("rules", ["fsdp", "fsdp_tp", "fsdp_tp_sp"])
+def test_no_device_has_a_whole_table_or_its_gradient(rules):
+    table = Embed(num_embeddings=96, features=48)
+    ids_BT = jax.ShapeDtypeStruct((64, 128), jnp.int32)
+    mesh, rules = mesh_of(data=2, fsdp=2, tensor=2), partitioning.rules_named(rules)
+
+    def loss(params, ids_BT):
+        x_BTD = table.apply({"params": params}, ids_BT)
+        return jnp.sum(jnp.sin(axes.constrain(x_BTD, axes.BATCH, axes.LENGTH, axes.ACT_EMBED)))
+
+    abstract = jax.eval_shape(table.init, jax.random.key(0), ids_BT)["params"]
+    shardings = initialise.param_shardings(abstract, mesh, rules)
+    batch = NamedSharding(mesh, partitioning.mesh_spec((axes.BATCH, None), rules))
+    params = jax.tree.map(lambda _: jax.ShapeDtypeStruct((96, 48), jnp.float32), shardings)
+    with partitioning.use_mesh(mesh, rules):
+        step = jax.jit(jax.grad(loss), in_shardings=(shardings, batch), out_shardings=shardings)
+        text = step.lower(params, ids_BT).compile().as_text()
+    assert "[96,24]" in text or "[48,24]" in text
+    assert "[96,48]" not in text
 
 
 @pytest.mark.parametrize("name", sorted(partitioning.RULE_SETS))
