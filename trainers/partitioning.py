@@ -103,7 +103,7 @@ def _fitted(shape: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _rules(*targets: Mapping[str, Any]) -> Rules:
     """Returns a rule for every known name; names without a target are replicated."""
-    merged = {axes.BATCH: ("data", "fsdp")}
+    merged: dict[str, Any] = {axes.BATCH: ("data", "fsdp")}
     for target in targets:
         merged |= target
     width = merged.get(axes.EMBED)
