@@ -92,7 +92,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
         elif given.matching is None:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:
-            omitted.append(f'The search for a {name} needs queries with "{name}".')
+            omitted.append(f'The search for the {name} of a query needs queries with "{name}".')
     if given.layers is not None:
         result["layers"] = {group: given.layers.shares(own) for group, own in groups.items()}
     else:
