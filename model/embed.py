@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.kernels import taps
+from model.kernels import narrow, taps
 from model.ranges import Size
 
 
@@ -35,7 +35,10 @@ class Embed(nn.Module):
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Returns rows [B, T, D]; ids outside the table are clipped to its ends."""
-        y_BTD = jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)
+        if narrow.applies(self.embedding):
+            y_BTD = narrow.rows(self.embedding, ids_BT).astype(self.dtype)
+        else:
+            y_BTD = jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)
         # Split as the table is. With the batch over several mesh axes, the partitioner otherwise
         # looks up in a whole table on every device, and its gradient is whole there too.
         y_BTD = axes.constrain(y_BTD, axes.LOOKUP_BATCH, None, axes.EMBED)

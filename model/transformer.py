@@ -20,6 +20,7 @@ from model.attention import Attention, CrossAttention, Encoded, PositionBias
 from model.config import LayerKind, TransformerConfig
 from model.embed import Embed
 from model.flops import Counted
+from model.kernels import narrow
 from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
@@ -162,12 +163,14 @@ class Block(Counted):
 
 def scaled_logits(model: Any, hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Returns float32 logits [B, T, V] with the scale and soft cap of a model."""
-    logits_BTV = model.logit_scale * jnp.einsum(
-        "btd,vd->btv",
-        hidden_BTD,
-        head_VD.astype(hidden_BTD.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    head_VD = head_VD.astype(hidden_BTD.dtype)
+    if narrow.applies(head_VD):
+        logits_BTV = narrow.product(hidden_BTD, head_VD, 0)
+    else:
+        logits_BTV = jnp.einsum(
+            "btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32
+        )
+    logits_BTV = model.logit_scale * logits_BTV
     if model.logit_softcap is not None:
         logits_BTV = model.logit_softcap * jnp.tanh(logits_BTV / model.logit_softcap)
     return logits_BTV

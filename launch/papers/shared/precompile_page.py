@@ -28,7 +28,9 @@ writes this page and [its numbers](precompile_tables.json); [precompile](precomp
 All figures are of one chip and one execution: an update of a training run, a batch that is read, or a token of each row.
 
 - **HBM**: the most memory in use at one time, of what the chip has.
-- **FLOPs**: of the compiled program, recomputation included, and in brackets the share of the model's own.
+- **FLOPs**: of the compiled program, recomputation included, and in brackets the share of the model's own. These are the usual
+  count, so their share is above 100% where the compiler leaves something out, such as products with the padding of images. Products
+  with a single row are not done by the matrix units, and are not counted.
 - **sent**: bytes that a chip sends to chips of its slice; after a plus sign, to other slices.
 - **least time**: the busiest resource's, at its published rate, if all others work meanwhile. In brackets which one it is.
   A range ends with the time if collectives use the links of one dimension of the torus only.
@@ -118,7 +120,7 @@ def _row(row: Row, record: Mapping[str, Any] | None) -> str:
             _layout(report),
             _batch(report),
             hbm,
-            f"{flops['compiled'] / 1e12:.3g} T{share}",
+            f"{flops['compiled'] / 1e12:.3g} T{share}" if flops["compiled"] else "",
             _sent(report),
             _range(seconds(times["step"]), seconds(times["step_one_ring"]))
             + f" ({_BUSY[times['bound_by']]})",
