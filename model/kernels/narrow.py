@@ -61,26 +61,21 @@ def _product(x_XI: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
     return jax.lax.fori_loop(0, -(-count // length), add, y_XO)
 
 
+@jax.custom_vjp
 def rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the rows [..., D] of a table [V, D]; ids outside of it are clipped to its ends."""
-    return _rows(table_VD, ids)
-
-
-@jax.custom_vjp
-def _rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     flat = jnp.clip(ids.reshape(-1), 0, len(table_VD) - 1)
 
-    def add(number: jax.Array, rows: jax.Array) -> jax.Array:
+    def add(number: jax.Array, bits: jax.Array) -> jax.Array:
         row = _within_a_condition(
             flat[number] >= 0,
             lambda: jax.lax.dynamic_slice_in_dim(_bits(table_VD), flat[number], 1),
         )
-        return jax.lax.dynamic_update_slice_in_dim(rows, row, number, 0)
+        return jax.lax.dynamic_update_slice_in_dim(bits, row, number, 0)
 
-    rows = jnp.zeros((len(flat), table_VD.shape[1]), jnp.uint16)
-    rows = jax.lax.fori_loop(0, len(flat), add, rows)
-    rows = jax.lax.bitcast_convert_type(rows, table_VD.dtype)
-    return rows.reshape(*ids.shape, -1)
+    bits = jnp.zeros((len(flat), table_VD.shape[1]), jnp.uint16)
+    bits = jax.lax.fori_loop(0, len(flat), add, bits)
+    return jax.lax.bitcast_convert_type(bits, table_VD.dtype).reshape(*ids.shape, -1)
 
 
 def _bits(matrix: jax.Array) -> jax.Array:
@@ -97,20 +92,15 @@ def _within_a_condition(true: jax.Array, compute: Callable[[], jax.Array]) -> ja
     return jax.lax.cond(true, compute, lambda: jnp.zeros(shape.shape, shape.dtype))
 
 
-def _plain_rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
-    return jnp.take(table_VD, ids, axis=0, mode="clip")
-
-
 def _rows_forward(table_VD, ids):
-    y, pullback = jax.vjp(lambda table: _plain_rows(table, ids), table_VD)
-    return y, pullback
+    return jax.vjp(lambda table_VD: jnp.take(table_VD, ids, axis=0, mode="clip"), table_VD)
 
 
 def _rows_backward(pullback, dy):
     return (*pullback(dy), None)
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+rows.defvjp(_rows_forward, _rows_backward)
 
 
 def _plain(x_XI: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
