@@ -40,6 +40,7 @@ def product(x: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)  # traced once for the layers of a model
 def _product(x_XI: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
     count = matrix.shape[outputs]
     length = min(count, max(1, _BLOCK // matrix.shape[1 - outputs]))
