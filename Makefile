@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
-WORKERS ?= 2
+WORKERS ?= 3
 EXTRAS ?= test,test_stores
 
 .PHONY: help venv quickstart test smoke test-tpu test-pretrained lint audit peers peers-kvpress peers-lm-eval xmanager clean

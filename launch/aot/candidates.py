@@ -134,10 +134,10 @@ def _splits(topology: Topology, *, experts: bool) -> Iterator[tuple[dict[str, in
 def _axes_used(rules: Any) -> set[str]:
     """Returns the mesh axes that a rule set gives to parameters or activations, apart from `data`.
 
-    The batch's rule names `fsdp` in every rule set, so what counts is the rules of the others.
+    The rules of the batch name `fsdp` in every rule set, so what counts is the others.
     """
     used: set[str] = set()
     for name, target in rules:
-        if name != axes.BATCH and target is not None:
+        if name not in (axes.BATCH, axes.LOOKUP_BATCH) and target is not None:
             used |= {target} if isinstance(target, str) else set(target)
     return used - {"data"}
