@@ -36,12 +36,12 @@ class Embed(nn.Module):
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Returns rows [B, T, D]; ids outside the table are clipped to its ends."""
         if narrow.applies(self.embedding):
-            y_BTD = narrow.rows(self.embedding, ids_BT).astype(self.dtype)
+            y_BTD = narrow.rows(self.embedding, ids_BT)
         else:
-            y_BTD = jnp.take(self.embedding, ids_BT, axis=0, mode="clip").astype(self.dtype)
+            y_BTD = jnp.take(self.embedding, ids_BT, axis=0, mode="clip")
         # Split as the table is. With the batch over several mesh axes, the partitioner otherwise
         # looks up in a whole table on every device, and its gradient is whole there too.
-        y_BTD = axes.constrain(y_BTD, axes.LOOKUP_BATCH, None, axes.EMBED)
+        y_BTD = axes.constrain(y_BTD.astype(self.dtype), axes.LOOKUP_BATCH, None, axes.EMBED)
         return taps.lookup(self, "embedding", ids_BT, y_BTD)
 
 

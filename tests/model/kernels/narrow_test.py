@@ -35,11 +35,11 @@ def arrays(outputs, dtype, leading=(3, 2)):
 @pytest.mark.parametrize("leading", [(), (3, 2)])
 def test_products_against_float64(outputs, dtype, leading):
     x, matrix = arrays(outputs, dtype, leading)
-    found = jax.jit(narrow.product, static_argnums=2)(x, matrix, outputs)
-    assert found.dtype == jnp.float32
+    y = jax.jit(narrow.product, static_argnums=2)(x, matrix, outputs)
+    assert y.dtype == jnp.float32
     matrix64 = np.asarray(matrix, np.float64)
     wanted = np.asarray(x, np.float64) @ (matrix64 if outputs else matrix64.T)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(y, wanted, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("outputs", [0, 1])
@@ -67,12 +67,12 @@ def test_projections_and_tables_compute_the_same_with_and_without():
     ids = jnp.asarray([[0, 5, 23], [-2, 40, 7]])
     assert narrow.applies(matrix)
     y, rows = jax.jit(matmul)(x, matrix), jax.jit(table.apply)(params, ids)
-    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(table.apply(p, ids).astype(jnp.float32))))
-    found = gradient(params)
+    gradient_of = jax.grad(lambda p: jnp.sum(jnp.sin(table.apply(p, ids).astype(jnp.float32))))
+    gradient = gradient_of(params)
     with use_reference_forms():
         np.testing.assert_array_equal(y, jax.jit(matmul)(x, matrix))
         np.testing.assert_array_equal(rows, jax.jit(table.apply)(params, ids))
-        jax.tree.map(np.testing.assert_array_equal, found, gradient(params))
+        jax.tree.map(np.testing.assert_array_equal, gradient, gradient_of(params))
     assert y.dtype == rows.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rows[1], matrix[jnp.asarray([0, 23, 7])])
 
