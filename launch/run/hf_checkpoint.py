@@ -6,6 +6,7 @@ them, and weights are not copied on the way but to transpose kernels.
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from launch.run.loaded_run import LoadError
@@ -152,10 +153,13 @@ def digest(checkpoint: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def restore(
-    checkpoint: str, model: Any, abstract: Any, *, params: str
-) -> tuple[Any, Mapping[str, Any]]:
-    """Returns the parameters of a model on the shardings of `abstract`, and the facts about texts.
+@contextlib.contextmanager
+def restoring(
+    checkpoint: str, model: Any, *, params: str
+) -> Iterator[Callable[[Any], tuple[Any, Mapping[str, Any]]]]:
+    """Context manager: reads the parameters of a model, and meanwhile yields a function that places them.
+
+    The function returns the parameters on the shardings of its argument, and the facts about texts.
 
     Raises:
       LoadError: `params` asks for a moving average.
@@ -174,11 +178,16 @@ def restore(
             f"{checkpoint} is a Hugging Face checkpoint, without a moving average: remove --params=ema."
         )
     family = family_of_config(read_json(pathlib.Path(checkpoint) / CONFIG_JSON))
-    wanted = traverse_util.flatten_dict(abstract, sep="/")
-    with SafetensorsReader(checkpoint) as tensors:
-        arrays = load.fill(plan(family, model, tensors))
-    values = {}
-    for path, leaf in wanted.items():
-        host = arrays.pop(path).astype(leaf.dtype, copy=False)
-        values[path] = jax.device_put(host, leaf.sharding, may_alias=True)
-    return traverse_util.unflatten_dict(values, sep="/"), recorded(checkpoint)[1]
+    with (
+        SafetensorsReader(checkpoint) as tensors,
+        load.filling(plan(family, model, tensors)) as filled,
+    ):
+
+        def place(abstract: Any) -> tuple[Any, Mapping[str, Any]]:
+            arrays, values = filled(), {}
+            for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
+                host = arrays.pop(path).astype(leaf.dtype, copy=False)
+                values[path] = jax.device_put(host, leaf.sharding, may_alias=True)
+            return traverse_util.unflatten_dict(values, sep="/"), recorded(checkpoint)[1]
+
+        yield place

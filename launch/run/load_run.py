@@ -272,13 +272,13 @@ class RunConfig:
             )
         mesh = partitioning.make_mesh(shape=self.mesh)
         rules = partitioning.rules_named(self.rules)
-        boxed = initialise.abstract_variables(self.model)["params"]
         rows = partitioning.batch_sharding(mesh, rules)
         shards = mesh.devices.size // rows.shard_shape((mesh.devices.size,))[0]
         sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
-        partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
-        abstract = initialise.abstract_params(self.model, mesh, rules)
-        values, meta = restore(checkpoint, self.model, abstract, params=params, of_base=of_base)
+        with restoring(checkpoint, self.model, params=params, of_base=of_base) as place:
+            boxed = initialise.abstract_variables(self.model)["params"]
+            partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
+            values, meta = place(initialise.abstract_params(self.model, mesh, rules))
         check_settings(self.model, meta.get("adapters"), checkpoint)
         values = self.model.inference_params(values)
         with partitioning.use_mesh(mesh, rules):
@@ -306,6 +306,33 @@ def load_frozen(
     return config.load(checkpoint, params=params, of_base=True, encoder_decoders=encoder_decoders)
 
 
+@contextlib.contextmanager
+def restoring(
+    checkpoint: str, model: Any, *, params: str, of_base: bool = False
+) -> Iterator[Callable[[Any], tuple[Any, Mapping[str, Any]]]]:
+    """Context manager: yields `restore` as a function of `abstract`; files of Hugging Face are read from the beginning on."""
+    from launch.run import hf_checkpoint
+    from trainers.checkpoints import base_step, step_dir
+
+    if hf_checkpoint.is_hf(checkpoint):
+        with hf_checkpoint.restoring(checkpoint, model, params=params) as place:
+            yield place
+        return
+    from trainers.checkpoints.restore_params import restore_params  # imports Orbax
+
+    def place(abstract: Any) -> tuple[Any, Mapping[str, Any]]:
+        def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
+            recorded = step_dir.read_manifest(step)
+            there = base_step.entries(step, recorded, params)
+            wanted = base_step.present(abstract, there) if of_base else abstract
+            values = restore_params(step, wanted, use_ema=recorded.use_ema(params))
+            return values, step_dir.read_record(step, recorded)["meta"]
+
+        return step_dir.newest_good(checkpoint, read)
+
+    yield place
+
+
 def restore(
     checkpoint: str, model: Any, abstract: Any, *, params: str, of_base: bool = False
 ) -> tuple[Any, Mapping[str, Any]]:
@@ -313,18 +340,5 @@ def restore(
 
     With `of_base`, adapters that the checkpoint lacks are left out.
     """
-    from launch.run import hf_checkpoint
-    from trainers.checkpoints import base_step, step_dir
-    from trainers.checkpoints.restore_params import restore_params
-
-    if hf_checkpoint.is_hf(checkpoint):
-        return hf_checkpoint.restore(checkpoint, model, abstract, params=params)
-
-    def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
-        recorded = step_dir.read_manifest(step)
-        there = base_step.entries(step, recorded, params)
-        wanted = base_step.present(abstract, there) if of_base else abstract
-        values = restore_params(step, wanted, use_ema=recorded.use_ema(params))
-        return values, step_dir.read_record(step, recorded)["meta"]
-
-    return step_dir.newest_good(checkpoint, read)
+    with restoring(checkpoint, model, params=params, of_base=of_base) as place:
+        return place(abstract)

@@ -1,8 +1,10 @@
 """Loads a Hugging Face checkpoint as a model and its parameters in memory, for users of the library."""
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from model.hf.mapping import Piece
 from model.hf.plan import Plan, plan
 from model.transformer import Transformer
 
+_THREADS = 8  # more than cores: they wait for a disk most of the time
 _ALIGNMENT = 64  # bytes; jax uses host arrays with this alignment without a copy
 
 
@@ -39,18 +42,31 @@ def load(directory: str | os.PathLike, *, dtype: str | None = None) -> tuple[Tra
 
 def fill(checked: Plan) -> dict[str, np.ndarray]:
     """Returns the arrays of a plan; a few threads read every tensor once."""
+    with filling(checked) as arrays:
+        return arrays()
+
+
+@contextlib.contextmanager
+def filling(checked: Plan) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
+    """Context manager: threads fill the arrays of a plan; yields a function that waits for these arrays and returns them."""
     arrays = {path: _aligned(x.shape, x.dtype) for path, x in checked.arrays.items()}
-    threads = min(4, len(os.sched_getaffinity(0)))
-    with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
-        futures = [
-            # With `...` even a single number is a view.
-            pool.submit(checked.fill, arrays[path][_place(piece)], piece)
-            for path, target in checked.arrays.items()
-            for piece in target.pieces
-        ]
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="weights")
+    futures = [
+        # With `...` even a single number is a view.
+        pool.submit(checked.fill, arrays[path][_place(piece)], piece)
+        for path, target in checked.arrays.items()
+        for piece in target.pieces
+    ]
+
+    def filled() -> dict[str, np.ndarray]:
         for future in futures:
             future.result()
-    return arrays
+        return arrays
+
+    try:
+        yield filled
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _place(piece: Piece) -> Any:

@@ -339,17 +339,23 @@ class Decoder:
             loop, sentences_R = state
             with sentence.sentence_embeddings(sentences_R):
                 loop = advance(model, params, policy, loop, until, ended_R, settings)
-            return (loop, sentences_R), (loop.step, loop.done_B, loop.decoded)
+            return (loop, sentences_R), (loop.done_B, loop.decoded)
+
+        def advanced(state, until):
+            arrays = (np.int32(until), jax.device_put(ended_R, self._sharding))
+            return self._timed(self._name("decode"), length, run, state, *arrays)
 
         samples = settings.num_samples
         watched = Watched(self._watch, batch, samples)
         ended_R = np.zeros(self._batch_size * samples, bool)
         rows: dict[int, Continuation] = {}
-        until = settings.max_new_tokens if self._watch is None else 1
+        every = settings.max_new_tokens if self._watch is None else self.watch_every
+        until, loop = 1, state[0]  # reading the prompt has chosen the first token
+        if loop.done_B.is_fully_addressable:
+            done_R, decoded = jax.device_get((loop.done_B, loop.decoded))
+        else:
+            state, (done_R, decoded) = advanced(state, until)
         while True:
-            arguments = (state, np.int32(until), jax.device_put(ended_R, self._sharding))
-            state, seen = self._timed(self._name("decode"), length, run, *arguments)
-            _, done_R, decoded = seen
             counts_R = decoded.lengths_B
             ended_R = watched.look(decoded.tokens_BM, counts_R)
             last = until == settings.max_new_tokens or np.all(done_R | ended_R)
@@ -363,7 +369,8 @@ class Decoder:
                     self._ended(batch[r // samples], r % samples, rows[r])
             if last:
                 break
-            until = min(until + self.watch_every, settings.max_new_tokens)
+            until = min(until + every, settings.max_new_tokens)
+            state, (done_R, decoded) = advanced(state, until)
         return [[rows[b * samples + g] for g in range(samples)] for b in range(len(batch))]
 
     def _search(self, length: int, state: Any, batch: Sequence[int]) -> list[list[Continuation]]:

@@ -1,13 +1,17 @@
 """Weights of Hugging Face models there and back, bit for bit, and tensors that do not fit."""
 
+import time
+
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from model.hf import families
+from model.hf import load as loading
 from model.hf.description import native_shapes
 from model.hf.family import MismatchedTensors
+from model.hf.plan import plan
 from model.transforms import layer_stack
 from tests.model.hf import arrays
 from tests.model.hf.cases import CASES, SMALL, load
@@ -26,6 +30,16 @@ def test_every_rule_set_shards_every_array(path):
     for name in partitioning.RULE_SETS:
         shardings = initialise.param_shardings(boxed, mesh, partitioning.rules_named(name))
         assert len(jax.tree.leaves(shardings)) == len(native_shapes(model))
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_shapes_of_unrolled_layers_are_those_of_their_initialisation(path):
+    """They are found from one period of layers, scanned."""
+    model = layer_stack.unrolled(load(path)[2])
+    params = initialise.shapes_of(initialise.abstract_variables(model)["params"])
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    expected = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    assert native_shapes(model) == expected
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -49,6 +63,29 @@ def test_weights_come_back_bit_for_bit(path, dtype, scanned):
         same(back[name], tensor)
     again = arrays.to_native(family, model, back)
     jax.tree.map(same, params, again)
+
+
+class Counted(arrays.Memory):
+    """Tensors of which `reads` have been read; each takes a moment."""
+
+    reads = 0
+
+    def read_into(self, name, start, into):
+        self.reads += 1
+        time.sleep(0.02)
+        super().read_into(name, start, into)
+
+
+def test_what_is_not_needed_is_not_read(llama):
+    family, model, tensors = llama
+    source = Counted(tensors)
+    checked = plan(family, model, source)
+    pieces = sum(len(target.pieces) for target in checked.arrays.values())
+    with pytest.raises(KeyError, match="stop"), loading.filling(checked):
+        raise KeyError("stop")
+    assert source.reads < pieces
+    with loading.filling(checked) as filled:
+        assert filled().keys() == checked.arrays.keys()
 
 
 @pytest.fixture

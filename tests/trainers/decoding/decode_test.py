@@ -285,6 +285,23 @@ def test_rows_that_a_watch_ends_leave_the_others_as_they_are(greedy, model, para
         Decoder(model, params, beams, watch=watch)
 
 
+def test_the_first_token_needs_the_program_that_reads_the_prompt_alone(greedy, model, params):
+    first = [row.tokens[:1] for row in greedy[1]]
+    decoder = Decoder(model, params, Settings(max_new_tokens=1), batch_size=4)
+    assert [row.tokens for row in decoder(PROMPTS)] == first
+    assert list(decoder._programs) == [("prefill", 24)]
+    programs = []
+
+    def watch(prompt, sample, tokens):
+        programs.append(list(decoder._programs))
+
+    settings = Settings(max_new_tokens=M)
+    decoder = Decoder(model, params, settings, batch_size=4, watch=watch, watch_every=M)
+    decoder(PROMPTS)
+    assert programs[: len(PROMPTS)] == [[("prefill", 24)]] * len(PROMPTS)
+    assert programs[-1] == [("prefill", 24), ("decode", 24)]
+
+
 def test_rows_of_their_own_settings_share_a_batch_and_are_those_of_decoders_of_these(
     greedy, model, params
 ):
