@@ -3,7 +3,7 @@
 XLA's CPU backend multiplies such numbers as float32, and first converts whole matrices: a step of decoding with a model of 1B
 parameters in bfloat16 writes 5 GB for it. Here a loop converts a block of outputs at a time, which stays in the processor's cache.
 
-Shapes: I inputs, O outputs, V rows of a table, D width, '...' any leading.
+Shapes: I inputs, O outputs, X rows of x, E matrices of a stack, V rows of a table, D width, '...' any leading.
 """
 
 import functools
@@ -40,10 +40,20 @@ def product(x: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)  # traced once for the layers of a model
 def _product(x_XI: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
-    count = matrix.shape[outputs]
-    length = min(count, max(1, _BLOCK // matrix.shape[1 - outputs]))
+    return _by_blocks(x_XI, matrix[None], jnp.zeros((), jnp.int32), outputs)
+
+
+def product_of(x_XI: jax.Array, stack_EIO: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns the products of x with one matrix of a stack, float32 [X, O]; they have no gradient."""
+    return _by_blocks(x_XI, stack_EIO, index, 1)
+
+
+@functools.partial(jax.jit, static_argnums=3)  # traced once for the layers of a model
+def _by_blocks(x_XI: jax.Array, stack: jax.Array, index: jax.Array, outputs: int) -> jax.Array:
+    shape = list(stack.shape[1:])
+    count = shape[outputs]
+    length = shape[outputs] = min(count, max(1, _BLOCK // shape[1 - outputs]))
     x_XI = x_XI.astype(jnp.float32)
 
     def add(number: jax.Array, y_XO: jax.Array) -> jax.Array:
@@ -51,8 +61,9 @@ def _product(x_XI: jax.Array, matrix: jax.Array, outputs: int) -> jax.Array:
         start = jnp.minimum(number * length, count - length)
 
         def part():
-            bits = jax.lax.dynamic_slice_in_dim(_bits(matrix), start, length, outputs)
-            block = jax.lax.bitcast_convert_type(bits, matrix.dtype).astype(jnp.float32)
+            at = (index, 0, start) if outputs else (index, start, 0)
+            bits = jax.lax.dynamic_slice(_bits(stack), at, (1, *shape))[0]
+            block = jax.lax.bitcast_convert_type(bits, stack.dtype).astype(jnp.float32)
             return jax.lax.dot_general(x_XI, block, (((1,), (1 - outputs,)), ((), ())))
 
         y = _within_a_condition(number >= 0, part)

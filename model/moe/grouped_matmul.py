@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from model.kernels import narrow
 from model.kernels.platform import reference_forms, target_platform
 from model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
 
@@ -76,40 +77,45 @@ def _warn(text: str) -> None:
 
 @jax.custom_vjp
 def _blocks(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _rows_by_kernel(rows_RX, kernel_EXY, sizes_E, contracted=1)
+    product = narrow.product_of if narrow.applies(kernel_EXY) else _product_of
+    return _products(rows_RX, kernel_EXY, sizes_E, product)
+
+
+def _products(rows_RX, kernel_EXY, sizes_E, product: Callable[..., jax.Array]) -> jax.Array:
+    def put(expert, block, own, out_RY):
+        y = product(block(rows_RX), kernel_EXY, expert).astype(out_RY.dtype)
+        return block.put(out_RY, jnp.where(own, y, block(out_RY)))
+
+    out_RY = jnp.zeros((len(rows_RX), kernel_EXY.shape[-1]), rows_RX.dtype)
+    return _over_blocks(put, sizes_E, len(rows_RX), out_RY)
+
+
+def _product_of(rows_RX: jax.Array, kernel_EXY: jax.Array, expert: jax.Array) -> jax.Array:
+    return rows_RX @ kernel_EXY[expert]
 
 
 def _blocks_fwd(rows_RX, kernel_EXY, sizes_E):
-    return _blocks(rows_RX, kernel_EXY, sizes_E), (rows_RX, kernel_EXY, sizes_E)
+    out_RY = _products(rows_RX, kernel_EXY, sizes_E, _product_of)
+    return out_RY, (rows_RX, kernel_EXY, sizes_E)
 
 
 def _blocks_bwd(residuals, dy_RY):
     rows_RX, kernel_EXY, sizes_E = residuals
-    drows_RX = _rows_by_kernel(dy_RY, kernel_EXY, sizes_E, contracted=2)
 
-    def add(expert, block, own, dkernel_EXY):
+    def add(expert, block, own, gradients):
+        drows_RX, dkernel_EXY = gradients
         # Rows of other experts are masked in one operand, which is enough.
         dy = jnp.where(own, block(dy_RY), 0)
+        drows = jax.lax.dot_general(dy, kernel_EXY[expert], (((1,), (1,)), ((), ())))
         dkernel_XY = jax.lax.dot_general(block(rows_RX), dy, (((0,), (0,)), ((), ())))
-        return dkernel_EXY.at[expert].add(dkernel_XY)
+        drows = block.put(drows_RX, jnp.where(own, drows, block(drows_RX)))
+        return drows, dkernel_EXY.at[expert].add(dkernel_XY)
 
-    dkernel_EXY = _over_blocks(add, sizes_E, len(rows_RX), jnp.zeros_like(kernel_EXY))
-    return drows_RX, dkernel_EXY, None
+    zeros = (jnp.zeros_like(rows_RX), jnp.zeros_like(kernel_EXY))
+    return *_over_blocks(add, sizes_E, len(rows_RX), zeros), None
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
-
-
-def _rows_by_kernel(rows, kernel_EXY, sizes_E, *, contracted: int) -> jax.Array:
-    """Returns the products of rows with their expert's kernel; contracts the kernel's axis `contracted`."""
-
-    def put(expert, block, own, out):
-        dims = (((1,), (contracted - 1,)), ((), ()))
-        product = jax.lax.dot_general(block(rows), kernel_EXY[expert], dims)
-        return block.put(out, jnp.where(own, product, block(out)))
-
-    out = jnp.zeros((len(rows), kernel_EXY.shape[3 - contracted]), rows.dtype)
-    return _over_blocks(put, sizes_E, len(rows), out)
 
 
 class _Block:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from model.kernels import narrow
 from model.kernels.platform import use_platform, use_reference_forms
 from model.moe import grouped_matmul as form
 from model.moe import grouped_matmul_hopper as hopper
@@ -98,6 +99,36 @@ def test_reference_forms_differentiate_twice():
     out, _, _ = by_loops(rows, kernel, np.zeros((7, Y)), sizes)
     want = by_loops(rows, kernel, 2 * out, sizes)[1]
     np.testing.assert_allclose(along, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_bfloat16_kernels_are_converted_by_blocks(sizes, monkeypatch):
+    monkeypatch.setattr(narrow, "_BLOCK", 2 * X)  # two blocks of outputs, which overlap
+    rows, kernel, direction = (a.astype(jnp.bfloat16) for a in operands(sizes, unused=3))
+    out = jax.jit(form.grouped_matmul)(rows, kernel, jnp.array(sizes))
+    assert out.dtype == jnp.bfloat16
+    used = sum(sizes)
+    expected = by_loops(rows, kernel, direction, sizes)[0][:used]
+    # A sum of five products is rounded to bfloat16 once: its values have eight bits.
+    np.testing.assert_allclose(out[:used].astype(np.float64), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_no_call_without_a_gradient_copies_bfloat16_kernels(monkeypatch):
+    monkeypatch.setattr(narrow, "_BLOCK", 2**12)
+    sizes, kernel = (
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+        jax.ShapeDtypeStruct((8, 128, 128), jnp.bfloat16),
+    )
+    rows = jax.ShapeDtypeStruct((2, 128), jnp.bfloat16)
+
+    def temporary_bytes():
+        lowered = jax.jit(lambda *args: form.grouped_matmul(*args)).lower(rows, kernel, sizes)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    # The kernels have 262 kB, and 524 kB in float32; a block has 16 kB.
+    assert temporary_bytes() < 60_000
+    monkeypatch.setattr(narrow, "_BLOCK", 2**30)
+    assert temporary_bytes() > 500_000
 
 
 def test_half_precision_stays():
