@@ -5,19 +5,14 @@ Shapes: R rows, E experts, X in, Y out.
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from model.kernels import narrow
 from model.kernels.platform import reference_forms, target_platform
 from model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
-
-# Rows per block on CPU. A block reads its expert's whole kernel, so large blocks are faster. The number of
-# an expert's rows is rounded up to a multiple of the last, smallest length.
-_LENGTHS = (256, 128, 64, 16)
+from model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
 
 def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -77,25 +72,20 @@ def _warn(text: str) -> None:
 
 @jax.custom_vjp
 def _blocks(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    product = narrow.product_of if narrow.applies(kernel_EXY) else _product_of
-    return _products(rows_RX, kernel_EXY, sizes_E, product)
+    return _products(rows_RX, kernel_EXY, sizes_E, gradient=False)
 
 
-def _products(rows_RX, kernel_EXY, sizes_E, product: Callable[..., jax.Array]) -> jax.Array:
+def _products(rows_RX, kernel_EXY, sizes_E, *, gradient: bool) -> jax.Array:
     def put(expert, block, own, out_RY):
-        y = product(block(rows_RX), kernel_EXY, expert).astype(out_RY.dtype)
-        return block.put(out_RY, jnp.where(own, y, block(out_RY)))
+        y = product(block(rows_RX), kernel_EXY, expert, gradient=gradient)
+        return block.put(out_RY, y, own)
 
     out_RY = jnp.zeros((len(rows_RX), kernel_EXY.shape[-1]), rows_RX.dtype)
-    return _over_blocks(put, sizes_E, len(rows_RX), out_RY)
-
-
-def _product_of(rows_RX: jax.Array, kernel_EXY: jax.Array, expert: jax.Array) -> jax.Array:
-    return rows_RX @ kernel_EXY[expert]
+    return over_blocks(put, sizes_E, len(rows_RX), out_RY)
 
 
 def _blocks_fwd(rows_RX, kernel_EXY, sizes_E):
-    out_RY = _products(rows_RX, kernel_EXY, sizes_E, _product_of)
+    out_RY = _products(rows_RX, kernel_EXY, sizes_E, gradient=True)
     return out_RY, (rows_RX, kernel_EXY, sizes_E)
 
 
@@ -106,60 +96,11 @@ def _blocks_bwd(residuals, dy_RY):
         drows_RX, dkernel_EXY = gradients
         # Rows of other experts are masked in one operand, which is enough.
         dy = jnp.where(own, block(dy_RY), 0)
-        drows = jax.lax.dot_general(dy, kernel_EXY[expert], (((1,), (1,)), ((), ())))
-        dkernel_XY = jax.lax.dot_general(block(rows_RX), dy, (((0,), (0,)), ((), ())))
-        drows = block.put(drows_RX, jnp.where(own, drows, block(drows_RX)))
-        return drows, dkernel_EXY.at[expert].add(dkernel_XY)
+        drows_RX = block.put(drows_RX, rows_gradient(dy, kernel_EXY[expert]), own)
+        return drows_RX, dkernel_EXY.at[expert].add(kernel_gradient(block(rows_RX), dy))
 
     zeros = (jnp.zeros_like(rows_RX), jnp.zeros_like(kernel_EXY))
-    return *_over_blocks(add, sizes_E, len(rows_RX), zeros), None
+    return *over_blocks(add, sizes_E, len(rows_RX), zeros), None
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
-
-
-class _Block:
-    """A slice of `length` rows from `start` on, for arrays whose first dimension is rows."""
-
-    def __init__(self, start: jax.Array, length: int):
-        self.start, self.length = start, length
-
-    def __call__(self, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(rows, self.start, self.length)
-
-    def put(self, rows: jax.Array, values: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, values, self.start, 0)
-
-
-def _over_blocks(step: Callable[..., Any], sizes_E: jax.Array, rows: int, state: Any) -> Any:
-    """Folds `state = step(expert, block, own, state)` over blocks that cover every expert's rows.
-
-    `own` [length, 1] is True for rows that belong to the expert and were not in an earlier block. The number of other
-    rows in a block is below the smallest block length.
-    """
-    lengths = [length for length in _LENGTHS if length <= rows] or [rows]
-    ends_E = jnp.cumsum(sizes_E)
-
-    def of_expert(expert, state):
-        end = ends_E[expert]
-        carry = (end - sizes_E[expert], state)
-        for length in lengths:
-            # A block may extend beyond the expert's last row only where the smallest block also would.
-            slack = lengths[-1] - 1
-
-            def fits(carry, length=length, slack=slack):
-                return carry[0] + length - slack <= end
-
-            def body(carry, length=length):
-                first, state = carry
-                start = jnp.minimum(first, rows - length)
-                index = start + jnp.arange(length)
-                own = ((index >= first) & (index < end)).reshape(-1, 1)
-                return first + length, step(expert, _Block(start, length), own, state)
-
-            carry = jax.lax.while_loop(fits, body, carry)
-        return carry[1]
-
-    if not rows:
-        return state
-    return jax.lax.fori_loop(0, len(sizes_E), of_expert, state)

@@ -22,7 +22,7 @@ from model.flops import Counted, weights
 from model.kernels import taps
 from model.linear import Dense
 from model.mlp import GatedMlp, activation
-from model.moe import dispatch, parallel, routing
+from model.moe import dispatch, expert_mlp, parallel, routing
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
@@ -51,17 +51,22 @@ class ExpertDense(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    def __call__(self, rows_RX: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
+        """Returns y for rows of these sizes; with None, the kernel, for a caller that multiplies by it."""
+        if sizes_E is None:
+            return self.kernel(rows_RX.shape[-1])
         return self.product(rows_RX.astype(self.dtype), sizes_E)
 
     def product(self, rows_RX: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Returns rows @ kernel[e]; factorised and adapted experts override it."""
-        shape = (self.num_experts, rows_RX.shape[-1], self.features)
-        kernel = axes.parameter(
-            self, "kernel", self.kernel_init, self.axes, shape, self.param_dtype
-        )
-        y_RY = grouped_matmul(rows_RX, kernel.astype(self.dtype), sizes_E)
+        y_RY = grouped_matmul(rows_RX, self.kernel(rows_RX.shape[-1]), sizes_E)
         return taps.projection(self, "kernel", rows_RX, y_RY, sizes=sizes_E)
+
+    def kernel(self, inputs: int) -> jax.Array:
+        """Returns the kernel [E, inputs, features] in the dtype of products."""
+        shape = (self.num_experts, inputs, self.features)
+        parts = (self.kernel_init, self.axes, shape, self.param_dtype)
+        return axes.parameter(self, "kernel", *parts).astype(self.dtype)
 
 
 class MoeMlp(Counted):
@@ -208,10 +213,15 @@ class MoeMlp(Counted):
 
     def _experts(self, rows_RD: jax.Array, sizes: jax.Array) -> jax.Array:
         act, config = activation(self.activation), self.config
-        gate_RF = self._expert_dense("gate", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, sizes)
-        up_RF = self._expert_dense("up", config.mlp_dim, axes.EMBED, axes.MLP)(rows_RD, sizes)
+        gate = self._expert_dense("gate", config.mlp_dim, axes.EMBED, axes.MLP)
+        up = self._expert_dense("up", config.mlp_dim, axes.EMBED, axes.MLP)
         down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
-        return down(act(gate_RF) * up_RF, sizes)
+        if type(gate) is ExpertDense and expert_mlp.applies(sizes):
+            rows_RD = rows_RD.astype(config.compute_dtype)
+            hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), config.mlp_dim), rows_RD.dtype)
+            kernels = (gate(rows_RD, None), up(rows_RD, None), down(hidden_RF, None))
+            return expert_mlp.expert_mlp(act, rows_RD, kernels, sizes.astype(jnp.int32))
+        return down(act(gate(rows_RD, sizes)) * up(rows_RD, sizes), sizes)
 
     def _expert_dense(self, name: str, features: int, *names: str) -> Any:
         dense = self.expert_dense(

@@ -15,6 +15,7 @@ from model.kernels.platform import use_platform, use_reference_forms
 from model.moe import grouped_matmul as form
 from model.moe import grouped_matmul_hopper as hopper
 from model.moe import grouped_matmul_tpu as tpu
+from model.moe import row_blocks
 
 X, Y = 5, 3
 
@@ -73,12 +74,12 @@ def test_blocks_cover_every_row_once_and_few_more(sizes):
 
     def count(expert, block, own, state):
         seen, of_expert, multiplied = state
-        seen = block.put(seen, block(seen) + own)
-        of_expert = block.put(of_expert, jnp.where(own, expert, block(of_expert)))
+        seen = block.put(seen, block(seen) + 1, own)
+        of_expert = block.put(of_expert, expert, own)
         return seen, of_expert, multiplied + block.length
 
     zeros = jnp.zeros((rows, 1), jnp.int32)
-    seen, of_expert, multiplied = form._over_blocks(
+    seen, of_expert, multiplied = row_blocks.over_blocks(
         count, jnp.asarray(sizes), rows, (zeros, zeros, 0)
     )
     np.testing.assert_array_equal(seen, 1)

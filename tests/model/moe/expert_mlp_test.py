@@ -1,0 +1,143 @@
+"""The loop that computes all of the experts' MLPs, against float64, and where it is used."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.adapters import adapter
+from model.adapters.lora import Lora
+from model.config import TransformerConfig
+from model.kernels import narrow, taps
+from model.kernels.platform import use_platform, use_reference_forms
+from model.low_rank.lowrank import Factorisation, LowRankExpertDense
+from model.moe import expert_mlp as form
+from model.moe.moe import MoeMlp
+from tests.model.moe.grouped_matmul_test import SIZES
+from trainers import partitioning
+
+D, F = 5, 7
+FACTORISED = Factorisation(layers=(".*",))
+
+
+def operands(sizes, unused=3):
+    """(rows, kernels, direction)."""
+    rows, count = sum(sizes) + unused, len(sizes)
+    shapes = ((rows, D), (count, D, F), (count, D, F), (count, F, D), (rows, D))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    x, *kernels, dy = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    return x, tuple(kernels), dy
+
+
+def by_loops(x, kernels, dy, sizes):
+    """Results with SiLU, and the gradients of their sum along a direction, in float64."""
+    x, *kernels, dy = (np.asarray(a, np.float64) for a in (x, *kernels, dy))
+    y, dx, dkernels = np.zeros_like(x), np.zeros_like(x), [np.zeros_like(k) for k in kernels]
+    start = 0
+    for e, size in enumerate(sizes):
+        own = slice(start, start + size)
+        gate, up, down = (kernel[e] for kernel in kernels)
+        g, u = x[own] @ gate, x[own] @ up
+        sigmoid = 1 / (1 + np.exp(-g))
+        hidden = g * sigmoid * u
+        y[own] = hidden @ down
+        dhidden = dy[own] @ down.T
+        dg = dhidden * u * sigmoid * (1 + g * (1 - sigmoid))
+        du = dhidden * g * sigmoid
+        dx[own] = dg @ gate.T + du @ up.T
+        for total, own_gradient in zip(
+            dkernels, (x[own].T @ dg, x[own].T @ du, hidden.T @ dy[own]), strict=True
+        ):
+            total[e] = own_gradient
+        start += size
+    return y, dx, dkernels
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_values_and_gradients(sizes):
+    x, kernels, dy = operands(sizes)
+    used = (np.arange(len(x)) < sum(sizes)).reshape(-1, 1)
+    y, dx, dkernels = by_loops(x, kernels, jnp.where(used, dy, 0), sizes)
+
+    def along(x, kernels):
+        out = form.expert_mlp(jax.nn.silu, x, kernels, jnp.asarray(sizes))
+        out = jnp.where(used, out, 0)
+        return jnp.sum(out * dy), out
+
+    (_, found), grads = jax.jit(jax.value_and_grad(along, argnums=(0, 1), has_aux=True))(x, kernels)
+    alone = jax.jit(along)(x, kernels)[1]  # without residuals
+    for got, expected in zip(
+        (found, alone, grads[0], *grads[1]), (y, y, dx, *dkernels), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-5 * max(1.0, np.abs(expected).max()))
+
+
+def test_bfloat16_kernels_are_not_copied_without_a_gradient(monkeypatch):
+    monkeypatch.setattr(narrow, "_BLOCK", 2**12)
+    shapes = ((2, 128), (8, 128, 128), (8, 128, 128), (8, 128, 128))
+    x, *kernels = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    jitted = jax.jit(functools.partial(form.expert_mlp, jax.nn.silu))
+    memory = jitted.lower(x, tuple(kernels), sizes).compile().memory_analysis()
+    # The kernels have 786 kB, and twice that in float32; a block has 16 kB.
+    assert memory.temp_size_in_bytes < 60_000
+
+
+def mixture(**settings):
+    config = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24)
+    return MoeMlp(config, num_experts=4, top_k=2, **settings)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = []
+
+    def counted(*args):
+        made.append(1)
+        return real(*args)
+
+    real = form.expert_mlp
+    monkeypatch.setattr(form, "expert_mlp", counted)
+    return made
+
+
+class Silent:
+    def projection(self, module, name, x, y, *, bias, sizes, rows):
+        return y
+
+    def lookup(self, module, name, ids, y):
+        return y
+
+
+def test_plain_experts_on_a_cpu_use_it(calls):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    moe = mixture(activation="gelu")
+    variables = moe.init(jax.random.key(1), x)
+    assert len(calls) == 1
+    y = moe.apply(variables, x)
+    assert len(calls) == 2
+    for context in (use_reference_forms(), taps.installed(Silent())):
+        with context:
+            np.testing.assert_allclose(moe.apply(variables, x), y, atol=2e-5)
+    with use_platform("tpu"):
+        jax.eval_shape(moe.apply, variables, x)
+    mesh = partitioning.make_mesh(shape={"fsdp": 8})
+    with partitioning.use_mesh(mesh, partitioning.rules_named("fsdp_tp")):
+        jax.eval_shape(moe.apply, variables, x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"expert_dense": functools.partial(LowRankExpertDense, factorisation=FACTORISED)},
+        {"adapters": adapter.named(lora=functools.partial(Lora, layers=(".*",), rank=2))},
+    ],
+    ids=["factorised", "adapted"],
+)
+def test_experts_of_other_products_do_not(settings, calls):
+    x = jnp.ones((2, 9, 16))
+    jax.eval_shape(mixture(**settings).init, jax.random.key(1), x)
+    assert not calls
