@@ -216,7 +216,9 @@ class MoeMlp(Counted):
         gate = self._expert_dense("gate", config.mlp_dim, axes.EMBED, axes.MLP)
         up = self._expert_dense("up", config.mlp_dim, axes.EMBED, axes.MLP)
         down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
-        if type(gate) is ExpertDense and expert_mlp.applies(sizes):
+        # Results of single projections that a caller captures would be kernels.
+        captured = self.is_mutable_collection("intermediates")
+        if type(gate) is ExpertDense and expert_mlp.applies(sizes) and not captured:
             rows_RD = rows_RD.astype(config.compute_dtype)
             hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), config.mlp_dim), rows_RD.dtype)
             kernels = (gate(rows_RD, None), up(rows_RD, None), down(hidden_RF, None))
