@@ -310,7 +310,10 @@ def load_frozen(
 def restoring(
     checkpoint: str, model: Any, *, params: str, of_base: bool = False
 ) -> Iterator[Callable[[Any], tuple[Any, Mapping[str, Any]]]]:
-    """Context manager: yields `restore` as a function of `abstract`; files of Hugging Face are read from the beginning on."""
+    """Context manager: yields `restore` as a function of `abstract`; files of Hugging Face are read from the beginning on.
+
+    With `of_base`, adapters that the checkpoint lacks are left out.
+    """
     from launch.run import hf_checkpoint
     from trainers.checkpoints import base_step, step_dir
 
@@ -334,11 +337,8 @@ def restoring(
 
 
 def restore(
-    checkpoint: str, model: Any, abstract: Any, *, params: str, of_base: bool = False
+    checkpoint: str, model: Any, abstract: Any, *, params: str
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Returns a model's parameters on the shardings of `abstract`, and the run's record of them.
-
-    With `of_base`, adapters that the checkpoint lacks are left out.
-    """
-    with restoring(checkpoint, model, params=params, of_base=of_base) as place:
+    """Returns a model's parameters on the shardings of `abstract`, and the run's record of them."""
+    with restoring(checkpoint, model, params=params) as place:
         return place(abstract)

@@ -17,7 +17,7 @@ from model.hf.mapping import Piece
 from model.hf.plan import Plan, plan
 from model.transformer import Transformer
 
-_THREADS = 8  # more than cores: they wait for a disk most of the time
+_THREADS = 8  # also on fewer cores: with files that are not in memory, threads wait for the disk
 _ALIGNMENT = 64  # bytes; jax uses host arrays with this alignment without a copy
 
 

@@ -218,7 +218,8 @@ class MoeMlp(Counted):
         down = self._expert_dense("down", config.embed_dim, axes.MLP, axes.EMBED)
         # Results of single projections that a caller captures would be kernels.
         captured = self.is_mutable_collection("intermediates")
-        if type(gate) is ExpertDense and expert_mlp.applies(sizes) and not captured:
+        plain = all(type(dense) is ExpertDense for dense in (gate, up, down))
+        if plain and not captured and expert_mlp.applies(sizes):
             rows_RD = rows_RD.astype(config.compute_dtype)
             hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), config.mlp_dim), rows_RD.dtype)
             kernels = (gate(rows_RD, None), up(rows_RD, None), down(hidden_RF, None))

@@ -15,7 +15,7 @@ from model.kernels import narrow, taps
 from model.kernels.platform import use_platform, use_reference_forms
 from model.low_rank.lowrank import Factorisation, LowRankExpertDense
 from model.moe import expert_mlp as form
-from model.moe.moe import MoeMlp
+from model.moe.moe import ExpertDense, MoeMlp
 from tests.model.moe.grouped_matmul_test import SIZES
 from trainers import partitioning
 
@@ -80,10 +80,15 @@ def test_bfloat16_kernels_are_not_copied_without_a_gradient(monkeypatch):
     shapes = ((2, 128), (8, 128, 128), (8, 128, 128), (8, 128, 128))
     x, *kernels = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
-    jitted = jax.jit(functools.partial(form.expert_mlp, jax.nn.silu))
-    memory = jitted.lower(x, tuple(kernels), sizes).compile().memory_analysis()
+
+    def temporary_bytes():
+        jitted = jax.jit(lambda *args: form.expert_mlp(jax.nn.silu, *args))
+        return jitted.lower(x, tuple(kernels), sizes).compile().memory_analysis().temp_size_in_bytes
+
     # The kernels have 786 kB, and twice that in float32; a block has 16 kB.
-    assert memory.temp_size_in_bytes < 60_000
+    assert temporary_bytes() < 60_000
+    monkeypatch.setattr(narrow, "_BLOCK", 2**30)
+    assert temporary_bytes() > 1_500_000
 
 
 def mixture(**settings):
@@ -102,6 +107,10 @@ def calls(monkeypatch):
     real = form.expert_mlp
     monkeypatch.setattr(form, "expert_mlp", counted)
     return made
+
+
+class Other(ExpertDense):
+    """A user's own class of experts."""
 
 
 class Silent:
@@ -137,9 +146,14 @@ def test_plain_experts_on_a_cpu_use_it(calls):
     "settings",
     [
         {"expert_dense": functools.partial(LowRankExpertDense, factorisation=FACTORISED)},
+        {
+            "expert_dense": lambda **sizes: (Other if sizes["name"] == "down" else ExpertDense)(
+                **sizes
+            )
+        },
         {"adapters": adapter.named(lora=functools.partial(Lora, layers=(".*",), rank=2))},
     ],
-    ids=["factorised", "adapted"],
+    ids=["factorised", "one of another class", "adapted"],
 )
 def test_experts_of_other_products_do_not(settings, calls):
     x, moe = jnp.ones((2, 9, 16)), mixture(**settings)
