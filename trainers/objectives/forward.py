@@ -58,15 +58,24 @@ class Forward:
         """Calls another method of the model on the same variables."""
         return self.model.apply(self.variables, *arguments, method=method)
 
-    def log_probs_BT(self, *, implementation: Implementation = "auto") -> jax.Array:
-        """Returns log-probabilities of all targets, float32, including prompts and padding."""
+    def log_probs_BT(
+        self, *, temperature: float = 1.0, implementation: Implementation = "auto"
+    ) -> jax.Array:
+        """Returns log-probabilities of all targets, float32, including prompts and padding.
+
+        Args:
+          temperature: divides the logits, as in sampling.
+          implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
+        """
         targets_BT = self.batch["decoder_target_tokens"]
+        softcap = self.model.logit_softcap
         log_probs_X = token_log_probs(
             self.hidden_XD,
             self.head_VD(),
             targets_BT.reshape(-1),
-            logit_scale=self.model.logit_scale,
-            softcap=self.model.logit_softcap,
+            # c tanh(x / c) / t = (c / t) tanh((x / t) / (c / t))
+            logit_scale=self.model.logit_scale / temperature,
+            softcap=None if softcap is None else softcap / temperature,
             implementation=implementation,
         )
         return log_probs_X.reshape(targets_BT.shape)

@@ -1,24 +1,42 @@
 """Policy-gradient objectives on completions that the policy sampled. Shapes: B rows, T length.
 
-Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion per row.
+Batches come from `trainers.online.groups` and `trainers.online.critic`, with one completion per row. All log-probabilities
+are those of the distribution that the completions are drawn from: softmax(logits / temperature).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from model.kernels.cross_entropy import Implementation
-from model.ranges import Count, NonNegative
+from model.ranges import Count, NonNegative, Positive
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from trainers.objectives.forward import Forward, forward_objective
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
 from trainers.preference.losses.settings import check_not_negative, check_positive
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PolicyGradient(Objective):
+    """An objective that learns from the probabilities of its own samples.
+
+    Attributes:
+      temperature: divides the logits in every log-probability; `Rollouts` must sample with it.
+    """
+
+    temperature: float = 1.0
+
+
 def policy_gradient(
-    *, model: Any, loss: PolicyLoss, num_sources: Count = 0, implementation: Implementation = "auto"
-) -> Objective:
+    *,
+    model: Any,
+    loss: PolicyLoss,
+    num_sources: Count = 0,
+    temperature: Positive = 1.0,
+    implementation: Implementation = "auto",
+) -> PolicyGradient:
     """Returns a policy-gradient objective that uses the batch's advantages.
 
     A batch without 'old_log_probs' is used for one update, by the policy that sampled it. Its ratio is then 1, with the
@@ -32,6 +50,7 @@ def policy_gradient(
       model: a decoder-only module.
       loss: a function from trainers/online/losses.py.
       num_sources: ignored: rewards are not losses.
+      temperature: that of the samples.
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
     """
     del num_sources
@@ -39,11 +58,12 @@ def policy_gradient(
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         del extras
         batch = out.batch
-        tokens = _tokens(batch, out.log_probs_BT(implementation=implementation))
+        log_probs_BT = out.log_probs_BT(temperature=temperature, implementation=implementation)
+        tokens = _tokens(batch, log_probs_BT)
         total, weight = loss(tokens)
         return out.loss_out(total, weight, {"loss": (total, weight), **_metrics(batch, tokens)})
 
-    return forward_objective(model, loss_fn)
+    return _of_samples(forward_objective(model, loss_fn), temperature)
 
 
 def actor_critic(
@@ -53,15 +73,16 @@ def actor_critic(
     clip: NonNegative = 0.2,
     value_clip: NonNegative = 0.2,
     value_weight: NonNegative = 0.1,
+    temperature: Positive = 1.0,
     implementation: Implementation = "auto",
-) -> Objective:
+) -> PolicyGradient:
     """Returns the objective of PPO: the clipped policy loss plus the clipped squared error of the values, per token.
 
     Metrics besides those of `policy_gradient`: 'value_loss', before its weight, and 'value'.
 
     Args:
       model: a `model.heads.actor_critic.ActorCritic`.
-      num_sources, implementation: see `policy_gradient`.
+      num_sources, temperature, implementation: see `policy_gradient`.
       clip: largest distance of the ratio from 1.
       value_clip: largest change of a value since its tokens were sampled.
       value_weight: weight of the error of the values.
@@ -73,7 +94,8 @@ def actor_critic(
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         del extras
         batch = out.batch
-        tokens = _tokens(batch, out.log_probs_BT(implementation=implementation))
+        log_probs_BT = out.log_probs_BT(temperature=temperature, implementation=implementation)
+        tokens = _tokens(batch, log_probs_BT)
         values_BT = out.apply("values", out.output.hidden_BTD)
         policy, weight = ppo(tokens, clip=clip)
         errors_BT = value_loss(values_BT, batch["old_values"], batch["returns"], clip=value_clip)
@@ -86,7 +108,12 @@ def actor_critic(
         }
         return out.loss_out(policy + value_weight * error, weight, metrics)
 
-    return forward_objective(model, loss_fn)
+    return _of_samples(forward_objective(model, loss_fn), temperature)
+
+
+def _of_samples(objective: Objective, temperature: float) -> PolicyGradient:
+    check_positive(temperature=temperature)
+    return PolicyGradient(loss_fn=objective.loss_fn, temperature=temperature)
 
 
 def _tokens(batch: Batch, log_probs_BT: jax.Array) -> PolicyTokens:

@@ -21,10 +21,12 @@ from trainers import batches
 from trainers.decoding.policy_sampler import PolicySampler, placed
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
+from trainers.objectives.base import Objective
 from trainers.objectives.forward import frozen_forward
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.objectives.own_base import OwnBase
 from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
+from trainers.online.policy_gradient import PolicyGradient
 from trainers.recipe import Program, Recipe
 from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.train_state import TrainState
@@ -54,12 +56,13 @@ class Rollouts:
       reward: scores completions on the host; every process scores all of them.
       vocabulary: its EOS ends completions, and only its ids are sampled.
       reference: the reference model, if the method needs its log-probabilities.
-      temperature, top_k, top_p: sampling settings, see trainers/decoding/settings.py; log-probabilities are computed at
-        temperature 1.
+      temperature, top_k, top_p: sampling settings, see trainers/decoding/settings.py. A policy gradient has the same
+        temperature, and no others: its log-probabilities are those of all tokens. Other objectives, such as losses of pairs,
+        take samples of any kind, with log-probabilities at temperature 1.
       missing_end_penalty: subtracted from the reward of a completion that was cut at the maximum length.
 
     Raises:
-      RolloutError: sizes that contradict each other, or no reference where the method needs one.
+      RolloutError: settings that contradict each other, or no reference where the method needs one.
       ValueError: a reference that does not match the run, see `FrozenModel.check`.
     """
 
@@ -87,9 +90,11 @@ class Rollouts:
             assert reference is not None  # see _method
             meta = {"vocabulary": stream.summary()["vocabulary"]["digest"]}
             reference.check(program.mesh, program.rules, meta)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        self._temperature = _scored_temperature(recipe, sampling)
         settings = Settings(
             max_new_tokens=method.completion_length,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+            sampling=sampling,
             eos_ids=eos_ids(vocabulary),
             num_ids=vocabulary.vocab_size,
             num_samples=method.samples,
@@ -197,13 +202,13 @@ class Rollouts:
         needed, scores = self._method.scores, {}
         if needed & {LOG_PROBS, VALUES}:
             out = frozen_forward(self._recipe.model, params, batch)
-            scores[LOG_PROBS] = out.log_probs_BT()
+            scores[LOG_PROBS] = out.log_probs_BT(temperature=self._temperature)
             if VALUES in needed:
                 scores[VALUES] = out.apply("values", out.output.hidden_BTD)
         if REFERENCE in needed:
             assert self._reference is not None
             out = self._reference.forward(reference_params, batch, params)
-            scores[REFERENCE] = out.log_probs_BT()
+            scores[REFERENCE] = out.log_probs_BT(temperature=self._temperature)
         return scores
 
     def _store(self, number: int, arrays: Arrays) -> None:
@@ -230,6 +235,24 @@ class Rollouts:
 
     def _path(self, number: int) -> pathlib.Path:
         return self._folder / f"{number}.npz"
+
+
+def _scored_temperature(recipe: Recipe, sampling: Sampling) -> float:
+    """Returns the temperature of log-probabilities; raises RolloutError for samples of another distribution than theirs."""
+    objective = Objective.of(recipe.objective(model=recipe.model, num_sources=0))
+    if not isinstance(objective, PolicyGradient):
+        return 1.0
+    if sampling.restricted:
+        raise RolloutError(
+            f"TOP_P = {sampling.top_p} and Rollouts.top_k = {sampling.top_k} draw samples from a part of the tokens, but a "
+            "policy gradient learns from the probabilities of all: set both to None. TEMPERATURE may differ from 1."
+        )
+    if sampling.temperature != objective.temperature:
+        raise RolloutError(
+            f"Rollouts.temperature is {sampling.temperature}, but the objective's log-probabilities have temperature "
+            f"{objective.temperature}: set TEMPERATURE, which binds both."
+        )
+    return objective.temperature
 
 
 def _method(recipe: Recipe, stream: Prompts, reference: FrozenModel | OwnBase | None) -> Method:

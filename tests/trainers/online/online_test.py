@@ -131,7 +131,9 @@ METHODS = {
 class Run:
     """A run of a method without the command around it."""
 
-    def __init__(self, name, folder="", *, devices=1, reward=largest, seed=0, **settings):
+    def __init__(
+        self, name, folder="", *, devices=1, reward=largest, seed=0, program=None, **settings
+    ):
         method, objective = METHODS[name]
         model, params = LM, trained()
         if isinstance(method, Valued):
@@ -148,7 +150,7 @@ class Run:
             anomaly=None,
             mesh={"fsdp": devices},
         )
-        self.program = self.recipe.program(devices=jax.devices()[:devices])
+        self.program = program or self.recipe.program(devices=jax.devices()[:devices])
         shardings = jax.tree.map(lambda x: x.sharding, self.program.abstract_state.params)
         self.params = lambda: jax.device_put(params, shardings)
         self.feed = Rollouts(
@@ -280,10 +282,17 @@ def texts_of(batch):
         yield b, first, text[: first + 1], text[first + 1 :]
 
 
-def test_scores_and_advantages_are_those_of_single_completions(runs):
-    """RLOO's rewards less the divergence, against scores of each text by itself."""
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_scores_and_advantages_are_those_of_single_completions(temperature, runs):
+    """RLOO's rewards less the divergence, against scores of each text by itself, by the distribution that is sampled."""
     other = jax.tree.map(lambda x: 1.1 * x, trained())
     run = runs("rloo")
+    if temperature != 1:
+        of_samples = functools.partial(METHODS["rloo"][1], temperature=temperature)
+        program = dataclasses.replace(
+            run.program, recipe=dataclasses.replace(run.recipe, objective=of_samples)
+        )
+        run = Run("rloo", program=program, temperature=temperature, missing_end_penalty=0.25)
     with run.mesh:
         state = run.state().replace(params=jax.device_put(other))
         batch = arrays(run.feed.get(70, state))
@@ -298,7 +307,7 @@ def test_scores_and_advantages_are_those_of_single_completions(runs):
         return LM.apply({"params": params}, tokens)
 
     def scores(params):
-        logits = np.asarray(logits_of(params), np.float64)
+        logits = np.asarray(logits_of(params), np.float64) / temperature
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for row, (prompt, completion) in zip(logp, listed, strict=True):
             yield sum(row[len(prompt) - 1 + t, token] for t, token in enumerate(completion))
@@ -400,6 +409,16 @@ def test_what_cannot_be_is_said(runs, monkeypatch):
     with pytest.raises(RolloutError, match="is not a method of trainers/online"):
         pairs = dataclasses.replace(run.recipe, inputs=PackedPairs({"targets": 8}))
         Rollouts(**{**known, "program": dataclasses.replace(run.program, recipe=pairs)})
+    with pytest.raises(
+        RolloutError, match="temperature is 0.7, but the objective's .* 1.0: set TEMP"
+    ):
+        Rollouts(**known, temperature=0.7)
+    with pytest.raises(RolloutError, match="TOP_P = 0.9 and .* a part of the tokens"):
+        Rollouts(**known, top_p=0.9)
+    with pytest.raises(RolloutError, match="Rollouts.top_k = 2 draw"):
+        Rollouts(**known, top_k=2)
+    with pytest.raises(ValueError, match="temperature = 0"):
+        objective_of(model=LM, loss=policy_gradient.grpo, temperature=0.0)
     with pytest.raises(ValueError, match="SAMPLES = 1"):
         Groups(**SIZES, samples=1, advantages=policy_gradient.leave_one_out)
     with pytest.raises(ValueError, match="SAMPLES = 1"):
