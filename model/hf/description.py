@@ -52,7 +52,7 @@ _SILENT = {
     *("parent", "name", "config", "kind", "block", "implementation"),
     *("features", "num_embeddings", "axes", "dtype", "param_dtype"),
     *("kernel_init", "embedding_init", "query_init", "dropout"),
-    *("balance_loss", "router_z_loss", "exchange_factor"),
+    *("balance_loss", "router_z_loss", "capacity_factor", "exchange_factor"),
 }
 
 

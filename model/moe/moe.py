@@ -74,7 +74,8 @@ class MoeMlp(Counted):
 
     The probabilities of the experts are sown as `router_probs` [B, T, E] into the collection
     'intermediates', auxiliary losses into 'losses', and `routing.statistics` into 'metrics'. Padding is
-    not sent to experts and does not count in losses or statistics.
+    not sent to experts and does not count in losses or statistics. Without an rng 'dropout', that is outside of
+    training, both factors are None: what a token gets depends neither on its batch nor on later tokens.
 
     Attributes:
       config: shared sizes; mlp_dim is the hidden width of one expert.
@@ -83,13 +84,13 @@ class MoeMlp(Counted):
       top_k: K, experts per token; E for all of them, weighted by their probabilities (soft routing).
       activation: name in mlp.ACTIVATIONS.
       renormalise: whether the weights of the chosen experts sum to 1; otherwise they are the probabilities.
-      balance_loss: weight of routing.balance_loss.
+      balance_loss: weight of routing.balance_loss, of each microbatch by itself.
       router_z_loss: weight of routing.z_loss.
-      capacity_factor: in each row, an expert processes at most this many times an even share of the tokens:
-        the first ones. It adds nothing to other tokens. None for no limit (dropless). See
-        routing.place_in_line.
-      exchange_factor: a device sends to each other device at most this many times an even share of its
-        choices: the first ones. None for no limit; buffers are then larger than an even share by the number
+      capacity_factor: in training, an expert processes at most this many times an even share of a row's real
+        tokens: the first ones (GShard, arXiv 2006.16668, with a row as the group; documents that are packed into
+        one row share it). It adds nothing to other tokens. None for no limit (dropless). See routing.place_in_line.
+      exchange_factor: in training, a device sends to each other device at most this many times an even share of
+        its choices: the first ones. None for no limit; buffers are then larger than an even share by the number
         of devices with experts. No effect if experts are not split.
       router: factory of the router's projection, computed in float32.
       expert_dense: factory of the experts' three projections.
@@ -118,6 +119,7 @@ class MoeMlp(Counted):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, *, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Returns [B, T, D]; with the rng 'dropout', within the limits of training."""
         self._check()
         logits_BTE, probs_BTE = routing.probabilities(self, x_BTD)
         real_BT = routing.real_tokens(x_BTD, segments_BT)
@@ -168,10 +170,12 @@ class MoeMlp(Counted):
         """Returns the tokens' routes and experts [B, T, K]; E for padding and choices beyond capacity."""
         routes = route(probs_BTE, top_k=self.top_k, renormalise=self.renormalise)
         experts_BTK = jnp.where(real_BT[..., None], routes.experts_MK, self.num_experts)
-        if self.capacity_factor is not None:
-            most = self._capacity(experts_BTK.shape[1])
-            experts_BTK = routing.first_in_line(experts_BTK, most, none=self.num_experts)
-        if self.exchange_factor is not None and place is not None and place.expert_shards > 1:
+        if self._limit("capacity_factor") is not None:
+            by_count = [self._capacity(n) for n in range(real_BT.shape[1] + 1)]
+            most_B11 = jnp.asarray(by_count)[real_BT.sum(1)][:, None, None]
+            experts_BTK = routing.first_in_line(experts_BTK, most_B11, none=self.num_experts)
+        limited = self._limit("exchange_factor") is not None
+        if limited and place is not None and place.expert_shards > 1:
             most = self._exchanged(experts_BTK.size, place)
             experts_BTK = parallel.first_to_one(experts_BTK, most, self.num_experts, place)
         return routes, experts_BTK
@@ -199,17 +203,21 @@ class MoeMlp(Counted):
         out_RD = self._experts(rows_RD, sizes)
         return parallel.collect(out_RD, weights_BTK, exchange, place)
 
-    def _capacity(self, length: int) -> int:
-        """Returns the maximum number of tokens per row that an expert processes."""
-        if self.capacity_factor is None:
-            return length
-        return math.ceil(self.capacity_factor * length * self.top_k / self.num_experts)
+    def _limit(self, name: str) -> float | None:
+        """Returns the factor of this name in training, None outside of it."""
+        return getattr(self, name) if self.has_rng("dropout") else None
+
+    def _capacity(self, tokens: int) -> int:
+        """Returns how many tokens an expert processes at most of a row with this number of real tokens."""
+        factor = self._limit("capacity_factor")
+        return (
+            tokens if factor is None else math.ceil(factor * tokens * self.top_k / self.num_experts)
+        )
 
     def _exchanged(self, choices: int, place: Placement) -> int:
         """Returns the maximum number of choices that a device sends to one other device."""
-        if self.exchange_factor is None:
-            return choices
-        return math.ceil(self.exchange_factor * choices / place.expert_shards)
+        factor = self._limit("exchange_factor")
+        return choices if factor is None else math.ceil(factor * choices / place.expert_shards)
 
     def _experts(self, rows_RD: jax.Array, sizes: jax.Array) -> jax.Array:
         act, config = activation(self.activation), self.config

@@ -100,7 +100,8 @@ def load(experts_MK: jax.Array, num_experts: int, real_M: jax.Array) -> jax.Arra
 def balance_loss(probs_ME: jax.Array, experts_MK: jax.Array, real_M: jax.Array) -> jax.Array:
     """Returns E * sum_e load_e * mean probability of e (Switch, arXiv 2101.03961, equation 4).
 
-    The load is a share of choices. Whatever K is, the value is 1 for uniform probabilities.
+    The load is a share of choices. Whatever K is, the value is 1 for uniform probabilities. It is a product of two means
+    over the tokens at hand, as in the paper: of a batch in microbatches it is the mean of theirs, which is another number.
     """
     num_experts = probs_ME.shape[-1]
     load_E = load(experts_MK, num_experts, real_M)
@@ -149,7 +150,7 @@ def place_in_line(experts_BX: jax.Array) -> jax.Array:
     """Returns for each choice the number of earlier choices of the same expert in its row, [B, X].
 
     The choices of a row are in the order of its tokens. Whether a choice is among an expert's first n
-    choices therefore does not depend on later tokens or on other rows.
+    choices therefore does not depend on what later tokens or other rows are.
     """
     order_BX = jnp.argsort(experts_BX, axis=-1, stable=True)
     sorted_BX = jnp.take_along_axis(experts_BX, order_BX, axis=-1)
@@ -158,7 +159,7 @@ def place_in_line(experts_BX: jax.Array) -> jax.Array:
     return jnp.put_along_axis(jnp.zeros_like(order_BX), order_BX, place_BX, axis=-1, inplace=False)
 
 
-def first_in_line(experts_BTK: jax.Array, count: int, *, none: int) -> jax.Array:
+def first_in_line(experts_BTK: jax.Array, count_B11: jax.Array, *, none: int) -> jax.Array:
     """Returns the choices; `none` replaces those after the first `count` of their expert in their row."""
     place_BX = place_in_line(experts_BTK.reshape(len(experts_BTK), -1))
-    return jnp.where(place_BX.reshape(experts_BTK.shape) < count, experts_BTK, none)
+    return jnp.where(place_BX.reshape(experts_BTK.shape) < count_B11, experts_BTK, none)

@@ -233,10 +233,10 @@ def with_config(**changes):
             "mixtral",
             {
                 "block": functools.partial(
-                    Block, mlp=functools.partial(MoeMlp, capacity_factor=1.25, shared=GatedMlp)
+                    Block, mlp=functools.partial(MoeMlp, renormalise=False, shared=GatedMlp)
                 )
             },
-            "block.mlp.capacity_factor is 1.25, not None; block.mlp.shared is GatedMlp, not None",
+            "block.mlp.renormalise is False, not True; block.mlp.shared is GatedMlp, not None",
         ),
         (
             "llama",
@@ -286,6 +286,7 @@ def test_an_array_without_a_name_is_refused():
 
 
 def test_how_a_mixture_is_trained_is_no_matter_of_its_checkpoint():
-    mlp = functools.partial(MoeMlp, balance_loss=0.01, router_z_loss=0.001, exchange_factor=2.0)
+    limits = {"capacity_factor": 1.25, "exchange_factor": 2.0}
+    mlp = functools.partial(MoeMlp, balance_loss=0.01, router_z_loss=0.001, **limits)
     model = Transformer(config=SIZES, block=functools.partial(Block, mlp=mlp), tie_embeddings=False)
     assert families.family_named("mixtral").config(model)["num_experts_per_tok"] == 2

@@ -15,6 +15,7 @@ from model.mlp import GatedMlp
 from model.moe import moe, routing
 from model.transformer import Block
 
+TRAINING = {"dropout": jax.random.key(0)}  # limits of experts hold in training alone
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=6, num_heads=1, mlp_dim=5)
 
 
@@ -214,7 +215,7 @@ def test_beyond_its_capacity_an_expert_adds_nothing(platform, factor):
         return jnp.sum(jnp.sin(masked(params, x_BTD, weights_BTE)))
 
     def got(params):
-        out, sown = mlp.apply({"params": params}, x_BTD, mutable=["metrics"])
+        out, sown = mlp.apply({"params": params}, x_BTD, mutable=["metrics"], rngs=TRAINING)
         return jnp.sum(jnp.sin(out)), (out, sown)
 
     weights_BTE, pull, kept = jax.vjp(weights, params, has_aux=True)
@@ -229,17 +230,18 @@ def test_beyond_its_capacity_an_expert_adds_nothing(platform, factor):
     assert (factor == 5.0) == kept.all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 1.0}])
-def test_padding_takes_no_expert_and_counts_nowhere(settings):
+@pytest.mark.parametrize("factor", [None, 1.0, 0.6])
+def test_padding_takes_no_expert_and_counts_nowhere(factor):
     full, params, x_BTD = made(5, 2, scale=2.0)
-    mlp = full.clone(balance_loss=0.1, router_z_loss=0.01, **settings)
-    length = 11 if not settings else 17  # capacity is a share of the row's length
+    mlp = full.clone(balance_loss=0.1, router_z_loss=0.01, capacity_factor=factor)
     real_BT = jnp.broadcast_to(jnp.arange(17) < 11, (2, 17))
     watched = ["losses", "metrics"]
 
     @jax.jit
     def run(x_BTD, segments_BT=None):
-        return mlp.apply({"params": params}, x_BTD, segments_BT=segments_BT, mutable=watched)
+        return mlp.apply(
+            {"params": params}, x_BTD, segments_BT=segments_BT, mutable=watched, rngs=TRAINING
+        )
 
     out, sown = run(x_BTD, jnp.where(real_BT, 3, 0))
     other = jnp.where(real_BT[..., None], x_BTD, 100.0)
@@ -247,17 +249,27 @@ def test_padding_takes_no_expert_and_counts_nowhere(settings):
     np.testing.assert_array_equal(out, again)
     jax.tree.map(np.testing.assert_array_equal, sown, sown_again)
     np.testing.assert_array_equal(out[:, 11:], 0.0)
-    if not settings:
-        short, sown_short = run(x_BTD[:, :length])
-        np.testing.assert_allclose(out[:, :11], short, atol=1e-6)
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-        jax.tree.map(close, sown, sown_short)
+    short, sown_short = run(x_BTD[:, :11])
+    np.testing.assert_allclose(out[:, :11], short, atol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, sown, sown_short)
+
+
+def test_outside_of_training_no_choice_is_dropped():
+    """So a token has the same experts alone, in a padded row, behind another document and when it is decoded."""
+    full, params, x_BTD = made(5, 2, scale=2.0)
+    limited = full.clone(capacity_factor=0.1, exchange_factor=0.1)
+    got, sown = limited.apply({"params": params}, x_BTD, mutable=["metrics"])
+    np.testing.assert_array_equal(got, full.apply({"params": params}, x_BTD))
+    assert float(sown["metrics"]["router_dropped"][0]) == 0.0
+    trained = limited.apply({"params": params}, x_BTD, rngs=TRAINING)
+    assert np.abs(trained - got).max() > 1e-2
 
 
 def test_capacity_looks_neither_ahead_nor_at_other_rows():
     full, params, x_BTD = made(5, 2, scale=2.0)
     mlp = full.clone(capacity_factor=0.6)
-    apply = jax.jit(mlp.apply)
+    apply = jax.jit(functools.partial(mlp.apply, rngs=TRAINING))
     out = apply({"params": params}, x_BTD)
     changed = x_BTD.at[0, 9:].set(-x_BTD[0, 9:])
     again = apply({"params": params}, changed)

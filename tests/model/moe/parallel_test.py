@@ -29,9 +29,13 @@ def made(**settings):
 
 
 def value(mlp, params, x_BTD):
-    """A loss of everything the layer returns and sows, and what it sows as metrics."""
+    """A loss of everything the layer returns and sows in training, and what it sows as metrics."""
     out, sown = mlp.apply(
-        {"params": params}, x_BTD, segments_BT=SEGMENTS_BT, mutable=["losses", "metrics"]
+        {"params": params},
+        x_BTD,
+        segments_BT=SEGMENTS_BT,
+        mutable=["losses", "metrics"],
+        rngs={"dropout": jax.random.key(0)},
     )
     losses = sum(jax.tree.leaves(sown["losses"]))
     return jnp.sum(jnp.sin(out)) + losses, (out, sown["metrics"])
