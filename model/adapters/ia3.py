@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.adapters.adapter import Adapted, Adapter, AdapterError
+from model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
 from model.moe.grouped_matmul import grouped_matmul
 
 
@@ -65,9 +65,9 @@ class Ia3(Rescaling):
             names = (site.base.axes[0], axes.UNMODELED, site.axes[side])
             shape = (site.base.num_experts, 1, x.shape[-1])
             scale_E1X = axes.parameter(self, name, ones, names, shape, self.param_dtype)
-            rows_R1 = jnp.ones((len(x), 1), x.dtype)
-            return x * grouped_matmul(rows_R1, scale_E1X.astype(x.dtype), *sizes)
+            rows_R1 = jnp.ones((len(x), 1), jnp.float32)
+            return rescaled(x, grouped_matmul(rows_R1, scale_E1X.astype(jnp.float32), *sizes))
         scale_X = axes.parameter(
             self, name, ones, site.axes[side : side + 1], x.shape[-1:], self.param_dtype
         )
-        return x * scale_X.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return rescaled(x, scale_X.reshape((1,) * (x.ndim - 1) + (-1,)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError
+from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from model.kernels import matmul, taps
 from model.moe.grouped_matmul import grouped_matmul
 from model.ranges import Decay, Positive, Size
@@ -137,11 +137,10 @@ class Lora(Adapter):
         w_XY = jax.lax.stop_gradient(site.base.matrix().astype(jnp.float32))
         factor_Y = magnitude_factor(w_XY, self.scale(a_XR.shape[-1]) * a_XR @ b_RY, delta_Y)
         row = (1,) * (y.ndim - 1) + (-1,)
-        factor = factor_Y.astype(y.dtype).reshape(row)
         bias = site.bias()
         bias = jnp.zeros(row[:-1] + (1,), y.dtype) if bias is None else bias.reshape(row)
         bias = bias.astype(y.dtype)
-        return factor * (y - bias + change) + bias
+        return rescaled(y - bias + change, factor_Y.reshape(row)) + bias
 
 
 def magnitude_factor(w_XY: jax.Array, change_XY: jax.Array, delta_Y: jax.Array) -> jax.Array:

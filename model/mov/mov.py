@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.adapters.adapter import Adapted
+from model.adapters.adapter import Adapted, rescaled
 from model.adapters.ia3 import Ia3
 from model.kernels import matmul
 from model.mov.router import Routed
@@ -51,4 +51,4 @@ class Mov(Routed, Ia3):
         # Heads lead: XLA's batched product is slow where they follow the rows.
         weights, scales_HNK = jnp.moveaxis(weights, -2, 0), scales_NHK.swapaxes(0, 1)
         scale = jnp.moveaxis(jax.vmap(matmul.matmul)(weights, scales_HNK), 0, -2)
-        return (parts * scale.astype(x.dtype)).reshape(x.shape)
+        return rescaled(parts, scale).reshape(x.shape)

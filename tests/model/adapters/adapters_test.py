@@ -24,6 +24,7 @@ from model.linear import Dense
 from model.low_rank.lowrank import Factorisation, LowRankDense
 from model.mlp import GatedMlp
 from model.moe.moe import ExpertDense
+from model.mov.mov import Mov
 
 KEY = jax.random.key(0)
 X, Y, T = 6, 5, 4
@@ -103,6 +104,39 @@ def test_ia3_rescales_the_output_with_its_bias_or_the_input():
     w = numpy(params)
     expected = (numpy(x) * w["adapter_one"]["input_scale"]) @ w["kernel"] + w["bias"]
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=1e-5)
+
+
+IA3_SIDES = [{"outputs": ANY, "inputs": ()}, {"outputs": (), "inputs": ANY}]
+
+
+@pytest.mark.parametrize(
+    ("make", "experts"),
+    [
+        *((functools.partial(Ia3, **side), experts) for side in IA3_SIDES for experts in (None, 2)),
+        *((functools.partial(Mov, num_experts=3, **side), None) for side in IA3_SIDES),
+        (functools.partial(Lora, layers=ANY, rank=1, alpha=1.0, dora=True), None),
+    ],
+)
+def test_in_bfloat16_a_scale_is_rounded_with_its_product_alone(make, experts):
+    """bfloat16 has no number between 1 and 1.0078: a scale of 1.003 that is rounded first changes nothing."""
+    wide = {"dtype": jnp.bfloat16, "features": X}
+    base = Dense(axes=(axes.EMBED, axes.MLP), **wide)
+    if experts:
+        base = ExpertDense(num_experts=experts, axes=(axes.EXPERT, axes.EMBED, axes.MLP), **wide)
+    module, params, (_, *sizes) = wrapped(make, base=base)
+    params["kernel"] = jnp.broadcast_to(jnp.eye(X), params["kernel"].shape)
+    scaled = {
+        name: jnp.full_like(leaf, {"lora_b": 0.0, "magnitude_change": 0.003}.get(name, 1.003))
+        for name, leaf in params["adapter_one"].items()
+        if name != "router"
+    }
+    params["adapter_one"] |= scaled
+    x = (100 * rows()).astype(jnp.bfloat16)
+    got = module.apply({"params": params}, x, *sizes)
+    exact = np.asarray(x, np.float64) * np.float32(1.003)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, jnp.asarray(exact).astype(jnp.bfloat16))
+    assert (np.asarray(got) != np.asarray(x)).any()
 
 
 def test_a_bottleneck_is_added_to_the_output():
