@@ -7,7 +7,7 @@ has `settings` and `flops_per_token` (model/flops.py), and a wrapper of a layer 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 
@@ -115,18 +115,30 @@ class LanguageModel(Model, Protocol):
 
     Attributes:
       max_length: number of tokens of the longest row that the model can read; None for no limit.
-      inference_model: the model for inference: this model, or a part of it without heads that only training uses.
+      inference_part: name of the part for inference, without heads that only training uses: an attribute of the model and a
+        key of its parameters. '' is the whole model.
     """
+
+    inference_part: ClassVar[str]
 
     @property
     def max_length(self) -> int | None: ...
-    @property
-    def inference_model(self) -> Any: ...
-
-    def inference_params(self, params: Any) -> Any:
-        """Returns the parameters of `inference_model`, a part of this model's parameters."""
-        ...
 
     def cache_sizes(self, layer: int) -> CacheSizes:
         """Returns the sizes of the key/value cache of layer `layer`, from 0, for models that generate text."""
         ...
+
+
+def inference_model(model: LanguageModel) -> Any:
+    """Returns the model for inference: the part that `inference_part` names."""
+    return getattr(model, model.inference_part) if model.inference_part else model
+
+
+def inference_params(model: LanguageModel, params: Any) -> Any:
+    """Returns the parameters of `inference_model`, a part of this model's."""
+    return params[model.inference_part] if model.inference_part else params
+
+
+def inference_root(model: LanguageModel) -> str:
+    """Returns what the paths of those parameters begin with: 'backbone/', or '' for the whole model."""
+    return model.inference_part and f"{model.inference_part}/"

@@ -206,6 +206,7 @@ class Transformer(nn.Module):
 
     row: ClassVar[Row] = "tokens"
     output: ClassVar[Output] = "logits"
+    inference_part: ClassVar[str] = ""
 
     config: TransformerConfig
     block: Callable[..., nn.Module] = Block
@@ -296,14 +297,6 @@ class Transformer(nn.Module):
         if self.position_embed is None:
             return None
         return self.position_embed(features=self.config.embed_dim).num_positions
-
-    @property
-    def inference_model(self) -> "Transformer":
-        return self
-
-    @nn.nowrap
-    def inference_params(self, params: Any) -> Any:
-        return params
 
     @nn.nowrap
     def layer_settings(self) -> Sequence[LayerSettings]:

@@ -16,11 +16,13 @@ import that module.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +30,7 @@ from launch.config.registered import REGISTERED
 from launch.input_errors import OWN_PACKAGES
 
 NAME = "model.json"
+MODEL = "MODEL"  # the macro with the model
 FORMAT = "espalier model 1"
 
 _MAX_BYTES = 1 << 20
@@ -58,6 +61,33 @@ class ModelFile:
     macros: Mapping[str, Any]
     settings: Mapping[tuple[str, str, str], Any]
     foreign: tuple[tuple[str, str], ...]
+
+    @property
+    def inference_part(self) -> str:
+        """The name of the model's part for inference, see model/protocol.py; '' for the whole model."""
+        module, attribute = _home(self._model()[1])
+        known = self._model()[1] in REGISTERED  # only files of the user's own import other modules
+        home = importlib.import_module(module) if known else sys.modules.get(module)
+        return getattr(getattr(home, attribute, None), "inference_part", "")
+
+    def for_inference(self) -> "ModelFile":
+        """Returns the record of that part as a model of its own."""
+        part = self.inference_part
+        if not part:
+            return self
+        scope, name = self._model()
+        value = self.settings.get((scope, name, part)) or self.settings["", name, part]
+        settings = {key: value for key, value in self.settings.items() if key[1] != name}
+        return dataclasses.replace(self, macros={**self.macros, MODEL: value}, settings=settings)
+
+    def _model(self) -> tuple[str, str]:
+        """Returns the scope and the name of the model's class or function."""
+        value = self.macros[MODEL]
+        while True:
+            [(kind, scope, name)] = _references(value)
+            if kind != "macro":
+                return scope, name
+            value = self.macros[name]
 
     def gin(self) -> str:
         """Returns the equal gin text."""

@@ -115,11 +115,12 @@ class NativeModel:
         from launch.weights import transformed_run
         from launch.weights.source_models import SourceModel
         from model.adapters.adapter import adapters_of
+        from model.protocol import inference_model
 
         self.path = path
         self.source = SourceModel(path, "auto")
         self.folder = pathlib.Path(os.fspath(self.source.folder))
-        self.model = transformed_run.model_of(os.fspath(self.folder))
+        self.model = inference_model(transformed_run.model_of(os.fspath(self.folder)))
         if adapters_of(self.model) is not None:
             raise MergeError(
                 f"{path} has adapters: merge them into its weights first, python -m launch.upcycle merge."

@@ -64,16 +64,17 @@ class Run:
     ):
         from launch.run.load_run import RunConfig
         from launch.run.loaded_run import LoadedRun
+        from model.protocol import inference_model, inference_params
 
         config = RunConfig(
-            model=model.inference_model,
+            model=inference_model(model),
             vocabulary=lambda: vocabulary,
             start_token=start_token,
             add_bos=add_bos,
         )
         self._loaded: LoadedRun = LoadedRun(
             config=config,
-            params=model.inference_params(params),
+            params=inference_params(model, params),
             meta={},
             row_sharding=None,
             row_shards=1,

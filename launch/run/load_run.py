@@ -252,6 +252,7 @@ class RunConfig:
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
         from model.adapters.adapter import check_settings
+        from model.protocol import inference_model, inference_params
         from trainers import initialise, partitioning
 
         if (self.model.output == "rewards") != rewards:
@@ -280,10 +281,10 @@ class RunConfig:
             partitioning.validate(mesh=mesh, rules=rules, boxed_params=boxed, **sizes)
             values, meta = place(initialise.abstract_params(self.model, mesh, rules))
         check_settings(self.model, meta.get("adapters"), checkpoint)
-        values = self.model.inference_params(values)
+        values = inference_params(self.model, values)
         with partitioning.use_mesh(mesh, rules):
             yield LoadedRun(
-                config=dataclasses.replace(self, model=self.model.inference_model),
+                config=dataclasses.replace(self, model=inference_model(self.model)),
                 params=values,
                 meta=meta,
                 row_sharding=rows if mesh.devices.size > 1 else None,

@@ -12,7 +12,6 @@ from launch.config.gin_source import Macro, Reference, scoped
 from launch.config.registered import REGISTERED
 
 CONFIG = "config.gin"
-MODEL = "MODEL"  # the macro with the model
 
 
 def write(folder: str | os.PathLike) -> None:
@@ -23,7 +22,7 @@ def write(folder: str | os.PathLike) -> None:
     """
     reader = Reader()
     reader.read_file(os.path.join(folder, CONFIG))
-    if MODEL not in reader.checked.macros:
+    if model_file.MODEL not in reader.checked.macros:
         return
     path = pathlib.Path(folder, model_file.NAME)
     cache_dir.write_json(path, _record(reader.checked))
@@ -54,7 +53,7 @@ def _record(checked: Checked) -> dict[str, Any]:
             macros[name] = None  # so that a circle ends
             macros[name] = record(checked.macros[name])
 
-    define(MODEL)
+    define(model_file.MODEL)
     size = -1
     while size != (size := len(settings)):
         for (scope, name, argument), bound in checked.bindings.items():

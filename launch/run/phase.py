@@ -15,6 +15,7 @@ from model.adapters.adapter import adapters_of, check_settings
 from trainers.checkpoints import base_step, restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.restore_params import INFERENCE_PART
 from trainers.recipe import Program
 
 
@@ -126,6 +127,8 @@ def restore_start(
         meta["initial"] = record
     if initial.base_apart:
         meta[base_step.META] = _base(program, start, initial)
+    if part := getattr(program.recipe.model, "inference_part", ""):
+        meta[INFERENCE_PART] = part
     check_settings(program.recipe.model, start.meta.get("adapters"), start.path)
     if (adapters := adapters_of(program.recipe.model)) is not None:
         meta["adapters"] = adapters.settings

@@ -13,7 +13,6 @@ from launch.config import gin_check, gin_reader, gin_source, model_file
 from launch.config.gin_config import ConfigError
 from launch.config.isolated import Isolated
 from launch.run import load_run
-from launch.run.model_record import MODEL
 from trainers.checkpoints import step_dir
 
 
@@ -67,7 +66,7 @@ def of_file(path: str, where: str) -> Any:
         raise ConfigError(problems)
     configuration = Isolated(reader.checked)
     try:
-        return configuration.macro(MODEL)
+        return configuration.macro(model_file.MODEL)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {path} does not describe a model: {error}.") from error
 

@@ -62,9 +62,10 @@ def _adapted(base: LoadedRun, path: str, params: str, digest: str, where: str) -
     """Returns the run with the adapters in a directory; `digest` is of the parameters that `where` names."""
     from launch.run import run_model
     from model.adapters.adapter import adapters_of, check_settings
+    from model.protocol import inference_model
     from trainers.checkpoints import state_tree
 
-    model = run_model.model(run=path, macro="--adapter").inference_model
+    model = inference_model(run_model.model(run=path, macro="--adapter"))
     if adapters_of(model) is None:
         raise LoadError(
             f"--adapter={path} is of a model without adapters: give a run that trained some, or a folder of convert "

@@ -21,6 +21,7 @@ from model.hf.family import Family, UnsupportedModel
 from model.hf.files.safetensors_files import SafetensorsWriter
 from model.hf.mapping import Piece
 from model.hf.plan import FLOATS, copy_cast
+from model.protocol import LanguageModel, inference_model, inference_root
 from trainers.checkpoints import array_files, manifest, step_dir
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
@@ -44,7 +45,7 @@ def export_hf(
 
     Args:
       checkpoint: step or run directory.
-      model: the linen module of the checkpoint.
+      model: the linen module of the checkpoint; its part for inference is written.
       target: directory, which must not exist.
       params: see launch/run/load_run.py.
       family: name of a family in model/hf/families.py; None for the family it was imported from, or else the first
@@ -58,7 +59,8 @@ def export_hf(
     Raises:
       ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.
     """
-
+    if not isinstance(model, LanguageModel):
+        raise ConvertError(f"{checkpoint} is a {type(model).__name__}, not a language model.")
     if adapters_of(model) is not None:
         raise ConvertError(
             f"{checkpoint} has adapters, which a Hugging Face checkpoint of the whole model cannot hold: merge them first, "
@@ -89,10 +91,11 @@ def _export(
 ) -> str:
     """Writes one step; `record` has its facts."""
     source = record["meta"].get("hf", {})  # the record of the import
-    family = _family(model, name, source.get("family"))
     root, saved = recorded.params(params)
     if params == "ema" and not saved:
         raise ConvertError(f"checkpoint {step} has no moving average: use --params=raw.")
+    root, model = root + inference_root(model), inference_model(model)
+    family = _family(model, name, source.get("family"))
     pieces = family.pieces(model)
     arrays = {piece.native: recorded.arrays.get(root + piece.native) for piece in pieces}
     if missing := sorted(path for path, entry in arrays.items() if entry is None):

@@ -13,6 +13,7 @@ from model.adapters.adapter import PREFIX, adapters_of, is_adapter
 from model.hf import peft
 from model.hf.families import family_named, family_of_model
 from model.hf.mapping import Piece, pieces_of
+from model.protocol import inference_model
 
 
 def import_peft(source: str, target: str, base: str) -> str:
@@ -79,6 +80,7 @@ def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str
 
 def _pieces(run: SourceModel, model: Any) -> Sequence[Piece]:
     """Returns the pieces of the base model's arrays."""
+    model = inference_model(model)
     name = run.meta.get("hf", {}).get("family")
     family = family_of_model(model) if name is None else family_named(name)
     shapes = {path: shape for path, shape in run.abstract.shapes.items() if not is_adapter(path)}

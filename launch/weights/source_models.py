@@ -14,7 +14,7 @@ from launch.run.model_record import CONFIG
 from model.transforms.base import Source, TransformError
 from trainers.checkpoints import base_step, manifest, step_dir
 from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.manifest import DamagedCheckpointError
+from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 
 _RELATED = 0.1  # minimum correlation of embeddings; models of other seeds have none
 _ROWS = 4096  # number of embedding rows that are compared
@@ -29,7 +29,7 @@ _REMEDY = (
 
 
 class SourceModel:
-    """A model's checkpoint: shapes, and arrays that are read on demand.
+    """A checkpoint of a model, or of a model's part for inference: shapes, and arrays that are read on demand.
 
     Args:
       path: a step directory, or a run directory for its newest undamaged step.
@@ -49,27 +49,51 @@ class SourceModel:
             raise TransformError(f"{path} has no {parts[0].root.rstrip('/')}: use --params=raw.")
         for part in parts[1:]:
             checked(part.step)
-        self._parts = {name: part for part in parts for name in part.entries}
-        shapes = {name: tuple(part.entries[name].shape) for name, part in self._parts.items()}
-        self.abstract = Source(path, shapes)
         self.folder = step_dir.files_of_run(self.step)
+        part = self._model_file().inference_part
+        self._root = part and f"{part}/"
+        self._parts = {
+            name.removeprefix(self._root): part
+            for part in parts
+            for name in part.entries
+            if name.startswith(self._root)
+        }
+        shapes = {path: tuple(self._entry(path).shape) for path in self._parts}
+        self.abstract = Source(path, shapes)
 
     def config(self, *, whole: bool) -> str:
-        """Returns the gin text of the run's model, or of its whole configuration."""
-        return gin_source.read(os.path.join(self.folder, CONFIG if whole else model_file.NAME))
+        """Returns the gin text of the model, or of the run's whole configuration.
+
+        Raises:
+          TransformError: the whole configuration is of a model with further heads.
+        """
+        if not whole:
+            return self._model_file().for_inference().gin()
+        if self._root:
+            raise TransformError(
+                f"{self.path} has a model with further heads, of which its {self._root}... is used: its whole configuration "
+                "does not fit the result; leave --trust_config out."
+            )
+        return gin_source.read(os.path.join(self.folder, CONFIG))
+
+    def _model_file(self) -> model_file.ModelFile:
+        return model_file.read(os.path.join(self.folder, model_file.NAME))
 
     def open(self, path: str) -> StoredArray:
         part = self._parts[path]
-        return StoredArray(part.step, part.root + path, part.entries[path])
+        return StoredArray(part.step, part.root + self._root + path, self._entry(path))
 
     def dtype(self, path: str) -> str:
         """Returns the name of a parameter's dtype."""
-        return self._parts[path].entries[path].dtype
+        return self._entry(path).dtype
+
+    def _entry(self, path: str) -> ArrayEntry:
+        return self._parts[path].entries[self._root + path]
 
     @property
     def base_digest(self) -> str:
         """The digest of the parameters that are no adapters', see base_step.digest."""
-        return base_step.digest({name: part.entries[name] for name, part in self._parts.items()})
+        return base_step.digest({path: self._entry(path) for path in self._parts})
 
     def text_meta(self) -> dict[str, Any]:
         """Returns the metadata on the vocabulary and on tokens before a text."""

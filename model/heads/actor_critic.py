@@ -21,17 +21,10 @@ class ActorCritic(BackboneModel):
     """
 
     output: ClassVar[Output] = "logits"
+    inference_part: ClassVar[str] = "backbone"
 
     def setup(self):
         self.value_head = scalar_head(self.head, None)
-
-    @property
-    def inference_model(self) -> Any:
-        return self.backbone
-
-    @nn.nowrap
-    def inference_params(self, params: Any) -> Any:
-        return params["backbone"]
 
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:

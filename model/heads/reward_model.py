@@ -64,14 +64,7 @@ class RewardModel(BackboneModel):
     """
 
     output: ClassVar[Output] = "rewards"
-
-    @property
-    def inference_model(self) -> "RewardModel":
-        return self
-
-    @nn.nowrap
-    def inference_params(self, params: Any) -> Any:
-        return params
+    inference_part: ClassVar[str] = ""
 
     @nn.nowrap
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:

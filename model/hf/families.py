@@ -30,7 +30,7 @@ from model.hf.config_fields import (
     activation_field,
     rope_fields,
 )
-from model.hf.family import Family, Part, UnsupportedModel, field
+from model.hf.family import Family, Part, UnsupportedModel, check_language_model, field
 from model.hf.mapping import Row
 from model.hf.t5_families import MT5, T5
 from model.mlp import GatedMlp, Mlp
@@ -423,6 +423,7 @@ def family_of_model(model: Transformer) -> Family:
     Raises:
       UnsupportedModel: no family can; the message has the reason for each.
     """
+    check_language_model(model)
     reasons = []
     for family in FAMILIES:
         try:

@@ -14,11 +14,20 @@ from typing import Any, NamedTuple
 from model.hf.config_fields import ConfigFields, UnsupportedConfig
 from model.hf.description import describe, differences, native_shapes
 from model.hf.mapping import Piece, Row, hf_shapes, pieces_of
+from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Block, Transformer
 
 
 class UnsupportedModel(ValueError):  # noqa: N818
     """A model that a family cannot express; the message names the features."""
+
+
+def check_language_model(model: Any) -> None:
+    """Raises UnsupportedModel unless a model is a decoder or encoder-decoder with logits, without a further head."""
+    if not isinstance(model, Transformer | EncoderDecoder):
+        raise UnsupportedModel(
+            f"Hugging Face's files are read and written of language models, and this is a {type(model).__name__}."
+        )
 
 
 class MismatchedTensors(ValueError):  # noqa: N818
@@ -134,6 +143,7 @@ class Family:
         Raises:
           UnsupportedModel: the family cannot express the model; the message names every feature.
         """
+        check_language_model(model)
         here = describe(model)
         dtype = model.config.param_dtype
         config = {

@@ -95,6 +95,7 @@ class EncoderDecoder(nn.Module):
 
     row: ClassVar[Row] = "inputs_and_targets"
     output: ClassVar[Output] = "logits"
+    inference_part: ClassVar[str] = ""
     max_length: ClassVar[int | None] = None
 
     config: TransformerConfig
@@ -220,14 +221,6 @@ class EncoderDecoder(nn.Module):
         return self.logits(self.hidden(tokens_BT, **context).hidden_BTD)
 
     # The interface of model/protocol.py, called outside of `apply`.
-
-    @property
-    def inference_model(self) -> "EncoderDecoder":
-        return self
-
-    @nn.nowrap
-    def inference_params(self, params: Any) -> Any:
-        return params
 
     @nn.nowrap
     def layer_settings(self) -> Sequence[LayerSettings]:

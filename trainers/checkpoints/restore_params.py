@@ -1,5 +1,6 @@
 """Restores the parameters of a checkpoint into a model, all of them or by path pattern."""
 
+import collections
 import difflib
 import logging
 import os
@@ -15,9 +16,14 @@ from trainers.anomaly import STATISTICS
 from trainers.checkpoints import base_step, state_tree, step_dir
 from trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
 from trainers.checkpoints.manifest import ArrayEntry, Manifest
+from trainers.checkpoints.saved_layers import Saved, SavedArrays
 from trainers.moving_reference import MOVES
 
 _log = logging.getLogger(__name__)
+
+# Fact of a checkpoint: the name of its model's part for inference (model/protocol.py), without which a model that has no
+# further heads names the parameters.
+INFERENCE_PART = "inference_part"
 
 # Pairs (pattern for a whole path of the model, path in the checkpoint or None for the initial value). The path may
 # refer to groups of the pattern: (r"layers/block_0/(.*)", r"layers/block_3/\1").
@@ -40,55 +46,74 @@ def describe(leaf: Any) -> str:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+    below = [other for other in names if other.endswith(f"/{name}")]
+    close = below[:1] or difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _assign(
     path: epath.Path,
     wanted: state_tree.Flat,
-    saved: Mapping[str, Any],
+    entries: Mapping[str, ArrayEntry],
     assignment: Assignment,
     strict: bool,
     added: Sequence[str],
-) -> dict[str, str | None]:
-    """Returns the checkpoint's name of each parameter of the model; None to use its initial value."""
-    sources: dict[str, str | None] = {}
+) -> dict[str, Saved | None]:
+    """Returns where the checkpoint has each parameter of the model; None to use its initial value."""
+    names: dict[str, str | None] = {}
     unused = {pattern for pattern, _ in assignment}
-    missing = []
     for name in wanted:
-        source: str | None = name
+        names[name] = name
         for pattern, target in assignment:
             if match := re.fullmatch(pattern, name):
                 unused.discard(pattern)
-                source = None if target is None else match.expand(target)
+                names[name] = None if target is None else match.expand(target)
                 break
-        if source is not None and source not in saved:
-            if source != name and not is_added(name, added):
-                missing.append(f"{source} (assigned to {name})")
-            elif strict and not is_added(name, added):
-                missing.append(name)
-            source = None
-        sources[name] = source
     if unused:
         first = sorted(unused)[0]
         raise ValueError(
             f"assignment pattern {first!r} matches no parameter of the model"
             f"{_nearest(first, list(wanted))}."
         )
+    given = [name for name in names.values() if name is not None]
+    root = "" if set(given) <= set(entries) else _inference_root(path)
+    root = "" if any(name.startswith(root) for name in given) else root
+    saved = SavedArrays(entries, [root + name for name in given])
+    sources: dict[str, Saved | None] = {}
+    missing = []
+    for name, source in names.items():
+        sources[name] = None
+        if source is None:
+            continue
+        sources[name] = saved.find(root + source, tuple(wanted[name].shape))
+        if sources[name] is None and not is_added(name, added):
+            if source != name:
+                missing.append(f"{source} (assigned to {name})")
+            elif strict:
+                missing.append(name)
     if missing:
         raise CheckpointMismatchError(
             f"checkpoint {path} lacks {list_differences(missing)}"
-            f"{_nearest(missing[0].split(' ')[0], list(saved))}. Assign other parameters or None to "
+            f"{_nearest(missing[0].split(' ')[0], list(entries))}. Assign other parameters or None to "
             "these, or pass strict=False, to start them from their initial values."
         )
-    extra = sorted(set(saved) - set(wanted) - set(sources.values()))
+    used = {name for source in sources.values() if source is not None for name, _ in source.parts}
+    known = {root + name for name in wanted}
+    extra = sorted(name for name in set(entries) - known - used if name.startswith(root))
     if strict and extra:
         raise CheckpointMismatchError(
             f"checkpoint {path} has parameters that the model does not: {list_differences(extra)}. "
             "Assign them to parameters of the model, or pass strict=False to ignore them."
         )
+    if any(source is not None and source.moved for source in sources.values()):
+        _log.info("%s: its layers are stored in another layout than the model's", path)
     return sources
+
+
+def _inference_root(step: epath.Path) -> str:
+    """Returns what paths in the checkpoint's part for inference begin with, such as 'backbone/'."""
+    part = step_dir.read_record(step)["meta"].get(INFERENCE_PART, "")
+    return part and f"{part}/"
 
 
 def is_added(name: str, patterns: Sequence[str]) -> bool:
@@ -147,12 +172,13 @@ def restore_params(
                 )
                 arrays |= {name.removeprefix(part.root): array for name, array in reads.items()}
         flat = {}
+        uses = collections.Counter(sources.values())
         for name, source in sources.items():
             if source is None:
                 flat[name] = params[name]
                 continue
-            value = arrays[source].astype(params[name].dtype)
-            if list(sources.values()).count(source) > 1:  # A buffer can be donated only once.
+            value = source.array(arrays).astype(params[name].dtype)
+            if uses[source] > 1:  # A buffer can be donated only once.
                 value = jnp.copy(value)
             flat[name] = jax.device_put(value, sharding_of(params[name]))
         return state_tree.unflatten(flat, abstract_params)
@@ -164,10 +190,10 @@ def _wanted(
     path: epath.Path,
     params: state_tree.Flat,
     saved: Mapping[str, ArrayEntry],
-    sources: Mapping[str, str | None],
+    sources: Mapping[str, Saved | None],
 ) -> state_tree.Flat:
     """Returns the abstract arrays to read from a step, by saved name, after checks of shapes and dtypes."""
-    wanted = {}
+    wanted: state_tree.Flat = {}
     differences = []
     for name, source in sources.items():
         leaf = params[name]
@@ -178,16 +204,16 @@ def _wanted(
                     "parameters where the checkpoint has no values."
                 )
             continue
-        entry = saved[source]
+        entry = source.entry
         castable = all(jnp.issubdtype(jnp.dtype(x.dtype), jnp.floating) for x in (entry, leaf))
         if entry.shape != leaf.shape or (str(entry) != describe(leaf) and not castable):
-            as_source = "" if source == name else f" (as {source})"
+            there = source.parts[0][0]
+            as_source = "" if there == name else f" (as {there})"
             differences.append(
                 f"{name}: the checkpoint has {entry}{as_source}, the model {describe(leaf)}"
             )
-        wanted[source] = jax.ShapeDtypeStruct(
-            entry.shape, jnp.dtype(entry.dtype), sharding=sharding_of(leaf)
-        )
+            continue
+        wanted |= source.abstract_parts(leaf, saved)
     if differences:
         raise CheckpointMismatchError(
             f"checkpoint {path} is of another model: {list_differences(differences)}. Use the model "

@@ -68,6 +68,7 @@ _FACTS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "learning_rate": (lambda value: value is None or is_number(value), "a number"),
     "positions": (_are_positions, "the rows read of each source"),
+    "inference_part": (lambda value: type(value) is str, "a name"),
     "hooks_left_out": (lambda value: type(value) is bool, "true or false"),
     **dict.fromkeys(("initial", "hf", "upcycled"), (_is_object, "an object")),
 }

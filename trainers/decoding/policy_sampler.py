@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.kv_cache.full import FullCache
+from model.protocol import inference_model, inference_params
 from model.transforms import layer_stack
 from trainers.decoding import decode
 from trainers.decoding.buckets import bucket_length, padded
@@ -33,11 +34,11 @@ class PolicySampler:
 
     def __init__(self, model: Any, settings: Settings, *, sharding: NamedSharding, seed: int):
         policy, copies = FullCache(), settings.num_samples
-        written_by = model.inference_model
+        written_by = inference_model(model)
         room = max(settings.max_new_tokens - 1, 1)
 
         def sample(params, tokens_PT, lengths_P, active_P, number, first):
-            params = model.inference_params(params)
+            params = inference_params(model, params)
             # Slices of stacked weights inside the loop would copy them for every token.
             unrolled = layer_stack.unrolled(written_by)
             params = layer_stack.unroll(params, written_by.config)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.preference import topic_language
+from model.protocol import inference_model, inference_params
 from model.ranges import Count, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
@@ -39,7 +40,7 @@ class FactRecall:
         sharding = self.run.program.batch_sharding
         devices = sharding.mesh.devices.size
         self._generator = Generator(
-            self.run.program.recipe.language_model.inference_model,
+            inference_model(self.run.program.recipe.language_model),
             [[*before, *self.vocabulary.encode(prompt)] for prompt in facts],
             Settings(
                 max_new_tokens=topic_language.ANSWER + 1,
@@ -56,7 +57,7 @@ class FactRecall:
         self, step: int, state: TrainState, metrics: Mapping[str, float]
     ) -> Mapping[str, float]:
         del metrics
-        params = self.run.program.recipe.language_model.inference_params(state.released_params)
+        params = inference_params(self.run.program.recipe.language_model, state.released_params)
         outputs = self._generator(params, step)
         right = [output == answer for output, answer in zip(outputs, self._answers, strict=True)]
         return {f"{self.prefix}accuracy": sum(right) / len(right)}

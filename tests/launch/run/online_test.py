@@ -3,25 +3,29 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 from etils import epath
 
+from launch.run.load import load
+from trainers import initialise
 from trainers.checkpoints import step_dir
+from trainers.checkpoints.restore_params import restore_params
 from trainers.telemetry.metric_writers import read_jsonl
 
 
-def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path):
+def flags_of(method, trained_run, tmp_path, **settings):
+    """The flags of a run that samples from `trained_run`, in tmp_path / "run"."""
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"{i} x", "answer": "ab"} for i in range(9)]
     rows.insert(4, {"prompt": "much too long", "answer": "ab"})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / "run"
-    files = ("models/tiny", "data/prompts_base", "runs/online", "methods/preference/grpo")
+    files = ("models/tiny", "data/prompts_base", "runs/online", f"methods/preference/{method}")
     bindings = {
         "VOCABULARY": "@vocabularies.byte()",
         "PROMPT_FILES": f"'{prompts}'",
         "INITIAL_CHECKPOINT_PATH": f"'{trained_run.path}'",
-        "MODEL_DIR": f"'{path}'",
+        "MODEL_DIR": f"'{tmp_path / 'run'}'",
         "MAX_PROMPT_LENGTH": 8,
         "MAX_NEW_TOKENS": 4,
         "PROMPTS": 8,
@@ -46,11 +50,16 @@ def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path
     imports.write_text(
         "from __gin__ import dynamic_registration\nfrom data.tokenizers import vocabularies\nfrom model import config\n"
     )
-    flags = [
+    bindings |= settings
+    return [
         f"--gin_file={imports}",
         *(f"--gin_file=t5x_configs/{name}.gin" for name in files),
         *(f"--gin.{name}={value}" for name, value in bindings.items()),
     ]
+
+
+def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path):
+    path, flags = tmp_path / "run", flags_of("grpo", trained_run, tmp_path)
     result = train(*flags)
     assert result.status == 0, result.err
     assert (
@@ -76,3 +85,14 @@ def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path
     again = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl")}
     for name in ("reward", "loss", "ratio", "grad_norm"):
         np.testing.assert_array_equal(again[4][name], whole[4][name])
+
+
+def test_a_run_of_ppo_is_its_policy_for_what_comes_after(train, trained_run, tmp_path):
+    """Its checkpoints say which part of the model is used for inference."""
+    settings = {"TRAIN_STEPS": 1, "UPDATES": 1}
+    result = train(*flags_of("ppo", trained_run, tmp_path, **settings))
+    assert result.status == 0, result.err
+    run = load(tmp_path / "run")
+    boxed = initialise.abstract_variables(run.model)["params"]
+    policy = restore_params(tmp_path / "run", initialise.shapes_of(boxed))
+    jax.tree.map(np.testing.assert_array_equal, policy, run.params)

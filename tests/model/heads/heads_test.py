@@ -8,6 +8,7 @@ from model import axes
 from model.config import TransformerConfig
 from model.heads.actor_critic import ActorCritic
 from model.heads.reward_model import RewardModel
+from model.protocol import inference_model, inference_params
 from model.transformer import Transformer
 from trainers.inputs import PackedTokens
 
@@ -29,9 +30,9 @@ def test_an_actor_is_its_language_model_and_its_critic_expects_nothing_yet():
     assert "lm_head" in params["backbone"]
     logits, values = model.apply({"params": params}, TOKENS)
     np.testing.assert_array_equal(values, np.zeros((1, 4)))
-    policy, own = model.inference_model, model.inference_params(params)
+    policy, own = inference_model(model), inference_params(model, params)
     np.testing.assert_array_equal(policy.apply({"params": own}, TOKENS), logits)
-    assert lm.inference_model is lm and lm.inference_params(own) is own
+    assert inference_model(lm) is lm and inference_params(lm, own) is own
     assert model.max_length is lm.max_length is None
     assert model.layer_settings() == lm.layer_settings()
     row = PackedTokens(5).arrays(1)
@@ -51,4 +52,4 @@ def test_a_reward_is_a_linear_function_of_the_last_state_and_has_no_vocabulary()
     row = PackedTokens(5).arrays(1)
     logits = 2 * 16 * 8
     assert model.forward_flops(row, {"params": params}) == lm.forward_flops(row) - logits + 2 * 8
-    assert model.inference_model is model and (model.output, lm.output) == ("rewards", "logits")
+    assert inference_model(model) is model and (model.output, lm.output) == ("rewards", "logits")

@@ -212,3 +212,67 @@ def test_names_nest_and_come_back():
     assert flat == {"step": 1, "params/a/0": 2, "params/a/1/0": 3}
     assert state_tree.nest(flat) == {"step": 1, "params": {"a": {"0": 2, "1": {"0": 3}}}}
     assert state_tree.unflatten(flat, state) == state
+
+
+LAYOUTS = {  # (period, scanned) of four layers
+    "one": (1, True),
+    "two": (2, True),
+    "all": (4, True),
+    "unrolled": (4, False),
+}
+
+
+def in_layout(layout, seed=5):
+    """Parameters whose layer i is the same in every layout; on a mesh, the kernels of layers are split."""
+    period, scanned = LAYOUTS[layout]
+    layers = make_params(seed, layers=4)["layers"]
+    if scanned:
+        layers = {
+            f"block_{p}": jax.tree.map(
+                lambda *rows: jnp.stack(rows), *(layers[f"block_{i}"] for i in range(p, 4, period))
+            )
+            for p in range(period)
+        }
+    return {"embed": jnp.ones((3, 2)), "layers": layers}
+
+
+@pytest.fixture(scope="module")
+def saved_layouts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    for layout in LAYOUTS:
+        with Checkpointer(root / layout) as checkpointer:
+            checkpointer.save(1, {"params": in_layout(layout)})
+    return root
+
+
+@pytest.mark.parametrize("here", LAYOUTS)
+@pytest.mark.parametrize("there", LAYOUTS)
+def test_layers_are_found_in_another_layout(saved_layouts, there, here):
+    """Another `layer_pattern` has another period, and layers may be scanned or not."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+
+    def abstract(path, x):
+        names = (None,) * (x.ndim - 2) + ("b", "a") if path[-1].key == "kernel" else ()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*names)))
+
+    expected = in_layout(here)
+    wanted = jax.tree_util.tree_map_with_path(abstract, expected)
+    params = restore_params(saved_layouts / there, wanted)
+    assert_equal(params, expected)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
+    # A new parameter of a layer is no layer of the checkpoint.
+    wanted["layers"]["block_0"]["gate"] = jnp.zeros(3)
+    params = restore_params(saved_layouts / there, wanted, added=[".*/gate"])
+    assert_equal(params["layers"]["block_0"].pop("gate"), np.zeros(3))
+    assert_equal(params, expected)
+
+
+def test_fewer_layers_are_another_model(saved_layouts):
+    wanted = shapes(in_layout("two"))
+    wanted["layers"] = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), wanted["layers"]
+    )
+    with pytest.raises(CheckpointMismatchError, match="lacks layers/block_1/kernel"):
+        restore_params(saved_layouts / "one", wanted)
+    with pytest.raises(CheckpointMismatchError, match="is of another model"):
+        restore_params(saved_layouts / "two", wanted)

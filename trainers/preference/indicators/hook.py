@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from model.protocol import inference_model, inference_params
 from model.ranges import Count, Fraction, NonNegative, Seed, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
@@ -111,7 +112,7 @@ class PreferenceIndicators:
         if self.reference is not None:
             meta = {"vocabulary": data.vocabulary}
             self.reference.check(program.mesh, program.rules, meta)
-        self._model = model = program.recipe.language_model.inference_model
+        self._model = model = inference_model(program.recipe.language_model)
         self._num_ids = min(self.vocabulary.vocab_size, model.config.vocab_size)
         devices = program.mesh.devices.size
         shards = devices // program.batch_sharding.shard_shape((devices,))[0]
@@ -153,7 +154,7 @@ class PreferenceIndicators:
     ) -> Mapping[str, float]:
         del metrics
         params = state.released_params
-        params = self.run.program.recipe.language_model.inference_params(params)
+        params = inference_params(self.run.program.recipe.language_model, params)
         with _progress(self._batches, f"indicators at step {step}", self.run.should_stop) as done:
             indicators = self._pair_indicators(params, done)
             outputs = self._generator(params, step, done=done)

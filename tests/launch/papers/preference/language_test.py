@@ -121,7 +121,7 @@ def test_facts_are_known_where_the_whole_answer_is_said(vocabulary, monkeypatch)
     monkeypatch.setattr(recall, "Generator", Generator)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    policy = types.SimpleNamespace(inference_model=None, inference_params=lambda params: params)
+    policy = types.SimpleNamespace(inference_part="")
     run = types.SimpleNamespace(
         program=types.SimpleNamespace(
             recipe=types.SimpleNamespace(language_model=policy), batch_sharding=sharding
