@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from data.preference.tally import Tally
 from launch.run.run_data import RunData
 from trainers.batches import Stream, TrainStream
@@ -40,6 +42,7 @@ def announce(program: Program, data: RunData, start: Restored, life: Sequence[St
     lines = [
         ("mesh", f"{mesh} ({len(devices)} x {devices[0].device_kind}), rules {recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
+        *_dtype_line(program),
         ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),
         (unit, f"{units:,} a step, {units * data.total_steps:,} in {data.total_steps:,} steps"),
         ("epochs", epochs_line(stream, data.total_steps)),
@@ -52,6 +55,31 @@ def announce(program: Program, data: RunData, start: Restored, life: Sequence[St
     print(
         "\n".join([f"{name:<11}{text}" for name, text in lines] + list(program.reports)), flush=True
     )
+
+
+def _dtype_line(program: Program) -> Iterator[Line]:
+    """Yields a line on the dtype of the parameters and the memory that follows, where the model's config has a narrower one."""
+    state, rounding = program.abstract_state, program.recipe.rounding
+    sizes = f"parameters {_size(state.params)}, with the optimiser's state {_size(state)}"
+    if program.widened:
+        own = program.recipe.model.config.param_dtype
+        yield (
+            "dtype",
+            f"the parameters are stored in float32, not in the model's {own}, in which small updates are lost: {sizes}",
+        )
+    elif rounding == "stochastic":
+        yield "dtype", f"bfloat16 parameters, whose updates are rounded stochastically: {sizes}"
+    elif rounding == "nearest":
+        yield (
+            "WARNING",
+            f"updates of narrow parameters are rounded to nearest (Recipe.rounding), so that small ones are lost: {sizes}; start "
+            "from them with Recipe.rounding = None (float32) or 'stochastic'",
+        )
+
+
+def _size(tree: Any) -> str:
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def summarise(
