@@ -27,7 +27,6 @@ from trainers.checkpoints.restore_params import (
 )
 from trainers.checkpoints.transformed import transformed
 
-
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
 _OF_ARRAYS = "model.param_dtype"
 
