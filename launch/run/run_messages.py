@@ -26,6 +26,7 @@ _DROPPED = {
 
 _SHORTENED = {
     "truncated": "cut at their ends",
+    "too_long": "dropped, which are longer",
     "nothing_learnt": "dropped, of which nothing that is learnt remains",
 }
 
@@ -149,6 +150,8 @@ def data_notices(
             elif "conversations" in facts:
                 limit = summary["lengths"]["targets"]
                 notices.append(_chat_notice(f"{source}{which}", facts, limit))
+            elif "long_records" in facts.get("first", {}):
+                notices.append(_long_notice(f"{source}{which}", facts, summary))
     return notices
 
 
@@ -184,7 +187,7 @@ def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line
     parts = [
         f"{facts[reason]:,} {text} (first: {facts['first'][reason]})"
         for reason, text in _SHORTENED.items()
-        if facts[reason]
+        if facts.get(reason)
     ]
     sizes = (
         f"{source}: {facts['conversations']:,} conversations in {facts['rows']:,} rows, {tokens:,} tokens, of which "
@@ -193,8 +196,19 @@ def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line
     if not parts:
         return "chats", sizes
     return (
-        _name("chats", facts["nothing_learnt"] / records),
+        _name("chats", (facts["nothing_learnt"] + facts.get("too_long", 0)) / records),
         f"{sizes}; at {max_length} tokens (TASK_FEATURE_LENGTHS), {', '.join(parts)}",
+    )
+
+
+def _long_notice(source: str, facts: Mapping[str, Any], summary: Mapping[str, Any]) -> Line:
+    share = facts["long_records"] / facts["records"]
+    dropped = summary["long_documents"] == "drop"
+    return (
+        _name("too long", share if dropped else 0.0),
+        f"{source}: of {facts['records']:,} documents, at {summary['lengths']} tokens (TASK_FEATURE_LENGTHS), "
+        f"{facts['long_records']:,} ({share:.1%}) {'dropped' if dropped else 'cut at their ends'} "
+        f"(first: {facts['first']['long_records']})",
     )
 
 
