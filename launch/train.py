@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from launch.processes import hosts, peers
-from launch.run import phase, run_dir, run_messages, run_vocabulary
+from launch.run import model_record, phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, check_trained_vocabulary, open_data
 from model.ranges import Positive, Size, Tokens
@@ -119,7 +119,7 @@ def train(
     check_trained_vocabulary(program)
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
-        run = run_dir.prepare(model_dir, gin.config_str(), writer=primary)
+        run = run_dir.prepare(model_dir, _config_text(program), writer=primary)
         stack.enter_context(contextlib.closing(run))
         peers.note_run(run.address)
         life = None
@@ -236,6 +236,14 @@ def train(
         )
         run_messages.summarise(run.address, loop, data, {**earlier, **last}, of_life)
     return {**last, "interrupted": float(loop.interrupted)}
+
+
+def _config_text(program: Program) -> str:
+    """Returns the configuration to record, whose model has the dtype of this run's checkpoints: no reader rounds them."""
+    text = gin.config_str()
+    if program.widened:
+        text = model_record.with_param_dtype(text, program.recipe.model, "float32")
+    return text
 
 
 def _check_memory(program: Program) -> None:

@@ -15,6 +15,7 @@ from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.inputs import Inputs, PackedTokens
 from trainers.moving_reference import MOVES, MovingReference
+from trainers.optim import rounding
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.train_state import TrainState
 
@@ -27,6 +28,11 @@ _TEXT = PackedTokens(8)
 def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
     """Returns new variables of a model that reads `inputs`, boxed with their logical axis names."""
     return model.init(key, *inputs.init_arguments())
+
+
+def widened(variables: Any) -> Any:
+    """Returns a model's variables with parameters in float32 that are narrower."""
+    return {**variables, "params": jax.tree.map(rounding.wide, variables["params"])}
 
 
 def average_of(params: Any, mask: Any = None) -> Any:

@@ -51,7 +51,9 @@ class MovingReference:
                 "methods/preference/tr_dpo.gin, and leave REFERENCE_MODEL as it is. A policy with new adapters cannot have one, "
                 "since its reference has none."
             )
-        return jax.tree.map(lambda x, move: (x + move).astype(x.dtype), extras, moves)
+        return jax.tree.map(
+            jnp.add, extras, moves
+        )  # in the dtype of the moves, in which the policy is trained
 
     def moved(self, extras: Any, moves: Any, params: Any, step: jax.Array) -> Any:
         """Returns the moves after an update.

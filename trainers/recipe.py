@@ -25,6 +25,7 @@ from trainers.moving_reference import MovingReference
 from trainers.objectives import bound_extras
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
+from trainers.optim import rounding as rounding_lib
 from trainers.optim import schedules
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
@@ -54,6 +55,8 @@ class Recipe:
       reports: called with the parameters' shapes before anything is allocated; each returns lines to print at the start
         of a run, or raises ValueError for a model it does not accept.
       microbatches: parts in which a batch is processed, in evaluation too.
+      rounding: None stores a model whose trained parameters are narrower than float32 in float32. 'stochastic' and 'nearest'
+        keep its dtype, see trainers/optim/rounding.py.
       gradient_dtype: dtype in which a copy of the parameters is differentiated; None for their own.
       ema_decay: decay of a moving average of the parameters, which is evaluated, saved for use beside the trained ones
         and exported; None for none.
@@ -77,6 +80,7 @@ class Recipe:
     trainable: Sequence[str] = ()
     reports: Sequence[Report] = ()
     microbatches: Size = 1
+    rounding: rounding_lib.Rounding | None = None
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: Decay | None = None
     averaged: Averaged | None = None
@@ -197,6 +201,12 @@ class Recipe:
         # Before the mask: without adapters, the pattern of what is trained matches nothing, but is not the cause.
         reports = [line for report in self.reports for line in report(shapes)]
         mask = trainable.mask_of(self.trainable, boxed)
+        narrow = rounding_lib.narrow_dtypes(shapes, mask)
+        rounding_lib.check(self.rounding, narrow)
+        widened = self.rounding is None and bool(narrow)
+        if widened:
+            variables = jax.eval_shape(initialise.widened, variables)
+            boxed = variables["params"]
         optimizer = self._make_optimizer(boxed)
         abstract = jax.eval_shape(self._state_maker(optimizer, mask), variables)
         shardings = initialise.state_shardings(
@@ -213,6 +223,7 @@ class Recipe:
             boxed_params=boxed,
             reports=reports,
             mask=mask,
+            widened=widened,
             abstract_state=initialise.with_shardings(abstract, shardings),
             batch_sharding=partitioning.batch_sharding(mesh, rules),
         )
@@ -223,12 +234,21 @@ class Recipe:
         return initialise.with_shardings(arrays, dict.fromkeys(arrays, sharding))
 
     def _make_optimizer(self, boxed_params: Any) -> optax.GradientTransformation:
-        return make_optimizer(
+        optimizer = make_optimizer(
             self.optimizer,
             learning_rate=schedules.as_schedule(self.learning_rate),
             boxed_params=boxed_params,
             terms=self.gradient_terms,
         )
+        if self.rounding == "stochastic":
+            optimizer = rounding_lib.stochastic(optimizer, seed=self.seed)
+        return optimizer
+
+    @property
+    def _averaged(self) -> Averaged | None:
+        if self.rounding == "stochastic" and (averaged := self.averaged) is not None:
+            return lambda state, params: averaged(state.inner, params)
+        return self.averaged
 
     def _state_maker(
         self, optimizer: optax.GradientTransformation, mask: Any
@@ -266,6 +286,7 @@ class Program:
       boxed_params: abstract parameters with their logical names.
       reports: lines about the model to print at the start of a run.
       mask: tree of bools, True where trained; None when everything is.
+      widened: whether the parameters are float32 in place of the narrower dtype of the model's config.
       abstract_state: shapes, dtypes and shardings of the state.
       batch_sharding: sharding of every input array.
     """
@@ -276,6 +297,7 @@ class Program:
     boxed_params: Any
     reports: Sequence[str]
     mask: Any
+    widened: bool
     abstract_state: TrainState
     batch_sharding: NamedSharding
 
@@ -300,9 +322,11 @@ class Program:
         recipe = self.recipe
         model, inputs, seed = recipe.model, recipe.inputs_spec, recipe.seed
         make_state = recipe._state_maker(self._optimizer, self.mask)
+        widened = self.widened
 
         def init() -> TrainState:
-            return make_state(initialise.variables(model, jax.random.key(seed), inputs))
+            variables = initialise.variables(model, jax.random.key(seed), inputs)
+            return make_state(initialise.widened(variables) if widened else variables)
 
         return programs.jit(init, out_shardings=self._state_shardings)
 
@@ -345,7 +369,7 @@ class Program:
             microbatches=recipe.microbatches,
             gradient_dtype=recipe.gradient_dtype,
             ema_decay=recipe.ema_decay,
-            averaged=recipe.averaged,
+            averaged=recipe._averaged,
             anomaly=recipe.anomaly,
             moving_reference=recipe.moving_reference,
         )

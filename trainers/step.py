@@ -56,7 +56,8 @@ def make_train_step(
 
     Returns:
       The step. Its metrics are the objective's, summed, and 'grad_norm' before clipping, 'param_norm', 'update_norm' and,
-      with `anomaly`, 'anomaly' (1 for a dropped update).
+      with `anomaly`, 'anomaly' (1 for a dropped update). 'update_norm' is the norm of the difference between the parameters
+      after and before the step, as stored.
     """
 
     objective = Objective.of(loss_fn)
@@ -148,7 +149,8 @@ def make_train_step(
             metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
 
         metrics["grad_norm"] = _scalar(grad_norm)
-        metrics["update_norm"] = _scalar(optax.tree.norm(updates))
+        applied = jax.tree.map(_difference, trainable.split(params, mask)[0], trained)
+        metrics["update_norm"] = _scalar(optax.tree.norm(applied))
         metrics["param_norm"] = _scalar(optax.tree.norm(params))
         new_state = TrainState(
             step=state.step + 1,
@@ -222,6 +224,13 @@ def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) ->
 def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns a metric of the whole step, with weight one."""
     return value.astype(jnp.float32), jnp.ones((), jnp.float32)
+
+
+def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+    wide, info = jnp.promote_types(new.dtype, jnp.float32), jnp.finfo(new.dtype)
+    # XLA drops a conversion to a narrow dtype and back (xla_allow_excess_precision), but not an explicit rounding.
+    stored = jax.lax.reduce_precision(new.astype(wide), info.nexp, info.nmant)
+    return stored - old.astype(wide)
 
 
 def _cast_floats(tree: Any, dtype: str) -> Any:

@@ -1,7 +1,7 @@
 """The training and evaluation streams of supervised data: batches as a pure function of (seed, step).
 
 Like data/stream/stream.py, but nothing is added before a conversation: its first token is read and not predicted.
-Conversations that are longer than a row are cut at their end. Shape suffixes: N records.
+Conversations that are longer than a row are cut at their end, or left out. Shape suffixes: N records.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from data.stream.train_stream import Positions, Stream
 from model.ranges import NonNegative, Seed, Size
 
 Packing = Literal["best_fit", "examples"]
+LongDocuments = Literal["truncate", "drop"]
 _REMEDY = " Register supervised data with data.chats.tasks.register_chats."
 
 
@@ -50,6 +51,7 @@ def make_stream(
     split: str = "train",
     shares: Mapping[str, NonNegative] | Literal["rates"] | None = None,
     packing: Packing = "best_fit",
+    long_documents: LongDocuments = "truncate",
     interleaving: schedule.Interleaving = "error_diffusion",
     max_epochs: repeats.MaxEpochs | None = None,
     on_cap: repeats.OnCap = "error",
@@ -64,6 +66,7 @@ def make_stream(
         mixture_or_task_name: registered with SeqIO, its tasks by `register_chats`.
         task_feature_lengths: {'targets': tokens of a row}, which is also the maximum length of a conversation. Longer
             ones are truncated at their end, and dropped if nothing to learn remains; `summary()` counts both.
+        long_documents: 'drop' leaves conversations out that are longer than a row.
         shares: set -> its share of the tokens, normalised; 'rates' takes the mixture's rates; None reads all
             sets equally often.
         packing: 'best_fit' puts as many conversations in a row as fit, and attention does not cross their
@@ -77,7 +80,12 @@ def make_stream(
     return stream.open_mixture(
         Stream,
         mixture_or_task_name,
-        functools.partial(plan_chats, feature_lengths=task_feature_lengths, packing=packing),
+        functools.partial(
+            plan_chats,
+            feature_lengths=task_feature_lengths,
+            packing=packing,
+            long_documents=long_documents,
+        ),
         split=split,
         weights="tokens" if shares is None else "rates",
         phases=None if shares in (None, "rates") else ((0, shares),),
@@ -101,6 +109,7 @@ def make_eval_stream(
     batch_size: Size,
     split: str = "validation",
     packing: Packing = "best_fit",
+    long_documents: LongDocuments = "truncate",
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",
     verify_cache: bool = True,
@@ -115,7 +124,12 @@ def make_eval_stream(
     """
     source = stream.open_held_out(
         task,
-        functools.partial(plan_chats, feature_lengths=task_feature_lengths, packing=packing),
+        functools.partial(
+            plan_chats,
+            feature_lengths=task_feature_lengths,
+            packing=packing,
+            long_documents=long_documents,
+        ),
         split=split,
         cache_dir=cache_dir,
         changed=changed_cache,
@@ -125,7 +139,12 @@ def make_eval_stream(
 
 
 def plan_chats(
-    name: str, opened: store.Cache, *, feature_lengths: Mapping[str, int], packing: Packing
+    name: str,
+    opened: store.Cache,
+    *,
+    feature_lengths: Mapping[str, int],
+    packing: Packing,
+    long_documents: LongDocuments = "truncate",
 ) -> ChatSource:
     """Returns a source with planned rows of conversations.
 
@@ -133,6 +152,7 @@ def plan_chats(
         ValueError: the cache has no supervised data, a setting is invalid, or nothing can be learnt in this row length.
     """
     check_choice("packing", packing, Packing)
+    check_choice("long_documents", long_documents, LongDocuments)
     if set(feature_lengths) != {"targets"} or feature_lengths["targets"] < 2:
         raise ValueError(
             f"task_feature_lengths {dict(feature_lengths)} must give 'targets' alone, the tokens of a row, at least 2."
@@ -142,21 +162,28 @@ def plan_chats(
     full_N = opened.columns["targets"].lengths.astype(np.int64)
     size_N = np.minimum(full_N, length)
     learnt_N = _sums(opened.columns[rows.LOSS_WEIGHTS], 1, size_N)
-    used_N, cut_N = learnt_N > 0, full_N > length
+    long_N = full_N > length
+    dropped_N = long_N & (long_documents == "drop")
+    used_N = (learnt_N > 0) & ~dropped_N
     if not used_N.any():
         raise ValueError(
-            f"Source {name!r}: no conversation has a token to learn within its first {length} tokens. Raise "
+            f"Source {name!r}: no conversation has a token to learn within its first {length} tokens"
+            f"{f', but for {dropped_N.sum()} longer ones, which are dropped' if dropped_N.any() else ''}. Raise "
             "task_feature_lengths."
         )
     # The first token of a conversation is the input before its first target.
     planned = plan.make_plan(
         {"targets": np.where(used_N, size_N - 1, 0)}, feature_lengths, packing=packing
     )
-    events = {"truncated": cut_N & used_N, "nothing_learnt": ~used_N}
+    events = {
+        "truncated": long_N & used_N,
+        "too_long": dropped_N,
+        "nothing_learnt": ~used_N & ~dropped_N,
+    }
     planned = dataclasses.replace(
         planned,
         offsets=np.ones_like(planned.offsets),
-        long_documents="truncate",
+        long_documents=long_documents,
         counts={
             "records": len(full_N),
             **{event: int(event_N.sum()) for event, event_N in events.items()},
@@ -168,7 +195,7 @@ def plan_chats(
             if event_N.any()
         },
     )
-    return ChatSource(name, opened, planned, int(learnt_N.sum()))
+    return ChatSource(name, opened, planned, int(learnt_N[used_N].sum()))
 
 
 def _sums(column: Column, begin: int, end_N: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from data.choices import check_choice
 
 Packing = Literal["best_fit", "concat", "examples"]
-LongDocuments = Literal["split", "truncate"]
+LongDocuments = Literal["split", "truncate", "drop"]
 MAX_SEGMENTS = 64
 _OPEN_ROWS = 32  # rows that still accept records when several features are packed together
 
@@ -37,7 +37,7 @@ class Plan:
         packing, long_documents: the policies of `make_plan`.
         counts: numbers of records, empty_records (skipped: no targets), long_records (longer than a
             row), cut_segments (start inside a record) and dropped_tokens.
-        first: key of `counts` -> id of the first record counted there; only for pairs and prompts.
+        first: key of `counts` -> id of the first record counted there, of those that are dropped or truncated.
         inputs_prefix: ids before the inputs of every record, which `lengths` count.
     """
 
@@ -89,7 +89,8 @@ def make_plan(
             an encoder-decoder) 'best_fit' packs whole records, each into the first open row with
             room for all its features.
         long_documents: 'split' cuts records longer than a row into several pieces; 'truncate' drops
-            the tokens after the first row. Records of several features cannot be split.
+            the tokens after the first row; 'drop' leaves these records out. Records of several
+            features cannot be split.
         inputs_prefix: ids before the inputs of every record.
 
     Raises:
@@ -106,9 +107,12 @@ def make_plan(
         _check_prefix(row_lengths, len(inputs_prefix))
         full["inputs"] = full["inputs"] + len(inputs_prefix)
     make = _plan_single if len(row_lengths) == 1 else _plan_tuples
-    row_starts, records, offsets, sizes = make(full, dict(row_lengths), packing, long_documents)
-    num_planned = sum(int(size.sum()) for size in sizes.values())
     too_long = np.any([full[f] > row_lengths[f] for f in row_lengths], axis=0)
+    planned = full
+    if long_documents == "drop":
+        planned = {feature: np.where(too_long, 0, sizes) for feature, sizes in full.items()}
+    row_starts, records, offsets, sizes = make(planned, dict(row_lengths), packing, long_documents)
+    num_planned = sum(int(size.sum()) for size in sizes.values())
     return Plan(
         row_starts=row_starts,
         # 32 bits: a plan should stay small beside the tokens it describes.
@@ -178,7 +182,8 @@ def _plan_tuples(full, row_lengths, packing: str, long_documents: str) -> _Segme
         raise ValueError(
             f"{int(is_long.sum())} records are longer than task_feature_lengths {row_lengths} (the "
             f"first: record {record}, {sizes}) and records of several features cannot be split: "
-            "set long_documents='truncate' or larger task_feature_lengths."
+            "set LONG_DOCUMENTS (long_documents) = 'truncate' to cut their ends, 'drop' to leave them out, or larger "
+            "TASK_FEATURE_LENGTHS."
         )
     records = np.flatnonzero(full[_main(row_lengths)] > 0)
     sizes_F = {f: np.minimum(full[f], row_lengths[f])[records] for f in row_lengths}

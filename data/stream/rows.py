@@ -72,6 +72,7 @@ class Source:
             "text_bytes": self.cache.text_bytes(),
             "rows": self.plan.num_rows,
             "fill": self.plan.fill(),
+            **({"first": self.plan.first} if self.plan.first else {}),
         }
 
 
@@ -115,7 +116,19 @@ def plan_source(
         inputs_prefix=inputs_prefix,
     )
     if not planned.num_rows:
+        if planned.counts["long_records"]:
+            raise ValueError(
+                f"Source {name!r}: long_documents = {long_documents!r} drops all of its records with targets, since "
+                f"{planned.counts['long_records']} are longer than {dict(feature_lengths)} tokens: raise TASK_FEATURE_LENGTHS."
+            )
         raise ValueError(f"Source {name!r} is empty: {opened.directory} holds no target tokens.")
+    if long_documents != "split" and planned.counts["long_records"]:
+        sizes = {f: opened.columns[f].lengths.astype(np.int64) for f in feature_lengths}
+        if inputs_prefix:
+            sizes["inputs"] = sizes["inputs"] + len(inputs_prefix)
+        too_long = np.any([sizes[f] > length for f, length in feature_lengths.items()], axis=0)
+        first = {"long_records": opened.name_of(int(too_long.argmax()))}
+        planned = dataclasses.replace(planned, first=first)
     return Source(name, opened, planned)
 
 

@@ -83,7 +83,8 @@ def make_stream(
         interleaving: 'error_diffusion' holds every source within one row of its share at any time;
             'random' orders the rows of each period at random, for comparison.
         packing: 'best_fit', 'concat' or 'examples'; see `data.stream.plan.make_plan`.
-        long_documents: 'split' into several segments, or 'truncate'; counted in `summary()`.
+        long_documents: 'split' into several segments, 'truncate' or 'drop' documents that are longer than a row;
+            counted in `summary()`.
         inputs_prefix: ids before the inputs of every example, such as the virtual tokens of prompt tuning.
         cross_document_attention: make each row one segment, so that its documents see each other.
         start_token: token that the model reads before the first token of every document.

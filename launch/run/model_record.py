@@ -14,6 +14,17 @@ from launch.config.registered import REGISTERED
 CONFIG = "config.gin"
 
 
+def with_param_dtype(config: str, model: Any, dtype: str) -> str:
+    """Returns the text of a configuration whose model has parameters of another dtype, as a run stores them."""
+    sizes = type(model.config)
+    package, _, module = sizes.__module__.rpartition(".")
+    lines = (
+        f"from {package} import {module}",
+        f"{module}.{sizes.__name__}.param_dtype = {dtype!r}",
+    )
+    return "\n".join([config.rstrip("\n"), *lines, ""])
+
+
 def write(folder: str | os.PathLike) -> None:
     """Writes the model in the config.gin of a run's directory; nothing if it sets no MODEL.
 

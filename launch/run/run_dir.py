@@ -50,6 +50,8 @@ MAY_CHANGE = (
     "InitialCheckpoint.transform", "InitialCheckpoint.moments",
     "Anomaly", "Checkpointer", "LocalTier", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
     "Recipe.rules", "TrackioWriter", "WandbWriter",
+    # Checkpoints of other dtypes are refused when they are restored, with the remedy.
+    "Recipe.rounding", "TransformerConfig.param_dtype",
 )  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
              "seqio", "tensorflow", "espalier-lm")  # fmt: skip

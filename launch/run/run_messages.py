@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from data.preference.tally import Tally
 from launch.run.run_data import RunData
 from trainers.batches import Stream, TrainStream
@@ -24,6 +26,7 @@ _DROPPED = {
 
 _SHORTENED = {
     "truncated": "cut at their ends",
+    "too_long": "dropped, which are longer",
     "nothing_learnt": "dropped, of which nothing that is learnt remains",
 }
 
@@ -40,6 +43,7 @@ def announce(program: Program, data: RunData, start: Restored, life: Sequence[St
     lines = [
         ("mesh", f"{mesh} ({len(devices)} x {devices[0].device_kind}), rules {recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
+        *_dtype_line(program),
         ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),
         (unit, f"{units:,} a step, {units * data.total_steps:,} in {data.total_steps:,} steps"),
         ("epochs", epochs_line(stream, data.total_steps)),
@@ -52,6 +56,31 @@ def announce(program: Program, data: RunData, start: Restored, life: Sequence[St
     print(
         "\n".join([f"{name:<11}{text}" for name, text in lines] + list(program.reports)), flush=True
     )
+
+
+def _dtype_line(program: Program) -> Iterator[Line]:
+    """Yields a line on the dtype of the parameters and the memory that follows, where the model's config has a narrower one."""
+    state, rounding = program.abstract_state, program.recipe.rounding
+    sizes = f"parameters {_size(state.params)}, with the optimiser's state {_size(state)}"
+    if program.widened:
+        own = program.recipe.model.config.param_dtype
+        yield (
+            "dtype",
+            f"the parameters are stored in float32, not in the model's {own}, in which small updates are lost: {sizes}",
+        )
+    elif rounding == "stochastic":
+        yield "dtype", f"bfloat16 parameters, whose updates are rounded stochastically: {sizes}"
+    elif rounding == "nearest":
+        yield (
+            "WARNING",
+            f"updates of narrow parameters are rounded to nearest (Recipe.rounding), so that small ones are lost: {sizes}; start "
+            "from them with Recipe.rounding = None (float32) or 'stochastic'",
+        )
+
+
+def _size(tree: Any) -> str:
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def summarise(
@@ -121,6 +150,8 @@ def data_notices(
             elif "conversations" in facts:
                 limit = summary["lengths"]["targets"]
                 notices.append(_chat_notice(f"{source}{which}", facts, limit))
+            elif "long_records" in facts.get("first", {}):
+                notices.append(_long_notice(f"{source}{which}", facts, summary))
     return notices
 
 
@@ -156,7 +187,7 @@ def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line
     parts = [
         f"{facts[reason]:,} {text} (first: {facts['first'][reason]})"
         for reason, text in _SHORTENED.items()
-        if facts[reason]
+        if facts.get(reason)
     ]
     sizes = (
         f"{source}: {facts['conversations']:,} conversations in {facts['rows']:,} rows, {tokens:,} tokens, of which "
@@ -165,8 +196,19 @@ def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line
     if not parts:
         return "chats", sizes
     return (
-        _name("chats", facts["nothing_learnt"] / records),
+        _name("chats", (facts["nothing_learnt"] + facts.get("too_long", 0)) / records),
         f"{sizes}; at {max_length} tokens (TASK_FEATURE_LENGTHS), {', '.join(parts)}",
+    )
+
+
+def _long_notice(source: str, facts: Mapping[str, Any], summary: Mapping[str, Any]) -> Line:
+    share = facts["long_records"] / facts["records"]
+    dropped = summary["long_documents"] == "drop"
+    return (
+        _name("too long", share if dropped else 0.0),
+        f"{source}: of {facts['records']:,} documents, at {summary['lengths']} tokens (TASK_FEATURE_LENGTHS), "
+        f"{facts['long_records']:,} ({share:.1%}) {'dropped' if dropped else 'cut at their ends'} "
+        f"(first: {facts['first']['long_records']})",
     )
 
 

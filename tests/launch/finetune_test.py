@@ -5,12 +5,16 @@ import json
 import pathlib
 import runpy
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from data.cache import store
 from launch.run import load_run, reference
+from launch.run.load import load
 from trainers import signals
-from trainers.checkpoints import step_dir
+from trainers.checkpoints import array_files, state_tree, step_dir
 from trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "data" / "goldens"
@@ -172,6 +176,115 @@ def pairs(folder):
         for i in range(8)
     ]
     return write(folder / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def narrow(folder, imported, command):
+    """An import in bfloat16."""
+    run = folder / "narrow"
+    if not run.exists():
+        flags = (f"--from_hf={folder / 'hf'}", f"--to={run}", "--dtype=bfloat16")
+        assert command("convert", *flags) == 0
+    return run
+
+
+LITTLE = {
+    "CHATS_VALIDATION_FRACTION": 0.1,
+    "TRAIN_EPOCHS": None,
+    "TRAIN_STEPS": 3,
+    "LEARNING_RATE": 1e-5,
+}
+LORA = "t5x_configs/methods/adapters/lora.gin"
+
+
+def little(train, narrow, folder, path, *files, **settings):
+    """A few updates of an import on conversations."""
+    rows = [{"messages": messages(f"{i}+{i}?", f"{2 * i}")} for i in range(20)]
+    settings = {
+        "CHATS": str(write(folder / "few.jsonl", rows)),
+        "TASK_FEATURE_LENGTHS": {"targets": 64},
+        "BATCH_SIZE": 8,
+        **LITTLE,
+        **settings,
+    }
+    of_run = ("t5x_configs/data/chat.gin", "t5x_configs/runs/finetune.gin", *files)
+    return start(train, narrow, *of_run, path=path, **settings)
+
+
+def arrays(path, which="params/"):
+    """Parameters as they are saved."""
+    step = step_dir.resolve(str(path))
+    entries = {n: e for n, e in step_dir.read_manifest(step).arrays.items() if n.startswith(which)}
+    like = {n: np.zeros(e.shape, jnp.dtype(e.dtype)) for n, e in entries.items()}
+    like = {n: jax.device_put(x) for n, x in like.items()}
+    return {n: np.asarray(x) for n, x in array_files.read_arrays(step, like).items()}
+
+
+def test_a_bfloat16_import_is_trained_in_float32_and_read_without_rounding(
+    train, narrow, folder, command, monkeypatch
+):
+    run = folder / "wide"
+    monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 1)
+    stopped = little(train, narrow, folder, run)
+    assert stopped.status == 75, stopped.err
+    assert (
+        "dtype      the parameters are stored in float32, not in the model's bfloat16"
+        in stopped.out
+    )
+    monkeypatch.undo()
+    # Its own record continues it, as the command does.
+    result = train(f"--gin_file={run}/config.gin")
+    assert result.status == 0 and "step 1 from" in result.out, (result.out, result.err)
+    assert "dtype  " not in result.out
+    before, after = arrays(narrow), arrays(run)
+    assert {x.dtype.name for x in after.values()} == {"float32"}
+    moved = sum(int((after[n] != before[n].astype(np.float32)).sum()) for n in after)
+    assert moved > 0.99 * sum(x.size for x in after.values())
+    loaded = load(run)
+    assert loaded.model.config.param_dtype == "float32"
+    for name, values in state_tree.flatten({"params": loaded.params}).items():
+        np.testing.assert_array_equal(values, after[name])
+    flags = (f"--checkpoint={run}", "--trust_config", f"--json={folder / 'wide.json'}")
+    assert command("evaluate loss", *flags) == 0
+    loss = json.loads((folder / "wide.json").read_text())["tasks"]["chats"]["loss"]
+    *_, last = (row for row in read_jsonl(f"{run}/metrics.jsonl") if "eval/chats/loss" in row)
+    assert loss == pytest.approx(last["eval/chats/loss"], abs=1e-6)
+    for dtype in ("float32", "bfloat16"):
+        flags = (f"--from={run}", f"--to_hf={folder / dtype}", f"--dtype={dtype}")
+        assert command("convert", *flags) == 0
+        assert json.loads((folder / dtype / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_adapters_leave_a_bfloat16_base_as_it_is(train, narrow, folder):
+    run = folder / "lora"
+    result = little(train, narrow, folder, run, LORA, LEARNING_RATE=1e-3, BASE_APART=False)
+    assert result.status == 0, result.err
+    assert "dtype  " not in result.out and "WARNING" not in result.out
+    assert load(run).model.config.param_dtype == "bfloat16"
+    before, after = arrays(narrow), arrays(run)
+    for name, values in before.items():
+        # Norms are float32 in every model.
+        dtype = jnp.dtype("float32" if name.endswith("norm/scale") else "bfloat16")
+        assert after[name].dtype == dtype
+        np.testing.assert_array_equal(after[name], values.astype(dtype))
+    adapters = {n: x for n, x in after.items() if n not in before}
+    assert adapters and {x.dtype.name for x in adapters.values()} == {"float32"}
+    assert all(x.any() for x in adapters.values())
+
+
+def test_a_run_may_keep_bfloat16_by_name(train, narrow, folder, tmp_path):
+    rounding = {"recipe.Recipe.rounding": "stochastic"}
+    result = little(train, narrow, folder, tmp_path / "a", **rounding)
+    assert result.status == 0, result.err
+    assert "dtype      bfloat16 parameters, whose updates are rounded stochastically" in result.out
+    rounding = {"recipe.Recipe.rounding": "nearest"}
+    result = little(train, narrow, folder, tmp_path / "b", **rounding, TRAIN_STEPS=1)
+    assert result.status == 0 and "WARNING    updates of narrow parameters" in result.out
+    # A run that began in bfloat16 is refused, by the name of what continues it, and then goes on.
+    result = little(train, narrow, folder, tmp_path / "b")
+    assert result.status == 2 and "Recipe.rounding = 'nearest' goes on so" in result.err
+    result = little(train, narrow, folder, tmp_path / "b", **rounding)
+    assert result.status == 0 and "step 1 from" in result.out, result.err
 
 
 DPO = ("t5x_configs/data/preferences.gin", "t5x_configs/runs/preference.gin")

@@ -102,3 +102,13 @@ def test_what_cannot_move_is_refused():
     for settings in ({"every": 0}, {"mix": 0.0}, {"mix": 1.5}):
         with pytest.raises(ValueError, match="MovingReference"):
             MovingReference(**settings)
+
+
+def test_moves_that_bfloat16_cannot_hold_reach_the_reference():
+    """A reference read in bfloat16 becomes a float32 policy exactly, with a mix of 1."""
+    moving = MovingReference(every=1, mix=1.0)
+    start = {"a": jnp.array([1.0, -2.0], jnp.bfloat16)}
+    policy = {"a": jnp.array([1.0 + 2.0**-12, -2.0 - 2.0**-11], jnp.float32)}
+    moves = moving.moved(start, moving.init(policy), policy, jnp.int32(1))
+    reference = moving.reference(start, {MOVES: moves})
+    np.testing.assert_array_equal(reference["a"], policy["a"])

@@ -27,6 +27,9 @@ from trainers.checkpoints.restore_params import (
 )
 from trainers.checkpoints.transformed import transformed
 
+# The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
+_OF_ARRAYS = "model.param_dtype"
+
 
 class RunMismatchError(ValueError):
     """A checkpoint was written by a run with another configuration."""
@@ -65,7 +68,7 @@ def _check_meta(path: epath.Path, meta: Mapping[str, Any], expected: Mapping[str
     here = leaves(json.loads(json.dumps(dict(expected))), "")
     differences = [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in sorted({*there, *here})
+        for name in sorted({*there, *here} - {_OF_ARRAYS})
         if there.get(name) != here.get(name)
     ]
     if differences:
@@ -84,10 +87,15 @@ def _check_same_arrays(path: epath.Path, saved: Mapping[str, Any], wanted: state
         if there != here:
             differences.append(f"{name}: the checkpoint has {there}, the model {here}")
     if differences:
+        narrow = any(
+            saved[name].dtype in ("bfloat16", "float16") and saved[name].dtype != wanted[name].dtype
+            for name in saved.keys() & wanted.keys()
+        )
+        remedy = " It was trained in a narrower dtype, which loses small updates; Recipe.rounding = 'nearest' goes on so."
         raise CheckpointMismatchError(
             f"checkpoint {path} is of another model or optimiser: {list_differences(differences)}. "
             "Use the configuration it was saved with, or start from its parameters with "
-            "INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'."
+            f"INITIAL_CHECKPOINT_PATH and INITIAL_SCOPE = 'params'.{remedy if narrow else ''}"
         )
 
 

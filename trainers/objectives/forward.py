@@ -110,6 +110,7 @@ class Forward:
         weights: jax.Array,
         *,
         total: jax.Array | None = None,
+        weight: jax.Array | None = None,
         metrics: Metrics | None = None,
         num_sources: int = 0,
     ) -> LossOut:
@@ -120,12 +121,14 @@ class Forward:
           weights: weights of the loss's shape; 0 for padding.
           total: the weighted sum to differentiate, if it is not computed from `loss`, for example because its gradient
             is computed chunk by chunk.
+          weight: what `total` is divided by, if it is not the sum of `weights`.
           num_sources: see `source_losses`.
         """
-        weighted, weight = loss * weights, weights.sum()
-        reported = {"loss": (weighted.sum(), weight), **(metrics or {})}
+        weighted, count = loss * weights, weights.sum()
+        reported = {"loss": (weighted.sum(), count), **(metrics or {})}
         reported |= source_losses(self.batch, weighted, weights, num_sources)
-        return self.loss_out(reported["loss"][0] if total is None else total, weight, reported)
+        total = reported["loss"][0] if total is None else total
+        return self.loss_out(total, count if weight is None else weight, reported)
 
     def loss_out(self, total: jax.Array, weight: jax.Array, metrics: Metrics) -> LossOut:
         """Returns the loss with the losses and metrics that modules sowed, and the collections that they wrote.

@@ -1,5 +1,7 @@
 """Streams of supervised data, against batches that plain Python lays out token by token."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -103,6 +105,29 @@ def test_what_is_cut_dropped_and_learnt_is_counted(make):
     assert facts["first"]["nothing_learnt"].startswith("1:x")
     one = make(shares=(("a", 1.0),))
     assert one.steps_for_epochs(2.5) == -(-5 * facts["rows"] // 16)
+
+
+def test_long_conversations_are_left_out_by_name(caches):
+    plan = functools.partial(
+        chats.plan_chats, "a", caches["a"], feature_lengths={TOKENS: LENGTH}, packing="best_fit"
+    )
+    source = plan(long_documents="drop")
+    facts, made = source.summary(), EXAMPLES["a"]
+    whole = [x for x in made[:-DROPPED] if len(x[TOKENS]) <= LENGTH]
+    short = 1  # in which nothing is learnt
+    assert facts["too_long"] == len(made) - len(whole) - short > 1
+    assert (facts["nothing_learnt"], facts["truncated"], facts["truncated_tokens"]) == (1, 0, 0)
+    assert facts["conversations"] == len(whole)
+    assert facts["tokens"] == sum(len(x[TOKENS]) - 1 for x in whole)
+    assert facts["loss_tokens"] == sum(x[WEIGHTS][1:].sum() for x in whole)
+    assert facts["first"]["too_long"] in {x["document_id"] for x in made}
+    ids = {row["id"] for r in range(source.plan.num_rows) for row in source.documents(r)}
+    assert ids == {x["document_id"] for x in whole}
+    assert source.plan.policy != plan().plan.policy  # and so the fingerprint
+    with pytest.raises(ValueError, match="but for 62 longer ones, which are dropped"):
+        plan(feature_lengths={TOKENS: 3}, long_documents="drop")
+    with pytest.raises(ValueError, match="long_documents is 'split'"):
+        plan(long_documents="split")
 
 
 def test_hosts_and_resuming_change_nothing(make):

@@ -127,18 +127,49 @@ def test_pairs_stay_whole_and_within_both_capacities():
 def test_long_pairs_are_refused_or_truncated():
     lengths = {"inputs": np.array([5, 300]), "targets": np.array([3, 4])}
     capacity = {"inputs": 256, "targets": 64}
-    with pytest.raises(ValueError, match="record 1.*long_documents='truncate'"):
+    with pytest.raises(ValueError, match="record 1.*LONG_DOCUMENTS.*'truncate'.*'drop'"):
         plan.make_plan(lengths, capacity)
     made = plan.make_plan(lengths, capacity, long_documents="truncate")
     assert made.counts["dropped_tokens"] == 44
     assert made.lengths["inputs"].tolist() == [5, 256]
 
 
+@pytest.mark.parametrize("prefix", [(), (1, 2)])
+@pytest.mark.parametrize("packing", ["best_fit", "examples"])
+def test_long_pairs_are_left_out_whole_and_counted(packing, prefix):
+    lengths = {"inputs": np.array([5, 300, 256, 7]), "targets": np.array([3, 4, 4, 65])}
+    capacity = {"inputs": 256, "targets": 64}
+    made = plan.make_plan(
+        lengths, capacity, packing=packing, long_documents="drop", inputs_prefix=prefix
+    )
+    # With two tokens before them, 256 inputs do not fit.
+    kept = [0] if prefix else [0, 2]
+    assert sorted(made.records.tolist()) == kept
+    assert made.counts["long_records"] == 4 - len(kept)
+    inputs = lengths["inputs"] + len(prefix)
+    assert made.counts["dropped_tokens"] == sum(
+        inputs[i] + lengths["targets"][i] for i in range(4) if i not in kept
+    )
+    assert made.policy[2] == "drop"
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_long_documents_are_left_out_whole(packing):
+    lengths = random_lengths(300)
+    made = plan.make_plan(
+        {"targets": lengths}, {"targets": 64}, packing=packing, long_documents="drop"
+    )
+    kept = np.zeros(len(lengths), int)
+    np.add.at(kept, made.records, made.lengths["targets"].astype(int))
+    assert kept.tolist() == np.where(lengths > 64, 0, lengths).tolist()
+    assert made.counts["dropped_tokens"] == int(lengths[lengths > 64].sum()) > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"packing": "first"}, "packing is 'first'"),
-        ({"long_documents": "drop"}, "long_documents is 'drop'"),
+        ({"long_documents": "skip"}, "long_documents is 'skip'"),
     ],
 )
 def test_unknown_policies_are_refused(settings, message):

@@ -349,7 +349,7 @@ def test_batches_do_not_change_between_versions(tmp_path):
     assert digest.hexdigest()[:16] == "12d8bdf27c4f905c"
 
 
-def test_summary_tells_what_was_planned(make, caches):
+def test_summary_tells_what_was_planned(make, caches, tmp_path):
     made = make(length=64)
     summary = made.summary()
     assert summary["fingerprint"] == made.fingerprint
@@ -361,6 +361,15 @@ def test_summary_tells_what_was_planned(make, caches):
     np.testing.assert_allclose(sum(summary["phases"][1]["row_shares"].values()), 1)
     truncated = rows.plan_source("a", caches["a"], {"targets": 64}, long_documents="truncate")
     assert truncated.summary()["dropped_tokens"] > 0
+    dropped = rows.plan_source("a", caches["a"], {"targets": 64}, long_documents="drop")
+    assert dropped.plan.tokens() == sum(len(d) for d in DOCUMENTS["a"] if len(d) <= 64)
+    records = caches["a"].columns["targets"].lengths
+    for source in (truncated, dropped):
+        first = source.summary()["first"]["long_records"]
+        assert first == caches["a"].name_of(int(np.argmax(records > 64)))
+    long = store.write(tmp_path / "long", [{"targets": np.arange(2)}], features={"targets": 500})
+    with pytest.raises(ValueError, match="drops all of its records .*raise TASK_FEATURE_LENGTHS"):
+        rows.plan_source("long", long, {"targets": 1}, long_documents="drop")
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16])

@@ -88,3 +88,31 @@ def test_prompts_that_are_too_long_are_told_with_the_remedy(lost, name):
     said = f"pairs: of 40 prompts, at MAX_PROMPT_LENGTH 64, {lost} ({lost / 40:.1%}) dropped (first: x:7)"
     assert found == [(name, f"{said}; a larger one drops fewer")]
     assert lines(data=Stream(prompts=40, records=40, prompt_too_long=0, first={})) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "lost", "name", "what"),
+    [
+        ("drop", 2, "too long", "dropped"),
+        ("drop", 3, "WARNING", "dropped"),
+        ("truncate", 20, "too long", "cut at their ends"),
+    ],
+)
+def test_documents_that_are_too_long_are_told(policy, lost, name, what):
+    class Texts(Stream):
+        def summary(self):
+            return {**super().summary(), "long_documents": policy}
+
+    data = Texts(records=40, long_records=lost, tokens=9, first={"long_records": "x:7"})
+    said = f"at {{'targets': 64}} tokens (TASK_FEATURE_LENGTHS), {lost} ({lost / 40:.1%}) {what} (first: x:7)"
+    assert lines(data=data) == [(name, f"pairs: of 40 documents, {said}")]
+
+
+def test_conversations_that_are_left_out_are_told():
+    counts = {"conversations": 9, "records": 10, "rows": 2, "tokens": 90, "loss_tokens": 45}
+    lost = {"truncated": 0, "too_long": 1, "nothing_learnt": 0, "first": {"too_long": "x:7"}}
+    (line,) = lines(data=Stream(**counts, **lost))
+    assert line[0] == "WARNING"
+    assert line[1].endswith(
+        "at 64 tokens (TASK_FEATURE_LENGTHS), 1 dropped, which are longer (first: x:7)"
+    )

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from model.config import TransformerConfig
@@ -13,6 +14,8 @@ from model.mlp import GatedMlp
 from model.transformer import Block, Transformer
 from model.transforms import layer_stack
 from trainers.objectives.lm import language_modelling
+from trainers.step import make_train_step
+from trainers.train_state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,124 @@ def test_label_smoothing_spreads_a_share_over_the_other_tokens(setup):
         language_modelling(model=model, label_smoothing=1.0)
     with pytest.raises(ValueError, match="does not support logit_softcap = 9.0"):
         language_modelling(model=model.clone(logit_softcap=9.0), label_smoothing=share)
+
+
+SEQUENCES = [5, 2, 4, 3, 6]  # tokens of each
+
+
+def _sequences():
+    """(input ids, target ids, loss weights) of each sequence; the last one has nothing to learn."""
+    rng = np.random.default_rng(1)
+    found = []
+    for i, length in enumerate(SEQUENCES):
+        ids = rng.integers(1, 31, length)
+        weights = rng.choice([0.0, 0.5, 1.0, 2.0], length)
+        weights[-1] = 1.0
+        found.append((np.roll(ids, 1), ids, weights * (i < 4)))
+    return found
+
+
+def _packed(rows, length):
+    """A batch whose rows hold these sequences, by number."""
+    sequences = _sequences()
+    names = ("input_tokens", "target_tokens", "segment_ids", "positions")
+    batch = {f"decoder_{name}": np.zeros((len(rows), length), np.int32) for name in names}
+    batch["decoder_loss_weights"] = np.zeros((len(rows), length), np.float32)
+    batch["source_ids"] = np.zeros(len(rows), np.int32)
+    for b, row in enumerate(rows):
+        at = 0
+        for k, number in enumerate(row, 1):
+            read, learnt, weights = sequences[number]
+            place = (b, slice(at, at + len(read)))
+            batch["decoder_input_tokens"][place] = read
+            batch["decoder_target_tokens"][place] = learnt
+            batch["decoder_loss_weights"][place] = weights
+            batch["decoder_segment_ids"][place] = k
+            batch["decoder_positions"][place] = np.arange(len(read))
+            at += len(read)
+    return batch
+
+
+PACKINGS = {
+    "packed": ([[0, 1], [3, 2], [4], []], 8),
+    "one in a row": ([[0], [1], [2], [3], [4], []], 6),
+    "all in one row": ([[4, 2, 0, 3, 1], []], 24),
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_loss_is_normalised_by_sequences_or_places_however_they_are_packed(setup, packing):
+    """Against a float64 sum over sequences, with z-loss and smoothing, which have the same weights."""
+    model, params, *_ = setup
+    losses, nlls, tokens, learnt = [], [], 0.0, 0.0
+    for read, target, weights in _sequences():
+        logits = np.asarray(
+            model.apply({"params": params}, read[None].astype(np.int32))[0], np.float64
+        )
+        log_z = np.log(np.exp(logits).sum(-1))
+        target_logit = logits[np.arange(len(target)), target]
+        nll = log_z - target_logit
+        others = (logits.sum(-1) - target_logit) / 30
+        per_token = nll + 0.1 * log_z**2 + 0.2 * (target_logit - others)
+        tokens += (weights * per_token).sum()
+        learnt += weights.sum()
+        if weights.any():
+            losses.append((weights * per_token).sum() / weights.sum())
+            nlls.append((weights * nll).sum() / weights.sum())
+    rows, length = PACKINGS[packing]
+    batch = _packed(rows, length)
+    of = {
+        "AVERAGE_PER_SEQUENCE": (sum(losses), 4.0),
+        "NUM_REAL_TARGET_TOKENS": (tokens, learnt),
+        "NUM_TOTAL_TARGET_TOKENS": (tokens, float(len(rows) * length)),
+    }
+    for name, (total, weight) in of.items():
+        loss = language_modelling(
+            model=model, z_loss=0.1, label_smoothing=0.2, loss_normalizing_factor=name
+        )
+        out = jax.jit(loss)(params, batch, jax.random.key(0))
+        assert float(out.sum) == pytest.approx(total, rel=1e-5), name
+        assert float(out.weight) == pytest.approx(weight, rel=1e-6), name
+        assert float(out.metrics["loss"][1]) == pytest.approx(learnt)  # per token in all
+        if name == "AVERAGE_PER_SEQUENCE":
+            got, count = out.metrics["loss_per_sequence"]
+            assert float(got / count) == pytest.approx(np.mean(nlls), rel=1e-5)
+
+
+def test_the_mean_over_sequences_does_not_depend_on_microbatches(setup):
+    model, params, *_ = setup
+    loss_fn = language_modelling(model=model, loss_normalizing_factor="AVERAGE_PER_SEQUENCE")
+    optimizer = optax.sgd(1.0)
+    batch = _packed(*PACKINGS["packed"])
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    found = []
+    for microbatches in (1, 2, 4):  # of which the last has a part without sequences
+        step = make_train_step(loss_fn=loss_fn, optimizer=optimizer, microbatches=microbatches)
+        found.append(jax.jit(step)(state, batch)[0].params)
+    for other in found[1:]:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found[0], other)
+
+    def mean(params):
+        means = []
+        for read, target, weights in _sequences()[:4]:
+            logits = model.apply({"params": params}, read[None].astype(np.int32))[0]
+            nll = -jax.nn.log_softmax(logits)[np.arange(len(target)), target]
+            means.append((weights * nll).sum() / weights.sum())
+        return sum(means) / 4
+
+    gradient = jax.grad(mean)(params)
+    jax.tree.map(
+        lambda new, old, g: np.testing.assert_allclose(old - new, g, atol=1e-5),
+        found[0],
+        params,
+        gradient,
+    )
+
+
+@pytest.mark.parametrize("factor", [None, 233472, "AVERAGE"])
+def test_a_normalisation_that_microbatches_cannot_have_is_refused(setup, factor):
+    with pytest.raises(ValueError, match=r"LOSS_NORMALIZING_FACTOR = .* must be one of NUM_REAL_T"):
+        language_modelling(model=setup[0], loss_normalizing_factor=factor)
 
 
 class _Sowing(Block):
