@@ -357,6 +357,7 @@ class Planner:
             based=group.base,
             values=values,
             models=[_key(source, group) for source, _ in own],
+            sources=[f"{path}: {tensor}" for path, tensor in inputs],
             dtype=_dtype(self._merge.dtype),
             out_dtype=_dtype(self._merge.out_dtype),
             seed=self._seed,
