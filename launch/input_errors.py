@@ -30,6 +30,7 @@ _REMEDIES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
 }
+_LONGEST = 6000  # characters of a message
 _NUL = "embedded null"  # how Python's errors about a path with this character begin
 
 
@@ -73,8 +74,10 @@ def _is_own(frame: types.FrameType) -> bool:
 def report(error: BaseException) -> None:
     if os.environ.get("ESPALIER_TRACEBACK") == "1":
         traceback.print_exception(error)
-    error = reason(error) or error
-    print(f"\nerror: {_text(error)}", file=sys.stderr)
+    text = _text(reason(error) or error)
+    if len(text) > _LONGEST:  # such as a value of a damaged file; the remedy is at the end
+        text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
+    print(f"\nerror: {text}", file=sys.stderr)
 
 
 def _text(error: BaseException) -> str:

@@ -36,8 +36,11 @@ MAX_CHOICES = 1000  # of a row
 
 _KEYS = ("name", "jinja", "answer_choices", "metadata", "id", "reference")
 _METADATA = ("original_task", "choices_in_prompt", "metrics", "languages")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 100  # characters of a text in a message
+_SHORT = reprlib.Repr()  # aliases of YAML can make a value of a small file endless
+_SHORT.maxstring, _SHORT.maxlevel = (
+    100,
+    2,
+)  # characters of a text, and lists inside each other, in a message
 _process = LimitedProcess(
     "data.instructions.renderer:answer", memory_bytes=chat_sandbox.MEMORY_BYTES
 )
@@ -217,27 +220,31 @@ def _template(path: pathlib.Path, number: int, entry: Any) -> Template:
             f"{where}: it is a {type(entry).__name__}, not a mapping with 'name', 'jinja'"
         )
     if isinstance(entry.get("name"), str):
-        where = f"{path}, template {entry['name']!r}"
+        where = f"{path}, template {_SHORT.repr(entry['name'])}"
     metadata = entry.get("metadata") or {}
     for mapping, known in ((entry, _KEYS), (metadata, _METADATA)):
         if not isinstance(mapping, dict):
             raise DataError(f"{where}: 'metadata' is a {type(mapping).__name__}, not a mapping")
         for key in mapping:
             if key not in known:
-                raise DataError(f"{where}: unknown key {key!r}; {spelling.nearest(key, known)}")
+                raise DataError(
+                    f"{where}: unknown key {_SHORT.repr(key)}; {spelling.nearest(key, known)}"
+                )
     choices = entry.get("answer_choices") or None  # promptsource writes '' too
     texts = {"name": entry.get("name"), "jinja": entry.get("jinja")}
     if choices is not None:
         texts["answer_choices"] = choices
     for key, text in texts.items():
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: {key!r} is {text!r}; write a text (in quotes)")
+            raise DataError(f"{where}: {key!r} is {_SHORT.repr(text)}; write a text (in quotes)")
         if len(text) > chat_sandbox.MAX_SOURCE:
             raise DataError(
                 f"{where}: {key!r} is longer than {chat_sandbox.MAX_SOURCE:,} characters"
             )
     if not isinstance(original := metadata.get("original_task") or False, bool):
-        raise DataError(f"{where}: metadata: 'original_task' is {original!r}; write true or false")
+        raise DataError(
+            f"{where}: metadata: 'original_task' is {_SHORT.repr(original)}; write true or false"
+        )
     template = Template(str(path), entry["name"], entry["jinja"], choices, original, metadata)
     if not template.slug:
         raise DataError(f"{where}: the name has no letter or digit, of which a task's name is made")
@@ -259,7 +266,7 @@ def _yaml(path: pathlib.Path) -> Any:
                 elif not isinstance(key := self.construct_object(key_node, deep=True), Hashable):
                     problem = "a key is a list or mapping"
                 elif key in keys:
-                    problem = f"the key {key!r} is repeated"
+                    problem = f"the key {_SHORT.repr(key)} is repeated"
                 if problem:
                     raise yaml.constructor.ConstructorError(
                         None, None, problem, key_node.start_mark

@@ -16,6 +16,10 @@ _MAX_BYTES = 1 << 18
 _MAX_NODES = 50_000
 _MAX_DEPTH = 20
 _MAX_BRACKETS = 50  # inside each other; PyYAML takes quadratic time for them
+# Not octal (010), of base 60 (1:30) or with underscores, as in YAML 1.1.
+_DECIMAL = re.compile(
+    r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|nan)", re.I | re.A
+)
 
 
 def read(path: str) -> list[Merge]:
@@ -37,7 +41,18 @@ def _documents(path: str) -> list[Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Plain data only; a key that occurs twice is an error."""
+        """Plain data only; a key that occurs twice is an error, and so is a number that versions of YAML read otherwise."""
+
+        def number(self, node: Any) -> Any:
+            if not _DECIMAL.fullmatch(node.value):
+                raise MergeError(
+                    f"{path}, line {node.start_mark.line + 1}: {node.value[:80]} is a number in another notation, which versions "
+                    "of YAML read differently: write it as a decimal number, or in quotes."
+                )
+            kind = node.tag.rpartition(":")[2]
+            return (
+                self.construct_yaml_int(node) if kind == "int" else self.construct_yaml_float(node)
+            )
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
@@ -48,6 +63,8 @@ def _documents(path: str) -> list[Any]:
                 seen.add(text)
             return super().construct_mapping(node, deep)
 
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.number)
     with open(mirror.local(path), "rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import pathlib
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,9 @@ from launch.merging.settings import (
     Tokens,
     TokenSource,
 )
+from model import patterns
 from model.storage import paths
 from model.transforms.merge_methods import METHODS, Method
-
-_MAX_PATTERN = 300  # characters
 
 
 class Document:
@@ -92,7 +92,7 @@ class Document:
         if value is None and not needed:
             return None
         if not isinstance(value, str) or not value or "\0" in value:
-            raise self.error(key, f"must be a text, not {value!r}.")
+            raise self.error(key, f"must be a text, not {reprlib.repr(value)}.")
         return value
 
     def name(self, value: Any) -> str | None:
@@ -229,16 +229,12 @@ class Document:
             result.append(Condition(value_, text, pattern, outside))
         return tuple(result)
 
-    def pattern(self, key: str, value: Any) -> re.Pattern | None:
+    def pattern(self, key: str, value: Any) -> patterns.Pattern | None:
         text = self.text(key, value, needed=False)
-        if text is None:
-            return None
         try:
-            if len(text) > _MAX_PATTERN:
-                raise re.error(f"longer than {_MAX_PATTERN} characters")
-            return re.compile(text)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise self.error(key, f"{text[:80]!r} is not a regular expression ({error}).") from None
+            return None if text is None else patterns.compiled(text)
+        except patterns.PatternError as error:
+            raise self.error(key, f"{error}.") from None
 
     def setting(self, key: str, value: Any, name: str) -> Any:
         if isinstance(value, list):
@@ -257,7 +253,7 @@ class Document:
         if isinstance(value, float) and not math.isfinite(value):
             raise self.error(key, f"must be a finite number, not {value!r}.")
         if problem := parameter.check(value):
-            raise self.error(key, f"must be {problem}, not {value!r}.")
+            raise self.error(key, f"must be {problem}, not {reprlib.repr(value)}.")
         return value
 
     def tokens(self, block: Any, source: Any) -> Tokens | None:

@@ -5,6 +5,7 @@ A tensor of a run is one layer's part of an array: 'layers/3/mlp/up/kernel', how
 
 import collections
 import dataclasses
+import hashlib
 import math
 import os
 import pathlib
@@ -25,6 +26,8 @@ ARRAY = re.compile(r"((?:.*/)?layers)/block_(\d+)/(.*)")
 # Tensors without weights, which readers make themselves.
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _HELD_CHUNKS = 3
+_SAMPLED = 2048  # values of each tensor in a short digest
+_READ = 1 << 22  # values that are read at a time for a whole one
 
 Read = Callable[[int, int], np.ndarray]
 
@@ -91,6 +94,18 @@ class HfModel:
             return values
 
         return read
+
+    def digest(self, *, whole: bool) -> str:
+        """Returns a digest of the tensors, in any files: of the first values of each, or of all values."""
+        result = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.tensors):
+            entry, read = self.tensors[name], self.read(name)
+            size = math.prod(entry.shape)
+            result.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+            for low in range(0, size if whole else min(size, _SAMPLED), _READ):
+                values = read(low, min(low + _READ, size) if whole else min(size, _SAMPLED))
+                result.update(values.view(np.uint8).data)
+        return result.hexdigest()
 
     def fingerprint(self) -> list[Any]:
         """Returns facts that change if the weights' files are replaced."""
@@ -187,6 +202,10 @@ class NativeModel:
             stored = self._open[1]
         return _ChunkedRead(stored, at, self.tensors[name].shape)
 
+    def digest(self, *, whole: bool) -> str:
+        """Returns the digest of all parameters, which the checkpoint has."""
+        return self.source.base_digest
+
     def fingerprint(self) -> list[Any]:
         return [os.fspath(self.source.step), self.source.base_digest]
 
@@ -226,6 +245,19 @@ class _ChunkedRead:
 
 
 Model = HfModel | NativeModel
+
+
+def digests(models: Mapping[str, Model]) -> dict[str, str]:
+    """Returns a digest of each model's weights, which does not depend on where the model is.
+
+    It is of all values if models agree in the first ones of every tensor, as copies do.
+    """
+    short = {path: model.digest(whole=False) for path, model in models.items()}
+    counts = collections.Counter(short.values())
+    return {
+        path: digest if counts[digest] == 1 else models[path].digest(whole=True)
+        for path, digest in short.items()
+    }
 
 
 def open_model(path: str) -> Model:

@@ -82,7 +82,9 @@ def _meta(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> di
 def _config_lines(
     merge: Merge, models: Mapping[str, Model], planner: Planner, planned: Sequence[Planned]
 ) -> list[str]:
-    """Returns the gin lines of a new depth or dtype."""
+    """Returns the gin lines of a depth and dtypes that are not those of the first model."""
+    import jax.numpy as jnp
+
     donor = planner.donor
     assert isinstance(donor, NativeModel)
     lines = []
@@ -108,9 +110,16 @@ def _config_lines(
                 )
         if len(origins) % period:
             raise MergeError(f"{merge.file}: the number of layers must be a multiple of {period}.")
-    if merge.out_dtype or merge.dtype:
-        dtype = merge.out_dtype or merge.dtype
-        lines.append(f"config.TransformerConfig.param_dtype = {dtype!r}")
+    configs = [models[path].model.config for path in merge.merged_models()]  # type: ignore[union-attr]
+    for field in (
+        "dtype",
+        "param_dtype",
+    ):  # of models that differ, so that their order does not decide
+        dtype = promoted([jnp.dtype(getattr(config, field)) for config in configs]).name
+        if field == "param_dtype":
+            dtype = merge.out_dtype or merge.dtype or dtype
+        if dtype != jnp.dtype(getattr(donor.model.config, field)).name:
+            lines.append(f"config.TransformerConfig.{field} = {dtype!r}")
     return ["from model import config", *lines] if lines else []
 
 

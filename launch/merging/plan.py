@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.merging.models import Entry, Model
+from launch.merging.models import Entry, Model, digests
 from launch.merging.parameters import evaluate, problem_of
 from launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
 from launch.merging.settings import Merge, MergeError, Module, Parameters, Slice, Source
@@ -80,6 +80,7 @@ class Planner:
         self._merge, self._models, self._seed = merge, models, seed
         self._shapes = shapes or {}
         self._method = METHODS[merge.method]
+        self._digests = digests(models)
         self.donor = models[merge.models()[0]]
         self.layers: dict[str, list[tuple[str, int]]] = {}  # of each output stack: the first input
 
@@ -89,6 +90,12 @@ class Planner:
         Raises:
           MergeError: the models, or the parameters, do not fit the method or each other.
         """
+        for path, digest in self._digests.items():
+            first = next(x for x in self._digests if self._digests[x] == digest)
+            if path != first:
+                raise self._error(
+                    f"lists a model twice: {path} has the weights of {first}. Remove one of them, or give it by one path."
+                )
         stacks = stacks_of(self.donor)
         modules = self._modules(stacks)
         planned: list[Planned] = []
@@ -356,7 +363,8 @@ class Planner:
             shape=shape,
             based=group.base,
             values=values,
-            models=[_key(source, group) for source, _ in own],
+            models=[self._key(source, group) for source, _ in own],
+            sources=[f"{path}: {tensor}" for path, tensor in inputs],
             dtype=_dtype(self._merge.dtype),
             out_dtype=_dtype(self._merge.out_dtype),
             seed=self._seed,
@@ -365,11 +373,11 @@ class Planner:
             raise self._error(f"{name}: {problem}")
         return job
 
-
-def _key(source: Source, group: _Group) -> str:
-    """Returns the name of a source for random numbers, also if a model is in a slice twice."""
-    same = [s for s, _ in group.sources if s.model == source.model]
-    return source.model if len(same) == 1 else f"{source.model}{list(source.layers or ())}"
+    def _key(self, source: Source, group: _Group) -> str:
+        """Returns the key of a source for random numbers, also if a model is in a slice twice."""
+        same = [s for s, _ in group.sources if s.model == source.model]
+        digest = self._digests[source.model]
+        return digest if len(same) == 1 else f"{digest}{list(source.layers or ())}"
 
 
 def _dtype(name: str | None) -> np.dtype | None:

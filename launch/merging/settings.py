@@ -1,10 +1,10 @@
 """The configuration of a merge, as launch/merging/config_file.py reads it."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from model.patterns import Pattern
 from model.transforms.merge_methods import METHODS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -27,7 +27,7 @@ class Condition:
 
     value: Any
     filter: str | None = None
-    pattern: re.Pattern | None = None
+    pattern: Pattern | None = None
     non_layer: Any = None
 
     def matches(self, names: Sequence[str]) -> bool:

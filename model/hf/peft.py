@@ -9,43 +9,26 @@ Shapes: L stacked layers, X in, Y out, R rank.
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from model.adapters.adapter import PREFIX
-from model.hf.files.safetensors_files import SafetensorsReader, read_json
+from model.hf import mapping, peft_config
+from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 from model.hf.mapping import Piece
+from model.hf.peft_config import CONFIG, PeftConfig, PeftError
+from model.hf.plan import FLOATS
+from model.transforms import finite
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _ROOT = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<module>.*)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|ia3_l)(\.default)?(\.weight)?"
 )
-_LEAVES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}
-# Values with which a field has no effect; another value is not supported.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "lora_bias": (None, False),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "ensure_weight_tying": (None, False),
-}
-
-
-class PeftError(ValueError):
-    """Adapters that one of the two formats does not have."""
 
 
 # (path of a kernel, its leading indices) -> the kernel [X, Y].
@@ -79,18 +62,11 @@ def read(
       kernel: reads kernels of the base model, of which DoRA needs the norms.
 
     Raises:
-      PeftError: another kind of adapter, a setting that has no counterpart, or adapters of another model.
+      PeftError: another kind of adapter, a setting that has no counterpart, tensors that do not fit the settings or the base
+        model, or values that are not finite.
       WeightFileError: damaged files, or only pickled weights.
     """
-    config = read_json(pathlib.Path(folder, CONFIG))
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "IA3"):
-        raise PeftError(
-            f"{folder}/{CONFIG}: peft_type {kind!r} is not supported: LORA and IA3 are."
-        )
-    for name, neutral in _NEUTRAL.items():
-        if name in config and config[name] not in neutral:
-            raise PeftError(f"{folder}/{CONFIG}: {name} = {config[name]!r} is not supported.")
+    config = peft_config.read(folder)
     by_module = collections.defaultdict(list)
     for piece in pieces:
         if piece.native.endswith("/kernel") and not _is_expert(piece):
@@ -98,44 +74,92 @@ def read(
     modules = _modules(folder, by_module)
     sites: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = collections.defaultdict(dict)
     for module, tensors in modules.items():
+        _check(f"{folder}/{WEIGHTS}: {module}", module, tensors, by_module[module], shapes, config)
         for piece in by_module[module]:
             own = _of_piece(piece, tensors)
-            if kind == "LORA":
-                own["scale"] = _scale(config, module, own["lora_a"].shape[-1])
+            if config.kind == "LORA":
+                rank = own["lora_a"].shape[-1]
+                own["scale"] = np.asarray(config.scale(module, rank))
             if "magnitude" in own:
                 norms = np.linalg.norm(kernel(piece.native, piece.native_at), axis=0)
                 own["magnitude_change"] = own.pop("magnitude") - norms
             sites[piece.native.removesuffix("/kernel")][piece.native_at] = own
-    slot = "lora" if kind == "LORA" else "ia3"
+    slot = "lora" if config.kind == "LORA" else "ia3"
     arrays = {}
     for site, layers in sites.items():
         stacks = _stacked(layers, shapes[f"{site}/kernel"])
-        if kind == "LORA":
+        if config.kind == "LORA":
             _rescale(stacks, config)
         for leaf, values in stacks.items():
             arrays[f"{site}/{PREFIX}{slot}/{leaf}"] = values
-    if kind == "IA3":
+    if config.kind == "IA3":
         return Imported("ia3", _ia3_settings(arrays), arrays)
-    return Imported(
-        "dora" if config.get("use_dora") else "lora", _lora_settings(config, arrays), arrays
-    )
+    return Imported("dora" if config.dora else "lora", _lora_settings(config, arrays), arrays)
 
 
 def _modules(folder: str, known: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Returns the tensors of each module by kind, float32."""
     modules: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     with SafetensorsReader(folder, single=WEIGHTS) as reader:
-        for name in reader.tensors:
+        for name, info in reader.tensors.items():
             match = _TENSOR.fullmatch(name.removeprefix(_ROOT))
             if match is None or match["module"] not in known:
                 raise PeftError(
-                    f"{folder}/{WEIGHTS}: {name} belongs to no projection of the base model: give the model that these adapters "
-                    "were trained with, --base=RUN. Adapters of embeddings and heads are not supported."
+                    f"{folder}/{WEIGHTS}: {name[:200]} belongs to no projection of the base model: give the model that these "
+                    "adapters were trained with, --base=RUN. Adapters of embeddings and heads are not supported."
                 )
-            modules[match["module"]][match["kind"]] = reader.read(name).astype(np.float32)
+            if match["kind"] in modules[match["module"]]:
+                raise PeftError(
+                    f"{folder}/{WEIGHTS} has {match['kind']} of {match['module']} twice, with and without '.default' or "
+                    "'.weight' in the name: remove one of them."
+                )
+            if info.dtype.name not in FLOATS:
+                raise PeftError(
+                    f"{folder}/{WEIGHTS}: {name} is {info}, but adapters must be of floats: save them again with peft."
+                )
+            values = reader.read(name).astype(np.float32)
+            if problem := finite.problem_of(values):
+                raise PeftError(
+                    f"{folder}/{WEIGHTS}: {name} has {problem}: use another checkpoint."
+                )
+            modules[match["module"]][match["kind"]] = values
     if not modules:
         raise PeftError(f"{folder}/{WEIGHTS} has no adapters.")
     return modules
+
+
+def _check(
+    where: str,
+    module: str,
+    tensors: Mapping[str, np.ndarray],
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: PeftConfig,
+) -> None:
+    """Raises PeftError unless a module has the tensors of its kind of adapter, with the shapes of its matrix and rank."""
+    [matrix] = mapping.hf_shapes(pieces, shapes).values()
+    rows, columns = matrix if pieces[0].transpose else matrix[::-1]  # out, in
+    rank = config.rank_of(module)
+    wanted: dict[str, tuple[tuple[int, ...], ...]] = {"ia3_l": ((rows, 1), (1, columns))}
+    if config.kind == "LORA":
+        wanted = {"lora_A": ((rank, columns),), "lora_B": ((rows, rank),)}
+        if config.dora:
+            wanted["lora_magnitude_vector"] = ((rows,), (rows, 1), (1, rows))
+    for kind in [*wanted, *tensors]:
+        if kind not in tensors:
+            raise PeftError(f"{where} has no {kind}: save the adapter again with peft.")
+        if kind not in wanted:
+            name = "DoRA" if config.dora else config.kind
+            raise PeftError(
+                f"{where} has {kind}, and {CONFIG} describes {name} without it: correct that."
+            )
+        if tensors[kind].shape not in wanted[kind]:
+            shown = " or ".join(str(list(shape)) for shape in wanted[kind])
+            rule = f" (r = {rank})" if config.kind == "LORA" else ""
+            raise PeftError(
+                f"{where}.{kind} is {list(tensors[kind].shape)}, and {shown} by {CONFIG}{rule} and the base model: correct "
+                "the configuration, or give the base that the adapter was trained with."
+            )
 
 
 def _of_piece(piece: Piece, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -157,19 +181,9 @@ def _of_piece(piece: Piece, tensors: Mapping[str, np.ndarray]) -> dict[str, np.n
     return own
 
 
-def _scale(config: Mapping[str, Any], module: str | None, rank: int) -> np.ndarray:
-    """Returns the factor of A B: of a module in peft or, without one, in this project, which has one alpha for all."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items() if module else ():
-        if re.match(rf"(.*\.)?({pattern})$", module or ""):  # as peft does
-            alpha = value
-            break
-    return np.asarray(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _rescale(own: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    """Multiplies B by the quotient of both factors, where they differ."""
-    quotient = own.pop("scale") / _scale(config, None, own["lora_a"].shape[-1])
+def _rescale(own: dict[str, np.ndarray], config: PeftConfig) -> None:
+    """Multiplies B by the quotient of both factors of A B, where they differ: this project has one alpha for all modules."""
+    quotient = own.pop("scale") / config.scale(None, own["lora_a"].shape[-1])
     if np.any(quotient != 1):
         own["lora_b"] = (own["lora_b"] * quotient[..., None, None]).astype(np.float32)
 
@@ -214,15 +228,15 @@ def _ia3_settings(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return settings
 
 
-def _lora_settings(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _lora_settings(config: PeftConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     ranks = {_site(x): a.shape[-1] for x, a in arrays.items() if x.endswith("/lora_a")}
-    others = [(re.escape(site), rank) for site, rank in ranks.items() if rank != config["r"]]
+    others = [(re.escape(site), rank) for site, rank in ranks.items() if rank != config.rank]
     return {
-        "LORA_RANK": config["r"],
+        "LORA_RANK": config.rank,
         "LORA_RANKS": others,
-        "LORA_ALPHA": float(config["lora_alpha"]),
-        "RANK_STABILISED": bool(config.get("use_rslora")),
-        "LORA_DROPOUT": float(config.get("lora_dropout") or 0),
+        "LORA_ALPHA": float(config.alpha),
+        "RANK_STABILISED": config.stabilised,
+        "LORA_DROPOUT": float(config.dropout),
         "LORA_LAYERS": [re.escape(site) for site in ranks],
     }
 
@@ -309,7 +323,10 @@ def write(
         config |= {"peft_type": "IA3", "feedforward_modules": _short(sorted(inputs), names)}
     path = pathlib.Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in sorted(tensors.items())}
+    with SafetensorsWriter(folder, layout, single=WEIGHTS) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
 
 
 def _to_peft(own: Mapping[str, np.ndarray], kernel: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from model.hf.files import tiles
 from model.hf.files.safetensors_files import TensorInfo
 from model.hf.mapping import Piece
 from model.transformer import Transformer
+from model.transforms import finite
 
 FLOATS = {
     "float32": np.dtype(np.float32),
@@ -28,7 +29,7 @@ _READ_BYTES = 1 << 21  # bytes read at a time, to fit the L2 cache
 
 
 class UnsuitableDtypeError(ValueError):
-    """Weights that are not floats, or do not fit the requested dtype."""
+    """Weights that are not floats, not finite, or do not fit the requested dtype."""
 
 
 class Source(Protocol):
@@ -87,7 +88,11 @@ class Plan:
         return sum(target.nbytes for target in self.arrays.values())
 
     def blocks(self, path: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """Yields the blocks of an array, as (start indices, values)."""
+        """Yields the blocks of an array, as (start indices, values).
+
+        Raises:
+          UnsuitableDtypeError: values are not finite, or do not fit the array's dtype.
+        """
         target = self.arrays[path]
         for piece in target.pieces:
             region = target.shape[len(piece.native_at) :]
@@ -96,6 +101,11 @@ class Plan:
                 count = min(step, region[0] - low) if step else region[0]
                 values = np.empty((count, *region[1:]), target.dtype)
                 self.fill(values, piece, low)
+                if problem := finite.problem_of(values):
+                    info = self.source.tensors[self.names[piece.hf]]
+                    raise UnsuitableDtypeError(
+                        f"{info.file}: {self.names[piece.hf]} has {problem}: download it again, or use another checkpoint."
+                    )
                 start = (*piece.native_at, low, *(0 for _ in region[1:]))
                 yield start, values.reshape((1,) * len(piece.native_at) + values.shape)
 

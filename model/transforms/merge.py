@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from model.transforms import merge_blocks
-from model.transforms.base import TransformError
 from model.transforms.merge_blocks import Blocks, Read
 from model.transforms.merge_methods import METHODS, Tensor, Values
 
@@ -26,7 +25,8 @@ class Job:
       shape: of all inputs and the result.
       based: whether the first input is a base.
       values: parameters of the method; a list for those that each model has.
-      models: names of the inputs but the base, for random numbers.
+      models: keys of the inputs but the base, for random numbers.
+      sources: names of all inputs, for messages; empty for none.
       dtype: dtype that inputs are rounded to, and the result before `out_dtype`; None for that of the inputs.
       out_dtype: dtype of the result; None for `dtype`.
       seed: of random numbers.
@@ -38,6 +38,7 @@ class Job:
     based: bool
     values: Values
     models: Sequence[str]
+    sources: Sequence[str] = ()
     dtype: np.dtype | None = None
     out_dtype: np.dtype | None = None
     seed: int = 0
@@ -58,7 +59,8 @@ class Job:
           settings: `block`, `pool` and `threads` of `Blocks`.
 
         Raises:
-          TransformError: the parameters do not fit the values, such as weights that cancel out.
+          TransformError: the parameters do not fit the values, such as weights that cancel out; or values of an input or of
+            the result are not finite.
         """
         method, results = METHODS[self.method], self.result_dtypes(dtypes)
         work = np.float64 if results[0] == np.float64 else np.float32
@@ -67,19 +69,17 @@ class Job:
             tall = self.values.get("nuslerp_row_wise") and len(self.shape) > 1
             size = int(np.prod(self.shape))
             row = size // max(1, self.shape[0]) if tall else self.shape[-1]
-        blocks = Blocks(reads, self.shape, work=work, cast=self.dtype, row=row, **settings)
+        names = self.sources or None
+        blocks = Blocks(
+            reads, self.shape, work=work, cast=self.dtype, row=row, names=names, **settings
+        )
         keys = [f"{self.seed}\0{self.name}\0{model}" for model in self.models]
         tensor = Tensor(
             blocks=blocks, based=self.based, values=self.values, keys=keys, name=self.name
         )
         if not blocks.size:
             return
-        for low, values in blocks.map(method.compute(tensor), results):
-            if values.dtype == np.float16 and not np.isfinite(values).all():
-                raise TransformError(
-                    f"{self.name} has values that are not finite in float16: use bfloat16 or float32."
-                )
-            yield low, values
+        yield from blocks.map(method.compute(tensor), results)
 
 
 def merged(job: Job, arrays: Sequence[np.ndarray], **settings: Any) -> np.ndarray:

@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
+from model.transforms import finite
+from model.transforms.base import TransformError
+
 GRAIN = 1 << 16  # values
 _SAMPLE = 1 << 9  # values of a grain that are sampled to guess a threshold
 _MOST_HELD = 1 << 22  # values between two guesses that stay in memory
@@ -37,6 +40,7 @@ class Blocks:
       cast: dtype that inputs are rounded to first; None for none.
       block: number of values that a thread reads at a time; at least a grain is read.
       row: number of values that are never split, such as a row; 1 for none.
+      names: of the inputs, for messages; None for none.
       pool: runs blocks in threads; None for this thread.
       threads: number of threads of the pool.
     """
@@ -50,6 +54,7 @@ class Blocks:
         cast: Any = None,
         block: int = 1 << 20,
         row: int = 1,
+        names: Sequence[str] | None = None,
         pool: concurrent.futures.Executor | None = None,
         threads: int = 1,
     ):
@@ -57,14 +62,25 @@ class Blocks:
         self.work = np.dtype(work)
         self.grain = max(1, GRAIN // max(1, row)) * max(1, row)
         self._reads, self._cast = reads, None if cast is None else np.dtype(cast)
+        self._names = [f"input {i}" for i in range(len(reads))] if names is None else names
         self._block = max(1, block // self.grain) * self.grain
         self._pool, self._threads = pool, threads
+        self._finite: set[int] = set()  # the blocks whose values are known to be finite
 
     def grains(self, low: int, high: int) -> Iterator[tuple[int, Parts]]:
-        """Yields the first index and the inputs' values of each grain of a block."""
+        """Yields the first index and the inputs' values of each grain of a block.
+
+        Raises:
+          TransformError: values of an input are not finite; they are checked the first time that they are read.
+        """
         raw = [read(low, high) for read in self._reads]
         for start in range(0, high - low, self.grain):
-            yield low + start, [self._cast_part(x[start : start + self.grain]) for x in raw]
+            parts = [self._cast_part(x[start : start + self.grain]) for x in raw]
+            for number, part in enumerate(parts if low not in self._finite else ()):
+                if finite.problem_of(part):
+                    self._refuse(number)
+            yield low + start, parts
+        self._finite.add(low)
 
     def _cast_part(self, values: np.ndarray) -> np.ndarray:
         if self._cast is not None and values.dtype != self._cast:
@@ -74,7 +90,11 @@ class Blocks:
     def map(
         self, compute: Callable[[Parts, int], np.ndarray], dtypes: Sequence[Any]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields blocks of results in order, as (first index, values rounded to each of `dtypes` in turn)."""
+        """Yields blocks of results in order, as (first index, values rounded to each of `dtypes` in turn).
+
+        Raises:
+          TransformError: values of the result are not finite.
+        """
         last = np.dtype(dtypes[-1])
 
         def work(low: int, high: int) -> tuple[int, np.ndarray]:
@@ -84,10 +104,27 @@ class Blocks:
                 with np.errstate(over="ignore"):
                     for dtype in dtypes:
                         part = part.astype(dtype, copy=False)
+                if problem := finite.problem_of(part):
+                    raise TransformError(
+                        f"the result of {', '.join(self._names)} has {problem} in {last.name}, though the inputs are finite: "
+                        "use a wider dtype, or other weights."
+                    )
                 values[start - low : start - low + part.size] = part
             return low, values
 
         yield from self._in_order(work)
+
+    def _refuse(self, number: int) -> None:
+        """Raises TransformError for an input with values that are not finite, after a count of them."""
+        bad = 0
+        for low in range(0, self.size, self._block):
+            raw = self._reads[number](low, min(low + self._block, self.size))
+            bad += raw.size - int(np.isfinite(self._cast_part(raw)).sum())
+        rounded = "" if self._cast is None else f" in {self._cast.name}"
+        raise TransformError(
+            f"{self._names[number]} has {bad:,} of {self.size:,} values that are NaN or infinite{rounded}: leave out this model, "
+            "or take another checkpoint of it."
+        )
 
     def each(self, measure: Callable[[Parts, int], _T]) -> list[_T]:
         """Returns a result for each grain, in order."""

@@ -92,6 +92,13 @@ def test_errors_of_the_project_are_printed_and_bugs_are_raised(
     assert capsys.readouterr().err == "\nerror: steps = -1 must not be negative.\n"
 
 
+def test_a_long_message_keeps_its_beginning_and_its_remedy(capsys):
+    input_errors.report(environment.RootError(f"x.json: {'y' * 900_000}: remove it."))
+    printed = capsys.readouterr().err
+    assert printed.startswith("\nerror: x.json: yyy") and printed.endswith("y: remove it.\n")
+    assert len(printed) < 7000
+
+
 def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_not():
     from model.config import TransformerConfig
 

@@ -292,7 +292,8 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
     Args:
       directory: the directory of the new files.
       tensors: (dtype, shape) by name, in the order in which they are stored.
-      shard_bytes: maximum data per file, unless a single tensor is larger.
+      shard_bytes: maximum data per file, unless a single tensor is larger; None for one file.
+      single: name of the file, if it is one.
       again: continue the files of an earlier writer with the same arguments, where they are.
     """
 
@@ -301,7 +302,8 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         directory: str | os.PathLike,
         tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
         *,
-        shard_bytes: int,
+        shard_bytes: int | None = None,
+        single: str = SINGLE,
         again: bool = False,
     ):
         self.directory = pathlib.Path(directory)
@@ -310,7 +312,7 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         self._descriptors: dict[pathlib.Path, int] = {}
         shards = list(_shards(tensors, shard_bytes))
         for number, names in enumerate(shards, 1):
-            file = SINGLE
+            file = single
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._lay_out(self.directory / file, {name: tensors[name] for name in names})
@@ -372,12 +374,12 @@ class SafetensorsWriter(contextlib.AbstractContextManager):
         self.close()
 
 
-def _shards(tensors: Mapping[str, Any], shard_bytes: int) -> Iterator[list[str]]:
+def _shards(tensors: Mapping[str, Any], shard_bytes: int | None) -> Iterator[list[str]]:
     names: list[str] = []
     total = 0
     for name, (dtype, shape) in tensors.items():
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        if names and total + size > shard_bytes:
+        if names and shard_bytes is not None and total + size > shard_bytes:
             yield names
             names, total = [], 0
         names.append(name)

@@ -1,5 +1,6 @@
 """Prompt templates against texts rendered by hand."""
 
+import itertools
 import pathlib
 
 import pytest
@@ -167,6 +168,17 @@ def test_malformed_files_are_one_error(read, text, message):
     with pytest.raises(DataError) as raised:
         read(text)
     assert "templates.yaml" in str(raised.value) and message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "entry", ["name: *i, jinja: x", "name: one, jinja: *i", "name: *j, *j : x"]
+)
+def test_values_that_aliases_make_endless_are_not_written_out(read, entry):
+    lists = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi")]
+    text = "\n".join(["a: &a [x]", *lists, f"j: &j {'y' * 300_000}", f"templates: [{{{entry}}}]"])
+    with pytest.raises(DataError) as raised:
+        read(text)
+    assert "templates.yaml" in str(raised.value) and len(str(raised.value)) < 1000
 
 
 def test_a_file_that_does_not_exist(tmp_path):

@@ -185,6 +185,11 @@ ERRORS = {
     LINEAR.replace("weight: 1", "weight: [{filter: a}]"): "has no value",
     LINEAR.replace("weight: 1", "weight: [{fliter: a, value: 1}]"): "did you mean 'filter'",
     LINEAR.replace("weight: 1", "weight: [{pattern: '(', value: 1}]"): "is not a regular expression",
+    LINEAR.replace("weight: 1", "weight: [{pattern: '(a)\\1', value: 1}]"): "groupref is not supported",
+    **{
+        LINEAR.replace("weight: 1", f"weight: {number}"): f"line 2: {number} is a number in another notation"
+        for number in ("010", "-07", "1:30", "1:30.5", "0x10", "1_000", "0b11")
+    },
     LINEAR.replace("model: a", "model: a@main"): "a revision .* is not read",
     LINEAR.replace("model: a", "model: a+lora"): "LoRA .* merge the LoRA first",
     LINEAR.replace("model: a", "modle: a"): "did you mean 'model'",
@@ -212,6 +217,21 @@ def test_errors_name_the_key(tmp_path, text):
         read(tmp_path, text)
     assert re.search(ERRORS[text], str(error.value)), error.value
     assert str(error.value).startswith(str(tmp_path / "merge.yml"))
+
+
+def test_decimal_numbers_are_read(tmp_path):
+    numbers = {"10": 10, "0.5": 0.5, ".5": 0.5, "-0": 0, "1.0e+3": 1000.0, "'010'": 10, "1e3": 1000}
+    for text, value in numbers.items():
+        (linear,) = read(tmp_path, LINEAR.replace("weight: 1", f"weight: {text}"))
+        assert linear.modules[""].slices[0].sources[0].parameters["weight"] == (Condition(value),)
+
+
+def test_a_pattern_that_would_not_end_matches_nothing(tmp_path):
+    pattern = r"{pattern: '((\w|[.])+)+!', value: 1}, {value: 2}"
+    (linear,) = read(tmp_path, LINEAR.replace("weight: 1", f"weight: [{pattern}]"))
+    first, last = linear.modules[""].slices[0].sources[0].parameters["weight"]
+    name = "model.layers.10.self_attn.q_proj.weight"
+    assert not first.matches([name]) and last.matches([name])
 
 
 def test_the_benchmark_merges_as_it_says(tmp_path):

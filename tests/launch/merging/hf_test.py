@@ -12,7 +12,7 @@ import pytest
 from launch import merge
 from launch.merging import config_file, models, plan, run, workers
 from launch.merging.settings import MergeError
-from model.hf.files.safetensors_files import INDEX
+from model.hf.files.safetensors_files import INDEX, SafetensorsReader
 from tests.launch.merging import folders
 from tests.launch.merging.folders import BF16
 
@@ -100,6 +100,87 @@ def test_random_methods_depend_on_the_seed_alone(tmp_path):
     other = merged(tmp_path, config, "other", seed=4)
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not all(np.array_equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della"])
+def test_what_is_drawn_does_not_depend_on_where_the_models_are(tmp_path, monkeypatch, method):
+    folders.pair(tmp_path / "here", count=3)
+    for name in "abc":
+        with SafetensorsReader(tmp_path / "here" / name) as reader:
+            tensors = {x: reader.read(x) for x in reader.tensors}
+        folders.write(tmp_path / "there" / name, tensors, shard=900)
+
+    def drawn(name, *, models="bc", root=f"{tmp_path}/here", base="a", **flags):
+        entries = [
+            {"model": f"{root}/{x}", "parameters": {"weight": 0.5, "density": 0.5}} for x in models
+        ]
+        fields = {"merge_method": method, "models": entries, "base_model": f"{root}/{base}"}
+        return merged(tmp_path, configured(tmp_path, **fields), name, **flags)
+
+    monkeypatch.chdir(tmp_path / "here")
+    first = drawn("first")
+    same = {
+        "copied and in other files": drawn("copied", root=f"{tmp_path}/there"),
+        "relative": drawn("relative", root="."),
+        "in another order": drawn("order", models="cb"),
+    }
+    for name, other in same.items():
+        assert all(np.array_equal(first[x], other[x]) for x in first), name
+    assert any(not np.array_equal(first[x], y) for x, y in drawn("seed", seed=1).items())
+
+
+def test_stages_draw_the_same_in_any_folder(tmp_path):
+    folders.pair(tmp_path, count=3)
+    settings = "parameters: {density: 0.5, weight: 1}"
+    text = f"""
+name: stage
+merge_method: dare_linear
+base_model: {tmp_path}/a
+models: [{{model: {tmp_path}/b}}]
+{settings}
+---
+merge_method: dare_linear
+base_model: {tmp_path}/a
+models: [{{model: stage}}, {{model: {tmp_path}/c}}]
+{settings}
+"""
+    (tmp_path / "merge.yml").write_text(text)
+    outs = [merged(tmp_path, str(tmp_path / "merge.yml"), name) for name in ("one", "two/deep")]
+    assert all(np.array_equal(outs[0][x], outs[1][x]) for x in outs[0])
+
+
+def test_models_that_differ_in_one_late_value_draw_apart(tmp_path):
+    sizes = folders.shapes(
+        vocab=600
+    )  # of 8 values, so that a digest of the first ones is of a part
+    tensors = folders.drawn(0, sizes)
+    for name in "abc":
+        tensors[EMBED][-1, -1] += 1
+        folders.write(tmp_path / name, tensors)
+    config = configured(
+        tmp_path,
+        merge_method="dare_linear",
+        base_model="@a",
+        models=[{"model": "@b"}, {"model": "@c"}],
+        parameters={"weight": 1, "density": 0.5},
+    )
+    keys = jobs(tmp_path, config)[EMBED].job.models
+    assert len(set(keys)) == 2
+
+
+@pytest.mark.parametrize("other", ["./a", "a/", "../{root}/a", "link", "copy", "sharded"])
+def test_a_model_under_two_paths_is_refused(tmp_path, monkeypatch, capsys, other):
+    a, _ = folders.pair(tmp_path)
+    (tmp_path / "link").symlink_to("a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    folders.write(tmp_path / "sharded", a, shard=900)
+    monkeypatch.chdir(tmp_path)
+    other = other.format(root=tmp_path.name)
+    entries = [{"model": x, "parameters": {"weight": 1}} for x in ("a", "b", other)]
+    config = configured(tmp_path, merge_method="linear", models=entries)
+    assert merge.main([f"--config={config}", f"--out={tmp_path}/out"]) == 2
+    error = capsys.readouterr().err
+    assert f"lists a model twice: {other} has the weights of a." in error
 
 
 def test_a_base_of_linear_gives_its_configuration_alone(tmp_path, capsys):
@@ -472,7 +553,7 @@ def test_buffers_must_be_equal(tmp_path):
     mask = np.arange(6).reshape(2, 3)
     tensors = folders.drawn(0, folders.shapes()) | {"model.mask": mask}
     folders.write(tmp_path / "a", tensors)
-    folders.write(tmp_path / "b", tensors)
+    folders.write(tmp_path / "b", tensors | {EMBED: tensors[EMBED] + 1})
     assert np.array_equal(merged(tmp_path, linear(tmp_path))["model.mask"], mask)
     shutil.rmtree(tmp_path / "b")
     folders.write(tmp_path / "b", {**tensors, "model.mask": mask + 1})

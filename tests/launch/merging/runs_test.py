@@ -14,6 +14,7 @@ from data.aya_expanse import lexicon
 from launch import convert, merge
 from launch.merging import models
 from launch.papers.aya_expanse import small_stage
+from launch.run import load_run
 from launch.weights import model_card
 from model.hf import families
 from tests.launch.merging import folders
@@ -192,6 +193,27 @@ def test_low_rank_runs(tmp_path, command, capsys):
         )
         np.testing.assert_allclose(out, a + 0.5 * (b - a), rtol=2**-8, atol=1e-6)
     assert made.model.config.param_dtype == "bfloat16"
+
+
+def test_the_order_of_runs_of_two_dtypes_does_not_matter(tmp_path):
+    config, first = golden("llama_0")
+    folders.write(tmp_path / "a", first, config)
+    for letter, dtype in (("a", "bfloat16"), ("b", "float32")):
+        flags = [f"--from_hf={tmp_path}/a", f"--to={tmp_path}/run_{letter}", f"--dtype={dtype}"]
+        assert convert.main(flags) == 0
+    loaded = []
+    for order in ("ab", "ba"):
+        entries = [{"model": f"@{x}", "parameters": {"weight": 0.5}} for x in order]
+        flags = configured(tmp_path, prefix="run_", merge_method="linear", models=entries)
+        assert merge.main([flags, f"--out={tmp_path}/out_{order}"]) == 0
+        with load_run.config_of(f"{tmp_path}/out_{order}").load(f"{tmp_path}/out_{order}") as run:
+            loaded.append((run.model.config, jax.device_get(run.params)))
+    (config, params), (other_config, other_params) = loaded
+    assert config == other_config and config.param_dtype == "float32"
+    jax.tree.map(np.testing.assert_array_equal, params, other_params)
+    a, b = (stored(f"{tmp_path}/run_{x}", "token_embed/embedding") for x in "ab")
+    mean = (a.astype(np.float32) + b) / 2
+    np.testing.assert_allclose(params["token_embed"]["embedding"], mean, rtol=1e-6)
 
 
 def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, command, capsys):

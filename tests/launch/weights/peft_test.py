@@ -1,6 +1,8 @@
 """Adapters of peft: its log-probabilities, and its files again; the goldens are made by tests/model/hf/goldens/make_peft.py."""
 
+import errno
 import json
+import os
 import pathlib
 
 import jax
@@ -88,6 +90,20 @@ def test_adapters_have_pefts_log_probabilities_and_become_its_files_again(
         assert config["target_modules"] == targets[name]
 
 
+def test_a_full_disk_is_one_error(unpacked, tmp_path, capsys, monkeypatch):
+    *_, base = unpacked("rslora")
+    run, back = tmp_path / "adapted", tmp_path / "back"
+    assert convert.main([f"--from_peft={tmp_path}/adapter", base, f"--to={run}"]) == 0
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert convert.main([f"--from={run}", f"--to_peft={back}"]) == 2
+    printed = capsys.readouterr().err
+    assert "No space left" in printed and "Traceback" not in printed and not back.exists()
+
+
 def test_files_made_from_a_padded_and_rescaled_import_are_the_same_adapters(unpacked, tmp_path):
     tokens, _, expected, base = unpacked("lora")
     folders = [tmp_path / name for name in ("adapter", "one", "two", "three")]
@@ -102,7 +118,7 @@ def test_files_made_from_a_padded_and_rescaled_import_are_the_same_adapters(unpa
     ("change", "words"),
     [
         ({"peft_type": "VERA"}, "peft_type 'VERA'"),
-        ({"bias": "all"}, "bias = 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         (None, "no projection of the base model"),
     ],

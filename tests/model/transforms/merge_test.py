@@ -22,6 +22,7 @@ def merged(method, arrays, *, based=None, block=1 << 20, name="w", models=None, 
     based = METHODS[method].base == "needed" if based is None else based
     count = len(arrays) - based
     settings = {k: values.pop(k, None) for k in ("dtype", "out_dtype")}
+    settings["sources"] = values.pop("sources", ())
     seed = values.pop("seed", 0)
     filled = {}
     for key, parameter in METHODS[method].parameters.items():
@@ -156,7 +157,7 @@ def test_dtypes_of_results():
     assert merged("ties", [a, b], weight=1.0, out_dtype=np.dtype(np.float16)).dtype == np.float16
     wide = [x.astype(np.float64) for x in (a, b)]
     assert merged("slerp", wide, t=0.5).dtype == np.float64
-    with pytest.raises(TransformError, match="not finite in float16"):
+    with pytest.raises(TransformError, match="infinite in float16"):
         merged("linear", [1e5 * a, b], weight=1.0, out_dtype=np.dtype(np.float16))
     # A dtype rounds the inputs first.
     fine = tensors(1)
@@ -164,6 +165,17 @@ def test_dtypes_of_results():
     assert np.array_equal(
         merged("ties", fine, weight=1.0, dtype=BF16), merged("ties", rounded, weight=1.0)
     )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("method", METHODS)
+def test_values_that_are_not_finite_are_refused_by_name(method, bad):
+    count = METHODS[method].least + (METHODS[method].base == "needed")
+    arrays = tensors(count - 1)
+    arrays[-1][3, 4] = arrays[-1][20, 1] = bad
+    sources = [f"model{i}: w" for i in range(count)]
+    with pytest.raises(TransformError, match=f"^model{count - 1}: w has 2 of 1,200 values"):
+        merged(method, arrays, sources=sources, block=7, **defaults(method, METHODS[method].least))
 
 
 def test_slerp_on_the_sphere():
