@@ -213,7 +213,7 @@ class CheckpointTeacher:
             max_new_tokens=sampling.max_tokens,
             sampling=Sampling(temperature=sampling.temperature, top_p=top_p),
         )
-        config = load_run.config_of(self._step)
+        config = dataclasses.replace(load_run.config_of(self._step), special_tokens="nowhere")
         if self.teacher.chat_template is not None:
             config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
         with config.load(self._step, encoder_decoders=True) as loaded:
