@@ -79,6 +79,9 @@ class Working(Protocol):
     identity: Mapping[str, Any]
     local: bool
 
+    def close(self) -> None:
+        """Ends `answers` in another thread, and those to come."""
+
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         """Yields (index, answer) of each prompt, in the order in which they finish.
 
@@ -152,6 +155,9 @@ class EndpointTeacher:
             **self._body,
         }
 
+    def close(self) -> None:
+        self._endpoint.close()
+
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         bodies = [
             {
@@ -201,6 +207,9 @@ class CheckpointTeacher:
             "chat_template": teacher.chat_template,
             **{name: getattr(sampling, name) for name in ("max_tokens", "temperature", "top_p")},
         }
+
+    def close(self) -> None:
+        """Does nothing: checkpoints answer in the main thread."""
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         from launch.inference import generate
