@@ -14,7 +14,7 @@ logprobs (of the chosen tokens). A parameter that would be ignored is an error. 
 the same settings and seed. Completions of all requests wait in one queue and are generated in batches.
 
 Only programs of this computer reach the server unless --host is another address; then give --api_key_file, a file with
-the key that clients must send. SIGINT or SIGTERM ends it after the requests in progress.
+the key that clients must send, and --allowed_host, the name by which they reach it. SIGINT or SIGTERM ends it after the requests in progress.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from launch.run import load_run
 from launch.serving.limits import Limits
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
-_SHUTDOWN_S = 30  # for requests in progress
 
 
 class ServeError(ValueError):
@@ -55,6 +54,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to serve (default 127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0 for a free one")
+    group.add_argument(
+        "--allowed_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name or address by which clients may reach the server, besides localhost and --host; repeatable",
+    )
     group.add_argument("--name", help="name of the model (default: of the run's directory)")
     group.add_argument("--api_key_file", metavar="FILE", help="file with the key of the clients")
     setting_flags.add(parser.add_argument_group("limits"), Limits())
@@ -81,6 +87,7 @@ def _run(start: cli.Start) -> None:
         ) from None
     import jax
 
+    from launch.serving import connections
     from launch.serving.app import make_app
     from launch.serving.engine import Engine
 
@@ -95,14 +102,7 @@ def _run(start: cli.Start) -> None:
             file=sys.stderr,
         )
     name = flags.name or os.path.basename(os.path.abspath(flags.checkpoint))
-    config = uvicorn.Config(
-        lambda: None,
-        host=flags.host,
-        port=flags.port,
-        log_level="info",
-        timeout_graceful_shutdown=_SHUTDOWN_S,
-        server_header=False,
-    )
+    config = connections.config(lambda: None, host=flags.host, port=flags.port)
     try:
         socket = config.bind_socket()  # before the model is loaded
     except SystemExit:  # uvicorn has printed the reason
@@ -111,7 +111,13 @@ def _run(start: cli.Start) -> None:
         ) from None
     options = {"checkpoint": flags.checkpoint, "params": flags.params}
     with socket, Engine(start(), limits=limits, cache_dtype=flags.cache_dtype, **options) as engine:
-        config.app = make_app(engine, model=name, limits=limits, api_key=api_key)
+        config.app = make_app(
+            engine,
+            model=name,
+            limits=limits,
+            api_key=api_key,
+            allowed_hosts=[flags.host, *flags.allowed_host],
+        )
         print(
             f"serving {name} at http://{flags.host}:{socket.getsockname()[1]}/v1", file=sys.stderr
         )

@@ -94,9 +94,9 @@ class ChatFiles(ExactSplit, PromptedFiles):
 
     def _completed(self, record: Record) -> tuple[list[int], list[bool]]:
         """Returns the ids of a prompt of messages with its completion, learnt from where they leave the prompt's ids."""
-        prompt = self.tokeniser.render(record, record.prompt, add_generation_prompt=True).text
-        whole = self.tokeniser.continued(record, prompt, record.completions[0])
-        before, ids = map(self.tokeniser.encode_rendered, (prompt, whole))
+        prompt = self.tokeniser.render(record, record.prompt, add_generation_prompt=True)
+        whole = self.tokeniser.continued(record, prompt.text, record.completions[0])
+        before, ids = (self.tokeniser.encode_marked(r.after(0))[0] for r in (prompt, whole))
         start = len(os.path.commonprefix([before, ids]))
         return ids, [place >= start for place in range(len(ids))]
 

@@ -5,6 +5,7 @@ when it renders one message more: it begins after the generation prompt, where t
 all that closes the turn. A template that renders earlier messages otherwise once later ones follow has no such spans.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,12 +28,11 @@ def rendered_turns(tokeniser: Tokeniser, record: Record, turns: Turns) -> Render
     assert tokeniser.template is not None  # checked by `render`
     if tokeniser.template.marks_assistant(has_tools="tools" in record.template):
         spans = [(start, end) for start, end in whole.spans if start < end]
-        return Rendered(whole.text, tuple(spans[-1:] if turns == "last" else spans))
+        return dataclasses.replace(whole, spans=tuple(spans[-1:] if turns == "last" else spans))
     places = [i for i, message in enumerate(record.prompt) if message["role"] == ASSISTANT]
     chosen = places[-1:] if turns == "last" else places
-    return Rendered(
-        whole.text, tuple(_span(tokeniser, record, whole.text, place) for place in chosen)
-    )
+    turns_spans = tuple(_span(tokeniser, record, whole.text, place) for place in chosen)
+    return dataclasses.replace(whole, spans=turns_spans)
 
 
 def _span(tokeniser: Tokeniser, record: Record, whole: str, place: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from data import tasks
 from data.cache import fingerprint
 from data.data_source import FileSource
 from data.preference import tokens
+from data.tokenizers import chat_template as templates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class PromptedFiles(FileSource, abc.ABC):
         `data.preference.tasks.register_pairs` describes the arguments and errors.
         """
         tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos or prompt_eos)
-        template = tokens.find_template(chat_template, vocabulary)
+        # The files are the user's own: as in TRL, special tokens that contents spell are special tokens.
+        template = templates.of(chat_template, vocabulary, special_in_contents=True)
         tokeniser = tokens.Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
         return cls.find(name=name, tokeniser=tokeniser, **fields)
 

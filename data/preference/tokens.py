@@ -13,10 +13,10 @@ from typing import Any
 from data.preference.records import Record
 from data.preference.texts import Message
 from data.text.documents import DataError
-from data.tokenizers import chat_sandbox, chat_template
+from data.tokenizers import chat_sandbox, chat_template, control_tokens
 
 # Part of the digest of a source: raise it when the same records become other tokens.
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +50,13 @@ class Tokeniser:
         ids = self.vocabulary.encode(text)
         return [*self._bos, *ids, *([] if ids[-1:] == self._eos else self._eos)]
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Returns the ids of a rendered conversation."""
-        return self.encode_marked(chat_sandbox.Rendered(text, ()))[0]
-
     def encode_marked(self, rendered: chat_sandbox.Rendered) -> tuple[list[int], list[bool]]:
         """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans."""
-        if hasattr(self.vocabulary, "encode_marked"):
-            return self.vocabulary.encode_marked(rendered.text, rendered.spans)
-        # This vocabulary does not know which characters a token covers, so the text is divided before.
-        ids, marked, place = [*self._bos], [False] * len(self._bos), 0
-        for start, end in (*rendered.spans, (len(rendered.text),) * 2):
-            for text, mark in (
-                (rendered.text[place:start], False),
-                (rendered.text[start:end], True),
-            ):
-                part = self.vocabulary.encode(text)
-                ids += part
-                marked += [mark] * len(part)
-            place = end
-        return ids, marked
+        ids, marked = control_tokens.encode(self.vocabulary, rendered)
+        bos = (
+            [] if hasattr(self.vocabulary, "encode_marked") else self._bos
+        )  # the template writes its own
+        return [*bos, *ids], [*([False] * len(bos)), *marked]
 
     @property
     def _bos(self) -> list[int]:
@@ -84,17 +71,21 @@ class Tokeniser:
         return [self.vocabulary.eos_id] if self.prompt_eos else []
 
     def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
-        # Special tokens in a rendered template are meant as such, so they are encoded as special tokens.
-        encode = getattr(self.vocabulary, "encode_special", self.vocabulary.encode)
-        prompt = self.render(record, record.prompt, add_generation_prompt=True).text
-        return [*encode(prompt), *self._prompt_eos], [
-            encode(self.continued(record, prompt, messages)[len(prompt) :])
+        def encode(rendered: chat_sandbox.Rendered) -> list[int]:
+            return control_tokens.encode(self.vocabulary, rendered)[0]
+
+        prompt = self.render(record, record.prompt, add_generation_prompt=True)
+        return [*encode(prompt.after(0)), *self._prompt_eos], [
+            encode(self.continued(record, prompt.text, messages).after(len(prompt.text)))
             for messages in record.completions
         ]
 
-    def continued(self, record: Record, prompt: str, completion: Sequence[Message]) -> str:
-        """Returns the text of a record's prompt with a completion; raises DataError if it does not begin with `prompt`."""
-        whole = self.render(record, [*record.prompt, *completion]).text
+    def continued(
+        self, record: Record, prompt: str, completion: Sequence[Message]
+    ) -> chat_sandbox.Rendered:
+        """Returns a record's prompt with a completion; raises DataError if its text does not begin with `prompt`."""
+        rendered = self.render(record, [*record.prompt, *completion])
+        whole = rendered.text
         if not whole.startswith(prompt):
             place = len(os.path.commonprefix([prompt, whole]))
             raise DataError(
@@ -104,7 +95,7 @@ class Tokeniser:
                 "Write texts, or use a template that begins each turn of the assistant with its "
                 "generation prompt"
             )
-        return whole
+        return rendered
 
     def render(
         self, record: Record, messages: Sequence[Message], **options: Any
@@ -124,17 +115,3 @@ class Tokeniser:
             return self.template.render_spans(messages, **record.template, **options)
         except chat_template.ChatTemplateError as error:
             raise DataError(f"{record.where}: {error}") from None
-
-
-def find_template(name_or_file: str | None, vocabulary: Any) -> chat_template.ChatTemplate | None:
-    """Returns the chat template of a file or built-in name; by default the vocabulary's own, if it has one.
-
-    Named templates render with the vocabulary's special tokens.
-
-    Raises:
-      ChatTemplateError: the template does not exist.
-    """
-    if name_or_file is None:
-        return getattr(vocabulary, "chat_template", None)
-    files = getattr(vocabulary, "files", None)
-    return chat_template.named(name_or_file, files.tokens if files else None)

@@ -6,9 +6,12 @@ A template is a program. It runs in jinja2's sandbox (data/tokenizers/chat_rende
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.sandbox.limited_process import LimitedProcess, LimitError
+
+if TYPE_CHECKING:
+    from data.tokenizers.control_tokens import Written
 
 MAX_SOURCE = 1 << 20  # bytes of a template
 MAX_STEPS = 1_000_000  # total length of all `range` calls of one rendering
@@ -32,6 +35,16 @@ class Rendered:
     # (start, end) in characters of each assistant text, marked by `{% generation %}`; None if the template changes
     # or removes a text after that
     spans: tuple[tuple[int, int], ...] | None
+    # the template's control tokens, if contents spell some; None if every spelling in the text is a control token
+    written: "Written | None" = None
+
+    def after(self, start: int) -> "Rendered":
+        """Returns what follows the first `start` characters, without spans."""
+        written = self.written
+        if written is not None:
+            places = tuple((a - start, b - start) for a, b in written.places if a >= start)
+            written = dataclasses.replace(written, places=places)
+        return Rendered(self.text[start:], None, written)
 
 
 def render(source: str, values: Mapping[str, Any]) -> Rendered:

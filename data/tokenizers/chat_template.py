@@ -6,6 +6,8 @@ the special tokens of the tokenizer. Rendering follows `apply_chat_template` of 
 of messages with value null are removed, blocks are trimmed, `tojson` does not escape, and
 `raise_exception`, `strftime_now`, loop controls and `{% generation %}` are available.
 
+Control tokens that contents of messages spell are told from the template's own (data/tokenizers/control_tokens.py).
+
 Templates are untrusted code and run in a sandbox with limits of time and memory
 (data/tokenizers/chat_sandbox.py). Any error in a template, and any limit that it exceeds, raises
 `ChatTemplateError`.
@@ -21,7 +23,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.tokenizers import chat_sandbox, checkpoint_files
+from data.tokenizers import chat_sandbox, checkpoint_files, control_tokens
 from data.tokenizers.checkpoint_files import TokenizerError
 
 DEFAULT = "default"
@@ -58,11 +60,8 @@ COMMAND = """\
 """
 BUILT_IN = {"command": COMMAND}
 
-# Templates may rename or move messages of these roles; the text of any other role must be rendered.
-_ROLES = {
-    *("system", "developer", "user", "assistant", "tool", "function", "ipython"),
-    *("model", "chatbot", "documents", "tool_call", "tool_response", "tool_results"),
-}
+# Roles that every template knows; it may change their messages.
+_ROLES = ("system", "user", "assistant")
 # Alternative keys of the reasoning text.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -83,10 +82,12 @@ class ChatTemplate:
     # variables of the tokenizer, such as `bos_token`
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: str = "chat template"  # describes the source of the templates, for error messages
+    # tokens that contents may spell, of `control_tokens.of`; if empty, spellings in contents are control tokens too
+    added: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Returns the text of a conversation; `_render` describes the arguments and errors."""
-        return self._render(messages, **options).text
+        """Returns the text of a conversation; `rendered` describes the arguments and errors."""
+        return self.rendered(messages, **options).text
 
     def render_spans(
         self, messages: Sequence[Mapping[str, Any]], **options: Any
@@ -94,12 +95,12 @@ class ChatTemplate:
         """Returns the text of a conversation and the spans of the assistant's texts.
 
         Args:
-          messages, **options: see `_render`.
+          messages, **options: see `rendered`.
 
         Raises:
-          ChatTemplateError: see `_render`; or the place of an assistant's text is unknown.
+          ChatTemplateError: see `rendered`; or the place of an assistant's text is unknown.
         """
-        rendered = self._render(messages, **options)
+        rendered = self.rendered(messages, **options)
         if rendered.spans is None:
             raise ChatTemplateError(
                 f"{self.origin}: a text in {{% generation %}} is changed, removed or repeated around the block, so its "
@@ -107,7 +108,7 @@ class ChatTemplate:
             )
         return rendered
 
-    def _render(
+    def rendered(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -117,7 +118,7 @@ class ChatTemplate:
         name: str | None = None,
         **variables: Any,
     ) -> chat_sandbox.Rendered:
-        """Returns the text of a conversation and the spans of the assistant's texts.
+        """Returns the text of a conversation, the spans of the assistant's texts, and the template's control tokens.
 
         Args:
           messages: JSON objects with "role" and "content".
@@ -129,24 +130,30 @@ class ChatTemplate:
 
         Raises:
           ChatTemplateError: there is no such template, it rejects the conversation or fails, or the
-            messages are invalid.
+            messages are invalid, or spell control tokens in places that are unknown.
         """
         name = self._name(name, tools is not None)
         source = self.templates[name]
         where = self.origin if name == DEFAULT else f"{self.origin}, template {name!r}"
-        values = {
+        options = {
             **_plain({**self.variables, **variables}, "variables of the template"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        contents = {
             "messages": _messages(messages),
             "tools": None if tools is None else _plain(tools, "tools"),
             "documents": None if documents is None else _plain(documents, "documents"),
-            "add_generation_prompt": add_generation_prompt,
         }
+        again = lambda other: chat_sandbox.render(source, {**options, **other}).text  # noqa: E731
         try:
-            rendered = chat_sandbox.render(source, values)
-        except chat_sandbox.RenderError as error:
+            rendered = chat_sandbox.render(source, {**options, **contents})
+            _check_roles(contents["messages"], rendered.text, source)
+            written = control_tokens.written(
+                rendered.text, contents, again, source=source, added=self.added
+            )
+        except ValueError as error:
             raise ChatTemplateError(f"{where}: {error}") from None
-        _check_roles(values["messages"], rendered.text, where)
-        return rendered
+        return dataclasses.replace(rendered, written=written)
 
     def marks_assistant(self, *, has_tools: bool = False) -> bool:
         """Returns whether the template marks the assistant's texts by `{% generation %}`."""
@@ -161,6 +168,31 @@ class ChatTemplate:
                 f"{', '.join(sorted(self.templates)) or 'none'}"
             )
         return name
+
+
+def of(
+    name_or_file: str | None, vocabulary: Any, *, special_in_contents: bool = False
+) -> ChatTemplate | None:
+    """Returns the template of a file or built-in name; by default the vocabulary's own, if it has one.
+
+    Args:
+      name_or_file: see `named`, whose variables are the vocabulary's special tokens.
+      vocabulary: a SeqIO vocabulary.
+      special_in_contents: whether control tokens that contents spell are control tokens, unless the vocabulary has
+        `special_in_text=False`.
+
+    Raises:
+      ChatTemplateError: the template does not exist.
+    """
+    if name_or_file is None:
+        template = getattr(vocabulary, "chat_template", None)
+    else:
+        files = getattr(vocabulary, "files", None)
+        template = named(name_or_file, files.tokens if files else None)
+    allowed = special_in_contents and getattr(vocabulary, "special_in_text", True)
+    if template is None or allowed:
+        return template
+    return dataclasses.replace(template, added=control_tokens.of(vocabulary))
 
 
 def named(name_or_file: str, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
@@ -263,7 +295,9 @@ def _entries(folder: pathlib.Path, entry: Any) -> dict[str, str]:
 def _plain(value: Any, what: str) -> Any:
     """Returns the value converted through JSON: a template cannot call methods of the result."""
     try:
-        return json.loads(json.dumps(value))
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()  # fails for half of a surrogate pair
+        return json.loads(text)
     except (TypeError, ValueError) as error:
         raise ChatTemplateError(f"{what} are not what JSON can hold: {error}") from None
 
@@ -288,14 +322,14 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return checked
 
 
-def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, origin: str) -> None:
-    """Raises ChatTemplateError if the text lacks a message with an unusual (or misspelt) role."""
+def _check_roles(messages: Sequence[Mapping[str, Any]], text: str, source: str) -> None:
+    """Raises ValueError if the text lacks a message of a further role, and the template does not name the role."""
     for number, message in enumerate(messages, 1):
-        content = message.get("content")
-        if message["role"] in _ROLES or not isinstance(content, str):
+        content, role = message.get("content"), message["role"]
+        if role in _ROLES or not isinstance(content, str) or content.strip() in text:
             continue
-        if content.strip() not in text:
-            raise ChatTemplateError(
-                f"{origin}: message {number} has the role {message['role']!r}, which the template does "
-                "not render. Correct the role, or use another template"
+        if not re.search(rf"\b{re.escape(role)}\b", source):
+            raise ValueError(
+                f"message {number} has the role {role!r}, which the template does not render. Correct the role, or use "
+                "another template"
             )

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import seqio
 import tensorflow as tf
-import tokenizers
 
-from data.tokenizers import chat_template, hf_tokenizer
+from data.tokenizers import chat_template, control_tokens, hf_tokenizer
+from data.tokenizers.chat_sandbox import Rendered
 
 
 class HFTokenizerVocabulary(seqio.Vocabulary):
@@ -24,8 +24,8 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
     Attributes:
       files: the content of the files.
       special_in_text: whether special tokens spelled in a text are encoded as special tokens. Set
-        it to False for untrusted texts, which must not end a turn. `encode_special` ignores it and
-        always encodes special tokens.
+        it to False for untrusted texts, which must not end a turn. Those that a chat template writes
+        are special tokens all the same, see `encode_marked`.
     """
 
     def __init__(
@@ -86,42 +86,40 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         added = tokenizer.get_added_tokens_decoder()
         return {id: text for text, id in spelled.items() if id not in added}
 
+    @property
+    def added_tokens(self) -> dict[str, bool]:
+        """The tokens that were added to the tokenizer, and whether each is marked as special."""
+        added = self._tokenizer().get_added_tokens_decoder().values()
+        return {token.content: token.special for token in added}
+
     def _tokenizer(self, special_in_text: bool | None = None):
         if special_in_text is None:
             special_in_text = self.special_in_text
         return hf_tokenizer.load(self.files.content, self.extra_ids, special_in_text)
 
     def _encode(self, s: str) -> list[int]:
-        return self._encoding(s).ids
-
-    def _encoding(self, s: str, special_in_text: bool | None = None) -> tokenizers.Encoding:
         with hf_tokenizer.failures(self.files.path):
-            return self._tokenizer(special_in_text).encode(s, add_special_tokens=False)
+            return self._tokenizer().encode(s, add_special_tokens=False).ids
 
-    def encode_special(self, s: str) -> list[int]:
-        """Returns the ids of a text with its special tokens, such as a rendered conversation."""
-        return self._encoding(s, True).ids
+    def encode_marked(self, rendered: Rendered) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans.
 
-    def encode_marked(
-        self, s: str, spans: Sequence[tuple[int, int]]
-    ) -> tuple[list[int], list[bool]]:
-        """Returns `encode_special`, and for each token whether it overlaps one of the spans (start, end) of characters."""
-        encoding = self._encoding(s, True)
-        covered = np.zeros(len(s) + 1, bool)
-        for start, end in spans:
+        Raises:
+          TokenizerError: contents spell control tokens, and have private-use characters.
+        """
+        text, tokenizer = rendered.text, self._tokenizer(special_in_text=True)
+        if (written := rendered.written) is not None:
+            text = written.named(text)
+            content = control_tokens.renamed_tokenizer(self.files.content, written.tokens)
+            tokenizer = hf_tokenizer.load(content, self.extra_ids)
+        with hf_tokenizer.failures(self.files.path):
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        covered = np.zeros(len(text) + 1, bool)
+        for start, end in rendered.spans or ():
             covered[start:end] = True
         return encoding.ids, [
             bool(covered[start : max(end, start + 1)].any()) for start, end in encoding.offsets
         ]
-
-    def encode_parts(self, s: str, start: int) -> tuple[list[int], list[int]]:
-        """Returns `encode_special` in two parts, divided at character `start`.
-
-        A token that extends past `start` is in the second part.
-        """
-        ids, marked = self.encode_marked(s, [(start, len(s))])
-        before = marked.index(True) if True in marked else len(ids)
-        return ids[:before], ids[before:]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text up to and including the first EOS; skips ids outside the vocabulary."""

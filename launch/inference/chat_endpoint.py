@@ -4,17 +4,18 @@ import dataclasses
 import json
 import os
 import pathlib
+import queue
+import random
 import threading
-import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import requests
 import urllib3.exceptions
-from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
+
+from launch.inference.deadlines import Deadlines
 
 _PATH = "/chat/completions"
 # HTTP statuses after which a request is repeated.
@@ -26,10 +27,12 @@ _HOPELESS = {
     403: "It rejects the API key, which may not be valid for this model.",
     404: "The address or the model does not exist: the URL must end with the version, such as "
     "https://host/v1, and model=NAME must be one of the endpoint's.",
+    501: "It does not answer conversations.",
 }
 # Maximum characters of an endpoint's text in an error.
 _QUOTED = 300
 _MAX_REPLY_BYTES = 16_000_000
+_SHORTEST_SECRET = 8  # characters of a key
 
 
 class EndpointError(ValueError):
@@ -38,9 +41,15 @@ class EndpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Silence:
-    """The reason that no reply came."""
+    """A request without an answer.
+
+    Attributes:
+      reason: why there is none.
+      refused: whether the endpoint has replied that it does not serve the request.
+    """
 
     reason: str
+    refused: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +69,13 @@ class ChatReply:
 
 
 class ChatEndpoint:
-    """Asks over HTTP, several requests at a time.
+    """Asks over HTTP, several requests at a time, the first alone.
 
     Args:
       url: URL of the API, such as https://host/v1.
       model: name of a model of the endpoint.
       key: the API key, see `api_key`; None to send none.
-      timeout: seconds to connect, seconds without a byte of the reply, and seconds from its first byte to its last.
+      timeout: seconds of a request, from connecting to the last byte of its reply.
       retries: retries of a request that the endpoint is too busy for or cannot serve now.
       concurrency: requests at a time.
       owner: what names the endpoint, such as a flag, for errors.
@@ -95,24 +104,22 @@ class ChatEndpoint:
         self.name = f"openai:{url},model={model}"
         self._key = key
         self._timeout_s = timeout
+        self._retries = retries
         self._concurrency = concurrency
+        self._deadlines = Deadlines(timeout)
+        self._running: set[threading.Event] = set()
+        self._closed = False
         self._session = requests.Session()
-        # A request that times out is not repeated here, because a repetition counts as another attempt.
-        again = Retry(
-            total=retries,
-            read=False,
-            redirect=False,
-            status_forcelist=_BUSY,
-            allowed_methods=("POST",),
-            backoff_factor=0.5,
-            backoff_max=_LONGEST_WAIT_S,
-            backoff_jitter=0.5,
-            raise_on_status=False,
-            retry_after_max=_LONGEST_WAIT_S,
-        )
-        adapter = HTTPAdapter(max_retries=again, pool_maxsize=concurrency)
+        adapter = self._deadlines.adapter(pool_maxsize=concurrency)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
+
+    def close(self) -> None:
+        """Ends all requests; `ask_each` yields no further replies and sends nothing."""
+        self._closed = True
+        for ended in tuple(self._running):
+            ended.set()
+        self._deadlines.abort()
 
     def ask_each(
         self, bodies: Sequence[Mapping[str, Any]], *, patience: int | None = None
@@ -121,50 +128,108 @@ class ChatEndpoint:
 
         Args:
           bodies: the parameters of each request, besides the model: `messages` and others of the API.
-          patience: number of requests in a row without a reply after which further ones are not sent; None for no limit.
+          patience: number of requests in a row without an answer after which further ones are not sent; None for no limit.
 
         Raises:
-          EndpointError: further requests would fail too; the replies to requests in flight are yielded before.
+          EndpointError: further requests would fail too; the replies to requests in flight are yielded before. The first
+            two requests are refused for the same reason, for example.
         """
         hopeless: list[EndpointError] = []
-        ended = threading.Event()
-        lock, in_a_row = threading.Lock(), 0
+        todo = enumerate(bodies)
+        replies: queue.SimpleQueue[tuple[int, ChatReply | Silence] | None] = queue.SimpleQueue()
+        ended, heard, lock = threading.Event(), threading.Event(), threading.Lock()
+        in_a_row, refusal = 0, None
+
+        def end(error: EndpointError) -> None:
+            hopeless.append(error)
+            ended.set()
 
         # Whoever gets a reply decides whether to go on: the consumer of the replies may be far behind.
-        def ask(body: Mapping[str, Any]) -> ChatReply | Silence | None:
-            nonlocal in_a_row
-            if ended.is_set():
-                return None
-            try:
-                reply = self._ask(body)
-            except EndpointError as error:
-                # Requests in flight have been paid for, so their replies are awaited.
-                hopeless.append(error)
-                ended.set()
-                return None
-            with lock:
-                in_a_row = in_a_row + 1 if isinstance(reply, Silence) else 0
-                if isinstance(reply, Silence) and in_a_row == patience:
-                    hopeless.append(
-                        EndpointError(
-                            f"{self.name} has not replied to {in_a_row} requests in a row: {reply.reason}"
-                        )
+        def note(reply: ChatReply | Silence) -> None:
+            nonlocal in_a_row, refusal
+            in_a_row = in_a_row + 1 if isinstance(reply, Silence) else 0
+            refused = reply.reason if isinstance(reply, Silence) and reply.refused else None
+            if refused is not None and refused == refusal and not heard.is_set():
+                end(EndpointError(f"{self.name} refuses every request: {refused}"))
+            elif isinstance(reply, Silence) and in_a_row == patience:
+                end(
+                    EndpointError(
+                        f"{self.name} has given no answer to {in_a_row} requests in a row: {reply.reason}"
                     )
-                    ended.set()
-            return reply
+                )
+            if refused is None or refusal is not None:
+                heard.set()
+            refusal = refused
 
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        def work() -> None:
+            while not ended.is_set():
+                with lock:
+                    i, body = next(todo, (None, None))
+                if i is None:
+                    break
+                try:
+                    reply = self._ask(body, ended)
+                except EndpointError as error:
+                    # Requests in flight have been paid for, so their replies are awaited.
+                    end(error)
+                    break
+                with lock:
+                    note(reply)
+                replies.put((i, reply))
+
+        def worker(is_first: bool) -> None:
             try:
-                asked = {pool.submit(ask, body): i for i, body in enumerate(bodies)}
-                for future in as_completed(asked):
-                    if (reply := future.result()) is not None:
-                        yield asked[future], reply
+                while not (is_first or heard.is_set() or ended.is_set()):
+                    heard.wait(0.1)
+                work()
             finally:
-                ended.set()
+                if is_first:
+                    heard.set()
+                replies.put(None)
+
+        # Daemons, because a thread that still looks up a name would keep the command from ending.
+        workers = [
+            threading.Thread(target=worker, args=(not k,), daemon=True)
+            for k in range(0 if self._closed else min(self._concurrency, len(bodies)))
+        ]
+        self._running.add(ended)
+        try:
+            for thread in workers:
+                thread.start()
+            left = len(workers)
+            while left:
+                if (reply := replies.get()) is None:
+                    left -= 1
+                else:
+                    yield reply
+        finally:
+            ended.set()
+            self._running.discard(ended)
+            self._deadlines.abort()
         if hopeless:
             raise hopeless[0]
 
-    def _ask(self, body: Mapping[str, Any]) -> ChatReply | Silence:
+    def _ask(self, body: Mapping[str, Any], ended: threading.Event) -> ChatReply | Silence:
+        """Asks until there is a reply, no retry is left, or `ended` is set."""
+        for retry in range(self._retries + 1):
+            reply, wait = self._ask_once(body)
+            if wait is None or retry == self._retries:
+                break
+            pause = 0.5 * 2**retry + random.uniform(0, 0.5)
+            if ended.wait(min(wait or pause, _LONGEST_WAIT_S)):
+                break
+        if isinstance(reply, EndpointError):
+            raise reply
+        return reply
+
+    def _ask_once(
+        self, body: Mapping[str, Any]
+    ) -> tuple[ChatReply | Silence | EndpointError, float | None]:
+        """Returns the reply or what there is in its place, and the seconds before a retry: 0 if any, None for no retry.
+
+        Raises:
+          EndpointError: further requests would fail too.
+        """
         try:
             response = self._session.post(
                 self.url,
@@ -175,37 +240,35 @@ class ChatEndpoint:
                 stream=True,
             )
             with response:
-                if response.status_code in _HOPELESS:
+                status = response.status_code
+                if status in _HOPELESS:
                     raise EndpointError(
-                        f"{self.name} answers {self._status(response)}. {_HOPELESS[response.status_code]}"
+                        f"{self.name} answers {self._status(response)}. {_HOPELESS[status]}"
                     )
+                if status in _BUSY:
+                    return Silence(reason=self._status(response)), _retry_after(response)
                 if not response.ok or response.is_redirect:
-                    return Silence(reason=self._status(response))
+                    refused = 400 <= status < 500
+                    return Silence(reason=self._status(response), refused=refused), None
                 content = self._content(response)
-        except requests.Timeout as error:
-            if isinstance(error, requests.ConnectTimeout):
-                raise self._unreachable(error) from None
-            return Silence(reason=f"no byte within {self._timeout_s:g} s")
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             if _not_connected(error):
-                raise self._unreachable(error) from None
-            return Silence(reason=self._clean(f"connection lost: {error}"))
-        except (urllib3.exceptions.HTTPError, OSError) as error:  # while the body is read
-            if isinstance(error, urllib3.exceptions.ReadTimeoutError | TimeoutError):
-                return Silence(reason=f"no byte within {self._timeout_s:g} s")
-            return Silence(reason=self._clean(f"connection lost: {error}"))
-        return content if isinstance(content, Silence) else _reply(content)
+                return self._unreachable(error), 0.0
+            content = Silence(reason=self._clean(f"connection lost: {error}"))
+        if self._deadlines.passed():
+            content = Silence(reason=f"no whole reply within {self._timeout_s:g} s")
+        return content if isinstance(content, Silence) else self._reply(content), None
 
     def _content(self, response: requests.Response) -> bytes | Silence:
         """Returns the body of a response, or why it is not read to its end."""
-        parts, size, began = [], 0, time.monotonic()
+        parts, size = [], 0
         while part := response.raw.read1(1 << 16, decode_content=True):
             parts.append(part)
             size += len(part)
             if size > _MAX_REPLY_BYTES:
                 return Silence(reason=f"the reply has more than {_MAX_REPLY_BYTES:,} bytes")
-            if time.monotonic() - began > self._timeout_s:
-                return Silence(reason=f"the reply takes more than {self._timeout_s:g} s")
+            if self._deadlines.passed():
+                break
         return b"".join(parts)
 
     def _authorise(self, request: Any) -> Any:
@@ -232,36 +295,37 @@ class ChatEndpoint:
         )
 
     def _clean(self, text: str) -> str:
-        """Returns an endpoint's text without the key, which it may quote in its errors."""
+        """Returns an endpoint's text without the key, which it may quote."""
         return text if self._key is None else text.replace(self._key, "***")
 
+    def _reply(self, content: bytes) -> ChatReply | Silence:
+        """Returns the reply in the body of a response, without the key unless that is so short that it may be a word."""
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError):
+            return Silence(reason="the reply is not JSON, or cut short")
+        try:
+            choice = row["choices"][0]
+            text = choice["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            return Silence(reason="the reply has no choices[0].message.content")
+        usage = row.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
 
-def _reply(content: bytes) -> ChatReply | Silence:
-    """Returns the reply in the body of a response."""
-    try:
-        row = json.loads(content)
-    except (ValueError, RecursionError):
-        return Silence(reason="the reply is not JSON, or cut short")
-    try:
-        choice = row["choices"][0]
-        text = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        return Silence(reason="the reply has no choices[0].message.content")
-    usage = row.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
+        def count(name: str) -> int | None:
+            value = usage.get(name)
+            return value if type(value) is int and 0 <= value < 2**53 else None
 
-    def count(name: str) -> int | None:
-        value = usage.get(name)
-        return value if type(value) is int and 0 <= value < 2**53 else None
-
-    ended = choice.get("finish_reason")
-    return ChatReply(
-        # A refusal has no content: it is a reply with an empty text.
-        text=text if isinstance(text, str) else "",
-        ended=ended[:100] if isinstance(ended, str) else "stop",
-        prompt_tokens=count("prompt_tokens"),
-        new_tokens=count("completion_tokens"),
-    )
+        ended = choice.get("finish_reason")
+        is_word = len(self._key or "") < _SHORTEST_SECRET
+        clean = (lambda part: part) if is_word else self._clean
+        return ChatReply(
+            # A refusal has no content: it is a reply with an empty text.
+            text=clean(text) if isinstance(text, str) else "",
+            ended=clean(ended)[:100] if isinstance(ended, str) else "stop",
+            prompt_tokens=count("prompt_tokens"),
+            new_tokens=count("completion_tokens"),
+        )
 
 
 def check_numbers(owner: str, **numbers: tuple[float | None, float]) -> None:
@@ -311,13 +375,22 @@ def api_key(variable: str | None, file: str | None = None) -> str | None:
     return key
 
 
-def _not_connected(error: requests.RequestException) -> bool:
+def _not_connected(error: Exception) -> bool:
     """Returns whether there was no connection at all, so that the next request would fail too."""
-    return isinstance(
-        error, requests.exceptions.SSLError | requests.exceptions.ProxyError
-    ) or isinstance(_reason(error), urllib3.exceptions.NewConnectionError)
+    kinds = (requests.ConnectTimeout, requests.exceptions.SSLError, requests.exceptions.ProxyError)
+    return isinstance(error, kinds) or isinstance(
+        _reason(error), urllib3.exceptions.NewConnectionError
+    )
 
 
 def _reason(error: Exception) -> Any:
     """Returns the error of urllib3 that caused an error of requests, if known."""
     return getattr(error.args[0] if error.args else None, "reason", None)
+
+
+def _retry_after(response: requests.Response) -> float:
+    """Returns the seconds that an endpoint asks to wait, 0 if it does not."""
+    try:
+        return max(Retry().parse_retry_after(response.headers.get("Retry-After", "0")), 0.0)
+    except urllib3.exceptions.InvalidHeader:
+        return 0.0

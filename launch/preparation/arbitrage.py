@@ -268,8 +268,6 @@ def _sum(costs: Any) -> float | None:
 
 def _report(summary: Mapping[str, Any], out: pathlib.Path) -> None:
     for name, asked in summary["teachers"].items():
-        if asked["failed"]:
-            print(f"warning: {name} failed: {asked['failed']}", file=sys.stderr)
         for reason, count in asked["silent"].items():
             print(
                 f"warning: {name}: {count:,} requests without an answer: {reason}", file=sys.stderr

@@ -178,7 +178,7 @@ def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
             key = "tokens"
         ended = row.get("ended") == "eos"
         if "text" in row:  # encoded again, because the policy may have another vocabulary
-            tokens = run.encode(row["text"], f"{where}: 'text'")
+            tokens = run.encode(row["text"], f"{where}: 'text'", as_text=True)
         else:
             tokens = run.encode(row.get("tokens"), f"{where}: 'tokens'")
             tokens = tokens[:-1] if ended else tokens

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,11 +117,16 @@ def ask(
             _ask_one(working[name], missing[name], store, attempts, asked[name], progress)
 
         with ThreadPoolExecutor(max(len(remote), 1)) as threads:
-            futures = [threads.submit(one, name) for name in remote]
-            for name in local:
-                one(name)
-            for future in futures:
-                future.result()
+            try:
+                futures = [threads.submit(one, name) for name in remote]
+                for name in local:
+                    one(name)
+                for future in futures:
+                    future.result()
+            except BaseException:  # nobody waits for the endpoints any more
+                for name in remote:
+                    working[name].close()
+                raise
 
 
 def _ask_one(
@@ -152,6 +158,7 @@ def _ask_one(
         if (reason := input_errors.reason(error)) is None:
             raise
         asked.failed = str(reason)
+        tqdm.tqdm.write(f"warning: {working.teacher.name} failed: {reason}", file=sys.stderr)
 
 
 def _row(working: Working, prompt: Prompt, answer: Answer | Silence, key: str) -> dict[str, Any]:

@@ -79,6 +79,9 @@ class Working(Protocol):
     identity: Mapping[str, Any]
     local: bool
 
+    def close(self) -> None:
+        """Ends `answers` in another thread, and those to come."""
+
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         """Yields (index, answer) of each prompt, in the order in which they finish.
 
@@ -152,6 +155,9 @@ class EndpointTeacher:
             **self._body,
         }
 
+    def close(self) -> None:
+        self._endpoint.close()
+
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         bodies = [
             {
@@ -202,6 +208,9 @@ class CheckpointTeacher:
             **{name: getattr(sampling, name) for name in ("max_tokens", "temperature", "top_p")},
         }
 
+    def close(self) -> None:
+        """Does nothing: checkpoints answer in the main thread."""
+
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         from launch.inference import generate
         from launch.run import load_run
@@ -213,7 +222,7 @@ class CheckpointTeacher:
             max_new_tokens=sampling.max_tokens,
             sampling=Sampling(temperature=sampling.temperature, top_p=top_p),
         )
-        config = load_run.config_of(self._step)
+        config = dataclasses.replace(load_run.config_of(self._step), special_tokens="nowhere")
         if self.teacher.chat_template is not None:
             config = dataclasses.replace(config, chat_template=self.teacher.chat_template)
         with config.load(self._step, encoder_decoders=True) as loaded:

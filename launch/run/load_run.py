@@ -19,6 +19,7 @@ __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from th
 
 OWN = "t5x_configs/runs/load_run.gin"  # of every command that reads a model
 PARAMS = ("auto", "raw", "ema")
+SpecialTokens = Literal["texts", "everywhere", "nowhere"]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> Any:
@@ -217,6 +218,8 @@ class RunConfig:
         token recorded with the checkpoint, or else 0.
       add_bos: whether to begin texts with the vocabulary's BOS; None for the setting in training.
       chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the vocabulary's own.
+      special_tokens: where spellings of special tokens are special tokens: in 'texts' to continue alone, 'everywhere',
+        also in contents of messages, or 'nowhere', for texts of others. What a chat template itself writes always is.
     """
 
     model: Any
@@ -226,6 +229,7 @@ class RunConfig:
     start_token: Count | Literal["auto"] | None = "auto"
     add_bos: bool | None = None
     chat_template: str | None = None
+    special_tokens: SpecialTokens = "texts"
 
     @contextlib.contextmanager
     def load(

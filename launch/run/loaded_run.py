@@ -123,20 +123,21 @@ class LoadedRun:
         """The `data.tokenizers.chat_template.ChatTemplate` that renders "messages"; raises LoadError without one."""
         from data.tokenizers import chat_template
 
-        if (chosen := self.config.chat_template) is not None:
-            files = getattr(self.vocabulary, "files", None)
-            try:
-                return chat_template.named(chosen, files.tokens if files else None)
-            except chat_template.ChatTemplateError as error:
-                raise LoadError(f"CHAT_TEMPLATE: {error}.") from None
-        own = getattr(self.vocabulary, "chat_template", None)
-        if own is None:
+        try:
+            template = chat_template.of(
+                self.config.chat_template,
+                self.vocabulary,
+                special_in_contents=self.config.special_tokens == "everywhere",
+            )
+        except chat_template.ChatTemplateError as error:
+            raise LoadError(f"CHAT_TEMPLATE: {error}.") from None
+        if template is None:
             raise LoadError(
                 'The run\'s vocabulary has no chat template for "messages": set a jinja file or one of '
                 f'{", ".join(chat_template.BUILT_IN)} with --gin.CHAT_TEMPLATE=\'"..."\', or give "text" '
                 "in the format of the training texts."
             )
-        return own
+        return template
 
     def tokens(self, row: Mapping[str, Any], where: str) -> list[int]:
         """Returns the tokens of a row's "tokens", "text" or "messages", as a prompt.
@@ -150,8 +151,9 @@ class LoadedRun:
         """
         key = self._key(row, where)
         if key == "messages":
-            text = self._render(row, where, row["messages"], add_generation_prompt=True)
-            return self._encode_rendered(text, len(text))[0]
+            return self._encode_rendered(
+                self._render(row, where, row["messages"], add_generation_prompt=True)
+            )[0]
         ids = self.encode(row[key], f"{where}: {key!r}")
         return self.after_bos(ids) if key == "text" else ids
 
@@ -169,35 +171,46 @@ class LoadedRun:
         if self._key(row, where) != "messages":
             return self.tokens(row, where), None
         messages = row["messages"]
-        text = self._render(row, where, messages)
+        rendered = self._render(row, where, messages)
         if messages[-1]["role"] != "assistant" or len(messages) == 1:
-            return self._encode_rendered(text, len(text))[0], None
-        before = self._render(row, where, messages[:-1], add_generation_prompt=True)
-        if not text.startswith(before):
+            return self._encode_rendered(rendered)[0], None
+        before = self._render(row, where, messages[:-1], add_generation_prompt=True).text
+        if not rendered.text.startswith(before):
             raise LoadError(
                 f"{where}: the chat template renders the assistant's last turn otherwise than after a "
                 'generation prompt, so it cannot be separated. Give "text" and "targets".'
             )
-        context, targets = self._encode_rendered(text, len(before))
+        context, targets = self._encode_rendered(rendered, len(before))
         ends = [place for place, id in enumerate(targets, 1) if id in self.eos_ids]
         return context, targets[: ends[-1]] if ends else targets
 
-    def _render(self, row: Mapping[str, Any], where: str, messages: Any, **options: bool) -> str:
+    def _render(self, row: Mapping[str, Any], where: str, messages: Any, **options: bool) -> Any:
         from data.tokenizers.chat_template import ChatTemplateError
 
         options |= {key: row.get(key) for key in ("tools", "documents")}
         try:
-            return self.chat_template.render(messages, **options)
+            return self.chat_template.rendered(messages, **options)
         except ChatTemplateError as error:
             raise LoadError(f"{where}: {error}.") from None
 
-    def _encode_rendered(self, text: str, start: int) -> tuple[list[int], list[int]]:
-        """Returns the ids of a rendered conversation before and after the character `start`."""
-        if hasattr(self.vocabulary, "encode_parts"):
-            return self.vocabulary.encode_parts(text, start)
-        # This vocabulary does not parse special tokens in texts.
-        before, after = (self.encode(part, "messages") for part in (text[:start], text[start:]))
-        return self.after_bos(before), after
+    def _encode_rendered(
+        self, rendered: Any, start: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Returns the ids of a rendered conversation before and after the character `start`; None for its end.
+
+        A token that extends past `start` is in the second part, if the vocabulary knows which characters a token covers.
+        """
+        from data.tokenizers import control_tokens
+
+        end = len(rendered.text)
+        spans = ((end if start is None else start, end),)
+        ids, marked = control_tokens.encode(
+            self.vocabulary, dataclasses.replace(rendered, spans=spans)
+        )
+        before = marked.index(True) if True in marked else len(ids)
+        if hasattr(self.vocabulary, "encode_marked"):  # the template writes BOS
+            return ids[:before], ids[before:]
+        return self.after_bos(ids[:before]), ids[before:]
 
     def _key(self, row: Mapping[str, Any], where: str) -> str:
         keys = [key for key in _KEYS if key in row]
@@ -215,8 +228,11 @@ class LoadedRun:
             raise LoadError("ADD_BOS is set, but the run's vocabulary has no BOS: set it to False.")
         return ids if ids[:1] == [bos] else [bos, *ids]
 
-    def encode(self, value: Any, where: str) -> list[int]:
-        """Returns the ids of a text, or a list of ids; raises LoadError if `value` is neither."""
+    def encode(self, value: Any, where: str, *, as_text: bool = False) -> list[int]:
+        """Returns the ids of a text, or a list of ids; raises LoadError if `value` is neither.
+
+        With `as_text`, special tokens that the text spells are text, as with `special_tokens='nowhere'`.
+        """
         if isinstance(value, str):
             try:
                 value.encode("utf-8")
@@ -225,6 +241,11 @@ class LoadedRun:
                     f"{where} is not valid Unicode at character {error.start} (half of a surrogate "
                     "pair). Repair or drop it."
                 ) from None
+            if as_text or self.config.special_tokens == "nowhere":
+                from data.tokenizers import control_tokens
+
+                plain = control_tokens.as_text(value, self._added_tokens)
+                return control_tokens.encode(self.vocabulary, plain)[0]
             return list(self.vocabulary.encode(value))
         if not isinstance(value, list) or not all(type(id) is int for id in value):
             raise LoadError(f"{where} is neither a text nor a list of token ids.")
@@ -232,6 +253,12 @@ class LoadedRun:
         if wrong := [id for id in value if not 0 <= id < size]:
             raise LoadError(f"{where} holds the id {wrong[0]}, outside the model's {size} rows.")
         return value
+
+    @functools.cached_property
+    def _added_tokens(self) -> Mapping[str, bool]:
+        from data.tokenizers import control_tokens
+
+        return control_tokens.of(self.vocabulary)
 
     def context(self, tokens: Sequence[int]) -> list[int]:
         """Returns the tokens with the document's start token in front, if the model has one."""

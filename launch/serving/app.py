@@ -5,12 +5,13 @@ import contextlib
 import hmac
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -19,6 +20,7 @@ from launch.inference.generate import prompt_of
 from launch.inference.texts import decoder_of
 from launch.run.load_run import LoadError
 from launch.serving import replies, requests
+from launch.serving.connections import Hosts
 from launch.serving.engine import (
     BusyError,
     Completed,
@@ -27,9 +29,10 @@ from launch.serving.engine import (
     Job,
     OverdueError,
 )
-from launch.serving.limits import Limits
+from launch.serving.limits import CHARACTERS_OF_TOKEN, Limits
 from launch.serving.replies import Replies
 from launch.serving.requests import Asked, RequestError
+from trainers.decoding.buckets import bucket_below
 
 # Seconds in which a body must arrive.
 _BODY_S = 30.0
@@ -38,12 +41,20 @@ _EXPECTED = (OverdueError, BusyError, FailedError, ValueError)  # of completions
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
-def make_app(engine: Engine, *, model: str, limits: Limits, api_key: str | None = None) -> Any:
+def make_app(
+    engine: Engine,
+    *,
+    model: str,
+    limits: Limits,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+) -> Any:
     """Returns the ASGI application of an engine that has loaded its model.
 
     Args:
       model: name of the model in requests.
       api_key: the key that requests must have; None for none.
+      allowed_hosts: names by which clients may reach the server, besides those of the loopback device.
     """
     server = _Server(engine, model=model, limits=limits, api_key=api_key)
     routes = [
@@ -54,7 +65,8 @@ def make_app(engine: Engine, *, model: str, limits: Limits, api_key: str | None 
         Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
     ]
     handlers: Any = {HTTPException: _http_error, RequestError: _request_error, Exception: _bug}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    hosts = Middleware(Hosts, allowed=allowed_hosts)
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[hosts])
 
 
 class _Server:
@@ -118,7 +130,7 @@ class _Server:
             asked,
             model=self._model,
             prompt_tokens=sum(map(len, prompts)),
-            token_text=self._token_text,
+            decode=self._decode,
         )
         pieces: _Pieces | None = None
         if asked.stream:
@@ -179,24 +191,39 @@ class _Server:
         prompts = []
         if (asked.stops or asked.stream) and self._engine.loaded.vocabulary_or_none is None:
             raise RequestError("The model has no vocabulary: 'stop' and 'stream' need texts.")
-        with self._encoding:
-            for i, row in enumerate(asked.rows):
-                where = param if asked.chat else f"prompt {i}"
-                try:
+        for i, row in enumerate(asked.rows):
+            where = param if asked.chat else f"prompt {i}"
+            self._check_size(row, param)
+            try:
+                with self._encoding:
                     prompts.append(prompt_of(self._engine.loaded, row, where))
-                except LoadError as error:
-                    raise RequestError(str(error), param=param) from None
-        for prompt in prompts:
-            self._room(prompt, asked)
+            except LoadError as error:
+                raise RequestError(str(error), param=param) from None
+            self._room(prompts[-1], asked)
         return prompts
+
+    @property
+    def _longest(self) -> int:
+        """The maximum number of tokens of a prompt."""
+        learned, limit = self._engine.longest_position, self._limits.max_prompt_tokens
+        return limit if learned is None else min(learned, limit)
+
+    def _check_size(self, row: Mapping[str, Any], param: str) -> None:
+        """Raises RequestError if a prompt has too many characters to be encoded while other requests wait."""
+        texts = [row.get("text", ""), *(m["content"] for m in row.get("messages", ()))]
+        size, most = sum(map(len, texts)), CHARACTERS_OF_TOKEN * self._longest
+        if size > most:
+            raise RequestError(
+                f"The prompt has {size:,} characters; {most:,} are the most, {CHARACTERS_OF_TOKEN} for each of "
+                f"{self._longest} tokens.",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def _room(self, prompt: Sequence[int], asked: Asked) -> int:
         """Returns the maximum number of new tokens of a prompt; raises RequestError if it is too long."""
-        limits, learned = self._limits, self._engine.longest_position
+        limits, learned, longest = self._limits, self._engine.longest_position, self._longest
         param = "messages" if asked.chat else "prompt"
-        longest = (
-            limits.max_prompt_tokens if learned is None else min(learned, limits.max_prompt_tokens)
-        )
         if len(prompt) > longest:
             raise RequestError(
                 f"The prompt has {len(prompt)} tokens; {longest} are the most.",
@@ -212,11 +239,14 @@ class _Server:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        return min(room, limits.max_tokens) if asked.max_tokens is None else asked.max_tokens
+        if asked.max_tokens is not None:
+            return asked.max_tokens
+        # Every length of new text has a program, so that the room of every prompt cannot have its own.
+        return limits.max_tokens if room >= limits.max_tokens else bucket_below(room)
 
-    def _token_text(self, token: int) -> str:
+    def _decode(self, tokens: Sequence[int]) -> str:
         vocabulary = self._engine.loaded.vocabulary_or_none
-        return str(token) if vocabulary is None else decoder_of(vocabulary)([token])
+        return "".join(map(str, tokens)) if vocabulary is None else decoder_of(vocabulary)(tokens)
 
 
 class _Pieces:

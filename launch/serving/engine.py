@@ -293,8 +293,9 @@ class Engine:
         """Returns the decoder for a batch: of few sizes, since each compiles its programs."""
         wanted = max(job.max_tokens for job in jobs)
         tokens = min(bucket_length(max(wanted, _SHORTEST)), self._limits.max_tokens)
-        if (learned := self._loaded.model.max_length) is not None:
-            tokens = min(tokens, learned - _length(jobs) + wanted)
+        learned = self._loaded.model.max_length
+        if learned is not None and _length(jobs) - wanted + tokens > learned:
+            tokens = wanted
         # Batches of more than one completion are padded to the full size.
         size = 1 if len(jobs) == 1 else self._limits.batch_size
         rows = self._loaded.batch_size(size, size)

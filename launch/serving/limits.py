@@ -2,6 +2,9 @@
 
 import dataclasses
 
+# Characters of a text for each token that a prompt may have: a longer text is not encoded.
+CHARACTERS_OF_TOKEN = 32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.serving.engine import Completed
 from launch.serving.requests import Asked
+from trainers.decoding.stop_strings import BROKEN, GrowingText
 
 DONE = b"data: [DONE]\n\n"
 
@@ -30,7 +31,7 @@ class Replies:
       asked: the request.
       model: name of the served model.
       prompt_tokens: number of tokens of all prompts.
-      token_text: returns the text of one token, for log-probabilities.
+      decode: returns the text of tokens, for log-probabilities.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class Replies:
         *,
         model: str,
         prompt_tokens: int,
-        token_text: Callable[[int], str],
+        decode: Callable[[Sequence[int]], str],
     ):
-        self._asked, self._prompt_tokens, self._token_text = asked, prompt_tokens, token_text
+        self._asked, self._prompt_tokens, self._decode = asked, prompt_tokens, decode
         kind = "chat.completion" if asked.chat else "text_completion"
         name = "chatcmpl" if asked.chat else "cmpl"
         self._head = {
@@ -93,20 +94,24 @@ class Replies:
         return {"finish_reason": reason, "logprobs": log_probs}
 
     def _log_probs(self, one: Completed) -> dict[str, Any]:
-        texts = [self._token_text(token) for token in one.tokens]
+        texts = [self._decode([token]) for token in one.tokens]
         if self._asked.chat:
             pairs = zip(texts, one.log_probs, strict=True)
             content = [
                 {
                     "token": t,
                     "logprob": p,
-                    "bytes": list(t.encode("utf-8", "replace")),
+                    # The bytes of a part of a character are unknown.
+                    "bytes": None if BROKEN in t else list(t.encode()),
                     "top_logprobs": [],
                 }
                 for t, p in pairs
             ]
             return {"content": content, "refusal": None}
-        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))[: len(texts)]
+        # A token can be a part of a character, which is then at the offset of each of its parts.
+        growing = GrowingText(self._decode)
+        sizes = [len(growing.add(token)) for token in one.tokens]
+        offsets = list(itertools.accumulate(sizes[:-1], initial=0))[: len(texts)]
         values = list(one.log_probs)
         return {
             "tokens": texts,

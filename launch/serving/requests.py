@@ -37,6 +37,7 @@ _CHAT, _TEXT = ("messages", "max_completion_tokens"), ("prompt",)
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _DEFAULT_TOKENS = 16  # of a completion of a text, as in the API
 _MAX_MESSAGES = 1024
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class RequestError(ValueError):
@@ -136,6 +137,11 @@ def read(body: bytes, *, chat: bool, model: str, limits: Limits) -> Asked:
 def _parsed(body: bytes) -> dict[str, Any]:
     try:
         row = json.loads(body)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError(
+            "The body is not valid Unicode: it has half of a surrogate pair."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {_shown(str(error))}.") from None
     if not isinstance(row, dict):
@@ -178,6 +184,11 @@ def _message(message: Any, i: int) -> dict[str, Any]:
     where = f"messages[{i}]"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RequestError(f"'{where}' must be an object with a 'role'.", param="messages")
+    if message["role"] not in _ROLES:
+        raise RequestError(
+            f"'{where}.role' is {_shown(message['role'])}; it must be one of {', '.join(_ROLES)}.",
+            param="messages",
+        )
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)

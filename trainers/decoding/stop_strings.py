@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 # The replacement character, which decoders write for bytes that are not a complete character.
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class GrowingText:
@@ -48,7 +48,7 @@ class GrowingText:
         self.tokens.append(token)
         old = self._decode(self.tokens[self._context : self._read])
         new = self._decode(self.tokens[self._context :])
-        if len(new) <= len(old) or new.endswith(_BROKEN):
+        if len(new) <= len(old) or new.endswith(BROKEN):
             return ""
         self._context, self._read = self._read, len(self.tokens)
         return self._give(new[len(old) :])

@@ -167,6 +167,6 @@ def _counts(tally: Tally) -> str:
 
 def _silence(judge: Judge, count: int, reason: str) -> JudgeError:
     return JudgeError(
-        f"{judge.name} has not replied to {count} questions in a row: {reason}. Earlier replies are "
+        f"{judge.name} has given no answer to {count} questions in a row: {reason}. Earlier replies are "
         "saved: repair the judge, then repeat the command to continue."
     )

@@ -1,5 +1,6 @@
 """A checkpoint of this project as the writer of a judge's replies."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ _BEGUN = "\n\nComparison:"
 class CheckpointWriter:
     """Writes replies, greedily at the first attempt; see launch/evaluation/judges/pairwise.py.
 
-    Prompts are turns of a user if the model has a chat template, else texts to continue.
+    Prompts are turns of a user if the model has a chat template, else texts to continue. Special tokens that they spell
+    are text.
 
     Args:
       config: a load_run.RunConfig of the run that made the checkpoint.
@@ -43,7 +45,8 @@ class CheckpointWriter:
     ):
         if max_tokens < 1:
             raise JudgeError(f"max_tokens={max_tokens} of --judge must be at least 1.")
-        self._config = config
+        # Prompts hold texts of others.
+        self._config = config and dataclasses.replace(config, special_tokens="nowhere")
         self._step = resolved(checkpoint, batch_size=batch_size)
         self._params = params
         self._max_tokens = max_tokens

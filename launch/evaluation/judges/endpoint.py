@@ -22,7 +22,7 @@ class EndpointWriter:
       key_env: environment variable that holds the API key; None to send none.
       max_tokens: maximum tokens of a reply; None for the endpoint's default.
       temperature: temperature of the first attempt; None for the endpoint's default in all attempts.
-      timeout: seconds to connect, and seconds without a byte of the reply.
+      timeout: seconds of a request, from connecting to the last byte of its reply.
       retries: retries of a request that the endpoint is too busy for or cannot serve now.
       concurrency: requests at a time.
 

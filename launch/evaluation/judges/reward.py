@@ -86,7 +86,7 @@ class LogProb:
         from trainers.scoring.scoring import Scorer
 
         with self._config.load(self._step, params=self._params) as run:
-            rows = [scored_row(run, _row(q), str(q.about.get("id"))) for q in asked]
+            rows = [scored_row(run, _row(run, q), str(q.about.get("id"))) for q in asked]
             order = sorted(
                 range(len(rows)), key=lambda i: -len(rows[i].context) - len(rows[i].targets)
             )
@@ -96,8 +96,9 @@ class LogProb:
                 yield i, float(logp_T.mean(dtype="float64")) if len(logp_T) else float("nan")
 
 
-def _row(question: Question) -> dict[str, Any]:
+def _row(run: Any, question: Question) -> dict[str, Any]:
     (answer,) = question.answers
     if isinstance(question.prompt, str):
-        return {"text": question.prompt, "targets": answer}
+        targets = run.encode(answer, str(question.about.get("id")), as_text=True)
+        return {"text": question.prompt, "targets": targets}
     return {"messages": [*question.prompt, {"role": "assistant", "content": answer}]}

@@ -192,9 +192,7 @@ class EspalierLM(TemplateLM):
     ) -> list[int]:
         """Returns the ids of a text, after the start token and BOS unless add_special_tokens is False."""
         vocabulary = self._run.vocabulary
-        # Contexts may be rendered conversations, which contain special tokens.
-        encode = getattr(vocabulary, "encode_special", vocabulary.encode)
-        ids = list(encode(string))
+        ids = list(vocabulary.encode(string))
         if self._run.encodes:
             ends = add_special_tokens is not False and vocabulary.eos_id not in (
                 None,
@@ -242,7 +240,14 @@ class EspalierLM(TemplateLM):
             return self._render(turns, add_generation_prompt)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        text = self._run.chat_template.render(
+        if not getattr(self._run.vocabulary, "special_in_text", True):
+            raise LoadError(
+                "The harness encodes conversations as texts, in which the vocabulary has no special tokens: remove "
+                "--apply_chat_template."
+            )
+        # As in the harness, special tokens that a benchmark's texts spell are special tokens.
+        template = dataclasses.replace(self._run.chat_template, added={})
+        text = template.render(
             messages, add_generation_prompt=add_generation_prompt, name=self._template
         )
         if add_generation_prompt:

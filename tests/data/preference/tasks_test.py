@@ -13,7 +13,7 @@ from data.preference import records, stream, tokens
 from data.preference import tasks as preference_tasks
 from data.stream import stream as plain_stream
 from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from data.tokenizers import chat_template, vocabularies
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "preference_pairs.json").read_bytes())
@@ -72,7 +72,7 @@ def pairs(count, start=0, **more):
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
 def test_ids_are_those_that_trl_trains_on(hf, case):
     template = case["template"] and str(GOLDENS / "chat_templates" / f"{case['template']}.jinja")
-    tokeniser = tokens.Tokeniser(hf, tokens.find_template(template, hf), False, True)
+    tokeniser = tokens.Tokeniser(hf, chat_template.of(template, hf), False, True)
     prompt, completions = tokeniser(records.parse(case["row"], "row", "row"))
     assert dict(zip(IDS, (prompt, *completions), strict=True)) == case["ids"]
 
@@ -199,7 +199,7 @@ def test_a_template_that_cannot_be_divided_says_why(register, tmp_path, byte):
 
 def test_the_built_in_template_ends_turns(hf, tmp_path):
     rows = {"chosen": chat("a", "b"), "rejected": chat("a", "c")}
-    tokeniser = tokens.Tokeniser(hf, tokens.find_template("command", hf), False, True)
+    tokeniser = tokens.Tokeniser(hf, chat_template.of("command", hf), False, True)
     prompt, (chosen, _) = tokeniser(records.parse(rows, "row", "row"))
     assert prompt[0] == hf.bos_id and prompt.count(hf.bos_id) == 1
     assert hf.decode_all(chosen) == "b<|END_OF_TURN_TOKEN|>"

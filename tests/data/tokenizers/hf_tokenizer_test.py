@@ -17,6 +17,7 @@ from data import tasks
 from data.cache import fingerprint, store, task_cache
 from data.stream import rows
 from data.tokenizers import hf_tokenizer, vocabularies
+from data.tokenizers.chat_sandbox import Rendered
 from data.tokenizers.hf_tokenizer import TokenizerError
 from data.tokenizers.pieces import Pieces
 
@@ -175,7 +176,7 @@ def test_special_tokens_in_texts(folder, vocabulary):
     plain = vocabularies.huggingface(path=folder, special_in_text=False)
     ids = plain.encode("<s>a<|end|>")
     assert not {2, 4} & set(ids) and plain.decode(ids) == "<s>a<|end|>"
-    assert plain.encode_special("<s>a<|end|>") == vocabulary.encode("<s>a<|end|>")
+    assert plain.encode_marked(Rendered("<s>a<|end|>", ()))[0] == vocabulary.encode("<s>a<|end|>")
     (found,) = tf.data.Dataset.from_tensors("<s>").map(plain.encode_tf).as_numpy_iterator()
     assert 2 not in found
     # Caches and checkpoints tell the two apart.
@@ -194,13 +195,15 @@ def test_decode_stops_at_eos_as_seqio_does(vocabulary):
     assert vocabulary.decode([*a, SIZE, SIZE + 50, -1, *b]) == "ab"
 
 
-def test_a_conversation_is_divided_at_a_character(vocabulary):
+def test_the_tokens_of_spans_are_marked(vocabulary):
     text = "<s>All human</s>beings"
     for start in range(len(text) + 1):
-        before, after = vocabulary.encode_parts(text, start)
-        assert [*before, *after] == vocabulary.encode(text)
-        assert len(vocabulary.decode_all(before)) <= start
-    assert vocabulary.encode_parts(text, 16)[1] == vocabulary.encode("beings")
+        ids, marked = vocabulary.encode_marked(Rendered(text, ((start, len(text)),)))
+        assert ids == vocabulary.encode(text)
+        before = [id for id, mark in zip(ids, marked, strict=True) if not mark]
+        assert len(vocabulary.decode_all(before)) <= start and marked == sorted(marked)
+        if start == 16:
+            assert ids[len(before) :] == vocabulary.encode("beings")
 
 
 def test_extra_ids_follow_the_entries_the_last_first(folder, vocabulary):

@@ -167,7 +167,9 @@ def test_a_judge_that_never_replies_is_not_asked_on(tmp_path):
         pairs = [pair("x", "y", str(i)) for i in range(count)]
         with (
             asking.opened(tmp_path / "kept") as kept,
-            pytest.raises(JudgeError, match=f"has not replied to {asked} questions in a row: slow"),
+            pytest.raises(
+                JudgeError, match=f"has given no answer to {asked} questions in a row: slow"
+            ),
         ):
             asking.judge_pairs(judge, pairs, kept)
         assert len(writer.asked) == asked

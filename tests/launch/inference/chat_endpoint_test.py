@@ -1,6 +1,7 @@
 """A client against servers that send too much, too slowly, or nothing."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -38,6 +39,30 @@ def dripping(connection):
         time.sleep(0.1)
 
 
+def slow_status(connection):
+    for byte in b"HTTP/1.1 200 " + b"O" * 100:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.1)
+
+
+def slow_headers(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    for _ in range(100):
+        connection.sendall(b"X")
+        time.sleep(0.1)
+
+
+def continuing(connection):
+    while True:
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)
+
+
+def continuing_slowly(connection):
+    while True:
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.1)
+
+
 def endless(connection):
     connection.sendall(HEAD)
     while True:
@@ -60,11 +85,15 @@ def ask(url, **settings):
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (dripping, "takes more than 0.4 s"),
+        (dripping, "no whole reply within 0.4 s"),
+        (slow_status, "no whole reply within 0.4 s"),
+        (slow_headers, "no whole reply within 0.4 s"),
+        (continuing, "no whole reply within 0.4 s"),
+        (continuing_slowly, "no whole reply within 0.4 s"),
         (endless, "more than 1,000,000 bytes"),
         (cut, "connection lost"),
         (lambda connection: None, "connection lost"),
-        (lambda connection: time.sleep(1), "no byte within 0.4 s"),
+        (lambda connection: time.sleep(1), "no whole reply within 0.4 s"),
     ],
 )
 def test_a_reply_is_bounded_in_time_and_size(monkeypatch, write, reason):
@@ -73,6 +102,86 @@ def test_a_reply_is_bounded_in_time_and_size(monkeypatch, write, reason):
         reply, seconds = ask(url)
     assert isinstance(reply, Silence) and reason in reply.reason
     assert seconds < 5
+
+
+def answering(*replies):
+    """Returns what sends one reply (status line, body) after the other, the last for ever; and the list of requests."""
+    left, asked = list(replies), []
+
+    def write(connection):
+        asked.append(1)
+        status, content = left.pop(0) if len(left) > 1 else left[0]
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode() + content)
+
+    return write, asked
+
+
+def reply_of(text):
+    return "200 OK", json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+def endpoint_of(url, **settings):
+    return ChatEndpoint(url, **{"model": "m", "key": None, "owner": "the test", **settings})
+
+
+def test_what_is_refused_for_one_reason_is_not_asked_again_and_again():
+    write, asked = answering(("400 Bad Request", b"no chat template"))
+    with serving(write) as url:
+        replies = endpoint_of(url).ask_each([{"messages": []}] * 50, patience=16)
+        assert next(replies)[1].refused
+        with pytest.raises(EndpointError, match="refuses every request: HTTP 400 .*no chat templ"):
+            list(replies)
+    assert len(asked) == 2
+    # One prompt can be too long, or several, each in its own words; and a model without a chat template says so.
+    write, asked = answering(
+        ("400 Bad Request", b"9 tokens"), ("400 Bad Request", b"8 tokens"), reply_of("fine")
+    )
+    with serving(write) as url:
+        replies = [reply for _, reply in endpoint_of(url).ask_each([{"messages": []}] * 9)]
+    assert sum(isinstance(reply, Silence) for reply in replies) == 2 and len(asked) == 9
+    write, asked = answering(("501 Not Implemented", b"no chat template"))
+    with serving(write) as url, pytest.raises(EndpointError, match="no chat template"):
+        list(endpoint_of(url).ask_each([{"messages": []}] * 50))
+    assert len(asked) == 1
+
+
+def test_a_busy_endpoint_is_asked_again():
+    write, asked = answering(("503 Busy", b""), ("429 Slow", b""), reply_of("fine"))
+    with serving(write) as url:
+        ((_, reply),) = endpoint_of(url).ask_each([{"messages": []}])
+    assert reply.text == "fine" and len(asked) == 3
+    with serving(answering(("503 Busy", b"tomorrow"))[0]) as url:
+        ((_, reply),) = endpoint_of(url, retries=1).ask_each([{"messages": []}])
+    assert "HTTP 503 Busy: tomorrow" in reply.reason and not reply.refused
+
+
+@pytest.mark.parametrize("status", [b"HTTP/1.1 503 Busy\r\nRetry-After: 60\r\n\r\n", b""])
+def test_who_stops_reading_replies_does_not_wait_for_them(status):
+    """Neither for a reply that does not come nor for the pause before a retry."""
+    arrived = threading.Event()
+
+    def write(connection):
+        connection.sendall(status)
+        arrived.set()
+        if not status:
+            time.sleep(20)
+
+    with serving(write) as url:
+        endpoint = endpoint_of(url, timeout=20.0)
+        threading.Timer(0.5, lambda: (arrived.wait(10), endpoint.close())).start()
+        began = time.monotonic()
+        assert len(list(endpoint.ask_each([{"messages": []}] * 20))) <= 1
+        assert list(endpoint.ask_each([{"messages": []}])) == []
+        assert time.monotonic() - began < 10
+
+
+def test_a_reply_does_not_have_the_key():
+    for key, text in (("sk-1234567", "your key is ***"), ("none", "your key is none")):
+        write, _ = answering(reply_of(f"your key is {key}"))
+        with serving(write) as url:
+            ((_, reply),) = endpoint_of(url, key=key).ask_each([{"messages": []}])
+        assert reply.text == text
 
 
 def test_a_key_is_of_a_variable_or_a_file(monkeypatch, tmp_path):

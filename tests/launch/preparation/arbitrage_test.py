@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import http.server
+import itertools
 import json
 import re
 import shutil
@@ -199,13 +200,12 @@ class StopError(BaseException):
 def test_a_killed_start_goes_on_without_a_second_request(arbitrage, endpoint, monkeypatch):
     whole = arbitrage(out="whole").bytes()
     endpoint.asked.clear()
-    add, count = completions.Store.add, 0
+    add, count = completions.Store.add, itertools.count(1)
 
     def stop(store, row):
-        nonlocal count
-        count += 1
+        number = next(count)  # of both teachers' threads
         add(store, row)
-        if count == 9:
+        if number == 9:
             raise StopError
 
     with monkeypatch.context() as patch:
@@ -231,7 +231,7 @@ def test_a_killed_start_goes_on_without_a_second_request(arbitrage, endpoint, mo
         (lambda prompt, before: b"{}", "no choices"),
         (lambda prompt, before: b'{"choices": [{"message": {"content": "\\ud800"}}]}', "Unicode"),
         (lambda prompt, before: b"[" * 100_000, "not JSON"),
-        (lambda prompt, before: time.sleep(1.5) or b"{}", "no byte within 0.5 s"),
+        (lambda prompt, before: time.sleep(1.5) or b"{}", "no whole reply within 0.5 s"),
     ],
     ids=["500", "html", "empty", "unicode", "nested", "hang"],
 )
@@ -273,7 +273,7 @@ def test_a_silent_teacher_is_not_waited_for_again_and_again(arbitrage, endpoint,
     monkeypatch.setattr(teachers, "_PATIENCE", 3)
     endpoint.teachers["ukr"] = lambda p, n: 503
     made = arbitrage()
-    assert "has not replied to 3 requests in a row" in made.summary["teachers"]["ukr"]["failed"]
+    assert "has given no answer to 3 requests in a row" in made.summary["teachers"]["ukr"]["failed"]
     assert endpoint.count("ukr") <= 3 + 1 and made.chosen == ["turk"] * 12
 
 

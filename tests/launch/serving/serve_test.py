@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import socket
 import threading
 import time
 
@@ -13,13 +14,16 @@ import pytest
 import requests as http
 import uvicorn
 
+from data.tokenizers import vocabularies
 from launch import serve
 from launch.inference.generate import generate
+from launch.inference.texts import decoder_of
 from launch.run import load_run
 from launch.serving import app as app_module
-from launch.serving import requests
-from launch.serving.engine import BusyError, Engine, Job
+from launch.serving import connections, requests
+from launch.serving.engine import BusyError, Completed, Engine, Job
 from launch.serving.limits import Limits
+from launch.serving.replies import Replies
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Draw, Settings
 
@@ -32,7 +36,7 @@ KEY = "one-key"  # pragma: allowlist secret
 def served(engine, limits=LIMITS, **options):
     """Yields the address of a server in a thread."""
     app = app_module.make_app(engine, model="tiny", limits=limits, **options)
-    config = uvicorn.Config(app, port=0, log_level="warning")
+    config = connections.config(app, host="127.0.0.1", port=0, log_level="warning")
     with config.bind_socket() as socket:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: server.run(sockets=[socket]))
@@ -217,6 +221,7 @@ def test_a_bad_request_is_an_error_that_names_its_parameter(url, changes, status
     [
         ([], "must be a list"),
         ([{"content": "x"}], "with a 'role'"),
+        ([{"role": "user\n", "content": "x"}], "must be one of system, developer, user"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "not a text"),
         ([{"role": "user", "content": "x"}] * 2, "alternate"),
     ],
@@ -249,6 +254,112 @@ def test_what_is_no_request_is_an_error(url, client):
         joined.choices[0].message.content
         == create(**ask, messages=user("ab")).choices[0].message.content
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": [{"role": "\ud800", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a\udfff"}]}]},
+        {"\ud800": 1},
+        {"model": "\ud800"},
+        {"stop": ["\ud800"]},
+        {"user": "\ud800"},
+        {"metadata": {"\ud800": {"a": ["\ud800"]}}},
+    ],
+)
+@pytest.mark.parametrize("escaped", [True, False])
+def test_half_of_a_surrogate_pair_is_a_bad_request_everywhere(url, change, escaped):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    row = {"model": "tiny", "messages": user("x"), "max_tokens": 1, **change}
+    content = json.dumps(row, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
+    reply = http.post(f"{url}/chat/completions", data=content, headers=headers)
+    assert reply.status_code == 400 and "surrogate pair" in reply.json()["error"]["message"]
+
+
+def test_pages_of_other_sites_are_refused(engine):
+    with served(engine, allowed_hosts=["Box.example"]) as url:
+
+        def status(**headers):
+            return http.get(f"{url}/models", headers=headers).status_code
+
+        port = url.split(":")[2].split("/")[0]
+        for host in ("localhost", f"127.0.0.1:{port}", f"[::1]:{port}", "box.example:80"):
+            assert status(Host=host) == 200
+        for origin in ("http://localhost:3000", "https://box.example", f"http://127.0.0.1:{port}"):
+            assert status(Origin=origin) == 200
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "[", ""):
+            assert status(Host=host) == 403 and status(Origin=f"http://{host}") == 403
+        assert status(Origin="null") == status(Origin="http://192.0.2.1") == 403
+        reply = http.post(f"{url}/completions", json=body(), headers={"Host": "evil.example"})
+        assert reply.status_code == 403 and "--allowed_host" in reply.json()["error"]["message"]
+
+
+def test_a_request_whose_head_does_not_arrive_ends(engine, monkeypatch):
+    monkeypatch.setattr(connections, "_HEAD_S", 0.5)
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with served(engine) as url:
+        address = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+        silent, half, again = (socket.create_connection(address, timeout=20) for _ in range(3))
+        with silent, half, again:
+            again.sendall(head + b"\r\n")
+            assert b"200 OK" in again.recv(1 << 16)
+            began = time.monotonic()
+            again.sendall(head)
+            half.sendall(head)
+            for connection in (silent, half, again):
+                connection.settimeout(20)
+                assert connection.recv(1) == b""
+            assert time.monotonic() - began < 15
+        # The time of a body is another.
+        slow = socket.create_connection(address, timeout=20)
+        with slow:
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n"
+                b"Content-Type: application/json\r\nConnection: close\r\n\r\n{"
+            )
+            time.sleep(1.0)
+            slow.sendall(b"}")
+            assert b"400 Bad Request" in slow.recv(1 << 16)
+
+
+def test_a_huge_prompt_is_refused_before_it_is_encoded(engine, monkeypatch):
+    def encoded(*_):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(app_module, "prompt_of", encoded)
+    limits = dataclasses.replace(LIMITS, max_prompt_tokens=10)
+    with served(engine, limits) as url:
+        for path, row in (
+            ("completions", body(prompt="y" * 321)),
+            ("chat/completions", {"model": "tiny", "messages": user("x" * 100) * 4}),
+        ):
+            reply = http.post(f"{url}/{path}", json=row)
+            assert reply.status_code == 400
+            assert "320 are the most, 32 for each of 10" in reply.json()["error"]["message"]
+
+
+def test_offsets_of_parts_of_a_character():
+    vocabulary = vocabularies.byte()
+    text = "aé🙂b"
+    tokens = vocabulary.encode(text)
+    content = json.dumps(body(logprobs=0)).encode()
+    chat = json.dumps({"model": "tiny", "messages": user("x"), "logprobs": True}).encode()
+    one = Completed(text=text, ended="length", tokens=tokens, log_probs=[-1.0] * len(tokens))
+    made = [
+        Replies(
+            requests.read(asked, chat=asked is chat, model="tiny", limits=LIMITS),
+            model="tiny",
+            prompt_tokens=1,
+            decode=decoder_of(vocabulary),
+        ).whole([one])["choices"][0]["logprobs"]
+        for asked in (content, chat)
+    ]
+    assert made[0]["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
+    parts = [token["bytes"] for token in made[1]["content"]]
+    assert parts[0] == [97] and parts[-1] == [98]
+    assert all(part is None or bytes(part).decode() in text for part in parts)
 
 
 class Held:
@@ -332,6 +443,24 @@ def test_a_closed_engine_fails_what_waits(config, trained_run):
         pass
     with pytest.raises(BusyError, match="shutting down"):
         engine.submit([])
+
+
+def test_prompts_of_every_length_share_a_few_programs(engine, monkeypatch):
+    """A model with 100 learned positions, and requests that leave the number of new tokens to the server."""
+    monkeypatch.setattr(type(engine._loaded.model), "max_length", 100, raising=False)
+    monkeypatch.setattr(engine, "_decoders", {})
+    server = app_module._Server(engine, model="tiny", limits=LIMITS, api_key=None)
+    content = json.dumps({"model": "tiny", "messages": user("x")}).encode()
+    asked = requests.read(content, chat=True, model="tiny", limits=LIMITS)
+    for length in range(1, 101):
+        room = server._room([1] * length, asked)
+        assert min(64, 100 - length + 1) * 0.5 < room <= min(64, 100 - length + 1)
+        job = Job([1] * length, max_tokens=room, draw=Draw(seed=0), deadline=1e12)
+        engine._decoder([job])
+    assert sorted(tokens for _, tokens in engine._decoders) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    # What a request names is what it gets.
+    job = Job([1] * 60, max_tokens=41, draw=Draw(seed=0), deadline=1e12)
+    assert engine._decoder([job])._settings.max_new_tokens == 41
 
 
 def test_learned_positions_keep_jobs_apart(engine, monkeypatch):
