@@ -19,7 +19,7 @@ import scipy.sparse
 import scipy.special
 
 from data.text.documents import DataError
-from model.storage import outputs
+from model.storage import output_files
 
 _DIMENSIONS = 1 << 12
 _ORDERS = (1, 2, 3)  # of the n-grams
@@ -84,7 +84,7 @@ class Router:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the router to a file of NumPy arrays."""
-        with outputs.opened(path) as file:
+        with output_files.opened(path) as file:
             np.savez(file, weights=self.weights_DK, names=np.array(self.names))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.run.load_run import LoadError
-from model.storage import mirror, outputs
+from model.storage import mirror, output_files
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"
@@ -34,7 +34,7 @@ def begin(folder: pathlib.Path, record: Mapping[str, Any], *, out: str) -> None:
             )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        outputs.write(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        output_files.write(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def local(folder: str) -> pathlib.Path:

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from model.storage import outputs
+from model.storage import output_files
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 
@@ -25,7 +25,7 @@ def write(data: Mapping[str, Any], path: pathlib.Path) -> None:
       data: of `pages.shown`.
       path: file in an existing folder; it is written whole or not at all.
     """
-    outputs.write(path, page(data))
+    output_files.write(path, page(data))
 
 
 def page(data: Mapping[str, Any]) -> str:

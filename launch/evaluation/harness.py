@@ -28,7 +28,7 @@ from launch.config import setting_flags
 from launch.evaluation.suites import scores
 from launch.inference import row_files
 from launch.run import load_run
-from model.storage import outputs
+from model.storage import output_files
 
 if TYPE_CHECKING:
     from launch.evaluation.suites.scores import Suite, Task
@@ -267,7 +267,7 @@ def _plain_names(values: Mapping[str, Any], count: int, metric: str) -> dict[str
 def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     from lm_eval.utils import handle_non_serializable
 
-    with outputs.opened(path) as file:
+    with output_files.opened(path) as file:
         for task, rows in samples.items():
             for row in rows:
                 line = {"task": task, **row}

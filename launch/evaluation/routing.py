@@ -23,7 +23,7 @@ import numpy as np
 from launch import cli
 from launch.inference import row_files
 from launch.run import load_run
-from model.storage import outputs
+from model.storage import output_files
 
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
@@ -64,7 +64,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.json:
         row_files.write_json(flags.json, shares)
     if flags.figure:
-        with outputs.opened(flags.figure) as file:
+        with output_files.opened(flags.figure) as file:
             figure(shares["chosen"], shares["experts"]).savefig(file, dpi=130)
 
 

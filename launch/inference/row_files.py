@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data.text import documents
-from model.storage import mirror, outputs, paths
+from model.storage import mirror, output_files, paths
 
 _log = logging.getLogger(__name__)
 
@@ -59,15 +59,15 @@ def check_output(
       others: files of other flags, which must not be overwritten, by flag.
     """
     try:
-        outputs.check(path)
-    except outputs.OutputError as error:
+        output_files.check(path)
+    except output_files.OutputError as error:
         raise RowFileError(f"--{flag}={path}: {error}") from None
     if not compressed and path.lower().endswith(documents.COMPRESSED):
         raise RowFileError(
             f"--{flag}={path} is written uncompressed. Choose a name without {pathlib.Path(path).suffix}."
         )
     for other, taken in others.items():
-        if taken and not outputs.is_stream(path) and _is_same(path, taken):
+        if taken and not output_files.is_stream(path) and _is_same(path, taken):
             raise RowFileError(
                 f"--{flag}={path} is the file of --{other}, which would be overwritten. Choose another file."
             )
@@ -108,7 +108,7 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
         for _ in iterator:
             pass
         return
-    with outputs.opened(path) as whole, documents.compressed(whole, path) as file:
+    with output_files.opened(path) as whole, documents.compressed(whole, path) as file:
         for row in itertools.chain(first, iterator):
             file.write(_line(row))
             if file is whole:
@@ -118,7 +118,7 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a value as a JSON file, whole or not at all; raises ValueError for NaN and infinities."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    outputs.write(path, text.encode("utf-8", "backslashreplace") + b"\n")  # as _line
+    output_files.write(path, text.encode("utf-8", "backslashreplace") + b"\n")  # as _line
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from launch.inference import row_files
-from model.storage import outputs
+from model.storage import output_files
 
 ROWS = [{"a": 1}, {"a": 2}]
 LINES = b'{"a": 1}\n{"a": 2}\n'
@@ -25,7 +25,7 @@ def test_a_device_stays_a_device(tmp_path):
         pytest.skip("this user cannot make devices")
     row_files.check_output(device, others={"json": device})
     row_files.write(device, ROWS)
-    outputs.write(device, "text")
+    output_files.write(device, "text")
     assert stat.S_ISCHR(os.stat(device).st_mode)
     assert os.listdir(tmp_path) == ["null"]
     with pytest.raises(row_files.RowFileError, match="is no file"), row_files.resumed(device):
@@ -93,7 +93,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     for keep in (True, False):
-        with pytest.raises(ZeroDivisionError), outputs.opened(path, keep=keep) as file:
+        with pytest.raises(ZeroDivisionError), output_files.opened(path, keep=keep) as file:
             file.write(b"new")
             raise ZeroDivisionError
         assert path.read_text() == "old"
@@ -104,9 +104,12 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 def test_of_two_processes_that_write_one_file_the_first_is_told(tmp_path):
     path = tmp_path / "x"
-    with pytest.raises(outputs.OutputError, match="another process"), outputs.opened(path) as one:
+    with (
+        pytest.raises(output_files.OutputError, match="another process"),
+        output_files.opened(path) as one,
+    ):
         one.write(b"one")
-        with outputs.opened(path) as two:
+        with output_files.opened(path) as two:
             two.write(b"two")
     assert path.read_bytes() == b"two"
 
