@@ -30,6 +30,9 @@ _REMEDIES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
 }
+_LONGEST = (
+    4000  # characters of a line of a message; a file of others may have a value of any length
+)
 _NUL = "embedded null"  # how Python's errors about a path with this character begin
 
 
@@ -74,7 +77,14 @@ def report(error: BaseException) -> None:
     if os.environ.get("ESPALIER_TRACEBACK") == "1":
         traceback.print_exception(error)
     error = reason(error) or error
-    print(f"\nerror: {_text(error)}", file=sys.stderr)
+    lines = [shortened(line, _LONGEST) for line in _text(error).split("\n")]
+    print("\nerror: " + "\n".join(lines), file=sys.stderr)
+
+
+def shortened(text: str, size: int) -> str:
+    """Returns a text that may quote a long value, at most about `size` characters of its two ends."""
+    half = size // 2
+    return text if len(text) <= size else f"{text[:half]} ... {text[-half:]}"
 
 
 def _text(error: BaseException) -> str:

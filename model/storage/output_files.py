@@ -77,9 +77,8 @@ def opened(path: str | os.PathLike, *, keep: bool = True) -> Iterator[BinaryIO]:
     partial = f"{target}{'' if keep else f'.{secrets.token_hex(4)}'}.partial"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(partial)  # of an earlier start; of a link, the link
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with open(os.open(partial, flags, 0o666), "wb") as file:
+        with open(partial, "xb") as file:  # never through a link
             yield file
             file.flush()
             os.fsync(file.fileno())
