@@ -14,7 +14,6 @@ import argparse
 import importlib
 import inspect
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -56,10 +55,9 @@ def _measure(flags: argparse.Namespace) -> None:
         "figures": module.run(**({"tiny": True} if flags.tiny else {})),
         "environment": machine,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if flags.out:
-        pathlib.Path(flags.out).write_text(text + "\n")
+        row_files.write_json(flags.out, result)
 
 
 if __name__ == "__main__":

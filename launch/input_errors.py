@@ -30,7 +30,7 @@ _REMEDIES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
 }
-_LONGEST = 6000  # characters of a message
+_LONGEST = 4000  # characters of a line of a message, which may quote a value of another's file
 _NUL = "embedded null"  # how Python's errors about a path with this character begin
 
 
@@ -74,10 +74,15 @@ def _is_own(frame: types.FrameType) -> bool:
 def report(error: BaseException) -> None:
     if os.environ.get("ESPALIER_TRACEBACK") == "1":
         traceback.print_exception(error)
-    text = _text(reason(error) or error)
-    if len(text) > _LONGEST:  # such as a value of a damaged file; the remedy is at the end
-        text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
-    print(f"\nerror: {text}", file=sys.stderr)
+    error = reason(error) or error
+    lines = [shortened(line, _LONGEST) for line in _text(error).split("\n")]
+    print("\nerror: " + "\n".join(lines), file=sys.stderr)
+
+
+def shortened(text: str, size: int) -> str:
+    """Returns a text that may quote a long value, at most about `size` characters of its two ends."""
+    half = size // 2
+    return text if len(text) <= size else f"{text[:half]} ... {text[-half:]}"
 
 
 def _text(error: BaseException) -> str:

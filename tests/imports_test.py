@@ -24,7 +24,7 @@ OWN = {
 LEAVES = {
     "model.ranges",
     "model.storage",
-    *(f"model.storage.{name}" for name in ("lock", "mirror", "paths")),
+    *(f"model.storage.{name}" for name in ("lock", "mirror", "output_files", "paths")),
 }
 # The modules that need TensorFlow are slow to import and are kept out of the training process.
 TENSORFLOW = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"}

@@ -9,7 +9,6 @@ Shapes: N prompts, D features, K teachers.
 
 import dataclasses
 import os
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import scipy.sparse
 import scipy.special
 
 from data.text.documents import DataError
+from model.storage import output_files
 
 _DIMENSIONS = 1 << 12
 _ORDERS = (1, 2, 3)  # of the n-grams
@@ -84,10 +84,8 @@ class Router:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the router to a file of NumPy arrays."""
-        partial = pathlib.Path(f"{os.fspath(path)}.partial")
-        with open(partial, "wb") as file:
+        with output_files.opened(path) as file:
             np.savez(file, weights=self.weights_DK, names=np.array(self.names))
-        os.replace(partial, path)
 
 
 def load(path: str | os.PathLike) -> Router:

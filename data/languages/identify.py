@@ -22,7 +22,9 @@ _DENSE = frozenset({"Hani", "Hira", "Kana", "Hang"})
 _DENSE_WEIGHT = 3
 _LEAST_SHARE = 0.5  # of a line's letters in the scripts of the language
 _FENCED = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
-_NO_WORDS = re.compile(r"https?://\S+|\S+@\S+|`[^`\n]*`")
+# Addresses and code. In a run without spaces only its beginning, which code with a space may end in, is tried as an address
+# with @: what does not match there matches nowhere in the run, and every try reads the run to its end.
+_NO_WORDS = re.compile(r"https?://\S+|(?<!\S)\S+@\S+|`[^`\s]*`|`[^`\n]*`(\S+@\S+)?")
 _NOT_LETTERS = frozenset({"Zyyy", "Zinh", "Zzzz"})  # common, inherited, unknown
 
 
@@ -146,7 +148,7 @@ class Checked:
 
 def judged_lines(text: str, *, min_letters: int = MIN_LETTERS) -> list[str]:
     """Returns the lines of a text, without code and addresses, that have enough letters to be judged."""
-    prose = _NO_WORDS.sub(" ", _FENCED.sub("\n", text))
+    prose = _NO_WORDS.sub(lambda found: "  " if found[1] else " ", _FENCED.sub("\n", text))
     return [line.strip() for line in prose.splitlines() if _weight(line) >= min_letters]
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_dir
 from data.text import spelling
+from model.storage import output_files
 
 FORMAT = 1
 COMMAND = "python -m launch.prepare embed_domains"
@@ -190,7 +190,7 @@ def write(embeddings: Embeddings) -> None:
         "length": embeddings.length,
         "domains": domains,
     }
-    cache_dir.write_json(pathlib.Path(embeddings.path), content)
+    output_files.write(embeddings.path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read(path: str | os.PathLike) -> Embeddings:

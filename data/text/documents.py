@@ -3,16 +3,18 @@
 Every problem with a file raises one `DataError` with the file, the position in it and the remedy.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import io
 import itertools
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from data.choices import check_choice
 
@@ -168,21 +170,23 @@ def _open(path: pathlib.Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def open_to_write(path: pathlib.Path, *, named: str | None = None) -> BinaryIO:
-    """Opens a file to write lines, compressed as its name says; other files without a buffer.
-
-    Args:
-      path: the file.
-      named: the name that says so, if the file will be renamed to it.
-    """
-    suffix = pathlib.Path(path if named is None else named).suffix.lower()
+@contextlib.contextmanager
+def compressed(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """Yields what compresses to an open file as a name says, or else the file itself."""
+    suffix = pathlib.Path(name).suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "wb")
-    if suffix == ".zst":
+        with gzip.GzipFile("", "wb", fileobj=file) as stream:
+            yield cast(BinaryIO, stream)
+    elif suffix == ".zst":
         import pyarrow
 
-        return pyarrow.output_stream(str(path), compression="zstd")
-    return open(path, "wb", buffering=0)
+        with (  # pyarrow closes what it is given
+            open(os.dup(file.fileno()), "wb") as again,
+            pyarrow.CompressedOutputStream(again, "zstd") as stream,
+        ):
+            yield stream
+    else:
+        yield file
 
 
 def read_lines(path: pathlib.Path) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any
@@ -16,6 +15,7 @@ from launch.aot.programs import Kind, Options, Work
 from launch.aot.tpu_topology import Topology
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
+from model.storage import output_files
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
@@ -210,6 +210,4 @@ def write_json(path: str | pathlib.Path, document: Any) -> None:
 def _write(path: str | pathlib.Path, text: str) -> None:
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    output_files.write(target, text)

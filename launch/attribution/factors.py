@@ -1,13 +1,12 @@
 """The folder of fitted factors: its record, and whether it is of a checkpoint."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from launch.run.load_run import LoadError
-from model.storage import mirror
+from model.storage import mirror, output_files
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"
@@ -35,9 +34,7 @@ def begin(folder: pathlib.Path, record: Mapping[str, Any], *, out: str) -> None:
             )
     elif jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / RECORD)
+        output_files.write(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def local(folder: str) -> pathlib.Path:

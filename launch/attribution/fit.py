@@ -10,7 +10,6 @@ Some thousand documents of the model's training data are enough for small models
 
 import argparse
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -149,9 +148,9 @@ def fit(
     """
     import jax
 
+    from trainers.influence import files
     from trainers.influence import fit as stages
     from trainers.influence import sites as site_list
-    from trainers.influence.files import model_digest
 
     row_files.check_folder(out)
     settings = stages.FitSettings(
@@ -174,7 +173,7 @@ def fit(
         record = {
             "checkpoint": load_run.place(checkpoint),
             "params": params,
-            "model": model_digest(run.params),
+            "model": files.model_digest(run.params),
             "settings": settings.record(),
             "length": source.length,
             "batch_size": run.batch_size(batch_size, max_documents),
@@ -198,7 +197,7 @@ def fit(
         stages.fit(reader, folder, lambda: source, settings, total=source.count(), saved=push)
         experts = stages.tokens_of_experts(folder, sites)
         seconds = time.perf_counter() - began
-        count = json.loads((folder / "squares" / "record.json").read_text())
+        count = files.read_record(folder / "squares")
     if jax.process_index() == 0:
         for note in source.notes():
             print(note)

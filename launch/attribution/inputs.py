@@ -126,8 +126,7 @@ class Documents:
         self.cut, self.repeats, self.repeated = 0, 0, []
         seen: dict[bytes, int] = {}
         for number, (where, row) in enumerate(itertools.islice(self._placed(), self.limit), 1):
-            text = repr((row.encoder_inputs, row.context, row.targets)).encode()
-            digest = hashlib.blake2b(text, digest_size=8).digest()
+            digest = hashlib.blake2b(_content(row), digest_size=8).digest()
             first = seen.setdefault(digest, number)
             if first != number and row.targets:
                 self.repeats += 1
@@ -148,12 +147,16 @@ class Documents:
                     yield {"document": i, "text": "".join(texts(self.run, row))}
 
     def record(self) -> dict[str, Any]:
-        """Returns what identifies the documents."""
+        """Returns what identifies the documents: the digest of the file, or of the tokens of a mixture, which are read once."""
         if self.path is not None:
             with open(self._file, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"path": paths.absolute(self.path), "sha256": digest, "limit": self.limit}
-        return {"mixture": self.mixture, "split": self.split, "limit": self.limit}
+        tokens = hashlib.sha256()
+        for row in self:
+            tokens.update(_content(row))
+        named = {"mixture": self.mixture, "split": self.split, "limit": self.limit}
+        return {**named, "sha256": tokens.hexdigest()}
 
     def count(self) -> int | None:
         """Returns the number of documents; of a mixture about the number, or None if neither it nor the limit is known."""
@@ -214,6 +217,10 @@ class Documents:
             if not context:
                 context, targets = targets[:1] or [0], targets[1:]
             yield where, Row(context=context, targets=targets)
+
+
+def _content(row: Row) -> bytes:
+    return repr((row.encoder_inputs, row.context, row.targets)).encode()
 
 
 def _check_mixture(run: LoadedRun, name: str, split: str) -> None:

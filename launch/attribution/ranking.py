@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from data.text import documents
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
-from model.storage import mirror, paths
+from model.storage import mirror, output_files, paths
 
 _EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
 _MAX_BYTES = 1 << 30
@@ -190,10 +190,7 @@ def write_top(scores: str, *, top: int) -> None:
             for query in best
         ],
     }
-    partial = f"{top_file(scores)}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(table) + "\n")
-    os.replace(partial, top_file(scores))
+    output_files.write(top_file(scores), json.dumps(table) + "\n")
 
 
 def _push(heap: list[tuple[float, int, float]], item: tuple[float, int, float], size: int) -> None:

@@ -9,10 +9,11 @@ import base64
 import hashlib
 import importlib.resources
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from model.storage import output_files
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 
@@ -24,9 +25,7 @@ def write(data: Mapping[str, Any], path: pathlib.Path) -> None:
       data: of `pages.shown`.
       path: file in an existing folder; it is written whole or not at all.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page(data), encoding="utf-8")
-    os.replace(partial, path)
+    output_files.write(path, page(data))
 
 
 def page(data: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from gin import config_parser
 
 from launch.config import model_file
 from launch.config.model_file import ModelFileError
+from launch.input_errors import shortened
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
@@ -36,12 +37,6 @@ class Place:
         return f"{self.source}:{self.line}" if self.line else self.source
 
 
-def _shortened(text: str) -> str:
-    """Returns a text that may quote a long statement, at most about _SHOWN characters of its two ends."""
-    half = _SHOWN // 2
-    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A problem of a configuration: its place, the message and the remedy."""
@@ -51,9 +46,9 @@ class Problem:
     remedy: str = ""
 
     def __str__(self):
-        lines = [f"{_shortened(str(self.place))}: {_shortened(self.message)}"]
+        lines = [f"{shortened(str(self.place), _SHOWN)}: {shortened(self.message, _SHOWN)}"]
         if self.place.line and self.place.text.strip():
-            lines.append(f"    {_shortened(self.place.text.strip())}")
+            lines.append(f"    {shortened(self.place.text.strip(), _SHOWN)}")
         if self.remedy:
             lines.append(f"  {self.remedy}")
         return "\n".join(lines)

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -220,8 +219,7 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
     }
     print(table(document))
     if flags.json:
-        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        pathlib.Path(flags.json).write_text(text, "utf-8")
+        row_files.write_json(flags.json, document)
     return document
 
 

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 from launch import cli
 from launch.config import setting_flags
 from launch.evaluation.suites import scores
+from launch.inference import row_files
 from launch.run import load_run
+from model.storage import output_files
 
 if TYPE_CHECKING:
     from launch.evaluation.suites.scores import Suite, Task
@@ -55,8 +57,8 @@ class SuiteFlags:
     model_args: str = ""
     groups: Sequence[str] | None = None
     limit: int | None = None
-    json: pathlib.Path | None = None
-    samples: pathlib.Path | None = None
+    json: str | None = None
+    samples: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,9 +98,9 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         os.environ[name] = "1"  # missing sets are reported at once, without network access
     if flags.limit is not None and flags.limit < 1:
         raise SuiteError(f"--limit={flags.limit} must be at least 1.")
-    for path in filter(None, (flags.json, flags.samples)):
-        if not path.parent.is_dir():
-            raise SuiteError(f"{path}: the folder does not exist. Create it first.")
+    for flag, path in (("json", flags.json), ("samples", flags.samples)):
+        if path:
+            row_files.check_output(path, flag)
     lm_eval.register()
     try:
         suite = scores.find(suite_name).only(flags.groups)
@@ -128,8 +130,7 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
             "total": total,
             "missing": missing,
         }
-        text = json.dumps(document, indent=2, allow_nan=False)
-        flags.json.write_text(f"{text}\n", "utf-8")
+        row_files.write_json(flags.json, document)
 
 
 def code_results(files: Sequence[str], step: Any = None) -> dict[str, dict[str, Any]]:
@@ -263,15 +264,15 @@ def _plain_names(values: Mapping[str, Any], count: int, metric: str) -> dict[str
     return {**metrics, "stderr": stderr if isinstance(stderr, float) else None, "n": count}
 
 
-def _write_samples(path: pathlib.Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _write_samples(path: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     from lm_eval.utils import handle_non_serializable
 
-    with open(path, "w", encoding="utf-8") as file:
+    with output_files.opened(path) as file:
         for task, rows in samples.items():
             for row in rows:
                 line = {"task": task, **row}
                 text = json.dumps(line, default=handle_non_serializable, ensure_ascii=False)
-                file.write(f"{text}\n")
+                file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def _print(suite: "Suite", by_benchmark: Mapping[str, float], details: Mapping[str, str]) -> None:

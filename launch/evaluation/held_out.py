@@ -11,7 +11,6 @@ Face directory has no data: --gin_file=RUN/config.gin takes those of a run with 
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -133,8 +132,7 @@ def evaluate(
                 "max_batches": max_batches,
                 "tasks": metric_writers.jsonable(results),
             }
-            with open(json_file, "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            row_files.write_json(json_file, document)
     return results
 
 

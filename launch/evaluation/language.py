@@ -12,8 +12,6 @@ the scripts of letters, so that it does not tell languages of one script apart.
 
 import argparse
 import collections
-import json as json_lib
-import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,7 +49,7 @@ def evaluate(
     language: str | None = None,
     detector: identify.Kind = "lingua",
     text_key: str = "text",
-    json: pathlib.Path | None = None,
+    json: str | None = None,
     failures: str | None = None,
 ) -> dict[str, Any]:
     """Checks a file of answers, prints a table and writes the files.
@@ -75,7 +73,7 @@ def evaluate(
     for flag, path in (("json", json), ("failures", failures)):
         if path:
             row_files.check_output(
-                str(path), flag, compressed=flag == "failures", others={"inputs": inputs}
+                path, flag, compressed=flag == "failures", others={"inputs": inputs}
             )
     rows = [
         (_language(row, place, language), _text(row, place, text_key), row)
@@ -95,7 +93,7 @@ def evaluate(
     results = {"detector": by.name, **results}
     print(_table(results))
     if json:
-        json.write_text(_dumps(results), "utf-8")
+        row_files.write_json(json, results)
     if failures:
         row_files.write(failures, failed)
     return results
@@ -136,10 +134,6 @@ def _text(row: Mapping[str, Any], place: str, key: str) -> str:
             f"{place} has no text {key!r}; present are {', '.join(map(repr, row)) or 'no keys'}. Set --text_key."
         )
     return text
-
-
-def _dumps(results: Mapping[str, Any]) -> str:
-    return json_lib.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _table(results: Mapping[str, Any]) -> str:

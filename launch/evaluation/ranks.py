@@ -11,7 +11,6 @@ others.
 """
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -134,8 +133,7 @@ def evaluate(
             print(_table(each) if directory is None else f"--- {directory}\n{_table(each)}")
         if json_file:
             document = {"checkpoint": os.path.abspath(checkpoint), "params": params, **of_all}
-            with open(json_file, "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            row_files.write_json(json_file, document)
     return of_all
 
 

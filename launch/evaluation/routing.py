@@ -13,9 +13,7 @@ Shapes: B batch, T length, E experts, L layers of a router, M width of a domain'
 
 import argparse
 import functools
-import json
 import math
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 from launch import cli
 from launch.inference import row_files
 from launch.run import load_run
+from model.storage import output_files
 
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
@@ -63,9 +62,10 @@ def _run(flags: argparse.Namespace) -> None:
     )
     print(table(shares))
     if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(shares, indent=1) + "\n")
+        row_files.write_json(flags.json, shares)
     if flags.figure:
-        figure(shares["chosen"], shares["experts"]).savefig(flags.figure, dpi=130)
+        with output_files.opened(flags.figure) as file:
+            figure(shares["chosen"], shares["experts"]).savefig(file, dpi=130)
 
 
 def routing(

@@ -13,7 +13,6 @@ reads "inputs" as the task makes them.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -145,8 +144,7 @@ def evaluate(
                 "max_new_tokens": max_new_tokens,
                 **({"adapters": shown} if adapter else {"tasks": shown[None]}),
             }
-            with open(json_file, "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            row_files.write_json(json_file, document)
     if output:
         row_files.write(output, rows, writer=jax.process_index() == 0)
     return results if adapter else results[None]

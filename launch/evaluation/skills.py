@@ -9,8 +9,6 @@ must match, of a call the result at its end. No training document has these oper
 """
 
 import argparse
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +36,7 @@ def _run(flags: argparse.Namespace) -> None:
     scores = evaluate(flags.checkpoint, params=flags.params)
     print(table(scores))
     if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(scores, indent=1) + "\n")
+        row_files.write_json(flags.json, scores)
 
 
 def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:

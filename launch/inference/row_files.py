@@ -7,13 +7,12 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from data.text import documents
-from model.storage import mirror, paths
+from model.storage import mirror, output_files, paths
 
 _log = logging.getLogger(__name__)
 
@@ -59,22 +58,16 @@ def check_output(
       compressed: whether a file named .gz or .zst is written compressed, see `write`.
       others: files of other flags, which must not be overwritten, by flag.
     """
-    if paths.is_remote(path):
-        paths.names(path)  # raises StoreError
-        folder = mirror.folder()
-        os.makedirs(folder, exist_ok=True)
-    else:
-        folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise RowFileError(f"--{flag}={path}: there is no folder {folder}. Create it first.")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise RowFileError(f"--{flag}={path} cannot be written. Choose another file.")
+    try:
+        output_files.check(path)
+    except output_files.OutputError as error:
+        raise RowFileError(f"--{flag}={path}: {error}") from None
     if not compressed and path.lower().endswith(documents.COMPRESSED):
         raise RowFileError(
             f"--{flag}={path} is written uncompressed. Choose a name without {pathlib.Path(path).suffix}."
         )
     for other, taken in others.items():
-        if taken and _is_same(path, taken):
+        if taken and not output_files.is_stream(path) and _is_same(path, taken):
             raise RowFileError(
                 f"--{flag}={path} is the file of --{other}, which would be overwritten. Choose another file."
             )
@@ -104,10 +97,10 @@ def check_folder(path: str, flag: str = "out") -> None:
 
 
 def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) -> None:
-    """Writes each row to `path`.partial as soon as it is computed, and renames the file to `path` after the last.
+    """Writes each row to `path`.partial as soon as it is computed, and replaces `path` by that file after the last.
 
-    A file named .gz or .zst is compressed; rows may then wait in memory before they are written.
-    All processes compute the rows together; only the `writer` writes them.
+    A device or a pipe is written to directly. A file named .gz or .zst is compressed; rows may then wait in memory before
+    they are written. All processes compute the rows together; only the `writer` writes them.
     """
     iterator = iter(rows)
     first = list(itertools.islice(iterator, 1))  # An error in the first row changes no file.
@@ -115,17 +108,17 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
         for _ in iterator:
             pass
         return
-    if paths.is_remote(path):
-        with tempfile.TemporaryDirectory(dir=mirror.folder()) as folder:
-            local = os.path.join(folder, path.rpartition("/")[2])
-            write(local, itertools.chain(first, iterator))
-            mirror.put(local, path)
-        return
-    partial = f"{path}.partial"
-    with documents.open_to_write(pathlib.Path(partial), named=path) as file:
+    with output_files.opened(path) as whole, documents.compressed(whole, path) as file:
         for row in itertools.chain(first, iterator):
             file.write(_line(row))
-    os.replace(partial, path)
+            if file is whole:
+                file.flush()
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a value as a JSON file, whole or not at all; raises ValueError for NaN and infinities."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    output_files.write(path, text.encode("utf-8", "backslashreplace") + b"\n")  # as _line
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -184,9 +177,13 @@ def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[Resumed
     """Opens or creates a file of rows; the `writer` locks it to append rows, other processes only read.
 
     Raises:
-      RowFileError: another process writes the file, or a line is damaged.
+      RowFileError: a device or a folder, another process writes the file, or a line is damaged.
     """
     path = os.fspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RowFileError(
+            f"{path} is no file, so rows cannot be continued there: give another path."
+        )
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
         try:
             if writer:

@@ -24,6 +24,7 @@ from data.text import spelling
 from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadedRun
+from model.storage import paths
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read
@@ -61,7 +62,7 @@ def embed(
         )
     row_files.check_output(path)
     before = _content(path)
-    if flags.output and os.path.exists(path):
+    if flags.output and paths.exists(path):
         raise EmbeddingsError(
             f"--output={path} exists already, and routers may have learned from it: --extend={path} adds "
             "domains to it; to write a new one, delete it first"

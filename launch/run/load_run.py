@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -230,6 +231,12 @@ class RunConfig:
     add_bos: bool | None = None
     chat_template: str | None = None
     special_tokens: SpecialTokens = "texts"
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.model, "output"):
+            raise LoadError(
+                f"MODEL = {reprlib.repr(self.model)} is no model: set it to one, such as @transformer.Transformer()."
+            )
 
     @contextlib.contextmanager
     def load(

@@ -188,9 +188,14 @@ def prepare(
         training in it.
       StoreError: the store of an address refuses, has no such bucket, or cannot be reached.
     """
-    if not path or "\0" in path:
+    if not path.strip() or "\0" in path:
         raise RunDirectoryError(
             f"MODEL_DIR = {path!r} is no path: give the run a directory of its own."
+        )
+    here = os.listdir() if os.path.realpath(path) == os.getcwd() else []
+    if here and not {*here} & {*_FILES}:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} is the working directory, whose files are no run's: give the run a directory of its own."
         )
     if paths.is_remote(path):
         folder, held, store = run_place.open_address(path, writer)

@@ -160,7 +160,7 @@ def _without_adapters(all_of_them: Mapping[str, ArrayEntry]) -> dict[str, ArrayE
 
 def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
     file = step_dir.folder_of(step) / FILE
-    moved = json.loads(file.read_text())["path"] if file.exists() else record["path"]
+    moved = _path_in(file) if file.exists() else record["path"]
     try:
         path = step_dir.resolve(moved)
     except FileNotFoundError:
@@ -168,10 +168,25 @@ def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
             f"checkpoint {step} has adapters alone, and their base model {moved} is missing: write the directory where it is "
             f'now into {os.fspath(file)}, as {{"path": "DIR"}}.'
         ) from None
-    base = base_of(path, record["params"])
+    recorded = step_dir.read_manifest(path)
+    root, own = recorded.params(record["params"])
+    base = Part(path, recorded, root, _without_adapters(own))
     if digest(base.entries) != record["digest"]:
         raise BaseModelError(
             f"checkpoint {step} has adapters of another base model than {path}, whose parameters have another digest: write "
             f'the directory of their base into {os.fspath(file)}, as {{"path": "DIR"}}.'
         )
     return base
+
+
+def _path_in(file: epath.Path) -> str:
+    try:
+        path = json.loads(file.read_text())["path"]
+        if not isinstance(path, str) or not path.strip():
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise BaseModelError(
+            f'{os.fspath(file)} does not say where the base model is: write {{"path": "DIR"}} into it, or delete it if the base '
+            "is where it was."
+        ) from None
+    return path

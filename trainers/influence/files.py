@@ -22,6 +22,7 @@ from trainers.checkpoints import agreement, manifest, state_tree
 from trainers.influence import spread
 
 RECORD = "record.json"
+_OWN = "record_sha256"
 _SHARD_BYTES = 1 << 60
 
 
@@ -53,7 +54,9 @@ def _write(
         for name, array in arrays.items():
             # A scalar has no rows.
             writer.write(name, array)
-    full = {**record, "sha256": _checksum(fresh / SINGLE)}
+    # Through JSON, as `read` sees them.
+    full = json.loads(json.dumps({**record, "sha256": _checksum(fresh / SINGLE)}))
+    full[_OWN] = _record_checksum(full)
     with open(fresh / RECORD, "w", encoding="utf-8") as file:
         file.write(json.dumps(full, indent=1) + "\n")
         file.flush()
@@ -78,7 +81,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       StageError: the folder is missing or damaged.
     """
     try:
-        record = read_json(folder / RECORD)
+        record = read_record(folder)
         with SafetensorsReader(folder) as reader:
             if _checksum(folder / SINGLE) != record.get("sha256"):
                 raise StageError(
@@ -90,6 +93,18 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise StageError(
             f"{folder} is missing or damaged. Delete it and run the command again. ({error})"
         ) from None
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the record alone; raises StageError if it is damaged, WeightFileError if there is none."""
+    record = read_json(folder / RECORD)
+    # Stages of earlier versions have no checksum of the record.
+    if record.get(_OWN, own := _record_checksum(record)) != own:
+        raise StageError(
+            f"{folder / RECORD} is damaged: its checksum is not the recorded one. Delete {folder} and run the "
+            "command again."
+        )
+    return record
 
 
 def exists(folder: pathlib.Path) -> bool:
@@ -138,6 +153,11 @@ def model_digest(params: Any) -> str:
     total = manifest.add_digests(shares)
     lines = [f"{n} {flat[n].dtype} {list(flat[n].shape)} {total[n]}" for n in sorted(flat)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _record_checksum(record: Mapping[str, Any]) -> str:
+    values = {name: value for name, value in record.items() if name != _OWN}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(path: pathlib.Path) -> str:

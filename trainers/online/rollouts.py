@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.ranges import Fraction, NonNegative, Seed, Size
+from model.storage import output_files
 from trainers import batches
 from trainers.decoding.policy_sampler import PolicySampler, placed
 from trainers.decoding.sampling import Sampling
@@ -215,11 +216,8 @@ class Rollouts:
         if jax.process_index():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(number)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
+        with output_files.opened(self._path(number)) as file:
             np.savez(file, **cast(Any, arrays))
-        os.replace(partial, path)
         self._path(number - _STORED).unlink(missing_ok=True)
 
     def _read(self, number: int) -> Arrays:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,6 +33,10 @@ class DamagedProgramError(Exception):
     """A file that is not what was written, or whose program cannot be loaded."""
 
 
+class ForeignProgramError(Exception):
+    """A file that another user owns or may write."""
+
+
 def folder() -> pathlib.Path | None:
     """Returns the folder of programs beside jax's compiled ones; None if programs are not stored.
 
@@ -50,9 +55,10 @@ def digest(key: Any) -> str:
 
 
 def read(path: pathlib.Path, load: Callable[[Any, bytes], T]) -> T | None:
-    """Returns `load(description, executable)` of a stored program; None, after one warning, if there is a file but it is damaged.
+    """Returns `load(description, executable)` of a stored program; None, after one warning, if its file is not used.
 
-    A damaged file is removed. The time of use, which orders files, is set.
+    A damaged file is removed. One that another user owns or may write is left alone: it would run that user's code. The time
+    of use, which orders files, is set.
     """
     try:
         data = _bytes(path)
@@ -60,7 +66,10 @@ def read(path: pathlib.Path, load: Callable[[Any, bytes], T]) -> T | None:
         program = load(description, executable)
     except (FileNotFoundError, PermissionError):  # no program, or another user's
         return None
-    except (DamagedProgramError, Unstorable, OSError) as error:
+    except ForeignProgramError as error:
+        _log.warning("The stored program %s is not used: %s.", path, error)
+        return None
+    except (DamagedProgramError, Unstorable, OSError, RecursionError) as error:
         _log.warning("The stored program %s is not used (%s); it is compiled again.", path, error)
         with contextlib.suppress(OSError):
             path.unlink()
@@ -71,8 +80,15 @@ def read(path: pathlib.Path, load: Callable[[Any, bytes], T]) -> T | None:
 
 
 def _bytes(path: pathlib.Path) -> bytes:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST:
+    # A link is an error, and opening a pipe does not wait for its other end.
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ForeignProgramError("another user owns it or may write it")
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedProgramError("it is no regular file")
+        if status.st_size > _LARGEST:
             raise DamagedProgramError(f"it has more than {_LARGEST} bytes")
         return file.read()
 
@@ -89,7 +105,7 @@ def _checked(data: bytes, name: str) -> tuple[Any, bytes]:
     try:
         header = json.loads(data[begin:end])
         key, description = header["key"], header["program"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedProgramError("its header is no description") from error
     if digest(key) != name:
         raise DamagedProgramError("it is the program of another key")
@@ -102,7 +118,7 @@ def write(path: pathlib.Path, key: Any, description: Any, executable: bytes) -> 
     rest = len(header).to_bytes(8, "little") + header + executable
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=f".partial{SUFFIX}")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(MAGIC + hashlib.sha256(rest).digest())
@@ -118,14 +134,14 @@ def write(path: pathlib.Path, key: Any, description: Any, executable: bytes) -> 
 
 
 def _bound(newest: pathlib.Path) -> None:
-    """Removes files that were used least recently, so that the rest has at most the bound's bytes."""
+    """Removes programs that were used least recently, so that the rest has at most the bound's bytes."""
     flags: Any = jax.config
     most = flags.jax_compilation_cache_max_size
     left = most if most >= 0 else _BOUND
     files = []
-    for path in newest.parent.iterdir():
+    for path in newest.parent.glob(f"*{SUFFIX}"):  # nobody else's files
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            status = path.stat()
+            status = path.lstat()
             files.append((path != newest, -status.st_mtime, status.st_size, path))
     for other, _, size, path in sorted(files):
         left -= size

@@ -1,5 +1,9 @@
 """Lines in the language, in another script, and in another language of the same script."""
 
+import random
+import re
+import time
+
 import pytest
 
 from data.languages import identify
@@ -42,6 +46,37 @@ def test_what_is_no_prose_is_not_judged():
     assert (short.lines, short.passes) == (0, None)
     # A few letters are enough to show another script.
     assert identify.check("Yes.", "ru", identify.detector("script")).others == {"Latn": 1}
+
+
+def test_addresses_and_code_are_the_leftmost_longest_ones():
+    """Against the pattern that says so and takes quadratic time."""
+    plain = re.compile(r"https?://\S+|\S+@\S+|`[^`\n]*`")
+    draw = random.Random(0)
+    pieces = ["a", "é", "@", "`", " ", "\n", "\t", "http://", "https://", "漢"]
+    for _ in range(20_000):
+        text = "".join(draw.choices(pieces, k=draw.randrange(14)))
+        if "```" in text:  # begins code of several lines
+            continue
+        assert identify.judged_lines(text, min_letters=0) == [
+            line.strip() for line in plain.sub(" ", text).splitlines()
+        ]
+
+
+@pytest.mark.parametrize(
+    "piece", ["漢", "a", "@", "a`", "`a`", "` a`b", "http://", "```\n", "~~~", " \n", "\t"]
+)
+def test_the_time_for_a_text_without_spaces_is_linear(piece):
+    def seconds(length):
+        text = piece * (length // len(piece))
+        times = []
+        for _ in range(4):
+            began = time.process_time()
+            identify.judged_lines(text)
+            times.append(time.process_time() - began)
+        return min(times)
+
+    # A quadratic time would be 16 times as long.
+    assert seconds(200_000) < 8 * seconds(50_000)
 
 
 def test_rates_are_of_texts_and_of_lines():

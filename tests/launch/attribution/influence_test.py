@@ -284,6 +284,12 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
             limit=limit,
         )
         assert of_mixture.count() == count
+    again = ("influence", "score", *given, "--mixture=influence_texts", f"--out={out}", *other)
+    texts[-1] = "another text under the same name"
+    assert place.command(*again) == 2
+    assert "of other documents" in capsys.readouterr().err
+    texts[-1] = DOCUMENTS[-1]["text"]
+    assert place.command(*again) == 0
     assert place.command("influence", "score", *given, "--mixture=texts", "--out=/tmp/x.jsonl") == 2
     assert "no such SeqIO mixture" in capsys.readouterr().err
     report = place.folder / "mixture_report"

@@ -117,6 +117,7 @@ def test_gin_files_and_bindings_change_a_recorded_model(tmp_path):
         assert (config.num_layers, config.dtype) == (7, "bfloat16")
 
 
+BIG = "x" * 900_000
 CALL = {"call": "transformer.Transformer"}
 LAUGHS = {f"A{i}": [{"macro": f"A{i + 1}"}] * 10 for i in range(9)} | {
     "A9": 1,
@@ -225,6 +226,28 @@ def test_a_model_sets_no_macro_of_the_command(tmp_path, trained_run):
     (tmp_path / "checkpoints").symlink_to(f"{trained_run.path}/checkpoints")
     config = load_run.config_of(str(tmp_path))
     assert (config.chat_template, config.add_bos, config.mesh) == (None, None, {"fsdp": -1})
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("macros", "MODEL", BIG, "is no model"),
+        ("macros", "MODEL", [1] * 100_000, "is no model"),
+        ("settings", "config.TransformerConfig.layer_pattern", [BIG], "layer_pattern names 'xxx"),
+    ],
+)
+def test_a_huge_wrong_value_is_a_short_error(
+    part, name, value, message, tmp_path, trained_run, command, capsys
+):
+    record = json.loads(pathlib.Path(trained_run.path, "model.json").read_text())
+    record[part][name] = value
+    write(tmp_path, record)
+    (tmp_path / "checkpoints").symlink_to(f"{trained_run.path}/checkpoints")
+    (tmp_path / "x.jsonl").write_text('{"text": "import os"}\n')
+    files = (f"--inputs={tmp_path}/x.jsonl", f"--output={tmp_path}/y.jsonl")
+    assert command("score", f"--checkpoint={tmp_path}", *files) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error) < 10_000
 
 
 def mutated(record, rng):

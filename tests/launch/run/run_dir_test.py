@@ -73,6 +73,19 @@ def test_a_directory_in_use_is_refused_until_it_is_free(tmp_path):
     begin(tmp_path).close()  # a start that was refused holds nothing
 
 
+@pytest.mark.parametrize("name", [".", "./", "../{0}"])
+def test_the_working_directory_is_a_run_or_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    name = name.format(tmp_path.name)
+    with pytest.raises(RunDirectoryError, match="MODEL_DIR = .* is the working directory"):
+        run_dir.prepare(name, CONFIG)
+    assert os.listdir() == ["mine.txt"]
+    os.unlink("mine.txt")
+    for _ in range(2):  # an empty directory, and one with a run
+        run_dir.prepare(name, CONFIG).close()
+
+
 def test_secrets_of_the_environment_are_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "s3cret-value")
     monkeypatch.setenv("XLA_FLAGS", "--xla_something=1")
@@ -241,6 +254,7 @@ def test_parameter_table():
     ("name", "problem"),
     [
         ("", "is no path"),
+        (" ", "is no path"),
         ("a\0b", "is no path"),
         ("file", "File exists"),
         ("file/below", "Not a directory"),
@@ -259,7 +273,7 @@ def test_a_path_that_cannot_be_a_run_is_one_error(tmp_path, name, problem):
     (tmp_path / "dangling").symlink_to("nowhere/x")
     (tmp_path / "lock" / ".lock").mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match=f"MODEL_DIR = .*{problem}"):
-        run_dir.prepare(name and os.path.join(tmp_path, name), CONFIG)
+        run_dir.prepare(os.path.join(tmp_path, name) if name.strip() else name, CONFIG)
 
 
 @pytest.mark.parametrize("name", [*run_dir._FILES, *run_dir._FOLDERS])

@@ -365,7 +365,9 @@ def test_messages_are_continued_after_a_generation_prompt(imported, ids):
     def loaded(vocabulary, **config):
         return LoadedRun(
             config=RunConfig(
-                model=types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=512)),
+                model=types.SimpleNamespace(
+                    output="logits", config=types.SimpleNamespace(vocab_size=512)
+                ),
                 vocabulary=lambda: vocabulary,
                 **config,
             ),

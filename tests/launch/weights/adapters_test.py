@@ -84,6 +84,18 @@ def test_adapters_alone_are_the_model_on_their_own_base_with_their_own_settings(
         file.write_text(json.dumps({"path": path}))
         with pytest.raises(BaseModelError, match=f"{words}.*{re.escape(str(file))}"):
             logits(alone)
+    deep = '{"path": ' + "[" * 100_000
+    for text in ("1", "[]", "{}", "null", '{"path": 1}', '{"path": ""}', "no json", deep):
+        file.write_text(text)
+        with pytest.raises(BaseModelError, match=f"{re.escape(str(file))} does not say where"):
+            logits(alone)
+    file.write_text(json.dumps({"path": str(alone)}))
+    with pytest.raises(BaseModelError, match=f"another base.*{re.escape(str(file))}"):
+        logits(alone)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(BaseModelError, match="does not say where"):
+        logits(alone)
     for flags, words in (
         (
             [f"--from={run}", f"--to_adapter={tmp_path}/c", f"--base={branches.folders[0]}"],

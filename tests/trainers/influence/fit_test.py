@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 
 import flax.linen as nn
@@ -285,6 +286,23 @@ def test_a_stop_while_a_sum_is_saved_leaves_the_one_before(tmp_path, monkeypatch
         assert [path.name for path in folder.parent.iterdir()] == ["sum"]
         files.remove(folder)
         assert not files.exists(folder)
+
+
+def test_a_changed_number_of_a_record_is_found(tmp_path):
+    folder = tmp_path / "sum"
+    files.write(folder, {"x": np.arange(3)}, {"read": 12, 3: (0.1, None)})
+    assert files.read(folder)[1]["read"] == 12
+    path = folder / files.RECORD
+    whole = path.read_text()
+    path.write_text(whole.replace("12", "13"))
+    for read in (files.read, files.read_record):
+        with pytest.raises(files.StageError, match=r"record\.json is damaged"):
+            read(folder)
+    # A stage of an earlier version has none.
+    earlier = json.loads(whole)
+    del earlier["record_sha256"]
+    path.write_text(json.dumps(earlier))
+    assert files.read(folder)[1]["read"] == 12
 
 
 def test_each_device_has_a_part_of_every_sum_and_decomposes_some_matrices():

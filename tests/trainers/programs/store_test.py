@@ -1,6 +1,7 @@
 """Files of programs: whole or not used, and bounded."""
 
 import concurrent.futures
+import hashlib
 import logging
 import os
 
@@ -75,6 +76,40 @@ def test_a_file_under_the_name_of_another_key_is_not_used(path, caplog):
     assert "it is the program of another key" in caplog.text
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o644])
+def test_machine_code_of_other_users_is_not_loaded(mode, path, monkeypatch, caplog):
+    path.chmod(mode)
+    if mode == 0o644:  # nobody else may write it, but somebody else owns it
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert store.read(path, both) is None
+    assert "another user owns it or may write it" in caplog.text and len(caplog.records) == 1
+    assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_only_a_regular_file_is_read(kind, path, tmp_path, caplog):
+    whole = tmp_path / "whole"
+    os.replace(path, whole)
+    if kind == "pipe":
+        os.mkfifo(path, 0o600)
+    elif kind == "link":
+        path.symlink_to(whole)
+    else:
+        path.mkdir(0o700)
+    assert store.read(path, both) is None
+    assert "is not used" in caplog.text and len(caplog.records) == 1
+    assert whole.exists()
+
+
+def test_a_deeply_nested_header_is_damaged(path, caplog):
+    depth = 100_000
+    header = b'{"key":%s,"program":%s%s}' % (store._json(KEY), b"[" * depth, b"]" * depth)
+    rest = len(header).to_bytes(8, "little") + header
+    path.write_bytes(store.MAGIC + hashlib.sha256(rest).digest() + rest)
+    assert store.read(path, both) is None
+    assert "its header is no description" in caplog.text and not path.exists()
+
+
 def test_a_program_that_the_runtime_refuses_is_not_used(path, caplog):
     def refuse(description, executable):
         raise store.Unstorable("the runtime refuses it")
@@ -105,10 +140,17 @@ def test_the_bound_of_the_compilation_cache_holds_here_too(tmp_path, monkeypatch
     monkeypatch.setattr(
         type(jax.config), "jax_compilation_cache_max_size", len(EXECUTABLE), raising=False
     )
+    for name in (
+        "thesis.tar",
+        "notes.txt",
+    ):  # files of others in a folder with the name of programs
+        (tmp_path / name).write_bytes(bytes(10_000))
+    (tmp_path / "link.program").symlink_to("thesis.tar")
     for i in range(3):
         key = {"function": str(i)}
         store.write(path_of(tmp_path, key), key, DESCRIPTION, EXECUTABLE)
-    assert [file.name for file in tmp_path.iterdir()] == [path_of(tmp_path, key).name]
+    left = {path_of(tmp_path, key).name, "thesis.tar", "notes.txt"}
+    assert {file.name for file in tmp_path.iterdir()} == left
 
 
 def test_many_writers_and_readers_see_whole_programs_only(tmp_path):
