@@ -114,6 +114,19 @@ def test_another_configuration_is_refused_by_the_first_difference(tmp_path, old,
     assert (tmp_path / "config.gin").read_text() == CONFIG
 
 
+def test_a_setting_that_a_gin_file_has_got_since_is_no_other_configuration(tmp_path):
+    begin(tmp_path).close()
+    more = CONFIG + "NAMES = None\ntoy_run.train.names = %NAMES\ntoy_run.train.optimizer = None\n"
+    run_dir.prepare(str(tmp_path), more).close()
+    begin(tmp_path).close()  # as it was
+    for old, new, named in (
+        ("NAMES = None", "NAMES = ['a']", "NAMES is ['a'] now and was not set there"),
+        ("optimizer = None", "optimizer = 'sgd'", "toy_run.train.optimizer is 'sgd' now"),
+    ):
+        with pytest.raises(RunDirectoryError, match=re.escape(named)):
+            run_dir.prepare(str(tmp_path), more.replace(old, new))
+
+
 def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
     run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
     # A start that fails between opening the writers and the first row leaves these.
