@@ -127,6 +127,32 @@ def test_a_setting_that_a_gin_file_has_got_since_is_no_other_configuration(tmp_p
             run_dir.prepare(str(tmp_path), more.replace(old, new))
 
 
+def test_a_vocabulary_in_another_place_is_no_other_configuration(tmp_path):
+    """Vocabularies are compared by their digests, with the checkpoints and the data."""
+    head = CONFIG.replace(
+        "import toy_run\n", "import toy_run\nfrom data.tokenizers import vocabularies\n"
+    )
+    own = "VOCABULARY = @run_vocabulary.of()\nrun_vocabulary.of.path = '/run'\n"
+    texts = [
+        f"{head}VOCABULARY = @vocabularies.sentencepiece()\nvocabularies.sentencepiece.size = 9\n",
+        f"{head}VOCABULARY = @vocabularies.huggingface()\nvocabularies.huggingface.path = '/run'\n",
+        f"{head}from launch.run import run_vocabulary\n{own}vocabularies.sentencepiece.size = 9\n",
+    ]
+    for old, new in ((0, 2), (1, 2), (2, 0)):
+        folder = tmp_path / f"{old}{new}"
+        folder.mkdir()
+        run_dir.prepare(str(folder), texts[old]).close()
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        changed = (
+            texts[new]
+            if old != 1
+            else texts[2].replace("vocabularies.sentencepiece.size = 9\n", "")
+        )
+        run_dir.prepare(str(folder), changed).close()
+    with pytest.raises(RunDirectoryError, match="sentencepiece.size was 9 there and is 8 now"):
+        run_dir.prepare(str(tmp_path / "02"), texts[2].replace("size = 9", "size = 8"))
+
+
 def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
     run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
     # A start that fails between opening the writers and the first row leaves these.
