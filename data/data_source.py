@@ -21,6 +21,7 @@ from data.text import documents, splits
 from model.storage import mirror, paths
 
 Patterns = str | Sequence[str]
+Files = Patterns | Mapping[str, Patterns]  # one set of files, or several by name
 _SHUFFLE_BUFFER = 10_000  # token caches read without shuffling; for direct iteration of a task
 
 
@@ -178,6 +179,26 @@ class FileSource(DataSource, abc.ABC):
     @property
     def _counts_file(self) -> pathlib.Path:
         return pathlib.Path(self.cache) / "counted" / f"{self.digest}.json"
+
+
+def named_sets(
+    name: str, files: Files, validation_files: Files | None
+) -> dict[str, tuple[Patterns, Patterns | None]]:
+    """Returns {set: its patterns and those of its held-out files}; one set has the given name.
+
+    Raises:
+      ValueError: `files` and `validation_files` name different sets.
+    """
+    if not isinstance(files, Mapping) and not isinstance(validation_files, Mapping):
+        return {name: (files, validation_files)}
+    sets = files if isinstance(files, Mapping) else {name: files}
+    held_out = dict.fromkeys(sets) if validation_files is None else validation_files
+    if not sets or not isinstance(held_out, Mapping) or held_out.keys() != sets.keys():
+        raise ValueError(
+            f"{name}: files and validation_files must name the same sets. validation_files is {validation_files!r}; "
+            f"the sets are {', '.join(sets)}"
+        )
+    return {each: (patterns, held_out[each]) for each, patterns in sets.items()}
 
 
 def _expand(name: str, argument: str, patterns: Patterns, data_root: str | None) -> tuple[str, ...]:

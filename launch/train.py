@@ -133,6 +133,7 @@ def train(
                 program,
                 stream=stream,
                 positions=parent.positions,
+                check_vocabulary=functools.partial(phase.check_vocabulary, run.checkpoints, parent),
                 tasks=tasks,
                 eval_stream=eval_stream,
                 eval_tasks=eval_tasks,

@@ -1,16 +1,15 @@
 """SeqIO tasks of supervised data, registered by a plain function that gin binds."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from data import tasks
 from data.chats import spans
 from data.chats.files import ChatFiles
 from data.choices import check_choice
+from data.data_source import Files, named_sets
 from model.ranges import Fraction
-
-Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 def register_chats(
@@ -59,21 +58,13 @@ def register_chats(
     check_choice(f"{name}: turns", turns, spans.Turns)
     if add_bos is None:
         add_bos = getattr(vocabulary, "adds_bos", False)
-    sets = files if isinstance(files, Mapping) else {name: files}
-    held_out = validation_files
-    if held_out is None or not (isinstance(held_out, Mapping) or isinstance(files, Mapping)):
-        held_out = dict.fromkeys(sets, held_out)
-    if not isinstance(held_out, Mapping) or held_out.keys() != sets.keys():
-        raise ValueError(
-            f"{name}: files and validation_files must name the same sets. validation_files is {validation_files!r}; "
-            f"the sets are {', '.join(sets)}"
-        )
-    for each, patterns in sets.items():
+    sets = named_sets(name, files, validation_files)
+    for each, (patterns, held_out) in sets.items():
         source = ChatFiles.open(
             name=each,
             files=patterns,
             vocabulary=vocabulary,
-            validation_files=held_out[each],
+            validation_files=held_out,
             validation_fraction=validation_fraction,
             chat_template=chat_template,
             add_bos=add_bos,

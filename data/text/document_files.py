@@ -12,7 +12,8 @@ from typing import Any
 import tqdm
 
 from data.cache import cache_dir as cache
-from data.data_source import FileSource, Patterns, shorten
+from data.cache import fingerprint
+from data.data_source import Files, FileSource, named_sets, shorten
 from data.text import document_filters, documents, splits
 from data.text.document_filters import DocumentFilter, Sieve
 from data.text.documents import DataError, Document, Format
@@ -165,11 +166,37 @@ class DocumentFiles(FileSource):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class DocumentSets:
+    """Several sets of documents, as texts to train one vocabulary from."""
+
+    sets: tuple[DocumentFiles, ...]
+
+    @property
+    def digest(self) -> str:
+        return fingerprint.of_json({each.name: each.digest for each in self.sets})
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.sets)
+
+    def size(self, source: str) -> int:
+        """Returns the bytes of training text of a set."""
+        return self._set(source).size(source)
+
+    def sample(self, source: str, num_bytes: float) -> Iterator[Document]:
+        """Yields about `num_bytes` bytes of a set's training documents."""
+        return self._set(source).sample(source, num_bytes)
+
+    def _set(self, name: str) -> DocumentFiles:
+        return next(each for each in self.sets if each.name == name)
+
+
 def find(
     *,
     name: str,
-    files: Patterns,
-    validation_files: Patterns | None = None,
+    files: Files,
+    validation_files: Files | None = None,
     validation_fraction: Fraction = 0.01,
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
@@ -178,13 +205,14 @@ def find(
     max_document_bytes: int = documents.MAX_BYTES,
     filters: Sequence[DocumentFilter] = (),
     cache_dir: str | os.PathLike | None = None,
-) -> DocumentFiles:
+) -> DocumentFiles | DocumentSets:
     """Returns the documents of the data files that match patterns.
 
     Args:
-      name: name of the set.
-      files: one or several globs (`**` includes subdirectories); `~` and variables are expanded.
-      validation_files: one or several globs of held-out files; `validation_fraction` is then
+      name: name of the set, if there is one.
+      files: one or several globs (`**` includes subdirectories); `~` and variables are expanded. Or several sets,
+        {name of the set: its globs}.
+      validation_files: one or several globs of held-out files, of several sets by name; `validation_fraction` is then
         ignored.
       validation_fraction: share of documents to hold out, chosen by the hash of their text so that
         equal documents are never in both splits. 0 makes no validation split.
@@ -196,18 +224,22 @@ def find(
     Raises:
       FileNotFoundError: a pattern matches no file.
       DataError: a matching file is of an unknown kind.
-      ValueError: the fraction is not in [0, 1), two filters have one name, or a file is matched by
-        `files` and by `validation_files`.
+      ValueError: the fraction is not in [0, 1), two filters have one name, a file is matched by `files` and by
+        `validation_files`, or these name different sets.
     """
     document_filters.check_names(filters, name)
     text_key = text_key if isinstance(text_key, str) else tuple(text_key)
-    return DocumentFiles.find(
-        name=name,
-        files=files,
-        validation_files=validation_files,
-        validation_fraction=validation_fraction,
-        data_root=data_root,
-        cache_dir=cache_dir,
-        format=Format(text_key, id_key, document_per, max_document_bytes),
-        filters=tuple(filters),
+    sets = tuple(
+        DocumentFiles.find(
+            name=each,
+            files=patterns,
+            validation_files=held_out,
+            validation_fraction=validation_fraction,
+            data_root=data_root,
+            cache_dir=cache_dir,
+            format=Format(text_key, id_key, document_per, max_document_bytes),
+            filters=tuple(filters),
+        )
+        for each, (patterns, held_out) in named_sets(name, files, validation_files).items()
     )
+    return DocumentSets(sets) if isinstance(files, Mapping) else sets[0]

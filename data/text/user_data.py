@@ -8,6 +8,7 @@ from typing import Any
 
 from data import tasks
 from data.cache import cache_dir as cache
+from data.data_source import Files
 from data.stream import mixing
 from data.text import document_files, documents, tfds_source
 from data.text.document_filters import DocumentFilter
@@ -17,9 +18,10 @@ from model.ranges import Fraction, NonNegative
 def register_files(
     *,
     name: str,
-    files: str | Sequence[str],
+    files: Files,
     vocabulary: Any,
-    validation_files: str | Sequence[str] | None = None,
+    shares: Mapping[str, NonNegative] | None = None,
+    validation_files: Files | None = None,
     validation_fraction: Fraction = 0.01,
     text_key: str | Sequence[str] = "text",
     id_key: str | None = None,
@@ -33,9 +35,13 @@ def register_files(
 ) -> None:
     """Registers a task over files: JSON lines (.jsonl, also .gz and .zst), text, or Parquet.
 
+    Several sets of files, given by name, become a task each, and `name` their mixture.
+
     Args:
-      name: name of the task.
+      name: name of the task, or of the mixture.
       vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
+      shares: of several sets: set -> its share of the tokens, normalised; None: the bytes of its training text, so that
+        all are read about equally often.
       add_bos: begin each document with BOS.
       add_eos: end each document with EOS.
 
@@ -43,7 +49,7 @@ def register_files(
 
     Raises:
       FileNotFoundError: a pattern matches no file.
-      ValueError: the files, the fraction or the filters are invalid, another task has this name, or
+      ValueError: the files, the fraction, the shares or the filters are invalid, another task has this name, or
         the vocabulary lacks the BOS or EOS to be added.
     """
     source = document_files.find(
@@ -59,14 +65,33 @@ def register_files(
         filters=filters,
         cache_dir=cache_dir,
     )
-    tasks.register_source(
-        name,
-        source,
-        origin="register_files",
-        vocabulary=vocabulary,
-        add_bos=add_bos,
-        add_eos=add_eos,
-    )
+    several = isinstance(source, document_files.DocumentSets)
+    _check_shares(name, shares, source.sources if several else ())
+    for each in source.sets if several else (source,):
+        tasks.register_source(
+            each.name,
+            each,
+            origin="register_files",
+            vocabulary=vocabulary,
+            add_bos=add_bos,
+            add_eos=add_eos,
+        )
+    if several:
+        tasks.register_mixture(
+            name, shares or {each.name: each.size(each.name) for each in source.sets}
+        )
+
+
+def _check_shares(name: str, shares: Mapping[str, float] | None, sets: Sequence[str]) -> None:
+    """Raises ValueError unless shares are None, or of exactly the sets, and can be normalised."""
+    if shares is None:
+        return
+    if shares.keys() != set(sets):
+        raise ValueError(
+            f"{name}: the shares are of {', '.join(shares)}, and the sets of files are "
+            f"{', '.join(sets) or 'one without a name'}: give each set, and no other, a share (0 for none)"
+        )
+    mixing.normalised(shares, tuple(sets), f"the shares of {name!r}")
 
 
 def register_sources(

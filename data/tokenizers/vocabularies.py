@@ -17,6 +17,7 @@ import importlib.metadata
 import io
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -281,12 +282,31 @@ def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> b
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"a vocabulary of {settings['size']} pieces cannot be trained on this sample of the corpus: "
-            f"{str(error).strip().splitlines()[-1]} Change size, or raise sample_bytes"
-        ) from None
+        raise ValueError(_why_untrained(str(error), corpus, settings)) from None
     rules.unlink()
     return _without_path(model.getvalue())
+
+
+def _why_untrained(error: str, corpus: Texts, settings: Mapping[str, Any]) -> str:
+    """Returns SentencePiece's error in the words of the settings, with the remedies that help."""
+    failed = (
+        f"a vocabulary of {settings['size']:,} pieces (VOCAB_SIZE) cannot be trained on these texts"
+    )
+    sizes = [corpus.size(source) for source in corpus.sources]
+    cut = None in sizes or sum(filter(None, sizes)) > settings["sample_bytes"]
+    more = "use more text"
+    if cut:
+        more += f", or a larger part of it (sample_bytes, now {settings['sample_bytes']:,.0f})"
+    if highest := re.search(r"too high .* value <= (\d+)", error):
+        return f"{failed}, which give {highest[1]} pieces at most. Set VOCAB_SIZE={highest[1]} or less, or {more}"
+    if lowest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"{failed}: bytes, white space and single characters are {lowest[1]} pieces already. Set VOCAB_SIZE={lowest[1]} "
+            "or more, or lower character_coverage, by which rare characters become bytes"
+        )
+    if "sentences_.empty()" in error:
+        return f"{failed}: they are empty"
+    return f"{failed}: {error.strip().splitlines()[-1]}"
 
 
 def _without_path(model: bytes) -> bytes:

@@ -1,5 +1,9 @@
 """Compares two gin configurations by meaning: names in full, values as literals, order ignored."""
 
+import contextlib
+import functools
+import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +36,9 @@ def canonical(text: str) -> dict[str, str]:
 def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str | None:
     """Returns a sentence about the first binding, sorted by name, that differs; None if none differs.
 
+    A binding that one configuration lacks is no difference if it sets its parameter to the default, and nor is a macro
+    that such bindings alone read; so a run goes on although a later version of a gin file has more settings.
+
     Args:
       old: text of the earlier configuration.
       new: text of the new configuration.
@@ -43,12 +50,35 @@ def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str 
     for key in sorted(before.keys() | after.keys(), key=lambda k: ("." in k, k)):
         if before.get(key) == after.get(key) or _matches(key, may_change):
             continue
+        if key not in before and _has_no_effect(key, after):
+            continue
+        if key not in after and _has_no_effect(key, before):
+            continue
         if key not in after:
             return f"{key} was {before[key]} there and is not set now"
         if key not in before:
             return f"{key} is {after[key]} now and was not set there"
         return f"{key} was {before[key]} there and is {after[key]} now"
     return None
+
+
+def _has_no_effect(key: str, values: dict[str, str]) -> bool:
+    """Returns whether a binding sets its parameter to the default, or whether all bindings that read a macro do."""
+    *path, parameter = key.rpartition("/")[2].split(".")
+    if not path:
+        readers = [name for name, value in values.items() if value == f"%{key}"]
+        return bool(readers) and all(_has_no_effect(name, values) for name in readers)
+    value = values[key]
+    while value.startswith("%") and value[1:] in values:
+        value = values[value[1:]]
+    for end in range(len(path) - 1, 0, -1):
+        if (found := sys.modules.get(".".join(path[:end]))) is not None:
+            with contextlib.suppress(AttributeError, TypeError, ValueError, KeyError):
+                target = functools.reduce(getattr, path[end:], found)
+                default = inspect.signature(target).parameters[parameter].default
+                return value == _format(default, {})
+            return False
+    return False
 
 
 def _matches(key: str, names: Sequence[str]) -> bool:

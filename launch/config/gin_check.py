@@ -24,9 +24,6 @@ from launch.config.gin_reader import (
 from launch.config.gin_source import Macro, Place, Problem, scoped
 from launch.config.gin_values import mismatch
 
-# Name of the file with all bindings of a run, of which another command or another kind of run uses a part.
-_RECORD = "config.gin"
-
 
 def check(
     files: Sequence[str],
@@ -99,7 +96,7 @@ def check(
             for problem in _unreachable(checked, reach, [] if twice else so_far, entry_name):
                 if problem.place.line == 0:  # on the command line
                     problems.append(problem)
-                elif os.path.basename(problem.place.source) != _RECORD:
+                elif not _is_of_run(problem.place):
                     checked.warnings.append(problem)
     return checked
 
@@ -125,7 +122,8 @@ def _unread_macros(
     checked: Checked, default_files: Container[str], command_line_only: bool
 ) -> Iterator[Problem]:
     for name, bound in checked.macros.items():
-        if bound.file in default_files:
+        # A run's config.gin also has the macros of the run before it, and VOCABULARY where its data have one of their own.
+        if bound.file in default_files or _is_of_run(bound.place):
             continue
         if name not in checked.macros_read and not (command_line_only and bound.place.line):
             near = nearest(difflib.get_close_matches(name, sorted(checked.macros_read)))
@@ -255,6 +253,11 @@ def _unreachable(
             short = ".".join(target.split(".")[-2:])
             text = f"no reference leads from '{entry_name}' to '@{short}'"
             yield Problem(bound.place, f"'{target}.{argument}' has no effect: {text}")
+
+
+def _is_of_run(place: Place) -> bool:
+    """Returns whether a statement is in a run's config.gin, of which another command or kind of run uses a part."""
+    return os.path.basename(place.source) == gin_source.RUN_CONFIG
 
 
 def _with_macros(value: Any, macros: Mapping[str, Bound]) -> Any:

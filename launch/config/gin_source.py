@@ -19,6 +19,14 @@ from launch.input_errors import shortened
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
+RUN_CONFIG = "config.gin"  # a run's whole configuration, in its directory
+VOCABULARY_RECORD = "vocabulary.json"  # beside it; see launch/run/run_vocabulary.py
+_OWN_VOCABULARY = """
+from launch.run import run_vocabulary
+
+VOCABULARY = @run_vocabulary.of()
+run_vocabulary.of.path = {folder!r}
+"""
 
 _SHOWN = 1000  # characters of a message or statement that an error shows
 # A line on which a statement can begin; parsing resumes on the next one after a syntax error.
@@ -185,12 +193,19 @@ def find(path: str, search_paths: Sequence[str]) -> str | None:
 def read(path: str) -> str:
     """Returns the text of a gin file; of a model.json the equal gin text.
 
+    The config.gin of a run says how its vocabulary was made, perhaps from files that have changed or are elsewhere. Where
+    the run's directory has the vocabulary itself, the text ends with bindings that use it.
+
     Raises:
       OSError, UnicodeDecodeError, ModelFileError.
     """
     if model_file.is_model_file(path):
         return model_file.read(path).gin()
-    return pathlib.Path(path).read_text("utf-8")
+    text = pathlib.Path(path).read_text("utf-8")
+    folder, name = os.path.split(path)
+    if name == RUN_CONFIG and os.path.isfile(os.path.join(folder, VOCABULARY_RECORD)):
+        text += _OWN_VOCABULARY.format(folder=folder or ".")
+    return text
 
 
 def statements(files: Iterable[str], search_paths: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ Example, bytes against the tokenizer of a run, on messages of installed packages
 
   python -m launch.prepare compare_tokenizers --tokenizer=bytes --tokenizer=own=/runs/aya/vocabulary.model --out=/tmp/tokenizers
 
-A tokenizer is `bytes`, a folder with tokenizer.json or tokenizer.model, or a file .model, with a name in front of it
+A tokenizer is `bytes`, a run, a folder with tokenizer.json or tokenizer.model, or a file .model, with a name in front of it
 if the last part of the path is not a good one. `--text` is a folder of FLORES-200 (flores200_dataset), or a file of rows
 {"language": "cs", "english": "...", "text": "..."}. --out gets report.json and report.png.
 
@@ -22,7 +22,6 @@ from launch import cli
 from launch.config import setting_flags
 
 REPORT, PLOT = "report.json", "report.png"
-BYTES = "bytes"
 _COLUMNS = {
     "fertility": ("tokens/word", 2, 1.0),
     "bytes_per_token": ("bytes/token", 2, 1.0),
@@ -76,6 +75,7 @@ def compare(
     from data.cache import cache_dir
     from data.languages import parallel, table, tokenizer_report
     from launch.inference import row_files
+    from launch.run import run_vocabulary
 
     row_files.check_folder(str(out))
     if limit < 1:
@@ -85,7 +85,7 @@ def compare(
     pairs = parallel.read(text, wanted, limit=limit)
     cpu_tensorflow.load()
     reports = {
-        name: {"path": path, **tokenizer_report.measure(_vocabulary(path), pairs)}
+        name: {"path": path, **tokenizer_report.measure(run_vocabulary.of(path=path), pairs)}
         for name, path in paths.items()
     }
     document = {"text": text, "tokenizers": reports}
@@ -110,16 +110,6 @@ def _paths(texts: Sequence[str]) -> dict[str, str]:
             )
         paths[name] = path
     return paths
-
-
-def _vocabulary(path: str) -> Any:
-    from data.tokenizers import vocabularies
-
-    if path == BYTES:
-        return vocabularies.byte()
-    if pathlib.Path(path).is_dir():
-        return vocabularies.huggingface(path=path)
-    return vocabularies.from_file(path=path)
 
 
 def _print(reports: Mapping[str, Any]) -> None:

@@ -129,7 +129,7 @@ def whole_files(
       LoadError: `trust_config` and `gin_file` are both missing, or the run has no config.gin.
       FileNotFoundError: there is no checkpoint.
     """
-    from launch.run import hf_checkpoint, run_vocabulary
+    from launch.run import hf_checkpoint
     from launch.run.model_record import CONFIG
     from trainers.checkpoints import step_dir
 
@@ -149,7 +149,7 @@ def whole_files(
     config = file_of_run(step_dir.resolve(checkpoint), CONFIG)
     if config is None:
         raise LoadError(f"There is no {CONFIG} beside the checkpoints of {checkpoint}.")
-    return [own, config, *run_vocabulary.gin_files(os.path.dirname(config), checkpoint)]
+    return [own, config]  # with the run's vocabulary, see gin_source.read
 
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data.cache import cache_dir
-from launch.config import model_file
+from launch.config import gin_source, model_file
 from launch.config.gin_reader import Bound, Checked, Reader, Target
 from launch.config.gin_source import Macro, Reference, scoped
 from launch.config.registered import REGISTERED
 
-CONFIG = "config.gin"
+CONFIG = gin_source.RUN_CONFIG
 
 
 def with_param_dtype(config: str, model: Any, dtype: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from launch.run import run_dir, run_vocabulary
 from model.adapters.adapter import adapters_of, check_settings
 from trainers.checkpoints import base_step, restore, step_dir
 from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
@@ -73,6 +74,51 @@ def find_parent(checkpoints: str | os.PathLike, initial: InitialCheckpoint) -> P
     )
 
 
+def check_vocabulary(checkpoints: str | os.PathLike, parent: Parent, digest: str | None) -> None:
+    """Checks the vocabulary of a run's data, before they are tokenised.
+
+    Args:
+      checkpoints: the run's own.
+      parent: result of `find_parent`.
+      digest: of the vocabulary; None if the data have none, or several.
+
+    Raises:
+      ValueError: the run's own checkpoints, or without these its parent's, were trained with another vocabulary.
+    """
+    for macro, path in (("MODEL_DIR", checkpoints), ("INITIAL_CHECKPOINT_PATH", parent.path)):
+        try:
+            theirs = None if path is None else run_vocabulary.trained_digest(path)
+        except FileNotFoundError:
+            continue
+        _check_digest(macro, path, theirs, digest)
+        return
+
+
+def _check_digest(macro: str, path: Any, theirs: str | None, ours: str | None) -> None:
+    """Raises ValueError if both digests are known and differ: another vocabulary would train silently on wrong ids.
+
+    `path` is of a step, or of all checkpoints of a run.
+    """
+    if theirs is None or ours is None or theirs == ours:
+        return
+    run = step_dir.folder_of(epath.Path(path))
+    if macro == "MODEL_DIR":
+        remedy = (
+            f"the files that it is made from have changed. Put them back, {run_dir.train_on(run)}."
+        )
+    elif (run / run_vocabulary.RECORD).exists():
+        remedy = (
+            f"take that of its run, --gin.TOKENIZER='\"{run}\"' with a data file that reads TOKENIZER, such as "
+            "data/hf_files.gin in place of data/files.gin."
+        )
+    else:
+        remedy = "use the vocabulary the checkpoint was trained with."
+    raise ValueError(
+        f"{macro}: {path} was trained with another vocabulary (digest {theirs[:12]}) than this run's data has "
+        f"({ours[:12]}): {remedy}"
+    )
+
+
 def _recorded_parent(step: epath.Path) -> Parent:
     """Returns the parent in the record of a run's own step; raises DamagedCheckpointError."""
     record = step_dir.read_record(step)["meta"].get("initial", {})
@@ -114,7 +160,12 @@ def restore_start(
     )
     check_prompts(program, start, identity)
     if start.source == "initial":
-        _check_vocabulary(start, identity)
+        _check_digest(
+            "INITIAL_CHECKPOINT_PATH",
+            start.path,
+            start.meta.get("vocabulary"),
+            identity.get("vocabulary"),
+        )
         parent = _at_restored_step(parent, start)
     meta = dict(identity)
     # Export after training needs the files of an imported model; extension needs a mixture's sources.
@@ -163,18 +214,6 @@ def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
             "of its data and schedule: give the directory of the step to start from."
         )
     return dataclasses.replace(parent, path=str(start.path))
-
-
-def _check_vocabulary(start: restore.Restored, identity: Mapping[str, Any]) -> None:
-    """Checks that the vocabulary is the parent's: another one would train silently on wrong ids."""
-    ours = identity.get("vocabulary")  # None: not a language model
-    theirs = start.meta.get("vocabulary", ours)
-    if ours is not None and theirs != ours:
-        raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH: {start.path} was trained with another vocabulary (digest "
-            f"{theirs[:12]}) than this run's data has ({ours[:12]}): use the vocabulary "
-            "the checkpoint was trained with."
-        )
 
 
 def check_prompts(program: Program, start: restore.Restored, identity: Mapping[str, Any]) -> None:

@@ -92,6 +92,7 @@ def open_data(
     *,
     stream: Callable[..., TrainStream],
     positions: Mapping[str, Any],
+    check_vocabulary: Callable[[str | None], None],
     tasks: Sequence[Callable[[], Any]],
     eval_stream: Callable[..., EvalStream] | None,
     eval_tasks: Sequence[str] | None,
@@ -105,6 +106,7 @@ def open_data(
     Args:
       program: the program that will read the data.
       positions: positions in the sources where another run stopped; empty for their beginnings.
+      check_vocabulary: called with the digest of the tasks' vocabulary before anything is tokenised.
       of_prompts: whether the stream has prompts, whose rows are not the recipe's inputs.
 
     Raises:
@@ -114,6 +116,8 @@ def open_data(
         cpu_tensorflow.load()
     for register in tasks:
         register()
+    if tasks and program.recipe.inputs_spec.unit == "tokens":
+        check_vocabulary(task_registry.vocabulary_digest().get("vocabulary"))
     program.check_extras(task_registry.vocabulary_digest)
     if tasks and program.recipe.inputs_spec.unit == "tokens":
         # Before anything is tokenised; the run may use only some of the tasks.

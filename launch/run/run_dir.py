@@ -37,12 +37,14 @@ from model.storage import mirror, paths
 from model.storage.lock import StoreLock
 from trainers.checkpoints import step_dir
 
-# Settings that a run may change when it continues: its length, its outputs, and its devices.
+# Settings that a run may change when it continues: its length, its outputs, its devices, and the place of its vocabulary
+# (the vocabulary itself is compared by its digest).
 # Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
 MAY_CHANGE = (
     "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "TRAIN_EPOCHS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
     "LOG_PERIOD", "INITIAL_CHECKPOINT_PATH", "INITIAL_SCOPE", "INITIAL_DATA", "INITIAL_TRANSFORM",
     "INITIAL_MOMENTS", "INDICATORS_STOP", "MESH", "LOCAL_CHECKPOINT_DIR", "LOCAL_CHECKPOINT_PERIOD", "GRACE_SECONDS",
+    "VOCABULARY", "TOKENIZER", "run_vocabulary.of", "run_vocabulary.load", "huggingface.path", "from_file.path",
     "train.model_dir", "train.total_steps", "train.total_tokens", "train.total_epochs", "train.eval_period",
     "train.eval_steps", "train.eval_tasks", "train.checkpoint_period", "train.checkpointer",
     "train.log_period", "train.step_timeout", "train.initial", "train.writers", "train.hooks", "hooks.named", "train.profile",
@@ -165,10 +167,20 @@ class RunDir:
             raise RunDirectoryError(
                 f"The data of the run in {self.address} has changed: its fingerprint was "
                 f"{recorded[-1]} and is now {new}. Continuing would repeat or lose examples. Restore "
-                f"the data, vocabulary and preprocessing, or start in another MODEL_DIR (from "
-                f"this run's weights: --gin.INITIAL_CHECKPOINT_PATH='\"{self.checkpoints}\"')."
+                f"the data, vocabulary and preprocessing, {train_on(self.address)}."
             )
         self.write("run.json", _json({**run, **facts}))
+
+
+def train_on(run: str | os.PathLike) -> str:
+    """Returns how to go on from a run whose data have changed, for an error."""
+    path = os.fspath(run)
+    # Gin files are local.
+    config = "" if paths.is_remote(path) else f"--gin_file={os.path.join(path, 'config.gin')} "
+    return (
+        "or train on from its weights, with its vocabulary, in another MODEL_DIR: "
+        f"{config}--gin.INITIAL_CHECKPOINT_PATH='\"{path}\"'"
+    )
 
 
 def prepare(

@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -32,14 +33,19 @@ from data.tokenizers import (
     vocabularies,
 )
 from data.tokenizers.chat_template import ChatTemplate
+from launch.config import gin_source
+from model.ranges import Count
+from model.storage import mirror
 from trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
 
 MODEL = "vocabulary.model"
-RECORD = "vocabulary.json"
+RECORD = gin_source.VOCABULARY_RECORD
 TOKENIZER = "tokenizer"
+BYTES = "bytes"
 
+_named: set[str] = set()  # the paths that `of` has printed
 _KINDS = {"bytes": "ByteVocabulary", "characters": "CharacterVocabulary"}
 _MAX_EXTRA_IDS = 100_000
 
@@ -75,7 +81,7 @@ def save(folder: str | os.PathLike, vocabulary: Any, template: ChatTemplate | No
             save_files(folder, files.path, **options, template=template)
         return
     source = getattr(vocabulary, "sentencepiece_model_file", None)
-    if source is None:
+    if source is None or _intact_digest(folder) == digest:
         return
     if rows.vocabulary_digest(vocabularies.from_file(path=source, extra_ids=extra_ids)) != digest:
         return
@@ -149,14 +155,52 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
             (target / name).write_bytes(content)
 
 
+def of(*, path: str, extra_ids: Count | None = None, special_in_text: bool | None = None):
+    """Returns the vocabulary of a run, of a Hugging Face checkpoint or of a SentencePiece model; prints where it is from.
+
+    Args:
+      path: a run's directory, a directory with tokenizer.json or tokenizer.model, a .model file, or 'bytes'.
+      extra_ids, special_in_text: see `vocabularies.huggingface`; a run's vocabulary has its own.
+
+    Raises:
+      FileNotFoundError: there is no vocabulary.
+      ValueError: its files are damaged, or a run's vocabulary has other settings.
+    """
+    more = {"extra_ids": extra_ids, "special_in_text": special_in_text}
+    more = {name: value for name, value in more.items() if value is not None}
+    if path == BYTES:
+        vocabulary = vocabularies.byte(**more)
+    elif path.endswith(".model"):
+        vocabulary = vocabularies.from_file(path=path, **more)
+    else:
+        suffixes = checkpoint_files.SUFFIXES
+        folder = mirror.local(path, without=(step_dir.CHECKPOINTS,), suffixes=suffixes)
+        if os.path.isfile(os.path.join(folder, RECORD)):
+            vocabulary = load(folder=folder)
+            if differ := [name for name in more if more[name] != getattr(vocabulary, name, None)]:
+                raise ValueError(
+                    f"{path} is a run, whose vocabulary has {differ[0]} = {getattr(vocabulary, differ[0], None)}, not "
+                    f"{more[differ[0]]}: give its {MODEL} or {TOKENIZER}/ to use that otherwise."
+                )
+        else:
+            vocabulary = vocabularies.huggingface(path=folder, **more)
+    if path not in _named:
+        _named.add(path)
+        print(f"vocabulary of {vocabulary.vocab_size:,} ids: {path}", file=sys.stderr)
+    return vocabulary
+
+
 def load(*, folder: str):
     """Returns the vocabulary that `save` wrote to a run's directory.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: its record is damaged.
+      FileNotFoundError: its files are missing.
+      ValueError: it is damaged, or there is none.
     """
-    record = json.loads(pathlib.Path(folder, RECORD).read_bytes())
+    if (record := _read_record(folder)) is None:
+        raise ValueError(
+            f"{os.path.join(folder, RECORD)} is damaged or missing: put the run's copy back."
+        )
     if "kind" in record:
         return _without_files(record)
     path = os.path.join(folder, record["path"])
@@ -223,7 +267,7 @@ def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = 
       checkpoint: the run or one of its step directories; None to compare with no checkpoint.
     """
     digest = _intact_digest(folder)
-    trained = None if checkpoint is None else _trained_digest(checkpoint)
+    trained = None if checkpoint is None else trained_digest(checkpoint)
     if digest is None or digest != (trained or digest):
         _warn_of_damage(folder, digest)
         return False
@@ -311,8 +355,12 @@ def _checksums(path: pathlib.Path) -> dict[str, str]:
     }
 
 
-def _trained_digest(checkpoint: str | os.PathLike) -> str | None:
-    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one."""
+def trained_digest(checkpoint: str | os.PathLike) -> str | None:
+    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
     for step in step_dir.candidates(checkpoint):
         # A damaged step is reported when it is restored.
         with contextlib.suppress(step_dir.DamagedCheckpointError):

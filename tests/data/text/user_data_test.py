@@ -129,6 +129,49 @@ def test_another_function_does_not_replace_a_task(tmp_path, register, byte):
         )
 
 
+def test_sets_of_files_are_tasks_of_one_mixture(tmp_path, register):
+    import seqio
+
+    for name, texts in (("a", ["one", "two"]), ("b", ["three and more"])):
+        rows = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    sets = {name: f"{tmp_path}/{name}.jsonl" for name in "ab"}
+    rates = lambda: {  # noqa: E731
+        task.name: seqio.MixtureRegistry.get("user_files").get_rate(task)
+        for task in seqio.MixtureRegistry.get("user_files").tasks
+    }
+    register(files=sets, validation_fraction=0)
+    assert list(_texts("a").values()) == ["one", "two"]
+    assert list(_texts("b").values()) == ["three and more"]
+    assert rates() == {"a": 6.0, "b": 14.0}  # bytes
+    register(files=sets, validation_fraction=0, shares={"a": 3, "b": 1})
+    assert rates() == {"a": 3.0, "b": 1.0}
+    register(files=sets, validation_files={"a": sets["b"], "b": sets["a"]})
+    assert list(_texts("a", "validation").values()) == ["three and more"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shares": {"a": 1}}, "shares are of a, and the sets of files are a, b"),
+        ({"shares": {"a": 1, "b": 1, "c": 1}}, "shares are of a, b, c, and"),
+        ({"shares": {"a": 0, "b": 0}}, "sum to 0"),
+        ({"files": "x.jsonl", "shares": {"a": 1}}, "the sets of files are one without a name"),
+        ({"validation_files": "x.jsonl"}, "must name the same sets"),
+        ({"validation_files": {"a": "x.jsonl"}}, "must name the same sets"),
+        ({"files": "x.jsonl", "validation_files": {"a": "x.jsonl"}}, "must name the same sets"),
+        ({"files": {}}, "must name the same sets"),
+    ],
+)
+def test_sets_and_what_is_said_of_them_must_agree(
+    tmp_path, register, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(ValueError, match=message):
+        register(**{"files": {"a": "x.jsonl", "b": "x.jsonl"}, **arguments})
+
+
 @pytest.fixture(scope="module")
 def local_set(tmp_path_factory):
     """A TFDS set of three texts in two splits, prepared on disk."""

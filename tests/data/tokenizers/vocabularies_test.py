@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 import sentencepiece
@@ -202,18 +203,48 @@ def test_sample_of_files_has_text_of_every_file(tmp_path):
     assert {name: sampled.count(name) for name in "abc"} == {"a": 500, "b": 500, "c": 500}
 
 
+def test_sets_of_files_share_a_sample_as_other_sources_do(tmp_path):
+    for name, count in (("a", 1000), ("b", 10)):
+        lines = (json.dumps({"text": name * 99}) + "\n" for _ in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+
+    def find(**files):
+        return document_files.find(
+            name="files", files=files, validation_fraction=0, cache_dir=tmp_path / "cache"
+        )
+
+    corpus = find(a=f"{tmp_path}/a.jsonl", b=f"{tmp_path}/b.jsonl")
+    sampled = "".join(vocabularies._lines(corpus, 9_900, 0.5))
+    assert {name: round(sampled.count(name) / 99) for name in "ab"} == {"a": 91, "b": 10}
+    assert corpus.digest == find(b=f"{tmp_path}/b.jsonl", a=f"{tmp_path}/a.jsonl").digest
+    assert corpus.digest != find(a=f"{tmp_path}/b.jsonl", b=f"{tmp_path}/a.jsonl").digest
+
+
 def test_long_lines_are_cut_and_not_lost():
     lines = vocabularies._lines(Texts({"a": ("ab" * 5000,)}), 10**6, 1.0)
     assert "".join(lines) == "ab" * 5000
 
 
-def test_size_that_does_not_fit_names_the_remedy(cache):
-    corpus = Texts({"prose": ("a b c\n",)})
-    for size in (100, 20_000):
-        with pytest.raises(
-            ValueError, match=rf"vocabulary of {size} pieces cannot be trained.*sample_bytes"
-        ):
-            vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": size})
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_a_size_that_does_not_fit_is_told_with_one_that_does(cache, algorithm, size):
+    corpus = Texts({"prose": PROSE}, "prose")
+    settings = {**SETTINGS, "algorithm": algorithm}
+    with pytest.raises(ValueError, match=rf"of {size:,} pieces \(VOCAB_SIZE\)") as error:
+        vocabularies.train(corpus=corpus, cache_dir=cache, **{**settings, "size": size})
+    message = str(error.value)
+    assert "INTERNAL" not in message and "sample_bytes" not in message  # all of it is read
+    fits = int(re.search(r"Set VOCAB_SIZE=(\d+)", message)[1])
+    assert (fits > size) == (size == 100)
+    vocabularies.train(corpus=corpus, cache_dir=cache, **{**settings, "size": fits})
+
+
+def test_more_of_the_text_is_a_remedy_where_there_is_more(cache):
+    settings = {**SETTINGS, "size": 20_000, "sample_bytes": 1_000}
+    with pytest.raises(ValueError, match=r"a larger part of it \(sample_bytes, now 1,000\)"):
+        vocabularies.train(corpus=Texts({"prose": PROSE}), cache_dir=cache, **settings)
+    with pytest.raises(ValueError, match="cannot be trained on these texts: they are empty"):
+        vocabularies.train(corpus=Texts({"none": ()}, "none"), cache_dir=cache, **SETTINGS)
 
 
 def test_unknown_algorithm(cache):

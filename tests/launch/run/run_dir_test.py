@@ -127,6 +127,45 @@ def test_another_configuration_is_refused_by_the_first_difference(tmp_path, old,
     assert (tmp_path / "config.gin").read_text() == CONFIG
 
 
+def test_a_setting_that_a_gin_file_has_got_since_is_no_other_configuration(tmp_path):
+    begin(tmp_path).close()
+    more = CONFIG + "NAMES = None\ntoy_run.train.names = %NAMES\ntoy_run.train.optimizer = None\n"
+    run_dir.prepare(str(tmp_path), more).close()
+    begin(tmp_path).close()  # as it was
+    for old, new, named in (
+        ("NAMES = None", "NAMES = ['a']", "NAMES is ['a'] now and was not set there"),
+        ("optimizer = None", "optimizer = 'sgd'", "toy_run.train.optimizer is 'sgd' now"),
+    ):
+        with pytest.raises(RunDirectoryError, match=re.escape(named)):
+            run_dir.prepare(str(tmp_path), more.replace(old, new))
+
+
+def test_a_vocabulary_in_another_place_is_no_other_configuration(tmp_path):
+    """Vocabularies are compared by their digests, with the checkpoints and the data."""
+    head = CONFIG.replace(
+        "import toy_run\n", "import toy_run\nfrom data.tokenizers import vocabularies\n"
+    )
+    own = "VOCABULARY = @run_vocabulary.of()\nrun_vocabulary.of.path = '/run'\n"
+    texts = [
+        f"{head}VOCABULARY = @vocabularies.sentencepiece()\nvocabularies.sentencepiece.size = 9\n",
+        f"{head}VOCABULARY = @vocabularies.huggingface()\nvocabularies.huggingface.path = '/run'\n",
+        f"{head}from launch.run import run_vocabulary\n{own}vocabularies.sentencepiece.size = 9\n",
+    ]
+    for old, new in ((0, 2), (1, 2), (2, 0)):
+        folder = tmp_path / f"{old}{new}"
+        folder.mkdir()
+        run_dir.prepare(str(folder), texts[old]).close()
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        changed = (
+            texts[new]
+            if old != 1
+            else texts[2].replace("vocabularies.sentencepiece.size = 9\n", "")
+        )
+        run_dir.prepare(str(folder), changed).close()
+    with pytest.raises(RunDirectoryError, match="sentencepiece.size was 9 there and is 8 now"):
+        run_dir.prepare(str(tmp_path / "02"), texts[2].replace("size = 9", "size = 8"))
+
+
 def test_a_start_that_failed_before_training_may_be_corrected(tmp_path):
     run_dir.prepare(str(tmp_path), CONFIG).record(data_fingerprint="abc")
     # A start that fails between opening the writers and the first row leaves these.

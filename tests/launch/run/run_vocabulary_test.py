@@ -7,6 +7,7 @@ import re
 import shutil
 import types
 
+import gin
 import pytest
 import seqio
 import tokenizers
@@ -203,6 +204,58 @@ def test_a_record_of_other_options_is_damaged(run, tmp_path):
     path.write_text(path.read_text().replace(f'"extra_ids": {EXTRA_IDS}', '"extra_ids": 1'))
     with pytest.raises(ValueError, match="vocabulary.json is damaged"):
         run_vocabulary.load(folder=str(tmp_path))
+
+
+def test_a_config_read_in_a_runs_directory_has_the_runs_vocabulary(run, moved, tmp_path, gin_file):
+    from launch.config import gin_config
+
+    config = str(moved / "config.gin")
+    needed = ["FILES='x'", "MODEL_DIR='/x'"]
+
+    def load(*files, bindings=()):
+        return gin_config.load([*files], [*needed, *bindings], entry="launch.train:train")
+
+    loaded = load(config)
+    assert repr(loaded.macros["VOCABULARY"]) == "@run_vocabulary.of()"
+    assert loaded.warnings == ()
+    tasks = loaded.arguments()["tasks"]
+    assert tasks  # with the vocabulary, which gin makes when they are called
+    made = gin.query_parameter("launch.run.run_vocabulary.of.path")
+    assert made == str(moved)
+    # Later files and bindings win, and a run without tasks of its own reads none.
+    later = gin_file("""
+        from __gin__ import dynamic_registration
+
+        from data.tokenizers import vocabularies
+
+        VOCABULARY = @vocabularies.byte()
+    """)
+    assert repr(load(config, later).macros["VOCABULARY"]) == "@vocabularies.byte()"
+    bound = load(config, bindings=["VOCABULARY=@vocabularies.byte()"]).macros["VOCABULARY"]
+    assert repr(bound) == "@vocabularies.byte()"
+    (moved / run_vocabulary.RECORD).unlink()
+    assert repr(load(config).macros["VOCABULARY"]) == "@vocabularies.sentencepiece()"
+
+
+def test_a_vocabulary_is_that_of_a_run_a_model_or_a_file(run, imported, tmp_path, capsys):
+    path, vocabulary, _ = run
+    digest = rows.vocabulary_digest
+    for _ in range(2):  # named once
+        assert digest(run_vocabulary.of(path=str(path))) == digest(vocabulary)
+    assert capsys.readouterr().err == f"vocabulary of {vocabulary.vocab_size} ids: {path}\n"
+    model = str(path / run_vocabulary.MODEL)
+    assert digest(run_vocabulary.of(path=model, extra_ids=EXTRA_IDS)) == digest(vocabulary)
+    own = digest(run_vocabulary.load(folder=str(imported)))
+    for folder in (imported, imported / "hf", imported / run_vocabulary.TOKENIZER):
+        assert digest(run_vocabulary.of(path=str(folder))) == own
+    assert run_vocabulary.of(path="bytes", extra_ids=3) == vocabularies.byte(extra_ids=3)
+    with pytest.raises(
+        ValueError, match=f"extra_ids = {EXTRA_IDS}, not 5: give its vocabulary.model"
+    ):
+        run_vocabulary.of(path=str(path), extra_ids=5)
+    run_vocabulary.of(path=str(path), extra_ids=EXTRA_IDS)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        run_vocabulary.of(path=str(tmp_path / "gone"))
 
 
 def test_texts_are_read_without_the_data(moved, run, score, command, capsys):
