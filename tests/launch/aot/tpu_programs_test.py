@@ -105,7 +105,9 @@ def test_the_accelerator_tier_compiles(name, tpu_environment):
     topology = tpu_topology.parse("v5e:1x1")
     work = {**accelerator_case.workloads(tiny=True)[name], "length": 512}
     if work["kind"] in ("train", "dpo"):
-        program = precompile.resolved(accelerator_jax.recipe_of(work), tpu_topology.devices(topology))
+        program = precompile.resolved(
+            accelerator_jax.recipe_of(work), tpu_topology.devices(topology)
+        )
         report, _ = _compiled(programs.train(program), program)
         assert report.fits and report.flops.products > 0
         return
