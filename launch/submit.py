@@ -137,6 +137,8 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
       ConfigError: with all problems of the gin configuration.
       SubmitError: the run does not fit the machines, or is lost with them.
     """
+    import jax
+
     from launch.aot import precompile
     from launch.cluster import shared_paths
     from launch.cluster.base import SubmitError
@@ -147,6 +149,8 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
         raise SubmitError("--coordinator_address is for one process: the back end sets it.")
     paths = list(filter(None, ",".join(flags.gin_search_paths).split(",")))
     config = gin_config.load(flags.gin_file, bindings, paths, entry=ENTRY)
+    # Not by JAX_PLATFORMS, which the job would inherit: it needs the devices that this process must not take.
+    jax.config.update("jax_platforms", "cpu")
     shared_paths.check(settings, config.macros, flags.gin_file)
     arguments = config.arguments()
     if settings.devices is not None:
