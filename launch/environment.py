@@ -1,6 +1,8 @@
 """The process environment, the same for all commands, which is set before jax starts."""
 
+import glob
 import importlib
+import importlib.util
 import os
 import platform
 import sys
@@ -11,7 +13,9 @@ PACKAGES = ("model", "trainers", "data")
 HUGE_PAGES = "glibc.malloc.hugetlb"
 # On CPU, level 3 takes a sixth more compile time than level 2, and its programs are not faster.
 _OPTIMISATION = "xla_backend_optimization_level"
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+# Devices of NVIDIA, also in Windows' Linux, of AMD, and TPUs. A container may have other chips of its host than the first.
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+_before: dict[str, str | None] = {}  # former values of the variables that `prepare` has set
 
 
 class RootError(ImportError):
@@ -44,6 +48,12 @@ def cache_dir() -> str:
 
 def prepare() -> None:
     """Sets the variables that jax and TensorFlow read on import, unless the user has set them."""
+    before = dict(os.environ)
+    cpu_only = _cpu_only()
+    if cpu_only and importlib.util.find_spec("libtpu") is not None:
+        os.environ.setdefault(
+            "JAX_PLATFORMS", "cpu"
+        )  # libtpu complains at length of a host without chips
     defaults = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache_dir(), "xla"),
@@ -54,8 +64,17 @@ def prepare() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     flags = os.environ.get("XLA_FLAGS", "")
-    if _OPTIMISATION not in flags and _cpu_only():
+    if _OPTIMISATION not in flags and cpu_only:
         os.environ["XLA_FLAGS"] = f"{flags} --{_OPTIMISATION}=2".strip()
+    for name, value in os.environ.items():
+        if value != before.get(name):
+            _before.setdefault(name, before.get(name))
+
+
+def of_user() -> dict[str, str]:
+    """Returns the environment without what `prepare` has set for this machine, for jobs on others."""
+    variables: dict[str, str | None] = {**os.environ, **_before}
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def restart_with_huge_pages() -> None:
@@ -83,7 +102,7 @@ def _huge_pages_help() -> bool:
 
 def _cpu_only() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    return platforms == "cpu" or (not platforms and not any(map(os.path.exists, _ACCELERATORS)))
+    return platforms == "cpu" or (not platforms and not any(map(glob.glob, _ACCELERATORS)))
 
 
 def _thp_available() -> bool:

@@ -96,6 +96,9 @@ def submit(
 
     settings = launch_config.read(flags.config, overrides)
     job = _other_job(settings, command) if command else _train_job(settings, gin_words)
+    if not (flags.status or flags.cancel):
+        for note in settings.notes():
+            print(note, file=sys.stderr)
     submitter = settings.submitter()
     if settings.FOREGROUND:
         if flags.status or flags.cancel:
@@ -132,21 +135,27 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
 
     Raises:
       ConfigError: with all problems of the gin configuration.
-      SubmitError: the mesh does not fit the machines.
+      SubmitError: the run does not fit the machines, or is lost with them.
     """
+    import jax
+
+    from launch.aot import precompile
+    from launch.cluster import shared_paths
     from launch.cluster.base import SubmitError
     from launch.config import gin_config
-    from trainers import partitioning
 
     flags, bindings = cli.read_gin_flags(words, "the flags of train")
     if flags.coordinator_address:
         raise SubmitError("--coordinator_address is for one process: the back end sets it.")
     paths = list(filter(None, ",".join(flags.gin_search_paths).split(",")))
     config = gin_config.load(flags.gin_file, bindings, paths, entry=ENTRY)
+    # Not by JAX_PLATFORMS, which the job would inherit: it needs the devices that this process must not take.
+    jax.config.update("jax_platforms", "cpu")
+    shared_paths.check(settings, config.macros, flags.gin_file)
     arguments = config.arguments()
     if settings.devices is not None:
         try:
-            partitioning.mesh_sizes(arguments["recipe"].mesh, settings.devices)
+            precompile.resolved(arguments["recipe"], settings.devices)
         except ValueError as error:
             raise SubmitError(
                 f"the launch configuration has {settings.devices} devices: {error}"

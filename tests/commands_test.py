@@ -14,7 +14,6 @@ from launch.cluster import launch_config
 from launch.config import gin_config, gin_writer
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from trainers import partitioning
 from trainers.optim.schedules import Span
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -69,7 +68,7 @@ def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, launch, i
     assert float(recipe.learning_rate(1)) > 0
     if launch:
         devices = settings_of(launch).devices
-        assert devices is None or partitioning.mesh_sizes(recipe.mesh, devices)
+        assert devices is None or recipe.program(devices=devices)
 
 
 def settings_of(words):

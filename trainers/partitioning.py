@@ -6,13 +6,13 @@ would fail deep inside the compiler, so both are checked before anything is allo
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
 from model.kernels.platform import use_platform
@@ -68,8 +68,15 @@ def _split_over_slices(sizes: Sequence[int], slices: int) -> tuple[list[int], li
     return within, between
 
 
-def mesh_sizes(shape: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
-    """Returns the sizes of MESH_AXES for a number of devices; arguments and errors are those of `make_mesh`."""
+def mesh_sizes(
+    shape: Mapping[str, int] | None,
+    count: int,
+    accepts: Callable[[Mapping[str, int]], bool] = lambda shape: True,
+) -> tuple[int, ...]:
+    """Returns the sizes of MESH_AXES for a number of devices; arguments and errors are those of `make_mesh`.
+
+    The error of a shape that does not cover the devices names one that does and that `accepts` is true of.
+    """
     shape = dict(shape or {"data": -1})
     unknown = set(shape) - set(MESH_AXES)
     if unknown:
@@ -83,22 +90,82 @@ def mesh_sizes(shape: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
     if math.prod(sizes) != count:
         raise ValueError(
             f"MESH = {shape} does not cover the {count} available devices: the product of "
-            "its sizes must equal their number; -1 takes all remaining devices. Here: "
-            f'--gin.MESH="{_fitted(shape, count)}".'
+            "its sizes must equal their number; -1 takes all remaining devices."
+            + _remedy("Here", shape, count, accepts)
         )
     return tuple(sizes)
 
 
-def _fitted(shape: Mapping[str, int], count: int) -> dict[str, int]:
-    """Returns the mesh of another machine for `count` devices: one axis takes what the others leave."""
-    axes_left = [axis for axis in MESH_AXES if axis in shape]
-    rest = min(axes_left, key=lambda axis: (shape[axis] != -1, axis != "fsdp"))
-    fitted = {}
-    for axis in axes_left:
-        if axis != rest and count % shape[axis] == 0:
-            fitted[axis] = shape[axis]
-            count //= shape[axis]
-    return {**fitted, rest: -1}
+def _remedy(
+    where: str,
+    shape: Mapping[str, int] | None,
+    count: int,
+    accepts: Callable[[Mapping[str, int]], bool],
+) -> str:
+    """Returns words with the mesh of `count` devices nearest to a shape that `accepts` is true of; '' without one.
+
+    Meshes over the shape's own axes come before all others. The axis with -1, else fsdp, else the first one, takes what
+    the others leave; the sizes of the others shrink to divisors of their own before they take other values.
+    """
+    shape = dict(shape or {"data": -1})
+    free = min(shape, key=lambda axis: (shape[axis] != -1, axis != "fsdp"))
+
+    def distance(sizes: Mapping[str, int]) -> tuple[Any, ...]:
+        moved = [(size, shape.get(axis, 1)) for axis, size in sizes.items() if axis != free]
+        foreign = sum(size > 1 and axis not in shape for axis, size in sizes.items())
+        stranger = sum(before % size != 0 for size, before in moved)
+        change = sum(abs(math.log2(size / before)) for size, before in moved)
+        return foreign, stranger, change, -sizes["fsdp"]
+
+    for sizes in sorted(_factorisations(count, MESH_AXES), key=distance):
+        mesh = {axis: size for axis, size in sizes.items() if size > 1} or {free: 1}
+        if accepts(mesh):
+            return f' {where}: --gin.MESH="{mesh}".'
+    return ""
+
+
+def checked_mesh(
+    shape: Mapping[str, int] | None, count: int, check: Callable[[AbstractMesh], None]
+) -> AbstractMesh:
+    """Returns the mesh of so many devices, of which nothing is known.
+
+    Args:
+      shape: see `make_mesh`.
+      count: number of devices.
+      check: raises ValueError for a mesh that does not fit a run.
+
+    Raises:
+      ValueError: the shape does not cover the devices, or that of `check`; with the nearest mesh that fits, if there is one.
+    """
+
+    def mesh_of(sizes: tuple[int, ...]) -> AbstractMesh:
+        return AbstractMesh(sizes, MESH_AXES)
+
+    def accepts(other: Mapping[str, int]) -> bool:
+        try:
+            check(mesh_of(mesh_sizes(other, count)))
+        except ValueError:
+            return False
+        return True
+
+    mesh = mesh_of(mesh_sizes(shape, count, accepts))
+    try:
+        check(mesh)
+    except ValueError as error:
+        fits = _remedy(f"A mesh of {count} devices that fits", shape, count, accepts)
+        raise ValueError(f"{error}\n{fits.lstrip()}".rstrip()) from None
+    return mesh
+
+
+def _factorisations(count: int, names: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Yields all sizes by name whose product is `count`."""
+    if len(names) == 1:
+        yield {names[0]: count}
+        return
+    for size in range(1, count + 1):
+        if count % size == 0:
+            for rest in _factorisations(count // size, names[1:]):
+                yield {names[0]: size, **rest}
 
 
 def _rules(*targets: Mapping[str, Any]) -> Rules:
@@ -180,7 +247,7 @@ def _mesh_axes(target: Any) -> tuple[str, ...]:
 
 def validate(
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     rules: Rules,
     config: Sizes,
     batch_size: int,

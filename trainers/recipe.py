@@ -176,27 +176,34 @@ class Recipe:
         """Returns this recipe with its schedule made for a run's span, if the schedule needs one."""
         return dataclasses.replace(self, learning_rate=schedules.span(self.learning_rate, span))
 
-    def program(self, *, devices: Sequence[jax.Device] | None = None) -> "Program":
+    def program(self, *, devices: Sequence[jax.Device] | int | None = None) -> "Program":
         """Resolves mesh, shapes and shardings, and validates them; allocates and compiles nothing.
 
         Args:
-          devices: devices to use, possibly of an absent topology; all present ones by default.
+          devices: devices to use, possibly of an absent topology; all present ones by default. A number stands for as many
+            devices of which nothing is known: the program is then good for checks alone.
 
         Raises:
           ValueError: mesh, rules and sizes that do not fit together.
         """
-        mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
+        count = devices if isinstance(devices, int) else len(devices or jax.devices())
         rules = partitioning.rules_named(self.rules)
         variables = initialise.abstract_variables(self.model, self.inputs_spec)
         boxed = variables["params"]
-        partitioning.validate(
-            mesh=mesh,
-            rules=rules,
-            config=self.model.config,
-            batch_size=self.batch_size // self.microbatches,
-            length=self.inputs_spec.length,
-            boxed_params=boxed,
+        mesh: Any = partitioning.checked_mesh(
+            self.mesh,
+            count,
+            lambda mesh: partitioning.validate(
+                mesh=mesh,
+                rules=rules,
+                config=self.model.config,
+                batch_size=self.batch_size // self.microbatches,
+                length=self.inputs_spec.length,
+                boxed_params=boxed,
+            ),
         )
+        if not isinstance(devices, int):
+            mesh = partitioning.make_mesh(shape=self.mesh, devices=devices)
         shapes = initialise.shapes_of(boxed)
         # Before the mask: without adapters, the pattern of what is trained matches nothing, but is not the cause.
         reports = [line for report in self.reports for line in report(shapes)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from launch.aot import precompile
+from launch.aot import precompile, tpu_topology
 from launch.aot.tpu_topology import Topology
 from model import axes
 from model.config import REMAT_POLICIES
@@ -57,7 +57,8 @@ class Candidate:
 
 def of_recipe(recipe: Recipe, topology: Topology, batch_size: int) -> Candidate:
     """Returns the recipe's own layout with another batch size; raises ValueError if they do not fit together."""
-    program = precompile.resolved(dataclasses.replace(recipe, batch_size=batch_size), topology)
+    resized = dataclasses.replace(recipe, batch_size=batch_size)
+    program = precompile.resolved(resized, tpu_topology.devices(topology))
     sizes = tuple((axis, size) for axis, size in program.mesh.shape.items() if size > 1)
     batch = program.recipe.abstract_batch(program.batch_sharding)
     return Candidate(

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ def precompile(
       ValueError: the model has no program of this kind.
     """
     topology = tpu_topology.parse(topology_name)
-    program = resolved(recipe, topology)
+    program = resolved(recipe, tpu_topology.devices(topology))
     print("".join(line + "\n" for line in program.reports), end="")
     work = programs.work(kind, program, policy or FullCache(), options or Options())
     device = program.mesh.devices.flat[0].device_kind
@@ -68,11 +69,15 @@ def precompile(
     return report.fits
 
 
-def resolved(recipe: Recipe, topology: Topology) -> Program:
-    """Returns the program of a recipe on absent devices; raises ValueError for a mesh that does not fit the run."""
+def resolved(recipe: Recipe, devices: Sequence[jax.Device] | int) -> Program:
+    """Returns the program of a recipe on absent devices, see `Recipe.program`.
+
+    Raises:
+      ValueError: a mesh that does not fit the run, with one that does if there is one.
+    """
     # The length of a schedule changes a constant of the program, not its cost.
     span = schedules.Span(total_steps=2**20, stopped_at=1e-4)
-    return recipe.with_span(span).program(devices=tpu_topology.devices(topology))
+    return recipe.with_span(span).program(devices=devices)
 
 
 def compile_step(program: Program, *, hbm_bytes: float) -> tuple[Report, str | None]:

@@ -68,8 +68,8 @@ class Settings(Launch):
         return self.processes_here
 
     @property
-    def devices(self) -> int | None:
-        return self.devices_here or None
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        return ((self.devices_here, "devices"),) if self.devices_here else ()
 
     @property
     def join_flags(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,10 @@ _CONTAINER = "main"
 _GROUP = "hosts"  # the replicated job's name
 _PORT = 1234
 _COMMAND_SECONDS = 120.0
+_IMAGE = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"
+_PRIVILEGED = """\
+# Containers with TPUs are privileged: libtpu maps the chips' memory and locks pages, for which it raises its own limits.
+"""
 # Chips of a host, by accelerator of GKE; the largest host of the kind, for slices of several hosts.
 _CHIPS = {
     "tpu-v4-podslice": 4,
@@ -61,8 +66,9 @@ class Settings(Launch):
 
     BACKEND: ClassVar[str] = "jobset"
     ELSEWHERE: ClassVar[bool] = True
+    REQUIRED: ClassVar[Mapping[str, str]] = {"image": _IMAGE}
 
-    image: str = "REGION-docker.pkg.dev/PROJECT/espalier/espalier:latest"
+    image: str = ""
     namespace: str = "default"
     accelerator: str = "tpu-v5-lite-podslice"
     topology: str = "4x4"
@@ -87,14 +93,18 @@ class Settings(Launch):
         name = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
         self.matching(name, "namespace", "service_account", "accelerator", like="default")
         self.matching(r"\d+x\d+(x\d+)?", "topology", like="4x4")
-        self.matching(
-            r"[\w./:@-]+", "image", like="REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"
-        )
+        self.matching(r"[\w./:@-]+", "image", like=_IMAGE)
         self.matching(rf"{name}=/.+", "volumes", like="runs=/runs")
         self.matching(r"\d+(\.\d+)?(m|[KMGT]i?)?", "cpu", "memory", like="400Gi")
         self.matching(rf"[A-Za-z_]\w*={name}/[\w.-]+", "secrets", like="WANDB_API_KEY=SECRET/KEY")
         if bool(self.topology) == bool(self.gpus_per_node):
             raise SubmitError("give topology for TPUs, or gpus_per_node for GPUs, and not both.")
+        if self.topology and self.nodes != 1:
+            raise SubmitError(
+                f"nodes = {self.nodes} is for GPUs: give slices, whose hosts are known."
+            )
+        if not self.topology and self.slices != 1:
+            raise SubmitError(f"slices = {self.slices} is for TPUs: give nodes.")
         if self.topology:
             if not self.chips_of_host:
                 raise SubmitError(
@@ -126,8 +136,26 @@ class Settings(Launch):
         return self.hosts * self.slices if self.topology else self.nodes
 
     @property
-    def devices(self) -> int | None:
-        return self.slices * self.chips if self.topology else self.nodes * self.gpus_per_node
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        if self.topology:
+            return (self.slices, "slices"), (self.chips, "chips")
+        return (self.nodes, "nodes"), (self.gpus_per_node, "GPUs")
+
+    @property
+    def in_container(self) -> bool:
+        return True
+
+    def unseen(self, path: str) -> str:
+        mounts = [entry.partition("=")[2] for entry in self.volumes]
+        if any(f"{path}/".startswith(f"{mount.rstrip('/')}/") for mount in mounts):
+            return ""
+        if path.startswith(f"{self.folder}/"):
+            return "the image's project has no such file: give an absolute path in a volume"
+        volumes = (*self.volumes, f"CLAIM={os.path.dirname(path)}")
+        return (
+            f"pods do not see it, since volumes = {self.volumes}: mount the claim that holds it, "
+            f'--config.volumes="{volumes}", or give an address (docs/remote_storage.md says for what)'
+        )
 
     @property
     def join_flags(self) -> tuple[str, ...]:
@@ -221,7 +249,7 @@ def _pod(settings: Settings, job: Job, name: str) -> dict[str, Any]:
         ],
     }
     if tpu:
-        container["securityContext"] = {"privileged": True}  # libtpu locks memory
+        container["securityContext"] = {"privileged": True}  # see _PRIVILEGED
     account = {"serviceAccountName": settings.service_account} if settings.service_account else {}
     return {
         **account,
@@ -328,7 +356,8 @@ class JobSetSubmitter:
 
     def _text(self, jobs: Iterable[Job]) -> str:
         manifests = [manifest(self._settings, job) for job in jobs]
-        return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=2**31)
+        text = yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=2**31)
+        return f"{_PRIVILEGED}{text}" if self._settings.topology else text
 
     def cancel(self, handle: Handle) -> None:
         if self._new.pop(handle, None) is None:

@@ -6,10 +6,11 @@ value and keeps its type. The settings know the back end that runs jobs.
 
 import dataclasses
 import importlib
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from data.text import spelling
@@ -52,6 +53,8 @@ class Launch:
     SWEEPS: ClassVar[bool] = False
     # Whether the job ends with the process that submits it.
     FOREGROUND: ClassVar[bool] = False
+    # Settings without a default, each with an example.
+    REQUIRED: ClassVar[Mapping[str, str]] = {}
 
     python: str = ""
     folder: str = ""
@@ -93,9 +96,32 @@ class Launch:
         return 1
 
     @property
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        """Numbers of what a run has and their names, such as ((2, 'slices'), (16, 'chips')); () if only the machines know."""
+        return ()
+
+    @property
     def devices(self) -> int | None:
-        """Number of devices of a run; None if only the machines know."""
-        return None
+        """Number of devices of a run, the product of `parts`; None if only the machines know."""
+        return math.prod(number for number, _ in self.parts) if self.parts else None
+
+    @property
+    def in_container(self) -> bool:
+        """Whether the job runs in a container, whose own folders are lost when it ends."""
+        return False
+
+    def unseen(self, path: str) -> str:
+        """Returns why the job's machines do not share a path, absolute or in `folder`, with the remedy; '' if they do."""
+        del path
+        return ""
+
+    def notes(self) -> list[str]:
+        """Returns lines for the user on what the job has and uses."""
+        if not self.parts:
+            return ["devices: all that the machines have; the mesh is checked there"]
+        counts = [*self.parts, (self.devices, self.parts[-1][1])]
+        *parts, total = (f"{n} {name.removesuffix('s') if n == 1 else name}" for n, name in counts)
+        return [f"devices: {' x '.join(parts)}" + (f" = {total}" if len(parts) > 1 else "")]
 
     @property
     def join_flags(self) -> tuple[str, ...]:
@@ -156,7 +182,11 @@ def read(path: str, overrides: Iterable[str] = ()) -> Launch:
                 raise SubmitError(
                     f"{name}: {backend} has no such setting; {_nearest(name, fields)}"
                 )
-        return kind(**{name: _typed(kind, name, value) for name, value in values.items()})
+        settings = kind(**{name: _typed(kind, name, value) for name, value in values.items()})
+        for name, example in kind.REQUIRED.items():
+            if not getattr(settings, name):
+                raise SubmitError(f"{name}: there is no default; give --config.{name}={example}.")
+        return settings
     except SubmitError as error:
         raise SubmitError(f"{path}: {error}") from None
 

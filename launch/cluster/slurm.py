@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch import environment
 from launch.cluster import slurm_script
 from launch.cluster.base import Handle, Job, State, Status, SubmitError
 from launch.cluster.slurm_script import Settings
@@ -279,6 +280,7 @@ def _slurm(*words: str, script: str = "") -> str:
             text=True,
             check=False,
             timeout=_COMMAND_SECONDS,
+            env=environment.of_user(),  # which sbatch passes on to the job
         )
     except FileNotFoundError:
         raise SubmitError(

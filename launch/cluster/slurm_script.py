@@ -25,6 +25,13 @@ _TASK = (
 _END = (
     "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
     "id=${id:-$SLURM_JOB_ID}",
+    "# Without a log, the first place that can be written gets the reason.",
+    "lost() {",
+    '  for place in "$SLURM_SUBMIT_DIR" "$HOME" /tmp; do',
+    '    { echo "error: job $id on $(hostname): $1" >>"$place/slurm-$id.out"; } 2>/dev/null && break',
+    "  done",
+    "  end 2 2>/dev/null",
+    "}",
     "end() {",
     '  printf \'{"id": "%s", "status": %d, "seconds": %d}\\n\' "$id" "$1" "$SECONDS" >"$log.ended.new"',
     '  mv -- "$log.ended.new" "$log.ended"',
@@ -43,7 +50,8 @@ class Settings(Launch):
       tasks_per_node: processes on each host. One process for each GPU, or one for all.
       gpus_per_node: GPUs of each host; 0 for none.
       cpus_per_task: cores of each process; 0 for the default.
-      memory: of each host, such as '64G'; empty for the default, or for the need of a sweep's run if it is known.
+      memory: of each host, such as '64G', or '0' for all that it has; empty for the cluster's default, often a few GB for
+        each core, or for the need of a sweep's run if it is known.
       time_limit: such as '24:00:00' or '2-00:00:00'; empty for the partition's.
       signal_seconds: seconds before the time limit at which a run saves and ends with status 75.
       requeues: times that a job is queued again after status 75 or a preemption.
@@ -97,12 +105,13 @@ class Settings(Launch):
         return self.nodes * self.tasks_per_node
 
     @property
-    def devices(self) -> int | None:
-        return self.nodes * self.gpus_per_node or None
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        return ((self.nodes, "nodes"), (self.gpus_per_node, "GPUs")) if self.gpus_per_node else ()
 
 
 def render(settings: Settings, jobs: Sequence[Job]) -> str:
     """Returns the script of one job, or of an array with a task for each of several jobs."""
+    folder = shlex.quote(settings.directory)
     lines = ["#!/bin/bash", *_directives(settings, jobs), ""]
     lines += [
         "# SIGTERM is for the processes, which save; this shell waits for them.",
@@ -110,7 +119,8 @@ def render(settings: Settings, jobs: Sequence[Job]) -> str:
         *_variables(settings),
         *_choice(jobs),
         *_END,
-        f'cd {shlex.quote(settings.directory)} && mkdir -p "$(dirname "$log")" || end 2',
+        f'word=$(cd {folder} 2>&1 && mkdir -p -- "$(dirname -- "$log")" 2>&1 && {{ : >>"$log"; }} 2>&1) || lost "$word"',
+        f"cd {folder}",
         'exec >>"$log" 2>&1',
         *_secrets(settings),
         f'srun {_srun_words(settings)}bash -c {shlex.quote(_TASK)} bash "$log" "${{words[@]}}"',

@@ -5,6 +5,7 @@ They cost money from the first line on, so a person runs them one after another.
 
 import base64
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -24,8 +25,8 @@ class Settings(Launch):
       version: of the virtual machine's software.
       slices: TPU slices that one run uses.
       spot: whether spot machines are asked for.
-      chips: chips of a slice, to check the mesh before the start; 0 if unknown.
-      repository: from which every host installs this project.
+      chips: chips of a slice, to check the mesh before the start; 0 for those that the accelerator's name tells.
+      repository: from which every host clones this project, such as your fork of it.
       commit: branch, tag or commit of the repository; the same on every host.
       restarts: times that every host starts its process again after status 75.
       folder: where the project is installed on the hosts.
@@ -33,15 +34,19 @@ class Settings(Launch):
 
     BACKEND: ClassVar[str] = "tpu_vm"
     ELSEWHERE: ClassVar[bool] = True
+    REQUIRED: ClassVar[Mapping[str, str]] = {
+        "project": "NAME, the project of Google Cloud",
+        "repository": "URL, from which the hosts clone this project",
+    }
 
-    project: str = "PROJECT"
+    project: str = ""
     zone: str = "us-west4-a"
     accelerator_type: str = "v5litepod-16"
     version: str = "v2-alpha-tpuv5-lite"
     slices: int = 1
     spot: bool = False
     chips: int = 0
-    repository: str = "https://github.com/OWNER/espalier.git"
+    repository: str = ""
     commit: str = "main"
     restarts: int = 20
     folder: str = "espalier"
@@ -50,14 +55,35 @@ class Settings(Launch):
         super().__post_init__()
         self.at_least(1, "slices")
         self.at_least(0, "restarts", "chips")
+        told = self._chips_told()
+        if self.chips and told and self.chips != told:
+            raise SubmitError(
+                f"chips = {self.chips}, but accelerator_type = {self.accelerator_type!r} has {told}: remove chips."
+            )
 
     @property
     def processes(self) -> int:
         return 2  # more than one; their number is in the machines' metadata
 
     @property
-    def devices(self) -> int | None:
-        return self.slices * self.chips or None
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        chips = self.chips or self._chips_told()
+        return ((self.slices, "slices"), (chips, "chips")) if chips else ()
+
+    def _chips_told(self) -> int:
+        """Returns the chips that the accelerator's name tells: a number of chips or, before v5e, of their two cores each."""
+        match = re.fullmatch(r"(v\d\w*)-(\d+)", self.accelerator_type)
+        if match is None:
+            return 0
+        cores = 2 if match[1] in ("v2", "v3", "v4", "v5p") else 1
+        return int(match[2]) // cores
+
+    def unseen(self, path: str) -> str:
+        del path
+        return (
+            "the hosts of a slice share no folder: mount one there on every host before the start, or give an address such as "
+            "gs://BUCKET/PATH (docs/remote_storage.md says for what)"
+        )
 
     @property
     def interpreter(self) -> str:

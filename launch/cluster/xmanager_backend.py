@@ -6,6 +6,7 @@ XManager needs an older protobuf than SeqIO's tokenizers, so it may live in an e
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -70,8 +71,30 @@ class Settings(Launch):
         return self.python or (sys.executable if self.executor == "local" else "python")
 
     @property
-    def devices(self) -> int | None:
-        return self.accelerators or None
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        return ((self.accelerators, "accelerators"),) if self.accelerators else ()
+
+    @property
+    def in_container(self) -> bool:
+        return self.executor != "local"
+
+    def unseen(self, path: str) -> str:
+        del path
+        if not self.in_container:
+            return ""
+        return (
+            "the container has no folder of this machine: give an address such as gs://BUCKET/PATH (docs/remote_storage.md "
+            "says for what)"
+        )
+
+    def notes(self) -> list[str]:
+        python = self.xmanager_python or sys.executable
+        whose = (
+            "" if self.xmanager_python else ", this one; give another with --config.xmanager_python"
+        )
+        missing = not self.xmanager_python and importlib.util.find_spec("xmanager") is None
+        lacks = ", and it has no xmanager: make xmanager" if missing else ""
+        return [*super().notes(), f"xmanager_python: {python}{whose}{lacks}"]
 
 
 def experiment(settings: Settings, job: Job) -> dict[str, Any]:

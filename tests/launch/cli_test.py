@@ -1,6 +1,8 @@
 """Entry points: flags, environment, errors, and that --help loads nothing heavy."""
 
+import fnmatch
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,6 +15,7 @@ import pytest
 from gin import utils as gin_utils
 
 from launch import cli, environment, input_errors
+from launch.cluster import slurm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -285,12 +288,18 @@ def _helps() -> bool:
     return environment._huge_pages_help()
 
 
+def have_devices(monkeypatch, devices):
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+
+
 @pytest.mark.parametrize(
     ("variables", "devices", "expected"),
     [
         ({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidiactl"], True),
         ({"JAX_PLATFORMS": "cuda"}, [], False),
-        ({"JAX_PLATFORMS": ""}, ["/dev/accel0"], False),
+        ({"JAX_PLATFORMS": ""}, ["/dev/accel2"], False),
+        ({"JAX_PLATFORMS": ""}, ["/dev/vfio/3"], False),
+        ({"JAX_PLATFORMS": ""}, ["/dev/vfio/vfio", "/dev/accel/accel0"], True),
         ({"JAX_PLATFORMS": ""}, [], True),
         ({"JAX_PLATFORMS": "cpu", "ESPALIER_HUGE_PAGES": "0"}, [], False),
     ],
@@ -299,11 +308,50 @@ def test_huge_pages_are_for_cpu_hosts(monkeypatch, variables, devices, expected)
     monkeypatch.delenv("ESPALIER_HUGE_PAGES", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(environment.os.path, "exists", lambda path: path in devices)
+    have_devices(monkeypatch, devices)
     monkeypatch.setattr(environment.platform, "libc_ver", lambda: ("glibc", "2.41"))
     monkeypatch.setattr(environment.sys, "platform", "linux")
     monkeypatch.setattr(environment, "_thp_available", lambda: True)
     assert environment._huge_pages_help() is expected
+
+
+@pytest.mark.parametrize(
+    ("before", "devices", "libtpu", "after"),
+    [
+        (None, [], True, "cpu"),
+        (None, ["/dev/accel0"], True, None),
+        (None, ["/dev/vfio/1"], True, None),
+        (None, ["/dev/nvidiactl"], True, None),
+        (None, [], False, None),
+        ("proxy", [], True, "proxy"),
+    ],
+)
+def test_libtpu_stays_unread_where_there_is_no_chip(monkeypatch, before, devices, libtpu, after):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(environment, "_before", {})
+    if before:
+        monkeypatch.setenv("JAX_PLATFORMS", before)
+    have_devices(monkeypatch, devices)
+    spec = importlib.util.spec_from_loader("libtpu", None) if libtpu else None
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: spec)
+    environment.prepare()
+    assert os.environ.get("JAX_PLATFORMS") == after
+    # A job on another machine may have what this one lacks.
+    assert environment.of_user().get("JAX_PLATFORMS") == before
+
+
+def test_a_job_of_slurm_inherits_the_users_variables_alone(monkeypatch, tmp_path):
+    (tmp_path / "squeue").write_text('#!/bin/sh\necho "${JAX_PLATFORMS-unset} $XLA_FLAGS"\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    monkeypatch.setattr(environment, "_before", {})
+    have_devices(monkeypatch, [])
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name)
+    environment.prepare()
+    assert os.environ["JAX_PLATFORMS"] == "cpu" and "optimization" in os.environ["XLA_FLAGS"]
+    assert slurm._slurm("squeue") == "unset --mine\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ TINY = (
     "--gin.MIXTURE_OR_TASK_NAME=python",
     "--gin.TRAIN_STEPS=50",
 )
+JOBSET, TPU_VM = (f"launch/cluster/configs/{name}.py" for name in ("jobset", "tpu_vm"))
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
     for path in pathlib.Path(ROOT, "launch/cluster/configs").glob("[a-z]*.py")
@@ -36,11 +38,22 @@ def clean_gin():
     gin.clear_config(clear_constants=True)
 
 
+# What has no default, and a MODEL_DIR that the pods of JOBSET see.
+GIVEN = {
+    JOBSET: ("--config.image=IMAGE", "--gin.MODEL_DIR=/runs/tiny"),
+    TPU_VM: ("--config.project=mine", "--config.repository=https://host/fork.git"),
+}
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_shows_what_it_would_send(config, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")  # nothing can be sent
-    assert submit.main([f"--config={config}", "--dry_run", *TINY]) == 0
-    out = capsys.readouterr().out
+    given = GIVEN.get(config, ())
+    assert submit.main([f"--config={config}", "--dry_run", *TINY, *given]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("devices: ") == 1
+    for placeholder in ("OWNER", "PROJECT", "REGION"):
+        assert placeholder not in out
     assert "launch.train" in out and "--gin.TRAIN_STEPS=50" in out
     if config.endswith(("slurm.py", "jobset.py", "tpu_vm.py")):
         assert "--coordinator_address=auto" in out
@@ -75,13 +88,12 @@ def test_processes_of_a_group_work_in_its_folder(tmp_path):
         (("--config.env=('A',)",), "env: 'A' is not NAME=VALUE"),
         (("--config.time_limit=a day",), "time_limit = 'a day': give a text like 24:00:00"),
         (("--gin.MESH={'data': 3}",), "has 16 devices: MESH = .* does not cover the 16"),
+        (("--gin.BATCH_SIZE=15",), "has 16 devices: Mesh .*\n.*BATCH_SIZE .* = 15 is not a"),
         (("--gin.TRAIN_STEP=3",), "TRAIN_STEP"),
         (("--coordinator_address=auto",), "the back end sets it"),
     ],
 )
 def test_what_is_wrong_is_one_error_before_anything_is_sent(words, message, capsys, monkeypatch):
-    import re
-
     monkeypatch.setenv("PATH", "/nowhere")
     given = any(word.startswith("--config=") for word in words)
     config = [] if given else ["--config=launch/cluster/configs/slurm.py"]
@@ -89,6 +101,73 @@ def test_what_is_wrong_is_one_error_before_anything_is_sent(words, message, caps
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
+
+
+# A model of 8 key/value heads on 16 chips: its data, tokenizer and parent are on the cluster alone.
+AYA = (
+    "--gin_file=t5x_configs/experiments/aya23/full/8b.gin",
+    "--gin.MODEL_DIR=/runs/aya",
+    "--gin.TOKENIZER=/data/tokenizer",
+    "--gin.INITIAL_CHECKPOINT_PATH=/data/parent",
+    "--gin.INSTRUCTIONS_DIR=/data/instructions",
+)
+
+
+def test_a_mesh_is_proposed_and_accepted_only_if_the_run_accepts_it(capsys):
+    words = [f"--config={JOBSET}", "--config.image=IMAGE", "--dry_run", *AYA]
+    assert submit.main(words) == 2  # the file's own mesh is for 32 chips and more
+    proposed = re.search('--gin.MESH="(.*)"', capsys.readouterr().err)[1]
+    assert proposed == "{'fsdp': 16}"
+    assert submit.main([*words, f"--gin.MESH={proposed}"]) == 0
+    assert "devices: 1 slice x 16 chips = 16 chips" in capsys.readouterr().err
+    assert submit.main([*words, "--gin.MESH={'tensor': -1}"]) == 2
+    assert "num_kv_heads = 8 is not a multiple of the 16 shards" in capsys.readouterr().err
+
+
+def test_paths_that_the_machines_do_not_see_are_named(capsys):
+    mesh = "--gin.MESH={'fsdp': 16}"
+    words = [f"--config={JOBSET}", "--config.image=IMAGE", "--dry_run", *AYA, mesh]
+    assert submit.main(words) == 0
+    (warning,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    for macro, place in (("TOKENIZER", "tokenizer"), ("INITIAL_CHECKPOINT_PATH", "parent")):
+        assert f"{macro} = '/data/{place}'" in warning
+    assert "INSTRUCTIONS_DIR" in warning and "MODEL_DIR" not in warning
+    assert """--config.volumes="('runs=/runs', 'CLAIM=/data')\"""" in warning
+    mounted = "--config.volumes=('runs=/runs','data=/data')"
+    assert submit.main([*words, mounted]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert submit.main([*words, "--gin.MODEL_DIR=/tmp/aya"]) == 2  # lost with the pod
+    assert "error: MODEL_DIR = '/tmp/aya': pods do not see it" in capsys.readouterr().err
+    there = [f"--config={TPU_VM}", *GIVEN[TPU_VM], "--dry_run", *AYA, mesh]
+    assert submit.main(there) == 0
+    assert "warning: MODEL_DIR = '/runs/aya', " in capsys.readouterr().err
+    away = [f"--gin.{name}=gs://bucket/{name}" for name in ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")]
+    assert submit.main([*there, *away]) == 0
+    assert "MODEL_DIR" not in capsys.readouterr().err.replace("warning: INSTR", "")
+
+
+def test_relative_files_are_seen_if_the_project_has_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.gin").write_text("VALIDATION_FILES = 'held/*.jsonl'\n")
+    words = [f"--config={JOBSET}", *GIVEN[JOBSET], "--dry_run"]
+    files = [
+        f"--gin_file=t5x_configs/{n}.gin" for n in ("models/tiny", "data/files", "runs/pretrain")
+    ]
+    words += [
+        *files,
+        "--gin_file=own.gin",
+        "--gin.FILES='t5x_configs/*/*.gin'",
+        "--gin.TRAIN_STEPS=5",
+        "--gin.MIXTURE_OR_TASK_NAME=files",
+        "--gin.VOCABULARY=@vocabularies.byte()",
+        "--gin.VOCAB_SIZE=264",
+    ]
+    assert submit.main(words) == 0
+    (warning,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert (
+        "VALIDATION_FILES = 'held/*.jsonl', --gin_file = 'own.gin': the image's project has no"
+        in warning
+    )
 
 
 def test_another_command_needs_a_place_for_its_log(capsys, tmp_path):
@@ -186,6 +265,8 @@ def test_xla_accepts_the_flags_for_gpus():
     """XLA ends a process at a flag that it does not know, also on CPU."""
     settings = launch_config.read("launch/cluster/configs/gpu_node.py:8")
     assert settings.devices == 8 and launch_config.read(CONFIGS[0] + ":1").devices == 1
+    # Hosts of a cluster have the same flags.
+    assert launch_config.read("launch/cluster/configs/slurm.py").variables == settings.variables
     code = "import jax; print(jax.devices())"
     environment = {**os.environ, **settings.variables, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

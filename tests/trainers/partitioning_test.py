@@ -1,6 +1,8 @@
 """Meshes, rule sets, what is refused, and that no mesh, rule set or microbatching changes the numbers."""
 
+import ast
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -65,9 +67,10 @@ def test_a_mesh_covers_all_devices(shape, sizes):
         ({"data": 4}, "does not cover the 8 available devices"),
         ({"data": 16}, "does not cover the 8 available devices"),
         ({"data": 3, "fsdp": -1}, "does not cover the 8 available devices"),
-        ({"data": 3, "fsdp": -1}, r"Here: --gin.MESH=\"{'fsdp': -1}\"\."),
-        ({"data": 2, "fsdp": 64, "tensor": 2}, r"MESH=\"{'data': 2, 'tensor': 2, 'fsdp': -1}\""),
-        ({"data": 6}, r"MESH=\"{'data': -1}\""),
+        ({"data": 3, "fsdp": -1}, r"Here: --gin.MESH=\"{'fsdp': 8}\"\."),
+        ({"data": 2, "fsdp": 64, "tensor": 2}, r"MESH=\"{'data': 2, 'fsdp': 2, 'tensor': 2}\""),
+        ({"data": 6}, r"MESH=\"{'data': 8}\""),
+        ({"fsdp": 32, "tensor": -1}, r"MESH=\"{'fsdp': 8}\""),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"data": 8, "tensor": 0}, "give positive sizes"),
     ],
@@ -427,6 +430,53 @@ def test_whole_key_value_heads_change_no_numbers(num_kv_heads):
 
 def test_accumulation_changes_no_numbers(reference):
     assert_same(train("fsdp_tp", {"fsdp": 4}, microbatches=2), reference)
+
+
+def resolve(rules, mesh, devices, **sizes):
+    """The error of a recipe on these devices; '' without one."""
+    recipe = Recipe(
+        model=Transformer(config=TransformerConfig(**{**SIZES, **ONE_LAYER, **sizes})),
+        batch_size=ROWS,
+        feature_lengths={"targets": LENGTH},
+        optimizer=optimizers.sgd,
+        learning_rate=0.1,
+        rules=rules,
+        mesh=mesh,
+    )
+    try:
+        recipe.program(devices=devices)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def proposed(error):
+    found = re.search(r'--gin.MESH="(.*)"', error)
+    return found and ast.literal_eval(found[1])
+
+
+@pytest.mark.parametrize("rules", ["dp", "fsdp", "fsdp_tp", "fsdp_tp_sp", "fsdp_ep"])
+def test_a_number_of_absent_devices_is_judged_as_present_ones_are(rules):
+    """And every mesh that an error proposes is accepted."""
+    meshes = [{"data": -1}, {"fsdp": 4, "tensor": -1}, {"tensor": -1}, {"fsdp": 3}, {"expert": 2}]
+    errors = {str(mesh): resolve(rules, mesh, 8, num_kv_heads=2) for mesh in meshes}
+    assert errors == {str(m): resolve(rules, m, jax.devices(), num_kv_heads=2) for m in meshes}
+    remedies = [proposed(error) for error in errors.values() if error]
+    assert None not in remedies
+    assert {resolve(rules, mesh, 8, num_kv_heads=2) for mesh in remedies} == {""}
+
+
+def test_a_proposed_mesh_keeps_the_own_axes_and_there_may_be_none():
+    """Key/value heads are fewer than the devices that only `tensor` would take."""
+    mesh = {"fsdp": 32, "tensor": -1}
+    assert proposed(resolve("fsdp_tp", mesh, 8, num_kv_heads=2)) == {"fsdp": 8}
+    assert proposed(resolve("fsdp_tp", {"tensor": 8}, 8, num_kv_heads=2)) == {
+        "fsdp": 4,
+        "tensor": 2,
+    }
+    odd = {"num_kv_heads": 1, "num_heads": 1, "mlp_dim": 7, "embed_dim": 10, "vocab_size": 11}
+    error = resolve("fsdp_tp", {"tensor": -1}, 3, **odd)
+    assert "vocab_size = 11 is not" in error and "--gin.MESH" not in error
 
 
 def test_a_batch_that_microbatches_do_not_divide_is_refused():

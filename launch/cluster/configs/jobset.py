@@ -1,6 +1,6 @@
-"""GKE: two v5e slices of 16 chips as a JobSet. Change the image, and the claim that holds MODEL_DIR and the caches.
+"""GKE: a v5e slice of 16 chips as a JobSet. Give the image, and the claim that holds MODEL_DIR, the caches and the data.
 
-For GPUs: --config.topology= --config.slices=1 --config.accelerator=nvidia-h100-80gb --config.nodes=2 --config.gpus_per_node=8
+For GPUs: --config.topology= --config.accelerator=nvidia-h100-80gb --config.nodes=2 --config.gpus_per_node=8
 """
 
 from launch.cluster.jobset import Settings
@@ -12,7 +12,6 @@ def get_config():
         Settings(
             accelerator="tpu-v5-lite-podslice",
             topology="4x4",
-            slices=2,
             volumes=("runs=/runs",),
             env=("ESPALIER_CACHE=/runs/cache",),
         )

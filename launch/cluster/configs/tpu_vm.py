@@ -5,4 +5,4 @@ from launch.cluster.tpu_vm import Settings
 
 
 def get_config():
-    return as_config(Settings(accelerator_type="v5litepod-16", chips=16))
+    return as_config(Settings(accelerator_type="v5litepod-16"))

@@ -62,7 +62,7 @@ def test_slices_that_are_copies_exchange_gradients_alone(tpu_environment):
     run = runs.recipe(
         runs.tpu_model("llama"), mesh={"data": 2, "fsdp": 4}, rules="fsdp", rows=8, length=512
     )
-    program = precompile.resolved(run, topology)
+    program = precompile.resolved(run, tpu_topology.devices(topology))
     report, _ = _compiled(programs.train(program), program)
     within, between = collectives.sent(report.collectives)
     # A ring of two sends what it has once: a chip's quarter of the gradients, bfloat16 or float32, and some of them whole.
@@ -87,7 +87,7 @@ def test_budgets_of_decoding(name, tpu_environment):
     capacity, most_arguments, most_peak, most_sent = DECODE_BUDGETS[name]
     topology = tpu_topology.parse("v5e:2x2")
     run = runs.recipe(runs.tpu_model("llama"), mesh={"tensor": 4}, rules="tp", rows=2, length=4096)
-    program = precompile.resolved(run, topology)
+    program = precompile.resolved(run, tpu_topology.devices(topology))
     policy = FullCache() if capacity is None else SnapKV(capacity=capacity)
     work = programs.work("decode", program, policy, Options(max_new_tokens=128))
     report, text = _compiled(work, program)
@@ -105,7 +105,9 @@ def test_the_accelerator_tier_compiles(name, tpu_environment):
     topology = tpu_topology.parse("v5e:1x1")
     work = {**accelerator_case.workloads(tiny=True)[name], "length": 512}
     if work["kind"] in ("train", "dpo"):
-        program = precompile.resolved(accelerator_jax.recipe_of(work), topology)
+        program = precompile.resolved(
+            accelerator_jax.recipe_of(work), tpu_topology.devices(topology)
+        )
         report, _ = _compiled(programs.train(program), program)
         assert report.fits and report.flops.products > 0
         return
@@ -113,7 +115,7 @@ def test_the_accelerator_tier_compiles(name, tpu_environment):
     if work["kind"] == "decode":
         recipe = accelerator_jax.recipe_of({**work, "kind": "train"})
         recipe = dataclasses.replace(recipe, model=accelerator_jax.model_of(work["model"]))
-        program = precompile.resolved(recipe, topology)
+        program = precompile.resolved(recipe, tpu_topology.devices(topology))
         for policy in (FullCache(), SnapKV(**work["snapkv"])):
             for kind in ("prefill", "decode"):
                 options = Options(max_new_tokens=work["new"])
@@ -138,7 +140,7 @@ def test_a_mixture_of_real_widths_takes_the_transposed_kernel(chips, batch_size,
     model = {**accelerator_case.MIXTRAL, **sizes, "num_layers": 2, "vocab_size": 256}
     own = {"model": model, "batch_size": batch_size, "length": 512}
     work = {**accelerator_case.WORKLOADS["moe"], **own}
-    program = precompile.resolved(accelerator_jax.recipe_of(work), topology)
+    program = precompile.resolved(accelerator_jax.recipe_of(work), tpu_topology.devices(topology))
     report, _ = _compiled(programs.train(program), program)
     assert report.fits and not report.unknown_kernels
     # A layer has three products with experts: forward twice, since layers are recomputed, and both gradients.

@@ -25,12 +25,16 @@ HOSTILE = (
     "",
 )
 SCHEMA = pathlib.Path(__file__).parent / "jobset.schema.json"
-GPUS = ("topology=", "slices=1", "accelerator=nvidia-h100-80gb", "nodes=2", "gpus_per_node=8")
+GPUS = ("topology=", "accelerator=nvidia-h100-80gb", "nodes=2", "gpus_per_node=8")
 JOB = Job(name="My run", command=("python", "-m", "launch.train"), log="/runs/My run/logs/log.txt")
 
 
+def read(*overrides):
+    return launch_config.read("launch/cluster/configs/jobset.py", ("image=IMAGE", *overrides))
+
+
 def rendered(*overrides, job=JOB):
-    queue = launch_config.read("launch/cluster/configs/jobset.py", overrides).submitter()
+    queue = read(*overrides).submitter()
     queue.submit(job)
     return yaml.safe_load(queue.preview())
 
@@ -46,7 +50,6 @@ def expanded(text, variables):
     [
         (),
         (
-            "slices=1",
             "spot=True",
             "max_days=3",
             "service_account=trainer",
@@ -75,7 +78,7 @@ def test_manifests_follow_the_schemas(overrides):
 
 
 def test_slices_hosts_and_what_exit_codes_mean():
-    whole = rendered()
+    whole = rendered("slices=2")
     (group,) = whole["spec"]["replicatedJobs"]
     spec = group["template"]["spec"]
     assert (group["replicas"], spec["completions"], spec["parallelism"]) == (2, 4, 4)
@@ -133,6 +136,9 @@ def test_secrets_are_references():
         (("topology=3x5",), "15 chips, no multiple of the 4"),
         (("topology=x",), "topology = 'x'"),
         (("accelerator=tpu-v99",), "unknown; give chips_per_host"),
+        (("nodes=2",), "nodes = 2 is for GPUs: give slices"),
+        ((*GPUS, "slices=2"), "slices = 2 is for TPUs: give nodes"),
+        (("image=",), "image: there is no default; give --config.image=REGION-docker.pkg.dev/"),
         (("image=a b",), "image = 'a b'"),
         (("secrets=('A=/file',)",), "secrets = .A=/file. *: give"),
         (("env=('API_TOKEN=x',)",), "API_TOKEN looks like a secret"),
@@ -140,7 +146,35 @@ def test_secrets_are_references():
 )
 def test_wrong_settings_name_the_key(overrides, message):
     with pytest.raises(SubmitError, match=message):
-        launch_config.read("launch/cluster/configs/jobset.py", overrides)
+        read(*overrides)
+
+
+def test_the_devices_are_added_up_and_one_slice_is_the_default():
+    (group,) = rendered("topology=8x8")["spec"]["replicatedJobs"]
+    assert group["replicas"] == 1
+    assert read("topology=8x8").notes() == ["devices: 1 slice x 64 chips = 64 chips"]
+    assert read("topology=4x8", "slices=2").notes() == ["devices: 2 slices x 32 chips = 64 chips"]
+    assert read(*GPUS).notes() == ["devices: 2 nodes x 8 GPUs = 16 GPUs"]
+
+
+def test_the_manifest_says_why_containers_with_chips_are_privileged():
+    def text(*overrides):
+        queue = read(*overrides).submitter()
+        queue.submit(JOB)
+        return queue.preview()
+
+    assert "privileged: true" in text()
+    assert text().startswith("# Containers with TPUs are privileged: libtpu")
+    assert "rivileged" not in text(*GPUS)
+
+
+def test_a_path_is_seen_in_a_volume_alone():
+    assert read().unseen("/runs/a") == "" == read("volumes=('a=/data/x/',)").unseen("/data/x")
+    assert "volumes = ('runs=/runs',)" in read().unseen("/runs2")
+    # The remedy keeps the other volumes, and holds.
+    remedy = re.search(r'--config.(volumes=.*)"', read().unseen("/data/tokenizer"))[1]
+    mended = read(remedy.replace('"', "").replace("CLAIM", "data"))
+    assert mended.unseen("/data/tokenizer") == mended.unseen("/runs/a") == ""
 
 
 KUBECTL = """#!/bin/bash
@@ -161,7 +195,7 @@ def test_states_and_kubernetes_own_words(tmp_path, monkeypatch):
     for name, value in {"CALLS": tmp_path / "calls", "ANSWERS": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    settings = launch_config.read("launch/cluster/configs/jobset.py", ())
+    settings = read()
     queue = settings.submitter()
     handle = queue.submit(JOB)
     answers, pods = tmp_path / "jobset.json", tmp_path / "pods.json"

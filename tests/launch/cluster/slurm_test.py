@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -130,6 +131,34 @@ def test_a_job_and_its_processes_write_logs_and_a_status(slurm, tmp_path):
     assert pathlib.Path(handle).read_text() == f"{HOSTILE[1]} 0 of 2\n"
     assert pathlib.Path(f"{handle}.task1").read_text() == f"{HOSTILE[1]} 1 of 2\n"
     assert not list(tmp_path.rglob("PWNED"))
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("{folder}/file/logs/log.txt", "cannot create directory '{folder}/file'.*Not a directory"),
+        ("{folder}/log.txt", "{folder}/log.txt: Is a directory"),
+    ],
+)
+def test_a_job_without_a_log_leaves_a_word_where_it_was_submitted(log, reason, tmp_path):
+    """Its output is /dev/null until the log is open; here by bash alone, with programs of SLURM that do nothing."""
+    (tmp_path / "file").touch()
+    (tmp_path / "log.txt").mkdir()
+    log = log.format(folder=tmp_path)
+    script = slurm.slurm_script.render(
+        settings(folder=str(tmp_path)), [Job(name="x", command=("touch", "started"), log=log)]
+    )
+    own = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "HOME": str(tmp_path)}
+    places = {"SLURM_SUBMIT_DIR": "/proc/none"}, {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    for place in places:  # the second place is tried where the first cannot be written
+        done = subprocess.run(
+            ["bash"], input=script, text=True, env={**own, **place}, capture_output=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+        word = tmp_path / "slurm-7.out"
+        assert re.search(f"error: job 7 on .*{reason.format(folder=tmp_path)}", word.read_text())
+        word.unlink()
+    assert not (tmp_path / "started").exists()
 
 
 def test_arrays_orders_failures_and_the_taking_over_of_jobs(slurm, tmp_path):

@@ -23,8 +23,13 @@ HOSTILE = (
 RECORD = "import json, sys; open({file!r}, 'a').write(json.dumps(sys.argv[1:]) + chr(10))\n"
 
 
+def read(*overrides):
+    given = ("project=mine", "repository=https://host/fork.git", *overrides)
+    return launch_config.read("launch/cluster/configs/tpu_vm.py", given)
+
+
 def commands(*overrides, command=("python", "-m", "launch.train")):
-    queue = launch_config.read("launch/cluster/configs/tpu_vm.py", overrides).submitter()
+    queue = read(*overrides).submitter()
     queue.submit(Job(name="a b", command=command, log="/runs/a b/log.txt"))
     return queue.preview()
 
@@ -65,7 +70,33 @@ def test_commands_from_creating_to_deleting(tmp_path):
 
 
 def test_nothing_is_ever_sent():
-    queue = launch_config.read("launch/cluster/configs/tpu_vm.py", ()).submitter()
+    queue = read().submitter()
     handle = queue.submit(Job(name="x", command=("true",), log="/x"))
     with pytest.raises(SubmitError, match="for a person: see them with --dry_run"):
         queue.statuses([handle])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("project=",), "project: there is no default; give --config.project=NAME"),
+        (("repository=",), "repository: there is no default; give --config.repository=URL"),
+        (("chips=8",), "chips = 8, but accelerator_type = 'v5litepod-16' has 16: remove chips"),
+    ],
+)
+def test_what_is_missing_or_contradicts_itself_is_refused_by_name(overrides, message):
+    with pytest.raises(SubmitError, match=message):
+        read(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chips"),
+    # Cloud TPU names slices by TensorCores up to v4 and for v5p, by chips for v5e and v6e.
+    [("v5litepod-16", 16), ("v6e-8", 8), ("v5p-16", 8), ("v4-32", 16), ("v3-8", 4), ("x", None)],
+)
+def test_the_chips_of_a_slice_follow_from_its_name(kind, chips):
+    settings = read(f"accelerator_type={kind}", "slices=2")
+    assert settings.devices == (None if chips is None else 2 * chips)
+    total = f"2 slices x {chips} chips = {2 * (chips or 0)} chips"
+    told = "all that the machines have; the mesh is checked there" if chips is None else total
+    assert settings.notes() == [f"devices: {told}"]

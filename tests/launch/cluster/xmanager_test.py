@@ -1,5 +1,6 @@
 """XManager: experiments as files, and jobs that its local executor really runs (in .venv-xmanager, `make xmanager`)."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -46,6 +47,28 @@ def test_containers_with_accelerators(executor):
     described = shown(*words)
     assert (described["image"], described["requirements"]) == ("IMAGE", {"a100": 8})
     assert described["arguments"][:3] == ["python", "-m", "launch.cluster.group"]
+
+
+def test_what_would_run_it_is_said(monkeypatch):
+    def notes(*overrides):
+        return launch_config.read("launch/cluster/configs/xmanager.py", overrides).notes()
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    unknown, python = notes()
+    assert unknown == "devices: all that the machines have; the mesh is checked there"
+    assert python.startswith(f"xmanager_python: {sys.executable}, this one; give another")
+    assert "it has no xmanager: make xmanager" in python
+    assert notes("xmanager_python=/x")[-1] == "xmanager_python: /x"
+    words = ("executor=vertex", "image=IMAGE", "accelerator=a100", "accelerators=8")
+    assert notes(*words)[0] == "devices: 8 accelerators"
+
+
+def test_a_container_sees_no_folder_of_this_machine():
+    read = launch_config.read("launch/cluster/configs/xmanager.py", ())
+    assert not read.in_container and read.unseen("/data") == ""
+    words = ("executor=vertex", "image=IMAGE")
+    read = launch_config.read("launch/cluster/configs/xmanager.py", words)
+    assert read.in_container and "give an address" in read.unseen("/data")
 
 
 # Builds what the script gives to XManager, as the script does, and prints it.

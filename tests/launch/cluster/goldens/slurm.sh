@@ -16,12 +16,20 @@ log='/runs/a b/logs/log.txt'
 words=(python -m launch.train '--gin.MODEL_DIR='"'"'/runs/a b'"'"'')
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-$SLURM_JOB_ID}
+# Without a log, the first place that can be written gets the reason.
+lost() {
+  for place in "$SLURM_SUBMIT_DIR" "$HOME" /tmp; do
+    { echo "error: job $id on $(hostname): $1" >>"$place/slurm-$id.out"; } 2>/dev/null && break
+  done
+  end 2 2>/dev/null
+}
 end() {
   printf '{"id": "%s", "status": %d, "seconds": %d}\n' "$id" "$1" "$SECONDS" >"$log.ended.new"
   mv -- "$log.ended.new" "$log.ended"
   exit "$1"
 }
-cd /home/me/espalier && mkdir -p "$(dirname "$log")" || end 2
+word=$(cd /home/me/espalier 2>&1 && mkdir -p -- "$(dirname -- "$log")" 2>&1 && { : >>"$log"; } 2>&1) || lost "$word"
+cd /home/me/espalier
 exec >>"$log" 2>&1
 WANDB_API_KEY=$(cat -- /home/me/.wandb) && export WANDB_API_KEY || end 2
 srun --kill-on-bad-exit=0 --cpus-per-task=8 bash -c 'log=$1; shift; [ "$SLURM_PROCID" = 0 ] || log=$log.task$SLURM_PROCID; exec "$@" >>"$log" 2>&1' bash "$log" "${words[@]}"
