@@ -197,8 +197,8 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
         "policy": policy,
         "policy_name": " ".join([flags.cache_policy, *flags.cache]),
         # The tokens of a file are those after its prompts, as `score` reads them.
-        "token_healing": flags.prompt is not None
-        if flags.token_healing is None
+        "token_healing": False
+        if flags.token_healing is None and flags.prompt is None
         else flags.token_healing,
     }
 

@@ -16,6 +16,7 @@ from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, mean_keys, weights
 from model.kernels.attention_ops import Implementation, dot_product_attention
 from model.kernels.dropout import dropped
+from model.kv_cache import slots
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.protocol import AttentionSettings
@@ -47,11 +48,21 @@ class Encoded:
         without segments are of segment 1.
       keys_values: keys and values [B, K, S, H] of one layer, computed from the states; None before. Heads come first, as
         in caches: decoding reads them for every token.
+      scales: factors [B, K, S] on int8 keys and values; None for floats.
     """
 
     states_BSD: jax.Array | None
     segments_BS: jax.Array | None = None
     keys_values: tuple[jax.Array, jax.Array] | None = None
+    scales: tuple[jax.Array, jax.Array] | None = None
+
+    def stored_as(self, dtype: Any) -> "Encoded":
+        """Returns this with keys and values of another dtype, see `CachePolicy.compress`; None changes nothing."""
+        if dtype is None or self.keys_values is None:
+            return self
+        (keys, k_scale), (values, v_scale) = (slots.stored_as(x, dtype) for x in self.keys_values)
+        scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
+        return self.replace(keys_values=(keys, values), scales=scales)
 
 
 class Attention(Counted):
@@ -263,10 +274,13 @@ class CrossAttention(Attention):
         if encoded.keys_values is None:
             assert encoded.states_BSD is not None  # see Encoded
             k_BSKH, v_BSKH = self._key_value(encoded.states_BSD)
+            keys_values = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+            encoded = Encoded(None, encoded.segments_BS, keys_values)
         else:
             k_BSKH, v_BSKH = (x_BKSH.swapaxes(1, 2) for x_BKSH in encoded.keys_values)
-        keys_values = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-        encoded = Encoded(None, encoded.segments_BS, keys_values)
+        k_scale_BSK, v_scale_BSK = (
+            (x.swapaxes(1, 2) for x in encoded.scales) if encoded.scales else (None, None)
+        )
         q_BTNH = axes.constrain(q_BTNH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_HEADS, None)
         k_BSKH = axes.constrain(k_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
         v_BSKH = axes.constrain(v_BSKH, axes.BATCH, axes.INNER_LENGTH, axes.ACT_KV_HEADS, None)
@@ -282,8 +296,10 @@ class CrossAttention(Attention):
             v_BSKH,
             q_segments_BT=q_segments_BT,
             kv_segments_BS=encoded.segments_BS,
+            k_scale_BSK=k_scale_BSK,
+            v_scale_BSK=v_scale_BSK,
             causal=False,
-            implementation=self.implementation,
+            implementation=self.implementation if encoded.scales is None else "auto",
             **form,
         )
         return self._out(out_BTNH, x_BTD, segments_BT), encoded

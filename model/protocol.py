@@ -69,6 +69,22 @@ class LayerSettings:
     mlp: MlpSettings
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Same:
+    """A key of caches for a model, whose fields may not be hashable.
+
+    Compares by the identity of an object, not by its fields, and keeps the object alive.
+    """
+
+    value: Any
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+
 class Sizes(Protocol):
     """A model's sizes: a dataclass that is recorded with every checkpoint."""
 

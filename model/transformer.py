@@ -52,6 +52,10 @@ class LayerCache:
     attention: Any
     encoded: Encoded
 
+    def with_encoded_as(self, dtype: Any) -> "LayerCache":
+        """Returns the cache with the encoder's keys and values stored as in `Slots.stored_as`."""
+        return LayerCache(self.attention, self.encoded.stored_as(dtype))
+
 
 class Block(Counted):
     """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).

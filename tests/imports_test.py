@@ -135,7 +135,7 @@ def test_what_is_allowed_passes(tmp_path):
 # place of its own. Files that no level names are the commands, above all.
 LEVELS = {
     "model": (
-        ("axes", "kernels", "ranges", "same", "storage"),
+        ("axes", "kernels", "like", "ranges", "storage"),
         ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope"),
         ("attention", "layers", "mlp", "transformer"),
         ("heads", "low_rank", "moe", "t5", "transforms", "vision"),

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import axes
-from model.same import Same
+from model.protocol import Same
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.inputs import Inputs, PackedTokens

@@ -199,18 +199,23 @@ def _missing_arguments(
 
 
 def _passed_by_caller(checked: Checked, reach: Reach) -> Iterator[Problem]:
-    """Yields bindings of arguments that the caller passes itself: the caller wins over gin."""
+    """Yields bindings of arguments that the caller passes or copies itself: the caller wins over gin."""
     for (scope, target, argument), bound in checked.bindings.items():
         ways = reach.ways_in(target, scope)
-        if ways and all(argument in way.passed for way in ways):
-            owners = sorted({way.owner for way in ways})
-            by = (
-                f"the value of {', '.join(map(repr, owners))} is called with {argument}="
-                if all(owners)
-                else "the command passes it, from its flags"
-            )
-            text = f"'{target}.{argument}' has no effect: {by}"
-            yield Problem(bound.place, text, "Remove it.")
+        if not ways or not all(argument in (*way.passed, *way.copied) for way in ways):
+            continue
+        owners = ", ".join(sorted({repr(way.owner) for way in ways}))
+        by, remedy = f"the value of {owners} is called with {argument}=", "Remove it."
+        if not all(way.owner for way in ways):
+            by = "the command passes it, from its flags"
+        elif copying := [w.wrapper for w in ways if w.wrapper and argument not in w.passed]:
+            holders = {one for wrapper in copying for one in wrapper.classes}
+            names = [one for one in holders if argument in one.__dataclass_fields__]
+            places = sorted(f"{one.__module__}.{one.__qualname__}.{argument}" for one in names)
+            by = f"the value of {owners} gets it from the module that it replaces"
+            remedy = f"Bind {' or '.join(places)}."
+        text = f"'{target}.{argument}' has no effect: {by}"
+        yield Problem(bound.place, text, remedy)
 
 
 def _unread_overrides(checked: Checked, reach: Reach) -> Iterator[Problem]:

@@ -5,7 +5,8 @@ in a scope of the macro's name. Bindings of a scope and of the scopes around it 
 The scope in which code calls a factory is not known; the scope of the factory's binding is assumed.
 
 A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`). These win over gin, so a binding
-of one would be ignored. `passed` reads the names of these arguments from the caller's source.
+of one would be ignored. `passed` reads the names of these arguments from the caller's source. A wrapper (model/like.py)
+passes on what it is called with, and copies fields of the plain module; `wrapper` reads its call of `like`.
 """
 
 import ast
@@ -18,10 +19,10 @@ from typing import Any
 
 from launch.config.gin_reader import Bound, Checked, applying, within
 from launch.config.gin_source import Place
+from model.like import copied, like
 
 _PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
 _POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
-_SHARED = ("features", "axes", "dtype", "param_dtype", "name")  # passed to all projections
 _ROUTER = ("features", "axes", "dtype", "param_dtype", "name")
 _HEAD = ("features", "axes", "kernel_init", "name")
 _TABLE = ("features", "dtype", "param_dtype")
@@ -38,16 +39,7 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "stream": ("positions",),
     },
     "model.bam.moa.MixtureOfAttention": {"router": _ROUTER},
-    "model.bam.moa.experts_of": {
-        "attention": ("config", "kind", "name"),
-        "moa": ("config", "kind", "name"),
-    },
     "model.heads.actor_critic.ActorCritic": {"head": _HEAD},
-    "model.low_rank.lowrank.factorised": {"dense": _SHARED, "layer": _SHARED},
-    "model.moe.moe.experts_of": {
-        "mlp": ("config", "kind", "name"),
-        "moe": ("activation", "config", "kind", "name"),
-    },
     "model.moe.moe.MoeMlp": {"router": _ROUTER},
     "model.nexus.domain_router.DomainRouter": {"dense": _POINTWISE},
     "model.mlp.GatedMlp": {"dense": _PROJECTION},
@@ -107,22 +99,65 @@ def passed(owner: Any, parameter: str) -> tuple[str, ...]:
 @functools.cache
 def _calls(owner: Any) -> Mapping[str, set[str]]:
     """Returns the keywords of calls of each parameter (for a class: attribute of self) in the source of `owner`."""
+    keywords: dict[str, set[str]] = {}
+    for node in _call_nodes(owner):
+        match node.func:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name) if inspect.isclass(owner):
+                pass
+            case ast.Name(id=name) if not inspect.isclass(owner):
+                pass
+            case _:
+                continue
+        keywords.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg)
+    return keywords
+
+
+def _call_nodes(owner: Any) -> list[ast.Call]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     except (OSError, TypeError, SyntaxError):  # builtins, and code defined at run time
-        return {}
-    keywords: dict[str, set[str]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            match node.func:
-                case ast.Attribute(value=ast.Name(id="self"), attr=name) if inspect.isclass(owner):
-                    pass
-                case ast.Name(id=name) if not inspect.isclass(owner):
-                    pass
-                case _:
-                    continue
-            keywords.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg)
-    return keywords
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A function's call of `like` (model/like.py).
+
+    Attributes:
+      plain, made: the function's parameters with the two factories.
+      classes: classes of plain modules.
+      own: fields of plain modules that are not copied.
+      settings: arguments that the call itself passes to `made`.
+    """
+
+    plain: str
+    made: str
+    classes: tuple[type, ...]
+    own: tuple[str, ...]
+    settings: tuple[str, ...]
+
+    def copied(self, made: Any) -> tuple[str, ...]:
+        """Returns the fields that the class `made` gets from plain modules."""
+        is_module = dataclasses.is_dataclass(made) and isinstance(made, type)
+        return tuple(sorted(copied(self.classes, made, self.own))) if is_module else ()
+
+
+@functools.cache
+def wrapper(owner: Any) -> Wrapper | None:
+    """Returns the call of `like` in the source of a function; None without one."""
+    names = getattr(owner, "__globals__", {})
+    for node in _call_nodes(owner):
+        match node:
+            case ast.Call(ast.Name(name), [ast.Name(plain), ast.Name(made)]) if (
+                names.get(name) is like
+            ):
+                keywords = {k.arg: k.value for k in node.keywords if k.arg}
+                nodes = ast.walk(keywords.pop("of"))
+                classes = tuple(names[x.id] for x in nodes if isinstance(x, ast.Name))
+                own = ast.literal_eval(keywords.pop("own", ast.Dict([], [])))
+                return Wrapper(plain, made, classes, tuple(own), tuple(keywords))
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +170,9 @@ class Way:
       passed: names of these arguments, as far as they are known.
       owner: the argument that holds the reference; '' for the entry point.
       place: place of the reference.
+      result: names of the arguments with which the result is called, if that is known.
+      wrapper: the wrapper that passes fields of another module, if this is its `made`.
+      copied: names of these fields.
     """
 
     scope: str
@@ -142,6 +180,9 @@ class Way:
     passed: tuple[str, ...]
     owner: str
     place: Place
+    result: tuple[str, ...] = ()
+    wrapper: Wrapper | None = None
+    copied: tuple[str, ...] = ()
 
 
 class Reach:
@@ -183,10 +224,17 @@ class Reach:
             by_class = Way(way.scope, False, (), name, way.place)
             methods = [m for m in self.checked.targets if m.rpartition(".")[0] in names]
             self._waiting += [(method, by_class) for method in methods]
+        wraps = wrapper(target) if inspect.isfunction(target) else None
         for argument, bound in self.bound(name, way.scope).items():
-            if argument not in way.passed:
-                arguments = passed(target, argument)
-                code = Way(way.scope, False, arguments, f"{name}.{argument}", bound.place)
+            if argument not in (*way.passed, *way.copied):
+                code = Way(way.scope, False, (), f"{name}.{argument}", bound.place)
+                if wraps is not None and argument == wraps.plain:
+                    code = dataclasses.replace(code, passed=way.result)
+                elif wraps is not None and argument == wraps.made:
+                    arguments = (*way.result, *wraps.settings)
+                    code = dataclasses.replace(code, passed=arguments, wrapper=wraps)
+                else:
+                    code = dataclasses.replace(code, passed=passed(target, argument))
                 self._follow(bound, code, ())
 
     def _follow(self, bound: Bound, code: Way, inside: tuple[str, ...]) -> None:
@@ -202,10 +250,13 @@ class Reach:
             if target is None:
                 continue
             if reference.evaluate:
-                way = Way(reference.scope or gin_scope, True, (), code.owner, bound.place)
+                scope = reference.scope or gin_scope
+                way = Way(scope, True, (), code.owner, bound.place, result=code.passed)
             else:
                 scope = reference.scope or code.scope
                 way = dataclasses.replace(code, scope=scope, place=bound.place)
+                if code.wrapper is not None:
+                    way = dataclasses.replace(way, copied=code.wrapper.copied(target.value))
             self._waiting.append((target.name, way))
         for macro in bound.macros:
             self.macros.add(macro.name)

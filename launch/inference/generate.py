@@ -120,7 +120,7 @@ def generate(
     show: Callable[[str], None] | None = None,
     indices: Sequence[int] | None = None,
     notes: bool = False,
-    token_healing: bool = False,
+    token_healing: bool | None = False,
     compare: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
@@ -143,7 +143,7 @@ def generate(
       show: called with each new piece of the text of a single row.
       notes: whether to print lines on texts that are continued without the model's chat template, or end with a space.
       token_healing: whether the last token of a text is drawn anew, see launch/inference/token_healing.py. Rows of tokens
-        and conversations are continued as they are.
+        and conversations are continued as they are. None draws it anew where the model continues its prompts.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
       compare: whether to continue the rows also with the full cache, see launch/inference/cache_comparison.py.
 
@@ -151,7 +151,8 @@ def generate(
       The rows with their continuations, `settings.num_samples` for each, as they finish.
 
     Raises:
-      LoadError: rows that cannot be read, or stops without a vocabulary.
+      LoadError: rows that cannot be read, stops without a vocabulary, or `token_healing` of an encoder's inputs.
+      ValueError: a cache policy or chunks of prompts for an encoder-decoder.
     """
     loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
     cache = {"policy": policy, "cache_dtype": cache_dtype}
@@ -203,7 +204,7 @@ def continued(
     num_samples: int,
     seed: int,
     indices: Sequence[int] | None = None,
-    token_healing: bool = False,
+    token_healing: bool | None = False,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows with what `decoder_and_texts` returned, perhaps for other rows; see `generate`."""
     prompts = _prompts(loaded, rows, token_healing=token_healing)
@@ -221,9 +222,13 @@ def continued(
 
 
 def _prompts(
-    loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool
+    loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool | None
 ) -> list[Healed]:
-    heals = token_healing and not loaded.encodes  # an encoder's inputs are not continued
+    if token_healing and loaded.encodes:
+        raise LoadError(
+            "An encoder-decoder does not continue its inputs, whose last token stays: remove token_healing."
+        )
+    heals = token_healing is not False and not loaded.encodes
     vocabulary = loaded.vocabulary_or_none if heals else None
     heal = None if vocabulary is None else TokenHealing(vocabulary)
     prompts = []
@@ -244,7 +249,7 @@ def prompt_of(loaded: LoadedRun, row: Mapping[str, Any], where: str) -> list[int
 
 
 def _print_notes(
-    loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool
+    loaded: LoadedRun, rows: Sequence[tuple[str, Mapping[str, Any]]], *, token_healing: bool | None
 ) -> None:
     """Prints a line if the model's chat template would render texts, and one if texts end with a space."""
     texts = [row["text"] for _, row in rows if isinstance(row.get("text"), str)]
@@ -254,7 +259,7 @@ def _print_notes(
             file=sys.stderr,
         )
     spaces = sum(text.endswith(" ") for text in texts)
-    if spaces and not token_healing:
+    if spaces and token_healing is False and not loaded.encodes:
         print(
             f"{spaces:,} of {len(texts):,} texts end with a space, after which most vocabularies have no word: see "
             "--token_healing.",

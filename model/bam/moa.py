@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import Attention
+from model.like import like
 from model.linear import Dense
 from model.moe import routing
 from model.protocol import AttentionSettings
@@ -119,22 +120,4 @@ def experts_of(
     Raises:
       ValueError: (raised by the returned factory) `attention` makes a class other than `Attention`.
     """
-
-    def make(**passed: Any) -> MixtureOfAttention:
-        expert = attention(**{**passed, "name": None, "parent": None})
-        if type(expert) is not Attention:
-            raise ValueError(
-                f"moa.experts_of: an expert is an Attention, not a {type(expert).__name__}. Set "
-                "ATTENTION = @attention.Attention, or remove one of the methods."
-            )
-        return moa(**{name: getattr(expert, name) for name in _FIELDS}, **passed)
-
-    return make
-
-
-# Settings of `Attention`, without the fields that its owner passes.
-_FIELDS = tuple(
-    field.name
-    for field in dataclasses.fields(Attention)
-    if field.init and field.name not in ("config", "kind", "name", "parent")
-)
+    return like(attention, moa, of=Attention)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
+from model.protocol import Same
 from model.rope import Rope
-from model.same import Same
 from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Transformer
 from model.transforms import layer_stack

@@ -57,8 +57,8 @@ def dot_product_attention(
       window: W; query i sees keys j with i - W < j <= i. Needs `causal`.
       scale: factor on q k^T; H^-1/2 when None.
       softcap: c in c * tanh(x / c), or None.
-      k_scale_BSK: factors on integer keys, applied to the logits; only with positions.
-      v_scale_BSK: factors on integer values, applied to the weights; only with positions.
+      k_scale_BSK: factors on integer keys, applied to the logits.
+      v_scale_BSK: factors on integer values, applied to the weights.
       implementation: 'auto' chooses by platform; 'reference' is the plain implementation in float32;
         'xla' is jax.nn.dot_product_attention; 'blocked' processes blocks of query rows and skips masked
         keys (CPU); 'splash' is the Pallas kernel (TPU); 'cudnn' is the fused kernel (GPU).
@@ -70,16 +70,17 @@ def dot_product_attention(
       ValueError: contradictory arguments, or an implementation that cannot express them.
     """
     _check(q_BTNH, k_BSKH, q_positions_BT, kv_positions_BS, causal, window, implementation)
-    if q_positions_BT is None and not (k_scale_BSK is None and v_scale_BSK is None):
-        raise ValueError("Scales of keys and values need q_positions_BT and kv_positions_BS.")
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
     if q_segments_BT is not None and kv_segments_BS is None:
         kv_segments_BS = q_segments_BT
     if reference_forms():
         implementation = "reference"
-    by_position = q_positions_BT is not None
-    library = _library_problem(q_BTNH, by_position, softcap, q_segments_BT, kv_segments_BS)
-    own = _kernel_problem(q_BTNH, k_BSKH, by_position)
+    # What only the plain implementation supports.
+    plain = "positions" if q_positions_BT is not None else ""
+    if k_scale_BSK is not None or v_scale_BSK is not None:
+        plain = plain or "scales of keys and values"
+    library = plain or _library_problem(q_BTNH, softcap, q_segments_BT, kv_segments_BS)
+    own = plain or _kernel_problem(q_BTNH, k_BSKH)
     problem = {
         "blocked": own or _bias_problem(q_BTNH, k_BSKH, bias),
         "splash": own
@@ -88,7 +89,7 @@ def dot_product_attention(
         "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
     }
     if implementation == "auto":
-        implementation = _choose(q_BTNH, by_position, problem)
+        implementation = _choose(q_BTNH, bool(plain), problem)
     elif problem.get(implementation):
         raise ValueError(
             f"attention implementation {implementation!r} does not support "
@@ -161,13 +162,13 @@ def received_attention(
     return jnp.einsum("bkgts,bkgt->bkgs", weights_BKGTS, 1 / total_BKGT1[..., 0])
 
 
-def _choose(q_BTNH, by_position: bool, problem: dict[str, str]) -> str:
+def _choose(q_BTNH, plain: bool, problem: dict[str, str]) -> str:
     """Returns the implementation for the target platform.
 
     Decoding, of one query per row, always uses the plain implementation, because it is bound by memory bandwidth.
     """
     platform = target_platform()
-    if by_position or q_BTNH.shape[1] == 1:
+    if plain or q_BTNH.shape[1] == 1:
         return "xla"
     if platform == "tpu" and not problem["splash"]:
         return "splash"
@@ -198,21 +199,17 @@ def _bias_problem(q_BTNH, k_BSKH, bias) -> str:
     return "a bias on several devices" if specs is None or len(specs[0]) else ""
 
 
-def _kernel_problem(q_BTNH, k_BSKH, by_position: bool) -> str:
+def _kernel_problem(q_BTNH, k_BSKH) -> str:
     """Returns why this project's per-device kernels do not support the call, or ''."""
-    if by_position:
-        return "positions"
     if placement(q_BTNH.shape, k_BSKH.shape) is None:
         return "this mesh (it must divide batch and heads evenly and leave rows whole)"
     return ""
 
 
-def _library_problem(q_BTNH, by_position: bool, softcap, q_segments_BT, kv_segments_BS) -> str:
+def _library_problem(q_BTNH, softcap, q_segments_BT, kv_segments_BS) -> str:
     """Returns why jax.nn.dot_product_attention does not support the call, or ''."""
     if q_BTNH.dtype == jnp.float16 and target_platform() != "gpu":
         return "float16 off GPUs"
-    if by_position:
-        return "positions"
     if softcap is not None:
         return "a soft cap"
     if q_segments_BT is not kv_segments_BS:

@@ -121,16 +121,8 @@ class Slots:
         """Returns the slots with keys and values as int8 or another float type; None changes nothing."""
         if dtype is None or jnp.dtype(dtype) == self.k_BKSH.dtype:
             return self
-        dtype = jnp.dtype(dtype)
-        k_scale_BKS: jax.Array | None = None
-        v_scale_BKS: jax.Array | None = None
-        if dtype == jnp.int8:
-            k_BKSH, k_scale_BKS = quantise(self.k_BKSH)
-            v_BKSH, v_scale_BKS = quantise(self.v_BKSH)
-        elif jnp.issubdtype(dtype, jnp.floating):
-            k_BKSH, v_BKSH = self.k_BKSH.astype(dtype), self.v_BKSH.astype(dtype)
-        else:
-            raise ValueError(f"cache dtype = {dtype.name!r}: use int8, a float dtype or None.")
+        k_BKSH, k_scale_BKS = stored_as(self.k_BKSH, dtype)
+        v_BKSH, v_scale_BKS = stored_as(self.v_BKSH, dtype)
         return dataclasses.replace(
             self, k_BKSH=k_BKSH, v_BKSH=v_BKSH, k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS
         ).constrained()
@@ -207,6 +199,20 @@ def restored(caches: Any, like: Any) -> Any:
 
 def _ones(x: jax.Array) -> tuple[int, ...]:
     return tuple(axis for axis in range(min(2, x.ndim - 1)) if x.shape[axis] == 1)
+
+
+def stored_as(x_BKSH: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Returns keys or values as int8, with their scales [B, K, S], or as another float type without scales.
+
+    Raises:
+      ValueError: a dtype that is neither int8 nor a float type.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.int8:
+        return quantise(x_BKSH)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return x_BKSH.astype(dtype), None
+    raise ValueError(f"cache dtype = {dtype.name!r}: use int8, a float dtype or None.")
 
 
 def quantise(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from model.axes import RANK, parameter, unboxed
 from model.kernels import matmul, taps
+from model.like import like
 from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
@@ -192,19 +193,16 @@ def factorised(
     dense: Callable[..., Any] = Dense,
     layer: Callable[..., Any] = LowRankDense,
 ) -> Callable[..., Any]:
-    """Returns a `dense` factory of factorised layers with the initialiser of another factory.
+    """Returns a `dense` factory of factorised layers with the settings of another factory's layers.
 
     Args:
-      dense: the factory that this one replaces; its initialiser is used.
-      layer: class of the layers.
+      dense: the factory that this one replaces; its settings are used, such as its initialiser.
+      layer: factory of the layers, of a subclass.
+
+    Raises:
+      ValueError: (raised by the returned factory) `dense` makes a class other than `Dense` and `ExpertDense`.
     """
-
-    def make(**settings: Any) -> Any:
-        kernel_init = dense(**{**settings, "name": None, "parent": None}).kernel_init
-        settings |= {"kernel_init": kernel_init, "factorisation": factorisation}
-        return layer(**settings)
-
-    return make
+    return like(dense, layer, of=(Dense, ExpertDense), factorisation=factorisation)
 
 
 def _of_one(kernel_init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -20,6 +20,7 @@ from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, weights
 from model.kernels import taps
+from model.like import like
 from model.linear import Dense
 from model.mlp import GatedMlp, activation
 from model.moe import dispatch, expert_mlp, parallel, routing
@@ -263,20 +264,11 @@ def experts_of(
     """Returns an `mlp` factory that makes mixtures of gated MLPs; each expert has the dense MLP's width.
 
     Args:
-      mlp: factory of one expert, a GatedMlp; the mixture uses its activation.
+      mlp: factory of one expert; the mixture uses its activation.
       moe: factory of the mixture, called with this activation.
 
     Raises:
-      ValueError: (raised by the returned factory) `mlp` makes a class other than `GatedMlp`.
+      ValueError: (raised by the returned factory) `mlp` makes a class other than `GatedMlp`, or has settings that experts
+        do not have: biases, dropout, or projections or adapters of its own where the mixture has none.
     """
-
-    def make(**passed: Any) -> MoeMlp:
-        expert = mlp(**{**passed, "name": None, "parent": None})
-        if type(expert) is not GatedMlp:
-            raise ValueError(
-                f"moe.experts_of: an expert is a GatedMlp, not a {type(expert).__name__}. Set "
-                "MLP = @mlp.GatedMlp, or remove one of the methods."
-            )
-        return moe(activation=expert.activation, **passed)
-
-    return make
+    return like(mlp, moe, of=GatedMlp, own={"dense": "expert_dense", "adapters": "adapters"})

@@ -148,6 +148,41 @@ def test_continuations_scores_and_tasks_agree(whole, command, tmp_path):
     assert metrics["same"] == 1.0 and metrics["lowest"] < 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache_policy=snapkv", "--cache=window=8"], "remove cache_policy (SnapKV)"),
+        (["--cache_policy=streaming_llm"], "remove cache_policy (StreamingLLM)"),
+        (["--prefill_chunk=8"], "reads its inputs whole: remove prefill_chunk"),
+        (["--token_healing"], "whose last token stays: remove token_healing"),
+    ],
+)
+def test_settings_of_prompts_are_refused(whole, command, capsys, flags, message):
+    run = [f"--checkpoint={whole}", "--prompt=os.path", "--max_new_tokens=2"]
+    assert command("generate", *run, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_its_whole_cache_is_narrowed(whole, command, capsys):
+    def cache_bytes(*flags):
+        run = [f"--checkpoint={whole}", "--prompt=os.path", "--max_new_tokens=2"]
+        assert command("generate", *run, *flags) == 0
+        said = capsys.readouterr().err
+        return int(said.rpartition(") ")[2].partition(" bytes")[0].replace(",", ""))
+
+    # A float32 scale for 4 numbers of a head: half of the bytes; both caches, and what is neither.
+    assert cache_bytes("--cache_dtype=int8") < 0.6 * cache_bytes()
+
+
+def test_the_harness_refuses_settings_of_prompts_before_it_asks(whole):
+    from launch.evaluation.lm_eval.model import EspalierLM
+
+    with pytest.raises(ValueError, match=r"remove cache_policy \(SnapKV\)"):
+        EspalierLM(checkpoint=str(whole), cache_policy="snapkv")
+    with pytest.raises(ValueError, match="remove prefill_chunk"):
+        EspalierLM(checkpoint=str(whole), prefill_chunk=4)
+
+
 def test_commands_of_decoders_refuse_it(whole, command, capsys, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "os.path"}\n')
     files = [f"--inputs={tmp_path}/x.jsonl", f"--output={tmp_path}/y.jsonl"]

@@ -48,6 +48,19 @@ class Continuation:
     score: float | None = None
 
 
+def check_options(model: Any, *, policy: CachePolicy | None, prefill_chunk: int | None) -> None:
+    """Raises ValueError for options of `Decoder` that would have no effect on an encoder-decoder."""
+    if model.row != "inputs_and_targets":
+        return
+    if prefill_chunk is not None:
+        raise ValueError("An encoder-decoder reads its inputs whole: remove prefill_chunk.")
+    if policy is not None and type(policy) is not FullCache:
+        raise ValueError(
+            f"An encoder-decoder attends to all of its inputs, of which a cache policy selects none: remove cache_policy "
+            f"({type(policy).__name__})."
+        )
+
+
 @dataclasses.dataclass
 class Stats:
     """Cost of generation, in tokens, seconds without compilation, and bytes of the largest batch's caches."""
@@ -79,8 +92,9 @@ class Decoder:
         `decoder_start`.
       decoder_start: the token that the targets of an encoder-decoder follow.
       sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
+      policy: policy of the key/value caches; None to cache all tokens, as an encoder-decoder does.
       cache_dtype: dtype of the caches while decoding, see `prefill`; None for the model's.
-      prefill_chunk: number of prompt tokens to read at a time; None for all.
+      prefill_chunk: number of prompt tokens to read at a time; None for all. Not with encoder-decoders.
       watch: called with the new tokens of every row, and can end the row; None does not end rows. Not
         supported with beams, whose tokens are not final before the end.
       watch_every: number of new tokens between two calls of `watch`; an attribute, which may change between batches.
@@ -109,8 +123,7 @@ class Decoder:
             )
         self.model = model
         self._encodes = model.row == "inputs_and_targets"
-        if self._encodes and prefill_chunk is not None:
-            raise ValueError("An encoder-decoder reads its inputs whole: remove prefill_chunk.")
+        check_options(model, policy=policy, prefill_chunk=prefill_chunk)
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
         self._model = layer_stack.unrolled(model)

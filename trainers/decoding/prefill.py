@@ -59,6 +59,8 @@ def prefill(
         at_once = _CompressedAtOnce(policy, room, cache_dtype)
         out = read(model, params, at_once, tokens_BT, positions_BT, empty, segments_BT, **encoder)
         caches = out.caches
+        if encoder:  # the policy has the decoder's keys and values alone
+            caches = [cache.with_encoded_as(cache_dtype) for cache in caches]
         last_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     else:
         last_BD, whole = _read_chunks(

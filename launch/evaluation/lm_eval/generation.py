@@ -9,7 +9,7 @@ from launch.inference.texts import Texts, decoder_of
 from launch.run.load_run import LoadedRun, LoadError
 from model.kv_cache.base import CachePolicy
 from trainers.decoding.buckets import bucket_length
-from trainers.decoding.decoder import Decoder
+from trainers.decoding.decoder import Decoder, check_options
 from trainers.decoding.settings import Sampling, Settings
 
 OPTIONS = (
@@ -103,6 +103,7 @@ class Generator:
         prefill_chunk: int | None = None,
         seed: int = 0,
     ):
+        check_options(run.model, policy=policy, prefill_chunk=prefill_chunk)
         self._run, self._ends, self._seed = run, tuple(ends), seed
         self._batch_tokens, self._batch_size = batch_tokens, batch_size
         self._options: dict[str, Any] = {

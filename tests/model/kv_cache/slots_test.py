@@ -71,10 +71,15 @@ def test_scales_are_applied_to_logits_and_weights():
     # And is near, yet not equal to, attention over floats.
     apart = np.abs(attend(seen) - attend(held.view())).max()
     assert 1e-4 < apart < 0.15
-    with pytest.raises(ValueError, match="Scales.*positions"):
-        dot_product_attention(
-            jnp.zeros((B, S, N, H)), seen.k_BSKH, seen.v_BSKH, k_scale_BSK=seen.k_scale_BSK
-        )
+    # The same without positions, where other implementations would pass over the scales.
+    held = (seen.k_BSKH, seen.v_BSKH)
+    scales = {"k_scale_BSK": seen.k_scale_BSK, "v_scale_BSK": seen.v_scale_BSK}
+    q_BSNH = jax.random.normal(jax.random.key(9), (B, S, N, H))
+    floats = dot_product_attention(q_BSNH, meant.k_BSKH, meant.v_BSKH, causal=False)
+    ints = dot_product_attention(q_BSNH, *held, causal=False, **scales)
+    np.testing.assert_allclose(ints, floats, atol=1e-5)
+    with pytest.raises(ValueError, match="'blocked' does not support scales of keys and values"):
+        dot_product_attention(q_BSNH, *held, implementation="blocked", **scales)
 
 
 def test_a_token_put_into_int8_slots_is_quantised_like_the_others():

@@ -13,6 +13,7 @@ from model import flops
 from model.attention import Attention, CrossAttention
 from model.config import TransformerConfig
 from model.kernels import platform
+from model.kv_cache.full import FullCache
 from model.mlp import GatedMlp, Mlp
 from model.protocol import LanguageModel
 from model.t5.encoder_decoder import EncoderDecoder
@@ -20,6 +21,7 @@ from model.t5.relative_bias import RelativeBias, bucket_table
 from model.transformer import Block, Transformer
 from model.transforms import layer_stack
 from trainers import initialise, partitioning
+from trainers.decoding.prefill import prefill, read
 from trainers.inputs import InputsAndTargets
 from trainers.objectives.lm import language_modelling
 
@@ -241,6 +243,39 @@ def test_the_bias_of_positions_is_that_of_indices(bidirectional):
     counts = jax.grad(lambda v: module.apply(v, 20, 25).by_index_1NTS.sum())(variables)
     occurs = np.bincount(np.asarray(buckets)[difference + 10].ravel(), minlength=8)
     np.testing.assert_array_equal(counts["params"]["embedding"], np.repeat(occurs[:, None], 4, 1))
+
+
+def test_an_int8_cache_has_the_encoders_keys_and_values_too():
+    """Decoding over it is decoding over the numbers that it stands for, which are within half a step of the keys."""
+    model = make(scan_layers=False)
+    params = init(model)
+    inputs, start = tokens((2, 9)), jnp.zeros((2, 1), jnp.int32)
+    given = {"encoder_tokens_BS": inputs, "encoder_segments_BS": jnp.ones_like(inputs)}
+    policy, ones = FullCache(), jnp.ones(2, jnp.int32)
+
+    def caches(dtype):
+        return prefill(
+            model, params, policy, start, ones, room=2, cache_dtype=dtype, encoder=given
+        )[1]
+
+    def after(caches):
+        return model.apply({"params": params}, read(model, params, policy, tokens((2, 1)), jnp.ones((2, 1), jnp.int32), caches).hidden_BTD, method="logits")  # fmt: skip
+
+    def meant(cache):
+        pairs = zip(cache.encoded.keys_values, cache.encoded.scales, strict=True)
+        floats = tuple(x.astype(jnp.float32) * scale[..., None] for x, scale in pairs)
+        return cache.replace(encoded=cache.encoded.replace(keys_values=floats, scales=None))
+
+    whole, narrow = caches(None), caches("int8")
+    for cache, exact in zip(narrow, whole, strict=True):
+        assert {x.dtype for x in cache.encoded.keys_values} == {jnp.dtype(jnp.int8)}
+        held, scales = meant(cache).encoded.keys_values, cache.encoded.scales
+        for x, y, scale in zip(held, exact.encoded.keys_values, scales, strict=True):
+            assert (jnp.abs(x - y) <= scale[..., None] / 2 + 1e-6).all()
+    np.testing.assert_allclose(after(narrow), after([*map(meant, narrow)]), atol=1e-5)
+    assert np.abs(after(narrow) - after(whole)).max() < 0.05 * np.abs(after(whole)).max()
+    half = caches("bfloat16")[0].encoded
+    assert half.keys_values[0].dtype == jnp.bfloat16 and half.scales is None
 
 
 def test_settings_that_do_not_fit_are_errors():
