@@ -178,9 +178,13 @@ def scored_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[st
 
 
 def encoded_columns(rows: Sequence[Row], batch_size: int, length: int) -> dict[str, np.ndarray]:
-    """Returns `scored_columns`, and tokens and segments of an encoder's inputs, padded to a length of their own."""
+    """Returns `scored_columns`, and tokens and segments of an encoder's inputs, padded to a length of their own.
+
+    Absent rows have no token: all their segments are 0.
+    """
     width = bucket_length(max(len(row.encoder_inputs) for row in rows))
     tokens_BS, lengths_B = padded([row.encoder_inputs for row in rows], batch_size, width)
+    lengths_B[len(rows) :] = 0
     real_BS = np.arange(width)[None] < lengths_B[:, None]
     return {
         **scored_columns(rows, batch_size, length),

@@ -18,7 +18,7 @@ from model.moe.moe import MoeMlp
 from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Block, Transformer
 from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, documents, sites
+from trainers.influence import conjugate, documents, files, fit, kronecker, queries, scores, sites
 from trainers.influence.backward import backward
 from trainers.influence.consumers import Covariances, Gradients
 from trainers.scoring.scoring import Row
@@ -79,16 +79,20 @@ MODELS = {
 }
 
 
+def drawn(model):
+    """Parameters of some size."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    r = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(r.normal(size=x.shape) * 0.5), nn.meta.unbox(shapes)["params"]
+    )
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradients_equal_autodiff(kind):
     make, modules, known = MODELS[kind]
     model = make()
-    ids = jnp.zeros((1, 4), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
-    r = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(r.normal(size=x.shape) * 0.5), nn.meta.unbox(shapes)["params"]
-    )
+    params = drawn(model)
     chosen = sites.select(model, params, modules)
     for name, shape in known.items():
         (site,) = (s for path, s in chosen.items() if path.endswith(name))
@@ -126,3 +130,42 @@ def test_gradients_equal_autodiff(kind):
         )
         tokens = 4 if encoder else 7  # that each side reads
         assert np.sum(covariances[path]["count"]) == tokens
+
+
+def test_rows_that_a_batch_lacks_are_no_tokens_of_the_encoder(tmp_path):
+    """Factors and scores of 9, 14 and 16 documents in batches of 8 are those of documents that are read alone."""
+    model = EncoderDecoder(config=CONFIG, tie_embeddings=True)
+    params = drawn(model)
+    chosen = sites.select(model, params, ("attention",))
+    r = np.random.default_rng(1)
+
+    def text(least):
+        return r.integers(1, 13, r.integers(least, 9)).tolist()
+
+    rows = [Row(context=[0], targets=text(2), encoder_inputs=text(1)) for _ in range(16)]
+    settings = fit.FitSettings(modules=("attention",), factor_dtype=F64)
+    readers = {size: fit.Reader(model=model, params=params, batch_size=size) for size in (8, 1)}
+    for count in (9, 14, 16):
+        own, stages = rows[:count], {}
+        for size, reader in readers.items():
+            folder = tmp_path / f"{count}_{size}"
+            fit.fit(reader, folder, lambda own=own: own, settings)
+            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping())
+            ready = queries.prepare(reader, chosen, rows[:2], curvature, rank=None, dtype=F64)
+            scored = scores.score(reader, chosen, ready, own, dtype=F64)
+            stages[size] = files.read(folder / "covariances")[0]
+            stages[size]["scores"] = np.array([one.scores for one in scored])
+        for name, want in stages[1].items():
+            atol = 1e-10 * np.abs(want).max()
+            np.testing.assert_allclose(stages[8][name], want, rtol=0, atol=atol, err_msg=name)
+
+
+def test_rows_that_a_batch_lacks_are_of_no_expert_of_the_encoder():
+    mixture = functools.partial(MoeMlp, num_experts=2, top_k=1)
+    model = EncoderDecoder(config=CONFIG, block=functools.partial(Block, mlp=mixture))
+    params = drawn(model)
+    chosen = {p: s for p, s in sites.select(model, params).items() if p.startswith("encoder")}
+    arrays = documents.columns(ROWS, [0, 1], 4, 6)
+    run = jax.jit(lambda p, x: backward(model, chosen, Covariances(1, F64), p, {}, x)[0])
+    for own in run(params, arrays).values():
+        assert own["count"].sum() == sum(len(row.encoder_inputs) for row in ROWS)
