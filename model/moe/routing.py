@@ -159,7 +159,7 @@ def place_in_line(experts_BX: jax.Array) -> jax.Array:
     return jnp.put_along_axis(jnp.zeros_like(order_BX), order_BX, place_BX, axis=-1, inplace=False)
 
 
-def first_in_line(experts_BTK: jax.Array, count_B11: jax.Array, *, none: int) -> jax.Array:
+def first_in_line(experts_BTK: jax.Array, count_B11: jax.Array | int, *, none: int) -> jax.Array:
     """Returns the choices; `none` replaces those after the first `count` of their expert in their row."""
     place_BX = place_in_line(experts_BTK.reshape(len(experts_BTK), -1))
     return jnp.where(place_BX.reshape(experts_BTK.shape) < count_B11, experts_BTK, none)
