@@ -241,9 +241,9 @@ def train(
 
 def _config_text(program: Program) -> str:
     """Returns the configuration to record, whose model has the dtype of this run's checkpoints: no reader rounds them."""
-    text = gin.config_str()
-    if program.widened:
-        text = model_record.with_param_dtype(text, program.recipe.model, "float32")
+    text, model = gin.config_str(), program.recipe.model
+    if program.widened and hasattr(model.config, "param_dtype"):
+        text = model_record.with_param_dtype(text, model, "float32")
     return text
 
 

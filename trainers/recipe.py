@@ -210,8 +210,7 @@ class Recipe:
         mask = trainable.mask_of(self.trainable, boxed)
         narrow = rounding_lib.narrow_dtypes(shapes, mask)
         rounding_lib.check(self.rounding, narrow)
-        widened = self.rounding is None and bool(narrow)
-        if widened:
+        if widened := narrow if self.rounding is None else []:
             variables = jax.eval_shape(initialise.widened, variables)
             boxed = variables["params"]
         optimizer = self._make_optimizer(boxed)
@@ -293,7 +292,7 @@ class Program:
       boxed_params: abstract parameters with their logical names.
       reports: lines about the model to print at the start of a run.
       mask: tree of bools, True where trained; None when everything is.
-      widened: whether the parameters are float32 in place of the narrower dtype of the model's config.
+      widened: the narrower dtypes that trained parameters have in the model, if the state's are all float32; else empty.
       abstract_state: shapes, dtypes and shardings of the state.
       batch_sharding: sharding of every input array.
     """
@@ -304,7 +303,7 @@ class Program:
     boxed_params: Any
     reports: Sequence[str]
     mask: Any
-    widened: bool
+    widened: Sequence[str]
     abstract_state: TrainState
     batch_sharding: NamedSharding
 

@@ -17,12 +17,10 @@ CONFIG = gin_source.RUN_CONFIG
 def with_param_dtype(config: str, model: Any, dtype: str) -> str:
     """Returns the text of a configuration whose model has parameters of another dtype, as a run stores them."""
     sizes = type(model.config)
-    package, _, module = sizes.__module__.rpartition(".")
-    lines = (
-        f"from {package} import {module}",
-        f"{module}.{sizes.__name__}.param_dtype = {dtype!r}",
-    )
-    return "\n".join([config.rstrip("\n"), *lines, ""])
+    name = sizes.__module__.rpartition(".")[2]
+    lines = model_file.import_lines({sizes.__module__: name})
+    binding = f"{name}.{sizes.__name__}.param_dtype = {dtype!r}"
+    return "\n".join([config.rstrip("\n"), *lines, binding, ""])
 
 
 def write(folder: str | os.PathLike) -> None:

@@ -53,7 +53,7 @@ MAY_CHANGE = (
     "Anomaly", "Checkpointer", "LocalTier", "PreferenceIndicators.stop", "ProfilerWindow", "Recipe.mesh",
     "Recipe.rules", "TrackioWriter", "WandbWriter",
     # Checkpoints of other dtypes are refused when they are restored, with the remedy.
-    "Recipe.rounding", "TransformerConfig.param_dtype",
+    "Recipe.rounding", "param_dtype",
 )  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
              "seqio", "tensorflow", "espalier-lm")  # fmt: skip

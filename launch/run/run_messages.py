@@ -63,7 +63,7 @@ def _dtype_line(program: Program) -> Iterator[Line]:
     state, rounding = program.abstract_state, program.recipe.rounding
     sizes = f"parameters {_size(state.params)}, with the optimiser's state {_size(state)}"
     if program.widened:
-        own = program.recipe.model.config.param_dtype
+        own = ", ".join(program.widened)
         yield (
             "dtype",
             f"the parameters are stored in float32, not in the model's {own}, in which small updates are lost: {sizes}",

@@ -200,6 +200,7 @@ LORA = "t5x_configs/methods/adapters/lora.gin"
 def little(train, narrow, folder, path, *files, **settings):
     """A few updates of an import on conversations."""
     rows = [{"messages": messages(f"{i}+{i}?", f"{2 * i}")} for i in range(20)]
+    rows[2:2] = [{"messages": messages("x" * 30, "y" * 60)}]  # longer than a row
     settings = {
         "CHATS": str(write(folder / "few.jsonl", rows)),
         "TASK_FEATURE_LENGTHS": {"targets": 64},
@@ -285,6 +286,28 @@ def test_a_run_may_keep_bfloat16_by_name(train, narrow, folder, tmp_path):
     assert result.status == 2 and "Recipe.rounding = 'nearest' goes on so" in result.err
     result = little(train, narrow, folder, tmp_path / "b", **rounding)
     assert result.status == 0 and "step 1 from" in result.out, result.err
+
+
+def test_the_losses_and_the_lengths_of_t5x_have_their_names(train, imported, folder, tmp_path):
+    settings = {
+        "LOSS_NORMALIZING_FACTOR": "AVERAGE_PER_SEQUENCE",
+        "LABEL_SMOOTHING": 0.1,
+        "Z_LOSS": 1e-4,
+        "LONG_DOCUMENTS": "drop",
+        "TRAIN_STEPS": 1,
+    }
+    result = little(train, imported, folder, tmp_path / "run", **settings)
+    assert result.status == 0, result.err
+    assert "1 dropped, which are longer (first: few.jsonl:3)" in result.out
+    row, *_ = (row for row in read_jsonl(f"{tmp_path}/run/metrics.jsonl") if "loss" in row)
+    assert row["z_loss"] > 0 and 0 < row["loss_per_sequence"] != row["loss"]
+    result = little(train, imported, folder, tmp_path / "a", LOSS_NORMALIZING_FACTOR=233472)
+    assert result.status == 2 and "NUM_TOTAL_TARGET_TOKENS" in result.err
+    # An objective without such a loss does not read them.
+    student = "t5x_configs/methods/distillation/distillation.gin"
+    given = {"TEACHER": str(imported), "LABEL_SMOOTHING": 0.1}
+    result = little(train, imported, folder, tmp_path / "b", student, **given)
+    assert result.status == 2 and "LABEL_SMOOTHING" in result.err, result.err
 
 
 DPO = ("t5x_configs/data/preferences.gin", "t5x_configs/runs/preference.gin")
