@@ -116,6 +116,34 @@ def _check_logits(root, model, config, first, second):
     np.testing.assert_allclose(*logits, atol=1e-4)
 
 
+def test_slices_of_t5_are_a_model_that_is_read(tmp_path):
+    config, tensors = golden("t5_0")
+    assert config.get("num_decoder_layers") is None
+    folders.write(tmp_path / "a", tensors, config)
+
+    def slices(*ranges):
+        return {"slices": [{"sources": [{"model": "@a", "layer_range": x}]} for x in ranges]}
+
+    modules = {"encoder": slices([1, 2], [0, 2]), "decoder": slices([1, 2])}
+    flags = configured(tmp_path, merge_method="passthrough", modules=modules)
+    assert merge.main([flags, f"--out={tmp_path}/out"]) == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (made["num_layers"], made["num_decoder_layers"]) == (3, 1)
+    out = folders.read(tmp_path / "out")
+    origins = {"encoder": (1, 0, 1), "decoder": (1,)}
+    bias = "layer.0.SelfAttention.relative_attention_bias.weight"
+    for stack, layers in origins.items():
+        np.testing.assert_array_equal(
+            out.pop(f"{stack}.block.0.{bias}"), tensors[f"{stack}.block.0.{bias}"]
+        )
+        for to, layer in enumerate(layers):
+            for name in [x for x in out if x.startswith(f"{stack}.block.{to}.")]:
+                rest = name.split(".", 3)[3]
+                np.testing.assert_array_equal(out[name], tensors[f"{stack}.block.{layer}.{rest}"])
+    assert not [name for name in out if "relative_attention_bias" in name]
+    assert convert.main([f"--from_hf={tmp_path}/out", f"--to={tmp_path}/run"]) == 0
+
+
 def test_layers_of_runs_are_stacked(tmp_path, capsys):
     make(tmp_path, "cohere2_0")
     model = models.NativeModel(f"{tmp_path}/run_a").model
