@@ -255,7 +255,7 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
     files = (f"--inputs={tmp_path}/x.jsonl", f"--output={tmp_path}/y.jsonl")
     assert command("score", *files, f"--checkpoint={tmp_path}/out") == 0
     assert np.isfinite(json.loads((tmp_path / "y.jsonl").read_text())["sum"])
-    _search(tmp_path, names, command)
+    _search(tmp_path, names, command, capsys)
     make(tmp_path, "llama_0")
     entries = [{"model": "@run_a", "parameters": {"weight": 1}}, *entries]
     for unlike, message in (
@@ -274,15 +274,20 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
     assert not (tmp_path / "other").exists()
 
 
-def _search(root, runs, command):
+def _search(root, runs, command, capsys):
     """The losses of a search are those of the merge that it writes, scored by itself; it goes on where it was."""
     models_ = [f"{name}={run}" for name, run in zip("ab", runs, strict=True)]
     files = [f"code={root}/x.jsonl", f"again={root}/x.jsonl"]
     flags = ["--models", *models_, "--held_out", *files, f"--out={root}/search"]
+    capsys.readouterr()
     assert command("merge search", *flags, "--budget=4", "--delta=0") == 0
+    printed = capsys.readouterr()
+    assert "reading" in printed.err and "trial 1, weights 0.5 0.5: code" in printed.err
+    assert "equal weights" in printed.out and "b alone" in printed.out
     found = json.loads((root / "search" / "search.json").read_text())
     rows = (root / "search" / "trials.jsonl").read_text().splitlines()
-    assert json.loads(rows[1])["weights"] == [0.5, 0.5] and set(found["without"]) <= {"a", "b"}
+    tried = [json.loads(row)["weights"] for row in rows[1:]]
+    assert tried[:3] == [[0.5, 0.5], [1, 0], [0, 1]] and set(found["without"]) <= {"a", "b"}
     assert command("merge", f"--config={root}/search/merge.yml", f"--out={root}/best") == 0
     output = root / "best.jsonl"
     assert (
