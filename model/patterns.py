@@ -1,4 +1,4 @@
-"""Regular expressions that come in files of others, such as an adapter's: they match in linear time, so that reading ends.
+"""Regular expressions that come in files of others, such as a run's model.json: they match in linear time, so that reading ends.
 
 The matcher of `re` tries one way to match after the other, and `(a+)+!` has exponentially many. Here all ways are followed
 at the same time, as states of an automaton (Thompson, 1968). The syntax is that of `re`, without what no automaton has.
@@ -7,7 +7,7 @@ at the same time, as states of an automaton (Thompson, 1968). The syntax is that
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -55,7 +55,7 @@ class Pattern:
             if tree.state.flags & ~(re.UNICODE | re.VERBOSE):
                 raise self._error("flags are not supported: remove them")
             self._start = self._sequence(tree, _END)
-        except (re.error, RecursionError, OverflowError) as error:
+        except (re.error, RecursionError, OverflowError, TypeError) as error:
             raise self._error(f"it is not a regular expression ({error})") from None
 
     def _error(self, problem: str) -> PatternError:
@@ -182,8 +182,3 @@ def compiled(text: str) -> Pattern:
 def fullmatch(pattern: str, text: str) -> bool:
     """Returns whether a regular expression matches a whole text; PatternError as in `Pattern`."""
     return compiled(pattern).fullmatch(text)
-
-
-def first_match(patterns: Sequence[str], text: str) -> str | None:
-    """Returns the first pattern that matches a whole text; None if none does."""
-    return next((x for x in patterns if fullmatch(x, text)), None)

@@ -155,6 +155,10 @@ def _config(
     config = dict(donor.config)
     if not config:
         return {}
+    if (
+        len(planner.layers) > 1 and "num_layers" in config
+    ):  # by default, the decoder is as deep as the encoder
+        config["num_decoder_layers"] = config.get("num_decoder_layers") or config["num_layers"]
     for stack, origins in planner.layers.items():
         before = len({e.place.layer for e in donor.tensors.values() if e.place.stack == stack})
         same = origins == [(path, i) for i, (path, _) in enumerate(origins)]

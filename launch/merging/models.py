@@ -76,11 +76,19 @@ class HfModel:
         self.tensors: dict[str, Entry] = {}
         for name, info in self._reader.tensors.items():
             if not _COMPUTED.fullmatch(name):
-                match = _LAYER.fullmatch(name)
-                place = (
-                    Place(match[1], int(match[2]), match[3]) if match else Place(None, None, name)
-                )
+                place = self._place(name)
                 self.tensors[name] = Entry(info.shape, info.dtype, (name,), place)
+
+    def _place(self, name: str) -> Place:
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return Place(None, None, name)
+        stack, layer, rest = match.groups()
+        # T5's first block has the table of all blocks, which stays there when blocks move; UMT5 has one in each.
+        of_all = (
+            "relative_attention_bias" in rest and f"{stack}.1.{rest}" not in self._reader.tensors
+        )
+        return Place(None, None, name) if of_all else Place(stack, int(layer), rest)
 
     def name(self, stack: str | None, layer: int | None, rest: str) -> str:
         return rest if stack is None else f"{stack}.{layer}.{rest}"

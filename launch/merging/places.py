@@ -9,7 +9,7 @@ from launch.merging.models import Entry, HfModel, Model
 # Tensors that come before the layers; other tensors outside of layers come after them.
 FIRST = re.compile(
     r"(?!lm_head)(?:.*[./])?(?:token_embed|embed_tokens|wte|wpe|shared|word_embeddings|positions?|"
-    r"position_embeddings|embed_positions|embeddings?|relative_bias\w*)(?:[./].*)?"
+    r"position_embeddings|embed_positions|embeddings?|relative_(?:attention_)?bias\w*)(?:[./].*)?"
 )
 HEAD = re.compile(r"(?:.*[./])?(?:lm_head|output_projection|embed_out)[./].*")
 

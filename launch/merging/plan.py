@@ -99,15 +99,15 @@ class Planner:
         stacks = stacks_of(self.donor)
         modules = self._modules(stacks)
         planned: list[Planned] = []
-        for module, names, last in modules:
+        for own, module, names in modules:
             first_part, last_part = module.slices[0], module.slices[-1]
             before = self._group(first_part, module, None, 0, 0.0)
             after = self._group(last_part, module, None, 0, 1.0)
-            outside = self._outside(module, [x for x in names if x is None], last, stacks)
+            outside = self._outside(own, module, stacks)
             for rest in outside:
                 if FIRST.fullmatch(rest):
                     planned += self._tensor(before, None, None, rest)
-            for stack in (x for x in names if x is not None):
+            for stack in names:
                 planned += self._stack(stack, module)
             for rest in outside:
                 if not FIRST.fullmatch(rest):
@@ -117,8 +117,8 @@ class Planner:
     def _error(self, problem: str) -> MergeError:
         return MergeError(f"{self._merge.file}: {problem}")
 
-    def _modules(self, stacks: Sequence[str]) -> list[tuple[Module, list[str | None], str]]:
-        """Returns modules with their stacks and, for tensors outside of layers, None and the prefix of their names."""
+    def _modules(self, stacks: Sequence[str]) -> list[tuple[str, Module, list[str]]]:
+        """Returns the modules by name, with the stacks of layers of each."""
         merge = self._merge
         if "" in merge.modules:
             module = merge.modules[""]
@@ -127,7 +127,7 @@ class Planner:
                 raise self._error(
                     f"the models have several stacks of layers: give modules with slices for {names}."
                 )
-            return [(module, [None, *stacks], "")]
+            return [("", module, [*stacks])]
         by_name = {short(stack, stacks): stack for stack in stacks}
         for name in merge.modules:
             if name not in by_name and name != "shared":
@@ -138,32 +138,25 @@ class Planner:
             raise self._error(
                 f"modules.{missing[0]} is missing: the models have this stack of layers."
             )
-        rest = "shared" if "shared" in merge.modules else next(iter(merge.modules))
-        result: list[tuple[Module, list[str | None], str]] = []
-        if "shared" in merge.modules:
-            result.append((merge.modules["shared"], [None], ""))
-        for name, stack in by_name.items():
-            outside = "" if name == rest else f"{name}{'/' if '/' in stack else '.'}"
-            result.append((merge.modules[name], [None, stack], outside))
-        return result
+        shared = [("shared", merge.modules["shared"], [])] if "shared" in merge.modules else []
+        return shared + [(name, merge.modules[name], [stack]) for name, stack in by_name.items()]
 
-    def _outside(
-        self, module: Module, with_outside: Sequence[None], prefix: str, stacks: Sequence[str]
-    ) -> list[str]:
+    def _outside(self, own: str, module: Module, stacks: Sequence[str]) -> list[str]:
         """Returns the names of a module's tensors outside of layers, in the donor's order."""
-        if not with_outside:
-            return []
         paths = {source.model for part in module.slices for source in part.sources}
         names: dict[str, None] = {}
         for model in (self.donor, *(self._models[path] for path in sorted(paths))):
             names |= {n: None for n, entry in model.tensors.items() if entry.place.stack is None}
-        own = list(self._merge.modules)
-        prefixes = [f"{short(stack, stacks)}{'/' if '/' in stack else '.'}" for stack in stacks]
-        if prefix:
-            return [name for name in names if name.startswith(prefix)]
-        if "" in own or len(stacks) == 1:
-            return list(names)
-        return [name for name in names if not any(name.startswith(x) for x in prefixes)]
+        return [name for name in names if self._owner(name, stacks) == own]
+
+    def _owner(self, tensor: str, stacks: Sequence[str]) -> str:
+        """Returns the module of a tensor outside of layers: that of its stack, else `shared` or the first."""
+        modules = self._merge.modules
+        for stack in stacks:
+            own = short(stack, stacks)
+            if own in modules and tensor.startswith(f"{own}{'/' if '/' in stack else '.'}"):
+                return own
+        return "shared" if "shared" in modules else next(iter(modules))
 
     def _stack(self, stack: str, module: Module) -> Iterator[Planned]:
         """Yields the tensors of a stack's layers."""

@@ -6,10 +6,11 @@ Example, of three runs of one model:
       --held_out english=english.jsonl python=python.jsonl --out=/tmp/weights
   python -m launch.merge --config=/tmp/weights/merge.yml --out=/tmp/merged
 
-Files have rows as for launch.score. Equal weights are tried first. `coordinate` then changes one weight at a time to 0, 0.3, 0.5, 0.7 and 1;
-`random` draws weights. Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean
-loss is chosen. The table shows the gain of leaving out each model: a positive number is a collision. Trials are in
-trials.jsonl: the same command goes on where it was. Use other texts to report the result.
+Files have rows as for launch.score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
+time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.
+Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean ratio is chosen. The table
+shows also the gain of leaving out each model: a positive number is a collision. Trials are in trials.jsonl: the same command goes on
+where it was. Use other texts to report the result.
 All models are in memory at once.
 """
 

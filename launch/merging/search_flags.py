@@ -14,9 +14,10 @@ class SearchFlags:
       held_out: NAME=FILE of each domain.
       out: folder of trials.jsonl, merge.yml and search.json.
       method: how weights are proposed.
-      budget: largest number of trials; the table takes one more for each model.
+      budget: largest number of trials of the search; equal weights, models alone and the table take a few more.
       seed: of random weights.
-      delta: how much worse than the best the worst domain may be, in nats a token; by default its standard error.
+      delta: how much worse than the best the worst domain may be, as a share of the loss of the best single model there; by
+        default its standard error.
       params: see launch.score.
       batch_size: rows at a time.
     """

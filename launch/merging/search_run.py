@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from launch.inference import row_files
 from launch.inference.score import scored_row
@@ -24,6 +26,7 @@ from launch.run import load_run
 from launch.run.load_run import EXAMPLE
 from model.storage import mirror
 from model.storage import paths as storage_paths
+from model.transforms import finite
 from trainers.scoring.scoring import Scorer
 
 
@@ -48,13 +51,23 @@ def run(flags: SearchFlags) -> list[str]:
         tried = Trials(
             os.path.join(flags.out, "trials.jsonl"), facts, evaluate, budget=flags.budget
         )
+        equal, alone = trials.begin(tried, len(models))
+        single = trials.best_single(alone)
         if flags.method == "random":
             trials.random(tried, len(models), seed=flags.seed)
         else:
-            trials.coordinate(tried, len(models), delta=flags.delta)
-        best, without = trials.best_with_table(tried, delta=flags.delta)
-    count = len(tried.done)
-    return [*_written(flags, models, best, without), f"{count} trials, {tried.new} of them new"]
+            trials.coordinate(tried, len(models), delta=flags.delta, single=single)
+        best, without = trials.best_with_table(tried, delta=flags.delta, single=single)
+    table = trials.table(list(models), best, equal, alone, without)
+    named = zip(models, alone, strict=True)
+    result = {
+        "best": dataclasses.asdict(best),
+        "equal": dataclasses.asdict(equal),
+        "alone": {name: dataclasses.asdict(trial) for name, trial in named},
+        "without": {list(models)[i]: dataclasses.asdict(trial) for i, trial in without},
+    }
+    written = _write(flags.out, models, best, result)
+    return [*table, written, f"{len(tried.done)} trials, {tried.new} of them new"]
 
 
 def _named(flag: str, entries: Sequence[str]) -> dict[str, str]:
@@ -124,9 +137,14 @@ def _evaluator(paths: Sequence[str], held_out: Mapping[str, str], flags: SearchF
 
 
 def _params(path: str, params: str) -> Any:
-    """Returns a run's parameters as host arrays."""
+    """Returns a run's parameters as host arrays; MergeError if a value is not finite."""
+    print(f"reading {path}", file=sys.stderr, flush=True)
     with load_run.config_of(path).load(path, params=params, encoder_decoders=True) as loaded:
-        return jax.device_get(loaded.params)
+        arrays = jax.device_get(loaded.params)
+    for name, values in traverse_util.flatten_dict(arrays, sep="/").items():
+        if problem := finite.problem_of(np.asarray(values)):
+            raise MergeError(f"--models {path}: {name} has {problem}: use another checkpoint.")
+    return arrays
 
 
 def _mean(weights: Weights, leaves: Sequence[np.ndarray]) -> np.ndarray:
@@ -146,31 +164,21 @@ def _loss(log_probs: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(mean), float(spread)
 
 
-def _written(
-    flags: SearchFlags,
-    models: Mapping[str, str],
-    best: Trial,
-    without: Sequence[tuple[int, Trial]],
-) -> list[str]:
-    """Writes merge.yml and search.json, and returns the table."""
+def _write(out: str, models: Mapping[str, str], best: Trial, result: Mapping[str, Any]) -> str:
+    """Writes merge.yml and search.json, and returns a line on them."""
     import yaml
 
     weights: collections.Counter[str] = collections.Counter()
     for path, weight in zip(models.values(), best.weights, strict=True):
-        weights[storage_paths.absolute(path)] += (
-            weight  # a model that is given twice has both weights
-        )
+        # A model that is given twice has both weights.
+        weights[storage_paths.absolute(path)] += weight
     entries = [
         {"model": path, "parameters": {"weight": weight}}
         for path, weight in weights.items()
         if weight
     ]
     config = {"merge_method": "linear", "models": entries}
-    folder = pathlib.Path(flags.out)
+    folder = pathlib.Path(out)
     (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    result = {
-        "best": dataclasses.asdict(best),
-        "without": {list(models)[i]: dataclasses.asdict(trial) for i, trial in without},
-    }
     (folder / "search.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return [*trials.table(list(models), best, without), f"weights in {folder / 'merge.yml'}"]
+    return f"weights in {folder / 'merge.yml'}"

@@ -1,12 +1,14 @@
 """The search for weights of a linear merge: trials, their choice, and the part of each model.
 
-A loss is of one domain, such as a language; lower is better. Trials are in a file, so that a search that was stopped repeats none.
+A loss is of one domain, such as a language; lower is better. Domains have unlike entropy, so a loss is compared as its ratio to that
+of the best single model in the domain. Trials are in a file, so that a search that was stopped repeats none.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,10 @@ from launch.merging.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
 _DIGITS = 6  # of normalised weights, by which trials are compared
+_LEAST = 1e-6  # nats: a smaller loss is no measure of others
 
 Weights = tuple[float, ...]
+Losses = Mapping[str, float]  # by domain
 # Weights -> mean loss and its standard error by domain.
 Evaluate = Callable[[Weights], Mapping[str, tuple[float, float]]]
 
@@ -30,13 +34,17 @@ class Trial:
     losses: Mapping[str, float]
     errors: Mapping[str, float]
 
-    @property
-    def mean(self) -> float:
-        return float(np.mean(list(self.losses.values())))
+    def ratios(self, single: Losses) -> dict[str, float]:
+        """Returns the losses over those of the best single model by domain."""
+        return {name: loss / max(single[name], _LEAST) for name, loss in self.losses.items()}
 
-    @property
-    def worst(self) -> float:
-        return max(self.losses.values())
+    def mean(self, single: Losses) -> float:
+        """Returns the mean ratio over domains."""
+        return float(np.mean(list(self.ratios(single).values())))
+
+    def worst(self, single: Losses) -> float:
+        """Returns the largest ratio of a domain."""
+        return max(self.ratios(single).values())
 
 
 def normalised(weights: Sequence[float]) -> Weights:
@@ -100,6 +108,9 @@ class Trials:
             errors = {name: error for name, (_, error) in results.items()}
             self.done[key] = Trial(key, losses, errors)
             self.new += 1
+            shown = " ".join(f"{weight:.3g}" for weight in key)
+            parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            print(f"trial {len(self.done)}, weights {shown}: {parts}", file=sys.stderr, flush=True)
             self._append({"weights": key, "losses": losses, "errors": errors})
         return self.done[key]
 
@@ -110,7 +121,20 @@ class Trials:
             os.fsync(file.fileno())
 
 
-def coordinate(trials: Trials, count: int, *, delta: float | None) -> None:
+def best_single(alone: Sequence[Trial]) -> Losses:
+    """Returns the lowest loss of a model alone, by domain."""
+    return {name: min(trial.losses[name] for trial in alone) for name in alone[0].losses}
+
+
+def begin(trials: Trials, count: int) -> tuple[Trial, list[Trial]]:
+    """Returns the trials of equal weights and of each model alone, which are beyond the budget."""
+    trials.budget += count + 1
+    first, *alone = (trials(row) for row in [[1.0] * count, *np.eye(count).tolist()])
+    assert first is not None  # the budget has room
+    return first, [trial for trial in alone if trial is not None]
+
+
+def coordinate(trials: Trials, count: int, *, delta: float | None, single: Losses) -> None:
     """Changes one weight at a time to each of LEVELS, from equal weights on, until nothing gets better."""
     current: list[float] = [1.0] * count
     if trials(current) is None:
@@ -125,7 +149,8 @@ def coordinate(trials: Trials, count: int, *, delta: float | None) -> None:
                 if trials(candidate) is None:
                     return
                 pair = [trials.done[normalised(x)] for x in (best, candidate)]
-                if choose(pair, delta=delta) is pair[1] and pair[1].weights != pair[0].weights:
+                better = choose(pair, delta=delta, single=single) is pair[1]
+                if better and pair[1].weights != pair[0].weights:
                     best = candidate
         if best is current:
             return
@@ -140,27 +165,32 @@ def random(trials: Trials, count: int, *, seed: int) -> None:
         trials(rng.dirichlet(np.ones(count)))
 
 
-def choose(trials: Sequence[Trial], *, delta: float | None) -> Trial:
-    """Returns the trial with the lowest mean loss, of those whose worst loss is at most `delta` above the lowest worst one.
+def choose(trials: Sequence[Trial], *, delta: float | None, single: Losses) -> Trial:
+    """Returns the trial with the lowest mean ratio, of those whose worst ratio is at most `delta` above the lowest worst one.
 
     Args:
       trials: in order; of equal ones the first is chosen.
-      delta: None for the standard error of the lowest worst loss.
+      delta: a share of the best single model's loss; None for the standard error of the lowest worst ratio.
+      single: losses of the best single model by domain.
     """
-    safest = min(trials, key=lambda trial: trial.worst)
+    safest = min(trials, key=lambda trial: trial.worst(single))
     if delta is None:
-        delta = safest.errors[max(safest.losses, key=safest.losses.__getitem__)]
-    return min((x for x in trials if x.worst <= safest.worst + delta), key=lambda trial: trial.mean)
+        ratios = safest.ratios(single)
+        domain = max(ratios, key=ratios.__getitem__)
+        delta = safest.errors[domain] / max(single[domain], _LEAST)
+    most = safest.worst(single) + delta
+    near = (trial for trial in trials if trial.worst(single) <= most)
+    return min(near, key=lambda trial: trial.mean(single))
 
 
 def best_with_table(
-    trials: Trials, *, delta: float | None
+    trials: Trials, *, delta: float | None, single: Losses
 ) -> tuple[Trial, list[tuple[int, Trial]]]:
     """Returns the chosen trial and the trials without one of its models, which can be chosen too."""
     while True:
-        best = choose(list(trials.done.values()), delta=delta)
+        best = choose(list(trials.done.values()), delta=delta, single=single)
         without = list(without_each(trials, best))
-        if choose(list(trials.done.values()), delta=delta) is best:
+        if choose(list(trials.done.values()), delta=delta, single=single) is best:
             return best, without
 
 
@@ -177,17 +207,34 @@ def without_each(trials: Trials, best: Trial) -> Iterator[tuple[int, Trial]]:
             yield i, trial
 
 
-def table(names: Sequence[str], best: Trial, without: Sequence[tuple[int, Trial]]) -> list[str]:
-    """Returns lines of losses by domain, and of the gain of leaving out each model: a positive number is a collision."""
+def table(
+    names: Sequence[str],
+    best: Trial,
+    equal: Trial,
+    alone: Sequence[Trial],
+    without: Sequence[tuple[int, Trial]],
+) -> list[str]:
+    """Returns lines of losses by domain, of the gain of leaving out each model, and warnings of models with the weight 0.
+
+    A positive gain is a collision.
+    """
     from model.transforms.base import aligned
 
-    domains = list(best.losses)
-    rows = [("", "weight", *domains, "mean", "worst")]
-    losses = [f"{best.losses[domain]:.4f}" for domain in domains]
-    rows.append(("merged", "", *losses, f"{best.mean:.4f}", f"{best.worst:.4f}"))
+    domains, single = list(best.losses), best_single(alone)
+    rows = [("", "weight", *domains, "mean ratio", "worst ratio")]
+    singles = [(f"{name} alone", trial) for name, trial in zip(names, alone, strict=True)]
+    for title, trial in (("merged", best), ("equal weights", equal), *singles):
+        ratios = [f"{ratio:.4f}" for ratio in (trial.mean(single), trial.worst(single))]
+        rows.append((title, "", *(f"{trial.losses[x]:.4f}" for x in domains), *ratios))
     for i, trial in without:
         gains = [f"{best.losses[x] - trial.losses[x]:+.4f}" for x in domains]
-        mean, worst = best.mean - trial.mean, best.worst - trial.worst
+        mean = best.mean(single) - trial.mean(single)
+        worst = best.worst(single) - trial.worst(single)
         weight = f"{best.weights[i]:.3f}"
         rows.append((f"without {names[i]}", weight, *gains, f"{mean:+.4f}", f"{worst:+.4f}"))
-    return aligned(rows, right=range(1, len(rows[0])))
+    absent = [name for name, weight in zip(names, best.weights, strict=True) if not weight]
+    warning = (
+        f"warning: {', '.join(absent)} got the weight 0 and would be no part of the merge: compare the losses with those of equal "
+        "weights, and set the weights in merge.yml yourself if these serve you better."
+    )
+    return [*aligned(rows, right=range(1, len(rows[0]))), *([warning] if absent else [])]

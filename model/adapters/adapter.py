@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model.patterns import fullmatch
+
 PREFIX = "adapter_"
 LEAVES = rf"(.*/)?{PREFIX}\w+/.*"  # whole paths of adapters' parameters
 # Projections of attention and MLPs, also of shared and routed experts.
@@ -58,7 +60,7 @@ class Adapter(nn.Module):
     @nn.nowrap
     def fields_at(self, path: str) -> list[str]:
         """Returns the fields in PATTERNS that choose the projection at `path`."""
-        matching = (f for f, pattern in self.patterns() if re.fullmatch(pattern, path))
+        matching = (f for f, pattern in self.patterns() if fullmatch(pattern, path))
         return list(dict.fromkeys(matching))
 
     @property
@@ -227,7 +229,7 @@ def report(params: Any, *, adapters: Adapters) -> list[str]:
     for slot, adapter in adapters.slots.items():
         own = {path: size for path, (there, size) in sites.items() if there == slot}
         for field, pattern in adapter.patterns():
-            if not any(re.fullmatch(pattern, path) for path in own):
+            if not any(fullmatch(pattern, path) for path in own):
                 raise AdapterError(
                     f"adapter.named.{slot}: the pattern {pattern!r} of its `{field}` matches no layer that can be adapted; "
                     f"{_examples(sites)}."

@@ -5,7 +5,6 @@ y = x W0 + s x A B, with A [in, rank] and B [rank, out]. B is zero at the start,
 Shapes: X in, Y out, R rank, E experts.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from model import axes
 from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from model.kernels import matmul, taps
 from model.moe.grouped_matmul import grouped_matmul
+from model.patterns import fullmatch
 from model.ranges import Decay, Positive, Size
 
 # Uniform between -1/sqrt(in) and 1/sqrt(in), as peft draws A.
@@ -80,7 +80,7 @@ class Lora(Adapter):
         Raises:
           AdapterError: the rank is larger than the matrix's smaller side.
         """
-        own = (rank for pattern, rank in self.ranks if re.fullmatch(pattern, path))
+        own = (rank for pattern, rank in self.ranks if fullmatch(pattern, path))
         rank = next(own, self.rank)
         if rank > min(rows, columns):
             raise AdapterError(

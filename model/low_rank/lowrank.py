@@ -7,7 +7,6 @@ Shapes: X in, Y out, R rank, E experts, '...' stacked layers or experts.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -21,6 +20,7 @@ from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
+from model.patterns import fullmatch
 from model.ranges import Finite, Positive, Size
 
 Init = Literal["he", "spectral", "spectral_ones"]
@@ -84,9 +84,9 @@ class Factorisation:
         Raises:
           ValueError: the rank is outside [1, min(rows, columns)].
         """
-        if not any(re.fullmatch(pattern, path) for pattern in self.layers):
+        if not any(fullmatch(pattern, path) for pattern in self.layers):
             return None
-        own_ranks = (rank for pattern, rank in self.ranks if re.fullmatch(pattern, path))
+        own_ranks = (rank for pattern, rank in self.ranks if fullmatch(pattern, path))
         try:
             rank = next(own_ranks, self.rank)
             return factors.rank_of(rank, self.rank_rule, rows, columns, multiple=self.multiple)
@@ -117,7 +117,7 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
     patterns = [("layers", pattern) for pattern in factorisation.layers]
     patterns += [("ranks", pattern) for pattern, _ in factorisation.ranks]
     for name, pattern in patterns:
-        if not any(re.fullmatch(pattern, matrix.path) for matrix in matrices):
+        if not any(fullmatch(pattern, matrix.path) for matrix in matrices):
             known = ", ".join(matrix.path for matrix in matrices[:3])
             known += "..." if matrices[3:] else ""
             raise ValueError(

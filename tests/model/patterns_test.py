@@ -6,6 +6,8 @@ import re
 import pytest
 
 from model import patterns
+from model.adapters import lora
+from model.low_rank import lowrank
 
 _PARTS = ("a", "b", ".", "[ab]", "[^a]", r"\w", r"\d", "/", r"\b", "^", "$", "[a-c/]", r"\.", r"\W")
 _REPEATS = ("*", "+", "?", "*?", "{2}", "{1,3}", "{0,2}?", "{2,}")
@@ -85,3 +87,11 @@ def test_patterns_without_end_in_re_end_here(text, matches):
 def test_what_no_automaton_matches_is_refused(text, problem):
     with pytest.raises(patterns.PatternError, match=problem):
         patterns.compiled(text)
+
+
+def test_patterns_of_a_model_end_too():
+    path, endless = "layers/block_0/attention/" * 3 + "query", r"((\w|[/])+)+!"
+    adapter = lora.Lora(layers=(endless, ".*query"), ranks=((endless, 1), (".*", 2)))
+    assert adapter.fields_at(path) == ["layers"] and adapter.rank_at(path, 8, 8) == 2
+    factorisation = lowrank.Factorisation(layers=(endless,))
+    assert factorisation.rank_at(path, 8, 8) is None

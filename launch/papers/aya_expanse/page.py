@@ -20,6 +20,12 @@ from launch.papers.aya_expanse.arms import (
 )
 from launch.papers.shared import nulls, page
 
+# Of the stored measurement; goes with the next one.
+_CHANGED = (
+    "Two arms have changed since they were measured: the merge by TIES (`six_ties`) took the base of the students in place of the joint "
+    "model from which five of the six part, so that its scores say nothing about TIES; and the search compared losses in nats, where it "
+    "now compares them with those of the best single model."
+)
 _SCORES = (S, WORST, WINS, WORST_WINS, ARTEFACTS, DIVERGENCE, REWARD)
 
 
@@ -43,7 +49,8 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
         "model that the round starts from. *six*: the three experts, the joint student, one that was tuned on answers of other requests, and a copy "
         f"of the first expert; weights by at most {small_stage.BUDGET} trials on requests apart.",
         "- *where it falls short*: models know a few hundred words; the judge is the exact score with noise, so that no judge prefers a "
-        "style; teachers and students are of one size; the merge of a cluster has one run each, without checkpoints within a run.",
+        "style; teachers and students are of one size; the merge of a cluster has one run each, without checkpoints within a run. "
+        + _CHANGED,
     ]
     missing = runs.missing(list(small_sweep.get_config().arms), runs.seeds) if runs else []
     return [*out, *page.missing(missing, tuple(claims.PLACES), parts)]

@@ -87,7 +87,7 @@ def _weights() -> dict[str, dict]:
         "six_searched": _stage("searched", "--search={search}", evaluations=EVALUATED),
         "six_uniform": _merge(SIX),
         "six_spherical": _merge(SIX, "--method=multislerp"),
-        "six_ties": _merge(SIX, "--method=ties", "--base={base}"),
+        "six_ties": _merge(SIX, "--method=ties", "--base={shared}"),
     }
 
 

@@ -116,6 +116,34 @@ def _check_logits(root, model, config, first, second):
     np.testing.assert_allclose(*logits, atol=1e-4)
 
 
+def test_slices_of_t5_are_a_model_that_is_read(tmp_path):
+    config, tensors = golden("t5_0")
+    assert config.get("num_decoder_layers") is None
+    folders.write(tmp_path / "a", tensors, config)
+
+    def slices(*ranges):
+        return {"slices": [{"sources": [{"model": "@a", "layer_range": x}]} for x in ranges]}
+
+    modules = {"encoder": slices([1, 2], [0, 2]), "decoder": slices([1, 2])}
+    flags = configured(tmp_path, merge_method="passthrough", modules=modules)
+    assert merge.main([flags, f"--out={tmp_path}/out"]) == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (made["num_layers"], made["num_decoder_layers"]) == (3, 1)
+    out = folders.read(tmp_path / "out")
+    origins = {"encoder": (1, 0, 1), "decoder": (1,)}
+    bias = "layer.0.SelfAttention.relative_attention_bias.weight"
+    for stack, layers in origins.items():
+        np.testing.assert_array_equal(
+            out.pop(f"{stack}.block.0.{bias}"), tensors[f"{stack}.block.0.{bias}"]
+        )
+        for to, layer in enumerate(layers):
+            for name in [x for x in out if x.startswith(f"{stack}.block.{to}.")]:
+                rest = name.split(".", 3)[3]
+                np.testing.assert_array_equal(out[name], tensors[f"{stack}.block.{layer}.{rest}"])
+    assert not [name for name in out if "relative_attention_bias" in name]
+    assert convert.main([f"--from_hf={tmp_path}/out", f"--to={tmp_path}/run"]) == 0
+
+
 def test_layers_of_runs_are_stacked(tmp_path, capsys):
     make(tmp_path, "cohere2_0")
     model = models.NativeModel(f"{tmp_path}/run_a").model
@@ -227,7 +255,7 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
     files = (f"--inputs={tmp_path}/x.jsonl", f"--output={tmp_path}/y.jsonl")
     assert command("score", *files, f"--checkpoint={tmp_path}/out") == 0
     assert np.isfinite(json.loads((tmp_path / "y.jsonl").read_text())["sum"])
-    _search(tmp_path, names, command)
+    _search(tmp_path, names, command, capsys)
     make(tmp_path, "llama_0")
     entries = [{"model": "@run_a", "parameters": {"weight": 1}}, *entries]
     for unlike, message in (
@@ -246,15 +274,20 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
     assert not (tmp_path / "other").exists()
 
 
-def _search(root, runs, command):
+def _search(root, runs, command, capsys):
     """The losses of a search are those of the merge that it writes, scored by itself; it goes on where it was."""
     models_ = [f"{name}={run}" for name, run in zip("ab", runs, strict=True)]
     files = [f"code={root}/x.jsonl", f"again={root}/x.jsonl"]
     flags = ["--models", *models_, "--held_out", *files, f"--out={root}/search"]
+    capsys.readouterr()
     assert command("merge search", *flags, "--budget=4", "--delta=0") == 0
+    printed = capsys.readouterr()
+    assert "reading" in printed.err and "trial 1, weights 0.5 0.5: code" in printed.err
+    assert "equal weights" in printed.out and "b alone" in printed.out
     found = json.loads((root / "search" / "search.json").read_text())
     rows = (root / "search" / "trials.jsonl").read_text().splitlines()
-    assert json.loads(rows[1])["weights"] == [0.5, 0.5] and set(found["without"]) <= {"a", "b"}
+    tried = [json.loads(row)["weights"] for row in rows[1:]]
+    assert tried[:3] == [[0.5, 0.5], [1, 0], [0, 1]] and set(found["without"]) <= {"a", "b"}
     assert command("merge", f"--config={root}/search/merge.yml", f"--out={root}/best") == 0
     output = root / "best.jsonl"
     assert (

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from launch.merging import search_run, trials
-from launch.merging.search_flags import SearchFlags
 from launch.merging.settings import MergeError
 from launch.merging.trials import Trial, Trials
 
+ONES = {"x": 1.0, "y": 1.0}  # losses of the best single model
 TARGETS = {"x": np.array([0.7, 0.3, 0.0]), "y": np.array([0.2, 0.5, 0.3])}
 
 
@@ -23,19 +23,19 @@ def evaluate(weights):
 
 def search(path, method, *, budget=40, evaluate=evaluate, **more):
     found = Trials(str(path), {"models": 3}, evaluate, budget=budget)
-    getattr(trials, method)(found, 3, **(more or {"delta": None}))
+    getattr(trials, method)(found, 3, **(more or {"delta": None, "single": ONES}))
     return found
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [("coordinate", {"delta": 0.1}), ("random", {"seed": 1})]
+    ("method", "more"), [("coordinate", {"delta": 0.1, "single": ONES}), ("random", {"seed": 1})]
 )
 def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_path, method, more):
     whole = search(tmp_path / "whole", method, **more)
     start = whole.done[trials.normalised([1, 1, 1])]
     assert next(iter(whole.done)) == start.weights
-    best = trials.choose(list(whole.done.values()), delta=np.inf)
-    assert best.mean <= start.mean and len(whole.done) <= 40
+    best = trials.choose(list(whole.done.values()), delta=np.inf, single=ONES)
+    assert best.mean(ONES) <= start.mean(ONES) and len(whole.done) <= 40
     seen = []
 
     def counted(weights):
@@ -62,9 +62,32 @@ def test_choice_by_mean_and_worst():
 
     low_mean, balanced, near = trial(0.5, 3.0), trial(2.0, 2.0), trial(2.1, 1.8)
     every = [low_mean, balanced, near]
-    assert trials.choose(every, delta=np.inf) is low_mean
-    assert trials.choose(every, delta=0) is balanced
-    assert trials.choose(every, delta=None) is near  # within the standard error of the worst
+    for delta, chosen in ((np.inf, low_mean), (0, balanced), (None, near)):
+        assert trials.choose(every, delta=delta, single=ONES) is chosen  # None: the standard error
+    # Losses count by that of the best single model: 1.8 nats of y are much where one model has 0.5.
+    assert trials.choose([near, balanced, low_mean], delta=0, single={"x": 2.0, "y": 0.5}) is near
+    assert trials.choose(every, delta=0, single={"x": 0.2, "y": 3.0}) is low_mean
+
+
+def test_no_domain_is_given_up_for_one_of_higher_entropy(tmp_path):
+    alone = {(1.0, 0.0): (0.8, 4.0), (0.0, 1.0): (2.0, 3.0), (0.5, 0.5): (0.9, 3.1)}
+
+    def evaluate(weights):
+        return {k: (x, 0.0) for k, x in zip(("code", "prose"), alone[weights], strict=True)}
+
+    found = Trials(str(tmp_path / "t"), {}, evaluate, budget=0)
+    equal, singles = trials.begin(found, 2)
+    single = trials.best_single(singles)
+    assert equal.weights == (0.5, 0.5) and single == {"code": 0.8, "prose": 3.0}
+    every = list(found.done.values())
+    assert min(every, key=lambda x: max(x.losses.values())).weights == (0.0, 1.0)  # in nats
+    assert trials.choose(every, delta=0, single=single) is equal
+    assert equal.worst(single) == 0.9 / 0.8
+    lines = trials.table(["one", "two"], singles[1], equal, singles, [])
+    assert lines[2].split() == ["equal", "weights", "0.9000", "3.1000", "1.0792", "1.1250"]
+    assert lines[3].split() == ["one", "alone", "0.8000", "4.0000", "1.1667", "1.3333"]
+    assert lines[-1].startswith("warning: one got the weight 0")
+    assert "warning" not in "".join(trials.table(["one", "two"], equal, equal, singles, []))
 
 
 def test_what_leaving_out_a_model_gains(tmp_path):
@@ -73,15 +96,16 @@ def test_what_leaving_out_a_model_gains(tmp_path):
     without = list(trials.without_each(found, best))
     assert [trial.weights for _, trial in without] == [(0, 1, 0), (1, 0, 0), (0.5, 0.5, 0)]
     assert without[2][1] is best
-    lines = trials.table("abc", best, without)
-    assert lines[1].split()[0] == "merged" and lines[4].split() == [
+    alone = [found.done[x] for x in ((1, 0, 0), (0, 1, 0))]
+    lines = trials.table("abc", best, best, [*alone, alone[0]], without)
+    assert lines[1].split()[0] == "merged" and lines[8].split() == [
         "without",
         "c",
         "0.000",
         *["+0.0000"] * 4,
     ]
     gain = best.losses["x"] - evaluate((1, 0, 0))["x"][0]
-    assert f"{gain:+.4f}" in lines[3]
+    assert f"{gain:+.4f}" in lines[7]
     rows = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
     assert len(rows) == 4
 
@@ -102,17 +126,16 @@ def test_leaving_out_a_model_can_be_the_best_choice(tmp_path):
 
     found = Trials(str(tmp_path / "t"), {}, harmed, budget=1)
     found([1, 1, 1])
-    best, without = trials.best_with_table(found, delta=None)
+    best, without = trials.best_with_table(found, delta=None, single={"x": 1.0})
     assert best.weights == (0.5, 0.5, 0.0) and without[2][1] is best
     again = Trials(str(tmp_path / "t"), {}, harmed, budget=1)
-    assert trials.best_with_table(again, delta=None)[0] == best and not again.new
+    assert trials.best_with_table(again, delta=None, single={"x": 1.0})[0] == best and not again.new
 
 
 def test_a_model_that_is_given_twice_has_both_weights(tmp_path):
     best = Trial((0.5, 0.25, 0.0, 0.25), {"x": 1.0}, {"x": 0.1})
     models = {"one": "/runs/one", "two": "/runs/two", "none": "/runs/none", "again": "/runs/one"}
-    flags = SearchFlags(models=[], held_out=[], out=str(tmp_path))
-    search_run._written(flags, models, best, [])
+    search_run._write(str(tmp_path), models, best, {})
     document = yaml.safe_load((tmp_path / "merge.yml").read_text())
     weights = {entry["model"]: entry["parameters"]["weight"] for entry in document["models"]}
     assert weights == {"/runs/one": 0.75, "/runs/two": 0.25} and len(document["models"]) == 2
