@@ -6,12 +6,9 @@ A template is a program. It runs in jinja2's sandbox (data/tokenizers/chat_rende
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.sandbox.limited_process import LimitedProcess, LimitError
-
-if TYPE_CHECKING:
-    from data.tokenizers.control_tokens import Written
 
 MAX_SOURCE = 1 << 20  # bytes of a template
 MAX_STEPS = 1_000_000  # total length of all `range` calls of one rendering
@@ -28,6 +25,19 @@ class RenderError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Written:
+    """The control tokens of a text in which there are also their spellings as text.
+
+    Attributes:
+      tokens: the spellings of all control tokens.
+      places: (start, end) in characters of those that are tokens; all others are text.
+    """
+
+    tokens: frozenset[str]
+    places: tuple[tuple[int, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Rendered:
     """A rendered conversation."""
 
@@ -36,7 +46,7 @@ class Rendered:
     # or removes a text after that
     spans: tuple[tuple[int, int], ...] | None
     # the template's control tokens, if contents spell some; None if every spelling in the text is a control token
-    written: "Written | None" = None
+    written: Written | None = None
 
     def after(self, start: int) -> "Rendered":
         """Returns what follows the first `start` characters, without spans."""

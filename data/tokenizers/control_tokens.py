@@ -7,14 +7,13 @@ the contents are encoded as the text that they are, in one pass with all other t
 other names in the vocabulary, which no text has, and so have the places where the template writes them.
 """
 
-import dataclasses
 import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from data.tokenizers.chat_sandbox import Rendered
+from data.tokenizers.chat_sandbox import Rendered, Written
 from data.tokenizers.checkpoint_files import TokenizerError
 
 _MARKS = range(0xE000, 0xF900)  # private use
@@ -23,40 +22,28 @@ _ROLES = ("system", "user", "assistant", "tool")
 _SPACE = "\u2581"  # a space in SentencePiece's pieces
 
 
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """The control tokens of a text in which there are also their spellings as text.
-
-    Attributes:
-      tokens: the spellings of all control tokens.
-      places: (start, end) in characters of those that are tokens; all others are text.
-    """
-
-    tokens: frozenset[str]
-    places: tuple[tuple[int, int], ...] = ()
-
-    def named(self, text: str) -> str:
-        """Returns the text with the names of `names` in these places.
-
-        Raises:
-          TokenizerError: the text has characters of the names.
-        """
-        given = names(self.tokens)
-        if not frozenset("".join(given.values())).isdisjoint(text):
-            raise TokenizerError(
-                f"a text that spells control tokens has private-use characters from U+{_NAMES:X} on"
-            )
-        parts, end = [], 0
-        for place in self.places:
-            parts += [text[end : place[0]], given[text[slice(*place)]]]
-            end = place[1]
-        return "".join([*parts, text[end:]])
-
-
 @functools.lru_cache(maxsize=16)
 def names(tokens: frozenset[str]) -> Mapping[str, str]:
     """Returns a name of the same length for each token."""
     return {token: chr(_NAMES + i) * len(token) for i, token in enumerate(sorted(tokens))}
+
+
+def named(written: Written, text: str) -> str:
+    """Returns the text with the names of `names` in the places of its control tokens.
+
+    Raises:
+      TokenizerError: the text has characters of the names.
+    """
+    given = names(written.tokens)
+    if not frozenset("".join(given.values())).isdisjoint(text):
+        raise TokenizerError(
+            f"a text that spells control tokens has private-use characters from U+{_NAMES:X} on"
+        )
+    parts, end = [], 0
+    for place in written.places:
+        parts += [text[end : place[0]], given[text[slice(*place)]]]
+        end = place[1]
+    return "".join([*parts, text[end:]])
 
 
 def of(vocabulary: Any) -> Mapping[str, bool]:
@@ -78,13 +65,13 @@ def encode(vocabulary: Any, rendered: Rendered) -> tuple[list[int], list[bool]]:
     """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans.
 
     Raises:
-      TokenizerError: see `Written.named`.
+      TokenizerError: see `named`.
     """
     if hasattr(vocabulary, "encode_marked"):
         return vocabulary.encode_marked(rendered)
     text, encoded, written = rendered.text, vocabulary.encode, rendered.written
     if written is not None and (model := getattr(vocabulary, "sp_model", None)) is not None:
-        text, encoded = written.named(text), _renamed(model, written.tokens).encode
+        text, encoded = named(written, text), _renamed(model, written.tokens).encode
     # This vocabulary does not know which characters a token covers, so the text is divided before.
     ids: list[int] = []
     marked: list[bool] = []

@@ -109,7 +109,7 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         """
         text, tokenizer = rendered.text, self._tokenizer(special_in_text=True)
         if (written := rendered.written) is not None:
-            text = written.named(text)
+            text = control_tokens.named(written, text)
             content = control_tokens.renamed_tokenizer(self.files.content, written.tokens)
             tokenizer = hf_tokenizer.load(content, self.extra_ids)
         with hf_tokenizer.failures(self.files.path):

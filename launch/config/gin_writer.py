@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launch.config.isolated import Factory
 from launch.config.model_file import import_lines, module_names
 from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Block, Transformer
@@ -108,6 +109,8 @@ def _node(value: Any, where: str) -> _Node:
             f"{where} is {target!r}, which cannot be imported by a name, so no configuration can "
             "name it. Use a class or function at the top of a module."
         )
+    # Factories of another run's model, as `launch.run.load` makes them.
+    bound = {key: v.plain() if isinstance(v, Factory) else v for key, v in bound.items()}
     defaults = _defaults(target)
     written = _WRITTEN.get(target, ())
     settings = tuple(

@@ -11,8 +11,9 @@ the scope `x`; the value of `%NAME` is evaluated in the scope `NAME`; a caller's
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import gin
@@ -55,17 +56,21 @@ class Isolated:
             if target.value is gin.config.macro:
                 return self.macro(_SCOPE.get())
             names = list(inspect.signature(target.value).parameters) if args else []
-            passed = {*kwargs, *names[: len(args)]}
-            values = {
-                argument: self._value(bound.value, bound)
-                for argument, bound in self._bound(target, _SCOPE.get()).items()
-                if argument not in passed
-            }
+            values = self.values(target, _SCOPE.get(), passed={*kwargs, *names[: len(args)]})
             if target.value is gin.config.singleton:
                 if _SCOPE.get() not in self._singletons:
                     self._singletons[_SCOPE.get()] = values["constructor"]()
                 return self._singletons[_SCOPE.get()]
             return target.value(*args, **values, **kwargs)
+
+    def values(self, target: Target, scope: str, *, passed: Collection[str] = ()) -> dict[str, Any]:
+        """Returns the arguments that a function or class has in `scope`, without those that a caller has passed."""
+        with _scope(scope):
+            return {
+                argument: self._value(bound.value, bound)
+                for argument, bound in self._bound(target, scope).items()
+                if argument not in passed
+            }
 
     def describe(self, target: Target, scope: str) -> str:
         """Returns `name(argument=value, ...)` with all bindings of a call; the same text in every process."""
@@ -116,6 +121,11 @@ class Factory:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.configuration.call(self.target, self.scope, *args, **kwargs)
+
+    def plain(self) -> Any:
+        """Returns the same without the configuration: the function or class, or a functools.partial of it."""
+        values = self.configuration.values(self.target, self.scope)
+        return functools.partial(self.target.value, **values) if values else self.target.value
 
     def __repr__(self) -> str:
         return self.configuration.describe(self.target, self.scope)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:  # modules of `model` are imported once it is known which pack
 
     from launch.run.loaded_run import LoadedRun
     from model.kv_cache.base import CachePolicy
+
+# The recorded gin texts of the models of loaded runs, by identity.
+_RECORDED: dict[int, str] = {}
 
 # A text, its tokens, or a conversation such as [{"role": "user", "content": "Hello"}].
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -79,7 +83,7 @@ class Run:
             row_sharding=None,
             row_shards=1,
         )
-        self._gin: str | None = None
+        self._gin: str | None = _RECORDED.get(id(model))
         # What the last generation asked for, and its compiled programs and texts.
         self._decoding: tuple[dict[str, Any], Any, Any] | None = None
 
@@ -88,6 +92,9 @@ class Run:
         """Returns a loaded run; `gin` is the recorded text of its model, if that is the model."""
         run = cls.__new__(cls)
         run._loaded, run._gin, run._decoding = loaded, gin, None
+        if gin is not None and id(loaded.model) not in _RECORDED:
+            _RECORDED[id(loaded.model)] = gin
+            weakref.finalize(loaded.model, _RECORDED.pop, id(loaded.model), None)
         return run
 
     def with_params(self, params: Any) -> "Run":
@@ -163,8 +170,9 @@ class Run:
         seed: int = 0,
         batch_size: int = 8,
         policy: "CachePolicy | None" = None,
+        token_healing: bool = True,
     ) -> list[Generation]:
-        """Returns continuations in the order of the prompts, as `launch.generate` makes them.
+        """Returns continuations in the order of the prompts, as `launch.generate --prompt` makes them of each.
 
         Args:
           prompts: a text, or a list of texts, of lists of tokens as `encode` returns them, and of conversations, which the
@@ -176,6 +184,8 @@ class Run:
           seed: seed of sampling; a continuation depends only on it, the prompt's index and the sample's index.
           batch_size: prompts at a time.
           policy: policy of the key/value caches (model/kv_cache); None caches all tokens.
+          token_healing: whether the last token of a text is drawn anew (launch/inference/token_healing.py). It is then the
+            first of the new tokens; the new text follows the prompt.
 
         Raises:
           LoadError: a prompt that the model cannot read, or stop texts without a vocabulary.
@@ -210,7 +220,13 @@ class Run:
             _, decoder, texts = self._decoding
             answers = list(
                 generate.continued(
-                    self._loaded, decoder, texts, rows, num_samples=num_samples, seed=seed
+                    self._loaded,
+                    decoder,
+                    texts,
+                    rows,
+                    num_samples=num_samples,
+                    seed=seed,
+                    token_healing=token_healing,
                 )
             )
         return [

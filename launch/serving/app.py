@@ -191,6 +191,13 @@ class _Server:
         prompts = []
         if (asked.stops or asked.stream) and self._engine.loaded.vocabulary_or_none is None:
             raise RequestError("The model has no vocabulary: 'stop' and 'stream' need texts.")
+        if asked.chat:
+            try:
+                _ = self._engine.loaded.chat_template
+            except (
+                LoadError
+            ) as error:  # no conversation can be answered: clients need not ask again
+                raise RequestError(str(error), code="no_chat_template", status=501) from None
         for i, row in enumerate(asked.rows):
             where = param if asked.chat else f"prompt {i}"
             self._check_size(row, param)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 from data.tokenizers import vocabularies
+from launch.config import model_file
 from launch.inference import generate
 from launch.run.load import Run, load
 from launch.run.loaded_run import LoadError
@@ -107,6 +109,56 @@ def test_a_loaded_run_is_saved_with_other_parameters(run, trained_run, tmp_path)
     tokens = [run.encode("import os")]
     raw = load(trained_run.path, params="raw")
     np.testing.assert_allclose(load(tmp_path / "raw").logits(tokens), raw.logits(tokens), atol=1e-5)
+
+
+def test_the_model_of_a_loaded_run_is_saved_in_a_run_of_its_own(run, trained_run, tmp_path):
+    """It is written as its run recorded it; a copy of it as what its factories call."""
+    params = trained_run.params["ema"]
+    tokens = [run.encode("import os")]
+    made = {}
+    for name, model in (("same", run.model), ("copy", run.model.clone())):
+        Run(model=model, params=params, vocabulary=run.vocabulary).save(tmp_path / name)
+        made[name] = load(tmp_path / name)
+        np.testing.assert_array_equal(made[name].logits(tokens), run.logits(tokens))
+        assert made[name].model.config == run.model.config
+    recorded = model_file.read(f"{trained_run.path}/model.json").gin()
+    assert (tmp_path / "same" / "config.gin").read_text() == recorded
+    # And once more, from the file that was written.
+    copy = Run(model=made["copy"].model.clone(), params=params, vocabulary=run.vocabulary)
+    copy.save(tmp_path / "again")
+    again, first = (tmp_path / name / "config.gin" for name in ("again", "copy"))
+    assert again.read_text() == first.read_text()
+
+
+def test_generation_is_that_of_the_command(command, tmp_path, capsys):
+    """By default, for a text that ends with a space: its last token is drawn anew with what follows."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat and the dog ran to the cat"] * 20),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=300,
+        byte_fallback=True,
+        model_type="bpe",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    vocabulary = vocabularies.from_file(path=tmp_path / "m.model")
+    model = Transformer(config=TransformerConfig(**{**SIZES, "vocab_size": vocabulary.vocab_size}))
+    variables = nn.meta.unbox(model.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, variables["params"])
+    mine = Run(model=model, params=params, vocabulary=vocabulary)
+    mine.save(tmp_path / "run")
+    (answer,) = mine.generate("the ")
+    capsys.readouterr()
+    assert command("generate", f"--checkpoint={tmp_path / 'run'}", "--prompt=the ") == 0
+    assert capsys.readouterr().out.removesuffix("\n") == answer.text
+    assert len(answer.tokens) == 128 or answer.ended == "eos"
+    assert vocabulary.decode(answer.tokens[:1])[0] == " "
+    (plain,) = mine.generate("the ", token_healing=False)
+    assert plain.tokens != answer.tokens
+    (of_tokens,) = mine.generate([mine.encode("the ")])
+    assert of_tokens.tokens == plain.tokens
 
 
 def test_what_cannot_be_used_is_named(run, own, trained_run, tmp_path):

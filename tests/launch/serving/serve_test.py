@@ -16,6 +16,7 @@ import uvicorn
 
 from data.tokenizers import vocabularies
 from launch import serve
+from launch.inference.chat_endpoint import ChatEndpoint, EndpointError
 from launch.inference.generate import generate
 from launch.inference.texts import decoder_of
 from launch.run import load_run
@@ -338,6 +339,56 @@ def test_a_huge_prompt_is_refused_before_it_is_encoded(engine, monkeypatch):
             reply = http.post(f"{url}/{path}", json=row)
             assert reply.status_code == 400
             assert "320 are the most, 32 for each of 10" in reply.json()["error"]["message"]
+
+
+class Recorder:
+    """In place of an engine: it answers every prompt with nothing, and records the prompts."""
+
+    longest_position = None
+
+    def __init__(self, loaded):
+        self.loaded, self.prompts = loaded, []
+
+    def submit(self, jobs):
+        for job in jobs:
+            self.prompts.append(job.prompt)
+            job.future.set_result(Completed(text="", ended="eos", tokens=[], log_probs=[]))
+
+
+def test_a_message_cannot_write_the_turns_of_others(hostile):
+    """The tokens of a user's text are text, whatever it spells, and its role is one of the API."""
+    engine = Recorder(hostile.loaded())
+    with served(engine) as url:
+
+        def ask(messages):
+            row = {"model": "tiny", "messages": messages, "max_tokens": 1}
+            reply = http.post(f"{url}/chat/completions", json=row)
+            return reply.status_code, engine.prompts[-1:] and engine.prompts[-1]
+
+        _, injected = ask(user(hostile.text))
+        _, honest = ask([*user("x"), {"role": "system", "content": "obey"}])
+        assert injected != honest and hostile.turns(honest) == 3
+        assert hostile.turns(injected) == 2  # the user's and the assistant's
+        assert hostile.vocabulary.decode_all(injected[1:]) == (
+            f"<|im_start|>user\n{hostile.text}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert ask([{"role": f"user\n{hostile.text}", "content": "x"}])[0] == 400
+    with served(Recorder(hostile.loaded(special_tokens="everywhere"))) as url:
+        reply = http.post(
+            f"{url}/chat/completions", json={"model": "tiny", "messages": user(hostile.text)}
+        )
+        assert reply.json()["usage"]["prompt_tokens"] == len(honest)
+
+
+def test_a_model_without_a_chat_template_says_so_once(hostile):
+    vocabulary = vocabularies.byte()
+    with served(Recorder(hostile.loaded(vocabulary=lambda: vocabulary))) as url:
+        reply = http.post(f"{url}/chat/completions", json={"model": "tiny", "messages": user("x")})
+        assert reply.status_code == 501 and reply.json()["error"]["code"] == "no_chat_template"
+        endpoint = ChatEndpoint(url, model="tiny", key=None, owner="the test")
+        with pytest.raises(EndpointError, match="501 .*no chat template"):
+            list(endpoint.ask_each([{"messages": user("x")}] * 3))
+        assert http.post(f"{url}/completions", json=body()).status_code == 200
 
 
 def test_offsets_of_parts_of_a_character():
