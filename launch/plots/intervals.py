@@ -6,15 +6,32 @@ from typing import Any
 import numpy as np
 
 _RESAMPLES = 2000
+_Z = 1.959963984540054  # quantile of the normal distribution for 95 %
 
 
 def share(values: Any) -> dict[str, float]:
     """Returns the share of true values with Wilson's interval, which is sensible at 0 and 1 too."""
-    from scipy import stats
+    return _rounded(**bounded(np.asarray(values, bool)))
 
-    flags = np.asarray(values, bool).ravel()
-    interval = stats.binomtest(int(flags.sum()), len(flags)).proportion_ci(method="wilson")
-    return _rounded(flags.mean(), *interval)
+
+def bounded(values: Any, *, least: float = 0.0) -> dict[str, float]:
+    """Returns the mean of values from `least` to 1 with Wilson's interval, not rounded.
+
+    For zeros and ones it is Wilson's own. Values between the bounds have a smaller variance than zeros and ones of the same
+    mean, which takes the place of theirs; few equal values still have an interval.
+    """
+    values_N = np.asarray(values, float).ravel()
+    n, mean = len(values_N), float(values_N.mean())
+    share = (mean - least) / (1 - least)
+    variance = float(values_N.var()) / (1 - least) ** 2
+    scale = 1 + _Z**2 / n
+    middle = (share + _Z**2 / (2 * n)) / scale
+    half = _Z / scale * math.sqrt(variance / n + (_Z / (2 * n)) ** 2)
+    low, high = min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
+    return {
+        "value": mean,
+        **{name: least + (1 - least) * end for name, end in (("low", low), ("high", high))},
+    }
 
 
 def mean(values: Any) -> dict[str, float]:

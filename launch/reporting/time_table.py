@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from collections.abc import Sequence
 
 from model.storage import mirror, paths
@@ -35,14 +36,17 @@ def text(directory: str | os.PathLike) -> str:
         raise ValueError(
             f"{path} is missing: name the directory (MODEL_DIR) of a run that this version has trained."
         ) from None
-    waits = lifetime.waits(starts)
-    rows = [_HEAD, *(_row(start, wait) for start, wait in zip(starts, waits, strict=True))]
+    counted = lifetime.counted(starts)
+    waits = dict(zip(map(id, counted), lifetime.waits(counted), strict=True))
+    endings = [lifetime.ending(starts, number, time.time()) for number in range(len(starts))]
+    each = zip(starts, endings, strict=True)
+    rows = [_HEAD, *(_row(start, waits.get(id(start)), ended) for start, ended in each)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     table = ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([f"{os.fspath(directory)}: {lifetime.line(starts)}", *map(str.rstrip, table)])
 
 
-def _row(start: Start, wait: float | None) -> Sequence[str]:
+def _row(start: Start, wait: float | None, ended: str) -> Sequence[str]:
     began = datetime.datetime.fromtimestamp(start.began, datetime.UTC)
     steps = "-" if start.from_step is None else f"{start.from_step:,} to {start.step:,}"
     return (
@@ -53,5 +57,5 @@ def _row(start: Start, wait: float | None) -> Sequence[str]:
         duration(sum(start.seconds.get(part, 0.0) for part in START_PARTS)),
         f"{start.lost_steps:,}",
         "-" if wait is None else duration(wait),
-        start.ended,
+        ended,
     )

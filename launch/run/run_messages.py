@@ -50,7 +50,7 @@ def announce(program: Program, data: RunData, start: Restored, life: Sequence[St
         *(("caps", line) for line in data.repeats),
         *data_notices(data.tasks, stream, data.eval_streams),
         ("start", _start_line(start)),
-        *([("life", lifetime.line(life))] if len(life) > 1 else []),
+        *([("life", lifetime.line(life))] if len(lifetime.counted(life)) > 1 else []),
         ("estimate", f"about {duration(seconds)} of training steps"),
     ]
     print(

@@ -27,6 +27,7 @@ FILE = "lifetime.json"
 # What counts as training when a line sums up a life.
 _TRAINING = ("step", "generation")
 _PAUSE_SECONDS = 5.0
+_SILENT_SECONDS = 12 * _PAUSE_SECONDS  # without a sign of life, a process is dead
 _MOST_SAVES = 32  # of the last start, to know when a step was reached
 _MOST_BYTES = 64 << 20
 
@@ -46,7 +47,7 @@ class Start:
       from_step: the step it went on from; None before its state was there.
       step: updates made.
       first_step_at: when the first of its updates was complete; None before.
-      ended: 'running', 'done', 'interrupted' by a signal, or 'failed'; a killed process was last 'running'.
+      ended: 'running', 'done', 'interrupted' by a signal, or 'failed'; a killed process was last 'running', see `ending`.
       seconds: its time by part, see goodput.PARTS.
       saves: [step, seconds of training until its save] of the last saves.
       lost_steps, lost_seconds: updates that the next start had to make again, and the time they had taken.
@@ -78,6 +79,26 @@ class Start:
         self.lost_seconds = max(self.training - at_save[-1], 0.0) if at_save else share
         if step < self.from_step:  # damaged steps: an earlier start has lost some too
             self.lost_seconds = self.training
+
+
+def counted(starts: Sequence[Start]) -> Sequence[Start]:
+    """Returns the starts of a life: without those that failed before the run's first step, such as by a wrong setting."""
+    first = next((i for i, s in enumerate(starts) if s.first_step_at is not None), len(starts))
+    return [s for i, s in enumerate(starts) if i > first or s.ended != "failed"] or starts[-1:]
+
+
+def ending(starts: Sequence[Start], number: int, now: float) -> str:
+    """Returns how a start ended: as recorded, or 'killed' if it neither says so nor lives any more.
+
+    Args:
+      starts: all starts.
+      number: which one.
+      now: seconds since 1970.
+    """
+    start = starts[number]
+    later = number + 1 < len(starts)
+    silent = now - start.alive > _SILENT_SECONDS
+    return "killed" if start.ended == "running" and (later or silent) else start.ended
 
 
 def gaps(starts: Sequence[Start]) -> list[float]:
@@ -113,7 +134,8 @@ _NAMES = {
 
 
 def line(starts: Sequence[Start]) -> str:
-    """Returns one line on a life: the share of steps that count, and where the rest of the time went."""
+    """Returns one line on a life: the share of steps that count, and where the rest of the time went; see `counted`."""
+    starts = counted(starts)
     parts = split(starts)
     total = sum(parts.values())
     parts["start"] = sum(parts[part] for part in START_PARTS)

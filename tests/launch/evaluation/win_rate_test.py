@@ -142,7 +142,7 @@ def test_a_judge_with_a_rule_gives_exact_shares(win_rate, endpoint, tmp_path, ca
     files = (f"--a={tmp_path / 'b.jsonl'}", f"--b={tmp_path / 'a.jsonl'}")
     turned = win_rate(judge_of(endpoint), files=files)["pairs"][0]
     assert turned["counts"] == {**COUNTS, "win": 1, "loss": 2}
-    assert turned["difference"]["low"] == -pair["difference"]["high"]
+    assert turned["difference"]["low"] == pytest.approx(-pair["difference"]["high"], abs=1e-12)
     assert sum(endpoint.asked.values()) == 8
 
 

@@ -60,6 +60,27 @@ def test_a_run_that_was_done_was_not_waiting():
     assert lifetime.gaps(life)[-1] == 0 and lifetime.waits(life)[-1] is None
 
 
+def test_starts_that_failed_before_the_first_step_of_a_run_do_not_count():
+    life = starts()
+    wrong = Start(began=10.0, alive=30.0, ended="failed", seconds={"init": 20.0})
+    assert lifetime.line([wrong, wrong, *life]) == lifetime.line(life)
+    # At the start that goes on there is no step yet.
+    now = Start(began=1000.0, alive=1001.0, seconds={"init": 1.0})
+    assert lifetime.counted([wrong, now]) == [now]
+    assert lifetime.counted([wrong, wrong]) == [wrong]
+    # Later failures cost the run time.
+    late = Start(began=1100.0, alive=1120.0, ended="failed", seconds={"init": 20.0})
+    assert lifetime.counted([life[0], late, *life[1:]]) == [life[0], late, *life[1:]]
+
+
+def test_a_process_that_is_dead_is_not_running():
+    life = starts()
+    assert [lifetime.ending(life, i, 2000.0) for i in range(3)] == ["killed", "interrupted", "done"]
+    alone = life[:1]
+    assert lifetime.ending(alone, 0, alone[0].alive + 30) == "running"
+    assert lifetime.ending(alone, 0, alone[0].alive + 61) == "killed"
+
+
 @pytest.mark.parametrize(
     ("step", "lost", "seconds"),
     [
