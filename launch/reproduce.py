@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli, environment, papers
+from launch import cli, papers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def call() -> None:
         nonlocal status
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        status = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
+        with cli.prepared("python -m launch.reproduce", own=argv is None):
+            status = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
 
     return cli.status_of(call) or status
 
