@@ -28,9 +28,10 @@ from launch import cli, papers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
+    program = cli.program_name("launch.reproduce")
     summary, _, example = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        prog="python -m launch.reproduce",
+        prog=program,
         description=summary,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def call() -> None:
         nonlocal status
-        with cli.prepared("python -m launch.reproduce", own=argv is None):
+        with cli.prepared(program, own=argv is None):
             status = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
 
     return cli.status_of(call) or status
