@@ -8,18 +8,20 @@ starts with the environment variables that are set here.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import os
 import pathlib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.text import spelling
 from launch import environment, input_errors
 from launch.processes import hosts, peers, supervisor
+from trainers.telemetry import stages
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -96,36 +98,40 @@ def main(
     flags, bindings = _parse(parser, sys.argv[1:] if argv is None else list(argv))
 
     def call() -> Any:
-        if argv is None:
-            if flags.coordinator_address and (status := supervisor.supervise()) is not None:
-                return status
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        environment.check_packages()
-        with peers.joined(
-            flags.coordinator_address,
-            flags.process_count,
-            flags.process_index,
-            initialization_timeout=flags.initialization_timeout,
-            heartbeat_timeout=flags.heartbeat_timeout,
-            status_of=lambda error: 1 if input_errors.reason(error) is None else USAGE_ERROR,
+        if (
+            argv is None
+            and flags.coordinator_address
+            and (status := supervisor.supervise()) is not None
+        ):
+            return status
+        with (
+            prepared(program, own=argv is None),
+            peers.joined(
+                flags.coordinator_address,
+                flags.process_count,
+                flags.process_index,
+                initialization_timeout=flags.initialization_timeout,
+                heartbeat_timeout=flags.heartbeat_timeout,
+                status_of=lambda error: 1 if input_errors.reason(error) is None else USAGE_ERROR,
+            ),
         ):
             return start_work()
 
     def start_work() -> Any:
         from launch.config import gin_config
 
-        defaults = list(default_files(flags)) if default_files else []
-        search_paths = ",".join(flags.gin_search_paths).split(",")
-        config = gin_config.load(
-            flags.gin_file,
-            bindings,
-            list(filter(None, search_paths)),
-            entry=entry,
-            unused=unused,
-            defaults=defaults,
-            part=part,
-        )
+        with stages.stage("reading the configuration"):
+            defaults = list(default_files(flags)) if default_files else []
+            search_paths = ",".join(flags.gin_search_paths).split(",")
+            config = gin_config.load(
+                flags.gin_file,
+                bindings,
+                list(filter(None, search_paths)),
+                entry=entry,
+                unused=unused,
+                defaults=defaults,
+                part=part,
+            )
         if flags.coordinator_address:
             hosts.check_start(config.text)
         for warning in config.warnings:
@@ -159,18 +165,33 @@ def run_command(
       huge_pages: whether the process restarts with malloc on huge pages, for XLA on CPU.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
-    parser = make_parser(doc, program_name(f"launch.{command}"), usage=usage)
+    program = program_name(f"launch.{command}")
+    parser = make_parser(doc, program, usage=usage)
     add_flags(parser)
     flags = parser.parse_args(argv)
 
     def call() -> Any:
-        if argv is None and huge_pages:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        environment.check_packages()
-        return work(flags)
+        with prepared(program, own=argv is None, huge_pages=huge_pages):
+            return work(flags)
 
     return status_of(call)
+
+
+@contextlib.contextmanager
+def prepared(program: str, *, own: bool = True, huge_pages: bool = True) -> Iterator[None]:
+    """Context manager of a command's work: the environment is set, and the command shows signs of life.
+
+    Args:
+      program: name of the command.
+      own: whether the process is the command's own: then it may be restarted, and says that it starts.
+      huge_pages: see `run_command`.
+    """
+    if own and huge_pages:
+        environment.restart_with_huge_pages()
+    with stages.shown(program, header=own):
+        environment.prepare()
+        environment.check_packages()
+        yield
 
 
 def status_of(call: Callable[[], Any]) -> int:

@@ -13,7 +13,7 @@ unknown argument is an error that lists them.
 
 import sys
 
-from launch import cli, environment
+from launch import cli
 
 MODEL = "espalier"
 
@@ -37,15 +37,13 @@ def main() -> int:
     """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
-        environment.restart_with_huge_pages()
-        environment.prepare()
-        environment.check_packages()
-        register()
-        from lm_eval.__main__ import cli_evaluate
+        with cli.prepared(cli.program_name("launch.lm_eval")):
+            register()
+            from lm_eval.__main__ import cli_evaluate
 
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(__doc__)
-        cli_evaluate()
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(__doc__)
+            cli_evaluate()
 
     return cli.status_of(call)
 

@@ -23,14 +23,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli, environment, papers
+from launch import cli, papers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
+    program = cli.program_name("launch.reproduce")
     summary, _, example = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        prog="python -m launch.reproduce",
+        prog=program,
         description=summary,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def call() -> None:
         nonlocal status
-        if argv is None:
-            environment.restart_with_huge_pages()
-        environment.prepare()
-        status = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
+        with cli.prepared(program, own=argv is None):
+            status = _reproduce(flags, sys.argv[1:] if argv is None else list(argv))
 
     return cli.status_of(call) or status
 

@@ -27,6 +27,7 @@ from launch import cli
 from launch.config import setting_flags
 from launch.run import load_run
 from launch.serving.limits import Limits
+from trainers.telemetry import stages
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -121,7 +122,8 @@ def _run(start: cli.Start) -> None:
         print(
             f"serving {name} at http://{flags.host}:{socket.getsockname()[1]}/v1", file=sys.stderr
         )
-        uvicorn.Server(config).run(sockets=[socket])
+        with stages.quiet():  # it waits for clients, and logs their requests
+            uvicorn.Server(config).run(sockets=[socket])
 
 
 def key_of(path: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import cli
+from trainers.telemetry import stages
 
 if TYPE_CHECKING:
     from launch.cluster.base import Job, Status, Submitter
@@ -44,9 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give a command after --, such as evaluate loss --checkpoint=DIR")
     overrides = [word.removeprefix("--config.") for word in settings]
     gin_words = command if command and command[0].startswith("-") else rest
-    return cli.status_of(
-        lambda: submit(flags, overrides, gin_words, command if gin_words is rest else [])
-    )
+    other = command if gin_words is rest else []
+
+    def call() -> int:
+        with stages.shown(program, header=argv is None):
+            return submit(flags, overrides, gin_words, other)
+
+    return cli.status_of(call)
 
 
 def _split(words: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -95,7 +100,8 @@ def submit(
     from launch.cluster.base import SubmitError
 
     settings = launch_config.read(flags.config, overrides)
-    job = _other_job(settings, command) if command else _train_job(settings, gin_words)
+    with stages.stage("checking the configuration"):
+        job = _other_job(settings, command) if command else _train_job(settings, gin_words)
     if not (flags.status or flags.cancel):
         for note in settings.notes():
             print(note, file=sys.stderr)
@@ -106,7 +112,8 @@ def submit(
                 "this job runs as long as `launch.submit` does: Ctrl-C there saves its work and ends it."
             )
         if not flags.dry_run:
-            return _follow(submitter, job)
+            with stages.quiet():  # its processes speak
+                return _follow(submitter, job)
     if flags.status or flags.cancel:
         handle = submitter.handle(job)
         if flags.cancel:

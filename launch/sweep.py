@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from data.text import spelling
 from launch import cli
 from launch.config import setting_flags
+from trainers.telemetry import stages
 
 if TYPE_CHECKING:
     from launch.cluster.base import Submitter
@@ -123,7 +124,8 @@ def run_sweep(
             _await_runs(folder, wanted)
         _make_room(folder, plan, wanted, rerun_changed)
         folder.write_plan(sweep, plan)
-        with screen.watching(folder.path.name, workers=workers) as watch:
+        # It shows its runs itself: in a log file a line for each change, and one a minute.
+        with stages.quiet(), screen.watching(folder.path.name, workers=workers) as watch:
             exit_status = driver.drive(
                 folder,
                 plan,

@@ -151,6 +151,8 @@ def train(
             )
         program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
         _describe(run, program, data, parent)
+        if primary:
+            run_messages.announce(program, data)
 
         stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
         stop = stack.enter_context(signals.StopRequest())
@@ -173,7 +175,7 @@ def train(
         stack.enter_context(contextlib.closing(writer))
         if life is not None:
             life.goes_on_from(start.step, of_run=start.source == "run")
-            run_messages.announce(program, data, start, life.starts)
+            run_messages.announce_start(program, data, start, life.starts)
 
         rates = _learning_rates(program, data.total_steps)
         context = RunContext(

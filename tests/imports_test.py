@@ -20,9 +20,11 @@ OWN = {
     "data": {"data"},
     "launch": {"launch", "trainers", "model", "data"},
 }
-# Names of types, and files and addresses, which all packages use; the modules import none of them.
+# Names of types, files and addresses, and signs of life, which all packages use; the modules import no other package.
 LEAVES = {
     "model.ranges",
+    "trainers.telemetry.bars",
+    "trainers.telemetry.stages",
     "model.storage",
     *(f"model.storage.{name}" for name in ("lock", "mirror", "output_files", "paths")),
 }

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm.auto import tqdm
 
 from trainers.batches import Stream, global_batch
 from trainers.hooks import HookInterruptedError
 from trainers.objectives.base import Batch
 from trainers.step import Metrics
+from trainers.telemetry.bars import Bar
 from trainers.train_state import TrainState
 
 
@@ -65,9 +65,7 @@ def evaluate(
                 # float64 on the host: many batches are added up.
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
 
-    for step in tqdm(
-        range(steps), desc=f"eval {stream.name}", unit="batch", leave=False, disable=None
-    ):
+    for step in Bar(range(steps), desc=f"eval {stream.name}", unit="batch", leave=False):
         if stop(step):
             raise HookInterruptedError(f"evaluation of {stream.name} interrupted at batch {step}")
         metrics = eval_step(params, global_batch(stream, step, sharding), variables)

@@ -17,6 +17,7 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.moving_reference import MOVES, MovingReference
 from trainers.optim import rounding
 from trainers.partitioning import Rules, mesh_spec, shards_of
+from trainers.telemetry import stages
 from trainers.train_state import TrainState
 
 # Collections of a single call: sown values and perturbations. The state stores all other collections.
@@ -61,7 +62,8 @@ def _abstract_variables(model: Same, arguments: tuple[jax.ShapeDtypeStruct, ...]
     def init(*arguments: Any) -> Any:
         return model.value.init(jax.random.key(0), *arguments)
 
-    return jax.eval_shape(init, *arguments)
+    with stages.stage("tracing the model"):
+        return jax.eval_shape(init, *arguments)
 
 
 def abstract_params(model: Any, mesh: Mesh, rules: Rules) -> Any:

@@ -22,6 +22,7 @@ from trainers.checkpoints.restore import Restored
 from trainers.hooks import Hook, HookInterruptedError
 from trainers.signals import StopRequest
 from trainers.step import TrainStep
+from trainers.telemetry import stages
 from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.lifetime import Unrecorded
 from trainers.telemetry.metric_writers import MetricWriter
@@ -155,6 +156,8 @@ class Loop:
             values = self._run_hooks(self._first_hooks())
             if self._rolls_back and not (self.interrupted or (saver and saver.all_steps())):
                 self._save(values, "period")  # to go back to before the first checkpoint is due
+            total = f"{self.schedule.total_steps:,} updates made"
+            stack.enter_context(stages.stage(lambda: f"training, {self.step:,} of {total}"))
             while self.step < self.schedule.total_steps and not (self.interrupted or self.ended):
                 self._advance()
                 progressed()

@@ -166,12 +166,12 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:
-    import tqdm
+    from trainers.telemetry.bars import Bar
 
     title = f"tokenising {task.name}/{split}"
     if not sys.stderr.isatty():  # a line in place of the bar
         print(title, file=sys.stderr, flush=True)
-    with tqdm.tqdm(desc=title, unit="tok", unit_scale=True, file=sys.stderr, disable=None) as bar:
+    with Bar(desc=title, unit="tok", unit_scale=True, file=sys.stderr) as bar:
 
         def on_record(shard: int, values: int) -> None:
             if bar.update(values) and num_shards > 1:

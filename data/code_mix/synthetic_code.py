@@ -19,8 +19,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tqdm
-
 from data import tasks
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
@@ -30,6 +28,7 @@ from data.sandbox import code_sandbox
 from data.text import documents, splits
 from data.text.document_files import DocumentFiles
 from model.ranges import Fraction, Seed, Size
+from trainers.telemetry.bars import Bar
 
 _OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
 FAMILIES = lists.FAMILIES + texts.FAMILIES + structures.FAMILIES
@@ -143,9 +142,7 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
     counts = {"drawn": 0, "dropped": 0, "mutated": 0, "mutated_passed": 0}
     drawn = draw(settings["seed"], mutated_share=settings["mutated_share"])
     idle = 0
-    bar = tqdm.tqdm(
-        total=settings["num_documents"], desc="synthetic code", file=sys.stderr, disable=None
-    )
+    bar = Bar(total=settings["num_documents"], desc="synthetic code", file=sys.stderr)
     with code_sandbox.Sandbox(_LIMITS) as sandbox, bar:
         while len(problem_of) < settings["num_documents"]:
             new: dict[str, Candidate] = {}

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
-import tqdm
-
 from data.cache import cache_dir as cache
 from data.data_source import FileSource, shorten
 from data.preference.tally import Tally
 from data.text import splits
 from data.text.documents import DataError
+from trainers.telemetry.bars import Bar
 
 
 class Example(Protocol):
@@ -63,7 +62,7 @@ class ExactSplit(FileSource, abc.ABC):
             return json.loads(self._counts_file.read_text(encoding="utf-8"))
         dropped, hashes = Tally(), {path: [] for path in self.checksums}
         first = None
-        for path in tqdm.tqdm(hashes, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+        for path in Bar(hashes, desc=f"checking {self.name}", file=sys.stderr):
             for example in self._examples(path, None, dropped):
                 first = first or example
                 self._check_form(example, first)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tqdm
 
 from data.cache import cache_dir as cache
 from data.preference import records, tokens
@@ -19,6 +18,7 @@ from data.preference.records import DegenerateError, Kind, Record
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
+from trainers.telemetry.bars import Bar
 
 Invalid = Literal["drop", "error"]
 
@@ -150,7 +150,7 @@ class PreferenceFiles(PromptedFiles):
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
         dropped, noted = Tally(), Tally()
         paths = list(self.checksums)
-        for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+        for path in Bar(paths, desc=f"checking {self.name}", file=sys.stderr):
             for example in self._examples(path, None, dropped, noted):
                 split = self._split_of(example.record.prompt_text, path)
                 examples[split] += 1

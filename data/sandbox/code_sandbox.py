@@ -26,9 +26,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import tqdm
-
 from data.sandbox import sandbox_zygote, work_folder
+from trainers.telemetry.bars import Bar
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "killed", "refused"]
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -172,7 +171,7 @@ class Sandbox:
         """Yields the results of programs in order, as soon as they are ready; shows a progress bar."""
         futures = [self.submit(program) for program in programs]
         try:
-            for future in tqdm.tqdm(futures, desc=title, file=sys.stderr, disable=None):
+            for future in Bar(futures, desc=title, file=sys.stderr):
                 yield future.result()
         finally:
             for future in futures:

@@ -16,8 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tqdm
-
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.text import corpus_build, documents, spelling
@@ -25,6 +23,7 @@ from data.text.document_files import DocumentFiles
 from data.text.documents import Document
 from data.text.sources import environment, names
 from model.ranges import Amount, Count, Fraction
+from trainers.telemetry.bars import Bar
 
 FORMAT = documents.Format(text_key="text", id_key="id")
 MANIFEST = "manifest.json"
@@ -168,7 +167,7 @@ def assemble(
         _announce(result, "read from")
         return result
 
-    progress = functools.partial(tqdm.tqdm, desc="corpus", file=sys.stderr, disable=None)
+    progress = functools.partial(Bar, desc="corpus", file=sys.stderr)
     cache.build_directory(
         directory,
         lambda target: corpus_build.build(

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tqdm
-
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.data_source import Files, FileSource, named_sets, shorten
@@ -18,6 +16,7 @@ from data.text import document_filters, documents, splits
 from data.text.document_filters import DocumentFilter, Sieve
 from data.text.documents import DataError, Document, Format
 from model.ranges import Fraction
+from trainers.telemetry.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,7 @@ class DocumentFiles(FileSource):
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
         sieve = Sieve(self.filters)
         paths = list(self.checksums)
-        for path in tqdm.tqdm(paths, desc=f"checking {self.name}", file=sys.stderr, disable=None):
+        for path in Bar(paths, desc=f"checking {self.name}", file=sys.stderr):
             for document in self._read_all(path, sieve):
                 count = counts[self._split_of(document.text, path)]
                 count["documents"] += 1

@@ -23,8 +23,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import tqdm
-
 from data import cpu_tensorflow
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
@@ -34,6 +32,8 @@ from data.text.documents import Document
 from data.tokenizers import checkpoint_files
 from model.ranges import Amount, Count, Fraction, Size
 from model.storage import mirror
+from trainers.telemetry.bars import Bar
+from trainers.telemetry.stages import stage
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
@@ -243,7 +243,8 @@ def train(
 
     def build(target: pathlib.Path) -> None:
         started = time.monotonic()
-        model = _train(corpus, settings, target / "normalization.tsv")
+        with stage(f"training a vocabulary of {size} pieces"):
+            model = _train(corpus, settings, target / "normalization.tsv")
         (target / path.name).write_bytes(model)
         digest = hashlib.sha256(model).hexdigest()
         cache.write_json(target / "vocabulary.json", {**settings, "sha256": digest})
@@ -333,13 +334,12 @@ def _lines(corpus: Texts, sample_bytes: int, balance: float) -> Iterator[str]:
     budgets = _budgets(
         {source: corpus.size(source) for source in corpus.sources}, sample_bytes, balance
     )
-    with tqdm.tqdm(
+    with Bar(
         desc="vocabulary",
         total=int(sum(budgets.values())),
         unit="B",
         unit_scale=True,
         file=sys.stderr,
-        disable=None,
     ) as bar:
         for source, budget in budgets.items():
             for document in corpus.sample(source, budget):

@@ -20,6 +20,7 @@ from model.storage import output_files
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
+from trainers.telemetry import stages
 
 
 def precompile(
@@ -91,9 +92,11 @@ def compile_work(work: Work, program: Program, *, hbm_bytes: float) -> tuple[Rep
     Returns its report for devices with this memory, and its text, which is None if it does not fit.
     """
     with partitioning.use_mesh(program.mesh, program.rules):
-        lowered = work.function.trace(*work.arguments).lower()
+        with stages.stage("tracing"):
+            lowered = work.function.trace(*work.arguments).lower()
         try:
-            compiled = lowered.compile()
+            with stages.stage("compiling"):
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             sizes = compile_report.out_of_memory(str(error))
             if sizes is None:

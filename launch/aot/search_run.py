@@ -11,6 +11,7 @@ from launch.aot import apart, candidates, precompile, search, tpu_topology
 from launch.aot.candidates import Candidate
 from launch.aot.search import Result
 from trainers.recipe import Recipe
+from trainers.telemetry import stages
 
 
 def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: str) -> int:
@@ -37,7 +38,8 @@ def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: s
     ) -> tuple[dict[str, Any] | None, str, bool]:
         most = min(seconds, 60 * flags.candidate_minutes)
         limits = apart.Limits(most, flags.candidate_gb * 1e9)
-        outcome = apart.compile_apart([*words, *candidate.words], limits)
+        with stages.stage(f"compiling {candidate}"):
+            outcome = apart.compile_apart([*words, *candidate.words], limits)
         report = outcome.report
         line = f"peak {report['hbm_bytes']['peak'] / 1e9:.2f} GB" if report else outcome.problem
         print(f"  {line}, {outcome.seconds:.0f} s", flush=True)

@@ -10,6 +10,8 @@ import importlib.util
 import math
 import os
 import re
+import signal
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -124,6 +126,9 @@ def devices(topology: Topology) -> Sequence["jax.Device"]:
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise TopologyError(f"--topology={topology}: {error}") from error
+    # libtpu has put its own handler in the place of Python's, which prints 20 lines of its stack and ends the process.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if len(devices) != topology.num_chips:
         raise TopologyError(
             f"--topology={topology} has {topology.num_chips} chips, but libtpu "

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from data.text import documents
 from launch.attribution import inputs, ranking
 from launch.attribution.analyses import labels, search
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
+from trainers.telemetry.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read(
         lines = documents.read_json_lines(file, example=inputs.DOCUMENT_EXAMPLE)
         numbered = enumerate(itertools.islice(lines, limit))
         quiet = None if count > 10_000 else True
-        for i, (_, row) in tqdm(numbered, desc="documents", total=count, disable=quiet):
+        for i, (_, row) in Bar(numbered, desc="documents", total=count, disable=quiet):
             sources.append(labels.source(row))
             text = row.get("text", row.get("tokens", ""))
             if not isinstance(text, str):

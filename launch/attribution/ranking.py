@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from data.text import documents
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
 from model.storage import mirror, output_files, paths
+from trainers.telemetry.bars import Bar
 
 _EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
 _MAX_BYTES = 1 << 30
@@ -130,7 +130,7 @@ def read_table(
     table_NQ, norms_N, rows = np.zeros((count, 0), np.float32), np.zeros(count, np.float32), 0
     has_norms = count > 0
     quiet = None if count > 10_000 else True
-    for i, row in enumerate(tqdm(read_rows(scores), desc="read", total=count, disable=quiet)):
+    for i, row in enumerate(Bar(read_rows(scores), desc="read", total=count, disable=quiet)):
         rows = i + 1
         if rows > count:
             continue

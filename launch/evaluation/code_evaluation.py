@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import tqdm
-
 from data.sandbox import code_sandbox
 from data.text import code_problems
 from launch.config import setting_flags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
 from launch.run import load_run
+from trainers.telemetry.bars import Bar
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
@@ -251,7 +250,7 @@ def _try(
         )
         bar.update()
 
-    with tqdm.tqdm(total=count, desc="programs", file=sys.stderr, disable=None) as bar:
+    with Bar(total=count, desc="programs", file=sys.stderr) as bar:
         try:
             for (id, sample), completion in samples:
                 program = problems.problems[id].program(completion)

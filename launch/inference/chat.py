@@ -10,6 +10,7 @@ from launch.inference.generate import decoder_and_texts, prompt_of, to_terminal
 from launch.run import side_by_side
 from launch.run.load_run import LoadError, RunConfig
 from trainers.decoding.settings import Settings
+from trainers.telemetry import stages
 
 NEW = "/new"  # begins another conversation
 
@@ -66,7 +67,8 @@ def typed() -> Iterator[str]:
         print(f"{NEW} begins another conversation; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            line = input("> " if on_terminal else "")
+            with stages.quiet():
+                line = input("> " if on_terminal else "")
         except EOFError:
             return
         if line.strip():

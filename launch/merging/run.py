@@ -23,6 +23,7 @@ from launch.merging.settings import Merge, MergeError
 from launch.merging.tokens import Vocabulary
 from launch.merging.workers import Workers
 from model.storage import paths
+from trainers.telemetry import stages
 
 
 def merge_all(
@@ -66,7 +67,10 @@ def merge_all(
         ):
             lines.append(f"{target}: planned once its stages are there")
             continue
-        with Workers(block_bytes=block_bytes, threads=threads) as workers:
+        with (
+            stages.stage(f"merging {target}"),
+            Workers(block_bytes=block_bytes, threads=threads) as workers,
+        ):
             lines += _merge(located, target, seed, shard_bytes, workers, dry_run=dry_run)
     return lines
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import tqdm
-
 from data.aya_expanse.pool import Teacher
 from data.aya_expanse.prompts import Prompt
 from data.text.documents import DataError
@@ -20,6 +18,7 @@ from launch.inference import row_files
 from launch.inference.chat_endpoint import Silence
 from launch.inference.row_files import ResumedRows
 from launch.preparation.teachers import Answer, Working, key_of
+from trainers.telemetry.bars import Bar
 
 
 class Store:
@@ -111,7 +110,7 @@ def ask(
     local = [name for name in missing if working[name].local]
     remote = [name for name in missing if not working[name].local]
     total = sum(map(len, missing.values()))
-    with tqdm.tqdm(total=total, desc="teachers", unit="completion", disable=None) as progress:
+    with Bar(total=total, desc="teachers", unit="completion") as progress:
 
         def one(name: str) -> None:
             _ask_one(working[name], missing[name], store, attempts, asked[name], progress)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from data import cpu_tensorflow
 from data.nexus import domain_embeddings, domain_encoders
@@ -25,6 +24,7 @@ from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadedRun
 from model.storage import paths
+from trainers.telemetry.bars import Bar
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read
@@ -260,7 +260,7 @@ def _encoder(settings: Mapping[str, Any], batch_size: int) -> Iterator[domain_en
 
 
 def _progress(texts: Iterable[str], what: str) -> Iterable[str]:
-    return tqdm.tqdm(texts, desc=what, unit="doc", file=sys.stderr, disable=None)
+    return Bar(texts, desc=what, unit="doc", file=sys.stderr)
 
 
 def _table(embeddings: Embeddings) -> str:

@@ -64,12 +64,11 @@ def _write_pairs(
       ValueError: settings of another kind or out of range.
       RowFileError, DataError: files that cannot be read or written, or no pair.
     """
-    import tqdm
-
     from data.preference import binarise, constructed
     from data.preference.tally import Tally
     from data.text.documents import DataError
     from launch.inference import row_files
+    from trainers.telemetry.bars import Bar
 
     options: dict[str, Any] = {"rejected": rejected, "min_margin": min_margin}
     options = {name: value for name, value in options.items() if value is not None}
@@ -91,7 +90,7 @@ def _write_pairs(
         limit = limit or _CONSTRUCTED
         made = getattr(constructed, kind)(limit=limit, seed=seed)
     made = itertools.islice(made, limit)
-    pairs = list(tqdm.tqdm(made, desc=kind, unit=" pairs", disable=None))
+    pairs = list(Bar(made, desc=kind, unit=" pairs"))
     if not pairs:
         reason = "There is no source: give another --input, or install packages with catalogues."
         if str(dropped):

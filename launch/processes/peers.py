@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from launch.processes import slurm_devices
+from trainers.telemetry import stages
 
 START_AGAIN = os.EX_TEMPFAIL  # 75
 # A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.
@@ -177,11 +178,12 @@ def joined(
     )
     _write_status(joining=late)  # JAX may abort this process
     try:
-        jax.distributed.initialize(
-            *arguments,
-            initialization_timeout=initialization_timeout,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-        )
+        with stages.stage("waiting for the other processes"):
+            jax.distributed.initialize(
+                *arguments,
+                initialization_timeout=initialization_timeout,
+                heartbeat_timeout_seconds=heartbeat_timeout,
+            )
     except Exception as error:
         # Errors of the connection have a class of their own; the search for a cluster raises many others.
         searching = address == "auto" and not isinstance(error, jax.errors.JaxRuntimeError)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from data import tasks
 from data.cache import store as cache
@@ -20,6 +19,7 @@ from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from trainers.scoring.scoring import Row, Scorer
+from trainers.telemetry.bars import Bar
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _PAIRS_AT_ONCE = 4096  # pairs per write to the store
@@ -97,7 +97,7 @@ class Reference:
                 self.rules,
                 encoder_decoders=True,
             ) as run,
-            tqdm(total=len(wanted), desc="reference", unit="pair", disable=None) as bar,
+            Bar(total=len(wanted), desc="reference", unit="pair") as bar,
         ):
             size = run.batch_size(self.batch_size, 2 * len(wanted))
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)

@@ -31,15 +31,13 @@ _SHORTENED = {
 }
 
 
-def announce(program: Program, data: RunData, start: Restored, life: Sequence[Start]) -> None:
-    """Prints a description of the run before its first step; `life` has its starts, this one included."""
+def announce(program: Program, data: RunData) -> None:
+    """Prints a description of the run before its state is restored and its step compiled."""
     recipe, stream = program.recipe, data.stream
     units, unit = recipe.units_per_batch, recipe.inputs_spec.unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     devices = list(program.mesh.devices.flat)
     trained = program.num_params(trained_only=True)
-    remaining = (data.total_steps - start.step) * units * program.train_flops_per_unit
-    seconds = flops.estimate_seconds(remaining, devices)
     lines = [
         ("mesh", f"{mesh} ({len(devices)} x {devices[0].device_kind}), rules {recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
@@ -49,13 +47,27 @@ def announce(program: Program, data: RunData, start: Restored, life: Sequence[St
         ("epochs", epochs_line(stream, data.total_steps)),
         *(("caps", line) for line in data.repeats),
         *data_notices(data.tasks, stream, data.eval_streams),
+    ]
+    _print(lines)
+    for report in program.reports:
+        print(report, flush=True)
+
+
+def announce_start(program: Program, data: RunData, start: Restored, life: Sequence[Start]) -> None:
+    """Prints where the run goes on, and how long it may take; `life` has its starts, this one included."""
+    units = program.recipe.units_per_batch
+    remaining = (data.total_steps - start.step) * units * program.train_flops_per_unit
+    seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
+    lines = [
         ("start", _start_line(start)),
         *([("life", lifetime.line(life))] if len(lifetime.counted(life)) > 1 else []),
         ("estimate", f"about {duration(seconds)} of training steps"),
     ]
-    print(
-        "\n".join([f"{name:<11}{text}" for name, text in lines] + list(program.reports)), flush=True
-    )
+    _print(lines)
+
+
+def _print(lines: Sequence[Line]) -> None:
+    print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
 
 
 def _dtype_line(program: Program) -> Iterator[Line]:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from data.cache import cache_dir
 from data.cache import store as cache
@@ -30,6 +29,7 @@ from trainers.checkpoints import agreement
 from trainers.distillation import objective
 from trainers.distillation.objective import Teacher
 from trainers.objectives.forward import frozen_forward
+from trainers.telemetry.bars import Bar
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _ROWS_AT_ONCE = 256  # rows per write to the store
@@ -111,7 +111,7 @@ class StoredTeacher:
         model, frozen = self.teacher.model, self.teacher.checkpoint
         with (
             load_frozen(model, checkpoint, frozen, self.mesh, self.rules) as run,
-            tqdm(desc="teacher", unit="row", disable=None) as bar,
+            Bar(desc="teacher", unit="row") as bar,
         ):
             size = run.batch_size(self.batch_size, self.batch_size)
             rows_over = run.row_sharding

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from launch.run.load_run import LoadError, RunConfig
 from launch.weights import transformed_run, upcycle_flags
@@ -19,6 +18,7 @@ from model.low_rank import decompose, factors, lowrank
 from model.low_rank.decompose import Decompose, Recompose
 from model.transforms import base
 from model.transforms.base import Recipe, Shapes, TransformError
+from trainers.telemetry.bars import Bar
 
 _OWNERS = (
     ("attention", "Attention.dense", "lowrank.LowRankDense", "linear.Dense"),
@@ -57,7 +57,7 @@ class Decomposition:
         shapes, rule = source.abstract.shapes, self._options.rank_rule
         ranks: dict[str, int] = {}
         paths = chosen(shapes, self._options.layers)
-        for path in tqdm(paths, desc="ranks", unit="matrix", leave=False, delay=5, disable=None):
+        for path in Bar(paths, desc="ranks", unit="matrix", leave=False, delay=5):
             try:
                 if rule == "energy":
                     kernel = source.open(f"{path}/kernel").read()

@@ -3,13 +3,11 @@
 import math
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from data.tokenizers import gguf_tokenizer
 from launch.run import hf_checkpoint
@@ -20,6 +18,7 @@ from model.hf.files.safetensors_files import SafetensorsReader, read_json
 from model.hf.plan import Plan, narrow_names
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.stream_checkpoint import StreamedArray
+from trainers.telemetry.bars import Bar
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
@@ -99,7 +98,5 @@ def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:
 
 
 def progress(total: int) -> Any:
-    """Returns a progress bar over bytes, shown only on a terminal."""
-    return tqdm.tqdm(
-        total=total, unit="B", unit_scale=True, desc="weights", disable=not sys.stderr.isatty()
-    )
+    """Returns a progress bar over bytes."""
+    return Bar(total=total, unit="B", unit_scale=True, desc="weights")

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 from gin import config_parser
 
 from launch.config import gin_config, gin_reader, gin_source, model_file
@@ -23,6 +22,7 @@ from model.transforms.base import Recipe, TreeTransform
 from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
 from trainers.checkpoints.manifest import Block
 from trainers.checkpoints.stream_checkpoint import StreamedArray
+from trainers.telemetry.bars import Bar
 
 _BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
 
@@ -68,7 +68,7 @@ def write(
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         recipes = base.plan(transform, [source.abstract for source in sources], shapes)
         by_name = {source.path: source for source in sources}
-        with tqdm.tqdm(total=len(shapes), desc="arrays", leave=False, delay=5, disable=None) as bar:
+        with Bar(total=len(shapes), desc="arrays", leave=False, delay=5) as bar:
             arrays = {
                 f"params/{path}": array
                 for recipe in recipes

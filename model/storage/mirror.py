@@ -74,9 +74,9 @@ def local(
 
 def local_files(addresses: Sequence[str]) -> list[str]:
     """Returns local copies of objects, with a progress bar; see `local`."""
-    import tqdm
+    from trainers.telemetry.bars import Bar
 
-    bar = tqdm.tqdm(addresses, desc="copying from the store", file=sys.stderr, disable=None)
+    bar = Bar(addresses, desc="copying from the store", file=sys.stderr)
     return [local(address) for address in bar]
 
 

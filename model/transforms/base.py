@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
+
+from trainers.telemetry.bars import Bar
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path, such as "layers/block_0/mlp/up/kernel"
 Slices = Literal["whole", "layers", "rows"]
@@ -115,9 +116,7 @@ def check_target(recipes: Sequence[Recipe], target: Shapes) -> None:
 def apply(recipes: Iterable[Recipe], read: Callable[[str, str], Any]) -> dict[str, Any]:
     """Returns all parameters by path, computed in memory; `read` returns an array of (source, path)."""
     params: dict[str, Any] = {}
-    for recipe in tqdm(
-        list(recipes), desc="transform", unit="array", leave=False, delay=5, disable=None
-    ):
+    for recipe in Bar(list(recipes), desc="transform", unit="array", leave=False, delay=5):
         parts = [read(*name) for name in recipe.inputs]
         if recipe.slices == "layers":
             count = next(iter(recipe.outputs.values()))[0]

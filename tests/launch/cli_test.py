@@ -218,7 +218,12 @@ def test_own_flags_default_files_and_run(gin_file, toy_gin):
 
 def test_errors_raised_by_the_command_module_itself_are_messages(command, tmp_path, capsys):
     assert command("sweep", f"--out={tmp_path}") == cli.USAGE_ERROR
-    assert capsys.readouterr().err == "\nerror: give --sweep FILE.py, or --status.\n"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "python -m launch.sweep: starting",
+        "",
+        "error: give --sweep FILE.py, or --status.",
+    ]
 
 
 def test_a_sweep_in_an_object_store_is_refused(command, capsys):

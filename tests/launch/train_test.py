@@ -1,6 +1,8 @@
 """`python -m launch.train` from gin to checkpoint on real text, its numbers, and what it says to bad input."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
@@ -9,8 +11,10 @@ import runpy
 import types
 
 import flax.linen as nn
+import gin
 import pytest
 
+from data import tasks
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
 from model.moe.moe import MoeMlp
@@ -18,6 +22,7 @@ from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
 from trainers.inputs import PackedTokens
 from trainers.recipe import Program
+from trainers.telemetry import stages
 from trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -77,6 +82,32 @@ def trained(train, flags, tmp_path_factory):
 
 
 # ---- A run.
+
+
+def test_a_start_describes_itself_before_it_restores_and_compiles(
+    train, flags, command, tmp_path, monkeypatch
+):
+    """The log of a real command: a header first, and every stage that lasts."""
+    monkeypatch.setattr(stages, "PERIOD", 0.002)
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            given = ("TRAIN_STEPS=2", "EVAL_PERIOD=2", "EVAL_STEPS=1", "WARMUP_STEPS=1")
+            assert command("train", *flags(tmp_path, *given)) == 0
+    finally:
+        gin.clear_config(clear_constants=True)
+        tasks.clear()
+    lines = log.getvalue().splitlines()
+    assert lines[0].endswith("train: starting")
+    begins = (
+        *("reading the configuration, ", "opening the data, ", "mesh  ", "parameters ", "data  "),
+        *("compiling the step, ", "start  ", "estimate ", "training, ", "done at step 2"),
+    )
+    places = [next(i for i, x in enumerate(lines) if x.startswith(begin)) for begin in begins]
+    assert places == sorted(places)
+    # "compiling" is said with the time that it takes.
+    assert re.fullmatch(r"compiling the step, \d+ s", lines[places[5]])
+    assert "training, 0 of 2 updates made, 0 s" in lines
 
 
 @pytest.mark.smoke

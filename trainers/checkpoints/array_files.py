@@ -1,5 +1,6 @@
 """The arrays of a step on disk: how they are stored, read onto shardings, and verified."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from etils import epath
 from model.storage import paths
 from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir, store_drivers
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
+from trainers.telemetry import stages
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
@@ -36,6 +38,13 @@ def read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
     Raises:
       DamagedCheckpointError: it has not.
     """
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
+    text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    with stages.stage(f"restoring {text} of {path}"):
+        return _read_arrays(path, wanted)
+
+
+def _read_arrays(path: epath.Path, wanted: state_tree.Flat) -> state_tree.Flat:
     _check_stored(path, wanted)
     arguments = {
         name: ocp.ArrayRestoreArgs(

@@ -27,6 +27,7 @@ from trainers.checkpoints.manifest import (
     check_files,
     is_inside,
 )
+from trainers.telemetry import stages
 
 STATE = "state"
 META = "meta.json"
@@ -215,7 +216,8 @@ def newest_good(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T
     damaged: list[DamagedCheckpointError] = []
     for step in map(epath.Path, steps):
         try:
-            result = read(step)
+            with stages.stage(f"restoring {step}"):
+                result = read(step)
         except DamagedCheckpointError as error:
             damaged.append(error.with_traceback(None))  # it would hold the arrays in memory
             continue

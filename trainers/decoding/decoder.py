@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
@@ -28,6 +27,8 @@ from trainers.decoding.sampling import RowSampling, seen_in
 from trainers.decoding.settings import Draw
 from trainers.decoding.watched import Watch, Watched
 from trainers.programs import program as programs
+from trainers.telemetry import stages
+from trainers.telemetry.bars import Bar
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]
@@ -208,7 +209,7 @@ class Decoder:
         buckets = [bucket_length(lengths[batch[0]], limit=limit) for batch in batches]
         padded_lengths = self._padded_lengths(buckets)
         quiet = True if len(batches) == 1 else None
-        with tqdm(batches, desc="generate", unit="batch", disable=quiet or None) as progress:
+        with Bar(batches, desc="generate", unit="batch", disable=quiet or None) as progress:
             for batch, bucket in zip(progress, buckets, strict=True):
                 continued = self._batch(prompts, batch, padded_lengths[bucket], seed)
                 progress.set_postfix_str(f"{self.stats.tokens_per_second:,.0f} tokens/s")
@@ -444,7 +445,8 @@ class Decoder:
                 rows=self._batch_size,
                 devices=1 if self._sharding is None else self._sharding.mesh.size,
             )
-            program = programs.compiled(function, self._params, *arrays, check=check)
+            with stages.stage(f"compiling {name} for {length} tokens"):
+                program = programs.compiled(function, self._params, *arrays, check=check)
             self._programs[name, length] = program
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from trainers.checkpoints import agreement
 from trainers.influence import documents, files, kronecker, spread
@@ -28,6 +27,7 @@ from trainers.influence.backward import backward
 from trainers.influence.consumers import Consumer, Covariances, Squares
 from trainers.influence.sites import DEFAULT, Site, select
 from trainers.scoring.scoring import Row
+from trainers.telemetry.bars import Bar
 
 Labels = Literal["sampled", "empirical"]
 FactorDtype = Literal["float32", "float64", "bfloat16"]
@@ -177,7 +177,7 @@ def _write_eigen(reader: Reader, folder: pathlib.Path, settings: FitSettings) ->
         eigh = spread.Eigh([*reader.sharding.mesh.devices.flat])
     wide = np.dtype(settings.sum_dtype)
     names = sorted(covariances)
-    for path in tqdm(names, desc="eigenvectors", unit="matrix", disable=None):
+    for path in Bar(names, desc="eigenvectors", unit="matrix"):
         result[path] = kronecker.eigendecomposition(
             covariances[path], name=path, dtype=wide, eigh=eigh
         )
@@ -223,7 +223,7 @@ def _sums(
     saved = time.monotonic()
     rows = iter(read_documents())
     skipped = sum(1 for _ in zip(range(counts["read"]), rows, strict=False))
-    progress = tqdm(desc=target.name, unit="document", total=total, initial=skipped, disable=None)
+    progress = Bar(desc=target.name, unit="document", total=total, initial=skipped)
     with progress:
         for window in documents.windows(rows, reader.batch_size):
             for indices, arrays in reader.batches(window, counts["read"]):

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from model.moe.grouped_matmul import grouped_matmul
 from trainers.influence import documents, spread
@@ -29,6 +28,7 @@ from trainers.influence.fit import Reader
 from trainers.influence.kronecker import Damping, FactorError
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
+from trainers.telemetry.bars import Bar
 
 Projections = Mapping[str, Mapping[str, Any]]
 
@@ -129,7 +129,7 @@ def second_moment(
     run = reader.compiled(sites, Features(side, dtype))
     inputs = jax.device_put(own, reader.whole)
     moment_FF, count = np.zeros((side * side, side * side)), 0
-    with tqdm(desc="projections", unit="document", total=total, disable=None) as progress:
+    with Bar(desc="projections", unit="document", total=total) as progress:
         for window in documents.windows(rows, reader.batch_size):
             for indices, arrays in reader.batches(window, 0):
                 results, _ = run(reader.params, inputs, reader.place(arrays), None)

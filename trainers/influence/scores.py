@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from trainers.influence import documents
 from trainers.influence.consumers import Scores
@@ -19,6 +18,7 @@ from trainers.influence.fit import Reader
 from trainers.influence.queries import QuerySet, total_scores
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
+from trainers.telemetry.bars import Bar
 
 LEAST_NORMS = 1e-30  # what a cosine divides by at least
 
@@ -63,7 +63,7 @@ def score(
     """
     run = reader.compiled(sites, Scores(queries.size, dtype=dtype))
     inputs = reader.place_spread(queries.inputs)
-    progress = tqdm(desc="score", unit="document", total=total, initial=first, disable=None)
+    progress = Bar(desc="score", unit="document", total=total, initial=first)
     with progress:
         for window in documents.windows(rows, reader.batch_size):
             scored: dict[int, Scored] = {}

@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from tqdm.auto import tqdm
 
 from model.linear import Dense
 from trainers.checkpoints import state_tree
+from trainers.telemetry.bars import Bar
 
 _NAME = "input_moments"
 
@@ -47,9 +47,7 @@ def input_moments(
         }
 
     sums: dict[str, jax.Array] | None = None
-    for tokens_BT in tqdm(
-        batches, total=total, desc="calibrate", unit="batch", leave=False, disable=None
-    ):
+    for tokens_BT in Bar(batches, total=total, desc="calibrate", unit="batch", leave=False):
         more = moments(params, tokens_BT)
         sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
     return sums or {}

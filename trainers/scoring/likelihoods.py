@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from model.kv_cache.full import FullCache
 from trainers.decoding import few_programs
@@ -27,6 +26,7 @@ from trainers.decoding.buckets import padded
 from trainers.decoding.prefill import empty_caches, read
 from trainers.programs import program as programs
 from trainers.scoring.scoring import Row, check_lengths
+from trainers.telemetry.bars import Bar
 
 _CHUNK = 256  # predicted tokens whose logits are in memory at a time; a power of two
 _WORTH_SHARING = 16  # minimum tokens of a shared context; reading a shorter one again is as fast
@@ -254,7 +254,7 @@ class LikelihoodScorer:
         return self._stream(rows, quiet)
 
     def _stream(self, rows: Sequence[Row], quiet: bool) -> Iterator[tuple[int, Likelihood]]:
-        with tqdm(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
+        with Bar(total=len(rows), desc="score", unit="request", disable=quiet or None) as progress:
             for program, batch in self.batches(readings(rows)):
                 for i, likelihood in self._score(rows, program, batch):
                     progress.update()

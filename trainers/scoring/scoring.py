@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.inputs import pack
 from trainers.objectives.forward import frozen_forward
 from trainers.programs import program as programs
+from trainers.telemetry.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Batched:
         """
         batches = batches_by_length(lengths, self._batch_size)
         quiet = True if title is None or len(batches) == 1 else None
-        for batch in tqdm(batches, desc=title, unit="batch", disable=quiet):
+        for batch in Bar(batches, desc=title, unit="batch", disable=quiet):
             length = self._bucket(lengths[batch[0]], limit=self.limit)
             arrays = self._columns([rows[i] for i in batch], self._batch_size, length)
             placed = jax.device_put(arrays, self._sharding)

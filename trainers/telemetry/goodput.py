@@ -8,6 +8,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
+from trainers.telemetry import stages
+
+# What a command says of a part that lasts; steps and waits for batches are told by the loop.
+_STAGES = {
+    "data": "opening the data",
+    "restore": "restoring the state",
+    "compile": "compiling the step",
+    "generation": "generating",
+    "checkpoint": "saving",
+    "evaluation": "evaluating",
+}
 # Interpreter, imports and checks; opening the data; restoring or making the state; the rest of compilation.
 _BEFORE = ("init", "data", "restore")
 START_PARTS = (*_BEFORE, "compile")
@@ -47,8 +58,10 @@ class Goodput:
         if part not in _BEFORE:
             self._stack[0] = "other"
         self._stack.append(part)
+        named = stages.stage(_STAGES[part]) if part in _STAGES else contextlib.nullcontext()
         try:
-            yield
+            with named:
+                yield
         finally:
             self._count()
             self._stack.pop()

@@ -7,11 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from launch.evaluation.judges.base import TIE, Judge, JudgeError, Outcome, Pair, Question, Reply
 from launch.inference import row_files
 from launch.inference.row_files import ResumedRows
+from trainers.telemetry.bars import Bar
 
 # Number of consecutive questions without a reply after which asking stops.
 _PATIENCE = 32
@@ -129,9 +128,7 @@ def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> T
     heard = any(journal.replies(key) for key in questions)
     num_done = sum(attempts(key) >= judge.attempts for key in questions)
     tally = Tally(questions=len(questions), kept=num_done)
-    with tqdm(
-        total=len(questions), initial=num_done, desc="judge", unit="question", disable=None
-    ) as progress:
+    with Bar(total=len(questions), initial=num_done, desc="judge", unit="question") as progress:
         for attempt in range(judge.attempts):
             keys = [key for key in questions if attempts(key) == attempt]
             if not keys:

@@ -20,12 +20,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from launch import cli, environment
 from launch.aot import tpu_topology
 from launch.papers.shared import full_size, precompile_page
 from launch.papers.shared.full_size import Row
+from trainers.telemetry.bars import Bar
 
 DOCS = pathlib.Path(environment.ROOT, "docs")
 JSON, PAGE = "precompile_tables.json", "precompile_tables.md"
@@ -119,7 +118,7 @@ def _compile(
         or record["digest"] != row.digest(versions)
     ]
     print(f"{len(rows) - len(waiting)} of {len(rows)} rows are there already", flush=True)
-    with tqdm(waiting, unit="row", disable=None) as progress:
+    with Bar(waiting, unit="row") as progress:
         for row in progress:
 
             def show(seconds: float, row: Row = row) -> None:

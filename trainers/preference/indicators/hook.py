@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from model.protocol import inference_model, inference_params
 from model.ranges import Count, Fraction, NonNegative, Seed, Size
@@ -29,6 +28,7 @@ from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, Stoppin
 from trainers.preference.indicators.reader import TOP_K, Reader
 from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.scoring.scoring import Row
+from trainers.telemetry.bars import Bar
 from trainers.train_state import TrainState
 
 _QUIET_SECONDS = 10  # an evaluation that takes longer shows a progress bar
@@ -331,7 +331,7 @@ def _progress(
 
     The function raises HookInterruptedError if `should_stop`, a `RunContext.should_stop`, returns True after a batch.
     """
-    with tqdm(
+    with Bar(
         total=batches,
         desc=name,
         unit="batch",
