@@ -26,6 +26,8 @@ from launch.run.load_run import LoadError, RunConfig
 from model.storage import paths
 
 SAMPLE = 64
+_SETTINGS = ("labels", "blocks", "factor_dtype", "precision", "seed", "length", "max_documents")
+_SETTINGS += ("batch_size",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +56,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="layers, with commas: mlp (default), attention, adapters, head, all, or patterns of whole paths",
     )
-    names = ("labels", "blocks", "factor_dtype", "seed", "length", "max_documents", "batch_size")
-    setting_flags.add(group, fit, names=names)
+    setting_flags.add(group, fit, names=_SETTINGS)
 
 
 def add_document_flags(group: Any) -> None:
@@ -99,11 +100,7 @@ def _run(start: cli.Start) -> None:
         start(),
         **{name: getattr(flags, name) for name in names},
         modules=flags.modules.split(","),
-        **setting_flags.given(
-            flags,
-            fit,
-            ("labels", "blocks", "factor_dtype", "seed", "length", "max_documents", "batch_size"),
-        ),
+        **setting_flags.given(flags, fit, _SETTINGS),
     )
 
 
@@ -120,6 +117,7 @@ def fit(
     labels: Literal["sampled", "empirical"] = "sampled",
     blocks: int = 1,
     factor_dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+    precision: Literal["highest", "high", "default"] = "highest",
     seed: int = 0,
     length: int | None = None,
     max_documents: int = 100_000,
@@ -139,6 +137,7 @@ def fit(
       labels: labels of the curvature: sampled from the model, or the documents' own tokens (empirical).
       blocks: diagonal blocks of each covariance; more need less memory.
       factor_dtype: dtype of the factors; bfloat16 stores eigenvectors only, sums stay in float32.
+      precision: of products in the eigenbasis on accelerators; default rounds them to bfloat16 on TPUs and to 10 bits on GPUs.
       seed: seed of the sampled labels.
       length: tokens that are read of each document; 512, or the model's positions if fewer, if not set.
       max_documents: number of first documents that are used.
@@ -155,7 +154,12 @@ def fit(
 
     row_files.check_folder(out)
     settings = stages.FitSettings(
-        modules=tuple(modules), labels=labels, blocks=blocks, factor_dtype=factor_dtype, seed=seed
+        modules=tuple(modules),
+        labels=labels,
+        blocks=blocks,
+        factor_dtype=factor_dtype,
+        seed=seed,
+        precision=precision,
     )
     factor_files.check_float64(factor_dtype)
     with (

@@ -42,11 +42,20 @@ _OF_METHODS: Mapping[tuple[str, ...], tuple[str, ...]] = {
         *("per_layer", "token_scores"),
     ),
     (*factor_files.FITTED, "trak"): ("damping", "damping_kind"),
+    factor_files.FITTED: ("precision",),
     ("ekfac_cg",): ("cg_steps", "cg_documents"),
     ("trak",): ("projection",),
 }
 _SETTINGS = ("method", "damping", "damping_kind", "rank", "query_dtype", "cg_steps", "cg_documents")
-_SETTINGS += ("projection", "per_layer", "token_scores", "top", "length", "max_documents")
+_SETTINGS += (
+    "precision",
+    "projection",
+    "per_layer",
+    "token_scores",
+    "top",
+    "length",
+    "max_documents",
+)
 _SETTINGS += ("batch_size",)
 
 
@@ -131,6 +140,7 @@ def score(
     query_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
     cg_steps: int = 10,
     cg_documents: int = 16,
+    precision: Literal["highest", "high", "default"] = "highest",
     projection: int = 32,
     per_layer: bool = False,
     token_scores: int = 0,
@@ -161,6 +171,7 @@ def score(
       query_dtype: dtype of the queries' low-rank factors; each column of int8 has a scale.
       cg_steps: steps of ekfac_cg.
       cg_documents: documents of its Gauss-Newton matrix, the first that factors were fitted on.
+      precision: of products in the eigenbasis and of Gauss-Newton products, on accelerators, as in `fit`.
       projection: side N of trak's projected gradients, which have N * N numbers.
       per_layer: whether rows have "layers", the scores of each matrix.
       token_scores: for so many documents at both ends of each query's ranking, writes the influence of each token to
@@ -189,6 +200,7 @@ def score(
         **{"query_checkpoint": query_checkpoint, "per_layer": per_layer},
         **{"token_scores": token_scores, "damping": damping, "damping_kind": damping_kind},
         **{"cg_steps": cg_steps, "cg_documents": cg_documents, "projection": projection},
+        precision=precision,
     )
     record = factor_files.read(factors) if factors else None
     if length is None and record is not None:
@@ -228,6 +240,7 @@ def score(
                 **{"query_dtype": query_dtype, "cg_steps": cg_steps if method == "ekfac_cg" else 0},
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
                 **{"projection": projection if method == "trak" else 0},
+                "precision": precision,
                 "query_checkpoint": query_checkpoint and load_run.place(query_checkpoint),
             }
             scored = scorers.Gradients(

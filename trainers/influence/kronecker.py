@@ -76,7 +76,7 @@ def eigendecomposition(
       sums: `a` and `s`, and `count`, the number of tokens.
       name: the site, for errors.
       dtype: dtype of the eigenvectors; eigenvalues are float64.
-      eigh: decomposes a stack of symmetric matrices, such as `spread.Eigh`.
+      eigh: decomposes a stack of symmetric matrices.
 
     Raises:
       FactorError: a sum is not finite.
@@ -154,40 +154,67 @@ class Curvature:
       eigen: `qa` and `qs` by path.
       inverse: reciprocals of the damped eigenvalues, by path.
       damping: the number added to the eigenvalues, [..., 1, 1] by path.
+      precision: of the rotations.
     """
 
     sites: Mapping[str, Site]
     eigen: Mapping[str, Mapping[str, Any]]
     inverse: Mapping[str, Any]
     damping: Mapping[str, Any]
+    precision: blocks.Precision = "highest"
 
     @classmethod
     def of(
         cls,
         sites: Mapping[str, Site],
-        eigen: Mapping[str, Mapping[str, np.ndarray]],
-        squares: Mapping[str, np.ndarray] | None,
+        eigen: Mapping[str, Mapping[str, Any]],
+        squares: Mapping[str, Any] | None,
         damping: Damping,
         *,
         dtype: Any = np.float32,
+        place: Callable[[Any], Any] = np.asarray,
+        precision: blocks.Precision = "highest",
     ) -> "Curvature":
-        """Returns the curvature by EK-FAC with `squares`, the corrected eigenvalues, or by K-FAC without them."""
-        values = {
-            path: kfac_eigenvalues(eigen[path])
-            if squares is None
-            else np.asarray(squares[path], np.float64)
-            for path in sites
-        }
+        """Returns the curvature by EK-FAC with `squares`, the corrected eigenvalues, or by K-FAC without them.
+
+        Args:
+          sites: by path.
+          eigen: `qa`, `qs`, `la`, `ls` by path: arrays, or tensors of files, of which one layer at a time is in float64.
+          squares: corrected eigenvalues by path, likewise.
+          damping: is added to the eigenvalues.
+          dtype: dtype of the reciprocals.
+          place: makes the curvature's arrays, such as `Reader.place_spread`.
+          precision: of the rotations.
+        """
+        inverse, added = {}, {}
+        for path, site in sites.items():
+            widths = [
+                eigen[path][name].shape[-3] * eigen[path][name].shape[-1] for name in ("qa", "qs")
+            ]
+            reciprocal = np.empty((*site.lead, *widths), dtype)
+            added[path] = np.empty((*site.lead, 1, 1), dtype)
+            for layer in np.ndindex(site.scan):
+                if squares is None:
+                    values = kfac_eigenvalues({n: eigen[path][n][layer] for n in ("la", "ls")})
+                else:
+                    values = np.asarray(squares[path][layer], np.float64)
+                reciprocal[layer] = reciprocals(site, values, damping)
+                added[path][layer] = damping.of(site, values)
+            inverse[path] = place(reciprocal)
         return cls(
             sites=sites,
-            eigen={p: {name: eigen[p][name] for name in ("qa", "qs")} for p in sites},
-            inverse={p: reciprocals(s, values[p], damping).astype(dtype) for p, s in sites.items()},
-            damping={p: damping.of(s, values[p]).astype(dtype) for p, s in sites.items()},
+            eigen={p: {name: place(eigen[p][name]) for name in ("qa", "qs")} for p in sites},
+            inverse=inverse,
+            damping=added,
+            precision=precision,
         )
 
     def __call__(self, v: Mapping[str, jax.Array], *, batched: bool = True) -> dict[str, jax.Array]:
         """Returns (G + lambda)^-1 V by site; see `apply_eigen`."""
-        return {
-            path: apply_eigen(site, self.eigen[path], self.inverse[path], v[path], batched=batched)
-            for path, site in self.sites.items()
-        }
+        with jax.default_matmul_precision(self.precision):
+            return {
+                path: apply_eigen(
+                    site, self.eigen[path], self.inverse[path], v[path], batched=batched
+                )
+                for path, site in self.sites.items()
+            }

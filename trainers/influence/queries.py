@@ -203,6 +203,7 @@ class Compression:
 
 
 @functools.partial(jax.jit, static_argnums=1)
+@jax.default_matmul_precision("highest")
 def low_rank(v: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """Returns u [..., X, r] and w [..., Y, r] with u w^T close to v: the truncated SVD of small matrices.
 
