@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from trainers.checkpoints import agreement
 from trainers.influence import files, kronecker, spread
+from trainers.telemetry.progress import Counted
 
 Unit = tuple[str, tuple[int, ...]]  # a site, and the index [L, E, n] of its covariances
 _SIDES = ("a", "s")
@@ -69,11 +70,14 @@ def write(
             return {n: np.empty((1, *s[len(index) :]), d) for n, (d, s) in wanted.items()}
 
         def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
-            for (path, index), result in _shared(units, devices or [_DEVICE], decompose, empty):
-                for name, values in result.items():
-                    lead = layout[f"{path}:{name}"][1][: len(index)]
-                    at = int(np.ravel_multi_index(index, lead)) * values.size
-                    yield f"{path}:{name}", at, values
+            shown = agreement.is_primary()
+            with Counted("eigenvectors", "matrices", total=len(units), shown=shown) as progress:
+                for (path, index), result in _shared(units, devices or [_DEVICE], decompose, empty):
+                    for name, values in result.items():
+                        lead = layout[f"{path}:{name}"][1][: len(index)]
+                        at = int(np.ravel_multi_index(index, lead)) * values.size
+                        yield f"{path}:{name}", at, values
+                    progress.update(1)
 
         files.write_pieces(folder, layout, pieces(), {})
 

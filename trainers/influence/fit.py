@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm.auto import tqdm
 
 from trainers.checkpoints import agreement
 from trainers.influence import documents, eigen, files, kronecker, spread
@@ -30,6 +29,7 @@ from trainers.influence.blocks import Precision
 from trainers.influence.consumers import Consumer, Covariances, Squares
 from trainers.influence.sites import DEFAULT, Site, select
 from trainers.scoring.scoring import Row
+from trainers.telemetry.progress import Counted
 
 Labels = Literal["sampled", "empirical"]
 FactorDtype = Literal["float32", "float64", "bfloat16"]
@@ -215,8 +215,8 @@ def _sums(
     saved = time.monotonic()
     rows = iter(read_documents())
     skipped = sum(1 for _ in zip(range(counts["read"]), rows, strict=False))
-    progress = tqdm(desc=target.name, unit="document", total=total, initial=skipped, disable=None)
-    with progress:
+    shown = agreement.is_primary()
+    with Counted(target.name, "documents", total=total, done=skipped, shown=shown) as progress:
         for window in documents.windows(rows, reader.batch_size):
             for indices, arrays in reader.batches(window, counts["read"]):
                 results, nll_BT = run(reader.params, inputs, reader.place(arrays), key)

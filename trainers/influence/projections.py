@@ -20,15 +20,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from model.moe.grouped_matmul import grouped_matmul
+from trainers.checkpoints import agreement
 from trainers.influence import documents, spread
 from trainers.influence.consumers import outer_by_group
 from trainers.influence.fit import Reader
 from trainers.influence.kronecker import Damping, FactorError
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
+from trainers.telemetry.progress import Counted
 
 Projections = Mapping[str, Mapping[str, Any]]
 
@@ -129,7 +130,8 @@ def second_moment(
     run = reader.compiled(sites, Features(side, dtype))
     inputs = jax.device_put(own, reader.whole)
     moment_FF, count = np.zeros((side * side, side * side)), 0
-    with tqdm(desc="projections", unit="document", total=total, disable=None) as progress:
+    shown = agreement.is_primary()
+    with Counted("projections", "documents", total=total, shown=shown) as progress:
         for window in documents.windows(rows, reader.batch_size):
             for indices, arrays in reader.batches(window, 0):
                 results, _ = run(reader.params, inputs, reader.place(arrays), None)

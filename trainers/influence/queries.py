@@ -14,13 +14,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
+from trainers.checkpoints import agreement
 from trainers.influence import documents, files, spread
 from trainers.influence.consumers import Gradients, Scores, whole
 from trainers.influence.fit import Reader
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
+from trainers.telemetry.progress import Counted
 
 QueryDtype = Literal["bfloat16", "float32", "float64", "int8"]
 # (gradients by site [L, Q, E, X, Y]) -> preconditioned gradients.
@@ -105,7 +106,8 @@ def prepare(
     parts: list[Inputs] = []
     nats, norms, kept, pearson, notes = [], [], [], [], []
     compress = Compression(rank, store_dtype if rank is not None else dtype)
-    with tqdm(total=len(rows), desc="queries", unit="query", disable=None) as progress:
+    shown = agreement.is_primary()
+    with Counted("gradients", "queries", total=len(rows), shown=shown) as progress:
         for grads, nats_B in gradients(reader, sites, rows, dtype=dtype):
             if refine is not None:
                 full, more = _each(refine, sites, grads, len(nats_B))

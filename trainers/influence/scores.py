@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
+from trainers.checkpoints import agreement
 from trainers.influence import documents
 from trainers.influence.consumers import Scores
 from trainers.influence.fit import Reader
 from trainers.influence.queries import QuerySet, total_scores
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
+from trainers.telemetry.progress import Counted
 
 LEAST_NORMS = 1e-30  # what a cosine divides by at least
 
@@ -63,8 +64,8 @@ def score(
     """
     run = reader.compiled(sites, Scores(queries.size, dtype=dtype))
     inputs = reader.place_spread(queries.inputs)
-    progress = tqdm(desc="score", unit="document", total=total, initial=first, disable=None)
-    with progress:
+    shown = agreement.is_primary()
+    with Counted("scores", "documents", total=total, done=first, shown=shown) as progress:
         for window in documents.windows(rows, reader.batch_size):
             scored: dict[int, Scored] = {}
             for indices, arrays in reader.batches(window, 0):

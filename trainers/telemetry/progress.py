@@ -1,5 +1,6 @@
 """The progress of a run on the screen: a bar on a terminal, plain lines in a file or a pipe."""
 
+import contextlib
 import shutil
 import sys
 import time
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from trainers.telemetry.goodput import duration
 
+LINE_SECONDS = 10.0  # between two lines of counted work
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/TASK/METRIC
 # Metric that only losses of this unit have -> the unit of the loss.
 _UNITS = {"tokens": "nats per token", "images": "nats per image", "pairs": "per pair"}
@@ -80,6 +82,60 @@ class Progress:
         if self._shown:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(line, flush=True)
+
+
+class Counted(contextlib.AbstractContextManager):
+    """Shows how much of counted work is done, and the remaining time.
+
+    On a terminal this is a bar. Elsewhere it is a line at the start, every LINE_SECONDS, and at the end.
+    """
+
+    def __init__(self, name: str, unit: str, *, total: int | None, done: int = 0, shown: bool):
+        """Begins.
+
+        Args:
+          name: name of the work.
+          unit: what is counted, as a plural.
+          total: number at the end; None if it is unknown.
+          done: number that an earlier start did.
+          shown: whether this process shows anything; one per run.
+        """
+        self._name, self._unit, self._total, self._done = name, unit, total, done
+        on_terminal = sys.stderr.isatty()
+        self._lines = shown and not on_terminal
+        bar = {"desc": name, "unit": f" {unit}", "total": total, "initial": done}
+        self._bar = tqdm(**bar, disable=not (shown and on_terminal))
+        self._start = self._printed = time.monotonic()
+        self._warm: tuple[int, float] | None = (
+            None  # number and time after the first update, which compiles
+        )
+        self._line("")
+
+    def update(self, count: int) -> None:
+        """Counts more work as done."""
+        self._bar.update(count)
+        self._done += count
+        now = time.monotonic()
+        first, since = self._warm = self._warm or (self._done, now)
+        if now - self._printed >= LINE_SECONDS:
+            left = ""
+            if self._total is not None and self._done > first:
+                seconds = (now - since) / (self._done - first) * (self._total - self._done)
+                left = f", ETA {duration(seconds)}"
+            self._line(left)
+
+    def _line(self, rest: str) -> None:
+        self._printed = time.monotonic()
+        if self._lines:
+            of = "" if self._total is None else f" of {self._total:,}"
+            print(
+                f"{self._name}: {self._done:,}{of} {self._unit}{rest}", file=sys.stderr, flush=True
+            )
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._bar.close()
+        if kind is None:
+            self._line(f" in {duration(time.monotonic() - self._start)}")
 
 
 def held_out_text(metrics: Mapping[str, float]) -> str:

@@ -63,3 +63,38 @@ def test_units_of_losses():
     for unit, text in (("images", "a 2.000 nats per image"), ("pairs", "a 2.000 per pair")):
         assert progress.held_out_text({"eval/a/loss": 2.0, f"eval/a/{unit}": 4.0}) == text
     assert progress.held_out_text({"loss": 2.0}) == ""
+
+
+def test_counted_work_is_a_line_at_its_start_every_ten_seconds_and_at_its_end(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Counted("scores", "documents", total=2000, done=500, shown=True) as one:
+        for _ in range(3):
+            now[0] += 4.0  # the first update compiles and says nothing of the rate
+            one.update(100)
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines() == [
+        "scores: 500 of 2,000 documents",
+        "scores: 800 of 2,000 documents, ETA 48 s",
+        "scores: 800 of 2,000 documents in 12 s",
+    ]
+    with progress.Counted("scores", "documents", total=None, shown=True):
+        pass
+    with progress.Counted("scores", "documents", total=9, shown=False) as one:
+        now[0] += 99.0
+        one.update(9)
+    assert capsys.readouterr().err.splitlines() == [
+        "scores: 0 documents",
+        "scores: 0 documents in 0 s",
+    ]
+    with pytest.raises(KeyboardInterrupt), progress.Counted("x", "documents", total=9, shown=True):
+        raise KeyboardInterrupt  # unfinished work has no line of its end
+    assert capsys.readouterr().err.splitlines() == ["x: 0 of 9 documents"]
+
+
+def test_counted_work_is_a_bar_on_a_terminal(monkeypatch):
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    with progress.Counted("scores", "documents", total=9, shown=True) as one:
+        one.update(9)
+    assert "9/9" in err.getvalue() and "of 9" not in err.getvalue()
