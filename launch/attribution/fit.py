@@ -25,9 +25,12 @@ from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
 from model.storage import paths
 
-SAMPLE = 64
+SAMPLE, RANKED = (
+    1024,
+    64,
+)  # first documents that `ekfac_cg` may take, and that the table of dampings ranks
 _SETTINGS = ("labels", "blocks", "factor_dtype", "precision", "seed", "length", "max_documents")
-_SETTINGS += ("batch_size",)
+_SETTINGS += ("batch_size", "sweep_documents")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,6 +125,7 @@ def fit(
     length: int | None = None,
     max_documents: int = 100_000,
     batch_size: int = 8,
+    sweep_documents: int = 32,
 ) -> None:
     """Fits factors into the folder `out`, or continues there.
 
@@ -142,6 +146,8 @@ def fit(
       length: tokens that are read of each document; 512, or the model's positions if fewer, if not set.
       max_documents: number of first documents that are used.
       batch_size: documents at a time.
+      sweep_documents: so many of the first 64 documents are ranked for their own second halves with several dampings, in a
+        table at the end; 0 for no table.
 
     Raises:
       LoadError: settings or rows that do not fit the model, or a folder with other factors.
@@ -150,9 +156,12 @@ def fit(
 
     from trainers.influence import fit as stages
     from trainers.influence import sites as site_list
+    from trainers.influence import sweep
     from trainers.influence.files import model_digest
 
     row_files.check_folder(out)
+    if not 0 <= sweep_documents <= RANKED:
+        raise LoadError(f"--sweep_documents={sweep_documents} must be from 0 to {RANKED}.")
     settings = stages.FitSettings(
         modules=tuple(modules),
         labels=labels,
@@ -187,10 +196,9 @@ def fit(
         }
         folder = pathlib.Path(path)
         factor_files.begin(folder, record, out=out)
+        sample = [*itertools.islice(iter(source), SAMPLE)]
         if jax.process_index() == 0:
-            inputs.write_sample(
-                folder / factor_files.SAMPLE, [*itertools.islice(iter(source), SAMPLE)]
-            )
+            inputs.write_sample(folder / factor_files.SAMPLE, sample)
         reader = stages.Reader(
             model=run.model,
             params=run.params,
@@ -201,6 +209,13 @@ def fit(
         push()
         stages.fit(reader, folder, lambda: source, settings, total=source.count(), saved=push)
         experts = stages.tokens_of_experts(folder, sites)
+        ranked = sample[:RANKED]
+        recalls = sweep.recalls(
+            *(reader, folder, sites, ranked),
+            asked=sweep_documents,
+            dtype=settings.sum_dtype,
+            precision=precision,
+        )
         seconds = time.perf_counter() - began
         count = json.loads((folder / "squares" / "record.json").read_text())
     if jax.process_index() == 0:
@@ -212,6 +227,8 @@ def fit(
             f"factors of {len(sites)} matrices ({site_list.weights(sites):,} weights) from {count['documents']:,} documents, "
             f"{count['tokens']:,} tokens, in {seconds:.1f} s: {paths.absolute(out)}"
         )
+        for line in sweep.table(recalls, len(ranked)):
+            print(line)
 
 
 if __name__ == "__main__":

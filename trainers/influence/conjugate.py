@@ -1,15 +1,16 @@
 """EK-FAC + CG: conjugate gradients on Gauss-Newton products, preconditioned by EK-FAC, and started from its solution.
 
-Solves (G_B + D) x = q for the gradient q of one query. G_B is the Gauss-Newton matrix of a fixed batch of documents, a mean
-over documents of token-summed curvature, and D the damping of each matrix. Neither the batch's G_B nor any factor is formed
-beyond EK-FAC's.
+Solves (G_B + D) x = q for the gradient q of one query. G_B is the Gauss-Newton matrix of a fixed set of documents, a mean over
+documents of token-summed curvature, and D the damping of each matrix, the same numbers as EK-FAC's. Neither G_B nor any factor
+is formed beyond EK-FAC's. Other documents have no curvature in G_B: a query that one of them decides is nearer to the solution
+by all documents in EK-FAC's own scores than in those of a small set.
 
 Shapes: B documents, T length, V vocabulary; matrices [L, E, X, Y] by site.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +87,29 @@ def gauss_newton(
     def call(params: Any, batch: Batch, matrices: Matrices) -> dict[str, jax.Array]:
         with use_reference_forms(), jax.default_matmul_precision(precision):
             return compiled(params, batch, matrices)
+
+    return call
+
+
+def over(
+    product: Callable[..., Matrices], params: Any, batches: Sequence[tuple[int, Batch]]
+) -> Callable[[Matrices], Matrices]:
+    """Returns the product by the Gauss-Newton matrix of all documents of several batches.
+
+    Args:
+      product: of `gauss_newton`.
+      params: parameters of the model.
+      batches: each with its number of documents.
+    """
+    total = sum(count for count, _ in batches)
+
+    def call(matrices: Matrices) -> Matrices:
+        result: dict[str, jax.Array] = {}
+        for count, batch in batches:
+            for path, own in product(params, batch, matrices).items():
+                share = own * jnp.asarray(count / total, own.dtype)
+                result[path] = result[path] + share if path in result else share
+        return result
 
     return call
 

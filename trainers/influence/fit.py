@@ -256,17 +256,18 @@ def read_curvature(
       StageError: a stage is missing or damaged.
     """
     with contextlib.ExitStack() as stack:
-        vectors, squares = (
-            files.by_site(stack.enter_context(files.opened(folder / stage))[0])
-            for stage in ("eigen", "squares")
-        )
-        first = next(iter(vectors.values()))["qa"]
+
+        def opened(stage: str) -> dict[str, dict[str, files.Tensor]]:
+            return files.by_site(stack.enter_context(files.opened(folder / stage))[0])
+
+        vectors, squares = opened("eigen"), None
+        if strategy == "ekfac":
+            squares = {path: kinds["squares"] for path, kinds in opened("squares").items()}
+        wide = next(iter(vectors.values()))["qa"].dtype == np.float64
         on_mesh = reader is not None and reader.sharding is not None
         return kronecker.Curvature.of(
-            *(sites, vectors),
-            {p: k["squares"] for p, k in squares.items()} if strategy == "ekfac" else None,
-            damping,
-            dtype=np.float64 if first.dtype == np.float64 else np.float32,
+            *(sites, vectors, squares, damping),
+            dtype=np.float64 if wide else np.float32,
             place=reader.place_spread if reader is not None and on_mesh else np.asarray,
             precision=precision,
         )

@@ -117,7 +117,7 @@ class Counted(contextlib.AbstractContextManager):
         self._done += count
         now = time.monotonic()
         first, since = self._warm = self._warm or (self._done, now)
-        if now - self._printed >= LINE_SECONDS:
+        if now - self._printed >= LINE_SECONDS and self._done != self._total:
             left = ""
             if self._total is not None and self._done > first:
                 seconds = (now - since) / (self._done - first) * (self._total - self._done)

@@ -29,6 +29,7 @@ from trainers.influence import (
     scores,
     sites,
     spread,
+    sweep,
 )
 from trainers.influence.backward import sampled_labels
 from trainers.influence.consumers import Squares
@@ -73,7 +74,7 @@ def texts(count, seed):
 def scored(reader, folder, settings, documents, asked, rank=None):
     fit.fit(reader, folder, lambda: documents, settings, total=len(documents))
     chosen = sites.select(reader.model, reader.params)
-    curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(), reader=reader)
+    curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(0.1), reader=reader)
     ready = queries.prepare(
         reader, chosen, asked, curvature, rank=rank, store_dtype="float32", sample=documents[:8]
     )
@@ -160,7 +161,7 @@ def test_in_float64_batches_and_the_order_of_documents_change_nothing(tmp_path):
             )
             fit.fit(reader, folder, lambda: documents, settings)
             stages[size] = [files.read(folder / name)[0] for name in ("covariances", "squares")]
-            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping())
+            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(0.1))
             ready = queries.prepare(
                 *(reader, chosen, documents[:2], curvature), rank=None, dtype="float64"
             )
@@ -258,7 +259,7 @@ def test_scores_of_rank_32_correlate_with_uncompressed_ones(tmp_path):
     documents, asked = texts(64, 6), texts(3, 7)
     fit.fit(reader, tmp_path, lambda: documents, FitSettings())
     chosen = sites.select(model, reader.params)
-    curvature = fit.read_curvature(tmp_path, chosen, "ekfac", kronecker.Damping())
+    curvature = fit.read_curvature(tmp_path, chosen, "ekfac", kronecker.Damping(0.1))
     by_rank, pearson = {}, {}
     for rank in (32, None):
         ready = queries.prepare(reader, chosen, asked, curvature, rank=rank, sample=documents)
@@ -478,3 +479,29 @@ def test_rotations_and_gauss_newton_products_have_the_precision_of_the_setting(m
                 precisions(lambda z, p=product: p(params, arrays, z), zeros),
             ]
         assert all(("HIGHEST" in own) == (setting == "highest") for own in got), got
+
+
+def test_own_halves_are_ranked_with_each_damping(model, params, tmp_path, monkeypatch):
+    """As by a curvature of that damping; documents of three tokens are ranked, but are no queries."""
+    documents = texts(20, 9) + [Row(context=[0], targets=[3, 4, 5])]
+    reader = Reader(model=model, params=params, batch_size=8)
+    chosen = sites.select(model, params)
+    fit.fit(reader, tmp_path, lambda: documents, FitSettings())
+    compression = queries.Compression
+    monkeypatch.setattr(queries, "Compression", lambda *_: compression(None, "float32"))
+    got = sweep.recalls(reader, tmp_path, chosen, documents[::-1], asked=6)
+    asked = [i for i, row in enumerate(documents[::-1]) if len(row.targets) >= 4][:6]
+    halves = [sweep.halved(documents[::-1][i]) for i in asked]
+    assert [one.damping for one in got] == [None, *sweep.DAMPINGS]
+    for one in got:
+        curvature = one.damping and fit.read_curvature(
+            tmp_path, chosen, "ekfac", kronecker.Damping(one.damping)
+        )
+        ready = queries.prepare(reader, chosen, halves, curvature, rank=None)
+        rows = scores.score(reader, chosen, ready, documents[::-1])
+        own = np.array([one.scores for one in rows])
+        want = [1 + (own[:, q] > own[i, q]).sum() for q, i in enumerate(asked)]
+        np.testing.assert_array_equal(one.ranks, want)
+        assert one.first == np.mean(np.array(want) == 1)
+    assert not sweep.recalls(reader, tmp_path, chosen, documents, asked=0)
+    assert sweep.table([], 3) == []
