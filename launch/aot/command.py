@@ -54,9 +54,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--program",
         default="train",
-        choices=("train", "prefill", "decode", "covariances"),
+        choices=("train", "prefill", "decode", "covariances", "squares", "scores"),
         help="train: an update (default); prefill, decode: BATCH_SIZE prompts of TASK_FEATURE_LENGTHS tokens are read, or "
-        "continued by one token; covariances: a batch of documents of EK-FAC's first stage",
+        "continued by one token; covariances, squares: a batch of documents of EK-FAC's first or third stage; scores: documents are scored "
+        "for queries",
     )
     _add_search_flags(parser)
     group = parser.add_argument_group("prefill, decode")
@@ -69,9 +70,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cache_dtype", choices=("int8", "bfloat16", "float16", "float32"))
     group.add_argument("--prefill_chunk", type=int, metavar="N", help="as of `generate`")
-    group = parser.add_argument_group("covariances")
+    group = parser.add_argument_group("covariances, squares, scores")
     group.add_argument("--modules", default="mlp", metavar="NAMES", help="as of `influence fit`")
     group.add_argument("--blocks", type=int, default=1, metavar="N", help="as of `influence fit`")
+    group.add_argument("--queries", type=int, default=100, metavar="N", help="of scores (100)")
+    group.add_argument("--rank", type=int, default=64, metavar="N", help="as of `influence score`")
 
 
 def _add_search_flags(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +121,9 @@ _OF_PROGRAMS: dict[tuple[str, ...], dict[str, Any]] = {
         **{"max_new_tokens": 128, "cache_policy": "full", "cache": []},
         **{"cache_dtype": None, "prefill_chunk": None},
     },
-    ("covariances",): {"modules": "mlp", "blocks": 1},
+    ("covariances", "squares", "scores"): {"modules": "mlp"},
+    ("covariances", "squares"): {"blocks": 1},
+    ("scores",): {"queries": 100, "rank": 64},
 }
 _OF_SEARCH = {
     **{"memory_limit": None, "search_minutes": 60, "search_dir": None},
@@ -198,6 +203,8 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
             prefill_chunk=flags.prefill_chunk,
             modules=tuple(flags.modules.split(",")),
             blocks=flags.blocks,
+            queries=flags.queries,
+            rank=flags.rank,
         ),
     }
 

@@ -4,6 +4,8 @@ train        one update, as the training loop runs it.
 prefill      reads a batch of prompts into caches and chooses the first token, as generation does.
 decode       the loop over new tokens that follows; its end depends on the tokens, so its costs are those of one token.
 covariances  one batch of the first stage of EK-FAC (trainers/influence/fit.py).
+squares      one batch of its third stage; the second is a program of one device for each matrix, and on TPUs runs on their hosts.
+scores       one batch of documents, scored for queries of low rank (trainers/influence/scores.py).
 
 The rows of a batch are the recipe's, and its row length is the length of a prompt or a document.
 """
@@ -24,12 +26,14 @@ from trainers import initialise, partitioning
 from trainers.decoding.decode import Loop, advance, begin
 from trainers.decoding.prefill import prefill
 from trainers.decoding.settings import Settings
-from trainers.influence import sites
-from trainers.influence.consumers import Covariances
+from trainers.influence import sites, spread
+from trainers.influence.consumers import Consumer, Covariances, Scores, Squares
 from trainers.influence.fit import Reader
+from trainers.influence.queries import Compression
 from trainers.recipe import Program, Recipe
 
-Kind = Literal["train", "prefill", "decode", "covariances"]
+Kind = Literal["train", "prefill", "decode", "covariances", "squares", "scores"]
+INFLUENCE = ("covariances", "squares", "scores")
 # Axes of a cache's arrays by the end of their names, see model/kv_cache/slots.py.
 _CACHE_AXES = {
     "_BKSH": (axes.BATCH, axes.ACT_KV_HEADS),
@@ -45,8 +49,10 @@ class Options:
       max_new_tokens: tokens that the caches have room for.
       cache_dtype: dtype of caches while decoding; None for the model's.
       prefill_chunk: number of prompt tokens to read at a time; None for all.
-      modules: matrices whose covariances are summed, see launch/attribution/fit.py.
+      modules: matrices that are tapped, see launch/attribution/fit.py.
       blocks: number of diagonal blocks of each covariance.
+      queries: queries that documents are scored for.
+      rank: rank of their gradients.
     """
 
     max_new_tokens: int = 128
@@ -54,6 +60,8 @@ class Options:
     prefill_chunk: int | None = None
     modules: Sequence[str] = sites.DEFAULT
     blocks: int = 1
+    queries: int = 100
+    rank: int = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +89,8 @@ def work(kind: Kind, program: Program, policy: CachePolicy, options: Options) ->
     """Returns the program of this kind; raises ValueError for a model that has none."""
     if kind == "train":
         return train(program)
-    if kind == "covariances":
-        return _covariances(program, options)
+    if kind in INFLUENCE:
+        return _influence(kind, program, options)
     return _generation(program, policy, options, decodes=kind == "decode")
 
 
@@ -169,7 +177,7 @@ def _loop_shardings(loop: Any, program: Program) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, loop)
 
 
-def _covariances(program: Program, options: Options) -> Work:
+def _influence(kind: Kind, program: Program, options: Options) -> Work:
     recipe = program.recipe
     model, rows, length = recipe.language_model, recipe.batch_size, recipe.length
     params = initialise.abstract_params(model, program.mesh, program.rules)
@@ -188,11 +196,28 @@ def _covariances(program: Program, options: Options) -> Work:
     whole = NamedSharding(program.mesh, PartitionSpec())
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    consumer: Consumer = Covariances(options.blocks)
+    inputs: dict[str, Any] = {}
+    if kind == "squares":
+        zeros = consumer.zeros
+        sums = {
+            p: jax.eval_shape(lambda site=site: zeros(site, 1, 1)) for p, site in chosen.items()
+        }
+        inputs = {p: {"qa": own["a"], "qs": own["s"]} for p, own in sums.items()}
+        consumer = Squares(options.blocks)
+    if kind == "scores":
+        compress = Compression(options.rank, "bfloat16")
+        for path, site in chosen.items():
+            shape = (*site.scan, options.queries, *site.stack, site.inputs, site.outputs)
+            gradient = jax.ShapeDtypeStruct(shape, jnp.float32)
+            inputs[path] = jax.eval_shape(compress, gradient)
+        consumer = Scores(options.queries)
+    inputs = initialise.with_shardings(inputs, spread.shardings(program.mesh, inputs))
     return Work(
-        function=reader.compiled(chosen, Covariances(options.blocks)),
-        arguments=(params, {}, batch, key),
+        function=reader.compiled(chosen, consumer),
+        arguments=(params, inputs, batch, None if kind == "scores" else key),  # labels of documents
         donated=None,
-        model_flops=None,  # the sums of products, not the model's passes, are most of the work
+        model_flops=None,  # products of matrices, not the model's passes, are most of the work
         mean_keys=_mean_keys(recipe),
         per="batch",
     )

@@ -24,7 +24,12 @@ from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
 from model.storage import paths
 
-SAMPLE = 64
+SAMPLE, RANKED = (
+    1024,
+    64,
+)  # first documents that `ekfac_cg` may take, and that the table of dampings ranks
+_SETTINGS = ("labels", "blocks", "factor_dtype", "precision", "seed", "length", "max_documents")
+_SETTINGS += ("batch_size", "sweep_documents")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +58,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="layers, with commas: mlp (default), attention, adapters, head, all, or patterns of whole paths",
     )
-    names = ("labels", "blocks", "factor_dtype", "seed", "length", "max_documents", "batch_size")
-    setting_flags.add(group, fit, names=names)
+    setting_flags.add(group, fit, names=_SETTINGS)
 
 
 def add_document_flags(group: Any) -> None:
@@ -98,11 +102,7 @@ def _run(start: cli.Start) -> None:
         start(),
         **{name: getattr(flags, name) for name in names},
         modules=flags.modules.split(","),
-        **setting_flags.given(
-            flags,
-            fit,
-            ("labels", "blocks", "factor_dtype", "seed", "length", "max_documents", "batch_size"),
-        ),
+        **setting_flags.given(flags, fit, _SETTINGS),
     )
 
 
@@ -119,10 +119,12 @@ def fit(
     labels: Literal["sampled", "empirical"] = "sampled",
     blocks: int = 1,
     factor_dtype: Literal["float32", "float64", "bfloat16"] = "float32",
+    precision: Literal["highest", "high", "default"] = "highest",
     seed: int = 0,
     length: int | None = None,
     max_documents: int = 100_000,
     batch_size: int = 8,
+    sweep_documents: int = 32,
 ) -> None:
     """Fits factors into the folder `out`, or continues there.
 
@@ -138,23 +140,33 @@ def fit(
       labels: labels of the curvature: sampled from the model, or the documents' own tokens (empirical).
       blocks: diagonal blocks of each covariance; more need less memory.
       factor_dtype: dtype of the factors; bfloat16 stores eigenvectors only, sums stay in float32.
+      precision: of products in the eigenbasis on accelerators; default rounds them to bfloat16 on TPUs and to 10 bits on GPUs.
       seed: seed of the sampled labels.
       length: tokens that are read of each document; 512, or the model's positions if fewer, if not set.
       max_documents: number of first documents that are used.
       batch_size: documents at a time.
+      sweep_documents: so many of the first 64 documents are ranked for their own second halves with several dampings, in a
+        table at the end; 0 for no table.
 
     Raises:
       LoadError: settings or rows that do not fit the model, or a folder with other factors.
     """
     import jax
 
-    from trainers.influence import files
+    from trainers.influence import files, sweep
     from trainers.influence import fit as stages
     from trainers.influence import sites as site_list
 
     row_files.check_folder(out)
+    if not 0 <= sweep_documents <= RANKED:
+        raise LoadError(f"--sweep_documents={sweep_documents} must be from 0 to {RANKED}.")
     settings = stages.FitSettings(
-        modules=tuple(modules), labels=labels, blocks=blocks, factor_dtype=factor_dtype, seed=seed
+        modules=tuple(modules),
+        labels=labels,
+        blocks=blocks,
+        factor_dtype=factor_dtype,
+        seed=seed,
+        precision=precision,
     )
     factor_files.check_float64(factor_dtype)
     with (
@@ -182,10 +194,9 @@ def fit(
         }
         folder = pathlib.Path(path)
         factor_files.begin(folder, record, out=out)
+        sample = [*itertools.islice(iter(source), SAMPLE)]
         if jax.process_index() == 0:
-            inputs.write_sample(
-                folder / factor_files.SAMPLE, [*itertools.islice(iter(source), SAMPLE)]
-            )
+            inputs.write_sample(folder / factor_files.SAMPLE, sample)
         reader = stages.Reader(
             model=run.model,
             params=run.params,
@@ -196,6 +207,13 @@ def fit(
         push()
         stages.fit(reader, folder, lambda: source, settings, total=source.count(), saved=push)
         experts = stages.tokens_of_experts(folder, sites)
+        ranked = sample[:RANKED]
+        recalls = sweep.recalls(
+            *(reader, folder, sites, ranked),
+            asked=sweep_documents,
+            dtype=settings.sum_dtype,
+            precision=precision,
+        )
         seconds = time.perf_counter() - began
         count = files.read_record(folder / "squares")
     if jax.process_index() == 0:
@@ -207,6 +225,8 @@ def fit(
             f"factors of {len(sites)} matrices ({site_list.weights(sites):,} weights) from {count['documents']:,} documents, "
             f"{count['tokens']:,} tokens, in {seconds:.1f} s: {paths.absolute(out)}"
         )
+        for line in sweep.table(recalls, len(ranked)):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from launch import cli
 from launch.attribution import factors as factor_files
 from launch.attribution import inputs, outputs, ranking
-from launch.attribution.fit import add_document_flags, import_mixtures
+from launch.attribution.fit import SAMPLE, add_document_flags, import_mixtures
 from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
@@ -42,11 +42,20 @@ _OF_METHODS: Mapping[tuple[str, ...], tuple[str, ...]] = {
         *("per_layer", "token_scores"),
     ),
     (*factor_files.FITTED, "trak"): ("damping", "damping_kind"),
+    factor_files.FITTED: ("precision",),
     ("ekfac_cg",): ("cg_steps", "cg_documents"),
     ("trak",): ("projection",),
 }
 _SETTINGS = ("method", "damping", "damping_kind", "rank", "query_dtype", "cg_steps", "cg_documents")
-_SETTINGS += ("projection", "per_layer", "token_scores", "top", "length", "max_documents")
+_SETTINGS += (
+    "precision",
+    "projection",
+    "per_layer",
+    "token_scores",
+    "top",
+    "length",
+    "max_documents",
+)
 _SETTINGS += ("batch_size",)
 
 
@@ -125,12 +134,13 @@ def score(
     split: str = "train",
     modules: Sequence[str] | None = None,
     method: Method = "ekfac",
-    damping: float = 0.1,
+    damping: float = 1e-4,
     damping_kind: Literal["relative", "absolute"] = "relative",
     rank: int = 64,
     query_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
     cg_steps: int = 10,
     cg_documents: int = 16,
+    precision: Literal["highest", "high", "default"] = "highest",
     projection: int = 32,
     per_layer: bool = False,
     token_scores: int = 0,
@@ -155,12 +165,13 @@ def score(
       modules: names or patterns of layers; those of the factors if not set.
       method: ekfac, kfac, ekfac_cg (refined by conjugate gradients), identity (dot product of gradients), cosine, trak
         (random projections), embedding (cosine of mean hidden states), bm25 or tfidf.
-      damping: factor on the mean eigenvalue of each matrix, or an absolute number.
+      damping: factor on the mean eigenvalue of each matrix, or an absolute number; ekfac_cg adds the same numbers as ekfac.
       damping_kind: relative or absolute.
       rank: rank of the queries' gradients in memory; 0 for whole matrices in float32.
       query_dtype: dtype of the queries' low-rank factors; each column of int8 has a scale.
       cg_steps: steps of ekfac_cg.
-      cg_documents: documents of its Gauss-Newton matrix, the first that factors were fitted on.
+      cg_documents: documents of its Gauss-Newton matrix, the first that factors were fitted on; at most 1,024.
+      precision: of products in the eigenbasis and of Gauss-Newton products, on accelerators, as in `fit`.
       projection: side N of trak's projected gradients, which have N * N numbers.
       per_layer: whether rows have "layers", the scores of each matrix.
       token_scores: for so many documents at both ends of each query's ranking, writes the influence of each token to
@@ -189,6 +200,7 @@ def score(
         **{"query_checkpoint": query_checkpoint, "per_layer": per_layer},
         **{"token_scores": token_scores, "damping": damping, "damping_kind": damping_kind},
         **{"cg_steps": cg_steps, "cg_documents": cg_documents, "projection": projection},
+        precision=precision,
     )
     record = factor_files.read(factors) if factors else None
     if length is None and record is not None:
@@ -228,6 +240,7 @@ def score(
                 **{"query_dtype": query_dtype, "cg_steps": cg_steps if method == "ekfac_cg" else 0},
                 **{"cg_documents": cg_documents if method == "ekfac_cg" else 0},
                 **{"projection": projection if method == "trak" else 0},
+                "precision": precision,
                 "query_checkpoint": query_checkpoint and load_run.place(query_checkpoint),
             }
             scored = scorers.Gradients(
@@ -268,6 +281,10 @@ def _check(method: str, factors: str | None, *, cg_steps: int, **numbers: int) -
     for name, least in least_values.items():
         if numbers[name] < least:
             raise LoadError(f"--{name}={numbers[name]} must be at least {least}.")
+    if numbers["cg_documents"] > SAMPLE:
+        raise LoadError(
+            f"--cg_documents={numbers['cg_documents']} must be at most {SAMPLE:,}, which `fit` stores."
+        )
     if cg_steps < 0:
         raise LoadError(f"--cg_steps={cg_steps} must be at least 0.")
 

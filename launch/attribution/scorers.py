@@ -21,6 +21,8 @@ from trainers.influence import fit as stages
 from trainers.influence import sites as site_list
 from trainers.influence.token_scores import concentration, is_spurious, output_token_scores
 
+_COMPARED = 64  # sample documents over which compressed and whole gradients are compared
+
 
 class Gradients:
     """Scores by gradients: the queries' are prepared, then documents stream once."""
@@ -77,7 +79,7 @@ class Gradients:
                 rank=self.settings["rank"] or None,
                 store_dtype=self.settings["query_dtype"],
                 dtype=self.dtype,
-                sample=sample,
+                sample=sample[:_COMPARED],
                 of_sample=self.reader,
                 refine=refine,
             )
@@ -115,28 +117,28 @@ class Gradients:
         curvature = stages.read_curvature(
             *(factor_files.local(self.factors or ""), self.sites, strategy, self.damping),
             reader=reader,
+            precision=self.settings["precision"],
         )
         if method != "ekfac_cg":
             return curvature, None
-        batch = [row for row in sample if row.targets][: self.settings["cg_documents"]]
-        if not batch:
+        rows = [row for row in sample if row.targets][: self.settings["cg_documents"]]
+        if not rows:
             raise LoadError(
                 f"--factors={self.factors} have no documents for ekfac_cg: fit them again."
             )
-        longest = max(row.inputs for row in batch)
-        length = documents.bucket_length(longest, limit=self.run.model.max_length)
-        size = self.run.batch_size(len(batch), len(batch))
-        arrays = self.reader.place(documents.columns(batch, range(len(batch)), size, length))
-        product = conjugate.gauss_newton(self.run.model, self.sites)
+        product = conjugate.over(
+            conjugate.gauss_newton(self.run.model, self.sites, self.settings["precision"]),
+            self.run.params,
+            [
+                (len(indices), self.reader.place(arrays))
+                for indices, arrays in self.reader.batches(rows, 0)
+            ],
+        )
 
         def refine(q: Any) -> tuple[Any, Any]:
-            solution = conjugate.solve(
-                lambda v: product(self.run.params, arrays, v),
-                curvature,
-                q,
-                steps=self.settings["cg_steps"],
-            )
-            return solution.x, solution.note
+            steps = self.settings["cg_steps"]
+            solution = conjugate.solve(product, curvature, q, steps=steps)
+            return solution.x, {**solution.note, "documents": len(rows)}
 
         return None, refine
 
@@ -172,7 +174,12 @@ class Gradients:
         if not np.all(np.isnan(pearson)):
             text += f"; scores of sample documents correlate at {np.nanmean(pearson):.4f} with uncompressed ones (least "
             text += f"{np.nanmin(pearson):.4f})"
-        return [text]
+        notes = [text]
+        if refined := self.queries.notes:
+            left = [note["residuals"][-1] for note in refined if note["residuals"]]
+            text = f"conjugate gradients on {refined[0]['documents']:,} documents"
+            notes.append(f"{text}, relative residuals up to {max(left):.2g}" if left else text)
+        return notes
 
     def token_rows(self, wanted: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
         """Yields the influence of every token of some documents, and its text, in the order of the queries.
@@ -187,9 +194,12 @@ class Gradients:
         size = self.run.batch_size(1, 1)
         for q, chosen in enumerate(wanted):
             direction = {
-                path: np.take(
-                    np.asarray(queries.whole(self.queries.inputs[path], "float32")),
-                    *(q, len(site.scan)),
+                path: queries.whole(
+                    {
+                        name: np.take(x, q, axis=len(site.scan))
+                        for name, x in self.queries.inputs[path].items()
+                    },
+                    "float32",
                 )
                 for path, site in self.sites.items()
             }

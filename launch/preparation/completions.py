@@ -157,7 +157,7 @@ def _ask_one(
         if (reason := input_errors.reason(error)) is None:
             raise
         asked.failed = str(reason)
-        tqdm.tqdm.write(f"warning: {working.teacher.name} failed: {reason}", file=sys.stderr)
+        Bar.write(f"warning: {working.teacher.name} failed: {reason}", file=sys.stderr)
 
 
 def _row(working: Working, prompt: Prompt, answer: Answer | Silence, key: str) -> dict[str, Any]:

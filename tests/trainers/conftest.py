@@ -1,5 +1,6 @@
 """What several tests of training share."""
 
+import functools
 import os
 import pathlib
 import socket
@@ -13,13 +14,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def two_processes(tmp_path):
-    """Runs a script in two processes of two devices each; its arguments are a folder, the process's index and a free port.
+def processes(tmp_path):
+    """Runs a script in processes of two devices each; its arguments are a folder, the process's index and a free port.
 
     The script must end with printing "fine" and its index. Returns what each process wrote to standard error.
     """
 
-    def run(script: str) -> list[str]:
+    def run(script: str, *, count: int) -> list[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -36,7 +37,7 @@ def two_processes(tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for i in range(2)
+            for i in range(count)
         ]
         try:
             results = [process.communicate(timeout=250) for process in processes]
@@ -48,3 +49,9 @@ def two_processes(tmp_path):
         return [err for _, err in results]
 
     return run
+
+
+@pytest.fixture
+def two_processes(processes):
+    """Runs a script in two processes; see `processes`."""
+    return functools.partial(processes, count=2)

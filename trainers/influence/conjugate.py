@@ -1,14 +1,16 @@
 """EK-FAC + CG: conjugate gradients on Gauss-Newton products, preconditioned by EK-FAC, and started from its solution.
 
-Solves (G_B + D) x = q for the gradient q of one query. G_B is the Gauss-Newton matrix of a fixed batch of documents, a mean
-over documents of token-summed curvature, and D the damping of each matrix. Neither the batch's G_B nor any factor is formed
-beyond EK-FAC's.
+Solves (G_B + D) x = q for the gradient q of one query. G_B is the Gauss-Newton matrix of a fixed set of documents, a mean over
+documents of token-summed curvature, and D the damping of each matrix, the same numbers as EK-FAC's. Neither G_B nor any factor
+is formed beyond EK-FAC's. Other documents have no curvature in G_B: a query that one of them decides is nearer to the solution
+by all documents in EK-FAC's own scores than in those of a small set.
 
 Shapes: B documents, T length, V vocabulary; matrices [L, E, X, Y] by site.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from model.kernels.platform import use_reference_forms
 from model.kernels.vocab_logits import LogitForm
 from trainers.checkpoints import state_tree
 from trainers.influence import spread
+from trainers.influence.blocks import Precision
 from trainers.influence.kronecker import Curvature
 from trainers.influence.sites import Site
 from trainers.objectives.base import Batch
@@ -51,11 +54,13 @@ def logits_of(model: Any, params: Any, batch: Batch) -> jax.Array:
     return form.logits(hidden_BTD.reshape(B * T, D), head_VD).reshape(B, T, -1)
 
 
-def gauss_newton(model: Any, sites: Mapping[str, Site]) -> Callable[..., dict[str, jax.Array]]:
+def gauss_newton(
+    model: Any, sites: Mapping[str, Site], precision: Precision = "highest"
+) -> Callable[..., dict[str, jax.Array]]:
     """Returns the compiled product (params, batch, matrices) -> G_B matrices.
 
     Logits change by `jvp`, then the softmax's curvature diag(p) - p p^T, then `vjp`; positions without a loss weight add
-    nothing. Kernels take their plain forms, which have forward derivatives.
+    nothing. Kernels take their plain forms, which have forward derivatives. `precision` is that of all products.
     """
 
     def product(params: Any, batch: Batch, matrices: Matrices) -> dict[str, jax.Array]:
@@ -80,16 +85,45 @@ def gauss_newton(model: Any, sites: Mapping[str, Site]) -> Callable[..., dict[st
     compiled = jax.jit(product)
 
     def call(params: Any, batch: Batch, matrices: Matrices) -> dict[str, jax.Array]:
-        with use_reference_forms():
+        with use_reference_forms(), jax.default_matmul_precision(precision):
             return compiled(params, batch, matrices)
 
     return call
 
 
+def over(
+    product: Callable[..., Matrices], params: Any, batches: Sequence[tuple[int, Batch]]
+) -> Callable[[Matrices], Matrices]:
+    """Returns the product by the Gauss-Newton matrix of all documents of several batches.
+
+    Args:
+      product: of `gauss_newton`.
+      params: parameters of the model.
+      batches: each with its number of documents.
+    """
+    total = sum(count for count, _ in batches)
+
+    def call(matrices: Matrices) -> Matrices:
+        result: dict[str, jax.Array] = {}
+        for count, batch in batches:
+            for path, own in product(params, batch, matrices).items():
+                share = own * jnp.asarray(count / total, own.dtype)
+                result[path] = result[path] + share if path in result else share
+        return result
+
+    return call
+
+
 def dot(x: Matrices, y: Matrices) -> float:
-    """Returns the inner product over all sites; rows are summed on the device, and their sums in float64."""
-    rows = [spread.on_host((x[path] * y[path]).sum(-1)).astype(np.float64).sum() for path in x]
-    return float(np.sum(rows))
+    """Returns the inner product over all sites: products and sums are in float64, also where JAX_ENABLE_X64 is off."""
+    with jax.enable_x64(True):
+        parts = spread.on_host([_sum_of_products(x[path], y[path]) for path in x])
+    return math.fsum(parts)
+
+
+@jax.jit
+def _sum_of_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float64) * y.astype(jnp.float64)).sum()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from model.kernels.platform import target_platform
 from model.moe.grouped_matmul import grouped_matmul
 from trainers.influence import blocks
+from trainers.influence.blocks import Precision
 from trainers.influence.sites import Site
 
 Arrays = Mapping[str, Any]
@@ -181,6 +182,7 @@ class Squares:
     Attributes:
       blocks: n.
       dtype: dtype of the sums.
+      precision: of the rotations.
     """
 
     squares: ClassVar[bool] = True
@@ -188,13 +190,15 @@ class Squares:
 
     blocks: int = 1
     dtype: str = "float32"
+    precision: Precision = "highest"
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
         widths = [blocks.padded_width(d, self.blocks) for d in (site.inputs, site.outputs)]
         return jnp.zeros((*site.lead, *widths), self.dtype)
 
     def dense(self, a_BTX, g_BTY, mask_BT, inputs):
-        a, g = blocks.rotate(a_BTX, inputs["qa"]), blocks.rotate(g_BTY, inputs["qs"])
+        with jax.default_matmul_precision(self.precision):
+            a, g = blocks.rotate(a_BTX, inputs["qa"]), blocks.rotate(g_BTY, inputs["qs"])
         return sum_of_squares(jnp.einsum("btx,bty->bxy", a, g)).astype(self.dtype)
 
     def experts(self, a_RX, g_RY, rows, inputs):
@@ -206,12 +210,15 @@ class Squares:
             ]
             return jnp.where(rows.valid_R[:, None], jnp.concatenate(each, axis=-1), 0)
 
-        a, g = rotated(a_RX, inputs["qa"]), rotated(g_RY, inputs["qs"])
+        with jax.default_matmul_precision(self.precision):
+            a, g = rotated(a_RX, inputs["qa"]), rotated(g_RY, inputs["qs"])
         squares = jnp.square(outer_by_group(a, g, rows.sizes_of_documents))
         return squares.reshape(-1, rows.batch, *squares.shape[1:]).sum(1).astype(self.dtype)
 
     def finish(self, site, gradient, inputs):
-        rotated = jax.vmap(lambda v: blocks.rotate_matrix(v, inputs["qa"], inputs["qs"]))(gradient)
+        rotate = jax.vmap(lambda v: blocks.rotate_matrix(v, inputs["qa"], inputs["qs"]))
+        with jax.default_matmul_precision(self.precision):
+            rotated = rotate(gradient)
         return sum_of_squares(rotated)
 
 

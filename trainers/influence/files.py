@@ -1,14 +1,18 @@
 """Stages of arrays on disk: safetensors with a checksum and a record, written whole or not at all."""
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from model.hf.files.safetensors_files import (
@@ -30,30 +34,103 @@ class StageError(ValueError):
     """A stage that is missing, damaged, or of another model."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of an open stage, of which an index reads its own values alone.
+
+    An index has whole numbers and slices without steps for the first dimensions.
+    """
+
+    reader: SafetensorsReader
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.reader.tensors[self.name].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.reader.tensors[self.name].dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.reader.read(self.name), dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if len(self.shape) < 2:
+            return self.reader.read(self.name)[index]
+        wanted = [*index] + [slice(None)] * (len(self.shape) - len(index))
+        chosen = [
+            range(size)[i] if isinstance(i, slice) else range(i, i + 1)
+            for i, size in zip(wanted, self.shape, strict=True)
+        ]
+        *lead, rows, columns = chosen
+        width = self.shape[-1]
+        result = np.empty([len(one) for one in chosen], self.dtype)
+        flat = result.reshape(math.prod(map(len, lead)), len(rows), len(columns))
+        whole_rows = np.empty((len(rows), width), self.dtype)
+        for n, place in enumerate(itertools.product(*lead)):
+            first = 0
+            for i, size in zip((*place, rows.start), self.shape[:-1], strict=True):
+                first = first * size + i
+            into = flat[n] if len(columns) == width else whole_rows
+            self.reader.read_values(self.name, first * width, into)
+            if into is whole_rows:
+                flat[n] = whole_rows[:, columns.start : columns.stop]
+        sizes = [len(o) for o, i in zip(chosen, wanted, strict=True) if isinstance(i, slice)]
+        return result.reshape(sizes)
+
+
 def write(
-    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
+    folder: pathlib.Path,
+    arrays: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    finish: Callable[[np.ndarray], np.ndarray] = lambda part: part,
 ) -> None:
     """Writes arrays by name and a record of JSON values; a folder that exists is replaced once all is written.
 
-    Every process must call it, with the same values; it returns once the folder is whole.
+    Every process must call it; it returns once the folder is whole. Large arrays on devices are gathered by matrices.
+
+    Args:
+      finish: is applied to what is written, and keeps shapes and dtypes.
+    """
+    arrays = {n: x if isinstance(x, jax.Array) else np.asarray(x) for n, x in arrays.items()}
+    pieces = (
+        (name, start, finish(part)) for name, x in arrays.items() for start, part in spread.parts(x)
+    )
+    write_pieces(folder, {n: (x.dtype, x.shape) for n, x in arrays.items()}, pieces, record)
+
+
+def write_pieces(
+    folder: pathlib.Path,
+    layout: Mapping[str, tuple[Any, tuple[int, ...]]],
+    pieces: Iterable[tuple[str, int, np.ndarray]],
+    record: Mapping[str, Any],
+) -> None:
+    """Writes pieces of tensors: (name, index of the first value in the flattened tensor, values); see `write`.
+
+    Every process goes through all pieces; the first writes them.
     """
     if agreement.is_primary():
-        _write(folder, arrays, record)
+        _write(folder, layout, pieces, record)
+    else:
+        for _ in pieces:
+            pass
     agreement.gather("written")  # other processes read what the first has written
 
 
 def _write(
-    folder: pathlib.Path, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]
+    folder: pathlib.Path,
+    layout: Mapping[str, tuple[Any, tuple[int, ...]]],
+    pieces: Iterable[tuple[str, int, np.ndarray]],
+    record: Mapping[str, Any],
 ) -> None:
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    layout = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     with SafetensorsWriter(fresh, layout, shard_bytes=_SHARD_BYTES) as writer:
-        for name, array in arrays.items():
-            # A scalar has no rows.
-            writer.write(name, array)
+        for name, start, values in pieces:
+            writer.write_values(name, values, start)
     # Through JSON, as `read` sees them.
     full = json.loads(json.dumps({**record, "sha256": _checksum(fresh / SINGLE)}))
     full[_OWN] = _record_checksum(full)
@@ -75,7 +152,14 @@ def _set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the arrays by name and the record.
+    """Returns the arrays by name and the record; raises the errors of `opened`."""
+    with opened(folder) as (tensors, record):
+        return {name: np.asarray(tensor) for name, tensor in tensors.items()}, record
+
+
+@contextlib.contextmanager
+def opened(folder: pathlib.Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Yields the tensors by name, of which nothing is read yet, and the record.
 
     Raises:
       StageError: the folder is missing or damaged.
@@ -88,7 +172,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                     f"{folder / SINGLE} is damaged: its checksum is not the recorded one. Delete {folder} and run the "
                     "command again."
                 )
-            return {name: reader.read(name) for name in reader.tensors}, record
+            yield {name: Tensor(reader, name) for name in reader.tensors}, record
     except WeightFileError as error:
         raise StageError(
             f"{folder} is missing or damaged. Delete it and run the command again. ({error})"
@@ -126,21 +210,19 @@ def remove(folder: pathlib.Path) -> None:
                 shutil.rmtree(each)
 
 
-def by_site(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+def by_site(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns arrays named 'path:kind' as {path: {kind: array}}."""
-    result: dict[str, dict[str, np.ndarray]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         path, _, kind = name.rpartition(":")
         result.setdefault(path, {})[kind] = array
     return result
 
 
-def named(by_site: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Returns {path: {kind: array}} as arrays on the host named 'path:kind'; the inverse of `by_site`."""
+def named(by_site: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns {path: {kind: array}} as arrays named 'path:kind'; the inverse of `by_site`."""
     return {
-        f"{path}:{kind}": array
-        for path, kinds in spread.on_host(by_site).items()
-        for kind, array in kinds.items()
+        f"{path}:{kind}": array for path, kinds in by_site.items() for kind, array in kinds.items()
     }
 
 

@@ -8,6 +8,7 @@ Labels are drawn by document and position, and sums are saved between windows of
 an uninterrupted one bit for bit.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,8 +23,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers.checkpoints import agreement
-from trainers.influence import documents, files, kronecker, spread
+from trainers.influence import documents, eigen, files, kronecker, spread
 from trainers.influence.backward import backward
+from trainers.influence.blocks import Precision
 from trainers.influence.consumers import Consumer, Covariances, Squares
 from trainers.influence.sites import DEFAULT, Site, select
 from trainers.scoring.scoring import Row
@@ -47,6 +49,7 @@ class FitSettings:
       blocks: number of diagonal blocks of each covariance; more blocks need less memory.
       factor_dtype: dtype of sums and stored factors; of bfloat16 only the stored eigenvectors are.
       seed: seed of the labels.
+      precision: of the rotations into the eigenbasis, on accelerators.
     """
 
     modules: Sequence[str] = DEFAULT
@@ -54,6 +57,7 @@ class FitSettings:
     blocks: int = 1
     factor_dtype: FactorDtype = "float32"
     seed: int = 0
+    precision: Precision = "highest"
 
     def __post_init__(self):
         if self.blocks < 1:
@@ -107,10 +111,16 @@ class Reader:
         return documents.placed(arrays, self.sharding)
 
     def place_spread(self, arrays: Any) -> Any:
-        """Returns sums, eigenvectors and queries on the devices, which have a part of each."""
-        if self.sharding is None:
-            return jax.device_put(arrays)
-        return jax.device_put(arrays, spread.shardings(self.sharding.mesh, arrays))
+        """Returns sums, eigenvectors and queries, arrays or tensors of files, on the devices, which have a part of each."""
+
+        def place(x: Any) -> jax.Array:
+            if self.sharding is None:
+                return jax.device_put(np.asarray(x))
+            # Each process reads its own parts. `device_put` would compare the whole array between processes.
+            own = spread.sharding(self.sharding.mesh, x.shape)
+            return jax.make_array_from_callback(x.shape, own, lambda index: x[index])
+
+        return jax.tree.map(place, arrays)
 
     def batches(self, rows: Sequence[Row], first: int) -> Any:
         return documents.batches(
@@ -148,46 +158,29 @@ def fit(
         files.write(folder / "covariances", files.named(result), count)
         saved()
     if not files.exists(folder / "eigen"):
-        _write_eigen(reader, folder, settings)
+        wide = np.dtype(settings.sum_dtype)
+        eigen.write(
+            *(folder / "covariances", folder / "eigen"),
+            devices=None if reader.sharding is None else [*reader.sharding.mesh.devices.flat],
+            dtype=wide,
+            stored=jnp.bfloat16 if settings.factor_dtype == "bfloat16" else wide,
+        )
         saved()
     if not files.exists(folder / "squares"):
-        eigen = files.by_site(files.read(folder / "eigen")[0])
-        inputs = {p: {n: eigen[p][n] for n in ("qa", "qs")} for p in sites}
-        squares = Squares(settings.blocks, settings.sum_dtype)
+        with files.opened(folder / "eigen") as (tensors, _):
+            kinds = files.by_site(tensors)
+            inputs = reader.place_spread({p: {n: kinds[p][n] for n in ("qa", "qs")} for p in sites})
+        squares = Squares(settings.blocks, settings.sum_dtype, settings.precision)
         result, count = sums(sites, squares, inputs, folder / "squares", stage=1)
-        mean = {
-            path: {"squares": np.asarray(kinds["squares"], np.float64) / count["documents"]}
-            for path, kinds in result.items()
-        }
-        if settings.sum_dtype == "float32":
-            mean = jax.tree.map(lambda x: x.astype(np.float32), mean)
-        files.write(folder / "squares", files.named(mean), count)
+
+        def mean(part: np.ndarray) -> np.ndarray:
+            return (part.astype(np.float64) / count["documents"]).astype(part.dtype)
+
+        files.write(folder / "squares", files.named(result), count, finish=mean)
         saved()
     for stage in STAGES:
         # Only now: a stop before a stage is written would lose its sum.
         files.remove(_partial(folder / stage))
-
-
-def _write_eigen(reader: Reader, folder: pathlib.Path, settings: FitSettings) -> None:
-    """Decomposes the covariances: on a mesh, each matrix of a stack on one of its devices in turn."""
-    covariances = files.by_site(files.read(folder / "covariances")[0])
-    result: dict[str, Any] = {}
-    eigh: Any = np.linalg.eigh
-    if reader.sharding is not None:
-        eigh = spread.Eigh([*reader.sharding.mesh.devices.flat])
-    wide = np.dtype(settings.sum_dtype)
-    names = sorted(covariances)
-    for path in Bar(names, desc="eigenvectors", unit="matrix"):
-        result[path] = kronecker.eigendecomposition(
-            covariances[path], name=path, dtype=wide, eigh=eigh
-        )
-    if jax.process_count() > 1:
-        # Only one process has numbers other than zeros.
-        result = jax.tree.map(spread.summed, result)
-    if settings.factor_dtype == "bfloat16":
-        for own in result.values():
-            own |= {name: own[name].astype(jnp.bfloat16) for name in ("qa", "qs")}
-    files.write(folder / "eigen", files.named(result), {})
 
 
 def _partial(target: pathlib.Path) -> pathlib.Path:
@@ -213,18 +206,16 @@ def _sums(
         key = jax.random.fold_in(jax.random.key(settings.seed), stage)
     run = reader.compiled(sites, consumer)
     add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y), donate_argnums=0)
-    inputs = reader.place_spread(inputs)
     partial = _partial(target)
     state, counts = None, {"read": 0, "documents": 0, "tokens": 0}
     if files.exists(partial):
-        arrays, record = files.read(partial)
-        state = reader.place_spread(files.by_site(arrays))
+        with files.opened(partial) as (tensors, record):
+            state = reader.place_spread(files.by_site(tensors))
         counts = {name: record[name] for name in counts}
     saved = time.monotonic()
     rows = iter(read_documents())
     skipped = sum(1 for _ in zip(range(counts["read"]), rows, strict=False))
-    progress = Bar(desc=target.name, unit="document", total=total, initial=skipped)
-    with progress:
+    with Bar(desc=target.name, unit="document", total=total, initial=skipped) as progress:
         for window in documents.windows(rows, reader.batch_size):
             for indices, arrays in reader.batches(window, counts["read"]):
                 results, nll_BT = run(reader.params, inputs, reader.place(arrays), key)
@@ -237,7 +228,7 @@ def _sums(
                 counts["tokens"] += int(arrays["decoder_loss_weights"].sum())
                 progress.update(len(indices))
             counts["read"] += len(window)
-            # Saving gathers the sums, so all processes follow the clock of the first.
+            # All processes save together, so they follow the clock of the first.
             due = agreement.gather(time.monotonic() - saved > SAVE_SECONDS)[0]
             if due and state is not None:
                 files.write(partial, files.named(state), counts)
@@ -246,7 +237,7 @@ def _sums(
         raise kronecker.FactorError(
             "The documents have no token to predict: give documents of two tokens or more."
         )
-    return spread.on_host(state), counts
+    return state, counts
 
 
 def read_curvature(
@@ -256,28 +247,34 @@ def read_curvature(
     damping: kronecker.Damping,
     *,
     reader: Reader | None = None,
+    precision: Precision = "highest",
 ) -> kronecker.Curvature:
-    """Returns the curvature of fitted stages, split over the devices of a reader's mesh.
+    """Returns the curvature of fitted stages, split over the devices of a reader's mesh; `precision` is of its rotations.
 
     Raises:
       StageError: a stage is missing or damaged.
     """
-    eigen = files.by_site(files.read(folder / "eigen")[0])
-    squares = None
-    if strategy == "ekfac":
-        squares = {
-            p: k["squares"] for p, k in files.by_site(files.read(folder / "squares")[0]).items()
-        }
-    dtype = np.float64 if next(iter(eigen.values()))["qa"].dtype == np.float64 else np.float32
-    curvature = kronecker.Curvature.of(sites, eigen, squares, damping, dtype=dtype)
-    if reader is None or reader.sharding is None:
-        return curvature
-    placed = {name: reader.place_spread(getattr(curvature, name)) for name in ("eigen", "inverse")}
-    return dataclasses.replace(curvature, **placed)
+    with contextlib.ExitStack() as stack:
+
+        def opened(stage: str) -> dict[str, dict[str, files.Tensor]]:
+            return files.by_site(stack.enter_context(files.opened(folder / stage))[0])
+
+        vectors, squares = opened("eigen"), None
+        if strategy == "ekfac":
+            squares = {path: kinds["squares"] for path, kinds in opened("squares").items()}
+        wide = next(iter(vectors.values()))["qa"].dtype == np.float64
+        on_mesh = reader is not None and reader.sharding is not None
+        return kronecker.Curvature.of(
+            *(sites, vectors, squares, damping),
+            dtype=np.float64 if wide else np.float32,
+            place=reader.place_spread if reader is not None and on_mesh else np.asarray,
+            precision=precision,
+        )
 
 
 def tokens_of_experts(folder: pathlib.Path, sites: Mapping[str, Site]) -> dict[str, list[int]]:
     """Returns the fewest and most tokens of an expert, by site of experts."""
-    arrays, _ = files.read(folder / "covariances")
-    counts = {p: arrays[f"{p}:count"] for p, s in sites.items() if s.experts is not None}
+    with files.opened(folder / "covariances") as (tensors, _):
+        own = {p: tensors[f"{p}:count"] for p, s in sites.items() if s.experts is not None}
+        counts = {path: np.asarray(count) for path, count in own.items()}
     return {p: [math.floor(c.min()), math.floor(c.max())] for p, c in counts.items()}

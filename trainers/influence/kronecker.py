@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from trainers.influence import blocks
+from trainers.influence.blocks import Precision
 from trainers.influence.sites import Site
 
 Strategy = Literal["ekfac", "kfac"]
 DampingKind = Literal["relative", "absolute"]
-RELATIVE = 0.1
+RELATIVE = 1e-4  # by the experiment of launch/papers/influence/damping.py
 
 
 class FactorError(ValueError):
@@ -29,11 +30,11 @@ class FactorError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Damping:
-    """What is added to the eigenvalues of a matrix.
+    """What is added to the eigenvalues of a matrix: lambda in (G + lambda)^-1, for EK-FAC alone and for conjugate gradients.
 
     Attributes:
       value: the added number, or the factor on the mean eigenvalue of the matrix.
-      kind: 'relative' to the mean eigenvalue, or 'absolute'.
+      kind: 'relative' to the mean eigenvalue of each matrix by EK-FAC (by K-FAC for K-FAC), or 'absolute', one number for all.
 
     Raises:
       FactorError: the value is not positive.
@@ -76,7 +77,7 @@ def eigendecomposition(
       sums: `a` and `s`, and `count`, the number of tokens.
       name: the site, for errors.
       dtype: dtype of the eigenvectors; eigenvalues are float64.
-      eigh: decomposes a stack of symmetric matrices, such as `spread.Eigh`.
+      eigh: decomposes a stack of symmetric matrices.
 
     Raises:
       FactorError: a sum is not finite.
@@ -154,40 +155,77 @@ class Curvature:
       eigen: `qa` and `qs` by path.
       inverse: reciprocals of the damped eigenvalues, by path.
       damping: the number added to the eigenvalues, [..., 1, 1] by path.
+      precision: of the rotations.
     """
 
     sites: Mapping[str, Site]
     eigen: Mapping[str, Mapping[str, Any]]
     inverse: Mapping[str, Any]
     damping: Mapping[str, Any]
+    precision: Precision = "highest"
 
     @classmethod
     def of(
         cls,
         sites: Mapping[str, Site],
-        eigen: Mapping[str, Mapping[str, np.ndarray]],
-        squares: Mapping[str, np.ndarray] | None,
+        eigen: Mapping[str, Mapping[str, Any]],
+        squares: Mapping[str, Any] | None,
         damping: Damping,
         *,
         dtype: Any = np.float32,
+        place: Callable[[Any], Any] = np.asarray,
+        precision: Precision = "highest",
     ) -> "Curvature":
-        """Returns the curvature by EK-FAC with `squares`, the corrected eigenvalues, or by K-FAC without them."""
-        values = {
-            path: kfac_eigenvalues(eigen[path])
-            if squares is None
-            else np.asarray(squares[path], np.float64)
-            for path in sites
-        }
+        """Returns the curvature by EK-FAC with `squares`, the corrected eigenvalues, or by K-FAC without them.
+
+        Args:
+          sites: by path.
+          eigen: `qa`, `qs`, `la`, `ls` by path: arrays, or tensors of files, of which one layer at a time is in float64.
+          squares: corrected eigenvalues by path, likewise.
+          damping: is added to the eigenvalues.
+          dtype: dtype of the reciprocals.
+          place: makes the curvature's arrays, such as `Reader.place_spread`.
+          precision: of the rotations.
+        """
+        inverse, added = {}, {}
+        for path, site in sites.items():
+            widths = [
+                eigen[path][name].shape[-3] * eigen[path][name].shape[-1] for name in ("qa", "qs")
+            ]
+            reciprocal = np.empty((*site.lead, *widths), dtype)
+            added[path] = np.empty((*site.lead, 1, 1), dtype)
+            for layer in np.ndindex(site.scan):
+                if squares is None:
+                    values = kfac_eigenvalues({n: eigen[path][n][layer] for n in ("la", "ls")})
+                else:
+                    values = np.asarray(squares[path][layer], np.float64)
+                reciprocal[layer] = reciprocals(site, values, damping)
+                added[path][layer] = damping.of(site, values)
+            inverse[path] = place(reciprocal)
         return cls(
             sites=sites,
-            eigen={p: {name: eigen[p][name] for name in ("qa", "qs")} for p in sites},
-            inverse={p: reciprocals(s, values[p], damping).astype(dtype) for p, s in sites.items()},
-            damping={p: damping.of(s, values[p]).astype(dtype) for p, s in sites.items()},
+            eigen={p: {name: place(eigen[p][name]) for name in ("qa", "qs")} for p in sites},
+            inverse=inverse,
+            damping=added,
+            precision=precision,
         )
+
+    def times(self, factor: float) -> "Curvature":
+        """Returns the curvature with `factor` times the damping; a factor of at least 1 loses no precision."""
+        inverse, added = {}, {}
+        for path, own in self.inverse.items():
+            more = np.asarray(self.damping[path] * (factor - 1)).astype(own.dtype)
+            # 1 / (Lambda + factor lambda) from 1 / (Lambda + lambda)
+            inverse[path] = own / (1 + own * more)
+            added[path] = self.damping[path] * np.asarray(factor, self.damping[path].dtype)
+        return dataclasses.replace(self, inverse=inverse, damping=added)
 
     def __call__(self, v: Mapping[str, jax.Array], *, batched: bool = True) -> dict[str, jax.Array]:
         """Returns (G + lambda)^-1 V by site; see `apply_eigen`."""
-        return {
-            path: apply_eigen(site, self.eigen[path], self.inverse[path], v[path], batched=batched)
-            for path, site in self.sites.items()
-        }
+        with jax.default_matmul_precision(self.precision):
+            return {
+                path: apply_eigen(
+                    site, self.eigen[path], self.inverse[path], v[path], batched=batched
+                )
+                for path, site in self.sites.items()
+            }

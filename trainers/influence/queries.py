@@ -124,7 +124,7 @@ def prepare(
             parts.append(spread.on_host(own))
             progress.update(len(nats_B))
     return QuerySet(
-        inputs=_concatenated(sites, parts),
+        inputs=concatenated(sites, parts),
         nats=np.concatenate(nats),
         norms=np.concatenate(norms),
         kept=np.concatenate(kept),
@@ -133,7 +133,8 @@ def prepare(
     )
 
 
-def _concatenated(sites: Mapping[str, Site], parts: Sequence[Inputs]) -> Inputs:
+def concatenated(sites: Mapping[str, Site], parts: Sequence[Inputs]) -> Inputs:
+    """Returns the inputs of several sets of queries as those of one."""
     return {
         path: {
             name: np.concatenate([part[path][name] for part in parts], axis=len(site.scan))
@@ -148,7 +149,7 @@ def joined(sites: Mapping[str, Site], sets: Sequence[QuerySet]) -> QuerySet:
     columns = {name: np.concatenate([getattr(one, name) for one in sets]) for name in _COLUMNS}
     notes = [note for one in sets for note in one.notes]
     return QuerySet(
-        inputs=_concatenated(sites, [one.inputs for one in sets]), notes=notes, **columns
+        inputs=concatenated(sites, [one.inputs for one in sets]), notes=notes, **columns
     )
 
 
@@ -203,6 +204,7 @@ class Compression:
 
 
 @functools.partial(jax.jit, static_argnums=1)
+@jax.default_matmul_precision("highest")
 def low_rank(v: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """Returns u [..., X, r] and w [..., Y, r] with u w^T close to v: the truncated SVD of small matrices.
 

@@ -63,8 +63,7 @@ def score(
     """
     run = reader.compiled(sites, Scores(queries.size, dtype=dtype))
     inputs = reader.place_spread(queries.inputs)
-    progress = Bar(desc="score", unit="document", total=total, initial=first)
-    with progress:
+    with Bar(desc="scores", unit="document", total=total, initial=first) as progress:
         for window in documents.windows(rows, reader.batch_size):
             scored: dict[int, Scored] = {}
             for indices, arrays in reader.batches(window, 0):

@@ -1,18 +1,16 @@
-"""Factors on a mesh: every device has a part of each sum, and decomposes some of the covariances.
+"""Factors on a mesh: every device has a part of each sum, and no process or device has a sum whole."""
 
-Shapes: s size of a covariance.
-"""
-
-import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+_LARGE = 1 << 26  # bytes of an array that is gathered by matrices
 
 
 def sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedSharding:
@@ -46,61 +44,63 @@ def on_host(tree: Any) -> Any:
     """Returns arrays on the host, whole, whichever processes have their parts. Every process must call it."""
 
     def whole(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            from jax.experimental import multihost_utils
-
-            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        return np.asarray(jax.device_get(x))
+        result = None
+        for start, part in parts(x):
+            if part.size == x.size:
+                return part.reshape(x.shape)
+            result = np.empty(x.size, part.dtype) if result is None else result
+            result[start : start + part.size] = part.reshape(-1)
+        assert result is not None
+        return result.reshape(x.shape)
 
     return jax.tree.map(whole, tree)
 
 
-def summed(array: np.ndarray) -> np.ndarray:
-    """Returns the sum of an array over processes, in its own dtype. Every process must call it.
+def parts(x: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields an array's values on the host, with the index of the first in the flattened array. Every process must read all.
 
-    Bytes are gathered: JAX would round float64 to float32.
+    A large array comes one matrix after the other, so that no process or device ever has it whole.
     """
+    if not isinstance(x, jax.Array):
+        yield 0, np.asarray(x)
+    elif x.ndim < 3 or x.nbytes <= _LARGE:
+        replicated = x.is_fully_addressable or x.is_fully_replicated
+        yield 0, np.asarray(x if replicated else _gatherer(_whole(x))(x))
+    else:
+        get = _gatherer(_whole(x))
+        for n, index in enumerate(np.ndindex(x.shape[:-2])):
+            yield n * math.prod(x.shape[-2:]), np.asarray(get(x, *index))
+
+
+def _whole(x: jax.Array) -> Any:
+    """Returns the sharding of what every device of an array has whole."""
+    own = x.sharding
+    return NamedSharding(own.mesh, PartitionSpec()) if isinstance(own, NamedSharding) else own
+
+
+@functools.cache
+def _gatherer(sharding: Any) -> Callable[..., jax.Array]:
+    """Returns the compiled function (x, *index of a matrix) -> the matrix; x itself without an index."""
+
+    def matrix(x: jax.Array, *index: Any) -> jax.Array:
+        if not index:
+            return x
+        sizes = (*(1 for _ in index), *x.shape[len(index) :])
+        first = (*index, *(0 for _ in x.shape[len(index) :]))
+        return jax.lax.dynamic_slice(x, first, sizes).reshape(x.shape[len(index) :])
+
+    return jax.jit(matrix, out_shardings=sharding)
+
+
+def sent(array: np.ndarray, owner: int) -> np.ndarray:
+    """Returns an array of the process `owner`. Every process must call it, with an array of the same shape and dtype.
+
+    Bytes are sent: JAX would round float64 to float32.
+    """
+    if jax.process_count() == 1:
+        return array
     from jax.experimental import multihost_utils
 
-    array = np.ascontiguousarray(array)
-    bytes_P = multihost_utils.process_allgather(array.view(np.uint8))
-    return np.asarray(bytes_P).view(array.dtype).sum(0)
-
-
-@dataclasses.dataclass
-class Eigh:
-    """Decomposes stacks of symmetric matrices in float64, each matrix on one of the devices in turn.
-
-    TPUs, which have no float64, leave them to their hosts: each process decomposes the matrices of its own devices.
-
-    Attributes:
-      devices: of all processes, in one order.
-    """
-
-    devices: Sequence[Any]
-    _next: int = 0
-
-    def __call__(self, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns eigenvalues [..., s] and eigenvectors [..., s, s]; zeros where another process has the matrix."""
-        flat = np.asarray(stack, np.float64).reshape(-1, *stack.shape[-2:])
-        values, vectors = np.zeros(flat.shape[:-1]), np.zeros(flat.shape)
-        count, own = len(self.devices), jax.process_index()
-        places = [self.devices[(self._next + i) % count] for i in range(len(flat))]
-        self._next += len(flat)
-        mine = [i for i, device in enumerate(places) if device.process_index == own]
-        for first in range(0, len(mine), count):
-            # As many at a time as there are devices, for their memory.
-            begun = [(i, _begin(flat[i], places[i])) for i in mine[first : first + count]]
-            for i, (own_values, own_vectors) in begun:
-                values[i], vectors[i] = np.asarray(own_values), np.asarray(own_vectors)
-        return values.reshape(stack.shape[:-1]), vectors.reshape(stack.shape)
-
-
-def _begin(matrix: np.ndarray, device: Any) -> tuple[Any, Any]:
-    """Starts one decomposition, and returns its results, which are not awaited."""
-    if device.platform == "tpu":
-        return np.linalg.eigh(matrix)
-    # Within the mesh of all devices, a program cannot be on one of them.
-    with jax.enable_x64(True), jax.set_mesh(Mesh(np.array([device]), ("one",))):
-        values, vectors = jnp.linalg.eigh(jax.device_put(matrix, device))
-    return values, vectors
+    own = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    got = multihost_utils.broadcast_one_to_all(own, is_source=jax.process_index() == owner)
+    return np.asarray(got).view(array.dtype).reshape(array.shape)

@@ -1,8 +1,11 @@
-"""EK-FAC influence (arXiv 2308.03296) at full size: sums of covariances of MLPs for one batch of documents.
+"""EK-FAC influence (arXiv 2308.03296) at full size: one batch of documents of both passes of a fit, and of scores for queries.
 
-The sums of all layers, in blocks on the diagonal (`--blocks`), are split over all chips, as `influence fit` does it. The models and
-blocks are those of plan.py, which counts storage and time of a whole fit and of 5 million scored documents.
+The sums of all layers, in blocks on the diagonal (`--blocks`), eigenvectors and queries are split over all chips, as `influence fit`
+and `score` do it. The models and blocks are those of plan.py, which counts storage and time of a whole fit and of 5 million scored
+documents.
 """
+
+import dataclasses
 
 from launch.papers.influence.plan import SIZES, Size
 from launch.papers.shared.full_size import Row, mesh, tokens
@@ -22,8 +25,19 @@ def _row(name: str, size: Size, topology: str, rows: int, *bindings: str) -> Row
     )
 
 
+def _also(row: Row, kind: str, what: str, *flags: str) -> Row:
+    """Returns a row of another program of the same model."""
+    title = row.title.replace("Covariances", what)
+    return dataclasses.replace(
+        row, name=f"{row.name}_{kind}", title=title, flags=(f"--program={kind}", *flags)
+    )
+
+
+_OF_7B = _row("ekfac_7b", _7B, "v5p:2x2x4", 16)
 ROWS = (
-    _row("ekfac_7b", _7B, "v5p:2x2x4", 16),
+    _OF_7B,
+    _also(_OF_7B, "squares", "Squares in the eigenbasis", f"--blocks={_7B.blocks}"),
+    _also(_OF_7B, "scores", "Scores for 100 queries"),
     _row("ekfac_35b", _35B, "v5p:4x4x4", 64, *mesh("fsdp", fsdp=64)),
     _row("ekfac_bam", _BAM, "v5e:4x4", 16),
 )

@@ -59,6 +59,7 @@ REMOVED_BY = ("ekfac", "ekfac_cg", "identity", "bm25", RANDOM)
 REMOVED_FOR = {"fact": (FACT,), "procedure": PROCEDURES}
 MODULES = ("mlp",)
 FITTED = 3000  # documents
+DAMPING = 0.1  # of the mean eigenvalue
 CG_STEPS, CG_DOCUMENTS = 10, 128
 PROJECTION = 32  # side of trak's projected gradients
 BATCH = 64
@@ -127,7 +128,7 @@ def all_scores(
     fitted = rows[:FITTED]
     stages.fit(reader, folder, lambda: fitted, settings, total=len(fitted))
     sites = site_list.select(loaded.model, loaded.params, MODULES)
-    damping = kronecker.Damping()
+    damping = kronecker.Damping(DAMPING)
     kfac, ekfac = (
         stages.read_curvature(folder, sites, strategy, damping) for strategy in ("kfac", "ekfac")
     )

@@ -20,6 +20,7 @@ LAST_LAYERS = "2[0-9]"  # of 30
 # Name -> (documents that are scored, those that factors are fitted on, tokens of each, layers).
 SIZES = {"full": (2000, 500, LENGTH, LAST_LAYERS), "trial": (8, 8, 64, "29")}
 BESIDE = ("bm25", "embedding")
+DAMPING = 0.1  # of the mean eigenvalue
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
@@ -40,7 +41,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             *(f"--modules=layers/block_{layers}/mlp/.*", f"--length={length}"),
             f"--max_documents={fitted}",
         ),
-        "ekfac": configs.made(*score, "--per_layer", "--token_scores=5"),
+        "ekfac": configs.made(*score, f"--damping={DAMPING}", "--per_layer", "--token_scores=5"),
         **{method: configs.made(*score, f"--method={method}") for method in BESIDE},
         "report": configs.made(
             *("launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),

@@ -72,6 +72,30 @@ def test_a_batch_of_covariances():
     assert report.flops.analytic is None
 
 
+def test_a_batch_of_squares_and_of_scores():
+    """Eigenvectors and queries are arguments, split over both devices; squares are as large as the matrices, scores whole."""
+    run = runs.recipe(runs.plain_llama(), mesh={"fsdp": 2}, rules="fsdp", rows=ROWS, length=PROMPT)
+    program = run.program(devices=jax.devices()[:2])
+    reports = {}
+    for kind in ("covariances", "squares", "scores"):
+        work = programs.work(kind, program, FullCache(), Options(queries=3, rank=2))
+        with jax.default_matmul_precision("default"), jax.numpy_rank_promotion("allow"):
+            reports[kind] = precompile.compile_work(work, program, hbm_bytes=1e12)[0]
+    memory = {kind: report.memory for kind, report in reports.items()}
+    base = memory["covariances"].arguments
+    squared = 3 * L * (D * D + F * F)
+    eigenvectors = memory["squares"].arguments - base
+    assert eigenvectors == pytest.approx(4 * squared / 2, rel=0.01)
+    nats = ROWS * PROMPT
+    assert memory["squares"].outputs == pytest.approx(4 * (3 * L * D * F / 2 + nats), rel=0.01)
+    queries = memory["scores"].arguments - base
+    assert queries == pytest.approx(2 * 3 * 3 * L * 2 * (D + F) / 2, rel=0.05)
+    scores = (
+        3 * L * ROWS * (3 + 1)
+    )  # and squared norms; the results' table of pointers is beside them
+    assert memory["scores"].outputs == pytest.approx(4 * (scores + nats), abs=100)
+
+
 def test_an_encoder_decoder_has_no_program_of_generation():
     run = runs.recipe(runs.plain_llama(), mesh={"fsdp": 2}, rules="fsdp", rows=ROWS, length=PROMPT)
     program = run.program(devices=jax.devices()[:2])

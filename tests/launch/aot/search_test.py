@@ -229,7 +229,10 @@ def test_the_command_searches_continues_and_says_the_best(
     ("flags", "message"),
     [
         (["--cache=capacity=3"], "--cache is read by --program=prefill or decode alone"),
-        (["--program=decode", "--blocks=2"], "--blocks is read by --program=covariances alone"),
+        (
+            ["--program=decode", "--blocks=2"],
+            "--blocks is read by --program=covariances or squares alone",
+        ),
         (["--memory_limit=3"], "--memory_limit is read by a search alone"),
         (["--search=batch", "--program=decode"], "searches for updates alone"),
         (["--search=layout", "--hlo=x"], "--hlo writes one program's text"),

@@ -1,5 +1,6 @@
 """The command `influence` on a tiny run: factors, scores, reports, what continues after a stop, and bad input."""
 
+import inspect
 import itertools
 import json
 import pathlib
@@ -18,7 +19,7 @@ from launch.attribution import inputs, ranking, score, similarity
 from launch.run.load_run import LoadError
 from model.storage import mirror, paths
 from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, documents, files, scores
+from trainers.influence import conjugate, documents, files, kronecker, scores
 from trainers.influence import fit as stages
 from trainers.scoring.scoring import Row
 
@@ -154,6 +155,20 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     assert place.command("influence", "report", f"--scores={out}", "--rank_by=per_norm") == 0
 
 
+def test_a_fit_ranks_documents_for_their_own_halves_with_several_dampings(place, capsys):
+    assert place.fit("--sweep_documents=3") == 0  # all stages are there
+    title, head, *rows = capsys.readouterr().out.splitlines()[-9:]
+    assert title == "3 documents among 6, ranked for their own second halves:"
+    names = ["dot product", "1", "0.1", "0.01", "0.001", "0.0001", "1e-05"]
+    assert [row.partition("%")[0].rsplit(None, 1)[0].strip() for row in rows] == names
+    assert head.split() == ["--damping", "first", "mean", "rank"]
+    (default,) = (row for row in rows if row.endswith("(default)"))
+    own = inspect.signature(score.score).parameters["damping"].default
+    assert own == kronecker.RELATIVE and default.split()[0] == f"{own:g}"
+    assert place.fit("--sweep_documents=0") == 0
+    assert "second halves" not in capsys.readouterr().out
+
+
 def test_identity_and_cosine_are_products_of_gradients(place, trained_run):
     query = gradient(trained_run, [0, *BYTES[:7]], BYTES[7:])
     document = gradient(trained_run, [0], BYTES)
@@ -195,6 +210,7 @@ def test_other_methods_and_low_ranks(place, capsys):
         assert len(rows) == 6 and np.isfinite([row["scores"] for row in rows]).all()
     _, record = files.read(place.folder / "ekfac_cg.jsonl.queries")
     assert [len(note["objectives"]) for note in record["notes"]] == [3, 3]
+    assert {note["documents"] for note in record["notes"]} == {2}
     assert all(
         a >= b
         for n in record["notes"]
@@ -202,6 +218,7 @@ def test_other_methods_and_low_ranks(place, capsys):
     )
     printed = capsys.readouterr().out
     assert "query gradients keep" in printed and "correlate at" in printed
+    assert "conjugate gradients on 2 documents, relative residuals up to" in printed
     beside = [f"--beside={place.folder / name}.jsonl" for name in names[1:5]]
     flags = (f"--scores={place.folder / 'kfac.jsonl'}", *beside, f"--out={place.folder / 'beside'}")
     assert place.command("influence", "report", *flags) == 0
@@ -389,7 +406,7 @@ def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
         return place.command("influence", *words)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stages, "_write_eigen", stop)
+        patch.setattr(stages.eigen, "write", stop)
         run("a", *fit, "--batch_size=8")
     with monkeypatch.context() as patch:
         patch.setattr(stages, "Covariances", stop)  # the first stage is there
@@ -474,6 +491,10 @@ def test_bad_settings_files_and_factors(place, trained_run, capsys, tmp_path):
     assert "--damping=0.0 must be a positive number" in error(
         place.score("--damping=0", out="x.jsonl")[0]
     )
+    assert "--cg_documents=1025 must be at most 1,024" in error(
+        place.score("--method=ekfac_cg", "--cg_documents=1025", out="x.jsonl")[0]
+    )
+    assert "--sweep_documents=65 must be from 0 to 64" in error(place.fit("--sweep_documents=65"))
     assert "needs --factors" in error(place.score(factors=False, out="x.jsonl")[0])
     assert "has no influence.json" in error(place.score(f"--factors={tmp_path}", out="x.jsonl")[0])
     assert "matches no layer" in error(place.fit("--modules=mpl", f"--out={tmp_path / 'f'}"))
@@ -563,12 +584,13 @@ def test_settings_that_a_method_does_not_use_are_errors(place, capsys):
     gradients |= {"query_dtype": "int8", "modules": ["attention"]}
     damping = {"damping": 0.2, "damping_kind": "absolute"}
     cg, projection = {"cg_steps": 3, "cg_documents": 3}, {"projection": 3}
+    precision = {"precision": "high"}
     for methods, settings in (
-        (("tfidf", "bm25", "embedding"), gradients | damping | cg | projection),
-        (("identity", "cosine"), damping | cg | projection),
+        (("tfidf", "bm25", "embedding"), gradients | damping | cg | projection | precision),
+        (("identity", "cosine"), damping | cg | projection | precision),
         (("ekfac", "kfac"), cg | projection),
         (("ekfac_cg",), projection),
-        (("trak",), cg),
+        (("trak",), cg | precision),
     ):
         given = {"checkpoint": place.run, "queries": place.queries, "factors": place.factors}
         given |= {"out": str(place.folder / "unused.jsonl")}

@@ -200,7 +200,7 @@ def test_corrected_eigenvalues_square_after_the_sum_over_tokens(case, eigen):
 @pytest.fixture(scope="module")
 def curvature(case, eigen):
     squares = {p: np.asarray(x) / 3 for p, x in case(Squares(1, F64), rotation(eigen)).items()}
-    damping = kronecker.Damping()
+    damping = kronecker.Damping(0.1)
     return kronecker.Curvature.of(case.sites, eigen, squares, damping, dtype=np.float64)
 
 
@@ -410,6 +410,15 @@ def test_gauss_newton_products_equal_the_dense_matrix(gauss_newton):
     assert (gx * x).sum() >= 0
 
 
+def test_products_over_several_batches_are_the_mean_over_all_documents(gauss_newton):
+    case, path, _, dense = gauss_newton
+    batches = [(2, batch_of(ROWS[:2])), (1, batch_of(ROWS[2:]))]  # both with absent rows
+    product = conjugate.over(conjugate.gauss_newton(case.model, case.sites), case.params, batches)
+    x = np.random.default_rng(0).normal(size=(1, 6, 6))
+    got = np.asarray(product({path: jnp.asarray(x)})[path]).reshape(-1)
+    np.testing.assert_allclose(got, dense @ x.reshape(-1), atol=1e-10)
+
+
 def test_conjugate_gradients_start_at_ekfac_descend_and_converge(gauss_newton):
     case, path, product, dense = gauss_newton
     site = case.sites[path]
@@ -484,7 +493,7 @@ def test_experts_equal_autodiff_and_a_loop_over_experts(mixture):
             {path: mixture.sites[path]},
             {path: eigen[path]},
             {path: squares[path]},
-            kronecker.Damping(),
+            kronecker.Damping(0.1),
         )
         assert np.isfinite(curvature({path: grads[path]})[path]).all()
 
@@ -604,7 +613,7 @@ def test_the_inverse_product_of_experts_is_that_of_each_matrix(experts):
         values.append(squares(a_BTX, g_BTY, None, own) / 3)
     values = np.stack(values)
     curvature = kronecker.Curvature.of(
-        {"m": site}, {"m": eigen}, {"m": values}, kronecker.Damping(), dtype=np.float64
+        {"m": site}, {"m": eigen}, {"m": values}, kronecker.Damping(0.1), dtype=np.float64
     )
     got = np.asarray(curvature({"m": jnp.asarray(gradients)})["m"])
     assert np.isfinite(got).all() and not got[:, 3].any() and got[:, :3].any((2, 3)).all()

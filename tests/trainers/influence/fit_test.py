@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -17,8 +19,21 @@ from model.kernels.vocab_logits import LogitForm
 from model.moe.moe import MoeMlp
 from model.transformer import Block, Transformer
 from trainers import partitioning
-from trainers.influence import files, fit, kronecker, queries, scores, sites, spread
+from trainers.influence import (
+    conjugate,
+    documents,
+    eigen,
+    files,
+    fit,
+    kronecker,
+    queries,
+    scores,
+    sites,
+    spread,
+    sweep,
+)
 from trainers.influence.backward import sampled_labels
+from trainers.influence.consumers import Squares
 from trainers.influence.fit import FitSettings, Reader
 from trainers.scoring.scoring import Row
 
@@ -60,7 +75,7 @@ def texts(count, seed):
 def scored(reader, folder, settings, documents, asked, rank=None):
     fit.fit(reader, folder, lambda: documents, settings, total=len(documents))
     chosen = sites.select(reader.model, reader.params)
-    curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(), reader=reader)
+    curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(0.1), reader=reader)
     ready = queries.prepare(
         reader, chosen, asked, curvature, rank=rank, store_dtype="float32", sample=documents[:8]
     )
@@ -147,7 +162,7 @@ def test_in_float64_batches_and_the_order_of_documents_change_nothing(tmp_path):
             )
             fit.fit(reader, folder, lambda: documents, settings)
             stages[size] = [files.read(folder / name)[0] for name in ("covariances", "squares")]
-            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping())
+            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(0.1))
             ready = queries.prepare(
                 *(reader, chosen, documents[:2], curvature), rank=None, dtype="float64"
             )
@@ -245,7 +260,7 @@ def test_scores_of_rank_32_correlate_with_uncompressed_ones(tmp_path):
     documents, asked = texts(64, 6), texts(3, 7)
     fit.fit(reader, tmp_path, lambda: documents, FitSettings())
     chosen = sites.select(model, reader.params)
-    curvature = fit.read_curvature(tmp_path, chosen, "ekfac", kronecker.Damping())
+    curvature = fit.read_curvature(tmp_path, chosen, "ekfac", kronecker.Damping(0.1))
     by_rank, pearson = {}, {}
     for rank in (32, None):
         ready = queries.prepare(reader, chosen, asked, curvature, rank=rank, sample=documents)
@@ -305,8 +320,8 @@ def test_a_changed_number_of_a_record_is_found(tmp_path):
     assert files.read(folder)[1]["read"] == 12
 
 
-def test_each_device_has_a_part_of_every_sum_and_decomposes_some_matrices():
-    """Rows are split over as many devices as divide them; stacks are decomposed as on one device."""
+def test_each_device_has_a_part_of_every_sum():
+    """Rows are split over as many devices as divide them."""
     mesh = partitioning.make_mesh(shape={"fsdp": 4, "tensor": 2})
     for shape, parts in (
         ((2, 1, 16, 16), 8),
@@ -317,21 +332,109 @@ def test_each_device_has_a_part_of_every_sum_and_decomposes_some_matrices():
     ):
         array = jax.device_put(jnp.zeros(shape), spread.sharding(mesh, shape))
         assert {x.data.size for x in array.addressable_shards} == {array.size // parts}
+
+
+def test_each_device_decomposes_some_matrices(tmp_path, monkeypatch):
+    """Stacks are decomposed as on one device, and a covariance that is not finite is named."""
     r = np.random.default_rng(0)
-    x = r.normal(size=(3, 2, 6, 20))
-    stack = x @ np.swapaxes(x, -1, -2)
-    devices = jax.devices()[:4]
-    eigh, used = spread.Eigh(devices), []
-    begin = spread._begin
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spread, "_begin", lambda m, device: used.append(device) or begin(m, device))
-        values, vectors = eigh(stack)
-        eigh(stack[0, 0])
-    assert used == [devices[i % 4] for i in range(7)]
-    assert values.dtype == vectors.dtype == np.float64
-    np.testing.assert_allclose(values, np.linalg.eigvalsh(stack), rtol=1e-10)
-    rebuilt = (vectors * values[..., None, :]) @ np.swapaxes(vectors, -1, -2)
-    np.testing.assert_allclose(rebuilt, stack, atol=1e-10)
+    x, y = r.normal(size=(3, 2, 6, 20)), r.normal(size=(3, 2, 4, 20))
+    sums = {"mlp:a": x @ np.swapaxes(x, -1, -2), "mlp:s": y @ np.swapaxes(y, -1, -2)}
+    sums["mlp:count"] = np.array([7.0, 0, 2])
+    files.write(tmp_path / "covariances", sums, {})
+    used = []
+    eigh = eigen._eigh
+    monkeypatch.setattr(eigen, "_eigh", lambda device: used.append(device) or eigh(device))
+    settings = {"dtype": np.float64, "stored": np.float64}
+    stages = {}
+    for name, devices in (("one", None), ("mesh", jax.devices()[:4])):
+        eigen.write(tmp_path / "covariances", tmp_path / name, devices=devices, **settings)
+        stages[name] = files.read(tmp_path / name)[0]
+    assert used == [eigen._DEVICE] * 6 + [jax.devices()[i % 4] for i in range(6)]
+    want = kronecker.eigendecomposition(files.by_site(sums)["mlp"], name="", dtype=np.float64)
+    for name, array in want.items():
+        np.testing.assert_array_equal(stages["one"][f"mlp:{name}"], array)
+        np.testing.assert_allclose(np.abs(stages["mesh"][f"mlp:{name}"]), np.abs(array), atol=1e-12)
+    for name in stages:
+        values, vectors = (stages[name][f"mlp:{kind}a"] for kind in "lq")
+        rebuilt = (vectors * values[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+        mean = sums["mlp:a"] / np.array([7.0, 1, 2])[:, None, None, None]
+        np.testing.assert_allclose(rebuilt, mean, atol=1e-12)
+    sums["mlp:s"][1, 1, 0, 0] = np.inf
+    files.write(tmp_path / "covariances", sums, {})
+    with pytest.raises(kronecker.FactorError, match="covariance 's' of mlp is not finite"):
+        eigen.write(tmp_path / "covariances", tmp_path / "x", devices=jax.devices()[:4], **settings)
+    assert not files.exists(tmp_path / "x")
+
+
+def test_parts_of_stored_tensors_are_those_of_arrays(tmp_path):
+    r = np.random.default_rng(0)
+    arrays = {"x": r.normal(size=(2, 3, 4, 5)).astype(np.float32), "y": r.normal(size=(4, 5))}
+    arrays |= {"v": np.arange(4), "n": np.array(3.0), "w": arrays["y"].astype(jnp.bfloat16)}
+    files.write(tmp_path / "stage", arrays, {})
+    indices = [(), (1,), (slice(1, 2),), (1, slice(0, 2)), (slice(None), 2, slice(1, 3))]
+    indices += [
+        (0, 1, slice(2, 4), slice(1, 4)),
+        (slice(0, 2), slice(None), slice(3, 4), slice(0, 0)),
+    ]
+    with files.opened(tmp_path / "stage") as (tensors, _):
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(np.asarray(tensors[name]), array)
+            for index in indices[: 3 + 4 * (array.ndim > 2)] if array.ndim else indices[:1]:
+                got = tensors[name][index]
+                np.testing.assert_array_equal(got, array[index], err_msg=f"{name} {index}")
+                assert got.shape == array[index].shape and got.dtype == array.dtype
+
+
+@pytest.mark.multiprocess
+def test_no_process_has_an_array_of_all_processes_twice(processes):
+    """Of four processes, none takes more than 1.5 arrays to gather one, and half an array to write, read or decompose it."""
+    script = """
+        import pathlib, resource, sys
+        import jax, numpy as np
+        folder, index, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", 4, index)
+        from trainers import partitioning
+        from trainers.influence import eigen, files, fit, spread
+        mesh = partitioning.make_mesh(shape={"fsdp": 8})
+        reader = fit.Reader(model=None, params=None, batch_size=1,
+                            sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        eigen._eigh = lambda device: lambda x: (x[..., 0], x)
+        spread._LARGE = 0
+
+        def grown(call, array_bytes):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            result = call()
+            return result, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / array_bytes
+
+        for layers, size in ((2, 64), (128, 512)):  # the first one only warms up
+            nbytes = 4 * layers * size * size
+            own = np.broadcast_to(np.arange(size, dtype=np.float32), (layers, 1, size, size))
+            own = own + own.swapaxes(-1, -2) if layers == 2 else own
+            x, placed = grown(lambda: reader.place_spread(own), nbytes)
+            path = folder / str(layers)
+            arrays = {"m:a": x, "m:s": x, "m:count": np.ones(layers)}
+            _, written = grown(lambda: files.write(path, arrays, {}), nbytes)
+            devices = [*mesh.devices.flat]
+            call = lambda: eigen.write(path, folder / f"eigen{layers}", devices=devices,
+                                       dtype=np.float32, stored=np.float32)
+            _, decomposed = grown(call, nbytes)
+            with files.opened(path) as (tensors, _):
+                again, read = grown(lambda: reader.place_spread(tensors["m:a"]), nbytes)
+            same = all(np.array_equal(a.data, b.data) for a, b in
+                       zip(x.addressable_shards, again.addressable_shards))
+            host, gathered = grown(lambda: spread.on_host(x), nbytes)
+            assert same and np.array_equal(host, own)
+        sizes = dict(placed=placed, written=written, decomposed=decomposed, read=read, gathered=gathered)
+        print(index, sizes)
+        assert gathered < 1.5, sizes
+        assert max(placed, read, written, decomposed) < 0.5, sizes
+        if index == 0:
+            vectors = files.read(folder / "eigen128")[0]["m:qa"]
+            assert np.array_equal(vectors, (own + own.swapaxes(-1, -2)) / 2)
+        print("fine", index)
+    """
+    processes(script, count=4)
 
 
 def test_drawn_labels_have_the_probabilities_of_the_model():
@@ -347,3 +450,76 @@ def test_drawn_labels_have_the_probabilities_of_the_model():
     turned = np.asarray(labels(jnp.arange(1000)[::-1]))
     np.testing.assert_array_equal(turned[::-1], drawn)
     assert drawn.min() >= 0 and drawn.max() < V
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_inner_products_are_sums_in_float64_without_the_flag(on_mesh):
+    """Of large products that nearly cancel, in float32: the error is that of float64."""
+    assert not jax.config.jax_enable_x64
+    r = np.random.default_rng(0)
+    x, y = r.normal(size=(2, 2, 64, 512)).astype(np.float32)
+    pair = [np.concatenate([x, x]) * 1e3, np.concatenate([y, np.nextafter(-y, np.float32(9))])]
+    want = math.fsum((pair[0].astype(np.float64) * pair[1].astype(np.float64)).reshape(-1))
+    size = np.abs(pair[0].astype(np.float64) * pair[1]).sum()
+    mesh = partitioning.make_mesh(shape={"fsdp": 8})
+    place = jnp.asarray
+    if on_mesh:
+        place = functools.partial(jax.device_put, device=spread.sharding(mesh, pair[0].shape))
+    got = conjugate.dot({"m": place(pair[0])}, {"m": place(pair[1])})
+    assert abs(got - want) <= 1e-15 * size
+    rounded = float(np.sum(pair[0] * pair[1]))
+    assert abs(rounded - want) > 1e-11 * size
+
+
+def test_rotations_and_gauss_newton_products_have_the_precision_of_the_setting(model, params):
+    """Products on accelerators: those of the model's own passes stay as they are."""
+    site = sites.Site(path="m", inputs=4, outputs=3)
+    q = {"qa": jnp.eye(4)[None], "qs": jnp.eye(3)[None]}
+    a, g, v = jnp.ones((2, 5, 4)), jnp.ones((2, 5, 3)), jnp.ones((4, 3))
+    chosen = sites.select(model, params)
+    zeros = {p: jnp.zeros((*s.lead, s.inputs, s.outputs)) for p, s in chosen.items()}
+    arrays = documents.columns(texts(2, 1), [0, 1], 2, 16)
+
+    def precisions(function, *arguments):
+        text = str(jax.make_jaxpr(function)(*arguments))
+        return set(re.findall(r"precision=\(?(?:Precision\.)?(\w+)", text))
+
+    for setting in ("highest", "default"):
+        squares = Squares(1, "float32", setting)
+        curvature = kronecker.Curvature(
+            sites={"m": site}, eigen={"m": q}, inverse={"m": v}, damping={}, precision=setting
+        )
+        product = conjugate.gauss_newton(model, chosen, setting)
+        with jax.default_matmul_precision("default"):
+            got = [
+                precisions(lambda a, g, s=squares: s.dense(a, g, jnp.ones((2, 5)), q), a, g),
+                precisions(lambda v, c=curvature: c({"m": v}, batched=False), v),
+                precisions(lambda z, p=product: p(params, arrays, z), zeros),
+            ]
+        assert all(("HIGHEST" in own) == (setting == "highest") for own in got), got
+
+
+def test_own_halves_are_ranked_with_each_damping(model, params, tmp_path, monkeypatch):
+    """As by a curvature of that damping; documents of three tokens are ranked, but are no queries."""
+    documents = texts(20, 9) + [Row(context=[0], targets=[3, 4, 5])]
+    reader = Reader(model=model, params=params, batch_size=8)
+    chosen = sites.select(model, params)
+    fit.fit(reader, tmp_path, lambda: documents, FitSettings())
+    compression = queries.Compression
+    monkeypatch.setattr(queries, "Compression", lambda *_: compression(None, "float32"))
+    got = sweep.recalls(reader, tmp_path, chosen, documents[::-1], asked=6)
+    asked = [i for i, row in enumerate(documents[::-1]) if len(row.targets) >= 4][:6]
+    halves = [sweep.halved(documents[::-1][i]) for i in asked]
+    assert [one.damping for one in got] == [None, *sweep.DAMPINGS]
+    for one in got:
+        curvature = one.damping and fit.read_curvature(
+            tmp_path, chosen, "ekfac", kronecker.Damping(one.damping)
+        )
+        ready = queries.prepare(reader, chosen, halves, curvature, rank=None)
+        rows = scores.score(reader, chosen, ready, documents[::-1])
+        own = np.array([one.scores for one in rows])
+        want = [1 + (own[:, q] > own[i, q]).sum() for q, i in enumerate(asked)]
+        np.testing.assert_array_equal(one.ranks, want)
+        assert one.first == np.mean(np.array(want) == 1)
+    assert not sweep.recalls(reader, tmp_path, chosen, documents, asked=0)
+    assert sweep.table([], 3) == []

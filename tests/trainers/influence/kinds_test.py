@@ -150,7 +150,7 @@ def test_rows_that_a_batch_lacks_are_no_tokens_of_the_encoder(tmp_path):
         for size, reader in readers.items():
             folder = tmp_path / f"{count}_{size}"
             fit.fit(reader, folder, lambda own=own: own, settings)
-            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping())
+            curvature = fit.read_curvature(folder, chosen, "ekfac", kronecker.Damping(0.1))
             ready = queries.prepare(reader, chosen, rows[:2], curvature, rank=None, dtype=F64)
             scored = scores.score(reader, chosen, ready, own, dtype=F64)
             stages[size] = files.read(folder / "covariances")[0]

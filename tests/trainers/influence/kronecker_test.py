@@ -1,5 +1,7 @@
 """Factors, damping and inverse products against dense matrices in float64; lexical scores, and measures. No model runs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,11 +127,21 @@ def curved(samples):
 def test_the_damped_curvature_of_the_inverse_product_is_the_vector(curved):
     site, eigen, values, curvature = curved
     v = np.random.default_rng(3).normal(size=(3, X, Y))
-    for damping in (Damping(), Damping(1e-6, "absolute")):
+    for damping in (Damping(0.1), Damping(1e-6, "absolute")):
         solved = curvature(damping)({"m": jnp.asarray(v)})["m"]
         back = kronecker.apply_eigen(site, eigen, values + damping.of(site, values), solved)
         np.testing.assert_allclose(back, v, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(Damping().of(site, values), 0.1 * values.mean())
+    np.testing.assert_allclose(Damping(0.1).of(site, values), 0.1 * values.mean())
+
+
+def test_a_larger_damping_follows_from_a_smaller_one(curved):
+    _, _, _, curvature = curved
+    small, large = curvature(Damping(1e-4)), curvature(Damping(0.1))
+    times = small.times(1000)
+    np.testing.assert_allclose(times.inverse["m"], large.inverse["m"], rtol=1e-12)
+    np.testing.assert_allclose(times.damping["m"], large.damping["m"], rtol=1e-12)
+    empty = dataclasses.replace(small, inverse={"m": np.zeros((X, Y))})
+    np.testing.assert_array_equal(empty.times(10).inverse["m"], 0)  # no gradient, no inverse
 
 
 def test_scores_are_linear_symmetric_and_fall_with_damping(curved):
@@ -138,7 +150,7 @@ def test_scores_are_linear_symmetric_and_fall_with_damping(curved):
     x, y = r.normal(size=(2, X, Y))
 
     def score(q, d, damping=None):
-        solved = curvature(damping or Damping())({"m": jnp.asarray(q)}, batched=False)["m"]
+        solved = curvature(damping or Damping(0.1))({"m": jnp.asarray(q)}, batched=False)["m"]
         return float((np.asarray(solved) * d).sum())
 
     np.testing.assert_allclose(
@@ -169,7 +181,7 @@ def test_blocks_are_those_of_the_diagonal(samples, count):
     )
     site = Site(path="m/kernel", inputs=X, outputs=Y)
     curvature = Curvature.of(
-        {"m": site}, {"m": eigen}, {"m": corrected(d, eigen)}, Damping(), dtype=np.float64
+        {"m": site}, {"m": eigen}, {"m": corrected(d, eigen)}, Damping(0.1), dtype=np.float64
     )
     size = blocks.block_size(X, count)
     covariance = a.T @ a / len(a)
@@ -190,9 +202,9 @@ def test_blocks_are_those_of_the_diagonal(samples, count):
 def test_an_expert_without_tokens_has_the_damping_of_its_layer():
     site = Site(path="m/kernel", inputs=2, outputs=2, experts=3)
     values = np.stack([np.full((2, 2), v) for v in (0.0, 1.0, 5.0)])
-    np.testing.assert_allclose(Damping().of(site, values).reshape(-1), [0.2, 0.2, 0.5])
-    assert np.isfinite(kronecker.reciprocals(site, values, Damping())).all()
-    np.testing.assert_array_equal(kronecker.reciprocals(site, 0 * values, Damping()), 0)
+    np.testing.assert_allclose(Damping(0.1).of(site, values).reshape(-1), [0.2, 0.2, 0.5])
+    assert np.isfinite(kronecker.reciprocals(site, values, Damping(0.1))).all()
+    np.testing.assert_array_equal(kronecker.reciprocals(site, 0 * values, Damping(0.1)), 0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

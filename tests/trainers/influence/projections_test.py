@@ -133,7 +133,7 @@ def test_documents_without_tokens_or_gradients_are_errors(dense):
     with pytest.raises(FactorError, match="have no token to predict"):
         projections.second_moment(reader, chosen, own, ROWS[3:], dtype=F64)
     with pytest.raises(FactorError, match="gradients of all documents are zero"):
-        projections.ProjectedCurvature.of(chosen, own, np.zeros((9, 9)), Damping())
+        projections.ProjectedCurvature.of(chosen, own, np.zeros((9, 9)), Damping(0.1))
 
 
 def test_projections_depend_on_the_seed_alone(dense):
