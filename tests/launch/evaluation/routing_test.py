@@ -50,8 +50,13 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
     )
     assert command("evaluate routing", f"--checkpoint={mixture}", "--tasks", "files", *data) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == found
-    other = ("--gin.VOCABULARY=@vocabularies.byte()", "--gin.vocabularies.byte.extra_ids=5")
-    assert command("evaluate routing", f"--checkpoint={mixture}", *data, *other) == 2
+    other = tmp_path / "other.gin"
+    other.write_text(
+        "from __gin__ import dynamic_registration\nfrom data.tokenizers import vocabularies\n"
+        "VOCABULARY = @vocabularies.byte()\nvocabularies.byte.extra_ids = 5\n"
+    )
+    given = (f"--checkpoint={mixture}", f"--gin_file={other}", "--tasks", "files")
+    assert command("evaluate routing", *given, *data) == 2
     assert "has another vocabulary than the checkpoint" in capsys.readouterr().err
     assert files["r.png"].read_bytes()[1:4] == b"PNG"
     assert "router of attention, layer 0" in shown and " code\n" in shown and "files" in shown
