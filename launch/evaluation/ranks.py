@@ -126,9 +126,11 @@ def evaluate(
                 seqio_tasks.check_vocabulary(task, run.vocabulary)
                 evaluator = seqio_tasks.evaluator(task, "validation", None)
                 scores = model.scores(seqio_tasks.examples(evaluator, task))
+                examples = evaluator.cached_task_datasets[name].as_numpy_iterator()
+                options = [ranking.option("", example, is_target=True) for example in examples]
                 accuracies[name] = {
                     **seqio_tasks.compute(evaluator, task, None, scores),
-                    **ranking.base(evaluator.cached_targets[task.name]),
+                    **ranking.base(options),
                 }
             results[directory] = summarised(held_out, accuracies)
     of_all = {"adapters": results} if adapter else results[None]
