@@ -29,6 +29,14 @@ def canonical(text: str) -> dict[str, str]:
     return values
 
 
+def is_readable(text: str) -> bool:
+    try:
+        canonical(text)
+    except UnreadableConfigError:
+        return False
+    return True
+
+
 def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str | None:
     """Returns a sentence about the first binding, sorted by name, that differs; None if none differs.
 

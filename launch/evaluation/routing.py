@@ -15,6 +15,7 @@ Shapes: B batch, T length, E experts, L layers of a router, M width of a domain'
 import argparse
 import functools
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,8 +72,9 @@ def _run(start: cli.Start) -> None:
     if flags.json:
         row_files.write_json(flags.json, shares)
     if flags.figure:
+        kind = pathlib.PurePath(flags.figure).suffix[1:] or "png"
         with output_files.opened(flags.figure) as file:
-            figure(shares["chosen"], shares["experts"]).savefig(file, format="png", dpi=130)
+            figure(shares["chosen"], shares["experts"]).savefig(file, format=kind, dpi=130)
 
 
 def routing(

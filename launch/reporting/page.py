@@ -66,14 +66,12 @@ def _named(runs: Sequence[Run]) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:
-    """Returns the settings that differ between runs as rows of cells, the header first; none if there is nothing to compare."""
-    known = [run for run in runs if run.config is not None]
-    if len(known) < 2:
-        return []
-    try:
-        found = config_diff.differences([run.config or "" for run in known], _PLACES)
-    except config_diff.UnreadableConfigError:
-        return []
+    """Returns the settings that differ between runs as rows of cells, the header first; none if there is nothing to compare.
+
+    Runs without a configuration that can be read have no column.
+    """
+    known = [run for run in runs if run.config is not None and config_diff.is_readable(run.config)]
+    found = config_diff.differences([run.config or "" for run in known], _PLACES)
     rows = [
         [key, *(_NONE if value is None else shortened(value, _LONGEST) for value in values)]
         for key, values in list(found.items())[:_MOST_SETTINGS]

@@ -70,6 +70,8 @@ def test_what_differs_between_the_configurations_of_runs_is_shown(tmp_path, caps
     # There are neither arms nor seeds, and bits per byte are drawn once.
     assert "arm" not in re.sub("WARMUP.*", "", text) and "seed" not in text
     assert text.count("bits per byte</") <= 2
+    (tmp_path / runs[1] / "config.gin").write_text("no gin")
+    assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
     # Without configurations, nothing is said of them.
     for run in runs:
         (tmp_path / run / "config.gin").unlink()
