@@ -68,6 +68,7 @@ def main(
     command: str | None = None,
     unused: Mapping[str, str] | None = None,
     part: bool = False,
+    arguments: Sequence[str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns the exit status, see `status_of`.
@@ -83,6 +84,7 @@ def main(
       command: name of the command, if it is not the module of `entry`.
       unused: see `gin_config.load`.
       part: see `gin_config.load`.
+      arguments: see `gin_config.load`.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
     program = program_name(f"launch.{command}" if command else entry.partition(":")[0])
@@ -125,6 +127,7 @@ def main(
             unused=unused,
             defaults=defaults,
             part=part,
+            arguments=arguments,
         )
         if flags.coordinator_address:
             hosts.check_start(config.text)
