@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.text import spelling
 from launch import environment, input_errors
 from launch.processes import hosts, peers, supervisor
 
@@ -42,6 +41,8 @@ _ADDRESS_FLAGS = (
     "adapter",
 )
 _by_console = False  # whether the script `espalier` started this process
+
+environment.check_command()  # before the command's module imports the packages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,11 +217,13 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
 
 
 def console() -> int:
-    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
+    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`. Python runs it as `python -m launch` too."""
     global _by_console
     _by_console = True
-    # The project's packages come before folders of their names in the working directory.
+    # The project's packages come before folders of their names in the working directory, whose modules come last.
     sys.path.insert(0, environment.ROOT)
+    if not sys.flags.safe_path:
+        sys.path.append(os.getcwd())
     help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
     return _dispatch(CONSOLE, {name: f"launch.{name}" for name in command_names()}, help_text)
 
@@ -237,6 +240,8 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
         lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
         print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
+    from data.text import spelling
+
     print(f"{program}: no command {name!r}; {spelling.nearest(name, commands)}", file=sys.stderr)
     return USAGE_ERROR
 
