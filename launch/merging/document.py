@@ -21,8 +21,8 @@ from launch.merging.settings import (
     Tokens,
     TokenSource,
 )
-from model import patterns
 from model.storage import paths
+from model.transforms import patterns
 from model.transforms.merge_methods import METHODS, Method
 
 

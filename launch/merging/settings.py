@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from model.patterns import Pattern
 from model.transforms.merge_methods import METHODS
+from model.transforms.patterns import Pattern
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

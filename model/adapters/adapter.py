@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.patterns import fullmatch
+from model.transforms.patterns import fullmatch
 
 PREFIX = "adapter_"
 LEAVES = rf"(.*/)?{PREFIX}\w+/.*"  # whole paths of adapters' parameters

@@ -16,8 +16,8 @@ from model import axes
 from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from model.kernels import matmul, taps
 from model.moe.grouped_matmul import grouped_matmul
-from model.patterns import fullmatch
 from model.ranges import Decay, Positive, Size
+from model.transforms.patterns import fullmatch
 
 # Uniform between -1/sqrt(in) and 1/sqrt(in), as peft draws A.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

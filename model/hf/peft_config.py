@@ -11,8 +11,8 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model import patterns
 from model.hf.files.safetensors_files import read_json
+from model.transforms import patterns
 
 CONFIG = "adapter_config.json"
 _DEFAULT = 8  # of r and lora_alpha

@@ -20,8 +20,8 @@ from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
-from model.patterns import fullmatch
 from model.ranges import Finite, Positive, Size
+from model.transforms.patterns import fullmatch
 
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)

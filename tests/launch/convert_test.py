@@ -173,6 +173,19 @@ def test_values_that_float16_cannot_hold(llama, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_values_that_are_not_finite_are_refused_by_name(llama, tmp_path, capsys, name, bad):
+    _, config, tensors = llama
+    values = tensors[name].copy()
+    values[1, 2] = values[3, 0] = bad
+    write_checkpoint(tmp_path / "hf", config, {**tensors, name: values})
+    assert convert.main([f"--from_hf={tmp_path}/hf", f"--to={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/hf/" in error and f"safetensors: {name} has 2 values of" in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -113,7 +113,7 @@ def _declarations(env, variant: Variant) -> Iterator[tuple[str, list[str]]]:
     """Yields articles of the Universal Declaration of Human Rights, from a text proto of samples."""
     for name, path in env.files("gflanguages", (f"/{variant.script}.textproto",)):
         texts = re.findall(
-            r'^\s*(?:tester|specimen_\d+): ("(?:[^"\\\n]|\\.)*")', path.read_text("utf-8"), re.M
+            r'^[ \t]*(?:tester|specimen_\d+): ("(?:[^"\\\n]|\\.)*")', path.read_text("utf-8"), re.M
         )
         articles = "\n".join(ast.literal_eval(text) for text in texts).splitlines()
         # Short samples are often the beginning of a longer one.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from model.hf import families
 from model.hf.files import gguf_file, tiles
 from model.hf.files.safetensors_files import (
     INDEX,
@@ -17,6 +18,7 @@ from model.hf.files.safetensors_files import (
     SafetensorsWriter,
     WeightFileError,
 )
+from model.hf.plan import UnsuitableDtypeError, plan
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -184,7 +186,7 @@ def test_transposed_copies(shape, dtype):
 WIDTH, HEADS, KV_HEADS, HEAD = 64, 4, 2, 16
 
 
-def write_gguf(path, *, architecture="llama", extra=None, metadata=()):
+def write_gguf(path, *, architecture="llama", extra=None, metadata=(), bad=None):
     """A model of one layer; returns its tensors by GGUF name, as the file gives them back."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -214,6 +216,8 @@ def write_gguf(path, *, architecture="llama", extra=None, metadata=()):
     stored = {}
     for name, shape in {**shapes, **(extra or {})}.items():
         values = rng.normal(size=shape).astype(np.float32)
+        if name == bad:
+            values[3] = np.nan
         kind = gguf.GGMLQuantizationType.F32
         if len(shape) == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -253,6 +257,17 @@ def test_gguf_tensors_have_their_hugging_face_names_and_order(tmp_path):
                     np.testing.assert_array_equal(found[here + HEAD // 2], given[there + 1])
         assert reader.config["rms_norm_eps"] == 1e-5
         assert reader.config["tie_word_embeddings"] is True
+
+
+def test_gguf_values_that_are_not_finite_are_refused_by_name(tmp_path):
+    write_gguf(tmp_path / "x.gguf", bad="blk.0.ffn_norm.weight")
+    with gguf_file.GgufReader(tmp_path / "x.gguf") as reader:
+        family = families.family_of_config(reader.config)
+        checked = plan(family, family.model(reader.config), reader)
+        name = "model.layers.0.post_attention_layernorm.weight"
+        with pytest.raises(UnsuitableDtypeError, match=f"x.gguf: {name} has 1 values of {WIDTH}"):
+            for path in checked.arrays:
+                list(checked.blocks(path))
 
 
 def test_gguf_of_qwen_keeps_the_order_of_rows(tmp_path):

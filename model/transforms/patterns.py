@@ -84,7 +84,8 @@ class Pattern:
         if op is ops.BRANCH:
             return self._add(False, None, *(self._sequence(x, then) for x in value[1]))
         if op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-            return self._repeat(*value, then)
+            least, most, body = value
+            return self._repeat(least, most, body, then)
         if op in (ops.ASSERT, ops.ASSERT_NOT) and value[0] == 1:
             self._looks += 1
             if self._looks > _MOST_LOOKS:
@@ -130,7 +131,7 @@ class Pattern:
             if i == len(text) or not (reached or anywhere):
                 return False
             states = (self._states[x] for x in reached)
-            current = {x.then[0] for x in states if x.reads and _fits(*x.part, text[i])}
+            current = {x.then[0] for x in states if x.reads and _fits(x.part, text[i])}
         return False
 
     def _reached(self, states: Iterable[int], text: str, i: int) -> set[int]:
@@ -138,13 +139,14 @@ class Pattern:
         reached, open_ = set(states), list(states)
         while open_:
             state = self._states[open_.pop()]
-            if not state.reads and (state.part is None or self._holds(*state.part, text, i)):
+            if not state.reads and (state.part is None or self._holds(state.part, text, i)):
                 new = [x for x in state.then if x not in reached]
                 reached.update(new)
                 open_ += new
         return reached
 
-    def _holds(self, op: Any, value: Any, text: str, i: int) -> bool:
+    def _holds(self, condition: tuple[Any, Any], text: str, i: int) -> bool:
+        op, value = condition
         if op is not ops.AT:
             return self._follow(value, text, i) == (op is ops.ASSERT)
         if value in (ops.AT_BEGINNING, ops.AT_BEGINNING_STRING):
@@ -157,9 +159,9 @@ class Pattern:
         return (sides[0] != sides[1]) == (value is ops.AT_BOUNDARY)
 
 
-def _fits(op: Any, value: Any, character: str) -> bool:
+def _fits(part: tuple[Any, Any], character: str) -> bool:
     """Returns whether a part of a parsed pattern is this character."""
-    code = ord(character)
+    (op, value), code = part, ord(character)
     if op is ops.LITERAL or op is ops.NOT_LITERAL:
         return (code == value) == (op is ops.LITERAL)
     if op is ops.RANGE:
@@ -169,7 +171,7 @@ def _fits(op: Any, value: Any, character: str) -> bool:
     if op is ops.ANY:
         return character != "\n"
     negated = value[0][0] is ops.NEGATE
-    return any(_fits(*part, character) for part in value[negated:]) != negated
+    return any(_fits(x, character) for x in value[negated:]) != negated
 
 
 @functools.lru_cache(1 << 12)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from model import patterns
 from model.adapters import lora
 from model.low_rank import lowrank
+from model.transforms import patterns
 
 _PARTS = ("a", "b", ".", "[ab]", "[^a]", r"\w", r"\d", "/", r"\b", "^", "$", "[a-c/]", r"\.", r"\W")
 _REPEATS = ("*", "+", "?", "*?", "{2}", "{1,3}", "{0,2}?", "{2,}")
