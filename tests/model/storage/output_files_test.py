@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from launch.inference import row_files
-from model.storage import output_files
+from model.storage import output_files, paths
 
 ROWS = [{"a": 1}, {"a": 2}]
 LINES = b'{"a": 1}\n{"a": 2}\n'
@@ -124,3 +124,16 @@ def test_a_full_disk_is_not_taken_for_a_written_row(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert b"File too large" in done.stderr
     assert os.listdir(tmp_path) == ["x.jsonl.partial"]
+
+
+def test_an_address_gets_the_whole_file_or_nothing(store):
+    path = f"{store.address}/rows.jsonl.gz"
+    row_files.check_output(path, compressed=True)
+    row_files.write(path, ROWS)
+    assert [row for _, row in row_files.read(path, example="")] == ROWS
+    with pytest.raises(ZeroDivisionError), output_files.opened(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert [row for _, row in row_files.read(path, example="")] == ROWS
+    output_files.write(f"{store.address}/x.json", "{}")
+    assert paths.names(store.address) == ["rows.jsonl.gz", "x.json"]
