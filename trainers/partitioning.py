@@ -236,7 +236,7 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, mesh_spec((axes.BATCH,), rules))
 
 
-def shards_of(mesh: Mesh, target: Any) -> int:
+def shards_of(mesh: Mesh | AbstractMesh, target: Any) -> int:
     """Returns the number of shards that the target of a rule makes."""
     return math.prod(mesh.shape[name] for name in _mesh_axes(target))
 
@@ -303,7 +303,10 @@ def validate(
 
 
 def _parameter_problems(
-    mesh: Mesh, targets: Mapping[str, Any], boxed_params: Any, replicated_limit: int
+    mesh: Mesh | AbstractMesh,
+    targets: Mapping[str, Any],
+    boxed_params: Any,
+    replicated_limit: int,
 ) -> list[str]:
     problems, replicated, experts = [], 0, set()
     for path, box in jax.tree_util.tree_leaves_with_path(boxed_params, is_leaf=axes.is_boxed):

@@ -6,6 +6,7 @@ What compiles for TPUs needs libtpu (the extra `tpu`) and is skipped without it.
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -449,6 +450,24 @@ def test_the_command_writes_the_promised_json(tmp_path):
     assert all({"count", "bytes"} <= set(total) for total in report["collectives"].values())
     assert report["fits"] is True
     assert "all-gather" in done.stdout
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_sigterm_ends_it_without_a_stack_of_libtpu():
+    words = [*(f"--gin_file={name}" for name in GIN), "--topology=v5e:4x4", "--gin.BATCH_SIZE=16"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.precompile", *words],
+        cwd=environment.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "compiling for 16 x" in process.stdout.readline()
+    process.terminate()
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGTERM
+    assert "SIGTERM" not in out + error and "stack" not in out + error, error
 
 
 @pytest.mark.tpu

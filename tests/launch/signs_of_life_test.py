@@ -5,7 +5,6 @@ import importlib
 import re
 import sys
 import threading
-import time
 import warnings
 
 import pytest
@@ -65,11 +64,4 @@ def test_every_command_has_a_header_and_names_a_slow_stage(name, slow):
     flags = {"upcycle": ["--method=bam"], "precompile": ["--json=x"], "reproduce": ["mov"]}
     lines = slow(*name.split(), *flags.get(name, [])).splitlines()
     assert lines[0] == f"espalier {name}: starting", lines
-    assert re.fullmatch(r"the first work, \d+ s", lines[1]), lines
-
-
-def test_the_clock_of_a_stage_is_its_own(monkeypatch, capsys):
-    monkeypatch.setattr(stages, "PERIOD", 0.01)
-    with stages.shown("x"), stages.stage("outer"):
-        time.sleep(0.05)
-    assert "outer, 0 s" in capsys.readouterr().err
+    assert any(re.fullmatch(r"the first work, \d+ s", line) for line in lines[1:]), lines

@@ -265,7 +265,8 @@ def test_xla_accepts_the_flags_for_gpus():
     """XLA ends a process at a flag that it does not know, also on CPU."""
     settings = launch_config.read("launch/cluster/configs/gpu_node.py:8")
     assert settings.devices == 8 and launch_config.read(CONFIGS[0] + ":1").devices == 1
-    # Hosts of a cluster have the same flags.
+    # Hosts of a cluster have the same flags, unless one wants none.
+    assert launch_config.read("launch/cluster/configs/slurm.py", ["env=()"]).variables == {}
     assert launch_config.read("launch/cluster/configs/slurm.py").variables == settings.variables
     code = "import jax; print(jax.devices())"
     environment = {**os.environ, **settings.variables, "JAX_PLATFORMS": "cpu"}

@@ -105,7 +105,7 @@ def _say(newest: _Stage) -> None:
 @contextlib.contextmanager
 def _noted(stream: Any) -> Iterator[None]:
     """Context manager: notes when something is written to a stream, which stays the same object."""
-    own = getattr(stream, "write", None)
+    own: Any = getattr(stream, "write", None)
     before = getattr(stream, "__dict__", {}).get("write")
 
     def write(text: str) -> int:
