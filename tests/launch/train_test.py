@@ -392,7 +392,7 @@ def test_data_that_does_not_fit_is_refused_and_the_corrected_start_works_on(
         ("config.TransformerConfig.num_layers=4", ["layers/block_0", "[2, ", "[4, "]),
         (
             "vocabularies.byte.extra_ids=8",
-            ["another vocabulary", "use the vocabulary the checkpoint was trained with"],
+            ["another vocabulary", "take that of its run, --gin.TOKENIZER="],
         ),
     ],
 )

@@ -277,11 +277,13 @@ def test_prompts_begin_as_the_models_documents_did():
 
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
-def test_a_reference_of_another_vocabulary_is_refused(train, flags, tmp_path, methods):
+def test_an_initial_model_and_reference_of_another_vocabulary_are_refused(
+    train, flags, tmp_path, methods
+):
     other = ["VOCABULARY=@vocabularies.byte()", "vocabularies.byte.extra_ids=3"]
     result = train(*flags(tmp_path / "run", *other, methods=methods))
     assert result.status == 2 and "another vocabulary" in result.err
-    assert "REFERENCE: " in result.err
+    assert "INITIAL_CHECKPOINT_PATH: " in result.err  # by default the reference too
 
 
 @pytest.mark.parametrize("methods", [(), ("preference/reference_live",)])
