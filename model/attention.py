@@ -254,7 +254,20 @@ class Attention(Counted):
 
 
 class CrossAttention(Attention):
-    """Attention of a decoder's tokens over an encoder's output, without positions."""
+    """Attention of a decoder's tokens over an encoder's output, without positions.
+
+    Raises:
+      ValueError: there is a rotary embedding, which would have no effect.
+    """
+
+    rope: Rope | None = None
+
+    def __post_init__(self):
+        if self.rope is not None:
+            raise ValueError(
+                "CrossAttention.rope has no effect, as there are no positions: remove it."
+            )
+        super().__post_init__()
 
     @nn.nowrap
     def cross_flops_per_token(
