@@ -153,6 +153,8 @@ def fit(
     from trainers.influence import sites as site_list
     from trainers.influence.files import model_digest
 
+    if seed and labels == "empirical":
+        raise LoadError("--seed is of sampled labels, and --labels=empirical has none: remove it.")
     row_files.check_folder(out)
     settings = stages.FitSettings(
         modules=tuple(modules), labels=labels, blocks=blocks, factor_dtype=factor_dtype, seed=seed
