@@ -3,6 +3,7 @@
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class Encoded:
             return self
         (keys, k_scale), (values, v_scale) = (slots.stored_as(x, dtype) for x in self.keys_values)
         scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
-        return self.replace(keys_values=(keys, values), scales=scales)
+        return dataclasses.replace(self, keys_values=(keys, values), scales=scales)
 
 
 class Attention(Counted):
