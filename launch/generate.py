@@ -44,6 +44,7 @@ random         a control: capacity=1024 window=32 seed=0"""
 
 
 _SIZES = ("max_new_tokens", "num_samples")
+_ROWS = 8  # of a batch
 _EARLY = {"true": True, "false": False, "never": "never"}
 
 
@@ -84,6 +85,7 @@ def run(start: cli.Start) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     load_run.add_row_flags(parser, required=False)
+    parser.set_defaults(batch_size=None)  # of --inputs alone
     group = parser.add_argument_group("output")
     group.add_argument("--prompt", metavar="TEXT", help="one text, continued on standard output")
     group.add_argument(
@@ -188,9 +190,10 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
             "experiments. Choose another."
         )
     same = ("checkpoint", "params", "adapter", "seed", "cache_dtype", "prefill_chunk")
-    same = (*same, "batch_size", "compare")
+    same = (*same, "compare")
     return {
         **{name: getattr(flags, name) for name in same},
+        "batch_size": _ROWS if flags.batch_size is None else flags.batch_size,
         "settings": settings,
         "eos_ids": None if flags.eos_id is None else tuple(id for id in flags.eos_id if id >= 0),
         "stops": tuple(flags.stop),
@@ -221,6 +224,14 @@ def _check(flags: argparse.Namespace) -> None:
         raise LoadError(
             "--stream shows one continuation of --prompt as it grows: remove --inputs, --num_samples, "
             "--num_beams and all --adapter but one, or --stream."
+        )
+    if flags.batch_size is not None and not any(files):
+        raise LoadError(
+            "--batch_size is of rows of --inputs, and there is one row at a time: remove it."
+        )
+    if flags.token_healing and flags.chat:
+        raise LoadError(
+            "--token_healing is of texts that are continued, which --chat does not: remove one of them."
         )
     if beams and "num_beams" not in beams:
         raise LoadError(

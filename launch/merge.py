@@ -36,13 +36,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to be made")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of methods that draw random numbers (0)"
+        "--seed", type=int, metavar="N", help="of methods that draw random numbers (default 0)"
     )
     parser.add_argument(
         "--shard_size",
-        default="5GB",
         metavar="SIZE",
-        help="maximum data in a file of safetensors (5GB)",
+        help="maximum data in a file of safetensors (default 5GB)",
     )
     parser.add_argument(
         "--block_bytes",
@@ -64,7 +63,7 @@ def _run(flags: argparse.Namespace) -> None:
         flags.config,
         flags.out,
         seed=flags.seed,
-        shard_bytes=sizes.parse(flags.shard_size, "shard_size"),
+        shard_bytes=flags.shard_size and sizes.parse(flags.shard_size, "shard_size"),
         block_bytes=sizes.parse(flags.block_bytes, "block_bytes"),
         dry_run=flags.dry_run,
     )

@@ -79,6 +79,8 @@ def _run(flags: argparse.Namespace) -> None:
         print(scorecard.write(pathlib.Path(flags.all), out, pathlib.Path("README.md")))
         return
     if flags.time:
+        if flags.out is not None:
+            raise ValueError("--out has no effect with --time, which prints its tables: remove it.")
         from launch.reporting import time_table
 
         for directory in flags.time:

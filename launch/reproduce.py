@@ -103,6 +103,13 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     report = _module(slug, "page").REPORT
     try:
         if settings.pop("again"):
+            for name, default in (
+                ("seeds", _module(slug, "measure").SEEDS),
+                ("workers", 1),
+                ("minutes", None),
+            ):
+                if settings.get(name, default) != default:
+                    raise ValueError(f"--{name} is of runs, and --again runs nothing: remove it.")
             measured, facts = _recorded(out / slug)
         else:
             # The page has a command for everyone: where the runs lie on this machine is left out.

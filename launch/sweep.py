@@ -56,7 +56,7 @@ def run_sweep(
     *,
     out: pathlib.Path,
     sweep: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     minutes: float | None = None,
     memory_gb: float | None = None,
     only: Sequence[str] | None = None,
@@ -71,7 +71,7 @@ def run_sweep(
     Args:
       out: the sweep's folder.
       sweep: the sweep, FILE.py or FILE.py:TEXT; TEXT is the argument of its get_config.
-      workers: runs at once, each with an equal share of the cores; on a cluster, its at_once says how many.
+      workers: runs at once, each with an equal share of the cores (default 1); on a cluster, its at_once says how many.
       minutes: after these, runs save and stop (status 75).
       memory_gb: peak memory that runs side by side may need.
       only: pattern of names of runs, such as 'text/*' or '*/seed0'; the runs they start from run too; repeatable.
@@ -97,8 +97,15 @@ def run_sweep(
     runs = file.read(sweep)
     submitter: Submitter
     if cluster is None:
+        if cluster_setting:
+            raise ValueError(f"--cluster_setting {cluster_setting[0]} is of --cluster: give both.")
+        workers = 1 if workers is None else workers
         submitter = LocalSubmitter(workers=workers, memory_gb=memory_gb)
     else:
+        if workers is not None:
+            raise ValueError(
+                f"--workers {workers} is for runs on this machine: set at_once of --cluster, --cluster_setting at_once={workers}."
+            )
         submitter = _cluster(cluster, cluster_setting or (), memory_gb)
         workers = len(runs)  # for the estimate of the remaining time
     if minutes is not None and minutes <= 0:

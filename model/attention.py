@@ -3,6 +3,7 @@
 Shapes: B batch, T query length, S key length, D width, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class Encoded:
             return self
         (keys, k_scale), (values, v_scale) = (slots.stored_as(x, dtype) for x in self.keys_values)
         scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
-        return self.replace(keys_values=(keys, values), scales=scales)
+        return dataclasses.replace(self, keys_values=(keys, values), scales=scales)
 
 
 class Attention(Counted):
@@ -254,7 +255,20 @@ class Attention(Counted):
 
 
 class CrossAttention(Attention):
-    """Attention of a decoder's tokens over an encoder's output, without positions."""
+    """Attention of a decoder's tokens over an encoder's output, without positions.
+
+    Raises:
+      ValueError: there is a rotary embedding, which would have no effect.
+    """
+
+    rope: Rope | None = None
+
+    def __post_init__(self):
+        if self.rope is not None:
+            raise ValueError(
+                "CrossAttention.rope has no effect, as there are no positions: remove it."
+            )
+        super().__post_init__()
 
     @nn.nowrap
     def cross_flops_per_token(

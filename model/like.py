@@ -5,7 +5,6 @@ layer, so that all bindings of that layer hold for the method too.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -73,9 +72,16 @@ def copied(classes: Iterable[type], made: type, own: Iterable[str]) -> set[str]:
 
 
 def _is_set(module: Any, name: str) -> bool:
-    """Returns whether a module has a field of this name with another value than the default."""
+    """Returns whether a module has a field of this name with another value than the default.
+
+    A class or function that gin has wrapped, for the bindings of its own parameters, is no other one.
+    """
     fields = {field.name: field.default for field in dataclasses.fields(module)}
     if name not in fields:
         return False
     value, default = getattr(module, name), fields[name]
-    return inspect.unwrap(value) is not default and value != default
+    return value != default and _named(value) != _named(default)
+
+
+def _named(value: Any) -> Any:
+    return getattr(value, "__module__", ""), getattr(value, "__qualname__", value)

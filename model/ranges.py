@@ -2,9 +2,13 @@
 
 The check of configurations reads them (launch/config/gin_values.py): a value of a gin file that lies outside is an error
 before any work. Python does not check them. All packages may import this module, which imports none of them.
+
+Whether a value has an effect may depend on others: `refuse_set` is for settings that would be ignored.
 """
 
-from typing import Annotated
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Interval
 
@@ -23,3 +27,20 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average
 Tokens = Annotated[float, Interval(ge=1, le=1e18)]
+
+
+def refuse_set(settings: Any, names: Sequence[str], because: str) -> None:
+    """Raises ValueError if a dataclass has another value than the default in a field that nothing reads.
+
+    Args:
+      settings: the instance of a dataclass.
+      names: fields that have no effect.
+      because: the setting for which they have none, such as "scaling = 'none'".
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != field.default:
+            name = f"{type(settings).__name__}.{field.name}"
+            raise ValueError(
+                f"{name} = {value!r} has no effect with {because}: remove one of the two."
+            )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import Positive, Size
+from model.ranges import Positive, Size, refuse_set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Rope:
       high_freq_factor: wavelengths below original_length / high_freq_factor are not stretched.
 
     Raises:
-      ValueError: an unknown layout or scaling, or 'llama3' bounds in the wrong order.
+      ValueError: an unknown layout or scaling, 'llama3' bounds in the wrong order, or a setting of another scaling.
     """
 
     base: Positive = 10_000.0
@@ -47,6 +47,9 @@ class Rope:
             raise ValueError(f"Rope.scaling = {self.scaling!r}: use 'none', 'linear' or 'llama3'.")
         if self.scaling == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("Rope: high_freq_factor must exceed low_freq_factor.")
+        of_llama3 = ("original_length", "low_freq_factor", "high_freq_factor")
+        unread = {"none": ("factor", *of_llama3), "linear": of_llama3}.get(self.scaling, ())
+        refuse_set(self, unread, f"scaling = {self.scaling!r}")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Returns the angle per position of each of the H/2 pairs, in radians, float32.

@@ -157,6 +157,8 @@ def fit(
     from trainers.influence import fit as stages
     from trainers.influence import sites as site_list
 
+    if seed and labels == "empirical":
+        raise LoadError("--seed is of sampled labels, and --labels=empirical has none: remove it.")
     row_files.check_folder(out)
     if not 0 <= sweep_documents <= RANKED:
         raise LoadError(f"--sweep_documents={sweep_documents} must be from 0 to {RANKED}.")

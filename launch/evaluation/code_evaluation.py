@@ -88,6 +88,10 @@ def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.P
 
     if chosen.samples < 1:
         raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")
+    if chosen.chat and chosen.token_healing:
+        raise EvaluationError(
+            "--token_healing is of prompts that are continued, which --chat does not: remove one of them."
+        )
     several = chosen.samples > 1
     temperature = chosen.temperature
     if temperature is None:

@@ -76,7 +76,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attempts",
         type=int,
-        default=3,
         metavar="N",
         help="maximum attempts to get a readable reply (default 3)",
     )

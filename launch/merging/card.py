@@ -40,7 +40,7 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
     configuration = yaml.safe_dump(
         record["configuration"], sort_keys=False, allow_unicode=True, default_flow_style=None
     )
-    seed = f", seed {record['seed']}" if _is_random(merge) else ""
+    seed = f", seed {record['seed']}" if is_random(merge) else ""
     return "\n".join(
         [
             "---",
@@ -69,7 +69,8 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
     )
 
 
-def _is_random(merge: Merge) -> bool:
+def is_random(merge: Merge) -> bool:
+    """Returns whether the method of a merge draws random numbers."""
     from model.transforms.merge_methods import METHODS
 
     return METHODS[merge.method].random

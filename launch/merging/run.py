@@ -25,13 +25,15 @@ from launch.merging.workers import Workers
 from model.storage import paths
 from trainers.telemetry import stages
 
+_SHARD = 5 * 10**9  # bytes
+
 
 def merge_all(
     config: str,
     out: str,
     *,
-    seed: int = 0,
-    shard_bytes: int = 5 * 10**9,
+    seed: int | None = None,
+    shard_bytes: int | None = None,
     block_bytes: int = 16 << 20,
     threads: int | None = None,
     dry_run: bool = False,
@@ -44,8 +46,8 @@ def merge_all(
     Args:
       config: path of the YAML file.
       out: folder to be made.
-      seed: of random methods.
-      shard_bytes: maximum data in a file.
+      seed: of random methods; None for 0.
+      shard_bytes: maximum data in a file of a Hugging Face folder; None for 5 GB.
       block_bytes: bytes of an input in memory at a time.
       threads: number of threads; None for one for each processor.
       dry_run: only return the table of tensors.
@@ -54,12 +56,16 @@ def merge_all(
       MergeError, TransformError, WeightFileError, TokenizerError, DamagedCheckpointError, ConvertError, OSError.
     """
     merges = config_file.read(config)
+    if seed is not None and not any(map(card.is_random, merges)):
+        raise MergeError(
+            f"--seed={seed} has no effect: {config} has no method that draws. Remove it."
+        )
     targets = _targets(merges, out)
     lines: list[str] = []
     for merge in merges:
         target = targets[merge.name]
         located = _located(merge, {k: v for k, v in targets.items() if k is not None})
-        if merge.name is not None and _is_there(located, target, seed):
+        if merge.name is not None and _is_there(located, target, seed or 0):
             lines.append(f"{target}: there already")
             continue
         if dry_run and any(
@@ -71,7 +77,7 @@ def merge_all(
             stages.stage(f"merging {target}"),
             Workers(block_bytes=block_bytes, threads=threads) as workers,
         ):
-            lines += _merge(located, target, seed, shard_bytes, workers, dry_run=dry_run)
+            lines += _merge(located, target, seed or 0, shard_bytes, workers, dry_run=dry_run)
     return lines
 
 
@@ -124,7 +130,13 @@ def _is_there(merge: Merge, target: str, seed: int) -> bool:
 
 
 def _merge(
-    merge: Merge, target: str, seed: int, shard_bytes: int, workers: Workers, *, dry_run: bool
+    merge: Merge,
+    target: str,
+    seed: int,
+    shard_bytes: int | None,
+    workers: Workers,
+    *,
+    dry_run: bool,
 ) -> list[str]:
     with contextlib.ExitStack() as stack:
         models: dict[str, Model] = {}
@@ -134,13 +146,18 @@ def _merge(
         vocabulary = tokens.build(merge, models)
         planner = Planner(merge, models, seed=seed, shapes=_shapes(vocabulary, models, merge))
         planned = planner.plan()
+        of_hf = isinstance(planner.donor, HfModel)
+        if shard_bytes is not None and not of_hf:
+            raise MergeError(
+                f"--shard_size is of files of safetensors, and {target} will be a run: remove it."
+            )
         if dry_run:
             return plan_table.table(planned)
         workers.check_equal(planned, models, merge.file)
         if merge.method != "passthrough" and merge.tokens is None:
             checks.warn_unrelated(merge, models)
             checks.warn_factors(merge, models)
-        if isinstance(planner.donor, HfModel):
+        if of_hf:
             hf_output.write(
                 merge,
                 models,
@@ -149,7 +166,7 @@ def _merge(
                 target,
                 vocabulary=vocabulary,
                 seed=seed,
-                shard_bytes=shard_bytes,
+                shard_bytes=_SHARD if shard_bytes is None else shard_bytes,
                 workers=workers,
             )
         else:

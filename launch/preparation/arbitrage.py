@@ -131,9 +131,15 @@ def _run(flags: argparse.Namespace) -> None:
     learns = settings.routing == "learned" and settings.router is None
     if not reward and (learns or settings.routing == "reward"):
         raise ArbitrageError(f"--routing={settings.routing} needs --reward.")
+    for name in setting_flags.given(flags, ArbitrageFlags, ("subset", "tau")):
+        if not learns:
+            raise ArbitrageError(f"--{name} is for --routing=learned without --router: remove it.")
+    sampling = setting_flags.given(flags, SamplingFlags)
+    if sampling.get("temperature") == 0 and "top_p" in sampling:
+        raise ArbitrageError("--top_p has no effect with --temperature=0: remove one of them.")
     arbitrage(
         settings,
-        sampling=SamplingFlags(**setting_flags.given(flags, SamplingFlags)),
+        sampling=SamplingFlags(**sampling),
         reward=RewardFlags(**reward) if reward else None,
         language_of=function_named(settings.language_of),
     )

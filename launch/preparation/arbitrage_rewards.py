@@ -116,7 +116,7 @@ class Rewards:
         config, text = None, ""
         if chosen.checkpoint is not None:
             config, text = load_run.config_with_text(chosen.checkpoint)
-        return spec.build(chosen, attempts=3, allow_ties=False, config=config, config_text=text)
+        return spec.build(chosen, attempts=None, allow_ties=False, config=config, config_text=text)
 
     def _judged(
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]

@@ -66,6 +66,9 @@ class RewardFlags:
         Without it the whole text is the answer.
       reward_batch_size: texts at a time.
       missing_end_penalty: subtracted from the reward of a text that was cut at the maximum length.
+
+    Raises:
+      RewardError: a setting that this reward does not read.
     """
 
     reward: str
@@ -73,6 +76,18 @@ class RewardFlags:
     answer_pattern: str | None = None
     reward_batch_size: int = 8
     missing_end_penalty: float = 0.0
+
+    def __post_init__(self):
+        read = {
+            "answer_key": self.reward == "exact_answer",
+            "answer_pattern": self.reward in VERIFIERS,
+            "reward_batch_size": self.reward.startswith(_CHECKPOINT),
+        }
+        for field in dataclasses.fields(self):
+            if not read.get(field.name, True) and getattr(self, field.name) != field.default:
+                raise RewardError(
+                    f"--{field.name} is not read by --reward={self.reward}: remove it."
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -119,13 +119,20 @@ def read(body: bytes, *, chat: bool, model: str, limits: Limits) -> Asked:
     if not isinstance(options, dict):
         raise RequestError("'stream_options' must be an object.", param="stream_options")
     seed = _integer(row, "seed", None, least=-(2**63), most=2**63 - 1)
+    temperature = _number(row, "temperature", 1.0, least=0.0, most=100.0)
+    top_p = _number(row, "top_p", 1.0, least=1e-6, most=1.0)
+    if temperature == 0 and top_p < 1:
+        raise RequestError(
+            "'top_p' has no effect with 'temperature': 0, which chooses the most probable token: remove one of them.",
+            param="top_p",
+        )
     return Asked(
         rows=rows,
         chat=chat,
         max_tokens=tokens,
         samples=1 if samples is None else samples,
-        temperature=_number(row, "temperature", 1.0, least=0.0, most=100.0),
-        top_p=_number(row, "top_p", 1.0, least=1e-6, most=1.0),
+        temperature=temperature,
+        top_p=top_p,
         seed=secrets.randbits(32) if seed is None else seed % 2**32,
         stops=_stops(row),
         stream=_truth(row, "stream"),

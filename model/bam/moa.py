@@ -22,7 +22,7 @@ from model.like import like
 from model.linear import Dense
 from model.moe import routing
 from model.protocol import AttentionSettings
-from model.ranges import NonNegative, Size
+from model.ranges import NonNegative, Size, refuse_set
 
 
 class MixtureOfAttention(Attention):
@@ -40,7 +40,7 @@ class MixtureOfAttention(Attention):
       balance_loss: weight of routing.balance_loss, for `top_k`.
 
     Raises:
-      ValueError: `top_k` is larger than the number of experts.
+      ValueError: `top_k` is larger than the number of experts, or `balance_loss` without it.
     """
 
     num_experts: Size = 4
@@ -55,6 +55,8 @@ class MixtureOfAttention(Attention):
                 f"MixtureOfAttention.top_k = {self.top_k} must lie between 1 and num_experts = "
                 f"{self.num_experts}; None mixes all."
             )
+        if self.top_k is None:
+            refuse_set(self, ("balance_loss",), "top_k = None, which loads all experts alike")
         super().__post_init__()
 
     @property

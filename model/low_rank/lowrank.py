@@ -20,7 +20,7 @@ from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
-from model.ranges import Finite, Positive, Size
+from model.ranges import Finite, Positive, Size, refuse_set
 from model.transforms.patterns import fullmatch
 
 Init = Literal["he", "spectral", "spectral_ones"]
@@ -60,7 +60,7 @@ class Factorisation:
       ones_scale: the singular values of 'spectral_ones'.
 
     Raises:
-      ValueError: an unknown rule or initialisation.
+      ValueError: an unknown rule or initialisation, or `ones_scale` with another one.
     """
 
     rank: Positive = 0.5
@@ -77,6 +77,8 @@ class Factorisation:
                 raise ValueError(
                     f"Factorisation.{name} = {value!r}: choose from {', '.join(map(repr, known))}."
                 )
+        if self.init != "spectral_ones":
+            refuse_set(self, ("ones_scale",), f"init = {self.init!r}")
 
     def rank_at(self, path: str, rows: int, columns: int) -> int | None:
         """Returns the rank of the matrix [rows, columns] of the module at `path`; None if it stays dense.

@@ -16,7 +16,7 @@ from model.adapters.adapter import Adapted, Adapter, AdapterError
 from model.linear import Dense
 from model.moe import routing
 from model.mov import sentence
-from model.ranges import Decay, NonNegative, Size
+from model.ranges import Decay, NonNegative, Size, refuse_set
 
 RouterInput = Literal["site_tensor", "layer_input", "sentence"]
 
@@ -34,7 +34,7 @@ class Routed(Adapter):
         embedding of the sentence ('sentence'): of the row, or of an encoder-decoder's inputs, see model/mov/sentence.py.
       top_k: number of experts of a token; None mixes all.
       renormalise: whether the weights of a token's `top_k` experts sum to 1. If not, a rescaling does not begin as the base
-        model, since the chosen experts' probabilities sum to less.
+        model, since the chosen experts' probabilities sum to less. All experts' weights always do.
       jitter: in training, the router's input is multiplied by uniform noise between 1 - jitter and 1 + jitter.
       balance_loss: weight of routing.balance_loss, which only `top_k` experts can lower.
       router_init: initialiser of the router. Zeros would leave equal experts equal for ever.
@@ -42,6 +42,7 @@ class Routed(Adapter):
     Raises:
       AdapterError: `top_k` is not between 1 and the number of experts, `balance_loss` without a choice of experts, or no
         embedding for 'sentence'.
+      ValueError: `renormalise` is False without `top_k`.
     """
 
     num_experts: Size = 10
@@ -64,6 +65,8 @@ class Routed(Adapter):
                 f"{self.top_k} of {self.num_experts} none are chosen, so that it could not train a router: set top_k "
                 "(ADAPTER_TOP_K), or balance_loss = 0 (ADAPTER_BALANCE_LOSS)."
             )
+        if self.top_k is None:
+            refuse_set(self, ("renormalise",), "top_k = None, whose weights sum to 1")
         super().__post_init__()
 
     def weights(self, site: Adapted, tensor: jax.Array, axis: str) -> jax.Array:

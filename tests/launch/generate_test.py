@@ -234,6 +234,9 @@ def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
         (["--cache_policy=oracle"], "reads the answer"),
         (["--prefill_chunk=0"], "--prefill_chunk=0"),
         (["--min_p=2"], "min_p"),
+        (["--top_p=0.5"], "top_p = 0.5 has no effect with temperature = 0"),
+        (["--top_k=5"], "top_k = 5 has no effect with temperature = 0"),
+        (["--chat", "--token_healing"], "--token_healing is of texts that are continued"),
         (["--cache_policy=none"], "Unknown cache policy 'none': choose from"),
         (["--temperature=-1"], "temperature"),
         (["--top_p=2"], "top_p"),
@@ -246,6 +249,12 @@ def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
 def test_bad_flags_are_named(generate, capsys, flags, message):
     assert generate([{"tokens": [5]}], *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_single_prompt_has_no_batches(command, capsys, trained_run):
+    flags = [f"--checkpoint={trained_run.path}", "--prompt=x", "--batch_size=4"]
+    assert command("generate", *flags) == 2
+    assert "--batch_size is of rows of --inputs" in capsys.readouterr().err
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{{ 'a:' if add_generation_prompt }}"

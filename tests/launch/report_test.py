@@ -330,3 +330,5 @@ def test_the_scorecard_has_every_claim_and_the_readme_its_head(tmp_path, monkeyp
 def test_a_report_without_a_place_is_refused(capsys):
     assert report.main(["--runs", "a"]) == 2
     assert "--out is missing" in capsys.readouterr().err
+    assert report.main(["--time", "a", "--out=b"]) == 2
+    assert "--out has no effect with --time" in capsys.readouterr().err

@@ -18,7 +18,7 @@ class Sampling:
     """How the next token is drawn; `repetition_penalty` is applied first, then the attributes in order.
 
     Attributes:
-      temperature: divides the logits; 0 chooses the most probable token (ties go to the first).
+      temperature: divides the logits; 0 chooses the most probable token (ties go to the first), without restrictions.
       top_k: restricts the draw to the k most probable tokens (ties go to the first); None for all.
       top_p: then restricts it to the fewest tokens whose probabilities sum to at least p (nucleus
         sampling, arXiv 1904.09751); None for all.
@@ -49,6 +49,13 @@ class Sampling:
             raise ValueError(
                 f"repetition_penalty = {self.repetition_penalty} must be positive; 1 is for none."
             )
+        if self.temperature == 0:
+            for name, neutral in (("top_k", None), ("top_p", 1), ("min_p", 0)):
+                if (value := getattr(self, name)) not in (None, neutral):
+                    raise ValueError(
+                        f"{name} = {value} has no effect with temperature = 0, which chooses the most probable token: remove "
+                        "it, or set a temperature."
+                    )
 
     @property
     def restricted(self) -> bool:

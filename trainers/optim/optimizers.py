@@ -221,7 +221,14 @@ def sgd(
       nesterov: use Nesterov momentum (Sutskever et al., 2013).
       coupled: add decay to the gradient, and so to its moving average, as in recipes for vision; else
         apply it after the momentum, as in AdamW.
+
+    Raises:
+      ValueError: `nesterov` without `momentum`.
     """
+    if nesterov and not momentum:
+        raise ValueError(
+            "sgd: nesterov has no effect without momentum: set momentum, or remove it."
+        )
     steps = [
         optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity(),
         optax.add_decayed_weights(weight_decay, _decay_mask(param_axes, no_decay)),

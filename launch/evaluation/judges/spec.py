@@ -98,13 +98,13 @@ def parse(text: str) -> Spec:
 
 
 def build(
-    spec: Spec, *, attempts: int, allow_ties: bool, config: Any = None, config_text: str = ""
+    spec: Spec, *, attempts: int | None, allow_ties: bool, config: Any = None, config_text: str = ""
 ) -> Judge:
     """Returns the judge of a spec.
 
     Args:
       spec: parsed value of --judge.
-      attempts: number of times to ask a question before its reply counts as not understood.
+      attempts: number of times to ask a question before its reply counts as not understood; None for 3.
       allow_ties: whether a judge that compares may call answers equally good.
       config: a load_run.RunConfig, for a judge with a checkpoint.
       config_text: the whole configuration of `config`, as text.
@@ -113,8 +113,10 @@ def build(
       JudgeError: a value out of range.
       FileNotFoundError, DamagedCheckpointError: there is no undamaged checkpoint.
     """
-    if attempts < 1:
+    if attempts is not None and attempts < 1:
         raise JudgeError(f"--attempts={attempts} must be at least 1.")
+    if attempts is not None and spec.kind == "logprob":
+        raise JudgeError("--attempts is for judges that reply, which logprob does not: remove it.")
     if allow_ties and spec.kind == "logprob":
         raise JudgeError("--allow_ties is for judges that compare: give margin=X with logprob.")
     settings = dict(spec.settings)
@@ -127,4 +129,4 @@ def build(
         margin = settings.pop("margin", 0.0)
         reward = LogProb(config, settings=config_text, checkpoint=spec.target, **settings)
         return RewardJudge(reward, margin=margin)
-    return PairwiseJudge(writer, wording=Template(allow_ties=allow_ties), attempts=attempts)
+    return PairwiseJudge(writer, wording=Template(allow_ties=allow_ties), attempts=attempts or 3)

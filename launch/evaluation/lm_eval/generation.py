@@ -60,10 +60,11 @@ def options(
     sampling: dict[str, Any] = {"temperature": 0.0}
     if values["do_sample"]:
         sampling["temperature"] = float(values.get("temperature", 1.0))
+        given = wanted if sampling["temperature"] else values  # the model's settings are of draws
         sampling |= {
-            name: wanted[name] for name in ("top_p", "min_p") if wanted.get(name) is not None
+            name: given[name] for name in ("top_p", "min_p") if given.get(name) is not None
         }
-        sampling["top_k"] = wanted.get("top_k") or None  # 0 means all tokens, as in transformers
+        sampling["top_k"] = given.get("top_k") or None  # 0 means all tokens, as in transformers
     sampling["repetition_penalty"] = float(wanted.get("repetition_penalty") or 1.0)
     try:
         chosen = Sampling(**sampling)

@@ -503,6 +503,7 @@ def test_bad_settings_files_and_factors(place, trained_run, capsys, tmp_path):
     assert "has no influence.json" in error(place.score(f"--factors={tmp_path}", out="x.jsonl")[0])
     assert "matches no layer" in error(place.fit("--modules=mpl", f"--out={tmp_path / 'f'}"))
     assert "factors of other settings" in error(place.fit("--labels=empirical"))
+    assert "--seed is of sampled labels" in error(place.fit("--labels=empirical", "--seed=1"))
     assert "--length=0 must be at least 1" in error(
         place.fit("--length=0", f"--out={tmp_path / 'f'}")
     )

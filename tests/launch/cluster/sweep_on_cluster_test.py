@@ -52,6 +52,8 @@ def test_a_dry_run_shows_arrays_and_writes_nothing(file, tmp_path, capsys, monke
     [
         (CLUSTER, "a run of a sweep is one process, not 16"),
         ((*CLUSTER, *ONE, "--memory_gb=3"), "a cluster has its own limits"),
+        ((*CLUSTER, *ONE, "--workers=2"), "--workers 2 is for runs on this machine: set at_once"),
+        (("--cluster_setting=nodes=1",), "--cluster_setting nodes=1 is of --cluster: give both"),
         *(
             ((f"--cluster=launch/cluster/configs/{name}.py",), f"{name} cannot run a sweep")
             for name in ("jobset", "xmanager", "tpu_vm")

@@ -172,6 +172,8 @@ def test_bad_input_is_one_error(evaluate, solutions, capsys, rows, flags, messag
         (["--samples=2", "--temperature=0"], "--temperature=0 makes all"),
         (["--samples=0"], "--samples=0 must be at least 1"),
         (["--samples=2", "--k", "3"], "--k=3: each problem has 2 samples"),
+        (["--top_p=0.5"], "top_p = 0.5 has no effect with temperature = 0"),
+        (["--chat", "--token_healing"], "--token_healing is of prompts that are continued"),
     ],
 )
 def test_flags_that_contradict_each_other(evaluate, trained_run, capsys, flags, message):

@@ -303,6 +303,7 @@ def test_log_probabilities_are_those_of_score(win_rate, command, trained_run, tm
     # Scores are kept; what is a tie is decided anew.
     again = win_rate(f"logprob:{trained_run.path},margin=1000")
     assert again["pairs"][0]["counts"]["tie"] == 5 and again["questions"]["asked"] == 0
+    assert win_rate(f"logprob:{trained_run.path}", "--attempts=2") == 2
 
 
 @pytest.mark.parametrize("converses", [False, True])

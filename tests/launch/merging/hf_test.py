@@ -454,8 +454,12 @@ models: [{{model: {tmp_path}/a, parameters: {{weight: 1}}}}, {{model: {tmp_path}
     shutil.rmtree(tmp_path / "out")
     merged(tmp_path, config)
     assert (stage / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(MergeError, match="another configuration or seed"):
+    with pytest.raises(MergeError, match="--seed=5 has no effect: .* no method that draws"):
         run.merge_all(config, str(tmp_path / "out"), seed=5)
+    text = pathlib.Path(config).read_text()
+    pathlib.Path(config).write_text(text.replace("weight: 1", "weight: 2"))
+    with pytest.raises(MergeError, match="another configuration or seed"):
+        run.merge_all(config, str(tmp_path / "out"))
 
 
 def change(key, value):

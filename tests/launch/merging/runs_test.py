@@ -248,6 +248,8 @@ def test_a_merged_run_is_scored_and_unlike_runs_are_refused(tmp_path, branches, 
     names = branches.folders[:2]
     entries = [{"model": str(name), "parameters": {"weight": 1}} for name in names]
     config = configured(tmp_path, merge_method="linear", models=entries)
+    assert command("merge", config, f"--out={tmp_path}/out", "--shard_size=1MB") == 2
+    assert "--shard_size is of files of safetensors" in capsys.readouterr().err
     assert command("merge", config, f"--out={tmp_path}/out") == 0
     a, b, out = (stored(x, "token_embed/embedding") for x in (*names, tmp_path / "out"))
     np.testing.assert_allclose(out, (a + b) / 2, atol=1e-7)

@@ -166,6 +166,18 @@ def test_the_bound_holds_and_is_met_by_many_outcomes():
         (rows(["1"]), ("--answer_key=solution",), "exact_answer", "line 1: .*no 'solution'"),
         ([{"sample": 0, "prompt": [1], "tokens": [2]}], (), "exact_answer", "line 1: no 'text'"),
         (rows(["1"]), (), "exact", "--reward=exact must be "),
+        (
+            rows(["1"]),
+            ("--answer_key=k",),
+            "reasoning_gym",
+            "--answer_key is not read by --reward=",
+        ),
+        (
+            rows(["1"]),
+            ("--reward_batch_size=2",),
+            "exact_answer",
+            "--reward_batch_size is not read",
+        ),
     ],
 )
 def test_what_cannot_be_ranked_is_said(command, capfd, given, more, reward, words):

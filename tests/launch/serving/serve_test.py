@@ -190,6 +190,7 @@ def body(**changes):
         ({"model": "other"}, 404, "must be 'tiny'"),
         ({"temprature": 1}, 400, "did you mean 'temperature'"),
         ({"temperature": -1}, 400, "from 0 to 100"),
+        ({"temperature": 0, "top_p": 0.5}, 400, "'top_p' has no effect with 'temperature': 0"),
         ({"temperature": float("nan")}, 400, "'temperature' is nan"),
         ({"top_p": 0}, 400, "'top_p' is 0"),
         ({"max_tokens": 65}, 400, "from 1 to 64"),

@@ -115,8 +115,15 @@ def test_frequencies_are_within_four_sigma(top_k, top_p):
 def test_temperature_zero_takes_the_first_of_the_most_probable():
     logits = jnp.array([[0.0, 2.0, 2.0], [3.0, 1.0, 2.0]])
     keys = jax.random.split(jax.random.key(0), 2)
-    for sampling in (Sampling(temperature=0.0), Sampling(temperature=0.0, top_k=2, top_p=0.5)):
-        assert sample(logits, keys, sampling).tolist() == [1, 0]
+    for neutral in ({}, {"top_p": 1.0, "min_p": 0.0}):
+        assert sample(logits, keys, Sampling(temperature=0.0, **neutral)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_what_restricts_no_draw_is_refused(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name} = .* has no effect with temperature = 0"):
+        Sampling(temperature=0.0, **setting)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

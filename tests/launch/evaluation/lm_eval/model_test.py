@@ -170,6 +170,7 @@ def test_generation_options_are_read_as_the_harness_reads_them():
     assert drawn.max_gen_toks == 9
     assert drawn.sampling == Sampling(temperature=0.5, top_k=7, top_p=0.9)
     assert read({"do_sample": True}, top_k=0).sampling == Sampling(temperature=1.0)
+    assert read({"do_sample": True, "temperature": 0}, top_k=9).sampling == greedy.sampling
     assert read({}, repetition_penalty=1.3).sampling.repetition_penalty == 1.3
     with pytest.raises(LoadError, match="num_beams is not supported. Valid options:"):
         read({"num_beams": 4})

@@ -55,6 +55,10 @@ def test_papers_are_the_folders_that_measure_and_report(tmp_path, monkeypatch, c
     assert reproduce.main(["complete", f"--model_dir={model_dir}", f"--out={tmp_path}"]) == 0
     settings = {"model_dir": model_dir, "parts": ["one"], "seeds": 2, "workers": 1, "minutes": None}
     assert str(settings) in capsys.readouterr().out
+    for flag in ("--seeds=3", "--workers=2", "--minutes=1"):
+        assert reproduce.main(["complete", "--again", flag, f"--out={tmp_path}"]) == 2
+        name = flag.partition("=")[0]
+        assert f"{name} is of runs, and --again runs nothing" in capsys.readouterr().err
 
 
 def test_results_are_one_table_with_pairs_of_the_seeds_that_all_arms_have():
