@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from launch.attribution import inputs
 from launch.run.load_run import LoadedRun, LoadError
+from trainers.checkpoints import agreement
 from trainers.influence import documents, files, lexical, queries
 from trainers.scoring.scoring import MeanStates, Row
+from trainers.telemetry.progress import Counted
 
 
 def _save(folder: pathlib.Path, own: Any, count: int, record: Mapping[str, Any]) -> None:
@@ -89,9 +90,8 @@ class Embeddings:
     def stream(self, skip: int) -> Iterator[dict[str, Any]]:
         source = itertools.islice(iter(self.source), skip, None)
         total = self.source.count()
-        with tqdm(
-            desc="score", unit="document", total=total, initial=skip, disable=None
-        ) as progress:
+        shown = agreement.is_primary()
+        with Counted("scores", "documents", total=total, done=skip, shown=shown) as progress:
             for window in documents.windows(source, self.batch_size):
                 scores_NQ = cosines(self._states(window), self._queries_QD)
                 yield from ({"scores": row.tolist()} for row in scores_NQ)
