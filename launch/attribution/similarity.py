@@ -89,7 +89,7 @@ class Embeddings:
     def stream(self, skip: int) -> Iterator[dict[str, Any]]:
         source = itertools.islice(iter(self.source), skip, None)
         total = self.source.count()
-        with Bar(desc="score", unit="document", total=total, initial=skip) as progress:
+        with Bar(desc="scores", unit="document", total=total, initial=skip) as progress:
             for window in documents.windows(source, self.batch_size):
                 scores_NQ = cosines(self._states(window), self._queries_QD)
                 yield from ({"scores": row.tolist()} for row in scores_NQ)

@@ -25,9 +25,8 @@ def _row(name: str, size: Size, topology: str, rows: int, *bindings: str) -> Row
     )
 
 
-def _also(row: Row, kind: str, what: str, *flags: str) -> Row:
+def _also(row: Row, kind: str, title: str, *flags: str) -> Row:
     """Returns a row of another program of the same model."""
-    title = row.title.replace("Covariances", what)
     return dataclasses.replace(
         row, name=f"{row.name}_{kind}", title=title, flags=(f"--program={kind}", *flags)
     )
@@ -36,8 +35,11 @@ def _also(row: Row, kind: str, what: str, *flags: str) -> Row:
 _OF_7B = _row("ekfac_7b", _7B, "v5p:2x2x4", 16)
 ROWS = (
     _OF_7B,
-    _also(_OF_7B, "squares", "Squares in the eigenbasis", f"--blocks={_7B.blocks}"),
-    _also(_OF_7B, "scores", "Scores for 100 queries"),
+    _also(
+        *(_OF_7B, "squares", _OF_7B.title.replace("Covariances", "Squares in the eigenbasis")),
+        f"--blocks={_7B.blocks}",
+    ),
+    _also(_OF_7B, "scores", "Scores by the MLPs of Command R 7B of 16 documents for 100 queries"),
     _row("ekfac_35b", _35B, "v5p:4x4x4", 64, *mesh("fsdp", fsdp=64)),
     _row("ekfac_bam", _BAM, "v5e:4x4", 16),
 )

@@ -441,6 +441,15 @@ def test_conjugate_gradients_start_at_ekfac_descend_and_converge(gauss_newton):
     falls = np.diff(solution.objectives)
     assert (falls <= 1e-12 * np.abs(solution.objectives[-1])).all()
 
+    # A relative damping is that of EK-FAC, by the mean of its eigenvalues.
+    relative = kronecker.Curvature.of(
+        {path: site}, {path: eigen}, {path: values}, kronecker.Damping(0.3), dtype=np.float64
+    )
+    solution = conjugate.solve(product, relative, q, steps=200)
+    damped = dense + 0.3 * values.mean() * np.eye(36)
+    want = np.linalg.solve(damped, np.asarray(q[path]).reshape(-1))
+    np.testing.assert_allclose(np.asarray(solution.x[path]).reshape(-1), want, rtol=1e-8, atol=1e-8)
+
     def exact(v):  # a curvature that the preconditioner knows
         return {path: kronecker.apply_eigen(site, eigen, values, v[path], batched=False)}
 

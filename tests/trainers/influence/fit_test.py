@@ -349,7 +349,9 @@ def test_each_device_decomposes_some_matrices(tmp_path, monkeypatch):
     for name, devices in (("one", None), ("mesh", jax.devices()[:4])):
         eigen.write(tmp_path / "covariances", tmp_path / name, devices=devices, **settings)
         stages[name] = files.read(tmp_path / name)[0]
-    assert used == [eigen._DEVICE] * 6 + [jax.devices()[i % 4] for i in range(6)]
+    assert used[:6] == [eigen._DEVICE] * 6
+    # Threads of a round begin in any order.
+    assert [*map(set, (used[6:10], used[10:]))] == [{*jax.devices()[:4]}, {*jax.devices()[:2]}]
     want = kronecker.eigendecomposition(files.by_site(sums)["mlp"], name="", dtype=np.float64)
     for name, array in want.items():
         np.testing.assert_array_equal(stages["one"][f"mlp:{name}"], array)

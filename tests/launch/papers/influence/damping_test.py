@@ -1,6 +1,14 @@
 """The experiment of dampings at tiny sizes: all of its rows are there, and its table is their mean."""
 
+import json
+import pathlib
+
+import numpy as np
+
 from launch.papers.influence import damping
+from trainers.influence import kronecker
+
+DOCS = pathlib.Path("docs")
 
 
 def test_every_method_is_measured_and_the_table_is_the_mean_over_seeds(monkeypatch):
@@ -20,10 +28,38 @@ def test_every_method_is_measured_and_the_table_is_the_mean_over_seeds(monkeypat
 
 
 def test_each_asked_fact_is_stated_by_its_document():
-    import numpy as np
-
     texts, asked, stated = damping.lines(np.random.default_rng(0))
     assert len(texts) == damping.FACTS + 2 * damping.EXAMPLES == len(set(texts))
     for (prompt, completion), at in zip(asked, stated, strict=False):
         assert texts[at] == prompt + completion
     assert not {p + c for p, c in asked[damping.ASKED :]} & set(texts)
+
+
+def test_the_page_has_the_means_and_the_default_follows_from_the_criteria():
+    files = [DOCS / f"reproductions/influence/damping_{seed}.json" for seed in range(3)]
+    results = [json.loads(path.read_text()) for path in files]
+
+    def mean(name, key):
+        return float(np.mean([result["rows"][name][key] for result in results]))
+
+    page = (DOCS / "influence.md").read_text()
+    for title, method in (("EK-FAC half", "ekfac half"), ("K-FAC", "kfac")):
+        for what, key, form in (("recall", "recall", ".0%"), ("LDS", "lds", ".2f")):
+            cells = [format(mean(f"{method} {d:g}", key), form) for d in damping.DAMPINGS]
+            assert f"| {title}, {what} | {' | '.join(cells)} |".replace("%", " %") in page
+    fits = ("ekfac", "ekfac half")
+    recall, lds = (
+        {d: np.mean([mean(f"{fit} {d:g}", key) for fit in fits]) for d in damping.DAMPINGS}
+        for key in ("recall", "lds")
+    )
+    near = [d for d in damping.DAMPINGS if lds[d] >= max(lds.values()) - 0.02]
+    good = [d for d in near if recall[d] >= max(recall.values()) - 0.05]
+    assert max(good) == kronecker.RELATIVE
+    solved = {
+        count: np.mean(
+            [mean(f"ekfac_cg of {count}, {d:g}", "recall_8") for d in damping.CG_DAMPINGS]
+        )
+        for count in damping.CG_DOCUMENTS
+    }
+    alone = np.mean([mean(f"ekfac {d:g}", "recall_8") for d in damping.CG_DAMPINGS])
+    assert min(count for count, own in solved.items() if own >= alone) == 16
