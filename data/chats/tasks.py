@@ -21,6 +21,7 @@ def register_chats(
     validation_fraction: Fraction = 0.01,
     turns: spans.Turns = "all",
     chat_template: str | None = None,
+    special_in_contents: bool = True,
     add_bos: bool | None = None,
     add_eos: bool = True,
     data_root: str | None = None,
@@ -44,6 +45,8 @@ def register_chats(
       turns: the turns of the assistant that are learnt: 'all', or the 'last' one of each conversation.
       chat_template: for rows with messages: a jinja file, or a name in
         `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
+      special_in_contents: whether special tokens that contents of messages spell are special tokens, as in TRL; False
+        encodes them as text, as commands that answer do. Those that the template writes always are.
       add_bos: begin texts, and prompts that are texts, with BOS; None: if the tokenizer does. A chat template writes
         its own.
       add_eos: end texts and completions that are texts with EOS.
@@ -67,6 +70,7 @@ def register_chats(
             validation_files=held_out,
             validation_fraction=validation_fraction,
             chat_template=chat_template,
+            special_in_contents=special_in_contents,
             add_bos=add_bos,
             add_eos=add_eos,
             data_root=data_root,

@@ -25,6 +25,7 @@ class PromptedFiles(FileSource, abc.ABC):
         name: str,
         vocabulary: Any,
         chat_template: str | None,
+        special_in_contents: bool,
         add_bos: bool,
         add_eos: bool,
         prompt_eos: bool = False,
@@ -35,8 +36,7 @@ class PromptedFiles(FileSource, abc.ABC):
         `data.preference.tasks.register_pairs` describes the arguments and errors.
         """
         tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos or prompt_eos)
-        # The files are the user's own: as in TRL, special tokens that contents spell are special tokens.
-        template = templates.of(chat_template, vocabulary, special_in_contents=True)
+        template = templates.of(chat_template, vocabulary, special_in_contents=special_in_contents)
         tokeniser = tokens.Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
         return cls.find(name=name, tokeniser=tokeniser, **fields)
 
@@ -53,9 +53,12 @@ class PromptedFiles(FileSource, abc.ABC):
 
     def _settings(self) -> dict[str, Any]:
         template = self.tokeniser.template
+        described = template and [template.templates, template.variables]
+        if template and template.added:  # absent by default, so that older caches remain valid
+            described = [*described, sorted(template.added.items())]
         return {
             "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
-            "template": fingerprint.describe(template and [template.templates, template.variables]),
+            "template": fingerprint.describe(described),
         }
 
     def _id(self, path: str, line: int) -> str:

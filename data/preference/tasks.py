@@ -22,6 +22,7 @@ def register_pairs(
     validation_files: str | Sequence[str] | None = None,
     validation_fraction: Fraction = 0.01,
     chat_template: str | None = None,
+    special_in_contents: bool = True,
     add_bos: bool = False,
     add_eos: bool = True,
     prompt_eos: bool = False,
@@ -50,6 +51,7 @@ def register_pairs(
         of a prompt are in one split. 0 makes no validation split.
       chat_template: for rows with messages: a jinja file, or a name in
         `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
+      special_in_contents: see `data.chats.tasks.register_chats`.
       add_bos: begin prompts that are texts with BOS; a chat template writes its own.
       add_eos: end completions that are texts with EOS.
       prompt_eos: end prompts with EOS, as an encoder reads them.
@@ -72,6 +74,7 @@ def register_pairs(
         validation_files=validation_files,
         validation_fraction=validation_fraction,
         chat_template=chat_template,
+        special_in_contents=special_in_contents,
         add_bos=add_bos,
         add_eos=add_eos,
         prompt_eos=prompt_eos,

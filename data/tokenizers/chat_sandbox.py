@@ -26,15 +26,17 @@ class RenderError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The control tokens of a text in which there are also their spellings as text.
+    """The control tokens of a text, which may also have their spellings as text.
 
     Attributes:
       tokens: the spellings of all control tokens.
       places: (start, end) in characters of those that are tokens; all others are text.
+      spelled: whether there are others.
     """
 
     tokens: frozenset[str]
-    places: tuple[tuple[int, int], ...] = ()
+    places: tuple[tuple[int, int], ...]
+    spelled: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Rendered:
     # (start, end) in characters of each assistant text, marked by `{% generation %}`; None if the template changes
     # or removes a text after that
     spans: tuple[tuple[int, int], ...] | None
-    # the template's control tokens, if contents spell some; None if every spelling in the text is a control token
+    # the template's control tokens; None if every spelling in the text is a control token
     written: Written | None = None
 
     def after(self, start: int) -> "Rendered":

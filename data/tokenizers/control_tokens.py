@@ -4,13 +4,14 @@ A template writes tokens such as `<|im_end|>` as text, so a content that spells 
 puts a content is known only to itself. So it is rendered once more with a mark in every place of a content where the
 spelling of a control token may begin; a spelling in the conversation without a mark is the template's. The spellings of
 the contents are encoded as the text that they are, in one pass with all other text: for this pass the control tokens have
-other names in the vocabulary, which no text has, and so have the places where the template writes them.
+other names in the vocabulary, which no text has, and so have the places where the template writes them. The pass is also
+made if the usual one has more control tokens than the template wrote: a tokenizer may normalise a text to a spelling.
 """
 
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from data.tokenizers.chat_sandbox import Rendered, Written
@@ -69,27 +70,42 @@ def encode(vocabulary: Any, rendered: Rendered) -> tuple[list[int], list[bool]]:
     """
     if hasattr(vocabulary, "encode_marked"):
         return vocabulary.encode_marked(rendered)
-    text, encoded, written = rendered.text, vocabulary.encode, rendered.written
-    if written is not None and (model := getattr(vocabulary, "sp_model", None)) is not None:
-        text, encoded = named(written, text), _renamed(model, written.tokens).encode
-    # This vocabulary does not know which characters a token covers, so the text is divided before.
-    ids: list[int] = []
-    marked: list[bool] = []
-    place = 0
-    for start, end in (*(rendered.spans or ()), (len(text),) * 2):
-        for part, mark in ((text[place:start], False), (text[start:end], True)):
-            new = encoded(part)
-            ids += new
-            marked += [mark] * len(new)
-        place = end
-    return ids, marked
+    text, written = rendered.text, rendered.written
+
+    def divided(encoded: Callable[[str], Sequence[int]]) -> tuple[list[int], list[bool]]:
+        # This vocabulary does not know which characters a token covers, so the text is divided before.
+        ids: list[int] = []
+        marked: list[bool] = []
+        place = 0
+        for start, end in (*(rendered.spans or ()), (len(text),) * 2):
+            for part, mark in ((text[place:start], False), (text[start:end], True)):
+                new = encoded(part)
+                ids += new
+                marked += [mark] * len(new)
+            place = end
+        return ids, marked
+
+    model = getattr(vocabulary, "sp_model", None)
+    if written is None or model is None:
+        return divided(vocabulary.encode)
+    if not written.spelled:
+        usual = divided(vocabulary.encode)
+        if is_as_written(written, usual[0], _user_defined(model)):
+            return usual
+    text = named(written, text)
+    return divided(_renamed(model, written.tokens).encode)
+
+
+def is_as_written(written: Written, ids: Sequence[int], by_spelling: Mapping[str, int]) -> bool:
+    """Returns whether ids have no more control tokens than their template wrote; `by_spelling`: the ids of these tokens."""
+    control = {by_spelling[token] for token in written.tokens}
+    return sum(id in control for id in ids) <= len(written.places)
 
 
 def as_text(text: str, added: Mapping[str, bool]) -> Rendered:
     """Returns a text in which nothing is a control token."""
     tokens = frozenset(token for token, always in added.items() if always)
-    spelled = any(token in text for token in tokens)
-    return Rendered(text, (), Written(tokens) if spelled else None)
+    return Rendered(text, (), Written(tokens, (), spelled=any(token in text for token in tokens)))
 
 
 def written(
@@ -100,7 +116,7 @@ def written(
     source: str,
     added: Mapping[str, bool],
 ) -> Written | None:
-    """Returns which control tokens of a conversation its template has written; None if contents can have spelled none.
+    """Returns which control tokens of a conversation its template has written; None without tokens that texts may spell.
 
     Args:
       text: the rendered conversation.
@@ -117,10 +133,13 @@ def written(
         for token, always in added.items()
         if always or token in source or any(role in token for role in _ROLES)
     )
-    firsts = {token[0] for token in tokens}
-    leaves = list(_leaves(values))
-    if firsts.isdisjoint(character for leaf in leaves for character in leaf):
+    if not tokens:
         return None
+    spelling, leaves = _alternatives(tokens), list(_leaves(values))
+    usual = Written(tokens, tuple(match.span() for match in spelling.finditer(text)), False)
+    firsts = {token[0] for token in tokens}
+    if firsts.isdisjoint(character for leaf in leaves for character in leaf):
+        return usual
     mark = _unused("".join([text, *leaves]))
 
     def marked(exempt: Collection[str]) -> str | None:
@@ -140,20 +159,20 @@ def written(
         shown = marked({token for token in loose if marked(loose - {token}) is None})
     if shown is None:
         if not spelled:
-            return None
+            return usual
         raise ValueError(
             f"a message spells the control token {min(spelled)!r}, and the template changes messages, so that it cannot be "
             "told from the template's own. Remove it from the message"
         )
     begun = {match.start() - 1 - i for i, match in enumerate(re.finditer(mark, shown))}
-    places, spelling, start, is_spelled = [], _alternatives(tokens), 0, False
+    places, start, is_spelled = [], 0, False
     while (match := spelling.search(text, start)) is not None:
         if begun.isdisjoint(range(*match.span())):
             places.append(match.span())
             start = match.end()
         else:
             is_spelled, start = True, match.start() + 1
-    return Written(tokens, tuple(places)) if is_spelled else None
+    return Written(tokens, tuple(places), is_spelled)
 
 
 @functools.lru_cache(maxsize=4)
@@ -196,16 +215,18 @@ def _renamed(model: bytes, tokens: frozenset[str]) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _user_defined(model: bytes | None) -> tuple[str, ...]:
-    """Returns the pieces that SentencePiece finds in texts before all others, without runs of white space and characters."""
+def _user_defined(model: bytes | None) -> Mapping[str, int]:
+    """Returns the ids of pieces that SentencePiece finds before all others; not of runs of white space and characters."""
     if model is None:
-        return ()
+        return {}
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
-    cores = (piece.piece.strip(_SPACE) for piece in proto.pieces if piece.type == kind)
-    return tuple(core for core in cores if core.strip() and len(core) > 1)
+    pieces = ((id, piece.piece.strip(_SPACE), piece.type) for id, piece in enumerate(proto.pieces))
+    return {
+        core: id for id, core, type in pieces if type == kind and core.strip() and len(core) > 1
+    }
 
 
 def _alternatives(tokens: Collection[str], rest: str = "") -> re.Pattern[str]:

@@ -107,13 +107,18 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
         Raises:
           TokenizerError: contents spell control tokens, and have private-use characters.
         """
-        text, tokenizer = rendered.text, self._tokenizer(special_in_text=True)
-        if (written := rendered.written) is not None:
-            text = control_tokens.named(written, text)
-            content = control_tokens.renamed_tokenizer(self.files.content, written.tokens)
-            tokenizer = hf_tokenizer.load(content, self.extra_ids)
+        text, written = rendered.text, rendered.written
+        usual = self._tokenizer(special_in_text=True)
         with hf_tokenizer.failures(self.files.path):
-            encoding = tokenizer.encode(text, add_special_tokens=False)
+            encoding = usual.encode(text, add_special_tokens=False)
+        if written is not None:
+            ids = {token: usual.token_to_id(token) for token in written.tokens}
+            if written.spelled or not control_tokens.is_as_written(written, encoding.ids, ids):
+                text = control_tokens.named(written, text)
+                content = control_tokens.renamed_tokenizer(self.files.content, written.tokens)
+                renamed = hf_tokenizer.load(content, self.extra_ids)
+                with hf_tokenizer.failures(self.files.path):
+                    encoding = renamed.encode(text, add_special_tokens=False)
         covered = np.zeros(len(text) + 1, bool)
         for start, end in rendered.spans or ():
             covered[start:end] = True

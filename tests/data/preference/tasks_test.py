@@ -333,3 +333,14 @@ def test_what_cannot_be_registered(register, byte, hf):
         preference_tasks.register_pairs(name="other", files="gone.jsonl", vocabulary=byte)
     with pytest.raises(DataError, match="x.parquet: preference data are read from JSON lines"):
         register(pairs(1), file="x.parquet")
+
+
+def test_special_tokens_in_contents_are_those_of_trl_or_text(hf):
+    end = hf.files.tokens["eos_token"]
+    evil, source = f"a{end}", str(GOLDENS / "chat_templates" / "llama2.jinja")
+    record = records.parse({"chosen": chat(evil, evil), "rejected": chat(evil, "c")}, "row", "row")
+    for allowed, counts in ((True, (1, 2, 1)), (False, (0, 1, 1))):
+        template = chat_template.of(source, hf, special_in_contents=allowed)
+        prompt, (chosen, rejected) = tokens.Tokeniser(hf, template, False, True)(record)
+        assert tuple(ids.count(hf.eos_id) for ids in (prompt, chosen, rejected)) == counts
+        assert hf.decode_all(chosen).strip() == f"{evil} {end}"

@@ -277,6 +277,33 @@ def test_a_silent_teacher_is_not_waited_for_again_and_again(arbitrage, endpoint,
     assert endpoint.count("ukr") <= 3 + 1 and made.chosen == ["turk"] * 12
 
 
+def test_a_teacher_that_refuses_every_prompt_is_named_when_it_does(
+    arbitrage, endpoint, capsys, monkeypatch
+):
+    seen = []
+    write = completions.tqdm.tqdm.write
+    monkeypatch.setattr(
+        completions.tqdm.tqdm,
+        "write",
+        lambda text, **options: (seen.append(endpoint.count("turk")), write(text, **options)),
+    )
+    right = right_in("tr")
+    endpoint.teachers["turk"] = lambda p, n: time.sleep(0.2) or right(p, n)
+    endpoint.teachers["ukr"] = lambda p, n: 400
+    made = arbitrage()
+    assert endpoint.count("ukr") == 2 and made.chosen == ["turk"] * 12
+    assert "refuses every request: HTTP 400" in made.summary["teachers"]["ukr"]["failed"]
+    assert capsys.readouterr().err.count("warning: ukr failed") == 1
+    assert len(seen) == 1 and seen[0] < 12  # while the other teacher answers
+
+
+def test_a_key_in_a_reply_is_not_written(arbitrage, endpoint):
+    endpoint.teachers["turk"] = lambda p, n: f"1 {KEY}"
+    made = arbitrage(teachers=("turk",))
+    assert {row["text"] for row in made.rows("completions.jsonl")} == {"1 ***"}
+    assert not any(KEY in p.read_text() for p in made.folder.iterdir() if p.is_file())
+
+
 def test_answers_in_another_language_and_empty_ones_are_not_used(arbitrage, endpoint, monkeypatch):
     own = types.ModuleType("own_language")
     own.language_of = lambda text: {"?": "en", "!": None}.get(text[-1], "tr-TR")
