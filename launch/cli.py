@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.text import spelling
 from launch import environment, input_errors
 from launch.processes import hosts, peers, supervisor
 from trainers.telemetry import stages
@@ -45,6 +44,8 @@ _ADDRESS_FLAGS = (
 )
 _by_console = False  # whether the script `espalier` started this process
 
+environment.check_command()  # before the command's module imports the packages
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -70,6 +71,7 @@ def main(
     command: str | None = None,
     unused: Mapping[str, str] | None = None,
     part: bool = False,
+    arguments: Sequence[str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Runs an entry point: flags, environment, gin, then the entry function. Returns the exit status, see `status_of`.
@@ -85,6 +87,7 @@ def main(
       command: name of the command, if it is not the module of `entry`.
       unused: see `gin_config.load`.
       part: see `gin_config.load`.
+      arguments: see `gin_config.load`.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
     program = program_name(f"launch.{command}" if command else entry.partition(":")[0])
@@ -131,6 +134,7 @@ def main(
                 unused=unused,
                 defaults=defaults,
                 part=part,
+                arguments=arguments,
             )
         if flags.coordinator_address:
             hosts.check_start(config.text)
@@ -234,11 +238,13 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
 
 
 def console() -> int:
-    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`."""
+    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`. Python runs it as `python -m launch` too."""
     global _by_console
     _by_console = True
-    # The project's packages come before folders of their names in the working directory.
+    # The project's packages come before folders of their names in the working directory, whose modules come last.
     sys.path.insert(0, environment.ROOT)
+    if not sys.flags.safe_path:
+        sys.path.append(os.getcwd())
     help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
     return _dispatch(CONSOLE, {name: f"launch.{name}" for name in command_names()}, help_text)
 
@@ -255,6 +261,8 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
         lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
         print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
+    from data.text import spelling
+
     print(f"{program}: no command {name!r}; {spelling.nearest(name, commands)}", file=sys.stderr)
     return USAGE_ERROR
 

@@ -1,7 +1,6 @@
 """The process environment, the same for all commands, which is set before jax starts."""
 
 import glob
-import importlib
 import importlib.util
 import os
 import platform
@@ -26,18 +25,33 @@ def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> No
     """Raises RootError unless every package is loaded from the folder of `launch`.
 
     A plain `data/` folder in the working directory can hide an installed package `data` as an empty namespace
-    package; a later error would not name the folder.
+    package; a later error would not name the folder. What hides a package is not run.
     """
     for name in packages:
-        package = importlib.import_module(name)
-        path = package.__file__
+        spec = importlib.util.find_spec(name)
+        path = spec and spec.origin
         if path is None or os.path.dirname(os.path.dirname(os.path.abspath(path))) != root:
-            where = path or ", ".join(getattr(package, "__path__", []))
+            where = path or ", ".join((spec and spec.submodule_search_locations) or ["nowhere"])
             raise RootError(
                 f"Package '{name}' comes from {where}, not from {os.path.join(root, name)}: a file "
                 f"or folder named '{name}' hides it. Start from another directory (or from {root}), "
                 f"rename this file or folder, or remove its folder from PYTHONPATH."
             )
+
+
+def check_command() -> None:
+    """Ends a process of `python -m launch.NAME` with an error and status 2 if a package of this project is hidden.
+
+    Python then looks for packages in the working directory first. Commands call this before they import them.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.name.partition(".")[0] != "launch":
+        return
+    try:
+        check_packages()
+    except RootError as error:
+        print(f"error: {error} The script `espalier` works from any directory.", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def cache_dir() -> str:

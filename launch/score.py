@@ -11,7 +11,8 @@ Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a t
 with "logprobs", one natural logarithm per target, and their "sum". Without targets every token of the row is
 one. The model's START_TOKEN comes before the first token; if it is None, the first token of a row has no
 log-probability. With --adapter, which is repeatable, all rows follow for
-each, with its "adapter". Finished rows are in y.jsonl.partial until all are finished.
+each, with its "adapter". Finished rows are in y.jsonl.partial until all are finished; /dev/stdout, a pipe or a
+device gets each row at once.
 """
 
 from collections.abc import Sequence

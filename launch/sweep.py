@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from data.text import spelling
 from launch import cli
 from launch.config import setting_flags
 from trainers.telemetry import stages
@@ -191,6 +190,8 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
+            from data.text import spelling
+
             hint = spelling.nearest(pattern, names)
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs; {hint}")
         chosen.update(matched)

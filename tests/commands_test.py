@@ -10,8 +10,10 @@ import shlex
 import gin
 import pytest
 
+from data.tokenizers import vocabularies
 from launch.cluster import launch_config
 from launch.config import gin_config, gin_writer
+from launch.run import run_vocabulary
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from trainers.optim.schedules import Span
@@ -46,10 +48,21 @@ def commands():
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The config.gin of an imported model, for commands that begin with `RUN/config.gin`."""
+    """The config.gin of an imported model, for commands that begin with `RUN/config.gin`, its vocabulary beside it."""
     path = tmp_path_factory.mktemp("imported") / "config.gin"
     sizes = {"vocab_size": 264, "num_layers": 1, "embed_dim": 8, "num_heads": 1, "mlp_dim": 8}
     path.write_text(gin_writer.write(Transformer(config=TransformerConfig(**sizes))))
+    run_vocabulary.save(path.parent, vocabularies.byte())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The config.gin of a run on files, for commands with this file alone."""
+    path = tmp_path_factory.mktemp("trained") / "config.gin"
+    files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/files", "runs/pretrain")]
+    bindings = ["MODEL_DIR='/x'", "FILES='/x'", "MIXTURE_OR_TASK_NAME='files'"]
+    path.write_text(gin_config.load(files, bindings, entry="launch.train:train").text)
     return str(path)
 
 
@@ -60,8 +73,9 @@ def clean_gin():
 
 
 @pytest.mark.parametrize(("files", "bindings", "launch"), commands())
-def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, launch, imported):
-    files = [imported if file.endswith("/config.gin") else file for file in files]
+def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, launch, imported, trained):
+    run = imported if len(files) > 1 else trained
+    files = [run if file.endswith("/config.gin") else file for file in files]
     unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
     config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
     recipe = config.arguments()["recipe"].with_span(Span(total_steps=100_000, stopped_at=1e-4))

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from data.cache import shared
+from model.storage import output_files
 
 VARIABLE = "ESPALIER_CACHE"
 
@@ -72,17 +73,7 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file atomically: a reader sees the old file or the new file."""
-    temporary = _temporary(path)
-    try:
-        # Not with tempfile: other users cannot read its files, and a cache may be shared.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    output_files.write(path, content)
 
 
 def remember(path: pathlib.Path, content: dict) -> None:

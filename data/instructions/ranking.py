@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from data.instructions.encoding import RIGHT
 
 METRICS = ("accuracy", "accuracy_per_token")
+BASE_RATE = "base_rate"
 
 
 class Option(NamedTuple):
@@ -45,16 +46,33 @@ def accuracies(targets: Sequence[Option], scores: Sequence[float]) -> dict[str, 
     }
 
 
-def summary(templates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """Returns METRICS of a task: for each of its sets the median over templates, then the mean over sets.
+def base(targets: Sequence[Option]) -> dict[str, float]:
+    """Returns 'rows', their number, and BASE_RATE: the accuracy of whoever always gives the best single choice, by its number.
 
     Args:
-      templates: set -> template -> METRICS.
+      targets: as of `accuracies`.
+    """
+    rows: dict[str, list[bool]] = {}
+    for each in targets:
+        rows.setdefault(each.row, []).append(each.is_right)
+    most = max(map(len, rows.values()))
+    right = (sum(at < len(row) and row[at] for row in rows.values()) for at in range(most))
+    return {"rows": len(rows), BASE_RATE: max(right) / len(rows)}
+
+
+def summary(
+    templates: Mapping[str, Mapping[str, Mapping[str, float]]], metrics: Sequence[str] = METRICS
+) -> dict[str, float]:
+    """Returns metrics of a task: for each of its sets the median over templates, then the mean over sets.
+
+    Args:
+      templates: set -> template -> metrics.
+      metrics: names of those that are summed up.
     """
     return {
         metric: statistics.fmean(
             statistics.median(values[metric] for values in each.values())
             for each in templates.values()
         )
-        for metric in METRICS
+        for metric in metrics
     }

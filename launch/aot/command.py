@@ -25,6 +25,9 @@ from typing import Any
 from launch import cli
 from launch.aot import tpu_topology
 
+RECIPE = ("recipe",)  # the arguments of `train` that are used: no data and no directories
+UNREAD = {"INITIAL_CHECKPOINT_PATH": "''"}  # a recipe may name it, as a reference's
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
@@ -36,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command="precompile",
         extra_flags=_add_flags,
         run=functools.partial(_run, words=words),
-        unused={"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"},
+        arguments=RECIPE,
+        unused=UNREAD,
         argv=argv,
     )
 

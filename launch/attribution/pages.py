@@ -13,6 +13,7 @@ from launch.attribution.corpus import Corpus
 from launch.attribution.ranking import ENDS
 
 _SNIPPET = 90
+_SUMMARISED = 10  # queries on the terminal
 MOST_TEXT = 20_000  # characters of a document in the viewer
 
 
@@ -160,6 +161,27 @@ def markdown(report: Mapping[str, Any], *, bottom: bool) -> list[str]:
     return lines
 
 
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """Returns a few lines on a report for a terminal: the first document of each of the first queries, and what it leaves out."""
+    queries = report["queries"]
+    lines = [
+        f"{report['documents']:,} documents, {len(queries):,} queries, method {report['method']}",
+        *filter(None, _compression_lines(report["compression"])),
+    ]
+    for number, query in enumerate(queries[:_SUMMARISED], 1):
+        asked = f"{_clipped(query['prompt'])} {_clipped(query['completion'])}"
+        lines.append(f"{number}. {asked}")
+        for item in query["top"][:1]:
+            mark = ", spurious" if item["spurious"] else ""
+            where = f"first of the top: document {item['document'] + 1} ({item['score']:.4g}{mark})"
+            lines.append(f"   {where} {_clipped(item['text'] or '')}")
+    if more := len(queries) - _SUMMARISED:
+        lines += [f"... and {more:,} more queries"] if more > 0 else []
+    if omitted := report["analyses"]["omitted"]:
+        lines.append(f"{len(omitted)} analyses were not computed; the report says why")
+    return lines
+
+
 def _compression_lines(shown: Mapping[str, Any] | None) -> list[str]:
     if shown is None or shown["kept"] is None:
         return []
@@ -193,8 +215,12 @@ def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[s
 
 def _cell(value: Any) -> str:
     """Returns the beginning of a text in one line of a table."""
+    return _escaped(_clipped(value))
+
+
+def _clipped(value: Any) -> str:
     text = " ".join(_text(value).split())
-    return _escaped(text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]}...")
+    return text if len(text) <= _SNIPPET else f"{text[:_SNIPPET]}..."
 
 
 def _escaped(text: str) -> str:

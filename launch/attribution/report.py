@@ -84,7 +84,7 @@ def _run(flags: argparse.Namespace) -> None:
         within=flags.within,
     )
     text = "\n".join(pages.markdown(table, bottom=flags.bottom))
-    print(text)
+    print("\n".join(pages.summary(table)) if flags.out else text)
     if flags.out:
         with contextlib.ExitStack() as stack:
             folder = pathlib.Path(flags.out)
@@ -100,6 +100,7 @@ def _run(flags: argparse.Namespace) -> None:
             viewer.write(shown, folder / "viewer.html")
             if is_remote:
                 mirror.publish(folder, flags.out)
+        print(f"written: {paths.join(flags.out, 'report.md')}, report.json and viewer.html")
 
 
 def report(

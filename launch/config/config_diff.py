@@ -33,6 +33,14 @@ def canonical(text: str) -> dict[str, str]:
     return values
 
 
+def is_readable(text: str) -> bool:
+    try:
+        canonical(text)
+    except UnreadableConfigError:
+        return False
+    return True
+
+
 def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str | None:
     """Returns a sentence about the first binding, sorted by name, that differs; None if none differs.
 
@@ -45,21 +53,43 @@ def first_difference(old: str, new: str, may_change: Sequence[str] = ()) -> str 
       may_change: macros and bindings that are not compared, by any dotted part of their names: 'TRAIN_STEPS',
         'train.eval_period', or 'ProfilerWindow' for all of its parameters.
     """
-    before, after = canonical(old), canonical(new)
-    # Macros first: users set these, and the bindings follow from them.
-    for key in sorted(before.keys() | after.keys(), key=lambda k: ("." in k, k)):
-        if before.get(key) == after.get(key) or _matches(key, may_change):
-            continue
-        if key not in before and _has_no_effect(key, after):
-            continue
-        if key not in after and _has_no_effect(key, before):
-            continue
-        if key not in after:
-            return f"{key} was {before[key]} there and is not set now"
-        if key not in before:
-            return f"{key} is {after[key]} now and was not set there"
-        return f"{key} was {before[key]} there and is {after[key]} now"
+    there, here = canonical(old), canonical(new)
+    for key, (before, after) in _differences([there, here], may_change).items():
+        if after is None:
+            if not _has_no_effect(key, there):
+                return f"{key} was {before} there and is not set now"
+        elif before is None:
+            if not _has_no_effect(key, here):
+                return f"{key} is {after} now and was not set there"
+        else:
+            return f"{key} was {before} there and is {after} now"
     return None
+
+
+def differences(texts: Sequence[str], leave_out: Sequence[str] = ()) -> dict[str, list[str | None]]:
+    """Returns each binding that differs between configurations, with its value in each; None where it is not set.
+
+    Args:
+      texts: of the configurations.
+      leave_out: macros and bindings that are not compared, as `may_change` of `first_difference`.
+
+    Raises:
+      UnreadableConfigError: a text is not a gin configuration.
+    """
+    return _differences([canonical(text) for text in texts], leave_out)
+
+
+def _differences(
+    read: Sequence[dict[str, str]], leave_out: Sequence[str]
+) -> dict[str, list[str | None]]:
+    # Macros first: users set these, and the bindings follow from them.
+    keys = sorted({key for values in read for key in values}, key=lambda k: ("." in k, k))
+    found = {key: [values.get(key) for values in read] for key in keys}
+    return {
+        key: values
+        for key, values in found.items()
+        if len(set(values)) > 1 and not _matches(key, leave_out)
+    }
 
 
 def _has_no_effect(key: str, values: dict[str, str]) -> bool:

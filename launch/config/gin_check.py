@@ -19,6 +19,7 @@ from launch.config.gin_reader import (
     Target,
     is_required,
     nearest,
+    parameter_names,
     required_parameters,
 )
 from launch.config.gin_source import Macro, Place, Problem, scoped
@@ -34,6 +35,7 @@ def check(
     fragment: bool = False,
     defaults: Sequence[str] = (),
     part: bool = False,
+    arguments: Sequence[str] | None = None,
 ) -> Checked:
     """Reads a configuration and returns it with its problems.
 
@@ -48,6 +50,7 @@ def check(
       defaults: files read before `files`, whose bindings may be without effect.
       part: the configuration belongs to another entry point, and `entry` uses only a part of it; the rest
         may lack values.
+      arguments: the arguments of `entry` that are used; the others may lack values. None for all.
     """
     reader = gin_reader.Reader(search_paths, gin_source.imported_modules(files, search_paths))
     checked = reader.checked
@@ -81,7 +84,11 @@ def check(
     if fragment:
         return checked
     reach = Reach(checked, entry_name) if follow else None
-    problems += _without_value(checked, reach if part else None)
+    used = reach if part else None
+    if follow and arguments is not None:
+        unread = [name for name in parameter_names(entry) or () if name not in arguments]
+        used = Reach(checked, entry_name, unread)
+    problems += _without_value(checked, used)
     problems += _unread_macros(checked, default_files, command_line_only=part)
     problems += _unused_scopes(checked, command_line_only=part)
     if reach is not None:

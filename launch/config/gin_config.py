@@ -72,6 +72,7 @@ def load(
     unused: Mapping[str, str] | None = None,
     defaults: Sequence[str] = (),
     part: bool = False,
+    arguments: Sequence[str] | None = None,
 ) -> Config:
     """Checks a configuration completely, loads it into gin in place of the last one, and locks it.
 
@@ -87,6 +88,7 @@ def load(
       defaults: gin files read before `files` that the user did not name, such as the model of a checkpoint's run.
       part: the configuration belongs to another entry point, and `entry` uses only a part of it. The
         rest may lack values, and bindings without effect are allowed.
+      arguments: the arguments of `entry` that the caller uses; the others may lack values. None for all.
 
     Raises:
       ConfigError: with all problems; gin's own state is then unchanged.
@@ -94,7 +96,14 @@ def load(
     function, name = _entry(entry)
     read = functools.partial(gin_check.check, files, search_paths=search_paths, defaults=defaults)
     checked, bindings = _check(
-        bindings, read, unused, entry=function, entry_name=name, fragment=False, part=part
+        bindings,
+        read,
+        unused,
+        entry=function,
+        entry_name=name,
+        fragment=False,
+        part=part,
+        arguments=arguments,
     )
     if checked.problems:
         raise ConfigError(checked.problems)

@@ -188,11 +188,16 @@ class Way:
 class Reach:
     """The reachable targets by name, with the ways of calling each, and the macros that are read."""
 
-    def __init__(self, checked: Checked, entry_name: str):
+    def __init__(self, checked: Checked, entry_name: str, unread: Sequence[str] = ()):
+        """Args:
+        checked: the configuration.
+        entry_name: full name of the entry point.
+        unread: arguments of the entry point that are not followed.
+        """
         self.checked = checked
         self.ways: dict[str, list[Way]] = {}
         self.macros: set[str] = set()
-        flags = FLAGS.get(entry_name, ())
+        flags = (*FLAGS.get(entry_name, ()), *unread)
         self._waiting = [(entry_name, Way("", True, flags, "", Place("the entry point")))]
         while self._waiting:
             self._visit(*self._waiting.pop())

@@ -114,7 +114,7 @@ def evaluate(
     )
     streams = open_streams(stream, register, tasks, mixture_or_task_name)
     for opened in streams:
-        _check_vocabulary(opened, meta, checkpoint)
+        check_vocabulary(opened, meta, checkpoint)
     step = program.steps(0).evaluate
     with partitioning.use_mesh(program.mesh, program.rules):
         results = {
@@ -160,7 +160,8 @@ def open_streams(
     return streams
 
 
-def _check_vocabulary(stream: "EvalStream", meta: Mapping[str, Any], checkpoint: str) -> None:
+def check_vocabulary(stream: "EvalStream", meta: Mapping[str, Any], checkpoint: str) -> None:
+    """Raises LoadError if held-out data have another vocabulary than the checkpoint with these facts."""
     trained = meta.get("vocabulary")
     if trained is not None and stream.summary()["vocabulary"]["digest"] != trained:
         raise load_run.LoadError(

@@ -78,8 +78,8 @@ def evaluate(
       adapter: directories of adapters of this checkpoint, each of which is evaluated.
 
     Returns:
-      {"accuracy", "accuracy_per_token", "tasks": {task: {the same, "templates": {set: {template: the same}}}}}, with
-      adapters {"adapters": {directory: this}}.
+      {"accuracy", "accuracy_per_token", "base_rate", "tasks": {task: {the same, "rows", "templates": {set: {template: the
+      same}}}}}; the base rate is the accuracy of always giving the one best choice, by its number. With adapters {"adapters": {directory: this}}.
 
     Raises:
       LoadError: there are no held-out tasks, or they have another form or vocabulary than the run.
@@ -88,6 +88,7 @@ def evaluate(
     import jax
 
     from data import cpu_tensorflow, tasks
+    from data.instructions import ranking
     from data.instructions.tasks import ORIGIN
     from launch.evaluation import seqio_tasks
 
@@ -125,7 +126,12 @@ def evaluate(
                 seqio_tasks.check_vocabulary(task, run.vocabulary)
                 evaluator = seqio_tasks.evaluator(task, "validation", None)
                 scores = model.scores(seqio_tasks.examples(evaluator, task))
-                accuracies[name] = dict(seqio_tasks.compute(evaluator, task, None, scores))
+                examples = evaluator.cached_task_datasets[name].as_numpy_iterator()
+                options = [ranking.option("", example, is_target=True) for example in examples]
+                accuracies[name] = {
+                    **seqio_tasks.compute(evaluator, task, None, scores),
+                    **ranking.base(options),
+                }
             results[directory] = summarised(held_out, accuracies)
     of_all = {"adapters": results} if adapter else results[None]
     if jax.process_index() == 0:
@@ -148,14 +154,21 @@ def summarised(
     """
     from data.instructions import ranking
 
+    metrics = (*ranking.METRICS, ranking.BASE_RATE)
     templates: dict[str, dict[str, dict[str, Any]]] = {}
     for name, facts in held_out.items():
         sets = templates.setdefault(facts["held_out"], {})
         sets.setdefault(facts["set"], {})[facts["template"]] = accuracies[name]
-    tasks = {task: {**ranking.summary(sets), "templates": sets} for task, sets in templates.items()}
+    tasks = {
+        task: {
+            **ranking.summary(sets, metrics),
+            "rows": sum(max(one["rows"] for one in each.values()) for each in sets.values()),
+            "templates": sets,
+        }
+        for task, sets in templates.items()
+    }
     means = {
-        metric: statistics.fmean(each[metric] for each in tasks.values())
-        for metric in ranking.METRICS
+        metric: statistics.fmean(each[metric] for each in tasks.values()) for metric in metrics
     }
     return {**means, "tasks": tasks}
 
@@ -163,9 +176,10 @@ def summarised(
 def _table(results: Mapping[str, Any]) -> str:
     rows = {**results["tasks"], "mean": results}
     width = max(map(len, rows))
-    lines = [f"{'task':{width}}  accuracy  per token"]
+    lines = [f"{'task':{width}}  accuracy  per token  base rate    rows"]
     lines += [
-        f"{name:{width}}  {each['accuracy']:8.4f}  {each['accuracy_per_token']:9.4f}"
+        f"{name:{width}}  {each['accuracy']:8.4f}  {each['accuracy_per_token']:9.4f}  {each['base_rate']:9.4f}  "
+        + (f"{each['rows']:6,}" if "rows" in each else f"{'':6}")
         for name, each in rows.items()
     ]
     return "\n".join(lines)

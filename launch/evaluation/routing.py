@@ -4,9 +4,10 @@ Example, on a mixture of experts:
 
   python -m launch.evaluate routing --checkpoint=runs/bam --trust_config --tasks lag_general lag_4 --figure=/tmp/r.png
 
-Rows are from the validation splits of tasks in the run's config.gin; reading it calls the functions that it names,
-hence --trust_config. For each layer and task, the table has the mean probability of every expert over
-tokens, and in brackets the share of tokens with this expert as first choice.
+Rows are from the validation splits of tasks in the run's config.gin; reading it calls the functions that it names, hence
+--trust_config. A mixture that `launch.upcycle` has just made has no data of its own: --gin_file and --gin.NAME=VALUE give
+them, such as --gin_file=t5x_configs/data/files_base.gin --gin.FILES="'*.jsonl'" --gin.MIXTURE_OR_TASK_NAME="'files'", and show
+the routing before any training. For each layer and task, the table has the mean probability of every expert over tokens, and in brackets the share of tokens with this expert as first choice.
 
 Shapes: B batch, T length, E experts, L layers of a router, M width of a domain's embedding, D model width.
 """
@@ -14,6 +15,7 @@ Shapes: B batch, T length, E experts, L layers of a router, M width of a domain'
 import argparse
 import functools
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from launch import cli
+from launch.evaluation import held_out
 from launch.inference import row_files
 from launch.run import load_run
 from model.storage import output_files
@@ -28,13 +31,22 @@ from model.storage import output_files
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
 
-_NAMES = {"mlp": "FFN", "attention": "attention"}
 _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/domains")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    return cli.run_command(__doc__, "evaluate routing", _run, add_flags=_add_flags, argv=argv)
+    return cli.main(
+        __doc__,
+        entry="launch.evaluation.held_out:evaluate",  # which reads the same model and data
+        command="evaluate routing",
+        extra_flags=_add_flags,
+        run=_run,
+        default_files=lambda flags: load_run.whole_files(
+            flags.checkpoint, flags.gin_file, trust_config=flags.trust_config, own=held_out.GIN
+        ),
+        argv=argv,
+    )
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,23 +61,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figure", metavar="FILE", help="PNG of the first choices, task by expert")
 
 
-def _run(flags: argparse.Namespace) -> None:
+def _run(start: cli.Start) -> None:
+    flags = start.flags
     for flag, path in (("json", flags.json), ("figure", flags.figure)):
         if path:
             row_files.check_output(path, flag)
-    shares = routing(
-        flags.checkpoint,
-        tasks=flags.tasks,
-        rows=flags.rows,
-        params=flags.params,
-        trust_config=flags.trust_config,
-    )
+    chosen = {"tasks": flags.tasks, "rows": flags.rows, "params": flags.params}
+    shares = _measured(flags.checkpoint, start.config.arguments(), **chosen)
     print(table(shares))
     if flags.json:
         row_files.write_json(flags.json, shares)
     if flags.figure:
+        kind = pathlib.PurePath(flags.figure).suffix[1:] or "png"
         with output_files.opened(flags.figure) as file:
-            figure(shares["chosen"], shares["experts"]).savefig(file, dpi=130)
+            figure(shares["chosen"], shares["experts"]).savefig(file, format=kind, dpi=130)
 
 
 def routing(
@@ -93,23 +102,39 @@ def routing(
       LoadError: the run has no router, or `rows` is not positive.
       ValueError: none of the tasks has a held-out split.
     """
+    from launch.config import gin_config
+
+    _check_rows(rows)
+    files = load_run.whole_files(run_dir, (), trust_config=trust_config, own=held_out.GIN)
+    config = gin_config.load(entry="launch.evaluation.held_out:evaluate", defaults=files)
+    return _measured(run_dir, config.arguments(), tasks=tasks, rows=rows, params=params)
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 1:
+        raise load_run.LoadError(f"--rows={rows} must be at least 1.")
+
+
+def _measured(
+    run_dir: str,
+    configured: Mapping[str, Any],
+    *,
+    tasks: Sequence[str] | None,
+    rows: int,
+    params: str,
+) -> dict[str, Any]:
+    """Returns `routing` of a run with the arguments of `held_out.evaluate`, which have its recipe and data."""
     import jax
 
-    from launch.config import gin_config
-    from launch.evaluation import held_out
     from trainers import partitioning
     from trainers.batches import global_batch
 
-    if rows < 1:
-        raise load_run.LoadError(f"--rows={rows} must be at least 1.")
-    files = load_run.whole_files(run_dir, (), trust_config=trust_config, own=held_out.GIN)
-    configured = gin_config.load(
-        entry="launch.evaluation.held_out:evaluate", defaults=files
-    ).arguments()
+    _check_rows(rows)
     recipe = configured["recipe"]
     if not _routers(recipe.model):
         raise load_run.LoadError(
-            f"{run_dir} has no router: give a mixture of experts, such as a run of methods/bam/btx.gin."
+            f"MODEL has no router: give a mixture of experts, such as a run of methods/bam/btx.gin, as --checkpoint ({run_dir}), "
+            "and as --gin_file files of data that set no MODEL."
         )
     program = recipe.program()
     values, meta = load_run.restore(
@@ -118,6 +143,8 @@ def routing(
     streams = held_out.open_streams(
         configured["stream"], configured["register"], tasks, configured["mixture_or_task_name"]
     )
+    for stream in streams:
+        held_out.check_vocabulary(stream, meta, run_dir)
     count = jax.jit(functools.partial(_sums, recipe.model))
     probable, chosen, tokens = {}, {}, {}
     with partitioning.use_mesh(program.mesh, program.rules):
@@ -287,7 +314,7 @@ def table(shares: Mapping[str, Any]) -> str:
 
 
 def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()) -> Any:
-    """Returns a figure of shares, such as of first choices: task by expert, for each router and layer.
+    """Returns a figure of the shares of first choices: task by expert, for each router and layer.
 
     Args:
       domains: task -> router -> [layer][expert].
@@ -314,11 +341,14 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
                 matrix,
                 list(domains),
                 [str(name) for name in names[router]],
-                title=f"{_NAMES[router]} router, {title}",
+                title=f"router of {router}, {title}",
                 row_names=panel is line[0],
             )
+            panel.set_xlabel("expert", fontsize=8)
+        line[0].set_ylabel("tokens of the task", fontsize=8)
         for unused in line[len(shown) :]:
             unused.set_visible(False)
+    drawn.suptitle("share of first choices", fontsize=10)
     return drawn
 
 

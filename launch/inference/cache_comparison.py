@@ -37,7 +37,8 @@ class Agreement:
         if not self.same_tokens:
             return text
         mean = sum(self.same_tokens) / len(self.same_tokens)
-        return f"{text}; the others differ after {mean:,.1f} tokens on average"
+        others = "the others" if self.equal else "all"
+        return f"{text}; {others} differ after {mean:,.1f} tokens on average"
 
 
 def compared(

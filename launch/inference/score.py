@@ -1,5 +1,6 @@
 """Scores rows with a run's model: the log-probability of each token."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -55,7 +56,8 @@ def score(
         count = sum(len(row.targets) for row in rows)
         means = [f"{name or ''} {x / max(count, 1):.4f}".strip() for name, x in sums.items()]
         print(
-            f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {', '.join(means)} nats a token"
+            f"{count:,} tokens of {len(rows):,} rows in {seconds:.1f} s; {', '.join(means)} nats a token",
+            file=sys.stderr,  # --output may be /dev/stdout
         )
 
 

@@ -16,7 +16,7 @@ differ in reward and text: data for preference learning. A round, from the sampl
 
   python -m launch.train --gin_file=RUN/config.gin --gin_file=t5x_configs/data/preferences.gin \\
     --gin_file=t5x_configs/runs/preference.gin --gin.INITIAL_CHECKPOINT_PATH=RUN --gin.MODEL_DIR=RUN_1 \\
-    --gin.PAIRS=pairs.jsonl --gin.TOKENIZER=RUN/tokenizer --gin.TRAIN_STEPS=200
+    --gin.PAIRS=pairs.jsonl --gin.TOKENIZER=RUN --gin.TRAIN_STEPS=200
 
 The next round samples RUN_1, ranks, and trains RUN_2 from it, and so on.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from launch.config import config_diff
+from launch.input_errors import shortened
 from launch.plots import hover, html_page
 from launch.reporting import figures, labels
 from launch.reporting.figures import Curves, Dots
@@ -14,12 +16,17 @@ from launch.reporting.runs import Run
 
 _FINAL = ("loss", "bits_per_byte", "accuracy")  # held-out metrics whose last values are drawn
 _MOST_SCORES = 24
+_DERIVED = (
+    "loss",
+    "bits_per_byte",
+)  # drawn by domain, and bits per byte is the loss in another unit
 _NOT_DRAWN = ("eval/", "time/", "epochs/", "rollback_to", "skipped_batches")
 _NONE = "–"
-_HINT = (
-    "A dot is a run, a stroke the mean over the seeds of an arm; thin lines are runs, thick ones their mean. Hold the "
-    "pointer on a dot or a curve for its value."
-)
+_HINT = "Hold the pointer on a dot or a curve for its value."
+_SEEDS_HINT = "A dot is a run, a stroke the mean over the seeds of an arm; thin lines are runs, thick ones their mean. "
+_PLACES = ("MODEL_DIR", "train.model_dir")  # settings that differ between any two runs
+_MOST_SETTINGS = 40
+_LONGEST = 60  # characters of a setting's value
 # Heading, name of the picture, its panels, and the runs whose table is below it.
 Section = tuple[str, str, Sequence[Dots | Curves], Sequence[Run]]
 
@@ -36,13 +43,42 @@ def write(
       more: further lines of Markdown, whose images are files in the folder.
     """
     arms = figures.colours(list(dict.fromkeys(run.arm for run in runs)))
-    lines, pictures = [f"# {title}", "", _HINT, "", *_overview(runs)], {}
+    hint = (_SEEDS_HINT if _has_seeds(runs) else "") + _HINT
+    lines, pictures = [f"# {title}", "", hint, "", *_overview(runs)], {}
+    if found := differences(runs):
+        header, *rows = found
+        lines += ["## What differs between the configurations", "", *html_page.table(header, rows)]
     for heading, name, panels, in_table in _sections(runs):
         pictures[name] = hover.svg(figures.draw(panels, arms))
         lines += [f"## {heading}", "", f"![{heading}]({name})", ""]
         lines += _table_lines(in_table) if in_table else []
     html_page.write("\n".join([*lines, *more]), folder / "report.html", pictures)
     figures.draw(_summary(runs), arms).savefig(folder / "report.png", dpi=140)
+
+
+def _has_seeds(runs: Sequence[Run]) -> bool:
+    return any(run.seed is not None for run in runs)
+
+
+def _named(runs: Sequence[Run]) -> str:
+    """Returns what the things that are compared are called."""
+    return "arm" if _has_seeds(runs) else "run"
+
+
+def differences(runs: Sequence[Run]) -> list[list[str]]:
+    """Returns the settings that differ between runs as rows of cells, the header first; none if there is nothing to compare.
+
+    Runs without a configuration that can be read have no column.
+    """
+    known = [run for run in runs if run.config is not None and config_diff.is_readable(run.config)]
+    found = config_diff.differences([run.config or "" for run in known], _PLACES)
+    rows = [
+        [key, *(_NONE if value is None else shortened(value, _LONGEST) for value in values)]
+        for key, values in list(found.items())[:_MOST_SETTINGS]
+    ]
+    if more := len(found) - len(rows):
+        rows.append([f"and {more:,} more", *[""] * len(known)])
+    return [["setting", *(run.name for run in known)], *rows] if rows else []
 
 
 def _kinds(runs: Sequence[Run]) -> list[list[Run]]:
@@ -133,7 +169,7 @@ def _held_out(run: Run) -> dict[str, pd.Series]:
     by_metric: dict[str, list[pd.Series]] = {}
     for name, points in run.series.items():
         _, _, metric = name.partition("/")[2].partition("/")
-        if name.startswith("eval/") and metric not in ("loss", "tokens", "images", "pairs"):
+        if name.startswith("eval/") and metric not in (*_DERIVED, "tokens", "images", "pairs"):
             by_metric.setdefault(metric, []).append(points)
     return {
         m: pd.concat(points, axis=1, join="inner").mean(axis=1) for m, points in by_metric.items()
@@ -170,15 +206,16 @@ def _has_bits(runs: Sequence[Run]) -> bool:
 
 
 def _overview(runs: Sequence[Run]) -> list[str]:
-    """Returns the table of arms: objective, runs, updates."""
+    """Returns the table of arms or runs: objective, updates, and seeds if there are any."""
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         of_arm = [run for run in runs if run.arm == arm]
         seeds = ", ".join(str(run.seed) for run in of_arm if run.seed is not None)
         steps = "–".join(f"{step:,}" for step in sorted({run.step for run in of_arm}))
         name = ", ".join(dict.fromkeys(run.kind[0] or "unknown" for run in of_arm))
-        rows.append([arm, name, steps, seeds or _NONE])
-    return html_page.table(["arm", "objective", "updates", "seeds"], rows)
+        rows.append([arm, name, steps, *([seeds or _NONE] if _has_seeds(runs) else [])])
+    more = ["seeds"] if _has_seeds(runs) else []
+    return html_page.table([_named(runs), "objective", "updates", *more], rows)
 
 
 def _table(runs: Sequence[Run]) -> list[list[str]]:
@@ -211,9 +248,9 @@ def _table_lines(runs: Sequence[Run]) -> list[str]:
     header, *rows = map(list, zip(*_table(runs), strict=True))
     unit = runs[0].kind[1] or "loss"
     bits = ", and bits per byte" if _has_bits(runs) else ""
-    several = any(run.seed is not None for run in runs)
-    spread = "; mean over seeds (lowest to highest)" if several else ""
-    return [f"Held out: {unit}{bits}{spread}.", "", *html_page.table(["arm", *header[1:]], rows)]
+    spread = "; mean over seeds (lowest to highest)" if _has_seeds(runs) else ""
+    table = html_page.table([_named(runs), *header[1:]], rows)
+    return [f"Held out: {unit}{bits}{spread}.", "", *table]
 
 
 def print_tables(runs: Sequence[Run]) -> None:
@@ -233,12 +270,19 @@ def print_tables(runs: Sequence[Run]) -> None:
         rows = [[row[0], *_bold_best([escape(cell) for cell in row[1:]])] for row in rows]
         if len(header) > max(5, len(rows)):  # many arms are easier to read below each other
             header, *rows = map(list, zip(header, *rows, strict=True))
-            header[0] = "arm"
+            header[0] = _named(runs)
         for column in header:
             shown.add_column(escape(column), justify="left" if column == header[0] else "right")
         for row in rows:
             shown.add_row(escape(row[0]), *row[1:])
         Console(width=max(80, 24 * len(header))).print(shown)
+    if found := differences(runs):
+        header, *rows = found
+        title = "what differs between the configurations"
+        shown = Table(*map(escape, header), title=title, min_width=len(title) + 2)
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        Console(width=max(80, 40 * len(header))).print(shown)
 
 
 def _bold_best(cells: Sequence[str]) -> list[str]:

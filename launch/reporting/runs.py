@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from launch.run import metric_rows, objective
+from launch.run.model_record import CONFIG
 from launch.sweeping.results import read_results
 
 # Held-out metric that only losses of one unit have -> that unit, for runs whose objective is unknown.
@@ -34,6 +35,7 @@ class Run:
       rows: its metrics by step.
       objective: its objective.
       scores: numbers of a sweep's other evaluations, by name.
+      config: its configuration as gin text; None for a run of a sweep, whose arms say it, or without one.
     """
 
     arm: str
@@ -43,6 +45,7 @@ class Run:
     rows: Sequence[Mapping[str, Any]]
     objective: objective.Objective
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    config: str | None = None
 
     @property
     def name(self) -> str:
@@ -89,7 +92,15 @@ def from_directories(directories: Mapping[str, str]) -> dict[str, Run]:
                     f"compare: remove the row, or evaluate {domain} again."
                 )
         arm = name.replace("_", " ")
-        runs[name] = Run(arm, None, **evaluation, rows=rows, objective=objective.read(directory))
+        config = pathlib.Path(directory, CONFIG)
+        runs[name] = Run(
+            arm,
+            None,
+            **evaluation,
+            rows=rows,
+            objective=objective.read(directory),
+            config=config.read_text("utf-8", "replace") if config.is_file() else None,
+        )
     if not runs:
         raise refusals[0]
     for refusal in refusals:

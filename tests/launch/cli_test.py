@@ -406,6 +406,42 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
     assert "espalier: no command 'trian'; did you mean 'train'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["train", "sweep", "report"])
+def test_a_module_of_the_working_directory_that_hides_a_package_is_named(tmp_path, name):
+    for hiding in ("data.py", "model.py"):
+        (tmp_path / hiding).write_text("raise SystemExit('it was run')\n")
+    started = command(ROOT, "-m", f"launch.{name}", "--help")
+    done = subprocess.run(**started, cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == cli.USAGE_ERROR
+    assert done.stderr.startswith(f"error: Package 'model' comes from {tmp_path}/model.py, not")
+    assert "rename this file or folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_console_finds_modules_of_the_working_directory_last(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "own").mkdir()
+    for name in ("data", "gzip", "my_tasks"):
+        (tmp_path / "own" / f"{name}.py").write_text("")
+    script = tmp_path / "bin" / "script.py"
+    script.write_text(
+        "from launch import cli\nimport importlib, sys\nsys.argv[1:] = ['--help']\ncli.console()\n"
+        "for name in ('data', 'gzip', 'my_tasks'): print(importlib.import_module(name).__file__)\n"
+    )
+    for flags, found in (((), True), (("-P",), False)):
+        started = command(ROOT, *flags, str(script))
+        done = subprocess.run(**started, cwd=tmp_path / "own", capture_output=True, timeout=60)
+        *_, data, gzip, tasks = done.stdout.splitlines() if found else [*done.stdout.split(), ""]
+        assert data == f"{ROOT}/data/__init__.py" and str(tmp_path) not in gzip
+        if found:
+            assert tasks == f"{tmp_path}/own/my_tasks.py"
+        else:
+            assert "No module named 'my_tasks'" in done.stderr
+
+
+def test_python_runs_the_package_as_the_console():
+    assert re.search(r"train +Trains ", run(ROOT, "-m", "launch", "--help"))
+
+
 COMMANDS = {
     *("train", "evaluate", "lm_eval", "score", "generate", "serve", "convert", "merge", "upcycle"),
     *("prepare", "influence", "precompile", "submit", "sweep", "reproduce", "report", "bench"),
@@ -416,7 +452,7 @@ GROUPS = ("evaluate", "prepare", "influence")  # their first argument names a su
 
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():
     files = {path.stem for path in pathlib.Path(ROOT, "launch").glob("*.py")}
-    assert files == {*COMMANDS, "cli", "environment", "input_errors", "__init__"}
+    assert files == {*COMMANDS, "cli", "environment", "input_errors", "__init__", "__main__"}
     assert set(cli.command_names()) == COMMANDS
 
 

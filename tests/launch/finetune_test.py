@@ -256,9 +256,9 @@ def test_a_bfloat16_import_is_trained_in_float32_and_read_without_rounding(
         assert json.loads((folder / dtype / "config.json").read_text())["torch_dtype"] == dtype
 
 
-def test_adapters_leave_a_bfloat16_base_as_it_is(train, narrow, folder):
-    run = folder / "lora"
-    result = little(train, narrow, folder, run, LORA, LEARNING_RATE=1e-3, BASE_APART=False)
+def test_adapters_leave_a_bfloat16_base_as_it_is(train, narrow, folder, monkeypatch):
+    run, apart = folder / "lora", folder / "apart"
+    result = little(train, narrow, folder, run, LORA, LEARNING_RATE=1e-3)
     assert result.status == 0, result.err
     assert "dtype  " not in result.out and "WARNING" not in result.out
     assert load(run).model.config.param_dtype == "bfloat16"
@@ -271,6 +271,20 @@ def test_adapters_leave_a_bfloat16_base_as_it_is(train, narrow, folder):
     adapters = {n: x for n, x in after.items() if n not in before}
     assert adapters and {x.dtype.name for x in adapters.values()} == {"float32"}
     assert all(x.any() for x in adapters.values())
+    # The same without the base in the checkpoints, which is read in the dtypes of the model, and resumed.
+    monkeypatch.setattr(signals.StopRequest, "reached", lambda self, step: step == 1)
+    result = little(train, narrow, folder, apart, LORA, LEARNING_RATE=1e-3, BASE_APART=True)
+    assert result.status == 75, result.err
+    monkeypatch.undo()
+    result = little(train, narrow, folder, apart, LORA, LEARNING_RATE=1e-3, BASE_APART=True)
+    assert result.status == 0 and "step 1 from" in result.out, result.err
+    found = arrays(apart)
+    assert found.keys() == adapters.keys()
+    for name, values in adapters.items():
+        np.testing.assert_array_equal(found[name], values)
+    whole, parts = (state_tree.flatten(load(path).params) for path in (run, apart))
+    for name, values in whole.items():
+        np.testing.assert_array_equal(values, parts[name])
 
 
 def test_a_run_may_keep_bfloat16_by_name(train, narrow, folder, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from launch import environment
 from launch.aot import compile_report, precompile, tpu_topology
+from launch.aot.command import RECIPE, UNREAD
 from launch.aot.hlo.analysis import Kernel
 from launch.aot.hlo.text import Array
 from launch.config import gin_config
@@ -389,16 +390,25 @@ GIN = ["t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin"]
 
 
 def test_needs_neither_data_nor_directory():
-    unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
+    read = functools.partial(
+        gin_config.load, entry="launch.train:train", arguments=RECIPE, unused=UNREAD
+    )
     with pytest.raises(gin_config.ConfigError, match="'MODEL_DIR' is required"):
         gin_config.load(GIN, entry="launch.train:train")
-    loaded = gin_config.load(
-        GIN, ["BATCH_SIZE=16"], entry="launch.train:train", unused={**unused, "OTHER": "1"}
-    )
-    assert loaded.arguments()["recipe"].batch_size == 16
+    assert read(GIN, ["BATCH_SIZE=16"]).arguments()["recipe"].batch_size == 16
     # What the user does set is kept.
-    loaded = gin_config.load(GIN, ["MODEL_DIR=/x"], entry="launch.train:train", unused=unused)
-    assert loaded.macros["MODEL_DIR"] == "/x"
+    assert read(GIN, ["MODEL_DIR=/x"]).macros["MODEL_DIR"] == "/x"
+    # Data files may be there or not: instructions to tune on, pairs with a reference, conversations.
+    aya = read(["t5x_configs/experiments/aya23/full/8b.gin"]).arguments()["recipe"]
+    assert aya.model.config.num_layers == 32
+    model, size = "t5x_configs/models/tiny.gin", "TASK_FEATURE_LENGTHS={'targets': 32}"
+    for files in (("data/preferences", "runs/preference"), ("data/chat", "runs/finetune")):
+        paths = [model, *(f"t5x_configs/{file}.gin" for file in files)]
+        bindings = ["TRAIN_STEPS=9", "TRAIN_EPOCHS=None"][: 1 + ("chat" in paths[1])]
+        program = read(paths, [*bindings, size]).arguments()["recipe"].program()
+        assert program.num_params() > 0
+    with pytest.raises(gin_config.ConfigError, match="'PROMPT_FIRST_ID' is required"):
+        read([*GIN, "t5x_configs/methods/adapters/prompt.gin"])
 
 
 def command(*arguments):

@@ -53,6 +53,32 @@ def test_a_run_that_was_not_evaluated_yet_is_left_out_by_name(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_what_differs_between_the_configurations_of_runs_is_shown(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, {"text": 3.0}) for name in ("slow", "fast")]
+    for run, rate in zip(runs, ("3e-4", "3e-3"), strict=True):
+        (tmp_path / run / "config.gin").write_text(
+            f"MODEL_DIR = {run!r}\nLEARNING_RATE = {rate}\nBATCH_SIZE = 8\n"
+            + ("WARMUP_STEPS = 5\n" if rate == "3e-3" else "")
+        )
+    assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out" / "report.html").read_text()
+    for shown in (printed, text):
+        assert "hat differs between the configurations" in shown
+        assert all(word in shown for word in ("LEARNING_RATE", "0.0003", "0.003", "WARMUP_STEPS"))
+        assert "BATCH_SIZE" not in shown and "MODEL_DIR" not in shown
+    # There are neither arms nor seeds, and bits per byte are drawn once.
+    assert "arm" not in re.sub("WARMUP.*", "", text) and "seed" not in text
+    assert text.count("bits per byte</") <= 2
+    (tmp_path / runs[1] / "config.gin").write_text("no gin")
+    assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
+    # Without configurations, nothing is said of them.
+    for run in runs:
+        (tmp_path / run / "config.gin").unlink()
+    assert report.main(["--runs", *runs, "--out", str(tmp_path / "out")]) == 0
+    assert "configurations" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def write_other(folder, objective, unit, **metrics):
     """A run of another objective with a held-out loss of 0.5 and further held-out metrics."""
     folder.mkdir()
@@ -86,6 +112,7 @@ def test_runs_of_different_objectives_have_their_own_units_and_axes(tmp_path, ca
     assert "src=" not in text and 'href="http' not in text
     headings = re.findall("<h2>(.*)</h2>", text)
     assert headings == [
+        "What differs between the configurations",
         *("Held-out loss", "Held-out bits per byte", "Losses over training"),
         *("Held-out loss: preference (dpo)", "Held-out accuracy: preference (dpo)"),
         "Losses over training: preference (dpo)",

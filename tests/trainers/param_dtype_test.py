@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import contrib
 
 from model.adapters import adapter
 from model.adapters.lora import Lora
@@ -231,6 +232,19 @@ def test_stochastic_rounding_goes_on_exactly_after_a_restart(checkpoint, tmp_pat
     state = restore_state(tmp_path / "run", program.abstract_state).state
     _, _, rest, _ = run(recipe, checkpoint, tmp_path, updates=UPDATES // 2, state=state)
     jax.tree.map(np.testing.assert_array_equal, whole, rest)
+
+
+def test_the_average_of_an_optimiser_is_read_from_within_its_rounding(checkpoint, tmp_path):
+    recipe = recipe_of(
+        rounding="stochastic",
+        optimizer=functools.partial(contrib.schedule_free_adamw, b1=0.9),
+        averaged=contrib.schedule_free_eval_params,
+    )
+    _, _, after, _ = run(recipe, checkpoint, tmp_path, updates=2)
+    wanted = contrib.schedule_free_eval_params(after.opt_state.inner, after.params)
+    for name, values in flat(after.ema_params).items():
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, flat(wanted)[name].astype(np.float32), rtol=1e-6)
 
 
 def test_a_run_that_began_in_bfloat16_names_how_to_go_on(checkpoint, tmp_path):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from etils import epath
 
 from model.adapters.adapter import is_adapter
@@ -98,11 +99,14 @@ def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[
             f"BASE_APART is for runs that train all adapters and nothing else: {wrong[0]} {kind}."
         )
     base = base_of(start, "ema" if use_ema else "raw")
-    there = {name: str(entry) for name, entry in base.entries.items()}
     here = {
         name: str(ArrayEntry(tuple(leaf.shape), leaf.dtype.name, 0))
         for name, leaf in flat.items()
         if not is_adapter(name)
+    }
+    there = {
+        name: str(widened(entry, flat[name]) if name in here else entry)
+        for name, entry in base.entries.items()
     }
     for name in sorted({*there, *here}):
         if there.get(name) != here.get(name):
@@ -111,6 +115,13 @@ def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[
                 f"and {here.get(name, 'missing')} here: set BASE_APART = False, or start from a model of this form."
             )
     return named(base)
+
+
+def widened(entry: ArrayEntry, like: Any) -> ArrayEntry:
+    """Returns an entry in the dtype of the model's array if that is a wider float: norms are float32 in every model."""
+    floats = all(jnp.issubdtype(jnp.dtype(x.dtype), jnp.floating) for x in (entry, like))
+    exact = floats and jnp.promote_types(entry.dtype, like.dtype) == like.dtype
+    return dataclasses.replace(entry, dtype=jnp.dtype(like.dtype).name) if exact else entry
 
 
 def without_base(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:

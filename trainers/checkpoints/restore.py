@@ -20,6 +20,7 @@ from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
+    as_saved,
     describe,
     list_differences,
     restore_params,
@@ -146,7 +147,11 @@ def read_step(
     wanted = state_tree.flatten(abstract_state)
     base = base_step.base_in(step, record["meta"])
     of_base = {} if base is None else {f"params/{name}": x for name, x in base.entries.items()}
-    saved = {**recorded.arrays, **of_base}
+    as_read = {
+        name: base_step.widened(entry, wanted[name]) if name in wanted else entry
+        for name, entry in of_base.items()
+    }
+    saved = {**recorded.arrays, **as_read}
     unknown = _unknown_losses(saved, wanted)
     _check_same_arrays(step, saved, wanted)
     own = {name: leaf for name, leaf in wanted.items() if name not in of_base}
@@ -158,12 +163,18 @@ def read_step(
 
 def _read_base(step: epath.Path, base: base_step.Part, wanted: state_tree.Flat) -> state_tree.Flat:
     """Returns the base's parameters by their path in a state."""
-    there = {base.root + name: leaf for name, leaf in wanted.items()}
+    there = {
+        base.root + name: as_saved(base.recorded, base.root + name, leaf)
+        for name, leaf in wanted.items()
+    }
     try:
         arrays = read_verified(base.step, base.recorded, there)
     except DamagedCheckpointError as error:  # its adapters are good: they are not set aside
         raise base_step.BaseModelError(f"{step} is without its base model: {error}") from None
-    return {f"params/{name}": arrays[base.root + name] for name in wanted}
+    return {
+        f"params/{name}": arrays[base.root + name].astype(leaf.dtype)
+        for name, leaf in wanted.items()
+    }
 
 
 def restore_or_initialise(

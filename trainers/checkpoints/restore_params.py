@@ -160,7 +160,7 @@ def restore_params(
             )
         saved = {name: entry for part in parts for name, entry in part.entries.items()}
         sources = _assign(step, params, saved, assignment, strict, added)
-        wanted = _wanted(step, params, saved, sources)
+        wanted = _wanted(step, params, saved, sources, added)
         arrays: state_tree.Flat = {}
         for part in parts:
             own = {part.root + name: x for name, x in wanted.items() if name in part.entries}
@@ -191,8 +191,12 @@ def _wanted(
     params: state_tree.Flat,
     saved: Mapping[str, ArrayEntry],
     sources: Mapping[str, Saved | None],
+    added: Sequence[str],
 ) -> state_tree.Flat:
-    """Returns the abstract arrays to read from a step, by saved name, after checks of shapes and dtypes."""
+    """Returns the abstract arrays to read from a step, by saved name, after checks of shapes and dtypes.
+
+    Parameters that keep their initial values are named in a warning, unless they are declared as added.
+    """
     wanted: state_tree.Flat = {}
     differences = []
     for name, source in sources.items():
@@ -219,7 +223,8 @@ def _wanted(
             f"checkpoint {path} is of another model: {list_differences(differences)}. Use the model "
             "configuration it was saved with, or assign these parameters to None."
         )
-    if fresh := sorted(name for name, source in sources.items() if source is None):
+    kept = (name for name, source in sources.items() if source is None)
+    if fresh := sorted(name for name in kept if not is_added(name, added)):
         shown = ", ".join(fresh[:3]) + ", ..." * (len(fresh) > 3)
         _log.warning("%s: %d parameters keep their initial values: %s", path, len(fresh), shown)
     return wanted

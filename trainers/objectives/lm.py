@@ -72,7 +72,7 @@ def language_modelling(
     def loss_fn(out: Forward, extras: Any) -> LossOut:
         del extras
         weights_BT = out.batch["decoder_loss_weights"].astype(jnp.float32)
-        learnt_BT, weight = weights_BT, None
+        learnt_BT, weight = weights_BT, weights_BT.sum()
         if loss_normalizing_factor == "NUM_TOTAL_TARGET_TOKENS":
             weight = jnp.float32(weights_BT.size)
         elif loss_normalizing_factor == "AVERAGE_PER_SEQUENCE":

@@ -54,7 +54,7 @@ def check(rounding: Rounding | None, narrow: list[str]) -> None:
 class Rounded(NamedTuple):
     """State of an optimiser with stochastic rounding: the number of updates, and the state of the optimiser."""
 
-    count: jax.Array
+    step: jax.Array
     inner: Any
 
 
@@ -75,17 +75,20 @@ def stochastic(
         updates, inner = optimizer.update(jax.tree.map(wide, updates), state.inner, before)
 
         base = jax.random.fold_in(jax.random.key(seed), _STREAM)
-        key = jax.random.fold_in(base, state.count)
+        key = jax.random.fold_in(base, state.step)
         leaves, structure = jax.tree.flatten(params)
-        keys = structure.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
+        keys = jax.tree.unflatten(
+            structure, [jax.random.fold_in(key, i) for i in range(len(leaves))]
+        )
 
         def one(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
             if not _is_narrow(param):
                 return update
-            # The sum of the parameter and this difference, rounded to nearest, is the rounded sum.
+            # The sum of the parameter and this difference, rounded to nearest, is the rounded sum; if the update shrinks a
+            # parameter by more than 2^14, it is so up to an error of float32.
             return to_bfloat16(wide(param) + update, key).astype(jnp.float32) - wide(param)
 
-        return jax.tree.map(one, params, updates, keys), Rounded(state.count + 1, inner)
+        return jax.tree.map(one, params, updates, keys), Rounded(state.step + 1, inner)
 
     return optax.GradientTransformation(init, update)
 

@@ -198,8 +198,11 @@ function showDocuments() {
   });
   $("cards").replaceChildren();
   addCards(matching, wanted);
-  const coloured = matching.some((item) => `${item.query}:${item.document}` in data.tokens);
+  const coloured = matching.filter((item) => `${item.query}:${item.document}` in data.tokens).length;
   $("legend").hidden = !(coloured && $("tokens").checked);
+  const plain = matching.length - coloured;
+  $("uncoloured").hidden = !(plain && $("tokens").checked);
+  $("uncoloured").textContent = `${plain} of these documents ${plain === 1 ? "has" : "have"} no colours: influence score --token_scores=N scores the tokens of the first N documents of each query alone.`;
   $("count").textContent = `${matching.length} of ${every.length} documents`;
 }
 

@@ -136,10 +136,11 @@ def test_sets_of_files_are_tasks_of_one_mixture(tmp_path, register):
         rows = [json.dumps({"text": text}) + "\n" for text in texts]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     sets = {name: f"{tmp_path}/{name}.jsonl" for name in "ab"}
-    rates = lambda: {  # noqa: E731
-        task.name: seqio.MixtureRegistry.get("user_files").get_rate(task)
-        for task in seqio.MixtureRegistry.get("user_files").tasks
-    }
+
+    def rates():
+        mixture = seqio.MixtureRegistry.get("user_files")
+        return {task.name: mixture.get_rate(task) for task in mixture.tasks}
+
     register(files=sets, validation_fraction=0)
     assert list(_texts("a").values()) == ["one", "two"]
     assert list(_texts("b").values()) == ["three and more"]

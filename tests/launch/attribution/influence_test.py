@@ -132,7 +132,11 @@ def test_factors_lead_from_a_run_to_a_table_of_documents(place, trained_run, cap
     report = place.folder / "report"
     flags = (f"--scores={out}", "--top=2", "--bottom", "--within=1", f"--out={report}")
     assert place.command("influence", "report", *flags) == 0
-    text = capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert "6 documents, 2 queries, method ekfac" in printed and len(printed) < 10
+    assert any(line.startswith("   first of the top: document 3 (") for line in printed)
+    assert printed[-1] == f"written: {report}/report.md, report.json and viewer.html"
+    text = (report / "report.md").read_text()
     assert "# Influence of 6 documents (ekfac)" in text and "import os" in text
     assert "## Answers in documents" in text
     table = json.loads((report / "report.json").read_text())

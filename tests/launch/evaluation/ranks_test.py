@@ -58,6 +58,8 @@ def by_hand(command, checkpoint, folder, name, template):
     sums = np.reshape(sums, [len(LABELS), -1])
     tokens = [len(choice) + 1 for choice in CHOICES[template]]
     return {
+        "rows": len(LABELS),
+        "base_rate": max(np.bincount(LABELS)) / len(LABELS),
         "accuracy": float(np.mean(np.argmax(sums, axis=1) == LABELS)),
         "accuracy_per_token": float(np.mean(np.argmax(sums / tokens, axis=1) == LABELS)),
     }
@@ -87,6 +89,8 @@ def test_accuracies_are_those_of_scores(command, trained_run, folder, capsys):
     )
     assert ranks(command, trained_run.path, folder, {"a": ["one"], "b": ["two"]}) == 0
     report = json.loads((folder / "ranks.json").read_text())
+    assert "base rate    rows\n" in capsys.readouterr().out
+    assert {each["rows"] for each in report["tasks"].values()} == {len(LABELS)}
     for task, name in (("a", "one"), ("b", "two")):
         expected = {
             template: by_hand(command, trained_run.path, folder, name, template)

@@ -38,8 +38,27 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
         == 0
     )
     found = json.loads(files["r.json"].read_text())
-    assert files["r.png"].read_bytes()[1:4] == b"PNG"
     shown = capsys.readouterr().out
+    # With the data of another configuration, the mixture's own is neither read nor needed.
+    data = (
+        *("--gin_file=t5x_configs/data/files_base.gin", "--gin.MIXTURE_OR_TASK_NAME='files'"),
+        f"--gin.FILES='{trained_run.path}/train.jsonl'",
+        f"--gin.VALIDATION_FILES='{trained_run.path}/held_out.jsonl'",
+        f"--gin.stream.make_eval_stream.cache_dir='{tmp_path}/cache'",
+        *("--gin.TASK_FEATURE_LENGTHS={'targets': 48}", "--gin.BATCH_SIZE=8"),
+        f"--json={tmp_path / 'again.json'}",
+    )
+    assert command("evaluate routing", f"--checkpoint={mixture}", "--tasks", "files", *data) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == found
+    other = tmp_path / "other.gin"
+    other.write_text(
+        "from __gin__ import dynamic_registration\nfrom data.tokenizers import vocabularies\n"
+        "VOCABULARY = @vocabularies.byte()\nvocabularies.byte.extra_ids = 5\n"
+    )
+    given = (f"--checkpoint={mixture}", f"--gin_file={other}", "--tasks", "files")
+    assert command("evaluate routing", *given, *data) == 2
+    assert "has another vocabulary than the checkpoint" in capsys.readouterr().err
+    assert files["r.png"].read_bytes()[1:4] == b"PNG"
     assert "router of attention, layer 0" in shown and " code\n" in shown and "files" in shown
     assert shown.count("largest load, all tasks in equal parts: ") == 2  # two routers
 
@@ -128,7 +147,9 @@ def test_the_figure_has_a_matrix_for_each_router_and_layer():
     domains = {task: {"mlp": two, "attention": two} for task in ("a", "b")}
     drawn = routing.figure(domains, ["seed", "code"])
     titles = [axes.get_title() for axes in drawn.axes]
-    assert titles[:2] == ["FFN router, layer 0", "FFN router, layer 1"]
-    assert len(titles) == 4 and titles[2].startswith("attention router")
+    assert titles[:2] == ["router of mlp, layer 0", "router of mlp, layer 1"]
+    assert len(titles) == 4 and titles[2].startswith("router of attention")  # as in the table
+    assert drawn.axes[0].get_xlabel() == "expert" and "task" in drawn.axes[0].get_ylabel()
+    assert drawn.get_suptitle() == "share of first choices"
     labels = [text.get_text() for text in drawn.axes[0].get_xticklabels()]
     assert labels == ["seed", "code"]

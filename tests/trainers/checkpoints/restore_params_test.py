@@ -105,6 +105,17 @@ def test_patterns_rename_repeat_and_skip(run, caplog):
     jax.jit(lambda p: p, donate_argnums=0)(params)  # No buffer is there twice.
 
 
+def test_parameters_that_are_declared_as_new_are_no_warning(run, caplog):
+    initial = make_params(1)
+    initial["layers"]["block_0"]["adapter_lora"] = jax.numpy.ones(3)
+    added = [r".*/adapter_\w+"]
+    with caplog.at_level(logging.WARNING):
+        assert_equal(restore_params(run, initial, added=added), initial)
+        assert not caplog.records
+        restore_params(run, initial, added=added, assignment=[("embed", None)])
+    assert "1 parameters keep their initial values: embed" in caplog.text
+
+
 def test_nothing_but_initial_values_may_be_asked_for(run):
     initial = {"embed": make_params(9)["embed"]}
     params = restore_params(run, initial, assignment=[(".*", None)], strict=False)

@@ -91,7 +91,7 @@ def test_moments_are_float32_and_the_float32_parameters_are_those_without_roundi
     np.testing.assert_array_equal(params["wide"], reference["wide"])
     # The moments follow from the gradients alone, so that they are those of the float32 run.
     jax.tree.map(np.testing.assert_array_equal, state.inner[0], inner[0])
-    assert int(state.count) == 12
+    assert int(state.step) == 12
 
 
 def test_the_mean_over_seeds_is_the_float32_run_where_rounding_to_nearest_does_not_move():
