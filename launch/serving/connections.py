@@ -1,6 +1,7 @@
 """Connections of the server: which names of it are answered, and how long the head of a request may take."""
 
 import ipaddress
+import re
 import urllib.parse
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launch.serving import replies
 
+_NAME = re.compile(r"(?:\[(?P<address>[^]]+)\]|(?P<name>[^][@:]+))(?::\d+)?")
 _HEAD_S = 10.0  # seconds in which the head of a request must arrive
 _SHUTDOWN_S = 30  # for requests in progress
 
@@ -86,11 +88,14 @@ class Hosts:
 
     def _is_allowed(self, url: str) -> bool:
         try:
-            name = urllib.parse.urlsplit(url).hostname
+            match = _NAME.fullmatch(urllib.parse.urlsplit(url).netloc)
         except ValueError:
             return False
-        if name is None or name == "localhost" or name in self._allowed:
-            return name is not None
+        if match is None:
+            return False
+        name = (match["name"] or match["address"]).lower()
+        if name == "localhost" or name in self._allowed:
+            return True
         try:
             return ipaddress.ip_address(name).is_loopback
         except ValueError:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import pathlib
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def _positive(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _rate(value: Any) -> bool:

@@ -291,7 +291,8 @@ def test_pages_of_other_sites_are_refused(engine):
             assert status(Host=host) == 200
         for origin in ("http://localhost:3000", "https://box.example", f"http://127.0.0.1:{port}"):
             assert status(Origin=origin) == 200
-        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "[", ""):
+        hosts = ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "[", "")
+        for host in (*hosts, "[::1].evil.example"):
             assert status(Host=host) == 403 and status(Origin=f"http://{host}") == 403
         assert status(Origin="null") == status(Origin="http://192.0.2.1") == 403
         reply = http.post(f"{url}/completions", json=body(), headers={"Host": "evil.example"})
