@@ -41,6 +41,7 @@ CORE = [
     "annotated-types>=0.7",
     "fonttools>=4.40",  # the scripts of letters; matplotlib needs it too
     "gguf>=0.17",
+    "google-re2>=1.1",
     "importlib_resources>=6",  # TFDS 4.9.10 uses it to build sets without declaring it
 ]
 

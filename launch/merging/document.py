@@ -229,7 +229,7 @@ class Document:
             result.append(Condition(value_, text, pattern, outside))
         return tuple(result)
 
-    def pattern(self, key: str, value: Any) -> patterns.Pattern | None:
+    def pattern(self, key: str, value: Any) -> Any:
         text = self.text(key, value, needed=False)
         try:
             return None if text is None else patterns.compiled(text)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from model.transforms.merge_methods import METHODS
-from model.transforms.patterns import Pattern
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -27,12 +26,12 @@ class Condition:
 
     value: Any
     filter: str | None = None
-    pattern: Pattern | None = None
+    pattern: Any = None
     non_layer: Any = None
 
     def matches(self, names: Sequence[str]) -> bool:
         if self.pattern is not None:
-            return any(self.pattern.search(name) for name in names)
+            return any(self.pattern.search(name) is not None for name in names)
         return self.filter in (None, "*") or any(str(self.filter) in name for name in names)
 
 

@@ -87,11 +87,8 @@ class PeftConfig:
 
 def _first(own: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
     """Returns the value of the first pattern that matches a module or what follows a dot in its name, as in peft."""
-    starts = [0, *(i + 1 for i, character in enumerate(module) if character == ".")]
-    for pattern, value in own:
-        if any(patterns.compiled(pattern).fullmatch(module, start) for start in starts):
-            return value
-    return default
+    matching = (x for pattern, x in own if patterns.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
+    return next(matching, default)
 
 
 def read(folder: str) -> PeftConfig:

@@ -185,7 +185,7 @@ ERRORS = {
     LINEAR.replace("weight: 1", "weight: [{filter: a}]"): "has no value",
     LINEAR.replace("weight: 1", "weight: [{fliter: a, value: 1}]"): "did you mean 'filter'",
     LINEAR.replace("weight: 1", "weight: [{pattern: '(', value: 1}]"): "is not a regular expression",
-    LINEAR.replace("weight: 1", "weight: [{pattern: '(a)\\1', value: 1}]"): "groupref is not supported",
+    LINEAR.replace("weight: 1", "weight: [{pattern: '(a)\\1', value: 1}]"): "no back-references",
     **{
         LINEAR.replace("weight: 1", f"weight: {number}"): f"line 2: {number} is a number in another notation"
         for number in ("010", "-07", "1:30", "1:30.5", "0x10", "1_000", "0b11")

@@ -108,7 +108,7 @@ def test_patterns_of_alpha_begin_at_a_part_of_the_name(tmp_path):
         ({"alpha_pattern": [1]}, r"alpha_pattern = \[1\]: it must be an object"),
         ({"alpha_pattern": {"q_proj": "1"}}, "alpha_pattern = .*each with a number"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: the pattern '\\('"),
-        ({"rank_pattern": {"(a)\\1": 1}}, "rank_pattern: the pattern .* groupref"),
+        ({"rank_pattern": {"(a)\\1": 1}}, "rank_pattern: the pattern .* no back-references"),
         ({"rank_pattern": {"q_proj": 64}}, r"q_proj.lora_A is \[4, 8\], and \[64, 8\] .*r = 64"),
         ({"r": 8}, r"lora_A is \[4, 8\], and \[8, 8\] by adapter_config.json \(r = 8\)"),
         ({"r": 10**9}, "r = 1000000000"),
