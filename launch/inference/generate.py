@@ -151,7 +151,8 @@ def generate(
       The rows with their continuations, `settings.num_samples` for each, as they finish.
 
     Raises:
-      LoadError: rows that cannot be read, stops without a vocabulary, or `token_healing` of an encoder's inputs.
+      LoadError: rows that cannot be read, stops without a vocabulary, or `token_healing` of an encoder's inputs or
+        where no row is a text.
       ValueError: a cache policy or chunks of prompts for an encoder-decoder.
     """
     loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
@@ -231,6 +232,10 @@ def _prompts(
     heals = token_healing is not False and not loaded.encodes
     vocabulary = loaded.vocabulary_or_none if heals else None
     heal = None if vocabulary is None else TokenHealing(vocabulary)
+    if token_healing and rows and not (heal and any("text" in row for _, row in rows)):
+        raise LoadError(
+            "token_healing draws the last token of a text anew, and no prompt is a text: remove it."
+        )
     prompts = []
     for where, row in rows:
         prompt = prompt_of(loaded, row, where)

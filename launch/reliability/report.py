@@ -15,11 +15,6 @@ from launch.reliability.table import HELD, Row
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 # Rows whose faults only tests make: the fault, what must hold, and the tests.
 TESTED = {
-    21: (
-        "merging of models: other vocabularies, shapes and dtypes, NaN, missing tensors",
-        "refused, or aligned by a rule",
-        "tests/launch/merging",
-    ),
     23: (
         "influence by EK-FAC: singular factors, zero gradients, damping",
         "finite, and resumable",

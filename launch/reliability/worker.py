@@ -28,10 +28,25 @@ def rows() -> list[Row]:
         storage,
         stores,
     )
-    from launch.reliability.hostile import code, lies, paths, pickles, templates, weights
+    from launch.reliability.hostile import (
+        adapters,
+        code,
+        contents,
+        endpoints,
+        lies,
+        merges,
+        outputs,
+        paths,
+        pickles,
+        requests,
+        settings,
+        templates,
+        weights,
+    )
 
     modules = (configs, damage, data_rows, invariances, kills, numbers, storage, stores)
     hostile = (code, lies, paths, pickles, templates, weights)
+    hostile += (adapters, contents, endpoints, merges, outputs, requests, settings)
     return sorted(
         (row for module in (*modules, *hostile) for row in module.ROWS), key=lambda row: row.number
     )

@@ -120,19 +120,27 @@ def _keep_tokenizer(folder: str | os.PathLike, source: pathlib.Path) -> dict[str
 def recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
     """Returns a directory with the record of a checkpoint's model and tokenizer, and the meta of `write_record`.
 
-    The directory is one for each checkpoint, and deleted when the process ends.
+    The directory is one for each checkpoint and state of its files, and deleted when the process ends.
 
     Raises:
       WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
     """
-    return _recorded(os.path.abspath(checkpoint))
+    return _recorded(os.path.abspath(checkpoint), _state(checkpoint))
+
+
+def _state(folder: str) -> tuple[tuple[Any, ...], ...]:
+    """Returns names and facts of a directory's files, which change if one of them is replaced."""
+    with os.scandir(folder) as entries:
+        facts = [(x.name, x.stat()) for x in entries if x.is_file()]
+    return tuple(sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in facts))
 
 
 @functools.cache
-def _recorded(checkpoint: str) -> tuple[str, Mapping[str, Any]]:
+def _recorded(checkpoint: str, state: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:
     from model.hf.families import family_of_config
     from model.hf.files.safetensors_files import SafetensorsReader, read_json
 
+    del state  # a part of the key
     source = pathlib.Path(checkpoint)
     config = read_json(source / CONFIG_JSON)
     family_of_config(config)  # raises before files are opened

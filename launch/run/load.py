@@ -226,7 +226,7 @@ class Run:
                     rows,
                     num_samples=num_samples,
                     seed=seed,
-                    token_healing=token_healing,
+                    token_healing=None if token_healing else False,
                 )
             )
         return [

@@ -23,7 +23,7 @@ from launch.reliability.table import (
 )
 
 ROWS = {row.number: row for row in worker.rows()}
-QUICK = (7, 12, 13, 14, 15, 16, 20)  # rows whose cases take milliseconds
+QUICK = (7, 12, 13, 14, 15, 16, 20, 21, 31, 35)  # rows whose cases take milliseconds
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def bench(tmp_path):
 
 
 def test_rows_are_those_of_the_table_and_cases_have_names():
-    assert set(ROWS) | set(report.TESTED) == set(range(1, 29))
+    assert set(ROWS) | set(report.TESTED) == set(range(1, 36))
     assert not set(ROWS) & set(report.TESTED)
     counts = {number: len(selected(row, 0, sample=False)) for number, row in ROWS.items()}
     assert sum(counts.values()) > 500 and min(counts.values()) >= 2
@@ -118,7 +118,7 @@ def test_the_table_is_written_between_its_marks(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "this time" not in text
     assert "| 3 | a bit | named | 26 | 25 |" in text and "- row 3, b: silent; `a \\| b`" in text
-    assert "| 21 | merging" in text and "| 0 | made by tests/launch/merging |" in text
+    assert "| 23 | influence" in text and "| 0 | made by tests/trainers/influence," in text
     roots = [name for *_, tests in report.TESTED.values() for name in tests.split(", ")]
     assert all(pathlib.Path(environment.ROOT, name).is_dir() for name in roots)
     record = json.loads((tmp_path / "reliability.json").read_text())

@@ -237,6 +237,10 @@ def test_an_int8_cache_takes_fewer_bytes(generate, capsys):
         (["--top_p=0.5"], "top_p = 0.5 has no effect with temperature = 0"),
         (["--top_k=5"], "top_k = 5 has no effect with temperature = 0"),
         (["--chat", "--token_healing"], "--token_healing is of texts that are continued"),
+        (
+            ["--token_healing"],
+            "token_healing draws the last token of a text anew, and no prompt is",
+        ),
         (["--cache_policy=none"], "Unknown cache policy 'none': choose from"),
         (["--temperature=-1"], "temperature"),
         (["--top_p=2"], "top_p"),

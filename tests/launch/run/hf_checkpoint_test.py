@@ -1,6 +1,7 @@
 """Commands read the directory of a Hugging Face checkpoint as they read the run that `launch.convert` makes of it."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -40,6 +41,20 @@ def test_log_probabilities_are_those_of_transformers(name, tmp_path, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
     with pytest.raises(LoadError, match="sets no VOCABULARY"):
         run.encode("text")
+
+
+def test_a_folder_whose_files_were_replaced_is_read_again(llama, tmp_path):
+    """One process may load what it has exported anew."""
+    folder = tmp_path / "again"
+    shutil.copytree(llama, folder)
+    assert load(folder).model.config == load(folder).model.config
+    first = hf_checkpoint.recorded(str(folder))
+    assert hf_checkpoint.recorded(str(folder)) is first
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    replaced = hf_checkpoint.recorded(str(folder))
+    texts = [pathlib.Path(path, "model.json").read_text() for path, _ in (first, replaced)]
+    assert "0.5" in texts[1] and texts[0] != texts[1]
 
 
 @pytest.fixture(scope="module")
