@@ -55,10 +55,10 @@ class Settings(Launch):
         super().__post_init__()
         self.at_least(1, "slices")
         self.at_least(0, "restarts", "chips")
-        told = self._chips_told()
-        if self.chips and told and self.chips != told:
+        named = self._named_chips()
+        if self.chips and named and self.chips != named:
             raise SubmitError(
-                f"chips = {self.chips}, but accelerator_type = {self.accelerator_type!r} has {told}: remove chips."
+                f"chips = {self.chips}, but accelerator_type = {self.accelerator_type!r} has {named}: remove chips."
             )
 
     @property
@@ -67,10 +67,10 @@ class Settings(Launch):
 
     @property
     def parts(self) -> tuple[tuple[int, str], ...]:
-        chips = self.chips or self._chips_told()
+        chips = self.chips or self._named_chips()
         return ((self.slices, "slices"), (chips, "chips")) if chips else ()
 
-    def _chips_told(self) -> int:
+    def _named_chips(self) -> int:
         """Returns the chips that the accelerator's name tells: a number of chips or, before v5e, of their two cores each."""
         match = re.fullmatch(r"(v\d\w*)-(\d+)", self.accelerator_type)
         if match is None:

@@ -84,10 +84,10 @@ def _differences(
 ) -> dict[str, list[str | None]]:
     # Macros first: users set these, and the bindings follow from them.
     keys = sorted({key for values in read for key in values}, key=lambda k: ("." in k, k))
-    found = {key: [values.get(key) for values in read] for key in keys}
+    by_key = {key: [values.get(key) for values in read] for key in keys}
     return {
         key: values
-        for key, values in found.items()
+        for key, values in by_key.items()
         if len(set(values)) > 1 and not _matches(key, leave_out)
     }
 

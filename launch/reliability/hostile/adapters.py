@@ -129,9 +129,9 @@ def _settings(field: str, values: tuple[Any, ...], bench: Bench) -> int:
     plain = _imported(bench, _write(bench.folder / "plain", _CONFIG, _tensors()), "run_plain")
     for number, value in enumerate(values):
         folder = _write(bench.folder / f"{number}", {**_CONFIG, field: value}, _tensors())
-        found = _imported(bench, folder, f"run_{number}")
+        imported = _imported(bench, folder, f"run_{number}")
         # peft's default of an absent alpha or rank is another number than this adapter's.
-        if found is not None and found != plain:
+        if imported is not None and imported != plain:
             raise Silent(f"{field} = {value!r:.100} is accepted, and changes the adapter")
     return len(values)
 

@@ -141,8 +141,8 @@ def _elsewhere(method: str, bench: Bench) -> int:
             raise Unclear(f"{name} is refused: {error}")
     first = _tensors(bench.folder / "here")
     for name in ("there", "slash"):
-        found = _tensors(bench.folder / name)
-        if any(not np.array_equal(found[key], first[key]) for key in first):
+        tensors = _tensors(bench.folder / name)
+        if any(not np.array_equal(tensors[key], first[key]) for key in first):
             raise Silent(f"{name}: other numbers are drawn for the same models")
     return 2
 
@@ -196,8 +196,8 @@ def _dtypes(pair: tuple[str, str], bench: Bench) -> None:
     for seed, (name, dtype) in enumerate(zip("ab", pair, strict=True)):
         folder = _write(bench.folder / f"hf_{name}", seed)
         flags = [f"--from_hf={folder}", f"--to={bench.folder / name}", f"--dtype={dtype}"]
-        if (found := calls.call("convert", flags))[0]:
-            raise Unclear(f"not imported: {found[1][-300:]}")
+        if (result := calls.call("convert", flags))[0]:
+            raise Unclear(f"not imported: {result[1][-300:]}")
     read = []
     for order in ("ab", "ba"):
         entries = [{"model": f"{bench.folder}/{x}", "parameters": {"weight": 1}} for x in order]

@@ -132,15 +132,15 @@ def _refused(command: str, make: Callable[[pathlib.Path], pathlib.Path], bench: 
 
 
 def _piped(command: str, bench: Bench) -> None:
-    pipe, found = bench.folder / "pipe", []
+    pipe, texts = bench.folder / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: found.append(pipe.read_text()), daemon=True)
+    reader = threading.Thread(target=lambda: texts.append(pipe.read_text()), daemon=True)
     reader.start()
     _run(command, bench, pipe)
     reader.join(10)
-    if not found or not stat.S_ISFIFO(pipe.lstat().st_mode):
+    if not texts or not stat.S_ISFIFO(pipe.lstat().st_mode):
         raise Lost("the reader of the pipe has got nothing")
-    _rows(found[0])
+    _rows(texts[0])
 
 
 ROWS = (
