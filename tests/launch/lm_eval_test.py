@@ -31,7 +31,7 @@ def test_arguments_and_errors_are_passed_through(monkeypatch, command, capsys):
 
     monkeypatch.setattr(harness, "cli_evaluate", refuse)
     assert command("lm_eval", "--model", "espalier") == 2
-    assert capsys.readouterr().err.strip() == "error: no such run"
+    assert capsys.readouterr().err.endswith("\nerror: no such run\n")
 
 
 def test_a_missing_harness_is_one_error(monkeypatch, command, capsys):

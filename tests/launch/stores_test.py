@@ -66,7 +66,7 @@ def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path, cap
     capsys.readouterr()
     assert report.main(["--time", address]) == 0
     life = capsys.readouterr().out
-    assert life.startswith(f"{address}: ") and ", 2 starts; " in life and " running\n" in life
+    assert life.startswith(f"{address}: ") and ", 2 starts; " in life and " killed\n" in life
     names = {name.partition("/")[0] for name in paths.entries(address)}
     assert names == {path.name for path in whole.iterdir()} - {".lock"}
     everything = b"".join(paths.read(f"{address}/{name}") for name in paths.entries(address))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from model.adapters import adapter
 from model.adapters.adapter import AdapterError
@@ -28,6 +29,8 @@ from model.transformer import Block, Transformer
 from model.transforms import layer_stack
 from trainers import partitioning, trainable
 from trainers.checkpoints import state_tree
+from trainers.checkpoints.checkpoint import Checkpointer
+from trainers.checkpoints.manifest import ArrayEntry
 from trainers.checkpoints.restore_params import CheckpointMismatchError, _assign
 from trainers.decoding import prefill
 from trainers.optim import optimizers
@@ -264,19 +267,31 @@ def prefill_read(model, params, policy, tokens, positions, caches):
     return out, model.apply({"params": params}, out.hidden_BTD, method="logits")
 
 
-def test_a_checkpoint_may_lack_what_is_added():
+def leaves(names):
+    return {name: ArrayEntry((2,), "float32", 0) for name in names}
+
+
+def test_a_checkpoint_may_lack_what_is_added(tmp_path):
     """The base model's, with or without a prefix; but not one that lacks other parameters."""
-    wanted = {"a/kernel": 0, "a/adapter_lora/lora_a": 0}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": {"w": jnp.ones(2)}}, meta={})
+    step = epath.Path(tmp_path / "1")
+    wanted = ["a/kernel", "a/adapter_lora/lora_a"]
     options = {"strict": True, "added": TRAINED}
-    sources = _assign("step", wanted, {"a/kernel": 0}, (), **options)
+
+    def assigned(wanted, saved, assignment=()):
+        sources = _assign(step, leaves(wanted), leaves(saved), assignment, **options)
+        return {name: source and source.parts[0][0] for name, source in sources.items()}
+
+    sources = assigned(wanted, {"a/kernel"})
     assert sources == {"a/kernel": "a/kernel", "a/adapter_lora/lora_a": None}
-    assert _assign("step", wanted, wanted, (), **options) == {name: name for name in wanted}
-    moved = {f"backbone/{name}": 0 for name in wanted}
+    assert assigned(wanted, wanted) == {name: name for name in wanted}
+    moved = [f"backbone/{name}" for name in wanted]
     prefix = [("backbone/(.*)", r"\1")]
-    sources = _assign("step", moved, {"a/kernel": 0}, prefix, **options)
+    sources = assigned(moved, {"a/kernel"}, prefix)
     assert sources == {"backbone/a/kernel": "a/kernel", "backbone/a/adapter_lora/lora_a": None}
     with pytest.raises(CheckpointMismatchError, match="lacks a/kernel"):
-        _assign("step", wanted, {}, (), **options)
+        assigned(wanted, ())
 
 
 def test_adapters_flops_count_each_of_their_weights_once():

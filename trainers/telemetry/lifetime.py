@@ -84,7 +84,7 @@ class Start:
 def counted(starts: Sequence[Start]) -> Sequence[Start]:
     """Returns the starts of a life: without those that failed before the run's first step, such as by a wrong setting."""
     first = next((i for i, s in enumerate(starts) if s.first_step_at is not None), len(starts))
-    return [s for i, s in enumerate(starts) if i > first or s.ended != "failed"] or starts[-1:]
+    return [s for i, s in enumerate(starts) if i >= first or s.ended != "failed"] or starts[-1:]
 
 
 def ending(starts: Sequence[Start], number: int, now: float) -> str:

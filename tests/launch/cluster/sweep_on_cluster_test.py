@@ -47,6 +47,14 @@ def test_a_dry_run_shows_arrays_and_writes_nothing(file, tmp_path, capsys, monke
     assert not out.exists()
 
 
+# What the configurations of other back ends do not have a default for.
+NEEDED = {
+    "jobset": ["--cluster_setting=image=x"],
+    "xmanager": [],
+    "tpu_vm": ["--cluster_setting=project=x", "--cluster_setting=repository=x"],
+}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -55,8 +63,11 @@ def test_a_dry_run_shows_arrays_and_writes_nothing(file, tmp_path, capsys, monke
         ((*CLUSTER, *ONE, "--workers=2"), "--workers 2 is for runs on this machine: set at_once"),
         (("--cluster_setting=nodes=1",), "--cluster_setting nodes=1 is of --cluster: give both"),
         *(
-            ((f"--cluster=launch/cluster/configs/{name}.py",), f"{name} cannot run a sweep")
-            for name in ("jobset", "xmanager", "tpu_vm")
+            (
+                (f"--cluster=launch/cluster/configs/{name}.py", *settings),
+                f"{name} cannot run a sweep",
+            )
+            for name, settings in NEEDED.items()
         ),
         ((*CLUSTER, "--cluster_setting=node=1"), "no such setting; did you mean 'nodes'"),
     ],

@@ -281,9 +281,9 @@ def test_a_teacher_that_refuses_every_prompt_is_named_when_it_does(
     arbitrage, endpoint, capsys, monkeypatch
 ):
     seen = []
-    write = completions.tqdm.tqdm.write
+    write = completions.Bar.write
     monkeypatch.setattr(
-        completions.tqdm.tqdm,
+        completions.Bar,
         "write",
         lambda text, **options: (seen.append(endpoint.count("turk")), write(text, **options)),
     )

@@ -98,7 +98,7 @@ def test_a_bar_on_the_screen_stays_whole(said):
 
 def test_a_command_starts_with_a_header_and_leaves_nothing_behind(capsys, monkeypatch):
     monkeypatch.setattr(stages, "PERIOD", 0.01)
-    threads = threading.active_count()
+    threads, before = threading.active_count(), list(stages._stages)
     heard = threading.Event()
 
     def text():
@@ -108,7 +108,7 @@ def test_a_command_starts_with_a_header_and_leaves_nothing_behind(capsys, monkey
     with stages.shown("espalier x"), stages.shown("espalier inner"), stages.stage(text):
         assert heard.wait(60)
     assert threading.active_count() == threads
-    assert not stages._stages
+    assert stages._stages == before
     assert "write" not in vars(sys.stdout) and "write" not in vars(sys.stderr)
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("espalier x: starting\n") and "inner" not in err
