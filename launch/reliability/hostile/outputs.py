@@ -17,7 +17,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
     "score": ("--batch_size=2",),
     "generate": ("--max_new_tokens=2", "--batch_size=2"),
 }
-_SECRET = "of another user"
+_VICTIM = "of another user"
 
 
 def _null(folder: pathlib.Path) -> pathlib.Path:
@@ -44,13 +44,13 @@ def _chain(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _planted(folder: pathlib.Path, name: str) -> pathlib.Path:
-    (folder / "victim").write_text(_SECRET)
+    (folder / "victim").write_text(_VICTIM)
     (folder / name).symlink_to("victim")
     return folder / "out.jsonl"
 
 
 def _hard_link(folder: pathlib.Path) -> pathlib.Path:
-    (folder / "victim").write_text(_SECRET)
+    (folder / "victim").write_text(_VICTIM)
     os.link(folder / "victim", folder / "out.jsonl.partial")
     return folder / "out.jsonl"
 
@@ -119,7 +119,7 @@ def _written(command: str, make: Callable[[pathlib.Path], pathlib.Path], bench: 
     if not stat.S_ISCHR(before):
         _rows(output.read_text())
     victim = folder / "victim"
-    if victim.exists() and victim.read_text() != _SECRET:
+    if victim.exists() and victim.read_text() != _VICTIM:
         raise Lost("a file that a planted link names is overwritten")
     if left := [path.name for path in folder.iterdir() if path.name.endswith(".partial")]:
         raise Silent(f"left {left}")
