@@ -34,6 +34,7 @@ META = "meta.json"
 MANIFEST = "manifest.json"
 INCOMPLETE = "incomplete"
 CHECKPOINTS = "checkpoints"
+_TEMPORARY = f"{STATE}.orbax-checkpoint-tmp"
 TENSORBOARD = "tensorboard"
 
 _T = TypeVar("_T")
@@ -70,7 +71,9 @@ def is_incomplete(path: epath.Path) -> bool:
     try:
         if (path / MANIFEST).exists():
             return False
-        return (path / INCOMPLETE).exists() or not any(path.iterdir())
+        # Orbax may make its folder after a save that failed has removed the step.
+        left = (entry.name.startswith(_TEMPORARY) for entry in path.iterdir())
+        return (path / INCOMPLETE).exists() or all(left)
     except FileNotFoundError:  # the run deleted the step while another process reads
         return True
     except OSError:
