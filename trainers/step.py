@@ -56,8 +56,8 @@ def make_train_step(
 
     Returns:
       The step. Its metrics are the objective's, summed, and 'grad_norm' before clipping, 'param_norm', 'update_norm' and,
-      with `anomaly`, 'anomaly' (1 for a dropped update). 'update_norm' is the norm of the difference between the parameters
-      after and before the step, as stored.
+      with `anomaly`, 'anomaly' (1 for a dropped update). 'update_norm' is the norm of the update that was applied: of
+      parameters narrower than float32, of the difference between the stored ones after and before the step.
     """
 
     objective = Objective.of(loss_fn)
@@ -149,8 +149,9 @@ def make_train_step(
             metrics["anomaly"] = _scalar(1.0 - good.astype(jnp.float32))
 
         metrics["grad_norm"] = _scalar(grad_norm)
-        applied = jax.tree.map(_difference, trainable.split(params, mask)[0], trained)
-        metrics["update_norm"] = _scalar(optax.tree.norm(applied))
+        applied = optax.tree.norm(jax.tree.map(_applied, new_trained, trained, updates))
+        dropped = metrics["anomaly"][0] if anomaly is not None else jnp.zeros(())
+        metrics["update_norm"] = _scalar(jnp.where(dropped > 0, 0.0, applied))
         metrics["param_norm"] = _scalar(optax.tree.norm(params))
         new_state = TrainState(
             step=state.step + 1,
@@ -226,7 +227,10 @@ def _scalar(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value.astype(jnp.float32), jnp.ones((), jnp.float32)
 
 
-def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+def _applied(new: jax.Array, old: jax.Array, update: jax.Array) -> jax.Array:
+    """Returns what an update has changed: of float32 parameters itself, so that they can be updated in place."""
+    if new.dtype.itemsize >= 4:
+        return update
     wide, info = jnp.promote_types(new.dtype, jnp.float32), jnp.finfo(new.dtype)
     # XLA drops a conversion to a narrow dtype and back (xla_allow_excess_precision), but not an explicit rounding.
     stored = jax.lax.reduce_precision(new.astype(wide), info.nexp, info.nmant)
