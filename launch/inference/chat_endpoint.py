@@ -200,13 +200,13 @@ class ChatEndpoint:
             while left:
                 if (reply := replies.get()) is None:
                     left -= 1
-                else:
+                elif not self._closed:
                     yield reply
         finally:
             ended.set()
             self._running.discard(ended)
             self._deadlines.abort()
-        if hopeless:
+        if hopeless and not self._closed:
             raise hopeless[0]
 
     def _ask(self, body: Mapping[str, Any], ended: threading.Event) -> ChatReply | Silence:

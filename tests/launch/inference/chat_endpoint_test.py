@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,17 @@ from launch.inference.chat_endpoint import ChatEndpoint, EndpointError, Silence,
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
 
 
+def read_request(connection):
+    """To its end: a connection that is closed with unread bytes is reset, and its reply may be lost."""
+    head = b""
+    while b"\r\n\r\n" not in head and (part := connection.recv(1 << 16)):
+        head += part
+    head, _, body = head.partition(b"\r\n\r\n")
+    left = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) - len(body)
+    while left > 0 and (part := connection.recv(left)):
+        left -= len(part)
+
+
 @contextlib.contextmanager
 def serving(write):
     """Yields the URL of a server that calls `write` with each connection."""
@@ -24,7 +36,7 @@ def serving(write):
                 while True:
                     connection, _ = server.accept()
                     with connection, contextlib.suppress(OSError):
-                        connection.recv(1 << 16)
+                        read_request(connection)
                         write(connection)
 
         threading.Thread(target=run, daemon=True).start()
@@ -171,7 +183,7 @@ def test_who_stops_reading_replies_does_not_wait_for_them(status):
         endpoint = endpoint_of(url, timeout=20.0)
         threading.Timer(0.5, lambda: (arrived.wait(10), endpoint.close())).start()
         began = time.monotonic()
-        assert len(list(endpoint.ask_each([{"messages": []}] * 20))) <= 1
+        assert list(endpoint.ask_each([{"messages": []}] * 20)) == []
         assert list(endpoint.ask_each([{"messages": []}])) == []
         assert time.monotonic() - began < 10
 

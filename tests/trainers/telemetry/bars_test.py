@@ -1,5 +1,6 @@
 """Bars that are stages where there is no terminal."""
 
+import gc
 import io
 
 import pytest
@@ -16,6 +17,13 @@ class Terminal(io.StringIO):
 def newest():
     text = stages._stages[-1].text if stages._stages else ""
     return text if isinstance(text, str) else text()
+
+
+@pytest.fixture(autouse=True)
+def no_stages_of_earlier_tests():
+    """An error that ended a bar's loop holds the bar, and with it the stage, until it is collected."""
+    gc.collect()
+    assert newest() == ""
 
 
 @pytest.fixture
