@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.status_of(call)
     except argparse.ArgumentError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return cli.USAGE_ERROR
 
 
 def _run(flags: argparse.Namespace) -> int:
