@@ -3,7 +3,7 @@
 # For NVIDIA GPUs: docker build --build-arg EXTRA=cuda -t espalier . && docker run --rm -it --gpus=all espalier
 FROM python:3.11-slim-bookworm
 
-# git: runs record their commit. gcc: `launch.faults` compiles a library.
+# git: runs record their commit. gcc: `tests.faults` compiles a library.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc git libc6-dev make \
     && rm -rf /var/lib/apt/lists/*

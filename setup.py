@@ -150,7 +150,6 @@ setup(
         **{name: ["py.typed"] for name in PACKAGES},
         "launch.attribution": ["page/*"],
         "launch.papers.code_mix": ["harness_tasks/*.yaml"],
-        "launch.reliability": ["shim.c"],
     },
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["espalier = launch.cli:console"]},

@@ -133,7 +133,7 @@ def _stores():
     """Object stores on this machine, started when a test needs one; clients read their environment once in a process."""
     import contextlib
 
-    from launch.reliability import object_stores
+    from tests.faults import object_stores
 
     with contextlib.ExitStack() as stack:
         started = {}

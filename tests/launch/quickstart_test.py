@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch import bench, cli, quickstart
+from launch import cli, quickstart
 
 SMALL = """
 from __gin__ import dynamic_registration
@@ -69,14 +69,3 @@ def test_errors_and_interruptions_end_as_those_of_other_commands(tmp_path, capsy
     assert "no file 'nope.gin'" in error and "Traceback" not in error
     monkeypatch.setattr(quickstart, "_compare", lambda flags: {"interrupted": 1.0})
     assert quickstart.main(arguments) == cli.INTERRUPTED == 75
-
-
-def test_benchmarks_without_their_peers_end_with_one_error(capsys, monkeypatch):
-    from launch.benchmarks import compare, start_up
-
-    def run():
-        raise compare.PeerError("python is missing: run `make peers` first.")
-
-    monkeypatch.setattr(start_up, "run", run)
-    assert bench.main(["start_up"]) == cli.USAGE_ERROR
-    assert "run `make peers` first" in capsys.readouterr().err

@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from launch import bench, report
-from launch.benchmarks import compare
+from launch import report
 from launch.reporting import labels, page
 from launch.reporting import runs as reported
 from launch.run import metric_rows
@@ -247,20 +246,6 @@ def test_values_that_are_not_finite_and_names_of_any_form_are_drawn(tmp_path, ca
 def test_a_directory_that_is_no_run(tmp_path, capsys):
     assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "metrics.jsonl does not exist" in capsys.readouterr().err
-
-
-def test_ratio_is_the_median_of_pairs_with_an_interval_around_it():
-    ratio = compare.ratio([2.0, 3.0, 8.0, 2.0, 2.2], [1.0, 1.5, 2.0, 1.0, 1.0])
-    assert ratio["median"] == 2.0
-    low, high = ratio["interval_95"]
-    assert low + 1e-9 >= 2.0 and low <= 2.0 <= high <= 4.0
-
-
-def test_every_benchmark_has_a_module_with_run():
-    import importlib.util
-
-    for name in bench.BENCHMARKS:
-        assert importlib.util.find_spec(f"launch.benchmarks.{name}"), name
 
 
 def test_runs_of_the_same_name_keep_apart(tmp_path):

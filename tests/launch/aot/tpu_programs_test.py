@@ -14,12 +14,12 @@ import pytest
 from launch.aot import precompile, programs, tpu_topology
 from launch.aot.hlo import collectives
 from launch.aot.programs import Options
-from launch.benchmarks import accelerator_case
-from launch.benchmarks.jax import accelerator_jax
 from model.kernels import platform
 from model.kv_cache.full import FullCache
 from model.kv_cache.snapkv import SnapKV
 from model.moe.grouped_matmul import grouped_matmul
+from tests.benchmarks import accelerator_case
+from tests.benchmarks.jax import accelerator_jax
 from tests.launch import precompile_test as runs
 from trainers import partitioning
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from launch.benchmarks import merge as bench
 from launch.merging import config_file
 from launch.merging.settings import Condition, MergeError
 from model.transforms.merge_methods import METHODS
+from tests.benchmarks import merge as bench
 
 # The forms of mergekit's own examples: a weighted mean, layers stacked from two models, SLERP whose share varies by layer and
 # part of it, deltas with densities, filters and a base, several documents, and vocabularies.

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from launch.environment import ROOT
-from launch.reliability import stores
 from model.storage import paths
+from tests.faults import stores
 from tests.trainers.checkpoints import saver
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.checkpoint import Checkpointer

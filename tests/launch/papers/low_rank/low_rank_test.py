@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.benchmarks.case import RandomRows
 from launch.config import gin_config
 from model.low_rank import factors
+from tests.benchmarks.case import RandomRows
 from trainers import initialise, partitioning
 from trainers.batches import global_batch
 from trainers.checkpoints import state_tree, step_dir

@@ -1,0 +1,34 @@
+"""The command of benchmarks: what it lists, and errors that are one line."""
+
+import importlib.util
+
+from launch import cli
+from tests.benchmarks import __main__ as bench
+from tests.benchmarks import compare, start_up
+
+
+def test_every_benchmark_has_a_module_with_run():
+    assert {"train_step", "start_up", "accelerator"} <= set(bench.BENCHMARKS)
+    for name in bench.BENCHMARKS:
+        assert importlib.util.find_spec(f"tests.benchmarks.{name}"), name
+
+
+def test_benchmarks_without_their_peers_end_with_one_error(capsys, monkeypatch):
+    def run():
+        raise compare.PeerError("python is missing: run `make peers` first.")
+
+    monkeypatch.setattr(start_up, "run", run)
+    assert bench.main(["start_up"]) == cli.USAGE_ERROR
+    assert "run `make peers` first" in capsys.readouterr().err
+
+
+def test_tiny_is_refused_where_it_would_be_ignored(capsys):
+    assert bench.main(["start_up", "--tiny"]) == 2
+    assert "'start_up' has no tiny sizes" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "x", tmp_path):
+        assert bench.main([bench.BENCHMARKS[0], f"--out={out}"]) == 2
+        assert f"--out={out}" in capsys.readouterr().err

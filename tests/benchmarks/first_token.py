@@ -1,0 +1,69 @@
+"""From process start to the first generated token of a bfloat16 checkpoint with the shapes of Llama 3.2 1B (2.5 GB).
+
+This project reads the Hugging Face directory as it is, as `--checkpoint` does, and transformers reads it by `from_pretrained`;
+both answer one prompt of 16 tokens, with imports counted. They alternate in fresh processes, with files that are not in the page
+cache (cold) and files that are (warm). Programs that XLA has compiled are kept between the processes, as they are for a user,
+and were compiled before the first round. This project runs without and with the store of compiled programs (ESPALIER_PROGRAMS).
+"""
+
+import os
+import tempfile
+import time
+from typing import Any
+
+from tests.benchmarks import compare, hf_import
+
+PROMPT = list(range(100, 116))
+_SIDES = {"ours": compare.TRACED, "ours_stored": compare.STORED, "transformers": {}}
+
+
+def run(*, rounds: int = 5) -> dict[str, Any]:
+    """Alternates both sides `rounds` times, cold and then warm."""
+    reports: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "source")
+        size = hf_import.write_checkpoint(source)
+        commands = {
+            "ours": compare.ours("first_token", source),
+            "ours_stored": compare.ours("first_token", source),
+            "transformers": compare.peer("torch/llama_torch.py", "first_token", source),
+        }
+        programs = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "programs")}
+        env = {name: programs | switch for name, switch in _SIDES.items()}
+        for name, command in commands.items():
+            compare.measured(command, env=env[name])
+        for _ in range(rounds):
+            for side_name in _SIDES:
+                hf_import.evict(source)
+                for cache in ("cold", "warm"):
+                    report = compare.measured(commands[side_name], env=env[side_name])
+                    reports.setdefault(f"{side_name}_{cache}", []).append(report)
+
+    def ratio(cache: str, key: str, mine: str = "ours") -> dict[str, Any]:
+        ours, theirs = (
+            [r[key] for r in reports[f"{name}_{cache}"]] for name in (mine, "transformers")
+        )
+        return compare.ratio(theirs, ours)
+
+    return {
+        "checkpoint_mb": size / 1e6,
+        "transformers_over_ours_seconds_cold": ratio("cold", "first_token_s"),
+        "transformers_over_ours_seconds_warm": ratio("warm", "first_token_s"),
+        "transformers_over_ours_stored_seconds_cold": ratio("cold", "first_token_s", "ours_stored"),
+        "transformers_over_ours_stored_seconds_warm": ratio("warm", "first_token_s", "ours_stored"),
+        "transformers_over_ours_peak": ratio("warm", "peak_mb"),
+        "seconds": compare.each(reports, "first_token_s"),
+        "peak_mb": compare.each(reports, "peak_mb"),
+        "contended": compare.contended(reports),
+        "peer_versions": reports["transformers_warm"][0]["versions"],
+    }
+
+
+def side(source: str) -> dict[str, Any]:
+    """Answers the prompt in this process."""
+    from launch.cluster.worker import peak_bytes
+    from launch.run.load import load
+
+    load(source).generate([PROMPT], max_new_tokens=1)
+    seconds = time.time() - float(os.environ["BENCH_PROCESS_START"])
+    return {"first_token_s": seconds, "peak_mb": peak_bytes(os.getpid()) / 1e6}

@@ -1,0 +1,114 @@
+"""Supervised fine-tuning against TRL's SFTTrainer: step time, memory and start-up time, on packed conversations.
+
+Both sides start from the same checkpoint in Hugging Face's layout, with a SmolLM2's proportions, and read the same file of
+conversations, of which they learn the assistant's turns. Each runs its usual command: `launch.train` with
+runs/finetune.gin, and `SFTTrainer.train` with packing and assistant_only_loss. Fresh processes alternate. Times are per
+token of a conversation, since the two ways of packing fill their rows a little differently.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import statistics
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks import compare, dpo
+
+CASE: dict[str, Any] = {
+    "num_layers": 4,
+    "embed_dim": 576,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "mlp_dim": 1536,
+    "vocab_size": 8192,
+    "length": 512,  # tokens of a row
+    "batch_size": 4,  # rows
+    "conversations": 600,
+    "turn": [8, 96],  # least and most tokens of a turn
+    "learning_rate": 2e-5,
+}
+WARM_UP = 3
+# Without special tokens of its own; both sides learn what is inside of the blocks.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' </s> ' }}{% endgeneration %}"
+    "{% else %}{{ '<s> ' + m.content + ' </s> ' }}{% endif %}{% endfor %}"
+)
+
+
+def run(*, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+    """Alternates both sides `rounds` times, `steps` timed steps in each."""
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {
+            "ours": compare.ours("sft", folder, WARM_UP + steps),
+            "trl": compare.peer("torch/sft_torch.py", folder, WARM_UP + steps),
+        }
+        write(folder)
+        reports = compare.alternate_processes(commands, rounds)
+    per_second = compare.each(reports, tokens_per_second)
+    memory, first_step = (compare.each(reports, key) for key in ("peak_memory_mb", "first_step_s"))
+    return {
+        "case": CASE,
+        "speed_over_trl": compare.ratio(per_second["ours"], per_second["trl"]),
+        "tokens_per_second": {side: [round(x, 1) for x in xs] for side, xs in per_second.items()},
+        "tokens_a_step": compare.each(reports, lambda report: round(report["tokens_a_step"], 1)),
+        "peak_memory_of_trls": compare.ratio(memory["ours"], memory["trl"]),
+        "peak_memory_mb": memory,
+        "first_step_over_ours": compare.ratio(first_step["trl"], first_step["ours"]),
+        "first_step_s": first_step,
+        "losses": {side: runs[0]["losses"] for side, runs in reports.items()},
+        "other_load_cores": compare.each(reports, "other_load"),
+        "contended": compare.contended(reports),
+        "peer_versions": reports["trl"][0]["versions"],
+    }
+
+
+def tokens_per_second(report: dict[str, Any]) -> float:
+    """Returns the tokens of conversations that a side trains on in a second, after the warm-up."""
+    seconds = statistics.median(np.diff(report["step_ends"])[WARM_UP - 1 :])
+    return report["tokens_a_step"] / seconds
+
+
+def side(folder: str, steps: str) -> dict[str, Any]:
+    """Trains on the files of `write`; returns losses, times and memory."""
+    trained = dpo.train(folder, "sft", arguments(folder, int(steps)))
+    facts = json.loads(pathlib.Path(folder, "sft", "run.json").read_text(encoding="utf-8"))
+    return {
+        "losses": [row["loss"] for row in trained],
+        "step_ends": [row["time"] for row in trained],
+        "tokens_a_step": facts["data"]["phases"][0]["tokens_per_step"],
+        "first_step_s": trained[0]["time"] - float(os.environ["BENCH_PROCESS_START"]),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+def arguments(folder: str, steps: int) -> list[str]:
+    """Returns the flags of `launch.train`."""
+    bindings = {
+        "CHATS": f"{folder}/chats.jsonl",
+        "CHATS_VALIDATION_FRACTION": 0.0,
+        "TASK_FEATURE_LENGTHS": {"targets": CASE["length"]},
+        "BATCH_SIZE": CASE["batch_size"],
+        "TRAIN_EPOCHS": None,
+        "TRAIN_STEPS": steps,
+        "LEARNING_RATE": CASE["learning_rate"],
+        "LOG_PERIOD": 1,
+    }
+    return dpo.flags(folder, "sft", ("data/chat", "runs/finetune"), bindings)
+
+
+def write(folder: str) -> None:
+    """Writes the files of `dpo.write_run`, and chats.jsonl."""
+    rng = np.random.default_rng(0)
+    dpo.write_run(folder, CASE, rng, TEMPLATE)
+    with open(os.path.join(folder, "chats.jsonl"), "w", encoding="utf-8") as file:
+        for _ in range(CASE["conversations"]):
+            sizes = rng.integers(*CASE["turn"], 2 * rng.integers(1, 4))
+            messages = [
+                {"role": ("user", "assistant")[i % 2], "content": dpo.words(rng, size)}
+                for i, size in enumerate(sizes)
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")

@@ -1,0 +1,87 @@
+"""TRL's side of the benchmark `sft`; runs under .venv-peers, never imported by the project.
+
+  .venv-peers/bin/python -P tests/benchmarks/torch/sft_torch.py FOLDER STEPS
+
+Reads FOLDER, written by sft.py, and prints one line of JSON.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import datasets
+import torch
+import transformers
+import trl
+
+
+class Steps(transformers.TrainerCallback):
+    """Records the end times, the losses and the counts of tokens of steps."""
+
+    def __init__(self):
+        self.ends, self.losses, self.tokens = [], [], []
+
+    def on_step_end(self, args, state, control, **_):
+        self.ends.append(time.time())
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.tokens.append(logs["num_tokens"])
+
+
+def main(folder: str, steps: int) -> None:
+    with open(os.path.join(folder, "case.json"), encoding="utf-8") as file:
+        case = json.load(file)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    datasets.disable_progress_bars()
+    path = os.path.join(folder, "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    recorder = Steps()
+    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as cache:
+        rows = datasets.load_dataset(
+            "json", data_files=os.path.join(folder, "chats.jsonl"), split="train", cache_dir=cache
+        )
+        arguments = trl.SFTConfig(
+            output_dir=out,
+            max_steps=steps,
+            per_device_train_batch_size=case["batch_size"],
+            learning_rate=case["learning_rate"],
+            lr_scheduler_type="cosine",
+            max_length=case["length"],
+            packing=True,
+            assistant_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = trl.SFTTrainer(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.add_callback(recorder)
+        trainer.train()
+    report = {
+        "losses": recorder.losses,
+        "step_ends": recorder.ends,
+        "tokens_a_step": recorder.tokens[-1] / len(recorder.tokens),
+        "first_step_s": recorder.ends[0] - float(os.environ["BENCH_PROCESS_START"]),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "versions": {m.__name__: m.__version__ for m in (trl, torch, transformers)},
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
