@@ -16,9 +16,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from espalier.common.storage import mirror
 from launch.reliability import kills, object_stores, program
 from launch.reliability.table import Bench, Case, NotTried, Row, Unclear
-from model.storage import mirror
 
 _CHAINS, _KILLS = 6, 5  # of each store
 _REQUESTS = 80  # a whole run sends about 110 that change an object

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from espalier.common.storage import paths
 from launch.environment import ROOT
 from launch.reliability import stores
-from model.storage import paths
 from tests.trainers.checkpoints import saver
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.checkpoint import Checkpointer
