@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-PACKAGES = ("model", "trainers", "data", "launch")
+PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 
 # Minimum versions only. An upper bound needs a reason beside it.
 CORE = [

@@ -18,7 +18,7 @@ import numpy as np
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
 from data.text import documents, splits
-from model.storage import mirror, paths
+from espalier.common.storage import mirror, paths
 
 Patterns = str | Sequence[str]
 Files = Patterns | Mapping[str, Patterns]  # one set of files, or several by name

@@ -12,9 +12,9 @@ from typing import Any
 
 from data.data_source import GeneratedSource
 from data.text import corpus as corpus_lib
-from data.text import spelling
 from data.text.sources import names
-from model.ranges import Positive
+from espalier.common import spelling
+from espalier.common.ranges import Positive
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
 _TASKS: dict[str, dict[str, Any]] = {}

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from espalier.common import stages
 from launch import environment, input_errors
 from launch.processes import hosts, peers, supervisor
-from trainers.telemetry import stages
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
     from launch.config.gin_config import Config
@@ -30,7 +30,7 @@ INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
 CONSOLE = "espalier"  # the script that runs every command
 # Flags for paths whose help text shows no DIR, FILE or PATH.
 _PATH_FLAGS = ("checkpoint", "inputs", "output", "out", "to", "problems", "solutions")
-# Flags whose paths may be addresses of object stores (model/storage/paths.py); see also `take_addresses`.
+# Flags whose paths may be addresses of object stores (espalier/common/storage/paths.py); see also `take_addresses`.
 _ADDRESS_FLAGS = (
     "checkpoint",
     "inputs",
@@ -261,7 +261,7 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
         lines = [f"  {key:<{width}}  {summary(module)}" for key, module in commands.items()]
         print("\n".join([help_text, "", *lines]))
         return 0 if name else USAGE_ERROR
-    from data.text import spelling
+    from espalier.common import spelling
 
     print(f"{program}: no command {name!r}; {spelling.nearest(name, commands)}", file=sys.stderr)
     return USAGE_ERROR

@@ -29,10 +29,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from espalier.common.storage import mirror
 from launch import cli
 from launch.config import setting_flags, sizes
 from launch.run import load_run
-from model.storage import mirror
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import platform
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PACKAGES = ("model", "trainers", "data")
+PACKAGES = ("espalier", "model", "trainers", "data")
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
 # On CPU, level 3 takes a sixth more compile time than level 2, and its programs are not faster.

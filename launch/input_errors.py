@@ -11,7 +11,7 @@ from typing import cast
 
 from launch import environment
 
-OWN_PACKAGES = ("model", "trainers", "data", "launch")
+OWN_PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # Errors of disks, which name no file when they happen in the middle of one.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 _FULL = "Free some space, or use another disk (ESPALIER_CACHE moves the caches), then start again"

@@ -23,11 +23,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from espalier.common import stages
 from launch import cli
 from launch.config import setting_flags
 from launch.run import load_run
 from launch.serving.limits import Limits
-from trainers.telemetry import stages
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from espalier.common import stages
 from launch import cli
-from trainers.telemetry import stages
 
 if TYPE_CHECKING:
     from launch.cluster.base import Job, Status, Submitter
@@ -172,7 +172,7 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
 
 
 def _other_job(settings: "Launch", command: list[str]) -> "Job":
-    from data.text import spelling
+    from espalier.common import spelling
     from launch.cluster.base import SubmitError
 
     names = [name for name in cli.command_names() if name != "submit"]

@@ -20,9 +20,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from espalier.common import stages
 from launch import cli
 from launch.config import setting_flags
-from trainers.telemetry import stages
 
 if TYPE_CHECKING:
     from launch.cluster.base import Submitter
@@ -197,7 +197,7 @@ def _wanted(plan: "Sequence[Planned]", patterns: Sequence[str] | None) -> "tuple
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            from data.text import spelling
+            from espalier.common import spelling
 
             hint = spelling.nearest(pattern, names)
             raise ValueError(f"--only {pattern!r} matches none of the {len(names)} runs; {hint}")

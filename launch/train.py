@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
+from espalier.common.ranges import Positive, Size, Tokens
 from launch.processes import hosts, peers
 from launch.run import model_record, phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
 from launch.run.run_data import RunData, check_trained_vocabulary, open_data
-from model.ranges import Positive, Size, Tokens
 from trainers import partitioning, signals
 from trainers.batches import Feed, Prefetcher, TrainStream
 from trainers.checkpoints import agreement

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Decay, Positive
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, mean_keys, weights
@@ -21,7 +22,6 @@ from model.kv_cache import slots
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.protocol import AttentionSettings
-from model.ranges import Decay, Positive
 from model.rope import Rope
 
 

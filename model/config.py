@@ -6,8 +6,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Layers, Size
 from model import axes
-from model.ranges import Layers, Size
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)

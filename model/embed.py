@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Size
 from model import axes
 from model.kernels import narrow, taps
-from model.ranges import Size
 
 
 class Embed(nn.Module):

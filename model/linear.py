@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Size
 from model.axes import parameter, unboxed
 from model.flops import Counted
 from model.kernels import matmul, taps
-from model.ranges import Size
 
 # Variance 1/fan_in keeps activations at unit scale; the normal is truncated at two standard deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from espalier.common.ranges import Decay
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted
@@ -13,7 +14,6 @@ from model.kernels.dropout import dropped
 from model.kernels.platform import reference_forms, target_platform
 from model.linear import Dense
 from model.protocol import MlpSettings
-from model.ranges import Decay
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Finite, NonNegative, Size
 from model import axes
-from model.ranges import Finite, NonNegative, Size
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import Positive, Size, refuse_set
+from espalier.common.ranges import Positive, Size, refuse_set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Decay, Positive
 from model import axes, flops, layers
 from model.attention import Attention, CrossAttention, Encoded, PositionBias
 from model.config import LayerKind, TransformerConfig
@@ -26,7 +27,6 @@ from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
 from model.protocol import Arrays, LayerSettings, Output, Row
-from model.ranges import Decay, Positive
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)

@@ -24,7 +24,7 @@ from tests.options_programs_test import PROGRAMS, name_of
 from trainers.optim import optimizers, schedules
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGES = ("model", "trainers", "data", "launch")
+PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # Parameters that nothing reads, with the reason why they stay.
 UNREAD = {
     "trainers.objectives.classification.classification.num_sources": "Recipe passes it to all objectives",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import Positive, Size
+from espalier.common.ranges import Positive, Size
 from trainers.batches import Stream
 
 Action = Literal["stop", "skip", "rollback"]

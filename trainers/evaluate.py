@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from espalier.common.bars import Bar
 from trainers.batches import Stream, global_batch
 from trainers.hooks import HookInterruptedError
 from trainers.objectives.base import Batch
 from trainers.step import Metrics
-from trainers.telemetry.bars import Bar
 from trainers.train_state import TrainState
 
 

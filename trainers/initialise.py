@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from espalier.common import stages
 from model import axes
 from model.protocol import Same
 from trainers import trainable
@@ -17,7 +18,6 @@ from trainers.inputs import Inputs, PackedTokens
 from trainers.moving_reference import MOVES, MovingReference
 from trainers.optim import rounding
 from trainers.partitioning import Rules, mesh_spec, shards_of
-from trainers.telemetry import stages
 from trainers.train_state import TrainState
 
 # Collections of a single call: sown values and perturbations. The state stores all other collections.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import Size
+from espalier.common.ranges import Size
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
 # (prompt including the start token, completion including its end token)

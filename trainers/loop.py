@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from espalier.common import stages
 from trainers.anomaly import Anomaly, AnomalyRecords
 from trainers.batches import Feed, Stream
 from trainers.checkpoints.checkpoint import Checkpointer, Occasion
@@ -22,7 +23,6 @@ from trainers.checkpoints.restore import Restored
 from trainers.hooks import Hook, HookInterruptedError
 from trainers.signals import StopRequest
 from trainers.step import TrainStep
-from trainers.telemetry import stages
 from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.lifetime import Unrecorded
 from trainers.telemetry.metric_writers import MetricWriter

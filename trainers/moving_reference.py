@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.ranges import Fraction, Size
+from espalier.common.ranges import Fraction, Size
 
 MOVES = "reference_moves"  # key in TrainState.variables
 

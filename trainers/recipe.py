@@ -15,9 +15,9 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from model.adapters import prompt
 from model.protocol import LanguageModel, Model
-from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
 from trainers.inputs import Inputs, InputsAndTargets, PackedTokens

@@ -17,8 +17,9 @@ from data.chats import spans
 from data.chats import tasks as chats
 from data.languages import table
 from data.stream import mixing
-from data.text import documents, spelling
-from model.ranges import Amount, Fraction, Positive
+from data.text import documents
+from espalier.common import spelling
+from espalier.common.ranges import Amount, Fraction, Positive
 
 # The paper's groups, with their share of the tokens.
 WEIGHTS: Mapping[str, float] = {

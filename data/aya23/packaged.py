@@ -22,7 +22,7 @@ from data.languages import parallel, table
 from data.text import splits
 from data.text.sources import catalogues, cleaning, environment
 from data.text.sources import languages as packaged_text
-from model.ranges import Size
+from espalier.common.ranges import Size
 
 PACKAGES = ("django", "sphinx", "chatterbot-corpus")
 SETS = {

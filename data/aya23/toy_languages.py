@@ -29,7 +29,7 @@ import numpy as np
 
 from data import tasks
 from data.data_source import GeneratedSource
-from model.ranges import Seed, Size
+from espalier.common.ranges import Seed, Size
 
 NOUNS, ADJECTIVES, VERBS = 24, 16, 20
 CONCEPTS = NOUNS + ADJECTIVES + VERBS

@@ -22,7 +22,7 @@ import numpy as np
 from data.languages import parallel
 from data.text import splits
 from data.text.sources import cleaning
-from model.ranges import NonNegative, Seed
+from espalier.common.ranges import NonNegative, Seed
 
 FAMILIES = {"romance": ("es", "it"), "germanic": ("de", "nl"), "slavic": ("cs", "pl")}
 SHARED = "en"

@@ -24,7 +24,7 @@ from data.data_source import GeneratedSource
 from data.languages import parallel
 from data.text.documents import Document
 from data.text.sources import cleaning
-from model.ranges import Seed, Size
+from espalier.common.ranges import Seed, Size
 
 MIXTURE = "words"
 _MAX_LETTERS = 80  # of a message

@@ -26,8 +26,8 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from data.text import spelling
 from data.text.documents import DataError
+from espalier.common import spelling
 
 Kind = Literal["checkpoint", "hf", "url"]
 KINDS: tuple[Kind, ...] = ("checkpoint", "hf", "url")

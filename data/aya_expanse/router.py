@@ -19,7 +19,7 @@ import scipy.sparse
 import scipy.special
 
 from data.text.documents import DataError
-from model.storage import output_files
+from espalier.common.storage import output_files
 
 _DIMENSIONS = 1 << 12
 _ORDERS = (1, 2, 3)  # of the n-grams

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from data.cache import shared
-from model.storage import output_files
+from espalier.common.storage import output_files
 
 VARIABLE = "ESPALIER_CACHE"
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from model.storage import lock, mirror, paths
+from espalier.common.storage import lock, mirror, paths
 
 _CACHES = "caches"  # kind of the local copies
 _WAIT_SECONDS = 2.0

@@ -166,7 +166,7 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
 
 
 def _build(task, split, directory, features, description, num_shards) -> None:
-    from trainers.telemetry.bars import Bar
+    from espalier.common.bars import Bar
 
     title = f"tokenising {task.name}/{split}"
     if not sys.stderr.isatty():  # a line in place of the bar

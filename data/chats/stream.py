@@ -18,7 +18,7 @@ from data.choices import check_choice
 from data.stream import plan, repeats, rows, schedule, stream
 from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Positions, Stream
-from model.ranges import NonNegative, Seed, Size
+from espalier.common.ranges import NonNegative, Seed, Size
 
 Packing = Literal["best_fit", "examples"]
 LongDocuments = Literal["truncate", "drop"]

@@ -9,7 +9,7 @@ from data.chats import spans
 from data.chats.files import ChatFiles
 from data.choices import check_choice
 from data.data_source import Files, named_sets
-from model.ranges import Fraction
+from espalier.common.ranges import Fraction
 
 
 def register_chats(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.text.document_filters import DocumentFilter
-from model.ranges import Count, Fraction
+from espalier.common.ranges import Count, Fraction
 
 # Literals of Python and of C: digits with a point, an exponent or both. A match next to a word character or
 # another point would be part of a name or of a version number.

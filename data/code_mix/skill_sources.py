@@ -21,7 +21,7 @@ from typing import Any
 from data import tasks
 from data.code_mix import procedures, skills
 from data.data_source import GeneratedSource
-from model.ranges import Count, Seed
+from espalier.common.ranges import Count, Seed
 
 # Share of careless programs among those that write web code, and synth before execution. They forget the same case,
 # which 22 % of their operands have, and are wrong alike: a model that copies the most frequent result would not notice

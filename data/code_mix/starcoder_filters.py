@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.text.document_filters import DocumentFilter
-from model.ranges import Count, Fraction, Positive
+from espalier.common.ranges import Count, Fraction, Positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

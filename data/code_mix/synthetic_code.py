@@ -27,8 +27,8 @@ from data.code_mix.synthetic.render import Rendered, render
 from data.sandbox import code_sandbox
 from data.text import documents, splits
 from data.text.document_files import DocumentFiles
-from model.ranges import Fraction, Seed, Size
-from trainers.telemetry.bars import Bar
+from espalier.common.bars import Bar
+from espalier.common.ranges import Fraction, Seed, Size
 
 _OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
 FAMILIES = lists.FAMILIES + texts.FAMILIES + structures.FAMILIES

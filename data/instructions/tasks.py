@@ -17,7 +17,7 @@ from data.instructions.templates import Template, read
 from data.text import documents
 from data.text.documents import DataError
 from data.text.tfds_source import TfdsSource
-from model.ranges import Fraction, Positive
+from espalier.common.ranges import Fraction, Positive
 
 ORIGIN = "register_instructions"
 SCORED = "_score_eval"  # ends the names of tasks for ranking

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from data.instructions.renderer import SEPARATOR
 from data.sandbox.limited_process import LimitedProcess, LimitError
-from data.text import spelling
 from data.text.documents import DataError
 from data.tokenizers import chat_sandbox
+from espalier.common import spelling
 
 # Part of the digest of a source: raise it when the same templates and rows become other texts.
 VERSION = 1

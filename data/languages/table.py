@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
-from data.text import spelling
+from espalier.common import spelling
 
 RIGHT_TO_LEFT = frozenset({"Arab", "Hebr"})  # scripts
 # Code of a writing system -> the scripts of its letters, where these are not the same; all of ISO 15924.

@@ -19,7 +19,7 @@ import numpy as np
 from data import tasks
 from data.data_source import GeneratedSource
 from data.instructions.encoding import Form
-from model.ranges import Seed, Size
+from espalier.common.ranges import Seed, Size
 
 NUM_SYMBOLS, LENGTH = 12, 4
 NUM_HELD_OUT = 12  # compositions

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from data.text import spelling
-from model.storage import output_files
+from espalier.common import spelling
+from espalier.common.storage import output_files
 
 FORMAT = 1
 COMMAND = "python -m launch.prepare embed_domains"

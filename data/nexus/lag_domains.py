@@ -27,7 +27,7 @@ import numpy as np
 
 from data import tasks
 from data.data_source import GeneratedSource
-from model.ranges import Count, Seed, Size
+from espalier.common.ranges import Count, Seed, Size
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)

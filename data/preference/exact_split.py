@@ -13,7 +13,7 @@ from data.data_source import FileSource, shorten
 from data.preference.tally import Tally
 from data.text import splits
 from data.text.documents import DataError
-from trainers.telemetry.bars import Bar
+from espalier.common.bars import Bar
 
 
 class Example(Protocol):

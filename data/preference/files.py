@@ -18,7 +18,7 @@ from data.preference.records import DegenerateError, Kind, Record
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
-from trainers.telemetry.bars import Bar
+from espalier.common.bars import Bar
 
 Invalid = Literal["drop", "error"]
 

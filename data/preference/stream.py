@@ -16,7 +16,7 @@ from data.preference.pair_rows import PairSource
 from data.stream import mixing, repeats, rows, schedule, stream
 from data.stream.row_stream import EvalStream, RowStream
 from data.stream.train_stream import Phases, Positions, Stream
-from model.ranges import Amount, Count, Positive, Seed, Size
+from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from data.choices import check_choice
 from data.preference import files as preference_files
 from data.preference import records
 from data.text.documents import DataError
-from model.ranges import Fraction
+from espalier.common.ranges import Fraction
 
 
 def register_pairs(

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import tasks
 from data.data_source import GeneratedSource
-from model.ranges import Count, Seed
+from espalier.common.ranges import Count, Seed
 
 SIZE = 244  # symbols of a language
 SHARED = "abcdefghijklmnopqrstuvwx"  # topics and keys

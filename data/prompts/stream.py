@@ -18,7 +18,7 @@ from data.prompts.tasks import INFO
 from data.stream import repeats, rows, schedule, stream
 from data.stream.plan import Plan
 from data.stream.train_stream import Positions, Stream
-from model.ranges import Count, Seed, Size
+from espalier.common.ranges import Count, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)

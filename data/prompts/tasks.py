@@ -21,7 +21,7 @@ from data.preference.records import Record
 from data.preference.texts import text_of
 from data.text import documents, splits
 from data.text.documents import DataError
-from model.ranges import Fraction
+from espalier.common.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from data.sandbox import sandbox_zygote, work_folder
-from trainers.telemetry.bars import Bar
+from espalier.common.bars import Bar
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "killed", "refused"]
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

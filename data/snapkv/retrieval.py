@@ -19,7 +19,7 @@ import numpy as np
 from data import tasks
 from data.choices import check_choice
 from data.data_source import GeneratedSource
-from model.ranges import Seed, Size
+from espalier.common.ranges import Seed, Size
 
 NUM_KEYS = 64
 NUM_VALUES = 16  # of each place in a line

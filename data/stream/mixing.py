@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.text import spelling
+from espalier.common import spelling
 
 Weights = Literal["rates", "tokens", "unimax"]
 

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from data.stream.schedule import Schedule
-from data.text import spelling
-from model.ranges import Positive
+from espalier.common import spelling
+from espalier.common.ranges import Positive
 
 OnCap = Literal["error", "redistribute", "warn"]
 MaxEpochs = Positive | Mapping[str, Positive]

@@ -18,7 +18,7 @@ from data.choices import check_choice
 from data.stream import mixing, plan, repeats, rows, schedule
 from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Phases, Positions, Stream
-from model.ranges import Amount, Count, Positive, Seed, Size
+from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 
 AnySource = TypeVar("AnySource", bound=rows.Source)
 AnyStream = TypeVar("AnyStream", bound=Stream)

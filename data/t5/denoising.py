@@ -16,7 +16,7 @@ from data import tasks
 from data.cache import store
 from data.stream import order
 from data.t5.noise import Denoising, SpanCorruption
-from model.ranges import Count, Seed, Size
+from espalier.common.ranges import Count, Seed, Size
 
 SPAN_CORRUPTION = SpanCorruption()
 

@@ -22,7 +22,7 @@ from data.preference.records import DegenerateError
 from data.preference.tally import Tally
 from data.text import documents, splits
 from data.text.documents import DataError
-from model.ranges import Fraction
+from espalier.common.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows become other examples.
 VERSION = 1

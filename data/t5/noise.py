@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.ranges import Fraction, Positive
+from espalier.common.ranges import Fraction, Positive
 
 # (count) -> so many random 64-bit numbers.
 Draw = Callable[[int], np.ndarray]

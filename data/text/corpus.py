@@ -18,12 +18,13 @@ from typing import Any
 
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
-from data.text import corpus_build, documents, spelling
+from data.text import corpus_build, documents
 from data.text.document_files import DocumentFiles
 from data.text.documents import Document
 from data.text.sources import environment, names
-from model.ranges import Amount, Count, Fraction
-from trainers.telemetry.bars import Bar
+from espalier.common import spelling
+from espalier.common.bars import Bar
+from espalier.common.ranges import Amount, Count, Fraction
 
 FORMAT = documents.Format(text_key="text", id_key="id")
 MANIFEST = "manifest.json"

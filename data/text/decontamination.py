@@ -18,7 +18,7 @@ import numpy as np
 from data.text import code_problems, documents
 from data.text.document_filters import DocumentFilter
 from data.text.documents import DataError
-from model.ranges import Count, Size
+from espalier.common.ranges import Count, Size
 
 WORDS = 13
 _WORD = re.compile(r"\w+")

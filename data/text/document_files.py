@@ -15,8 +15,8 @@ from data.data_source import Files, FileSource, named_sets, shorten
 from data.text import document_filters, documents, splits
 from data.text.document_filters import DocumentFilter, Sieve
 from data.text.documents import DataError, Document, Format
-from model.ranges import Fraction
-from trainers.telemetry.bars import Bar
+from espalier.common.bars import Bar
+from espalier.common.ranges import Fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

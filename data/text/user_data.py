@@ -12,7 +12,7 @@ from data.data_source import Files
 from data.stream import mixing
 from data.text import document_files, documents, tfds_source
 from data.text.document_filters import DocumentFilter
-from model.ranges import Fraction, NonNegative
+from espalier.common.ranges import Fraction, NonNegative
 
 
 def register_files(

@@ -30,10 +30,10 @@ from data.choices import check_choice
 from data.sandbox.limited_process import LimitedProcess, LimitError
 from data.text.documents import Document
 from data.tokenizers import checkpoint_files
-from model.ranges import Amount, Count, Fraction, Size
-from model.storage import mirror
-from trainers.telemetry.bars import Bar
-from trainers.telemetry.stages import stage
+from espalier.common.bars import Bar
+from espalier.common.ranges import Amount, Count, Fraction, Size
+from espalier.common.stages import stage
+from espalier.common.storage import mirror
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from model.ranges import Count, Fraction, Positive, Size
+from espalier.common.ranges import Count, Fraction, Positive, Size
 
 
 @dataclasses.dataclass(frozen=True)

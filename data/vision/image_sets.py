@@ -14,7 +14,7 @@ import numpy as np
 
 from data import cpu_tensorflow
 from data.choices import check_choice
-from model.ranges import Fraction, Seed
+from espalier.common.ranges import Fraction, Seed
 
 SPLITS = ("train", "validation")
 

@@ -18,7 +18,7 @@ import numpy as np
 from data.cache import store
 from data.stream import batches, order
 from data.vision.image_sets import ImageSet
-from model.ranges import Finite, Positive, Seed, Size
+from espalier.common.ranges import Finite, Positive, Seed, Size
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _VERSION = 1  # raise it when the same settings give other batches

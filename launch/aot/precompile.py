@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from espalier.common import stages
+from espalier.common.storage import output_files
 from launch.aot import chips, compile_report, programs, tpu_topology
 from launch.aot.compile_report import Memory, Report
 from launch.aot.hlo import collectives
@@ -16,11 +18,9 @@ from launch.aot.programs import Kind, Options, Work
 from launch.aot.tpu_topology import Topology
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
-from model.storage import output_files
 from trainers import partitioning
 from trainers.optim import schedules
 from trainers.recipe import Program, Recipe
-from trainers.telemetry import stages
 
 
 def precompile(

@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.common import stages
 from launch import cli
 from launch.aot import apart, candidates, precompile, search, tpu_topology
 from launch.aot.candidates import Candidate
 from launch.aot.search import Result
 from trainers.recipe import Recipe
-from trainers.telemetry import stages
 
 
 def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: str) -> int:

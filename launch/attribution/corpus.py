@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from data.text import documents
+from espalier.common.bars import Bar
 from launch.attribution import inputs, ranking
 from launch.attribution.analyses import labels, search
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
-from trainers.telemetry.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from espalier.common.storage import paths
 from launch import cli
 from launch.attribution import factors as factor_files
 from launch.attribution import inputs, outputs
@@ -22,7 +23,6 @@ from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
-from model.storage import paths
 
 SAMPLE, RANKED = (
     1024,

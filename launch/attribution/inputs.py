@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from data.text import documents as document_files
-from data.text import spelling
+from espalier.common import spelling
+from espalier.common.storage import paths
 from launch.attribution.analyses import labels
 from launch.inference import row_files
 from launch.inference.generate import with_prompt_key
 from launch.inference.score import scored_row
 from launch.inference.texts import decoder_of
 from launch.run.load_run import LoadedRun, LoadError
-from model.storage import paths
 from trainers.decoding.stop_strings import GrowingText
 from trainers.scoring.scoring import Row
 

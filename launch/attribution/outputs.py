@@ -4,9 +4,9 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from espalier.common.storage import mirror, paths
+from espalier.common.storage.lock import HeldError, StoreLock
 from launch.inference.row_files import RowFileError
-from model.storage import mirror, paths
-from model.storage.lock import HeldError, StoreLock
 
 
 @contextlib.contextmanager

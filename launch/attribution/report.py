@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common.storage import mirror, paths
 from launch import cli
 from launch.attribution import ranking
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
-from model.storage import mirror, paths
 
 LEAST_NATS = 0.1
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common

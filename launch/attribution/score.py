@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from espalier.common.storage import paths
 from launch import cli
 from launch.attribution import factors as factor_files
 from launch.attribution import inputs, outputs, ranking
@@ -28,7 +29,6 @@ from launch.config import setting_flags
 from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadError, RunConfig
-from model.storage import paths
 
 Method = Literal[
     "ekfac", "kfac", "identity", "cosine", "ekfac_cg", "trak", "embedding", "bm25", "tfidf"

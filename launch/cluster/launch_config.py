@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data.text import spelling
+from espalier.common import spelling
 from launch import environment
 from launch.cluster.base import SubmitError
 from launch.config import python_config

@@ -1,6 +1,6 @@
 """The check of the values in a configuration against the annotations of the parameters that they are bound to.
 
-Only certain errors are reported. Numbers lie in the range that the parameter declares (model/ranges.py); NaN, infinity and
+Only certain errors are reported. Numbers lie in the range that the parameter declares (espalier/common/ranges.py); NaN, infinity and
 numbers that 32 bits do not hold lie in none.
 """
 

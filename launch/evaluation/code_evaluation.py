@@ -12,11 +12,11 @@ from typing import Any
 
 from data.sandbox import code_sandbox
 from data.text import code_problems
+from espalier.common.bars import Bar
 from launch.config import setting_flags
 from launch.evaluation.pass_at_k import mean_pass_at_k
 from launch.inference import row_files
 from launch.run import load_run
-from trainers.telemetry.bars import Bar
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95

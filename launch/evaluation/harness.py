@@ -23,12 +23,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from espalier.common.storage import output_files
 from launch import cli
 from launch.config import setting_flags
 from launch.evaluation.suites import scores
 from launch.inference import row_files
 from launch.run import load_run
-from model.storage import output_files
 
 if TYPE_CHECKING:
     from launch.evaluation.suites.scores import Suite, Task

@@ -15,10 +15,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from espalier.common.ranges import Size
 from launch import cli
 from launch.inference import row_files
 from launch.run import load_run
-from model.ranges import Size
 
 if TYPE_CHECKING:
     from trainers.evaluate import EvalStream

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common.storage import output_files
 from launch import cli
 from launch.evaluation import held_out
 from launch.inference import row_files
 from launch.run import load_run
-from model.storage import output_files
 
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.stream import rows
-from data.text import spelling
+from espalier.common import spelling
 from launch.evaluation.lm_eval.arguments import default_batch_tokens, default_generation_tokens
 from launch.evaluation.lm_eval.generation import Generation, Generator
 from launch.inference.texts import Texts, decoder_of

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
+from espalier.common import stages
 from launch.inference.generate import decoder_and_texts, prompt_of, to_terminal
 from launch.run import side_by_side
 from launch.run.load_run import LoadError, RunConfig
 from trainers.decoding.settings import Settings
-from trainers.telemetry import stages
 
 NEW = "/new"  # begins another conversation
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data.text import documents
-from model.storage import mirror, output_files, paths
+from espalier.common.storage import mirror, output_files, paths
 
 _log = logging.getLogger(__name__)
 

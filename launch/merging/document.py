@@ -8,7 +8,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from data.text import spelling
+from espalier.common import spelling
+from espalier.common.storage import paths
 from launch.merging.settings import (
     DTYPES,
     Condition,
@@ -21,7 +22,6 @@ from launch.merging.settings import (
     Tokens,
     TokenSource,
 )
-from model.storage import paths
 from model.transforms import patterns
 from model.transforms.merge_methods import METHODS, Method
 

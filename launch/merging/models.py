@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common.storage import mirror, paths
 from launch.merging.settings import MergeError
 from model.hf.files.safetensors_files import SafetensorsReader, read_json
-from model.storage import mirror, paths
 
 CONFIG = "config.json"
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?|layer))\.(\d+)\.(.+)")

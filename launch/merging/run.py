@@ -7,6 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 
+from espalier.common import stages
+from espalier.common.storage import paths
 from launch.merging import (
     card,
     checks,
@@ -22,8 +24,6 @@ from launch.merging.plan import Planned, Planner
 from launch.merging.settings import Merge, MergeError
 from launch.merging.tokens import Vocabulary
 from launch.merging.workers import Workers
-from model.storage import paths
-from trainers.telemetry import stages
 
 _SHARD = 5 * 10**9  # bytes
 

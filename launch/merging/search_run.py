@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from espalier.common.storage import mirror
+from espalier.common.storage import paths as storage_paths
 from launch.inference import row_files
 from launch.inference.score import scored_row
 from launch.merging import checks, trials
@@ -24,8 +26,6 @@ from launch.merging.settings import Merge, MergeError, Module, Slice, Source
 from launch.merging.trials import Trial, Trials, Weights
 from launch.run import load_run
 from launch.run.load_run import EXAMPLE
-from model.storage import mirror
-from model.storage import paths as storage_paths
 from model.transforms import finite
 from trainers.scoring.scoring import Scorer
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from data.tokenizers import checkpoint_files, hf_tokenizer
+from espalier.common.storage import mirror
 from launch.merging.models import HfModel, Model, Read
 from launch.merging.settings import Merge, MergeError, Tokens, TokenSource
-from model.storage import mirror
 
 
 @dataclasses.dataclass(frozen=True)

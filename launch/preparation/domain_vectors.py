@@ -19,12 +19,12 @@ import numpy as np
 from data import cpu_tensorflow
 from data.nexus import domain_embeddings, domain_encoders
 from data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
-from data.text import spelling
+from espalier.common import spelling
+from espalier.common.bars import Bar
+from espalier.common.storage import paths
 from launch.inference import row_files
 from launch.run import load_run
 from launch.run.load_run import LoadedRun
-from model.storage import paths
-from trainers.telemetry.bars import Bar
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read

@@ -67,8 +67,8 @@ def _write_pairs(
     from data.preference import binarise, constructed
     from data.preference.tally import Tally
     from data.text.documents import DataError
+    from espalier.common.bars import Bar
     from launch.inference import row_files
-    from trainers.telemetry.bars import Bar
 
     options: dict[str, Any] = {"rejected": rejected, "min_margin": min_margin}
     options = {name: value for name, value in options.items() if value is not None}

@@ -128,7 +128,7 @@ def check_shared(path: str) -> None:
     """
     import jax
 
-    from model.storage import paths
+    from espalier.common.storage import paths
 
     if jax.process_count() == 1:
         return
@@ -151,7 +151,7 @@ def check_shared(path: str) -> None:
 
 
 def _holds(file: str, token: str) -> bool:
-    from model.storage import paths
+    from espalier.common.storage import paths
 
     try:
         if not paths.is_remote(file):

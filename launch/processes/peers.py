@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from espalier.common import stages
 from launch.processes import slurm_devices
-from trainers.telemetry import stages
 
 START_AGAIN = os.EX_TEMPFAIL  # 75
 # A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.

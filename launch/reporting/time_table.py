@@ -5,9 +5,10 @@ import os
 import time
 from collections.abc import Sequence
 
-from model.storage import mirror, paths
+from espalier.common.stages import duration
+from espalier.common.storage import mirror, paths
 from trainers.telemetry import lifetime
-from trainers.telemetry.goodput import START_PARTS, duration
+from trainers.telemetry.goodput import START_PARTS
 from trainers.telemetry.lifetime import Start
 
 _HEAD = (

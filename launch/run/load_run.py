@@ -13,8 +13,8 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from espalier.common.ranges import AxisSize, Count
 from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
-from model.ranges import AxisSize, Count
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 

@@ -13,13 +13,13 @@ import numpy as np
 from data import tasks
 from data.cache import store as cache
 from data.preference.reference_store import ReferencedStream, ReferenceStore
+from espalier.common.bars import Bar
+from espalier.common.ranges import AxisSize, Size
 from launch.run.load_run import load_frozen
-from model.ranges import AxisSize, Size
 from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from trainers.scoring.scoring import Row, Scorer
-from trainers.telemetry.bars import Bar
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _PAIRS_AT_ONCE = 4096  # pairs per write to the store

@@ -28,13 +28,13 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import IO, Any
 
+from espalier.common.storage import mirror, paths
+from espalier.common.storage.lock import StoreLock
 from launch import environment
 from launch.config import config_diff, gin_source
 from launch.config.gin_source import ROOT
 from launch.run import model_record, run_place
 from launch.run.run_place import RunDirectoryError
-from model.storage import mirror, paths
-from model.storage.lock import StoreLock
 from trainers.checkpoints import step_dir
 
 # Settings that a run may change when it continues: its length, its outputs, its devices, and the place of its vocabulary

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 
 from data.preference.tally import Tally
+from espalier.common.stages import duration
 from launch.run.run_data import RunData
 from trainers.batches import Stream, TrainStream
 from trainers.checkpoints.restore import Restored
 from trainers.loop import Loop
 from trainers.recipe import Program
 from trainers.telemetry import flops, lifetime
-from trainers.telemetry.goodput import Goodput, duration
+from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.lifetime import Start
 from trainers.telemetry.progress import held_out_text
 

@@ -7,8 +7,8 @@ import os
 import platform
 from typing import IO
 
-from model.storage import mirror, paths
-from model.storage.lock import HeldError, StoreLock
+from espalier.common.storage import mirror, paths
+from espalier.common.storage.lock import HeldError, StoreLock
 from trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)

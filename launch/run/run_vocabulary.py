@@ -33,9 +33,9 @@ from data.tokenizers import (
     vocabularies,
 )
 from data.tokenizers.chat_template import ChatTemplate
+from espalier.common.ranges import Count
+from espalier.common.storage import mirror
 from launch.config import gin_source
-from model.ranges import Count
-from model.storage import mirror
 from trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)

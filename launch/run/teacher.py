@@ -21,15 +21,15 @@ from data.cache import store as cache
 from data.distillation import taught_stream
 from data.distillation.taught_stream import TaughtStream
 from data.preference.reference_store import ReferenceStore
+from espalier.common.bars import Bar
+from espalier.common.ranges import AxisSize, Positive, Size
 from launch.run.load_run import load_frozen
 from model.kernels.cross_entropy import map_tokens
-from model.ranges import AxisSize, Positive, Size
 from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.distillation import objective
 from trainers.distillation.objective import Teacher
 from trainers.objectives.forward import frozen_forward
-from trainers.telemetry.bars import Bar
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _ROWS_AT_ONCE = 256  # rows per write to the store

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.text import spelling
+from espalier.common import spelling
 from launch.serving.limits import Limits
 from trainers.decoding.settings import Draw
 

@@ -31,7 +31,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.text import spelling
+from espalier.common import spelling
 from launch.config import python_config
 from launch.sweeping import parts
 

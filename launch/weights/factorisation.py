@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common.bars import Bar
 from launch.run.load_run import LoadError, RunConfig
 from launch.weights import transformed_run, upcycle_flags
 from launch.weights.factorise import FactoriseFlags
@@ -18,7 +19,6 @@ from model.low_rank import decompose, factors, lowrank
 from model.low_rank.decompose import Decompose, Recompose
 from model.transforms import base
 from model.transforms.base import Recipe, Shapes, TransformError
-from trainers.telemetry.bars import Bar
 
 _OWNERS = (
     ("attention", "Attention.dense", "lowrank.LowRankDense", "linear.Dense"),

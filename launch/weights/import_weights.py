@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.tokenizers import gguf_tokenizer
+from espalier.common.bars import Bar
 from launch.run import hf_checkpoint
 from launch.weights.target_folder import check_space, new_directory
 from model.hf.families import family_of_config
@@ -18,7 +19,6 @@ from model.hf.files.safetensors_files import SafetensorsReader, read_json
 from model.hf.plan import Plan, narrow_names
 from trainers.checkpoints import step_dir, stream_checkpoint
 from trainers.checkpoints.stream_checkpoint import StreamedArray
-from trainers.telemetry.bars import Bar
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:

@@ -7,7 +7,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
-from model.storage import mirror, paths
+from espalier.common.storage import mirror, paths
 
 # What is copied last to an object store: a reader takes a checkpoint for complete once these are there.
 # A stage of several merges is used again once its merge.json is there.

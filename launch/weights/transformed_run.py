@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gin import config_parser
 
+from espalier.common.bars import Bar
 from launch.config import gin_config, gin_reader, gin_source, model_file
 from launch.run import model_record, run_vocabulary
 from launch.run.model_record import CONFIG
@@ -22,7 +23,6 @@ from model.transforms.base import Recipe, TreeTransform
 from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
 from trainers.checkpoints.manifest import Block
 from trainers.checkpoints.stream_checkpoint import StreamedArray
-from trainers.telemetry.bars import Bar
 
 _BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
 

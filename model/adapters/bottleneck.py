@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from espalier.common.ranges import Size
 from model import axes
 from model.adapters.adapter import Adapted, Adapter
 from model.linear import Dense
 from model.mlp import activation
-from model.ranges import Size
 
 
 class Bottleneck(Adapter):

@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Decay, Positive, Size
 from model import axes
 from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from model.kernels import matmul, taps
 from model.moe.grouped_matmul import grouped_matmul
-from model.ranges import Decay, Positive, Size
 from model.transforms.patterns import fullmatch
 
 # Uniform between -1/sqrt(in) and 1/sqrt(in), as peft draws A.

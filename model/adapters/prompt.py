@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Count, Size
 from model import axes
 from model.adapters.adapter import PREFIX, Adapter, AdapterError, adapters_of
 from model.embed import Embed
-from model.ranges import Count, Size
 
 SLOT = "prompt"  # of adapter.named
 

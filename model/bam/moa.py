@@ -17,12 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import NonNegative, Size, refuse_set
 from model.attention import Attention
 from model.like import like
 from model.linear import Dense
 from model.moe import routing
 from model.protocol import AttentionSettings
-from model.ranges import NonNegative, Size, refuse_set
 
 
 class MixtureOfAttention(Attention):

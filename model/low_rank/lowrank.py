@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Finite, Positive, Size, refuse_set
 from model.axes import RANK, parameter, unboxed
 from model.kernels import matmul, taps
 from model.like import like
@@ -20,7 +21,6 @@ from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
-from model.ranges import Finite, Positive, Size, refuse_set
 from model.transforms.patterns import fullmatch
 
 Init = Literal["he", "spectral", "spectral_ones"]

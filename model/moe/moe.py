@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import NonNegative, Positive, Size
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, weights
@@ -28,7 +29,6 @@ from model.moe.grouped_matmul import grouped_matmul
 from model.moe.parallel import Placement
 from model.moe.routing import Routes, route
 from model.protocol import MlpSettings
-from model.ranges import NonNegative, Positive, Size
 
 # As linear.fan_in_normal; the axis of experts does not count as fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(

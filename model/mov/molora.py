@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 
+from espalier.common.ranges import Size
 from model import axes
 from model.adapters.adapter import Adapted, AdapterError
 from model.adapters.lora import Lora
 from model.kernels import matmul
 from model.mov.router import Routed
-from model.ranges import Size
 
 
 class MoLora(Routed, Lora):

@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Decay, NonNegative, Size, refuse_set
 from model import axes
 from model.adapters.adapter import Adapted, Adapter, AdapterError
 from model.linear import Dense
 from model.moe import routing
 from model.mov import sentence
-from model.ranges import Decay, NonNegative, Size, refuse_set
 
 RouterInput = Literal["site_tensor", "layer_input", "sentence"]
 

@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.common.ranges import NonNegative, Size
 from model import axes
 from model.flops import Counted
 from model.kernels import matmul
 from model.linear import Dense, fan_in_normal
 from model.moe.router_scale import down_std
-from model.ranges import NonNegative, Size
 
 
 class GatedRouter(Counted):

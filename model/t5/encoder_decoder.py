@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Decay, Layers, Positive
 from model import axes, flops, layers
 from model.attention import Encoded
 from model.config import TransformerConfig
@@ -23,7 +24,6 @@ from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.norm import RMSNorm
 from model.protocol import Arrays, LayerSettings, Output, Row
-from model.ranges import Decay, Layers, Positive
 from model.t5.relative_bias import RelativeBias
 from model.transformer import Block, Hidden, cache_sizes_of, scaled_logits
 

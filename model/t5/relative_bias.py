@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.common.ranges import Size
 from model import axes
-from model.ranges import Size
 
 
 @flax.struct.dataclass

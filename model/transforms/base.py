@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from trainers.telemetry.bars import Bar
+from espalier.common.bars import Bar
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path, such as "layers/block_0/mlp/up/kernel"
 Slices = Literal["whole", "layers", "rows"]

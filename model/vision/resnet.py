@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Size
 from model import axes, flops
 from model.config import FloatDtypes
 from model.kernels import taps
 from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
-from model.ranges import Size
 from model.vision.convolution import Conv, he_normal
 
 STATISTICS = "batch_stats"  # flax's collection of running averages

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trainers.telemetry.goodput import duration
+from espalier.common.stages import duration
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable

@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from model.storage import mirror
+from espalier.common.storage import mirror
 from tests.faults import kills, object_stores, program
 from tests.faults.table import Bench, Case, NotTried, Row, Unclear
 

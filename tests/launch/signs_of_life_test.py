@@ -9,9 +9,9 @@ import warnings
 
 import pytest
 
+from espalier.common import stages
 from launch import cli, environment
 from launch.cluster import launch_config
-from trainers.telemetry import stages
 
 GROUPS = ("evaluate", "influence", "merge", "precompile", "prepare", "upcycle")
 ALONE = ("merge", "precompile", "upcycle")  # groups that are commands too

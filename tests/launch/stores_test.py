@@ -12,9 +12,9 @@ import time
 
 import pytest
 
+from espalier.common.storage import mirror, paths
 from launch import convert, merge, report, score
 from launch.run import run_dir
-from model.storage import mirror, paths
 from tests.launch.merging import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
 from trainers.checkpoints import step_dir

@@ -15,6 +15,7 @@ import gin
 import pytest
 
 from data import tasks
+from espalier.common import stages
 from model.config import TransformerConfig
 from model.mlp import GatedMlp
 from model.moe.moe import MoeMlp
@@ -22,7 +23,6 @@ from model.transformer import Block, Transformer
 from trainers.initialise import abstract_variables
 from trainers.inputs import PackedTokens
 from trainers.recipe import Program
-from trainers.telemetry import stages
 from trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

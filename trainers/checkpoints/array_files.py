@@ -9,10 +9,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from model.storage import paths
+from espalier.common import stages
+from espalier.common.storage import paths
 from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir, store_drivers
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
-from trainers.telemetry import stages
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

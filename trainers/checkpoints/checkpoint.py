@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import multihost
 
-from model.ranges import Count, Size
+from espalier.common.ranges import Count, Size
 from trainers.checkpoints import agreement, array_files, base_step, manifest, state_tree, step_dir
 from trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
 from trainers.checkpoints.local_tier import LocalSteps, LocalTier

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from model.storage import paths
+from espalier.common.storage import paths
 from trainers.checkpoints import agreement, manifest, step_dir
 from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 

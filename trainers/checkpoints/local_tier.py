@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from model.ranges import Positive, Size
+from espalier.common.ranges import Positive, Size
 from trainers.checkpoints import agreement, local_step, restore, step_dir
 from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 

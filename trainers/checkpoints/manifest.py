@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from model.storage import paths
+from espalier.common.storage import paths
 
 # Limits the memory of the cached keys; longer axes are contracted in pieces.
 _KEYS_AT_ONCE = 1 << 18

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from model.storage import mirror, paths
+from espalier.common import stages
+from espalier.common.storage import mirror, paths
 from trainers.checkpoints import agreement, step_record
 from trainers.checkpoints.manifest import (
     DamagedCheckpointError,
@@ -27,7 +28,6 @@ from trainers.checkpoints.manifest import (
     check_files,
     is_inside,
 )
-from trainers.telemetry import stages
 
 STATE = "state"
 META = "meta.json"

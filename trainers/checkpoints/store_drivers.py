@@ -10,7 +10,7 @@ import os
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from model.storage import paths
+from espalier.common.storage import paths
 
 
 @functools.cache

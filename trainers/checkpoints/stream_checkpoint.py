@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from model.storage import paths
+from espalier.common.storage import paths
 from trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir, store_drivers
 from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 

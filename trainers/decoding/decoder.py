@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.common import stages
+from espalier.common.bars import Bar
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
 from model.mov import sentence
@@ -27,8 +29,6 @@ from trainers.decoding.sampling import RowSampling, seen_in
 from trainers.decoding.settings import Draw
 from trainers.decoding.watched import Watch, Watched
 from trainers.programs import program as programs
-from trainers.telemetry import stages
-from trainers.telemetry.bars import Bar
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]

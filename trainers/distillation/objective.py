@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from espalier.common.ranges import Count, Fraction, Positive, Size
 from model.kernels.cross_entropy import map_tokens
 from model.kernels.vocab_logits import LogitForm
-from model.ranges import Count, Fraction, Positive, Size
 from trainers.inputs import Arrays, PackedTokens, TokenRows
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective, frozen_forward

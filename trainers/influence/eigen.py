@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from espalier.common.bars import Bar
 from trainers.checkpoints import agreement
 from trainers.influence import files, kronecker, spread
-from trainers.telemetry.bars import Bar
 
 Unit = tuple[str, tuple[int, ...]]  # a site, and the index [L, E, n] of its covariances
 _SIDES = ("a", "s")

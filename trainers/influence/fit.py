@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.common.bars import Bar
 from trainers.checkpoints import agreement
 from trainers.influence import documents, eigen, files, kronecker, spread
 from trainers.influence.backward import backward
@@ -29,7 +30,6 @@ from trainers.influence.blocks import Precision
 from trainers.influence.consumers import Consumer, Covariances, Squares
 from trainers.influence.sites import DEFAULT, Site, select
 from trainers.scoring.scoring import Row
-from trainers.telemetry.bars import Bar
 
 Labels = Literal["sampled", "empirical"]
 FactorDtype = Literal["float32", "float64", "bfloat16"]

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.common.bars import Bar
 from model.moe.grouped_matmul import grouped_matmul
 from trainers.influence import documents, spread
 from trainers.influence.consumers import outer_by_group
@@ -28,7 +29,6 @@ from trainers.influence.fit import Reader
 from trainers.influence.kronecker import Damping, FactorError
 from trainers.influence.sites import Site
 from trainers.scoring.scoring import Row
-from trainers.telemetry.bars import Bar
 
 Projections = Mapping[str, Mapping[str, Any]]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import optax
 
+from espalier.common.ranges import NonNegative
 from model.low_rank import factors
-from model.ranges import NonNegative
 from trainers.optim.gradient_terms import GradientTerm
 from trainers.optim.optimizers import Rate
 

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.bars import Bar
 from model.linear import Dense
 from trainers.checkpoints import state_tree
-from trainers.telemetry.bars import Bar
 
 _NAME = "input_moments"
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.common.ranges import Size
 from model.low_rank import factors, lowrank_conv
-from model.ranges import Size
 from trainers.checkpoints import state_tree
 from trainers.hooks import RunContext
 from trainers.telemetry import metric_writers

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.ranges import Count, Fraction
+from espalier.common.ranges import Count, Fraction
 from trainers.objectives.base import Batch, LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Count, Fraction, NonNegative
 from model.kernels.cross_entropy import Implementation, weighted_cross_entropy
-from model.ranges import Count, Fraction, NonNegative
 from trainers.objectives.base import LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import Fraction, NonNegative, Size
+from espalier.common.ranges import Fraction, NonNegative, Size
 from trainers import inputs
 from trainers.online import losses
 from trainers.online.method import (

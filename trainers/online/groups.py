@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import NonNegative, Size
+from espalier.common.ranges import NonNegative, Size
 from trainers import inputs
 from trainers.online.method import (
     LOG_PROBS,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ranges import Size
+from espalier.common.ranges import Size
 from trainers import inputs
 
 # What a forward pass over rows can compute, float32 [B, L] each.

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from model.ranges import NonNegative, Size
+from espalier.common.ranges import NonNegative, Size
 from trainers import inputs
 from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
 from trainers.preference.losses.settings import check_not_negative

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Count, NonNegative, Positive
 from model.kernels.cross_entropy import Implementation
-from model.ranges import Count, NonNegative, Positive
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from trainers.objectives.forward import Forward, forward_objective
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss

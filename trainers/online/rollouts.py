@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.ranges import Fraction, NonNegative, Seed, Size
-from model.storage import output_files
+from espalier.common.ranges import Fraction, NonNegative, Seed, Size
+from espalier.common.storage import output_files
 from trainers import batches
 from trainers.decoding.policy_sampler import PolicySampler, placed
 from trainers.decoding.sampling import Sampling

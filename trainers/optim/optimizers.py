@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from model.ranges import Decay, NonNegative, Positive
+from espalier.common.ranges import Decay, NonNegative, Positive
 from trainers import trainable
 from trainers.optim.param_axes import ParamAxes
 from trainers.optim.schedules import Schedule

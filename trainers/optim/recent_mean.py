@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model.ranges import Size
+from espalier.common.ranges import Size
 from trainers.optim.param_axes import ParamAxes
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import optax
 
-from model.ranges import Count, Fraction, NonNegative, Size
+from espalier.common.ranges import Count, Fraction, NonNegative, Size
 
 Schedule = Callable[[int], jnp.ndarray]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from model.ranges import Count, Size
+from espalier.common.ranges import Count, Size
 from trainers import initialise, partitioning
 from trainers.checkpoints import restore_params
 from trainers.decoding.buckets import in_order, padded

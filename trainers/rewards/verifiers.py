@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from model.ranges import Finite
+from espalier.common.ranges import Finite
 from trainers.rewards.base import Completion
 
 Verifier = Callable[[str, Any], float]

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.common.bars import Bar
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from trainers.inputs import pack
 from trainers.objectives.forward import frozen_forward
 from trainers.programs import program as programs
-from trainers.telemetry.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-from trainers.telemetry import stages
+from espalier.common import stages
 
 # What a command says of a part that lasts; steps and waits for batches are told by the loop.
 _STAGES = {
@@ -79,13 +79,6 @@ class Goodput:
         values = {prefix + part: seconds for part, seconds in self.seconds.items()}
         values[prefix + "goodput"] = self.seconds["step"] / total if total else 0.0
         return values
-
-
-def duration(seconds: float) -> str:
-    """Returns text such as '40 s', '12 min', '3.5 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def process_start() -> float:

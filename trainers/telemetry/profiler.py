@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from model.ranges import Count, Size
+from espalier.common.ranges import Count, Size
 
 
 class ProfilerWindow:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from trainers.telemetry.goodput import duration
+from espalier.common.stages import duration
 
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/TASK/METRIC
 # Metric that only losses of this unit have -> the unit of the loss.

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from data.text import spelling
 from data.text.sources import code, english, environment, languages, markup
+from espalier.common import spelling
 
 SOURCES: dict[str, environment.Source] = {
     "english": environment.Source(english.PACKAGES, english.candidates),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from data.text import spelling
+from espalier.common import spelling
 from launch.run.load_run import LoadedRun, LoadError
 from model.kernels.platform import target_platform
 

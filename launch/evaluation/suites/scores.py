@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.text import spelling
+from espalier.common import spelling
 from launch import cli, environment
 from launch.evaluation.suites import local_data
 from launch.evaluation.suites.local_data import Source

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from data.aya_expanse import pool
-from data.text import spelling
+from espalier.common import spelling
 
 _MAX_BYTES = 1 << 20
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.preference import topic_language
+from espalier.common.ranges import Count, Size
 from model.protocol import inference_model, inference_params
-from model.ranges import Count, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings

@@ -20,11 +20,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common.bars import Bar
 from launch import cli, environment
 from launch.aot import tpu_topology
 from launch.papers.shared import full_size, precompile_page
 from launch.papers.shared.full_size import Row
-from trainers.telemetry.bars import Bar
 
 DOCS = pathlib.Path(environment.ROOT, "docs")
 JSON, PAGE = "precompile_tables.json", "precompile_tables.md"

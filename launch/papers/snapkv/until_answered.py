@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from data.snapkv import retrieval
-from model.ranges import Fraction, Seed, Size
+from espalier.common.ranges import Fraction, Seed, Size
 from trainers.hooks import RunContext
 from trainers.train_state import TrainState
 

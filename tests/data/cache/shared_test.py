@@ -9,7 +9,7 @@ from data import data_source
 from data.cache import cache_dir, shared, task_cache
 from data.cache import store as token_cache
 from data.cache.cache_files import CacheCorruptError
-from model.storage import lock, mirror, paths
+from espalier.common.storage import lock, mirror, paths
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ _TEXTS: dict[str, Callable[[int], str]] = {
 def _readers() -> dict[str, Callable[[str], Any]]:
     """Returns functions of this project that search texts of others, such as replies, for patterns."""
     from data.languages import identify
-    from data.text import spelling
+    from espalier.common import spelling
 
     return {
         "lines to judge the language of": identify.judged_lines,

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from espalier.common.storage import mirror, paths
 from launch import environment
 from launch.attribution import inputs, ranking, score, similarity
 from launch.run.load_run import LoadError
-from model.storage import mirror, paths
 from trainers.checkpoints import state_tree
 from trainers.influence import conjugate, documents, files, kronecker, scores
 from trainers.influence import fit as stages

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
+from espalier.common.ranges import Count, Decay, Finite, Fraction, Positive, Size
 from launch.config import gin_check, gin_config, gin_reader, gin_values
 from launch.config.gin_reader import Target
 from launch.config.gin_source import Macro, Reference
-from model.ranges import Count, Decay, Finite, Fraction, Positive, Size
 from model.transformer import Transformer
 from trainers.batches import Stream
 from trainers.evaluate import EvalStream

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from espalier.common.storage import paths
 from launch.environment import ROOT
-from model.storage import paths
 from tests.faults import stores
 from tests.trainers.checkpoints import saver
 from trainers.checkpoints import step_dir, stream_checkpoint

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from model.ranges import Fraction, NonNegative, Size
+from espalier.common.ranges import Fraction, NonNegative, Size
 from trainers.telemetry import metric_writers
 
 PREFIX = "indicators/"  # of the names of the metrics

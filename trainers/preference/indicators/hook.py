@@ -16,8 +16,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from espalier.common.bars import Bar
+from espalier.common.ranges import Count, Fraction, NonNegative, Seed, Size
 from model.protocol import inference_model, inference_params
-from model.ranges import Count, Fraction, NonNegative, Seed, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
@@ -28,7 +29,6 @@ from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, Stoppin
 from trainers.preference.indicators.reader import TOP_K, Reader
 from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from trainers.scoring.scoring import Row
-from trainers.telemetry.bars import Bar
 from trainers.train_state import TrainState
 
 _QUIET_SECONDS = 10  # an evaluation that takes longer shows a progress bar

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from model.ranges import Size
+from espalier.common.ranges import Size
 
 Alphabet = Literal["tokens", "ngrams"]
 

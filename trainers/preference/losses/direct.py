@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from model.ranges import Fraction, Positive
+from espalier.common.ranges import Fraction, Positive
 from trainers.preference.losses.divergence import Divergence, reverse_kl
 from trainers.preference.losses.pairs import PairLogProbs
 from trainers.preference.losses.settings import check_choice, check_positive, check_smoothing

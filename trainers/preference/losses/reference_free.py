@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 
-from model.ranges import Fraction, NonNegative, Positive
+from espalier.common.ranges import Fraction, NonNegative, Positive
 from trainers.preference.losses.direct import logistic
 from trainers.preference.losses.divergence import box_cox
 from trainers.preference.losses.pairs import PairLogProbs

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import sigmoid
 
-from model.ranges import NonNegative, Positive
+from espalier.common.ranges import NonNegative, Positive
 from trainers.preference.losses.pairs import MissingLabelsError, PairLogProbs
 from trainers.preference.losses.settings import check_not_negative, check_positive
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import Count, Fraction, NonNegative
 from model.kernels.cross_entropy import Implementation
-from model.ranges import Count, Fraction, NonNegative
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.objectives.frozen_model import FrozenModel

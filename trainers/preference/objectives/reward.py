@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
-from model.ranges import Count, NonNegative
+from espalier.common.ranges import Count, NonNegative
 from trainers.objectives.base import LossOut, Objective
 from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.preference.losses.settings import check_not_negative

@@ -5,8 +5,8 @@ import io
 
 import pytest
 
-from trainers.telemetry import bars, stages
-from trainers.telemetry.bars import Bar
+from espalier.common import bars, stages
+from espalier.common.bars import Bar
 
 
 class Terminal(io.StringIO):

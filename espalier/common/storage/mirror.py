@@ -17,7 +17,8 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
-from model.storage import paths
+from espalier.common.bars import Bar
+from espalier.common.storage import paths
 
 COPIES = "ESPALIER_COPIES"
 _CACHE = "ESPALIER_CACHE"  # data/cache/cache_dir.py; an address there is not a folder
@@ -74,8 +75,6 @@ def local(
 
 def local_files(addresses: Sequence[str]) -> list[str]:
     """Returns local copies of objects, with a progress bar; see `local`."""
-    from trainers.telemetry.bars import Bar
-
     bar = Bar(addresses, desc="copying from the store", file=sys.stderr)
     return [local(address) for address in bar]
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from model.storage import mirror, paths
+from espalier.common.storage import mirror, paths
 
 
 class OutputError(OSError):

@@ -3,8 +3,7 @@
   with stage("compiling the step"):
       ...
 
-names what the body does; without a command around it, it does nothing. Lines go to standard error. This module imports
-nothing of the project, so that every package can name its stages.
+names what the body does; without a command around it, it does nothing. Lines go to standard error.
 """
 
 import contextlib
@@ -29,6 +28,13 @@ class _Stage:
 _stages: list[_Stage] = []  # under way in all threads, the newest last
 _written = 0.0  # when something was last written to standard output or standard error
 _active = False
+
+
+def duration(seconds: float) -> str:
+    """Returns text such as '40 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager

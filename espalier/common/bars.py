@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from trainers.telemetry import stages
-from trainers.telemetry.goodput import duration
+from espalier.common import stages
+from espalier.common.stages import duration
 
 
 class Bar(tqdm):

@@ -8,7 +8,7 @@ import types
 import pytest
 import tqdm
 
-from trainers.telemetry import stages
+from espalier.common import stages
 
 
 class Clock:

@@ -4,8 +4,8 @@ An object store has no folders, no renaming, no appending and no locks. What the
 
   replacing    an object is written whole; readers see the old one or the new one
   committing   many objects are complete once a marker, which is written last, is there
-  locking      model/storage/lock.py, by creating an object only if it is not there
-  growing      files that grow are written here and copied whole, model/storage/mirror.py
+  locking      espalier/common/storage/lock.py, by creating an object only if it is not there
+  growing      files that grow are written here and copied whole, espalier/common/storage/mirror.py
   listing      is consistent (both stores promise it since 2020); listings are not cached
 
 Stores are reached through fsspec (gcsfs, s3fs), as by Orbax and TFDS, and arrays through TensorStore. Nothing is imported

@@ -1,7 +1,7 @@
 """The ranges of numbers, declared with their types: `beta: Positive = 0.1`.
 
 The check of configurations reads them (launch/config/gin_values.py): a value of a gin file that lies outside is an error
-before any work. Python does not check them. All packages may import this module, which imports none of them.
+before any work. Python does not check them.
 
 Whether a value has an effect may depend on others: `refuse_set` is for settings that would be ignored.
 """

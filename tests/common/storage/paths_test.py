@@ -11,7 +11,7 @@ import time
 import pytest
 from etils import epath
 
-from model.storage import lock, mirror, paths
+from espalier.common.storage import lock, mirror, paths
 
 
 def test_addresses_are_split_and_joined():
@@ -34,7 +34,7 @@ def test_an_address_with_credentials_is_refused_without_showing_them():
 
 
 def test_paths_of_this_machine_import_no_client():
-    code = "import sys\nfrom model.storage import paths, mirror, lock\nmirror.local('/tmp/x')\npaths.kvstore('/tmp')\n"
+    code = "import sys\nfrom espalier.common.storage import paths, mirror, lock\nmirror.local('/tmp/x')\npaths.kvstore('/tmp')\n"
     code += "print([name for name in ('fsspec', 'gcsfs', 's3fs', 'aiohttp', 'botocore') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 
-from model.storage import paths
+from espalier.common.storage import paths
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 25.0

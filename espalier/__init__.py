@@ -1,0 +1,1 @@
+"""Espalier: run, combine and check recent methods for making language models, in JAX."""
