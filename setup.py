@@ -149,6 +149,7 @@ setup(
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
         "launch.attribution": ["page/*"],
+        "launch.papers": ["*/page.md"],
         "launch.papers.code_mix": ["harness_tasks/*.yaml"],
     },
     extras_require=EXTRAS,

@@ -284,10 +284,15 @@ def summary(module: str) -> str:
     return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
 
 
-def papers_with(module: str) -> list[str]:
-    """Returns the names of the papers (folders of launch/papers) that have a module of this name."""
-    folder = pathlib.Path(environment.ROOT, "launch", "papers")
-    return sorted(path.parent.name for path in folder.glob(f"*/{module}.py"))
+def papers_with(pattern: str) -> list[tuple[str, str]]:
+    """Returns (paper, module) of the modules of launch/papers/PAPER with a match in their source, without importing them."""
+    folders = sorted(pathlib.Path(environment.ROOT, "launch", "papers").iterdir())
+    packages = [(path.name, f"launch.papers.{path.name}") for path in folders if path.is_dir()]
+    return [
+        (paper, f"{package}.{module}")
+        for paper, package in packages
+        for module in modules_with(package, pattern)
+    ]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@
 
 from launch import cli
 
-COMMANDS = {"tables": "launch.papers.shared.precompile_tables"}
+COMMANDS = {"tables": "launch.aot.tables"}
 
 if __name__ == "__main__":
     raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="launch.aot.command"))

@@ -6,7 +6,7 @@ Examples, after `make quickstart` and after a sweep (docs/sweeps.md):
   python -m launch.report --sweep runs/my_sweep --out /tmp/report
 
 print a table and write report.html, one file with all pictures in it, report.png and report.json to --out. The other
-flags are of methods, by launch/papers/NAME/report.py:
+flags are of methods, by launch/papers/NAME/:
 
   python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
   python -m launch.report --board runs/dpo runs/dpo_nll --out board.html
@@ -55,16 +55,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_papers() -> list[Any]:
-    """Returns the modules launch/papers/NAME/report.py.
+    """Returns the modules of launch/papers/NAME/ that add to reports.
 
     A module has FLAG, HELP and `report(directories, out)`, which writes the report of directories to a path and returns a
     text to print; or `sweep_lines(folders, out)`, which returns what the report of sweeps with the paper's arms has in
     addition, as lines of Markdown with images in `out`, and nothing for other sweeps.
     """
-    return [
-        importlib.import_module(f"launch.papers.{paper}.report")
-        for paper in cli.papers_with("report")
-    ]
+    modules = cli.papers_with(r"^(FLAG = |def sweep_lines\()")
+    return [importlib.import_module(module) for _, module in modules]
 
 
 def _with_flags() -> list[Any]:

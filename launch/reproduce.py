@@ -131,12 +131,12 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _facts(claims: Sequence[Any], model_dir: pathlib.Path, words: str) -> dict[str, Any]:
     """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
-    from launch.papers.shared import criteria
+    from launch.papers.shared import claim
 
     return {
         "command": f"python -m launch.reproduce {words}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
-        "criteria": criteria.fix(model_dir, claims),
+        "criteria": claim.fix_criteria(model_dir, claims),
     }
 
 

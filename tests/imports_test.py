@@ -171,7 +171,7 @@ LEVELS = {
 SLUGS = ("aya23", "aya_expanse", "bam", "code_mix", "distillation", "influence", "low_rank", "mov")
 SLUGS += ("nexus", "preference", "snapkv")
 # `reproduce` and `report` serve any paper by what the papers share.
-SHARED = ("claim", "criteria", "page", "scorecard", "sweeps")
+SHARED = ("claim", "page", "scorecard", "sweeps")
 CORE_MAY_IMPORT = {f"launch.papers.shared.{name}" for name in SHARED}
 
 

@@ -109,7 +109,7 @@ class Suite:
 
 def names() -> list[str]:
     """Returns the names of the papers that have a suite."""
-    return cli.papers_with("suite")
+    return [paper for paper, _ in cli.papers_with(r"^SUITE\b")]
 
 
 def find(name: str) -> Suite:

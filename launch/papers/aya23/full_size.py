@@ -1,6 +1,6 @@
 """Aya 23 (arXiv 2405.15032) at full size: instruction tuning of 8B and 35B, 35B on several layouts, and LoRA of 35B."""
 
-from launch.papers.shared.full_size import Row, mesh, tokens
+from launch.aot.table_rows import Row, mesh, tokens
 
 _FULL = "t5x_configs/experiments/aya23/full/"
 _DATA = ("INITIAL_CHECKPOINT_PATH=run", "TOKENIZER=tokenizer", "INSTRUCTIONS_DIR=data")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.papers.aya23 import fertility
-from launch.papers.shared import configs, domains, sweeps
+from launch.papers.shared import domains, sweeps
 
 TITLE = "Aya 23, 2405.15032"
 SEEDS = 5
@@ -35,7 +35,7 @@ def run(
         measured |= sweeps.parts(model_dir, {"toy": ("aya23/sweep", seeds)}, with_losses, **options)
     stages = sweeps.Stages(pathlib.Path(model_dir, "measured"))
     if "fertility" in parts:
-        chosen = configs.seeds(seeds)
+        chosen = sweeps.seeds(seeds)
         settings = {**fertility.SETTINGS, "seeds": chosen}
         trained = stages.get("fertility", settings, lambda: fertility.measure(chosen))
         measured["fertility"] = trained["result"]

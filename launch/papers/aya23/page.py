@@ -8,7 +8,7 @@ import numpy as np
 from launch.papers.aya23 import claims, figures, sweep
 from launch.papers.aya23.arms import LOSS, PLAIN, TURNS, Runs
 from launch.papers.aya23.fertility import LANGUAGES, SHARES, SIZE, TOTAL
-from launch.papers.shared import nulls, page
+from launch.papers.shared import claim, page
 
 _SCORES = (LOSS, TURNS, PLAIN)
 
@@ -59,7 +59,7 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
 
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the measurements with arms, formats of the answers and vocabularies exchanged at random."""
-    out = nulls.shuffle_arms(measured, rng)
+    out = claim.shuffle_arms(measured, rng)
     out["toy"] = [_formats_exchanged(row, rng) for row in out.get("toy", [])]
     if trained := out.get("fertility"):
         out["fertility"] = {

@@ -7,7 +7,7 @@ Fourteen runs for each seed, of about a minute on one core; the number of seeds 
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages
@@ -35,7 +35,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms["tuned"] = _tuned(REQUESTS // 4, parent=BASE)
     arms["tuned_full"] = _tuned(REQUESTS, parent=BASE)
     evaluations = {"answers": {"call": "launch.papers.aya23.answers:exact"}}
-    return configs.config(arms, seeds=seeds, evaluations=evaluations)
+    return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
 
 def breadth(count: int, width: str) -> str:
@@ -50,12 +50,12 @@ def heads(count: int) -> str:
 
 def _arm(*bindings: str, **macros: object) -> dict:
     settings = tuple(f"{name}={value!r}" for name, value in macros.items())
-    return configs.arm(f"{CPU}toy.gin", bindings=(*settings, *bindings), evaluations=())
+    return sweeps.arm(f"{CPU}toy.gin", bindings=(*settings, *bindings), evaluations=())
 
 
 def _tuned(requests: int, parent: str | None = None) -> dict:
     """Returns an arm that is tuned on a mixture of this size, always for as many updates."""
-    return configs.arm(
+    return sweeps.arm(
         f"{CPU}toy_instruct.gin",
         bindings=(f"TRAIN_STEPS={TUNING_STEPS}", f"REQUESTS={requests}"),
         evaluations=("answers",),

@@ -1,6 +1,6 @@
 """Aya Expanse (arXiv 2412.04261) at full size: DPO of a cluster of 8B and of 32B with stored log-probabilities of its reference."""
 
-from launch.papers.shared.full_size import Row, mesh
+from launch.aot.table_rows import Row, mesh
 
 
 def _dpo(size: str, topology: str, fsdp: int, tensor: int) -> Row:

@@ -18,7 +18,7 @@ from launch.papers.aya_expanse.arms import (
     S,
     of_language,
 )
-from launch.papers.shared import nulls, page
+from launch.papers.shared import claim, page
 
 # Of the stored measurement; goes with the next one.
 _CHANGED = (
@@ -87,7 +87,7 @@ def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str,
     rows = measured.get("small", [])
     answered = [row for row in rows if (row.get("evaluations") or {}).get("answers")]
     # Rewards and divergences are exchanged among the arms that have them.
-    answered = nulls.shuffle_arms({"small": answered}, rng)["small"]
+    answered = claim.shuffle_arms({"small": answered}, rng)["small"]
     answered = [_sides_exchanged(row, rng) for row in answered]
     other = [
         _exchanged(row, rng) for row in rows if not (row.get("evaluations") or {}).get("answers")

@@ -11,7 +11,7 @@ import ml_collections
 
 from data.aya_expanse import lexicon
 from launch.papers.aya_expanse.small_pool import PAIR_LANGUAGES
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 GIN = "t5x_configs/experiments/aya_expanse/"
 CPU = f"{GIN}cpu/"
@@ -51,7 +51,7 @@ EVALUATED = ("answers",)
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms: dict[str, dict] = {
         "requests": _stage("requests", "--seed={SEED}"),
-        "base": configs.arm(f"{CPU}base.gin", evaluations=()),
+        "base": sweeps.arm(f"{CPU}base.gin", evaluations=()),
     }
     for name in CLUSTERS:
         arms[f"teacher_{name}"] = _sft(f"{{requests}}/teacher_{name}.jsonl", TEACHER_STEPS)
@@ -73,7 +73,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms |= _merged_preferences()
     answers = {"call": "launch.papers.aya_expanse.small_answers:score"}
     divergence = {"call": "launch.papers.aya_expanse.small_answers:divergence"}
-    return configs.config(
+    return sweeps.config(
         arms, seeds=seeds, evaluations={"answers": answers, "divergence": divergence}
     )
 
@@ -131,7 +131,7 @@ def _merged_preferences() -> dict[str, dict]:
 
 
 def _stage(stage: str, *words: str, evaluations: tuple[str, ...] = ()) -> dict:
-    return configs.made(STAGE, stage, *words, "--to={run}", evaluations=evaluations)
+    return sweeps.made(STAGE, stage, *words, "--to={run}", evaluations=evaluations)
 
 
 def _merge(arms: tuple[str, ...] | list[str], *flags: str) -> dict:
@@ -158,7 +158,7 @@ def _trained(
     kind: str, data: str, steps: int, *bindings: str, parent: str, evaluations=EVALUATED
 ) -> dict:
     files = ("cpu/model_base.gin", f"{kind}.gin", "vocabulary_base.gin", f"cpu/{kind}.gin")
-    return configs.arm(
+    return sweeps.arm(
         *(f"{GIN}{name}" for name in files),
         bindings=("BASE='{base}'", data, f"TRAIN_STEPS={steps}", *bindings),
         parent=parent,

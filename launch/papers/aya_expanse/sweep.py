@@ -14,7 +14,7 @@ import ml_collections
 
 from launch.papers.aya_expanse import recipe as recipes
 from launch.papers.aya_expanse.recipe import Recipe, RecipeError
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 GIN = "t5x_configs/experiments/aya_expanse/"
 REWARD_MODEL = "t5x_configs/methods/preference/reward_checkpoint.gin"
@@ -30,7 +30,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     path = os.path.abspath(path)
 
     def stage(name: str, *words: str) -> dict:
-        return configs.made(STAGE, name, f"--recipe={path}", "--to={run}", *words)
+        return sweeps.made(STAGE, name, f"--recipe={path}", "--to={run}", *words)
 
     def merge(arms: list[str]) -> dict:
         return stage("merge", "--runs", *(f"{{{arm}}}" for arm in arms))
@@ -65,7 +65,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
         merged.append(f"merged_round{number}")
         arms[merged[-1]] = merge([f"round{number}_{cluster}" for cluster in clusters])
     arms["rounds"] = stage("rounds", "--runs", *(f"{{{arm}}}" for arm in merged))
-    return configs.config(arms)
+    return sweeps.config(arms)
 
 
 def _trained(
@@ -92,4 +92,4 @@ def _trained(
         if recipe.reward.startswith("checkpoint:"):
             files.append(REWARD_MODEL)
             bindings.append(f"REWARD_CHECKPOINT={recipe.reward.removeprefix('checkpoint:')!r}")
-    return configs.arm(*files, *recipe.gin_files, bindings=tuple(bindings), parent=parent)
+    return sweeps.arm(*files, *recipe.gin_files, bindings=tuple(bindings), parent=parent)

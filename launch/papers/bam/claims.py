@@ -14,8 +14,7 @@ from launch.papers.bam.arms import BTX, CACHES, DENSE_LONG, SEED, Runs, long, ma
 from launch.papers.bam.measure import CACHE_LENGTH
 from launch.papers.bam.sweep import LONG_SEEDS
 from launch.papers.shared.claim import Claim, Effect, RequiredClaim
-from launch.papers.shared.domains import MEAN, everywhere, off, on, pairs
-from launch.papers.shared.loads import LOAD_BOUND
+from launch.papers.shared.domains import LOAD_BOUND, MEAN, everywhere, off, on, pairs
 
 MARGIN = 0.02  # nats: what counts as no worse; the paper's top-1 is 0.008 behind top-2
 SAME = 2.0  # per cent of BTX's loss: what counts as about as good

@@ -1,6 +1,6 @@
 """BAM (arXiv 2408.08274) at full size: seeds, and mixtures of four experts; a step is the paper's million tokens."""
 
-from launch.papers.shared.full_size import Row, tokens
+from launch.aot.table_rows import Row, tokens
 
 _RUN = "t5x_configs/runs/pretrain.gin"
 

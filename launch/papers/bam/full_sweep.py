@@ -9,7 +9,7 @@ commands, which a cluster runs in the order of what they start from:
 import ml_collections
 
 from launch.papers.bam import sweep
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 FULL = "t5x_configs/experiments/bam/full/"
 DOMAINS = ("code", "law", "math")
@@ -31,9 +31,9 @@ BALANCE_LOSS = 0.01  # the paper has no figure, nor whether chosen attentions ha
 
 
 def get_config(data: str) -> ml_collections.ConfigDict:
-    arms = {"seed": configs.arm(f"{FULL}seed.gin")}
+    arms = {"seed": sweeps.arm(f"{FULL}seed.gin")}
     for domain in DOMAINS:
-        arms[domain] = configs.arm(f"{FULL}specialist_{domain}.gin", parent="seed")
+        arms[domain] = sweeps.arm(f"{FULL}specialist_{domain}.gin", parent="seed")
     branches = [f"{domain}={{{domain}}}" for domain in DOMAINS]
     for arm, (flags, file, bindings, copies) in MIXTURES.items():
         seeds = [f"general{i}={{seed}}" for i in range(copies)]
@@ -41,11 +41,11 @@ def get_config(data: str) -> ml_collections.ConfigDict:
         arms[f"{arm}_start"] = {"made": (*command, "--to={run}")}
         start = f"{arm}_start"
         trained = {"parent": start, "bindings": (*sweep.balance(arm, BALANCE_LOSS), *bindings)}
-        arms[arm] = configs.arm(f"{FULL}{file}.gin", **trained)
+        arms[arm] = sweeps.arm(f"{FULL}{file}.gin", **trained)
         if arm in sweep.COMPUTE_MATCHED:
             share = sweep.paper_flops("btx", CONTEXT) / sweep.paper_flops(arm, CONTEXT)
             trained["bindings"] += (f"TRAIN_TOKENS={share * TOKENS:.4g}",)
-            arms[f"{arm}_cm"] = configs.arm(f"{FULL}{file}.gin", **trained)
+            arms[f"{arm}_cm"] = sweeps.arm(f"{FULL}{file}.gin", **trained)
     soup = ("{python}", "-m", "launch.upcycle", "--method=soup", "--experts", "general={seed}")
     arms["soup"] = {"made": (*soup, *branches, "--to={run}")}
-    return configs.config(arms, bindings=configs.data_root(data))
+    return sweeps.config(arms, bindings=sweeps.data_root(data))

@@ -10,8 +10,8 @@ import functools
 
 import ml_collections
 
-from launch.papers.shared import configs
-from launch.papers.shared.configs import on_shares
+from launch.papers.shared import sweeps
+from launch.papers.shared.sweeps import on_shares
 
 CPU = "t5x_configs/experiments/bam/cpu/"
 METHODS = "t5x_configs/methods/bam/"
@@ -50,7 +50,7 @@ CONTEXT = 1024  # tokens; the paper does not publish it
 
 def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
     kind, _, seeds = text.partition(",")
-    seeds = configs.seeds(seeds or 5)
+    seeds = sweeps.seeds(seeds or 5)
     general, *domains = DOMAINS[kind]
     even = {domain: 0.25 for domain in DOMAINS[kind]}
     arms = {"seed": on_shares({general: 0.85, **{x: 0.05 for x in domains}}, SEED_STEPS)}
@@ -73,11 +73,11 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
         arms[f"{arm}_long"] = {**_mixture(even, LONG_STEPS, arm), **few}
     total = len(domains) * SPECIALIST_STEPS + LONG_STEPS
     arms["dense_long"] = {**on_shares(even, total, parent="seed"), **few}
-    return configs.config(
+    return sweeps.config(
         arms,
         seeds=seeds,
         gin_files=(f"{CPU}{kind}.gin",),
-        evaluations={"routing": configs.domain_evaluations(DOMAINS[kind])["routing"]},
+        evaluations={"routing": sweeps.domain_evaluations(DOMAINS[kind])["routing"]},
     )
 
 
@@ -136,4 +136,4 @@ def _made(flags: tuple, experts: tuple) -> dict:
         *experts,
         "--to={run}",
     )
-    return configs.made(*words)
+    return sweeps.made(*words)

@@ -1,6 +1,6 @@
 """Code in pre-training (arXiv 2408.10914) at full size: the recipes of both models."""
 
-from launch.papers.shared.full_size import Row
+from launch.aot.table_rows import Row
 
 _FULL = "t5x_configs/experiments/code_mix/full/"
 _DATA = ("DATA_ROOT=data", "TOKENIZER=tokenizer", "MBPP=mbpp.jsonl")

@@ -12,7 +12,7 @@ commands, which a cluster runs in the order of their parents:
 import ml_collections
 
 from launch.papers.code_mix.measure import WIN_RATES
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 ARMS = "t5x_configs/experiments/code_mix/full/"
 # Recipe -> (file, what it starts from).
@@ -44,9 +44,9 @@ def get_config(text: str) -> ml_collections.ConfigDict:
         arm["sizes"] = ("470m", "2p8b") if name in both else ("470m",)
     if judge:
         arms |= _judged(data, judge)
-    return configs.config(
+    return sweeps.config(
         arms,
-        bindings=configs.data_root(data, MBPP="/eval/mbpp.jsonl"),
+        bindings=sweeps.data_root(data, MBPP="/eval/mbpp.jsonl"),
         sizes={"470m": {}, "2p8b": {"gin_files": (f"{ARMS}size_2p8b.gin",)}},
         evaluations={
             "suite": _evaluate("harness", "--suite=code_mix", f"--data_dir={data}/eval"),
@@ -57,7 +57,7 @@ def get_config(text: str) -> ml_collections.ConfigDict:
 
 
 def _arm(file: str, parent: str | None = None) -> dict:
-    return configs.arm(f"{ARMS}{file}.gin", parent=parent)
+    return sweeps.arm(f"{ARMS}{file}.gin", parent=parent)
 
 
 def _judged(data: str, judge: str) -> dict[str, dict]:
@@ -69,7 +69,7 @@ def _judged(data: str, judge: str) -> dict[str, dict]:
     systems = [f"{arm}={{answers_{arm}}}" for arm in JUDGED]
     judging = ("launch.evaluate", "win_rate", f"--judge={judge}", "--out={run}", "--systems")
     made = {**answers, WIN_RATES: (*judging, *systems)}
-    return {name: {**configs.made(*words), "sizes": ("470m",)} for name, words in made.items()}
+    return {name: {**sweeps.made(*words), "sizes": ("470m",)} for name, words in made.items()}
 
 
 def _code(name: str, problems: str) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.papers.code_mix import claims, figures
 from launch.papers.code_mix.arms import GROUPS, PLACES, PLAIN, Results, arm_name, source_name
-from launch.papers.shared import nulls, page
+from launch.papers.shared import claim, page
 from launch.plots import intervals, panels
 
 _SETUP = (
@@ -78,7 +78,7 @@ def _table(title: str, results: Results, scores: Sequence[str]) -> list[str]:
 
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the rows with arms exchanged at random, also where an arm's answers are compared with others'."""
-    out = nulls.shuffle_arms(measured, rng)
+    out = claim.shuffle_arms(measured, rng)
     for rows in out.values():
         names = {(row["seed"], row["run"].partition("/")[0]): row["arm"] for row in rows}
         for row in rows:

@@ -5,7 +5,7 @@ python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out 
 
 from ml_collections import ConfigDict
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 _ARMS = "t5x_configs/experiments/code_mix/quickstart_"
 _STEPS, _COOLDOWN = 240, 48
@@ -13,7 +13,7 @@ _BALANCED = {"english": 0.25, "docstrings": 0.25, "python": 0.25, "cpp": 0.25}
 _COOLDOWN_BINDINGS = (
     f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
     f"EVAL_PERIOD={_STEPS + _COOLDOWN}",
-    *configs.cooldown(_STEPS, _COOLDOWN),
+    *sweeps.cooldown(_STEPS, _COOLDOWN),
 )
 
 
@@ -36,4 +36,4 @@ def get_config() -> ConfigDict:
         "cooldown_with_code": _cooldown({**text, "python": 0.1, "cpp": 0.1}),
         "cooldown_without_code": _cooldown({"english": 0.5, "docstrings": 0.5}),
     }
-    return configs.config(arms, seeds=3)
+    return sweeps.config(arms, seeds=3)

@@ -8,7 +8,7 @@ on a core or less for each 2.4 million tokens; the number of seeds after a colon
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 ARMS = "t5x_configs/experiments/code_mix/cpu/"
 SHARES = (0, 25, 50, 75, 100)
@@ -41,14 +41,14 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     files = {arm: (arm, parent) for arm, parent in parents.items()}
     files |= {arm: (f"cooldown_{code}_code", of) for arm, (of, code) in COOLDOWNS.items()}
     arms = {
-        arm: configs.arm(f"{ARMS}{file}.gin", parent=parent, evaluations=_evaluations(arm))
+        arm: sweeps.arm(f"{ARMS}{file}.gin", parent=parent, evaluations=_evaluations(arm))
         for arm, (file, parent) in sorted(files.items())
     }
     evaluations = {
         "skills": {"call": "launch.evaluation.skills:evaluate"},
         ANSWERS: {"call": "launch.evaluation.skills:answers"},
     }
-    return configs.config(arms, seeds=seeds, evaluations=evaluations)
+    return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
 
 def _evaluations(arm: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ two cores:
 
 from ml_collections import ConfigDict
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 _STEPS, _COOLDOWN = 60, 12
 
@@ -27,7 +27,7 @@ def _cooldown(**shares: float) -> dict:
             # The place in the data is taken too, so that earlier phases are listed too.
             f"stream.make_stream.phases=((0, {_THEN_TEXT!r}), ({_STEPS}, {shares!r}))",
             f"TRAIN_STEPS={_STEPS + _COOLDOWN}",
-            *configs.cooldown(_STEPS, _COOLDOWN),
+            *sweeps.cooldown(_STEPS, _COOLDOWN),
         ),
     }
 
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
         "cooldown_with_code": _cooldown(english=0.8, python=0.2),
         "cooldown_without_code": _cooldown(english=1.0),
     }
-    return configs.config(
+    return sweeps.config(
         arms,
         seeds=2,
         gin_files=(

@@ -7,8 +7,8 @@ documents.
 
 import dataclasses
 
+from launch.aot.table_rows import Row, mesh, tokens
 from launch.papers.influence.plan import SIZES, Size
-from launch.papers.shared.full_size import Row, mesh, tokens
 
 _RUN = "t5x_configs/runs/pretrain.gin"
 _7B, _35B, _BAM = SIZES

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.papers.shared import configs, sweeps
+from launch.papers.shared import sweeps
 
 TITLE = "procedural knowledge by EK-FAC influence, 2411.12580"
 SEEDS = 5
@@ -34,7 +34,7 @@ def run(
     out: dict[str, Any] = {}
     if "exact" in parts:
         stages = sweeps.Stages(pathlib.Path(model_dir, "exact"))
-        out["exact"] = [_exact(stages, seed) for seed in configs.seeds(seeds, after=_SEEN)]
+        out["exact"] = [_exact(stages, seed) for seed in sweeps.seeds(seeds, after=_SEEN)]
     if "corpus" in parts:
         rows = sweeps.parts(
             model_dir, {"corpus": ("influence/sweep", seeds)}, with_records, **options

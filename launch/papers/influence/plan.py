@@ -162,8 +162,8 @@ def read(size: Size) -> Model:
     """Returns the shapes of a model; allocates nothing."""
     import jax
 
+    from launch.aot.table_rows import tokens
     from launch.config import gin_config
-    from launch.papers.shared.full_size import tokens
     from trainers import initialise
     from trainers.influence import sites
 

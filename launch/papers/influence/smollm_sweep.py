@@ -13,7 +13,7 @@ import ml_collections
 
 from launch.papers.influence import smollm_files
 from launch.papers.influence.smollm_scores import SCORES
-from launch.papers.shared import configs, smollm2
+from launch.papers.shared import sweeps
 
 LENGTH = 128  # tokens of a document
 LAST_LAYERS = "2[0-9]"  # of 30
@@ -29,24 +29,24 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     score = ("launch.papers.influence.smollm_scores", "--factors={factors}", documents)
     score += (f"--queries={{files}}/{smollm_files.QUERIES}", "--to={run}")
     arms = {
-        "imported": configs.made(
-            "launch.convert", f"--from_gguf={smollm2.weights()}", "--to={run}"
+        "imported": sweeps.made(
+            "launch.convert", f"--from_gguf={sweeps.smollm2_weights()}", "--to={run}"
         ),
-        "model": configs.made("launch.convert", "--from={imported}", "--to_hf={run}"),
-        "files": configs.made(
+        "model": sweeps.made("launch.convert", "--from={imported}", "--to_hf={run}"),
+        "files": sweeps.made(
             *("launch.papers.influence.smollm_files", "--to={run}", f"--documents={count}")
         ),
-        "factors": configs.made(
+        "factors": sweeps.made(
             *("launch.influence", "fit", "--checkpoint={model}", documents, "--out={run}"),
             *(f"--modules=layers/block_{layers}/mlp/.*", f"--length={length}"),
             f"--max_documents={fitted}",
         ),
-        "ekfac": configs.made(*score, f"--damping={DAMPING}", "--per_layer", "--token_scores=5"),
-        **{method: configs.made(*score, f"--method={method}") for method in BESIDE},
-        "report": configs.made(
+        "ekfac": sweeps.made(*score, f"--damping={DAMPING}", "--per_layer", "--token_scores=5"),
+        **{method: sweeps.made(*score, f"--method={method}") for method in BESIDE},
+        "report": sweeps.made(
             *("launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),
             *(f"--beside={{{method}}}/{SCORES}" for method in BESIDE),
             "--out={run}",
         ),
     }
-    return configs.config(arms, seeds=1)
+    return sweeps.config(arms, seeds=1)

@@ -10,7 +10,7 @@ corpus without the top documents of a method. The number of seeds after a colon;
 import ml_collections
 
 from launch.papers.influence import corpus, scoring
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 CPU = "t5x_configs/experiments/influence/cpu/"
 STARTED, RETRAINED = 1800, 300  # updates
@@ -19,17 +19,17 @@ PILOT_SEED = 90
 
 
 def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    seeds = (PILOT_SEED,) if text == "pilot" else configs.seeds(text)
+    seeds = (PILOT_SEED,) if text == "pilot" else sweeps.seeds(text)
     own = ("launch.papers.influence.corpus", "--to={run}", "--seed={SEED}")
     score = (
         *("launch.papers.influence.scoring", "--checkpoint={model}", "--corpus={corpus}"),
         *("--to={run}", "--seed={SEED}"),
     )
     arms = {
-        "corpus": configs.made(*own),
+        "corpus": sweeps.made(*own),
         "start": _trained("corpus", "documents", f"TRAIN_STEPS={STARTED}"),
         "model": _again("corpus", "documents"),
-        "scores": configs.made(*score),
+        "scores": sweeps.made(*score),
     }
     for half in corpus.half_names():
         arms[half] = _again("corpus", half)
@@ -42,8 +42,8 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
         *("launch.papers.influence.losses", "--to={run}", "--corpus={corpus}"),
         *("--scores={scores}", "--model={model}"),
     )
-    arms["losses"] = configs.made(*measure, *(f"{name}={{{name}}}" for name in retrained))
-    return configs.config(arms, seeds=seeds, gin_files=(f"{CPU}corpus.gin",))
+    arms["losses"] = sweeps.made(*measure, *(f"{name}={{{name}}}" for name in retrained))
+    return sweeps.config(arms, seeds=seeds, gin_files=(f"{CPU}corpus.gin",))
 
 
 def _trained(folder: str, name: str, *bindings: str, **settings: object) -> dict:
@@ -52,7 +52,7 @@ def _trained(folder: str, name: str, *bindings: str, **settings: object) -> dict
         f"FILES='{{{folder}}}/{name}.jsonl'",
         f"VALIDATION_FILES='{{corpus}}/{corpus.HELD_OUT}'",
     )
-    return configs.arm(bindings=(*files, *bindings), **settings)
+    return sweeps.arm(bindings=(*files, *bindings), **settings)
 
 
 def _again(folder: str, name: str) -> dict:

@@ -1,6 +1,6 @@
 """Low-rank training (arXiv 2209.13569) at full size: language models and residual networks, dense and in factors."""
 
-from launch.papers.shared.full_size import Row
+from launch.aot.table_rows import Row
 
 _FULL = "t5x_configs/experiments/low_rank/full/"
 

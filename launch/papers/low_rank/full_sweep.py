@@ -12,7 +12,7 @@ import itertools
 import ml_collections
 
 from launch.papers.low_rank.sweep import INITS
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 ARMS = "t5x_configs/experiments/low_rank/full/"
 DECAYS = ("none", "l2", "frobenius")
@@ -41,8 +41,8 @@ def get_config(data: str) -> ml_collections.ConfigDict:
             arms[f"{network}_{init}_rank{round(100 * rank)}"] = _arm(
                 network, *images, f"RANK={rank}", f"FACTOR_INIT={init!r}"
             )
-    return configs.config(arms)
+    return sweeps.config(arms)
 
 
 def _arm(file: str, *bindings: str, parent: str | None = None) -> dict:
-    return configs.arm(f"{ARMS}{file}.gin", bindings=bindings, parent=parent)
+    return sweeps.arm(f"{ARMS}{file}.gin", bindings=bindings, parent=parent)

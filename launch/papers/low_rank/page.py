@@ -8,7 +8,7 @@ import numpy as np
 from launch.papers.low_rank import claims, figures, timing
 from launch.papers.low_rank import sweep as lm
 from launch.papers.low_rank.arms import PLACES, Results, arm_name
-from launch.papers.shared import nulls, page
+from launch.papers.shared import claim, page
 from launch.plots import intervals
 
 _COLUMNS = {
@@ -88,7 +88,7 @@ def _cell(runs: Results, arm: str, column: str) -> str:
 
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the rows with arms exchanged at random, and the times of a round too."""
-    out = nulls.shuffle_arms(measured, rng)
+    out = claim.shuffle_arms(measured, rng)
     if times := out.get("timing"):
         rounds = [rng.permutation(one) for one in zip(*times["seconds"].values(), strict=True)]
         by_arm = zip(times["seconds"], np.transpose(rounds).tolist(), strict=True)

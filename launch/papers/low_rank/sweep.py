@@ -10,7 +10,7 @@ import itertools
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 ARMS = "t5x_configs/experiments/low_rank/cpu/"
 INITS = ("he", "spectral", "spectral_ones")
@@ -41,7 +41,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
         scale = {"RATE_SCALE": value / RATES["full"]}
         arms[warm(rate)] = _arm("warm_start", parent="dense_start", **scale)
         arms[warm(rate, "_ratio")] = _arm("warm_start", parent="dense_start", **scale, **ratio)
-    return configs.config(arms, seeds=seeds)
+    return sweeps.config(arms, seeds=seeds)
 
 
 def arm(init: str, rank: float = MAIN) -> str:
@@ -73,4 +73,4 @@ def warm(rate: str, ranks: str = "") -> str:
 
 def _arm(file: str, *, parent: str | None = None, **macros: object) -> dict:
     bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
-    return configs.arm(f"{ARMS}{file}.gin", bindings=bindings, parent=parent)
+    return sweeps.arm(f"{ARMS}{file}.gin", bindings=bindings, parent=parent)

@@ -9,7 +9,7 @@ about a minute on a core, the number of seeds after a colon:
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 ARMS = "t5x_configs/experiments/low_rank/cpu/"
 RATES = {"full": 0.1, "half": 0.05}
@@ -25,7 +25,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
         for init, decay in FACTORS:
             settings = {"FACTOR_INIT": init, "FACTOR_DECAY": decay, **macros}
             arms[arm(init, decay, rate)] = _arm("textures_low_rank", settings)
-    return configs.config(arms, seeds=seeds)
+    return sweeps.config(arms, seeds=seeds)
 
 
 def dense(rate: str) -> str:
@@ -40,4 +40,4 @@ def arm(init: str, decay: str, rate: str) -> str:
 
 def _arm(file: str, macros: dict[str, object]) -> dict:
     bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
-    return configs.arm(f"{ARMS}{file}.gin", bindings=bindings)
+    return sweeps.arm(f"{ARMS}{file}.gin", bindings=bindings)

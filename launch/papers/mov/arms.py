@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from launch.papers.mov import evaluations, sweep
-from launch.papers.shared import loads, results
+from launch.papers.shared import domains, results
 
 ACCURACY = "accuracy"
 BASE, FULL, IA3 = "base", "full", "ia3"
@@ -66,7 +66,7 @@ class Runs(results.Results):
         return score != ACCURACY
 
     def degenerate(self, row: Mapping[str, Any]) -> str:
-        return loads.collapsed(row, self.top_1(row["arm"]))
+        return domains.collapsed(row, self.top_1(row["arm"]))
 
     def limits(self, score: str) -> tuple[float, float] | None:
         return (CHANCE, 1.0) if score == ACCURACY else None

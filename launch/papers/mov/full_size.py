@@ -1,6 +1,6 @@
 """MoV and MoLORA (arXiv 2309.05444) at full size: T5 1.1 of 770M, 3B and 11B."""
 
-from launch.papers.shared.full_size import Row
+from launch.aot.table_rows import Row
 
 _FULL = "t5x_configs/experiments/mov/full/"
 _DATA = ("TOKENIZER=tokenizer", "INSTRUCTIONS_DIR=p3", "INITIAL_CHECKPOINT_PATH=run")

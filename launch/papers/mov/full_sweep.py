@@ -10,7 +10,7 @@ has one seed. To see the runs and their commands:
 import ml_collections
 
 from launch.papers.mov.sweep import ADAPTERS, LORA_SITES, MOV, RAW
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 FULL = "t5x_configs/experiments/mov/full/"
 MODELS = {"770m": "t5_1_1_large", "3b": "t5_1_1_xl", "11b": "t5_1_1_xxl"}
@@ -36,7 +36,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
         arms[f"full_{size}"] = _arm(data, size, "")
     ranks = ("launch.evaluate", "ranks", "--checkpoint={run}", "--trust_config", "--json={json}")
     bindings = (f"TOKENIZER={data + '/tokenizer'!r}", f"INSTRUCTIONS_DIR={data + '/p3'!r}")
-    return configs.config(
+    return sweeps.config(
         arms,
         bindings=bindings,
         evaluations={"ranks": {"command": ("{python}", "-m", *ranks)}},
@@ -61,7 +61,7 @@ def _arm(data: str, size: str, method: str, *bindings: str) -> dict:
     """Returns an arm of a size; without a file of adapters, full tuning."""
     tuning = "tuning" if method else "full_tuning"
     model, start = f"t5x_configs/models/{MODELS[size]}.gin", f"{data}/t5_lm_{size}"
-    return configs.arm(
+    return sweeps.arm(
         *(model, f"{FULL}{tuning}.gin", *([method] if method else [])),
         bindings=(f"INITIAL_CHECKPOINT_PATH={start!r}", *bindings),
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch.papers.mov import claims, figures, measure, parameters, rows, sweep
 from launch.papers.mov.arms import ACCURACY, BASE, LEARNED, TUNED, Runs
-from launch.papers.shared import loads, nulls, page
+from launch.papers.shared import claim, domains, page
 
 _TEXT = [
     "- *model*: T5 1.1 of two layers in each stack, width 128, four heads, MLPs of 256 "
@@ -55,7 +55,7 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
             *("accuracy", "loss on trained compositions"),
         )
         lines += page.table(header, cells, f"All arms, {measure.PARTS[name]}")
-        lines += loads.table(name, runs)
+        lines += domains.load_table(name, runs)
     return [*lines, *_full_size()]
 
 
@@ -95,7 +95,7 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     out = {}
     for part, every in measured.items():
         plain = [_with_routing(row, None) for row in every]
-        exchanged = nulls.shuffle_arms({part: plain}, rng)[part]
+        exchanged = claim.shuffle_arms({part: plain}, rng)[part]
         out[part] = [
             _with_routing(row, _swapped(own["evaluations"].get("routing"), rng))
             for row, own in zip(exchanged, every, strict=True)

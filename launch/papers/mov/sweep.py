@@ -10,7 +10,7 @@ choices. A tuned arm is about two minutes on one core, the frozen model about ei
 import ml_collections
 
 from launch.papers.mov import rows
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
@@ -44,8 +44,8 @@ VARIANTS = {
 def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     write = ("launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
     arms = {
-        "rows": configs.made(*write),
-        "pretrained": configs.arm(f"{CPU}denoise.gin", evaluations=()),
+        "rows": sweeps.made(*write),
+        "pretrained": sweeps.arm(f"{CPU}denoise.gin", evaluations=()),
         "single": _first("single", rows.SINGLE, SINGLE_STEPS, parent="pretrained"),
         "base": _first("known", rows.KNOWN, BASE_STEPS, parent="single", evaluations=("ranks",)),
         "full": _tuned(_rate(FULL_RATE), evaluations=("ranks",)),
@@ -69,8 +69,8 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     evaluations = {
         name: {"call": f"launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
     }
-    judging = configs.seeds(seeds, after=_CHOSE)
-    return configs.config(arms, seeds=judging, evaluations=evaluations)
+    judging = sweeps.seeds(seeds, after=_CHOSE)
+    return sweeps.config(arms, seeds=judging, evaluations=evaluations)
 
 
 def _rate(value: float) -> str:
@@ -97,4 +97,4 @@ def _tuned(*bindings: str, method: str = "", parent: str = "base", **settings: o
         f"HELD_OUT={rows.held_out()!r}",
         f"TRAIN_STEPS={STEPS}",
     )
-    return configs.arm(*files, bindings=(*data, *bindings), parent=parent, **settings)
+    return sweeps.arm(*files, bindings=(*data, *bindings), parent=parent, **settings)

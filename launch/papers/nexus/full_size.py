@@ -1,6 +1,6 @@
 """Nexus (arXiv 2408.15901) at full size: six experts of 470M; four experts and a shared one of 2.8B, and a fifth one added."""
 
-from launch.papers.shared.full_size import Row, tokens
+from launch.aot.table_rows import Row, tokens
 
 _FILES = ("t5x_configs/models/nexus_4x2p8b.gin", "t5x_configs/runs/pretrain.gin")
 

@@ -10,7 +10,7 @@ the runs and their commands:
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 FULL = "t5x_configs/experiments/nexus/full/"
 METHODS = "t5x_configs/methods/nexus/"
@@ -35,7 +35,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
     arms = {}
     for size, domains in SIZES.items():
         arms |= _of_size(data, size, domains)
-    return configs.config(arms, bindings=configs.data_root(data))
+    return sweeps.config(arms, bindings=sweeps.data_root(data))
 
 
 def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 
 from launch.papers.nexus import claims, figures, measure
 from launch.papers.nexus.arms import Runs
-from launch.papers.shared import domains, nulls
+from launch.papers.shared import claim, domains
 
 _ARMS = [
     "- *domains*: four families a to d of three, which have a lag each; a domain has 70 or 40 % of the rows of its family's "
@@ -46,7 +46,7 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     out = {}
     for part, value in measured.items():
         plain = [_evaluated(row, structure=None) for row in value["rows"]]
-        rows = nulls.shuffle_arms({part: plain}, rng)[part]
+        rows = claim.shuffle_arms({part: plain}, rng)[part]
         pairs = zip(rows, value["rows"], strict=True)
         out[part] = {**value, "rows": [_exchanged(row, own, rng) for row, own in pairs]}
     return out

@@ -10,8 +10,8 @@ seeds after a colon:
 
 import ml_collections
 
-from launch.papers.shared import configs
-from launch.papers.shared.configs import on_shares
+from launch.papers.shared import sweeps
+from launch.papers.shared.sweeps import on_shares
 
 CPU = "t5x_configs/experiments/nexus/cpu/"
 METHODS = "t5x_configs/methods/nexus/"
@@ -78,10 +78,10 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
     sources = [f"--domain={domain}=task:{domain}" for domain in domains]
     for name, flags in EMBEDDINGS.items():
         words = (*embed, *flags, f"--dim={DOMAIN_DIM}", "--seed={SEED}", *sources)
-        arms[f"{name}_domains"] = configs.made(*words, "--output={run}")
+        arms[f"{name}_domains"] = sweeps.made(*words, "--output={run}")
         words = (*embed, f"--extend={{{name}_domains}}", f"--domain={new}=task:{new}")
-        arms[f"{name}_extended"] = configs.made(*words, "--output={run}")
-    arms["merged"] = configs.made(
+        arms[f"{name}_extended"] = sweeps.made(*words, "--output={run}")
+    arms["merged"] = sweeps.made(
         *_upcycle("--method=soup"),
         f"{general}={{seed}}",
         *experts,
@@ -93,7 +93,7 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
         if router != LINEAR:
             flags = ["--router=projection", f"--domains={{{router}_domains}}"]
         words = (*_upcycle("--method=nexus", "--seed_model={seed}", *flags), *experts)
-        arms[f"{arm}_start"] = configs.made(*words, "--to={run}", evaluations=EVALUATED)
+        arms[f"{arm}_start"] = sweeps.made(*words, "--to={run}", evaluations=EVALUATED)
         trained = (len(domains), mixed, MIXTURE_STEPS, f"{arm}_start", router)
         arms[arm] = _mixture(*trained)
         if arm in LOW:
@@ -110,11 +110,11 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
     tasks = (general, *domains, new)
     flags = ("--max_batches=4", f"--tasks={','.join(tasks)}")
     structure = {"call": "launch.evaluation.routing:structure"}
-    return configs.config(
+    return sweeps.config(
         arms,
         seeds=seeds or 5,
         gin_files=(f"{CPU}{kind}.gin",),
-        evaluations={**configs.domain_evaluations(tasks, *flags), "structure": structure},
+        evaluations={**sweeps.domain_evaluations(tasks, *flags), "structure": structure},
     )
 
 
@@ -140,4 +140,4 @@ def _upcycle(*flags: str) -> tuple[str, ...]:
 def _extended(mixture: str, new: str, *flags: str) -> dict:
     command = ("launch.upcycle", "extend", "--trust_config", "--router_seed={SEED}")
     words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
-    return configs.made(*command, *words, "--to={run}", evaluations=EVALUATED)
+    return sweeps.made(*command, *words, "--to={run}", evaluations=EVALUATED)

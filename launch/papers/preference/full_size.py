@@ -1,6 +1,6 @@
 """Preference optimisation (arXiv 2410.11677) at full size: DPO of 8B with stored log-probabilities of its reference."""
 
-from launch.papers.shared.full_size import Row
+from launch.aot.table_rows import Row
 
 ROWS = (
     Row(

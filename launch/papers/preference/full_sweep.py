@@ -12,7 +12,7 @@ import itertools
 import ml_collections
 
 from launch.papers.preference import sweep
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 FULL = "t5x_configs/experiments/preference/full/"
 METHOD = "t5x_configs/methods/preference/"
@@ -29,7 +29,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
         files = (f"t5x_configs/models/{name}.gin",)
         start = (f"INITIAL_CHECKPOINT_PATH='{data}/{name}'", f"TOKENIZER='{data}/{name}/tokenizer'")
         reward = f"{model}_reward"
-        arms[reward] = configs.arm(
+        arms[reward] = sweeps.arm(
             *files, f"{FULL}pairs.gin", f"{METHOD}reward_model.gin", bindings=start
         )
         for (rate, value), (arm, (method, bindings)) in itertools.product(
@@ -37,7 +37,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
         ):
             settings = (f"REWARD_CHECKPOINT='{{{reward}}}'", f"LEARNING_RATE={value}")
             method_files = (f"{METHOD}{method}.gin",) if method else ()
-            arms[f"{model}_{arm}_{rate}"] = configs.arm(
+            arms[f"{model}_{arm}_{rate}"] = sweeps.arm(
                 *files,
                 f"{FULL}preference.gin",
                 *method_files,
@@ -45,7 +45,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
             )
     pairs = f"PAIRS='{data}/ultrafeedback/train.jsonl'"
     held_out = f"PAIRS_VALIDATION='{data}/ultrafeedback/test.jsonl'"
-    return configs.config(arms, bindings=(pairs, held_out))
+    return sweeps.config(arms, bindings=(pairs, held_out))
 
 
 def methods() -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -9,7 +9,7 @@ about ten minutes on two cores; the number of seeds after a colon:
 
 import ml_collections
 
-from launch.papers.shared import configs, smollm2
+from launch.papers.shared import sweeps
 
 EXPERIMENT = "t5x_configs/experiments/preference/smollm/arithmetic.gin"
 NLL = "t5x_configs/methods/preference/dpo_nll.gin"
@@ -22,16 +22,21 @@ def get_config(seeds: str = "3") -> ml_collections.ConfigDict:
     pairs = ("--kind=arithmetic", "--limit=800", "--seed={SEED}", "--output={run}/pairs.jsonl")
     arms = {
         "model": {
-            "made": (*module, "launch.convert", f"--from_gguf={smollm2.weights()}", "--to={run}")
+            "made": (
+                *module,
+                "launch.convert",
+                f"--from_gguf={sweeps.smollm2_weights()}",
+                "--to={run}",
+            )
         },
         "pairs": {"made": (*module, "launch.prepare", "preference_pairs", *pairs)},
         **{name: _learned(*settings) for name, settings in ARMS.items()},
     }
-    arms["dpo_low_beta"] |= {"seeds": configs.seeds(1)}
-    return configs.config(arms, gin_files=(EXPERIMENT,), seeds=seeds)
+    arms["dpo_low_beta"] |= {"seeds": sweeps.seeds(1)}
+    return sweeps.config(arms, gin_files=(EXPERIMENT,), seeds=seeds)
 
 
 def _learned(beta: float, nll: float) -> dict:
     data = ("PAIRS='{pairs}/pairs.jsonl'", "TOKENIZER='{model}/tokenizer'")
     method, bindings = ((NLL,), (f"NLL_WEIGHT={nll}",)) if nll else ((), ())
-    return configs.arm(*method, parent="model", bindings=(*data, f"BETA={beta}", *bindings))
+    return sweeps.arm(*method, parent="model", bindings=(*data, f"BETA={beta}", *bindings))

@@ -10,7 +10,7 @@ and have one seed. A run is about a minute on one core; the number of seeds afte
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
@@ -50,8 +50,8 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
         arms[method] = _from(f"{CPU}preference.gin", bindings=(f"LOSSES=[{loss}]", *settings))
     for method, bindings in ONLINE.items():
         files = f"{CPU}online.gin", f"t5x_configs/methods/preference/{method}.gin"
-        arms[method] = _from(*files, bindings=bindings) | {"seeds": configs.seeds(1)}
-    return configs.config(arms, seeds=seeds)
+        arms[method] = _from(*files, bindings=bindings) | {"seeds": sweeps.seeds(1)}
+    return sweeps.config(arms, seeds=seeds)
 
 
 def arm(method: str, strength: float, nll: float = 0.0) -> str:
@@ -81,4 +81,4 @@ def _learned(method: str, strength: float, nll: float) -> dict:
 def _from(*gin_files: str, bindings: tuple[str, ...] = ()) -> dict:
     """Returns an arm that starts from the model and reads its pairs."""
     pairs = ("PAIRS='{pairs}/pairs.jsonl'", "PAIRS_VALIDATION='{pairs}/held_out.jsonl'")
-    return configs.arm(*gin_files, parent="sft", bindings=(*pairs, *bindings))
+    return sweeps.arm(*gin_files, parent="sft", bindings=(*pairs, *bindings))

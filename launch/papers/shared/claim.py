@@ -2,15 +2,23 @@
 
 An effect is a number by seed, such as the difference of two arms of the same seed, with a 95 % interval over seeds and
 bounds that are written down before the runs. It holds where the whole interval lies between its bounds, fails where
-the whole interval lies outside of them, and is undecided otherwise.
+the whole interval lies outside of them, and is undecided otherwise. Criteria are fixed before the first run; a claim that
+holds on measurements with exchanged arms decides nothing.
 """
 
+import collections
 import dataclasses
+import datetime
 import functools
+import json
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from data.cache import cache_dir
 from launch.plots import intervals
 
 VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
@@ -228,3 +236,74 @@ def _numbers(effect: Effect) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """Returns a number to six digits as JSON has it: None for one that is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+_CRITERIA = "criteria.json"
+
+
+def fix_criteria(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any]:
+    """Writes the criteria into the folder of an experiment before its first run, and returns those in force.
+
+    Returns:
+      {'date', 'commit', 'dirty', 'claims': name -> statement, condition and whether it must hold}: those of the first
+      call after which the folder got runs.
+    """
+    from launch.run import run_dir
+
+    path = folder / _CRITERIA
+    started = folder.is_dir() and any(one.name != _CRITERIA for one in folder.iterdir())
+    if started and path.exists():
+        return json.loads(path.read_bytes())
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    fixed = {"date": date, **run_dir.commit(), "late": started, "claims": criteria_of(claims)}
+    folder.mkdir(parents=True, exist_ok=True)
+    cache_dir.write_json(path, fixed)
+    return fixed
+
+
+def criteria_of(claims: Sequence[Claim]) -> dict[str, list[Any]]:
+    """Returns what a claim may not change after its runs, by name."""
+    return {one.name: [one.statement, one.condition, one.required] for one in claims}
+
+
+def criteria_in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) -> str:
+    """Returns when the criteria were fixed and which of them have changed since, as a sentence."""
+    if fixed is None:
+        return "No record says when the criteria were fixed."
+    commit = f" at commit {fixed['commit'][:10]}" if fixed["commit"] else ""
+    dirty = " with uncommitted changes" if fixed["dirty"] else ""
+    when = "after the first runs" if fixed["late"] else "before the first run"
+    now = criteria_of(claims)
+    changed = [name for name in now if fixed["claims"].get(name) != now[name]]
+    since = f"changed since: {', '.join(changed)}" if changed else "none has changed since"
+    return f"Criteria were fixed {when}, on {fixed['date']}{commit}{dirty}; {since}."
+
+
+def shuffle_arms(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns the parts of an experiment with arms exchanged at random within each seed and size.
+
+    Arms are exchanged with others that have the same evaluations. Parts without rows of runs stay as they are.
+    """
+    return {
+        part: {**value, "rows": _shuffled(value["rows"], rng)}
+        if isinstance(value, Mapping) and "rows" in value
+        else _shuffled(value, rng)
+        if isinstance(value, list) and all("arm" in row for row in value)
+        else value
+        for part, value in measured.items()
+    }
+
+
+def _shuffled(rows: list[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    groups = collections.defaultdict(list)
+    for at, row in enumerate(rows):
+        evaluations = tuple(
+            sorted(name for name, one in (row.get("evaluations") or {}).items() if one)
+        )
+        key = row["seed"], row.get("size"), bool(row.get("held_out")), evaluations
+        groups[key].append(at)
+    out = list(rows)
+    for places in groups.values():
+        for at, source in zip(places, rng.permutation(places), strict=True):
+            out[at] = {**rows[source], "arm": rows[at]["arm"]}
+    return out

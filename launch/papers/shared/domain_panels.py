@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared.domains import DomainRuns
-from launch.papers.shared.loads import LOAD_BOUND, ROUTERS, choices, largest_loads
+from launch.papers.shared.domains import LOAD_BOUND, ROUTERS, DomainRuns, choices, largest_loads
 from launch.plots import heat_maps, panels
 
 

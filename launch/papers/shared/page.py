@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import pathlib
+import re
+import string
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.shared import claim, criteria, effects_figure, nulls
-from launch.papers.shared.claim import Claim
+from launch.papers.shared import claim
+from launch.papers.shared.claim import Claim, Effect
 from launch.plots import panels
 
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 RECORD, TITLE = "results.json", "title"
+_PAPERS = pathlib.Path(__file__).parents[1]
 _WIDTH = 100
 RULES = (
     "A claim is judged by effects: numbers by seed, such as differences of two arms of the same seed, as means with\n"
@@ -22,6 +26,39 @@ RULES = (
     "anything, such as with too few seeds or a degenerate run. A claim is *mixed* where some effects hold and some fail.\n"
     "Claims in bold must hold at this scale too; others may fail. A difference is positive where it supports its claim."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prose:
+    """The texts of a paper's page, with {slots} for what the code knows.
+
+    Attributes:
+      sections: name -> text.
+    """
+
+    sections: Mapping[str, str]
+
+    @classmethod
+    def of(cls, paper: str) -> "Prose":
+        """Returns the sections of launch/papers/<paper>/page.md, each below a line `<!-- name -->`."""
+        text = (_PAPERS / paper / "page.md").read_text(encoding="utf-8")
+        _, *parts = re.split(r"^<!-- (\w+) -->\n", text, flags=re.MULTILINE)
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return cls({name: section.strip("\n") for name, section in pairs})
+
+    def __call__(self, section: str, **values: Any) -> str:
+        """Returns a section with its slots filled.
+
+        Raises:
+          ValueError: a slot has no value, or a value no slot.
+        """
+        text = self.sections[section]
+        slots = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        if slots != set(values):
+            raise ValueError(
+                f"The section {section!r} has the slots {sorted(slots)}, and values for {sorted(values)}."
+            )
+        return text.format(**values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +92,7 @@ class Report:
     setup: Callable[[Parts], Iterable[str]]
     tables: Callable[[Parts], Iterable[str]]
     shuffle: Callable[[Mapping[str, Any], np.random.Generator], Mapping[str, Any]] = (
-        nulls.shuffle_arms
+        claim.shuffle_arms
     )
     figures_last: bool = False
 
@@ -76,7 +113,7 @@ class Report:
         measured = json.loads(json.dumps(measured))
         folder, parts = out / self.slug, self.read(measured)
         judged = claim.judge(self.claims, parts, self.places)
-        drawn = {"claims.png": (effects_figure.figure(judged), effects_figure.CAPTION)}
+        drawn = {"claims.png": (effects_figure(judged), _EFFECTS)}
         captions = panels.save({**drawn, **self.figures(parts)}, folder)
         record = {
             "title": self.title,
@@ -96,7 +133,7 @@ class Report:
             *(f"# {self.title}", "", f"{self.source}.", "This page and its plots are written by"),
             *("", "```", str(facts["command"]), "```", "", "and never by hand.", ""),
             *((self.intro, "") if self.intro else ()),
-            *(RULES, criteria.in_words(facts.get("criteria"), self.claims), ""),
+            *(RULES, claim.criteria_in_words(facts.get("criteria"), self.claims), ""),
             *_verdicts(judged),
             *("## How it was measured", "", *self.setup(parts), ""),
             *(line for section in body[:: 1 if self.figures_last else -1] for line in section),
@@ -169,3 +206,75 @@ def missing(names: Sequence[str], parts: Sequence[str], results: Parts) -> list[
     """Returns the line that names runs, and those of `parts`, without results; none if there are none."""
     names = [*names, *(f"all of the part `{part}`" for part in parts if not results.get(part))]
     return [f"- Missing from this page: {', '.join(names)}."] if names else []
+
+
+_COLOURS = {
+    claim.HOLDS: panels.GREEN,
+    claim.FAILS: panels.RED,
+    claim.UNDECIDED: panels.ORANGE,
+    claim.NOT_MEASURED: panels.GREY,
+}
+_EFFECTS = (
+    "The effects that judge each claim: dots are seeds, lines are means with 95 % intervals, shaded is where the claim "
+    "holds; green holds, red fails, orange is undecided, grey gives no verdict"
+)
+_ROW, _HEAD = 0.24, 0.8  # inches
+
+
+def effects_figure(judged: Sequence[Claim]) -> Any:
+    """Returns the figure; None without effects that vary over seeds."""
+    shown = [(one, effects) for one in judged if (effects := _drawn(one))]
+    if not shown:
+        return None
+    heights = [
+        _HEAD + _ROW * sum(_label_lines(effect) for effect in effects) for _, effects in shown
+    ]
+    figure, every = panels.panels(1, (9.5, sum(heights)), rows=len(shown), heights=heights)
+    for axes, (one, effects) in zip(every, shown, strict=True):
+        _panel(axes, one, effects)
+    return figure
+
+
+def _drawn(one: Claim) -> list[Effect]:
+    return [effect for effect in one.effects if not effect.exact and effect.by_seed]
+
+
+def _label(effect: Effect) -> str:
+    return textwrap.fill(f"{effect.what} ({effect.where})", 62)
+
+
+def _label_lines(effect: Effect) -> int:
+    return _label(effect).count("\n") + 1
+
+
+def _panel(axes: Any, one: Claim, effects: Sequence[Effect]) -> None:
+    rows = [(_label(e), list(e.by_seed.values()), e.range, _COLOURS[e.verdict]) for e in effects]
+    panels.paired(axes, rows)
+    low, high = axes.get_xlim()
+    bounds = sorted({b for e in effects for b in (e.above, e.below) if np.isfinite(b)})
+    low, high = min([low, *bounds]), max([high, *bounds])
+    pad = 0.04 * (high - low)
+    axes.set_xlim(low - pad, high + pad)
+    for at, effect in enumerate(effects):
+        left, right = max(effect.above, low - pad), min(effect.below, high + pad)
+        axes.fill_betweenx([at - 0.45, at + 0.45], left, right, color=panels.GREEN, alpha=0.1, lw=0)
+        for bound in (effect.above, effect.below):
+            if np.isfinite(bound):
+                axes.plot([bound, bound], [at - 0.45, at + 0.45], color="black", lw=0.8, ls=":")
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x", alpha=0.25)
+    units = {effect.unit for effect in effects}
+    axes.set_xlabel(units.pop() if len(units) == 1 else "each in its own unit", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    title = textwrap.shorten(f"{one.name} {one.statement}", 100, placeholder=" …")
+    axes.set_title(" ", fontsize=9)  # room for the heading, which starts at the figure's left edge
+    heading = axes.annotate(
+        f"{title}: {one.verdict}",
+        (0.01, 1.0),
+        xycoords=("figure fraction", "axes fraction"),
+        xytext=(0, 5),
+        textcoords="offset points",
+        fontsize=9,
+        weight="bold" if one.required else "normal",
+    )
+    heading.set_in_layout(False)

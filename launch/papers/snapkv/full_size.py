@@ -3,7 +3,7 @@
 The model has the shape of the paper's LWM-Text-Chat-1M, which is Llama 2 7B's; weights are bfloat16.
 """
 
-from launch.papers.shared.full_size import Row, tokens
+from launch.aot.table_rows import Row, tokens
 
 _FILES = (
     *("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin"),

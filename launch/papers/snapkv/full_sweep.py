@@ -9,7 +9,7 @@ commands:
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 MODELS = (
     "LWM-Text-Chat-1M",
@@ -31,7 +31,7 @@ def get_config(data: str) -> ml_collections.ConfigDict:
     evaluations = {
         name: _longbench(f"{data}/eval", model_args(*policy)) for name, policy in POLICIES.items()
     }
-    return configs.config(arms, seeds=(0,), evaluations=evaluations)
+    return sweeps.config(arms, seeds=(0,), evaluations=evaluations)
 
 
 def _arm(model: str) -> str:
@@ -47,7 +47,7 @@ def model_args(policy: str, settings: dict) -> str:
 
 def _converted(checkpoint: str) -> dict:
     words = ("launch.convert", f"--from_hf={checkpoint}", "--to={run}")
-    return configs.made(*words, evaluations=tuple(POLICIES))
+    return sweeps.made(*words, evaluations=tuple(POLICIES))
 
 
 def _longbench(folder: str, arguments: str) -> dict:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.papers.shared import smollm2, sweeps
+from launch.papers.shared import sweeps
 from launch.papers.shared.sweeps import Stages
 
 TITLE = "SnapKV, 2404.14469"
@@ -134,7 +134,9 @@ def _needles(folder: pathlib.Path, stages: Stages) -> dict[str, Any]:
 
     directory = folder / "smollm2"
     if not directory.exists():
-        source = smollm2.weights(", or choose the other parts with --parts retrieval latency")
+        source = sweeps.smollm2_weights(
+            ", or choose the other parts with --parts retrieval latency"
+        )
         if convert.main([f"--from_gguf={source}", f"--to={directory}"]):
             raise ValueError(f"{source} was not converted; see above.")
     with _loaded(directory) as loaded:

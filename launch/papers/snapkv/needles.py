@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 from launch.papers.shared.sweeps import Stages
 from launch.papers.snapkv.haystacks import (
     DEPTHS,
@@ -65,7 +65,7 @@ class Grid:
     fifth: int
     others: Sequence[int] = ()
     names: Sequence[str] | None = None
-    seed: int = configs.FIRST_SEED + 1
+    seed: int = sweeps.FIRST_SEED + 1
 
 
 # The first chooses window and kernel, and judges nothing; the last has too few haystacks to judge, and is for the map of

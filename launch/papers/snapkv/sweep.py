@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from launch.papers.shared import configs
+from launch.papers.shared import sweeps
 
 GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 
@@ -63,7 +63,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     for name, phase in PHASES.items():
         arms[name] = _arm(phase, parent)
         parent = name
-    return configs.config(arms, seeds=configs.seeds(seeds, after=_CHOSE))
+    return sweeps.config(arms, seeds=sweeps.seeds(seeds, after=_CHOSE))
 
 
 def _arm(phase: Phase, parent: str | None) -> dict[str, Any]:
@@ -83,4 +83,4 @@ def _arm(phase: Phase, parent: str | None) -> dict[str, Any]:
         *(("INITIAL_SCOPE='phase'",) if parent else ()),
         *(falls if phase is PHASES[LAST] else ()),
     )
-    return configs.arm(GIN, bindings=bindings, parent=parent)
+    return sweeps.arm(GIN, bindings=bindings, parent=parent)

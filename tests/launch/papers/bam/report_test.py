@@ -10,8 +10,9 @@ from data.nexus import lag_domains
 from launch import environment, reproduce
 from launch.papers.bam import arms, claims, measure, page, sweep
 from launch.papers.bam.arms import Runs, long, matched
-from launch.papers.shared import domain_panels, loads, sweeps
+from launch.papers.shared import domain_panels, sweeps
 from launch.papers.shared import domains as domain_runs
+from launch.papers.shared import domains as shared_domains
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 DOMAINS = ("lag_general", "lag_4", "lag_7", "lag_11")
@@ -169,7 +170,7 @@ def test_a_mixture_without_loads_gives_no_verdict():
 
 def test_the_largest_load_of_a_layer_is_not_averaged_over_layers():
     table = np.array([[[0.25, 0.75], [0.75, 0.25]], [[0.95, 0.05], [0.99, 0.01]]])
-    np.testing.assert_allclose(loads.largest_loads(table), [0.5, 0.97])
+    np.testing.assert_allclose(shared_domains.largest_loads(table), [0.5, 0.97])
 
 
 def test_few_updates_allow_no_conclusion_beside_dense_training():

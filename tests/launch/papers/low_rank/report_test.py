@@ -10,7 +10,7 @@ import pytest
 from launch.config import gin_config
 from launch.papers.low_rank import measure, page, timing
 from launch.papers.low_rank import sweep as lm
-from launch.papers.shared import nulls
+from launch.papers.shared import claim as shared_claim
 from launch.sweeping import file
 
 SWEEP = "launch/papers/low_rank/sweep.py"
@@ -216,7 +216,7 @@ def test_shuffling_exchanges_the_times_of_a_round():
     shuffled = page.REPORT.shuffle(found, np.random.default_rng(0))["timing"]["seconds"]
     assert [sorted(x) for x in zip(*shuffled.values(), strict=True)] == [[1.0, 3.0], [2.0, 4.0]]
     rng = np.random.default_rng(0)
-    assert nulls.shuffle_arms({"lm": rows(seeds=1)}, rng)["lm"] != rows(seeds=1)
+    assert shared_claim.shuffle_arms({"lm": rows(seeds=1)}, rng)["lm"] != rows(seeds=1)
 
 
 def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):

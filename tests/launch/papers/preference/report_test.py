@@ -11,7 +11,7 @@ import pytest
 from data.preference import topic_language
 from launch.papers.preference import fits, measure, numbers, page, pairs, results, rule
 from launch.papers.preference.results import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
-from launch.papers.shared import claim
+from launch.papers.shared import claim as shared_claim
 from launch.sweeping import file
 from trainers.preference.indicators.alarm import StoppingRule
 
@@ -256,7 +256,7 @@ def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     assert "| P_win | 0.500 [0.500, 0.500] | 0.705 [" in text
     record = json.loads((tmp_path / "preference" / "results.json").read_text())
     assert [c["verdict"] for c in record["claims"]] == [c.verdict for c in written]
-    assert claim.record(page.REPORT.judge(record["measured"])) == record["claims"]
+    assert shared_claim.record(page.REPORT.judge(record["measured"])) == record["claims"]
 
 
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
@@ -282,7 +282,7 @@ def test_the_real_model_is_judged_by_the_rules_alone():
     found = judged({"smollm": real})
     measured = {name for name, one in found.items() if one.effects}
     assert measured == {"C9", "C10"}
-    assert found["C10"].verdict != claim.NOT_MEASURED
+    assert found["C10"].verdict != shared_claim.NOT_MEASURED
 
 
 def test_a_row_is_read_with_the_course_of_its_run(tmp_path):

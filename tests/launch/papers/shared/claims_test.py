@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from launch.papers.shared import claim, criteria, effects_figure, nulls
+from launch.papers.shared import claim, page
 from launch.papers.shared.claim import Claim, Effect
 from launch.papers.shared.results import Results, compare
 
@@ -174,7 +174,7 @@ def test_shuffled_arms_lose_their_differences_and_nothing_else():
     claims = [Claim("X", "", "", {"p": [compare("loss", ("a", "d"))]})]
     held = 0
     for draw in range(100):
-        shuffled = nulls.shuffle_arms({"p": rows}, np.random.default_rng(draw))["p"]
+        shuffled = claim.shuffle_arms({"p": rows}, np.random.default_rng(draw))["p"]
         assert sorted(r["loss"] for r in shuffled) == sorted(r["loss"] for r in rows)
         assert [(r["arm"], r["seed"]) for r in shuffled] == [(r["arm"], r["seed"]) for r in rows]
         (judged,) = claim.judge(claims, {"p": Runs(shuffled)}, {"p": "here"})
@@ -186,21 +186,23 @@ def test_shuffled_arms_lose_their_differences_and_nothing_else():
 def test_criteria_are_fixed_by_the_first_run_and_changes_are_named(tmp_path):
     early, late = (Claim("X1", "it is so", f"above {n}", {}) for n in (1, 2))
     folder = tmp_path / "runs"
-    criteria.fix(folder, [early])
-    fixed = criteria.fix(folder, [late])  # nothing has run yet
-    assert "before the first run" in criteria.in_words(fixed, [late])
-    assert "none has changed since" in criteria.in_words(fixed, [late])
+    claim.fix_criteria(folder, [early])
+    fixed = claim.fix_criteria(folder, [late])  # nothing has run yet
+    assert "before the first run" in claim.criteria_in_words(fixed, [late])
+    assert "none has changed since" in claim.criteria_in_words(fixed, [late])
     (folder / "run").mkdir()
-    fixed = criteria.fix(folder, [early])
-    assert "changed since: X1" in criteria.in_words(fixed, [early])
+    fixed = claim.fix_criteria(folder, [early])
+    assert "changed since: X1" in claim.criteria_in_words(fixed, [early])
     other = tmp_path / "other"
     (other / "run").mkdir(parents=True)
-    assert "after the first runs" in criteria.in_words(criteria.fix(other, [early]), [early])
+    assert "after the first runs" in claim.criteria_in_words(
+        claim.fix_criteria(other, [early]), [early]
+    )
 
 
 def test_the_figure_of_effects_has_a_panel_for_each_claim_that_has_some():
     measured = Claim("X1", "it is so", "", {}, by_part={"a": [effect([1.0, 2.0], above=0.0)] * 2})
-    drawn = effects_figure.figure([measured, Claim("X2", "it is not", "", {})])
+    drawn = page.effects_figure([measured, Claim("X2", "it is not", "", {})])
     (axes,) = drawn.axes
     assert "it is so: not measured" in axes.texts[0].get_text()
-    assert effects_figure.figure([Claim("X2", "it is not", "", {})]) is None
+    assert page.effects_figure([Claim("X2", "it is not", "", {})]) is None

@@ -1,9 +1,10 @@
 """The reproductions' own parts: intervals, stages, tables of results, and the papers that the command knows."""
 
 import numpy as np
+import pytest
 
 from launch import environment, papers, reproduce
-from launch.papers.shared import claim
+from launch.papers.shared import claim, page
 from launch.papers.shared.claim import Claim, Effect
 from launch.papers.shared.results import Results
 from launch.papers.shared.sweeps import Stages
@@ -20,6 +21,14 @@ def test_wilsons_interval_at_known_values():
 def test_a_ratio_is_of_sums():
     assert intervals.ratio([1, 3], [2, 2])["value"] == 1.0
     assert np.isnan(intervals.ratio([0, 0], [0, 0])["value"])
+
+
+def test_a_text_needs_a_value_for_each_slot_and_a_slot_for_each_value():
+    prose = page.Prose({"models": "- {count:,} models of width {width}"})
+    assert prose("models", count=1000, width=64) == "- 1,000 models of width 64"
+    for values in ({"count": 1}, {"count": 1, "width": 2, "depth": 3}):
+        with pytest.raises(ValueError, match=r"has the slots \['count', 'width'\]"):
+            prose("models", **values)
 
 
 def test_a_stage_is_measured_once_for_the_same_settings(tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.aot.chips import CHIPS, GIB
-from launch.papers.shared.full_size import Row
+from launch.aot.table_rows import Row
 
 TITLES = {
     "llama": "Llama 2 7B on every generation",

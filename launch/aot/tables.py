@@ -6,7 +6,7 @@
 
 Each row is compiled in a process of its own, one to six minutes on one core. Rows that docs/precompile_tables.json has from
 the same definition and compiler are not compiled again; a stopped command continues where it was. Rows are in
-launch/papers/*/full_size.py, with bounds of memory and of what is sent; a row that breaks them is named. A change of a row's
+ROWS of launch/papers/*/, with bounds of memory and of what is sent; a row that breaks them is named. A change of a row's
 gin files compiles it anew; after a change of model/ or trainers/, --again does.
 Exit status: 1 if a chosen row has no report.
 """
@@ -22,9 +22,8 @@ from typing import Any
 
 from espalier.common.bars import Bar
 from launch import cli, environment
-from launch.aot import tpu_topology
-from launch.papers.shared import full_size, precompile_page
-from launch.papers.shared.full_size import Row
+from launch.aot import table_rows, tables_page, tpu_topology
+from launch.aot.table_rows import Row
 
 DOCS = pathlib.Path(environment.ROOT, "docs")
 JSON, PAGE = "precompile_tables.json", "precompile_tables.md"
@@ -63,7 +62,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    tables = full_size.rows()
+    tables = table_rows.rows()
     chosen = _chosen(tables, flags.rows)
     if flags.list:
         for row in chosen:
@@ -75,7 +74,7 @@ def _run(flags: argparse.Namespace) -> int:
         if reason := tpu_topology.missing():
             raise tpu_topology.TopologyError(f"The tables need libtpu, but {reason}.")
         _compile(chosen, records, target, flags)
-    page = precompile_page.page(tables, records)
+    page = tables_page.page(tables, records)
     pathlib.Path(flags.out, PAGE).write_text(page, encoding="utf-8")
     return int(any(records.get(row.name, {}).get("report") is None for row in chosen))
 
@@ -135,7 +134,7 @@ def _compile(
             }
             os.makedirs(target.parent, exist_ok=True)
             precompile.write_json(target, {"rows": records})
-            line = precompile_page.summary(records[row.name])
+            line = tables_page.summary(records[row.name])
             progress.write(f"{row.name}: {line}, {outcome.seconds:.0f} s")
             for problem in row.broken(outcome.report) if outcome.report else ():
                 progress.write(f"{row.name} breaks what its row states: {problem}")

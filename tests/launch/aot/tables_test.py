@@ -5,11 +5,10 @@ import json
 
 import pytest
 
-from launch.aot import apart, tpu_topology
+from launch.aot import apart, table_rows, tables, tables_page, tpu_topology
 from launch.config import gin_config
-from launch.papers.shared import full_size, precompile_page, precompile_tables
 
-TABLES = full_size.rows()
+TABLES = table_rows.rows()
 ROWS = [row for table in TABLES.values() for row in table]
 BAM = next(row for row in ROWS if row.name == "bam_4x590m")
 UNUSED = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
@@ -28,7 +27,7 @@ def test_a_row_resolves_to_a_run_on_its_chips(row):
 
 
 def test_all_papers_and_sizes_have_rows():
-    assert set(TABLES) == set(precompile_page.TITLES)
+    assert set(TABLES) == set(tables_page.TITLES)
     names = {row.name for row in ROWS}
     assert {
         "code_mix_470m",
@@ -99,7 +98,7 @@ def fake(monkeypatch, outcome):
 
 
 def run(folder, *flags):
-    return precompile_tables.main([f"--out={folder}", *flags])
+    return tables.main([f"--out={folder}", *flags])
 
 
 def test_the_command_continues_and_says_what_failed(tmp_path, monkeypatch):
@@ -111,7 +110,7 @@ def test_the_command_continues_and_says_what_failed(tmp_path, monkeypatch):
     compiled = fake(monkeypatch, lambda n: outcomes[min(n, 3) - 1])
     chosen = ["--rows", "code_mix_2p8b", "code_mix_470m"]
     assert run(tmp_path, *chosen) == 1
-    page = (tmp_path / precompile_tables.PAGE).read_text()
+    page = (tmp_path / tables.PAGE).read_text()
     assert (
         "| 2.8B, pre-training, the paper's recipe (`code_mix_2p8b`) | v5e:16x16 | fsdp 4 x tensor 4,"
         in page
@@ -120,9 +119,9 @@ def test_the_command_continues_and_says_what_failed(tmp_path, monkeypatch):
     # The row without a report is compiled again, the other is not.
     assert run(tmp_path, *chosen) == 0
     assert [words[0] for words in compiled] == [compiled[0][0]] * 3 and len(compiled) == 3
-    assert "does not fit" in (tmp_path / precompile_tables.PAGE).read_text()
+    assert "does not fit" in (tmp_path / tables.PAGE).read_text()
     assert run(tmp_path, *chosen, "--again") == 0 and len(compiled) == 5
-    stored = json.loads((tmp_path / precompile_tables.JSON).read_text())["rows"]
+    stored = json.loads((tmp_path / tables.JSON).read_text())["rows"]
     assert "--topology=v5e:16x16" in stored["code_mix_470m"]["command"]
 
 
@@ -136,7 +135,7 @@ def test_a_row_of_another_compiler_is_compiled_again(tmp_path, monkeypatch):
 
 def cells_of_a_line(digest):
     row = BAM
-    page = precompile_page.page(
+    page = tables_page.page(
         {"bam": [row]}, {row.name: {"digest": digest, "report": report()}}
     ).splitlines()
     (line,) = [line for line in page if line.startswith("| BAM of four 590M")]
@@ -161,7 +160,7 @@ def test_a_line_of_the_page():
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
 def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, text):
     fake(monkeypatch, lambda n: apart.Outcome(report(), "", 1.0))
-    (tmp_path / precompile_tables.JSON).write_text(text)
+    (tmp_path / tables.JSON).write_text(text)
     assert run(tmp_path, "--rows", "dpo_8b") == 2
     assert "precompile_tables.json is not a file of reports" in capsys.readouterr().err
 
@@ -174,14 +173,14 @@ def test_an_unknown_row_is_named(tmp_path, capsys):
 
 
 def test_the_stored_page_is_that_of_the_stored_numbers():
-    records = precompile_tables.read(precompile_tables.DOCS / precompile_tables.JSON)
-    page = (precompile_tables.DOCS / precompile_tables.PAGE).read_text(encoding="utf-8")
-    assert records and page == precompile_page.page(TABLES, records)
+    records = tables.read(tables.DOCS / tables.JSON)
+    page = (tables.DOCS / tables.PAGE).read_text(encoding="utf-8")
+    assert records and page == tables_page.page(TABLES, records)
     assert set(records) <= {row.name for row in ROWS}
 
 
 def test_stored_rows_are_what_their_rows_state():
-    records = precompile_tables.read(precompile_tables.DOCS / precompile_tables.JSON)
+    records = tables.read(tables.DOCS / tables.JSON)
     by_name = {row.name: row for row in ROWS}
     reports = {name: record["report"] for name, record in records.items() if record["report"]}
     assert reports and not {n: b for n, one in reports.items() if (b := by_name[n].broken(one))}

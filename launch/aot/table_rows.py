@@ -1,7 +1,7 @@
 """Full-size configurations of the papers that `precompile tables` compiles for absent TPUs.
 
-Each paper lists its own in `full_size.py` of its folder, as ROWS. Llama 2 7B, which several papers use, is here, on each
-generation of chips.
+Each paper lists its own as ROWS in a file of its folder. Llama 2 7B, which several papers use, is here, on each generation of
+chips.
 """
 
 import dataclasses
@@ -128,9 +128,8 @@ def rows() -> dict[str, tuple[Row, ...]]:
       ValueError: a name that two rows have.
     """
     tables: dict[str, tuple[Row, ...]] = {"llama": LLAMA_ROWS}
-    for paper in cli.papers_with("full_size"):
-        if paper != "shared":
-            tables[paper] = importlib.import_module(f"launch.papers.{paper}.full_size").ROWS
+    for paper, module in cli.papers_with(r"^ROWS\b"):
+        tables[paper] = importlib.import_module(module).ROWS
     names = [row.name for table in tables.values() for row in table]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"launch/papers/*/full_size.py has several rows named {sorted(twice)}.")
