@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import pathlib
 import time
-from collections.abc import Sequence
 
 from launch import cli
 from launch.attribution import factors as factor_files
@@ -29,20 +28,6 @@ from trainers.influence.settings import FitSettings
 RANKED = 64  # first documents that the table of dampings ranks
 _SETTINGS = ("length", "batch_size", "sweep_documents")
 _SOURCE = inputs.Source(max_documents=100_000)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="influence fit",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=load_run.default_files,
-        unused={"VOCABULARY": "None"},
-        argv=argv,
-    )
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +147,8 @@ def fit(
         for line in sweep.table(recalls, len(ranked)):
             print(line)
 
+
+main = load_run.command(__doc__, "influence fit", _run, _add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

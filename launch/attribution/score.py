@@ -32,20 +32,6 @@ _FILES = ("factors", "queries", "out")
 _SIZES = ("top", "length", "batch_size")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="influence score",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=_default_files,
-        unused={"VOCABULARY": "None"},
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     cli.take_addresses(parser, "factors", "query_checkpoint", "queries", "documents", "out")
     group = parser.add_argument_group("influence")
@@ -211,6 +197,8 @@ def _write(
                 pushed = time.monotonic()
     return count
 
+
+main = load_run.command(__doc__, "influence score", _run, _add_flags, files=_default_files)
 
 if __name__ == "__main__":
     raise SystemExit(main())
