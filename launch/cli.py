@@ -1,8 +1,8 @@
 """The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
 A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
-help text, with an example that can be run. Its function `main(argv=None)` returns the exit status of `main` or
-`run_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
+help text, with an example that can be run. Its function `main(argv=None)` returns the exit status, and is made by
+`command` or `gin_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
 starts with the environment variables that are set here.
 """
 
@@ -42,6 +42,7 @@ _ADDRESS_FLAGS = (
     "base",
     "adapter",
 )
+Main = Callable[[Sequence[str] | None], int]  # of a module, called with arguments or with none
 _by_console = False  # whether the script `espalier` started this process
 
 environment.check_command()  # before the command's module imports the packages
@@ -179,6 +180,42 @@ def run_command(
             return work(flags)
 
     return status_of(call)
+
+
+def gin_command(doc: str, entry: str, **options: Any) -> Main:
+    """Returns the function `main` of a module whose command gin configures; arguments as of `main`."""
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        return main(doc, entry, argv=argv, **options)
+
+    return run
+
+
+def command(
+    doc: str,
+    name: str,
+    work: Callable[..., Any],
+    *,
+    add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    **options: Any,
+) -> Main:
+    """Returns the function `main` of a module whose command has no gin configuration; arguments as of `run_command`.
+
+    Without `add_flags`, `work` is a keyword-only function, and its parameters are the flags (launch/config/setting_flags.py).
+    """
+    from launch.config import setting_flags
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        if add_flags is not None:
+            return run_command(doc, name, work, add_flags=add_flags, argv=argv, **options)
+        return run_command(
+            *(doc, name, lambda flags: work(**setting_flags.given(flags, work))),
+            add_flags=lambda parser: setting_flags.add(parser, work),
+            argv=argv,
+            **options,
+        )
+
+    return run
 
 
 @contextlib.contextmanager

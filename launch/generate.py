@@ -48,20 +48,6 @@ _ROWS = 8  # of a batch
 _EARLY = {"true": True, "false": False, "never": "never"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="generate",
-        extra_flags=add_flags,
-        run=run,
-        default_files=load_run.default_files,
-        unused={"VOCABULARY": "None"},
-        argv=argv,
-    )
-
-
 def run(start: cli.Start) -> None:
     """Generates with the settings of the flags; raises LoadError if they exclude each other."""
     flags = start.flags
@@ -269,6 +255,8 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
         settings[name] = value
     return settings
 
+
+main = load_run.command(__doc__, "generate", run, add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,18 +10,13 @@ A restarted command resumes. Example:
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from launch import cli
 
 ARMS = ("text", "balanced", "code_then_text")
 PROMPTS = ("The ", "def ")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "quickstart", _compare, add_flags=_add_flags, argv=argv)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +75,8 @@ def _samples(directory: str) -> list[tuple[str, str]]:
     )
     return [(row["prompt"], row["text"]) for row in rows]
 
+
+main = cli.command(__doc__, "quickstart", _compare, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

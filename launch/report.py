@@ -33,11 +33,6 @@ from trainers.telemetry.metric_writers import jsonable
 _REPRODUCTIONS, _SCORECARD = "docs/reproductions", "docs/scorecard.md"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "report", _run, add_flags=_add_flags, argv=argv)
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", nargs="+", metavar="DIR", help="run directories")
@@ -154,6 +149,8 @@ def _write_json(out: str | os.PathLike, results: Any) -> pathlib.Path:
     (folder / "report.json").write_text(json.dumps(jsonable(results), indent=1) + "\n")
     return folder
 
+
+main = cli.command(__doc__, "report", _run, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -15,25 +15,9 @@ each, with its "adapter". Finished rows are in y.jsonl.partial until all are fin
 device gets each row at once.
 """
 
-from collections.abc import Sequence
-
 from launch import cli
 from launch.config import setting_flags
 from launch.run import load_run
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="score",
-        extra_flags=load_run.add_row_flags,
-        run=_run,
-        default_files=load_run.default_files,
-        unused={"VOCABULARY": "None"},
-        argv=argv,
-    )
 
 
 def _run(start: cli.Start) -> None:
@@ -41,6 +25,8 @@ def _run(start: cli.Start) -> None:
 
     score.score(start(), **setting_flags.given(start.flags, score.score))
 
+
+main = load_run.command(__doc__, "score", _run, load_run.add_row_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

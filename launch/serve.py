@@ -21,7 +21,6 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
 
 from espalier.common import stages
 from launch import cli
@@ -34,20 +33,6 @@ _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 class ServeError(ValueError):
     """A server that cannot start."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="serve",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=load_run.default_files,
-        unused={"VOCABULARY": "None"},
-        argv=argv,
-    )
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +124,8 @@ def key_of(path: str) -> str:
         )
     return text
 
+
+main = load_run.command(__doc__, "serve", _run, _add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.common import stages
 from launch import cli
-from launch.config import setting_flags
 
 if TYPE_CHECKING:
     from launch.cluster.base import Submitter
@@ -38,18 +37,6 @@ def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
     from launch.sweeping import results
 
     return results.read_results(path)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__,
-        "sweep",
-        lambda flags: run_sweep(**vars(flags)),
-        add_flags=lambda parser: setting_flags.add(parser, run_sweep),
-        huge_pages=False,
-        argv=argv,
-    )
 
 
 def run_sweep(
@@ -279,6 +266,8 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     if changed:
         print(f"\nwith another configuration than in {folder.path}: {', '.join(changed)}")
 
+
+main = cli.command(__doc__, "sweep", run_sweep, huge_pages=False)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,7 +1,6 @@
 """What a report needs of the scored documents: texts, sources, and the documents in which patterns occur."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -36,11 +35,9 @@ class Corpus:
 def check_same(path: str, recorded: Mapping[str, Any], flag: str) -> None:
     """Raises RowFileError if a file is not the one that was scored."""
     try:
-        local = row_files.local(path, flag)
+        digest = inputs.digest(path, flag)
     except RowFileError as error:
         raise RowFileError(f"{error} If it was moved, give its new place with --{flag}.") from None
-    with open(local, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != recorded["sha256"]:
         raise RowFileError(
             f"--{flag}={path} has changed since it was scored: give the file that was scored, or score again with another "

@@ -10,7 +10,7 @@ from launch.run.load_run import LoadError
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"
-FITTED = ("ekfac", "kfac", "ekfac_cg")  # methods that need factors
+SAMPLED = 1024  # first documents of the fit that the folder has, for `ekfac_cg`
 _MAX_BYTES = 64 << 20
 
 

@@ -5,13 +5,14 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from data.text import documents as document_files
 from espalier.common import spelling
 from espalier.common.storage import paths
 from launch.attribution.analyses import labels
+from launch.config.setting_flags import File
 from launch.inference import row_files
 from launch.inference.generate import with_prompt_key
 from launch.inference.score import scored_row
@@ -87,6 +88,48 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
     return query
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which documents are read.
+
+    Attributes:
+      documents: JSON lines, also .gz and .zst.
+      mixture: SeqIO mixture or task, in place of a file.
+      split: split of the mixture.
+      module: module to import that registers mixtures; repeatable.
+      max_documents: number of first documents that are read; all if not set.
+    """
+
+    documents: File | None = None
+    mixture: str | None = None
+    split: str = "train"
+    module: Sequence[str] = ()
+    max_documents: int | None = None
+
+    def of(self, run: LoadedRun, length: int) -> "Documents":
+        """Returns the documents as a model reads them, at most `length` tokens of each."""
+        return Documents(
+            **{"run": run, "length": length, "path": self.documents, "mixture": self.mixture},
+            **{"split": self.split, "limit": self.max_documents},
+        )
+
+    def import_mixtures(self) -> None:
+        """Imports the modules of a mixture; raises LoadError for settings of a mixture without one."""
+        if self.mixture is None:
+            for name, is_set in (("module", self.module), ("split", self.split != "train")):
+                if is_set:
+                    raise LoadError(
+                        f"--{name} is of a mixture: add --mixture=NAME, or remove --{name}."
+                    )
+            return
+        from data import cpu_tensorflow
+        from data.text import user_data
+
+        cpu_tensorflow.load()
+        for module in self.module:
+            user_data.import_mixtures(module=module)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Documents:
     """Documents that are read from the first on at each iteration: of a file, or of a SeqIO mixture.
@@ -149,9 +192,8 @@ class Documents:
     def record(self) -> dict[str, Any]:
         """Returns what identifies the documents: the digest of the file, or of the tokens of a mixture, which are read once."""
         if self.path is not None:
-            with open(self._file, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"path": paths.absolute(self.path), "sha256": digest, "limit": self.limit}
+            own = digest(self.path, "documents")
+            return {"path": paths.absolute(self.path), "sha256": own, "limit": self.limit}
         tokens = hashlib.sha256()
         for row in self:
             tokens.update(_content(row))
@@ -290,6 +332,12 @@ def texts(run: LoadedRun, row: Row) -> list[str]:
 def write_sample(path: pathlib.Path, rows: list[Row]) -> None:
     """Writes the first documents that factors were fitted on, which refinements and measurements use."""
     path.write_text(json.dumps([dataclasses.asdict(row) for row in rows]) + "\n")
+
+
+def digest(path: str, flag: str) -> str:
+    """Returns the SHA-256 of a file that a flag names."""
+    with open(row_files.local(path, flag), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sample(path: pathlib.Path) -> list[Row]:

@@ -29,13 +29,6 @@ LEAST_NATS = 0.1
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__, "influence report", _run, add_flags=_add_flags, huge_pages=False, argv=argv
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     cli.take_addresses(parser, "scores", "queries", "documents", "beside", "out")
     parser.add_argument("--scores", required=True, metavar="FILE", help="that `score` wrote")
@@ -239,6 +232,8 @@ def _identity(value: Any) -> Any:
     """Returns what identifies recorded files, wherever they are."""
     return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
 
+
+main = cli.command(__doc__, "influence report", _run, add_flags=_add_flags, huge_pages=False)
 
 if __name__ == "__main__":
     raise SystemExit(main())

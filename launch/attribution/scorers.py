@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from launch.attribution import factors as factor_files
-from launch.attribution import inputs
+from launch.attribution import inputs, methods
 from launch.run import run_model
-from launch.run.load_run import LoadedRun, LoadError, RunConfig
-from trainers.influence import conjugate, documents, files, kronecker, projections, queries, scores
+from launch.run.load_run import LoadError
+from trainers.influence import documents, files, queries, scores
 from trainers.influence import fit as stages
 from trainers.influence import sites as site_list
 from trainers.influence.token_scores import concentration, is_spurious, output_token_scores
@@ -27,43 +27,33 @@ _COMPARED = 64  # sample documents over which compressed and whole gradients are
 class Gradients:
     """Scores by gradients: the queries' are prepared, then documents stream once."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        run: LoadedRun,
-        rows: Sequence[Any],
-        source: inputs.Documents,
-        *,
-        checkpoint: str,
-        factors: str | None,
-        record: Mapping[str, Any] | None,
-        modules: Sequence[str] | None,
-        settings: Mapping[str, Any],
-        batch_size: int,
-        params: str,
-    ):
-        self.config, self.run, self.rows, self.source = config, run, rows, source
-        self.settings, self.factors, self.params = settings, factors, params
+    def __init__(self, method: methods.Gradients, scan: methods.Scan):
+        self.method, self.scan, self.source = method, scan, scan.source
+        run, fitted = scan.run, scan.fitted
         digest = files.model_digest(run.params)
-        if record is not None and factors is not None:
-            factor_files.check_model(factors, record, digest, checkpoint)
-        fitted = record["settings"]["modules"] if record is not None else ["mlp"]
-        self.sites = site_list.select(run.model, run.params, tuple(modules or fitted))
-        lacking = sorted(set(self.sites) - set(record["sites"])) if record is not None else []
-        if lacking and settings["method"] in factor_files.FITTED:
+        if fitted is not None and scan.factors is not None:
+            factor_files.check_model(scan.factors, fitted, digest, scan.checkpoint)
+        names = fitted["settings"]["modules"] if fitted is not None else ["mlp"]
+        self.sites = site_list.select(run.model, run.params, tuple(method.modules or names))
+        lacking = sorted(set(self.sites) - set(fitted["sites"])) if fitted is not None else []
+        if lacking and method.needs_factors:
             raise LoadError(
-                f"--modules chooses {lacking[0]}, which --factors={factors} lack: they have {', '.join(fitted)}."
+                f"--modules chooses {lacking[0]}, which --factors={scan.factors} lack: they have {', '.join(names)}."
             )
         self.dtype = "float32"
-        if record is not None and record["settings"]["factor_dtype"] == "float64":
+        if fitted is not None and fitted["settings"]["factor_dtype"] == "float64":
             self.dtype = "float64"
             factor_files.check_float64(self.dtype)
-        # Raises before any work.
-        self.damping = kronecker.Damping(settings["damping"], settings["damping_kind"])
         self.reader = stages.Reader(
-            model=run.model, params=run.params, batch_size=batch_size, sharding=run.row_sharding
+            model=run.model,
+            params=run.params,
+            batch_size=scan.batch_size,
+            sharding=run.row_sharding,
         )
-        self.record = {"model": digest, "sites": sorted(self.sites), "factors": factors and record}
+        self.record = {
+            **{"model": digest, "sites": sorted(self.sites)},
+            "factors": scan.factors and fitted,
+        }
         self.queries: Any = None
 
     def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
@@ -71,31 +61,29 @@ class Gradients:
         if files.exists(folder):
             self.queries, _ = queries.load(folder)
             return
-        sample = inputs.read_sample(factor_files.local(self.factors or "") / factor_files.SAMPLE)
         with self._query_reader() as reader:
-            precondition, refine = self._curvature(reader, sample)
             self.queries = queries.prepare(
-                *(reader, self.sites, self.rows, precondition),
-                rank=self.settings["rank"] or None,
-                store_dtype=self.settings["query_dtype"],
+                *(reader, self.sites, self.scan.rows),
+                **self.method.preconditioned(self, reader),
+                rank=self.method.rank or None,
+                store_dtype=self.method.query_dtype,
                 dtype=self.dtype,
-                sample=sample[:_COMPARED],
+                sample=self.scan.sample()[:_COMPARED],
                 of_sample=self.reader,
-                refine=refine,
             )
         queries.save(folder, self.queries, record)
 
     @contextlib.contextmanager
     def _query_reader(self) -> Iterator[Any]:
         """The reader of the queries' model."""
-        other = self.settings["query_checkpoint"]
+        other = self.method.query_checkpoint
         if other is None:
             yield self.reader
             return
         config = dataclasses.replace(
-            self.config, model=run_model.of_checkpoint(other, macro="query_checkpoint")
+            self.scan.config, model=run_model.of_checkpoint(other, macro="query_checkpoint")
         )
-        with config.load(other, params=self.params, encoder_decoders=True) as run:
+        with config.load(other, params=self.scan.params, encoder_decoders=True) as run:
             sites, _ = site_list.discover(run.model, run.params)
             for path, site in self.sites.items():
                 if sites.get(path) != site:
@@ -106,59 +94,13 @@ class Gradients:
                     )
             yield dataclasses.replace(self.reader, model=run.model, params=run.params)
 
-    def _curvature(self, reader: Any, sample: Sequence[Any]) -> tuple[Any, Any]:
-        """Returns what preconditions a batch of gradients, and what refines the gradients of one query."""
-        method = self.settings["method"]
-        if method == "trak":
-            return self._projected(), None
-        if method not in factor_files.FITTED:
-            return None, None
-        strategy = "kfac" if method == "kfac" else "ekfac"
-        curvature = stages.read_curvature(
-            *(factor_files.local(self.factors or ""), self.sites, strategy, self.damping),
-            reader=reader,
-            precision=self.settings["precision"],
-        )
-        if method != "ekfac_cg":
-            return curvature, None
-        rows = [row for row in sample if row.targets][: self.settings["cg_documents"]]
-        if not rows:
-            raise LoadError(
-                f"--factors={self.factors} have no documents for ekfac_cg: fit them again."
-            )
-        product = conjugate.over(
-            conjugate.gauss_newton(self.run.model, self.sites, self.settings["precision"]),
-            self.run.params,
-            [
-                (len(indices), self.reader.place(arrays))
-                for indices, arrays in self.reader.batches(rows, 0)
-            ],
-        )
-
-        def refine(q: Any) -> tuple[Any, Any]:
-            steps = self.settings["cg_steps"]
-            solution = conjugate.solve(product, curvature, q, steps=steps)
-            return solution.x, {**solution.note, "documents": len(rows)}
-
-        return None, refine
-
-    def _projected(self) -> projections.ProjectedCurvature:
-        """Returns the inverse of the second moment of all documents' projected gradients, from a pass of its own."""
-        own = projections.projections(self.sites, self.settings["projection"])
-        moment = projections.second_moment(
-            *(self.reader, self.sites, own, self.source),
-            total=self.source.count(),
-            dtype=self.dtype,
-        )
-        return projections.ProjectedCurvature.of(self.sites, own, moment, self.damping)
-
     def stream(self, skip: int) -> Iterator[dict[str, Any]]:
         scored = scores.score(
             *(self.reader, self.sites, self.queries),
             itertools.islice(iter(self.source), skip, None),
             first=skip,
-            per_layer=self.settings["per_layer"],
-            cosine=self.settings["method"] == "cosine",
+            per_layer=self.method.per_layer,
+            cosine=self.method.normalised,
             total=self.source.count(),
             dtype=self.dtype,
         )
@@ -189,9 +131,9 @@ class Gradients:
         """
         needed = {index for chosen in wanted for index in chosen}
         rows = {i: row for i, row in enumerate(self.source) if i in needed}
-        norms = self._norms(rows) if self.settings["method"] == "cosine" else None
-        influence = output_token_scores(self.run.model, self.sites)
-        size = self.run.batch_size(1, 1)
+        norms = self._norms(rows) if self.method.normalised else None
+        influence = output_token_scores(self.scan.run.model, self.sites)
+        size = self.scan.run.batch_size(1, 1)
         for q, chosen in enumerate(wanted):
             direction = {
                 path: queries.whole(
@@ -207,9 +149,9 @@ class Gradients:
                 row = rows[index]
                 if not row.targets:
                     continue
-                length = documents.bucket_length(row.inputs, limit=self.run.model.max_length)
+                length = documents.bucket_length(row.inputs, limit=self.scan.run.model.max_length)
                 arrays = self.reader.place(documents.columns([row], [index], size, length))
-                values = np.asarray(influence(self.run.params, arrays, direction))[0]
+                values = np.asarray(influence(self.scan.run.params, arrays, direction))[0]
                 first = len(row.context) - 1
                 own = values[first : first + len(row.targets)]
                 if norms is not None:  # a cosine's tokens add up to the cosine
@@ -218,7 +160,7 @@ class Gradients:
                     "query": q,
                     "document": index,
                     "tokens": [*row.targets],
-                    "texts": inputs.texts(self.run, row),
+                    "texts": inputs.texts(self.scan.run, row),
                     "scores": own.tolist(),
                     "concentration": concentration(own),
                     "spurious": is_spurious(own),

@@ -5,7 +5,7 @@ Shapes: N documents, Q queries, D width.
 
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from espalier.common.bars import Bar
 from launch.attribution import inputs
 from launch.run.load_run import LoadedRun, LoadError
-from trainers.influence import documents, files, lexical, queries
+from trainers.influence import documents, files, queries
 from trainers.scoring.scoring import MeanStates, Row
 
 
@@ -26,8 +26,8 @@ def _save(folder: pathlib.Path, own: Any, count: int, record: Mapping[str, Any])
 class Lexical:
     """Scores by the tokens that a query shares with a document; all documents are read at once."""
 
-    def __init__(self, method: str, rows: Sequence[Row], source: inputs.Documents):
-        self.method, self.rows, self.source = method, rows, source
+    def __init__(self, score: Callable[..., Any], rows: Sequence[Row], source: Iterable[Row]):
+        self.score, self.rows, self.source = score, rows, source
         self.record: dict[str, Any] = {}
 
     def prepare(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Lexical:
             for rows in (self.source, self.rows)
         )
         try:
-            scores = (lexical.bm25 if self.method == "bm25" else lexical.tfidf)(wanted, texts)
+            scores = self.score(wanted, texts)
         except ImportError:
             raise LoadError(
                 "--method=bm25 needs bm25s: pip install 'espalier-lm[influence]'."
@@ -63,14 +63,13 @@ class Embeddings:
         source: inputs.Documents,
         *,
         batch_size: int,
-        digest: str,
     ):
         if run.encodes:
             raise LoadError(
                 "--method=embedding reads decoder-only models: choose another method for this encoder-decoder."
             )
         self.rows, self.source, self.batch_size = rows, source, batch_size
-        self.record = {"model": digest}
+        self.record = {"model": files.model_digest(run.params)}
         self._limit = run.model.max_length
         self._means = MeanStates(
             run.model, run.params, batch_size=batch_size, sharding=run.row_sharding

@@ -12,8 +12,12 @@ import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+# Texts that a help text shows as more than TEXT; `cli` looks at paths.
+File = Annotated[str, "FILE"]
+Folder = Annotated[str, "DIR"]
+Names = Annotated[Sequence[str], "NAME,NAME"]  # one flag with commas
 REQUIRED = inspect.Parameter.empty
 _METAVARS = {int: "N", float: "X", str: "TEXT", pathlib.Path: "PATH", bool: None}
 
@@ -27,12 +31,14 @@ class Setting:
       optional: whether it may be None.
       default: its default; REQUIRED if it has none.
       text: its text in the docstring, under "Attributes:" or "Args:".
+      metavar: what a help text shows for its value; None for a flag without a value.
     """
 
     kind: Any
     optional: bool
     default: Any
     text: str
+    metavar: str | None
 
 
 def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, Setting]:
@@ -40,8 +46,8 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
 
     Args:
       target: a dataclass or function with parameters of type int, float, str, Path, bool, Literal, Sequence (of values of a
-        repeatable flag), or one of these or None. An instance of a dataclass means its class with the instance's
-        values as defaults.
+        repeatable flag), or one of these or None; File, Folder and Names of this module are for str and Sequence. An
+        instance of a dataclass means its class with the instance's values as defaults.
       names: names of the parameters to return, in this order; None for all.
 
     Raises:
@@ -50,7 +56,8 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
     defaults: Mapping[str, Any] = {}
     if dataclasses.is_dataclass(target) and not inspect.isclass(target):
         defaults, target = vars(target), type(target)
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hinted = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(hinted, include_extras=True)
     parameters, texts = inspect.signature(target).parameters, _texts(target)
     result = {}
     for name in names or parameters:
@@ -58,25 +65,30 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
         optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
         if optional:
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        metavar = None
+        if typing.get_origin(kind) is Annotated:
+            kind, metavar = typing.get_args(kind)
         if name not in texts or (
             kind not in _METAVARS and typing.get_origin(kind) not in (Literal, Sequence)
         ):
             raise TypeError(f"{target.__qualname__}.{name}: {kind} with text {texts.get(name)!r}")
         default = defaults.get(name, parameters[name].default)
-        result[name] = Setting(kind, optional, default, texts[name])
+        metavar = metavar or _METAVARS.get(kind)
+        result[name] = Setting(kind, optional, default, texts[name], metavar)
     return result
 
 
 def _texts(target: Any) -> dict[str, str]:
-    """Returns the texts under "Args:" or "Attributes:" of a docstring, by parameter."""
-    doc = f"{inspect.getdoc(target)}\n"
-    section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.MULTILINE)
+    """Returns the texts under "Args:" or "Attributes:" of a docstring, of a class also of its bases, by parameter."""
+    documented = reversed(target.__mro__) if inspect.isclass(target) else [target]
     entry = re.compile(r"^  (\w+(?:, \w+)*): (.*(?:\n {4}.*)*)", re.MULTILINE)
-    return {
-        name: " ".join(text.split()).removesuffix(".")
-        for names, text in entry.findall(section[1] if section else "")
-        for name in names.split(", ")
-    }
+    result = {}
+    for one in documented:
+        doc = f"{inspect.getdoc(one)}\n"
+        section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.MULTILINE)
+        for names, text in entry.findall(section[1] if section else ""):
+            result |= dict.fromkeys(names.split(", "), " ".join(text.split()).removesuffix("."))
+    return result
 
 
 def add(
@@ -93,8 +105,9 @@ def add(
     """
     for name, setting in settings_of(target, names).items():
         text = setting.text.replace("%", "%%")
-        if setting.default not in (None, REQUIRED, "") and setting.default is not False:
-            text += f" (default {setting.default})"
+        if setting.default not in (None, REQUIRED, "", ()) and setting.default is not False:
+            default = setting.default
+            text += f" (default {','.join(default) if isinstance(default, tuple) else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
@@ -102,9 +115,12 @@ def add(
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:
             (kind,) = typing.get_args(setting.kind)
-            options |= {"action": "append", "type": kind, "metavar": _METAVARS[kind]}
+            if setting.metavar is None:
+                options |= {"action": "append", "type": kind, "metavar": _METAVARS[kind]}
+            else:
+                options |= {"type": lambda text: text.split(","), "metavar": setting.metavar}
         else:
-            options |= {"type": setting.kind, "metavar": _METAVARS[setting.kind]}
+            options |= {"type": setting.kind, "metavar": setting.metavar}
         if setting.default is REQUIRED:
             options["required"] = not optional
         group.add_argument(f"--{name}", **options)

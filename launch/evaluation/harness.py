@@ -61,11 +61,6 @@ class SuiteFlags:
     samples: str | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "evaluate harness", _run, add_flags=_add_flags, argv=argv)
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     group = parser.add_argument_group("evaluation")
@@ -293,6 +288,8 @@ def _print(suite: "Suite", by_benchmark: Mapping[str, float], details: Mapping[s
         last = group
     Console(soft_wrap=False).print(table)
 
+
+main = cli.command(__doc__, "evaluate harness", _run, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

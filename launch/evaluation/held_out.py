@@ -27,21 +27,6 @@ GIN = "t5x_configs/runs/evaluate.gin"
 _COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.evaluation.held_out:evaluate",
-        command="evaluate loss",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=lambda flags: load_run.whole_files(
-            flags.checkpoint, flags.gin_file, trust_config=flags.trust_config, own=GIN
-        ),
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     load_run.add_trust_flag(group)
@@ -184,6 +169,10 @@ def _cell(name: str, value: float | None) -> str:
         return "-"
     return f"{value:,.0f}" if name == "tokens" else f"{value:.4f}"
 
+
+main = load_run.trusting_command(
+    __doc__, "evaluate loss", _run, _add_flags, entry="launch.evaluation.held_out:evaluate", own=GIN
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,15 +10,13 @@ fences and addresses are not judged; of a short text its script is. The detector
 the scripts of letters, so that it does not tell languages of one script apart.
 """
 
-import argparse
 import collections
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from data.languages import identify
 from launch import cli
-from launch.config import setting_flags
 from launch.inference import row_files
 
 EXAMPLE = '{"text": "...", "language": "cs"}'
@@ -26,21 +24,6 @@ EXAMPLE = '{"text": "...", "language": "cs"}'
 
 class LanguageError(ValueError):
     """Rows that cannot be checked."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__,
-        "evaluate language",
-        _run,
-        add_flags=lambda parser: setting_flags.add(parser, evaluate),
-        argv=argv,
-    )
-
-
-def _run(flags: argparse.Namespace) -> None:
-    evaluate(**setting_flags.given(flags, evaluate))
 
 
 def evaluate(
@@ -158,6 +141,8 @@ def _table(results: Mapping[str, Any]) -> str:
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
+
+main = cli.command(__doc__, "evaluate language", evaluate)
 
 if __name__ == "__main__":
     raise SystemExit(main())

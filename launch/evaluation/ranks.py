@@ -24,21 +24,6 @@ from launch.run.load_run import LoadError, RunConfig
 GIN = "t5x_configs/runs/evaluate_ranks.gin"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.evaluation.ranks:evaluate",
-        command="evaluate ranks",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=lambda flags: load_run.whole_files(
-            flags.checkpoint, flags.gin_file, trust_config=flags.trust_config, own=GIN
-        ),
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     load_run.add_adapter_flag(group)
@@ -184,6 +169,10 @@ def _table(results: Mapping[str, Any]) -> str:
     ]
     return "\n".join(lines)
 
+
+main = load_run.trusting_command(
+    __doc__, "evaluate ranks", _run, _add_flags, entry="launch.evaluation.ranks:evaluate", own=GIN
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -34,21 +34,6 @@ Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer
 _DOMAINS = re.compile(r"(ema_params|params)/(layers/block_(\d+)/mlp/router)/domains")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.evaluation.held_out:evaluate",  # which reads the same model and data
-        command="evaluate routing",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=lambda flags: load_run.whole_files(
-            flags.checkpoint, flags.gin_file, trust_config=flags.trust_config, own=held_out.GIN
-        ),
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_trust_flag(load_run.add_flags(parser))
     parser.add_argument(
@@ -351,6 +336,15 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
     drawn.suptitle("share of first choices", fontsize=10)
     return drawn
 
+
+main = load_run.trusting_command(
+    __doc__,
+    "evaluate routing",
+    _run,
+    _add_flags,
+    entry="launch.evaluation.held_out:evaluate",  # which reads the same model and data
+    own=held_out.GIN,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

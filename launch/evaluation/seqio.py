@@ -24,20 +24,6 @@ from launch.run import load_run, side_by_side
 from launch.run.load_run import LoadError, RunConfig
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="evaluate seqio",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=load_run.default_files,
-        unused={"VOCABULARY": "None"},
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_adapter_flag(load_run.add_flags(parser))
     group = parser.add_argument_group("tasks")
@@ -171,6 +157,8 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"  {name}: {shown}")
     return "\n".join(lines)
 
+
+main = load_run.command(__doc__, "evaluate seqio", _run, _add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -42,21 +42,6 @@ JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 LANGUAGES_PLOT = "languages.png"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    settings = "\n".join(f"  {line}" for line in spec.help_text().splitlines())
-    return cli.main(
-        f"{__doc__}{settings}\n",
-        entry="launch.run.load_run:RunConfig",
-        command="evaluate win_rate",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=_default_files,
-        unused={"MODEL": "None", "VOCABULARY": "None"},
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
     group = parser.add_argument_group("answers, rows of launch.generate")
@@ -189,6 +174,13 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
     print(f"{tally}; {folder / SUMMARY}", file=sys.stderr)
     return summary
 
+
+_KINDS = "\n".join(f"  {line}" for line in spec.help_text().splitlines())
+main = load_run.command(
+    *(f"{__doc__}{_KINDS}\n", "evaluate win_rate", _run, _add_flags),
+    files=_default_files,
+    without_model=True,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

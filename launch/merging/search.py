@@ -16,16 +16,10 @@ All models are in memory at once.
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 
 from launch import cli
 from launch.config import setting_flags
 from launch.merging.search_flags import SearchFlags
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "merge search", _run, add_flags=_add_flags, argv=argv)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +35,8 @@ def _run(flags: argparse.Namespace) -> None:
 
     print("\n".join(search_run.run(SearchFlags(**setting_flags.given(flags, SearchFlags)))))
 
+
+main = cli.command(__doc__, "merge search", _run, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from data.languages import table
 from launch import cli
-from launch.config import setting_flags
 from launch.evaluation.suites import local_data
 from launch.evaluation.suites.local_data import Source
 
@@ -33,17 +32,6 @@ _ARENAS = {
     "m_arena_hard_v2": "CohereLabs/m-ArenaHard-v2.0",
 }
 _DOLLY = "CohereLabs/aya_evaluation_suite"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__,
-        "prepare arena_prompts",
-        lambda flags: write(**setting_flags.given(flags, write)),
-        add_flags=lambda parser: setting_flags.add(parser, write),
-        argv=argv,
-    )
 
 
 def write(
@@ -139,6 +127,8 @@ def _of_languages(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapp
         if row.get("script") in (None, language.writing[0], language.flores[0].partition("_")[2]):
             yield language.code, row
 
+
+main = cli.command(__doc__, "prepare arena_prompts", write)
 
 if __name__ == "__main__":
     raise SystemExit(main())

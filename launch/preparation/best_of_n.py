@@ -90,20 +90,6 @@ class RewardFlags:
                 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.run.load_run:RunConfig",
-        command="prepare best_of_n",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=lambda flags: load_run.files_of(checkpoint_of(flags.reward), flags.gin_file),
-        unused={"MODEL": "None", "VOCABULARY": "None"},
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("samples")
     group.add_argument("--inputs", required=True, metavar="FILE", help="rows of launch.generate")
@@ -280,6 +266,15 @@ def summary(rewards: Sequence[Sequence[float]]) -> str:
         f"rewards; divergence: {bounds}"
     )
 
+
+main = load_run.command(
+    __doc__,
+    "prepare best_of_n",
+    _run,
+    _add_flags,
+    files=lambda flags: load_run.files_of(checkpoint_of(flags.reward), flags.gin_file),
+    without_model=True,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -20,20 +20,6 @@ from data.stream import mixing
 from launch import cli
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.preparation.cache:build_caches",
-        command="prepare cache",
-        extra_flags=_add_flags,
-        run=lambda start: start(replace=True) if start.flags.replace else start(),
-        default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
-        part=True,
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace",
@@ -90,6 +76,16 @@ def build_caches(
         )
     return tokens
 
+
+main = cli.gin_command(
+    __doc__,
+    "launch.preparation.cache:build_caches",
+    command="prepare cache",
+    extra_flags=_add_flags,
+    run=lambda start: start(replace=True) if start.flags.replace else start(),
+    default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
+    part=True,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

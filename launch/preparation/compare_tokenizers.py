@@ -13,13 +13,11 @@ tokens/word   per letter in Chinese and Japanese
 parts         share of tokens that are only a part of a character
 """
 
-import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import cli
-from launch.config import setting_flags
 
 REPORT, PLOT = "report.json", "report.png"
 _COLUMNS = {
@@ -30,21 +28,6 @@ _COLUMNS = {
     "unknown": ("unknown, %", 1, 100.0),
 }
 _SCRIPTS = 9  # in the plot; the others are one
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__,
-        "prepare compare_tokenizers",
-        _run,
-        add_flags=lambda parser: setting_flags.add(parser, compare),
-        argv=argv,
-    )
-
-
-def _run(flags: argparse.Namespace) -> None:
-    compare(**setting_flags.given(flags, compare))
 
 
 def compare(
@@ -196,6 +179,8 @@ def _draw_pieces(axes: Any, reports: Mapping[str, Any]) -> None:
     axes.set_xlabel("% of the vocabulary's pieces")
     axes.grid(axis="x", alpha=0.25)
 
+
+main = cli.command(__doc__, "prepare compare_tokenizers", compare)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -19,24 +19,11 @@ but the last are constructed, without human judgements.
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from launch import cli
-from launch.config import setting_flags
 
 _CONSTRUCTED = 10_000  # default number of pairs of kinds without a natural limit
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__,
-        "prepare preference_pairs",
-        lambda flags: _write_pairs(**vars(flags)),
-        add_flags=lambda parser: setting_flags.add(parser, _write_pairs),
-        argv=argv,
-    )
 
 
 def _write_pairs(
@@ -101,6 +88,8 @@ def _write_pairs(
     row_files.write(str(output), pairs)
     print(f"{output}: {len(pairs):,} pairs" + (f"; dropped: {dropped}" if str(dropped) else ""))
 
+
+main = cli.command(__doc__, "prepare preference_pairs", _write_pairs)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -18,18 +18,6 @@ from launch import cli
 SHOWN_BYTES = 300_000  # bytes of each task for measuring bytes per token
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="launch.preparation.vocabulary:make_vocabulary",
-        command="prepare vocabulary",
-        default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
-        part=True,
-        argv=argv,
-    )
-
-
 def make_vocabulary(*, vocabulary: Any, tasks: Sequence[Callable[[], Any]]) -> dict[str, float]:
     """Prints and returns the bytes per token of a vocabulary on the held-out text of each task.
 
@@ -62,6 +50,14 @@ def _count(source: Any, vocabulary: Any) -> tuple[int, int]:
             break
     return size, tokens
 
+
+main = cli.gin_command(
+    __doc__,
+    "launch.preparation.vocabulary:make_vocabulary",
+    command="prepare vocabulary",
+    default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
+    part=True,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

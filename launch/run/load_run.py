@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from espalier.common.ranges import AxisSize, Count
+from launch import cli
 from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
@@ -80,6 +81,56 @@ def add_row_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 def default_files(flags: argparse.Namespace) -> Sequence[str]:
     """Returns `files_of` the flags --checkpoint and --gin_file."""
     return files_of(flags.checkpoint, flags.gin_file)
+
+
+def command(
+    doc: str,
+    name: str,
+    run: Callable[[cli.Start], Any],
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    *,
+    files: Callable[[argparse.Namespace], Sequence[str]] = default_files,
+    without_model: bool = False,
+) -> cli.Main:
+    """Returns the function `main` of a command that reads a model: its `Start` makes the `RunConfig`.
+
+    Args:
+      doc, name: help text and name, as of `cli.run_command`.
+      run, add_flags: as `run` and `extra_flags` of `cli.main`.
+      files: as `default_files` of `cli.main`.
+      without_model: whether the command may need no model.
+    """
+    unused = {"VOCABULARY": "None", **({"MODEL": "None"} if without_model else {})}
+    return cli.gin_command(
+        *(doc, "launch.run.load_run:RunConfig"),
+        **{"command": name, "extra_flags": add_flags, "run": run, "unused": unused},
+        default_files=files,
+    )
+
+
+def trusting_command(
+    doc: str,
+    name: str,
+    run: Callable[[cli.Start], Any],
+    add_flags: Callable[[argparse.ArgumentParser], None],
+    *,
+    entry: str,
+    own: str,
+) -> cli.Main:
+    """Returns the function `main` of a command that reads a run's data too, from config.gin with --trust_config.
+
+    Args:
+      doc, name, run, add_flags: as of `command`.
+      entry: function that gin configures.
+      own: gin file of the command.
+    """
+
+    def whole(flags: argparse.Namespace) -> Sequence[str]:
+        trust = flags.trust_config
+        return whole_files(flags.checkpoint, flags.gin_file, trust_config=trust, own=own)
+
+    options = {"command": name, "extra_flags": add_flags, "run": run, "default_files": whole}
+    return cli.gin_command(doc, entry, **options)
 
 
 def files_of(checkpoint: str | None, gin_file: Sequence[str] = ()) -> Sequence[str]:

@@ -15,7 +15,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,48 +28,14 @@ from trainers.influence import documents, eigen, files, kronecker, spread
 from trainers.influence.backward import backward
 from trainers.influence.blocks import Precision
 from trainers.influence.consumers import Consumer, Covariances, Squares
-from trainers.influence.sites import DEFAULT, Site, select
+from trainers.influence.settings import FitSettings
+from trainers.influence.sites import Site, select
 from trainers.scoring.scoring import Row
 
-Labels = Literal["sampled", "empirical"]
-FactorDtype = Literal["float32", "float64", "bfloat16"]
 STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
 _PARTIAL = ".partial"
 UNFINISHED = (f"covariances{_PARTIAL}", f"squares{_PARTIAL}")  # folders of unfinished sums
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitSettings:
-    """Settings that factors depend on.
-
-    Attributes:
-      modules: names in sites.GROUPS (mlp, attention, adapters, head, all), or patterns of whole paths.
-      labels: 'sampled' from the model (the Fisher), or 'empirical', the documents' own tokens.
-      blocks: number of diagonal blocks of each covariance; more blocks need less memory.
-      factor_dtype: dtype of sums and stored factors; of bfloat16 only the stored eigenvectors are.
-      seed: seed of the labels.
-      precision: of the rotations into the eigenbasis, on accelerators.
-    """
-
-    modules: Sequence[str] = DEFAULT
-    labels: Labels = "sampled"
-    blocks: int = 1
-    factor_dtype: FactorDtype = "float32"
-    seed: int = 0
-    precision: Precision = "highest"
-
-    def __post_init__(self):
-        if self.blocks < 1:
-            raise kronecker.FactorError(f"--blocks={self.blocks} must be at least 1.")
-
-    @property
-    def sum_dtype(self) -> str:
-        """Dtype of sums over tokens: at least float32."""
-        return "float32" if self.factor_dtype == "bfloat16" else self.factor_dtype
-
-    def record(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "modules": list(self.modules)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from launch.config import setting_flags
 from launch.evaluation.judges.base import Judge, JudgeError
@@ -14,19 +14,76 @@ from launch.evaluation.judges.reward import LogProb, RewardJudge
 from launch.evaluation.judges.template import Template
 from launch.run import load_run
 
-# Kind -> (placeholder of its target, classes whose arguments are its settings).
-_KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
-    "checkpoint": ("DIR", (CheckpointWriter,)),
-    "openai": ("URL", (EndpointWriter,)),
-    "logprob": ("DIR", (LogProb, RewardJudge)),
-}
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The parsed value of --judge: a kind of judge, its directory or URL, and its settings by name.
+
+    `placeholder` is what a help text shows for the target, and `parts` are the classes whose arguments are settings.
+    """
+
+    placeholder: ClassVar[str] = "DIR"
+    parts: ClassVar[tuple[type, ...]] = ()
+
+    target: str
+    settings: Mapping[str, Any]
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The judge's checkpoint; None for a judge without one."""
+        return self.target
+
+    def writer(self, **run: Any) -> Any:
+        """Returns what writes the replies of a judge that compares; `run` is its RunConfig and the configuration's text."""
+        raise NotImplementedError
+
+    def judge(self, *, attempts: int | None, allow_ties: bool, **run: Any) -> Judge:
+        """Returns the judge; arguments and errors as of `build`."""
+        wording = Template(allow_ties=allow_ties)
+        return PairwiseJudge(self.writer(**run), wording=wording, attempts=attempts or 3)
+
+
+class _Checkpoint(Spec):
+    parts = (CheckpointWriter,)
+
+    def writer(self, **run):
+        return CheckpointWriter(**run, checkpoint=self.target, **self.settings)
+
+
+class _Endpoint(Spec):
+    placeholder, parts = "URL", (EndpointWriter,)
+    checkpoint = None
+
+    def writer(self, **run):
+        return EndpointWriter(self.target, **self.settings)
+
+
+class _LogProb(Spec):
+    parts = (LogProb, RewardJudge)
+
+    def judge(self, *, attempts, allow_ties, **run):
+        if attempts is not None:
+            what = "--attempts is for judges that reply"
+            raise JudgeError(f"{what}, which logprob does not: remove it.")
+        if allow_ties:
+            raise JudgeError("--allow_ties is for judges that compare: give margin=X with logprob.")
+        settings = dict(self.settings)
+        margin = settings.pop("margin", 0.0)
+        reward = LogProb(**run, checkpoint=self.target, **settings)
+        return RewardJudge(reward, margin=margin)
+
+
+_KINDS: Mapping[str, type[Spec]] = {
+    **{"checkpoint": _Checkpoint, "openai": _Endpoint, "logprob": _LogProb}
+}
 
 
 def settings_of(kind: str) -> dict[str, setting_flags.Setting]:
     """Returns the settings of a kind of judge by name."""
     result: dict[str, setting_flags.Setting] = {}
-    for part in _KINDS[kind][1]:
+    for part in _KINDS[kind].parts:
         names = [name for name in inspect.signature(part).parameters if name not in _NO_SETTINGS]
         result |= setting_flags.settings_of(part, names)
     return result
@@ -34,7 +91,7 @@ def settings_of(kind: str) -> dict[str, setting_flags.Setting]:
 
 def usage(kind: str) -> str:
     """Returns the syntax of a kind for --judge, with defaults of its settings; a setting without one is in capitals."""
-    text, optional = f"{kind}:{_KINDS[kind][0]}", []
+    text, optional = f"{kind}:{_KINDS[kind].placeholder}", []
     for name, setting in settings_of(kind).items():
         if setting.default is setting_flags.REQUIRED:
             text += f",{name}=NAME"
@@ -49,20 +106,6 @@ def usage(kind: str) -> str:
 def help_text() -> str:
     """Returns the usage of every kind, a line each."""
     return "\n".join(map(usage, _KINDS))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """The parsed value of --judge: the kind of judge, its directory or URL, and its settings by name."""
-
-    kind: str
-    target: str
-    settings: Mapping[str, Any]
-
-    @property
-    def checkpoint(self) -> str | None:
-        """The judge's checkpoint; None for a judge without one."""
-        return None if self.kind == "openai" else self.target
 
 
 def parse(text: str) -> Spec:
@@ -88,13 +131,14 @@ def parse(text: str) -> Spec:
             settings[name] = None if is_none else known_settings[name].kind(value)
         except ValueError:
             raise JudgeError(f"--judge: {pair!r} is not a number: {usage(kind)}") from None
-    if kind == "openai" and not settings.get("model"):
-        raise JudgeError(f"--judge needs model=NAME: {usage(kind)}")
+    for name, setting in known_settings.items():
+        if setting.default is setting_flags.REQUIRED and not settings.get(name):
+            raise JudgeError(f"--judge needs {name}=NAME: {usage(kind)}")
     if settings.get("params", "auto") not in load_run.PARAMS:
         raise JudgeError(
             f"--judge: params={settings['params']} must be one of {', '.join(load_run.PARAMS)}."
         )
-    return Spec(kind=kind, target=target, settings=settings)
+    return _KINDS[kind](target=target, settings=settings)
 
 
 def build(
@@ -115,18 +159,5 @@ def build(
     """
     if attempts is not None and attempts < 1:
         raise JudgeError(f"--attempts={attempts} must be at least 1.")
-    if attempts is not None and spec.kind == "logprob":
-        raise JudgeError("--attempts is for judges that reply, which logprob does not: remove it.")
-    if allow_ties and spec.kind == "logprob":
-        raise JudgeError("--allow_ties is for judges that compare: give margin=X with logprob.")
-    settings = dict(spec.settings)
-    writer: Any
-    if spec.kind == "openai":
-        writer = EndpointWriter(spec.target, **settings)
-    elif spec.kind == "checkpoint":
-        writer = CheckpointWriter(config, settings=config_text, checkpoint=spec.target, **settings)
-    else:
-        margin = settings.pop("margin", 0.0)
-        reward = LogProb(config, settings=config_text, checkpoint=spec.target, **settings)
-        return RewardJudge(reward, margin=margin)
-    return PairwiseJudge(writer, wording=Template(allow_ties=allow_ties), attempts=attempts or 3)
+    run = {"config": config, "settings": config_text}
+    return spec.judge(attempts=attempts, allow_ties=allow_ties, **run)

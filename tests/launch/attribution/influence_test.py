@@ -1,6 +1,6 @@
 """The command `influence` on a tiny run: factors, scores, reports, what continues after a stop, and bad input."""
 
-import inspect
+import argparse
 import itertools
 import json
 import pathlib
@@ -16,10 +16,10 @@ import pytest
 
 from espalier.common.storage import mirror, paths
 from launch import environment
-from launch.attribution import inputs, ranking, score, similarity
+from launch.attribution import inputs, methods, ranking, similarity
 from launch.run.load_run import LoadError
 from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, documents, files, kronecker, scores
+from trainers.influence import conjugate, documents, files, kronecker, lexical, scores
 from trainers.influence import fit as stages
 from trainers.scoring.scoring import Row
 
@@ -167,7 +167,7 @@ def test_a_fit_ranks_documents_for_their_own_halves_with_several_dampings(place,
     assert [row.partition("%")[0].rsplit(None, 1)[0].strip() for row in rows] == names
     assert head.split() == ["--damping", "first", "mean", "rank"]
     (default,) = (row for row in rows if row.endswith("(default)"))
-    own = inspect.signature(score.score).parameters["damping"].default
+    own = methods.Ekfac().damping
     assert own == kronecker.RELATIVE and default.split()[0] == f"{own:g}"
     assert place.fit("--sweep_documents=0") == 0
     assert "second halves" not in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_shared_tokens_are_also_those_of_an_encoders_inputs():
         Row(context=[0], targets=[1, 2], encoder_inputs=[5, 6]),
     ]
     (other,), (same,) = (
-        row["scores"] for row in similarity.Lexical("tfidf", [query], documents).stream(0)
+        row["scores"] for row in similarity.Lexical(lexical.tfidf, [query], documents).stream(0)
     )
     assert same > other == pytest.approx(0)
 
@@ -590,18 +590,16 @@ def test_settings_that_a_method_does_not_use_are_errors(place, capsys):
     damping = {"damping": 0.2, "damping_kind": "absolute"}
     cg, projection = {"cg_steps": 3, "cg_documents": 3}, {"projection": 3}
     precision = {"precision": "high"}
-    for methods, settings in (
+    for names, settings in (
         (("tfidf", "bm25", "embedding"), gradients | damping | cg | projection | precision),
         (("identity", "cosine"), damping | cg | projection | precision),
         (("ekfac", "kfac"), cg | projection),
         (("ekfac_cg",), projection),
         (("trak",), cg | precision),
     ):
-        given = {"checkpoint": place.run, "queries": place.queries, "factors": place.factors}
-        given |= {"out": str(place.folder / "unused.jsonl")}
-        for method, (name, value) in itertools.product(methods, settings.items()):
+        for method, (name, value) in itertools.product(names, settings.items()):
             with pytest.raises(LoadError, match=f"--{name} is read by .* alone, and this is"):
-                score.score(None, **given, method=method, **{name: value})
+                methods.of_flags(argparse.Namespace(method=method, **{name: value}))
     assert place.score("--method=tfidf", "--rank=3", out="unused.jsonl")[0] == 2
     assert "--rank is read by --method=ekfac or kfac or" in capsys.readouterr().err
     assert place.score("--rank=0", "--query_dtype=int8", out="unused.jsonl")[0] == 2
