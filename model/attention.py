@@ -21,7 +21,7 @@ from model.kv_cache import slots
 from model.kv_cache.base import AttentionForm, CachePolicy
 from model.linear import Dense
 from model.protocol import AttentionSettings
-from model.ranges import Decay, Positive
+from model.ranges import Decay, Positive, recordable
 from model.rope import Rope
 
 
@@ -66,6 +66,7 @@ class Encoded:
         return dataclasses.replace(self, keys_values=(keys, values), scales=scales)
 
 
+@recordable
 class Attention(Counted):
     """Multi-head, grouped-query or multi-query self-attention, causal unless `kind` is of an encoder.
 
@@ -254,6 +255,7 @@ class Attention(Counted):
         )
 
 
+@recordable
 class CrossAttention(Attention):
     """Attention of a decoder's tokens over an encoder's output, without positions.
 

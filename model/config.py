@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model import axes
-from model.ranges import Layers, Size
+from model.ranges import Layers, Size, recordable
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)
@@ -58,6 +58,7 @@ class FloatDtypes:
         return jnp.dtype(self.param_dtype)
 
 
+@recordable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(FloatDtypes):
     """Shared sizes. Settings of one module (activation, norm, biases) belong to that module.

@@ -1,6 +1,7 @@
 """Token and position tables. Shapes: B batch, T length, D width, V vocabulary."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,16 @@ import jax.numpy as jnp
 
 from model import axes
 from model.kernels import narrow, taps
-from model.ranges import Size
+from model.ranges import CalledWith, Size, recordable
+
+# The factory of a table of tokens.
+Table = Annotated[
+    Callable[..., nn.Module],
+    CalledWith("num_embeddings", "features", "dtype", "param_dtype"),
+]
 
 
+@recordable
 class Embed(nn.Module):
     """A table [V, D] looked up by token id.
 
@@ -45,6 +53,7 @@ class Embed(nn.Module):
         return taps.lookup(self, "embedding", ids_BT, y_BTD)
 
 
+@recordable
 class Positions(nn.Module):
     """A learned table of positions [P, D] (GPT-2).
 

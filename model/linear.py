@@ -6,6 +6,7 @@ embedding (model/embed.py), because the loss reads rows of the vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -14,12 +15,19 @@ import jax.numpy as jnp
 from model.axes import parameter, unboxed
 from model.flops import Counted
 from model.kernels import matmul, taps
-from model.ranges import Size
+from model.ranges import CalledWith, Size, recordable
+
+# The factory of a projection that has no bias, and whose caller initialises it.
+Pointwise = Annotated[
+    Callable[..., nn.Module],
+    CalledWith("features", "axes", "kernel_init", "dtype", "param_dtype", "name"),
+]
 
 # Variance 1/fan_in keeps activations at unit scale; the normal is truncated at two standard deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
+@recordable
 class Dense(Counted):
     """y = x @ kernel (+ bias), with a two-dimensional kernel [in, out].
 

@@ -13,7 +13,7 @@ from model.kernels.dropout import dropped
 from model.kernels.platform import reference_forms, target_platform
 from model.linear import Dense
 from model.protocol import MlpSettings
-from model.ranges import Decay
+from model.ranges import Decay, recordable
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -89,6 +89,7 @@ class _Mlp(Counted):
         return self.adapters(dense, layer_input=x_BTD, gate=gate_BTF)
 
 
+@recordable
 class GatedMlp(_Mlp):
     """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202): 'silu' is SwiGLU, 'gelu' GeGLU."""
 
@@ -114,6 +115,7 @@ def _gated(
     return (jax.checkpoint(product) if again else product)(gate_BTF, up_BTF)
 
 
+@recordable
 class Mlp(_Mlp):
     """down(act(up(x))) (GPT-2, T5 v1.0)."""
 

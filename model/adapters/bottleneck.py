@@ -9,9 +9,10 @@ from model import axes
 from model.adapters.adapter import Adapted, Adapter
 from model.linear import Dense
 from model.mlp import activation
-from model.ranges import Size
+from model.ranges import Size, recordable
 
 
+@recordable
 class Bottleneck(Adapter):
     """y + up(act(down(y))), where y is the output of a projection; `up` is zero at the start.
 

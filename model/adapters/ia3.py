@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from model import axes
 from model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
 from model.moe.grouped_matmul import grouped_matmul
+from model.ranges import recordable
 
 
 class Rescaling(Adapter):
@@ -44,6 +45,7 @@ class Rescaling(Adapter):
         return fields == ["inputs"]
 
 
+@recordable
 class Ia3(Rescaling):
     """y = l * (x W0 + b), or y = (l * x) W0 + b; l is ones at the start. At experts, each has its own l."""
 

@@ -16,13 +16,14 @@ from model import axes
 from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from model.kernels import matmul, taps
 from model.moe.grouped_matmul import grouped_matmul
-from model.ranges import Decay, Positive, Size
+from model.ranges import Decay, Positive, Size, recordable
 from model.transforms.patterns import fullmatch
 
 # Uniform between -1/sqrt(in) and 1/sqrt(in), as peft draws A.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+@recordable
 class Lora(Adapter):
     """y + s x A B, where y is the projection's output.
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from model import axes
 from model.adapters.adapter import PREFIX, Adapter, AdapterError, adapters_of
 from model.embed import Embed
-from model.ranges import Count, Size
+from model.ranges import Count, Size, recordable
 
 SLOT = "prompt"  # of adapter.named
 
 
+@recordable
 class Prompt(Adapter):
     """Embeddings of the ids `first_id`, `first_id` + 1, ...; the change of each is learned, and zero at the start.
 
@@ -72,6 +73,7 @@ def inputs_prefix(*, model: Any) -> tuple[int, ...]:
     )
 
 
+@recordable
 class PromptEmbed(Embed):
     """A table of tokens whose virtual ones have learned embeddings.
 

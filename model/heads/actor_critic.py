@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from model.heads.reward_model import BackboneModel, backbone_variables, scalar_head
 from model.protocol import Arrays, Output
+from model.ranges import recordable
 from model.transformer import Hidden
 
 
+@recordable
 class ActorCritic(BackboneModel):
     """A language model whose `__call__` also returns values; token losses use it as a language model.
 

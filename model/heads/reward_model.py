@@ -7,7 +7,7 @@ Shapes: B batch, T length, D width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from model import axes
 from model.kv_cache.base import CacheSizes
 from model.linear import Dense
 from model.protocol import Arrays, LayerSettings, Output, Row
+from model.ranges import CalledWith, recordable
 
 
 class BackboneModel(nn.Module):
@@ -30,7 +31,9 @@ class BackboneModel(nn.Module):
     row: ClassVar[Row] = "tokens"
 
     backbone: Any
-    head: Callable[..., nn.Module] = Dense
+    head: Annotated[
+        Callable[..., nn.Module], CalledWith("features", "axes", "kernel_init", "name")
+    ] = Dense
 
     @property
     def config(self) -> Any:
@@ -55,6 +58,7 @@ def backbone_variables(variables: Any) -> Any:
     return variables and {"params": variables["params"]["backbone"]}
 
 
+@recordable
 class RewardModel(BackboneModel):
     """A language model's backbone and a linear reward head.
 

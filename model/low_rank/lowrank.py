@@ -20,7 +20,7 @@ from model.linear import Dense
 from model.low_rank import factors
 from model.moe.grouped_matmul import grouped_matmul
 from model.moe.moe import ExpertDense
-from model.ranges import Finite, Positive, Size, refuse_set
+from model.ranges import Finite, Positive, Size, recordable, refuse_set
 from model.transforms.patterns import fullmatch
 
 Init = Literal["he", "spectral", "spectral_ones"]
@@ -47,6 +47,7 @@ def product(x: jax.Array, u_XR: jax.Array, v_RY: jax.Array) -> jax.Array:
     return matmul.matmul(x, matmul.matmul(u_XR, v_RY))
 
 
+@recordable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factorisation:
     """Which layers are factorised, and how.
@@ -136,6 +137,7 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
     return lines
 
 
+@recordable
 class LowRankDense(Dense):
     """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere."""
 
@@ -167,6 +169,7 @@ class LowRankDense(Dense):
         return u_XR @ v_RY
 
 
+@recordable
 class LowRankExpertDense(ExpertDense):
     """`LowRankDense` for stacked experts: `u` [E, in, rank], `v` [E, rank, out]."""
 
@@ -189,6 +192,7 @@ class LowRankExpertDense(ExpertDense):
         return taps.projection(self, "v", inner, y_RY, sizes=sizes_E)
 
 
+@recordable
 def factorised(
     *,
     factorisation: Factorisation,

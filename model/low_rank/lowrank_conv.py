@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from model.axes import CHANNELS, CHANNELS_IN, RANK
 from model.low_rank.lowrank import Factorisation, layer_factors
+from model.ranges import recordable
 from model.vision.convolution import Conv, convolve
 
 Scheme = Literal["channel", "spatial"]
@@ -64,6 +65,7 @@ def convolve_factors(
     return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, side), (1, stride))
 
 
+@recordable
 class LowRankConv(Conv):
     """A factorised convolution in the layers that `factorisation` selects; `Conv` elsewhere.
 

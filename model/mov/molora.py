@@ -17,9 +17,10 @@ from model.adapters.adapter import Adapted, AdapterError
 from model.adapters.lora import Lora
 from model.kernels import matmul
 from model.mov.router import Routed
-from model.ranges import Size
+from model.ranges import Size, recordable
 
 
+@recordable
 class MoLora(Routed, Lora):
     """LoRA with `num_experts` pairs of factors, mixed for each token.
 

@@ -18,8 +18,10 @@ from model.adapters.adapter import Adapted, rescaled
 from model.adapters.ia3 import Ia3
 from model.kernels import matmul
 from model.mov.router import Routed
+from model.ranges import recordable
 
 
+@recordable
 class Mov(Routed, Ia3):
     """(IA)3 with `num_experts` vectors, mixed for each token, and at keys and values for each head."""
 

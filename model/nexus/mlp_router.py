@@ -12,8 +12,10 @@ from model import axes
 from model.linear import fan_in_normal
 from model.moe.router_scale import token_down_std
 from model.nexus.domain_router import GatedRouter
+from model.ranges import recordable
 
 
+@recordable
 class MlpRouter(GatedRouter):
     """A router with logits down(silu(gate(x)) * up(x)), for MoeMlp and MixtureOfAttention.
 

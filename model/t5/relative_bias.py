@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import axes
-from model.ranges import Size
+from model.ranges import Size, recordable
 
 
 @flax.struct.dataclass
@@ -46,6 +46,7 @@ class PositionBias:
         return self.table_XN.T[jnp.arange(heads).reshape(1, -1, 1, 1), bucket_BNTS]
 
 
+@recordable
 class RelativeBias(nn.Module):
     """The table of a stack.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.axes import CHANNELS, CHANNELS_IN, parameter
+from model.ranges import recordable
 
 # He et al. (arXiv 1502.01852), by fan-in: preserves the scale of activations after rectifiers.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -24,6 +25,7 @@ def convolve(x_BHWI: jax.Array, kernel_hwIO: jax.Array, strides: tuple[int, int]
     )
 
 
+@recordable
 class Conv(nn.Module):
     """A square convolution with zero padding, kernel [side, side, in, out].
 

@@ -11,13 +11,13 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
 from model.protocol import inference_model, inference_params
-from model.ranges import Count, Fraction, NonNegative, Seed, Size
+from model.ranges import CalledWith, Count, Fraction, NonNegative, Seed, Size
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
@@ -72,7 +72,7 @@ class PreferenceIndicators:
     """
 
     run: RunContext
-    pairs: Callable[..., held_out.PairStream]
+    pairs: Annotated[Callable[..., held_out.PairStream], CalledWith("task")]
     tasks: Sequence[str]
     vocabulary: Any
     every: Size = 50
