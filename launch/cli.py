@@ -1,8 +1,8 @@
 """The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
-A command is a module `launch/<name>.py` or, for a sub-command, a module that `subcommand` lists. Its docstring is its
-help text, with an example that can be run. Its function `main(argv=None)` returns the exit status, and is made by
-`command` or `gin_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
+A command is a module `launch/<name>.py`. A sub-command is a module in a folder of launch that gives `<name> <sub-command>`
+as its name. Its docstring is its help text, with an example that can be run. Its function `main(argv=None)` returns the exit
+status, and is made by `command` or `gin_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
 starts with the environment variables that are set here.
 """
 
@@ -43,6 +43,7 @@ _ADDRESS_FLAGS = (
     "adapter",
 )
 Main = Callable[[Sequence[str] | None], int]  # of a module, called with arguments or with none
+_PROGRAM = re.compile("^if __name__ == ", re.MULTILINE)
 _by_console = False  # whether the script `espalier` started this process
 
 environment.check_command()  # before the command's module imports the packages
@@ -306,13 +307,26 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 def command_names() -> list[str]:
     """Returns the names of the modules in this folder that are commands."""
-    return modules_with("launch", "^if __name__ == ")
+    return modules_with("launch", _PROGRAM.pattern)
 
 
 def modules_with(package: str, pattern: str) -> list[str]:
     """Returns the names of a package's modules with a match in their source, without importing them."""
     files = sorted(pathlib.Path(environment.ROOT, *package.split(".")).glob("*.py"))
     return [f.stem for f in files if re.search(pattern, f.read_text("utf-8"), re.MULTILINE)]
+
+
+def sub_commands(command: str) -> dict[str, str]:
+    """Returns the modules of a command's sub-commands by name, without importing them.
+
+    They are the programs in the folders of launch that give `COMMAND NAME` as their name.
+    """
+    modules = {}
+    for path in pathlib.Path(environment.ROOT, "launch").glob("*/*.py"):
+        text = path.read_text("utf-8")
+        if (match := re.search(rf'"{command} (\w+)"', text)) and _PROGRAM.search(text):
+            modules[match[1]] = f"launch.{path.parent.name}.{path.stem}"
+    return dict(sorted(modules.items()))
 
 
 def summary(module: str) -> str:

@@ -8,17 +8,7 @@
 
 from launch import cli
 
-COMMANDS = {
-    "loss": "launch.evaluation.held_out",
-    "seqio": "launch.evaluation.seqio",
-    "ranks": "launch.evaluation.ranks",
-    "code": "launch.evaluation.code",
-    "skills": "launch.evaluation.skills",
-    "harness": "launch.evaluation.harness",
-    "win_rate": "launch.evaluation.win_rate",
-    "language": "launch.evaluation.language",
-    "routing": "launch.evaluation.routing",
-}
+COMMANDS = cli.sub_commands("evaluate")
 
 if __name__ == "__main__":
     raise SystemExit(cli.subcommand(__doc__, COMMANDS))

@@ -11,11 +11,7 @@ table of documents; `python -m launch.influence NAME --help` shows the flags of 
 
 from launch import cli
 
-COMMANDS = {
-    "fit": "launch.attribution.fit",
-    "score": "launch.attribution.score",
-    "report": "launch.attribution.report",
-}
+COMMANDS = cli.sub_commands("influence")
 
 if __name__ == "__main__":
     raise SystemExit(cli.subcommand(__doc__, COMMANDS))

@@ -8,17 +8,7 @@
 
 from launch import cli
 
-COMMANDS = {
-    "vocabulary": "launch.preparation.vocabulary",
-    "compare_tokenizers": "launch.preparation.compare_tokenizers",
-    "cache": "launch.preparation.cache",
-    "preference_pairs": "launch.preparation.preference_pairs",
-    "arena_prompts": "launch.preparation.arena_prompts",
-    "best_of_n": "launch.preparation.best_of_n",
-    "arbitrage": "launch.preparation.arbitrage",
-    "synthetic_code": "launch.preparation.synthetic_code",
-    "embed_domains": "launch.preparation.embed_domains",
-}
+COMMANDS = cli.sub_commands("prepare")
 
 if __name__ == "__main__":
     raise SystemExit(cli.subcommand(__doc__, COMMANDS))

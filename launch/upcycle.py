@@ -11,11 +11,7 @@ those of `extend`, `factorise` and `merge`.
 
 from launch import cli
 
-COMMANDS = {
-    "extend": "launch.weights.extend",
-    "factorise": "launch.weights.factorise",
-    "merge": "launch.weights.merge",
-}
+COMMANDS = cli.sub_commands("upcycle")
 
 if __name__ == "__main__":
     raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="launch.weights.upcycle"))

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Decay, Positive
+from espalier.common.ranges import Decay, Positive, recordable
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, mean_keys, weights
@@ -66,6 +66,7 @@ class Encoded:
         return dataclasses.replace(self, keys_values=(keys, values), scales=scales)
 
 
+@recordable
 class Attention(Counted):
     """Multi-head, grouped-query or multi-query self-attention, causal unless `kind` is of an encoder.
 
@@ -254,6 +255,7 @@ class Attention(Counted):
         )
 
 
+@recordable
 class CrossAttention(Attention):
     """Attention of a decoder's tokens over an encoder's output, without positions.
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Layers, Size
+from espalier.common.ranges import Layers, Size, recordable
 from model import axes
 
 Remat = Literal["none", "full", "dots"]
@@ -58,6 +58,7 @@ class FloatDtypes:
         return jnp.dtype(self.param_dtype)
 
 
+@recordable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(FloatDtypes):
     """Shared sizes. Settings of one module (activation, norm, biases) belong to that module.

@@ -1,16 +1,24 @@
 """Token and position tables. Shapes: B batch, T length, D width, V vocabulary."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import CalledWith, Size, recordable
 from model import axes
 from model.kernels import narrow, taps
 
+# The factory of a table of tokens.
+Table = Annotated[
+    Callable[..., nn.Module],
+    CalledWith("num_embeddings", "features", "dtype", "param_dtype"),
+]
 
+
+@recordable
 class Embed(nn.Module):
     """A table [V, D] looked up by token id.
 
@@ -45,6 +53,7 @@ class Embed(nn.Module):
         return taps.lookup(self, "embedding", ids_BT, y_BTD)
 
 
+@recordable
 class Positions(nn.Module):
     """A learned table of positions [P, D] (GPT-2).
 

@@ -6,20 +6,28 @@ embedding (model/embed.py), because the loss reads rows of the vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import CalledWith, Size, recordable
 from model.axes import parameter, unboxed
 from model.flops import Counted
 from model.kernels import matmul, taps
+
+# The factory of a projection that has no bias, and whose caller initialises it.
+Pointwise = Annotated[
+    Callable[..., nn.Module],
+    CalledWith("features", "axes", "kernel_init", "dtype", "param_dtype", "name"),
+]
 
 # Variance 1/fan_in keeps activations at unit scale; the normal is truncated at two standard deviations.
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
+@recordable
 class Dense(Counted):
     """y = x @ kernel (+ bias), with a two-dimensional kernel [in, out].
 

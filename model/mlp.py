@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from espalier.common.ranges import Decay
+from espalier.common.ranges import Decay, recordable
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted
@@ -89,6 +89,7 @@ class _Mlp(Counted):
         return self.adapters(dense, layer_input=x_BTD, gate=gate_BTF)
 
 
+@recordable
 class GatedMlp(_Mlp):
     """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202): 'silu' is SwiGLU, 'gelu' GeGLU."""
 
@@ -114,6 +115,7 @@ def _gated(
     return (jax.checkpoint(product) if again else product)(gate_BTF, up_BTF)
 
 
+@recordable
 class Mlp(_Mlp):
     """down(act(up(x))) (GPT-2, T5 v1.0)."""
 

@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Finite, NonNegative, Size
+from espalier.common.ranges import Finite, NonNegative, Size, recordable
 from model import axes
 
 
+@recordable
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + scale) (Zhang and Sennrich, arXiv 1910.07467).
 
@@ -32,6 +33,7 @@ class RMSNorm(nn.Module):
         return (y * gain).astype(x.dtype)
 
 
+@recordable
 class LayerNorm(nn.Module):
     """(x - mean) / std * scale (+ bias) (Ba et al., arXiv 1607.06450), by default without bias.
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espalier.common.ranges import Positive, Size, refuse_set
+from espalier.common.ranges import Positive, Size, recordable, refuse_set
 
 
+@recordable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotates pairs of each head by angles that grow with the position.

@@ -15,11 +15,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Decay, Positive
+from espalier.common.ranges import Decay, Positive, recordable
 from model import axes, flops, layers
 from model.attention import Attention, CrossAttention, Encoded, PositionBias
 from model.config import LayerKind, TransformerConfig
-from model.embed import Embed
+from model.embed import Embed, Table
 from model.flops import Counted
 from model.kernels import narrow
 from model.kernels.dropout import dropped
@@ -57,6 +57,7 @@ class LayerCache:
         return LayerCache(self.attention, self.encoded.stored_as(dtype))
 
 
+@recordable
 class Block(Counted):
     """One layer. `sequential`: x + attn(n1(x)), then x + mlp(n2(x)). `parallel`: both read n1(x).
 
@@ -193,6 +194,7 @@ def cache_sizes_of(settings: LayerSettings, config: TransformerConfig, layer: in
     }
 
 
+@recordable
 class Transformer(nn.Module):
     """Decoder-only language model.
 
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
     block: Callable[..., nn.Module] = Block
     norm: Callable[..., nn.Module] = RMSNorm
-    embed: Callable[..., nn.Module] = Embed
+    embed: Table = Embed
     position_embed: Callable[..., nn.Module] | None = None
     tie_embeddings: bool = True
     embed_scale: Positive = 1.0

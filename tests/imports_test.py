@@ -160,8 +160,17 @@ LEVELS = {
         ("attribution",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         (
-            *("convert", "evaluation", "lm_eval", "merge", "merging", "preparation", "sweep"),
-            *("sweeping", "weights"),
+            *(
+                "aya_expanse",
+                "code_mix",
+                "convert",
+                "evaluation",
+                "lm_eval",
+                "merge",
+                "merging",
+                "nexus",
+            ),
+            *("preparation", "sweep", "sweeping", "weights"),
         ),
         ("reporting",),
         ("papers",),

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from espalier.common.bars import Bar
 from trainers.batches import Stream, global_batch
-from trainers.hooks import HookInterruptedError
+from trainers.hooks import Hook, HookInterruptedError
 from trainers.objectives.base import Batch
 from trainers.step import Metrics
 from trainers.train_state import TrainState
@@ -85,7 +85,7 @@ def evaluate(
 
 
 @dataclasses.dataclass(kw_only=True)
-class Evaluation:
+class Evaluation(Hook):
     """The evaluation hook: held-out metrics of each stream, as 'eval/<task>/<metric>'.
 
     Attributes:
@@ -102,7 +102,7 @@ class Evaluation:
     stop: Callable[[int], bool] = lambda batches: False
     unit: str = "tokens"
     results: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
-    prefix: str = dataclasses.field(default="eval/", init=False)
+    prefix = "eval/"
 
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]

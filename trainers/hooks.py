@@ -1,5 +1,6 @@
 """The hook seam: host code with a cadence, called after a step's update."""
 
+import abc
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -54,7 +55,7 @@ class FeedFactory(Protocol):
         """
 
 
-class Hook(Protocol):
+class Hook(abc.ABC):
     """Called with the number of updates made, the state after them, and the newest host metrics.
 
     The metrics are of the step before, since they are fetched one step late. The returned metrics are
@@ -65,20 +66,27 @@ class Hook(Protocol):
       every: updates between calls.
       also_at: steps of further calls.
       at_start: also runs before a run's first update.
-      ended: ends the run: the loop runs the other hooks and saves, as after the last step. A resumed run ends
-        at once.
       prefix: of the names of its metrics; a hook is not run again at a step for which they are written.
     """
 
     every: int
     also_at: Collection[int] = ()
     at_start: bool = False
-    ended: bool = False
     prefix: str = ""
 
+    @property
+    def ended(self) -> bool:
+        """Whether it ends the run: the loop runs the other hooks and saves, as after the last step.
+
+        A resumed run ends at once.
+        """
+        return False
+
+    @abc.abstractmethod
     def __call__(
         self, step: int, state: TrainState, metrics: Mapping[str, float]
-    ) -> Mapping[str, float] | None: ...
+    ) -> Mapping[str, float] | None:
+        """Returns metrics to write, or None."""
 
 
 # Called with (run=). Without forward references, which the check of gin's types could not evaluate.

@@ -219,7 +219,7 @@ class Loop:
     @property
     def ended(self) -> bool:
         """Whether a hook has ended the run."""
-        return any(getattr(hook, "ended", False) for hook in self.hooks)
+        return any(hook.ended for hook in self.hooks)
 
     @property
     def loss(self) -> float | None:
@@ -231,16 +231,15 @@ class Loop:
         return [
             hook
             for hook in self.hooks
-            if last or self.step % hook.every == 0 or self.step in getattr(hook, "also_at", ())
+            if last or self.step % hook.every == 0 or self.step in hook.also_at
         ]
 
     def _first_hooks(self) -> list[Hook]:
         if self._is_new:
-            return [hook for hook in self.hooks if getattr(hook, "at_start", False)]
+            return [hook for hook in self.hooks if hook.at_start]
 
         def has_written(hook: Hook) -> bool:
-            prefix = getattr(hook, "prefix", "")
-            return bool(prefix) and any(name.startswith(prefix) for name in self.written)
+            return bool(hook.prefix) and any(x.startswith(hook.prefix) for x in self.written)
 
         return [h for h in self._due() if not has_written(h)] if self._hooks_skipped else []
 

@@ -1,14 +1,14 @@
-"""The ranges of numbers, declared with their types: `beta: Positive = 0.1`.
+"""What code declares for the configuration: ranges of numbers, arguments of factories, parts that a model's record may name.
 
-The check of configurations reads them (launch/config/gin_values.py): a value of a gin file that lies outside is an error
-before any work. Python does not check them.
+A number's range is declared with its type, `beta: Positive = 0.1`. The check of configurations reads it
+(launch/config/gin_values.py): a value of a gin file that lies outside is an error before any work. Python does not check it.
 
 Whether a value has an effect may depend on others: `refuse_set` is for settings that would be ignored.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Interval
 
@@ -27,6 +27,28 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average
 Tokens = Annotated[float, Interval(ge=1, le=1e18)]
+
+_Part = TypeVar("_Part")
+
+
+class CalledWith:
+    """Declares the keywords that a factory is called with: `head: Annotated[Callable[..., Any], CalledWith("features")]`.
+
+    A binding of such an argument would have no effect, so the check of configurations refuses it. It reads these keywords from
+    the calls in the source of a field's owner; a field is declared in this way if other code calls the factory.
+    """
+
+    def __init__(self, *names: str):
+        self.names = names
+
+
+def recordable(part: _Part) -> _Part:
+    """Marks a class or function that a run's model.json may name, as `<module>.<name>` (launch/config/registered.py).
+
+    It builds a part of a model or a number from its arguments, and neither reads or writes files nor starts anything. Files and
+    names that runs have recorded stay.
+    """
+    return part
 
 
 def refuse_set(settings: Any, names: Sequence[str], because: str) -> None:

@@ -17,18 +17,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import CalledWith
 from launch.config.gin_reader import Bound, Checked, applying, within
 from launch.config.gin_source import Place
+from launch.config.gin_values import declaration, hints
 from model.like import copied, like
 
-_PROJECTION = ("features", "axes", "use_bias", "dtype", "param_dtype", "name")
-_POINTWISE = ("features", "axes", "kernel_init", "dtype", "param_dtype", "name")
-_ROUTER = ("features", "axes", "dtype", "param_dtype", "name")
-_HEAD = ("features", "axes", "kernel_init", "name")
-_TABLE = ("features", "dtype", "param_dtype")
-
 # Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
-# owner's own source need no row. tests/launch/config/gin_reach_test.py calls each and compares.
+# owner's own source need no row, nor do factories that are declared with CalledWith (model/ranges.py).
+# tests/launch/config/gin_reach_test.py calls each and compares.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "data.t5.denoising.make_stream": {"stream": ("positions", "task")},
     "data.text.user_data.register_sources": {"sources": ("name",)},
@@ -38,30 +35,6 @@ PASSED: dict[str, dict[str, tuple[str, ...]]] = {
         "eval_stream": ("task",),
         "stream": ("positions",),
     },
-    "model.bam.moa.MixtureOfAttention": {"router": _ROUTER},
-    "model.heads.actor_critic.ActorCritic": {"head": _HEAD},
-    "model.moe.moe.MoeMlp": {"router": _ROUTER},
-    "model.nexus.domain_router.DomainRouter": {"dense": _POINTWISE},
-    "model.mlp.GatedMlp": {"dense": _PROJECTION},
-    "model.mlp.Mlp": {"dense": _PROJECTION},
-    "model.nexus.mlp_router.MlpRouter": {"dense": _POINTWISE},
-    "model.vision.resnet.ResNet": {
-        "block": ("config", "width", "stride", "conv", "dense", "name"),
-        "conv": ("features", "side", "stride", "dtype", "param_dtype", "name"),
-        "dense": _POINTWISE,
-    },
-    "model.heads.reward_model.RewardModel": {"head": _HEAD},
-    "model.t5.encoder_decoder.EncoderDecoder": {
-        "embed": ("num_embeddings", *_TABLE),
-        "head": ("num_embeddings", *_TABLE),
-        "relative_bias": ("bidirectional", "dtype", "num_heads", "param_dtype"),
-    },
-    "model.transformer.Transformer": {
-        "block": ("config", "kind", "name"),
-        "embed": ("num_embeddings", *_TABLE),
-        "position_embed": _TABLE,
-    },
-    "trainers.preference.indicators.hook.PreferenceIndicators": {"pairs": ("task",)},
     "trainers.recipe.Recipe": {
         "objective": ("model", "num_sources"),
         "optimizer": ("learning_rate", "param_axes"),
@@ -87,6 +60,8 @@ def passed(owner: Any, parameter: str) -> tuple[str, ...]:
 
     The calls of a base class count for its subclasses.
     """
+    if isinstance(declared := declaration(hints(owner).get(parameter)), CalledWith):
+        return tuple(sorted(declared.names))
     for holder in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
         name = f"{holder.__module__}.{holder.__qualname__}"
         if name in _SLOTS:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from annotated_types import GroupedMetadata
 
+from espalier.common.ranges import CalledWith
 from launch.config.gin_reader import Target
 from launch.config.gin_source import Macro, Reference
 
@@ -101,6 +102,8 @@ def has_range(annotation: Any) -> bool:
 
 def _wrong_reference(annotation: Any, reference: Reference, target: Target) -> str | None:
     """Returns the error of a reference of which it is certain that it gives another kind of object."""
+    if isinstance(declaration(annotation), CalledWith):
+        annotation = typing.get_args(annotation)[0]
     returned = target.value if inspect.isclass(target.value) else hints(target.value).get("return")
     classes = _classes(annotation)
     wanted = f"takes an object of {' or '.join(c.__name__ for c in classes)}"
@@ -251,6 +254,11 @@ def _is_own(item: type) -> bool:
 
 
 @functools.cache
+def declaration(annotation: Any) -> Any:
+    """Returns what an annotation declares besides its type; None for nothing."""
+    return annotation.__metadata__[0] if typing.get_origin(annotation) is Annotated else None
+
+
 def hints(target: Any) -> dict[str, Any]:
     """Returns the annotations by parameter, with their ranges; {} if they cannot be evaluated."""
     holder = target

@@ -2,67 +2,47 @@
 
 A run records its model as data (launch/config/model_file.py), and whoever reads it calls only these objects. All of
 them build a part of a model or a number from their arguments; none reads or writes files, or starts anything.
+In model/ they are those marked as `recordable` (model/ranges.py).
 """
 
-# Group -> its module and names in it. When a file moves, change the module; a group or name that runs have recorded stays.
-_GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "actor_critic": ("model.heads.actor_critic", ("ActorCritic",)),
-    "adapter": ("model.adapters.adapter", ("named",)),
-    "attention": ("model.attention", ("Attention", "CrossAttention")),
-    "bottleneck": ("model.adapters.bottleneck", ("Bottleneck",)),
-    "config": ("model.config", ("TransformerConfig",)),
-    "convolution": ("model.vision.convolution", ("Conv",)),
-    "domain_router": ("model.nexus.domain_router", ("DomainRouter",)),
-    "embed": ("model.embed", ("Embed", "Positions")),
-    "encoder_decoder": ("model.t5.encoder_decoder", ("EncoderDecoder",)),
-    "ia3": ("model.adapters.ia3", ("Ia3",)),
-    "initializers": (
-        "jax.nn.initializers",
-        (
-            "constant",
-            "glorot_normal",
-            "glorot_uniform",
-            "he_normal",
-            "he_uniform",
-            "lecun_normal",
-            "lecun_uniform",
-            "normal",
-            "ones",
-            "orthogonal",
-            "truncated_normal",
-            "uniform",
-            "variance_scaling",
-            "zeros",
-        ),
-    ),
-    "linear": ("model.linear", ("Dense",)),
-    "lora": ("model.adapters.lora", ("Lora",)),
-    "lowrank": (
-        "model.low_rank.lowrank",
-        ("Factorisation", "LowRankDense", "LowRankExpertDense", "factorised"),
-    ),
-    "lowrank_conv": ("model.low_rank.lowrank_conv", ("LowRankConv",)),
-    "mlp": ("model.mlp", ("GatedMlp", "Mlp")),
-    "mlp_router": ("model.nexus.mlp_router", ("MlpRouter",)),
-    "moa": ("model.bam.moa", ("MixtureOfAttention", "experts_of")),
-    "moe": ("model.moe.moe", ("ExpertDense", "MoeMlp", "experts_of")),
-    "molora": ("model.mov.molora", ("MoLora",)),
-    "mov": ("model.mov.mov", ("Mov",)),
-    "norm": ("model.norm", ("LayerNorm", "RMSNorm")),
-    "prompt": ("model.adapters.prompt", ("Prompt", "PromptEmbed")),
-    "relative_bias": ("model.t5.relative_bias", ("RelativeBias",)),
-    "resnet": (
-        "model.vision.resnet",
-        ("Bottleneck", "ResNet", "ResNetConfig", "Stem3x3", "Stem7x7", "WideBlock"),
-    ),
-    "reward_model": ("model.heads.reward_model", ("RewardModel",)),
-    "rope": ("model.rope", ("Rope",)),
-    "transformer": ("model.transformer", ("Block", "Transformer")),
-}
+import pathlib
+import re
+
+from launch import environment
+
+_INITIALIZERS = (
+    "constant",
+    "glorot_normal",
+    "glorot_uniform",
+    "he_normal",
+    "he_uniform",
+    "lecun_normal",
+    "lecun_uniform",
+    "normal",
+    "ones",
+    "orthogonal",
+    "truncated_normal",
+    "uniform",
+    "variance_scaling",
+    "zeros",
+)
+_MARKED = re.compile(r"^@recordable\n(?:@.*\n)*(?:class|def) (\w+)", re.MULTILINE)
+
+
+def _marked() -> dict[str, tuple[str, str]]:
+    """Returns the marked objects of model/, without importing their modules."""
+    root = pathlib.Path(environment.ROOT)
+    places: dict[str, tuple[str, str]] = {}
+    for path in sorted((root / "model").rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for name in _MARKED.findall(path.read_text("utf-8")):
+            place = places.setdefault(f"{path.stem}.{name}", (module, name))
+            assert place[0] == module, f"two files of model/ have a recordable {path.stem}.{name}"
+    return places
+
 
 # Name in a record, such as 'mlp.GatedMlp' -> module and attribute.
 REGISTERED: dict[str, tuple[str, str]] = {
-    f"{group}.{name}": (module, name)
-    for group, (module, names) in _GROUPS.items()
-    for name in names
+    **_marked(),
+    **{f"initializers.{name}": ("jax.nn.initializers", name) for name in _INITIALIZERS},
 }

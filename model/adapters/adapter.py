@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import recordable
 from model.transforms.patterns import fullmatch
 
 PREFIX = "adapter_"
@@ -172,6 +173,7 @@ class Adapters:
         return self.slots[slot]
 
 
+@recordable
 def named(**slots: Callable[..., Any] | None) -> Adapters:
     """Returns the factory of these adapters, without slots that are None.
 

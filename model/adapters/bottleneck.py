@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import Size, recordable
 from model import axes
 from model.adapters.adapter import Adapted, Adapter
 from model.linear import Dense
 from model.mlp import activation
 
 
+@recordable
 class Bottleneck(Adapter):
     """y + up(act(down(y))), where y is the output of a projection; `up` is zero at the start.
 

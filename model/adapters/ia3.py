@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import recordable
 from model import axes
 from model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
 from model.moe.grouped_matmul import grouped_matmul
@@ -44,6 +45,7 @@ class Rescaling(Adapter):
         return fields == ["inputs"]
 
 
+@recordable
 class Ia3(Rescaling):
     """y = l * (x W0 + b), or y = (l * x) W0 + b; l is ones at the start. At experts, each has its own l."""
 

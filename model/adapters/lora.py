@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Decay, Positive, Size
+from espalier.common.ranges import Decay, Positive, Size, recordable
 from model import axes
 from model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from model.kernels import matmul, taps
@@ -23,6 +23,7 @@ from model.transforms.patterns import fullmatch
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+@recordable
 class Lora(Adapter):
     """y + s x A B, where y is the projection's output.
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Count, Size
+from espalier.common.ranges import Count, Size, recordable
 from model import axes
 from model.adapters.adapter import PREFIX, Adapter, AdapterError, adapters_of
 from model.embed import Embed
@@ -22,6 +22,7 @@ from model.embed import Embed
 SLOT = "prompt"  # of adapter.named
 
 
+@recordable
 class Prompt(Adapter):
     """Embeddings of the ids `first_id`, `first_id` + 1, ...; the change of each is learned, and zero at the start.
 
@@ -72,6 +73,7 @@ def inputs_prefix(*, model: Any) -> tuple[int, ...]:
     )
 
 
+@recordable
 class PromptEmbed(Embed):
     """A table of tokens whose virtual ones have learned embeddings.
 

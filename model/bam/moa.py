@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import NonNegative, Size, refuse_set
+from espalier.common.ranges import NonNegative, Size, recordable, refuse_set
 from model.attention import Attention
 from model.like import like
 from model.linear import Dense
@@ -25,6 +25,7 @@ from model.moe import routing
 from model.protocol import AttentionSettings
 
 
+@recordable
 class MixtureOfAttention(Attention):
     """Attention experts with their own router.
 
@@ -46,7 +47,7 @@ class MixtureOfAttention(Attention):
     num_experts: Size = 4
     top_k: Size | None = None
     shared_kv: bool = False
-    router: Callable[..., nn.Module] = Dense
+    router: routing.Router = Dense
     balance_loss: NonNegative = 0.0
 
     def __post_init__(self):
@@ -108,6 +109,7 @@ class MixtureOfAttention(Attention):
         return probs_BTE * chosen_BTE
 
 
+@recordable
 def experts_of(
     *,
     attention: Callable[..., Any] = Attention,

@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import recordable
 from model.heads.reward_model import BackboneModel, backbone_variables, scalar_head
 from model.protocol import Arrays, Output
 from model.transformer import Hidden
 
 
+@recordable
 class ActorCritic(BackboneModel):
     """A language model whose `__call__` also returns values; token losses use it as a language model.
 

@@ -7,12 +7,13 @@ Shapes: B batch, T length, D width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import CalledWith, recordable
 from model import axes
 from model.kv_cache.base import CacheSizes
 from model.linear import Dense
@@ -30,7 +31,9 @@ class BackboneModel(nn.Module):
     row: ClassVar[Row] = "tokens"
 
     backbone: Any
-    head: Callable[..., nn.Module] = Dense
+    head: Annotated[
+        Callable[..., nn.Module], CalledWith("features", "axes", "kernel_init", "name")
+    ] = Dense
 
     @property
     def config(self) -> Any:
@@ -55,6 +58,7 @@ def backbone_variables(variables: Any) -> Any:
     return variables and {"params": variables["params"]["backbone"]}
 
 
+@recordable
 class RewardModel(BackboneModel):
     """A language model's backbone and a linear reward head.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Finite, Positive, Size, refuse_set
+from espalier.common.ranges import Finite, Positive, Size, recordable, refuse_set
 from model.axes import RANK, parameter, unboxed
 from model.kernels import matmul, taps
 from model.like import like
@@ -47,6 +47,7 @@ def product(x: jax.Array, u_XR: jax.Array, v_RY: jax.Array) -> jax.Array:
     return matmul.matmul(x, matmul.matmul(u_XR, v_RY))
 
 
+@recordable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factorisation:
     """Which layers are factorised, and how.
@@ -136,6 +137,7 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
     return lines
 
 
+@recordable
 class LowRankDense(Dense):
     """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere."""
 
@@ -167,6 +169,7 @@ class LowRankDense(Dense):
         return u_XR @ v_RY
 
 
+@recordable
 class LowRankExpertDense(ExpertDense):
     """`LowRankDense` for stacked experts: `u` [E, in, rank], `v` [E, rank, out]."""
 
@@ -189,6 +192,7 @@ class LowRankExpertDense(ExpertDense):
         return taps.projection(self, "v", inner, y_RY, sizes=sizes_E)
 
 
+@recordable
 def factorised(
     *,
     factorisation: Factorisation,

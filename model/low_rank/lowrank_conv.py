@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import recordable
 from model.axes import CHANNELS, CHANNELS_IN, RANK
 from model.low_rank.lowrank import Factorisation, layer_factors
 from model.vision.convolution import Conv, convolve
@@ -64,6 +65,7 @@ def convolve_factors(
     return convolve(y_BHWR, kernel_of(v_RY, scheme, 1, side), (1, stride))
 
 
+@recordable
 class LowRankConv(Conv):
     """A factorised convolution in the layers that `factorisation` selects; `Conv` elsewhere.
 

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import NonNegative, Positive, Size
+from espalier.common.ranges import NonNegative, Positive, Size, recordable
 from model import axes
 from model.config import LayerKind, TransformerConfig
 from model.flops import Counted, weights
@@ -36,6 +36,7 @@ expert_fan_in_normal = nn.initializers.variance_scaling(
 )
 
 
+@recordable
 class ExpertDense(nn.Module):
     """y = x @ kernel[e] for rows sorted by expert, with a kernel [E, in, out].
 
@@ -70,6 +71,7 @@ class ExpertDense(nn.Module):
         return axes.parameter(self, "kernel", *parts).astype(self.dtype)
 
 
+@recordable
 class MoeMlp(Counted):
     """sum over the token's experts e of weight_e * down_e(act(gate_e(x)) * up_e(x)), plus shared(x).
 
@@ -113,7 +115,7 @@ class MoeMlp(Counted):
     router_z_loss: NonNegative = 0.0
     capacity_factor: Positive | None = None
     exchange_factor: Positive | None = None
-    router: Callable[..., nn.Module] = Dense
+    router: routing.Router = Dense
     expert_dense: Callable[..., nn.Module] = ExpertDense
     adapters: Callable[..., Any] | None = None
     shared: Callable[..., nn.Module] | None = None
@@ -258,6 +260,7 @@ class MoeMlp(Counted):
                 )
 
 
+@recordable
 def experts_of(
     *, mlp: Callable[..., Any] = GatedMlp, moe: Callable[..., MoeMlp] = MoeMlp
 ) -> Callable[..., MoeMlp]:

@@ -6,13 +6,21 @@ Shapes: M tokens, of any leading dimensions; B rows of T tokens; E experts; K ex
 one of a token's K experts; index E means no expert.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import CalledWith
 from model import axes
+
+# The factory of a router, see `router_of`.
+Router = Annotated[
+    Callable[..., nn.Module], CalledWith("features", "axes", "dtype", "param_dtype", "name")
+]
 
 
 @flax.struct.dataclass

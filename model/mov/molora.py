@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import Size, recordable
 from model import axes
 from model.adapters.adapter import Adapted, AdapterError
 from model.adapters.lora import Lora
@@ -20,6 +20,7 @@ from model.kernels import matmul
 from model.mov.router import Routed
 
 
+@recordable
 class MoLora(Routed, Lora):
     """LoRA with `num_experts` pairs of factors, mixed for each token.
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import recordable
 from model import axes
 from model.adapters.adapter import Adapted, rescaled
 from model.adapters.ia3 import Ia3
@@ -20,6 +21,7 @@ from model.kernels import matmul
 from model.mov.router import Routed
 
 
+@recordable
 class Mov(Routed, Ia3):
     """(IA)3 with `num_experts` vectors, mixed for each token, and at keys and values for each head."""
 

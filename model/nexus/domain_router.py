@@ -17,7 +17,7 @@ Shapes: E experts, D width, M width of an embedding of a domain, '...' any leadi
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espalier.common.ranges import NonNegative, Size
+from espalier.common.ranges import NonNegative, Size, recordable
 from model import axes
 from model.flops import Counted
 from model.kernels import matmul
-from model.linear import Dense, fan_in_normal
+from model.linear import Dense, Pointwise, fan_in_normal
 from model.moe.router_scale import down_std
 
 
@@ -48,11 +48,12 @@ class GatedRouter(Counted):
     axes: tuple[str, str]
     domain_dim: Size = 1024
     logit_std: NonNegative = 0.1
-    dense: Callable[..., nn.Module] = Dense
+    dense: Pointwise = Dense
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
 
+@recordable
 class DomainRouter(GatedRouter):
     """A router by the embeddings of its experts' data; it ignores `axes`.
 

@@ -8,12 +8,14 @@ import functools
 import flax.linen as nn
 import jax
 
+from espalier.common.ranges import recordable
 from model import axes
 from model.linear import fan_in_normal
 from model.moe.router_scale import token_down_std
 from model.nexus.domain_router import GatedRouter
 
 
+@recordable
 class MlpRouter(GatedRouter):
     """A router with logits down(silu(gate(x)) * up(x)), for MoeMlp and MixtureOfAttention.
 

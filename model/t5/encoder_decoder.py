@@ -9,17 +9,17 @@ Shapes: B batch, S encoder length, T decoder length, D width, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Decay, Layers, Positive
+from espalier.common.ranges import CalledWith, Decay, Layers, Positive, recordable
 from model import axes, flops, layers
 from model.attention import Encoded
 from model.config import TransformerConfig
-from model.embed import Embed
+from model.embed import Embed, Table
 from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.norm import RMSNorm
@@ -76,6 +76,7 @@ class Stack(nn.Module):
         return Hidden(hidden_BTD=dropped(self, self.final_norm(x_BTD), self.dropout), caches=caches)
 
 
+@recordable
 class EncoderDecoder(nn.Module):
     """Encoder-decoder language model of rows with inputs and targets.
 
@@ -102,9 +103,12 @@ class EncoderDecoder(nn.Module):
     encoder_layers: Layers | None = None
     block: Callable[..., nn.Module] = Block
     norm: Callable[..., nn.Module] = RMSNorm
-    embed: Callable[..., nn.Module] = Embed
-    head: Callable[..., nn.Module] = Embed
-    relative_bias: Callable[..., nn.Module] | None = RelativeBias
+    embed: Table = Embed
+    head: Table = Embed
+    relative_bias: Annotated[
+        Callable[..., nn.Module] | None,
+        CalledWith("bidirectional", "dtype", "num_heads", "param_dtype"),
+    ] = RelativeBias
     tie_embeddings: bool = False
     logit_scale: Positive = 1.0
     logit_softcap: Positive | None = None

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import Size, recordable
 from model import axes
 
 
@@ -46,6 +46,7 @@ class PositionBias:
         return self.table_XN.T[jnp.arange(heads).reshape(1, -1, 1, 1), bucket_BNTS]
 
 
+@recordable
 class RelativeBias(nn.Module):
     """The table of a stack.
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from espalier.common.ranges import recordable
 from model.axes import CHANNELS, CHANNELS_IN, parameter
 
 # He et al. (arXiv 1502.01852), by fan-in: preserves the scale of activations after rectifiers.
@@ -24,6 +25,7 @@ def convolve(x_BHWI: jax.Array, kernel_hwIO: jax.Array, strides: tuple[int, int]
     )
 
 
+@recordable
 class Conv(nn.Module):
     """A square convolution with zero padding, kernel [side, side, in, out].
 

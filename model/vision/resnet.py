@@ -10,23 +10,24 @@ Shapes: B batch, H height, W width, C channels, N classes.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import CalledWith, Size, recordable
 from model import axes, flops
 from model.config import FloatDtypes
 from model.kernels import taps
-from model.linear import Dense
+from model.linear import Dense, Pointwise
 from model.protocol import Arrays, LayerSettings, Output, Row
 from model.vision.convolution import Conv, he_normal
 
 STATISTICS = "batch_stats"  # flax's collection of running averages
 
 
+@recordable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResNetConfig(FloatDtypes):
     """Sizes of a residual network.
@@ -133,6 +134,7 @@ class ResidualBlock(nn.Module):
         return self._pointwise(self.width, "shortcut", strided_BHWC)
 
 
+@recordable
 class Bottleneck(ResidualBlock):
     """relu(x + [1x1, 3x3 with the stride, 1x1](x)), each convolution normalised; ResNet v1.5.
 
@@ -155,6 +157,7 @@ class Bottleneck(ResidualBlock):
         return nn.relu(x_BHWC + y_BHWC)
 
 
+@recordable
 class WideBlock(ResidualBlock):
     """x + [3x3 with the stride, 3x3](x), with norm and ReLU before each convolution; wide ResNets.
 
@@ -173,6 +176,7 @@ class WideBlock(ResidualBlock):
         return x_BHWC + y_BHWC
 
 
+@recordable
 class Stem7x7(nn.Module):
     """7x7 convolution with stride 2, norm, ReLU, and 3x3 max pooling with stride 2, for ImageNet."""
 
@@ -185,6 +189,7 @@ class Stem7x7(nn.Module):
         return nn.max_pool(y_BHWC, (3, 3), (2, 2), "SAME")
 
 
+@recordable
 class Stem3x3(nn.Module):
     """3x3 convolution only, for small images and blocks that normalise their input."""
 
@@ -195,6 +200,7 @@ class Stem3x3(nn.Module):
         return _stem_conv(self.config, side=3, stride=1)(x_BHWC)
 
 
+@recordable
 class ResNet(nn.Module):
     """Images [B, H, W, C] -> logits [B, N], float32.
 
@@ -209,9 +215,14 @@ class ResNet(nn.Module):
 
     config: ResNetConfig
     stem: Callable[..., nn.Module] = Stem7x7
-    block: Callable[..., nn.Module] = Bottleneck
-    conv: Callable[..., nn.Module] = Conv
-    dense: Callable[..., nn.Module] = Dense
+    block: Annotated[
+        Callable[..., nn.Module], CalledWith("config", "width", "stride", "conv", "dense", "name")
+    ] = Bottleneck
+    conv: Annotated[
+        Callable[..., nn.Module],
+        CalledWith("features", "side", "stride", "dtype", "param_dtype", "name"),
+    ] = Conv
+    dense: Pointwise = Dense
     final_norm: bool = False
 
     @nn.compact

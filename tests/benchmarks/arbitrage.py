@@ -108,9 +108,9 @@ def _generate(runs: Sequence[str], prompts: str, folder: str) -> float:
 
 def _arbitrage(pool: str, prompts: str, out: str) -> float:
     """Returns the seconds of arbitrage by an exact reward."""
-    from launch.preparation.arbitrage import ArbitrageFlags, arbitrage
+    from launch.aya_expanse.arbitrage import ArbitrageFlags, arbitrage
+    from launch.aya_expanse.teachers import SamplingFlags
     from launch.preparation.best_of_n import RewardFlags
-    from launch.preparation.teachers import SamplingFlags
 
     flags = ArbitrageFlags(pool=pool, prompts=prompts, out=out, keep_cut=True, form="prompt")
     begin = time.perf_counter()

@@ -22,6 +22,7 @@ from trainers.checkpoints import checkpoint, step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.restore import Restored, restore_state
 from trainers.evaluate import Evaluation
+from trainers.hooks import Hook
 from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from trainers.objectives.base import LossOut
 from trainers.signals import StopRequest
@@ -211,7 +212,7 @@ def test_rows_are_sums_over_their_steps_and_no_step_is_lost(tmp_path):
 
 
 def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp_path):
-    class AtStart:
+    class AtStart(Hook):
         every, at_start = 4, True
 
         def __init__(self):
@@ -232,7 +233,7 @@ def test_hooks_run_at_the_start_of_a_run_if_they_ask_and_not_when_it_goes_on(tmp
 
 
 def test_hooks_run_at_further_steps_if_they_name_some(tmp_path):
-    class Often:
+    class Often(Hook):
         every, at_start, also_at = 4, True, (1, 2, 6)
 
         def __init__(self):
@@ -249,14 +250,14 @@ def test_hooks_run_at_further_steps_if_they_name_some(tmp_path):
 def test_hooks_keep_their_cadence_see_the_state_of_their_step_and_run_last(tmp_path, saver):
     seen = []
 
-    class Hook:
+    class Recording(Hook):
         every = 4
 
         def __call__(self, step, state, metrics):
             seen.append((step, int(state.step), metrics["loss"]))
             return {"hooked": step}
 
-    loop = make_loop(tmp_path, hooks=(Hook(),), checkpointer=saver, checkpoint_period=8)
+    loop = make_loop(tmp_path, hooks=(Recording(),), checkpointer=saver, checkpoint_period=8)
     loop.run()
     losses = dict(loop.outputs.writer.having("loss"))
     # With the newest row of metrics: those of steps 3, 6 and 10.
@@ -490,7 +491,7 @@ def test_rollback_needs_a_checkpointer(tmp_path):
 
 
 def test_sigterm_saves_and_a_restart_equals_the_uninterrupted_run(tmp_path, saver):
-    class Terminate:
+    class Terminate(Hook):
         every = 5
 
         def __call__(self, step, state, metrics):
@@ -593,7 +594,7 @@ def test_an_evaluation_under_way_is_given_up_and_the_state_saved_without_hooks(t
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().batch(step, lo, hi)
 
-    class EveryStep:
+    class EveryStep(Hook):
         every = 1
 
         def __call__(self, step, state, metrics):
@@ -651,7 +652,7 @@ def test_hooks_skipped_by_a_stop_at_the_end_run_when_the_run_goes_on(tmp_path, s
 
 
 def test_skipped_hooks_that_have_written_their_metrics_are_not_run_again(tmp_path, saver):
-    class Counted:
+    class Counted(Hook):
         def __init__(self, prefix):
             self.every, self.prefix, self.steps = 5, prefix, []
 
@@ -667,7 +668,7 @@ def test_skipped_hooks_that_have_written_their_metrics_are_not_run_again(tmp_pat
     assert first.steps == [10] and second.steps == [5, 10]
 
 
-class EndsAt:
+class EndsAt(Hook):
     """Ends a run at its step."""
 
     every, ended, last = 3, False, 6
@@ -678,7 +679,7 @@ class EndsAt:
 
 
 def test_a_hook_ends_a_run_which_is_saved_and_evaluated_as_at_its_last_step(tmp_path, saver):
-    class Rare:
+    class Rare(Hook):
         every, steps = 100, ()
 
         def __call__(self, step, state, metrics):
@@ -731,7 +732,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_long_before_the_next(
             raise OSError(errno.ENOSPC, "No space left on device")
         commit(path, record, *arrays, written=written, barrier=barrier)
 
-    class UntilItFailed:
+    class UntilItFailed(Hook):
         every = 5
 
         def __call__(self, step, state, metrics):

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from espalier.common.ranges import Size
 from model.low_rank import factors, lowrank_conv
 from trainers.checkpoints import state_tree
-from trainers.hooks import RunContext
+from trainers.hooks import Hook, RunContext
 from trainers.telemetry import metric_writers
 from trainers.train_state import TrainState
 
@@ -28,7 +28,7 @@ FILE = "spectra.jsonl"
 
 
 @dataclasses.dataclass(kw_only=True)
-class Spectrum:
+class Spectrum(Hook):
     """A hook that appends singular values to `spectra.jsonl` in the run's directory.
 
     Its metrics, 'spectrum/effective_rank', 'effective_step', 'frobenius', 'operator' and 'nuclear', are means over all
@@ -47,8 +47,8 @@ class Spectrum:
     run: RunContext
     every: Size = 100
     kernels: Sequence[str] = ()
-    at_start: bool = dataclasses.field(default=True, init=False)
-    prefix: str = dataclasses.field(default="spectrum/", init=False)
+    at_start = True
+    prefix = "spectrum/"
 
     def __post_init__(self):
         flat = state_tree.flatten(self.run.program.abstract_state.params)

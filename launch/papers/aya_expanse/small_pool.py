@@ -39,7 +39,7 @@ def answered(row: Mapping[str, str], text: str | None = None) -> dict[str, str]:
 
 
 class NoisyRewards:
-    """The exact score with noise, as `launch.preparation.route.Router` takes rewards."""
+    """The exact score with noise, as `launch.aya_expanse.route.Router` takes rewards."""
 
     def __init__(self, deviation: float, seed: int):
         self._deviation, self._seed = deviation, seed
@@ -68,8 +68,8 @@ def answer(path: pathlib.Path, runs: Mapping[str, str], to: pathlib.Path, *, see
       seed: of sampling, of the reward's noise and of draws.
     """
     from data.aya_expanse import prompts as prompt_rows
+    from launch.aya_expanse import completions
     from launch.inference import row_files
-    from launch.preparation import completions
 
     requests = [row for _, row in row_files.read(str(path), example="{}", flag="requests")]
     prompts = prompt_rows.read([(row["id"], row) for row in requests])
@@ -125,11 +125,11 @@ class _Pool:
         *,
         rewarded: bool = True,
     ) -> Any:
-        """Returns what `launch.preparation.route.Router` does; prompts need an "answer" in their language if `rewarded`."""
+        """Returns what `launch.aya_expanse.route.Router` does; prompts need an "answer" in their language if `rewarded`."""
         from data.aya_expanse import pool as pools
-        from launch.preparation.arbitrage import ArbitrageFlags
-        from launch.preparation.route import Router
-        from launch.preparation.teachers import SamplingFlags
+        from launch.aya_expanse.arbitrage import ArbitrageFlags
+        from launch.aya_expanse.route import Router
+        from launch.aya_expanse.teachers import SamplingFlags
 
         settings = ArbitrageFlags(
             pool=str(self._file),

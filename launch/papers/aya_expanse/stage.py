@@ -119,9 +119,9 @@ def _route(
     """Calls `arbitrage` on a pool of runs and `more` entries of a pool; returns its summary."""
     import yaml
 
-    from launch.preparation import arbitrage
+    from launch.aya_expanse import arbitrage
+    from launch.aya_expanse.teachers import SamplingFlags
     from launch.preparation.best_of_n import RewardFlags
-    from launch.preparation.teachers import SamplingFlags
 
     to.mkdir(parents=True, exist_ok=True)
     names = names or [_name(run) for run in runs]

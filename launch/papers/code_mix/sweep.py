@@ -45,8 +45,8 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
         for arm, (file, parent) in sorted(files.items())
     }
     evaluations = {
-        "skills": {"call": "launch.evaluation.skills:evaluate"},
-        ANSWERS: {"call": "launch.evaluation.skills:answers"},
+        "skills": {"call": "launch.code_mix.skills:evaluate"},
+        ANSWERS: {"call": "launch.code_mix.skills:answers"},
     }
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 

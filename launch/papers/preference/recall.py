@@ -10,12 +10,12 @@ from model.protocol import inference_model, inference_params
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
-from trainers.hooks import RunContext
+from trainers.hooks import Hook, RunContext
 from trainers.train_state import TrainState
 
 
 @dataclasses.dataclass(kw_only=True)
-class FactRecall:
+class FactRecall(Hook):
     """A hook: 'facts/accuracy', the share of facts that the likeliest continuations of their prompts state.
 
     Attributes:
@@ -29,8 +29,8 @@ class FactRecall:
     vocabulary: Any
     start_token: Count | None = 0
     every: Size = 20
-    at_start: bool = dataclasses.field(default=True, init=False)
-    prefix: str = dataclasses.field(default="facts/", init=False)
+    at_start = True
+    prefix = "facts/"
 
     def __post_init__(self):
         before = [] if self.start_token is None else [self.start_token]

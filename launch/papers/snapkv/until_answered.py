@@ -11,12 +11,12 @@ import numpy as np
 
 from data.snapkv import retrieval
 from espalier.common.ranges import Fraction, Seed, Size
-from trainers.hooks import RunContext
+from trainers.hooks import Hook, RunContext
 from trainers.train_state import TrainState
 
 
 @dataclasses.dataclass(kw_only=True)
-class UntilAnswered:
+class UntilAnswered(Hook):
     """A hook: 'answers/<question>_<lines>', the share of prompts of a kind that are answered exactly.
 
     It ends the run when the shares of all kinds are at least `share`.
@@ -36,8 +36,8 @@ class UntilAnswered:
     prompts: Size = 128
     seed: Seed = 12345
     every: Size = 100
-    prefix: str = dataclasses.field(default="answers/", init=False)
-    ended: bool = dataclasses.field(default=False, init=False)
+    prefix = "answers/"
+    ended = False
 
     def __post_init__(self):
         model = self.run.program.recipe.model

@@ -13,8 +13,11 @@ import numpy as np
 import optax
 import pytest
 
+from espalier.common.ranges import CalledWith
 from launch.config import gin_check, gin_config, gin_reach
 from launch.config.gin_config import ConfigError
+from launch.config.gin_values import declaration, hints
+from launch.config.registered import REGISTERED
 from model import config as model_config
 from model import transformer
 
@@ -174,10 +177,13 @@ def test_models_pass_what_the_table_says():
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     for (owner, argument), calls in seen.items():
         assert calls == {frozenset(gin_reach.passed(owner, argument))}, (owner, argument)
-    names = {(f"{owner.__module__}.{owner.__qualname__}", argument) for owner, argument in seen}
-    rows = {(name, argument) for name, row in gin_reach.PASSED.items() for argument in row}
-    missing = {row for row in rows if row[0].startswith("model.")} - names
-    assert not missing
+    for module, name in REGISTERED.values():
+        owner = getattr(importlib.import_module(module), name)
+        declared = [
+            x for x, hint in hints(owner).items() if isinstance(declaration(hint), CalledWith)
+        ]
+        missing = [(owner, argument) for argument in declared if (owner, argument) not in seen]
+        assert not missing
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from data.cache import store
 from data.stream import rows
 from data.stream.row_stream import EvalStream
 from data.stream.train_stream import Stream
+from trainers.hooks import Hook
 from trainers.objectives import lm
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -92,7 +93,7 @@ class Witness:
         pass
 
 
-class Sleep:
+class Sleep(Hook):
     """A hook that makes steps slow enough to be killed in."""
 
     every = 1

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
+from launch.aya_expanse import teachers
 from launch.evaluation.judges import checkpoint, reward
 from launch.evaluation.judges.base import Question
 from launch.evaluation.judges.template import Template
 from launch.inference import generate, score
 from launch.inference.generate import as_message, prompt_of
-from launch.preparation import best_of_n, teachers
+from launch.preparation import best_of_n
 from launch.run import load_run
 from launch.run.loaded_run import LoadedRun
 from trainers.rewards import model_reward

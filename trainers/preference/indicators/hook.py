@@ -11,18 +11,18 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
 from espalier.common.bars import Bar
-from espalier.common.ranges import Count, Fraction, NonNegative, Seed, Size
+from espalier.common.ranges import CalledWith, Count, Fraction, NonNegative, Seed, Size
 from model.protocol import inference_model, inference_params
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings, eos_ids
-from trainers.hooks import HookInterruptedError, RunContext
+from trainers.hooks import Hook, HookInterruptedError, RunContext
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.preference.indicators import held_out, measures, samples
 from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(kw_only=True)
-class PreferenceIndicators:
+class PreferenceIndicators(Hook):
     """A hook that computes the indicators, writes samples, and raises at most one alarm.
 
     All numbers are a function of seed, step and weights, so a resumed run writes the same numbers.
@@ -72,7 +72,7 @@ class PreferenceIndicators:
     """
 
     run: RunContext
-    pairs: Callable[..., held_out.PairStream]
+    pairs: Annotated[Callable[..., held_out.PairStream], CalledWith("task")]
     tasks: Sequence[str]
     vocabulary: Any
     every: Size = 50
@@ -92,8 +92,8 @@ class PreferenceIndicators:
     rule: StoppingRule = StoppingRule()
     stop: Literal["never", "alarm"] = "never"
     seed: Seed = 0
-    at_start: bool = dataclasses.field(default=True, init=False)
-    prefix: str = dataclasses.field(default=PREFIX, init=False)
+    at_start = True
+    prefix = PREFIX
 
     def __post_init__(self):
         self._check()

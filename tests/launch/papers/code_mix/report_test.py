@@ -9,8 +9,8 @@ import pytest
 
 from data import tasks
 from data.code_mix import procedures, skill_sources, skills
+from launch.code_mix import skills as evaluate_skills
 from launch.config import gin_config
-from launch.evaluation import skills as evaluate_skills
 from launch.papers.code_mix import judged, measure, page
 from launch.papers.code_mix.arms import PLAIN, Results, wins
 from launch.papers.code_mix.sweep import ANSWERS, JUDGED, PHASES, SHARES

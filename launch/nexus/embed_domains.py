@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     return cli.main(
         __doc__,
-        entry="launch.preparation.embed_domains:register",
+        entry="launch.nexus.embed_domains:register",
         command="prepare embed_domains",
         extra_flags=_add_flags,
         run=_run,
@@ -123,7 +123,7 @@ def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
 
 
 def _run(start: cli.Start) -> None:
-    from launch.preparation import domain_vectors
+    from launch.nexus import domain_vectors
 
     flags = DomainFlags(**setting_flags.given(start.flags, DomainFlags))
     encoder = setting_flags.given(start.flags, EncoderFlags)

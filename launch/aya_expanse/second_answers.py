@@ -12,7 +12,7 @@ Answers = dict[str, Mapping[str, Any]]
 
 
 class Teachers(Protocol):
-    """Asks models of a pool, and has their answers; a launch.preparation.route.Router."""
+    """Asks models of a pool, and has their answers; a launch.aya_expanse.route.Router."""
 
     def ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
         """Asks the models named in `planned` each prompt."""

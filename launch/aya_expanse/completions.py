@@ -15,10 +15,10 @@ from data.aya_expanse.prompts import Prompt
 from data.text.documents import DataError
 from espalier.common.bars import Bar
 from launch import input_errors
+from launch.aya_expanse.teachers import Answer, Working, key_of
 from launch.inference import row_files
 from launch.inference.chat_endpoint import Silence
 from launch.inference.row_files import ResumedRows
-from launch.preparation.teachers import Answer, Working, key_of
 
 
 class Store:

@@ -13,9 +13,9 @@ from data.aya_expanse.pool import Pool
 from data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
 from data.preference.texts import is_blank
 from data.text.documents import DataError
-from launch.preparation import second_answers
-from launch.preparation.completions import Asked, Store, ask
-from launch.preparation.teachers import SamplingFlags, Working, at_work, key_of
+from launch.aya_expanse import second_answers
+from launch.aya_expanse.completions import Asked, Store, ask
+from launch.aya_expanse.teachers import SamplingFlags, Working, at_work, key_of
 
 NO_ANSWER, EMPTY, CUT, WRONG_LANGUAGE = "no answer", "empty", "cut", "wrong language"
 _IMPORTED, ROUTER = "imported", "router.npz"
@@ -50,10 +50,10 @@ class Router:
     """Asks the teachers of a pool, and chooses among their answers.
 
     Args:
-      settings: `launch.preparation.arbitrage.ArbitrageFlags`.
+      settings: `launch.aya_expanse.arbitrage.ArbitrageFlags`.
       store: answers of earlier starts, and of this one.
-      rewards: `launch.preparation.arbitrage_rewards.Rewards`; None for no rewards.
-      language_of: see `launch.preparation.arbitrage.arbitrage`.
+      rewards: `launch.aya_expanse.arbitrage_rewards.Rewards`; None for no rewards.
+      language_of: see `launch.aya_expanse.arbitrage.arbitrage`.
     """
 
     def __init__(

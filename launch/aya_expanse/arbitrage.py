@@ -37,9 +37,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from launch import cli
+from launch.aya_expanse.teachers import SamplingFlags
 from launch.config import setting_flags
 from launch.preparation.best_of_n import RewardFlags
-from launch.preparation.teachers import SamplingFlags
 
 Routing = Literal["single", "random", "fixed", "reward", "learned", "fusion", "translated"]
 
@@ -180,9 +180,9 @@ def arbitrage(
     """
     from data.aya_expanse import pool as pools
     from data.aya_expanse import prompts as prompt_rows
+    from launch.aya_expanse import arbitrage_rewards, completions
+    from launch.aya_expanse.route import Router
     from launch.inference import row_files
-    from launch.preparation import arbitrage_rewards, completions
-    from launch.preparation.route import Router
 
     pool = pools.read(settings.pool)
     if reward is not None:

@@ -14,8 +14,8 @@ import types
 
 import pytest
 
+from launch.aya_expanse import completions
 from launch.inference.generate import generate
-from launch.preparation import completions
 from launch.run import load_run
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
@@ -268,7 +268,7 @@ def test_an_attempt_may_help_and_a_rejected_key_ends_one_teacher(arbitrage, endp
 
 
 def test_a_silent_teacher_is_not_waited_for_again_and_again(arbitrage, endpoint, monkeypatch):
-    from launch.preparation import teachers
+    from launch.aya_expanse import teachers
 
     monkeypatch.setattr(teachers, "_PATIENCE", 3)
     endpoint.teachers["ukr"] = lambda p, n: 503

@@ -13,7 +13,7 @@ import pytest
 
 from data import tasks
 from data.nexus import domain_embeddings
-from launch.preparation import domain_vectors
+from launch.nexus import domain_vectors
 
 LAG = "--gin_file=t5x_configs/data/lag_domains.gin"
 TEXTS = {"law": ["lex dura", "sed lex", "ius"], "code": ["import os", "x = 1"], "sea": ["waves"]}
@@ -55,7 +55,7 @@ def reread(path):
 def test_help_shows_the_encoders_at_once():
     code = (
         "import runpy, sys; sys.argv = ['embed_domains', '--help']\n"
-        "try: runpy.run_module('launch.preparation.embed_domains', run_name='__main__')\n"
+        "try: runpy.run_module('launch.nexus.embed_domains', run_name='__main__')\n"
         "except SystemExit: print(sorted({'jax', 'tensorflow', 'gin', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -179,7 +179,7 @@ def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(emb
     embed.path.unlink()
     embed(*sources, "--documents=40", "--document_per=line", names=())
     assert embed.path.read_bytes() == first
-    from launch.preparation import domain_vectors
+    from launch.nexus import domain_vectors
 
     flags = types.SimpleNamespace(text_key="text", document_per="file", limit=None)
     counts = np.zeros(400)
