@@ -25,8 +25,9 @@ from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.protocol import Arrays, LayerSettings, OfLayers, Output
 from model.ranges import Decay, Positive
+from model.rows import TOKENS, RowKind
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)
@@ -193,7 +194,7 @@ def cache_sizes_of(settings: LayerSettings, config: TransformerConfig, layer: in
     }
 
 
-class Transformer(nn.Module):
+class Transformer(OfLayers, nn.Module):
     """Decoder-only language model.
 
     Attributes:
@@ -208,7 +209,7 @@ class Transformer(nn.Module):
       dropout: share of the embeddings, and of the final norm's output, that training drops.
     """
 
-    row: ClassVar[Row] = "tokens"
+    row: ClassVar[RowKind] = TOKENS
     output: ClassVar[Output] = "logits"
     inference_part: ClassVar[str] = ""
 

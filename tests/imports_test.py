@@ -138,7 +138,7 @@ def test_what_is_allowed_passes(tmp_path):
 LEVELS = {
     "model": (
         ("axes", "kernels", "like", "ranges", "storage"),
-        ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope"),
+        ("config", "embed", "flops", "kv_cache", "linear", "norm", "protocol", "rope", "rows"),
         ("attention", "layers", "mlp", "transformer"),
         ("heads", "low_rank", "moe", "t5", "transforms", "vision"),
         ("adapters", "bam", "nexus"),
@@ -298,7 +298,7 @@ def test_the_top_of_each_package_stays_short():
     # One of launch is __main__, which nobody opens.
     tops = {p: sum(m.startswith(f"{p}.") for m in core()) for p in PACKAGES}
     assert tops["launch"] <= 23 and tops["trainers"] <= 16
-    assert tops["model"] <= 14 and tops["data"] <= 8
+    assert tops["model"] <= 15 and tops["data"] <= 8
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "t5x_configs", "tests"])

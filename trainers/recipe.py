@@ -15,12 +15,11 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.adapters import prompt
 from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
-from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
+from trainers.inputs import Inputs, rows_of
 from trainers.moving_reference import MovingReference
 from trainers.objectives import bound_extras
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
@@ -101,57 +100,12 @@ class Recipe:
             raise ValueError(
                 "Recipe.ema_decay and Recipe.averaged both define the average that is evaluated and released: bind one of them."
             )
-        if self.inputs is None and "targets" not in (self.feature_lengths or {}):
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'targets', for example "
-                '{"targets": 512}.'
-            )
-        if self._encodes and "inputs" not in (self.feature_lengths or {}):
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'inputs', which an encoder-decoder "
-                'reads, for example {"inputs": 512, "targets": 114}.'
-            )
-        if self.inputs is not None:
-            self._check_encoder(self.inputs)
-        if self.inputs is not None and self.feature_lengths is not None:
-            raise ValueError(
-                "Recipe.inputs and Recipe.feature_lengths both define the rows: bind one of them."
-            )
+        rows_of(self.model, self.inputs, self.feature_lengths)  # its errors come with the others
 
-    def _check_encoder(self, inputs: Inputs) -> None:
-        """Raises ValueError if an encoder-decoder has rows without inputs, or another model rows with some."""
-        has_inputs = "encoder_input_tokens" in inputs.arrays(1)
-        name = type(self.model).__name__
-        if has_inputs and self.model.row != "inputs_and_targets":
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS has 'inputs', and the model, a {name}, has no encoder: give 'targets' alone."
-            )
-        if not has_inputs and self.model.row == "inputs_and_targets":
-            raise ValueError(
-                f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none. Preferences have them with "
-                "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}; online methods, reward models and distillation train "
-                "decoders alone."
-            )
-        if prompt.inputs_prefix(model=self.model):
-            raise ValueError(
-                f"With prompt tuning an {name}'s inputs begin with virtual tokens, and those of {type(inputs).__name__} do not: tune "
-                "a prompt on inputs with targets, runs/pretrain.gin, or use another adapter."
-            )
-
-    @property
+    @functools.cached_property
     def inputs_spec(self) -> Inputs:
         """Names, shapes and units of a batch."""
-        if self.inputs is not None:
-            return self.inputs
-        lengths = self.feature_lengths
-        assert lengths is not None  # see __post_init__
-        if self._encodes:
-            return InputsAndTargets(lengths["inputs"], lengths["targets"])
-        return PackedTokens(lengths["targets"])
-
-    @property
-    def _encodes(self) -> bool:
-        return self.inputs is None and self.model.row == "inputs_and_targets"
+        return rows_of(self.model, self.inputs, self.feature_lengths)
 
     @property
     def language_model(self) -> LanguageModel:

@@ -20,8 +20,9 @@ from model import axes, flops
 from model.config import FloatDtypes
 from model.kernels import taps
 from model.linear import Dense
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.protocol import Arrays, LayerSettings, OfLayers, Output
 from model.ranges import Size
+from model.rows import IMAGES, RowKind
 from model.vision.convolution import Conv, he_normal
 
 STATISTICS = "batch_stats"  # flax's collection of running averages
@@ -195,7 +196,7 @@ class Stem3x3(nn.Module):
         return _stem_conv(self.config, side=3, stride=1)(x_BHWC)
 
 
-class ResNet(nn.Module):
+class ResNet(OfLayers, nn.Module):
     """Images [B, H, W, C] -> logits [B, N], float32.
 
     Attributes:
@@ -204,7 +205,7 @@ class ResNet(nn.Module):
       final_norm: whether to apply norm and ReLU after the last block, for blocks that end without them.
     """
 
-    row: ClassVar[Row] = "images"
+    row: ClassVar[RowKind] = IMAGES
     output: ClassVar[Output] = "classes"
 
     config: ResNetConfig

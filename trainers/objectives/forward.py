@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
 
+from model import rows
 from model.kernels.cross_entropy import Implementation, map_tokens, token_log_probs
 from model.kernels.vocab_logits import LogitForm
-from model.mov import sentence
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
@@ -167,13 +167,7 @@ def decoder_arguments(batch: Batch, training: bool) -> tuple[tuple[Any, ...], di
     del training
     positions_BT, segments_BT = batch.get("decoder_positions"), batch["decoder_segment_ids"]
     keywords = {"positions_BT": positions_BT, "segments_BT": segments_BT}
-    if "encoder_input_tokens" in batch:
-        keywords |= {
-            "encoder_tokens_BS": batch["encoder_input_tokens"],
-            "encoder_positions_BS": batch.get("encoder_positions"),
-            "encoder_segments_BS": batch["encoder_segment_ids"],
-        }
-    return (batch["decoder_input_tokens"],), keywords
+    return (batch["decoder_input_tokens"],), keywords | rows.encoder_arguments(batch)
 
 
 def forward_objective(
@@ -229,7 +223,7 @@ def forward(
     lasting = tuple(variables) if training else ()
     variables = {"params": params, **variables}
     args, keywords = arguments(batch, training)
-    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+    with rows.given(model.row_context(variables, batch)):
         output, written = model.apply(
             variables,
             *args,
@@ -252,7 +246,7 @@ def frozen_forward(model: Any, params: Any, batch: Batch) -> Forward:
     """Runs a frozen decoder: without gradient to its parameters, random numbers, or writing collections."""
     variables = {"params": jax.lax.stop_gradient(params)}
     args, keywords = decoder_arguments(batch, False)
-    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+    with rows.given(model.row_context(variables, batch)):
         output = model.apply(variables, *args, **keywords, method="hidden")
     return Forward(model=model, variables=variables, batch=batch, output=output, written={})
 
