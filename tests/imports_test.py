@@ -145,7 +145,10 @@ LEVELS = {
         ("hf", "mov"),
     ),
     "trainers": (
-        ("inputs", "partitioning", "programs", "telemetry", "train_state", "trainable"),
+        (
+            *("extensions", "inputs", "partitioning", "programs", "telemetry", "train_state"),
+            "trainable",
+        ),
         ("anomaly", "batches", "checkpoints", "initialise", "moving_reference", "optim", "signals"),
         ("decoding", "objectives", "rewards", "scoring"),
         ("recipe", "reports", "step"),

@@ -1,7 +1,7 @@
 """From a model and an optimiser to a sharded train state, without ever holding it on one device."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import axes
 from model.protocol import Same
 from trainers import trainable
-from trainers.anomaly import STATISTICS, Anomaly
+from trainers.extensions import StepExtension, fields_of
 from trainers.inputs import Inputs, PackedTokens
-from trainers.moving_reference import MOVES, MovingReference
 from trainers.optim import rounding
 from trainers.partitioning import Rules, mesh_spec, shards_of
 from trainers.telemetry import stages
@@ -34,20 +33,6 @@ def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
 def widened(variables: Any) -> Any:
     """Returns a model's variables with parameters in float32 that are narrower."""
     return {**variables, "params": jax.tree.map(rounding.wide, variables["params"])}
-
-
-def average_of(params: Any, mask: Any = None) -> Any:
-    """Returns copies of parameters to begin an average with: float32 where they are trained.
-
-    In bfloat16 an average stops short of its target: the step (1 - decay) * (p - e) is rounded away.
-    """
-
-    def copy(leaf, trained=True):
-        wide = trained and jnp.issubdtype(leaf.dtype, jnp.floating)
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if wide else leaf.dtype
-        return jnp.array(leaf, dtype)
-
-    return jax.tree.map(copy, params, *(() if mask is None else (mask,)))
 
 
 def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
@@ -107,24 +92,18 @@ def make_state(
     optimizer: optax.GradientTransformation,
     *,
     mask: Any = None,
-    ema: bool = False,
-    anomaly: Anomaly | None = None,
-    moving_reference: MovingReference | None = None,
+    extensions: Sequence[StepExtension] = (),
 ) -> TrainState:
     """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
     collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
     params = collections["params"]
-    extra = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
-    if anomaly is not None:
-        extra[STATISTICS] = anomaly.init()
-    if moving_reference is not None:
-        extra[MOVES] = moving_reference.init(params)
+    lasting = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
+    parts = {extension.name: extension.init(params, mask) for extension in extensions}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(trainable.split(params, mask)[0]),
-        ema_params=average_of(params, mask) if ema else None,
-        variables=extra,
+        **fields_of(lasting, parts),
     )
 
 
@@ -158,13 +137,16 @@ def state_shardings(
     *,
     mesh: Mesh,
     mask: Any = None,
+    extensions: Sequence[StepExtension] = (),
 ) -> Any:
-    """Returns shardings of a whole state: moments and a reference's moves follow their parameter, all else is replicated.
+    """Returns shardings of a whole state: moments and what extensions have of parameters follow their parameter.
+
+    All else is replicated.
 
     Args:
       abstract: the state's shapes (`jax.eval_shape` of make_state).
       shardings: of the parameters.
-      mask: trainable mask, as passed to make_state.
+      mask, extensions: as passed to make_state.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     trained, _ = trainable.split(abstract.params, mask)
@@ -188,14 +170,7 @@ def state_shardings(
         transform_non_params=lambda _: replicated,
         is_leaf=masked,
     )
+    whole = jax.tree.map(lambda _: replicated, abstract.variables)
+    parts = {extension.name: shardings for extension in extensions if extension.like_params}
     tree: Any = TrainState  # of shardings, where a state holds arrays
-    return tree(
-        step=replicated,
-        params=shardings,
-        opt_state=opt_state,
-        ema_params=None if abstract.ema_params is None else shardings,
-        variables={
-            name: shardings if name == MOVES else jax.tree.map(lambda _: replicated, collection)
-            for name, collection in abstract.variables.items()
-        },
-    )
+    return tree(step=replicated, params=shardings, opt_state=opt_state, **fields_of(whole, parts))

@@ -19,20 +19,20 @@ from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
+from trainers.extensions import StepExtension
 from trainers.inputs import Inputs, rows_of
-from trainers.moving_reference import MovingReference
 from trainers.objectives import bound_extras
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
+from trainers.optim import averages, schedules
 from trainers.optim import rounding as rounding_lib
-from trainers.optim import schedules
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
 from trainers.partitioning import Rules
 from trainers.programs import host_memory
 from trainers.programs import program as programs
 from trainers.reports import Report
-from trainers.step import Averaged, make_eval_step, make_train_step
+from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 
@@ -63,6 +63,7 @@ class Recipe:
         optimiser that defines an average of its own, such as optax.contrib.schedule_free_eval_params; called every step.
       anomaly: policy for non-finite and spiking losses; None applies every update.
       moving_reference: moves the objective's reference to the policy; None for a fixed one.
+      extensions: what else the state holds and a step does (see trainers/extensions.py).
       rules: name of a rule set in trainers/partitioning.py.
       mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
       seed: of initial parameters and of any randomness in steps.
@@ -82,9 +83,10 @@ class Recipe:
     rounding: rounding_lib.Rounding | None = None
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: Decay | None = None
-    averaged: Averaged | None = None
+    averaged: averages.Averaged | None = None
     anomaly: Anomaly | None = Anomaly()
-    moving_reference: MovingReference | None = None
+    moving_reference: StepExtension | None = None
+    extensions: Sequence[StepExtension] = ()
     rules: str = "fsdp"
     mesh: Mapping[str, AxisSize] | None = None
     seed: Seed = 0
@@ -96,11 +98,16 @@ class Recipe:
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the {self.microbatches} microbatches: change "
                 "BATCH_SIZE or Recipe.microbatches."
             )
-        if self.ema_decay is not None and self.averaged is not None:
-            raise ValueError(
-                "Recipe.ema_decay and Recipe.averaged both define the average that is evaluated and released: bind one of them."
-            )
-        rows_of(self.model, self.inputs, self.feature_lengths)  # its errors come with the others
+        # Their errors come before anything is made.
+        averages.average_of(self.ema_decay, self.averaged)
+        rows_of(self.model, self.inputs, self.feature_lengths)
+
+    @functools.cached_property
+    def step_extensions(self) -> Sequence[StepExtension]:
+        """All that the state holds besides parameters, optimiser and the model's collections."""
+        average = averages.average_of(self.ema_decay, self.averaged)
+        own = (average, self.moving_reference, self.anomaly)
+        return (*(one for one in own if one is not None), *self.extensions)
 
     @functools.cached_property
     def inputs_spec(self) -> Inputs:
@@ -175,6 +182,7 @@ class Recipe:
             initialise.param_shardings(boxed, mesh, rules),
             mesh=mesh,
             mask=mask,
+            extensions=self.step_extensions,
         )
         return Program(
             recipe=self,
@@ -204,12 +212,6 @@ class Recipe:
             optimizer = rounding_lib.stochastic(optimizer, seed=self.seed)
         return optimizer
 
-    @property
-    def _averaged(self) -> Averaged | None:
-        if self.rounding == "stochastic" and (averaged := self.averaged) is not None:
-            return lambda state, params: averaged(state.inner, params)
-        return self.averaged
-
     def _state_maker(
         self, optimizer: optax.GradientTransformation, mask: Any
     ) -> Callable[[Any], TrainState]:
@@ -217,9 +219,7 @@ class Recipe:
             initialise.make_state,
             optimizer=optimizer,
             mask=mask,
-            ema=self.ema_decay is not None or self.averaged is not None,
-            anomaly=self.anomaly,
-            moving_reference=self.moving_reference,
+            extensions=self.step_extensions,
         )
 
 
@@ -328,15 +328,12 @@ class Program:
             mask=self.mask,
             microbatches=recipe.microbatches,
             gradient_dtype=recipe.gradient_dtype,
-            ema_decay=recipe.ema_decay,
-            averaged=recipe._averaged,
-            anomaly=recipe.anomaly,
-            moving_reference=recipe.moving_reference,
+            extensions=recipe.step_extensions,
         )
         evaluate = make_eval_step(
             loss_fn=loss_fn,
             microbatches=recipe.microbatches,
-            moving_reference=recipe.moving_reference,
+            extensions=recipe.step_extensions,
         )
         # Metrics of any shape are read by every process.
         replicated = NamedSharding(self.mesh, PartitionSpec())
