@@ -53,6 +53,9 @@ ACTIVATION_AXES = (
 
 ALL_AXES = PARAMETER_AXES + ACTIVATION_AXES
 
+# Pairs of a logical name and the mesh axes that split it, one or several; None replicates.
+Rules = tuple[tuple[str, Any], ...]
+
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation's sharding by logical names; a no-op outside a mesh.

@@ -10,12 +10,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import axes
+from model.axes import Rules
 from model.protocol import Same
 from trainers import trainable
 from trainers.extensions import StepExtension, fields_of
 from trainers.inputs import Inputs, PackedTokens
 from trainers.optim import rounding
-from trainers.partitioning import Rules, mesh_spec, shards_of
+from trainers.partitioning import mesh_spec, shards_of
 from trainers.telemetry import stages
 from trainers.train_state import TrainState
 

@@ -15,6 +15,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.axes import Rules
 from model.protocol import LanguageModel, Model
 from model.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from trainers import initialise, partitioning, trainable
@@ -28,7 +29,6 @@ from trainers.optim import averages, schedules
 from trainers.optim import rounding as rounding_lib
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
-from trainers.partitioning import Rules
 from trainers.programs import host_memory
 from trainers.programs import program as programs
 from trainers.reports import Report

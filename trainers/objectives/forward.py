@@ -24,7 +24,7 @@ from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredE
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
 Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]
 _LAYER = re.compile(r"layers/block_\d+/")
-_LARGEST = "router_load_max"  # sown metric, reported of the worst layer too
+_LARGEST = "_max"  # end of the name of a sown metric that is reported of the worst layer too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class Forward:
             reported["auxiliary_loss"] = (added, weight)
         if sown := self.written.get("metrics"):
             by_layer = _by_layer(sown, scanned=self.model.config.scan_layers)
-            # A mean over layers hides that the router of one of them has collapsed.
+            # A mean over layers hides the one whose largest value is near its bound.
             worst = {
                 f"{name}_worst_layer": values.max(0)
                 for name, values in by_layer.items()
