@@ -1,5 +1,6 @@
 """From a model and an optimiser to a sharded train state, without ever holding it on one device."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,90 +89,88 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree.map(sharding, boxed, is_leaf=axes.is_boxed)
 
 
-def make_state(
-    boxed: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    mask: Any = None,
-    extensions: Sequence[StepExtension] = (),
-) -> TrainState:
-    """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
-    collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
-    params = collections["params"]
-    lasting = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
-    parts = {extension.name: extension.init(params, mask) for extension in extensions}
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(trainable.split(params, mask)[0]),
-        **fields_of(lasting, parts),
-    )
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class StateMaker:
+    """Makes the states of a run.
 
-
-def restart(
-    optimizer: optax.GradientTransformation, abstract: TrainState, shardings: Any, mask: Any = None
-) -> Callable[[TrainState], TrainState] | None:
-    """Returns a function that consumes a state and returns it with a fresh optimiser for its parameters.
-
-    Returns None where the optimiser's first state has zeros and counts alone, as moments do: it fits any parameters.
-    Schedule-free methods begin with a copy of the parameters.
+    Attributes:
+      optimizer: over the trainable parameters only.
+      mask: tree of bools over the parameters, True where trained; None trains everything.
+      extensions: what else a state holds.
     """
 
-    def fresh(params: Any) -> Any:
-        return optimizer.init(trainable.split(params, mask)[0])
+    optimizer: optax.GradientTransformation
+    mask: Any = None
+    extensions: Sequence[StepExtension] = ()
 
-    jaxpr = jax.make_jaxpr(fresh)(abstract.params).jaxpr
-    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | set(map(id, jaxpr.outvars))
-    if not any(id(variable) in read for variable in jaxpr.invars):
-        return None
-    return jax.jit(
-        lambda state: state.replace(opt_state=fresh(state.params)),
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
+    def __call__(self, boxed: Any) -> TrainState:
+        """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
+        collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
+        params = collections["params"]
+        lasting = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
+        parts = {each.name: each.init(params, self.mask) for each in self.extensions}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self._opt_state(params),
+            **fields_of(lasting, parts),
+        )
 
+    def _opt_state(self, params: Any) -> Any:
+        return self.optimizer.init(trainable.split(params, self.mask)[0])
 
-def state_shardings(
-    abstract: TrainState,
-    optimizer: optax.GradientTransformation,
-    shardings: Any,
-    *,
-    mesh: Mesh,
-    mask: Any = None,
-    extensions: Sequence[StepExtension] = (),
-) -> Any:
-    """Returns shardings of a whole state: moments and what extensions have of parameters follow their parameter.
+    def restart(
+        self, abstract: TrainState, shardings: Any
+    ) -> Callable[[TrainState], TrainState] | None:
+        """Returns a function that consumes a state and returns it with a fresh optimiser for its parameters.
 
-    All else is replicated.
+        Returns None where the optimiser's first state has zeros and counts alone, as moments do: it fits any parameters.
+        Schedule-free methods begin with a copy of the parameters.
+        """
+        jaxpr = jax.make_jaxpr(self._opt_state)(abstract.params).jaxpr
+        inputs = [variable for equation in jaxpr.eqns for variable in equation.invars]
+        read = {id(variable) for variable in (*inputs, *jaxpr.outvars)}
+        if not any(id(variable) in read for variable in jaxpr.invars):
+            return None
+        return jax.jit(
+            lambda state: state.replace(opt_state=self._opt_state(state.params)),
+            donate_argnums=0,
+            out_shardings=shardings,
+        )
 
-    Args:
-      abstract: the state's shapes (`jax.eval_shape` of make_state).
-      shardings: of the parameters.
-      mask, extensions: as passed to make_state.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    trained, _ = trainable.split(abstract.params, mask)
-    trained_shardings, _ = trainable.split(shardings, mask)
+    def shardings(self, abstract: TrainState, shardings: Any, mesh: Mesh) -> Any:
+        """Returns shardings of a whole state.
 
-    def masked(node):
-        return isinstance(node, optax.MaskedNode)
+        Moments and what extensions have of parameters follow their parameter; all else is replicated.
 
-    def like_parameter(moment, param, sharding):
-        if masked(moment):  # a parameter that another part of the optimiser takes care of
-            return moment
-        # Adafactor's row and column statistics are small vectors of another shape.
-        return sharding if moment.shape == param.shape else replicated
+        Args:
+          abstract: the state's shapes (`jax.eval_shape` of this maker).
+          shardings: of the parameters.
+        """
+        replicated = NamedSharding(mesh, PartitionSpec())
+        trained, _ = trainable.split(abstract.params, self.mask)
+        trained_shardings, _ = trainable.split(shardings, self.mask)
 
-    opt_state = optax.tree.map_params(
-        optimizer,
-        like_parameter,
-        abstract.opt_state,
-        trained,
-        trained_shardings,
-        transform_non_params=lambda _: replicated,
-        is_leaf=masked,
-    )
-    whole = jax.tree.map(lambda _: replicated, abstract.variables)
-    parts = {extension.name: shardings for extension in extensions if extension.like_params}
-    tree: Any = TrainState  # of shardings, where a state holds arrays
-    return tree(step=replicated, params=shardings, opt_state=opt_state, **fields_of(whole, parts))
+        def masked(node):
+            return isinstance(node, optax.MaskedNode)
+
+        def like_parameter(moment, param, sharding):
+            if masked(moment):  # a parameter that another part of the optimiser takes care of
+                return moment
+            # Adafactor's row and column statistics are small vectors of another shape.
+            return sharding if moment.shape == param.shape else replicated
+
+        opt_state = optax.tree.map_params(
+            self.optimizer,
+            like_parameter,
+            abstract.opt_state,
+            trained,
+            trained_shardings,
+            transform_non_params=lambda _: replicated,
+            is_leaf=masked,
+        )
+        whole = jax.tree.map(lambda _: replicated, abstract.variables)
+        parts = {each.name: shardings for each in self.extensions if each.like_params}
+        tree: Any = TrainState  # of shardings, where a state holds arrays
+        fields = fields_of(whole, parts)
+        return tree(step=replicated, params=shardings, opt_state=opt_state, **fields)

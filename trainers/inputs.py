@@ -105,7 +105,7 @@ class PackedPairs(TokenRows):
       feature_lengths: {'targets': tokens of a row}; of an encoder-decoder also its 'inputs'.
       pairs: K, the most pairs in a row, which data decide; any K serves to compile without data.
       stored_reference: whether a reference's log-probabilities come with the pairs.
-      labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
+      labels: whether examples are unpaired, with a label each.
       read_last: whether last tokens are read, as reward models need it.
       margins: whether data have margins by which chosen completions are better, for losses of rewards.
     """

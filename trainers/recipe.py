@@ -174,16 +174,10 @@ class Recipe:
         if widened := narrow if self.rounding is None else []:
             variables = jax.eval_shape(initialise.widened, variables)
             boxed = variables["params"]
-        optimizer = self._make_optimizer(boxed)
-        abstract = jax.eval_shape(self._state_maker(optimizer, mask), variables)
-        shardings = initialise.state_shardings(
-            abstract,
-            optimizer,
-            initialise.param_shardings(boxed, mesh, rules),
-            mesh=mesh,
-            mask=mask,
-            extensions=self.step_extensions,
-        )
+        states = self._states(boxed, mask)
+        abstract = jax.eval_shape(states, variables)
+        params = initialise.param_shardings(boxed, mesh, rules)
+        shardings = states.shardings(abstract, params, mesh)
         return Program(
             recipe=self,
             mesh=mesh,
@@ -201,7 +195,7 @@ class Recipe:
         arrays = self.inputs_spec.arrays(self.batch_size)
         return initialise.with_shardings(arrays, dict.fromkeys(arrays, sharding))
 
-    def _make_optimizer(self, boxed_params: Any) -> optax.GradientTransformation:
+    def _states(self, boxed_params: Any, mask: Any) -> initialise.StateMaker:
         optimizer = make_optimizer(
             self.optimizer,
             learning_rate=schedules.as_schedule(self.learning_rate),
@@ -210,16 +204,8 @@ class Recipe:
         )
         if self.rounding == "stochastic":
             optimizer = rounding_lib.stochastic(optimizer, seed=self.seed)
-        return optimizer
-
-    def _state_maker(
-        self, optimizer: optax.GradientTransformation, mask: Any
-    ) -> Callable[[Any], TrainState]:
-        return functools.partial(
-            initialise.make_state,
-            optimizer=optimizer,
-            mask=mask,
-            extensions=self.step_extensions,
+        return initialise.StateMaker(
+            optimizer=optimizer, mask=mask, extensions=self.step_extensions
         )
 
 
@@ -281,7 +267,7 @@ class Program:
         """A jitted function () -> state of step 0, created sharded."""
         recipe = self.recipe
         model, inputs, seed = recipe.model, recipe.inputs_spec, recipe.seed
-        make_state = recipe._state_maker(self._optimizer, self.mask)
+        make_state = self._states
         widened = self.widened
 
         def init() -> TrainState:
@@ -296,9 +282,7 @@ class Program:
 
         None where a fresh optimiser's state does not depend on their values.
         """
-        return initialise.restart(
-            self._optimizer, self.abstract_state, self._state_shardings, self.mask
-        )
+        return self._states.restart(self.abstract_state, self._state_shardings)
 
     @property
     def train_flops_per_unit(self) -> float:
@@ -308,8 +292,8 @@ class Program:
         return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1), variables)
 
     @property
-    def _optimizer(self) -> optax.GradientTransformation:
-        return self.recipe._make_optimizer(self.boxed_params)
+    def _states(self) -> initialise.StateMaker:
+        return self.recipe._states(self.boxed_params, self.mask)
 
     @property
     def _state_shardings(self) -> Any:
@@ -323,7 +307,7 @@ class Program:
         loss_fn = dataclasses.replace(objective, stored_extras=None)
         train_step = make_train_step(
             loss_fn=loss_fn,
-            optimizer=self._optimizer,
+            optimizer=self._states.optimizer,
             seed=recipe.seed,
             mask=self.mask,
             microbatches=recipe.microbatches,

@@ -91,9 +91,8 @@ def test_moves_are_split_over_devices_as_their_parameters_are():
     variables = {MOVES: MovingReference().init(START), "other": {"x": jnp.zeros(3)}}
     state = TrainState(jnp.zeros((), jnp.int32), START, optimizer.init(START), None, variables)
     abstract = jax.eval_shape(lambda: state)
-    found = initialise.state_shardings(
-        abstract, optimizer, shardings, mesh=mesh, extensions=[MovingReference()]
-    ).variables
+    states = initialise.StateMaker(optimizer=optimizer, extensions=[MovingReference()])
+    found = states.shardings(abstract, shardings, mesh).variables
     assert found == {MOVES: shardings, "other": {"x": whole}}
 
 
