@@ -67,7 +67,6 @@ INTO_SLUGS: dict[str, set[str]] = {
     "launch.reliability.hostile": {"preference"},
     "launch.run": {"distillation", "preference"},
     "launch.weights": {"low_rank", "nexus"},
-    "trainers.online": {"preference"},
 }
 
 # Packages each one may import of the project's own, and what it must not import from outside.
@@ -244,19 +243,10 @@ SHARED = ("claim", "criteria", "page", "scorecard", "sweeps")
 CORE_MAY_IMPORT = {f"launch.papers.shared.{name}" for name in SHARED}
 # Files of the core that still name a paper, to be mended: what they import or name.
 NAMES_A_PAPER = {
-    # The critic and the losses of online methods share settings with those of preferences.
-    **dict.fromkeys(
-        [
-            f"trainers.online.{name}"
-            for name in ("critic", "groups", "losses", "pairs", "policy_gradient")
-        ],
-        {"trainers.preference.losses.settings"},
-    ),
+    # The error of a run without a method names a folder to choose from.
     "trainers.online.rollouts": {"methods/preference"},
     # A part of TR-DPO that config.gin of earlier runs imports from here.
     "trainers.moving_reference": {"methods/preference"},
-    # Kinds of routers of mixtures made of dense models.
-    "model.transforms.experts": {"model/nexus"},
     # Examples of commands, which stay.
     "launch.quickstart": {"experiments/code_mix"},
     "launch.sweep": {"launch/papers/code_mix"},
