@@ -27,13 +27,13 @@ CHANNELS = "channels"  # output channels of convolutions
 # Input channels of convolutions; never split, because a name may occur only once in an array.
 CHANNELS_IN = "channels_in"
 RANK = "rank"  # inner dimension of a factorised kernel or adapter
-SENTENCE = "sentence"  # width of a sentence's embedding, which no rule set splits
+CONTEXT = "context"  # width of what a layer reads of a whole row, which no rule set splits
 UNMODELED = "unmodeled"  # small dimensions that no rule set splits
 CONSTANT = "constant"  # rows of data stored among the parameters: see `constant`
 
 PARAMETER_AXES = (
     *(VOCAB, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, NORM, POSITION, LAYERS),
-    *(EXPERT, CHANNELS, CHANNELS_IN, RANK, SENTENCE, UNMODELED, CONSTANT),
+    *(EXPERT, CHANNELS, CHANNELS_IN, RANK, CONTEXT, UNMODELED, CONSTANT),
 )
 
 # Activations.
@@ -52,6 +52,9 @@ ACTIVATION_AXES = (
 )
 
 ALL_AXES = PARAMETER_AXES + ACTIVATION_AXES
+
+# Pairs of a logical name and the mesh axes that split it, one or several; None replicates.
+Rules = tuple[tuple[str, Any], ...]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -13,8 +13,8 @@ import jax
 
 from model.config import LayerKind
 from model.kv_cache.base import CacheSizes
+from model.rows import RowKind
 
-Row = Literal["tokens", "inputs_and_targets", "images"]
 Output = Literal["logits", "rewards", "classes"]
 Arrays = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -97,22 +97,35 @@ class Sizes(Protocol):
 class Model(Protocol):
     """Any model.
 
-    `row` is the kind of data in a row of a batch (tokens that a decoder reads, inputs of an encoder with targets, or images), `output` the kind of output for a row: logits or rewards
-    of each token, or logits of classes.
+    Attributes:
+      row: the kind of data in a row of a batch (model/rows.py).
+      output: the kind of output for a row: logits or rewards of each token, or logits of classes.
+      inputs_prefix: ids with which the inputs of every row begin, such as virtual tokens; empty for rows without inputs.
     """
 
     @property
     def config(self) -> Any: ...
     @property
-    def row(self) -> Row: ...
+    def row(self) -> RowKind: ...
     @property
     def output(self) -> Output: ...
+    @property
+    def inputs_prefix(self) -> tuple[int, ...]: ...
 
     def init(self, *args: Any, **kwargs: Any) -> Any: ...
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def layer_settings(self) -> Sequence[LayerSettings]:
         """Returns the settings of every layer, by depth; an empty sequence unless it is a transformer."""
+        ...
+
+    def row_context(self, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        """Returns the context of a batch's rows (model/rows.py) for `rows.given`; None if no layer reads one.
+
+        Args:
+          variables: the model's variables.
+          batch: the batch's columns; of generation `Prompts.columns`, where each row has one example.
+        """
         ...
 
     def forward_flops(self, row: Arrays, variables: Any = None) -> float:
@@ -143,6 +156,30 @@ class LanguageModel(Model, Protocol):
     def cache_sizes(self, layer: int) -> CacheSizes:
         """Returns the sizes of the key/value cache of layer `layer`, from 0, for models that generate text."""
         ...
+
+
+class OfLayers:
+    """The part of `Model` that the adapters of a model's layers answer."""
+
+    def row_context(self: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+        """See `Model`."""
+        adapters = adapters_of(self)
+        return None if adapters is None else adapters.row_context(self, variables, batch)
+
+    @property
+    def inputs_prefix(self: Any) -> tuple[int, ...]:
+        """See `Model`."""
+        adapters = adapters_of(self) if self.row.encodes else None
+        return () if adapters is None else adapters.inputs_prefix
+
+
+def adapters_of(model: Model) -> Any:
+    """Returns the adapters of a model, see model/adapters/adapter.py; None without any."""
+    for layer in model.layer_settings():
+        for part in (layer.attention, layer.mlp):
+            if part.adapters is not None and part.adapters.slots:
+                return part.adapters
+    return None
 
 
 def inference_model(model: LanguageModel) -> Any:

@@ -26,7 +26,8 @@ from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.mlp import GatedMlp
 from model.norm import RMSNorm
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.protocol import Arrays, LayerSettings, OfLayers, Output
+from model.rows import TOKENS, RowKind
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)
@@ -195,7 +196,7 @@ def cache_sizes_of(settings: LayerSettings, config: TransformerConfig, layer: in
 
 
 @recordable
-class Transformer(nn.Module):
+class Transformer(OfLayers, nn.Module):
     """Decoder-only language model.
 
     Attributes:
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
       dropout: share of the embeddings, and of the final norm's output, that training drops.
     """
 
-    row: ClassVar[Row] = "tokens"
+    row: ClassVar[RowKind] = TOKENS
     output: ClassVar[Output] = "logits"
     inference_part: ClassVar[str] = ""
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from espalier.common.ranges import Positive, Size
 from trainers.batches import Stream
+from trainers.extensions import StepExtension, Update
 
 Action = Literal["stop", "skip", "rollback"]
 ACTIONS = get_args(Action)
@@ -29,7 +30,7 @@ _SIGMAS_PER_MAD = 1.4826
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Anomaly:
+class Anomaly(StepExtension):
     """Policy for bad steps: a non-finite loss, gradient or update, or a spiking loss.
 
     Mean and variance of the losses are averages, plain ones over the first `window` good steps and exponential ones from
@@ -48,6 +49,9 @@ class Anomaly:
       max_skips: consecutive bad steps after which 'skip' stops, and rollbacks after which 'rollback' stops.
     """
 
+    name = STATISTICS
+    of_data = True
+
     action: Action = "stop"
     spike_sigmas: Positive | None = None
     window: Size = 64
@@ -59,13 +63,17 @@ class Anomaly:
         if self.window < 2 or self.max_skips < 1:
             raise ValueError("Anomaly: window must be at least 2 and max_skips at least 1.")
 
-    def init(self) -> dict[str, jax.Array]:
+    def init(self, params: Any = None, mask: Any = None) -> dict[str, jax.Array]:
         """Returns the statistics of no steps."""
+        del params, mask
         dtypes = {"mean": jnp.float32, "variance": jnp.float32, "count": jnp.int32}
         statistics = {name: jnp.zeros((), dtype) for name, dtype in dtypes.items()}
         if self.spike_sigmas is not None:
             statistics[GATHERED] = jnp.full(self.window, jnp.nan, jnp.float32)
         return statistics
+
+    def gate(self, part: Any, update: Update) -> tuple[jax.Array, Any]:
+        return self.judge(part, update.loss, update.grad_norm)
 
     def judge(
         self, statistics: dict[str, jax.Array], loss: jax.Array, grad_norm: jax.Array

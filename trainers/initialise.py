@@ -1,7 +1,8 @@
 """From a model and an optimiser to a sharded train state, without ever holding it on one device."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.common import stages
 from model import axes
+from model.axes import Rules
 from model.protocol import Same
 from trainers import trainable
-from trainers.anomaly import STATISTICS, Anomaly
+from trainers.extensions import StepExtension, fields_of
 from trainers.inputs import Inputs, PackedTokens
-from trainers.moving_reference import MOVES, MovingReference
 from trainers.optim import rounding
-from trainers.partitioning import Rules, mesh_spec, shards_of
+from trainers.partitioning import mesh_spec, shards_of
 from trainers.train_state import TrainState
 
 # Collections of a single call: sown values and perturbations. The state stores all other collections.
@@ -34,20 +35,6 @@ def variables(model: Any, key: jax.Array, inputs: Inputs = _TEXT) -> Any:
 def widened(variables: Any) -> Any:
     """Returns a model's variables with parameters in float32 that are narrower."""
     return {**variables, "params": jax.tree.map(rounding.wide, variables["params"])}
-
-
-def average_of(params: Any, mask: Any = None) -> Any:
-    """Returns copies of parameters to begin an average with: float32 where they are trained.
-
-    In bfloat16 an average stops short of its target: the step (1 - decay) * (p - e) is rounded away.
-    """
-
-    def copy(leaf, trained=True):
-        wide = trained and jnp.issubdtype(leaf.dtype, jnp.floating)
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if wide else leaf.dtype
-        return jnp.array(leaf, dtype)
-
-    return jax.tree.map(copy, params, *(() if mask is None else (mask,)))
 
 
 def abstract_variables(model: Any, inputs: Inputs = _TEXT) -> Any:
@@ -102,100 +89,88 @@ def param_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree.map(sharding, boxed, is_leaf=axes.is_boxed)
 
 
-def make_state(
-    boxed: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    mask: Any = None,
-    ema: bool = False,
-    anomaly: Anomaly | None = None,
-    moving_reference: MovingReference | None = None,
-) -> TrainState:
-    """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
-    collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
-    params = collections["params"]
-    extra = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
-    if anomaly is not None:
-        extra[STATISTICS] = anomaly.init()
-    if moving_reference is not None:
-        extra[MOVES] = moving_reference.init(params)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(trainable.split(params, mask)[0]),
-        ema_params=average_of(params, mask) if ema else None,
-        variables=extra,
-    )
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class StateMaker:
+    """Makes the states of a run.
 
-
-def restart(
-    optimizer: optax.GradientTransformation, abstract: TrainState, shardings: Any, mask: Any = None
-) -> Callable[[TrainState], TrainState] | None:
-    """Returns a function that consumes a state and returns it with a fresh optimiser for its parameters.
-
-    Returns None where the optimiser's first state has zeros and counts alone, as moments do: it fits any parameters.
-    Schedule-free methods begin with a copy of the parameters.
+    Attributes:
+      optimizer: over the trainable parameters only.
+      mask: tree of bools over the parameters, True where trained; None trains everything.
+      extensions: what else a state holds.
     """
 
-    def fresh(params: Any) -> Any:
-        return optimizer.init(trainable.split(params, mask)[0])
+    optimizer: optax.GradientTransformation
+    mask: Any = None
+    extensions: Sequence[StepExtension] = ()
 
-    jaxpr = jax.make_jaxpr(fresh)(abstract.params).jaxpr
-    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | set(map(id, jaxpr.outvars))
-    if not any(id(variable) in read for variable in jaxpr.invars):
-        return None
-    return jax.jit(
-        lambda state: state.replace(opt_state=fresh(state.params)),
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
+    def __call__(self, boxed: Any) -> TrainState:
+        """Returns the state of step 0 with these boxed variables; jit it with `out_shardings` to create it sharded."""
+        collections = jax.tree.map(axes.unboxed, boxed, is_leaf=axes.is_boxed)
+        params = collections["params"]
+        lasting = {k: v for k, v in collections.items() if k not in ("params", *TRANSIENT)}
+        parts = {each.name: each.init(params, self.mask) for each in self.extensions}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self._opt_state(params),
+            **fields_of(lasting, parts),
+        )
 
+    def _opt_state(self, params: Any) -> Any:
+        return self.optimizer.init(trainable.split(params, self.mask)[0])
 
-def state_shardings(
-    abstract: TrainState,
-    optimizer: optax.GradientTransformation,
-    shardings: Any,
-    *,
-    mesh: Mesh,
-    mask: Any = None,
-) -> Any:
-    """Returns shardings of a whole state: moments and a reference's moves follow their parameter, all else is replicated.
+    def restart(
+        self, abstract: TrainState, shardings: Any
+    ) -> Callable[[TrainState], TrainState] | None:
+        """Returns a function that consumes a state and returns it with a fresh optimiser for its parameters.
 
-    Args:
-      abstract: the state's shapes (`jax.eval_shape` of make_state).
-      shardings: of the parameters.
-      mask: trainable mask, as passed to make_state.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    trained, _ = trainable.split(abstract.params, mask)
-    trained_shardings, _ = trainable.split(shardings, mask)
+        Returns None where the optimiser's first state has zeros and counts alone, as moments do: it fits any parameters.
+        Schedule-free methods begin with a copy of the parameters.
+        """
+        jaxpr = jax.make_jaxpr(self._opt_state)(abstract.params).jaxpr
+        inputs = [variable for equation in jaxpr.eqns for variable in equation.invars]
+        read = {id(variable) for variable in (*inputs, *jaxpr.outvars)}
+        if not any(id(variable) in read for variable in jaxpr.invars):
+            return None
+        return jax.jit(
+            lambda state: state.replace(opt_state=self._opt_state(state.params)),
+            donate_argnums=0,
+            out_shardings=shardings,
+        )
 
-    def masked(node):
-        return isinstance(node, optax.MaskedNode)
+    def shardings(self, abstract: TrainState, shardings: Any, mesh: Mesh) -> Any:
+        """Returns shardings of a whole state.
 
-    def like_parameter(moment, param, sharding):
-        if masked(moment):  # a parameter that another part of the optimiser takes care of
-            return moment
-        # Adafactor's row and column statistics are small vectors of another shape.
-        return sharding if moment.shape == param.shape else replicated
+        Moments and what extensions have of parameters follow their parameter; all else is replicated.
 
-    opt_state = optax.tree.map_params(
-        optimizer,
-        like_parameter,
-        abstract.opt_state,
-        trained,
-        trained_shardings,
-        transform_non_params=lambda _: replicated,
-        is_leaf=masked,
-    )
-    tree: Any = TrainState  # of shardings, where a state holds arrays
-    return tree(
-        step=replicated,
-        params=shardings,
-        opt_state=opt_state,
-        ema_params=None if abstract.ema_params is None else shardings,
-        variables={
-            name: shardings if name == MOVES else jax.tree.map(lambda _: replicated, collection)
-            for name, collection in abstract.variables.items()
-        },
-    )
+        Args:
+          abstract: the state's shapes (`jax.eval_shape` of this maker).
+          shardings: of the parameters.
+        """
+        replicated = NamedSharding(mesh, PartitionSpec())
+        trained, _ = trainable.split(abstract.params, self.mask)
+        trained_shardings, _ = trainable.split(shardings, self.mask)
+
+        def masked(node):
+            return isinstance(node, optax.MaskedNode)
+
+        def like_parameter(moment, param, sharding):
+            if masked(moment):  # a parameter that another part of the optimiser takes care of
+                return moment
+            # Adafactor's row and column statistics are small vectors of another shape.
+            return sharding if moment.shape == param.shape else replicated
+
+        opt_state = optax.tree.map_params(
+            self.optimizer,
+            like_parameter,
+            abstract.opt_state,
+            trained,
+            trained_shardings,
+            transform_non_params=lambda _: replicated,
+            is_leaf=masked,
+        )
+        whole = jax.tree.map(lambda _: replicated, abstract.variables)
+        parts = {each.name: shardings for each in self.extensions if each.like_params}
+        tree: Any = TrainState  # of shardings, where a state holds arrays
+        fields = fields_of(whole, parts)
+        return tree(step=replicated, params=shardings, opt_state=opt_state, **fields)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import Size
+from model.protocol import Model
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
 # (prompt including the start token, completion including its end token)
@@ -104,7 +105,7 @@ class PackedPairs(TokenRows):
       feature_lengths: {'targets': tokens of a row}; of an encoder-decoder also its 'inputs'.
       pairs: K, the most pairs in a row, which data decide; any K serves to compile without data.
       stored_reference: whether a reference's log-probabilities come with the pairs.
-      labels: whether examples are unpaired, see trainers/preference/losses/pairs.py.
+      labels: whether examples are unpaired, with a label each.
       read_last: whether last tokens are read, as reward models need it.
       margins: whether data have margins by which chosen completions are better, for losses of rewards.
     """
@@ -160,6 +161,52 @@ class Images:
 
     def init_arguments(self) -> tuple[jax.Array, ...]:
         return (jnp.zeros((1, self.size, self.size, self.channels), jnp.float32),)
+
+
+def rows_of(
+    model: Model, inputs: Inputs | None, feature_lengths: Mapping[str, int] | None
+) -> Inputs:
+    """Returns the rows of a run: `inputs`, or packed tokens of these lengths for the kind of row that the model reads.
+
+    Raises:
+      ValueError: there is neither or both, or it is not what the model reads.
+    """
+    lengths, name = dict(feature_lengths or {}), type(model).__name__
+    if inputs is None:
+        if "targets" not in lengths:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS = {lengths} lacks 'targets', for example "
+                '{"targets": 512}.'
+            )
+        if not model.row.encodes:
+            return PackedTokens(lengths["targets"])
+        if "inputs" not in lengths:
+            raise ValueError(
+                f"TASK_FEATURE_LENGTHS = {lengths} lacks 'inputs', which an encoder-decoder "
+                'reads, for example {"inputs": 512, "targets": 114}.'
+            )
+        return InputsAndTargets(lengths["inputs"], lengths["targets"])
+    has_inputs = "encoder_input_tokens" in inputs.arrays(1)
+    if has_inputs and not model.row.encodes:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS has 'inputs', and the model, a {name}, has no encoder: give 'targets' alone."
+        )
+    if not has_inputs and model.row.encodes:
+        raise ValueError(
+            f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none. Preferences have them with "
+            "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}; online methods, reward models and distillation train "
+            "decoders alone."
+        )
+    if model.inputs_prefix:
+        raise ValueError(
+            f"With prompt tuning an {name}'s inputs begin with virtual tokens, and those of {type(inputs).__name__} do not: tune "
+            "a prompt on inputs with targets, runs/pretrain.gin, or use another adapter."
+        )
+    if feature_lengths is not None:
+        raise ValueError(
+            "Recipe.inputs and Recipe.feature_lengths both define the rows: bind one of them."
+        )
+    return inputs
 
 
 def pack(

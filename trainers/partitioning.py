@@ -15,14 +15,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import axes
+from model.axes import Rules
 from model.kernels.platform import use_platform
 from model.protocol import Sizes
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; tensor: heads and widths split.
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
-
-Rules = tuple[tuple[str, Any], ...]
 
 
 def make_mesh(

@@ -16,24 +16,23 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
-from model.adapters import prompt
+from model.axes import Rules
 from model.protocol import LanguageModel, Model
 from trainers import initialise, partitioning, trainable
 from trainers.anomaly import Anomaly
-from trainers.inputs import Inputs, InputsAndTargets, PackedTokens
-from trainers.moving_reference import MovingReference
+from trainers.extensions import StepExtension
+from trainers.inputs import Inputs, rows_of
 from trainers.objectives import bound_extras
 from trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from trainers.objectives.lm import language_modelling
+from trainers.optim import averages, schedules
 from trainers.optim import rounding as rounding_lib
-from trainers.optim import schedules
 from trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from trainers.optim.schedules import Schedule
-from trainers.partitioning import Rules
 from trainers.programs import host_memory
 from trainers.programs import program as programs
 from trainers.reports import Report
-from trainers.step import Averaged, make_eval_step, make_train_step
+from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
 
@@ -64,6 +63,7 @@ class Recipe:
         optimiser that defines an average of its own, such as optax.contrib.schedule_free_eval_params; called every step.
       anomaly: policy for non-finite and spiking losses; None applies every update.
       moving_reference: moves the objective's reference to the policy; None for a fixed one.
+      extensions: what else the state holds and a step does (see trainers/extensions.py).
       rules: name of a rule set in trainers/partitioning.py.
       mesh: mesh shape by axis name, e.g. {"fsdp": 8, "tensor": 2}; None puts all devices on data.
       seed: of initial parameters and of any randomness in steps.
@@ -83,9 +83,10 @@ class Recipe:
     rounding: rounding_lib.Rounding | None = None
     gradient_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     ema_decay: Decay | None = None
-    averaged: Averaged | None = None
+    averaged: averages.Averaged | None = None
     anomaly: Anomaly | None = Anomaly()
-    moving_reference: MovingReference | None = None
+    moving_reference: StepExtension | None = None
+    extensions: Sequence[StepExtension] = ()
     rules: str = "fsdp"
     mesh: Mapping[str, AxisSize] | None = None
     seed: Seed = 0
@@ -97,61 +98,21 @@ class Recipe:
                 f"BATCH_SIZE = {self.batch_size} is not a multiple of the {self.microbatches} microbatches: change "
                 "BATCH_SIZE or Recipe.microbatches."
             )
-        if self.ema_decay is not None and self.averaged is not None:
-            raise ValueError(
-                "Recipe.ema_decay and Recipe.averaged both define the average that is evaluated and released: bind one of them."
-            )
-        if self.inputs is None and "targets" not in (self.feature_lengths or {}):
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'targets', for example "
-                '{"targets": 512}.'
-            )
-        if self._encodes and "inputs" not in (self.feature_lengths or {}):
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS = {dict(self.feature_lengths or {})} lacks 'inputs', which an encoder-decoder "
-                'reads, for example {"inputs": 512, "targets": 114}.'
-            )
-        if self.inputs is not None:
-            self._check_encoder(self.inputs)
-        if self.inputs is not None and self.feature_lengths is not None:
-            raise ValueError(
-                "Recipe.inputs and Recipe.feature_lengths both define the rows: bind one of them."
-            )
+        # Their errors come before anything is made.
+        averages.average_of(self.ema_decay, self.averaged)
+        rows_of(self.model, self.inputs, self.feature_lengths)
 
-    def _check_encoder(self, inputs: Inputs) -> None:
-        """Raises ValueError if an encoder-decoder has rows without inputs, or another model rows with some."""
-        has_inputs = "encoder_input_tokens" in inputs.arrays(1)
-        name = type(self.model).__name__
-        if has_inputs and self.model.row != "inputs_and_targets":
-            raise ValueError(
-                f"TASK_FEATURE_LENGTHS has 'inputs', and the model, a {name}, has no encoder: give 'targets' alone."
-            )
-        if not has_inputs and self.model.row == "inputs_and_targets":
-            raise ValueError(
-                f"The model, an {name}, reads inputs, and {type(inputs).__name__} has none. Preferences have them with "
-                "TASK_FEATURE_LENGTHS = {'inputs': 512, 'targets': 512}; online methods, reward models and distillation train "
-                "decoders alone."
-            )
-        if prompt.inputs_prefix(model=self.model):
-            raise ValueError(
-                f"With prompt tuning an {name}'s inputs begin with virtual tokens, and those of {type(inputs).__name__} do not: tune "
-                "a prompt on inputs with targets, runs/pretrain.gin, or use another adapter."
-            )
+    @functools.cached_property
+    def step_extensions(self) -> Sequence[StepExtension]:
+        """All that the state holds besides parameters, optimiser and the model's collections."""
+        average = averages.average_of(self.ema_decay, self.averaged)
+        own = (average, self.moving_reference, self.anomaly)
+        return (*(one for one in own if one is not None), *self.extensions)
 
-    @property
+    @functools.cached_property
     def inputs_spec(self) -> Inputs:
         """Names, shapes and units of a batch."""
-        if self.inputs is not None:
-            return self.inputs
-        lengths = self.feature_lengths
-        assert lengths is not None  # see __post_init__
-        if self._encodes:
-            return InputsAndTargets(lengths["inputs"], lengths["targets"])
-        return PackedTokens(lengths["targets"])
-
-    @property
-    def _encodes(self) -> bool:
-        return self.inputs is None and self.model.row == "inputs_and_targets"
+        return rows_of(self.model, self.inputs, self.feature_lengths)
 
     @property
     def language_model(self) -> LanguageModel:
@@ -213,15 +174,10 @@ class Recipe:
         if widened := narrow if self.rounding is None else []:
             variables = jax.eval_shape(initialise.widened, variables)
             boxed = variables["params"]
-        optimizer = self._make_optimizer(boxed)
-        abstract = jax.eval_shape(self._state_maker(optimizer, mask), variables)
-        shardings = initialise.state_shardings(
-            abstract,
-            optimizer,
-            initialise.param_shardings(boxed, mesh, rules),
-            mesh=mesh,
-            mask=mask,
-        )
+        states = self._states(boxed, mask)
+        abstract = jax.eval_shape(states, variables)
+        params = initialise.param_shardings(boxed, mesh, rules)
+        shardings = states.shardings(abstract, params, mesh)
         return Program(
             recipe=self,
             mesh=mesh,
@@ -239,7 +195,7 @@ class Recipe:
         arrays = self.inputs_spec.arrays(self.batch_size)
         return initialise.with_shardings(arrays, dict.fromkeys(arrays, sharding))
 
-    def _make_optimizer(self, boxed_params: Any) -> optax.GradientTransformation:
+    def _states(self, boxed_params: Any, mask: Any) -> initialise.StateMaker:
         optimizer = make_optimizer(
             self.optimizer,
             learning_rate=schedules.as_schedule(self.learning_rate),
@@ -248,24 +204,8 @@ class Recipe:
         )
         if self.rounding == "stochastic":
             optimizer = rounding_lib.stochastic(optimizer, seed=self.seed)
-        return optimizer
-
-    @property
-    def _averaged(self) -> Averaged | None:
-        if self.rounding == "stochastic" and (averaged := self.averaged) is not None:
-            return lambda state, params: averaged(state.inner, params)
-        return self.averaged
-
-    def _state_maker(
-        self, optimizer: optax.GradientTransformation, mask: Any
-    ) -> Callable[[Any], TrainState]:
-        return functools.partial(
-            initialise.make_state,
-            optimizer=optimizer,
-            mask=mask,
-            ema=self.ema_decay is not None or self.averaged is not None,
-            anomaly=self.anomaly,
-            moving_reference=self.moving_reference,
+        return initialise.StateMaker(
+            optimizer=optimizer, mask=mask, extensions=self.step_extensions
         )
 
 
@@ -327,7 +267,7 @@ class Program:
         """A jitted function () -> state of step 0, created sharded."""
         recipe = self.recipe
         model, inputs, seed = recipe.model, recipe.inputs_spec, recipe.seed
-        make_state = recipe._state_maker(self._optimizer, self.mask)
+        make_state = self._states
         widened = self.widened
 
         def init() -> TrainState:
@@ -342,9 +282,7 @@ class Program:
 
         None where a fresh optimiser's state does not depend on their values.
         """
-        return initialise.restart(
-            self._optimizer, self.abstract_state, self._state_shardings, self.mask
-        )
+        return self._states.restart(self.abstract_state, self._state_shardings)
 
     @property
     def train_flops_per_unit(self) -> float:
@@ -354,8 +292,8 @@ class Program:
         return 3.0 * recipe.model.forward_flops(recipe.inputs_spec.arrays(1), variables)
 
     @property
-    def _optimizer(self) -> optax.GradientTransformation:
-        return self.recipe._make_optimizer(self.boxed_params)
+    def _states(self) -> initialise.StateMaker:
+        return self.recipe._states(self.boxed_params, self.mask)
 
     @property
     def _state_shardings(self) -> Any:
@@ -369,20 +307,17 @@ class Program:
         loss_fn = dataclasses.replace(objective, stored_extras=None)
         train_step = make_train_step(
             loss_fn=loss_fn,
-            optimizer=self._optimizer,
+            optimizer=self._states.optimizer,
             seed=recipe.seed,
             mask=self.mask,
             microbatches=recipe.microbatches,
             gradient_dtype=recipe.gradient_dtype,
-            ema_decay=recipe.ema_decay,
-            averaged=recipe._averaged,
-            anomaly=recipe.anomaly,
-            moving_reference=recipe.moving_reference,
+            extensions=recipe.step_extensions,
         )
         evaluate = make_eval_step(
             loss_fn=loss_fn,
             microbatches=recipe.microbatches,
-            moving_reference=recipe.moving_reference,
+            extensions=recipe.step_extensions,
         )
         # Metrics of any shape are read by every process.
         replicated = NamedSharding(self.mesh, PartitionSpec())

@@ -109,7 +109,7 @@ def train(program: Program) -> Work:
 def _generation(program: Program, policy: CachePolicy, options: Options, *, decodes: bool) -> Work:
     recipe, mesh, rules = program.recipe, program.mesh, program.rules
     rows, length = recipe.batch_size, recipe.length
-    if recipe.language_model.row != "tokens":
+    if recipe.language_model.row.encodes:
         raise ValueError("--program=prefill and decode compile decoders without an encoder alone.")
     model = layer_stack.unrolled(recipe.model)
     settings = Settings(max_new_tokens=options.max_new_tokens, eos_ids=(0,))

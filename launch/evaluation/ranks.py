@@ -91,7 +91,7 @@ def evaluate(
             "There are no held-out tasks: give --gin_file=t5x_configs/data/instructions.gin or a file that includes it, "
             "and set HELD_OUT = {'task': ['set', ...]}."
         )
-    form = "encoder_decoder" if config.model.row == "inputs_and_targets" else "decoder"
+    form = "encoder_decoder" if config.model.row.encodes else "decoder"
     for name, facts in held_out.items():
         if facts["form"] != form:
             raise LoadError(

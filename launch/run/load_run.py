@@ -313,6 +313,7 @@ class RunConfig:
           AdapterError: it has adapters of other settings.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
+        from model import rows
         from model.adapters.adapter import check_settings
         from model.protocol import inference_model, inference_params
         from trainers import initialise, partitioning
@@ -322,21 +323,21 @@ class RunConfig:
             if not rewards:
                 remedy = "it outputs rewards, and this command reads language models (launch.prepare best_of_n reads it)."
             raise LoadError(f"The checkpoint is of a {type(self.model).__name__}: {remedy}")
-        if self.model.row == "inputs_and_targets" and not encoder_decoders:
+        if self.model.row.encodes and not encoder_decoders:
             raise LoadError(
                 f"The checkpoint is of an {type(self.model).__name__}, and this command reads decoders alone: "
                 "launch.generate, launch.score, launch.serve, launch.evaluate loss, seqio and ranks, launch.lm_eval, launch.influence and "
                 "launch.merge search read encoder-decoders."
             )
-        if self.model.row == "images":
+        if self.model.row is rows.IMAGES:
             raise LoadError(
                 f"The checkpoint is of a {type(self.model).__name__}, and this command reads language "
                 "models: a classifier is evaluated by its own run (launch.train)."
             )
         mesh = partitioning.make_mesh(shape=self.mesh)
         rules = partitioning.rules_named(self.rules)
-        rows = partitioning.batch_sharding(mesh, rules)
-        shards = mesh.devices.size // rows.shard_shape((mesh.devices.size,))[0]
+        row_sharding = partitioning.batch_sharding(mesh, rules)
+        shards = mesh.devices.size // row_sharding.shard_shape((mesh.devices.size,))[0]
         sizes: dict[str, Any] = {"config": self.model.config, "batch_size": shards, "length": 1}
         with restoring(checkpoint, self.model, params=params, of_base=of_base) as place:
             boxed = initialise.abstract_variables(self.model)["params"]
@@ -349,7 +350,7 @@ class RunConfig:
                 config=dataclasses.replace(self, model=inference_model(self.model)),
                 params=values,
                 meta=meta,
-                row_sharding=rows if mesh.devices.size > 1 else None,
+                row_sharding=row_sharding if mesh.devices.size > 1 else None,
                 row_shards=shards,
             )
 

@@ -56,7 +56,7 @@ class LoadedRun:
     @property
     def encodes(self) -> bool:
         """Whether the model is an encoder-decoder."""
-        return self.model.row == "inputs_and_targets"
+        return self.model.row.encodes
 
     @property
     def start_token(self) -> int | None:
@@ -284,10 +284,8 @@ class LoadedRun:
 
     @functools.cached_property
     def inputs_prefix(self) -> tuple[int, ...]:
-        """The virtual tokens of prompt tuning with which an encoder's inputs begin; empty without them."""
-        from model.adapters import prompt
-
-        return prompt.inputs_prefix(model=self.model)
+        """The virtual tokens with which an encoder's inputs begin; empty without them."""
+        return self.model.inputs_prefix
 
     def prefixed(self, inputs: Sequence[int]) -> list[int]:
         """Returns an encoder's inputs after `inputs_prefix`."""

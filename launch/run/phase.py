@@ -157,6 +157,7 @@ def restore_start(
         expected_meta=identity,
         initial=initial,
         restart=program.restart,
+        extensions=program.recipe.step_extensions,
     )
     check_prompts(program, start, identity)
     if start.source == "initial":

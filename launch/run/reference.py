@@ -16,6 +16,7 @@ from data.preference.reference_store import ReferencedStream, ReferenceStore
 from espalier.common.bars import Bar
 from espalier.common.ranges import AxisSize, Size
 from launch.run.load_run import load_frozen
+from model.rows import TOKENS, RowKind
 from trainers import partitioning
 from trainers.checkpoints import agreement
 from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
@@ -85,9 +86,8 @@ class Reference:
     ) -> None:
         """Adds the model's log-probabilities of these pairs to the store."""
         start = stream.summary()["start_token"]
-        row_of = _decoder_row if self.model.row == "tokens" else _encoded_row
         before = [] if start is None else [start]
-        pairs = stream.pairs()
+        pairs, kind = stream.pairs(), self.model.row
         with (
             load_frozen(
                 self.model,
@@ -103,23 +103,15 @@ class Reference:
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
             for first in range(0, len(wanted), _PAIRS_AT_ONCE):
                 digests = wanted[first : first + _PAIRS_AT_ONCE]
-                store.add(digests, _values(scorer, before, map(pairs.ids, digests), row_of))
+                store.add(digests, _values(scorer, before, map(pairs.ids, digests), kind))
                 bar.update(len(digests))
-
-
-def _decoder_row(before: Sequence[int], prompt: Sequence[int], targets: Sequence[int]) -> Row:
-    return Row(context=[*before, *prompt], targets=targets)
-
-
-def _encoded_row(before: Sequence[int], prompt: Sequence[int], targets: Sequence[int]) -> Row:
-    return Row(context=before, targets=targets, encoder_inputs=prompt)
 
 
 def _values(
     scorer: Callable[[Sequence[Row]], Sequence[np.ndarray]],
     before: Sequence[int],
     pairs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    row_of: Callable[..., Row] = _decoder_row,
+    kind: RowKind = TOKENS,
 ) -> np.ndarray:
     """Returns log-probabilities of both completions of each (prompt, chosen, rejected), float32 [N, 2].
 
@@ -131,7 +123,7 @@ def _values(
         for prompt, *completions in pairs
         for completion in completions
     ]
-    rows = [row_of(before, prompt, targets) for prompt, targets in places]
+    rows = [Row(targets=targets, **kind.placed(before, prompt)) for prompt, targets in places]
     sums = [np.sum(log_probs, dtype=np.float64) for log_probs in scorer(rows)]
     return np.array(sums, np.float32)[place_of_each].reshape(-1, 2)
 

@@ -73,8 +73,7 @@ def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str
         sites.setdefault(site, {})[rest.rpartition("/")[2]] = run.open(name).read()
     with new_directory(target) as folder:
         pieces = _pieces(run, model)
-        encodes = model.row == "inputs_and_targets"
-        peft.write(folder, settings, sites, pieces, _kernels(run), encodes=encodes)
+        peft.write(folder, settings, sites, pieces, _kernels(run), encodes=model.row.encodes)
     return f"{settings['class']} at {len(sites)} projections"
 
 

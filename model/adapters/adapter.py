@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
+from model.protocol import adapters_of
 from model.transforms.patterns import fullmatch
 
 PREFIX = "adapter_"
@@ -63,6 +64,19 @@ class Adapter(nn.Module):
         """Returns the fields in PATTERNS that choose the projection at `path`."""
         matching = (f for f, pattern in self.patterns() if fullmatch(pattern, path))
         return list(dict.fromkeys(matching))
+
+    @nn.nowrap
+    def row_context(
+        self, model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns what this adapter reads of a batch's rows, by a name of its own: see `Model.row_context`."""
+        del model, variables, batch
+        return {}
+
+    @property
+    def inputs_prefix(self) -> tuple[int, ...]:
+        """Ids with which an encoder's inputs begin."""
+        return ()
 
     @property
     def of_experts(self) -> bool:
@@ -168,6 +182,20 @@ class Adapters:
         """The settings of each adapter by slot, as JSON values: what a checkpoint of adapters records."""
         return {slot: adapter.settings for slot, adapter in self.slots.items()}
 
+    def row_context(
+        self, model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Returns what the adapters read of a batch's rows, by name; None for nothing."""
+        context: dict[str, Any] = {}
+        for adapter in self.slots.values():
+            context |= adapter.row_context(model, variables, batch)
+        return context or None
+
+    @property
+    def inputs_prefix(self) -> tuple[int, ...]:
+        """Ids with which an encoder's inputs begin."""
+        return tuple(id for adapter in self.slots.values() for id in adapter.inputs_prefix)
+
     def adapter(self, slot: str) -> Adapter:
         """Returns the adapter of a slot, outside of any model."""
         return self.slots[slot]
@@ -183,15 +211,6 @@ def named(**slots: Callable[..., Any] | None) -> Adapters:
     # Made here, with the bindings of now: a command may read another configuration before it merges them.
     made = {slot: make(name=None, parent=None) for slot, make in sorted(slots.items()) if make}
     return Adapters(made)
-
-
-def adapters_of(model: Any) -> Adapters | None:
-    """Returns the adapters of a model; None without any."""
-    for layer in model.layer_settings():
-        for part in (layer.attention, layer.mlp):
-            if part.adapters is not None and part.adapters.slots:
-                return part.adapters
-    return None
 
 
 def check_settings(model: Any, recorded: Mapping[str, Any] | None, where: Any) -> None:

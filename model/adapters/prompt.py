@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Size, recordable
 from model import axes
-from model.adapters.adapter import PREFIX, Adapter, AdapterError, adapters_of
+from model.adapters.adapter import PREFIX, Adapter, AdapterError
 from model.embed import Embed
 
 SLOT = "prompt"  # of adapter.named
@@ -40,6 +40,10 @@ class Prompt(Adapter):
     length: Size = 20
     first_id: Count = 0
     starts: Sequence[Count] = ()
+
+    @property
+    def inputs_prefix(self) -> tuple[int, ...]:
+        return tuple(range(self.first_id, self.first_id + self.length))
 
     @nn.compact
     def __call__(self, ids_BT: jax.Array, rows_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -65,12 +69,7 @@ class Prompt(Adapter):
 
 def inputs_prefix(*, model: Any) -> tuple[int, ...]:
     """Returns the virtual tokens with which an encoder-decoder's inputs begin; none for a decoder or without prompt tuning."""
-    if model.row != "inputs_and_targets" or (adapters := adapters_of(model)) is None:
-        return ()
-    adapter: Any = adapters.slots.get(SLOT)
-    return (
-        () if adapter is None else tuple(range(adapter.first_id, adapter.first_id + adapter.length))
-    )
+    return model.inputs_prefix
 
 
 @recordable

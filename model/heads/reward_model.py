@@ -17,10 +17,11 @@ from espalier.common.ranges import CalledWith, recordable
 from model import axes
 from model.kv_cache.base import CacheSizes
 from model.linear import Dense
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.protocol import Arrays, LayerSettings, OfLayers, Output
+from model.rows import TOKENS, RowKind
 
 
-class BackboneModel(nn.Module):
+class BackboneModel(OfLayers, nn.Module):
     """A language model with another head: forwards the model protocol to the language model.
 
     Attributes:
@@ -28,7 +29,7 @@ class BackboneModel(nn.Module):
       head: factory of the head, called with (features=, axes=, kernel_init=, name=).
     """
 
-    row: ClassVar[Row] = "tokens"
+    row: ClassVar[RowKind] = TOKENS
 
     backbone: Any
     head: Annotated[

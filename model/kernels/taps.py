@@ -2,7 +2,7 @@
 
 Every projection calls `projection` with its input and output, once for each of its matrices. Without a tap, which is the
 default, the output is returned, and programs are the same as without this module. A tap may return another array of the
-same value, for example one with a backward pass of its own (trainers/influence/backward.py).
+same value, for example one with a backward pass of its own.
 """
 
 import contextlib

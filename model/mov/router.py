@@ -5,6 +5,7 @@ Experts are mixed softly, or each token uses its `top_k`. All of it is float32. 
 Shapes: '...' leading dimensions, N experts, W width of the router's input, B rows, S width of a sentence's embedding.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -69,6 +70,16 @@ class Routed(Adapter):
             refuse_set(self, ("renormalise",), "top_k = None, whose weights sum to 1")
         super().__post_init__()
 
+    @nn.nowrap
+    def row_context(
+        self, model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Returns the embeddings of the batch's sentences, if the router reads them."""
+        if self.router_input != "sentence":
+            return {}
+        embeddings = sentence.of_batch(model, variables, batch)
+        return {} if embeddings is None else {sentence.COLUMN: embeddings}
+
     def weights(self, site: Adapted, tensor: jax.Array, axis: str) -> jax.Array:
         """Returns the experts' weights [..., N] for the tensor [..., W] of this site; `axis` is its last one's name."""
         read, axis = self._read(site, tensor, axis)
@@ -101,7 +112,7 @@ class Routed(Adapter):
         embeddings = sentence.current()
         if embeddings is None and self.is_initializing():
             # The table of an encoder-decoder has the width of the model.
-            return jnp.zeros_like(site.layer_input), axes.SENTENCE
+            return jnp.zeros_like(site.layer_input), axes.CONTEXT
         if embeddings is None:
             raise AdapterError(
                 f"{self.site_path}: router_input = 'sentence' reads embeddings of sentences, and there are none. The commands "
@@ -110,9 +121,9 @@ class Routed(Adapter):
                 "model inside of sentence.sentence_embeddings(...)."
             )
         if isinstance(embeddings, sentence.OfTokens):
-            return embeddings.at(self.site_path), axes.SENTENCE
+            return embeddings.at(self.site_path), axes.CONTEXT
         between = (1,) * (site.layer_input.ndim - 2)
-        return embeddings.reshape(len(embeddings), *between, -1), axes.SENTENCE
+        return embeddings.reshape(len(embeddings), *between, -1), axes.CONTEXT
 
     def _jittered(self, x: jax.Array) -> jax.Array:
         if not (self.jitter and self.has_rng("dropout")):

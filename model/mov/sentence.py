@@ -1,22 +1,21 @@
 """The embeddings of a batch's sentences, by which routers with `router_input = 'sentence'` choose.
 
-Every adapted projection of the model reads them, so they are handed over by a context and not through the calls of all
-layers. They are frozen: vectors that another model computed, one for each row, or of an encoder-decoder the mean of the
-embeddings of an example's inputs in its own frozen table, if it has no others.
+Every adapted projection of the model reads them, so they are a context of the rows (model/rows.py). They are frozen: vectors
+that another model computed, one for each row, or of an encoder-decoder the mean of the embeddings of an example's inputs in its
+own frozen table, if it has no others.
 
 Shapes: B rows, N tokens that an encoder reads, T tokens of targets, D width, S width of an embedding.
 """
 
 import contextlib
-import contextvars
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from model.adapters.adapter import adapters_of
+from model import rows
 
 COLUMN = "sentence_embeddings"  # of a batch
 _OF_INPUTS = re.compile(r"encoder/.*|.*/cross_attention/(key|value)")
@@ -38,57 +37,39 @@ class OfTokens(NamedTuple):
         return self.inputs if _OF_INPUTS.fullmatch(path) else self.targets
 
 
-_CURRENT: contextvars.ContextVar[jax.Array | OfTokens | None] = contextvars.ContextVar(
-    COLUMN, default=None
-)
-
-
-@contextlib.contextmanager
-def sentence_embeddings(embeddings: jax.Array | OfTokens | None) -> Iterator[None]:
+def sentence_embeddings(
+    embeddings: jax.Array | OfTokens | None,
+) -> contextlib.AbstractContextManager[None]:
     """Context manager: models that are applied inside read these embeddings, [B, S] or of tokens; None for none."""
-    token = _CURRENT.set(embeddings)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+    return rows.given({COLUMN: embeddings})
 
 
 def current() -> jax.Array | OfTokens | None:
     """Returns the embeddings of the innermost context."""
-    return _CURRENT.get()
+    return (rows.current() or {}).get(COLUMN)
 
 
 def of_batch(
     model: Any, variables: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> jax.Array | OfTokens | None:
-    """Returns the embeddings of a batch's sentences for a model whose routers read them; None if none does.
+    """Returns the embeddings of a batch's sentences; None for a decoder without the column COLUMN.
 
     They are the batch's column COLUMN. Without one, those of an encoder-decoder are means of the embeddings of an
-    example's inputs, divided by their root mean square.
+    example's inputs, divided by their root mean square. Where there are no segments of targets yet, each row is one
+    example, and has one embedding, [B, S].
     """
     if COLUMN in batch:
         return batch[COLUMN]
-    if "encoder_input_tokens" not in batch or not _reads_sentences(model):
+    if "encoder_input_tokens" not in batch:
         return None
     x_BND = _embedded(model, variables, batch["encoder_input_tokens"])
     segments_BN = batch["encoder_segment_ids"]
+    if "decoder_segment_ids" not in batch:
+        return _means(x_BND, segments_BN, jnp.ones_like(segments_BN[:, :1]))[:, 0]
     return OfTokens(
         _means(x_BND, segments_BN, segments_BN),
         _means(x_BND, segments_BN, batch["decoder_segment_ids"]),
     )
-
-
-def of_inputs(
-    model: Any, variables: Mapping[str, Any], tokens_BN: jax.Array, segments_BN: jax.Array
-) -> jax.Array | None:
-    """Returns the embedding of each row's inputs, [B, S], as `of_batch` has them; None if no router reads them.
-
-    Rows are one example each: segments_BN is 1 at its tokens and 0 at padding.
-    """
-    if not _reads_sentences(model):
-        return None
-    x_BND = _embedded(model, variables, tokens_BN)
-    return _means(x_BND, segments_BN, jnp.ones_like(segments_BN[:, :1]))[:, 0]
 
 
 def _embedded(model: Any, variables: Mapping[str, Any], tokens_BN: jax.Array) -> jax.Array:
@@ -103,9 +84,3 @@ def _means(x_BND: jax.Array, segments_BN: jax.Array, segments_BT: jax.Array) -> 
     means_BTD = jnp.einsum("btn,bnd->btd", same_BTN, x_BND) / counts_BT1
     squares_BT1 = jnp.square(means_BTD).mean(-1, keepdims=True)
     return means_BTD * jax.lax.rsqrt(squares_BT1 + 1e-6)
-
-
-def _reads_sentences(model: Any) -> bool:
-    adapters = adapters_of(model)
-    every = {} if adapters is None else adapters.settings
-    return any(settings.get("router_input") == "sentence" for settings in every.values())

@@ -23,7 +23,8 @@ from model.embed import Embed, Table
 from model.kernels.dropout import dropped
 from model.kv_cache.base import CachePolicy, CacheSizes
 from model.norm import RMSNorm
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.protocol import Arrays, LayerSettings, OfLayers, Output
+from model.rows import INPUTS_AND_TARGETS, RowKind
 from model.t5.relative_bias import RelativeBias
 from model.transformer import Block, Hidden, cache_sizes_of, scaled_logits
 
@@ -77,7 +78,7 @@ class Stack(nn.Module):
 
 
 @recordable
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(OfLayers, nn.Module):
     """Encoder-decoder language model of rows with inputs and targets.
 
     Attributes:
@@ -94,7 +95,7 @@ class EncoderDecoder(nn.Module):
       dropout: share of the embeddings, and of the final norms' outputs, that training drops.
     """
 
-    row: ClassVar[Row] = "inputs_and_targets"
+    row: ClassVar[RowKind] = INPUTS_AND_TARGETS
     output: ClassVar[Output] = "logits"
     inference_part: ClassVar[str] = ""
     max_length: ClassVar[int | None] = None

@@ -31,7 +31,7 @@ class Mixture:
       average_attention: whether each attention expert is the mean of all models: a control with the same number of
         parameters and no specialisation.
       shared_kv: whether attention experts share keys and values, which are the mean of all models.
-      router: kind of router: linear, model/nexus/domain_router.py or model/nexus/mlp_router.py.
+      router: kind of router: linear in the tokens, a projection of `domains`, or an MLP.
       domains: embeddings [E, M] of the experts' data, for a projection router.
       router_std: standard deviation of linear routers' kernels.
       logit_std: standard deviation of the first logits of other routers.

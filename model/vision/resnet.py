@@ -21,7 +21,8 @@ from model import axes, flops
 from model.config import FloatDtypes
 from model.kernels import taps
 from model.linear import Dense, Pointwise
-from model.protocol import Arrays, LayerSettings, Output, Row
+from model.protocol import Arrays, LayerSettings, OfLayers, Output
+from model.rows import IMAGES, RowKind
 from model.vision.convolution import Conv, he_normal
 
 STATISTICS = "batch_stats"  # flax's collection of running averages
@@ -201,7 +202,7 @@ class Stem3x3(nn.Module):
 
 
 @recordable
-class ResNet(nn.Module):
+class ResNet(OfLayers, nn.Module):
     """Images [B, H, W, C] -> logits [B, N], float32.
 
     Attributes:
@@ -210,7 +211,7 @@ class ResNet(nn.Module):
       final_norm: whether to apply norm and ReLU after the last block, for blocks that end without them.
     """
 
-    row: ClassVar[Row] = "images"
+    row: ClassVar[RowKind] = IMAGES
     output: ClassVar[Output] = "classes"
 
     config: ResNetConfig

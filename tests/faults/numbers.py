@@ -50,7 +50,7 @@ def _step(kind: str) -> tuple[Callable[..., Any], Any]:
         ema_params=None,
         variables={STATISTICS: anomaly.init()},
     )
-    step = make_train_step(loss_fn=loss_fn, optimizer=optimizer, anomaly=anomaly)
+    step = make_train_step(loss_fn=loss_fn, optimizer=optimizer, extensions=[anomaly])
     return jax.jit(step), state
 
 

@@ -1,5 +1,6 @@
 """Every model answers what trainers and commands ask (model/protocol.py)."""
 
+from model import rows
 from model.config import TransformerConfig
 from model.heads.actor_critic import ActorCritic
 from model.heads.reward_model import RewardModel
@@ -14,7 +15,7 @@ CONFIG = TransformerConfig(vocab_size=16, num_layers=2, embed_dim=8, num_heads=2
 def test_models_of_tokens():
     lm = Transformer(config=CONFIG)
     for model in (lm, RewardModel(backbone=lm), ActorCritic(backbone=lm)):
-        assert isinstance(model, LanguageModel) and model.row == "tokens"
+        assert isinstance(model, LanguageModel) and model.row is rows.TOKENS
         assert len(model.layer_settings()) == 2 and model.cache_sizes(1)["num_heads"] == 2
         assert model.forward_flops(PackedTokens(4).arrays(1)) > 0
 
@@ -23,7 +24,7 @@ def test_models_of_images():
     config = ResNetConfig(num_classes=3, stages=(1,), widths=(8,), stem_width=4)
     model = ResNet(config=config, stem=Stem3x3)
     assert isinstance(model, Model) and not isinstance(model, LanguageModel)
-    assert (model.row, model.output, model.layer_settings()) == ("images", "classes", ())
+    assert (model.row, model.output, model.layer_settings()) == (rows.IMAGES, "classes", ())
     small, large = (model.forward_flops(Images(size).arrays(1)) for size in (4, 8))
     head = 2 * 8 * 3
     assert (large - head) == 4 * (small - head) > 0

@@ -25,6 +25,7 @@ from trainers.evaluate import Evaluation
 from trainers.hooks import Hook
 from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
 from trainers.objectives.base import LossOut
+from trainers.optim.averages import MovingAverage
 from trainers.signals import StopRequest
 from trainers.step import make_train_step
 from trainers.telemetry.goodput import Goodput
@@ -100,9 +101,8 @@ STEPS = {}
 def train_step(anomaly, ema):
     if (anomaly, ema) not in STEPS:
         optimizer = optax.adamw(0.05)
-        step = make_train_step(
-            loss_fn=loss_fn, optimizer=optimizer, anomaly=anomaly, ema_decay=0.9 if ema else None
-        )
+        extensions = [*([MovingAverage(0.9)] if ema else []), *([anomaly] if anomaly else [])]
+        step = make_train_step(loss_fn=loss_fn, optimizer=optimizer, extensions=extensions)
         STEPS[anomaly, ema] = jax.jit(step, donate_argnums=0), optimizer
     return STEPS[anomaly, ema]
 

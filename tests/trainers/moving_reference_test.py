@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainers import initialise
+from trainers.extensions import Update
 from trainers.moving_reference import MOVES, MovingReference
 from trainers.objectives.base import LossOut, Objective
 from trainers.step import make_eval_step, make_train_step
@@ -35,8 +36,9 @@ OBJECTIVE = Objective(loss_fn=loss_fn)
 
 def trained(moving, steps, state=None, **settings):
     optimizer = optax.sgd(0.05)
+    extensions = [] if moving is None else [moving]
     step = jax.jit(
-        make_train_step(loss_fn=OBJECTIVE, optimizer=optimizer, moving_reference=moving, **settings)
+        make_train_step(loss_fn=OBJECTIVE, optimizer=optimizer, extensions=extensions, **settings)
     )
     if state is None:
         variables = {} if moving is None else {MOVES: moving.init(START)}
@@ -60,9 +62,9 @@ def test_the_reference_is_mixed_with_the_policy_every_so_many_updates(every, mix
         if update % every == 0:
             reference = mix * policy + (1 - mix) * reference
     np.testing.assert_allclose(state.params["a"], policy, rtol=1e-5)
-    now = moving.reference(START, state.variables)
+    now = moving.objective_extras(START, state.variables[MOVES])
     np.testing.assert_allclose(now["a"], reference, rtol=1e-5)
-    evaluate = make_eval_step(loss_fn=OBJECTIVE, moving_reference=moving)
+    evaluate = make_eval_step(loss_fn=OBJECTIVE, extensions=[moving])
     total, _ = evaluate(state.params, BATCH, state.variables, extras=START)["loss"]
     expected, _ = OBJECTIVE(state.params, BATCH, None, extras=now).metrics["loss"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
@@ -89,16 +91,17 @@ def test_moves_are_split_over_devices_as_their_parameters_are():
     variables = {MOVES: MovingReference().init(START), "other": {"x": jnp.zeros(3)}}
     state = TrainState(jnp.zeros((), jnp.int32), START, optimizer.init(START), None, variables)
     abstract = jax.eval_shape(lambda: state)
-    found = initialise.state_shardings(abstract, optimizer, shardings, mesh=mesh).variables
+    states = initialise.StateMaker(optimizer=optimizer, extensions=[MovingReference()])
+    found = states.shardings(abstract, shardings, mesh).variables
     assert found == {MOVES: shardings, "other": {"x": whole}}
 
 
 def test_what_cannot_move_is_refused():
     moving = MovingReference()
-    variables = {MOVES: moving.init(START)}
+    moves = moving.init(START)
     for extras in (None, {"another": jnp.zeros(3)}):
         with pytest.raises(ValueError, match="methods/preference/tr_dpo.gin"):
-            moving.reference(extras, variables)
+            moving.objective_extras(extras, moves)
     for settings in ({"every": 0}, {"mix": 0.0}, {"mix": 1.5}):
         with pytest.raises(ValueError, match="MovingReference"):
             MovingReference(**settings)
@@ -109,6 +112,9 @@ def test_moves_that_bfloat16_cannot_hold_reach_the_reference():
     moving = MovingReference(every=1, mix=1.0)
     start = {"a": jnp.array([1.0, -2.0], jnp.bfloat16)}
     policy = {"a": jnp.array([1.0 + 2.0**-12, -2.0 - 2.0**-11], jnp.float32)}
-    moves = moving.moved(start, moving.init(policy), policy, jnp.int32(1))
-    reference = moving.reference(start, {MOVES: moves})
+    update = Update(
+        **dict(step=jnp.int32(1), trained=policy, frozen={"a": None}, opt_state=None, extras=start),
+        **dict(loss=jnp.zeros(()), grad_norm=jnp.zeros(())),
+    )
+    reference = moving.objective_extras(start, moving.update(moving.init(policy), update))
     np.testing.assert_array_equal(reference["a"], policy["a"])

@@ -9,6 +9,7 @@ import pytest
 from trainers import trainable
 from trainers.anomaly import STATISTICS, Anomaly
 from trainers.objectives.base import LossOut, Objective
+from trainers.optim.averages import MovingAverage
 from trainers.step import make_eval_step, make_train_step
 from trainers.train_state import TrainState
 
@@ -101,7 +102,9 @@ def test_frozen_parameters_have_no_moments_and_do_not_move():
 
 def test_ema_follows_the_parameters():
     optimizer = optax.sgd(0.1)
-    step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, ema_decay=0.9))
+    step = jax.jit(
+        make_train_step(loss_fn=loss_fn, optimizer=optimizer, extensions=[MovingAverage(0.9)])
+    )
     state = make_state(optimizer, ema=True)
     after, _ = step(state, make_batch())
     np.testing.assert_allclose(after.ema_params["w"], 0.1 * after.params["w"], rtol=1e-6)
@@ -109,7 +112,9 @@ def test_ema_follows_the_parameters():
 
 def test_an_average_of_bfloat16_parameters_arrives():
     optimizer = optax.sgd(0.0)
-    step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, ema_decay=0.99))
+    step = jax.jit(
+        make_train_step(loss_fn=loss_fn, optimizer=optimizer, extensions=[MovingAverage(0.99)])
+    )
     params = {"w": jnp.full((3, 2), 0.7, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
     begun = {"w": jnp.full((3, 2), 0.5, jnp.float32), "b": jnp.zeros(2, jnp.float32)}
     state = make_state(optimizer).replace(params=params, ema_params=begun)
@@ -122,7 +127,9 @@ def test_the_average_of_what_does_not_move_is_itself():
     optimizer = optax.sgd(0.1)
     mask = trainable.match(["w"], {"w": 0, "b": 0})
     step = jax.jit(
-        make_train_step(loss_fn=loss_fn, optimizer=optimizer, mask=mask, ema_decay=0.999)
+        make_train_step(
+            loss_fn=loss_fn, optimizer=optimizer, mask=mask, extensions=[MovingAverage(0.999)]
+        )
     )
     state = make_state(optimizer, mask=mask)
     frozen = jax.random.normal(jax.random.key(0), (2,))
@@ -149,7 +156,9 @@ def test_a_non_finite_step_leaves_the_state_bit_for_bit(poison):
     optimizer = optax.adamw(0.1)
     anomaly = Anomaly(action="skip")
     step = jax.jit(
-        make_train_step(loss_fn=loss_fn, optimizer=optimizer, anomaly=anomaly, ema_decay=0.5)
+        make_train_step(
+            loss_fn=loss_fn, optimizer=optimizer, extensions=[MovingAverage(0.5), anomaly]
+        )
     )
     state = make_state(optimizer, anomaly=anomaly, ema=True)
     state, _ = step(state, make_batch())
@@ -167,7 +176,7 @@ def test_a_non_finite_step_leaves_the_state_bit_for_bit(poison):
 def test_a_spike_is_dropped_once_the_window_is_full():
     optimizer = optax.sgd(0.0)
     anomaly = Anomaly(action="skip", spike_sigmas=6.0, window=8)
-    step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, anomaly=anomaly))
+    step = jax.jit(make_train_step(loss_fn=loss_fn, optimizer=optimizer, extensions=[anomaly]))
     state = make_state(optimizer, anomaly=anomaly)
     verdicts = []
     for i in range(10):
@@ -273,7 +282,8 @@ def centred(params, batch, rng, *, variables, extras):
 def test_a_microbatch_reads_the_variables_the_one_before_wrote(microbatches):
     optimizer, batch = optax.sgd(0.1), make_batch()
     options = {"loss_fn": Objective(loss_fn=centred), "microbatches": microbatches}
-    step = jax.jit(make_train_step(optimizer=optimizer, anomaly=Anomaly(), **options))
+    options["extensions"] = [Anomaly()]
+    step = jax.jit(make_train_step(optimizer=optimizer, **options))
     begun = make_state(optimizer, anomaly=Anomaly())
     mean = np.full((1, 3), 0.25, np.float32)
     begun = begun.replace(variables={**begun.variables, "batch_stats": {"mean": mean}})

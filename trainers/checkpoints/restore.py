@@ -27,6 +27,7 @@ from trainers.checkpoints.restore_params import (
     restore_variables,
 )
 from trainers.checkpoints.transformed import transformed
+from trainers.extensions import StepExtension, of_model
 
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
 _OF_ARRAYS = "model.param_dtype"
@@ -185,6 +186,7 @@ def restore_or_initialise(
     expected_meta: Mapping[str, Any] | None = None,
     initial: InitialCheckpoint = NEW_PARAMETERS,
     restart: Callable[[Any], Any] | None = None,
+    extensions: Sequence[StepExtension] = (),
 ) -> Restored:
     """Returns the state that a run starts from.
 
@@ -198,6 +200,7 @@ def restore_or_initialise(
       initial: the checkpoint to start from if the run has none.
       restart: returns a state with a fresh optimiser for its parameters; None if a fresh optimiser does not
         depend on their values.
+      extensions: those of the run, whose parts of the state begin anew with another run's parameters.
 
     Raises:
       ValueError: options of `initial` exclude each other.
@@ -210,15 +213,20 @@ def restore_or_initialise(
     if not initial.path:
         return Restored(step=0, state=initialise(), source="scratch")
     if initial.transform is not None or initial.scope == "params":
-        return _restore_variables(initial, initialise(), restart)
+        return _restore_variables(initial, initialise(), restart, extensions)
     restored = restore_state(initial.path, abstract_state)
     if initial.scope == "phase":
-        restored = dataclasses.replace(restored, step=0, state=_at_phase_start(restored.state))
+        restored = dataclasses.replace(
+            restored, step=0, state=_at_phase_start(restored.state, extensions)
+        )
     return dataclasses.replace(restored, source="initial")
 
 
 def _restore_variables(
-    initial: InitialCheckpoint, state: Any, restart: Callable[[Any], Any] | None
+    initial: InitialCheckpoint,
+    state: Any,
+    restart: Callable[[Any], Any] | None,
+    extensions: Sequence[StepExtension],
 ) -> Restored:
     """Returns a fresh state with the checkpoint's collections and parameters, possibly transformed.
 
@@ -235,7 +243,8 @@ def _restore_variables(
             names = ("assignment", "strict", "use_ema", "added")
             options = {key: getattr(initial, key) for key in names}
             new = state.replace(params=restore_params(step, state.params, **options))
-        new = new.replace(variables=restore_variables(step, state.variables))
+        collections = restore_variables(step, of_model(extensions, state.variables))
+        new = new.replace(variables={**state.variables, **collections})
         if state.ema_params is not None:
             # A copy, because averages have their own dtype, and a buffer can be donated only once.
             ema = jax.tree.map(
@@ -254,15 +263,15 @@ def _restore_variables(
     return step_dir.newest_good(initial.path, read)
 
 
-def _at_phase_start(state: Any) -> Any:
+def _at_phase_start(state: Any, extensions: Sequence[StepExtension]) -> Any:
     """Returns the state with steps and schedules at 0.
 
-    Moments and their counts for bias correction do not change. Statistics of losses are reset, because
-    a new phase has other data.
+    Moments and their counts for bias correction do not change. What extensions have of the data, such as statistics of
+    losses, is reset, because a new phase has other data.
     """
     variables = dict(state.variables)
-    if STATISTICS in variables:
-        variables[STATISTICS] = _filled(variables[STATISTICS], 0)
+    for name in (extension.name for extension in extensions if extension.of_data):
+        variables[name] = _filled(variables[name], 0)
     return _at_step(state.replace(variables=variables), 0)
 
 

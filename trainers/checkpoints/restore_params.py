@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from trainers.anomaly import STATISTICS
 from trainers.checkpoints import base_step, state_tree, step_dir
 from trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
 from trainers.checkpoints.manifest import ArrayEntry, Manifest
 from trainers.checkpoints.saved_layers import Saved, SavedArrays
-from trainers.moving_reference import MOVES
 
 _log = logging.getLogger(__name__)
 
@@ -233,8 +231,7 @@ def _wanted(
 def restore_variables(step: epath.Path, variables: Any) -> Any:
     """Returns a model's other collections, such as batch statistics, restored from a step.
 
-    Arrays that the checkpoint does not have, statistics of losses, which depend on the data and the model, and the moves of
-    a reference are taken from `variables`, the collections of a fresh state.
+    Arrays that the checkpoint does not have are taken from `variables`, the collections of a fresh state.
 
     Raises:
       DamagedCheckpointError.
@@ -244,9 +241,7 @@ def restore_variables(step: epath.Path, variables: Any) -> Any:
     wanted = {
         name: as_saved(recorded, name, leaf)
         for name, leaf in fresh.items()
-        if name in recorded.arrays
-        and recorded.arrays[name].shape == leaf.shape
-        and not name.startswith((f"variables/{STATISTICS}/", f"variables/{MOVES}/"))
+        if name in recorded.arrays and recorded.arrays[name].shape == leaf.shape
     }
     saved = read_verified(step, recorded, wanted) if wanted else {}
     return state_tree.unflatten({**fresh, **saved}, {"variables": variables})["variables"]

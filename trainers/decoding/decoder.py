@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common import stages
 from espalier.common.bars import Bar
+from model import rows
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.full import FullCache
-from model.mov import sentence
 from model.transforms import layer_stack
 from trainers.decoding import beam, few_programs, memory
 from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
@@ -51,7 +51,7 @@ class Continuation:
 
 def check_options(model: Any, *, policy: CachePolicy | None, prefill_chunk: int | None) -> None:
     """Raises ValueError for options of `Decoder` that would have no effect on an encoder-decoder."""
-    if model.row != "inputs_and_targets":
+    if not model.row.encodes:
         return
     if prefill_chunk is not None:
         raise ValueError("An encoder-decoder reads its inputs whole: remove prefill_chunk.")
@@ -123,7 +123,6 @@ class Decoder:
                 "A watch is not supported with beams: they are not final before the end."
             )
         self.model = model
-        self._encodes = model.row == "inputs_and_targets"
         check_options(model, policy=policy, prefill_chunk=prefill_chunk)
         config = model.config
         # Slices of stacked weights inside the loop would copy them for every token.
@@ -293,38 +292,30 @@ class Decoder:
         """Reads each prompt once and repeats its caches.
 
         Returns:
-          A decode.Loop or beam.search's arguments, and the embeddings of the rows' sentences [R, S] (see model/mov/sentence.py)
-          or None.
+          A decode.Loop or beam.search's arguments, and the context of the rows (see model/rows.py).
         """
         model, policy, settings = self._model, self._policy, self._settings
         room = max(settings.max_new_tokens - 1, 1)
         beams, penalty = settings.beams, settings.sampling.repetition_penalty
         copies = settings.num_samples if beams is None else beams.num_beams
-        encodes, start, options = self._encodes, self._decoder_start, self._prefill_options
+        start, options = self._decoder_start, self._prefill_options
 
         # It reads nothing of this decoder but these, so that another process finds the stored program.
         def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling):
-            encoder, sentences_B = {}, None
-            if encodes:
-                real_BT = jnp.arange(length, dtype=jnp.int32)[None] < lengths_B[:, None]
-                segments_BT = real_BT.astype(jnp.int32)
-                inputs = ({"params": params}, tokens_BT, segments_BT)
-                sentences_B = sentence.of_inputs(model, *inputs)
-                encoder = {"encoder_tokens_BS": tokens_BT, "encoder_segments_BS": segments_BT}
-                tokens_BT = jnp.full_like(tokens_BT[:, :1], start)
-                lengths_B = jnp.ones_like(lengths_B)
-            with sentence.sentence_embeddings(sentences_B):
+            columns, tokens_BT, lengths_B = model.row.prompts(tokens_BT, lengths_B, start=start)
+            context = model.row_context({"params": params}, columns)
+            with rows.given(context):
                 logits_BV, caches = prefill(
                     *(model, params, policy, tokens_BT, lengths_B),
                     room=room,
-                    encoder=encoder,
+                    encoder=rows.encoder_arguments(columns),
                     **options,
                 )
             lengths_B = lengths_B - policy.future  # where decoding starts
             seen_BV = None if penalty == 1 else seen_in(tokens_BT, lengths_B, logits_BV.shape[-1])
-            caches, sentences_R = repeated((caches, sentences_B), copies)
+            caches, context = repeated((caches, context), copies)
             if beams is not None:
-                return (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), sentences_R
+                return (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), context
             copy_R = jnp.tile(jnp.arange(copies, dtype=jnp.uint32), len(lengths_B))
             all_B = (logits_BV, lengths_B, active_B, seen_BV, allowed_BV, drawn_B, sampling)
             all_R = repeated(all_B, copies)
@@ -332,8 +323,8 @@ class Decoder:
             seed_R, index_R, sample_R = drawn_R
             keys_R = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_R), index_R)
             keys_R = jax.vmap(jax.random.fold_in)(keys_R, sample_R + copy_R)
-            rows = (lengths_R, active_R, keys_R, seen_RV)
-            return begin(logits_RV, caches, *rows, settings, allowed_RV, sampling), sentences_R
+            own_R = (lengths_R, active_R, keys_R, seen_RV)
+            return begin(logits_RV, caches, *own_R, settings, allowed_RV, sampling), context
 
         name = self._name("prefill" if self._first is None else "restricted prefill")
         program = self._compiled(name, length, programs.jit(run), *arrays)
@@ -350,10 +341,10 @@ class Decoder:
         model, policy, settings = self._model, self._policy, self._settings
 
         def run(params, state, until, ended_R):
-            loop, sentences_R = state
-            with sentence.sentence_embeddings(sentences_R):
+            loop, context = state
+            with rows.given(context):
                 loop = advance(model, params, policy, loop, until, ended_R, settings)
-            return (loop, sentences_R), (loop.done_B, loop.decoded)
+            return (loop, context), (loop.done_B, loop.decoded)
 
         def advanced(state, until):
             arrays = (np.int32(until), jax.device_put(ended_R, self._sharding))
@@ -362,7 +353,7 @@ class Decoder:
         samples = settings.num_samples
         watched = Watched(self._watch, batch, samples)
         ended_R = np.zeros(self._batch_size * samples, bool)
-        rows: dict[int, Continuation] = {}
+        continued: dict[int, Continuation] = {}
         every = settings.max_new_tokens if self._watch is None else self.watch_every
         until, loop = 1, state[0]  # reading the prompt has chosen the first token
         if loop.done_B.is_fully_addressable:
@@ -374,31 +365,31 @@ class Decoder:
             ended_R = watched.look(decoded.tokens_BM, counts_R)
             last = until == settings.max_new_tokens or np.all(done_R | ended_R)
             for r in range(len(batch) * samples):
-                if r in rows or not (last or done_R[r] or ended_R[r]):
+                if r in continued or not (last or done_R[r] or ended_R[r]):
                     continue
                 n = watched.lengths.get(r, int(counts_R[r]))
                 tokens, log_probs = decoded.tokens_BM[r, :n], decoded.log_probs_BM[r, :n]
-                rows[r] = Continuation(tokens=tokens.tolist(), log_probs=log_probs.tolist())
+                continued[r] = Continuation(tokens=tokens.tolist(), log_probs=log_probs.tolist())
                 if self._ended is not None:
-                    self._ended(batch[r // samples], r % samples, rows[r])
+                    self._ended(batch[r // samples], r % samples, continued[r])
             if last:
                 break
             until = min(until + every, settings.max_new_tokens)
             state, (done_R, decoded) = advanced(state, until)
-        return [[rows[b * samples + g] for g in range(samples)] for b in range(len(batch))]
+        return [[continued[b * samples + g] for g in range(samples)] for b in range(len(batch))]
 
     def _search(self, length: int, state: Any, batch: Sequence[int]) -> list[list[Continuation]]:
         """Returns the continuations of a batch by beam search."""
         model, policy, settings = self._model, self._policy, self._settings
 
         def run(params, state):
-            (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), sentences_R = state
-            rows = (lengths_B, active_B, seen_BV)
-            with sentence.sentence_embeddings(sentences_R):
+            (logits_BV, caches, lengths_B, active_B, seen_BV, allowed_BV), context = state
+            own_B = (lengths_B, active_B, seen_BV)
+            with rows.given(context):
                 beams, caches = beam.search(
-                    model, params, policy, logits_BV, caches, *rows, settings, allowed_BV
+                    model, params, policy, logits_BV, caches, *own_B, settings, allowed_BV
                 )
-            return ((logits_BV, caches, *rows, allowed_BV), sentences_R), beams
+            return ((logits_BV, caches, *own_B, allowed_BV), context), beams
 
         name = "decode" if self._first is None else "restricted decode"
         _, beams = self._timed(name, length, run, state)

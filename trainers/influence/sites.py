@@ -141,7 +141,7 @@ def discover(model: Any, params: Any) -> tuple[dict[str, Site], list[str]]:
     flat = state_tree.flatten(params)
     ids = {"decoder": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
     batch = {"decoder_input_tokens": ids["decoder"], "decoder_segment_ids": ids["decoder"]}
-    if model.row == "inputs_and_targets":
+    if model.row.encodes:
         ids["encoder"] = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         batch |= dict.fromkeys(("encoder_input_tokens", "encoder_segment_ids"), ids["encoder"])
     recorder = _Recorder({shape.shape: stream for stream, shape in ids.items()})

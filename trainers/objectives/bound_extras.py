@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from model.axes import Rules
 from trainers.objectives.base import Objective
-from trainers.partitioning import Rules
 from trainers.programs import program as programs
 
 

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
 
+from model import rows
 from model.kernels.cross_entropy import Implementation, map_tokens, token_log_probs
 from model.kernels.vocab_logits import LogitForm
-from model.mov import sentence
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
 
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
 Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]
 _LAYER = re.compile(r"layers/block_\d+/")
-_LARGEST = "router_load_max"  # sown metric, reported of the worst layer too
+_LARGEST = "_max"  # end of the name of a sown metric that is reported of the worst layer too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class Forward:
             reported["auxiliary_loss"] = (added, weight)
         if sown := self.written.get("metrics"):
             by_layer = _by_layer(sown, scanned=self.model.config.scan_layers)
-            # A mean over layers hides that the router of one of them has collapsed.
+            # A mean over layers hides the one whose largest value is near its bound.
             worst = {
                 f"{name}_worst_layer": values.max(0)
                 for name, values in by_layer.items()
@@ -167,13 +167,7 @@ def decoder_arguments(batch: Batch, training: bool) -> tuple[tuple[Any, ...], di
     del training
     positions_BT, segments_BT = batch.get("decoder_positions"), batch["decoder_segment_ids"]
     keywords = {"positions_BT": positions_BT, "segments_BT": segments_BT}
-    if "encoder_input_tokens" in batch:
-        keywords |= {
-            "encoder_tokens_BS": batch["encoder_input_tokens"],
-            "encoder_positions_BS": batch.get("encoder_positions"),
-            "encoder_segments_BS": batch["encoder_segment_ids"],
-        }
-    return (batch["decoder_input_tokens"],), keywords
+    return (batch["decoder_input_tokens"],), keywords | rows.encoder_arguments(batch)
 
 
 def forward_objective(
@@ -229,7 +223,7 @@ def forward(
     lasting = tuple(variables) if training else ()
     variables = {"params": params, **variables}
     args, keywords = arguments(batch, training)
-    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+    with rows.given(model.row_context(variables, batch)):
         output, written = model.apply(
             variables,
             *args,
@@ -252,7 +246,7 @@ def frozen_forward(model: Any, params: Any, batch: Batch) -> Forward:
     """Runs a frozen decoder: without gradient to its parameters, random numbers, or writing collections."""
     variables = {"params": jax.lax.stop_gradient(params)}
     args, keywords = decoder_arguments(batch, False)
-    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+    with rows.given(model.row_context(variables, batch)):
         output = model.apply(variables, *args, **keywords, method="hidden")
     return Forward(model=model, variables=variables, batch=batch, output=output, written={})
 

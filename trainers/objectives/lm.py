@@ -29,8 +29,9 @@ def language_modelling(
     Values that a module sows into the collection 'losses' (`self.sow("losses", "balance", value)`, a mean over the
     batch) are added to the loss per token and reported as metric 'auxiliary_loss'. Values sown into 'metrics' are
     reported in training, averaged over layers: 'mlp/load' for "load" of the layers' MLPs, 'mlp/load/0', 'mlp/load/1',
-    ... for a vector. Modules with random numbers use the rng 'dropout', which is absent in evaluation
-    (`self.has_rng("dropout")` is then False). Modules may read and, in training, write their other collections.
+    ... for a vector; a value whose name ends in '_max' also of the layer where it is largest, as '..._worst_layer'.
+    Modules with random numbers use the rng 'dropout', which is absent in evaluation (`self.has_rng("dropout")` is then
+    False). Modules may read and, in training, write their other collections.
 
     Args:
       model: a language model with `hidden`, `head_VD`, logit_scale and logit_softcap.

@@ -11,9 +11,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from model.adapters.adapter import PREFIX, adapters_of
+from model.axes import Rules
 from trainers.objectives.base import Batch
 from trainers.objectives.forward import Forward, frozen_forward
-from trainers.partitioning import Rules
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,8 +31,8 @@ class OwnBase:
         del mesh, rules, meta
         if adapters_of(self.model) is None:
             raise ValueError(
-                "The reference is the policy without its adapters, and the policy has none: give a file of methods/adapters/ "
-                "or methods/mov/, or another reference."
+                "The reference is the policy without its adapters, and the policy has none: give a file with adapters, such as "
+                "methods/adapters/lora.gin, or another reference."
             )
 
     def abstract(self, mesh: Mesh, rules: Rules) -> Any:

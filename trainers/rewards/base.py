@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from trainers.partitioning import Rules
+from model.axes import Rules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from espalier.common.ranges import Count, Size
+from model.axes import Rules
 from trainers import initialise, partitioning
 from trainers.checkpoints import restore_params
 from trainers.decoding.buckets import in_order, padded
-from trainers.partitioning import Rules
 from trainers.rewards.base import Completion
 from trainers.scoring.scoring import Batched
 

@@ -106,8 +106,7 @@ class Scorer:
         def log_probs(params: Any, batch: Any) -> jax.Array:
             return frozen_forward(model, params, batch).log_probs_BT()
 
-        encodes = model.row == "inputs_and_targets"
-        columns = encoded_columns if encodes else scored_columns
+        columns = encoded_columns if model.row.encodes else scored_columns
         self.model, self._params = model, params
         self._read = Batched(log_probs, columns, model, batch_size=batch_size, sharding=sharding)
 

@@ -104,7 +104,7 @@ def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> 
     """Returns what a model sows on padded inputs and right answers."""
     import jax.numpy as jnp
 
-    from model.mov import sentence
+    from model import rows
 
     batch = {
         "encoder_input_tokens": inputs_NS,
@@ -112,7 +112,7 @@ def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> 
         "decoder_segment_ids": (answers_NT != 0).astype(jnp.int32),
     }
     variables = {"params": params}
-    with sentence.sentence_embeddings(sentence.of_batch(model, variables, batch)):
+    with rows.given(model.row_context(variables, batch)):
         _, written = model.apply(
             variables,
             jnp.pad(answers_NT, ((0, 0), (1, 0)))[:, :-1],

@@ -7,6 +7,7 @@ import pytest
 
 from launch.aot import precompile, programs
 from launch.aot.programs import Options
+from model import rows
 from model.kv_cache.full import FullCache
 from model.kv_cache.snapkv import SnapKV
 from tests.launch import precompile_test as runs
@@ -109,7 +110,7 @@ class _WithRow:
 
     def __init__(self, recipe):
         self._recipe, self.language_model = recipe, self
-        self.row = "inputs_and_targets"
+        self.row = rows.INPUTS_AND_TARGETS
 
     def __getattr__(self, name):
         return getattr(self._recipe, name)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import flops
+from model import flops, rows
 from model.attention import Attention, CrossAttention
 from model.config import TransformerConfig
 from model.kernels import platform
@@ -71,7 +71,7 @@ def segments_and_positions(lengths, width):
 
 def test_it_is_a_language_model_of_inputs_and_targets():
     model = make(encoder_layers=3)
-    assert isinstance(model, LanguageModel) and model.row == "inputs_and_targets"
+    assert isinstance(model, LanguageModel) and model.row is rows.INPUTS_AND_TARGETS
     assert len(model.layer_settings()) == 5 and model.cache_sizes(1)["num_heads"] == 3
     shapes = jax.tree.map(jnp.shape, init(model))
     layer = shapes["encoder"]["layers"]["block_0"]

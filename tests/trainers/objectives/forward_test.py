@@ -11,6 +11,7 @@ import pytest
 
 from model.kernels import cross_entropy
 from model.kernels.cross_entropy import map_tokens
+from model.protocol import OfLayers
 from trainers.objectives.forward import Forward, forward, forward_objective, frozen_forward
 from trainers.step import make_train_step
 from trainers.train_state import TrainState
@@ -29,10 +30,13 @@ class _Config:
     scan_layers: bool = False
 
 
-class Model(nn.Module):
+class Model(OfLayers, nn.Module):
     """Sows a loss and a metric, counts its batches, and draws."""
 
     config: _Config
+
+    def layer_settings(self):
+        return ()
 
     @nn.compact
     def hidden(self, tokens_BT, *, positions_BT=None, segments_BT=None):

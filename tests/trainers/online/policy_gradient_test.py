@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.protocol import OfLayers
 from trainers.inputs import pack
 from trainers.online import losses
 from trainers.online.policy_gradient import actor_critic, policy_gradient
@@ -17,7 +18,7 @@ START, A, B = 0, 0, 1
 REWARD = {A: 2.0, B: -1.0}
 
 
-class TwoTokens(nn.Module):
+class TwoTokens(OfLayers, nn.Module):
     """softcap(scale * logits) of two tokens, whatever the prefix."""
 
     logit_scale = 0.5

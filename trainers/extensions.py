@@ -1,0 +1,129 @@
+"""The extensions of the train step: what a method keeps in the state besides parameters and optimiser, and does in each step.
+
+Moving averages of parameters, the policy for bad steps and a reference that moves are extensions. `Recipe.step_extensions` lists
+those of a run; the step, the state's first value and its shardings, and checkpoints know them by this interface alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from trainers import trainable
+from trainers.train_state import TrainState
+
+AVERAGE = (
+    "ema_params"  # the part that is a field of its own: the parameters to evaluate and to release
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """An update of the parameters, before the extensions have seen it.
+
+    Attributes:
+      step: the number of updates so far, this one included.
+      trained, frozen: the parameters after the update, as `trainable.split` has them.
+      opt_state: the optimiser's state after the update.
+      extras: the objective's extras as they are stored, see objectives/base.py.
+      loss: the batch's mean loss.
+      grad_norm: norm of its gradient, before clipping.
+    """
+
+    step: jax.Array
+    trained: Any
+    frozen: Any
+    opt_state: Any
+    extras: Any
+    loss: jax.Array
+    grad_norm: jax.Array
+
+    @property
+    def params(self) -> Any:
+        """All parameters after the update."""
+        return trainable.join(self.trained, self.frozen)
+
+
+class StepExtension:
+    """A part of the state, and what is done with it in each step. A subclass overrides what it needs.
+
+    Attributes:
+      name: of the part: a collection of `TrainState.variables`, or 'ema_params'.
+      like_params: whether the part has an array for each parameter, which is split over devices as the parameter is.
+      of_data: whether the part describes the data, and is set to zeros where a new phase begins.
+    """
+
+    name: ClassVar[str]
+    like_params: ClassVar[bool] = False
+    of_data: ClassVar[bool] = False
+
+    def init(self, params: Any, mask: Any) -> Any:
+        """Returns the part of a new run; `mask` is True where parameters are trained, None for all."""
+        raise NotImplementedError
+
+    def objective_extras(self, extras: Any, part: Any) -> Any:
+        """Returns the extras that the objective reads in this step, in place of the stored ones; in evaluation too."""
+        del part
+        return extras
+
+    def update(self, part: Any, update: Update) -> Any:
+        """Returns the part after an update."""
+        del update
+        return part
+
+    def gate(self, part: Any, update: Update) -> tuple[jax.Array, Any] | None:
+        """Returns whether the update is to be applied, and the part after it either way; None for no opinion.
+
+        An update that is not applied leaves parameters, optimiser, collections and the other parts as they were.
+        """
+        del part, update
+        return None
+
+
+def parts_of(extensions: Iterable[StepExtension], state: TrainState) -> dict[str, Any]:
+    """Returns the extensions' parts of a state, by name."""
+    there = {**state.variables, AVERAGE: state.ema_params}
+    return {extension.name: there[extension.name] for extension in extensions}
+
+
+def fields_of(collections: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `TrainState` that hold the model's collections and the extensions' parts."""
+    variables = {**collections, **parts}
+    return {AVERAGE: variables.pop(AVERAGE, None), "variables": variables}
+
+
+def of_model(extensions: Iterable[StepExtension], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the collections of a state that are the model's: those of no extension."""
+    names = {extension.name for extension in extensions}
+    return {name: tree for name, tree in variables.items() if name not in names}
+
+
+def present_extras(
+    extensions: Iterable[StepExtension], extras: Any, variables: Mapping[str, Any]
+) -> Any:
+    """Returns the extras that the objective reads with these collections of a state."""
+    for extension in extensions:
+        extras = extension.objective_extras(extras, variables.get(extension.name))
+    return extras
+
+
+def gated(
+    extensions: Iterable[StepExtension], update: Update, before: TrainState, after: TrainState
+) -> tuple[TrainState, jax.Array | None]:
+    """Returns the state after a step, and whether its update was applied; None if no extension judges updates."""
+    parts = parts_of(extensions, before)
+    verdicts = {
+        extension.name: verdict
+        for extension in extensions
+        if (verdict := extension.gate(parts[extension.name], update)) is not None
+    }
+    if not verdicts:
+        return after, None
+    good = functools.reduce(jnp.logical_and, (good for good, _ in verdicts.values()))
+    chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    judged = {name: part for name, (_, part) in verdicts.items()}
+    fields = fields_of(chosen.variables, {AVERAGE: chosen.ema_params, **judged})
+    return chosen.replace(step=after.step, **fields), good
