@@ -17,7 +17,7 @@ import gin
 
 from launch.config import gin_check, gin_description, gin_hints, gin_source
 from launch.config.gin_check import final_bound
-from launch.config.gin_reader import Checked, is_required
+from launch.config.gin_reader import Bound, Checked, is_required
 from launch.config.gin_source import Place, Problem
 
 # An unquoted value that is read as a string: a path or a name.
@@ -51,6 +51,7 @@ class Config:
       files: all read files in order, included ones too.
       macros: final values of the macros by name.
       warnings: bindings in files without effect on this run, unless a later file replaced the reference to their target.
+      tree: what was read, with None for the macros without a value.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Config:
     macros: dict[str, Any]
     entry: Callable | None
     warnings: tuple[Problem, ...]
+    tree: Checked
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that gin would pass to the entry function, references evaluated."""
@@ -109,7 +111,10 @@ def load(
         raise ConfigError(checked.problems)
     # Gin needs a value for every macro; those without one after the checks are not used.
     names = dict.fromkeys([*checked.macros, *checked.macros_read])
-    bindings += [f"{name}=None" for name in names if _is_open(name, checked)]
+    without = [name for name in names if _is_open(name, checked)]
+    bindings += [f"{name}=None" for name in without]
+    nothing = {name: Bound(None, Place("without a value"), (), ()) for name in without}
+    tree = dataclasses.replace(checked, macros={**checked.macros, **nothing})
     _load_into_gin([*defaults, *files], bindings, search_paths, checked)
     gin_description.register()
     configured = None
@@ -126,6 +131,7 @@ def load(
         macros={n: final_bound(m, checked.macros).value for n, m in checked.macros.items()},
         entry=configured,
         warnings=tuple(checked.warnings),
+        tree=tree,
     )
 
 

@@ -24,10 +24,53 @@ from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A function, class or module under its full name. `value` is None for a module whose import failed."""
+    """A function, class or module under its full name.
+
+    Attributes:
+      name: the full name.
+      value: the object; None for a module whose import failed.
+      source: the import statement and the names, from that of the module on, by which a file has named it first.
+    """
 
     name: str
     value: Any
+    source: tuple[config_parser.ImportStatement, tuple[str, ...]] | None = dataclasses.field(
+        default=None, compare=False
+    )
+
+    def imported_by(self) -> config_parser.ImportStatement:
+        """Returns the statement that imports it, without submodules that are not on the way to it."""
+        if self.source is None:
+            module = self.value.__module__
+            place = config_parser.Location(None, 0, None, "")
+            return config_parser.ImportStatement(module, "." in module, None, place)
+        statement, names = self.source
+        if statement.is_from or statement.alias:
+            return statement
+        pairs = zip(statement.module.split("."), names[:-1], strict=False)
+        way = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        return statement._replace(module=".".join(way))
+
+    def attribute(self) -> str:
+        """Returns its name inside of the module that `imported_by` imports."""
+        if self.source is None:
+            return self.value.__qualname__
+        statement, names = self.source
+        by_name = statement.is_from or statement.alias
+        return ".".join(names[1 if by_name else len(self.imported_by().module.split(".")) :])
+
+    def is_method(self) -> bool:
+        """Returns whether it is a function of a class."""
+        last = self.attribute().split(".")[-2:]
+        names = getattr(self.value, "__qualname__", "").split(".")
+        return inspect.isfunction(self.value) and len(last) == 2 and names[-2:] == last
+
+    def path(self) -> str:
+        """Returns the name by which gin orders it: with the alias of its module, if it has one."""
+        if self.source is None:
+            return self.name
+        statement, names = self.source
+        return ".".join([statement.partial_path(), *names[1:]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +116,7 @@ class Checked:
       replaces: the names in each file's list REPLACES.
       macros_read: where each macro is first read, also in overridden statements.
       scopes_used: all scopes that references and macros enter.
+      replaces_last: the last list REPLACES; None without one.
     """
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
@@ -87,6 +131,12 @@ class Checked:
     replaces: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     macros_read: dict[str, Place] = dataclasses.field(default_factory=dict)
     scopes_used: set[str] = dataclasses.field(default_factory=set)
+    replaces_last: Bound | None = None
+
+    def all_macros(self) -> dict[str, Bound]:
+        """Returns all definitions by name, with the list REPLACES."""
+        listed = {} if self.replaces_last is None else {REPLACES: self.replaces_last}
+        return {**self.macros, **listed}
 
     def copy(self) -> "Checked":
         """Returns a copy that later statements do not change."""
@@ -252,7 +302,8 @@ class Reader:
     def _bind_import(self, statement, symbols: dict[str, Target], failed: bool = False) -> None:
         module = gin_source.bound_module(statement)
         value = None if failed else importlib.import_module(module)
-        symbols[statement.bound_name()] = Target(module, value)
+        name = statement.bound_name()
+        symbols[name] = Target(module, value, (statement, (name,)))
 
     def _resolve(self, selector: str, place: Place, symbols) -> Target | None:
         """Returns the object that `selector` names, or None after recording the problem."""
@@ -262,6 +313,7 @@ class Reader:
             self._not_imported(head, place, symbols)
             return None
         value, name = symbol.value, symbol.name
+        source = symbol.source and (symbol.source[0], (head, *path))
         if value is None:
             return None  # The failed import was reported.
         for attribute in path:
@@ -276,7 +328,12 @@ class Reader:
                 place, f"'{name}' is not a function or class and cannot be configured or referenced"
             )
             return None
-        return self.checked.targets.setdefault(name, Target(name, value))
+        known = self.checked.targets.get(name)
+        if (
+            known is None or known.source is None
+        ):  # the entry point has a name before files import it
+            self.checked.targets[name] = known = Target(name, value, source)
+        return known
 
     def _not_imported(self, name: str, place: Place, symbols) -> None:
         near = nearest(difflib.get_close_matches(name, [s for s in symbols if s != "gin"]))
@@ -304,6 +361,7 @@ class Reader:
         bound = Bound(statement.value, place, tuple(references), tuple(macros), self._file)
         if (statement.selector, statement.arg_name) == (REPLACES, ""):
             self.checked.replaces[self._file] = list(leaves(statement.value))
+            self.checked.replaces_last = bound
             return
         if not statement.arg_name or (statement.selector, statement.arg_name) == _LONG_MACRO:
             name = (

@@ -122,6 +122,14 @@ def parse_value(text: str) -> Any:
     return statements[0].value
 
 
+def is_written_as_itself(value: Any) -> bool:
+    """Returns whether a value's text is gin syntax for an equal value; not so for objects, infinity and NaN."""
+    try:
+        return bool(parse_value(repr(value)) == value)
+    except SyntaxError:
+        return False
+
+
 @functools.lru_cache(maxsize=512)
 def parse(text: str, name: str) -> tuple[Any, ...]:
     """Returns gin's statements, with a `Problem` in place of each statement that cannot be parsed."""

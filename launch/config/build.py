@@ -1,0 +1,311 @@
+"""Builds the objects of a configuration: evaluates its bindings, and records those that it uses.
+
+A configuration is a value. Nothing is registered or set for the process, so that several may be in use at once: the run's
+own, and those of the models that it only reads.
+
+The rules are gin's: bindings of the current scope and of the scopes around it apply, inner ones win; `@x/f` is called in
+the scope `x`, `@f` in the scope in which it is called; the value of `%NAME` is evaluated in the scope `NAME`, anew each
+time; a caller's arguments win over bindings. What `@f` without a call gives is a function or class of the same name,
+signature and documentation, which adds the bindings to a call's arguments: classes stay classes, for `nn.scan` and `nn.remat`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import gin
+
+from launch.config import text
+from launch.config.gin_reader import Bound, Checked, Target, applying
+from launch.config.gin_source import Macro, Place, Reference, is_written_as_itself
+from trainers.programs import replacements
+
+# The configuration whose function is running, and the scope. Factories are called while a step is traced, possibly in
+# another thread, which begins without both.
+_RUNNING: contextvars.ContextVar[tuple["Configuration | None", str]] = contextvars.ContextVar(
+    "running", default=(None, "")
+)
+# What configurations made of `@f` -> what it calls.
+_FACTORIES: "weakref.WeakKeyDictionary[Any, Configured]" = weakref.WeakKeyDictionary()
+_DEFAULT = Place("a default")
+
+
+def running() -> "Configuration | None":
+    """Returns the configuration that made the innermost call which is now running; None without one."""
+    return _RUNNING.get()[0]
+
+
+class Configuration:
+    """The bindings of a configuration that was read without problems, and what is built of them.
+
+    Attributes:
+      tree: what was read; it does not change any more.
+    """
+
+    def __init__(self, tree: Checked):
+        replacements.replace_values(_described)
+        self.tree = tree
+        self._singletons: dict[str, Any] = {}
+        self._factories: dict[tuple[int, str], Any] = {}
+        self._used: dict[tuple[str, Target], dict[str, Bound]] = {}
+        self._used_macros: set[str] = set()
+        self._lock = threading.Lock()
+        self._bindings: dict[int, list[tuple[str, str, Bound]]] = {}
+        for (scope, name, argument), bound in tree.bindings.items():
+            key = id(tree.targets[name].value)  # files may know one object under several names
+            self._bindings.setdefault(key, []).append((scope, argument, bound))
+        self._methods = [
+            target
+            for target in tree.targets.values()
+            if id(target.value) in self._bindings and target.is_method()
+        ]
+
+    def text(self) -> str:
+        """Returns all bindings as one gin file that can be loaded again."""
+        settings: dict[tuple[str, Target], dict[str, Bound]] = {}
+        for (scope, name, argument), bound in self.tree.bindings.items():
+            settings.setdefault((scope, self._first(name)), {})[argument] = bound
+        return text.gin(self.tree.imports, self.tree.all_macros(), settings)
+
+    def operative_text(self) -> str:
+        """Returns the bindings that were used so far, and the defaults of the functions called, as a gin file."""
+        with self._lock:
+            used = {key: dict(values) for key, values in self._used.items()}
+            macros = {name: self.tree.macros[name] for name in self._used_macros}
+        return text.gin(self.tree.imports, macros, used)
+
+    def macro(self, name: str) -> Any:
+        """Returns the value of the macro `name`.
+
+        Raises:
+          ValueError: the macro has no value.
+        """
+        if name not in self.tree.macros:
+            raise ValueError(f"macro '{name}' has no value")
+        with self._lock:
+            self._used_macros.add(name)
+        with self._in(name):
+            bound = self.tree.macros[name]
+            return self._value(bound.value, bound)
+
+    def arguments(self, target: Target) -> dict[str, Any]:
+        """Returns the arguments that a function or class has without a scope, references evaluated."""
+        return self._values(self._bound(target, ""), "")
+
+    def factory(self, target: Target, scope: str = "") -> Any:
+        """Returns a function or class that adds its bindings in `scope` to the arguments of each call."""
+        key = (id(target.value), scope)
+        if key not in self._factories:  # one object, so that equal modules compare equal
+            made = _factory(Configured(self, target, scope))
+            with self._lock:
+                self._factories.setdefault(key, made)
+        return self._factories[key]
+
+    def call(
+        self,
+        target: Target,
+        scope: str,
+        args: Collection[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        make: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Calls a function or class with its bindings in `scope`, or in the current scope if `scope` is empty.
+
+        Args:
+          target: the function or class.
+          scope: scope of the call.
+          args, kwargs: arguments that win over bindings.
+          make: what is called in its place, such as a subclass.
+        """
+        scope, kwargs = scope or self._scope(), kwargs or {}
+        if target.value is gin.config.macro:
+            return self.macro(scope)
+        signature = _signature(target.value)
+        passed = {*kwargs, *signature.positional[: len(args)]}
+        bound = {k: v for k, v in self._bound(target, scope).items() if k not in passed}
+        defaults = {k: v for k, v in signature.defaults.items() if k not in passed}
+        with self._lock:
+            self._used.setdefault((scope, target), {}).update({**defaults, **bound})
+        values = self._values(bound, scope)
+        with self._in(scope):
+            if target.value is gin.config.singleton:
+                if scope not in self._singletons:
+                    self._singletons[scope] = values["constructor"]()
+                return self._singletons[scope]
+            return (make or self._with_methods(target.value))(*args, **values, **kwargs)
+
+    def describe(self, target: Target, scope: str) -> str:
+        """Returns `name(argument=value, ...)` with all bindings of a call; the same text in every process."""
+        scope = scope or self._scope()
+        with self._in(scope):
+            bindings = sorted(self._bound(target, scope).items())
+            parts = [f"{name}={self._text(bound.value, bound)}" for name, bound in bindings]
+        return f"{target.name}({', '.join(parts)})"
+
+    def _scope(self) -> str:
+        running, scope = _RUNNING.get()
+        return scope if running is self else ""
+
+    @contextlib.contextmanager
+    def _in(self, scope: str) -> Iterator[None]:
+        token = _RUNNING.set((self, scope))
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
+    def _first(self, name: str) -> Target:
+        """Returns the target by the name under which the files have named it first."""
+        value = self.tree.targets[name].value
+        return next(t for t in self.tree.targets.values() if t.value is value)
+
+    def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
+        return applying(scope, self._bindings.get(id(target.value), ()))
+
+    def _values(self, bound: Mapping[str, Bound], scope: str) -> dict[str, Any]:
+        with self._in(scope):
+            return {argument: self._value(one.value, one) for argument, one in bound.items()}
+
+    def _value(self, value: Any, bound: Bound) -> Any:
+        """Returns the literal, object or factory for a part of a binding."""
+        if isinstance(value, dict):
+            return {self._value(k, bound): self._value(v, bound) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._value(item, bound) for item in value)
+        if isinstance(value, Macro):
+            return self.macro(value.name)
+        if isinstance(value, Reference):
+            target = _target(value, bound)
+            if value.evaluate:
+                return self.call(target, value.scope)
+            return self.factory(target, value.scope)
+        return value
+
+    def _text(self, value: Any, bound: Bound) -> str:
+        if isinstance(value, dict):
+            items = (f"{self._text(k, bound)}: {self._text(v, bound)}" for k, v in value.items())
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, list | tuple):
+            return "(" + ", ".join(self._text(item, bound) for item in value) + ")"
+        if isinstance(value, Macro) and value.name in self.tree.macros:
+            with self._in(value.name):
+                named = self.tree.macros[value.name]
+                return self._text(named.value, named)
+        if isinstance(value, Reference):
+            return self.describe(_target(value, bound), value.scope)
+        return repr(value)
+
+    def _with_methods(self, made: Any) -> Any:
+        """Returns a class, or a subclass of it with bindings for those of its methods that have any; other values unchanged."""
+        if not inspect.isclass(made):
+            return made
+        own = {
+            target.value.__name__: self.factory(target)
+            for target in self._methods
+            if inspect.getattr_static(made, target.value.__name__, None) is target.value
+        }
+        return type(made)(made.__name__, (made,), {**own, **_named(made)}) if own else made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Configured:
+    """A function or class that is called with its bindings in a scope of a configuration."""
+
+    configuration: Configuration
+    target: Target
+    scope: str
+
+    def plain(self) -> Any:
+        """Returns the same without the configuration: the function or class, or a functools.partial of it."""
+        bound = self.configuration._bound(self.target, self.scope)
+        values = self.configuration._values(bound, self.scope)
+        return functools.partial(self.target.value, **values) if values else self.target.value
+
+    def __repr__(self) -> str:
+        return self.configuration.describe(self.target, self.scope)
+
+
+def configured(value: Any) -> Configured | None:
+    """Returns what a configuration has made a factory of; None for any other value."""
+    try:
+        return _FACTORIES.get(value)
+    except TypeError:  # no weak reference to it, or no hash
+        return None
+
+
+def _factory(of: Configured) -> Any:
+    """Returns a function or class in place of `of`, with its name, signature and documentation."""
+    call, target = of.configuration.call, of.target
+    made: Any
+    if inspect.isclass(target.value):
+        meta: Any = type(target.value)
+
+        def construct(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            # Code may make subclasses of the factory, as nn.remat does: these are made, with the same bindings.
+            make = None if cls is made else functools.partial(meta.__call__, cls)
+            return call(target, of.scope, args, kwargs, make)
+
+        calling = type(meta)(meta.__name__, (meta,), {"__call__": construct})
+        made = calling(target.value.__name__, (target.value,), _named(target.value))
+    else:
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            return call(target, of.scope, args, kwargs)
+
+        functools.update_wrapper(made, target.value)
+    _FACTORIES[made] = of
+    return made
+
+
+def _named(made: type) -> dict[str, Any]:
+    """Returns the attributes of a subclass that looks like the class itself."""
+    names = {name: getattr(made, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return names if made.__dictoffset__ else {**names, "__slots__": ()}
+
+
+def _described(value: Any) -> Any:
+    """Returns what a factory calls and its text, for the keys of stored programs (trainers/programs/description.py)."""
+    of = configured(value)
+    return NotImplemented if of is None else (of.target.value, repr(of))
+
+
+def _target(reference: Reference, bound: Bound) -> Target:
+    target = dict(bound.references)[reference]
+    assert target is not None  # unresolved references are problems when the configuration is read
+    return target
+
+
+@dataclasses.dataclass(frozen=True)
+class _Signature:
+    """The names of positional arguments, and the defaults that gin can write."""
+
+    positional: tuple[str, ...] = ()
+    defaults: Mapping[str, Bound] = dataclasses.field(default_factory=dict)
+
+
+@functools.cache
+def _signature(called: Any) -> _Signature:
+    is_class = inspect.isclass(called)
+    function = called
+    if is_class:
+        holders = (vars(base) for base in inspect.getmro(called))
+        own = next(v for v in holders if "__init__" in v or "__new__" in v)
+        function = own.get("__init__") or own["__new__"]
+    try:
+        spec = inspect.getfullargspec(function)
+    except TypeError:
+        return _Signature()
+    defaults = dict(zip(reversed(spec.args), reversed(spec.defaults or ()), strict=False))
+    defaults = {**dict(reversed(defaults.items())), **(spec.kwonlydefaults or {})}
+    written = {
+        name: Bound(value, _DEFAULT, (), ())
+        for name, value in defaults.items()
+        if is_written_as_itself(value)
+    }
+    return _Signature(tuple(spec.args[is_class:]), written)
