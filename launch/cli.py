@@ -23,7 +23,7 @@ from launch import environment, input_errors
 from launch.processes import hosts, peers, supervisor
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
-    from launch.config.gin_config import Config
+    from launch.config.build import Configuration
 
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
@@ -53,13 +53,14 @@ environment.check_command()  # before the command's module imports the packages
 class Start:
     """The flags and the loaded configuration of a command; a call calls the entry function.
 
-    Its arguments are from gin; keywords win over gin.
+    Its arguments are from the configuration; keywords win over it.
     """
 
     flags: argparse.Namespace
-    config: "Config"
+    config: "Configuration"
 
     def __call__(self, **overrides: Any) -> Any:
+        assert self.config.entry is not None
         return self.config.entry(**overrides)
 
 
@@ -145,7 +146,8 @@ def main(
             if warning.place.source not in defaults:
                 print(f"warning: {warning}", file=sys.stderr)
         start = Start(flags, config)
-        return start() if run is None else run(start)
+        with config.in_use():
+            return start() if run is None else run(start)
 
     return status_of(call)
 

@@ -21,13 +21,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
 
 from espalier.common.ranges import Positive, Size, Tokens
+from launch.config import build
 from launch.processes import hosts, peers
 from launch.run import model_record, phase, run_dir, run_messages, run_vocabulary
 from launch.run.parameter_table import parameter_table
@@ -226,10 +226,10 @@ def train(
             anomaly=program.recipe.anomaly,
             stop=stop,
         )
-        # Everything that gin configures has been called by now, except functions that hooks call.
-        run.write("operative_config.gin", gin.operative_config_str())
+        # Everything that is configured has been called by now, except functions that hooks call.
+        run.write("operative_config.gin", _operative_text())
         loop.run()
-        run.write("operative_config.gin", gin.operative_config_str())
+        run.write("operative_config.gin", _operative_text())
         of_life = life.ends(interrupted=loop.interrupted) if life is not None else ""
     last = evaluation.results.get(loop.step, {})
     if primary:
@@ -243,10 +243,17 @@ def train(
 
 def _config_text(program: Program) -> str:
     """Returns the configuration to record, whose model has the dtype of this run's checkpoints: no reader rounds them."""
-    text, model = gin.config_str(), program.recipe.model
+    running = build.running()
+    text, model = running.text if running else "", program.recipe.model
     if program.widened and hasattr(model.config, "param_dtype"):
         text = model_record.with_param_dtype(text, model, "float32")
     return text
+
+
+def _operative_text() -> str:
+    """Returns the bindings that the run has used so far, and the defaults of what it has called."""
+    running = build.running()
+    return running.operative_text() if running else ""
 
 
 def _check_memory(program: Program) -> None:

@@ -7,7 +7,6 @@ import pathlib
 import re
 import shlex
 
-import gin
 import pytest
 
 from data.tokenizers import vocabularies
@@ -64,12 +63,6 @@ def trained(tmp_path_factory):
     bindings = ["MODEL_DIR='/x'", "FILES='/x'", "MIXTURE_OR_TASK_NAME='files'"]
     path.write_text(gin_config.load(files, bindings, entry="launch.train:train").text)
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @pytest.mark.parametrize(("files", "bindings", "launch"), commands())

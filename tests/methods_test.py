@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import gin
 import jax
 import numpy as np
 import pytest
 
 from launch.config import config_diff, gin_config
+from launch.config.build import Configuration
 from launch.run import model_record
 from trainers import initialise as initialise_lib
 from trainers import partitioning
@@ -159,7 +159,7 @@ def other_run_has_a_step(monkeypatch):
 SHALLOW = "config.TransformerConfig.num_layers = 1", "config.TransformerConfig.scan_layers = False"
 
 
-def load(run: str, methods: Sequence[str]) -> gin_config.Config:
+def load(run: str, methods: Sequence[str]) -> Configuration:
     files, bindings = arguments(run, methods)
     if run != "classify":
         bindings += SHALLOW
@@ -181,18 +181,15 @@ def refusal(first: str, second: str) -> str | None:
     except gin_config.ConfigError as error:
         return str(error.problems[0])
     text = (run, *sorted(config_diff.canonical(config.text).items()))
-    try:
-        if text not in _OUTCOMES:  # the other order often gives the same configuration
-            _OUTCOMES[text] = refusal_of(config, {METHODS[first][0], METHODS[second][0]})
-        return _OUTCOMES[text]
-    finally:
-        gin.clear_config()
+    if text not in _OUTCOMES:  # the other order often gives the same configuration
+        _OUTCOMES[text] = refusal_of(config, {METHODS[first][0], METHODS[second][0]})
+    return _OUTCOMES[text]
 
 
 _OUTCOMES: dict[tuple, str | None] = {}
 
 
-def refusal_of(config: gin_config.Config, kinds: set[str]) -> str | None:
+def refusal_of(config: Configuration, kinds: set[str]) -> str | None:
     """Returns the error of making what a configuration describes, or None."""
     try:
         recipe = config.arguments()["recipe"].with_span(schedules.Span(10))
@@ -334,7 +331,6 @@ def test_one_order_is_as_good_as_the_other():
         texts = []
         for order in (pair, pair[::-1]):
             texts.append(config_diff.canonical(load(common_run(*pair), order).text))
-            gin.clear_config()
         assert texts[0] == texts[1]
 
 
@@ -342,13 +338,6 @@ def kinds(pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(sorted(METHODS[name][0] for name in pair))
 
 
-@pytest.fixture
-def clean_gin():
-    yield
-    gin.clear_config()
-
-
-@pytest.mark.usefixtures("clean_gin")
 @pytest.mark.parametrize("both", sorted({kinds(pair) for pair in PAIRS}), ids=" and ".join)
 def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
     """One step on tiny shapes changes the parameters and has a finite loss; hooks read its state."""

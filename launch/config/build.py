@@ -21,9 +21,9 @@ from typing import Any
 
 import gin
 
-from launch.config import text
-from launch.config.gin_reader import Bound, Checked, Target, applying
-from launch.config.gin_source import Macro, Place, Reference, is_written_as_itself
+from launch.config import decorated, text
+from launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
+from launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
 from trainers.programs import replacements
 
 # The configuration whose function is running, and the scope. Factories are called while a step is traced, possibly in
@@ -46,11 +46,21 @@ class Configuration:
 
     Attributes:
       tree: what was read; it does not change any more.
+      entry: the function to call, with its bindings; None without one.
+      shows_bindings: whether the text (`repr`) of a module has the bindings of the functions and classes in its fields.
+        These are then no classes themselves.
     """
 
-    def __init__(self, tree: Checked):
+    def __init__(self, tree: Checked, entry: str = "", *, shows_bindings: bool = False):
+        """Args:
+        tree: what was read.
+        entry: full name of the entry function.
+        shows_bindings: see above.
+        """
         replacements.replace_values(_described)
         self.tree = tree
+        self.shows_bindings = shows_bindings
+        self._entry = tree.targets[entry] if entry else None
         self._singletons: dict[str, Any] = {}
         self._factories: dict[tuple[int, str], Any] = {}
         self._used: dict[tuple[str, Target], dict[str, Bound]] = {}
@@ -66,12 +76,66 @@ class Configuration:
             if id(target.value) in self._bindings and target.is_method()
         ]
 
+    @property
+    def entry(self) -> Callable[..., Any] | None:
+        return None if self._entry is None else self.factory(self._entry)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files that were read in order, included ones too."""
+        return tuple(self.tree.files)
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        """Bindings in files without effect, unless a later file replaced the reference to their target."""
+        return tuple(self.tree.warnings)
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that the files import."""
+        return list(dict.fromkeys(statement.module for statement in self.tree.imports))
+
+    @property
+    def macros(self) -> dict[str, Any]:
+        """The final values of the macros by name."""
+        final = self.tree.macros
+        return {name: final_bound(bound, final).value for name, bound in final.items()}
+
+    @functools.cached_property
     def text(self) -> str:
-        """Returns all bindings as one gin file that can be loaded again."""
+        """All bindings as one gin file that can be loaded again."""
         settings: dict[tuple[str, Target], dict[str, Bound]] = {}
         for (scope, name, argument), bound in self.tree.bindings.items():
             settings.setdefault((scope, self._first(name)), {})[argument] = bound
         return text.gin(self.tree.imports, self.tree.all_macros(), settings)
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager in which `running` returns this configuration, as it does while its entry function runs."""
+        return self._in("")
+
+    def give_to_gin(self) -> None:
+        """Gives gin the bindings of functions of users' modules that have gin's own decorator; see decorated.py.
+
+        Raises:
+          ValueError: the decorator excludes an argument.
+        """
+        targets = self.tree.targets
+        own = {name for name, target in targets.items() if decorated.is_decorated(target)}
+        decorated.give(
+            [
+                (scope, targets[name], argument, functools.partial(self._given, key))
+                for key in self.tree.bindings
+                for scope, name, argument in [key]
+                if name in own
+            ]
+        )
+
+    def _given(self, key: tuple[str, str, str]) -> Any:
+        """Returns the value of a binding that gin passes to a call."""
+        (scope, name, argument), bound = key, self.tree.bindings[key]
+        with self._lock:
+            self._used.setdefault((scope, self.tree.targets[name]), {})[argument] = bound
+        return self._value(bound.value, bound)
 
     def operative_text(self) -> str:
         """Returns the bindings that were used so far, and the defaults of the functions called, as a gin file."""
@@ -94,9 +158,38 @@ class Configuration:
             bound = self.tree.macros[name]
             return self._value(bound.value, bound)
 
-    def arguments(self, target: Target) -> dict[str, Any]:
-        """Returns the arguments that a function or class has without a scope, references evaluated."""
-        return self._values(self._bound(target, ""), "")
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments that the entry function would be called with, references evaluated."""
+        assert self._entry is not None
+        return self._values(self._bound(self._entry, ""), "")
+
+    def value(self, name: str) -> Any:
+        """Returns the value of a macro or a binding, references evaluated.
+
+        Args:
+          name: of a macro, or of a binding by its scope and the end of its full name, such as 'adamw.b2'.
+
+        Raises:
+          KeyError: nothing of this name has a value.
+        """
+        if name in self.tree.macros:
+            return self.macro(name)
+        scope, _, end = name.rpartition("/")
+        for (inner, target, argument), bound in self.tree.bindings.items():
+            if inner == scope and f".{target}.{argument}".endswith(f".{end}"):
+                return self._values({argument: bound}, scope)[argument]
+        raise KeyError(name)
+
+    def called_in(self, macro: str) -> Any:
+        """Returns the function or class that the value of a macro is a call of or refers to; None for other values."""
+        bound = self.tree.macros.get(macro)
+        target = dict(bound.references).get(bound.value) if bound and bound.references else None
+        return None if target is None else target.value
+
+    def bound_to(self, called: Any, *names: str) -> dict[str, Any]:
+        """Returns the values of those of these arguments of a function or class that are bound without a scope."""
+        bound = applying("", self._bindings.get(id(called), ()))
+        return self._values({name: bound[name] for name in names if name in bound}, "")
 
     def factory(self, target: Target, scope: str = "") -> Any:
         """Returns a function or class that adds its bindings in `scope` to the arguments of each call."""
@@ -156,7 +249,8 @@ class Configuration:
     def _in(self, scope: str) -> Iterator[None]:
         token = _RUNNING.set((self, scope))
         try:
-            yield
+            with decorated.scope(scope):
+                yield
         finally:
             _RUNNING.reset(token)
 
@@ -243,7 +337,7 @@ def _factory(of: Configured) -> Any:
     """Returns a function or class in place of `of`, with its name, signature and documentation."""
     call, target = of.configuration.call, of.target
     made: Any
-    if inspect.isclass(target.value):
+    if inspect.isclass(target.value) and not of.configuration.shows_bindings:
         meta: Any = type(target.value)
 
         def construct(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -254,13 +348,32 @@ def _factory(of: Configured) -> Any:
         calling = type(meta)(meta.__name__, (meta,), {"__call__": construct})
         made = calling(target.value.__name__, (target.value,), _named(target.value))
     else:
-
-        def made(*args: Any, **kwargs: Any) -> Any:
-            return call(target, of.scope, args, kwargs)
-
-        functools.update_wrapper(made, target.value)
+        made = _Function(of)
     _FACTORIES[made] = of
     return made
+
+
+class _Function:
+    """A function in place of another one (or of a class), whose bindings it adds to the arguments of each call."""
+
+    def __init__(self, of: Configured):
+        names = ("__module__", "__qualname__", "__doc__", "__annotations__")
+        if not of.configuration.shows_bindings:  # flax shows what has a name by it
+            names = ("__name__", *names)
+        functools.update_wrapper(self, of.target.value, names, ())
+        self._of = of
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._of.configuration.call(self._of.target, self._of.scope, args, kwargs)
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else functools.partial(self, owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Function":
+        return self
+
+    def __repr__(self) -> str:
+        return repr(self._of)
 
 
 def _named(made: type) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from launch.config.gin_reader import (
     Bound,
     Checked,
     Target,
+    final_bound,
     is_required,
     nearest,
     parameter_names,
@@ -281,10 +282,3 @@ def _with_macros(value: Any, macros: Mapping[str, Bound]) -> Any:
     if isinstance(value, Macro) and value.name in macros:
         return _with_macros(macros[value.name].value, macros)
     return value
-
-
-def final_bound(bound: Bound, macros: Mapping[str, Bound], depth: int = 20) -> Bound:
-    """Returns `bound`; if its value is a macro, that macro's final definition."""
-    while isinstance(bound.value, Macro) and bound.value.name in macros and depth:
-        bound, depth = macros[bound.value.name], depth - 1
-    return bound

@@ -1,23 +1,20 @@
 """Loads gin files and command-line bindings: all problems in one error, before any work.
 
-Nothing is decorated with gin. Files begin with `from __gin__ import dynamic_registration`, import
+Nothing of this project is decorated with gin, and gin's own state is not used. Files begin with `from __gin__ import dynamic_registration`, import
 modules and bind plain functions and classes. See docs/configuration.md.
 """
 
 import dataclasses
 import functools
 import importlib
-import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import gin
-
-from launch.config import gin_check, gin_description, gin_hints, gin_source
-from launch.config.gin_check import final_bound
-from launch.config.gin_reader import Bound, Checked, is_required
+from launch.config import gin_check, gin_hints, gin_source
+from launch.config.build import Configuration
+from launch.config.gin_reader import Bound, Checked, final_bound, is_required
 from launch.config.gin_source import Place, Problem
 
 # An unquoted value that is read as a string: a path or a name.
@@ -41,31 +38,6 @@ class ConfigError(ValueError):
         super().__init__(f"{count} in the gin configuration:\n\n" + "\n\n".join(numbered) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """A configuration that gin has loaded and locked.
-
-    Attributes:
-      text: all bindings as one gin file that can be loaded again.
-      entry: the function to call, with its bindings applied by gin.
-      files: all read files in order, included ones too.
-      macros: final values of the macros by name.
-      warnings: bindings in files without effect on this run, unless a later file replaced the reference to their target.
-      tree: what was read, with None for the macros without a value.
-    """
-
-    text: str
-    files: tuple[str, ...]
-    macros: dict[str, Any]
-    entry: Callable | None
-    warnings: tuple[Problem, ...]
-    tree: Checked
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments that gin would pass to the entry function, references evaluated."""
-        return gin.get_bindings(self.entry)
-
-
 def load(
     files: Sequence[str] = (),
     bindings: Sequence[str] = (),
@@ -75,8 +47,8 @@ def load(
     defaults: Sequence[str] = (),
     part: bool = False,
     arguments: Sequence[str] | None = None,
-) -> Config:
-    """Checks a configuration completely, loads it into gin in place of the last one, and locks it.
+) -> Configuration:
+    """Returns a configuration that was checked completely.
 
     Args:
       files: gin files, absolute or relative to the working directory, to a search path or to the
@@ -93,7 +65,7 @@ def load(
       arguments: the arguments of `entry` that the caller uses; the others may lack values. None for all.
 
     Raises:
-      ConfigError: with all problems; gin's own state is then unchanged.
+      ConfigError: with all problems.
     """
     function, name = _entry(entry)
     read = functools.partial(gin_check.check, files, search_paths=search_paths, defaults=defaults)
@@ -109,30 +81,16 @@ def load(
     )
     if checked.problems:
         raise ConfigError(checked.problems)
-    # Gin needs a value for every macro; those without one after the checks are not used.
-    names = dict.fromkeys([*checked.macros, *checked.macros_read])
-    without = [name for name in names if _is_open(name, checked)]
-    bindings += [f"{name}=None" for name in without]
-    nothing = {name: Bound(None, Place("without a value"), (), ()) for name in without}
+    # Macros without a value after the checks are not used; the text of the configuration says so.
+    without = [n for n in (*checked.macros, *checked.macros_read) if _is_open(n, checked)]
+    nothing = dict.fromkeys(without, Bound(None, Place("without a value"), (), ()))
     tree = dataclasses.replace(checked, macros={**checked.macros, **nothing})
-    _load_into_gin([*defaults, *files], bindings, search_paths, checked)
-    gin_description.register()
-    configured = None
-    if function is not None:
-        try:
-            configured = gin.get_configurable(function)
-        except (KeyError, ValueError):  # No file binds or references it.
-            with gin.unlock_config():
-                module = name.rpartition(".")[0]
-                configured = gin.external_configurable(function, module=module)
-    return Config(
-        text=gin.config_str(),
-        files=tuple(checked.files),
-        macros={n: final_bound(m, checked.macros).value for n, m in checked.macros.items()},
-        entry=configured,
-        warnings=tuple(checked.warnings),
-        tree=tree,
-    )
+    configuration = Configuration(tree, name)
+    try:
+        configuration.give_to_gin()
+    except ValueError as error:  # gin's message names the argument
+        raise ConfigError([Problem(Place("gin"), str(error))]) from error
+    return configuration
 
 
 def _is_open(name: str, checked: Checked) -> bool:
@@ -194,31 +152,6 @@ def _normalise(binding: str, macros: dict) -> str:
         remedy = gin_hints.of_text(name, text, bound)
         raise ValueError(f"{text!r} is not a value in gin syntax{instead}.{hint} {remedy}")
     return f"{name}={os.path.expanduser(text)!r}"
-
-
-def _load_into_gin(files, bindings, search_paths, checked: Checked) -> None:
-    gin.clear_config()
-    # Gin can only append to its search path, which would make it depend on earlier loads.
-    gin.config._LOCATION_PREFIXES[:] = gin_source.search_locations(search_paths)
-    # Gin would also look for files in packages' resources, and fails on folders that are no packages.
-    gin.config._FILE_READERS[:] = [(_open, os.path.isfile)]
-    imports = [statement.format() for statement in checked.command_line_imports()]
-    if imports:
-        imports.insert(0, "from __gin__ import dynamic_registration")
-    try:
-        for path in files:
-            gin.parse_config_file(path)
-        gin.parse_config([*imports, *bindings])
-        gin.finalize()
-    except Exception as error:
-        # A problem that the checks missed; gin's message names its place.
-        raise ConfigError([Problem(Place("gin"), str(error))]) from error
-
-
-def _open(path: str) -> io.StringIO:
-    file: Any = io.StringIO(gin_source.read(path))
-    file.name = path  # gin reads it
-    return file
 
 
 def _entry(entry: Callable | str | None) -> tuple[Callable | None, str]:

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import os
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -478,6 +478,13 @@ def leaves(value: Any) -> Iterable[Any]:
 def is_required(value: Any) -> bool:
     """Returns whether the value contains gin's REQUIRED, so that the user must set it."""
     return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
+
+
+def final_bound(bound: Bound, macros: Mapping[str, Bound], depth: int = 20) -> Bound:
+    """Returns `bound`; if its value is a macro, that macro's final definition."""
+    while isinstance(bound.value, Macro) and bound.value.name in macros and depth:
+        bound, depth = macros[bound.value.name], depth - 1
+    return bound
 
 
 def applying(scope: str, bindings: Iterable[tuple[str, str, Bound]]) -> dict[str, Bound]:

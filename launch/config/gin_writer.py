@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launch.config.isolated import Factory
+from launch.config.build import configured
 from launch.config.model_file import import_lines, module_names
 from model.t5.encoder_decoder import EncoderDecoder
 from model.transformer import Block, Transformer
@@ -92,6 +92,8 @@ def write(model: Any, macros: Mapping[str, Any] | None = None) -> str:
 
 def _node(value: Any, where: str) -> _Node:
     """Returns the node of a module, dataclass, factory or function."""
+    if (of := configured(value)) is not None:  # a factory of a run's model
+        value = of.plain()
     if isinstance(value, functools.partial):
         if value.args:
             raise UnwritableModelError(
@@ -109,8 +111,6 @@ def _node(value: Any, where: str) -> _Node:
             f"{where} is {target!r}, which cannot be imported by a name, so no configuration can "
             "name it. Use a class or function at the top of a module."
         )
-    # Factories of another run's model, as `launch.run.load` makes them.
-    bound = {key: v.plain() if isinstance(v, Factory) else v for key, v in bound.items()}
     defaults = _defaults(target)
     written = _WRITTEN.get(target, ())
     settings = tuple(

@@ -11,11 +11,14 @@ import dataclasses
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.common.ranges import AxisSize, Count
 from launch import cli
 from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
+
+if TYPE_CHECKING:  # flags are parsed before gin is imported
+    from launch.config.build import Configuration
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
@@ -204,12 +207,19 @@ def whole_files(
 
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
-    """Returns the configuration of a checkpoint's run; see `config_with_text`."""
+    """Returns the configuration of a checkpoint's run; see `configuration_of`."""
     return config_with_text(checkpoint, gin_file)[0]
 
 
 def config_with_text(checkpoint: str, gin_file: Sequence[str] = ()) -> tuple["RunConfig", str]:
-    """Returns the configuration of a checkpoint's run, as commands load it, and the same as text.
+    """Returns the configuration of a checkpoint's run, and the same as text; see `configuration_of`."""
+    configuration = configuration_of(checkpoint, gin_file)
+    run: Any = configuration.entry
+    return run(), configuration.text
+
+
+def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configuration":
+    """Returns the configuration of a checkpoint's run, as commands load it; its entry makes the `RunConfig`.
 
     Args:
       checkpoint: step or run directory.
@@ -220,14 +230,12 @@ def config_with_text(checkpoint: str, gin_file: Sequence[str] = ()) -> tuple["Ru
     """
     from launch.config import gin_config
 
-    config = gin_config.load(
+    return gin_config.load(
         list(gin_file),
         entry="launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=list(files_of(checkpoint, gin_file)),
     )
-    run: Any = config.entry
-    return run(), config.text
 
 
 def file_of_run(step: Any, name: str) -> str | None:

@@ -1,16 +1,14 @@
 """Opens the data of a run, checks it against the program, and describes it for the run's records."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import gin
 
 from data import cpu_tensorflow
 from data import tasks as task_registry
 from data.stream import stream as streams
 from data.tokenizers import vocabularies
+from launch.config import build
 from trainers.batches import Stream, TrainStream
 from trainers.evaluate import EvalStream
 from trainers.recipe import Program
@@ -70,21 +68,16 @@ class RunData:
 
 
 def check_trained_vocabulary(program: Program) -> None:
-    """Checks the size of the vocabulary that gin trains for VOCABULARY, before any text is read for it.
+    """Checks the size of the vocabulary that the configuration trains for VOCABULARY, before any text is read for it.
 
     Raises:
       ValueError: the model's table has fewer rows.
     """
-    try:
-        reference = gin.query_parameter("%VOCABULARY")
-        trained = reference.configurable.wrapped is vocabularies.sentencepiece
-    except (ValueError, AttributeError):  # the run has no such macro, or it is no call
-        return
-    if trained:
-        bound = gin.get_bindings(vocabularies.sentencepiece, resolve_references=False)
-        # A copy of a reference is its value; a copy of all bindings would build the corpus.
-        sizes = copy.deepcopy([bound.get("size", 0), bound.get("extra_ids", 0)])
-        _check_table(program, sum(sizes))
+    running = build.running()
+    if running is not None and running.called_in("VOCABULARY") is vocabularies.sentencepiece:
+        # Its other arguments would build the corpus.
+        sizes = running.bound_to(vocabularies.sentencepiece, "size", "extra_ids")
+        _check_table(program, sum(sizes.values()))
 
 
 def open_data(

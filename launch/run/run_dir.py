@@ -190,7 +190,7 @@ def prepare(
 
     Args:
       path: the directory (MODEL_DIR).
-      config: gin.config_str().
+      config: text of the whole configuration.
       may_change: macros and bindings that a continued run may change.
       writer: whether this process writes; one per run.
 

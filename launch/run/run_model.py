@@ -7,11 +7,8 @@ author named is run, except classes of modules that this run's own files import.
 import os
 from typing import Any
 
-import gin
-
-from launch.config import gin_check, gin_reader, gin_source, model_file
+from launch.config import build, gin_check, gin_reader, model_file
 from launch.config.gin_config import ConfigError
-from launch.config.isolated import Isolated
 from launch.run import load_run
 from trainers.checkpoints import step_dir
 
@@ -59,19 +56,14 @@ def of_file(path: str, where: str) -> Any:
       ValueError: it does not describe a model.
       ConfigError: it is damaged, or names code that this run's files do not import.
     """
-    reader = gin_reader.Reader(own_modules=_own_modules())
+    running = build.running()  # whose modules were trusted when it was loaded
+    reader = gin_reader.Reader(own_modules=running.modules if running else ())
     reader.read_file(path)
     problems = [reader.refused] if reader.refused else reader.checked.problems
     if problems := problems or list(gin_check.mistyped(reader.checked)):
         raise ConfigError(problems)
-    configuration = Isolated(reader.checked)
+    configuration = build.Configuration(reader.checked, shows_bindings=True)
     try:
         return configuration.macro(model_file.MODEL)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {path} does not describe a model: {error}.") from error
-
-
-def _own_modules() -> list[str]:
-    """Returns the modules that the configuration of this process imports; all were trusted when it was loaded."""
-    statements = gin_source.parse(gin.config_str(), "")
-    return [s.module for s in statements if hasattr(s, "module") and hasattr(s, "is_from")]

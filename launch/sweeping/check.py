@@ -94,7 +94,7 @@ class _Loaded:
 
 
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
-    """Loads a run's configuration into gin; returns None after adding its problems."""
+    """Loads a run's configuration; returns None after adding its problems."""
     import flax.linen as nn
 
     from launch.config import config_diff, gin_config
@@ -104,16 +104,13 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
         arguments = config.arguments()  # makes the recipe, which checks its own settings
-        # While this configuration is in gin, because calling the model evaluates bindings of its parts.
         recipe = arguments["recipe"]
         variables = initialise.abstract_variables(recipe.model, recipe.inputs_spec)
     except gin_config.ConfigError as error:
         problems += [f"{run.kind}: {problem}" for problem in error.problems]
         return None
     except (ValueError, TypeError) as error:
-        # Gin appends the functions that it was calling.
-        problem = str(error).partition("\n  In call to configurable ")[0].strip()
-        problems.append(f"{run.kind}: {problem}")
+        problems.append(f"{run.kind}: {str(error).strip()}")
         return None
     params = state_tree.flatten(nn.meta.unbox(variables["params"]))
     return _Loaded(config_diff.canonical(config.text), arguments, params)

@@ -169,15 +169,12 @@ def _changed(entry: Planned) -> SweepFolderError:
 
 @contextlib.contextmanager
 def _own_registries() -> Iterator[None]:
-    """Clears gin and the task registry at the end, so that the process's next run starts with empty ones."""
-    import gin
-
+    """Clears the task registry at the end, so that the process's next run starts with an empty one."""
     from data import tasks
 
     try:
         yield
     finally:
-        gin.clear_config(clear_constants=True)
         tasks.clear()
 
 

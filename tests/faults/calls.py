@@ -11,8 +11,6 @@ from tests.faults.table import Silent, Unclear
 
 def call(command: str, flags: Sequence[str]) -> tuple[int, str]:
     """Returns exit status and output of `python -m launch.COMMAND FLAGS`, run in this process."""
-    import gin
-
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
@@ -22,8 +20,6 @@ def call(command: str, flags: Sequence[str]) -> tuple[int, str]:
                 status = importlib.import_module(f"launch.{command}").main(flags)
         except SystemExit as end:  # of the parser of flags
             status = end.code if isinstance(end.code, int) else 1
-        finally:
-            gin.clear_config(clear_constants=True)
     return status, output.getvalue()
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -70,7 +69,6 @@ def test_the_average_is_saved_evaluated_and_exported(run, tmp_path, command, cap
         losses[params] = json.loads((tmp_path / f"{params}.json").read_text())["tasks"]["files"][
             "loss"
         ]
-        gin.clear_config(clear_constants=True)
     assert losses["auto"] == losses["ema"] == pytest.approx(during, abs=1e-5)
     assert abs(losses["raw"] - losses["auto"]) > 1e-3
 
@@ -95,6 +93,6 @@ def test_the_mean_of_the_last_checkpoints_follows_their_period():
     recipe = config.arguments()["recipe"]
     state = recipe.program(devices=jax.devices()[:1]).abstract_state.opt_state
     assert isinstance(state, recent_mean.RecentMean) and recipe.averaged is not None
-    bound = gin.get_bindings("recent_mean.recent_mean")
-    assert bound["every"] == 7 and len(state.states) == bound["window"] == 2
-    assert bound["optimizer"].__name__ == "lion"
+    assert config.value("recent_mean.recent_mean.every") == 7
+    assert len(state.states) == config.value("recent_mean.recent_mean.window") == 2
+    assert config.value("recent_mean.recent_mean.optimizer").__name__ == "lion"

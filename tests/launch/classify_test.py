@@ -1,6 +1,5 @@
 """Classifiers of images from gin to evaluation: they learn, go on where they stopped, and say what is wrong."""
 
-import gin
 import jax
 import pytest
 from etils import epath
@@ -27,12 +26,6 @@ SMALL = (
     "resnet.ResNetConfig.stages=(1,)",
     "resnet.ResNetConfig.widths=(16,)",
 )
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def run(train, path, *bindings, arm="textures_low_rank", status=0):

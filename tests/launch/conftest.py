@@ -377,7 +377,6 @@ def train(tmp_path_factory):
 
     The runs of a test file share their token caches (`train.cache`).
     """
-    import gin
 
     from data import tasks
     from launch import cli
@@ -391,7 +390,6 @@ def train(tmp_path_factory):
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = cli.main("Trains.", entry="launch.train:train", argv=argv)
         finally:
-            gin.clear_config(clear_constants=True)
             tasks.clear()
         return types.SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 
-import gin
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -38,12 +37,6 @@ from trainers.checkpoints.restore_params import restore_params
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "model" / "hf" / "goldens" / "parity"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def write_checkpoint(folder, config, tensors, **layout):
@@ -108,7 +101,6 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     assert describe(run.model) == describe(model)
     assert run.model.config == model.config  # dtypes too
 
-    gin.clear_config(clear_constants=True)
     flags = [f"--from={tmp_path}/run", f"--to_hf={tmp_path}/back", "--shard_size=20KB"]
     assert convert.main(flags) == 0
     same_bits(read_checkpoint(tmp_path / "back"), tensors)
@@ -277,7 +269,6 @@ def test_a_disk_without_room(llama, tmp_path, capsys, monkeypatch):
     assert "the disk is full" in capsys.readouterr().err
     monkeypatch.undo()
     assert convert.main([f"--from_hf={llama[0]}", f"--to={tmp_path}/run"]) == 0
-    gin.clear_config(clear_constants=True)
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert convert.main([f"--from={tmp_path}/run", f"--to_hf={tmp_path}/hf"]) == 2
     assert "No space left" in capsys.readouterr().err
@@ -296,7 +287,6 @@ def test_damage_is_found_on_the_way_out(llama, tmp_path, capsys, monkeypatch):
     assert "is damaged" in capsys.readouterr().err
     # Digests see it, too, where the files' checksums are not read.
     monkeypatch.setattr(export_weights.manifest, "check_files", lambda *_: {})
-    gin.clear_config(clear_constants=True)
     assert convert.main(flags) == 2
     assert "is damaged: array" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -323,7 +313,6 @@ def test_a_family_that_cannot_express_the_model(trained_run, tmp_path, capsys):
     flags = [f"--from={trained_run.path}", f"--to_hf={tmp_path}/hf", "--family=llama"]
     assert convert.main(flags) == 2
     assert "'llama'" in capsys.readouterr().err
-    gin.clear_config(clear_constants=True)
     assert convert.main([*flags[:2], "--family=lama"]) == 2
     assert "choose from" in capsys.readouterr().err
 

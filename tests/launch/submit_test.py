@@ -30,14 +30,6 @@ CONFIGS = sorted(
 )
 
 
-@pytest.fixture(autouse=True)
-def clean_gin():
-    import gin
-
-    yield
-    gin.clear_config(clear_constants=True)
-
-
 # What has no default, and a MODEL_DIR that the pods of JOBSET see.
 GIVEN = {
     JOBSET: ("--config.image=IMAGE", "--gin.MODEL_DIR=/runs/tiny"),

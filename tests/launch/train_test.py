@@ -11,7 +11,6 @@ import runpy
 import types
 
 import flax.linen as nn
-import gin
 import pytest
 
 from data import tasks
@@ -95,7 +94,6 @@ def test_a_start_describes_itself_before_it_restores_and_compiles(
             given = ("TRAIN_STEPS=2", "EVAL_PERIOD=2", "EVAL_STEPS=1", "WARMUP_STEPS=1")
             assert command("train", *flags(tmp_path, *given)) == 0
     finally:
-        gin.clear_config(clear_constants=True)
         tasks.clear()
     lines = log.getvalue().splitlines()
     assert lines[0].endswith("train: starting")

@@ -112,7 +112,9 @@ class EspalierLM(TemplateLM):
         self._cut = arguments.cut_of(cut)
         if batch_tokens is not None and batch_tokens < 1:
             raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
-        config = load_run.config_of(checkpoint, [gin_file] if gin_file else [])
+        configuration = load_run.configuration_of(checkpoint, [gin_file] if gin_file else [])
+        assert configuration.entry is not None
+        config = configuration.entry()
         changes: dict[str, Any]
         changes = {"mesh": mesh, "add_bos": add_bos_token, "chat_template": chat_template}
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -121,15 +123,16 @@ class EspalierLM(TemplateLM):
         if dtype is not None:
             changes["model"] = arguments.computing_in(dtype, config.model)
         self._opened = contextlib.ExitStack()
-        ((_, run),) = self._opened.enter_context(
-            side_by_side.load(
-                dataclasses.replace(config, **changes),
-                checkpoint,
-                [] if adapter is None else [adapter],
-                params=params,
-                encoder_decoders=True,
+        with configuration.in_use():  # an adapter's model may use what its files import
+            ((_, run),) = self._opened.enter_context(
+                side_by_side.load(
+                    dataclasses.replace(config, **changes),
+                    checkpoint,
+                    [] if adapter is None else [adapter],
+                    params=params,
+                    encoder_decoders=True,
+                )
             )
-        )
         self._run: LoadedRun = run
         self.backend = "seq2seq" if run.encodes else "causal"  # how the harness divides texts
         if self._run.vocabulary_or_none is None:

@@ -59,7 +59,6 @@ class _Side:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "_Side":
-        import gin
         import jax
 
         from launch.config import gin_config
@@ -67,16 +66,13 @@ class _Side:
 
         bindings = (*settings["bindings"], "MODEL_DIR=''")
         config = gin_config.load(settings["gin_files"], bindings, entry="launch.train:train")
-        try:  # modules ask gin for their arguments until the step has been traced
-            recipe = config.arguments()["recipe"]
-            program = recipe.program()
-            batch = _batch(recipe, program)
-            with partitioning.use_mesh(program.mesh, program.rules):
-                state = program.init()
-                step = program.steps(1).train.lower(state, batch).compile()
-                state, _ = step(state, batch)
-        finally:
-            gin.clear_config(clear_constants=True)
+        recipe = config.arguments()["recipe"]
+        program = recipe.program()
+        batch = _batch(recipe, program)
+        with partitioning.use_mesh(program.mesh, program.rules):
+            state = program.init()
+            step = program.steps(1).train.lower(state, batch).compile()
+            state, _ = step(state, batch)
         return cls(step, jax.block_until_ready(state), batch)
 
     def median(self, steps: int) -> float:

@@ -1,59 +1,58 @@
-"""The configuration that is built without gin's state equals gin's: its text, and the bindings that building its objects uses."""
+"""A configured function is described by the bindings that its call reads, and by no others."""
 
-import itertools
-import pathlib
-
-import gin
 import pytest
 
-from launch.config import gin_check, gin_config, gin_source
+from launch.config import gin_check, gin_config
 from launch.config.build import Configuration
-from launch.config.gin_reader import is_required
-from tests import methods_test
+from trainers.programs.description import digest
 
-ROOT = pathlib.Path(gin_source.ROOT)
-FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "t5x_configs").rglob("*.gin"))
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_has_the_text_that_gin_writes(file):
-    checked = gin_check.check([file], fragment=True)
-    names = dict.fromkeys([*checked.macros, *checked.macros_read])
-    bindings = [f"{n}=None" for n in names if gin_config._is_open(n, checked)]
-    for (scope, target, argument), bound in checked.bindings.items():
-        if is_required(bound.value):  # which gin refuses
-            pytest.skip(f"{scope} {target}.{argument} is required")
-    tree = gin_check.check([file], bindings, fragment=True)
-    gin_config._load_into_gin([file], bindings, [], tree)
-    assert Configuration(tree).text() == gin.config_str()
+ENTRY = "toy_run:train"
+FACTORED = """
+toy_net.Block.dense = @toy_net.Factored
+toy_net.Factored.rank = %RANK
+RANK = 3
+"""
+SCOPED = """
+toy_net.Net.block = @a/toy_net.Block
+a/toy_net.Block.dense = @b/toy_net.Factored
+b/toy_net.Factored.rank = 3
+"""
 
 
-@pytest.mark.parametrize("method", methods_test.METHODS)
-def test_methods_and_pairs_of_them_use_the_same_bindings(method):
-    pairs = [p for p in itertools.permutations(methods_test.METHODS, 2) if p[0] == method]
-    for methods in ((method,), *pairs):
-        run = methods_test.common_run(*methods)
-        if run is None:
-            continue
-        try:
-            config = methods_test.load(run, methods)
-        except gin_config.ConfigError:
-            continue
-        new = Configuration(config.tree)
-        assert new.text() == gin.config_str()
-        entry = config.tree.targets["launch.train.train"]
-        results = []
-        for make in (config.arguments, lambda new=new: new.arguments(entry)):
-            try:
-                results.append(sorted(make()))
-            except ValueError as error:
-                results.append(str(error).partition("\n  In call to configurable")[0])
-        assert results[0] == results[1]
-        assert new.operative_text() == gin.operative_config_str()
-        gin.clear_config()
+@pytest.fixture
+def model_of(gin_file, toy_gin):
+    """(gin text, bindings) -> the model that the configuration makes."""
+
+    def load(text, *bindings):
+        bindings = ["MODEL_DIR=/x", *bindings]
+        config = gin_config.load([gin_file(toy_gin + text)], bindings, entry=ENTRY)
+        return config.entry()["model"]
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("text", "same", "other"),
+    [
+        (FACTORED, "MODEL_DIR=/y", "RANK=4"),
+        (FACTORED, "TRAIN_STEPS=7", "toy_net.Factored.rank=5"),
+        (SCOPED, "MODEL_DIR=/y", "b/toy_net.Factored.rank=4"),
+        (SCOPED, "TRAIN_STEPS=7", "a/toy_net.Block.dense=@toy_net.Factored"),
+    ],
+)
+def test_bindings_that_a_call_reads_count(text, same, other, model_of):
+    first = digest(model_of(text))
+    assert digest(model_of(text)) == first
+    assert digest(model_of(text, same)) == first
+    assert digest(model_of(text, other)) != first
+
+
+def test_a_factory_of_an_isolated_configuration_does_not_depend_on_its_file(gin_file):
+    text = "from __gin__ import dynamic_registration\nimport toy_net\n"
+    text += "BLOCK = @toy_net.Block\ntoy_net.Block.dense = @toy_net.Factored\n"
+
+    def block(name, rank):
+        file = gin_file(f"{text}toy_net.Factored.rank = {rank}\n", name)
+        return digest(Configuration(gin_check.check([file], fragment=True)).macro("BLOCK"))
+
+    assert block("one.gin", 3) == block("another.gin", 3) != block("one.gin", 4)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.config import gin_check, gin_config
+from launch.config import build, gin_check, gin_config
 from launch.config.gin_config import ConfigError
 
 ENTRY = "toy_run:train"
@@ -27,9 +27,8 @@ def test_loads_calls_and_reports_itself(gin_file, toy_gin):
     assert got["optimizer"] == ("adam", 0.5, None)
     assert config.macros["TRAIN_STEPS"] == 3
     assert config.arguments()["steps"] == 3
-    assert "toy_run.train.steps = 3" in gin.operative_config_str().replace("%TRAIN_STEPS", "3")
-    with pytest.raises(RuntimeError, match="locked"):
-        gin.bind_parameter("toy_run.train.steps", 4)
+    used = config.operative_text().replace("%TRAIN_STEPS", "3")
+    assert "toy_run.train.steps = 3" in used and "toy_run.train.names = None" in used
 
 
 def test_saved_text_loads_to_the_same_configuration(gin_file, toy_gin):
@@ -38,7 +37,7 @@ def test_saved_text_loads_to_the_same_configuration(gin_file, toy_gin):
     first = gin_config.load([gin_file(text)], ["MODEL_DIR=/x"], entry=ENTRY)
     model = first.entry()["model"]
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4)))
-    operative = gin.operative_config_str()
+    operative = first.operative_text()
     for saved in (first.text, operative):
         again = gin_config.load([gin_file(saved, "saved.gin")], entry=ENTRY)
         model = again.entry()["model"]
@@ -341,11 +340,71 @@ def test_a_part_of_another_entry_points_configuration(gin_file, toy_gin):
     assert text.startswith("1 problem") and "Nearest: TRAIN_STEPS" in text
 
 
-def test_a_failed_load_leaves_gin_as_it_was(gin_file, toy_gin):
-    gin_config.load([gin_file(toy_gin)], ["MODEL_DIR=/x"], entry=ENTRY)
-    before = gin.config_str()
-    errors([gin_file(toy_gin)], ["NOTHING=1"], entry=ENTRY)
-    assert gin.config_str() == before
+def test_configurations_are_values_beside_each_other(gin_file, toy_gin):
+    first, second = (
+        gin_config.load([gin_file(toy_gin)], ["MODEL_DIR=/x", f"RATE={rate}"], entry=ENTRY)
+        for rate in (0.25, 0.75)
+    )
+    assert first.entry()["optimizer"] == ("adam", 0.25, None)
+    assert second.entry()["optimizer"] == ("adam", 0.75, None)
+    assert gin.config_str() == gin.operative_config_str() == ""
+    assert build.running() is None
+    with first.in_use():
+        assert build.running() is first
+
+
+DECORATED = """
+import gin
+
+
+@gin.configurable
+def helper(x=1):
+    return x
+
+
+@gin.configurable(denylist=["fixed"])
+def run(*, part=None, fixed=2):
+    return helper(), part, fixed
+
+
+@gin.configurable
+class Part:
+    def __init__(self, size=1):
+        self.size = size + helper()
+"""
+
+
+def test_functions_with_gins_own_decorator_get_their_bindings_where_code_calls_them(
+    gin_file, tmp_path, monkeypatch
+):
+    (tmp_path / "own_decorated.py").write_text(DECORATED)
+    monkeypatch.syspath_prepend(tmp_path)
+    head = "from __gin__ import dynamic_registration\nimport own_decorated\n"
+    file = gin_file(
+        head
+        + "own_decorated.helper.x = 7\ns/own_decorated.helper.x = 8\nown_decorated.Part.size = 10\n"
+        + "own_decorated.run.part = @s/own_decorated.Part()\n"
+    )
+    config = gin_config.load([file], entry="own_decorated:run")
+    x, part, fixed = config.entry()
+    assert (x, part.size, fixed) == (7, 18, 2)
+    assert "own_decorated.helper.x = 7" in config.operative_text()
+    text = errors([file], ["own_decorated.run.fixed=3"], entry="own_decorated:run")
+    assert "fixed" in text
+    # The next configuration without such bindings leaves none in gin.
+    bare = gin_config.load([gin_file(head, "bare.gin")], entry="own_decorated:run")
+    assert bare.entry() == (1, None, 2) and gin.config_str() == ""
+
+
+def test_bindings_of_a_method_hold_where_code_calls_it(gin_file, tmp_path, monkeypatch):
+    code = "class Own:\n    def sized(self, by=1):\n        return by\n\n\ndef run(*, own):\n    return own.sized()\n"
+    (tmp_path / "own_methods.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    head = "from __gin__ import dynamic_registration\nimport own_methods\n"
+    text = head + "own_methods.run.own = @own_methods.Own()\nown_methods.Own.sized.by = 5\n"
+    config = gin_config.load([gin_file(text)], entry="own_methods:run")
+    assert config.entry() == 5
+    assert gin_config.load([gin_file(config.text)], entry="own_methods:run").text == config.text
 
 
 def test_later_files_and_flags_win_and_relative_files_are_found(gin_file, toy_gin, tmp_path):

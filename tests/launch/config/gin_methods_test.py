@@ -2,7 +2,6 @@
 
 import itertools
 
-import gin
 import pytest
 
 from launch.config import gin_config
@@ -10,12 +9,6 @@ from launch.config.gin_config import ConfigError
 
 ENTRY = "toy_run:train"
 HEAD = "from __gin__ import dynamic_registration\nimport toy_net\nimport toy_run\n"
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @pytest.fixture

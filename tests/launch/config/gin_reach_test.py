@@ -6,7 +6,6 @@ import importlib
 import inspect
 import pathlib
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +22,6 @@ from model import transformer
 
 FILES = ["t5x_configs/models/tiny.gin", "t5x_configs/runs/pretrain.gin"]
 UNUSED = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def problems(*bindings, files=(), entry="launch.train:train") -> str:

@@ -172,12 +172,12 @@ def test_values_are_compared_with_annotations_of_every_form(argument, good, bad)
     [
         ("model", True, Transformer, True),
         ("model", False, Transformer, False),
-        ("model", True, gin_config.Config, False),
+        ("model", True, gin_reader.Checked, False),
         ("model", True, makes_schedule, True),  # not certain
         ("schedule", True, makes_schedule, True),
         ("schedule", False, makes_schedule, False),
         ("schedule", False, len, True),
-        ("stream", True, gin_config.Config, False),
+        ("stream", True, gin_reader.Checked, False),
         ("stream", True, Stream, True),
         ("anything", False, Transformer, True),
     ],

@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from launch.config import gin_config, gin_reader, gin_source, model_file
+from launch.config.build import Configuration
 from launch.config.gin_config import ConfigError
-from launch.config.isolated import Isolated
 from launch.config.model_file import ModelFileError
 from launch.config.registered import REGISTERED
 from launch.run import load_run, model_record
@@ -304,13 +304,13 @@ def test_no_change_to_a_record_calls_anything_else_writes_a_file_or_starts_a_pro
     record = record_of(tmp_path, "models/tiny", "methods/bam/btx")
     allowed = {id(value) for value in OBJECTS.values()}
     called = []
-    call = Isolated.call
+    call = Configuration.call
 
     def recorded(self, target, *args, **kwargs):
         called.append(target.value)
         return call(self, target, *args, **kwargs)
 
-    monkeypatch.setattr(Isolated, "call", recorded)
+    monkeypatch.setattr(Configuration, "call", recorded)
     sys.addaudithook(_audit)
     rng = random.Random(0)
     built = refused = 0
@@ -332,7 +332,7 @@ def test_no_change_to_a_record_calls_anything_else_writes_a_file_or_starts_a_pro
             if reader.refused or reader.checked.problems:
                 refused += 1
                 continue
-            Isolated(reader.checked).macro("MODEL")
+            Configuration(reader.checked).macro("MODEL")
             built += 1
         except (ValueError, TypeError):
             refused += 1

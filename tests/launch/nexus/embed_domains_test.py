@@ -6,7 +6,6 @@ import subprocess
 import sys
 import types
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ TEXTS = {"law": ["lex dura", "sed lex", "ius"], "code": ["import os", "x = 1"], 
 @pytest.fixture(autouse=True)
 def nothing_left():
     yield
-    gin.clear_config(clear_constants=True)
     tasks.clear()
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 
-import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,12 +17,6 @@ from trainers.checkpoints import step_dir
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.rewards.base import Completion
 from trainers.rewards.model_reward import ModelReward
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def rows(texts, prompt="1 + 1 = ", answer="2", **more):
@@ -105,7 +98,6 @@ def headed_run(trained_run, folder, module, kind, head):
     run_vocabulary.copy(trained_run.path, run)
     kernel = jnp.linspace(-1, 1, trained_run.model.config.embed_dim)[:, None]
     params = {"backbone": trained_run.params["raw"], head: {"kernel": kernel}}
-    gin.clear_config(clear_constants=True)
     with Checkpointer(run / "checkpoints") as checkpointer:
         checkpointer.save(1, {"params": params}, meta=step_dir.read_meta(trained_run.path))
     return run, params

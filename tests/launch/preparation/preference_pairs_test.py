@@ -2,7 +2,6 @@
 
 import json
 
-import gin
 import pytest
 
 from data import tasks
@@ -106,7 +105,6 @@ stream.make_eval_stream.batch_size = %BATCH_SIZE
 @pytest.fixture
 def clean():
     yield
-    gin.clear_config(clear_constants=True)
     tasks.clear()
 
 

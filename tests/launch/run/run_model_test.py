@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from launch.config import gin_config, gin_reader
+from launch.config.build import Configuration
 from launch.config.gin_config import ConfigError
-from launch.config.isolated import Isolated
 from launch.run import model_record, run_model
 from trainers import initialise
 from trainers.telemetry.metric_writers import read_jsonl
@@ -42,17 +42,17 @@ BIAS = True
 
 
 def process(*files, bindings=("VOCABULARY=None",)):
-    """Loads a configuration into this process; returns its text and its model."""
+    """Loads a configuration; returns it and its model."""
     names = [name if name.endswith(".gin") else f"t5x_configs/{name}.gin" for name in files]
     config = gin_config.load([*names, LOAD_RUN], bindings, entry=ENTRY)
-    return config.text, config.entry().model
+    return config, config.entry().model
 
 
 def isolated(path):
     reader = gin_reader.Reader()
     reader.read_file(str(path))
     assert not reader.refused and not reader.checked.problems
-    return Isolated(reader.checked)
+    return Configuration(reader.checked, shows_bindings=True)
 
 
 def shapes(model):
@@ -74,9 +74,9 @@ def test_it_is_the_model_that_gin_would_make(files, tmp_path):
     if files == ("scopes.gin",):
         (tmp_path / "scopes.gin").write_text(SCOPES)
         files = (str(tmp_path / "scopes.gin"),)
-    text, model = process(*files)
+    config, model = process(*files)
     expected = shapes(model)
-    (tmp_path / "config.gin").write_text(text)
+    (tmp_path / "config.gin").write_text(config.text)
     model_record.write(tmp_path)
     process("models/tiny", "methods/low_rank/low_rank", bindings=["VOCABULARY=None", "RANK=0.1"])
     configuration = isolated(tmp_path / "model.json")
@@ -95,7 +95,7 @@ def test_bindings_and_scopes_of_this_process_do_not_reach_it(trained_run):
 
 
 def test_what_is_bound_beneath_a_factory_is_part_of_its_description(tmp_path):
-    text, _ = process("models/tiny")
+    text = process("models/tiny")[0].text
     (tmp_path / "one.gin").write_text(text)
     (tmp_path / "two.gin").write_text(text.replace("'interleaved'", "'halves'"))
     one, two = (repr(isolated(tmp_path / f"{n}.gin").macro("MODEL")) for n in ("one", "two"))
@@ -169,8 +169,11 @@ def evil(trained_run, tmp_path, monkeypatch):
 
 def test_its_configuration_runs_nothing_of_someone_else(evil):
     run, trace = evil
-    process("models/tiny")
-    with pytest.raises(ConfigError, match="uses 'evil_module.model', which is not of this project"):
+    config, _ = process("models/tiny")
+    with (
+        config.in_use(),
+        pytest.raises(ConfigError, match="uses 'evil_module.model', which is not of this project"),
+    ):
         run_model.model(run=str(run), macro="TEACHER")
     assert not trace.exists()
 
@@ -179,8 +182,9 @@ def test_what_this_process_imports_it_may_name(evil, tmp_path):
     run, trace = evil
     own = tmp_path / "own.gin"
     own.write_text("from __gin__ import dynamic_registration\nimport evil_module\n")
-    process("models/tiny", str(own))
-    assert run_model.model(run=str(run), macro="TEACHER") is None
+    config, _ = process("models/tiny", str(own))
+    with config.in_use():
+        assert run_model.model(run=str(run), macro="TEACHER") is None
     assert trace.exists()
 
 

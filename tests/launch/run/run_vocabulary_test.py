@@ -7,7 +7,6 @@ import re
 import shutil
 import types
 
-import gin
 import pytest
 import seqio
 import tokenizers
@@ -35,7 +34,6 @@ def run(tmp_path_factory):
     the vocabulary, and the parameters.
     """
     import flax.linen as nn
-    import gin
     import jax
     import jax.numpy as jnp
 
@@ -70,7 +68,7 @@ def run(tmp_path_factory):
         )
         (run / "config.gin").write_text(config.text)
         model_record.write(run)
-        vocabulary = gin.get_configurable(vocabularies.sentencepiece)()
+        vocabulary = config.value("VOCABULARY")
         model = config.arguments()["recipe"].model
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), int)))["params"]
     with Checkpointer(run / "checkpoints") as checkpointer:
@@ -219,9 +217,8 @@ def test_a_config_read_in_a_runs_directory_has_the_runs_vocabulary(run, moved, t
     assert repr(loaded.macros["VOCABULARY"]) == "@run_vocabulary.of()"
     assert loaded.warnings == ()
     tasks = loaded.arguments()["tasks"]
-    assert tasks  # with the vocabulary, which gin makes when they are called
-    made = gin.query_parameter("launch.run.run_vocabulary.of.path")
-    assert made == str(moved)
+    assert tasks  # with the vocabulary, which is made when they are called
+    assert loaded.value("run_vocabulary.of.path") == str(moved)
     # Later files and bindings win, and a run without tasks of its own reads none.
     later = gin_file("""
         from __gin__ import dynamic_registration

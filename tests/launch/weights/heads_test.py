@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +22,6 @@ from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity" / "cohere_1.npz"
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @pytest.fixture(scope="module")

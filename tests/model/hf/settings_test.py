@@ -8,7 +8,6 @@ the others' of their model cards.
 import functools
 import json
 
-import gin
 import numpy as np
 import pytest
 
@@ -56,19 +55,16 @@ def test_settings_come_back(path):
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "llama2_7b"])
 def test_published_configs_are_the_models_of_the_gin_files(name):
     """What gin builds and what config.json builds is one model, and the right family is found for it."""
-    try:
-        config = gin_config.load(
-            [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"],
-            ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"],
-            entry="launch.train:train",
-        )
-        model = config.arguments()["recipe"].model
-        family = families.family_of_config(PUBLISHED[name])
-        assert families.family_of_model(model) is family
-        written = family.config(model)
-        here = describe(model)
-    finally:
-        gin.clear_config(clear_constants=True)
+    config = gin_config.load(
+        [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"],
+        ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"],
+        entry="launch.train:train",
+    )
+    model = config.arguments()["recipe"].model
+    family = families.family_of_config(PUBLISHED[name])
+    assert families.family_of_model(model) is family
+    written = family.config(model)
+    here = describe(model)
     there = describe(family.model(PUBLISHED[name]))
     assert {k: v for k, v in here.items() if v != there.get(k)} == {}
     assert set(here) == set(there)

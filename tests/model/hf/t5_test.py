@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -117,19 +116,16 @@ def test_buckets_are_those_of_transformers(path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_the_models_of_the_gin_files(name):
-    try:
-        config = gin_config.load(
-            [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"],
-            [
-                *("MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"),
-                "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}",
-            ],
-            entry="launch.train:train",
-        )
-        assert [str(warning) for warning in config.warnings] == []
-        here = describe(config.arguments()["recipe"].model)
-    finally:
-        gin.clear_config(clear_constants=True)
+    config = gin_config.load(
+        [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"],
+        [
+            *("MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"),
+            "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}",
+        ],
+        entry="launch.train:train",
+    )
+    assert [str(warning) for warning in config.warnings] == []
+    here = describe(config.arguments()["recipe"].model)
     family = families.family_of_config(PUBLISHED[name])
     there = describe(family.model(PUBLISHED[name]))
     assert {k: (v, there.get(k)) for k, v in here.items() if v != there.get(k)} == {}

@@ -7,7 +7,6 @@ import os
 import pathlib
 import sys
 
-import gin
 import lm_eval
 import numpy as np
 import pytest
@@ -59,14 +58,11 @@ def case(request, tmp_path_factory):
 @contextlib.contextmanager
 def opened(checkpoint, **arguments):
     """The model of a run, closed in the end."""
+    model = EspalierLM(checkpoint, **arguments)
     try:
-        model = EspalierLM(checkpoint, **arguments)
-        try:
-            yield model
-        finally:
-            model.close()
+        yield model
     finally:
-        gin.clear_config(clear_constants=True)
+        model.close()
 
 
 @pytest.fixture(scope="module")

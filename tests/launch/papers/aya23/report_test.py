@@ -2,7 +2,6 @@
 
 import json
 
-import gin
 import numpy as np
 import pytest
 
@@ -14,12 +13,6 @@ from launch.sweeping import file
 SWEEP = "launch/papers/aya23/sweep.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 FULL = "t5x_configs/experiments/aya23/full/"
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def loss_of(arm):
@@ -193,7 +186,6 @@ def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say
         assert arguments["total_steps"] == (200 if tuned else 800)
         if tuned:
             assert config.macros["REQUESTS"] == (512 if arm == "tuned" else 2048)
-        gin.clear_config(clear_constants=True)
     assert sizes["gelu"] == sizes["base"]
     assert sizes["sequential"] - sizes["base"] == 2 * 64  # a norm in each layer
     assert sizes["kv4"] - sizes["base"] == 2 * 2 * 64 * 2 * 16
@@ -213,7 +205,7 @@ def test_the_full_stages_have_the_papers_settings(size, width):
         **{"LEARNING_RATE": 6e-4, "WARMUP_STEPS": 132, "WEIGHT_DECAY": 0.1},
         **{"schedules.cosine.final_fraction": 0.1, "optimizers.adamw.b2": 0.95},
     }
-    assert {name: gin.query_parameter(name) for name in settings if "." in name} == {
+    assert {name: config.value(name) for name in settings if "." in name} == {
         name: value for name, value in settings.items() if "." in name
     }
     assert all(

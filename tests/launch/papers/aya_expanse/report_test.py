@@ -2,7 +2,6 @@
 
 import json
 
-import gin
 import numpy as np
 import pytest
 
@@ -32,12 +31,6 @@ DIVERGENCES = {
     "offline_beta03": 0.3,
 }
 DISAGREE = ("es", "cs", "pl")
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def answers_of(arm, shift):
@@ -263,7 +256,6 @@ def test_arms_of_the_sweep_are_valid_configurations_with_equal_updates():
             assert arguments["recipe"].program().num_params() == steps.setdefault(
                 "parameters", arguments["recipe"].program().num_params()
             )
-            gin.clear_config(clear_constants=True)
         elif run.parent:
             (count,) = (b.partition("=")[2] for b in run.bindings if b.startswith("TRAIN_STEPS"))
             steps[arm] = int(count)

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import gin
 import pytest
 
 from launch.evaluation import harness
@@ -23,7 +22,6 @@ def results(tmp_path):
         return f"--code_results={path}"
 
     yield write
-    gin.clear_config(clear_constants=True)
 
 
 def test_a_suite_is_evaluated_as_far_as_its_data_go(

@@ -6,7 +6,6 @@ import os
 import pathlib
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +54,6 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def clean():
     yield
-    gin.clear_config(clear_constants=True)
     tasks.clear()
 
 
@@ -97,10 +95,7 @@ def test_an_arm_resolves_to_the_papers_budget_and_model(arm, size):
     arguments = config.arguments()
     recipe, total = arguments["recipe"], sum(ARMS[arm].values()) * B
     assert arguments["total_tokens"] == total and arguments["total_steps"] is None
-    shares = gin.query_parameter("user_data.register_sources.shares")
-    shares = (
-        gin.query_parameter("SHARES/gin.macro.value") if not isinstance(shares, dict) else shares
-    )
+    shares = config.value("user_data.register_sources.shares")
     trained = {name: share * total / B for name, share in shares.items() if share}
     assert trained == pytest.approx(ARMS[arm], abs=1e-9)
     assert {"text", "web_code"} <= shares.keys()  # of which all arms report the held-out loss

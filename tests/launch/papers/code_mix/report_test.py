@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import gin
 import numpy as np
 import pytest
 
@@ -24,9 +23,8 @@ FACTS = {"command": "a command", "versions": {"jax": "1"}}
 
 
 @pytest.fixture(autouse=True)
-def clean_gin():
+def clean():
     yield
-    gin.clear_config(clear_constants=True)
     tasks.clear()
 
 

@@ -4,9 +4,7 @@ import functools
 import json
 import pathlib
 
-import gin
 import numpy as np
-import pytest
 
 from data.influence import small_corpus
 from launch.config import gin_config
@@ -16,12 +14,6 @@ from launch.sweeping import file
 SIZES = {**dict.fromkeys(small_corpus.SIZES, 20), small_corpus.FACT: 40}
 GIN = "t5x_configs/experiments/influence/cpu/corpus.gin"
 LINES = [f"line {i} of some real text." for i in range(30)]
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @functools.cache

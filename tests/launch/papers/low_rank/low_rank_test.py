@@ -3,7 +3,6 @@
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +21,6 @@ from trainers.optim.gradient_terms import make_optimizer
 from trainers.telemetry.metric_writers import read_jsonl
 
 LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def recipe(*files, bindings=(), more=()):
@@ -136,7 +129,6 @@ def test_a_rank_that_devices_do_not_divide_is_whole_on_each_unless_it_is_rounded
     def specs(*bindings):
         given = ("RANK=0.3", "MESH={'fsdp': 8}", "BATCH_SIZE=8", *bindings)
         state = recipe("models/tiny", "runs/pretrain", bindings=given).program().abstract_state
-        gin.clear_config(clear_constants=True)
         return state.params["layers"]["block_0"]["mlp"]["up"]["v"]
 
     odd, even = specs(), specs("RANK_MULTIPLE=8")
@@ -155,7 +147,6 @@ def test_settings_of_adamw_reach_it():
         updates, _ = optimizer.update(
             jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
         )
-        gin.clear_config(clear_constants=True)
         return {name: float(value[0, 0]) for name, value in updates.items()}
 
     assert update("optimizers.adamw.weight_decay=0.25") == {"kernel": -0.25, "u": 0.0}
@@ -165,9 +156,7 @@ def test_settings_of_adamw_reach_it():
 def test_a_tokens_flops_are_those_of_the_factors(name):
     def flops(rank):
         made = recipe(f"models/{name}", "runs/pretrain", bindings=(f"RANK={rank}", "MESH=None"))
-        found = made.program().train_flops_per_unit
-        gin.clear_config(clear_constants=True)
-        return found
+        return made.program().train_flops_per_unit
 
     config = recipe(f"models/{name}", "runs/pretrain").model.config
     sides = [(config.embed_dim, config.num_heads * config.per_head_dim)] * 2
@@ -242,7 +231,6 @@ def test_spectra_of_dense_kernels_and_of_none():
     low_rank = recipe(*files)
     with pytest.raises(ValueError, match="'.*/nothing' matches no kernel"):
         hook(low_rank, kernels=(".*/nothing",))
-    gin.clear_config(clear_constants=True)
     given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"]
     paths = [f"t5x_configs/{name}.gin" for name in files]
     dense = gin_config.load(paths, given, entry="launch.train:train").arguments()["recipe"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -20,15 +19,12 @@ SIDES = [(64, 64)] * 4 + [(64, 256), (256, 64)]  # of the projections of a block
 TABLES = (99 + 32) * 64 + 5 * 64  # tokens and positions, and five norms
 
 
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config(clear_constants=True)
+def configuration(files, *bindings):
+    return gin_config.load(files, ["MODEL_DIR='/run'", *bindings], entry="launch.train:train")
 
 
 def load(files, *bindings):
-    config = gin_config.load(files, ["MODEL_DIR='/run'", *bindings], entry="launch.train:train")
-    return config.arguments()
+    return configuration(files, *bindings).arguments()
 
 
 def of_arm(arm):
@@ -63,11 +59,9 @@ def test_the_dense_arm_has_the_pilots_size_and_three_ids_more():
 def test_arms_of_the_decay_grid_differ_in_decay_and_rate_alone(kind, rate):
     def said(arm):
         run = RUNS[arm]
-        load(run.gin_files, *run.bindings)
         names = ("FACTOR_DECAY", "FACTOR_DECAY_WEIGHT", "LEARNING_RATE", "RANK", "FACTOR_INIT")
-        values = {name: gin.query_parameter(f"{name}/gin.macro.value") for name in names}
-        gin.clear_config(clear_constants=True)
-        return values
+        macros = configuration(run.gin_files, *run.bindings).macros
+        return {name: macros[name] for name in names}
 
     plain = said("spectral")
     assert plain["FACTOR_DECAY"] == "none" and plain["LEARNING_RATE"] == 3e-3
@@ -123,20 +117,18 @@ def test_a_warm_start_goes_on_at_half_the_rate_after_a_line_up(size):
 
 
 def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
-    dense = load([f"{FULL}gpt2_lm1b.gin"])
+    config = configuration([f"{FULL}gpt2_lm1b.gin"])
+    dense = config.arguments()
     total, _ = parameters(dense)
     # GPT-2 small, of which the vocabulary and the number of positions are others.
     assert total == 124_439_808 + 768 * (32_000 - 50_257 + 1152 - 1024)
     assert (dense["recipe"].batch_size, dense["recipe"].length) == (512, 256)
-    assert gin.query_parameter("data.stream.stream.make_eval_stream.task_feature_lengths") == {
-        "targets": 1152
-    }
-    gin.clear_config(clear_constants=True)
+    lengths = config.value("data.stream.stream.make_eval_stream.task_feature_lengths")
+    assert lengths == {"targets": 1152}
     _, found = parameters(load([f"{FULL}gpt2_lm1b_low_rank.gin"]))
     assert {one.rank for one in found} == {476} and len(found) == 6
     ratio = sum(one.factors for one in found) / sum(one.dense for one in found)
     assert ratio == pytest.approx(0.93, abs=0.005)
-    gin.clear_config(clear_constants=True)
     ratio_rule = load([f"{FULL}gpt2_lm1b_low_rank.gin"], "RANK_RULE='param_ratio'")
     assert sorted({one.rank for one in parameters(ratio_rule)[1]}) == [238, 381]
 

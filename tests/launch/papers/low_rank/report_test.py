@@ -3,7 +3,6 @@
 import json
 import math
 
-import gin
 import numpy as np
 import pytest
 
@@ -15,12 +14,6 @@ from launch.sweeping import file
 
 SWEEP = "launch/papers/low_rank/sweep.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 def score_of(arm):

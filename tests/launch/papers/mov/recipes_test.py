@@ -4,7 +4,6 @@ import functools
 import pathlib
 
 import flax.linen as nn
-import gin
 import jax
 import pytest
 from flax import traverse_util
@@ -14,12 +13,6 @@ from launch.papers.mov import full_sweep, parameters, sweep
 from launch.sweeping import file
 from model.adapters import adapter
 from trainers import initialise
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,12 +31,6 @@ M = 6
 TOKENS = jax.random.randint(jax.random.key(5), (2, 10), 1, 200)
 # All that extension must carry over: attention experts with common keys, a scale, redrawn units.
 EVERYTHING = ("--attention_experts", "--shared_kv", "--expert_scale=2", "--drop_ratio=0.25")
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @pytest.fixture(scope="module")

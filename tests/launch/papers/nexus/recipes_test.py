@@ -5,7 +5,6 @@ import functools
 import math
 import pathlib
 
-import gin
 import pytest
 
 from data.nexus import lag_domains
@@ -23,12 +22,6 @@ FULL = [("bam_full", "/data"), ("nexus_full", "/data")]
 # Flag of launch.upcycle -> the macro that says the same to training.
 SAID_TWICE = {"top_k": "TOP_K", "attention_top_k": "ATTENTION_TOP_K", "shared_kv": "SHARED_KV"}
 METHODS = {"projection": "nexus", "linear": "nexus_linear", "mlp": "nexus_mlp"}
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @functools.cache

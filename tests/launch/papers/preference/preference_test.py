@@ -5,7 +5,6 @@ import json
 import shutil
 import types
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -334,7 +333,6 @@ def batch_of(flags, tmp_path, monkeypatch):
         return recipe, recipe.objective(model=recipe.model, num_sources=1), batch
 
     yield make
-    gin.clear_config(clear_constants=True)
     tasks.clear()
 
 

@@ -3,7 +3,6 @@
 import functools
 import pathlib
 
-import gin
 import numpy as np
 import pytest
 
@@ -12,12 +11,6 @@ from launch.papers.preference import full_sweep, sweep
 from launch.sweeping import file
 
 SMALL, FULL = "launch/papers/preference/sweep.py", "launch/papers/preference/full_sweep.py:/data"
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config(clear_constants=True)
 
 
 @functools.cache

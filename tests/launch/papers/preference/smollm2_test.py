@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import pathlib
 
-import gin
 import numpy as np
 import pytest
 
@@ -78,7 +77,6 @@ def test_the_sweep_of_preferences_trains_this_model_with_losses_that_alone_diffe
         config = gin_config.load(run.gin_files, given, entry="launch.train:train")
         found[arm] = set(config.text.splitlines())
         assert [str(warning) for warning in config.warnings] == []
-        gin.clear_config()
     beta, other = found["dpo"], found["dpo_low_beta"]
     assert (beta - other, other - beta) == ({"BETA = 0.1"}, {"BETA = 0.01"})
     assert any("terms.nll" in line for line in found["dpo_nll"] - beta)
