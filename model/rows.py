@@ -37,12 +37,10 @@ class RowKind:
     """The kind of data in a row.
 
     Attributes:
-      name: for messages.
       features: the features of TASK_FEATURE_LENGTHS in a row; none for images.
     """
 
-    name: str
-    features: tuple[str, ...] = ()
+    features: tuple[str, ...]
 
     @property
     def encodes(self) -> bool:
@@ -76,9 +74,9 @@ class RowKind:
         return {"context": [*before, *prompt]}
 
 
-TOKENS = RowKind("tokens", ("targets",))
-INPUTS_AND_TARGETS = RowKind("inputs_and_targets", ("inputs", "targets"))
-IMAGES = RowKind("images")
+TOKENS = RowKind(("targets",))
+INPUTS_AND_TARGETS = RowKind(("inputs", "targets"))
+IMAGES = RowKind(())
 
 
 def encoder_arguments(batch: Mapping[str, jax.Array]) -> dict[str, Any]:

@@ -83,6 +83,14 @@ class StepExtension:
         return None
 
 
+def named(**slots: StepExtension | None) -> tuple[StepExtension, ...]:
+    """Returns the extensions in the order of their slots' names, without those that are None.
+
+    Each method binds its own slot, so that one run can use several: `extensions.named.mine = @mine.Mine()`.
+    """
+    return tuple(extension for _, extension in sorted(slots.items()) if extension is not None)
+
+
 def parts_of(extensions: Iterable[StepExtension], state: TrainState) -> dict[str, Any]:
     """Returns the extensions' parts of a state, by name."""
     there = {**state.variables, AVERAGE: state.ema_params}

@@ -106,8 +106,8 @@ class Recipe:
     def step_extensions(self) -> Sequence[StepExtension]:
         """All that the state holds besides parameters, optimiser and the model's collections."""
         average = averages.average_of(self.ema_decay, self.averaged)
-        own = (average, self.moving_reference, self.anomaly)
-        return (*(one for one in own if one is not None), *self.extensions)
+        own = (average, self.moving_reference, self.anomaly, *self.extensions)
+        return [extension for extension in own if extension is not None]
 
     @functools.cached_property
     def inputs_spec(self) -> Inputs:

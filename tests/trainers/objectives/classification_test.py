@@ -22,6 +22,9 @@ MODEL = ResNet(config=CONFIG, stem=Stem3x3, block=WideBlock, final_norm=True)
 class Logits:
     """A model whose images are its logits."""
 
+    def row_context(self, variables, batch):
+        return None
+
     def apply(self, variables, images, *, train, mutable, rngs, method):
         del train, rngs
         assert method is None
