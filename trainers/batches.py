@@ -7,6 +7,7 @@ contents of a batch do not depend on the mesh or the number of hosts.
 import collections
 import concurrent.futures
 import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -39,6 +40,9 @@ class Stream(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """Returns facts to record with a run."""
+
+    def notices(self) -> Sequence[tuple[str, str]]:
+        """Returns (name, text) of messages on data that are dropped or cut; the name is WARNING for a large share."""
 
 
 class TrainStream(Stream, Protocol):

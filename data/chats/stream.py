@@ -22,6 +22,11 @@ from espalier.common.ranges import NonNegative, Seed, Size
 
 Packing = Literal["best_fit", "examples"]
 LongDocuments = Literal["truncate", "drop"]
+_SHORTENED = {
+    "truncated": "cut at their ends",
+    "too_long": "dropped, which are longer",
+    "nothing_learnt": "dropped, of which nothing that is learnt remains",
+}
 _REMEDY = " Register supervised data with data.chats.tasks.register_chats."
 
 
@@ -40,6 +45,24 @@ class ChatSource(rows.Source):
             "fill": self.plan.fill(),
             "first": self.plan.first,
         }
+
+    def notices(self, lengths: Mapping[str, int]) -> list[rows.Notice]:
+        """Returns a message on the sizes of the data, and on what was cut or dropped."""
+        counts, first, tokens = self.plan.counts, self.plan.first, self.plan.tokens()
+        parts = [
+            f"{counts[reason]:,} {text} (first: {first[reason]})"
+            for reason, text in _SHORTENED.items()
+            if counts.get(reason)
+        ]
+        sizes = (
+            f"{len(self.plan.records):,} conversations in {self.plan.num_rows:,} rows, {tokens:,} tokens, of which "
+            f"{self.loss_tokens:,} ({self.loss_tokens / tokens:.1%}) are learnt"
+        )
+        if not parts:
+            return [("chats", sizes)]
+        dropped = (counts["nothing_learnt"] + counts.get("too_long", 0)) / counts["records"]
+        limit = f"at {lengths['targets']} tokens (TASK_FEATURE_LENGTHS)"
+        return [rows.notice("chats", dropped, f"{sizes}; {limit}, {', '.join(parts)}")]
 
 
 def make_stream(

@@ -5,7 +5,7 @@ Shape suffixes: B rows, L length, K slots for pairs in a row, P pairs of all row
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +13,12 @@ import numpy as np
 from data.cache.store import Cache
 from data.preference.pair_plan import FEATURES, PairPlan, plan_pairs
 from data.stream import rows
+
+_SHORTENED = {
+    "prompt_too_long": "dropped, whose prompts leave no room",
+    "same_when_truncated": "dropped, whose completions are the same once they are cut",
+    "truncated": "cut at their ends",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,24 @@ class PairSource(rows.Source):
             "fill": plan.positions() / (plan.num_rows * plan.row_lengths["targets"]),
             "first": plan.first,
         }
+
+    def notices(self, lengths: Mapping[str, int]) -> list[rows.Notice]:
+        """Returns a message on pairs that were dropped or cut."""
+        del lengths
+        counts, first, records = self.plan.counts, self.plan.first, self.plan.counts["records"]
+        parts = [
+            f"{counts[reason]:,} ({counts[reason] / records:.1%}) {text} (first: {first[reason]})"
+            for reason, text in _SHORTENED.items()
+            if counts[reason]
+        ]
+        if not parts:
+            return []
+        dropped = (counts["prompt_too_long"] + counts["same_when_truncated"]) / records
+        text = (
+            f"of {records:,} pairs, at max_length {self.plan.max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
+            "rows of twice that in TASK_FEATURE_LENGTHS, loses less"
+        )
+        return [rows.notice("too long", dropped, text)]
 
 
 def plan_source(name: str, opened: Cache, **settings: Any) -> PairSource:

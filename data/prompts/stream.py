@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,6 +36,17 @@ class PromptSource(rows.Source):
 
     def _sizes(self) -> dict[str, Any]:
         return {"prompts": self.plan.num_rows, "first": self.plan.first}
+
+    def notices(self, lengths: Mapping[str, int]) -> list[rows.Notice]:
+        """Returns a message on prompts that were dropped."""
+        records, dropped = self.plan.counts["records"], self.plan.counts["prompt_too_long"]
+        if not dropped:
+            return []
+        text = (
+            f"of {records:,} prompts, at MAX_PROMPT_LENGTH {lengths['targets']}, {dropped:,} ({dropped / records:.1%}) dropped "
+            f"(first: {self.plan.first['prompt_too_long']}); a larger one drops fewer"
+        )
+        return [rows.notice("too long", dropped / records, text)]
 
 
 class PromptStream(Stream):

@@ -1,7 +1,7 @@
 """The base class of the training and evaluation streams, and the evaluation stream."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,8 @@ _VERSION = 1
 
 class RowStream(batches.Iterable, abc.ABC):
     """Turns rows of sources into batches; the base class of both streams."""
+
+    _use = ""  # follows the name of a source in a notice
 
     def __init__(
         self,
@@ -84,6 +86,19 @@ class RowStream(batches.Iterable, abc.ABC):
             "sources": {source.name: source.summary() for source in self._sources},
         }
 
+    def notices(self, lengths: Mapping[str, int] | None = None) -> list[rows.Notice]:
+        """Returns messages on each source's records that were dropped or cut; see `rows.Source.notices`.
+
+        Args:
+            lengths: the setting that limits the records; by default that of this stream's rows.
+        """
+        limits = self._sources[0].plan.row_lengths if lengths is None else lengths
+        return [
+            (name, f"{source.name}{self._use}: {text}")
+            for source in self._sources
+            for name, text in source.notices(limits)
+        ]
+
     @abc.abstractmethod
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (source index, epoch, plan row) of rows [lo, hi) of the batch of `step`."""
@@ -109,6 +124,8 @@ class EvalStream(RowStream):
 
     Rows that fill the last batch have loss weight 0.
     """
+
+    _use = ", held out"
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ from data.cache import fingerprint
 from data.cache.store import Cache, digest
 from data.stream.plan import Plan, make_plan
 
+Notice = tuple[str, str]  # name and text
+MANY = 0.05  # the share of dropped records above which a notice is a warning
 LOSS_WEIGHTS = "loss_weights"  # the feature that weighs each target token
 NO_ROW = -1  # a row without tokens, to fill a batch past the end of a split
 
@@ -66,6 +68,19 @@ class Source:
             **self.plan.counts,
         }
 
+    def notices(self, lengths: Mapping[str, int]) -> list[Notice]:
+        """Returns messages on records that were dropped or cut, with `lengths` as the setting that did it."""
+        plan = self.plan
+        if "long_records" not in plan.first:
+            return []
+        records, long = plan.counts["records"], plan.counts["long_records"]
+        dropped = plan.long_documents == "drop"
+        text = (
+            f"of {records:,} documents, at {lengths} tokens (TASK_FEATURE_LENGTHS), {long:,} ({long / records:.1%}) "
+            f"{'dropped' if dropped else 'cut at their ends'} (first: {plan.first['long_records']})"
+        )
+        return [notice("too long", long / records if dropped else 0.0, text)]
+
     def _sizes(self) -> dict[str, Any]:
         return {
             "tokens": self.plan.tokens(),
@@ -74,6 +89,11 @@ class Source:
             "fill": self.plan.fill(),
             **({"first": self.plan.first} if self.plan.first else {}),
         }
+
+
+def notice(name: str, dropped: float, text: str) -> Notice:
+    """Returns a notice, as a warning if the share of records that were dropped is large."""
+    return "WARNING" if dropped > MANY else name, text
 
 
 def plan_source(

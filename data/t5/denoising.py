@@ -15,6 +15,7 @@ import numpy as np
 from data import tasks
 from data.cache import store
 from data.stream import order
+from data.stream.rows import Notice
 from data.t5.noise import Denoising, SpanCorruption
 from espalier.common.ranges import Count, Seed, Size
 
@@ -62,6 +63,10 @@ class DenoisingStream:
             "denoising": self._denoising.record(),
             "start_token": 0,
         }
+
+    def notices(self) -> list[Notice]:
+        """Returns the messages of the texts' stream, see `data.stream.row_stream.RowStream.notices`."""
+        return self._texts.notices(self._lengths)
 
     def tokens_per_step(self, step: int) -> float:
         """Returns the mean number of targets per batch, as the first batch has them."""

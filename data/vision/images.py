@@ -118,6 +118,10 @@ class _Images(batches.Iterable, abc.ABC):
             },
         }
 
+    def notices(self) -> list[tuple[str, str]]:
+        """Returns messages on data that are not read; all images are."""
+        return []
+
     @abc.abstractmethod
     def _locate(self, step: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (position in the run, epoch, row of the set) of each row; row -1 for no image."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from data.preference.tally import Tally
+from data.stream import rows
 from espalier.common.stages import duration
 from launch.run.run_data import RunData
 from trainers.batches import Stream, TrainStream
@@ -17,19 +18,7 @@ from trainers.telemetry.goodput import Goodput
 from trainers.telemetry.lifetime import Start
 from trainers.telemetry.progress import held_out_text
 
-Line = tuple[str, str]  # name and text
-MANY = 0.05  # the share of dropped pairs or prompts above which a notice is a warning
-_DROPPED = {
-    "prompt_too_long": "dropped, whose prompts leave no room",
-    "same_when_truncated": "dropped, whose completions are the same once they are cut",
-    "truncated": "cut at their ends",
-}
-
-_SHORTENED = {
-    "truncated": "cut at their ends",
-    "too_long": "dropped, which are longer",
-    "nothing_learnt": "dropped, of which nothing that is learnt remains",
-}
+Line = rows.Notice
 
 
 def announce(program: Program, data: RunData) -> None:
@@ -152,19 +141,8 @@ def data_notices(
     """
     tasks = tasks.get("tasks", {})
     notices = [line for task, facts in tasks.items() for line in _file_notices(task, facts)]
-    for which, each in [("", stream), *((", held out", each) for each in eval_streams)]:
-        summary = each.summary()
-        for source, facts in summary["sources"].items():
-            if "pairs" in facts and any(facts[reason] for reason in _DROPPED):
-                notices.append(_pair_notice(f"{source}{which}", facts, summary["max_length"]))
-            elif "prompts" in facts and facts["prompt_too_long"]:
-                limit = summary["lengths"]["targets"]
-                notices.append(_prompt_notice(f"{source}{which}", facts, limit))
-            elif "conversations" in facts:
-                limit = summary["lengths"]["targets"]
-                notices.append(_chat_notice(f"{source}{which}", facts, limit))
-            elif "long_records" in facts.get("first", {}):
-                notices.append(_long_notice(f"{source}{which}", facts, summary))
+    for each in (stream, *eval_streams):
+        notices += each.notices()
     return notices
 
 
@@ -179,66 +157,8 @@ def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
     if documents:
         yield "dropped", f"{task}: {', '.join(documents)}"
     elif dropped:
-        rows = sum(count["rows"] for count in dropped.values())
-        share = rows / (rows + sum(facts["documents"].values()))
-        yield _name("dropped", share), f"{task}: {Tally(dropped)}, {share:.1%} of all rows"
+        lost = sum(count["rows"] for count in dropped.values())
+        share = lost / (lost + sum(facts["documents"].values()))
+        yield rows.notice("dropped", share, f"{task}: {Tally(dropped)}, {share:.1%} of all rows")
     if noted:
         yield "noted", f"{task}: {Tally(noted)}"
-
-
-def _prompt_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
-    count, records = facts["prompt_too_long"], facts["records"]
-    return (
-        _name("too long", count / records),
-        f"{source}: of {records:,} prompts, at MAX_PROMPT_LENGTH {max_length}, {count:,} ({count / records:.1%}) dropped "
-        f"(first: {facts['first']['prompt_too_long']}); a larger one drops fewer",
-    )
-
-
-def _chat_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
-    tokens, learnt, records = facts["tokens"], facts["loss_tokens"], facts["records"]
-    parts = [
-        f"{facts[reason]:,} {text} (first: {facts['first'][reason]})"
-        for reason, text in _SHORTENED.items()
-        if facts.get(reason)
-    ]
-    sizes = (
-        f"{source}: {facts['conversations']:,} conversations in {facts['rows']:,} rows, {tokens:,} tokens, of which "
-        f"{learnt:,} ({learnt / tokens:.1%}) are learnt"
-    )
-    if not parts:
-        return "chats", sizes
-    return (
-        _name("chats", (facts["nothing_learnt"] + facts.get("too_long", 0)) / records),
-        f"{sizes}; at {max_length} tokens (TASK_FEATURE_LENGTHS), {', '.join(parts)}",
-    )
-
-
-def _long_notice(source: str, facts: Mapping[str, Any], summary: Mapping[str, Any]) -> Line:
-    share = facts["long_records"] / facts["records"]
-    dropped = summary["long_documents"] == "drop"
-    return (
-        _name("too long", share if dropped else 0.0),
-        f"{source}: of {facts['records']:,} documents, at {summary['lengths']} tokens (TASK_FEATURE_LENGTHS), "
-        f"{facts['long_records']:,} ({share:.1%}) {'dropped' if dropped else 'cut at their ends'} "
-        f"(first: {facts['first']['long_records']})",
-    )
-
-
-def _pair_notice(source: str, facts: Mapping[str, Any], max_length: int) -> Line:
-    records = facts["records"]
-    parts = [
-        f"{facts[reason]:,} ({facts[reason] / records:.1%}) {text} (first: {facts['first'][reason]})"
-        for reason, text in _DROPPED.items()
-        if facts[reason]
-    ]
-    dropped = (facts["prompt_too_long"] + facts["same_when_truncated"]) / records
-    return (
-        _name("too long", dropped),
-        f"{source}: of {records:,} pairs, at max_length {max_length}, {', '.join(parts)}; a larger MAX_LENGTH, with "
-        "rows of twice that in TASK_FEATURE_LENGTHS, loses less",
-    )
-
-
-def _name(name: str, dropped: float) -> str:
-    return "WARNING" if dropped > MANY else name
