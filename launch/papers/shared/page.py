@@ -30,7 +30,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Prose:
-    """The texts of a paper's page, with {slots} for what the code knows.
+    """The texts of a paper's page, with {slots} for what the code knows, such as {length:,} or {experiment.STEPS}.
 
     Attributes:
       sections: name -> text.
@@ -53,7 +53,8 @@ class Prose:
           ValueError: a slot has no value, or a value no slot.
         """
         text = self.sections[section]
-        slots = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        slots = {name.partition(".")[0] for name in names}
         if slots != set(values):
             raise ValueError(
                 f"The section {section!r} has the slots {sorted(slots)}, and values for {sorted(values)}."
