@@ -25,7 +25,6 @@ from launch.papers.code_mix.experiment import (
     source_name,
     wins,
 )
-from launch.papers.code_mix.experiment import SHARES as SMALL_SHARES
 from launch.papers.code_mix.judged import SHARES as OUTCOMES
 from launch.papers.shared import claim, page
 from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
@@ -368,7 +367,7 @@ def _phases(results: Results) -> Any:
 
 def _proportion(results: Results) -> Any:
     shares = [share for share in _ALL_SHARES if results.has(f"share_{share}")]
-    if not set(SMALL_SHARES) <= set(shares):
+    if not set(SHARES) <= set(shares):
         return None
     figure, axes = panels(len(results.groups), (12, 3.8), share_y=True)
     for group, one in zip(results.groups, axes, strict=True):

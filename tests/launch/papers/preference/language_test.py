@@ -142,7 +142,7 @@ def test_online_methods_have_one_rate_and_as_many_completions():
     from launch.config import gin_config
     from launch.sweeping import file as sweep_file
 
-    runs = {run.arm: run for run in sweep_file.read("launch/papers/preference/sweep.py:1")}
+    runs = {run.arm: run for run in sweep_file.read("launch/papers/preference/experiment.py:1")}
     for method in ("online_dpo", "rloo", "grpo", "ppo"):
         run = runs[method]
         config = gin_config.load(
