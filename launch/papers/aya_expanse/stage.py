@@ -1,6 +1,6 @@
 """The stages of the recipe that train nothing: prompts by cluster, arbitrage, merging, and indicators by round.
 
-launch/papers/aya_expanse/sweep.py calls it; RECIPE is its recipe.yaml:
+launch/papers/aya_expanse/recipe.py calls it; RECIPE is its recipe.yaml:
 
   python -m launch.papers.aya_expanse.stage prompts --recipe=RECIPE --to=DIR
   python -m launch.papers.aya_expanse.stage arbitrage --recipe=RECIPE --prompts=DIR --runs A B --to=DIR

@@ -58,7 +58,7 @@ def write(trained_run, tmp_path):
 
 
 def sweep(path):
-    return {run.arm: run for run in file.read(f"launch/papers/aya_expanse/sweep.py:{path}")}
+    return {run.arm: run for run in file.read(f"launch/papers/aya_expanse/recipe.py:{path}")}
 
 
 def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(write):

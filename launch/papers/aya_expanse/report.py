@@ -1,28 +1,33 @@
-"""The claims of Aya Expanse and of the papers it is made of that small models can judge, and how each is measured.
+"""The claims of Aya Expanse and of the papers it is made of that small models can judge and how each is measured, with the page.
 
 Arms of the same seed have the same base, pool and requests, so that they are compared in pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data.aya_expanse import lexicon
-from launch.papers.aya_expanse.arms import (
+from launch.papers.aya_expanse import experiment, figures, small_pool, small_stage
+from launch.papers.aya_expanse.experiment import (
     ARTEFACTS,
     DIVERGENCE,
+    HARMFUL,
     REWARD,
     STAGES,
     UNSEEN_SCORE,
+    WINS,
+    WORST,
     WORST_WINS,
     Runs,
     S,
     of_language,
 )
 from launch.papers.aya_expanse.small_pool import NOISES
-from launch.papers.aya_expanse.small_sweep import HARMFUL
+from launch.papers.shared import claim, page
 from launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from launch.papers.shared.page import Prose
 from launch.papers.shared.results import compare
 
 SAME = 0.02  # of the score: what counts as no worse
@@ -325,4 +330,113 @@ CLAIMS: Sequence[Claim] = (
         {"small": [minimum_costs]},
         paper="",
     ),
+)
+
+
+# Of the stored measurement; goes with the next one.
+_SCORES = (S, WORST, WINS, WORST_WINS, ARTEFACTS, DIVERGENCE, REWARD)
+
+
+def _setup(parts: Mapping[str, Any]) -> list[str]:
+    runs = parts.get("small")
+    amount = f" {runs.amount()}." if runs else ""
+    names = {"experiment": experiment, "small_pool": small_pool, "small_stage": small_stage}
+    text = Prose.of("aya_expanse")("method", amount=amount, **names)
+    missing = runs.missing(list(experiment.get_config().arms), runs.seeds) if runs else []
+    return [text, *page.missing(missing, tuple(PLACES), parts)]
+
+
+def _tables(parts: Mapping[str, Any]) -> list[str]:
+    runs = parts.get("small")
+    if not runs:
+        return []
+    shown = [arm for arm in runs.arms if runs.values(arm, S).size]
+    every = [(_name(runs, arm), *(_cell(runs, arm, score) for score in _SCORES)) for arm in shown]
+    codes = lexicon.LANGUAGES
+    by_language = [
+        (_name(runs, arm), *(_cell(runs, arm, of_language(code)) for code in codes))
+        for arm in shown
+    ]
+    return [
+        *page.table(("arm", *_SCORES), every, "All arms"),
+        *page.table(("arm", *codes), by_language, "Scores by language"),
+    ]
+
+
+def _name(runs: Runs, arm: str) -> str:
+    return f"{runs.label(arm)} (`{arm}`)"
+
+
+def _cell(runs: Runs, arm: str, score: str) -> str:
+    values = runs.values(arm, score)
+    return runs.mean(values, score) if values.size else ""
+
+
+def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns the measurements with arms, teachers, noises and models of the search exchanged at random."""
+    rows = measured.get("small", [])
+    answered = [row for row in rows if (row.get("evaluations") or {}).get("answers")]
+    # Rewards and divergences are exchanged among the arms that have them.
+    answered = claim.shuffle_arms({"small": answered}, rng)["small"]
+    answered = [_sides_exchanged(row, rng) for row in answered]
+    other = [
+        _exchanged(row, rng) for row in rows if not (row.get("evaluations") or {}).get("answers")
+    ]
+    return {"small": [*answered, *other]} if rows else {}
+
+
+def _sides_exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns a row with wins and losses exchanged in about half of the languages."""
+    if not row.get("wins"):
+        return dict(row)
+    wins = {
+        code: {**one, "win": one["loss"], "loss": one["win"]} if rng.random() < 0.5 else one
+        for code, one in row["wins"].items()
+    }
+    return {**row, "wins": wins}
+
+
+def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    out = dict(row)
+    if row.get("qualities"):
+        mixed = dict(row["qualities"])
+        # Together with the uniform choice, which is one of the values that noise is compared with.
+        noises = {**mixed["by_noise"], "uniform": mixed["uniform"]}
+        noises = _permuted(noises, rng)
+        mixed["uniform"] = noises.pop("uniform")
+        mixed["by_noise"] = noises
+        for key in ("teachers", "routings"):
+            mixed[key] = {name: _permuted(one, rng) for name, one in mixed[key].items()}
+        out["qualities"] = mixed
+    if row.get("search"):
+        search = dict(row["search"])
+        search["gains"] = rng.permutation(search["gains"]).tolist()
+        worst = rng.permutation([trial[1] for trial in search["trials"]]).tolist()
+        search["trials"] = [[t[0], w] for t, w in zip(search["trials"], worst, strict=True)]
+        out["search"] = search
+    return out
+
+
+def _permuted(values: Mapping[str, float], rng: np.random.Generator) -> dict[str, float]:
+    order = rng.permutation(len(values))
+    listed = list(values.values())
+    return dict(zip(values, [listed[i] for i in order], strict=True))
+
+
+def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {"small": Runs(measured["small"])} if measured.get("small") else {}
+
+
+REPORT = page.Report(
+    slug="aya_expanse",
+    title="Aya Expanse: the claims of its recipe on small models",
+    source="[Aya Expanse: Combining Research Breakthroughs for a New Multilingual Frontier, arXiv 2412.04261]"
+    "(https://arxiv.org/abs/2412.04261)",
+    claims=CLAIMS,
+    places=PLACES,
+    read=_read,
+    figures=figures.figures,
+    setup=_setup,
+    tables=_tables,
+    shuffle=_shuffle,
 )
