@@ -26,12 +26,14 @@ def clean():
 
 @functools.cache
 def runs():
-    return {run.arm: run for run in file.read("launch/papers/influence/sweep.py:1")}
+    return {run.arm: run for run in file.read("launch/papers/influence/experiment.py:1")}
 
 
 def test_judged_seeds_are_not_the_pilots():
-    assert {run.seed for run in file.read("launch/papers/influence/sweep.py:5")} == {*range(10, 15)}
-    assert {run.seed for run in file.read("launch/papers/influence/sweep.py:pilot")} == {90}
+    assert {run.seed for run in file.read("launch/papers/influence/experiment.py:5")} == {
+        *range(10, 15)
+    }
+    assert {run.seed for run in file.read("launch/papers/influence/experiment.py:pilot")} == {90}
 
 
 def test_all_models_continue_the_start_on_files_of_other_arms(tmp_path):
