@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.snapkv import retrieval
-from launch.papers.snapkv.retrieval import SNAPKV, WINDOW, Retriever
+from launch.papers.snapkv.accuracy import SNAPKV, WINDOW, Retriever
 from trainers.snapkv import cache_analysis, replay
 
 CHOSEN_SHARE = 0.1  # of the prefix that a window's votes choose

@@ -11,8 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data.snapkv import retrieval
-from launch.papers.snapkv.methods import FULL, Method, methods, pooled
-from launch.papers.snapkv.programs import CachedModel
+from launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
 from trainers.decoding.settings import Settings
 from trainers.snapkv import replay
 
