@@ -58,24 +58,15 @@ def slugs() -> list[str]:
     `add_flags(parser)`. If SEEDS, the default number of seeds, is not None, its runs are sweeps, with the flags --seeds,
     --workers and --minutes. report.py has REPORT, a `shared.page.Report`.
     """
-    return sorted(
-        report.parent.name
-        for path in papers.__path__
-        for new, old in (("report.py", "experiment.py"), ("page.py", "measure.py"))
-        for report in pathlib.Path(path).glob(f"*/{new}")
-        if report.with_name(old).exists()
-    )
+    reports = (one for path in papers.__path__ for one in pathlib.Path(path).glob("*/report.py"))
+    return sorted(one.parent.name for one in reports if one.with_name("experiment.py").exists())
 
 
 def _module(slug: str, name: str) -> Any:
-    old = {"experiment": "measure", "report": "page"}[name]
-    try:
-        return importlib.import_module(f"{papers.__name__}.{slug}.{name}")
-    except ModuleNotFoundError:
-        return importlib.import_module(f"{papers.__name__}.{slug}.{old}")
+    return importlib.import_module(f"{papers.__name__}.{slug}.{name}")
 
 
-def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
+def _add_flags(parser: argparse.ArgumentParser, experiment: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_dir", metavar="DIR", help="folder of runs and measurements")
     again_help = "run nothing: write the page again from results.json in --out"
@@ -86,11 +77,11 @@ def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=list(measure.PARTS),
-        choices=tuple(measure.PARTS),
-        help=f"{', '.join(measure.PARTS.values())} (default: all)",
+        default=list(experiment.PARTS),
+        choices=tuple(experiment.PARTS),
+        help=f"{', '.join(experiment.PARTS.values())} (default: all)",
     )
-    if (seeds := measure.SEEDS) is not None:
+    if (seeds := experiment.SEEDS) is not None:
         number = {"type": int, "metavar": "N"}
         seeds_help = f"seeds of each arm (default: {seeds})"
         parser.add_argument("--seeds", default=seeds, help=seeds_help, **number)
@@ -99,8 +90,8 @@ def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
         )
         minutes_help = "stop the sweeps after so many minutes; the same command continues them"
         parser.add_argument("--minutes", type=float, metavar="M", help=minutes_help)
-    if hasattr(measure, "add_flags"):
-        measure.add_flags(parser)
+    if hasattr(experiment, "add_flags"):
+        experiment.add_flags(parser)
 
 
 def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -92,7 +92,7 @@ _UNTRAINED = 3.5
 
 
 class Runs(results.Results):
-    """Runs as `measure.run` returns them."""
+    """Runs as `experiment.run` returns them."""
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         """Returns the mean loss of the common languages; of tuned models the share of right answers instead."""

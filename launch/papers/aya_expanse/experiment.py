@@ -222,7 +222,7 @@ def won(shares: Mapping[str, float]) -> float:
 
 
 class Runs(results.Results):
-    """Runs as `measure.run` returns them."""
+    """Runs as `experiment.run` returns them."""
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         evaluations = row.get("evaluations") or {}

@@ -86,7 +86,7 @@ _LEARNED = 0.02  # of exact match: a model without any skill above it has learne
 
 
 class Results(results.Results):
-    """Runs of a part, as `measure.run` returns them.
+    """Runs of a part, as `experiment.run` returns them.
 
     A score is exact match of a group, bits per byte of a task, or the wins over another arm in judged answers.
     """

@@ -152,7 +152,7 @@ class Seeds:
     """The measurements of the small corpus by seed.
 
     Attributes:
-      rows: of `measure.run`: 'seed', 'seconds', 'scores' (of scoring.py) and 'losses' (of losses.py), either possibly None.
+      rows: of `experiment.run`: 'seed', 'seconds', 'scores' (of scoring.py) and 'losses' (of losses.py), either possibly None.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):

@@ -39,7 +39,7 @@ _CHANCE = 0.1  # of the textures' ten classes
 
 
 class Results(results.Results):
-    """Runs of a part, as `measure.run` returns them."""
+    """Runs of a part, as `experiment.run` returns them."""
 
     def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         """Returns 'parameters', the held-out metrics, and the means of trainers/low_rank/spectrum.py at the end."""

@@ -148,7 +148,7 @@ LEARNED = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Runs(results.Results):
-    """Runs of the sweep, as `measure.run` returns them.
+    """Runs of the sweep, as `experiment.run` returns them.
 
     Attributes:
       unlearned: the loss on other strings of the frozen models that have not learned the compositions, by seed. Their

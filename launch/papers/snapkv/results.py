@@ -156,7 +156,7 @@ READERS = {
 
 
 def read(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the results of each part from what `measure.run` returns."""
+    """Returns the results of each part from what `experiment.run` returns."""
     return {part: READERS[part](value) for part, value in measured.items()}
 
 
@@ -254,7 +254,7 @@ def together(*measures: Measures) -> Measures:
 
 
 def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Returns what `measure.run` returns with methods, windows and questions exchanged at random within each model.
+    """Returns what `experiment.run` returns with methods, windows and questions exchanged at random within each model.
 
     Hit rates of the two positions of a question, which S6 says are similar, are made to differ.
     """

@@ -41,7 +41,7 @@ def right_of(arm):
 
 
 def rows(seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         row = {"run": run.name, "arm": run.arm, "seed": run.seed, "seconds": 30.0, "step": 800}

@@ -93,7 +93,7 @@ ALL_HOLD = {
 
 
 def rows(scores=ALL_HOLD, seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out = []
     rng = np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):

@@ -84,7 +84,7 @@ def noisy(value, rng):
 
 
 def measured(change=None):
-    """What `measure.run` returns with five seeds; `change` alters the records of each seed."""
+    """What `experiment.run` returns with five seeds; `change` alters the records of each seed."""
     rng, out = np.random.default_rng(0), {"exact": [], "corpus": []}
     for seed in range(10, 15):
         tables = {

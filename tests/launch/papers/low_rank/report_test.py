@@ -55,7 +55,7 @@ def score_of(arm):
 
 
 def rows(seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         perplexity, rank, step = score_of(run.arm)

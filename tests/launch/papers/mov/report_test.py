@@ -37,7 +37,7 @@ ACCURACIES = {
 
 
 def measured(apart=0.1, **changed):
-    """Rows as `measure.run` has them, each seed a little different."""
+    """Rows as `experiment.run` has them, each seed a little different."""
     noise, out = np.random.default_rng(0), []
     for seed in range(10, 15):
         for arm, value in {**ACCURACIES, **changed}.items():

@@ -37,7 +37,7 @@ NOISE = np.random.default_rng(0)
 
 
 def part(seeds=5, own=0.6, rho=1.0, **changed):
-    """Rows of a part as `measure.run` has them, each seed a little different."""
+    """Rows of a part as `experiment.run` has them, each seed a little different."""
     rows = []
     for seed in range(10, 10 + seeds):
         for arm, value in {**UPCYCLED, **changed}.items():

@@ -40,7 +40,7 @@ def evaluation(arm, step, fall, rng):
 
 
 def rows(seeds=5, change=lambda arm, one: {}):
-    """Rows of the sweep as `measure.run` has them; `change` says what is different in an evaluation."""
+    """Rows of the sweep as `experiment.run` has them; `change` says what is different in an evaluation."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         fall, course = FALLS.get(run.arm), collections.defaultdict(list)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib
 import json
 import pathlib
 
@@ -36,7 +37,7 @@ def test_a_page_that_was_judged_by_other_rules_says_so(slug):
 
 
 def stored(slug):
-    report = reproduce._module(slug, "report").REPORT
+    report = importlib.import_module(f"launch.papers.{slug}.report").REPORT
     return report, record_of(slug)
 
 

@@ -176,7 +176,7 @@ def _haystack(grid, number, scores, sizes, rng):
 
 
 def measurements(scores=None, of_seeds=None):
-    """Returns made-up measurements in the form of `measure.run`; `of_seeds` are exceptions."""
+    """Returns made-up measurements in the form of `experiment.run`; `of_seeds` are exceptions."""
     scores, rng = scores or Scores(), np.random.default_rng(0)
     sizes = {"window": 8, "kernel": 9, "h2o_window": 8}
     ms = {"full": 1.0, "snapkv": 0.01}
