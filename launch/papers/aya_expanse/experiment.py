@@ -15,9 +15,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data.aya_expanse import lexicon
 from launch.aot.table_rows import Row, mesh
-from launch.papers.aya_expanse import small_pool, small_stage
+from launch.papers.aya_expanse import lexicon, small_pool, small_stage
 from launch.papers.aya_expanse.small_pool import PAIR_LANGUAGES
 from launch.papers.shared import results, sweeps
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
+from launch.papers.aya_expanse import lexicon
 from launch.papers.aya_expanse.experiment import (
     BETAS,
     DIVERGENCE,

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
-from launch.papers.aya_expanse import experiment, figures, small_pool, small_stage
+from launch.papers.aya_expanse import experiment, figures, lexicon, small_pool, small_stage
 from launch.papers.aya_expanse.experiment import (
     ARTEFACTS,
     DIVERGENCE,

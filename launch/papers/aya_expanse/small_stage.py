@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
 from launch import cli
-from launch.papers.aya_expanse import small_pool
+from launch.papers.aya_expanse import lexicon, small_pool
 from launch.papers.aya_expanse.small_pool import write
 
 # Requests of each split in every language.

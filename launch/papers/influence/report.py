@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data.influence import small_corpus
-from data.influence.small_corpus import FACT, PROCEDURES
 from launch.attribution.analyses import tables
-from launch.papers.influence import corpus, experiment, figures, scoring, statistics
+from launch.papers.influence import corpus, experiment, figures, scoring, small_corpus, statistics
 from launch.papers.influence import exact as tiny
 from launch.papers.influence.experiment import GROUPS, METHODS, Seeds
+from launch.papers.influence.small_corpus import FACT, PROCEDURES
 from launch.papers.shared import page
 from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
 from launch.papers.shared.page import Prose

@@ -113,7 +113,7 @@ def _own_shares(runs: Runs, arm: str) -> dict[int, tuple[float, float]]:
 
 def _kin(names: Sequence[str]) -> list[object]:
     """Returns what generated domains share that are to be counted as one: most rows of a table; else their names."""
-    from data.nexus import lag_domains
+    from launch.papers.nexus import lag_domains
 
     def table(name: str) -> object:
         made = lag_domains.DOMAINS.get(name)

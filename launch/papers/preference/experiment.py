@@ -31,8 +31,8 @@ from typing import Any
 
 import ml_collections
 
-from data.preference import topic_language
 from launch.aot.table_rows import Row
+from launch.papers.preference import topic_language
 from launch.papers.shared import claim, sweeps
 
 CPU = "t5x_configs/experiments/preference/cpu/"

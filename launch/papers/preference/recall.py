@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data.preference import topic_language
+from launch.papers.preference import topic_language
 from model.protocol import inference_model, inference_params
 from model.ranges import Count, Size
 from trainers.decoding.policy_sampler import Generator

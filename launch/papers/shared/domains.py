@@ -318,8 +318,8 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
 
 
 def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
-    """Returns the entropy of those domains that are generated (data/nexus/lag_domains.py)."""
-    from data.nexus import lag_domains
+    """Returns the entropy of those domains that are generated (launch/papers/nexus/lag_domains.py)."""
+    from launch.papers.nexus import lag_domains
 
     known = [domain for domain in domains if domain in lag_domains.DOMAINS]
     return {name: lag_domains.entropy_floor(lag_domains.DOMAINS[name]) for name in known}

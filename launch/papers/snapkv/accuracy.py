@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from data.snapkv import retrieval
+from launch.papers.snapkv import retrieval
 from launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
 from trainers.decoding.settings import Settings
 from trainers.snapkv import replay

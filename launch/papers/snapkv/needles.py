@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from data.text.sources import english, environment
 from launch.papers.shared import sweeps
 from launch.papers.shared.sweeps import Stages
+from launch.papers.snapkv import attention
 from launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
 from launch.run.load_run import LoadedRun
 from trainers.decoding.settings import Settings
-from trainers.snapkv import cache_analysis, replay
+from trainers.snapkv import replay
 
 ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty", "velvet")
 NOUNS = ("falcon", "lantern", "harbor", "anvil", "orchard", "saddle", "teapot", "violin")
@@ -311,9 +312,9 @@ def _overlaps(reader: Reader, reading: Reading, method: Method, capacity: int) -
     same, different = [], []
     policy = method.at(capacity)
     for cache in reader.model.compress(reading.whole, method, capacity, ROOM):
-        held_BKP = cache_analysis.held_positions(policy.view(cache).positions_BS, prefix)
+        held_BKP = attention.held_positions(policy.view(cache).positions_BS, prefix)
         again_BKP = jnp.broadcast_to(held_BKP[-1:], held_BKP.shape)
-        shared = np.asarray(cache_analysis.overlap(again_BKP, held_BKP))[: len(DEPTHS)].tolist()
+        shared = np.asarray(attention.overlap(again_BKP, held_BKP))[: len(DEPTHS)].tolist()
         same.append(shared.pop(MIDDLE))
         different.append(float(np.mean(shared)))
     chance = (capacity - method.settings["window"]) / prefix
@@ -334,7 +335,7 @@ def _hits(reader: Reader, reading: Reading, answers_BM: np.ndarray) -> list[Any]
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _window_hits(record, ends_B, prefix, count):
-    return cache_analysis.window_hits(
+    return attention.hits_by_window(
         record,
         ends_B,
         windows=SOURCE_WINDOWS,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from data.snapkv import retrieval
+from launch.papers.snapkv import retrieval
 from model.ranges import Fraction, Seed, Size
 from trainers.hooks import RunContext
 from trainers.train_state import TrainState

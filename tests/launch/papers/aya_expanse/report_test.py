@@ -6,9 +6,8 @@ import gin
 import numpy as np
 import pytest
 
-from data.aya_expanse import lexicon
 from launch.config import gin_config
-from launch.papers.aya_expanse import experiment, report
+from launch.papers.aya_expanse import experiment, lexicon, report
 from launch.papers.aya_expanse.experiment import UNSEEN
 from launch.papers.aya_expanse.small_pool import NOISES
 from launch.sweeping import file

@@ -6,10 +6,10 @@ import types
 import numpy as np
 import pytest
 
-from data.nexus import lag_domains
 from launch import environment, reproduce
 from launch.papers.bam import experiment, report
 from launch.papers.bam.experiment import Runs, long, matched
+from launch.papers.nexus import lag_domains
 from launch.papers.shared import domain_panels, sweeps
 from launch.papers.shared import domains as domain_runs
 from launch.papers.shared import domains as shared_domains

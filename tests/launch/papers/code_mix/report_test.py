@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data import tasks
-from data.code_mix import procedures, skill_sources, skills
+from data.code_mix import procedures, skills
 from launch.config import gin_config
 from launch.evaluation import skills as evaluate_skills
-from launch.papers.code_mix import experiment, judged, report
+from launch.papers.code_mix import experiment, judged, report, skill_sources
 from launch.papers.code_mix.experiment import ANSWERS, JUDGED, PHASES, PLAIN, SHARES, Results, wins
 from launch.plots import intervals
 from launch.run import load_run

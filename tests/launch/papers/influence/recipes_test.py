@@ -8,9 +8,8 @@ import gin
 import numpy as np
 import pytest
 
-from data.influence import small_corpus
 from launch.config import gin_config
-from launch.papers.influence import corpus, scoring
+from launch.papers.influence import corpus, scoring, small_corpus
 from launch.sweeping import file
 
 SIZES = {**dict.fromkeys(small_corpus.SIZES, 20), small_corpus.FACT: 40}

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data.instructions import templates
-from data.mov import compositions
-from launch.papers.mov import evaluations, experiment, report, rows
+from launch.papers.mov import compositions, evaluations, experiment, report, rows
 from launch.papers.shared import sweeps
 from trainers.checkpoints import step_dir
 

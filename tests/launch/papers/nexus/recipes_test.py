@@ -8,10 +8,10 @@ import pathlib
 import gin
 import pytest
 
-from data.nexus import lag_domains
 from launch.config import gin_config
 from launch.papers.bam import experiment as bam
 from launch.papers.nexus import experiment as nexus
+from launch.papers.nexus import lag_domains
 from launch.sweeping import file
 
 SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from data.preference import topic_language
 from data.tokenizers import vocabularies
 from launch.inference import generate
-from launch.papers.preference import pairs, recall
+from launch.papers.preference import pairs, recall, topic_language
 from launch.papers.preference.topic_reward import TopicReward
 from trainers.rewards.base import Completion
 

@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from data.preference import topic_language
-from launch.papers.preference import experiment, numbers, pairs, report, rule
+from launch.papers.preference import experiment, numbers, pairs, report, rule, topic_language
 from launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
 from launch.papers.shared import claim as shared_claim
 from launch.sweeping import file

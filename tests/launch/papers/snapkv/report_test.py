@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from data.snapkv import retrieval as task
 from launch.papers.shared import claim
 from launch.papers.snapkv import accuracy as snapkv_accuracy
 from launch.papers.snapkv import attention, experiment, latency, needles, report, results
+from launch.papers.snapkv import retrieval as task
 from model.config import TransformerConfig
 from model.kv_cache.streaming_llm import StreamingLLM
 from model.transformer import Transformer

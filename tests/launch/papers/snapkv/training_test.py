@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.snapkv import retrieval
-from launch.papers.snapkv import experiment, until_answered
+from launch.papers.snapkv import experiment, retrieval, until_answered
 from launch.sweeping import file
 
 

@@ -24,6 +24,8 @@ from data import tasks
 from data.data_source import GeneratedSource
 from model.ranges import Count, Seed
 
+CACHED_AS = "data.preference.topic_language"  # the name by which caches of its data know it
+
 SIZE = 244  # symbols of a language
 SHARED = "abcdefghijklmnopqrstuvwx"  # topics and keys
 MARKS = {"topic": "+", "fact": "?", "other": "-"}

@@ -21,6 +21,8 @@ from data.choices import check_choice
 from data.data_source import GeneratedSource
 from model.ranges import Seed, Size
 
+CACHED_AS = "data.snapkv.retrieval"  # the name by which caches of its data know it
+
 NUM_KEYS = 64
 NUM_VALUES = 16  # of each place in a line
 ANSWER_TOKENS = 4

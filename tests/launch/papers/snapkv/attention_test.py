@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.papers.snapkv import attention
 from model.config import TransformerConfig
 from model.kv_cache.full import FullCache
 from model.kv_cache.pyramidkv import PyramidKV
@@ -18,7 +19,7 @@ from model.transformer import Transformer
 from trainers.decoding.decode import decode
 from trainers.decoding.prefill import prefill
 from trainers.decoding.settings import Settings
-from trainers.snapkv import cache_analysis, replay
+from trainers.snapkv import replay
 
 CONFIG = TransformerConfig(
     vocab_size=13,
@@ -52,13 +53,13 @@ def test_hits_of_a_case_made_by_hand():
     weights_BNQP = jnp.array([[[[0.5, 0.3, 0.0, 0.2], [0.1, 0.0, 0.9, 0.0]]]])
     chosen_BNP = jnp.array([[[True, False, False, True]]])
     # Above 0.15 lie positions 0, 1, 3 of the first query and 2 of the second; 0 and 3 are chosen.
-    found_B2 = cache_analysis.hits(chosen_BNP, weights_BNQP, 0.15)
+    found_B2 = attention.hits(chosen_BNP, weights_BNQP, 0.15)
     assert found_B2.tolist() == [[2, 4]]
 
 
 def test_when_every_position_is_chosen_all_that_is_attended_to_is_hit(recording):
     ends_B = LENGTHS - 2
-    found_WB2 = cache_analysis.window_hits(
+    found_WB2 = attention.hits_by_window(
         recording.layers[0],
         ends_B,
         windows=2,
@@ -76,7 +77,7 @@ def test_when_every_position_is_chosen_all_that_is_attended_to_is_hit(recording)
 def test_weights_are_those_of_a_softmax_by_hand_and_of_real_tokens_alone(recording):
     shown = recording.layers[1]
     at_BQ = LENGTHS[:, None] - jnp.array([[2, 1]])
-    found_BNQP = cache_analysis.attention_weights(shown, at_BQ, 12)
+    found_BNQP = attention.attention_weights(shown, at_BQ, 12)
     for b, length in enumerate(LENGTHS.tolist()):
         for n in range(4):
             for i, at in enumerate((length - 2, length - 1)):
@@ -89,17 +90,17 @@ def test_weights_are_those_of_a_softmax_by_hand_and_of_real_tokens_alone(recordi
 
 def test_top_positions_and_overlap_count_positions():
     votes_BNP = jnp.array([[[1.0, 4.0, 2.0, 3.0], [9.0, 1.0, 8.0, 0.0]]])
-    one = cache_analysis.top_positions(votes_BNP, 2)
+    one = attention.top_positions(votes_BNP, 2)
     assert one.astype(int).tolist() == [[[0, 1, 0, 1], [1, 0, 1, 0]]]
-    other = cache_analysis.top_positions(-votes_BNP, 2)
-    assert cache_analysis.overlap(one, one).tolist() == [1.0]
-    assert cache_analysis.overlap(one, other).tolist() == [0.0]
+    other = attention.top_positions(-votes_BNP, 2)
+    assert attention.overlap(one, one).tolist() == [1.0]
+    assert attention.overlap(one, other).tolist() == [0.0]
     third = one.at[0, 0].set(other[0, 0])  # one head of two in common
-    assert cache_analysis.overlap(one, third).tolist() == [0.5]
+    assert attention.overlap(one, third).tolist() == [0.5]
 
 
 def test_held_positions_leave_out_empty_slots_and_what_is_past_the_prefix():
-    held = cache_analysis.held_positions(jnp.array([[[4, -1, 0, 2]]]), 4)
+    held = attention.held_positions(jnp.array([[[4, -1, 0, 2]]]), 4)
     assert held.astype(int).tolist() == [[[1, 0, 1, 0]]]
 
 

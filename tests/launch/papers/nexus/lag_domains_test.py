@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from data import tasks
-from data.nexus import lag_domains
-from data.nexus.lag_domains import DOMAINS, KIN, LAGS, SUCCESSORS, SYMBOLS, Domain
 from data.stream import stream
 from data.tokenizers import vocabularies
+from launch.papers.nexus import lag_domains
+from launch.papers.nexus.lag_domains import DOMAINS, KIN, LAGS, SUCCESSORS, SYMBOLS, Domain
 
 TABLE_ENTROPY = -sum(p * np.log(p) for p in SUCCESSORS)
 

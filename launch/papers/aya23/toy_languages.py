@@ -31,6 +31,8 @@ from data import tasks
 from data.data_source import GeneratedSource
 from model.ranges import Seed, Size
 
+CACHED_AS = "data.aya23.toy_languages"  # the name by which caches of its data know it
+
 NOUNS, ADJECTIVES, VERBS = 24, 16, 20
 CONCEPTS = NOUNS + ADJECTIVES + VERBS
 STOCK = 200  # words of all languages
@@ -269,7 +271,7 @@ def register(
     """
     if getattr(vocabulary, "symbols", None) != SYMBOLS:
         raise ValueError(
-            "toy_languages.register: the vocabulary must have the symbols of data/aya23/toy_languages.py: include "
+            "toy_languages.register: the vocabulary must have the symbols of launch/papers/aya23/toy_languages.py: include "
             "t5x_configs/data/toy_languages.gin."
         )
     for number in range(LANGUAGES):

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+CACHED_AS = "data.influence.small_corpus"  # the name by which caches of its data know it
+
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;'=()-_"
 LONGEST = 44
 FACT, ADD_ONE, REVERSE, TEXT, BLANK = "fact", "add_one", "reverse", "text", "blank"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch.papers.influence import exact
-from trainers.influence import conjugate, responses
+from trainers.influence import conjugate
 from trainers.influence.conjugate import state_tree
 
 DAMPING = 0.1
@@ -130,9 +130,9 @@ def test_an_optimum_without_weights_is_drawn_again(made, monkeypatch):
 
 
 def test_an_optimisation_that_does_not_converge_is_an_error(made, monkeypatch):
-    monkeypatch.setattr(responses, "_MAX_STEPS", 2)
-    monkeypatch.setattr(responses, "_MAX_POLISHING", 0)
-    with pytest.raises(responses.NoOptimumError, match="The gradient is still"):
+    monkeypatch.setattr(exact, "_MAX_STEPS", 2)
+    monkeypatch.setattr(exact, "_MAX_POLISHING", 0)
+    with pytest.raises(exact.NoOptimumError, match="The gradient is still"):
         made[0].trained(made[0].start_P)
 
 

@@ -23,6 +23,8 @@ from data.code_mix import procedures, skills
 from data.data_source import GeneratedSource
 from model.ranges import Count, Seed
 
+CACHED_AS = "data.code_mix.skill_sources"  # the name by which caches of its data know it
+
 # Share of careless programs among those that write web code, and synth before execution. They forget the same case,
 # which 22 % of their operands have, and are wrong alike: a model that copies the most frequent result would not notice
 # errors that differ from one another. So a fifth of web code is wrong.

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from data import tasks
-from data.aya23 import toy_languages as toy
 from data.tokenizers import vocabularies
+from launch.papers.aya23 import toy_languages as toy
 
 
 def test_languages_of_a_family_share_half_of_their_words_and_no_language_has_a_word_twice():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from data import tasks
-from data.code_mix import procedures, skill_sources, skills
+from data.code_mix import procedures, skills
 from data.stream import stream
 from data.tokenizers import vocabularies
+from launch.papers.code_mix import skill_sources
 
 COUNT = 4000
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.mov import compositions
+from launch.papers.mov import compositions
 
 
 class Letters:

@@ -24,6 +24,8 @@ from data.text import splits
 from data.text.sources import cleaning
 from model.ranges import NonNegative, Seed
 
+CACHED_AS = "data.aya_expanse.lexicon"  # the name by which caches of its data know it
+
 FAMILIES = {"romance": ("es", "it"), "germanic": ("de", "nl"), "slavic": ("cs", "pl")}
 SHARED = "en"
 LANGUAGES = (SHARED, *(code for family in FAMILIES.values() for code in family))

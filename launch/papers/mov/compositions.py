@@ -21,6 +21,8 @@ from data.data_source import GeneratedSource
 from data.instructions.encoding import Form
 from model.ranges import Seed, Size
 
+CACHED_AS = "data.mov.compositions"  # the name by which caches of its data know it
+
 NUM_SYMBOLS, LENGTH = 12, 4
 NUM_HELD_OUT = 12  # compositions
 HELD_OUT_STRINGS = 10  # one string in ten is for validation, the same in all tasks

@@ -18,13 +18,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data import tasks
-from data.aya_expanse import lexicon
 from data.cache import fingerprint
 from data.data_source import GeneratedSource
 from data.languages import parallel
 from data.text.documents import Document
 from data.text.sources import cleaning
+from launch.papers.aya_expanse import lexicon
 from model.ranges import Seed, Size
+
+CACHED_AS = "data.aya_expanse.lexicon_text"  # the name by which caches of its data know it
 
 MIXTURE = "words"
 _MAX_LETTERS = 80  # of a message

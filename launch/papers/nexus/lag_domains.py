@@ -29,6 +29,8 @@ from data import tasks
 from data.data_source import GeneratedSource
 from model.ranges import Count, Seed, Size
 
+CACHED_AS = "data.nexus.lag_domains"  # the name by which caches of its data know it
+
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUV"
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)
 RELATED = 0.7  # share of rows that a related table copies, if its domain has no other share

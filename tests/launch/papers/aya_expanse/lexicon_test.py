@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data.aya_expanse import lexicon, lexicon_text
+from launch.papers.aya_expanse import lexicon, lexicon_text
 
 pytest.importorskip("django")
 

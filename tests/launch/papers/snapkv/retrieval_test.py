@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from data import tasks
-from data.snapkv import retrieval
 from data.stream import stream
+from launch.papers.snapkv import retrieval
 
 LINES = 5
 
