@@ -231,7 +231,10 @@ FULL_BALANCE_LOSS = 0.01  # the paper has no figure, nor whether chosen attentio
 def _full_sweep(data: str) -> ml_collections.ConfigDict:
     arms = {"seed": sweeps.arm(f"{FULL}seed.gin")}
     for domain in FULL_DOMAINS:
-        arms[domain] = sweeps.arm(f"{FULL}specialist_{domain}.gin", parent="seed")
+        others = {name: 0.0 for name in FULL_DOMAINS if name != domain}
+        shares = {domain: 0.9, "web": 0.1, "general": 0.0, **others}
+        settings = {"parent": "seed", "bindings": (f"SHARES={shares!r}",)}
+        arms[domain] = sweeps.arm(f"{FULL}specialist.gin", **settings)
     branches = [f"{domain}={{{domain}}}" for domain in FULL_DOMAINS]
     for arm, (flags, file, bindings, copies) in FULL_MIXTURES.items():
         seeds = [f"general{i}={{seed}}" for i in range(copies)]

@@ -41,11 +41,35 @@ RECIPES = {
     "balanced_to_text": "share_50",
     "code_to_text": "code_markup",
 }
-# Arm -> (recipe, cooldown).
+# Arm -> the recipe before it. The last steps: the rate falls linearly from the last rate of the recipe.
 COOLDOWNS = {
-    "text_only_cooldown": ("text_only", "with"),
-    "balanced_to_text_cooldown": ("balanced_to_text", "with"),
-    "balanced_to_text_cooldown_without_code": ("balanced_to_text", "without"),
+    "text_only_cooldown": "text_only",
+    "balanced_to_text_cooldown": "balanced_to_text",
+    "balanced_to_text_cooldown_without_code": "balanced_to_text",
+}
+_TEXT_WITH_CODE = {"skill_text": 0.9, "skill_web_code": 0.1}
+_COOLDOWN_WITH_CODE = {"skill_text": 0.8, "skill_web_code": 0.1, "skill_synth": 0.1}
+# Arm -> shares of the sources.
+READ = {
+    "share_0": {"skill_text": 1.0},
+    "share_25": {"skill_text": 0.75, "skill_web_code": 0.25},
+    "share_50": {"skill_text": 0.5, "skill_web_code": 0.5},
+    "share_75": {"skill_text": 0.25, "skill_web_code": 0.75},
+    "share_100": {"skill_web_code": 1.0},
+    # Kinds of code beside or in place of web code: markup, questions with code, and verified traces.
+    "code_markup": {"skill_web_code": 0.8, "skill_markup": 0.2},
+    "code_adjacent": {"skill_web_code": 0.85, "skill_adjacent": 0.15},
+    "code_synth": {"skill_web_code": 0.9, "skill_synth": 0.1},
+    "synth": {"skill_synth": 1.0},
+    "balanced_synth": {"skill_text": 0.5, "skill_web_code": 0.45, "skill_synth": 0.05},
+    "text_only": {"skill_text": 1.0},
+    "balanced_only": {"skill_text": 0.5, "skill_web_code": 0.5},
+    "balanced_to_text": _TEXT_WITH_CODE,
+    "code_to_text": _TEXT_WITH_CODE,
+    "balanced_synth_to_text": {"skill_text": 0.9, "skill_web_code": 0.09, "skill_synth": 0.01},
+    "text_only_cooldown": _COOLDOWN_WITH_CODE,
+    "balanced_to_text_cooldown": _COOLDOWN_WITH_CODE,
+    "balanced_to_text_cooldown_without_code": {"skill_text": 1.0},
 }
 # Arms that read as many tokens, earlier phases included, and are compared.
 PHASES = (
@@ -62,12 +86,7 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
     if seeds == "full":
         return _full_sweep(rest)
     parents = {**dict.fromkeys(PHASES[0]), **RECIPES, "balanced_synth_to_text": "balanced_synth"}
-    files = {arm: (arm, parent) for arm, parent in parents.items()}
-    files |= {arm: (f"cooldown_{code}_code", of) for arm, (of, code) in COOLDOWNS.items()}
-    arms = {
-        arm: sweeps.arm(f"{ARMS}{file}.gin", parent=parent, evaluations=_evaluations(arm))
-        for arm, (file, parent) in sorted(files.items())
-    }
+    arms = {arm: _arm(arm, parent) for arm, parent in sorted((parents | COOLDOWNS).items())}
     evaluations = {
         "skills": {"call": "launch.evaluation.skills:evaluate"},
         ANSWERS: {"call": "launch.evaluation.skills:answers"},
@@ -75,8 +94,14 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
 
-def _evaluations(arm: str) -> tuple[str, ...]:
-    return ("skills", ANSWERS) if arm in JUDGED else ("skills",)
+def _arm(name: str, parent: str | None) -> dict:
+    file = "cooldown" if name in COOLDOWNS else "continued" if parent else "base"
+    both_phases = ("TRAIN_TOKENS=4.8e6",) if name in RECIPES and not parent else ()
+    bindings = (*both_phases, f"stream.make_stream.phases=((0, {READ[name]!r}),)")
+    evaluations = ("skills", ANSWERS) if name in JUDGED else ("skills",)
+    return sweeps.arm(
+        f"{ARMS}{file}.gin", bindings=bindings, parent=parent, evaluations=evaluations
+    )
 
 
 GROUPS = ("reasoning", "knowledge", "code")
@@ -180,12 +205,27 @@ def source_name(task: str) -> str:
 
 
 _FULL = "t5x_configs/experiments/code_mix/full/"
-# Recipe -> (file, what it starts from).
-FULL_RECIPES = {
-    "text_only": ("text_only", None),
-    "balanced_only": ("balanced_only", None),
-    "balanced_to_text": ("text_continued", "share_50"),
-    "code_to_text": ("text_continued", "code_markup"),
+FULL_RECIPES = ("text_only", "balanced_only", "balanced_to_text", "code_to_text")
+# Arm of the studies of proportion and quality, 200B tokens -> shares of the sources.
+FULL_READ = {
+    **{
+        f"share_{code}": {"text": round(1 - code / 100, 2), "web_code": code / 100}
+        for code in (0, 25, 50, 75, 90, 100)
+    },
+    "code_markup": {"web_code": 0.8, "markup": 0.2, "text": 0.0},
+    # Code-adjacent text of three kinds.
+    "code_adjacent": {
+        **{"web_code": 0.85, "commits": 0.05, "notebooks": 0.05},
+        **{"stackexchange": 0.05, "text": 0.0},
+    },
+    # Verified synthetic code. The paper's set has 3.2B tokens, which 20B of them read 6.3 times: see epochs/synth in the metrics.
+    "code_synth": {"web_code": 0.9, "synth": 0.1, "text": 0.0},
+    "balanced_synth": {"text": 0.5, "web_code": 0.45, "synth": 0.05},
+}
+# The share of code is distributed over the other sources in proportion.
+COOLDOWN_WITHOUT_CODE = {
+    **{"hq_text": 0.5, "math": 0.25, "instruct": 0.25},
+    **{"text": 0.0, "web_code": 0.0},
 }
 # Arms whose answers are judged: recipes before and after their cooldown, and the one without code.
 FULL_JUDGED = (
@@ -197,14 +237,15 @@ FULL_JUDGED = (
 
 def _full_sweep(text: str) -> ml_collections.ConfigDict:
     data, _, judge = text.partition(",")
-    arms = {f"share_{share}": _full_arm(f"code_{share:03d}") for share in (0, 25, 50, 75, 90, 100)}
-    arms |= {name: _full_arm(name) for name in ("code_markup", "code_adjacent", "code_synth")}
-    arms["balanced_synth"] = _full_arm("balanced_synth")
-    arms |= {name: _full_arm(*settings) for name, settings in FULL_RECIPES.items()}
+    arms = {name: _full_arm("base", shares=shares) for name, shares in FULL_READ.items()}
+    arms["text_only"] = _full_arm("text_only")
+    arms["balanced_only"] = _full_arm("text_only", shares=FULL_READ["share_50"])
+    arms["balanced_to_text"] = _full_arm("text_continued", "share_50")
+    arms["code_to_text"] = _full_arm("text_continued", "code_markup")
     arms["balanced_synth_to_text"] = _full_arm("text_continued", "balanced_synth")
     arms |= {f"{recipe}_cooldown": _full_arm("cooldown", recipe) for recipe in FULL_RECIPES}
     arms["balanced_to_text_cooldown_without_code"] = _full_arm(
-        "cooldown_no_code", "balanced_to_text"
+        "cooldown", "balanced_to_text", COOLDOWN_WITHOUT_CODE
     )
     both = {"share_50", "code_markup", *FULL_RECIPES}
     for name, arm in arms.items():
@@ -223,8 +264,11 @@ def _full_sweep(text: str) -> ml_collections.ConfigDict:
     )
 
 
-def _full_arm(file: str, parent: str | None = None) -> dict:
-    return sweeps.arm(f"{_FULL}{file}.gin", parent=parent)
+def _full_arm(
+    file: str, parent: str | None = None, shares: Mapping[str, float] | None = None
+) -> dict:
+    bindings = None if shares is None else (f"SHARES={shares!r}",)
+    return sweeps.arm(f"{_FULL}{file}.gin", parent=parent, bindings=bindings)
 
 
 def _judged(data: str, judge: str) -> dict[str, dict]:

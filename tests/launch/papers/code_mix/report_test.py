@@ -316,8 +316,9 @@ def test_arms_read_as_many_tokens_with_a_loss(arm, tmp_path):
         f"stream.make_stream.cache_dir={str(tmp_path / 'cache')!r}",
         "TRAIN_TOKENS=60e3",
     )
-    folder = "t5x_configs/experiments/code_mix/cpu"
-    config = gin_config.load([f"{folder}/{arm}.gin"], bindings, entry="launch.train:train")
+    (planned,) = (run for run in file.read(f"{SWEEP}:1") if run.arm == arm)
+    bindings = (*planned.bindings, *bindings)
+    config = gin_config.load(planned.gin_files, bindings, entry="launch.train:train")
     arguments = config.arguments()
     for register in arguments["tasks"]:
         register()
@@ -331,7 +332,9 @@ def test_arms_read_as_many_tokens_with_a_loss(arm, tmp_path):
 
 def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
     def run(arm, *bindings):
+        (planned,) = (run for run in file.read(f"{SWEEP}:1") if run.arm == arm)
         settings = (
+            *planned.bindings,
             f"MODEL_DIR={str(tmp_path / arm)!r}",
             f"skill_sources.register.documents={dict.fromkeys(skill_sources.DOCUMENTS, 64)}",
             "BATCH_SIZE=8",
@@ -343,13 +346,13 @@ def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
             "MLP_WIDTH=16",
             *bindings,
         )
-        file = f"--gin_file=t5x_configs/experiments/code_mix/cpu/{arm}.gin"
-        result = train(file, *(f"--gin.{binding}" for binding in settings))
+        files = (f"--gin_file={name}" for name in planned.gin_files)
+        result = train(*files, *(f"--gin.{binding}" for binding in settings))
         assert result.status == 0, result.err
         return tmp_path / arm
 
     parent = run("share_50", "WARMUP_STEPS=1")
-    child = run("cooldown_with_code", f"INITIAL_CHECKPOINT_PATH={str(parent)!r}")
+    child = run("text_only_cooldown", f"INITIAL_CHECKPOINT_PATH={str(parent)!r}")
     found = evaluate_skills.evaluate(str(child))
     assert {skill: one["problems"] for skill, one in found.items()} == {
         "reasoning": 600,

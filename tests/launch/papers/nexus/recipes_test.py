@@ -60,7 +60,7 @@ def shares(sweep, text):
         phases = {arm: values["stream.make_stream.phases"] for arm, values in found.items()}
         return {arm: dict(ast.literal_eval(value))[0] for arm, value in phases.items()}
     runs = runs_of(sweep, text)  # files say it, one of several arms once
-    firsts = {runs[arm].gin_files: arm for arm in reversed(found)}
+    firsts = {(runs[arm].gin_files, found[arm].get("SHARES")): arm for arm in reversed(found)}
     return {arm: load(runs[arm]).macros["SHARES"] for arm in firsts.values()}
 
 
