@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="paper", required=True, metavar="PAPER")
     for slug in slugs():
-        measure = _module(slug, "measure")
-        _add_flags(commands.add_parser(slug, help=measure.TITLE), measure)
+        experiment = _module(slug, "experiment")
+        _add_flags(commands.add_parser(slug, help=experiment.TITLE), experiment)
     flags = parser.parse_args(argv)
     status = 0
 
@@ -52,21 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def slugs() -> list[str]:
-    """Returns the papers that can be reproduced: the folders of launch/papers with a measure.py and a page.py.
+    """Returns the papers that can be reproduced: the folders of launch/papers with an experiment.py and a report.py.
 
-    measure.py has TITLE, PARTS (name -> description), `run(model_dir, parts, **other flags)` and optionally
+    experiment.py has TITLE, PARTS (name -> description), `run(model_dir, parts, **other flags)` and optionally
     `add_flags(parser)`. If SEEDS, the default number of seeds, is not None, its runs are sweeps, with the flags --seeds,
-    --workers and --minutes. page.py has REPORT, a `shared.page.Report`.
+    --workers and --minutes. report.py has REPORT, a `shared.page.Report`.
     """
-    pages = (page for path in papers.__path__ for page in pathlib.Path(path).glob("*/page.py"))
-    return sorted(page.parent.name for page in pages if page.with_name("measure.py").exists())
+    reports = (one for path in papers.__path__ for one in pathlib.Path(path).glob("*/report.py"))
+    return sorted(one.parent.name for one in reports if one.with_name("experiment.py").exists())
 
 
 def _module(slug: str, name: str) -> Any:
     return importlib.import_module(f"{papers.__name__}.{slug}.{name}")
 
 
-def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
+def _add_flags(parser: argparse.ArgumentParser, experiment: Any) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_dir", metavar="DIR", help="folder of runs and measurements")
     again_help = "run nothing: write the page again from results.json in --out"
@@ -77,11 +77,11 @@ def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=list(measure.PARTS),
-        choices=tuple(measure.PARTS),
-        help=f"{', '.join(measure.PARTS.values())} (default: all)",
+        default=list(experiment.PARTS),
+        choices=tuple(experiment.PARTS),
+        help=f"{', '.join(experiment.PARTS.values())} (default: all)",
     )
-    if (seeds := measure.SEEDS) is not None:
+    if (seeds := experiment.SEEDS) is not None:
         number = {"type": int, "metavar": "N"}
         seeds_help = f"seeds of each arm (default: {seeds})"
         parser.add_argument("--seeds", default=seeds, help=seeds_help, **number)
@@ -90,8 +90,8 @@ def _add_flags(parser: argparse.ArgumentParser, measure: Any) -> None:
         )
         minutes_help = "stop the sweeps after so many minutes; the same command continues them"
         parser.add_argument("--minutes", type=float, metavar="M", help=minutes_help)
-    if hasattr(measure, "add_flags"):
-        measure.add_flags(parser)
+    if hasattr(experiment, "add_flags"):
+        experiment.add_flags(parser)
 
 
 def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -100,11 +100,11 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     settings = vars(flags).copy()
     slug, out = settings.pop("paper"), pathlib.Path(settings.pop("out"))
-    report = _module(slug, "page").REPORT
+    report = _module(slug, "report").REPORT
     try:
         if settings.pop("again"):
             for name, default in (
-                ("seeds", _module(slug, "measure").SEEDS),
+                ("seeds", _module(slug, "experiment").SEEDS),
                 ("workers", 1),
                 ("minutes", None),
             ):
@@ -115,7 +115,7 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
             # The page has a command for everyone: where the runs lie on this machine is left out.
             words = re.sub(r"--model_dir[= ]\S+", f"--model_dir=runs/{slug}", " ".join(arguments))
             facts = _facts(report.claims, pathlib.Path(flags.model_dir), words)
-            measured = _module(slug, "measure").run(**settings)
+            measured = _module(slug, "experiment").run(**settings)
     except sweeps.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return cli.INTERRUPTED

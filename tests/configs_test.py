@@ -382,7 +382,7 @@ def test_what_a_data_file_requires_is_asked_for(name):
     assert all(f"'{macro}' is required" in str(raised.value) for macro in macros)
 
 
-# What an arm of a sweep has beside an experiment's file, such as launch/papers/preference/sweep.py; batches of which eight
+# What an arm of a sweep has beside an experiment's file, such as launch/papers/preference/experiment.py; batches of which eight
 # devices have equal parts.
 _PAIRS = ["PAIRS='x.jsonl'", "PAIRS_VALIDATION='y.jsonl'", "INITIAL_CHECKPOINT_PATH='/tmp/sft'"]
 _BASE = ["t5x_configs/models/tiny.gin", "t5x_configs/experiments/aya_expanse/vocabulary_base.gin"]

@@ -208,8 +208,8 @@ LEVELS = {
         ("data_source", "languages", "stream", "text", "tokenizers.vocabularies"),
         ("tasks", "text.user_data", "vision"),
         (
-            *("aya23", "aya_expanse", "chats", "code_mix", "distillation", "influence"),
-            *("instructions", "mov", "nexus", "preference", "prompts", "snapkv", "t5"),
+            *("aya23", "aya_expanse", "chats", "code_mix", "distillation", "instructions"),
+            *("nexus", "preference", "prompts", "t5"),
         ),
     ),
     "launch": (

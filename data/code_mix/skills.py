@@ -1,4 +1,4 @@
-"""Skills that generated text and code teach (data/code_mix/skill_sources.py), and problems that test them.
+"""Skills that generated text and code teach (launch/papers/code_mix/skill_sources.py), and problems that test them.
 
   knowledge   facts about invented people: a few frequent, most of them rare
   reasoning   problems in words: shift, reverse or sort the digits of an operand

@@ -13,7 +13,7 @@ from typing import Any
 
 from gin import config_parser
 
-from launch.config import model_file
+from launch.config import model_file, moved
 from launch.config.model_file import ModelFileError
 from launch.input_errors import shortened
 
@@ -199,7 +199,7 @@ def find(path: str, search_paths: Sequence[str]) -> str | None:
 
 
 def read(path: str) -> str:
-    """Returns the text of a gin file; of a model.json the equal gin text.
+    """Returns the text of a gin file, which may import moved modules by former names; of a model.json the equal gin text.
 
     The config.gin of a run says how its vocabulary was made, perhaps from files that have changed or are elsewhere. Where
     the run's directory has the vocabulary itself, the text ends with bindings that use it.
@@ -209,7 +209,7 @@ def read(path: str) -> str:
     """
     if model_file.is_model_file(path):
         return model_file.read(path).gin()
-    text = pathlib.Path(path).read_text("utf-8")
+    text = moved.renamed(pathlib.Path(path).read_text("utf-8"))
     folder, name = os.path.split(path)
     if name == RUN_CONFIG and os.path.isfile(os.path.join(folder, VOCABULARY_RECORD)):
         text += _OWN_VOCABULARY.format(folder=folder or ".")

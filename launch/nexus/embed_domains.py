@@ -1,6 +1,6 @@
 """Embeds domains of data by their documents, so that a router can place experts of them (Nexus, 2408.15901).
 
-Example, of domains that are generated (data/nexus/lag_domains.py), and one that is added later:
+Example, of domains that are generated (launch/papers/nexus/lag_domains.py), and one that is added later:
 
   python -m launch.prepare embed_domains --gin_file=t5x_configs/data/lag_domains.gin --output=/tmp/domains.json \\
     --domain general=task:lag_general --domain four=task:lag_4 --domain seven=task:lag_7

@@ -135,7 +135,7 @@ def test_a_step_is_compiled_ahead_and_its_flops_are_found():
 
 
 def test_the_sweep_has_every_arm_at_two_rates():
-    runs = file.read("launch/papers/low_rank/vision_sweep.py:2")
+    runs = file.read("launch/papers/low_rank/experiment.py:vision,2")
     kinds = {run.kind for run in runs}
     assert len(kinds) == 2 * (1 + 3) and len(runs) == 2 * len(kinds)
     assert {"dense", "dense_half", "spectral_ones_frobenius_full", "spectral_l2_half"} <= kinds

@@ -32,7 +32,7 @@ def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
 
 def _requests(name: str) -> list[tuple[str, str, str]]:
     """Returns (kind with the format, prompt, answer) of held-out instructions."""
-    from data.aya23 import toy_languages
+    from launch.papers.aya23 import toy_languages
 
     out = []
     for source in toy_languages.instructions(1, 0):

@@ -5,12 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
-from launch.papers.aya_expanse.arms import (
+from launch.papers.aya_expanse import lexicon
+from launch.papers.aya_expanse.experiment import (
+    BETAS,
     DIVERGENCE,
+    HARMFUL,
     OFFLINE_FIRST,
     ONLINE_ONLY,
     REWARD,
+    ROUTINGS,
+    SIX,
     STAGES,
     Runs,
     S,
@@ -18,7 +22,6 @@ from launch.papers.aya_expanse.arms import (
     won,
 )
 from launch.papers.aya_expanse.small_pool import NOISES
-from launch.papers.aya_expanse.small_sweep import BETAS, HARMFUL, ROUTINGS, SIX
 from launch.plots import panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
+from launch.papers.aya_expanse import lexicon
 from launch.papers.aya_expanse.small_pool import DEVIATION, NEW_TOKENS
 from launch.run import load_run
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
 from data.aya_expanse.prompts import Prompt
+from launch.papers.aya_expanse import lexicon
 
 DEVIATION = 0.1  # of the reward's noise
 NOISES = (0.0, 0.1, 0.3, 1.0, 10.0)  # deviations at which routing by reward is measured

@@ -1,6 +1,6 @@
 """The stages of the small experiment that train nothing: requests, the pool's answers by routing, and the search of weights.
 
-launch/papers/aya_expanse/small_sweep.py calls it:
+launch/papers/aya_expanse/experiment.py calls it:
 
   python -m launch.papers.aya_expanse.small_stage requests --seed=90 --to=DIR
   python -m launch.papers.aya_expanse.small_stage pool --requests=DIR --runs A B C --seed=90 --to=DIR
@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import lexicon
 from launch import cli
-from launch.papers.aya_expanse import small_pool
+from launch.papers.aya_expanse import lexicon, small_pool
 from launch.papers.aya_expanse.small_pool import write
 
 # Requests of each split in every language.

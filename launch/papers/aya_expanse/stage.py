@@ -1,11 +1,15 @@
 """The stages of the recipe that train nothing: prompts by cluster, arbitrage, merging, and indicators by round.
 
-launch/papers/aya_expanse/sweep.py calls it; RECIPE is its recipe.yaml:
+launch/papers/aya_expanse/recipe.py calls it; RECIPE is its recipe.yaml:
 
   python -m launch.papers.aya_expanse.stage prompts --recipe=RECIPE --to=DIR
   python -m launch.papers.aya_expanse.stage arbitrage --recipe=RECIPE --prompts=DIR --runs A B --to=DIR
   python -m launch.papers.aya_expanse.stage merge --recipe=RECIPE --runs A B --to=RUN
   python -m launch.papers.aya_expanse.stage rounds --recipe=RECIPE --runs A B C --to=DIR
+
+Indicators of over-optimisation by language are what a reward and an independent judge say of the models of each round. The reward
+that a policy is trained on rises by construction. It is trusted as long as a judge that the policy is not trained on agrees, answers
+do not only become longer, and they stay in their language.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.text.documents import DataError
 from launch import cli
 from launch.papers.aya_expanse import recipe as recipes
 from launch.papers.aya_expanse.recipe import Recipe
@@ -90,7 +95,6 @@ def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
 
 def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Compares the runs, in the order of the rounds, on the held-out prompts."""
-    from data.aya_expanse import rounds
 
     names = [f"{number}_{_name(run)}" for number, run in enumerate(flags.runs)]
     judge = recipe.judge or recipe.reward
@@ -98,10 +102,10 @@ def _rounds(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None
         _route(recipe, flags.runs, recipe.held_out, to, kind, names=names, temperature=0.0)["table"]
         for kind in (judge, recipe.reward)  # the files of the last one stay
     ]
-    rows = rounds.indicators(names, tables[1], tables[0])
+    rows = indicators(names, tables[1], tables[0])
     (to / f"{INDICATORS}.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    (to / f"{INDICATORS}.md").write_text(rounds.markdown(rows), "utf-8")
-    print(rounds.markdown(rows), end="")
+    (to / f"{INDICATORS}.md").write_text(markdown(rows), "utf-8")
+    print(markdown(rows), end="")
 
 
 def _route(
@@ -183,6 +187,76 @@ def _by_cluster(
 
 
 _STAGES = {"prompts": _prompts, "arbitrage": _arbitrage, "merge": _merge, "rounds": _rounds}
+
+
+WRONG_LANGUAGE, CUT = "wrong language", "cut"
+
+
+def indicators(
+    rounds: Sequence[str], reward: Sequence[Mapping[str, Any]], judge: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns a row for each language and round.
+
+    Args:
+      rounds: names of the models, as teachers of a pool, from the first to the last.
+      reward, judge: rows of `outputs.table` of the same answers, rewarded by the policy's reward and by the judge.
+
+    Returns:
+      Rows with 'language', 'round', 'reward' and 'judge' (means), 'new_tokens' (mean), 'wrong_language' and 'cut' (shares
+      of the answers), and 'over_optimised': whether the reward rose from the round before while the judge's fell; None in
+      the first round.
+
+    Raises:
+      DataError: a round has no row in a language.
+    """
+    by_reward, by_judge = (
+        {(row["language"], row["teacher"]): row for row in rows} for rows in (reward, judge)
+    )
+    made = []
+    for language in dict.fromkeys(row["language"] for row in reward):
+        before: dict[str, Any] | None = None
+        for name in rounds:
+            try:
+                own, judged = by_reward[language, name], by_judge[language, name]
+            except KeyError:
+                raise DataError(f"There is no answer of {name!r} in {language!r}") from None
+            row = {
+                "language": language,
+                "round": name,
+                "reward": own["reward"],
+                "judge": judged["reward"],
+                "new_tokens": own["new_tokens"],
+                "wrong_language": own.get(WRONG_LANGUAGE, 0) / own["asked"],
+                "cut": own.get(CUT, 0) / own["asked"],
+                "over_optimised": None,
+            }
+            if before is not None:
+                values = [x[key] for key in ("reward", "judge") for x in (before, row)]
+                if None not in values:
+                    rose, fell = values[1] > values[0], values[3] < values[2]
+                    row["over_optimised"] = rose and fell
+            made.append(row)
+            before = row
+    return made
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the indicators as a table in Markdown."""
+    titles = list(rows[0]) if rows else []
+    lines = [f"| {' | '.join(title.replace('_', ' ') for title in titles)} |"]
+    lines.append(f"|{'---|' * len(titles)}")
+    for row in rows:
+        lines.append(f"| {' | '.join(_cell(row[title]) for title in titles)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:.4g}"
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -16,7 +16,6 @@ from launch.evaluation.judges.answers import Answer, System
 from launch.evaluation.judges.base import Question
 from launch.evaluation.judges.reward import RewardJudge
 
-EVALUATION = "answers"  # the sweep's name of `launch.code_mix.skills:answers`
 SHARES = ("win", "tie", "loss")
 
 

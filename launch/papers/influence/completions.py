@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.influence.small_corpus import Document, Query
+from launch.papers.influence.small_corpus import Document, Query
 from launch.run.loaded_run import LoadedRun
 from trainers.influence import conjugate, documents
 from trainers.scoring.scoring import Row

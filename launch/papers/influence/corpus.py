@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from data.influence import small_corpus
-from data.influence.small_corpus import Document
 from launch import cli
 from launch.inference import row_files
+from launch.papers.influence import small_corpus
+from launch.papers.influence.small_corpus import Document
 
 HALVES = 32
 DOCUMENTS, HELD_OUT, QUERIES, SUBSETS = (

@@ -42,8 +42,8 @@ from typing import Any
 
 import numpy as np
 
-from data.influence import small_corpus
 from launch import cli
+from launch.papers.influence import small_corpus
 
 FACTS, EXAMPLES = 60, 90  # documents: of facts, and of each procedure
 ASKED, ASKED_EXAMPLES = 20, 10  # queries: for facts, and for each procedure

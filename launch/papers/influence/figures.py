@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from data.influence import small_corpus
-from launch.papers.influence import scoring, statistics
-from launch.papers.influence.arms import GROUPS, METHODS, Seeds
+from launch.papers.influence import scoring, small_corpus, statistics
+from launch.papers.influence.experiment import GROUPS, METHODS, Seeds
 from launch.plots import heat_maps, panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from data.influence.small_corpus import Query
 from launch import cli
 from launch.papers.influence import completions, corpus, scoring, statistics
+from launch.papers.influence.small_corpus import Query
 
 RECORD = "losses.json"
 DRAWS = 50  # of random scores: one draw's agreement with the losses is chance

@@ -41,9 +41,9 @@ from typing import Any
 
 import numpy as np
 
-from data.influence.small_corpus import FACT, PROCEDURES, Document, Query
 from launch.attribution import similarity
 from launch.papers.influence import completions, corpus, statistics
+from launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
 from launch.run.loaded_run import LoadedRun
 from trainers.influence import conjugate, kronecker, lexical, projections, queries, scores
 from trainers.influence import fit as stages

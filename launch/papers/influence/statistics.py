@@ -9,8 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from data.influence import small_corpus
-from data.influence.small_corpus import FACT, GROUPS, PROCEDURES, Document, Query, source_code
+from launch.papers.influence import small_corpus
+from launch.papers.influence.small_corpus import (
+    FACT,
+    GROUPS,
+    PROCEDURES,
+    Document,
+    Query,
+    source_code,
+)
 from trainers.influence import measures
 
 TOP = 20  # documents that are searched for answers, and whose sources are counted

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.low_rank import sweep as lm
-from launch.papers.low_rank import vision_sweep as vision
-from launch.papers.low_rank.arms import Results, arm_name
+from launch.papers.low_rank import experiment
+from launch.papers.low_rank.experiment import Results, arm_name
 from launch.plots import intervals
 from launch.plots.panels import (
     BLUE,
@@ -69,15 +68,17 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _ranks(results: Results) -> Any:
-    if not results.has("dense", *(lm.arm(i, r) for i in lm.INITS for r in lm.RANKS)):
+    if not results.has(
+        "dense", *(experiment.arm(i, r) for i in experiment.INITS for r in experiment.RANKS)
+    ):
         return None
     figure, (axes,) = panels(1, (7.5, 4.2))
-    for i, rank in enumerate(lm.RANKS):
+    for i, rank in enumerate(experiment.RANKS):
         for j, (init, (colour, label)) in enumerate(_INIT_STYLE.items()):
-            values = results.values(lm.arm(init, rank), "perplexity")
+            values = results.values(experiment.arm(init, rank), "perplexity")
             dots(axes, i + 1 + (j - 1) * 0.25, values, colour, "" if i else label)
     dots(axes, 0, results.values("dense", "perplexity"), "black", "dense")
-    names = ["dense", *(f"rank {rank} of the\nsmaller side" for rank in lm.RANKS)]
+    names = ["dense", *(f"rank {rank} of the\nsmaller side" for rank in experiment.RANKS)]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("perplexity")
     legend_below(figure, axes, 4)
@@ -90,17 +91,20 @@ def _profile(results: Results, arm: str, when: str) -> np.ndarray:
 
 
 def _spectra(results: Results) -> Any:
-    arms = ["spectral", *(lm.decayed(k, "full", w) for k in lm.DECAYS for w in lm.WEIGHTS)]
+    arms = [
+        "spectral",
+        *(experiment.decayed(k, "full", w) for k in experiment.DECAYS for w in experiment.WEIGHTS),
+    ]
     runs = [row for arm in arms for row in results.find(arm).values()]
     if not results.has(*arms) or not all(row["last_profile"] for row in runs):
         return None
-    figure, axes = panels(len(lm.WEIGHTS), (11, 4.4), share_y=True)
+    figure, axes = panels(len(experiment.WEIGHTS), (11, 4.4), share_y=True)
     start = _profile(results, "spectral", "first_profile")
     index = np.arange(1, len(start) + 1)
-    for weight, one in zip(lm.WEIGHTS, axes, strict=True):
+    for weight, one in zip(experiment.WEIGHTS, axes, strict=True):
         one.plot(index, start, color="black", ls=":", lw=2, label="start")
         for kind, (colour, marker) in _DECAY_STYLE.items():
-            values = _profile(results, lm.decayed(kind, "full", weight), "last_profile")
+            values = _profile(results, experiment.decayed(kind, "full", weight), "last_profile")
             style = {"color": colour, "marker": marker, "ms": 4, "markevery": 4, "lw": 2}
             one.plot(index, values, label=f"end, {_DECAY_NAMES[kind]}", **style)
         one.set_title(f"lambda {weight}", fontsize=10)
@@ -111,13 +115,17 @@ def _spectra(results: Results) -> Any:
 
 
 def _effective_rank(results: Results) -> Any:
-    grid = [lm.decayed(kind, "full", weight) for kind in lm.DECAYS for weight in lm.WEIGHTS]
+    grid = [
+        experiment.decayed(kind, "full", weight)
+        for kind in experiment.DECAYS
+        for weight in experiment.WEIGHTS
+    ]
     if not results.has("spectral", *grid) or not results.values("spectral", "effective_rank").size:
         return None
-    figure, axes = panels(len(lm.WEIGHTS), (10, 4.2), share_y=True)
-    for weight, one in zip(lm.WEIGHTS, axes, strict=True):
+    figure, axes = panels(len(experiment.WEIGHTS), (10, 4.2), share_y=True)
+    for weight, one in zip(experiment.WEIGHTS, axes, strict=True):
         for kind, (colour, _) in _DECAY_STYLE.items():
-            runs = results.find(lm.decayed(kind, "full", weight)).values()
+            runs = results.find(experiment.decayed(kind, "full", weight)).values()
             curves = [{r["step"]: r["effective_rank"] for r in row["spectrum"]} for row in runs]
             _curves(one, curves, color=colour, label=_DECAY_NAMES[kind])
         one.set_title(f"lambda {weight}", fontsize=10)
@@ -139,15 +147,23 @@ def _curves(
 
 
 def _explanations(results: Results) -> Any:
-    kinds = {kind: [*(("none", ""),), *((kind, w) for w in lm.WEIGHTS)] for kind in lm.DECAYS}
-    arms = [lm.decayed(k, rate, w) for rate in lm.RATES for line in kinds.values() for k, w in line]
+    kinds = {
+        kind: [*(("none", ""),), *((kind, w) for w in experiment.WEIGHTS)]
+        for kind in experiment.DECAYS
+    }
+    arms = [
+        experiment.decayed(k, rate, w)
+        for rate in experiment.RATES
+        for line in kinds.values()
+        for k, w in line
+    ]
     if not all(results.values(arm, n).size for arm in arms for n in ("perplexity", *_CAUSES)):
         return None
     figure, axes = panels(2, (12, 4.8), share_y=True)
     for one, (cause, words) in zip(axes, _CAUSES.items(), strict=True):
-        for (kind, line), rate in itertools.product(kinds.items(), lm.RATES):
+        for (kind, line), rate in itertools.product(kinds.items(), experiment.RATES):
             colour, marker = _DECAY_STYLE[kind]
-            names = [lm.decayed(k, rate, w) for k, w in line]
+            names = [experiment.decayed(k, rate, w) for k, w in line]
             x, y = (
                 [results.values(name, score).mean() for name in names]
                 for score in (cause, "perplexity")
@@ -167,11 +183,11 @@ def _warm_start(results: Results) -> Any:
     arms = {
         "dense": ("black", "-", "dense"),
         "spectral": (BLUE, "-", "factors from the start"),
-        lm.decayed("none", "half"): (BLUE, "--", "the same, half the rate"),
-        lm.warm("full"): (RED, "-", "dense, then factors"),
-        lm.warm("half"): (RED, "--", "the same, half the rate"),
-        lm.ratio_arm("full"): (GREEN, "-", "factors, smaller ranks"),
-        lm.warm("full", "_ratio"): (PURPLE, "-", "dense, then factors, smaller ranks"),
+        experiment.decayed("none", "half"): (BLUE, "--", "the same, half the rate"),
+        experiment.warm("full"): (RED, "-", "dense, then factors"),
+        experiment.warm("half"): (RED, "--", "the same, half the rate"),
+        experiment.ratio_arm("full"): (GREEN, "-", "factors, smaller ranks"),
+        experiment.warm("full", "_ratio"): (PURPLE, "-", "dense, then factors, smaller ranks"),
     }
     if not results.has("dense_start", *arms):
         return None
@@ -204,16 +220,18 @@ def _warm_start(results: Results) -> Any:
 
 def _images(results: Results) -> Any:
     arms = [
-        (vision.arm(init, kind, rate), rate, _DECAY_STYLE[kind][0])
-        for init, kind in vision.FACTORS
-        for rate in vision.RATES
+        (experiment.image_arm(init, kind, rate), rate, _DECAY_STYLE[kind][0])
+        for init, kind in experiment.IMAGE_FACTORS
+        for rate in experiment.IMAGE_RATES
     ]
-    if not results.has(*map(vision.dense, vision.RATES), *(arm for arm, *_ in arms)):
+    if not results.has(
+        *map(experiment.image_dense, experiment.IMAGE_RATES), *(arm for arm, *_ in arms)
+    ):
         return None
     figure, (left, right) = panels(2, (12, 3.4))
     gaps, ranks = [], []
     for arm, rate, colour in arms:
-        ones, dense = results.paired("accuracy", arm, vision.dense(rate))
+        ones, dense = results.paired("accuracy", arm, experiment.image_dense(rate))
         differences = 100 * (ones - dense)
         gaps.append((arm_name(arm), differences, intervals.student(differences), colour))
         values = results.values(arm, "effective_rank")
@@ -224,9 +242,13 @@ def _images(results: Results) -> Any:
         axes.grid(visible=True, axis="x", alpha=0.25)
         axes.grid(visible=False, axis="y")
     left.axvline(0, color="black", lw=0.8)
-    means = [100 * results.values(vision.dense(rate), "accuracy").mean() for rate in vision.RATES]
+    means = [
+        100 * results.values(experiment.image_dense(rate), "accuracy").mean()
+        for rate in experiment.IMAGE_RATES
+    ]
     dense = ", ".join(
-        f"{mean:.1f} at the {rate} rate" for mean, rate in zip(means, vision.RATES, strict=True)
+        f"{mean:.1f} at the {rate} rate"
+        for mean, rate in zip(means, experiment.IMAGE_RATES, strict=True)
     )
     left.set_xlabel(f"accuracy in points above dense ({dense})", fontsize=9)
     right.set_xlabel("effective rank at the end", fontsize=9)

@@ -1,76 +1,405 @@
-"""`launch.report --spectra`: the singular values of runs' factorised matrices, over training, and at its start and end."""
+"""The claims of low-rank training and how each is measured, on language (L) and on images (V), with the page.
 
-import pathlib
+Arms of the same seed share their data, their order and the part of their initialisation that does not depend on the
+arm, so that they are compared in pairs.
+"""
+
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panels
-from launch.run import metric_rows
+from launch.papers.low_rank import experiment
+from launch.papers.low_rank.experiment import PLACES, Results, arm_name
+from launch.papers.low_rank.figures import figures
+from launch.papers.shared import claim, page
+from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from launch.papers.shared.page import Prose
+from launch.papers.shared.results import compare
+from launch.plots import intervals
 
-FLAG = "spectra"
-HELP = (
-    "run directories with spectra (t5x_configs/methods/low_rank/spectrum.gin): draws the singular values of their "
-    "factorised matrices"
-)
-_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
-_POINTS = 100  # of a drawn spectrum
+SAME = 5  # % of spectral's perplexity: how much the singular values of the start may change it
+NO_WORSE = 1  # % of perplexity
+CLOSE = 0.02  # of accuracy: the gap to dense that may remain
+EQUAL = 0.01  # of accuracy
+_PERPLEXITY, _RANK, _STEP = "perplexity", "effective_rank", "effective_step"
+_DRAWN = experiment.INITS[1:]
+_SMALLER = min(experiment.RANKS)
+_DECAYS = [
+    (experiment.decayed("frobenius", rate, weight), experiment.decayed("l2", rate, weight))
+    for weight, rate in itertools.product(experiment.WEIGHTS, experiment.RATES)
+]
+_IMAGE_DECAYS = [
+    (
+        experiment.image_arm("spectral", "frobenius", rate),
+        experiment.image_arm("spectral", "l2", rate),
+    )
+    for rate in experiment.IMAGE_RATES
+]
+_CLOSE = [
+    (experiment.image_arm(init, "frobenius", rate), experiment.image_dense(rate))
+    for init, rate in itertools.product(_DRAWN, experiment.IMAGE_RATES)
+]
 
 
-def report(directories: Sequence[str], out: pathlib.Path) -> str:
-    """Writes spectra.png, with a line for each run, into the folder `out`.
+def same(runs: Results, where: str) -> list[Effect]:
+    """Compares spectral ones with spectral at every rank, within a tolerance."""
+    pairs = [
+        (experiment.arm("spectral_ones", rank), experiment.arm("spectral", rank))
+        for rank in experiment.RANKS
+    ]
+    bounds = {"above": -SAME, "below": SAME, "relative": True}
+    return compare(_PERPLEXITY, *pairs, **bounds)(runs, where)
 
-    Raises:
-      FileNotFoundError: a run has no spectra.
-      ValueError: more runs than colours that can be distinguished.
+
+def order(cause: str, **bounds: float) -> Measure:
+    """Returns a measure of how a property of runs orders L2 and Frobenius decay of one lambda and rate.
+
+    It is Kendall's tau of the property with quality, over the pairs of a rate: 1 where more of it is always better, -1
+    where less is.
     """
-    from trainers.low_rank import spectrum
 
-    runs = metric_rows.named(directories)
-    if len(runs) > len(_COLOURS):
-        raise ValueError(f"--spectra draws {len(_COLOURS)} runs at most, not {len(runs)}.")
-    figure, (ranks, steps, values) = panels(3, (14, 4.4))
-    for (name, directory), colour in zip(runs.items(), _COLOURS, strict=False):
-        if not pathlib.Path(directory, spectrum.FILE).exists():
-            raise FileNotFoundError(
-                f"{directory} has no {spectrum.FILE}: train it with t5x_configs/methods/low_rank/spectrum.gin."
-            )
-        readings = spectrum.read(directory)
-        at = [line["step"] for line in readings]
-        matrices = [_matrices(line) for line in readings]
-        summaries = [
-            spectrum.summary(some, line["learning_rate"])
-            for some, line in zip(matrices, readings, strict=True)
+    def measure(runs: Results, where: str) -> list[Effect]:
+        return [
+            effect
+            for rate in experiment.RATES
+            for effect in _order(runs, where, cause, rate, bounds)
         ]
-        style = {"color": colour, "marker": "."}
-        ranks.plot(at, [x["effective_rank"] for x in summaries], label=name, **style)
-        # A rate of 0, before the first update of a warm-up, has no place on a logarithmic axis.
-        steps.plot(at, [x["effective_step"] or np.nan for x in summaries], **style)
-        for some, line_style in ((matrices[0], "--"), (matrices[-1], "-")):
-            values.plot(np.linspace(0, 1, _POINTS), _profile(some), line_style, color=colour, lw=2)
-    ranks.set(xlabel="updates", ylabel="nuclear over operator norm", title="effective rank")
-    steps.set(xlabel="updates", ylabel="rate over mean |W|²", title="effective step", yscale="log")
-    values.set(
-        xlabel="index over rank",
-        ylabel="singular value over the largest",
-        title="spectrum: first reading dashed, last solid",
-        ylim=(0, 1.02),
+
+    return measure
+
+
+def _order(
+    runs: Results, where: str, cause: str, rate: str, bounds: Mapping[str, float]
+) -> list[Effect]:
+    arms = [
+        experiment.decayed(kind, rate, weight)
+        for weight in experiment.WEIGHTS
+        for kind in experiment.DECAYS
+    ]
+    causes, scores = (runs.by_seed(name, *arms) for name in (cause, _PERPLEXITY))
+    seeds = sorted(set(causes) & set(scores))
+    if not seeds:
+        return []
+    size = len(experiment.DECAYS)
+    within = {
+        seed: float(
+            np.mean(
+                [
+                    _tau(causes[seed][at : at + size], scores[seed][at : at + size])
+                    for at in range(0, len(arms), size)
+                ]
+            )
+        )
+        for seed in seeds
+    }
+    pooled = np.mean([_tau(causes[seed], scores[seed]) for seed in seeds])
+    return [
+        Effect(
+            where=where,
+            what=f"Kendall's tau of {arm_name(cause)} and quality within a lambda, {rate} rate",
+            by_seed=within,
+            note=f"over all {len(arms)} decays {pooled:.2f}; {_across_rates(runs, cause)}",
+            digits=2,
+            **bounds,
+        )
+    ]
+
+
+def _tau(causes: Sequence[float], perplexities: Sequence[float]) -> float:
+    """Returns Kendall's tau of a cause and quality, which is less perplexity."""
+    pairs = itertools.combinations(zip(causes, perplexities, strict=True), 2)
+    return float(
+        np.mean([np.sign(one[0] - two[0]) * np.sign(two[1] - one[1]) for one, two in pairs])
     )
-    figure.legend(frameon=False, ncols=len(runs), loc="outside lower center")
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "spectra.png", dpi=130)
-    return f"spectra.png is in {out}"
 
 
-def _matrices(line: Mapping[str, Any]) -> list[np.ndarray]:
-    return [np.asarray(row) for rows in line["layers"].values() for row in rows]
+def _across_rates(runs: Results, cause: str) -> str:
+    """Returns how often the one of both rates with more of a cause is better, of one decay, as text."""
+    arms = [("none", ""), *itertools.product(experiment.DECAYS, experiment.WEIGHTS)]
+    won = []
+    for kind, weight in arms:
+        pair = [experiment.decayed(kind, rate, weight) for rate in experiment.RATES]
+        causes, scores = (runs.by_seed(name, *pair) for name in (cause, _PERPLEXITY))
+        won += [_tau(causes[seed], scores[seed]) > 0 for seed in set(causes) & set(scores)]
+    return f"of one decay's two rates, the one with more of it is better in {sum(won)} of {len(won)} pairs"
 
 
-def _profile(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns singular values over the largest, a mean over matrices of any rank; zeros for a matrix that is zero."""
-    at = np.linspace(0, 1, _POINTS)
-    return np.mean(
-        [np.interp(at, np.linspace(0, 1, len(row)), row / (row.max() or 1.0)) for row in matrices],
-        axis=0,
+def times(measured: Mapping[str, Any], where: str) -> list[Effect]:
+    """Compares the time of a step with the dense model's where all factors are smaller than their matrices."""
+    return [
+        Effect(
+            where=where,
+            what=f"time of a step over dense's, {arm_name(arm)}",
+            by_seed=dict(enumerate(map(float, experiment.time_ratios(measured, arm)))),
+            below=1.0,
+            note="by round, in turns",
+        )
+        for arm in experiment.SMALLER
+        if arm in measured["seconds"]
+    ]
+
+
+def halved(runs: Results, where: str) -> list[Effect]:
+    """Compares half the learning rate with the full one on images."""
+    out = []
+    for init, kind in experiment.IMAGE_FACTORS:
+        half, full = (experiment.image_arm(init, kind, rate) for rate in ("half", "full"))
+        effects = runs.gain(where, "accuracy", half, full, above=-EQUAL)
+        steps = runs.paired(_STEP, half, full)
+        if effects and len(steps[0]):
+            note = f"{effects[0].note}; its effective step is {np.mean(steps[0] / steps[1]):.2f} of the full rate's"
+            effects = [dataclasses.replace(effects[0], note=note)]
+        out += effects
+    return out
+
+
+CLAIMS = (
+    RequiredClaim(
+        "L1",
+        "No model that is factorised from the start reaches the dense one",
+        f"dense has the better perplexity than each start, at rank {experiment.MAIN} of the smaller side",
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY, *(("dense", experiment.arm(init)) for init in experiment.INITS)
+                )
+            ]
+        },
+        paper="37.67 against 39.6 (He), 38.78 (spectral) and 38.47 (spectral ones)",
+    ),
+    RequiredClaim(
+        "L2",
+        "Starting from the directions of a dense draw is better than from independent factors",
+        f"spectral and spectral ones have the better perplexity than He, at rank {experiment.MAIN}",
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY, *((experiment.arm(init), experiment.arm("he")) for init in _DRAWN)
+                )
+            ]
+        },
+        paper="38.78 and 38.47 against 39.6",
+    ),
+    RequiredClaim(
+        "L3",
+        "The singular values of the start hardly matter",
+        f"perplexity of spectral ones within {SAME} % of spectral's, at every rank",
+        {"lm": [same]},
+        paper="38.47 against 38.78, 0.8 %",
+    ),
+    Claim(
+        "L4",
+        "The same at a smaller rank",
+        f"L1 and L2, at {_SMALLER}",
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY,
+                    *(("dense", experiment.arm(init, _SMALLER)) for init in experiment.INITS),
+                    *(
+                        (experiment.arm(init, _SMALLER), experiment.arm("he", _SMALLER))
+                        for init in _DRAWN
+                    ),
+                )
+            ]
+        },
+    ),
+    RequiredClaim(
+        "L5",
+        "Decay of the product is better than decay of the factors",
+        "Frobenius decay has the better perplexity at every lambda and learning rate",
+        {"lm": [compare(_PERPLEXITY, *_DECAYS)]},
+    ),
+    RequiredClaim(
+        "L6",
+        "Decay of the product keeps the effective rank higher than decay of the factors",
+        "a higher mean effective rank at the end, at every lambda and learning rate",
+        {"lm": [compare(_RANK, *_DECAYS)]},
+    ),
+    RequiredClaim(
+        "L7",
+        "A larger effective step does not go with a better run",
+        "Kendall's tau of effective step and quality, within a lambda, is below 0 at both learning rates",
+        {"lm": [order(_STEP, below=0.0)]},
+    ),
+    Claim(
+        "L8",
+        "A higher effective rank goes with a better run",
+        "Kendall's tau of effective rank and quality, within a lambda, is above 0 at both learning rates",
+        {"lm": [order(_RANK, above=0.0)]},
+    ),
+    Claim(
+        "L9",
+        "Half the learning rate, and so a smaller effective step, does not hurt",
+        f"at most {NO_WORSE} % more perplexity than the full rate after {experiment.LONG:,} updates, without decay",
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY,
+                    (experiment.long("half"), experiment.long("full")),
+                    above=-NO_WORSE,
+                    relative=True,
+                )
+            ]
+        },
+    ),
+    RequiredClaim(
+        "L10",
+        "Some dense updates before factorising are no worse than factors from the start",
+        f"at most {NO_WORSE} % more perplexity after as many updates in all: at half the rate after the dense updates, as "
+        "the paper has it, and at the full rate",
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY,
+                    *((experiment.warm(rate), "spectral") for rate in ("half", "full")),
+                    above=-NO_WORSE,
+                    relative=True,
+                )
+            ]
+        },
+    ),
+    Claim(
+        "L11",
+        "They are better",
+        "the warm start has the better perplexity than spectral at the same rate, with ranks by either rule",
+        {
+            "lm": [
+                compare(
+                    _PERPLEXITY,
+                    *(
+                        pair
+                        for rate in ("full", "half")
+                        for pair in (
+                            (experiment.warm(rate), experiment.decayed("none", rate)),
+                            (experiment.warm(rate, "_ratio"), experiment.ratio_arm(rate)),
+                        )
+                    ),
+                )
+            ]
+        },
+    ),
+    Claim(
+        "L12",
+        "Factors that are smaller than their matrices make a step faster",
+        "less than the dense step's time, with the interval over rounds",
+        {"timing": [times]},
+        paper="up to twice as fast",
+    ),
+    RequiredClaim(
+        "V1",
+        "On images factors close the gap to the dense network",
+        f"accuracy of spectral and spectral ones at most {CLOSE} below dense at the same rate; all are decayed",
+        {"vision": [compare("accuracy", *_CLOSE, above=-CLOSE)]},
+        paper="ResNet-50 at half the rank 76.13 against 76.39; WRN-28 above dense",
+    ),
+    Claim(
+        "V2",
+        "Decay of the product costs no accuracy beside decay of the factors",
+        f"at most {EQUAL} less accuracy than L2, at each learning rate",
+        {"vision": [compare("accuracy", *_IMAGE_DECAYS, above=-EQUAL)]},
+    ),
+    Claim(
+        "V3",
+        "On images too decay of the product keeps the effective rank higher than decay of the factors",
+        "a higher mean effective rank at the end, at each learning rate",
+        {"vision": [compare(_RANK, *_IMAGE_DECAYS)]},
+    ),
+    Claim(
+        "V4",
+        "Half the learning rate does not hurt, although the effective step falls",
+        f"at most {EQUAL} less accuracy than at the full rate, for all factors",
+        {"vision": [halved]},
+    ),
+)
+
+
+_COLUMNS = {
+    "lm": ("parameters", "perplexity", "effective_rank", "effective_step"),
+    "vision": ("parameters", "accuracy", "effective_rank", "effective_step"),
+}
+_FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
+
+
+def _setup(parts: Mapping[str, Any]) -> list[str]:
+    prose = Prose.of("low_rank")
+    values = {"lm": {"experiment": experiment}, "vision": {}}
+    out = [
+        prose(part, place=PLACES[part], amount=parts[part].amount(), **values[part])
+        for part in values
+        if part in parts
+    ]
+    if times := parts.get("timing"):
+        first = next(iter(times["seconds"].values()))
+        out.append(prose("steps", experiment=experiment, rounds=len(first)))
+    out.append(prose("terms"))
+    language = parts.get("lm")
+    missing = (
+        language.missing(list(experiment.get_config().arms), language.seeds) if language else []
     )
+    return [*out, *page.missing(missing, tuple(PLACES), parts)]
+
+
+def _tables(parts: Mapping[str, Any]) -> list[str]:
+    out = []
+    for part, columns in _COLUMNS.items():
+        if runs := parts.get(part):
+            rows = [
+                (arm_name(arm), *(_cell(runs, arm, column) for column in columns))
+                for arm in runs.arms
+            ]
+            header = ("arm", *map(arm_name, columns))
+            out += page.table(header, rows, f"{PLACES[part].capitalize()}: all arms")
+    if times := parts.get("timing"):
+        rows = [
+            (
+                arm_name(arm),
+                f"{1e3 * float(np.median(seconds)):.2f}",
+                intervals.text(intervals.over_seeds(experiment.time_ratios(times, arm))),
+            )
+            for arm, seconds in times["seconds"].items()
+        ]
+        header = ("arm", "milliseconds, median round", "over dense, mean of rounds")
+        out += page.table(header, rows, "Time of a training step")
+    return out
+
+
+def _cell(runs: Results, arm: str, column: str) -> str:
+    values = runs.values(arm, column)
+    if not values.size:
+        return ""
+    if column in _FORMATS:
+        return _FORMATS[column].format(values.mean())
+    return runs.mean(values, column)
+
+
+def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns the rows with arms exchanged at random, and the times of a round too."""
+    out = claim.shuffle_arms(measured, rng)
+    if times := out.get("timing"):
+        rounds = [rng.permutation(one) for one in zip(*times["seconds"].values(), strict=True)]
+        by_arm = zip(times["seconds"], np.transpose(rounds).tolist(), strict=True)
+        out["timing"] = {**times, "seconds": dict(by_arm)}
+    return out
+
+
+def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
+    results = {part: Results(measured[part]) for part in _COLUMNS if measured.get(part)}
+    return results | ({"timing": measured["timing"]} if measured.get("timing") else {})
+
+
+REPORT = page.Report(
+    slug="low_rank",
+    title="Low-rank training: the paper's claims on small models",
+    source="[Exploring Low Rank Training of Deep Neural Networks, arXiv 2209.13569](https://arxiv.org/abs/2209.13569)",
+    claims=CLAIMS,
+    places=PLACES,
+    read=_read,
+    figures=figures,
+    setup=_setup,
+    tables=_tables,
+    shuffle=_shuffle,
+)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.mov import compositions
-from launch.papers.mov import rows
+from launch.papers.mov import compositions, rows
 
 ROWS = 32  # of each composition and template, in what routers read
 INPUTS, TARGETS = 64, 16  # tokens that they are padded to

@@ -6,7 +6,7 @@
 Letters have their places beside them, as one piece of the vocabulary: a T5 has no positions in cross-attention, and its relative
 positions move by at most the learning rate an update, so that it would spend thousands of updates on counting.
 
-The operations are those of data/mov/compositions.py, each with two words. The frozen model knows all compositions in the first words, and
+The operations are those of launch/papers/mov/compositions.py, each with two words. The frozen model knows all compositions in the first words, and
 single operations in both; what is tuned and judged are compositions in the others. So it has the knowledge, and answers some of these
 requests right before it is tuned, as a pre-trained model does.
 
@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from data.mov import compositions
-from data.mov.compositions import LETTERS, OPERATIONS, Pair
 from launch import cli
 from launch.inference import row_files
+from launch.papers.mov import compositions
+from launch.papers.mov.compositions import LETTERS, OPERATIONS, Pair
 
 KNOWN_WORDS = {letter: name for letter, (name, _) in OPERATIONS.items()}
 NEW_WORDS = {

@@ -1,23 +1,13 @@
-"""Plots over all evaluations, of quality, diversity and memory against likelihood, and over training."""
+"""Plots over all evaluations, of quality, diversity and memory against likelihood, and over training, with the stopping rules' alarms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import alarms_figure, fits, results, sweep
-from launch.papers.preference.results import ARMS, METHODS, ONLINE, Arm, Course
-from launch.plots.panels import (
-    BESIDE,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    legend_below,
-    panels,
-)
+from launch.papers.preference import experiment, numbers, rule
+from launch.papers.preference.numbers import ARMS, METHODS, ONLINE, Arm, Course
+from launch.plots.panels import BESIDE, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, legend_below, panels
 
 _STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
 _ONLINE_STYLE = {
@@ -42,7 +32,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {
         "likelihood.png": (
             _likelihood(courses),
-            f"P_win against how far better LLH is below its start, all evaluations of all runs: left within {fits.CLIP:g} nats, with "
+            f"P_win against how far better LLH is below its start, all evaluations of all runs: left within {numbers.CLIP:g} nats, with "
             f"a line and a parabola; right all, with means of bins of {_WIDTH:g} nats; shaded is the middle of C1",
         ),
         "online.png": (
@@ -54,7 +44,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         "gap.png": (
             _gap(courses),
             "P_win against the gap of better and worse LLH (large: the end of a run), and mean P_win over both "
-            f"likelihoods, within {fits.CLIP:g} nats of the start",
+            f"likelihoods, within {numbers.CLIP:g} nats of the start",
         ),
         "spread.png": (
             _spread(courses),
@@ -70,7 +60,7 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
             _nll(courses),
             "P_win and better LLH at the end of DPO against the weight of the NLL term beside it; dots are seeds, lines join means",
         ),
-        "alarms.png": (alarms_figure.figure(courses), alarms_figure.CAPTION),
+        "alarms.png": (alarms(courses), _ALARMS),
     }
 
 
@@ -78,17 +68,17 @@ def _scatter(axes: Any, courses: Sequence[Course], x: str, y: str, *, near: bool
     """Draws all evaluations, a colour for each method."""
     for method, (label, _) in METHODS.items():
         colour, marker = _STYLE[method]
-        at, values, fall = results.points(results.of_method(courses, method), x, y, "fall")
+        at, values, fall = numbers.points(numbers.of_method(courses, method), x, y, "fall")
         if near:
-            at, values = at[fall < fits.CLIP], values[fall < fits.CLIP]
+            at, values = at[fall < numbers.CLIP], values[fall < numbers.CLIP]
         axes.plot(at, values, ls="", marker=marker, ms=3, mew=0, color=colour, alpha=0.3)
         axes.plot([], [], ls="", marker=marker, ms=6, color=colour, label=label)
 
 
 def _likelihood(courses: Sequence[Course]) -> Any:
-    points = results.points(courses, "fall", "p_win")
-    x_E, y_E = fits.near(*points)
-    fit = fits.fit(x_E, y_E)
+    points = numbers.points(courses, "fall", "p_win")
+    x_E, y_E = numbers.near(*points)
+    fit = numbers.fitted(x_E, y_E)
     if fit is None:
         return None
     figure, (left, right) = panels(2, (12, 5))
@@ -99,7 +89,7 @@ def _likelihood(courses: Sequence[Course]) -> Any:
     left.plot(grid, np.polyval(fit.parabola, grid), color="black", lw=2, label="parabola")
     left.set_title(f"RMSE of the parabola {fit.reduction:.0%} lower", fontsize=10)
     edges = np.arange(-_WIDTH / 2, points[0].max() + _WIDTH, _WIDTH)
-    means = [fits.between(*points, low, low + _WIDTH) for low in edges]
+    means = [numbers.between(*points, low, low + _WIDTH) for low in edges]
     drawn = [
         (low + _WIDTH / 2, mean) for low, mean in zip(edges, means, strict=True) if mean is not None
     ]
@@ -107,7 +97,7 @@ def _likelihood(courses: Sequence[Course]) -> Any:
     right.plot(*zip(*drawn, strict=True), color="black", lw=1, **diamond)
     left.plot([], [], color="black", lw=1, label="means of bins", **diamond)
     for axes in (left, right):
-        axes.axvspan(*fits.MIDDLE, color=GREEN, alpha=0.1, lw=0)
+        axes.axvspan(*numbers.MIDDLE, color=GREEN, alpha=0.1, lw=0)
         axes.axhline(0.5, color=GREY, ls=":", lw=0.8)
         axes.invert_xaxis()  # a higher likelihood to the right
         axes.set(xlabel=_FALL, ylabel="P_win")
@@ -117,8 +107,8 @@ def _likelihood(courses: Sequence[Course]) -> Any:
 
 def _gap(courses: Sequence[Course]) -> Any:
     names = ("llh_chosen", "llh_rejected", "p_win", "fall")
-    chosen, rejected, p_win, fall = results.points(courses, *names)
-    near = fall < fits.CLIP
+    chosen, rejected, p_win, fall = numbers.points(courses, *names)
+    near = fall < numbers.CLIP
     if near.sum() < _FEWEST:
         return None
     figure, (left, right) = panels(2, (12, 5))
@@ -159,7 +149,7 @@ def _spread(courses: Sequence[Course]) -> Any:
     shown = {"ead": "EAD, n = 1 to 3", "facts": "share of facts known"}
     shown["length"] = "mean length (symbols and end)"
     plain = [one for one in courses if not one.arm.nll]
-    if not results.points(plain, "fall", *shown)[0].size:
+    if not numbers.points(plain, "fall", *shown)[0].size:
         return None
     figure, every_axes = panels(3, (14, 4.6))
     for axes, (name, label) in zip(every_axes, shown.items(), strict=True):
@@ -175,16 +165,16 @@ def _spread(courses: Sequence[Course]) -> Any:
 
 
 def _course(courses: Sequence[Course]) -> Any:
-    arms = [Arm("dpo", strength) for strength in sweep.DPO]
-    if not any(results.find(courses, arm) for arm in arms):
+    arms = [Arm("dpo", strength) for strength in experiment.DPO]
+    if not any(numbers.find(courses, arm) for arm in arms):
         return None
     figure, (first, *others) = panels(4, (17, 4.4))
     shown = {"entropy": "entropy (bits)", "mass": "mass", "p_win": "P_win"}
     for arm, colour in zip(arms, _COLOURS, strict=True):
-        mine = results.find(courses, arm)
+        mine = numbers.find(courses, arm)
         if not mine:
             continue
-        if arm.strength in sweep.EARLY["dpo"]:
+        if arm.strength in experiment.EARLY["dpo"]:
             steps = mine[0].early("step", 0, 60)
             _curves(first, steps, [one.early("entropy", 0, 60) for one in mine], colour)
         for axes, name in zip(others, shown, strict=True):
@@ -217,7 +207,7 @@ def _curves(
 
 def _nll(courses: Sequence[Course]) -> Any:
     shown = {"p_win": "P_win at the end", "llh_chosen": "better LLH at the end (nats a token)"}
-    studied = {strength: some for strength, some in sweep.DPO.items() if len(some) > 1}
+    studied = {strength: some for strength, some in experiment.DPO.items() if len(some) > 1}
     weights = sorted({weight for some in studied.values() for weight in some})
     places = {weight: at for at, weight in enumerate(weights)}  # 0 has no logarithm
     drawn = 0
@@ -227,7 +217,7 @@ def _nll(courses: Sequence[Course]) -> Any:
             means = {}
             for weight in some:
                 ends = [
-                    one.end(name) for one in results.find(courses, Arm("dpo", strength, weight))
+                    one.end(name) for one in numbers.find(courses, Arm("dpo", strength, weight))
                 ]
                 if ends:
                     means[places[weight]] = float(np.mean(ends))
@@ -250,13 +240,13 @@ def _online(courses: Sequence[Course]) -> Any:
     styles = _STYLE | _ONLINE_STYLE
     figure, (left, right) = panels(2, (13, 5.2))
     for arm in _shown(courses):
-        mine, (colour, _) = results.find(courses, arm), styles[arm.method]
+        mine, (colour, _) = numbers.find(courses, arm), styles[arm.method]
         line = "-" if arm.direct else "--"
         _curves(left, mine[0]["step"], [one["p_win"] for one in mine], colour, arm.label, ls=line)
     for method, (colour, marker) in styles.items():
-        mine = results.of_method(courses, method)
+        mine = numbers.of_method(courses, method)
         if mine:
-            ratios, wins = results.points(mine, "kl", "p_win")
+            ratios, wins = numbers.points(mine, "kl", "p_win")
             right.plot(ratios, wins, ls="", marker=marker, ms=4, mew=0, color=colour, alpha=0.4)
             name = METHODS[method][0] if method in METHODS else ONLINE[method]
             right.plot([], [], ls="", marker=marker, ms=6, color=colour, label=name)
@@ -276,10 +266,67 @@ def _online(courses: Sequence[Course]) -> Any:
 def _shown(courses: Sequence[Course]) -> list[Arm]:
     """Returns the arm of each direct method with the best P_win at its end, and all online methods."""
     ends = {
-        arm: float(np.mean([one.end("p_win") for one in results.find(courses, arm)]))
+        arm: float(np.mean([one.end("p_win") for one in numbers.find(courses, arm)]))
         for arm in ARMS.values()
-        if results.find(courses, arm)
+        if numbers.find(courses, arm)
     }
     groups = [[arm for arm in ends if arm.method == method] for method in METHODS]
     best = [max(arms, key=ends.__getitem__) for arms in groups if arms]
     return [*best, *(arm for arm in ends if arm.method in ONLINE)]
+
+
+_SEEDS = (BLUE, ORANGE, GREEN, PURPLE, RED)
+_COLUMNS = 4
+_RULES = (
+    (rule.PLAIN, {"marker": "o", "mfc": "white", "ms": 6}, "the plain rule"),
+    (
+        rule.CHOSEN,
+        {"marker": "v", "mfc": "black", "ms": 7},
+        f"the rule that waits for {rule.CHOSEN.llh_drop:g} nats",
+    ),
+)
+_ALARMS = (
+    "P_win over training by arm, mean of three evaluations, a line for each seed; a thick line is over-optimised (its end is more "
+    f"than {rule.LOSS} below its best). Marks are alarms of two stopping rules"
+)
+
+
+def alarms(courses: Sequence[Course]) -> Any:
+    """Returns the figure; None without runs."""
+    shown = [(arm, mine) for arm in ARMS.values() if (mine := numbers.find(courses, arm))]
+    if not shown:
+        return None
+    rows = -(-len(shown) // _COLUMNS)
+    figure, every_axes = panels(_COLUMNS, (13, 0.6 + 2.4 * rows), rows=rows, share_y=True)
+    seeds = sorted({one.seed for one in courses})
+    colours = {seed: _SEEDS[at % len(_SEEDS)] for at, seed in enumerate(seeds)}
+    for axes, (arm, mine) in zip(every_axes, shown, strict=False):
+        axes.set_title(arm.label, fontsize=9)
+        axes.axhline(0.5, color=GREY, ls=":", lw=0.8)
+        axes.tick_params(labelsize=8)
+        for one in mine:
+            _alarms_of(axes, one, colours[one.seed])
+    for axes in every_axes[len(shown) :]:
+        axes.set_visible(False)
+    for axes in every_axes[::_COLUMNS]:
+        axes.set_ylabel("P_win", fontsize=8)
+    for axes in every_axes[max(0, len(shown) - _COLUMNS) : len(shown)]:
+        axes.set_xlabel("updates", fontsize=8)
+    handles = [every_axes[0].plot([], [], color=colours[s], label=f"seed {s}")[0] for s in seeds]
+    for _, look, label in _RULES:
+        handles += every_axes[0].plot([], [], ls="", mec="black", label=f"alarm of {label}", **look)
+    figure.legend(
+        handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="outside lower center"
+    )
+    return figure
+
+
+def _alarms_of(axes: Any, course: Course, colour: str) -> None:
+    steps, wins = course["step"], course.moving("p_win")
+    over = rule.outcome(course, rule.PLAIN).kind in rule.OVER
+    axes.plot(steps, wins, color=colour, lw=2.2 if over else 0.9)
+    for one, look, _ in _RULES:
+        alarm = rule.outcome(course, one).alarm
+        if alarm is not None:
+            at = steps.tolist().index(alarm.step)
+            axes.plot(steps[at], wins[at], ls="", mec=colour, mew=1.3, zorder=3, **look)

@@ -1,11 +1,235 @@
-"""Numbers of the runs of one seed, of which claims make effects; None where runs are missing. Shape: E evaluations."""
+"""The evaluations of runs, and the numbers of the runs of one seed, of which claims make effects. Shape: E evaluations.
 
-from collections.abc import Callable, Sequence
+P_win is fitted on likelihood by a line and a parabola, and averaged in bins. Likelihoods are read as falls, in nats per token below
+the value before the first update: another model starts elsewhere. A number is None where runs are missing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import fits, results
-from launch.papers.preference.results import Arm, Course, find, points
+from launch.papers.preference import experiment
+
+WINDOW = 3  # evaluations of a moving mean, such as that of a run's end
+# Method that learns from pairs -> (its name, the letter of its strength).
+METHODS = {"dpo": ("DPO", "β"), "ipo": ("IPO", "τ"), "hinge": ("Hinge", "α")}
+# Methods of one strength, which judge no claim.
+OTHERS = {"simpo": "SimPO", "sft_better": "likelihood of better completions (SFT)"}
+ONLINE = {"online_dpo": "online DPO", "rloo": "RLOO", "grpo": "GRPO", "ppo": "PPO"}
+_STRENGTHS = {"dpo": experiment.DPO, "ipo": experiment.IPO, "hinge": experiment.HINGE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A method of METHODS with its strength (the hinge's is the weight of its regulariser) and NLL weight, or another."""
+
+    method: str
+    strength: float | None = None
+    nll: float = 0.0
+
+    @property
+    def direct(self) -> bool:
+        """Whether it is of the paper's methods."""
+        return self.method in METHODS
+
+    @property
+    def name(self) -> str:
+        """Its name in the sweep."""
+        if self.strength is None:
+            return self.method
+        return experiment.arm(self.method, self.strength, self.nll)
+
+    @property
+    def setting(self) -> str:
+        """Its strength and weight in the report."""
+        if self.strength is None:
+            return ""
+        beside = f", λ = {self.nll:g}" if self.nll else ""
+        return f"{METHODS[self.method][1]} = {self.strength:g}{beside}"
+
+    @property
+    def label(self) -> str:
+        """Its name in the report."""
+        if self.direct:
+            return f"{METHODS[self.method][0]} {self.setting}"
+        return (OTHERS | ONLINE)[self.method]
+
+
+def arms_of(method: str) -> list[Arm]:
+    """Returns all arms of a method of METHODS, from the one that moves furthest."""
+    return [
+        Arm(method, strength, weight)
+        for strength, weights in _STRENGTHS[method].items()
+        for weight in weights
+    ]
+
+
+DIRECT = {arm.name: arm for method in METHODS for arm in arms_of(method)}
+ARMS = DIRECT | {method: Arm(method) for method in (*OTHERS, *experiment.ONLINE)}
+SMOLLM = {name: Arm("dpo", beta, nll) for name, (beta, nll) in experiment.SMOLLM_ARMS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The evaluations of one run.
+
+    Attributes:
+      arm, seed: of the run.
+      every: name -> values of all evaluations, with the names of `measure.with_course`.
+    """
+
+    arm: Arm
+    seed: int
+    every: Mapping[str, np.ndarray]
+
+    @functools.cached_property
+    def _grid(self) -> np.ndarray:
+        """Which evaluations have the distance of the last two: a run may have more of them at its beginning."""
+        steps = self.every["step"]
+        return steps % (steps[-1] - steps[-2]) == 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Returns values [E] of the evaluations that are evenly spaced."""
+        return self.every[name][self._grid]
+
+    def start(self, name: str) -> float:
+        """Returns the value before the first update."""
+        return float(self[name][0])
+
+    def moving(self, name: str) -> np.ndarray:
+        """Returns means of WINDOW evaluations around each; the first and the last have their neighbour's."""
+        middle = np.convolve(self[name], np.full(WINDOW, 1 / WINDOW), mode="valid")
+        return np.pad(middle, WINDOW // 2, mode="edge")
+
+    def end(self, name: str) -> float:
+        """Returns the mean of the last WINDOW evaluations."""
+        return float(self.moving(name)[-1])
+
+    def early(self, name: str, first: int, last: int) -> np.ndarray:
+        """Returns the values of all evaluations after `first` to `last` updates."""
+        steps = self.every["step"]
+        return self.every[name][(steps >= first) & (steps <= last)]
+
+    @property
+    def best(self) -> int:
+        """The evaluation of the best P_win by the moving mean, the middle one of its window."""
+        half = WINDOW // 2
+        return half + int(np.argmax(self.moving("p_win")[half:-half]))
+
+
+def courses_of(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm] = ARMS) -> list[Course]:
+    """Returns the courses of all runs with enough evaluations, in the order of the arms."""
+    order = list(arms)
+    evaluated = [
+        row for row in rows if row["arm"] in arms and len(row["course"].get("step", ())) >= WINDOW
+    ]
+    return [
+        Course(arms[row["arm"]], row["seed"], _numbers(row["course"]))
+        for row in sorted(evaluated, key=lambda row: (order.index(row["arm"]), row["seed"]))
+    ]
+
+
+def _numbers(course: Mapping[str, Sequence[float | None]]) -> dict[str, np.ndarray]:
+    return {name: np.array(values, float) for name, values in course.items()}
+
+
+def direct(courses: Sequence[Course]) -> list[Course]:
+    """Returns the runs of the paper's methods."""
+    return [one for one in courses if one.arm.direct]
+
+
+def of_method(courses: Sequence[Course], method: str) -> list[Course]:
+    return [one for one in courses if one.arm.method == method]
+
+
+def by_seed(courses: Sequence[Course]) -> dict[int, list[Course]]:
+    return {
+        seed: [one for one in courses if one.seed == seed]
+        for seed in sorted({one.seed for one in courses})
+    }
+
+
+def find(courses: Sequence[Course], arm: Arm) -> list[Course]:
+    """Returns the runs of an arm, by seed."""
+    return [one for one in courses if one.arm == arm]
+
+
+def points(courses: Sequence[Course], *names: str) -> list[np.ndarray]:
+    """Returns the values [E] of all evaluations that have all of them; 'fall' is how far the better LLH is below its start.
+
+    Runs of one seed share their evaluation before the first update, which counts once.
+    """
+    known, parts = set(), []
+    for one in courses:
+        first = int(one.seed in known)
+        known.add(one.seed)
+        values = [
+            one.start("llh_chosen") - one["llh_chosen"] if name == "fall" else one[name]
+            for name in names
+        ]
+        parts.append(np.stack(values)[:, first:])
+    joined = np.concatenate(parts, axis=1) if parts else np.zeros((len(names), 0))
+    return list(joined[:, np.isfinite(joined).all(0)])
+
+
+# Edges of the bins of falls, and the bins between which one in the middle is best: the two in the middle, as one.
+EDGES = (0.08, 0.23, 0.63, 1.43, 3.43)
+MIDDLE = (0.23, 1.43)
+CLIP = 1.43  # the fall at which texts begin to break down
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Least squares of degree 1 and 2.
+
+    Attributes:
+      line, parabola: coefficients, the highest power first.
+      rmse_line, rmse_parabola: root mean squares of their residuals.
+    """
+
+    line: np.ndarray
+    parabola: np.ndarray
+    rmse_line: float
+    rmse_parabola: float
+
+    @property
+    def curvature(self) -> float:
+        return float(self.parabola[0])
+
+    @property
+    def reduction(self) -> float:
+        """The share of the line's RMSE that the parabola saves."""
+        return 1 - self.rmse_parabola / self.rmse_line
+
+
+def fitted(x_E: np.ndarray, y_E: np.ndarray) -> Fit | None:
+    """Returns the fit; None for fewer than four different places, which a parabola nearly interpolates."""
+    if len(np.unique(x_E)) < 4:
+        return None
+    curves = [np.polyfit(x_E, y_E, degree) for degree in (1, 2)]
+    errors = [float(np.sqrt(np.mean((y_E - np.polyval(one, x_E)) ** 2))) for one in curves]
+    return Fit(*curves, *errors)
+
+
+def near(fall_E: np.ndarray, y_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the evaluations whose likelihood has fallen by less than CLIP."""
+    return fall_E[fall_E < CLIP], y_E[fall_E < CLIP]
+
+
+def between(fall_E: np.ndarray, y_E: np.ndarray, low: float, high: float) -> float | None:
+    """Returns the mean of y where the fall lies in [low, high); None where there are fewer than three."""
+    inside_E = (fall_E >= low) & (fall_E < high)
+    return float(y_E[inside_E].mean()) if inside_E.sum() >= 3 else None
+
+
+def binned(fall_E: np.ndarray, y_E: np.ndarray) -> list[float | None]:
+    """Returns the mean of y in each bin, from the smallest fall, that is the highest likelihood."""
+    edges = (-np.inf, *EDGES, np.inf)
+    return [between(fall_E, y_E, *bounds) for bounds in zip(edges, edges[1:], strict=False)]
+
 
 Number = Callable[[Sequence[Course]], float | None]
 
@@ -13,13 +237,13 @@ Number = Callable[[Sequence[Course]], float | None]
 def middle_less(low: float, high: float, courses: Sequence[Course]) -> float | None:
     """Returns the mean P_win at middle falls of likelihood less that at falls in [low, high)."""
     both = points(courses, "fall", "p_win")
-    middle, other = fits.between(*both, *fits.MIDDLE), fits.between(*both, low, high)
+    middle, other = between(*both, *MIDDLE), between(*both, low, high)
     return None if middle is None or other is None else middle - other
 
 
 def of_fit(name: str, courses: Sequence[Course]) -> float | None:
     """Returns a number of the fit of P_win on falls of likelihood below the clip."""
-    fit = fits.fit(*fits.near(*points(courses, "fall", "p_win")))
+    fit = fitted(*near(*points(courses, "fall", "p_win")))
     return None if fit is None else getattr(fit, name)
 
 
@@ -60,7 +284,7 @@ def spearman(score: str, method: str, beside: str, courses: Sequence[Course]) ->
     """
     from scipy import stats
 
-    mine = [one for one in results.of_method(courses, method) if not one.arm.nll]
+    mine = [one for one in of_method(courses, method) if not one.arm.nll]
     names = ["llh_chosen", score, *([beside] if beside else [])]
     ranks = [stats.rankdata(values) for values in points(mine, *names)]
     if any(len(np.unique(values)) < 3 for values in ranks):

@@ -43,8 +43,8 @@ from typing import Any
 
 import numpy as np
 
-from data.preference import topic_language
 from launch.inference import generate, row_files
+from launch.papers.preference import topic_language
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Settings
 from trainers.preference.indicators import measures

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data.preference import topic_language
 from espalier.common.ranges import Count, Size
+from launch.papers.preference import topic_language
 from model.protocol import inference_model, inference_params
 from trainers.decoding.policy_sampler import Generator
 from trainers.decoding.sampling import Sampling

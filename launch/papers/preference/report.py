@@ -1,65 +1,516 @@
-"""`launch.report --board`: the signs of over-optimisation of preference runs, as plots, a table and sentences.
+"""The claims on likelihood and quality and how each is measured, with the page.
 
-The page is one file, with the outputs of the policy below its plots, whose points show their values; with --out=board.png all is one image. Runs without indicators show
-their losses and the likelihoods of held-out pairs. docs/preference_indicators.md defines each number.
+Only the paper's methods are judged. The stopping rule is in rule.py.
 """
 
-import pathlib
-import re
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from launch.run import metric_rows
+import numpy as np
 
-FLAG = "board"
-HELP = (
-    "run directories of preference methods: draws their likelihoods and indicators (docs/preference_indicators.md) as "
-    "one page, or one image where --out ends with .png"
+from launch.papers.preference import experiment, figures, numbers, rule
+from launch.papers.preference.numbers import (
+    ARMS,
+    METHODS,
+    ONLINE,
+    Arm,
+    Course,
+    Number,
+    arms_of,
+    by_seed,
+    change,
+    find,
+    of_arm,
+)
+from launch.papers.shared import page
+from launch.papers.shared.claim import FEW_SEEDS, Claim, Effect, Measure, RequiredClaim
+from launch.papers.shared.page import Prose
+from launch.papers.shared.results import Results
+from launch.plots import intervals
+
+APART = 0.05  # of P_win, by which the middle is better than both ends
+REDUCTION = 0.15  # of RMSE
+GAP_LOSES = 0.05  # of P_win
+LARGE = 0.9  # quantile of the gap above which it is large
+FRONT_LOSES = 0.01  # of P_win
+SPEARMAN = 0.5
+PEARSON = 0.2
+SMALL = (0.01, 0.1)  # strengths of DPO whose entropy is to turn
+TURN = (5, 20)  # updates between which entropy is to be above the start
+WEAK, STRONG = 0.1, 50.0  # of DPO beside an NLL term
+WEIGHTS = (0.0, 0.1, 1.0)  # of the NLL term; at the strong one the last against the first
+HELD = 0.1  # nats that the strong one's likelihood may move without an NLL term
+LLH_MOVES, P_WIN_MOVES = 0.02, 0.05  # at most, by an NLL term beside the strong one
+TURNS = 0.01  # of P_win, by which the weight in the middle is better than both others
+
+
+def effect(
+    what: str,
+    number: Number,
+    unmet: Callable[[Sequence[Course]], str] | None = None,
+    **settings: Any,
+) -> Measure:
+    """Returns a measure of one number of the runs of each seed; of seeds where it is None there is no value.
+
+    Args:
+      unmet: of the runs of all seeds, why the number gives no verdict.
+    """
+
+    def measure(courses: Sequence[Course], where: str) -> list[Effect]:
+        known = {seed: number(mine) for seed, mine in by_seed(courses).items()}
+        values = {seed: float(x) for seed, x in known.items() if x is not None}
+        if not values:
+            return []
+        why = "" if unmet is None else unmet(courses)
+        return [Effect(where=where, what=what, by_seed=values, unmet=why, **settings)]
+
+    return measure
+
+
+def ranks(score: str, name: str, beside: Sequence[str] = ("",), **bounds: float) -> list[Measure]:
+    """Returns measures of the correlations of a score with better LLH, for each method."""
+    return [
+        effect(
+            f"Spearman's correlation of {name} and better LLH, {label}"
+            + (f", at equal {fixed}" if fixed else ""),
+            functools.partial(numbers.spearman, score, method, fixed),
+            digits=2,
+            **bounds,
+        )
+        for fixed in beside
+        for method, (label, _) in METHODS.items()
+    ]
+
+
+def moved_without_nll(courses: Sequence[Course]) -> str:
+    """Returns how far the strong DPO moves better LLH by itself, if that is too far."""
+    moves = [change("llh_chosen", one) for one in find(courses, Arm("dpo", STRONG))]
+    mean = float(np.mean(moves)) if moves else 0.0
+    return "" if abs(mean) <= HELD else f"better LLH moves by {mean:.2f} without an NLL term"
+
+
+_low, _high = numbers.MIDDLE
+_span = f"{_low:g} to {_high:g} nats"
+_INTERMEDIATE = [
+    *(
+        effect(
+            f"P_win where better LLH is {_span} below its start, less where it is {words}",
+            functools.partial(numbers.middle_less, *bounds),
+            above=APART,
+        )
+        for words, bounds in (
+            (
+                f"less than {numbers.EDGES[0]:g} below",
+                (-np.inf, numbers.EDGES[0]),
+            ),
+            (
+                f"{numbers.EDGES[-1]:g} or more below",
+                (numbers.EDGES[-1], np.inf),
+            ),
+        )
+    ),
+    effect(
+        "quadratic term of the fit",
+        functools.partial(numbers.of_fit, "curvature"),
+        below=0.0,
+    ),
+    effect(
+        "share of a line's RMSE that a parabola saves",
+        functools.partial(numbers.of_fit, "reduction"),
+        above=REDUCTION,
+    ),
+]
+_GAP = [
+    effect(
+        "P_win at the end, other runs less the run of the largest gap",
+        numbers.others_less_largest_gap,
+        above=GAP_LOSES,
+    ),
+    effect(
+        "P_win, other evaluations less the tenth with the largest gaps",
+        functools.partial(numbers.others_less_large_gaps, LARGE),
+        above=GAP_LOSES,
+    ),
+    effect(
+        "P_win, other evaluations less those that none surpasses in both likelihoods",
+        numbers.others_less_front,
+        above=FRONT_LOSES,
+    ),
+]
+_TURN = [
+    measure
+    for strength in SMALL
+    for measure in (
+        effect(
+            f"entropy after {TURN[0]} to {TURN[1]} updates less at the start, DPO β = {strength:g}",
+            of_arm(Arm("dpo", strength), functools.partial(numbers.rise, "entropy", *TURN)),
+            above=0.0,
+            unit="bits",
+        ),
+        effect(
+            f"entropy at the end less at the start, DPO β = {strength:g}",
+            of_arm(Arm("dpo", strength), functools.partial(change, "entropy")),
+            below=0.0,
+            unit="bits",
+        ),
+    )
+]
+_MASS = [
+    effect(
+        f"mass at the end less at the start, {arms_of(method)[0].label}",
+        of_arm(arms_of(method)[0], functools.partial(change, "mass")),
+        below=0.0,
+    )
+    for method in METHODS
+]
+_NLL = [
+    *(
+        effect(
+            f"{words} at the end, λ = {WEIGHTS[-1]:g} less λ = 0, β = {STRONG:g}",
+            functools.partial(
+                numbers.difference,
+                name,
+                Arm("dpo", STRONG, WEIGHTS[-1]),
+                Arm("dpo", STRONG),
+            ),
+            moved_without_nll,
+            above=-most,
+            below=most,
+        )
+        for name, words, most in (
+            ("llh_chosen", "better LLH", LLH_MOVES),
+            ("p_win", "P_win", P_WIN_MOVES),
+        )
+    ),
+    *(
+        effect(
+            f"P_win at the end, λ = {WEIGHTS[1]:g} less λ = {weight:g}, β = {WEAK:g}",
+            functools.partial(
+                numbers.difference,
+                "p_win",
+                Arm("dpo", WEAK, WEIGHTS[1]),
+                Arm("dpo", WEAK, weight),
+            ),
+            above=TURNS,
+        )
+        for weight in (WEIGHTS[0], WEIGHTS[-1])
+    ),
+]
+_LENGTH = effect(
+    "Pearson's correlation of better LLH and length",
+    numbers.length_link,
+    above=-PEARSON,
+    below=PEARSON,
+)
+_RATES = (
+    f"of runs that are not over-optimised at most {rule.WRONG['false'][1]:.0%} raise an alarm; of those that are at most "
+    f"{rule.WRONG['missed'][1]:.0%} raise none, and as many raise it more than an evaluation before the best P_win; "
+    f"over-optimised: P_win at the end is more than {rule.LOSS} below its best"
+)
+
+CLAIMS = (
+    RequiredClaim(
+        "C1",
+        "Intermediate likelihood of better completions is best",
+        f"the mean P_win of evaluations whose better LLH is {_span} below the start is more than {APART} above that of those "
+        f"less than {numbers.EDGES[0]:g} below it, and of those {numbers.EDGES[-1]:g} or more below it; within {numbers.CLIP:g} of the start "
+        f"a quadratic fit opens downwards and has more than {REDUCTION:.0%} less RMSE than a line",
+        {"language": _INTERMEDIATE},
+        paper="an inverted U; a parabola has 24.42 % (7B) and 25.78 % (35B) less RMSE than a line",
+    ),
+    RequiredClaim(
+        "C2",
+        "A larger gap between better and worse completions is not better",
+        f"P_win of the run of the largest gap at the end is more than {GAP_LOSES} below the mean of the other runs, and that of the "
+        f"tenth of evaluations with the largest gaps as much below the others'; that of evaluations that no other surpasses in "
+        f"better LLH and in (lower) worse LLH is more than {FRONT_LOSES} below the others'",
+        {"language": _GAP},
+        paper="the best runs have neither the largest gap nor the best pair of likelihoods (plots alone)",
+    ),
+    RequiredClaim(
+        "C3",
+        "Lower likelihood goes with more diversity across outputs",
+        f"Spearman's correlation of EAD (of a fixed number of n-grams) and better LLH is below -{SPEARMAN} for each method without an "
+        "NLL term, also at equal length",
+        {"language": ranks("ead", "EAD", ("", "length"), below=-SPEARMAN)},
+        paper="diversity rises as likelihood falls (plots alone)",
+    ),
+    RequiredClaim(
+        "C4",
+        "Higher likelihood goes with more memorised facts",
+        f"Spearman's correlation of fact accuracy and better LLH is above {SPEARMAN} for each method without an NLL term",
+        {"language": ranks("facts", "fact accuracy", above=SPEARMAN)},
+        paper="F1 on NaturalQuestions and TriviaQA rises with likelihood (plots alone)",
+    ),
+    RequiredClaim(
+        "C5",
+        "Entropy of the likeliest tokens rises, and then falls",
+        f"with DPO of β = {' and '.join(f'{s:g}' for s in SMALL)}, its mean after {TURN[0]} to {TURN[1]} updates is above the start "
+        "and its end below it",
+        {"language": _TURN},
+        paper="it rises and then reverses (plots alone)",
+    ),
+    Claim(
+        "C6",
+        "Mass of the likeliest tokens falls",
+        "with the arm of each method that moves furthest, it is lower at the end than at the start",
+        {"language": _MASS},
+        paper="it shrinks, except with IPO beside an NLL term and on BinarizedPref (plots alone)",
+    ),
+    RequiredClaim(
+        "C7",
+        "An NLL term acts through likelihood alone",
+        f"at the end of DPO with β = {STRONG:g} and a rate of {experiment.RATES[STRONG]}, which holds better LLH within {HELD} of the "
+        f"start by itself, λ = {WEIGHTS[-1]:g} changes better LLH by less than {LLH_MOVES} and P_win by less than {P_WIN_MOVES}; with β = {WEAK:g}, P_win is more than "
+        f"{TURNS} higher with λ = {WEIGHTS[1]:g} than with 0 and with {WEIGHTS[-1]:g}",
+        {"language": _NLL},
+        paper="a larger weight is not better; with a strong penalty it changes little (plots alone)",
+    ),
+    RequiredClaim(
+        "C8",
+        "Likelihood is not a matter of length",
+        f"Pearson's correlation of better LLH and the mean length of outputs within {PEARSON} of 0, in the mean of seeds",
+        {"language": [_LENGTH]},
+        paper="r = -0.114 (p = 0.27) at 7B and 0.198 (p = 0.17) at 35B",
+    ),
+    Claim(
+        "C9",
+        "The stopping rule stops exactly the runs that are over-optimised (not a claim of the paper)",
+        _RATES,
+        {"language": [rule.rates(rule.PLAIN)], "smollm": [rule.rates(rule.PLAIN, FEW_SEEDS)]},
+    ),
+    Claim(
+        "C10",
+        f"So does the rule that waits for a fall of {rule.CHOSEN.llh_drop:g} nats (not a claim of the paper)",
+        f"{_RATES}; the fall was chosen on other seeds and another language",
+        {"language": [rule.rates(rule.CHOSEN)], "smollm": [rule.rates(rule.CHOSEN, FEW_SEEDS)]},
+    ),
 )
 
 
-_MINUS = re.compile(r"(?<!\S)-(?=\d)")  # before a number
+# Columns that are exchanged together, of evaluations of all runs of a seed.
+_TOGETHER = (("p_win", "reward"), ("ead",), ("facts",), ("entropy", "mass"))
 
 
-def report(directories: Sequence[str], path: pathlib.Path) -> str:
-    """Writes the board of runs to the file `path`; returns the signs of over-optimisation in words.
+def exchanged(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns the measurements without any relation to likelihood, arm and time.
 
-    Raises:
-      FileNotFoundError: a directory holds no metrics.
-      ValueError: there is nothing to draw, or the file is neither .html nor .png.
+    Quality, diversity, facts and the likeliest tokens are exchanged at random among all evaluations of a seed's runs, the
+    first ones included. That would make C8 true, which says that there is no relation: lengths are exchanged so that they
+    follow the likelihood.
     """
-    from launch.papers.preference import board_figure, board_samples, board_series
-    from launch.plots import hover, html_page
+    out = {part: [{**row} for row in rows] for part, rows in measured.items()}
+    for rows in out.values():
+        for seed in {row["seed"] for row in rows}:
+            mine = [row for row in rows if row["seed"] == seed and row["course"]]
+            for row in mine:
+                row["course"] = {**row["course"]}
+            if mine:
+                _exchange([row["course"] for row in mine], rng)
+    return out
 
-    if path.suffix not in (".html", ".png"):
-        raise ValueError(f"--out={path}: name a file that ends with .html or .png.")
-    named = metric_rows.named(directories)
-    runs = [
-        board_series.read(name, folder)
-        for name, folder in zip(_without_common_end(list(named)), named.values(), strict=True)
+
+def _exchange(courses: Sequence[dict[str, list[Any]]], rng: np.random.Generator) -> None:
+    sizes = [len(course["step"]) for course in courses]
+
+    def pooled(name: str) -> np.ndarray:
+        return np.concatenate([np.array(course[name], float) for course in courses])
+
+    def put(name: str, values: np.ndarray) -> None:
+        parts = np.split(values, np.cumsum(sizes)[:-1])
+        for course, part in zip(courses, parts, strict=True):
+            course[name] = part.tolist()
+
+    for names in _TOGETHER:
+        order = rng.permutation(sum(sizes))
+        for name in names:
+            put(name, pooled(name)[order])
+    likelihood = pooled("llh_chosen")
+    noisy = likelihood + rng.normal(0, likelihood.std(), likelihood.size)
+    put("length", np.sort(pooled("length"))[np.argsort(np.argsort(noisy))])
+
+
+# Per cent by which the paper's parabolas have the lower RMSE, by size of its models.
+_PAPER = {"7B": 24.42, "35B": 25.78}
+_PROSE = Prose.of("preference")
+
+
+def _setup(parts: Mapping[str, Any]) -> list[str]:
+    """Returns how it was measured, how many runs there are, how long they took, and which are missing."""
+    edges = ", ".join(f"{edge:g}" for edge in numbers.EDGES)
+    text = _PROSE("method", edges=edges, numbers=numbers, rule=rule)
+    not_run = [part for part in ("language", "smollm") if not parts.get(part)]
+    if not (rows := parts.get("rows")):
+        return [text, *page.missing([], not_run, parts)]
+    runs = Results(rows)
+    evaluated = Results([{"arm": one.arm.name, "seed": one.seed} for one in parts["courses"]])
+    first, _, rest = runs.amount().partition(", ")
+    seconds = {
+        arm: np.mean([row["seconds"] for row in runs.find(arm).values()]) for arm in runs.arms
+    }
+    slowest = sorted(seconds, key=seconds.__getitem__)[-3:]
+    words = (
+        f"- {first}, of which {len(evaluated.rows)} are evaluated; {rest} (a mean of "
+        f"{np.mean(list(seconds.values())):.0f} s a run, most for {', '.join(f'{arm} ({seconds[arm]:.0f} s)' for arm in slowest)})."
+    )
+    one_seed = set(ONLINE)
+    names = [
+        *evaluated.missing([arm for arm in ARMS if arm not in one_seed], runs.seeds),
+        *evaluated.missing([*one_seed & set(ARMS)], runs.seeds[:1]),
     ]
-    sentences = [f"{run.name}: {board_series.sentence(run)}" for run in runs]
-    if (link := board_series.length_link(runs)) is not None:
-        sentences.append(link)
-    plain = [_MINUS.sub("−", sentence) for sentence in sentences]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header, *rows = board_series.table(runs)
-    if path.suffix == ".png":
-        board_figure.write_png(runs, path, table=[header, *rows], sentences=plain)
-    else:
-        lines = ["# Preference runs", ""]
-        lines += [f"- {sentence}" for sentence in plain]
-        lines += ["", "![likelihoods and indicators by step](board)", "", board_series.LEGEND, ""]
-        lines += html_page.table(header, rows)
-        for run, folder in zip(runs, named.values(), strict=True):
-            lines += board_samples.lines(run, folder)
-        picture = hover.svg(board_figure.draw(runs))
-        html_page.write("\n".join(lines), path, {"board": picture})
-    return "\n".join([*sentences, f"the board is {path}"])
+    return [text, words, *page.missing(names, not_run, parts)]
 
 
-def _without_common_end(names: Sequence[str]) -> list[str]:
-    """Removes the last parts that all names share, such as seed0 of dpo/seed0 and ipo/seed0."""
-    parts = [name.split("/") for name in names]
-    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
-        parts = [part[:-1] for part in parts]
-    return ["/".join(part) for part in parts]
+def _tables(parts: Mapping[str, Any]) -> list[str]:
+    if not (courses := parts.get("courses")):
+        return []
+    direct = parts["language"]
+    paper = " and ".join(f"{value} % ({size})" for size, value in _PAPER.items())
+    return [
+        *_arms(courses),
+        *_best_of(parts["rows"]),
+        *("## A line and a parabola", ""),
+        f"Reduction of the RMSE of a fit of P_win on better LLH by a parabola instead of a line; the paper has {paper}.",
+        "",
+        *page.table(
+            ("evaluations", "quadratic term", f"within {numbers.CLIP:g} nats of the start", "all"),
+            _reductions(direct),
+        ),
+        "Mean P_win by how far better LLH is below its start.",
+        "",
+        *page.table(("evaluations", *_bin_names()), _bins(direct)),
+        *("## The stopping rule", "", _PROSE("rule"), ""),
+        *rule.tables(courses, direct, list(ARMS.values())),
+        *_smollm(parts.get("smollm", [])),
+    ]
+
+
+_NAMES = ("p_win", "llh_chosen", "entropy", "mass", "ead", "length", "outside", "facts")
+_FORMATS = dict(zip(_NAMES, (".3f", ".2f", ".2f", ".3f", ".2f", ".1f", ".1%", ".2f"), strict=True))
+
+
+def _arms(courses: Sequence[Course]) -> list[str]:
+    """Returns the table of means over seeds: the start, and the best and the end of each arm's runs."""
+    header = (
+        *("arm", "best P_win", "after updates, by seed", "better LLH there", "P_win at the end"),
+        *("better LLH at the end", "entropy: highest, after updates by seed, at the end"),
+        *("mass", "EAD", "length", "outside A", "facts"),
+    )
+    firsts = [mine[0] for mine in by_seed(courses).values()]
+    p_win, llh, entropy, *cells = _means(firsts, Course.start)
+    rows = [("before the first update", p_win, "", "", "", llh, entropy, *cells)]
+    for arm in ARMS.values():
+        if mine := numbers.find(courses, arm):
+            p_win, llh, entropy, *cells = _means(mine, Course.end)
+            best = np.mean([one.moving("p_win")[one.best] for one in mine])
+            there = np.mean([one.moving("llh_chosen")[one.best] for one in mine])
+            peaks = [int(np.argmax(one.every["entropy"])) for one in mine]
+            peak = np.mean([one.every["entropy"].max() for one in mine])
+            at = _steps(one["step"][one.best] for one in mine)
+            turned = _steps(one.every["step"][i] for one, i in zip(mine, peaks, strict=True))
+            turn = f"{peak:.2f}; {turned}; {entropy}"
+            shown = (f"{best:.3f}", at, f"{there:.2f}")
+            rows.append((arm.label, *shown, p_win, llh, turn, *cells))
+    return page.table(header, rows, "All arms")
+
+
+def _steps(steps: Iterable[float]) -> str:
+    return ", ".join(f"{step:.0f}" for step in steps)
+
+
+def _means(runs: Sequence[Course], value: Callable[[Course, str], float]) -> list[str]:
+    """Returns the means of _FORMATS over runs, as text; of values that are there."""
+    values = {name: [value(one, name) for one in runs] for name in _FORMATS}
+    return [
+        f"{np.nanmean(some):{_FORMATS[name]}}" if np.isfinite(some).any() else "–"
+        for name, some in values.items()
+    ]
+
+
+def _best_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the table of the best of n samples of the model before preferences."""
+    by_seed = [row["best_of"] for row in rows if row.get("best_of")]
+    if not by_seed:
+        return []
+    sizes = list(by_seed[0])
+    cells = [intervals.text(intervals.over_seeds([one[n] for one in by_seed]), 3) for n in sizes]
+    words = "P_win of the best of n samples of the model before preferences, chosen by the quality itself."
+    return [words, "", *page.table(("n", *sizes), [("P_win", *cells)])]
+
+
+def _groups(courses: Sequence[Course]) -> dict[str, Sequence[Course]]:
+    seeds = {f"seed {seed}": mine for seed, mine in by_seed(courses).items()}
+    return {**seeds, "all seeds": courses}
+
+
+def _reductions(courses: Sequence[Course]) -> Iterator[tuple[str, ...]]:
+    """Yields by how many per cent a parabola's RMSE is lower than a line's, near the start and with the tail."""
+    methods = {
+        f"{label}, all seeds": numbers.of_method(courses, method)
+        for method, (label, _) in METHODS.items()
+    }
+    for name, mine in {**_groups(courses), **methods}.items():
+        points = numbers.points(mine, "fall", "p_win")
+        near, whole = numbers.fitted(*numbers.near(*points)), numbers.fitted(*points)
+        if near is not None and whole is not None:
+            shares = (f"{one.reduction:.1%}" for one in (near, whole))
+            yield name, f"{near.curvature:.3f}", *shares
+
+
+def _bin_names() -> list[str]:
+    edges = [f"{edge:g}" for edge in numbers.EDGES]
+    between = [f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"less than {edges[0]}", *between, f"{edges[-1]} or more"]
+
+
+def _bins(courses: Sequence[Course]) -> Iterator[tuple[str, ...]]:
+    """Yields the rows of the table of the bins of C1."""
+    for name, mine in _groups(courses).items():
+        means = numbers.binned(*numbers.points(mine, "fall", "p_win"))
+        yield name, *("–" if mean is None else f"{mean:.3f}" for mean in means)
+
+
+def _smollm(courses: Sequence[Course]) -> list[str]:
+    """Returns the table of the real model's runs."""
+    rows = []
+    for name, arm in numbers.SMOLLM.items():
+        for one in numbers.find(courses, arm):
+            alarms = [rule.outcome(one, which) for which in (rule.PLAIN, rule.CHOSEN)]
+            kinds = [f"{x.alarm.step if x.alarm else '–'} ({x.kind})" for x in alarms]
+            best = one.moving("p_win")[one.best]
+            ends = (f"{one.end('p_win'):.3f}", f"{one.start('llh_chosen'):.2f}")
+            llh = f"{one.end('llh_chosen'):.2f}"
+            at = f"{one['step'][one.best]:.0f}"
+            rows.append((name, str(one.seed), f"{best:.3f}", at, *ends, llh, *kinds))
+    if not rows:
+        return []
+    header = (
+        *("arm", "seed", "best P_win", "after updates", "P_win at the end", "better LLH at first"),
+        *("at the end", "alarm of the plain rule", "of the rule that waits"),
+    )
+    return page.table(header, rows, "SmolLM2-135M")
+
+
+def _read(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the rows and courses of the language, under 'language' those of the paper's methods, and the real model's."""
+    rows = measured.get("language", ())
+    courses = numbers.courses_of(rows)
+    smollm = numbers.courses_of(measured.get("smollm", ()), numbers.SMOLLM)
+    parts = {"rows": rows, "courses": courses, "language": numbers.direct(courses)}
+    return {**parts, "smollm": smollm} if smollm else parts
+
+
+REPORT = page.Report(
+    slug="preference",
+    title="Likelihood over-optimisation: the paper's claims on a small language",
+    source="[Understanding Likelihood Over-optimisation in Direct Alignment Algorithms, arXiv\n"
+    "2410.11677](https://arxiv.org/abs/2410.11677)",
+    claims=CLAIMS,
+    places={"language": "the language", "smollm": "SmolLM2-135M"},
+    read=_read,
+    figures=figures.figures,
+    setup=_setup,
+    tables=_tables,
+    shuffle=exchanged,
+)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from launch.papers.preference.results import Arm, Course, by_seed, find
+from launch.papers.preference.numbers import Arm, Course, by_seed, find
 from launch.papers.shared import claim, page
 from launch.papers.shared.claim import Effect, Measure
 from launch.plots import intervals

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.preference import topic_language
+from launch.papers.preference import topic_language
 from trainers.rewards.base import Completion
 
 

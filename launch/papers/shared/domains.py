@@ -274,7 +274,7 @@ def run(
 def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> dict[str, Any]:
     """Returns {"rows", "domains", "floors", "planned"} of a part of a paper's sweep, after its unfinished runs.
 
-    The sweep's file is launch/papers/<paper>/sweep.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one
+    The sweep's file is launch/papers/<paper>/experiment.py. It takes 'PART,SEEDS' and has DOMAINS by part, the general one
     first; a tuple among them groups several.
 
     Raises:
@@ -282,7 +282,7 @@ def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> d
     """
     entries = sweep(paper).DOMAINS[name]
     domains = [x for entry in entries for x in ((entry,) if isinstance(entry, str) else entry)]
-    file = f"{paper}/sweep", f"{name},{seeds}"
+    file = f"{paper}/experiment", f"{name},{seeds}"
     rows = sweeps.parts(model_dir, {name: file}, with_course, **options)[name]
     planned: dict[str, dict[int, tuple[str, ...]]] = collections.defaultdict(dict)
     for one in sweeps.planned(*file):
@@ -294,7 +294,7 @@ def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> d
 
 def sweep(paper: str) -> Any:
     """Returns the module of a paper's sweep."""
-    return importlib.import_module(f"launch.papers.{paper}.sweep")
+    return importlib.import_module(f"launch.papers.{paper}.experiment")
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
@@ -318,8 +318,8 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
 
 
 def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
-    """Returns the entropy of those domains that are generated (data/nexus/lag_domains.py)."""
-    from data.nexus import lag_domains
+    """Returns the entropy of those domains that are generated (launch/papers/nexus/lag_domains.py)."""
+    from launch.papers.nexus import lag_domains
 
     known = [domain for domain in domains if domain in lag_domains.DOMAINS]
     return {name: lag_domains.entropy_floor(lag_domains.DOMAINS[name]) for name in known}

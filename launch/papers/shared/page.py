@@ -30,7 +30,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Prose:
-    """The texts of a paper's page, with {slots} for what the code knows.
+    """The texts of a paper's page, with {slots} for what the code knows, such as {length:,} or {experiment.STEPS}.
 
     Attributes:
       sections: name -> text.
@@ -53,7 +53,8 @@ class Prose:
           ValueError: a slot has no value, or a value no slot.
         """
         text = self.sections[section]
-        slots = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        slots = {name.partition(".")[0] for name in names}
         if slots != set(values):
             raise ValueError(
                 f"The section {section!r} has the slots {sorted(slots)}, and values for {sorted(values)}."
@@ -72,12 +73,12 @@ class Report:
       intro: what to know before the verdicts, such as that a baseline is in doubt; below it are the rules of verdicts.
       claims: of the paper.
       places: part -> its name in the evidence.
-      read: returns the results of each part from what the paper's `measure.run` returns, also after a round trip through
+      read: returns the results of each part from what the paper's `experiment.run` returns, also after a round trip through
         JSON, whose keys are text. The functions below take them.
       figures: returns file name -> (the figure, or None where there is nothing to draw; its caption).
       setup: returns how it was measured, as lines of Markdown.
       tables: returns the tables below the measurements, as lines of Markdown.
-      shuffle: returns what `measure.run` returns with its measurements exchanged at random, so that no claim is true.
+      shuffle: returns what `experiment.run` returns with its measurements exchanged at random, so that no claim is true.
       figures_last: whether the figures come after the measurements.
     """
 
@@ -97,7 +98,7 @@ class Report:
     figures_last: bool = False
 
     def judge(self, measured: Mapping[str, Any]) -> list[Claim]:
-        """Returns the claims, judged on what `measure.run` returns."""
+        """Returns the claims, judged on what `experiment.run` returns."""
         return claim.judge(self.claims, self.read(measured), self.places)
 
     def write(
@@ -106,7 +107,7 @@ class Report:
         """Writes page, figures and results.json; returns the judged claims.
 
         Args:
-          measured: by the paper's `measure.run`, complete or not, or the entry 'measured' of results.json.
+          measured: by the paper's `experiment.run`, complete or not, or the entry 'measured' of results.json.
           out: the folder, such as docs/reproductions.
           facts: 'command', 'versions', 'criteria' (of criteria.fix) and whatever else the numbers depend on.
         """

@@ -1,13 +1,12 @@
 """Plots of the measurements; None where there is nothing to plot."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.snapkv import measure, needles, retrieval
-from launch.papers.snapkv.drawing import STYLE, joined, shares_map, with_dots
-from launch.papers.snapkv.haystacks import DEPTHS
+from launch.papers.snapkv import accuracy, experiment, needles
+from launch.papers.snapkv.needles import DEPTHS
 from launch.papers.snapkv.results import Latency, Needles, Retrieval, rates
 from launch.plots import intervals
 from launch.plots.panels import BLUE, RED, errors, legend_below, panels
@@ -67,7 +66,7 @@ def _accuracy(runs: Retrieval) -> Any:
     if not runs.sound:
         return None
     figure, axes = panels(len(_ACCURACY), (14, 4.6), share_y=True)
-    capacities = measure.CAPACITIES
+    capacities = experiment.CAPACITIES
     full = np.mean(list(runs.exact("full", 0).values()))
     for one, (title, names) in zip(axes, _ACCURACY.items(), strict=True):
         one.axhline(full, color="black", ls="--", lw=1.2, label="full cache")
@@ -94,16 +93,16 @@ def _accuracy(runs: Retrieval) -> Any:
 def _depth(runs: Retrieval) -> Any:
     if not runs.sound:
         return None
-    lines = [*measure.SHORTER, measure.LINES]
+    lines = [*experiment.SHORTER, experiment.LINES]
     figure, axes = panels(len(_MAPPED), (12, 2.8))
     for name, one in zip(_MAPPED, axes, strict=True):
         cells = [
-            [runs.right(seed, name, measure.CAPACITY, n) for seed in runs.sound] for n in lines
+            [runs.right(seed, name, experiment.CAPACITY, n) for seed in runs.sound] for n in lines
         ]
         shares = [np.mean([cell["depths"] for cell in row if cell], axis=0) for row in cells]
-        fifths = 100 // retrieval.FIFTHS
+        fifths = 100 // accuracy.FIFTHS
         names = [f"{at}-{at + fifths}" for at in range(0, 100, fifths)]
-        capacity = "" if name == "full" else f", C = {measure.CAPACITY}"
+        capacity = "" if name == "full" else f", C = {experiment.CAPACITY}"
         shares_map(one, np.stack(shares), names, [str(7 + 5 * n) for n in lines])
         one.set_title(STYLE[name][2] + capacity, fontsize=10)
         one.set_xlabel("depth, %")
@@ -263,3 +262,51 @@ def _latency(timed: Latency) -> Any:
     axes[0].set(ylabel="ms per generated token", ylim=(0, None))  # of both, once all is drawn
     axes[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+# Okabe and Ito's colours, which people with colour blindness can distinguish; markers differ too.
+STYLE = {
+    "full": ("black", "s", "full cache"),
+    "snapkv": ("#0072B2", "o", "SnapKV"),
+    "snapkv_avg": ("#56B4E9", "v", "average pooling"),
+    "snapkv_int8": ("#CC79A7", "D", "int8"),
+    "adakv": ("#009E73", "s", "Ada-KV"),
+    "oracle": ("#777777", "*", "oracle"),
+    "tova": ("#CC79A7", "D", "TOVA"),
+    "h2o": ("#D55E00", "^", "H2O"),
+    "streaming_llm": ("#E69F00", "P", "StreamingLLM"),
+    "truncation": ("#009E73", "<", "truncation"),
+    "random": ("#777777", "x", "random"),
+    "kernel_1": ("#D55E00", "^", "no pooling"),
+    "kernel_3": ("#E69F00", "P", "max pooling over 3"),
+    "kernel_5": ("#56B4E9", "v", "max pooling over 5"),
+}
+_LINES = (("#0072B2", "o"), ("#D55E00", "^"), ("#009E73", "s"))
+
+
+def shares_map(axes: Any, table: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Draws shares as colours and numbers."""
+    axes.grid(False)
+    axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
+        if np.isfinite(value):
+            colour = "white" if value > 0.55 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+
+
+def with_dots(axes: Any, at: Any, values_NX: np.ndarray, number: int, label: str) -> None:
+    """Draws the mean of each column as a line, and its values as dots."""
+    colour, marker = _LINES[number % len(_LINES)]
+    axes.plot(at, values_NX.mean(0), color=colour, marker=marker, ms=5, label=label)
+    for row in values_NX:
+        axes.plot(at, row, ls="", color=colour, marker=marker, ms=2.5, alpha=0.4)
+
+
+def joined(axes: Any, rows: Sequence[Sequence[float]], number: int, label: str) -> None:
+    """Draws each row as dots that a line joins."""
+    colour, marker = _LINES[number]
+    for at, row in enumerate(rows):
+        style = {"color": colour, "marker": marker, "lw": 0.8, "ms": 5, "alpha": 0.7}
+        axes.plot(range(len(row)), row, label=label if not at else None, **style)

@@ -1,11 +1,19 @@
-"""The cache policies that are compared, each at any capacity."""
+"""The cache policies that are compared, each at any capacity, and compiled programs that read prompts and answer with them."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from model.kv_cache.base import CachePolicy
 from model.kv_cache.policies import policy_named
+from model.transforms import layer_stack
+from trainers.decoding.settings import Settings
+from trainers.snapkv import replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +72,93 @@ def pooled(window: int, kernel: int) -> Method:
     label = f"SnapKV, max pooling over {kernel}" if kernel > 1 else "SnapKV, no pooling"
     settings = {"window": window, "kernel": kernel, "pooling": "max"}
     return Method(label, "snapkv", settings)
+
+
+@dataclasses.dataclass
+class CachedModel:
+    """A trained model, its layers unrolled."""
+
+    model: Any
+    params: Any
+
+    @classmethod
+    def of_run(cls, run: Any) -> "CachedModel":
+        """Returns the model of a run that launch/run/load_run.py has loaded."""
+        config = run.model.config
+        params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
+        return cls(layer_stack.unrolled(run.model), params)
+
+    def record(self, tokens_BT: Any, lengths_B: Any = None) -> replay.Recording:
+        """Reads prompts; those without lengths fill their rows."""
+        if lengths_B is None:
+            lengths_B = jnp.full(len(tokens_BT), tokens_BT.shape[1], jnp.int32)
+        return _record(self.model, self.params, jnp.asarray(tokens_BT), lengths_B)
+
+    def record_more(
+        self, recording: replay.Recording, tokens_BX: Any, counts_B: jax.Array
+    ) -> replay.Recording:
+        return _record_more(self.model, self.params, recording, tokens_BX, counts_B)
+
+    def compress(
+        self, recording: replay.Recording, method: Method, capacity: int, room: int
+    ) -> Any:
+        """Returns the caches of a recording, with room for further tokens."""
+        policy = method.at(capacity)
+        return _compress(self.model, policy, room, method.cache_dtype, recording)
+
+    def generate(
+        self,
+        recording: replay.Recording,
+        method: Method,
+        capacity: int,
+        settings: Settings,
+        *,
+        room: int,
+        suffix_BX: Any = None,
+        counts_B: jax.Array | None = None,
+        logits_BV: jax.Array | None = None,
+    ) -> np.ndarray:
+        """Returns the generated tokens [B, M].
+
+        Args:
+          recording: of the prompts; the oracle's has the answer at its end.
+          method: compresses the prompts.
+          capacity: of the method.
+          settings: of the generation.
+          room: further tokens that the caches can hold, including a suffix.
+          suffix_BX: tokens to read after the compression, `counts_B` of each row, or all of them if None.
+          logits_BV: after the prompts, where the recording goes on.
+        """
+        caches = self.compress(recording, method, capacity, room)
+        policy = method.at(capacity)
+        lengths_B = recording.lengths_B - policy.future
+        logits_BV = recording.logits_BV if logits_BV is None else logits_BV
+        policy = replay.decoding_policy(policy)
+        if suffix_BX is not None:
+            if counts_B is None:
+                counts_B = jnp.full(len(suffix_BX), suffix_BX.shape[1], jnp.int32)
+            state = self.params, caches, lengths_B, suffix_BX, counts_B
+            logits_BV, caches = _read_on(self.model, policy, *state)
+            lengths_B = lengths_B + counts_B
+        state = self.params, caches, lengths_B, logits_BV
+        return np.asarray(_answer(self.model, policy, settings, *state))
+
+
+_record = functools.partial(jax.jit, static_argnums=0)(replay.record)
+_record_more = functools.partial(jax.jit, static_argnums=0)(replay.record_more)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _compress(model, policy, room, cache_dtype, recording):
+    return replay.compressed(model, policy, recording, room=room, cache_dtype=cache_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_on(model, policy, params, caches, lengths_B, tokens_BX, counts_B):
+    return replay.read_on(model, params, policy, caches, lengths_B, tokens_BX, counts_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _answer(model, policy, settings, params, caches, lengths_B, logits_BV):
+    output = replay.answer(model, params, policy, caches, lengths_B, logits_BV, settings)
+    return output.tokens_BM

@@ -1,13 +1,16 @@
 """Retrieval of needles from real text by a converted chat model, under every policy.
 
-A haystack is read once (haystacks.py); each question is read after it, and the recorded queries, keys and values are
+A haystack is read once; each question is read after it, and the recorded queries, keys and values are
 replayed for each policy. Window and kernel are chosen on some haystacks, and policies judged on others.
 
 Shapes: B questions of a haystack, T tokens.
+
+Haystacks are stretches of the King James Bible with five sentences "The magic number of <adjective noun> is <5 digits>.".
 """
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,22 +19,95 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from data.text.sources import english, environment
 from launch.papers.shared import sweeps
 from launch.papers.shared.sweeps import Stages
-from launch.papers.snapkv.haystacks import (
-    DEPTHS,
-    DIGITS,
-    MIDDLE,
-    Haystack,
-    haystack,
-    paragraphs,
-    right_digits,
-)
-from launch.papers.snapkv.methods import FULL, Method, methods, pooled
-from launch.papers.snapkv.programs import CachedModel
+from launch.papers.snapkv import attention
+from launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
 from launch.run.load_run import LoadedRun
 from trainers.decoding.settings import Settings
-from trainers.snapkv import cache_analysis, replay
+from trainers.snapkv import replay
+
+ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty", "velvet")
+NOUNS = ("falcon", "lantern", "harbor", "anvil", "orchard", "saddle", "teapot", "violin")
+DIGITS = 5
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+MIDDLE = 2  # the needle with two questions, in two wordings
+
+
+@dataclasses.dataclass(frozen=True)
+class Haystack:
+    """A text and its needles.
+
+    Attributes:
+      text: needles included.
+      names, numbers: of the needles, in the order of DEPTHS.
+    """
+
+    text: str
+    names: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+    def questions(self) -> list[str]:
+        """Returns one for each needle, and then the middle one in other words."""
+        asked = [f"What is the magic number of {n}? Answer with the number." for n in self.names]
+        again = f"Tell me the magic number of {self.names[MIDDLE]}. I only need the number."
+        return [*asked, again]
+
+    def opening(self, needle: int) -> str:
+        """Returns the beginning of the answer, after which a small model writes the number alone."""
+        return f"The magic number of {self.names[needle]} is"
+
+
+def paragraphs() -> list[str]:
+    """Returns the paragraphs of a long public text in an installed package, in order.
+
+    Raises:
+      ValueError: the package is not installed.
+    """
+    env = environment.Environment.current()
+    books = [c for c in english.candidates(env) if c.id.startswith("english/kjv/")]
+    if not books:
+        raise ValueError(f"The haystack is text of {english.BIBLE}, which is not installed.")
+    return [line for book in books for line in book.read().split("\n\n")[1:]]
+
+
+def haystack(rng: np.random.Generator, lines: Sequence[str], count: Any, tokens: int) -> Haystack:
+    """Returns a stretch of consecutive paragraphs of at most `tokens` tokens, needles included.
+
+    Args:
+      rng: chooses the place, names and numbers.
+      lines: paragraphs to choose from.
+      count: number of tokens of a text.
+      tokens: the most there may be.
+    """
+    words = (rng.permutation(kind)[: len(DEPTHS)] for kind in (ADJECTIVES, NOUNS))
+    chosen = tuple(" ".join(pair) for pair in zip(*words, strict=True))
+    numbers = tuple(str(n) for n in rng.integers(10 ** (DIGITS - 1), 10**DIGITS, len(DEPTHS)))
+    needles = [f"The magic number of {a} is {b}." for a, b in zip(chosen, numbers, strict=True)]
+    budget = tokens - count("\n".join(needles))
+    start = int(rng.integers(len(lines) - tokens))
+    sentences: list[str] = []
+    following = (s for line in lines[start:] for s in re.split(r"(?<=[.;:?!]) ", line))
+    for sentence in following:
+        if (used := count(sentence) + 1) > budget:
+            break
+        sentences.append(sentence)
+        budget -= used
+    places = [round(depth * len(sentences)) for depth in DEPTHS]
+    for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
+        sentences.insert(place, needle)
+    return Haystack(" ".join(sentences), chosen, numbers)
+
+
+def right_digits(answer: str, number: str) -> list[int]:
+    """Returns 1 for each digit of the number that the answer's first number has in the same place."""
+    match = re.search(r"\d+", answer)
+    answered = match.group() if match else ""
+    same = [int(a == b) for a, b in zip(answered.ljust(len(number)), number, strict=False)]
+    # A longer number is another number: its last digit counts as wrong.
+    return [*same[:-1], same[-1] if len(answered) == len(number) else 0]
+
 
 SUFFIX = 64  # tokens that questions are padded to
 NEW_TOKENS = 8
@@ -236,9 +312,9 @@ def _overlaps(reader: Reader, reading: Reading, method: Method, capacity: int) -
     same, different = [], []
     policy = method.at(capacity)
     for cache in reader.model.compress(reading.whole, method, capacity, ROOM):
-        held_BKP = cache_analysis.held_positions(policy.view(cache).positions_BS, prefix)
+        held_BKP = attention.held_positions(policy.view(cache).positions_BS, prefix)
         again_BKP = jnp.broadcast_to(held_BKP[-1:], held_BKP.shape)
-        shared = np.asarray(cache_analysis.overlap(again_BKP, held_BKP))[: len(DEPTHS)].tolist()
+        shared = np.asarray(attention.overlap(again_BKP, held_BKP))[: len(DEPTHS)].tolist()
         same.append(shared.pop(MIDDLE))
         different.append(float(np.mean(shared)))
     chance = (capacity - method.settings["window"]) / prefix
@@ -259,7 +335,7 @@ def _hits(reader: Reader, reading: Reading, answers_BM: np.ndarray) -> list[Any]
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _window_hits(record, ends_B, prefix, count):
-    return cache_analysis.window_hits(
+    return attention.hits_by_window(
         record,
         ends_B,
         windows=SOURCE_WINDOWS,

@@ -1,14 +1,21 @@
-"""The measurements by part, with the models and haystacks that can judge."""
+"""The measurements by part, with the models and haystacks that can judge, and effects of them.
 
+Effects are over retrieval models by seed, and over haystacks by a bootstrap. The needles of a haystack are not independent, so that
+haystacks are resampled and not needles. `shuffle` makes measurements of which no claim is true.
+"""
+
+import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.papers.snapkv import measure
-from launch.papers.snapkv.haystacks import DIGITS
+from launch.papers.shared.claim import FEW_SEEDS, Effect
+from launch.papers.snapkv import experiment, needles
+from launch.papers.snapkv.needles import DIGITS
+from launch.plots import intervals
 
 BAR = 0.9  # exact answers with the full cache, below which a retrieval model judges nothing
 CHAT_BAR = 0.5  # of the chat model, which is not trained here
@@ -37,10 +44,10 @@ class Retrieval:
         return next(iter(self.models.values()))["accuracy"]["length"]
 
     def right(
-        self, seed: int, method: str, capacity: int, lines: int = measure.LINES
+        self, seed: int, method: str, capacity: int, lines: int = experiment.LINES
     ) -> Mapping[str, Any] | None:
         """Returns {'exact', 'tokens', 'depths'} of a method; the full cache has no capacity. None if not measured."""
-        key = "accuracy" if lines == measure.LINES else f"accuracy_{lines}"
+        key = "accuracy" if lines == experiment.LINES else f"accuracy_{lines}"
         cells = self.models[seed].get(key, {}).get("right", {}).get(method, {})
         return next(iter(cells.values()), None) if method == "full" else cells.get(str(capacity))
 
@@ -149,5 +156,152 @@ READERS = {
 
 
 def read(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the results of each part from what `measure.run` returns."""
+    """Returns the results of each part from what `experiment.run` returns."""
     return {part: READERS[part](value) for part, value in measured.items()}
+
+
+Values = dict[int, float]  # by seed, or by haystack
+Measures = dict[str, list[Any]]  # part -> functions that return its effects
+
+
+def over_models(runs: Retrieval, where: str, what: str, by_seed: Values, **settings: Any) -> Effect:
+    """Returns an effect over retrieval models; the seeds that cannot judge are named."""
+    left_out = "; ".join(f"seed {seed} {why}" for seed, why in runs.excluded.items())
+    notes = [settings.pop("note", ""), f"left out: {left_out}" if left_out else ""]
+    note = ", ".join(filter(None, notes))
+    settings = {"seeds": FEW_SEEDS, "note": note, **settings}
+    return Effect(where=where, what=what, by_seed=by_seed, **settings)
+
+
+def over_haystacks(
+    results: Needles, where: str, what: str, tops: Any, bottoms: Any, **settings: Any
+) -> Effect:
+    """Returns an effect over haystacks: the ratio of sums, with a bootstrap over haystacks."""
+    tops, bottoms = np.asarray(tops, float), np.asarray(bottoms, float)
+    numbers = results.of_length(needles.JUDGED.tokens)
+    mean = max(float(bottoms.mean()), 1e-9)
+    by_haystack = {number: float(top / mean) for number, top in zip(numbers, tops, strict=True)}
+    settings = {"interval": intervals.ratio(tops, bottoms), **settings}
+    place = f"{where}, {len(numbers)} haystacks of {needles.JUDGED.tokens} tokens"
+    return Effect(where=place, what=what, by_seed=by_haystack, **settings)
+
+
+def pair(ones: Values, others: Values, of: Callable[[float, float], float]) -> Values:
+    return {seed: of(ones[seed], others[seed]) for seed in ones if seed in others}
+
+
+def means(*named: tuple[str, Any]) -> str:
+    """Returns the means of named values as text."""
+    return ", ".join(f"{name} {np.mean(list(values)):.2f}" for name, values in named)
+
+
+def compared(
+    one: str, other: str, names: tuple[str, str], *, relative: bool = False, **settings: Any
+) -> Measures:
+    """Returns measures of the exact answers of a method less those of another at a fifth of the prompt.
+
+    Args:
+      one, other: short names of the methods.
+      names: as the report has them.
+      relative: whether the difference is a share of the full cache's exact answers.
+      **settings: of Effect.
+    """
+    of = " as a share of the full cache's" if relative else ""
+    what = f"exact answers, {names[0]} less {names[1]}{of}"
+
+    def small(runs: Retrieval, where: str) -> list[Effect]:
+        ones, others, full = (
+            runs.exact(name, experiment.CAPACITY) for name in (one, other, "full")
+        )
+        gaps = pair(ones, others, lambda a, b: a - b)
+        if relative:
+            gaps = pair(gaps, full, lambda gap, share: gap / share)
+        note = means((names[0], ones.values()), (names[1], others.values())) if ones else ""
+        place = f"{where}, C = {experiment.CAPACITY}"
+        return [over_models(runs, place, what, gaps, note=note, **settings)]
+
+    def chat(results: Needles, where: str) -> list[Effect]:
+        ones, others, full = (on_haystacks(results, name) for name in (one, other, "full"))
+        if not (ones.size and others.size):
+            return []
+        bottoms = full if relative else np.ones_like(ones)
+        settings_here = {"note": means((names[0], ones), (names[1], others)), **settings}
+        place = f"{where}, C = {needles.JUDGED.fifth}"
+        unmet = chat_unmet(results)
+        return [
+            over_haystacks(
+                results, place, what, ones - others, bottoms, unmet=unmet, **settings_here
+            )
+        ]
+
+    return {"retrieval": [small], "needles": [chat]}
+
+
+def on_haystacks(results: Needles, method: str) -> np.ndarray:
+    grid = needles.JUDGED
+    return results.exact(grid.tokens, method, 0 if method == "full" else grid.fifth)
+
+
+def chat_unmet(results: Needles) -> str:
+    full = on_haystacks(results, "full")
+    share = float(full.mean()) if full.size else 0.0
+    return "" if share >= CHAT_BAR else f"the full cache answers {share:.2f}"
+
+
+def together(*measures: Measures) -> Measures:
+    """Returns the measures of several comparisons, by part."""
+    return {part: [one for each in measures for one in each[part]] for part in measures[0]}
+
+
+def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns what `experiment.run` returns with methods, windows and questions exchanged at random within each model.
+
+    Hit rates of the two positions of a question, which S6 says are similar, are made to differ.
+    """
+    out = copy.deepcopy(dict(measured))
+    for model in out.get("retrieval", {}).get("models", {}).values():
+        for name, one in model.items():
+            if name.startswith("accuracy"):
+                one["right"] = _exchanged(one["right"], rng)
+        _swap(model["agnostic"], "before", "after", rng)
+        _swap(model["overlaps"], "same", "different", rng)
+        model["hits"]["hits"] = _moved(model["hits"]["hits"], rng)
+        model["kept_first"] = [[rng.uniform() * hits, all_] for hits, all_ in model["kept_first"]]
+    for haystack in out.get("needles", {}).get("haystacks", []):
+        haystack["digits"] = _exchanged(haystack["digits"], rng)
+        if "overlap" in haystack:  # of those that judge
+            _swap(haystack["overlap"], "same", "different", rng)
+            haystack["hits"] = _moved(haystack["hits"], rng)
+    for batch in out.get("latency", {}).get("batches", {}).values():
+        one, other = batch.values()
+        repeats = len(next(iter(one.values()))["ms"])
+        for at in np.flatnonzero(rng.integers(2, size=repeats)):
+            for length in one:
+                mine, yours = one[length]["ms"], other[length]["ms"]
+                mine[at], yours[at] = yours[at], mine[at]
+    return out
+
+
+def _exchanged(cells: Mapping[str, Mapping[str, Any]], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns method -> capacity -> cell with the methods exchanged; the full cache's cell is of any capacity."""
+    names = list(cells)
+    taken = dict(zip(names, rng.permutation(names), strict=True))
+
+    def cell(name: str, capacity: str) -> Any:
+        theirs = cells[taken[name]]
+        return theirs.get(capacity) or next(iter(theirs.values()))
+
+    return {
+        name: {capacity: cell(name, capacity) for capacity in mine} for name, mine in cells.items()
+    }
+
+
+def _swap(cells: dict[str, Any], one: str, other: str, rng: np.random.Generator) -> None:
+    if rng.integers(2):
+        cells[one], cells[other] = cells[other], cells[one]
+
+
+def _moved(hits_LW2: Any, rng: np.random.Generator) -> list[Any]:
+    """Returns the hits with windows exchanged, alike in all layers."""
+    hits = np.asarray(hits_LW2)
+    return hits[:, rng.permutation(hits.shape[1])].tolist()

@@ -1,172 +1,182 @@
-"""Accuracy of the small retrieval model under every policy and capacity.
+"""A synthetic retrieval task: look up the values of a key among many lines (SnapKV, arXiv 2404.14469).
 
-Shapes: E prompts, T prompt length, A answer tokens.
+A document has lines "key v1 v2 v3 v4" with distinct keys, and questions about some of the lines. Each place in a
+line has values of its own, so that a model need not count. If the question is last, it repeats the key after the
+lines, and the answer is the key's four values. If the question is first, a question token of the key precedes the
+lines, and a mark and the answer follow them. Only answers have loss weights.
+
+Ids: 0 precedes every document; then come the keys, the values, the mark, and the question tokens of the keys.
+
+Shapes: E examples, L lines, A answer tokens, Q questions, T tokens of a document.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Literal, get_args
 
-import jax
 import numpy as np
-from tqdm.auto import tqdm
 
-from data.snapkv import retrieval
-from launch.papers.snapkv.methods import FULL, Method, methods, pooled
-from launch.papers.snapkv.programs import CachedModel
-from trainers.decoding.settings import Settings
-from trainers.snapkv import replay
+from data import tasks
+from data.choices import check_choice
+from data.data_source import GeneratedSource
+from espalier.common.ranges import Seed, Size
 
-WINDOW = 8
-KERNEL = 2 * retrieval.ANSWER_TOKENS - 1  # a vote for one token of an answer keeps all of it
-FIFTHS = 5  # of the lines, by depth
-METHODS = {
-    **methods(
-        window=WINDOW,
-        kernel=KERNEL,
-        generated=retrieval.ANSWER_TOKENS,
-        future=retrieval.ANSWER_TOKENS,
-    ),
-    **{f"kernel_{size}": pooled(WINDOW, size) for size in (1, 3, 5)},
-    "truncation": FULL,
-}
-del METHODS["pyramidkv"]  # of two layers it leaves the last almost nothing
-SNAPKV = METHODS["snapkv"]
-_SETTINGS = Settings(max_new_tokens=retrieval.ANSWER_TOKENS, num_ids=retrieval.VOCAB_SIZE)
+CACHED_AS = "data.snapkv.retrieval"  # the name by which caches of its data know it
+
+NUM_KEYS = 64
+NUM_VALUES = 16  # of each place in a line
+ANSWER_TOKENS = 4
+LINE = 1 + ANSWER_TOKENS
+FIRST_KEY = 1
+FIRST_VALUE = FIRST_KEY + NUM_KEYS
+MARK = FIRST_VALUE + ANSWER_TOKENS * NUM_VALUES
+FIRST_ASKING = MARK + 1
+VOCAB_SIZE = FIRST_ASKING + NUM_KEYS
+
+Question = Literal["last", "first"]
+QUESTIONS = get_args(Question)
 
 
-class Answered(NamedTuple):
-    """Prompts with the answers of the full cache: what was drawn and recorded, and prompts and answers as one recording."""
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Lines of examples, without questions."""
 
-    drawn: retrieval.Prompts
-    recording: replay.Recording
-    full_EA: np.ndarray
-    read_on: replay.Recording
+    keys_EL: np.ndarray  # distinct within an example
+    values_ELA: np.ndarray  # the values of each key
 
+    def tokens_ET(self) -> np.ndarray:
+        """Returns the lines of each example in sequence."""
+        lines_ELX = np.concatenate([self.keys_EL[..., None], self.values_ELA], axis=-1)
+        return lines_ELX.reshape(len(lines_ELX), -1)
 
-class Retriever(CachedModel):
-    """A trained retrieval model."""
-
-    def answer(
-        self,
-        recording: replay.Recording,
-        method: Method = FULL,
-        capacity: int = 0,
-        *,
-        suffix_EX: np.ndarray | None = None,
-        logits_EV: jax.Array | None = None,
-    ) -> np.ndarray:
-        """Returns greedy answers [E, A]; arguments as of `CachedModel.generate`."""
-        room = retrieval.ANSWER_TOKENS + (0 if suffix_EX is None else suffix_EX.shape[1])
-        inputs = {"suffix_BX": suffix_EX, "logits_BV": logits_EV}
-        return self.generate(recording, method, capacity, _SETTINGS, room=room, **inputs)
-
-    def draw(
-        self, prompts: int, lines: int, seed: int, question: retrieval.Question = "last"
-    ) -> Answered:
-        """Draws prompts and answers them with the full cache."""
-        rng = np.random.default_rng((seed, lines))
-        drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines), question)
-        recording = self.record(drawn.tokens_ET)
-        full_EA = self.answer(recording)
-        read_on = self.record(np.concatenate([drawn.tokens_ET, full_EA], axis=1))
-        return Answered(drawn, recording, full_EA, read_on)
+    def answered_ET(self, asked_EQ: np.ndarray) -> np.ndarray:
+        """Returns the lines with the indices `asked_EQ`: questions with their answers."""
+        keys_EQ = np.take_along_axis(self.keys_EL, asked_EQ, axis=1)
+        values_EQA = np.take_along_axis(self.values_ELA, asked_EQ[..., None], axis=1)
+        return Lines(keys_EQ, values_EQA).tokens_ET()
 
 
-def accuracy(
-    retriever: Retriever,
-    *,
-    prompts: int,
-    lines: int,
-    capacities: Sequence[int],
-    seed: int = 0,
-    names: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Measures the shares of right answers, by method and capacity, to prompts with the question last.
+def draw_lines(rng: np.random.Generator, examples: int, lines: int) -> Lines:
+    """Returns random lines; raises ValueError if `lines` is below 1 or above the number of keys."""
+    if not 1 <= lines <= NUM_KEYS:
+        raise ValueError(f"lines = {lines} must lie in [1, {NUM_KEYS}]: keys are distinct.")
+    keys_EK = np.tile(np.arange(NUM_KEYS, dtype=np.int32) + FIRST_KEY, (examples, 1))
+    keys_EL = rng.permuted(keys_EK, axis=1)[:, :lines]
+    values_ELA = rng.integers(NUM_VALUES, size=(examples, lines, ANSWER_TOKENS), dtype=np.int32)
+    firsts_A = FIRST_VALUE + NUM_VALUES * np.arange(ANSWER_TOKENS, dtype=np.int32)
+    return Lines(keys_EL, values_ELA + firsts_A)
+
+
+def documents(
+    rng: np.random.Generator, examples: int, lines: int, question: Question
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns training documents: tokens [E, T] and their loss weights [E, T].
+
+    With the question last, a document asks for all lines in random order; with the question first, for one line.
+    """
+    check_choice("question", question, Question)
+    context = draw_lines(rng, examples, lines)
+    order_EL = rng.permuted(np.tile(np.arange(lines), (examples, 1)), axis=1)
+    if question == "last":
+        tokens_ET = np.concatenate([context.tokens_ET(), context.answered_ET(order_EL)], axis=1)
+        answers = np.tile([False] + [True] * ANSWER_TOKENS, lines)
+        weights_T = np.concatenate([np.zeros(lines * LINE, bool), answers])
+    else:
+        answered_EX = context.answered_ET(order_EL[:, :1])
+        asking_E1 = answered_EX[:, :1] - FIRST_KEY + FIRST_ASKING
+        mark_E1 = np.full((examples, 1), MARK, np.int32)
+        tokens_ET = np.concatenate(
+            [asking_E1, context.tokens_ET(), mark_E1, answered_EX[:, 1:]], axis=1
+        )
+        weights_T = np.arange(tokens_ET.shape[1]) >= tokens_ET.shape[1] - ANSWER_TOKENS
+    return tokens_ET, np.broadcast_to(weights_T.astype(np.float32), tokens_ET.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts as a model reads them, beginning with id 0, and their answers."""
+
+    tokens_ET: np.ndarray  # the prompts
+    answers_EA: np.ndarray  # the answers
+    line_E: np.ndarray  # index of the line in question, from 0
+
+
+def draw_prompts(
+    rng: np.random.Generator, context: Lines, question: Question = "last", *, asked_E=None
+) -> Prompts:
+    """Returns prompts about contexts of at least two lines, in the format of `documents`.
+
+    With the question last, an answered question about another line precedes it, so that T is 7 + 5 L.
 
     Args:
-      retriever: the model.
-      prompts, lines: how many prompts, of how many lines.
-      capacities: to measure the methods at.
-      seed: of the prompts.
-      names: of the methods; None for all.
-
-    Returns:
-      {"length": T, "right": {method: {capacity: {"exact": share, "tokens": [A], "depths": [FIFTHS]}}}}: shares of prompts
-      with every token right, with each token right, and of the first by depth of the line in question.
+      rng: chooses the lines in question.
+      context: the lines.
+      question: position of the question.
+      asked_E: index of the line in question of each example; drawn if None.
     """
-    drawn, recording, full_EA, read_on = retriever.draw(prompts, lines, seed)
-    length = drawn.tokens_ET.shape[1]
-
-    def check(answer_EA: np.ndarray) -> dict[str, Any]:
-        return _shares(answer_EA == drawn.answers_EA, drawn.line_E * FIFTHS // lines)
-
-    right: dict[str, dict[str, Any]] = {"full": {str(length): check(full_EA)}}
-    cases = [
-        (name, METHODS[name], capacity)
-        for name in names or METHODS
-        for capacity in capacities
-        if capacity < length
-    ]
-    for name, method, capacity in tqdm(cases, desc=f"{lines} lines", unit="case", disable=None):
-        if name == "truncation":
-            cut = np.concatenate([drawn.tokens_ET[:, :1], drawn.tokens_ET[:, 1 - capacity :]], 1)
-            answer_EA = retriever.answer(retriever.record(cut))
-        elif name == "oracle":  # it sees the answer of the full cache
-            answer_EA = retriever.answer(read_on, method, capacity, logits_EV=recording.logits_BV)
-        else:
-            answer_EA = retriever.answer(recording, method, capacity)
-        right.setdefault(name, {})[str(capacity)] = check(answer_EA)
-    return {"length": length, "right": right}
+    examples, lines = context.keys_EL.shape
+    drawn_E = rng.integers(lines, size=examples)
+    asked_E = drawn_E if asked_E is None else asked_E
+    other_E = (asked_E + rng.integers(1, lines, size=examples)) % lines
+    line_EX = context.answered_ET(asked_E[:, None])
+    start_E1 = np.zeros((examples, 1), np.int32)
+    if question == "last":
+        shown_EX = context.answered_ET(other_E[:, None])
+        parts = [start_E1, context.tokens_ET(), shown_EX, line_EX[:, :1]]
+    else:
+        mark_E1 = np.full((examples, 1), MARK, np.int32)
+        parts = [start_E1, line_EX[:, :1] - FIRST_KEY + FIRST_ASKING, context.tokens_ET(), mark_E1]
+    return Prompts(np.concatenate(parts, axis=1), line_EX[:, 1:], asked_E)
 
 
-def _shares(right_EA: np.ndarray, fifth_E: np.ndarray) -> dict[str, Any]:
-    exact_E = right_EA.all(1)
-    depths = [exact_E[fifth_E == fifth] for fifth in range(FIFTHS)]
-    return {
-        "exact": round(float(exact_E.mean()), 4),
-        "tokens": right_EA.mean(0).round(4).tolist(),
-        "depths": [round(float(some.mean()), 4) if some.size else None for some in depths],
-    }
+@dataclasses.dataclass(frozen=True)
+class RetrievalSource(GeneratedSource):
+    """Documents of one kind: `targets` and `loss_weights`."""
+
+    lines: int
+    question: Question
+
+    validation_documents = 256
+
+    @property
+    def digest(self) -> str:
+        sizes = (NUM_KEYS, NUM_VALUES, ANSWER_TOKENS, self.validation_documents)
+        return f"{type(self).__name__} of sizes {sizes}: {self}"
+
+    def examples(self, split: str) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, self.lines, self.splits.index(split)))
+        count = self.num_input_examples(split)
+        tokens_ET, weights_ET = documents(rng, count, self.lines, self.question)
+        return {"targets": tokens_ET, "loss_weights": weights_ET}
 
 
-def depths(retriever: Retriever, **settings: Any) -> dict[str, Any]:
-    """Returns `accuracy` of a few methods, for the depth by length map."""
-    return accuracy(retriever, **settings, names=("snapkv", "h2o", "streaming_llm"))
+def register(
+    *,
+    lines: Sequence[Size] = (6, 12, 24, 48),
+    train_documents: Size = 16384,
+    seed: Seed = 0,
+) -> None:
+    """Registers tasks `retrieval_<lines>` and, with the question first, `retrieval_first_<lines>`.
 
+    `retrieval` is the mixture of all of them; `stream.make_stream.phases` can order them as a curriculum.
 
-def question_agnostic(
-    retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
-) -> dict[str, float]:
-    """Measures the share of exact answers where the context is compressed before the question is read, and after."""
-    rng = np.random.default_rng((seed, lines))
-    drawn = retrieval.draw_prompts(rng, retrieval.draw_lines(rng, prompts, lines))
-    suffix = retrieval.LINE + 1
-    context = retriever.record(drawn.tokens_ET[:, :-suffix])
-    question_EX = drawn.tokens_ET[:, -suffix:]
-    answers = {
-        "full": retriever.answer(context, suffix_EX=question_EX),
-        "before": retriever.answer(context, SNAPKV, capacity, suffix_EX=question_EX),
-        "after": retriever.answer(retriever.record(drawn.tokens_ET), SNAPKV, capacity),
-    }
-    return {name: _exact(answer, drawn) for name, answer in answers.items()}
+    Args:
+      lines: number of lines of each task.
+      train_documents: training documents of each task.
+      seed: seed of the documents.
+    """
+    import seqio
 
-
-def question_positions(
-    retriever: Retriever, *, prompts: int, lines: int, capacity: int, seed: int = 0
-) -> dict[str, Any]:
-    """Measures the share of exact answers to questions after the context and before it."""
-    rng = np.random.default_rng((seed, lines))
-    context = retrieval.draw_lines(rng, prompts, lines)
-    out = {}
-    for question in retrieval.QUESTIONS:
-        drawn = retrieval.draw_prompts(rng, context, question)
-        recording = retriever.record(drawn.tokens_ET)
-        out[question] = {
-            "full": _exact(retriever.answer(recording), drawn),
-            "snapkv": _exact(retriever.answer(recording, SNAPKV, capacity), drawn),
-        }
-    return out
-
-
-def _exact(answer_EA: np.ndarray, drawn: retrieval.Prompts) -> float:
-    return round(float((answer_EA == drawn.answers_EA).all(1).mean()), 4)
+    names = []
+    for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):
+        for count in lines:
+            name = f"{prefix}_{count}"
+            tasks.register_features(
+                name,
+                RetrievalSource(name, train_documents, seed, count, question),
+                origin="retrieval.register",
+                features={"targets": seqio.PassThroughVocabulary(VOCAB_SIZE), "loss_weights": None},
+                facts={"vocabulary": f"{VOCAB_SIZE} ids", "add_bos": False, "add_eos": False},
+            )
+            names.append(name)
+    tasks.register_mixture("retrieval", dict.fromkeys(names, 1.0))

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from data.snapkv import retrieval
 from espalier.common.ranges import Fraction, Seed, Size
+from launch.papers.snapkv import retrieval
 from trainers.hooks import Hook, RunContext
 from trainers.train_state import TrainState
 

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -262,6 +263,16 @@ def test_files_declared_digests_and_versions_are_part_of_the_fingerprint(tmp_pat
         task.source.digest = declared
         digests.append(task_reader.describe_task(task, "train", None)["source"]["digest"])
     assert digests == ["v1", "v1 of train"]
+
+
+def test_a_module_that_has_moved_is_described_by_its_former_name(tmp_path, monkeypatch):
+    code = "def read(split):\n    return [split, __name__]\n"
+    (tmp_path / "before_a_move.py").write_text(code)
+    (tmp_path / "after_a_move.py").write_text(code + "\n\nCACHED_AS = 'before_a_move'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = [importlib.import_module(name) for name in ("before_a_move", "after_a_move")]
+    before, after = (fingerprint.describe(module.read) for module in modules)
+    assert before["function"] == "before_a_move.read" and before == after
 
 
 def test_stream_of_a_mixture_by_rates_tokens_and_phases(root):

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.aya_expanse import lexicon
 from launch import convert, merge
 from launch.merging import models
-from launch.papers.aya_expanse import small_stage
+from launch.papers.aya_expanse import lexicon, small_stage
 from launch.run import load_run
 from launch.weights import model_card
 from model.hf import families

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from launch.config import gin_config
-from launch.papers.aya23 import answers, measure, page, sweep
-from launch.papers.aya23.fertility import LANGUAGES, TOTAL, Ranked
+from launch.papers.aya23 import answers, experiment, report
+from launch.papers.aya23.experiment import LANGUAGES, TOTAL, Ranked
 from launch.sweeping import file
 
-SWEEP = "launch/papers/aya23/sweep.py"
+SWEEP = "launch/papers/aya23/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 FULL = "t5x_configs/experiments/aya23/full/"
 
@@ -34,7 +34,7 @@ def right_of(arm):
 
 
 def rows(seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         row = {"run": run.name, "arm": run.arm, "seed": run.seed, "seconds": 30.0, "step": 800}
@@ -70,7 +70,7 @@ def everything():
 
 
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
+    return {claim.name: claim.verdict for claim in report.REPORT.judge(found)}
 
 
 def change(found, arm, loss):
@@ -83,15 +83,15 @@ def change(found, arm, loss):
 def test_all_claims_hold_where_they_should():
     found = verdicts(everything())
     assert found == {f"Y{n}": "holds" for n in range(1, 9)}
-    required = {claim.name for claim in page.REPORT.claims if claim.required}
+    required = {claim.name for claim in report.REPORT.claims if claim.required}
     assert required == {f"Y{n}" for n in range(1, 9)}
 
 
 def test_claims_fail_where_all_of_their_effects_do():
     found = everything()
-    for width in sweep.WIDTHS:
+    for width in experiment.WIDTHS:
         for count in (8, 16):
-            change(found, sweep.breadth(count, width), 1.2 - 0.2 * count / 8)
+            change(found, experiment.breadth(count, width), 1.2 - 0.2 * count / 8)
     change(found, "sequential", 1.3)
     change(found, "gelu", 1.3)
     for row in found["toy"]:
@@ -116,8 +116,8 @@ def test_claims_fail_where_all_of_their_effects_do():
 
 def test_models_that_have_not_learned_give_no_verdict():
     found = everything()
-    change(found, sweep.breadth(16, "narrow"), 4.0)
-    judged = {claim.name: claim for claim in page.REPORT.judge(found)}
+    change(found, experiment.breadth(16, "narrow"), 4.0)
+    judged = {claim.name: claim for claim in report.REPORT.judge(found)}
     assert judged["Y2"].verdict == "not measured"
     assert "it has not learned" in judged["Y2"].effects[0].why
     assert verdicts({**everything(), "toy": rows(seeds=3)})["Y1"] == "not measured"
@@ -126,14 +126,14 @@ def test_models_that_have_not_learned_give_no_verdict():
 def test_shuffled_measurements_keep_their_numbers_and_hold_rarely():
     held = dict.fromkeys(verdicts(everything()), 0)
     for draw in range(20):
-        shuffled = page.REPORT.shuffle(everything(), np.random.default_rng(draw))
+        shuffled = report.REPORT.shuffle(everything(), np.random.default_rng(draw))
         for name, verdict in verdicts(shuffled).items():
             held[name] += verdict == "holds"
     assert all(count <= 4 for count in held.values()), held
 
 
 def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
-    page.REPORT.write(everything(), tmp_path, FACTS)
+    report.REPORT.write(everything(), tmp_path, FACTS)
     text = (tmp_path / "aya23.md").read_text()
     drawn = {path.name for path in (tmp_path / "aya23").glob("*.png")}
     names = ("claims", "languages", "blocks", "answers", "fertility")
@@ -141,7 +141,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     written = json.loads((tmp_path / "aya23" / "results.json").read_text())
     assert verdicts(written["measured"]) == verdicts(everything())
     partial = [row for row in rows() if row["arm"] in ("base", "gelu")]
-    page.REPORT.write({"toy": partial}, tmp_path, FACTS)
+    report.REPORT.write({"toy": partial}, tmp_path, FACTS)
     text = (tmp_path / "aya23.md").read_text()
     assert "`sequential`" in text and "all of the part `fertility`" in text
 
@@ -154,13 +154,13 @@ def test_a_row_is_read_with_its_losses_and_curve(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     held_out = {"toy_0": {"loss": 1.0, "perplexity": 2.7}}
-    row = measure.with_losses({"arm": "base", "held_out": held_out, "log": "x"}, tmp_path)
+    row = experiment.with_losses({"arm": "base", "held_out": held_out, "log": "x"}, tmp_path)
     assert row["curve"] == [(150, 3.0), (800, 2.0)] and row["held_out"] == {"toy_0": 1.0}
     assert "log" not in row
 
 
 def test_bytes_of_caches_are_proportional_to_heads():
-    assert measure.cache_bytes() == {str(n): n * 2 * 2 * 64 * 16 * 4 for n in (4, 2, 1)}
+    assert experiment.cache_bytes() == {str(n): n * 2 * 2 * 64 * 16 * 4 for n in (4, 2, 1)}
 
 
 def test_amounts_of_text_fall_with_the_rank():

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import yaml
 
-from data.aya_expanse import rounds
 from data.text.documents import DataError
 from launch import cli
 from launch.config import gin_config
 from launch.papers.aya_expanse import recipe as recipes
-from launch.papers.aya_expanse import small_answers, stage
+from launch.papers.aya_expanse import small_answers
+from launch.papers.aya_expanse import stage as aya_expanse_stage
 from launch.sweeping import file
 from trainers.checkpoints import step_dir
 from trainers.checkpoints.array_files import StoredArray
@@ -51,7 +51,7 @@ def write(trained_run, tmp_path):
 
 
 def sweep(path):
-    return {run.arm: run for run in file.read(f"launch/papers/aya_expanse/sweep.py:{path}")}
+    return {run.arm: run for run in file.read(f"launch/papers/aya_expanse/recipe.py:{path}")}
 
 
 def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(write):
@@ -190,7 +190,7 @@ def test_further_teachers_are_a_pool_whose_names_are_no_arms(write, tmp_path):
 
 def run(name, path, to, *flags):
     return cli.status_of(
-        lambda: stage._run(_flags(stage=name, recipe=path, to=str(to), flags=flags))
+        lambda: aya_expanse_stage._run(_flags(stage=name, recipe=path, to=str(to), flags=flags))
     )
 
 
@@ -222,12 +222,16 @@ def test_a_language_without_a_prompt_is_named(write, tmp_path):
             to=str(tmp_path / "p"),
             flags=(),
         )
-        stage._run(flags)
+        aya_expanse_stage._run(flags)
 
 
 def test_a_run_of_a_sweep_has_the_name_of_its_arm():
-    assert stage._name("runs/sft_turkic/seed0") == stage._name("runs/sft_turkic") == "sft_turkic"
-    assert stage._name("/x/runs/merged/seed10/made") == "merged"
+    assert (
+        aya_expanse_stage._name("runs/sft_turkic/seed0")
+        == aya_expanse_stage._name("runs/sft_turkic")
+        == "sft_turkic"
+    )
+    assert aya_expanse_stage._name("/x/runs/merged/seed10/made") == "merged"
 
 
 def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
@@ -257,7 +261,7 @@ def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branch
     assert run("arbitrage", path, tmp_path / "a", teachers, prompts) == 0
     answers = rows(tmp_path / "a/completions.jsonl")
     assert {row["teacher"] for row in answers} == {
-        *map(stage._name, branches.folders[:2]),
+        *map(aya_expanse_stage._name, branches.folders[:2]),
         "further",
     }
     for cluster, languages in CLUSTERS.items():
@@ -267,7 +271,7 @@ def test_runs_teach_by_cluster_and_are_compared_by_round(write, tmp_path, branch
         assert all(row["chosen_reward"] > row["rejected_reward"] for row in own)
     assert run("rounds", path, tmp_path / "r", teachers) == 0
     made = json.loads((tmp_path / "r/rounds.json").read_text())
-    names = [stage._name(folder) for folder in branches.folders[:2]]
+    names = [aya_expanse_stage._name(folder) for folder in branches.folders[:2]]
     assert [row["round"] for row in made[:2]] == [f"{i}_{name}" for i, name in enumerate(names)]
     assert {row["language"] for row in made} == {"tr", "uk", "en"}
     assert all(row["reward"] == row["judge"] for row in made)
@@ -289,11 +293,11 @@ def test_over_optimisation_is_a_rising_reward_and_a_falling_judge():
         ]
 
     names = ["r0", "r1", "r2"]
-    made = rounds.indicators(names, table(0.1, 0.5, 0.6, cut=1), table(0.4, 0.5, 0.3))
+    made = aya_expanse_stage.indicators(names, table(0.1, 0.5, 0.6, cut=1), table(0.4, 0.5, 0.3))
     assert [row["over_optimised"] for row in made] == [None, False, True]
     assert {row["cut"] for row in made} == {0.25} and {row["wrong_language"] for row in made} == {0}
-    assert "| tr | r2 | 0.6 | 0.3 | 3 | 0 | 0.25 | yes |" in rounds.markdown(made)
-    unknown = rounds.indicators(names, table(0.1, None, 0.6), table(0.4, 0.5, 0.3))
+    assert "| tr | r2 | 0.6 | 0.3 | 3 | 0 | 0.25 | yes |" in aya_expanse_stage.markdown(made)
+    unknown = aya_expanse_stage.indicators(names, table(0.1, None, 0.6), table(0.4, 0.5, 0.3))
     assert [row["over_optimised"] for row in unknown] == [None, None, None]
     with pytest.raises(DataError, match="no answer of 'r3' in 'tr'"):
-        rounds.indicators([*names, "r3"], table(1, 2, 3), table(1, 2, 3))
+        aya_expanse_stage.indicators([*names, "r3"], table(1, 2, 3), table(1, 2, 3))

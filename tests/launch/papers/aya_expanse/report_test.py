@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from data.aya_expanse import lexicon
 from launch.config import gin_config
-from launch.papers.aya_expanse import measure, page, small_sweep
-from launch.papers.aya_expanse.arms import UNSEEN
+from launch.papers.aya_expanse import experiment, lexicon, report
+from launch.papers.aya_expanse.experiment import UNSEEN
 from launch.papers.aya_expanse.small_pool import NOISES
 from launch.sweeping import file
 
-SWEEP = "launch/papers/aya_expanse/small_sweep.py"
+SWEEP = "launch/papers/aya_expanse/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 # Scores with which all claims hold; those of other arms are 0.5.
 SCORES = {
@@ -64,7 +63,7 @@ def qualities(shift):
     }
     by_noise = dict(zip(map(str, NOISES), (0.8, 0.78, 0.7, 0.55, 0.5), strict=True))
     flat = dict.fromkeys(lexicon.LANGUAGES, 0.7)
-    routings = {name: flat for name in small_sweep.ROUTINGS}
+    routings = {name: flat for name in experiment.ROUTINGS}
     made = {
         "teachers": teachers,
         "routings": routings,
@@ -81,7 +80,7 @@ def search(shift):
 
 
 def rows(seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         row = {"run": run.name, "arm": run.arm, "seed": run.seed, "seconds": 30.0, "step": 100}
@@ -98,7 +97,7 @@ def rows(seeds=5):
         if run.arm.startswith(("round", "online")):
             row["reward"] = REWARDS.get(run.arm, 0.7) + shift
         out.append(row)
-    return measure.with_wins(out)
+    return experiment.with_wins(out)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def copied(measured):
 
 
 def verdicts(measured):
-    return {claim.name: claim.verdict for claim in page.REPORT.judge(measured)}
+    return {claim.name: claim.verdict for claim in report.REPORT.judge(measured)}
 
 
 def change(measured, arm, score):
@@ -125,7 +124,7 @@ def change(measured, arm, score):
 
 def test_all_claims_hold_where_they_should(everything):
     assert verdicts(everything) == {f"X{n}": "holds" for n in range(1, 18)}
-    required = {claim.name for claim in page.REPORT.claims if claim.required}
+    required = {claim.name for claim in report.REPORT.claims if claim.required}
     assert required == {"X1", "X2", "X3", "X5", "X14"}
 
 
@@ -167,7 +166,7 @@ def test_teachers_that_know_nothing_give_no_verdict_on_routing(everything):
                 name: {code: 0.4 * value for code, value in one.items()}
                 for name, one in teachers.items()
             }
-    judged = {claim.name: claim for claim in page.REPORT.judge(bad)}
+    judged = {claim.name: claim for claim in report.REPORT.judge(bad)}
     assert {judged[f"X{n}"].verdict for n in (1, 2, 3, 4, 5)} == {"not measured"}
     assert "in their own languages" in judged["X1"].effects[0].why
     change(bad, "round3", 0.05)
@@ -175,11 +174,11 @@ def test_teachers_that_know_nothing_give_no_verdict_on_routing(everything):
 
 
 def verdict_of(measured, name):
-    return next(claim for claim in page.REPORT.judge(measured) if claim.name == name)
+    return next(claim for claim in report.REPORT.judge(measured) if claim.name == name)
 
 
 def test_every_effect_has_a_bound(everything):
-    for claim in page.REPORT.judge(everything):
+    for claim in report.REPORT.judge(everything):
         for effect in claim.effects:
             assert np.isfinite([effect.above, effect.below]).any(), claim.name
 
@@ -191,7 +190,7 @@ def test_three_seeds_decide_nothing():
 def test_shuffled_measurements_hold_rarely(everything):
     held = dict.fromkeys(verdicts(everything), 0)
     for draw in range(20):
-        shuffled = page.REPORT.shuffle(everything, np.random.default_rng(draw))
+        shuffled = report.REPORT.shuffle(everything, np.random.default_rng(draw))
         assert len(shuffled["small"]) == len(everything["small"])
         for name, verdict in verdicts(shuffled).items():
             held[name] += verdict == "holds"
@@ -199,7 +198,7 @@ def test_shuffled_measurements_hold_rarely(everything):
 
 
 def test_the_report_has_every_figure_and_says_what_is_missing(everything, tmp_path):
-    page.REPORT.write(everything, tmp_path, FACTS)
+    report.REPORT.write(everything, tmp_path, FACTS)
     text = (tmp_path / "aya_expanse.md").read_text()
     drawn = {path.name for path in (tmp_path / "aya_expanse").glob("*.png")}
     names = ("claims", "routing", "wins", "stages", "noise", "rounds", "betas", "weights")
@@ -207,7 +206,7 @@ def test_the_report_has_every_figure_and_says_what_is_missing(everything, tmp_pa
     written = json.loads((tmp_path / "aya_expanse" / "results.json").read_text())
     assert verdicts(written["measured"]) == verdicts(everything)
     partial = [row for row in everything["small"] if row["arm"] in ("merged", "pool")]
-    page.REPORT.write({"small": partial}, tmp_path, FACTS)
+    report.REPORT.write({"small": partial}, tmp_path, FACTS)
     assert "`student_reward`" in (tmp_path / "aya_expanse.md").read_text()
 
 
@@ -217,7 +216,7 @@ def test_win_rates_are_against_the_same_seed_and_sum_to_one(everything):
     own = {"cs": [0.2, 0.5, 0.1]}
     row = {"arm": "merged", "seed": 10, "evaluations": {"answers": {"judge": own, "score": {}}}}
     other = {**row, "seed": 11}
-    made = measure.with_wins([row, reference, other])
+    made = experiment.with_wins([row, reference, other])
     assert made[0]["wins"] == {"cs": pytest.approx({"win": 1 / 3, "tie": 1 / 3, "loss": 1 / 3})}
     assert "wins" not in made[1] and "wins" not in made[2]
     assert all("judge" not in one["evaluations"]["answers"] for one in made)
@@ -234,7 +233,7 @@ def test_a_search_is_read_with_the_gain_of_leaving_out_each_model(tmp_path):
     lines = [json.dumps(one) + "\n" for one in ({"facts": 1}, *trials)]
     (tmp_path / "trials.jsonl").write_text("".join(lines))
     (tmp_path / "search.json").write_text(json.dumps({"best": trials[1]}))
-    found = measure.search_of(tmp_path)
+    found = experiment.search_of(tmp_path)
     assert found["gains"] == pytest.approx([0, -0.1, -0.2, -0.3, -0.4, -0.5])
     assert found["uniform"] == [2.5, 3.0] == found["best"] and len(found["trials"]) == 7
 

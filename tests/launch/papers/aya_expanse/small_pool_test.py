@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from data.aya_expanse import lexicon, routing
-from launch.papers.aya_expanse import small_pool, small_stage
+from data.aya_expanse import routing
+from launch.papers.aya_expanse import lexicon, small_pool, small_stage
 
 pytest.importorskip("django")
 COUNT = 30

@@ -6,10 +6,10 @@ import types
 import numpy as np
 import pytest
 
-from data.nexus import lag_domains
 from launch import environment, reproduce
-from launch.papers.bam import arms, claims, measure, page, sweep
-from launch.papers.bam.arms import Runs, long, matched
+from launch.papers.bam import experiment, report
+from launch.papers.bam.experiment import Runs, long, matched
+from launch.papers.nexus import lag_domains
 from launch.papers.shared import domain_panels, sweeps
 from launch.papers.shared import domains as domain_runs
 from launch.papers.shared import domains as shared_domains
@@ -32,13 +32,13 @@ EXCESS = {
     matched("moa_top1"): 0.45,
     long("btx"): 0.2,
     long("bam"): 0.1,
-    arms.DENSE_LONG: 0.3,
+    experiment.DENSE_LONG: 0.3,
 }
 STEPS, TOKENS = 600, 2048
 
 
 def row(arm, seed, losses):
-    dense = arm in ("seed", arms.DENSE_LONG) or arm.startswith("spec")
+    dense = arm in ("seed", experiment.DENSE_LONG) or arm.startswith("spec")
     steps = 465 if arm.endswith("_cm") else 1600 if arm.endswith("_long") else STEPS
     curve = [
         (s, {task: loss + 30 / (s + 10) - 30 / (steps + 10) for task, loss in losses.items()})
@@ -83,7 +83,7 @@ def part(seeds=5, **changed):
         for home in DOMAINS[1:]:
             losses = {d: FLOORS[d] + 1.6 + noise.normal(0, 1e-4) for d in DOMAINS}
             losses[home] = FLOORS[home] + 0.1
-            rows.append(row(arms.specialist(home), seed, losses))
+            rows.append(row(experiment.specialist(home), seed, losses))
     planned = {}
     for one in rows:
         planned.setdefault(one["arm"], {})[one["seed"]] = ("held_out", *one["evaluations"])
@@ -96,7 +96,7 @@ def everything(**changed):
 
 
 def judged(measured):
-    return {claim.name: claim for claim in page.REPORT.judge(measured)}
+    return {claim.name: claim for claim in report.REPORT.judge(measured)}
 
 
 def verdicts(measured):
@@ -113,7 +113,7 @@ def force_to_one_expert(measured, arm, *, router, layer, seed):
 
 
 def test_all_claims_hold_where_they_should():
-    assert verdicts(everything()) == {claim.name: "holds" for claim in claims.CLAIMS}
+    assert verdicts(everything()) == {claim.name: "holds" for claim in report.CLAIMS}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_all_claims_hold_where_they_should():
         ({"bam": 0.46}, "B11", "not measured"),  # no gap
         ({"bam_averaged": 0.2}, "B13", "fails"),
         ({"bam_averaged": 0.4}, "B16", "fails"),
-        ({arms.DENSE_LONG: 0.05}, "B14", "fails"),
+        ({experiment.DENSE_LONG: 0.05}, "B14", "fails"),
     ],
 )
 def test_verdicts_follow_the_losses(changed, name, verdict):
@@ -183,7 +183,7 @@ def test_few_updates_allow_no_conclusion_beside_dense_training():
 
 
 def test_caches_are_judged_exactly():
-    measured = measure.cache_bytes()
+    measured = experiment.cache_bytes()
     assert verdicts({"caches": measured})["B12"] == "holds"
     measured["expert_kv"][1] += 4
     assert verdicts({"caches": measured})["B12"] != "holds"
@@ -202,7 +202,7 @@ def test_curves_are_read_by_step_and_a_made_start_stands_for_step_0():
 def test_the_report_has_every_figure_and_the_loads_by_layer(tmp_path):
     measured = everything()
     force_to_one_expert(measured, "btx", router="mlp", layer=1, seed=12)
-    page.REPORT.write(measured, tmp_path, FACTS)
+    report.REPORT.write(measured, tmp_path, FACTS)
     text = (tmp_path / "bam.md").read_text()
     drawn = {path.name for path in (tmp_path / "bam").glob("*.png")}
     figures = {f"synthetic_{kind}.png" for kind in ("loss", "loads", "choices", "curves")}
@@ -218,7 +218,7 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     measured["rows"] = [r for r in few if r["run"] != "bam/seed11" and r["seed"] < 14]
     lost = measured["rows"][-1]
     lost["evaluations"] = {}
-    by_name = {c.name: c for c in page.REPORT.write({"synthetic": measured}, tmp_path, FACTS)}
+    by_name = {c.name: c for c in report.REPORT.write({"synthetic": measured}, tmp_path, FACTS)}
     text = (tmp_path / "bam.md").read_text()
     assert "synthetic `bam` (seed 11)" in text and "`spec_lag_4`" in text
     # A seed that has failed wholly is missing all the same, and so are evaluations.
@@ -226,7 +226,7 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     assert f"synthetic `routing` of `bam_shared_kv` (seed {lost['seed']})" in text
     assert "all of the part `caches`" in text
     assert by_name["B5"].verdict == by_name["B1"].verdict == "not measured"
-    page.REPORT.write({}, tmp_path, FACTS)
+    report.REPORT.write({}, tmp_path, FACTS)
     assert "all of the part `synthetic`" in (tmp_path / "bam.md").read_text()
 
 
@@ -256,8 +256,8 @@ def test_parts_are_swept_with_their_name_and_read_with_floors_and_curves(tmp_pat
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (directory / "run.json").write_text(json.dumps({"parameters": 12}))
-    out = measure.run(model_dir=str(tmp_path), seeds=3, workers=2, parts=["synthetic", "caches"])
-    assert asked == [((tmp_path / "synthetic", "bam/sweep", "synthetic,3"), {"workers": 2})]
+    out = experiment.run(model_dir=str(tmp_path), seeds=3, workers=2, parts=["synthetic", "caches"])
+    assert asked == [((tmp_path / "synthetic", "bam/experiment", "synthetic,3"), {"workers": 2})]
     trained, made = out["synthetic"]["rows"]
     assert trained["curve"] == [(5, {"lag_4": 1.5})] and made["curve"] == []
     assert out["synthetic"]["planned"] == {
@@ -289,20 +289,24 @@ def test_the_command_writes_the_report_of_the_parts_it_is_asked_for(tmp_path, mo
 def test_every_arm_that_is_compared_is_in_the_sweep_and_equal_compute_is_at_the_papers_size(
     monkeypatch,
 ):
-    cost = {arm: 1.0 for arm in sweep.MIXTURES} | {"bam": 4 / 3}
-    monkeypatch.setattr(sweep, "paper_flops", lambda arm, context: cost[arm])
-    assert (sweep.equal_compute("bam"), sweep.equal_compute("btx")) == (450, 600)
-    planned = sweep.get_config("synthetic,5").arms
-    twins = [*map(matched, (*arms.BAM, *arms.CHOSEN)), *map(long, sweep.LONG), arms.DENSE_LONG]
-    compared = {*arms.BTX, *arms.BAM, *arms.CONTROLS, *twins, arms.SEED}
-    assert compared | set(map(arms.specialist, DOMAINS[1:])) <= set(planned)
+    cost = {arm: 1.0 for arm in experiment.MIXTURES} | {"bam": 4 / 3}
+    monkeypatch.setattr(experiment, "paper_flops", lambda arm, context: cost[arm])
+    assert (experiment.equal_compute("bam"), experiment.equal_compute("btx")) == (450, 600)
+    planned = experiment.get_config("synthetic,5").arms
+    twins = [
+        *map(matched, (*experiment.BAM, *experiment.CHOSEN)),
+        *map(long, experiment.LONG),
+        experiment.DENSE_LONG,
+    ]
+    compared = {*experiment.BTX, *experiment.BAM, *experiment.CONTROLS, *twins, experiment.SEED}
+    assert compared | set(map(experiment.specialist, DOMAINS[1:])) <= set(planned)
     assert planned["bam_long"].seeds == (10, 11, 12)
 
 
 def test_costs_at_the_papers_size_are_those_of_its_layers_with_the_head():
     ratios = [
-        sweep.paper_flops(arm, 1024) / sweep.paper_flops("btx", 1024)
+        experiment.paper_flops(arm, 1024) / experiment.paper_flops("btx", 1024)
         for arm in ("bam", "bam_shared_kv")
     ]
     assert 1.25 < ratios[0] < 1.34 and 1.13 < ratios[1] < 1.22
-    assert [sweep.equal_compute(arm) for arm in ("bam", "moa_top1")] == [467, 512]
+    assert [experiment.equal_compute(arm) for arm in ("bam", "moa_top1")] == [467, 512]

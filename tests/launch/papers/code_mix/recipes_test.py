@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers
 from data import tasks
 from launch.aot import precompile, tpu_topology
 from launch.config import gin_config
+from launch.sweeping import file
 from trainers.objectives import lm
 from trainers.optim import schedules
 
@@ -30,21 +31,26 @@ B = 1e9
 ARMS = {
     "text_only": {"text": 400},
     "balanced_only": {"text": 200, "web_code": 200},
-    "code_000": {"text": 200},
-    "code_025": {"text": 150, "web_code": 50},
-    "code_050": {"text": 100, "web_code": 100},
-    "code_075": {"text": 50, "web_code": 150},
-    "code_090": {"text": 20, "web_code": 180},
-    "code_100": {"web_code": 200},
+    "share_0": {"text": 200},
+    "share_25": {"text": 150, "web_code": 50},
+    "share_50": {"text": 100, "web_code": 100},
+    "share_75": {"text": 50, "web_code": 150},
+    "share_90": {"text": 20, "web_code": 180},
+    "share_100": {"web_code": 200},
     "code_markup": {"web_code": 160, "markup": 40},
     "code_adjacent": {"web_code": 170, "commits": 10, "notebooks": 10, "stackexchange": 10},
     "code_synth": {"web_code": 180, "synth": 20},
     "balanced_synth": {"text": 100, "web_code": 90, "synth": 10},
-    "text_continued": {"text": 180, "web_code": 20},
-    "cooldown": {"hq_text": 16, "math": 8, "instruct": 8, "web_code": 8},
-    "cooldown_no_code": {"hq_text": 20, "math": 10, "instruct": 10},
+    "balanced_to_text": {"text": 180, "web_code": 20},
+    "balanced_to_text_cooldown": {"hq_text": 16, "math": 8, "instruct": 8, "web_code": 8},
+    "balanced_to_text_cooldown_without_code": {"hq_text": 20, "math": 10, "instruct": 10},
 }
-PHASES = ("text_continued", "cooldown", "cooldown_no_code")
+PHASES = tuple(arm for arm in ARMS if arm.startswith("balanced_to_text"))
+RUNS = {
+    run.arm: run
+    for run in file.read("launch/papers/code_mix/experiment.py:full,/data")
+    if run.size == "470m"
+}
 SIZES = {
     "470m": (256_000 * 1024 + 16 * (4 * 1024**2 + 3 * 1024 * 2816 + 1024) + 1024, 3e-4),
     "2p8b": (256_000 * 2560 + 27 * (4 * 2560**2 + 3 * 2560 * 6912 + 2560) + 2560, 2e-4),
@@ -58,8 +64,9 @@ def clean():
 
 
 def load(arm, size="470m", *bindings, data=("DATA_ROOT='/d'", "TOKENIZER='/t'", "MBPP='/m'")):
-    files = [f"{FOLDER}/{arm}.gin", *([f"{FOLDER}/size_2p8b.gin"] if size == "2p8b" else [])]
-    given = ["MODEL_DIR='/run'", *data, *bindings]
+    sized = [f"{FOLDER}/size_2p8b.gin"] if size == "2p8b" else []
+    files = [*RUNS[arm].gin_files, *sized]
+    given = [*RUNS[arm].bindings, "MODEL_DIR='/run'", *data, *bindings]
     if arm in PHASES:
         given.append("INITIAL_CHECKPOINT_PATH='/before'")
     return gin_config.load(files, given, entry="launch.train:train")
@@ -83,9 +90,11 @@ def steps_of(tokens):
     return math.ceil(tokens / STEP)
 
 
-def test_every_file_is_an_arm_of_the_study():
-    found = {path.stem for path in (ROOT / FOLDER).glob("*.gin")}
-    assert found == {*ARMS, "base", "size_2p8b"}
+def test_every_file_is_of_an_arm_of_the_study():
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / FOLDER).glob("*.gin")}
+    assert found == {name for arm in ARMS for name in RUNS[arm].gin_files} | {
+        f"{FOLDER}/size_2p8b.gin"
+    }
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -116,7 +125,7 @@ def test_budgets_in_steps(tokens, steps):
     assert steps_of(tokens * B) == steps
 
 
-@pytest.mark.parametrize(("arm", "size"), [("text_only", "470m"), ("text_continued", "2p8b")])
+@pytest.mark.parametrize(("arm", "size"), [("text_only", "470m"), ("balanced_to_text", "2p8b")])
 def test_rates_of_a_pre_training_phase(arm, size):
     arguments = load(arm, size).arguments()
     steps, peak = steps_of(arguments["total_tokens"]), SIZES[size][1]
@@ -134,7 +143,7 @@ def test_rates_of_a_pre_training_phase(arm, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rates_of_a_cooldown(size):
-    arguments = load("cooldown", size).arguments()
+    arguments = load("balanced_to_text_cooldown", size).arguments()
     steps, start = steps_of(40 * B), 0.1 * SIZES[size][1]
     rate = arguments["recipe"].with_span(schedules.Span(steps, start)).learning_rate
     values = np.asarray(jax.vmap(rate)(jnp.arange(steps)))
@@ -147,7 +156,7 @@ def test_kernels_and_table_are_glorot_normal_and_the_first_loss_is_the_log_of_th
     """One layer of the 470M model, beside a table large enough that its rows matter."""
     rows, layer = 16_384, ("config.TransformerConfig.num_layers=1",)
     small = (f"config.TransformerConfig.vocab_size={rows}", "DTYPE='float32'", *layer)
-    model = load("code_000", "470m", *small).arguments()["recipe"].model
+    model = load("share_0", "470m", *small).arguments()["recipe"].model
     params = nn.meta.unbox(jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), int)))())
     params = params["params"]
     table = np.asarray(params["token_embed"]["embedding"])
@@ -211,7 +220,7 @@ def test_sources_are_read_as_they_are_published(tmp_path):
     sources += ("hq_text", "math", "instruct")
     shares = {name: 0.1 for name in sources}
     config = load(
-        "code_000",
+        "share_0",
         "470m",
         f"SHARES={shares}",
         "VALIDATION_FRACTION=0.0",

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 
 from data import tasks
-from data.code_mix import procedures, skill_sources, skills
+from data.code_mix import procedures, skills
 from launch.code_mix import skills as evaluate_skills
 from launch.config import gin_config
-from launch.papers.code_mix import judged, measure, page
-from launch.papers.code_mix.arms import PLAIN, Results, wins
-from launch.papers.code_mix.sweep import ANSWERS, JUDGED, PHASES, SHARES
+from launch.papers.code_mix import experiment, judged, report, skill_sources
+from launch.papers.code_mix.experiment import ANSWERS, JUDGED, PHASES, PLAIN, SHARES, Results, wins
 from launch.plots import intervals
 from launch.run import load_run
 from launch.sweeping import file
 
-SWEEP = "launch/papers/code_mix/sweep.py"
-FULL = "launch/papers/code_mix/full_sweep.py"
+SWEEP = "launch/papers/code_mix/experiment.py"
+FULL = "launch/papers/code_mix/experiment.py:full,"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 
 
@@ -92,7 +91,7 @@ ALL_HOLD = {
 
 
 def rows(scores=ALL_HOLD, seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out = []
     rng = np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
@@ -136,11 +135,11 @@ def row(arm, seed=10):
 
 
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
+    return {claim.name: claim.verdict for claim in report.REPORT.judge(found)}
 
 
 def test_claims_hold_where_they_are_clear_and_are_reported_with_their_plots(tmp_path):
-    judged_claims = page.REPORT.write({"skills": rows()}, tmp_path, FACTS)
+    judged_claims = report.REPORT.write({"skills": rows()}, tmp_path, FACTS)
     assert {claim.name: claim.verdict for claim in judged_claims} == dict.fromkeys(
         (claim.name for claim in judged_claims), "holds"
     )
@@ -172,13 +171,13 @@ def test_claims_fail_or_stay_undecided_with_their_effects():
 
 def test_a_model_that_learned_nothing_gives_no_verdict():
     found = rows({**ALL_HOLD, "synth": (0, 0, 0.0)})
-    (claim,) = [one for one in page.REPORT.judge({"skills": found}) if one.name == "C3a"]
+    (claim,) = [one for one in report.REPORT.judge({"skills": found}) if one.name == "C3a"]
     assert claim.verdict == "not measured" and "has learned no skill" in claim.effects[0].why
 
 
 def test_nothing_measured_is_said_to_be_so(tmp_path):
     assert set(verdicts({}).values()) == {"not measured"}
-    page.REPORT.write({}, tmp_path, {**FACTS, "versions": {}})
+    report.REPORT.write({}, tmp_path, {**FACTS, "versions": {}})
     assert "- Not measured." in (tmp_path / "code_mix.md").read_text()
 
 
@@ -188,7 +187,7 @@ def test_pairs_are_of_the_same_seeds():
 
 
 def test_shuffled_arms_keep_their_comparisons():
-    shuffled = page.REPORT.shuffle({"skills": rows()}, np.random.default_rng(0))["skills"]
+    shuffled = report.REPORT.shuffle({"skills": rows()}, np.random.default_rng(0))["skills"]
     for one in shuffled:
         source = one["run"].partition("/")[0]
         for other in (two for two in shuffled if two["seed"] == one["seed"]):
@@ -206,7 +205,7 @@ def test_the_judge_counts_right_words_and_both_directions_agree(tmp_path):
     assert shares["good"]["same"] == {"win": 0.0, "tie": 1.0, "loss": 0.0}
     assert shares["good"]["half"] == {"win": 0.75, "tie": 0.25, "loss": 0.0}
     assert shares["half"]["good"] == {"win": 0.0, "tie": 0.25, "loss": 0.75}
-    found = measure.with_judgements(
+    found = experiment.with_judgements(
         [
             row(arm) | {"evaluations": {ANSWERS: texts}}
             for arm, texts in (("text_only", half), ("balanced_only", right))
@@ -219,7 +218,7 @@ def test_the_judge_counts_right_words_and_both_directions_agree(tmp_path):
 
 
 def test_a_sweep_is_reported_with_the_papers_figures(tmp_path):
-    lines = page.sweep_lines(rows(), tmp_path)
+    lines = report.lines_of(rows(), tmp_path)
     drawn = [line.partition("](")[2][:-1] for line in lines if line.startswith("![")]
     assert drawn == [
         *("recipes.png", "phases.png", "proportion.png"),
@@ -227,12 +226,12 @@ def test_a_sweep_is_reported_with_the_papers_figures(tmp_path):
     ]
     assert all((tmp_path / name).exists() for name in drawn)
     assert lines[-3].startswith("| ")
-    assert page.sweep_lines([{**row("text"), "evaluations": {}}], tmp_path) == []
+    assert report.lines_of([{**row("text"), "evaluations": {}}], tmp_path) == []
 
 
 def test_a_sweep_over_sizes_has_a_figure_of_them(tmp_path):
     sized = [{**one, "size": size} for one in rows(seeds=1) for size in ("470m", "2p8b")]
-    text = "\n".join(page.sweep_lines(sized, tmp_path))
+    text = "\n".join(report.lines_of(sized, tmp_path))
     assert "scale.png" in text
     assert "| balanced → text, 2p8b |" in text
 
@@ -253,7 +252,7 @@ def test_scores_of_benchmarks_are_averaged_by_group_as_far_as_none_is_missing():
 
 
 def test_the_full_sweep_has_every_arm_of_the_paper_after_what_it_starts_from():
-    runs = file.read(f"{FULL}:/data")
+    runs = file.read(f"{FULL}/data")
     assert len(runs) == 20 + 6 and all("DATA_ROOT='/data'" in run.bindings for run in runs)
     parents = {
         run.arm: run.parent for run in runs if run.size == "2p8b" or run.arm.endswith("_code")
@@ -266,7 +265,7 @@ def test_the_full_sweep_has_every_arm_of_the_paper_after_what_it_starts_from():
 
 
 def test_with_a_judge_the_full_sweep_compares_the_answers_of_all_recipes():
-    runs = file.read(f"{FULL}:/data,openai:https://host/v1,model=NAME")
+    runs = file.read(f"{FULL}/data,openai:https://host/v1,model=NAME")
     made = {run.arm: run for run in runs if run.made}
     assert len(made) == 10 and {run.size for run in made.values()} == {"470m"}
     judging = made["win_rates"].made
@@ -315,8 +314,9 @@ def test_arms_read_as_many_tokens_with_a_loss(arm, tmp_path):
         f"stream.make_stream.cache_dir={str(tmp_path / 'cache')!r}",
         "TRAIN_TOKENS=60e3",
     )
-    folder = "t5x_configs/experiments/code_mix/cpu"
-    config = gin_config.load([f"{folder}/{arm}.gin"], bindings, entry="launch.train:train")
+    (planned,) = (run for run in file.read(f"{SWEEP}:1") if run.arm == arm)
+    bindings = (*planned.bindings, *bindings)
+    config = gin_config.load(planned.gin_files, bindings, entry="launch.train:train")
     arguments = config.arguments()
     for register in arguments["tasks"]:
         register()
@@ -330,7 +330,9 @@ def test_arms_read_as_many_tokens_with_a_loss(arm, tmp_path):
 
 def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
     def run(arm, *bindings):
+        (planned,) = (run for run in file.read(f"{SWEEP}:1") if run.arm == arm)
         settings = (
+            *planned.bindings,
             f"MODEL_DIR={str(tmp_path / arm)!r}",
             f"skill_sources.register.documents={dict.fromkeys(skill_sources.DOCUMENTS, 64)}",
             "BATCH_SIZE=8",
@@ -342,13 +344,13 @@ def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
             "MLP_WIDTH=16",
             *bindings,
         )
-        file = f"--gin_file=t5x_configs/experiments/code_mix/cpu/{arm}.gin"
-        result = train(file, *(f"--gin.{binding}" for binding in settings))
+        files = (f"--gin_file={name}" for name in planned.gin_files)
+        result = train(*files, *(f"--gin.{binding}" for binding in settings))
         assert result.status == 0, result.err
         return tmp_path / arm
 
     parent = run("share_50", "WARMUP_STEPS=1")
-    child = run("cooldown_with_code", f"INITIAL_CHECKPOINT_PATH={str(parent)!r}")
+    child = run("text_only_cooldown", f"INITIAL_CHECKPOINT_PATH={str(parent)!r}")
     found = evaluate_skills.evaluate(str(child))
     assert {skill: one["problems"] for skill, one in found.items()} == {
         "reasoning": 600,
@@ -358,12 +360,12 @@ def test_an_arm_and_its_cooldown_from_end_to_end(train, tmp_path):
     assert all(one["exact"] < 0.05 for one in found.values())  # after four updates
     assert len(evaluate_skills.answers(str(child))) == 200
     epochs = {"skill_text": 0.25, "skill_web_code": 0.25, "skill_synth": 0.25}
-    one = measure.with_data({"step": 2, "epochs": epochs}, child)
+    one = experiment.with_data({"step": 2, "epochs": epochs}, child)
     assert one["asked"] == pytest.approx(
         {"skill_text": 0.8, "skill_web_code": 0.1, "skill_synth": 0.1}
     )
     assert sum(one["read"].values()) == pytest.approx(1.0)
-    of_parent = measure.with_data({"step": 2, "epochs": {"skill_text": 0.5}}, parent)
+    of_parent = experiment.with_data({"step": 2, "epochs": {"skill_text": 0.5}}, parent)
     rates = [rate for _, rate in of_parent["learning_rates"]]
     assert one["learning_rates"][0] == (
         1,

@@ -6,9 +6,8 @@ import pathlib
 
 import numpy as np
 
-from data.influence import small_corpus
 from launch.config import gin_config
-from launch.papers.influence import corpus, scoring
+from launch.papers.influence import corpus, scoring, small_corpus
 from launch.sweeping import file
 
 SIZES = {**dict.fromkeys(small_corpus.SIZES, 20), small_corpus.FACT: 40}
@@ -18,12 +17,14 @@ LINES = [f"line {i} of some real text." for i in range(30)]
 
 @functools.cache
 def runs():
-    return {run.arm: run for run in file.read("launch/papers/influence/sweep.py:1")}
+    return {run.arm: run for run in file.read("launch/papers/influence/experiment.py:1")}
 
 
 def test_judged_seeds_are_not_the_pilots():
-    assert {run.seed for run in file.read("launch/papers/influence/sweep.py:5")} == {*range(10, 15)}
-    assert {run.seed for run in file.read("launch/papers/influence/sweep.py:pilot")} == {90}
+    assert {run.seed for run in file.read("launch/papers/influence/experiment.py:5")} == {
+        *range(10, 15)
+    }
+    assert {run.seed for run in file.read("launch/papers/influence/experiment.py:pilot")} == {90}
 
 
 def test_all_models_continue_the_start_on_files_of_other_arms(tmp_path):

@@ -6,20 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from data.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
 from launch.attribution.analyses import compute, labels
-from launch.papers.influence import (
-    arms,
-    claims,
-    corpus,
-    exact,
-    figures,
-    losses,
-    measure,
-    page,
-    scoring,
-    statistics,
-)
+from launch.papers.influence import corpus, exact, experiment, figures, losses, scoring, statistics
+from launch.papers.influence import report as influence_report
+from launch.papers.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
 from launch.papers.shared import claim
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}, "criteria": None}
@@ -94,7 +84,7 @@ def noisy(value, rng):
 
 
 def measured(change=None):
-    """What `measure.run` returns with five seeds; `change` alters the records of each seed."""
+    """What `experiment.run` returns with five seeds; `change` alters the records of each seed."""
     rng, out = np.random.default_rng(0), {"exact": [], "corpus": []}
     for seed in range(10, 15):
         tables = {
@@ -107,7 +97,7 @@ def measured(change=None):
             change(records)
         out["exact"].append(noisy(records.pop("exact"), rng))
         out["corpus"].append({"seed": seed, "seconds": 60.0, **noisy(records, rng)})
-    return {**out, "smollm": measure.of_report(real_model_rows())}
+    return {**out, "smollm": experiment.of_report(real_model_rows())}
 
 
 def real_model_rows():
@@ -132,11 +122,11 @@ def real_model_rows():
 
 
 def verdicts(change=None):
-    return {one.name: one.verdict for one in page.REPORT.judge(measured(change))}
+    return {one.name: one.verdict for one in influence_report.REPORT.judge(measured(change))}
 
 
 def test_all_claims_hold_where_they_should():
-    assert verdicts() == {one.name: "holds" for one in claims.CLAIMS}
+    assert verdicts() == {one.name: "holds" for one in influence_report.CLAIMS}
 
 
 def setter(*path, value):
@@ -194,18 +184,18 @@ def test_a_model_that_does_not_complete_the_queries_gives_no_verdict():
 
 
 def test_no_claim_holds_often_on_shuffled_measurements():
-    held = dict.fromkeys((one.name for one in claims.CLAIMS), 0)
+    held = dict.fromkeys((one.name for one in influence_report.CLAIMS), 0)
     for draw in range(60):
-        shuffled = page.REPORT.shuffle(measured(), np.random.default_rng(draw))
-        for one in page.REPORT.judge(shuffled):
+        shuffled = influence_report.REPORT.shuffle(measured(), np.random.default_rng(draw))
+        for one in influence_report.REPORT.judge(shuffled):
             held[one.name] += one.verdict == claim.HOLDS
     assert max(held.values()) <= 6, held
 
 
 def test_the_page_has_tables_and_figures(tmp_path):
-    page.REPORT.write(measured(), tmp_path, FACTS)
+    influence_report.REPORT.write(measured(), tmp_path, FACTS)
     text = (tmp_path / "influence.md").read_text()
-    drawn = figures.figures(page.REPORT.read(measured()))
+    drawn = figures.figures(influence_report.REPORT.read(measured()))
     for name, (figure, _) in drawn.items():
         assert figure is not None and f"influence/{name}" in text
     assert "| EK-FAC + CG |" in text and "Missing" not in text
@@ -213,7 +203,7 @@ def test_the_page_has_tables_and_figures(tmp_path):
         text.partition(f"## {title}")[2].partition("## ")[0]
         for title in ("Linear datamodeling scores", "Share of queries whose answer")
     )
-    for name in map(arms.METHODS.get, scoring.METHODS):
+    for name in map(experiment.METHODS.get, scoring.METHODS):
         assert f"| {name} |" in lds and f"| {name} |" in answers
     real = text.partition("## A real model")[2]
     assert "10 pieces of texts" in real and "factors took 1 minutes" in real
@@ -222,7 +212,7 @@ def test_the_page_has_tables_and_figures(tmp_path):
     assert json.loads((tmp_path / "influence" / "results.json").read_text())["claims"]
     nothing = figures.figures({})
     assert all(figure is None for figure, _ in nothing.values())
-    page.REPORT.write({}, tmp_path / "empty", FACTS)
+    influence_report.REPORT.write({}, tmp_path / "empty", FACTS)
     assert "Missing from this page" in (tmp_path / "empty" / "influence.md").read_text()
 
 
@@ -289,14 +279,14 @@ def test_documents_are_ranked_for_a_group_and_losses_are_read(monkeypatch):
 def test_results_are_gathered_by_seed(tmp_path, monkeypatch):
     (tmp_path / losses.RECORD).write_text('{"lds": 1}')
     rows = [
-        measure.with_records({"arm": arm, "seed": 10, "seconds": 2.0}, tmp_path)
+        experiment.with_records({"arm": arm, "seed": 10, "seconds": 2.0}, tmp_path)
         for arm in ("model", "losses", "scores")
     ]
-    assert measure.by_seed(rows) == [
+    assert experiment.by_seed(rows) == [
         {"seed": 10, "seconds": 6.0, "scores": None, "losses": {"lds": 1}}
     ]
     calls = []
     monkeypatch.setattr(exact, "run", lambda seed: calls.append(seed) or {"loss": 1.0})
     for _ in range(2):
-        found = measure.run(model_dir=str(tmp_path), seeds=2, parts=["exact"])
+        found = experiment.run(model_dir=str(tmp_path), seeds=2, parts=["exact"])
     assert [row["seed"] for row in found["exact"]] == calls == [15, 16]

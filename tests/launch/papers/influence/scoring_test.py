@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.influence import small_corpus
 from data.tokenizers import vocabularies
-from launch.papers.influence import completions, corpus, losses, scoring, statistics
+from launch.papers.influence import completions, corpus, losses, scoring, small_corpus, statistics
 from launch.run import load_run
 from model.config import TransformerConfig
 from model.transformer import Transformer

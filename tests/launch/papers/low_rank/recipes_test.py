@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from launch.config import gin_config
-from launch.papers.low_rank import sweep as lm
+from launch.papers.low_rank import experiment as lm
 from launch.sweeping import check, file
 from launch.sweeping.folder import SweepFolder
 from model.low_rank import factors
 from trainers.optim.schedules import Span
 
 FULL = "t5x_configs/experiments/low_rank/full/"
-RUNS = {run.arm: run for run in file.read("launch/papers/low_rank/sweep.py:1")}
+RUNS = {run.arm: run for run in file.read("launch/papers/low_rank/experiment.py:1")}
 SIDES = [(64, 64)] * 4 + [(64, 256), (256, 64)]  # of the projections of a block
 TABLES = (99 + 32) * 64 + 5 * 64  # tokens and positions, and five norms
 

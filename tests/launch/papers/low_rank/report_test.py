@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from launch.config import gin_config
-from launch.papers.low_rank import measure, page, timing
-from launch.papers.low_rank import sweep as lm
+from launch.papers.low_rank import experiment, report
+from launch.papers.low_rank import experiment as lm
 from launch.papers.shared import claim as shared_claim
 from launch.sweeping import file
 
-SWEEP = "launch/papers/low_rank/sweep.py"
+SWEEP = "launch/papers/low_rank/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 
 
@@ -48,7 +48,7 @@ def score_of(arm):
 
 
 def rows(seeds=5):
-    """Rows of the sweep as `measure.run` has them, each seed and arm a little different."""
+    """Rows of the sweep as `experiment.run` has them, each seed and arm a little different."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         perplexity, rank, step = score_of(run.arm)
@@ -94,7 +94,7 @@ def _course(arm, rank, step):
 def image_rows(seeds=5, *, frobenius=0.84, l2=0.82):
     out, rng = [], np.random.default_rng(0)
     levels = {"l2": (l2, 5.0), "frobenius": (frobenius, 7.0), "none": (0.85, None)}
-    for run in file.read(f"launch/papers/low_rank/vision_sweep.py:{seeds}"):
+    for run in file.read(f"launch/papers/low_rank/experiment.py:vision,{seeds}"):
         kind = next((kind for kind in levels if kind in run.arm), "none")
         level, rank = levels[kind]
         step = 1.1e-3 if run.arm.endswith("half") else 2e-3
@@ -118,7 +118,7 @@ def image_rows(seeds=5, *, frobenius=0.84, l2=0.82):
 
 
 def times(factor=0.8):
-    seconds = {arm: [0.010, 0.011, 0.0105, 0.0102, 0.0108] for arm in timing.arms()}
+    seconds = {arm: [0.010, 0.011, 0.0105, 0.0102, 0.0108] for arm in experiment.timed_arms()}
     for arm in seconds:
         if arm.startswith("spectral"):
             seconds[arm] = [factor * s + 1e-5 * i for i, s in enumerate(seconds["dense"])]
@@ -130,7 +130,7 @@ def everything():
 
 
 def verdicts(found):
-    return {claim.name: claim.verdict for claim in page.REPORT.judge(found)}
+    return {claim.name: claim.verdict for claim in report.REPORT.judge(found)}
 
 
 def change(found, arm, seeds=range(10, 15), **scores):
@@ -146,7 +146,7 @@ def test_all_claims_hold_where_they_should():
     found = verdicts(everything())
     assert list(found) == [*(f"L{n}" for n in range(1, 13)), "V1", "V2", "V3", "V4"]
     assert set(found.values()) == {"holds"}
-    required = {claim.name for claim in page.REPORT.claims if claim.required}
+    required = {claim.name for claim in report.REPORT.claims if claim.required}
     assert required == {"L1", "L2", "L3", "L5", "L6", "L7", "L10", "V1"}
 
 
@@ -177,7 +177,7 @@ def test_a_claim_is_mixed_where_some_effects_fail_and_undecided_where_seeds_disa
 
 def test_both_explanations_are_judged_by_one_statistic():
     found = everything()
-    claims = {claim.name: claim for claim in page.REPORT.judge(found)}
+    claims = {claim.name: claim for claim in report.REPORT.judge(found)}
     assert [set(e.by_seed.values()) for e in claims["L7"].effects] == [{-1.0}] * 2
     assert [set(e.by_seed.values()) for e in claims["L8"].effects] == [{1.0}] * 2
     assert "over all 4 decays -1.00" in claims["L7"].effects[0].note
@@ -199,14 +199,14 @@ def test_images_are_compared_at_the_same_rate_and_all_are_decayed():
     assert verdicts({"vision": found})["V1"] == "mixed"
     chance = [{**row, "held_out": {"textures": {"accuracy": 0.11}}} for row in image_rows()]
     assert verdicts({"vision": chance})["V1"] == "not measured"
-    runs = file.read("launch/papers/low_rank/vision_sweep.py:1")
+    runs = file.read("launch/papers/low_rank/experiment.py:vision,1")
     assert {run.arm for run in runs if run.arm.startswith("dense")} == {"dense", "dense_half"}
     assert not any("FACTOR_DECAY='none'" in run.bindings for run in runs)
 
 
 def test_shuffling_exchanges_the_times_of_a_round():
     found = {"timing": {"seconds": {"dense": [1.0, 2.0], "spectral": [3.0, 4.0]}}}
-    shuffled = page.REPORT.shuffle(found, np.random.default_rng(0))["timing"]["seconds"]
+    shuffled = report.REPORT.shuffle(found, np.random.default_rng(0))["timing"]["seconds"]
     assert [sorted(x) for x in zip(*shuffled.values(), strict=True)] == [[1.0, 3.0], [2.0, 4.0]]
     rng = np.random.default_rng(0)
     assert shared_claim.shuffle_arms({"lm": rows(seeds=1)}, rng)["lm"] != rows(seeds=1)
@@ -214,7 +214,7 @@ def test_shuffling_exchanges_the_times_of_a_round():
 
 def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     found = everything()
-    judged = page.REPORT.write(found, tmp_path, FACTS)
+    judged = report.REPORT.write(found, tmp_path, FACTS)
     text = (tmp_path / "low_rank.md").read_text()
     drawn = {path.name for path in (tmp_path / "low_rank").glob("*.png")}
     names = ("claims", "ranks", "spectra", "effective_rank", "explanations", "warm_start", "images")
@@ -222,24 +222,24 @@ def test_the_report_has_every_figure_and_says_what_is_missing(tmp_path):
     assert all(f"](low_rank/{name})" in text for name in drawn) and "Missing" not in text
     written = json.loads((tmp_path / "low_rank" / "results.json").read_text())
     assert [c["verdict"] for c in written["claims"]] == [c.verdict for c in judged]
-    again = page.REPORT.judge(written["measured"])
+    again = report.REPORT.judge(written["measured"])
     assert [c.verdict for c in again] == [c.verdict for c in judged]
 
 
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     kept = [row for row in rows() if row["arm"] in ("dense", "he", "spectral")]
     partial = {"lm": [row for row in kept if row["run"] != "he/seed11"]}
-    judged = {claim.name: claim for claim in page.REPORT.write(partial, tmp_path, FACTS)}
+    judged = {claim.name: claim for claim in report.REPORT.write(partial, tmp_path, FACTS)}
     text = (tmp_path / "low_rank.md").read_text()
     assert "`he` (seed 11)" in text and "`spectral_ones`" in text and "`warm_start_full`" in text
     assert "all of the part `vision`" in text and "all of the part `timing`" in text
     assert judged["L1"].verdict == "not measured" and len(judged["L1"].effects) == 2
     assert judged["L5"].verdict == "not measured" and "- Not measured." in text
-    page.REPORT.write({}, tmp_path, FACTS)
+    report.REPORT.write({}, tmp_path, FACTS)
     assert "all of the part `lm`" in (tmp_path / "low_rank.md").read_text()
 
 
-FULL = "launch/papers/low_rank/full_sweep.py:/tfds"
+FULL = "launch/papers/low_rank/experiment.py:full,/tfds"
 
 
 def test_the_full_sweep_has_the_papers_arms():
@@ -287,25 +287,25 @@ def test_a_row_is_read_with_the_course_of_its_run(tmp_path):
     (tmp_path / "spectra.jsonl").write_text("".join(json.dumps(x) + "\n" for x in readings))
     (tmp_path / "run.json").write_text(json.dumps({"parameters": 12}))
     held_out = {"python": {"perplexity": math.e, "loss": 1.0}}
-    row = measure.with_course({"held_out": held_out, "arm": "a", "log": "x"}, tmp_path)
+    row = experiment.with_course({"held_out": held_out, "arm": "a", "log": "x"}, tmp_path)
     assert row["curve"] == [(2, 2.7183)] and row["parameters"] == 12 and "log" not in row
     assert row["held_out"] == {"python": {"perplexity": math.e}}
     assert [r["effective_rank"] for r in row["spectrum"]] == [26.0, 14.0]
     assert row["spectrum"][-1]["effective_step"] == 1e-5
     assert row["first_profile"] == [1.0, 0.5] and row["last_profile"] == [1.0, 0.1667]
     (tmp_path / "spectra.jsonl").unlink()
-    without = measure.with_course({"held_out": {}}, tmp_path)
+    without = experiment.with_course({"held_out": {}}, tmp_path)
     assert without["last_profile"] == [] and without["spectrum"] == []
 
 
 def test_profiles_of_spectra_count_a_matrix_that_has_vanished_as_zero():
-    assert measure.profile({"a": [[2.0, 1.0], [0.0, 0.0]], "b": [[4.0, 1.0]]}) == [0.6667, 0.25]
-    assert measure.profile({"a": [[2.0, 1.0]], "b": [[1.0]]}) == []
+    assert experiment.profile({"a": [[2.0, 1.0], [0.0, 0.0]], "b": [[4.0, 1.0]]}) == [0.6667, 0.25]
+    assert experiment.profile({"a": [[2.0, 1.0]], "b": [[1.0]]}) == []
 
 
 def test_ratios_of_steps_are_within_a_round():
     found = {"seconds": {"dense": [1.0, 2.0, 4.0], "spectral": [0.5, 1.0, 4.0]}}
-    assert timing.ratios(found, "spectral").tolist() == [0.5, 0.5, 1.0]
+    assert experiment.time_ratios(found, "spectral").tolist() == [0.5, 0.5, 1.0]
 
 
 def test_arms_take_turns(monkeypatch):
@@ -319,16 +319,16 @@ def test_arms_take_turns(monkeypatch):
             turns.append(self.name)
             return 0.25 * steps
 
-    names = iter(timing.arms())
-    monkeypatch.setattr(timing._Side, "of", lambda settings: Side(next(names)))
-    found = timing.measure()
-    assert turns == [*timing.arms()] * timing.ROUNDS
-    assert found["seconds"]["dense"] == [0.25 * timing.STEPS] * timing.ROUNDS
+    names = iter(experiment.timed_arms())
+    monkeypatch.setattr(experiment._Side, "of", lambda settings: Side(next(names)))
+    found = experiment.measure_times()
+    assert turns == [*experiment.timed_arms()] * experiment.ROUNDS
+    assert found["seconds"]["dense"] == [0.25 * experiment.TIMED_STEPS] * experiment.ROUNDS
 
 
 def test_a_step_is_timed_as_it_is_compiled_for_a_run():
-    settings = timing.arms()["spectral_rank30"]
+    settings = experiment.timed_arms()["spectral_rank30"]
     small = ("WIDTH=16", "MLP_WIDTH=16", "TASK_FEATURE_LENGTHS={'targets': 4}", "BATCH_SIZE=8")
-    side = timing._Side.of({**settings, "bindings": [*settings["bindings"], *small]})
+    side = experiment._Side.of({**settings, "bindings": [*settings["bindings"], *small]})
     assert side.median(2) > 0
     assert int(side.state.step) == 3  # the first to warm up

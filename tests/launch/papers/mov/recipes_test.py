@@ -9,15 +9,15 @@ import pytest
 from flax import traverse_util
 
 from launch.config import gin_config
-from launch.papers.mov import full_sweep, parameters, sweep
+from launch.papers.mov import experiment, report
 from launch.sweeping import file
 from model.adapters import adapter
 from trainers import initialise
 
 
 @functools.cache
-def runs_of(name, text):
-    runs = file.read(f"launch/papers/mov/{name}.py:{text}")
+def runs_of(text):
+    runs = file.read(f"launch/papers/mov/experiment.py:{text}")
     return {run.arm: run for run in runs if run.seed == runs[0].seed}
 
 
@@ -48,24 +48,24 @@ PER_CENT = {
 
 
 def test_the_table_of_parameters_is_the_papers():
-    assert set(PER_CENT) == set(parameters.METHODS)
+    assert set(PER_CENT) == set(report.METHODS)
     for method, expected in PER_CENT.items():
-        for size, value in zip(parameters.SIZES, expected, strict=True):
-            assert parameters.per_cent(method, size) == pytest.approx(value, rel=0.04)  # two digits
-    assert parameters.per_cent("MoV-60", "11B") == pytest.approx(
-        parameters.REPORTED["MoV-60", "11B"], rel=0.02
+        for size, value in zip(report.SIZES, expected, strict=True):
+            assert report.per_cent(method, size) == pytest.approx(value, rel=0.04)  # two digits
+    assert report.per_cent("MoV-60", "11B") == pytest.approx(
+        report.REPORTED["MoV-60", "11B"], rel=0.02
     )
 
 
-@pytest.mark.parametrize("size", [*full_sweep.MODELS])
+@pytest.mark.parametrize("size", [*experiment.FULL_MODELS])
 def test_the_table_counts_the_models_of_full_size(size):
-    sizes = parameters.SIZES[size.upper()]
+    sizes = report.SIZES[size.upper()]
     for method, arm in ARMS.items():
-        model = recipe_of(runs_of("full_sweep", "/data")[f"{arm}_{size}"]).model
+        model = recipe_of(runs_of("full,/data")[f"{arm}_{size}"]).model
         params = nn.meta.unbox(initialise.abstract_variables(model)["params"])
         leaves = traverse_util.flatten_dict(params, sep="/")
         trained = sum(leaf.size for path, leaf in leaves.items() if adapter.is_adapter(path))
-        assert trained == parameters.METHODS[method](sizes), method
+        assert trained == report.METHODS[method](sizes), method
         base = sum(leaf.size for leaf in leaves.values()) - trained
         assert base == pytest.approx(sizes.parameters, rel=1e-5)
 
@@ -75,7 +75,7 @@ def test_the_table_counts_the_models_of_full_size(size):
     [("mov30_3b", 32, 500_000, 3e-4), ("full_3b", 256, 10_000, 1e-3)],
 )
 def test_full_arms_have_the_papers_steps_batch_and_rate(arm, batch, steps, rate):
-    config = load(runs_of("full_sweep", "/data")[arm])
+    config = load(runs_of("full,/data")[arm])
     arguments = config.arguments()
     recipe = arguments["recipe"]
     assert (recipe.batch_size, arguments["total_steps"]) == (batch, steps)
@@ -86,11 +86,11 @@ def test_full_arms_have_the_papers_steps_batch_and_rate(arm, batch, steps, rate)
 
 
 def test_full_arms_are_all_methods_of_each_size_and_the_ablations_of_one():
-    runs = runs_of("full_sweep", "/data")
-    for size in full_sweep.MODELS:
+    runs = runs_of("full,/data")
+    for size in experiment.FULL_MODELS:
         arms = {arm.rpartition("_")[0] for arm in runs if arm.endswith(f"_{size}")}
-        ablated = {f"mov10_{x}" for x in full_sweep.ABLATIONS} if size == "3b" else set()
-        mov = {f"mov{n}" for n in full_sweep.MOV_EXPERTS[size]}
+        ablated = {f"mov10_{x}" for x in experiment.ABLATIONS} if size == "3b" else set()
+        mov = {f"mov{n}" for n in experiment.FULL_MOV_EXPERTS[size]}
         others = {"full", "ia3", "lora4", "lora8", "lora16", "molora10", "molora15"}
         assert arms == others | mov | ablated
     sentence = recipe_of(runs["mov10_sentence_3b"]).model.layer_settings()[0].attention.adapters
@@ -99,13 +99,13 @@ def test_full_arms_are_all_methods_of_each_size_and_the_ablations_of_one():
 
 
 def test_small_arms_train_what_they_say_from_one_frozen_model():
-    runs = runs_of("sweep", "1")
+    runs = runs_of("1")
     for arm, run in runs.items():
         if arm in ("rows", "pretrained", "single", "base"):
             continue
         assert run.parent == f"base/seed{run.seed}"
         values = dict(binding.split("=", 1) for binding in run.bindings)
-        assert values["TRAIN_STEPS"] == str(sweep.STEPS)
+        assert values["TRAIN_STEPS"] == str(experiment.STEPS)
     recipe = recipe_of(runs["mov10_top1"])
     adapter = recipe.model.layer_settings()[0].attention.adapters.slots["mov"]
     assert (adapter.num_experts, adapter.top_k, adapter.renormalise) == (10, 1, False)
@@ -113,11 +113,11 @@ def test_small_arms_train_what_they_say_from_one_frozen_model():
         recipe_of(runs[arm]).program(devices=jax.devices()[:1])
         for arm in ("lora4", "molora10", "mov10_sentence")
     )
-    size = parameters.Size(2, 128, 256, 32, 0)
-    assert lora.num_params(trained_only=True) == parameters.lora(size, sweep.RANK)
-    assert molora.num_params(trained_only=True) == parameters.molora(size, 10, sweep.RANK)
+    size = report.Size(2, 128, 256, 32, 0)
+    assert lora.num_params(trained_only=True) == report.lora(size, experiment.RANK)
+    assert molora.num_params(trained_only=True) == report.molora(size, 10, experiment.RANK)
     # Eight routers for each layer of both stacks read a sentence's embedding, which has the model's width.
     routers = 8 * size.layers * size.width
-    assert sentence.num_params(trained_only=True) == 10 * (parameters.ia3(size) + routers)
+    assert sentence.num_params(trained_only=True) == 10 * (report.ia3(size) + routers)
     full = recipe_of(runs["full"]).program(devices=jax.devices()[:1])
     assert 1e6 < full.num_params() == full.num_params(trained_only=True) < 3e6

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data.instructions import templates
-from data.mov import compositions
-from launch.papers.mov import arms, claims, evaluations, figures, measure, page, rows
+from launch.papers.mov import compositions, evaluations, experiment, report, rows
 from launch.papers.shared import sweeps
 from trainers.checkpoints import step_dir
 
@@ -37,7 +36,7 @@ ACCURACIES = {
 
 
 def measured(apart=0.1, **changed):
-    """Rows as `measure.run` has them, each seed a little different."""
+    """Rows as `experiment.run` has them, each seed a little different."""
     noise, out = np.random.default_rng(0), []
     for seed in range(10, 15):
         for arm, value in {**ACCURACIES, **changed}.items():
@@ -45,7 +44,7 @@ def measured(apart=0.1, **changed):
             task = {"accuracy": accuracy, "accuracy_per_token": accuracy}
             ranks = {**task, "tasks": {name: {**task, "templates": {}} for name in TASKS}}
             evaluated = {"ranks": ranks}
-            if arm in arms.ROUTED:
+            if arm in experiment.ROUTED:
                 evaluated["routing"] = routing(apart + float(noise.normal(0, 1e-4)))
             out.append(
                 {
@@ -65,12 +64,12 @@ def routing(apart):
 
 
 def judged(**changed):
-    return {one.name: one for one in page.REPORT.judge(measured(**changed))}
+    return {one.name: one for one in report.REPORT.judge(measured(**changed))}
 
 
 def test_all_claims_hold_where_they_should():
     found = {name: claim.verdict for name, claim in judged().items()}
-    assert found == {claim.name: "holds" for claim in claims.CLAIMS}
+    assert found == {claim.name: "holds" for claim in report.CLAIMS}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_a_frozen_model_that_never_learned_and_a_collapsed_router_give_no_verdic
             {**row, "trained_loss": 0.4} if row["arm"] == "base" and row["seed"] in seeds else row
             for row in rows_
         ]
-        return {one.name: one for one in page.REPORT.judge({"operations": changed})}
+        return {one.name: one for one in report.REPORT.judge({"operations": changed})}
 
     one_less = without(12)["M1"]
     assert one_less.verdict == "holds"
@@ -116,21 +115,21 @@ def test_a_frozen_model_that_never_learned_and_a_collapsed_router_give_no_verdic
     for row in rows_:
         if row["arm"] == "mov10_top1":
             row["evaluations"]["routing"]["chosen"] = collapsed
-    found = {one.name: one.verdict for one in page.REPORT.judge({"operations": rows_})}
+    found = {one.name: one.verdict for one in report.REPORT.judge({"operations": rows_})}
     assert found["M4"] == "not measured" and found["M1"] == "holds"
 
 
 def test_shuffled_arms_leave_no_claim():
     held = collections.Counter()
     for draw in range(20):
-        shuffled = page.REPORT.shuffle(measured(), np.random.default_rng(draw))
-        for claim in page.REPORT.judge(shuffled):
+        shuffled = report.REPORT.shuffle(measured(), np.random.default_rng(draw))
+        for claim in report.REPORT.judge(shuffled):
             held[claim.name] += claim.verdict == "holds"
     assert max(held.values()) <= 3, held
 
 
 def test_the_report_has_every_figure_and_names_what_is_missing(tmp_path):
-    page.REPORT.write(measured(), tmp_path, FACTS)
+    report.REPORT.write(measured(), tmp_path, FACTS)
     text = (tmp_path / "mov.md").read_text()
     drawn = {path.name for path in (tmp_path / "mov").glob("*.png")}
     kinds = ("accuracy", "sizes", "tasks", "specialisation", "choices", "loads")
@@ -139,11 +138,11 @@ def test_the_report_has_every_figure_and_names_what_is_missing(tmp_path):
     assert "| MoLORA-15 | 8.26 | 4.42 | 2.26 | 4.69 (3B) |" in text
     assert "| MoV-10, top-1 (`mov10_top1`) | FFN | top-1 | 0.50 (0.50) |" in text
     some = [row for row in measured()["operations"] if row["arm"] in ("base", "ia3", "full")]
-    by_name = {one.name: one for one in page.REPORT.judge({"operations": some})}
+    by_name = {one.name: one for one in report.REPORT.judge({"operations": some})}
     assert by_name["M1"].verdict == by_name["M2"].verdict == "not measured"
-    missing = page.REPORT.setup(page.REPORT.read({"operations": some}))[-1]
+    missing = report.REPORT.setup(report.REPORT.read({"operations": some}))[-1]
     assert missing.startswith("- Missing") and "`molora10`" in missing
-    assert figures.figures({}) == {}
+    assert report.figures({}) == {}
 
 
 def test_a_row_has_the_parameters_of_its_adapters_or_of_the_whole_model(tmp_path, monkeypatch):
@@ -159,20 +158,22 @@ def test_a_row_has_the_parameters_of_its_adapters_or_of_the_whole_model(tmp_path
         entries = {name: types.SimpleNamespace(shape=x) for name, x in (arrays | own).items()}
         manifest = types.SimpleNamespace(arrays=entries)
         monkeypatch.setattr(step_dir, "read_manifest", lambda path, manifest=manifest: manifest)
-        done = measure.completed(row, tmp_path)
+        done = experiment.completed(row, tmp_path)
         counts.append((done["parameters"], done["trained_parameters"]))
         assert done["trained_loss"] == 1.5
     assert counts == [(24, 24), (24, 30)]
-    made = measure.completed({**row, "step": 0, "held_out": {}}, tmp_path)
+    made = experiment.completed({**row, "step": 0, "held_out": {}}, tmp_path)
     assert "parameters" not in made and made["trained_loss"] is None
 
 
 def test_every_arm_that_is_compared_is_in_the_sweep():
-    planned = {run.arm: run for run in sweeps.planned("mov/sweep", "1")}
-    assert set(planned) == {"rows", "pretrained", "single", arms.BASE, *arms.TUNED}
+    planned = {run.arm: run for run in sweeps.planned("mov/experiment", "1")}
+    assert set(planned) == {"rows", "pretrained", "single", experiment.BASE, *experiment.TUNED}
     routed = {arm for arm, run in planned.items() if "routing" in run.evaluations}
-    assert routed == set(arms.ROUTED)
-    assert {run.seed for run in sweeps.planned("mov/sweep", measure.SEEDS)} == set(range(15, 20))
+    assert routed == set(experiment.ROUTED)
+    assert {run.seed for run in sweeps.planned("mov/experiment", experiment.SEEDS)} == set(
+        range(15, 20)
+    )
 
 
 def test_rows_have_the_right_choice_and_templates_that_read_them(tmp_path, monkeypatch):

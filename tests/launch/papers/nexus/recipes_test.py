@@ -7,14 +7,10 @@ import pathlib
 
 import pytest
 
-from data.nexus import lag_domains
 from launch.config import gin_config
-from launch.papers.bam import arms as bam_arms
-from launch.papers.bam import full_sweep as bam_full
-from launch.papers.bam import sweep as bam
-from launch.papers.nexus import arms as nexus_arms
-from launch.papers.nexus import full_sweep as nexus_full
-from launch.papers.nexus import sweep as nexus
+from launch.papers.bam import experiment as bam
+from launch.papers.nexus import experiment as nexus
+from launch.papers.nexus import lag_domains
 from launch.sweeping import file
 
 SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]
@@ -27,8 +23,7 @@ METHODS = {"projection": "nexus", "linear": "nexus_linear", "mlp": "nexus_mlp"}
 @functools.cache
 def every_run(sweep, text):
     paper, _, full = sweep.partition("_")
-    name = "full_sweep" if full else "sweep"
-    return file.read(f"launch/papers/{paper}/{name}.py:{text}")
+    return file.read(f"launch/papers/{paper}/experiment.py:{full}{',' * bool(full)}{text}")
 
 
 def runs_of(sweep, text):
@@ -58,7 +53,7 @@ def shares(sweep, text):
         phases = {arm: values["stream.make_stream.phases"] for arm, values in found.items()}
         return {arm: dict(ast.literal_eval(value))[0] for arm, value in phases.items()}
     runs = runs_of(sweep, text)  # files say it, one of several arms once
-    firsts = {runs[arm].gin_files: arm for arm in reversed(found)}
+    firsts = {(runs[arm].gin_files, found[arm].get("SHARES")): arm for arm in reversed(found)}
     return {arm: load(runs[arm]).macros["SHARES"] for arm in firsts.values()}
 
 
@@ -89,18 +84,18 @@ def test_runs_stand_after_those_they_start_from_and_their_files_are_there(sweep,
 @pytest.mark.parametrize(("sweep", "kind"), SMALL)
 def test_small_sweeps_have_the_arms_that_reports_name_for_every_seed(sweep, kind):
     runs = every_run(sweep, kind)
-    long = (*map(bam_arms.long, bam.LONG), bam_arms.DENSE_LONG)
+    long = (*map(bam.long, bam.LONG), bam.DENSE_LONG)
     for arm in runs_of(sweep, kind):
         seeds = [run.seed for run in runs if run.arm == arm]
         assert seeds == list(range(10, 13 if arm in long else 15)), arm
     if sweep == "bam":
-        named = [*bam_arms.BTX, *bam_arms.BAM, *bam_arms.CONTROLS, bam_arms.SEED, *long]
-        named += map(bam_arms.specialist, domains_of(sweep, kind)[1:])
-        named += map(bam_arms.matched, (*bam_arms.BAM, *bam_arms.CHOSEN))
+        named = [*bam.BTX, *bam.BAM, *bam.CONTROLS, bam.SEED, *long]
+        named += map(bam.specialist, domains_of(sweep, kind)[1:])
+        named += map(bam.matched, (*bam.BAM, *bam.CHOSEN))
     else:
-        named = [*nexus_arms.ROUTERS, *nexus_arms.LOW, *nexus_arms.EXTENSIONS]
-        named += [nexus_arms.SEED, nexus_arms.MERGED]
-        named += map(nexus_arms.expert, domains_of(sweep, kind)[1:])
+        named = [*nexus.ROUTERS, *nexus.LOW, *nexus.EXTENSIONS]
+        named += [nexus.SEED, nexus.MERGED]
+        named += map(nexus.expert, domains_of(sweep, kind)[1:])
     # Other arms are made on the way.
     made = ("_start", "_domains", "_extended")
     assert set(named) == {arm for arm in runs_of(sweep, kind) if not arm.endswith(made)}
@@ -109,8 +104,8 @@ def test_small_sweeps_have_the_arms_that_reports_name_for_every_seed(sweep, kind
 @pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)
 def test_shares_sum_to_1_and_are_of_the_sweeps_domains(sweep, text):
     full = {
-        "bam_full": {"general", "web", *bam_full.DOMAINS},
-        "nexus_full": {"pretraining", *nexus_full.TOKENS, nexus_full.NEW},
+        "bam_full": {"general", "web", *bam.FULL_DOMAINS},
+        "nexus_full": {"pretraining", *nexus.FULL_TOKENS, nexus.CODE},
     }
     known = full.get(sweep) or set(domains_of(sweep, text))
     for arm, of in shares(sweep, text).items():
@@ -120,11 +115,11 @@ def test_shares_sum_to_1_and_are_of_the_sweeps_domains(sweep, text):
 
 def test_shares_at_full_size_are_those_of_the_phases():
     found = shares("bam_full", "/data")
-    assert found["btx"] == found["bam"] == dict.fromkeys(("general", *bam_full.DOMAINS), 0.25)
-    for domain in bam_full.DOMAINS:
+    assert found["btx"] == found["bam"] == dict.fromkeys(("general", *bam.FULL_DOMAINS), 0.25)
+    for domain in bam.FULL_DOMAINS:
         assert (found[domain][domain], found[domain]["web"]) == (0.9, 0.1)
     found = shares("nexus_full", "/data")
-    for size in nexus_full.SIZES:
+    for size in nexus.SIZES:
         assert found[f"nexus_mixed_{size}"] == found[f"linear_mixed_{size}"]
         mixed, annealed = found[f"nexus_mixed_{size}"], found[f"nexus_{size}"]
         assert (mixed["pretraining"], annealed["pretraining"]) == (0.25, 0.7)  # 0.25 is ours
@@ -165,7 +160,7 @@ def test_twins_differ_in_their_updates_alone_and_all_mixtures_have_one_balance()
     runs = runs_of("bam", "synthetic")
     for arm, twin in runs.items():
         base = runs.get(arm.removesuffix("_cm").removesuffix("_long"))
-        if base and base is not twin and not twin.made and arm != bam_arms.DENSE_LONG:
+        if base and base is not twin and not twin.made and arm != bam.DENSE_LONG:
             assert base.parent == twin.parent
             steps = {"TRAIN_STEPS": bound(twin)["TRAIN_STEPS"]}
             assert bound(base) | steps == bound(twin)

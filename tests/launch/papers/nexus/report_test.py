@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from launch.papers.nexus import arms, claims, figures, measure, page
-from launch.papers.nexus.arms import NEW, OLD
+from launch.papers.nexus import experiment, report
+from launch.papers.nexus.experiment import NEW, OLD
 from launch.papers.shared import domains as domain_runs
 from launch.papers.shared import sweeps
 
@@ -37,7 +37,7 @@ NOISE = np.random.default_rng(0)
 
 
 def part(seeds=5, own=0.6, rho=1.0, **changed):
-    """Rows of a part as `measure.run` has them, each seed a little different."""
+    """Rows of a part as `experiment.run` has them, each seed a little different."""
     rows = []
     for seed in range(10, 10 + seeds):
         for arm, value in {**UPCYCLED, **changed}.items():
@@ -47,12 +47,12 @@ def part(seeds=5, own=0.6, rho=1.0, **changed):
             rows.append(row(arm, seed, losses, 0 if arm == "merged" else 600))
             if arm not in ("seed", "merged"):
                 rows[-1]["evaluations"]["routing"] = routing(EXPERTS, own)
-            if arm in arms.PLACED:
+            if arm in experiment.PLACED:
                 kept = 0.1 if arm == "nexus_centred" else rho
                 rows[-1]["evaluations"]["structure"] = structure(seed, kept)
         for home in DOMAINS[1:]:
             losses = {d: 1.3 if d == home else 3.0 for d in DOMAINS}
-            rows.append(row(arms.expert(home), seed, losses, 600))
+            rows.append(row(experiment.expert(home), seed, losses, 600))
         for arm, settings in EXTENDED.items():
             rows += extension(arm, seed, *changed.get(arm, settings))
     planned = {}
@@ -77,7 +77,7 @@ def extension(arm, seed, start, old, selectivity):
         losses[DOMAINS[-1]] = 1.5 + 1.8 / (1 + step / 20) + gap + shift
         curve.append((step, losses))
     made = row(
-        arms.start(arm), seed, {**dict.fromkeys(DOMAINS, 2.2), DOMAINS[-1]: start + shift}, 0
+        experiment.start(arm), seed, {**dict.fromkeys(DOMAINS, 2.2), DOMAINS[-1]: start + shift}, 0
     )
     made["evaluations"]["routing"] = started(selectivity + NOISE.normal(0, 1e-3))
     trained = row(arm, seed, curve[-1][1], STEPS) | {"curve": curve}
@@ -140,12 +140,12 @@ def structure(seed, rho):
 
 
 def judged(**changed):
-    return {claim.name: claim for claim in page.REPORT.judge({"synthetic": part(**changed)})}
+    return {claim.name: claim for claim in report.REPORT.judge({"synthetic": part(**changed)})}
 
 
 def test_all_claims_hold_where_they_should():
     found = {name: claim.verdict for name, claim in judged().items()}
-    assert found == {claim.name: "holds" for claim in claims.CLAIMS}
+    assert found == {claim.name: "holds" for claim in report.CLAIMS}
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_the_new_experts_share_is_judged_in_the_last_layer_and_shown_for_each():
 
 
 def test_related_domains_count_as_one_expert():
-    assert claims._kin(DOMAINS[1:-1]) == [104, 104, 144, 107, 109]
-    assert claims._kin(["lag_4", "lag_5", "python"]) == [4, 4, "python"]
-    runs = arms.Runs.of(part(own=0.5))
-    own, other = claims._own_shares(runs, "nexus")[10]
+    assert report._kin(DOMAINS[1:-1]) == [104, 104, 144, 107, 109]
+    assert report._kin(["lag_4", "lag_5", "python"]) == [4, 4, "python"]
+    runs = experiment.Runs.of(part(own=0.5))
+    own, other = report._own_shares(runs, "nexus")[10]
     assert own == pytest.approx(0.5 + 2 / 5 * 0.125)  # two of five have a relation
     assert other == pytest.approx(0.125)
 
@@ -204,14 +204,14 @@ def test_a_collapsed_layer_gives_no_verdict_but_on_the_balance_itself():
             table = one["evaluations"]["routing"]["chosen"]
             for domain in table.values():
                 domain["mlp"] = [domain["mlp"][0], [0.96, 0.01, 0.01, 0.01, 0.01]]
-    found = {c.name: c for c in page.REPORT.judge({"synthetic": measured})}
+    found = {c.name: c for c in report.REPORT.judge({"synthetic": measured})}
     assert found["N1"].verdict == found["N3"].verdict == "not measured"
     assert "FFN router of layer 1 sends 0.96" in found["N1"].effects[0].why
     assert found["N15"].verdict == "holds"
 
 
 def test_scores_at_a_budget_are_those_of_the_one_run_and_step_0_those_of_its_start():
-    runs = arms.Runs.of(part())
+    runs = experiment.Runs.of(part())
     assert runs.steps("ext_nexus")[:3] == [0, 50, 100]
     shifts = 0.02 * np.arange(10, 15)
     np.testing.assert_allclose(runs.at(0).values("ext_nexus", NEW), 3.38 + shifts, atol=1e-3)
@@ -223,17 +223,17 @@ def test_shuffled_arms_and_domains_leave_no_claim():
     measured, draws = {"synthetic": part()}, 20
     held = collections.Counter()
     for draw in range(draws):
-        shuffled = page.REPORT.shuffle(measured, np.random.default_rng(draw))
+        shuffled = report.REPORT.shuffle(measured, np.random.default_rng(draw))
         assert [(r["arm"], r["seed"]) for r in shuffled["synthetic"]["rows"]] == [
             (r["arm"], r["seed"]) for r in measured["synthetic"]["rows"]
         ]
-        for claim in page.REPORT.judge(shuffled):
+        for claim in report.REPORT.judge(shuffled):
             held[claim.name] += claim.verdict == "holds"
     assert max(held.values()) <= 3, held
 
 
 def test_the_report_has_every_figure(tmp_path):
-    page.REPORT.write({"synthetic": part()}, tmp_path, FACTS)
+    report.REPORT.write({"synthetic": part()}, tmp_path, FACTS)
     text = (tmp_path / "nexus.md").read_text()
     drawn = {path.name for path in (tmp_path / "nexus").glob("*.png")}
     kinds = ("loss", "selectivity", "extension", "choices", "loads", "cosines")
@@ -245,14 +245,14 @@ def test_the_report_has_every_figure(tmp_path):
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
     measured = part()
     measured["rows"] = [r for r in measured["rows"] if r["arm"] in ("seed", "nexus", "linear")]
-    written = page.REPORT.write({"synthetic": measured}, tmp_path, FACTS)
+    written = report.REPORT.write({"synthetic": measured}, tmp_path, FACTS)
     by_name = {claim.name: claim for claim in written}
     text = (tmp_path / "nexus.md").read_text()
     assert "synthetic `ext_nexus`," in text and "synthetic `ext_nexus_start`," in text
     assert by_name["N1"].verdict == "holds" and by_name["N4"].verdict == "not measured"
     assert by_name["N12"].verdict == by_name["N9"].verdict == "not measured"
-    assert figures.figures({}) == {}
-    page.REPORT.write({}, tmp_path, FACTS)
+    assert report.figures({}) == {}
+    report.REPORT.write({}, tmp_path, FACTS)
     assert "all of the part `synthetic`" in (tmp_path / "nexus.md").read_text()
 
 
@@ -263,19 +263,25 @@ def test_parts_are_those_that_are_asked_for(tmp_path, monkeypatch):
         "part",
         lambda *words, **options: asked.append((words, options)) or {},
     )
-    measure.run(model_dir=str(tmp_path), seeds=5, minutes=3, parts=["synthetic"])
+    experiment.run(model_dir=str(tmp_path), seeds=5, minutes=3, parts=["synthetic"])
     assert asked == [(("nexus", "synthetic", str(tmp_path), 5), {"minutes": 3})]
 
 
 def test_every_arm_that_is_compared_is_in_the_sweep():
-    planned = {run.arm: run for run in sweeps.planned("nexus/sweep", "synthetic,1")}
-    starts = [arms.start(arm) for arm in (*arms.EXTENSIONS, *arms.STARTED)]
-    compared = {arms.SEED, arms.MERGED, *arms.ROUTERS, *arms.LOW, *arms.EXTENSIONS}
-    assert compared | {*starts, *map(arms.expert, DOMAINS[1:])} <= set(planned)
+    planned = {run.arm: run for run in sweeps.planned("nexus/experiment", "synthetic,1")}
+    starts = [experiment.start(arm) for arm in (*experiment.EXTENSIONS, *experiment.STARTED)]
+    compared = {
+        experiment.SEED,
+        experiment.MERGED,
+        *experiment.ROUTERS,
+        *experiment.LOW,
+        *experiment.EXTENSIONS,
+    }
+    assert compared | {*starts, *map(experiment.expert, DOMAINS[1:])} <= set(planned)
     assert all(set(planned[arm].evaluations) == {"held_out", "routing"} for arm in starts)
 
 
 def test_the_start_of_an_extension_stands_on_a_logarithmic_axis():
-    axes = figures._extension(arms.Runs.of(part())).axes[0]
+    axes = report._extension(experiment.Runs.of(part())).axes[0]
     labels = [text.get_text() for text in axes.get_xticklabels()]
     assert labels[:3] == ["0", "50", "100"] and axes.get_xticks()[0] == 25

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import report
-from launch.papers.preference import board_figure, board_series
+from launch.papers.preference import board
 from launch.plots import panels
 from trainers.preference.indicators import samples
 
@@ -48,7 +48,7 @@ def runs(tmp_path):
 
 
 def test_series_are_the_indicators_or_where_there_are_none_those_of_the_evaluation(runs):
-    hot, kind, bare = (board_series.read(str(i), folder) for i, folder in enumerate(runs))
+    hot, kind, bare = (board.read(str(i), folder) for i, folder in enumerate(runs))
     assert (hot.alarm, kind.alarm, bare.alarm) == (30, None, None)
     masses = {0: 0.9, 10: 0.89, 20: 0.88, 30: 0.87, 40: 0.86}
     assert hot.series["mass"].to_dict() == pytest.approx(masses)
@@ -61,29 +61,29 @@ def test_series_are_the_indicators_or_where_there_are_none_those_of_the_evaluati
 
 
 def test_what_the_signals_say(runs):
-    hot, kind, bare = (board_series.read(str(i), folder) for i, folder in enumerate(runs))
-    said = board_series.sentence(hot)
+    hot, kind, bare = (board.read(str(i), folder) for i, folder in enumerate(runs))
+    said = board.sentence(hot)
     assert (
         said.startswith("signs of over-optimisation at step 30")
         and "best P_win 0.700 at step 20" in said
     )
     assert "fell from -1.00 to -1.40" in said and "highest at step 20 (2.40 bits)" in said
-    assert board_series.sentence(kind).startswith("no sign of over-optimisation")
-    assert "stayed at -3.00 nats per token; it has no indicators" in board_series.sentence(bare)
-    assert "r = -1.00 " in board_series.length_link([hot])
-    assert board_series.length_link([bare]) is None
+    assert board.sentence(kind).startswith("no sign of over-optimisation")
+    assert "stayed at -3.00 nats per token; it has no indicators" in board.sentence(bare)
+    assert "r = -1.00 " in board.length_link([hot])
+    assert board.length_link([bare]) is None
 
 
 def test_an_entropy_that_turned_without_an_alarm_is_a_warning(tmp_path):
     folder = run(tmp_path / "x", watched((0, 10, 20, 30, 40)))
-    assert "early warning, for entropy falls since step 20" in board_series.sentence(
-        board_series.read("x", folder)
+    assert "early warning, for entropy falls since step 20" in board.sentence(
+        board.read("x", folder)
     )
 
 
 def test_the_table_has_the_columns_that_there_are(runs):
-    read = [board_series.read(str(i), folder) for i, folder in enumerate(runs)]
-    header, first, second, third = board_series.table(read)
+    read = [board.read(str(i), folder) for i, folder in enumerate(runs)]
+    header, first, second, third = board.table(read)
     cells = dict(zip(header, first, strict=True))
     assert cells["best P_win"] == "0.700 @ 20" and cells["alarm"] == "@ 30"
     assert cells["LLH"] == "−1.00 → −1.40" and cells["mass"] == "0.900 → 0.860"
@@ -108,7 +108,7 @@ def test_a_board_is_one_file(runs, tmp_path, capsys, ending):
 
 
 def test_a_title_names_dashed_lines_only_if_there_are_some(runs):
-    figure = board_figure.draw([board_series.read("hot", runs[0])])
+    figure = board.draw([board.read("hot", runs[0])])
     titles = {axes.get_title() for axes in figure.axes}
     assert {
         "LLH\nchosen, rejected dashed",
@@ -188,15 +188,15 @@ def test_too_few_readings_or_outputs_are_no_verdict(tmp_path):
     ):
         folder = run(tmp_path / name, watched(steps))
         with_samples(tmp_path / name, outputs)
-        assert says in board_series.sentence(board_series.read(name, folder))
+        assert says in board.sentence(board.read(name, folder))
     cut = [(step, {**row, "indicators/ended": 0.0}) for step, row in watched((0, 10, 20))]
     folder = run(tmp_path / "d", cut)
-    assert "; every output was cut" in board_series.sentence(board_series.read("d", folder))
+    assert "; every output was cut" in board.sentence(board.read("d", folder))
 
 
 def test_no_number_is_minus_zero(tmp_path):
     rows = [(step, {**row, "indicators/llh_chosen": value}) for (step, row), value in
             zip(watched((0, 10)), (-0.2, -0.001), strict=True)]  # fmt: skip
-    read = board_series.read("x", run(tmp_path / "x", rows))
-    assert "rose from -0.20 to 0.00" in board_series.sentence(read)
-    assert "−0.20 → 0.00" in board_series.table([read])[1]
+    read = board.read("x", run(tmp_path / "x", rows))
+    assert "rose from -0.20 to 0.00" in board.sentence(read)
+    assert "−0.20 → 0.00" in board.table([read])[1]

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from data.preference import topic_language
 from data.tokenizers import vocabularies
 from launch.inference import generate
-from launch.papers.preference import pairs, recall
+from launch.papers.preference import pairs, recall, topic_language
 from launch.papers.preference.topic_reward import TopicReward
 from trainers.rewards.base import Completion
 
@@ -142,7 +141,7 @@ def test_online_methods_have_one_rate_and_as_many_completions():
     from launch.config import gin_config
     from launch.sweeping import file as sweep_file
 
-    runs = {run.arm: run for run in sweep_file.read("launch/papers/preference/sweep.py:1")}
+    runs = {run.arm: run for run in sweep_file.read("launch/papers/preference/experiment.py:1")}
     for method in ("online_dpo", "rloo", "grpo", "ppo"):
         run = runs[method]
         config = gin_config.load(

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from launch.config import gin_config
-from launch.papers.preference import full_sweep, sweep
+from launch.papers.preference import experiment
 from launch.sweeping import file
 
-SMALL, FULL = "launch/papers/preference/sweep.py", "launch/papers/preference/full_sweep.py:/data"
+SMALL, FULL = (
+    "launch/papers/preference/experiment.py",
+    "launch/papers/preference/experiment.py:full,/data",
+)
 
 
 @functools.cache
@@ -23,7 +26,7 @@ def load(run):
     given += ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
     config = gin_config.load(run.gin_files, given, entry="launch.train:train")
     # Online runs include the files of pairs, whose stream of training they do not use.
-    assert run.arm in sweep.ONLINE or [str(warning) for warning in config.warnings] == []
+    assert run.arm in experiment.ONLINE or [str(warning) for warning in config.warnings] == []
     return config
 
 
@@ -38,7 +41,7 @@ def eval_weights(macros):
 
 def test_the_full_sweep_has_the_papers_arms_of_both_models_at_both_rates():
     arms = set(runs(FULL))
-    names = set(full_sweep.methods())
+    names = set(experiment.full_methods())
     assert len(names) == 3 * 6 + 2 * 3 * 3 + 2
     assert arms == {f"{m}_reward" for m in ("7b", "35b")} | {
         f"{m}_{name}_{rate}" for m in ("7b", "35b") for name in names for rate in ("low", "high")
@@ -47,7 +50,7 @@ def test_the_full_sweep_has_the_papers_arms_of_both_models_at_both_rates():
         run.made_of["7b_reward"] for arm, run in runs(FULL).items() if arm.startswith("7b_d")
     } == {"7b_reward/seed0"}
     # All strengths of the small sweep's NLL study and more.
-    assert {sweep.arm("dpo", 0.1, weight) for weight in sweep.DPO[0.1]} <= names
+    assert {experiment.arm("dpo", 0.1, weight) for weight in experiment.DPO[0.1]} <= names
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_the_judge_of_a_full_run_is_a_reward_model_of_its_own_size():
 
 
 def test_every_full_file_is_in_an_arm():
-    folder = pathlib.Path(full_sweep.FULL)
+    folder = pathlib.Path(experiment.FULL)
     used = {name for run in runs(FULL).values() for name in run.gin_files}
     assert {str(path) for path in folder.glob("*.gin")} <= used
     for run in runs(FULL).values():
@@ -96,6 +99,6 @@ def test_every_full_file_is_in_an_arm():
 def test_small_arms_resolve_and_measure_a_diversity(arm):
     config = load(runs(SMALL)[arm])
     assert config.macros["INDICATORS_EAD_ALPHABET"] == "ngrams"
-    expected = sweep.ALSO_AT if arm == "dpo_0p01" else ()
+    expected = experiment.ALSO_AT if arm == "dpo_0p01" else ()
     assert tuple(config.macros["INDICATORS_ALSO_AT"]) == expected
-    assert sweep.ALSO_AT == (5, 10, 15, 25, 30, 35, 45, 50, 55)
+    assert experiment.ALSO_AT == (5, 10, 15, 25, 30, 35, 45, 50, 55)

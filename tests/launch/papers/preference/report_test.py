@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from data.preference import topic_language
-from launch.papers.preference import fits, measure, numbers, page, pairs, results, rule
-from launch.papers.preference.results import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
+from launch.papers.preference import experiment, numbers, pairs, report, rule, topic_language
+from launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
 from launch.papers.shared import claim as shared_claim
 from launch.sweeping import file
 from trainers.preference.indicators.alarm import StoppingRule
 
-SWEEP = "launch/papers/preference/sweep.py"
+SWEEP = "launch/papers/preference/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 START, TOP = -2.8, 0.7  # better LLH at the start, and how far below it P_win is best
 # How far the better LLH falls in a run.
@@ -40,7 +39,7 @@ def evaluation(arm, step, fall, rng):
 
 
 def rows(seeds=5, change=lambda arm, one: {}):
-    """Rows of the sweep as `measure.run` has them; `change` says what is different in an evaluation."""
+    """Rows of the sweep as `experiment.run` has them; `change` says what is different in an evaluation."""
     out, rng = [], np.random.default_rng(0)
     for run in file.read(f"{SWEEP}:{seeds}"):
         fall, course = FALLS.get(run.arm), collections.defaultdict(list)
@@ -56,7 +55,7 @@ def rows(seeds=5, change=lambda arm, one: {}):
 
 
 def judged(measured):
-    return {claim.name: claim for claim in page.REPORT.judge(json.loads(json.dumps(measured)))}
+    return {claim.name: claim for claim in report.REPORT.judge(json.loads(json.dumps(measured)))}
 
 
 def verdicts(measured):
@@ -68,7 +67,7 @@ def test_the_sweep_and_the_report_know_the_same_arms():
     runs = file.read(SWEEP)
     assert {run.arm for run in runs} == {"sft", "pairs", *ARMS}
     assert {run.seed for run in runs if run.arm in DIRECT} == {10, 11, 12, 13, 14}
-    assert {run.seed for run in runs if run.arm in results.ONLINE} == {10}
+    assert {run.seed for run in runs if run.arm in numbers.ONLINE} == {10}
     assert ARMS["dpo_0p1_nll1"].label == "DPO β = 0.1, λ = 1"
     assert list(SMOLLM) == ["dpo", "dpo_nll", "dpo_low_beta"]
 
@@ -83,7 +82,7 @@ def test_all_claims_hold_where_they_should():
 
 def test_other_methods_are_shown_and_no_claim_is_of_them():
     strange = {"p_win": 0.0, "ead": 0.0, "facts": 0.0, "length": 50.0, "llh_chosen": -3.0}
-    others = {*OTHERS, *results.ONLINE}
+    others = {*OTHERS, *numbers.ONLINE}
     changed = judged(rows(change=lambda arm, one: strange if arm in others else {}))
     for name, one in judged(rows()).items():
         assert one.effects == changed[name].effects
@@ -109,7 +108,7 @@ def test_a_claim_fails_on_runs_that_say_the_contrary(name, change):
 def test_no_claim_holds_on_exchanged_measurements_more_than_rarely():
     measured, held = rows(), collections.Counter()
     for draw in range(20):
-        shuffled = page.REPORT.shuffle(measured, np.random.default_rng(draw))
+        shuffled = report.REPORT.shuffle(measured, np.random.default_rng(draw))
         held.update(name for name, verdict in verdicts(shuffled).items() if verdict == "holds")
     assert all(count <= 3 for count in held.values()), held
     assert measured == rows()
@@ -144,7 +143,7 @@ def test_runs_that_are_not_there_are_left_out():
     assert [e.what.rpartition(", ")[2] for e in found["C4"].effects] == ["DPO"]
     assert "2 of 5 seeds" in found["C4"].effects[0].why
     assert "2 of 5 seeds" in found["C9"].effects[0].why
-    assert {claim.verdict for claim in page.REPORT.judge({})} == {"not measured"}
+    assert {claim.verdict for claim in report.REPORT.judge({})} == {"not measured"}
 
 
 def course(p_win, *, entropy=2.0, mass=0.8, llh=None, seed=0):
@@ -203,16 +202,16 @@ def test_rates_are_shares_of_all_runs_with_wilsons_intervals():
 
 def test_fits_are_least_squares_and_bins_are_of_falls():
     x = np.linspace(0.0, 1.4, 13)
-    found = fits.fit(x, 2 - 3 * (x - 0.5) ** 2)
+    found = numbers.fitted(x, 2 - 3 * (x - 0.5) ** 2)
     assert found.curvature == pytest.approx(-3) and found.reduction == pytest.approx(1)
     noisy = np.random.default_rng(0).normal(size=13)
     (_, residual, *_) = np.linalg.lstsq(np.stack([x, np.ones(13)], 1), noisy, rcond=None)
-    assert fits.fit(x, noisy).rmse_line == pytest.approx(np.sqrt(residual[0] / 13))
-    assert fits.fit(x[:3], noisy[:3]) is None
+    assert numbers.fitted(x, noisy).rmse_line == pytest.approx(np.sqrt(residual[0] / 13))
+    assert numbers.fitted(x[:3], noisy[:3]) is None
     falls = np.array([-0.1, 0.0, 0.05, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 4.0])
-    assert fits.binned(falls, np.arange(11.0)) == [1.0, 4.0, 7.0, None, None, None]
-    assert fits.between(falls, np.arange(11.0), *fits.MIDDLE) == 7.5
-    assert fits.near(falls, falls)[0].tolist() == falls[:-1].tolist()
+    assert numbers.binned(falls, np.arange(11.0)) == [1.0, 4.0, 7.0, None, None, None]
+    assert numbers.between(falls, np.arange(11.0), *numbers.MIDDLE) == 7.5
+    assert numbers.near(falls, falls)[0].tolist() == falls[:-1].tolist()
 
 
 def test_a_partial_correlation_is_that_of_what_another_score_leaves_over():
@@ -229,20 +228,20 @@ def test_a_partial_correlation_is_that_of_what_another_score_leaves_over():
 
 
 def test_what_runs_of_a_seed_start_from_counts_once_and_early_readings_apart():
-    every = results.direct(results.courses(rows(seeds=2)["language"]))
-    (steps,) = results.points(every, "step")
+    every = numbers.direct(numbers.courses_of(rows(seeds=2)["language"]))
+    (steps,) = numbers.points(every, "step")
     assert (steps == 0).sum() == 2 and (steps == 20).sum() == 2 * len(DIRECT)
     assert not (steps == 5).any()
-    (first, *_) = results.find(every, Arm("dpo", 0.01))
+    (first, *_) = numbers.find(every, Arm("dpo", 0.01))
     assert first.early("step", 5, 20).tolist() == [5, 10, 15, 20]
     without_ead = rows(seeds=1, change=lambda arm, one: {"ead": None} if one["step"] == 20 else {})
-    some = results.courses(without_ead["language"])
-    assert 20 not in results.points(some, "ead", "step")[1]
+    some = numbers.courses_of(without_ead["language"])
+    assert 20 not in numbers.points(some, "ead", "step")[1]
 
 
 def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     measured = rows(seeds=2)
-    written = page.REPORT.write(measured, tmp_path, FACTS)
+    written = report.REPORT.write(measured, tmp_path, FACTS)
     text = (tmp_path / "preference.md").read_text()
     drawn = {path.name for path in (tmp_path / "preference").glob("*.png")}
     names = ("claims", "likelihood", "online", "gap", "spread", "course", "nll", "alarms")
@@ -256,11 +255,11 @@ def test_the_report_has_every_figure_and_its_numbers(tmp_path):
     assert "| P_win | 0.500 [0.500, 0.500] | 0.705 [" in text
     record = json.loads((tmp_path / "preference" / "results.json").read_text())
     assert [c["verdict"] for c in record["claims"]] == [c.verdict for c in written]
-    assert shared_claim.record(page.REPORT.judge(record["measured"])) == record["claims"]
+    assert shared_claim.record(report.REPORT.judge(record["measured"])) == record["claims"]
 
 
 def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
-    page.REPORT.write({}, tmp_path, FACTS)
+    report.REPORT.write({}, tmp_path, FACTS)
     assert "all of the part `language`" in (tmp_path / "preference.md").read_text()
     assert not list((tmp_path / "preference").glob("*.png"))
     measured = rows(seeds=2)
@@ -269,7 +268,7 @@ def test_a_report_of_partial_results_names_what_is_missing(tmp_path):
         for row in measured["language"]
         if row["arm"] == "dpo_5" or (row["arm"], row["seed"]) == ("ipo_0p1", 11)
     ]
-    without_figures = dataclasses.replace(page.REPORT, figures=lambda parts: {})
+    without_figures = dataclasses.replace(report.REPORT, figures=lambda parts: {})
     without_figures.write(measured, tmp_path, FACTS)
     text = (tmp_path / "preference.md").read_text()
     assert "`ipo_0p1` (seed 10)" in text and "`dpo_0p1`" in text and "`dpo_5`" not in text
@@ -286,7 +285,7 @@ def test_the_real_model_is_judged_by_the_rules_alone():
 
 
 def test_a_row_is_read_with_the_course_of_its_run(tmp_path):
-    indicators = {f"indicators/{name}": i / 10 for i, name in enumerate(measure.INDICATORS)}
+    indicators = {f"indicators/{name}": i / 10 for i, name in enumerate(experiment.INDICATORS)}
     lines = [
         {"step": 0, **indicators},
         {"step": 0, "facts/accuracy": 1.0},
@@ -300,13 +299,13 @@ def test_a_row_is_read_with_the_course_of_its_run(tmp_path):
     samples.mkdir(parents=True)
     texts = (topic_language.LANGUAGE_A[:3], topic_language.LANGUAGE_B[0], "")
     (samples / "20.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
-    row = measure.with_course({"arm": "dpo_5", "seed": 10, "seconds": 1.5, "x": 1}, tmp_path)
+    row = experiment.with_course({"arm": "dpo_5", "seed": 10, "seconds": 1.5, "x": 1}, tmp_path)
     read = row.pop("course")
     assert row == {"arm": "dpo_5", "seed": 10, "seconds": 1.5}
     assert read["step"] == [0, 20, 40] and read["p_win"] == [0.9, 0.6123, None]
     assert (read["facts"], read["outside"]) == ([1.0, 0.5, None], [None, 0.25, None])
-    assert measure.with_course({}, tmp_path / "elsewhere")["course"] == {}
-    assert math.isnan(results._numbers(read)["ead"][2])
+    assert experiment.with_course({}, tmp_path / "elsewhere")["course"] == {}
+    assert math.isnan(numbers._numbers(read)["ead"][2])
 
 
 def test_the_best_of_n_is_chosen_by_quality():

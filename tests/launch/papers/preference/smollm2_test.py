@@ -67,7 +67,7 @@ def test_greedy_continuations_are_those_of_transformers(imported, command, tmp_p
 
 
 def test_the_sweep_of_preferences_trains_this_model_with_losses_that_alone_differ():
-    runs = {run.arm: run for run in file.read("launch/papers/preference/smollm_sweep.py:1")}
+    runs = {run.arm: run for run in file.read("launch/papers/preference/experiment.py:smollm,1")}
     trained = {arm: run for arm, run in runs.items() if not run.made}
     assert list(trained) == ["dpo", "dpo_nll", "dpo_low_beta"]
     assert {run.parent for run in trained.values()} == {"model/seed10"}

@@ -50,11 +50,11 @@ def test_papers_are_the_folders_that_measure_and_report(tmp_path, monkeypatch, c
         folder = tmp_path / name
         folder.mkdir()
         (folder / "__init__.py").touch()
-        (folder / "measure.py").write_text(
+        (folder / "experiment.py").write_text(
             "TITLE, SEEDS, PARTS = 'A paper, 0000.00000', 2, {'one': 'a part'}\n"
             "def run(**settings):\n    return settings\n"
         )
-    (tmp_path / "complete" / "page.py").write_text(
+    (tmp_path / "complete" / "report.py").write_text(
         "class REPORT:\n    claims = ()\n    def write(found, out, facts):\n        print(found)\n        return []\n"
     )
     monkeypatch.setattr(papers, "__path__", [*papers.__path__, str(tmp_path)])

@@ -37,7 +37,7 @@ def test_a_page_that_was_judged_by_other_rules_says_so(slug):
 
 
 def stored(slug):
-    report = importlib.import_module(f"launch.papers.{slug}.page").REPORT
+    report = importlib.import_module(f"launch.papers.{slug}.report").REPORT
     return report, record_of(slug)
 
 

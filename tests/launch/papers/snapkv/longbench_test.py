@@ -6,7 +6,7 @@ import pytest
 
 from launch.evaluation.lm_eval import arguments
 from launch.evaluation.suites import local_data
-from launch.papers.snapkv import full_sweep, suite
+from launch.papers.snapkv import experiment, suite
 from launch.papers.snapkv.harness_tasks import scores, tasks
 from launch.run.load_run import LoadError
 from launch.sweeping import file
@@ -63,7 +63,7 @@ def test_long_prompts_lose_their_middle():
 
 
 def test_the_full_size_evaluations_are_the_papers():
-    runs = file.read(f"{full_sweep.__file__}:/data")
+    runs = file.read(f"{experiment.__file__}:full,/data")
     assert [run.arm for run in runs][2:] == [
         "mistral_7b_instruct_v0p2",
         "mixtral_8x7b_instruct_v0p1",

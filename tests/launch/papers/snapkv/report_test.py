@@ -8,19 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from data.snapkv import retrieval as task
 from launch.papers.shared import claim
-from launch.papers.snapkv import (
-    attention,
-    claims,
-    haystacks,
-    latency,
-    measure,
-    needles,
-    page,
-    results,
-    retrieval,
-)
+from launch.papers.snapkv import accuracy as snapkv_accuracy
+from launch.papers.snapkv import attention, experiment, latency, needles, report, results
+from launch.papers.snapkv import retrieval as task
 from model.config import TransformerConfig
 from model.kv_cache.streaming_llm import StreamingLLM
 from model.transformer import Transformer
@@ -43,14 +34,14 @@ def test_everything_is_measured_for_an_untrained_model():
     model = Transformer(config=CONFIG)
     init = jax.jit(lambda key: initialise.variables(model, key))
     params = nn.meta.unbox(init(jax.random.key(0)))["params"]
-    retriever = retrieval.Retriever(model, params)
+    retriever = snapkv_accuracy.Retriever(model, params)
     sizes = {"prompts": 8, "lines": 9}
     names = ("snapkv", "kernel_1", "oracle", "h2o")
-    accuracy = retrieval.accuracy(retriever, **sizes, capacities=(24,), names=names)
+    accuracy = snapkv_accuracy.accuracy(retriever, **sizes, capacities=(24,), names=names)
     kept = attention.kept_hits(retriever, **sizes, question="first", capacity=24)
     run = {
-        "agnostic": retrieval.question_agnostic(retriever, **sizes, capacity=24),
-        "positions": retrieval.question_positions(retriever, **sizes, capacity=24),
+        "agnostic": snapkv_accuracy.question_agnostic(retriever, **sizes, capacity=24),
+        "positions": snapkv_accuracy.question_positions(retriever, **sizes, capacity=24),
         "hits": attention.hit_rates(retriever, **sizes, windows=3),
         "overlaps": attention.overlaps(retriever, **sizes, capacity=24),
     }
@@ -58,7 +49,7 @@ def test_everything_is_measured_for_an_untrained_model():
     cells = [cell for by in accuracy["right"].values() for cell in by.values()]
     # The first token follows from the whole prompt, whatever is kept.
     assert len({cell["tokens"][0] for cell in cells}) == 1
-    assert all(len(cell["depths"]) == retrieval.FIFTHS for cell in cells)
+    assert all(len(cell["depths"]) == snapkv_accuracy.FIFTHS for cell in cells)
     assert np.shape(run["hits"]["hits"]) == (2, 3, 2)
     # The tokens' counts are the last window's, one by one.
     assert np.array_equal(
@@ -71,10 +62,10 @@ def test_everything_is_measured_for_an_untrained_model():
 
 
 def test_streaming_llm_gets_slots_for_what_is_generated():
-    policy = retrieval.METHODS["streaming_llm"].at(48)
+    policy = snapkv_accuracy.METHODS["streaming_llm"].at(48)
     assert isinstance(policy, StreamingLLM) and policy.capacity == 48 + task.ANSWER_TOKENS
-    assert retrieval.METHODS["snapkv"].at(48).capacity == 48
-    assert "pyramidkv" not in retrieval.METHODS
+    assert snapkv_accuracy.METHODS["snapkv"].at(48).capacity == 48
+    assert "pyramidkv" not in snapkv_accuracy.METHODS
 
 
 @pytest.mark.parametrize(
@@ -88,12 +79,12 @@ def test_streaming_llm_gets_slots_for_what_is_generated():
     ],
 )
 def test_digits_are_right_in_their_place(answer, right):
-    assert haystacks.right_digits(answer, "48213") == right
+    assert needles.right_digits(answer, "48213") == right
 
 
 def test_a_haystack_holds_every_needle_once_in_order_and_fits():
     lines = [f"This is verse {i}; and it goes on for a while." for i in range(400)]
-    hay = haystacks.haystack(np.random.default_rng(0), lines, lambda text: len(text.split()), 300)
+    hay = needles.haystack(np.random.default_rng(0), lines, lambda text: len(text.split()), 300)
     assert len(hay.text.split()) <= 300
     places = [
         hay.text.index(f"of {name} is {number}.")
@@ -142,16 +133,16 @@ def _model(scores, rng):
         return {"exact": share, "tokens": [share] * 4, "depths": [share] * 5}
 
     right = {
-        name: {str(c): cell(scores.others) for c in measure.CAPACITIES}
-        for name in retrieval.METHODS
+        name: {str(c): cell(scores.others) for c in experiment.CAPACITIES}
+        for name in snapkv_accuracy.METHODS
     }
-    right["snapkv"] = {str(c): cell(scores.snapkv) for c in measure.CAPACITIES}
+    right["snapkv"] = {str(c): cell(scores.snapkv) for c in experiment.CAPACITIES}
     right["full"] = {"247": cell(scores.full)}
     shorter = {name: right[name] for name in ("full", "snapkv", "h2o", "streaming_llm")}
     hits = [[[10 + w + int(3 * rng.uniform()), 100] for w in [*range(15), 40]]] * 2
     return {
         "accuracy": {"length": 247, "right": right},
-        **{f"accuracy_{n}": {"length": 7 + 5 * n, "right": shorter} for n in measure.SHORTER},
+        **{f"accuracy_{n}": {"length": 7 + 5 * n, "right": shorter} for n in experiment.SHORTER},
         "agnostic": {"full": 1.0, "before": scores.others / 2, "after": scores.snapkv},
         "positions": {
             "last": {"full": scores.full, "snapkv": scores.snapkv},
@@ -185,7 +176,7 @@ def _haystack(grid, number, scores, sizes, rng):
 
 
 def measurements(scores=None, of_seeds=None):
-    """Returns made-up measurements in the form of `measure.run`; `of_seeds` are exceptions."""
+    """Returns made-up measurements in the form of `experiment.run`; `of_seeds` are exceptions."""
     scores, rng = scores or Scores(), np.random.default_rng(0)
     sizes = {"window": 8, "kernel": 9, "h2o_window": 8}
     ms = {"full": 1.0, "snapkv": 0.01}
@@ -232,18 +223,18 @@ def measurements(scores=None, of_seeds=None):
 
 
 def _verdicts(measured):
-    judged = page.REPORT.judge(json.loads(json.dumps(measured)))
+    judged = report.REPORT.judge(json.loads(json.dumps(measured)))
     return {one.name: one.verdict for one in judged}
 
 
 def test_claims_hold_where_the_numbers_say_so_and_the_page_is_written(tmp_path):
     measured = measurements()
     assert set(_verdicts(measured).values()) == {claim.HOLDS}
-    page.REPORT.write(measured, tmp_path, FACTS)
+    report.REPORT.write(measured, tmp_path, FACTS)
     text = (tmp_path / "snapkv.md").read_text()
     assert "SnapKV is not behind TOVA" in text and "left out: none is" in text
     drawn = {path.name for path in (tmp_path / "snapkv").glob("*.png")}
-    assert drawn >= set(page.REPORT.figures(results.read(measured)))
+    assert drawn >= set(report.REPORT.figures(results.read(measured)))
     record = json.loads((tmp_path / "snapkv" / "results.json").read_text())
     assert _verdicts(record["measured"]) == _verdicts(measured)
 
@@ -257,18 +248,18 @@ def test_claims_fail_where_snapkv_answers_no_more_than_others():
 
 def test_a_model_that_did_not_learn_is_left_out_and_named():
     dead = Scores(full=0.4, snapkv=0.4, others=0.4)
-    judged = page.REPORT.judge(json.loads(json.dumps(measurements(of_seeds={12: dead}))))
+    judged = report.REPORT.judge(json.loads(json.dumps(measurements(of_seeds={12: dead}))))
     effects = [one for each in judged for one in each.by_part.get("retrieval", ())]
     assert effects and all(set(one.by_seed) == set(SEEDS) - {12} for one in effects)
     assert all("left out: seed 12 answers 0.4" in one.note for one in effects)
     assert {one.verdict for one in judged} == {claim.HOLDS}
     # One that does not answer questions before the context is left out of S6 alone.
     half = measurements(of_seeds={12: Scores(first=0.5)})
-    by_name = {one.name: one for one in page.REPORT.judge(json.loads(json.dumps(half)))}
+    by_name = {one.name: one for one in report.REPORT.judge(json.loads(json.dumps(half)))}
     assert 12 not in by_name["S6"].effects[0].by_seed and 12 in by_name["S1"].effects[0].by_seed
     # Three models are enough; two are not.
     few = measurements(of_seeds={seed: dead for seed in SEEDS[:3]})
-    judged = page.REPORT.judge(json.loads(json.dumps({"retrieval": few["retrieval"]})))
+    judged = report.REPORT.judge(json.loads(json.dumps({"retrieval": few["retrieval"]})))
     verdicts = {one.name: one.verdict for one in judged}
     assert set(verdicts.values()) == {claim.NOT_MEASURED}
 
@@ -283,15 +274,15 @@ def test_no_claim_holds_on_shuffled_measurements():
     held = sum(
         verdict == claim.HOLDS
         for _ in range(20)
-        for verdict in _verdicts(page.REPORT.shuffle(measured, rng)).values()
+        for verdict in _verdicts(report.REPORT.shuffle(measured, rng)).values()
     )
-    assert held <= 0.1 * 20 * len(claims.CLAIMS)
+    assert held <= 0.1 * 20 * len(report.CLAIMS)
 
 
 def test_claims_without_measurements_are_reported_as_such(tmp_path):
-    judged = page.REPORT.judge({})
+    judged = report.REPORT.judge({})
     assert {one.verdict for one in judged} == {claim.NOT_MEASURED}
     required = {one.name for one in judged if one.required}
     assert required == {f"S{i}" for i in range(1, 9)}
-    page.REPORT.write({}, tmp_path, FACTS)
+    report.REPORT.write({}, tmp_path, FACTS)
     assert "**not measured**" in (tmp_path / "snapkv.md").read_text()

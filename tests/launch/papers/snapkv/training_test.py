@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.snapkv import retrieval
-from launch.papers.snapkv import sweep, until_answered
+from launch.papers.snapkv import experiment, retrieval, until_answered
 from launch.sweeping import file
 
 
@@ -46,15 +45,17 @@ def test_a_run_ends_when_enough_prompts_are_answered_exactly(hook):
 
 
 def test_phases_start_from_each_other_and_read_registered_tasks():
-    runs = file.read(f"{sweep.__file__}:2")
-    assert [run.seed for run in runs if run.arm == sweep.LAST] == [12, 13]
+    runs = file.read(f"{experiment.__file__}:2")
+    assert [run.seed for run in runs if run.arm == experiment.LAST] == [12, 13]
     parents = [run.parent and run.parent.partition("/")[0] for run in runs if run.seed == 12]
     assert parents == [None, "lines_3", "lines_12"]
     tasks = {
         f"retrieval_{'first_' * first}{lines}" for lines in (3, 6, 12, 24, 48) for first in (0, 1)
     }
-    for phase in sweep.PHASES.values():
+    for phase in experiment.PHASES.values():
         assert set(phase.shares) <= tasks
         assert sum(phase.shares.values()) == pytest.approx(1)
     # The last phase ends when the prompts that judge are answered.
-    assert {(48, "last"), (12, "last"), (12, "first")} == set(sweep.PHASES[sweep.LAST].kinds)
+    assert {(48, "last"), (12, "last"), (12, "first")} == set(
+        experiment.PHASES[experiment.LAST].kinds
+    )

@@ -1,0 +1,425 @@
+"""Low-rank training (arXiv 2209.13569) of small models and at full size: the runs, and what is measured of them.
+
+On language, a small character model: first values and ranks, decay of the factors and of their product at two learning rates, warm
+starts, and the two rates trained for three times as long. 26 runs for each seed, of half a minute on one core; the number of seeds
+after a colon:
+
+  python -m launch.sweep --sweep launch/papers/low_rank/experiment.py:5 --out runs/low_rank/lm --workers 2
+
+On generated textures (`vision` and the number of seeds), a small residual network with batch normalisation and SGD. The scale of
+normalised layers does not change their outputs, so that arguments by an effective step size apply. The dense network is decayed, and
+so are all factors; each is trained at a rate and at half of it. 8 runs for each seed, of about a minute on a core:
+
+  python -m launch.sweep --sweep launch/papers/low_rank/experiment.py:vision,5 --out runs/low_rank/vision --workers 2
+
+At full size (`full` and the folder in which TFDS has prepared all three data sets), GPT-2 on LM1B has three starts, three decays and
+two learning rates, beside dense models and warm starts; ResNet-50 has two ranks, WRN-28-10 three. To see the runs and their commands,
+which a cluster runs in the order of their parents:
+
+  python -m launch.sweep --sweep launch/papers/low_rank/experiment.py:full,/data/tfds --out /runs/low_rank --dry_run
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from launch.aot.table_rows import Row
+from launch.papers.shared import results, sweeps
+
+PLACES = {"lm": "characters", "vision": "textures", "timing": "steps"}
+
+_CHANCE = 0.1  # of the textures' ten classes
+
+
+class Results(results.Results):
+    """Runs of a part, as `experiment.run` returns them."""
+
+    def row_scores(self, row: Mapping[str, Any]) -> dict[str, float | None]:
+        """Returns 'parameters', the held-out metrics, and the means of trainers/low_rank/spectrum.py at the end."""
+        end = (row["spectrum"] or [{}])[-1]
+        metrics = [value for values in row["held_out"].values() for value in values.items()]
+        return {**end, **dict(reversed(metrics)), "parameters": row["parameters"]}
+
+    def by_seed(self, score: str, *arms: str) -> dict[int, list[float]]:
+        """Returns a score of arms, at the seeds that all of them have."""
+        scores = [self.scores(arm, score) for arm in arms]
+        seeds = set.intersection(*(set(one.index) for one in scores))
+        return {int(seed): [float(one[seed]) for one in scores] for seed in sorted(seeds)}
+
+    def limits(self, score: str) -> tuple[float, float] | None:
+        return (_CHANCE, 1.0) if score == "accuracy" else None
+
+    def degenerate(self, row: Mapping[str, Any]) -> str:
+        """Returns whether a network of images has learned nothing."""
+        accuracy = self.row_scores(row).get("accuracy")
+        return "it is at chance" if accuracy is not None and accuracy < 1.5 * _CHANCE else ""
+
+    def lower_is_better(self, score: str) -> bool:
+        return score == "perplexity"
+
+    def digits(self, score: str) -> int:
+        return 3 if score == "accuracy" else 2
+
+    def label(self, arm: str) -> str:
+        return arm_name(arm)
+
+
+def arm_name(name: str) -> str:
+    """Returns the name of an arm or score in the report."""
+    words = name.split("_")
+    return " ".join(["He", *words[1:]] if words[0] == "he" else words)
+
+
+ARMS = "t5x_configs/experiments/low_rank/cpu/"
+INITS = ("he", "spectral", "spectral_ones")
+RANKS = (0.62, 0.3)  # shares of the smaller side of each matrix
+MAIN = 0.62
+DECAYS = ("l2", "frobenius")
+WEIGHTS = ("1e-3", "1e-2")
+RATES = {"full": 3e-3, "half": 1.5e-3}
+LONG = 4500  # updates
+
+
+def get_config(text: str = "5") -> ml_collections.ConfigDict:
+    seeds, _, rest = text.partition(",")
+    if seeds == "vision":
+        return _image_sweep(rest)
+    if seeds == "full":
+        return _full_sweep(rest)
+    arms = {"dense": _arm("base"), "dense_half": _arm("base", LEARNING_RATE=RATES["half"])}
+    for rank, init in itertools.product(RANKS, INITS):
+        arms[arm(init, rank)] = _arm("low_rank", FACTOR_INIT=init, RANK=rank)
+    arms[decayed("none", "half")] = _arm("low_rank", LEARNING_RATE=RATES["half"])
+    for kind, weight, rate in itertools.product(DECAYS, WEIGHTS, RATES):
+        settings = {"FACTOR_DECAY": kind, "FACTOR_DECAY_WEIGHT": float(weight)}
+        arms[decayed(kind, rate, weight)] = _arm("low_rank", **settings, LEARNING_RATE=RATES[rate])
+    for rate, value in RATES.items():
+        settings = {"TRAIN_STEPS": LONG, "EVAL_PERIOD": 750, "LEARNING_RATE": value}
+        arms[long(rate)] = _arm("low_rank", **settings)
+    arms["dense_start"] = _arm("dense_start")
+    ratio = {"RANK_RULE": "param_ratio"}
+    for rate, value in RATES.items():
+        arms[ratio_arm(rate)] = _arm("low_rank", LEARNING_RATE=value, **ratio)
+        # The paper halves the rate of a warm start; the schedule is the dense start's.
+        scale = {"RATE_SCALE": value / RATES["full"]}
+        arms[warm(rate)] = _arm("warm_start", parent="dense_start", **scale)
+        arms[warm(rate, "_ratio")] = _arm("warm_start", parent="dense_start", **scale, **ratio)
+    return sweeps.config(arms, seeds=seeds)
+
+
+def arm(init: str, rank: float = MAIN) -> str:
+    """Returns the name of an arm without decay."""
+    return init if rank == MAIN else f"{init}_rank{round(100 * rank)}"
+
+
+def decayed(kind: str, rate: str, weight: str = "") -> str:
+    """Returns the name of an arm of the decay grid, of spectral factors."""
+    if kind == "none":
+        return "spectral" if rate == "full" else f"spectral_none_{rate}"
+    return f"spectral_{kind}_{rate}_{weight}"
+
+
+def long(rate: str) -> str:
+    """Returns the name of an arm of spectral factors that is trained for longer."""
+    return f"spectral_long_{rate}"
+
+
+def ratio_arm(rate: str) -> str:
+    """Returns the name of an arm of spectral factors whose ranks are a share of the parameters."""
+    return "spectral_ratio" if rate == "full" else f"spectral_ratio_{rate}"
+
+
+def warm(rate: str, ranks: str = "") -> str:
+    """Returns the name of an arm that starts dense, with a rate after it; `ranks` is '_ratio' for those of `ratio_arm`."""
+    return f"warm_start{ranks}_{rate}"
+
+
+def _arm(file: str, *, parent: str | None = None, **macros: object) -> dict:
+    bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
+    return sweeps.arm(f"{ARMS}{file}.gin", bindings=bindings, parent=parent)
+
+
+IMAGE_RATES = {"full": 0.1, "half": 0.05}
+# (start, decay) of the factors.
+IMAGE_FACTORS = (("spectral", "l2"), ("spectral", "frobenius"), ("spectral_ones", "frobenius"))
+
+
+def _image_sweep(seeds: str) -> ml_collections.ConfigDict:
+    arms = {}
+    for rate, value in IMAGE_RATES.items():
+        macros = {"LEARNING_RATE": value}
+        arms[image_dense(rate)] = _image_arm("textures", macros)
+        for init, decay in IMAGE_FACTORS:
+            settings = {"FACTOR_INIT": init, "FACTOR_DECAY": decay, **macros}
+            arms[image_arm(init, decay, rate)] = _image_arm("textures_low_rank", settings)
+    return sweeps.config(arms, seeds=seeds)
+
+
+def image_dense(rate: str) -> str:
+    """Returns the name of a dense arm."""
+    return "dense" if rate == "full" else f"dense_{rate}"
+
+
+def image_arm(init: str, decay: str, rate: str) -> str:
+    """Returns the name of an arm in factors."""
+    return f"{init}_{decay}_{rate}"
+
+
+def _image_arm(file: str, macros: dict[str, object]) -> dict:
+    bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
+    return sweeps.arm(f"{ARMS}{file}.gin", bindings=bindings)
+
+
+_FULL = "t5x_configs/experiments/low_rank/full/"
+FULL_DECAYS = ("none", "l2", "frobenius")
+FULL_RATES = {"full": 1e-3, "half": 5e-4}
+FULL_RANKS = {"resnet50": (0.3, 0.5), "wrn28_10": (0.1, 0.2, 0.3)}
+
+
+def _full_sweep(data: str) -> ml_collections.ConfigDict:
+    text, images = (f"TFDS_DATA_DIR={data!r}",), (f"DATA_DIR={data!r}",)
+    arms = {}
+    for rate, value in FULL_RATES.items():
+        of_rate = (*text, f"LEARNING_RATE={value}")
+        arms[f"gpt2_dense_{rate}"] = _full_arm("gpt2_lm1b", *of_rate)
+        for init, decay in itertools.product(INITS, FULL_DECAYS):
+            factors = (f"FACTOR_INIT={init!r}", f"FACTOR_DECAY={decay!r}")
+            arms[f"gpt2_{init}_{decay}_{rate}"] = _full_arm(
+                "gpt2_lm1b_low_rank", *of_rate, *factors
+            )
+    arms["gpt2_dense_start"] = _full_arm("gpt2_lm1b_dense_start", *text)
+    for rate, value in FULL_RATES.items():
+        scale = f"RATE_SCALE={value / FULL_RATES['full']}"
+        arms[f"gpt2_warm_start_{rate}"] = _full_arm(
+            "gpt2_lm1b_warm_start", *text, scale, parent="gpt2_dense_start"
+        )
+    for network, ranks in FULL_RANKS.items():
+        arms[f"{network}_dense"] = _full_arm(f"{network}_dense", *images)
+        for rank, init in itertools.product(ranks, INITS):
+            arms[f"{network}_{init}_rank{round(100 * rank)}"] = _full_arm(
+                network, *images, f"RANK={rank}", f"FACTOR_INIT={init!r}"
+            )
+    return sweeps.config(arms)
+
+
+def _full_arm(file: str, *bindings: str, parent: str | None = None) -> dict:
+    return sweeps.arm(f"{_FULL}{file}.gin", bindings=bindings, parent=parent)
+
+
+def _image_program(name: str, title: str, topology: str) -> Row:
+    return Row(
+        name=name,
+        title=title,
+        files=(f"{_FULL}{name}.gin",),
+        topology=topology,
+    )
+
+
+ROWS = (
+    Row(
+        name="gpt2_lm1b",
+        title="GPT-2 on LM1B, dense",
+        files=(f"{_FULL}gpt2_lm1b.gin",),
+        topology="v5e:4x4",
+    ),
+    Row(
+        name="gpt2_lm1b_low_rank",
+        title="GPT-2 on LM1B in factors of 0.62",
+        files=(f"{_FULL}gpt2_lm1b_low_rank.gin",),
+        topology="v5e:4x4",
+        bindings=("RANK_MULTIPLE=16",),
+        hbm_gb=8.92,
+        bounds_from="8.494 GB in docs/precompile.md, and 5 %",
+    ),
+    _image_program("wrn28_10_dense", "WRN-28-10 on CIFAR-100, dense", "v5e:2x2"),
+    _image_program("wrn28_10", "WRN-28-10 on CIFAR-100, factors of 0.3", "v5e:2x2"),
+    _image_program("resnet50_dense", "ResNet-50 on ImageNet, dense", "v5e:4x4"),
+    _image_program("resnet50", "ResNet-50 on ImageNet, factors of 0.5", "v5e:4x4"),
+)
+
+
+ROUNDS, TIMED_STEPS = 15, 20
+SEED = 0
+
+
+# Arms whose factors are smaller than every matrix they replace; at a rank of 0.62 of the smaller side those of square
+# matrices are larger.
+SMALLER = (ratio_arm("full"), arm("spectral", min(RANKS)))
+
+
+def timed_arms() -> dict[str, dict[str, Any]]:
+    """Returns gin files and bindings of the arms that differ in size, by name."""
+    named = get_config("1").arms
+    return {
+        name: {key: list(named[name][key]) for key in ("gin_files", "bindings")}
+        for name in ("dense", arm("spectral"), *SMALLER)
+    }
+
+
+TIMING = {"rounds": ROUNDS, "steps": TIMED_STEPS, "arms": timed_arms()}
+
+
+def measure_times() -> dict[str, Any]:
+    """Returns the seconds of a step by arm and round, the median of `STEPS`: {'seconds': {arm: [...]}}.
+
+    All are compiled before the first round. Every arm has its turn in a round, so that ratios within a round compare
+    the same moment.
+    """
+    sides = {name: _Side.of(settings) for name, settings in timed_arms().items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, side in sides.items():
+            seconds[name].append(side.median(TIMED_STEPS))
+    return {"seconds": seconds}
+
+
+def time_ratios(measured: Mapping[str, Any], arm: str, base: str = "dense") -> np.ndarray:
+    """Returns an arm's time over another's, round by round."""
+    return np.array(measured["seconds"][arm]) / np.array(measured["seconds"][base])
+
+
+@dataclasses.dataclass
+class _Side:
+    """A compiled step and the state that it goes on with."""
+
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    state: Any
+    batch: Any
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "_Side":
+        import jax
+
+        from launch.config import gin_config
+        from trainers import partitioning
+
+        bindings = (*settings["bindings"], "MODEL_DIR=''")
+        config = gin_config.load(settings["gin_files"], bindings, entry="launch.train:train")
+        recipe = config.arguments()["recipe"]
+        program = recipe.program()
+        batch = _batch(recipe, program)
+        with partitioning.use_mesh(program.mesh, program.rules):
+            state = program.init()
+            step = program.steps(1).train.lower(state, batch).compile()
+            state, _ = step(state, batch)
+        return cls(step, jax.block_until_ready(state), batch)
+
+    def median(self, steps: int) -> float:
+        """Returns the median time of so many steps, each run to its end."""
+        import jax
+
+        taken = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            self.state, _ = self.step(self.state, self.batch)
+            jax.block_until_ready(self.state)
+            taken.append(time.perf_counter() - began)
+        return float(np.median(taken))
+
+
+def _batch(recipe: Any, program: Any) -> dict[str, Any]:
+    """Returns rows of one document each: random tokens, all with a loss."""
+    import jax
+
+    draw = np.random.default_rng(SEED)
+    rows = (recipe.batch_size, recipe.length)
+    tokens = draw.integers(3, recipe.model.config.vocab_size, size=rows).astype(np.int32)
+    arrays = {
+        "decoder_input_tokens": tokens,
+        "decoder_target_tokens": np.roll(tokens, -1, axis=1),
+        "decoder_loss_weights": np.ones(rows, np.float32),
+        "decoder_segment_ids": np.ones(rows, np.int32),
+        "decoder_positions": np.broadcast_to(np.arange(rows[1], dtype=np.int32), rows),
+        "source_ids": np.zeros(rows[0], np.int32),
+    }
+    return {name: jax.device_put(array, program.batch_sharding) for name, array in arrays.items()}
+
+
+TITLE = "low-rank training, 2209.13569"
+SEEDS = 5
+PARTS = {"lm": "characters", "vision": "textures", "timing": "the time of steps"}
+_SWEEPS = {"lm": "", "vision": "vision,"}  # part -> what is before the number of seeds
+_SPECTRUM = "spectrum/"
+_READINGS = ("step", "effective_rank", "effective_step")
+_KEYS = ("run", "arm", "size", "seed", "parents", "step", "seconds", "evaluations", "digest")
+
+
+def run(
+    *, model_dir: str, seeds: int, parts: Sequence[str] = tuple(PARTS), **options: Any
+) -> dict[str, Any]:
+    """Returns the rows of both sweeps and the times of steps, by part.
+
+    Args:
+      model_dir: parent of the sweeps' folders and of other measurements.
+      seeds: of each sweep.
+      parts: of PARTS.
+      **options: as of `sweeps.rows`.
+    """
+    files = {
+        part: ("low_rank/experiment", f"{before}{seeds}")
+        for part, before in _SWEEPS.items()
+        if part in parts
+    }
+    measured: dict[str, Any] = sweeps.parts(model_dir, files, with_course, **options)
+    if "timing" in parts:  # last, and alone: it needs an idle machine
+        stages = sweeps.Stages(pathlib.Path(model_dir, "measured"))
+        measured["timing"] = stages.get("timing", TIMING, measure_times)["result"]
+    return measured
+
+
+def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """Returns what the page needs of a row of results, with the course of its run.
+
+    Adds 'parameters'; 'curve', [(step, perplexity)] of its held-out task; 'spectrum', for each reading its step and two
+    means of trainers/low_rank/spectrum.py; and 'first_profile' and 'last_profile' (see `profile`). They are empty for a
+    run that has no such readings.
+    """
+    from trainers.low_rank import spectrum
+
+    metrics = sweeps.metrics(directory)
+    curve = [
+        (line["step"], round(value, 4))
+        for line in metrics
+        for name, value in line.items()
+        if name.startswith("eval/") and name.endswith("/perplexity")
+    ]
+    spectra = spectrum.read(directory) if (directory / spectrum.FILE).exists() else []
+    steps = {line["step"] for line in spectra}
+    readings = [
+        {key: line["step"] if key == "step" else line[_SPECTRUM + key] for key in _READINGS}
+        for line in metrics
+        if line["step"] in steps and _SPECTRUM + _READINGS[-1] in line
+    ]
+    held_out = {
+        task: {name: values[name] for name in ("perplexity", "accuracy") if name in values}
+        for task, values in row["held_out"].items()
+    }
+    return {
+        **{key: row.get(key) for key in _KEYS},
+        "held_out": held_out,
+        "parameters": json.loads((directory / "run.json").read_text())["parameters"],
+        "curve": curve,
+        "spectrum": readings,
+        "first_profile": profile(spectra[0]["layers"]) if spectra else [],
+        "last_profile": profile(spectra[-1]["layers"]) if spectra else [],
+    }
+
+
+def profile(layers: Mapping[str, Sequence[Sequence[float]]]) -> list[float]:
+    """Returns singular values over the largest, mean over matrices; zeros for a matrix that is zero.
+
+    It is empty if the matrices have different ranks.
+
+    Args:
+      layers: by layer the singular values of each stacked matrix.
+    """
+    rows = [np.array(values) / (values[0] or 1.0) for stack in layers.values() for values in stack]
+    same = len({len(row) for row in rows}) == 1
+    return np.mean(rows, axis=0).round(4).tolist() if same else []
