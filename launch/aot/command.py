@@ -162,9 +162,9 @@ def _run(start: cli.Start, *, words: Sequence[str]) -> int:
     _check(flags)
     recipe = start.config.arguments()["recipe"]
     if flags.search:
-        from launch.aot import search_run
+        from launch.aot import search
 
-        return search_run.run(recipe, flags, without_search(words), start.config.text)
+        return search.run(recipe, flags, without_search(words), start.config.text)
     from launch.aot import precompile
 
     fits = precompile.precompile(

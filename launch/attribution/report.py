@@ -4,7 +4,7 @@ Example, after `python -m launch.influence score` wrote /tmp/scores.jsonl:
 
   python -m launch.influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
 
-The tables go to standard output, and with --out to report.md and report.json of that folder, beside viewer.html, which a browser
+The tables go to standard output, and with --out to report.md and report.json of that folder, beside pages.html, which a browser
 opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
 length can be compared; completions of less than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the
 norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "answer", "procedure";
@@ -55,11 +55,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="top documents that are searched and compared (default: a hundredth of all, from 10 to 500)",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for report.md, .json and viewer.html")
+    parser.add_argument("--out", metavar="DIR", help="folder for report.md, .json and pages.html")
 
 
 def _run(flags: argparse.Namespace) -> None:
-    from launch.attribution import pages, viewer
+    from launch.attribution import pages
 
     if flags.out:
         row_files.check_folder(flags.out)
@@ -90,10 +90,10 @@ def _run(flags: argparse.Namespace) -> None:
             (folder / "report.json").write_text(
                 json.dumps(table, indent=1) + "\n", encoding="utf-8"
             )
-            viewer.write(shown, folder / "viewer.html")
+            pages.write(shown, folder / "pages.html")
             if is_remote:
                 mirror.publish(folder, flags.out)
-        print(f"written: {paths.join(flags.out, 'report.md')}, report.json and viewer.html")
+        print(f"written: {paths.join(flags.out, 'report.md')}, report.json and pages.html")
 
 
 def report(

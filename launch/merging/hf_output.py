@@ -14,10 +14,9 @@ from data.tokenizers import chat_template, hf_tokenizer
 from launch.merging import card, places, plan_table, tokens
 from launch.merging.models import CONFIG, HfModel, Model
 from launch.merging.plan import Planned, Planner
-from launch.merging.progress import Progress
 from launch.merging.settings import Merge, MergeError
 from launch.merging.tokens import Vocabulary
-from launch.merging.workers import Workers
+from launch.merging.workers import Progress, Workers
 from launch.weights.target_folder import check_space, new_directory
 from model.hf.files.safetensors_files import SafetensorsWriter
 

@@ -12,9 +12,8 @@ import numpy as np
 from launch.merging import card, plan_table
 from launch.merging.models import ARRAY, Model, NativeModel
 from launch.merging.plan import Planned, Planner
-from launch.merging.progress import Progress
 from launch.merging.settings import Merge, MergeError
-from launch.merging.workers import Workers
+from launch.merging.workers import Progress, Workers
 from launch.weights.target_folder import check_space, new_directory
 from model.transforms.merge_blocks import promoted
 

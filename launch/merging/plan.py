@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 
 from launch.merging.models import Entry, Model, digests
-from launch.merging.parameters import evaluate, problem_of
 from launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
-from launch.merging.settings import Merge, MergeError, Module, Parameters, Slice, Source
+from launch.merging.settings import (
+    Merge,
+    MergeError,
+    Module,
+    Parameters,
+    Slice,
+    Source,
+    evaluate,
+    problem_of,
+)
 from model.transforms.merge import Job
 from model.transforms.merge_blocks import is_float
 from model.transforms.merge_methods import METHODS

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from launch.attribution import corpus, pages, viewer
+from launch.attribution import corpus, pages
 from launch.attribution.analyses import labels
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
@@ -47,8 +47,8 @@ def data():
 
 
 def test_hostile_texts_stay_data(tmp_path):
-    path = tmp_path / "viewer.html"
-    viewer.write(data(), path)
+    path = tmp_path / "pages.html"
+    pages.write(data(), path)
     page = path.read_text(encoding="utf-8")
     parsed = Elements(page)
     assert parsed.tags.count("script") == 2 and "img" not in parsed.tags
@@ -68,7 +68,7 @@ def test_hostile_texts_stay_data(tmp_path):
 
 
 def test_the_script_shows_texts_as_text_only():
-    page = viewer.page(data())
+    page = pages.page(data())
     script = page[page.rindex("<script>") :]
     for name in (
         "innerHTML",
