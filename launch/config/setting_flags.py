@@ -115,8 +115,11 @@ def add(
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:
             (kind,) = typing.get_args(setting.kind)
+            metavar = _METAVARS.get(kind)
+            if typing.get_origin(kind) is Annotated:
+                kind, metavar = typing.get_args(kind)
             if setting.metavar is None:
-                options |= {"action": "append", "type": kind, "metavar": _METAVARS[kind]}
+                options |= {"action": "append", "type": kind, "metavar": metavar}
             else:
                 options |= {"type": lambda text: text.split(","), "metavar": setting.metavar}
         else:

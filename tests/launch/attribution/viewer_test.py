@@ -47,7 +47,7 @@ def data():
 
 
 def test_hostile_texts_stay_data(tmp_path):
-    path = tmp_path / "pages.html"
+    path = tmp_path / "viewer.html"
     pages.write(data(), path)
     page = path.read_text(encoding="utf-8")
     parsed = Elements(page)
