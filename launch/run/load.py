@@ -202,21 +202,19 @@ class Run:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        asked: dict[str, Any] = {
-            "settings": Settings(
+        asked = generate.Decoding(
+            settings=Settings(
                 max_new_tokens=max_new_tokens, sampling=sampling, num_samples=num_samples
             ),
-            "stops": (stop,) if isinstance(stop, str) else tuple(stop),
-            "policy": policy,
-            "batch_size": self._loaded.batch_size(batch_size, len(prompts)),
-        }
+            stops=(stop,) if isinstance(stop, str) else tuple(stop),
+            policy=policy,
+            batch_size=self._loaded.batch_size(batch_size, len(prompts)),
+        )
         rows = [(f"prompt {i}", self._row(prompt)) for i, prompt in enumerate(prompts)]
         with self._mesh():
             if self._decoding is None or self._decoding[0] != asked:
-                self._decoding = (
-                    asked,
-                    *generate.decoder_and_texts(self._loaded, **asked, rows=len(rows)),
-                )
+                made = generate.decoder_and_texts(self._loaded, asked, rows=len(rows))
+                self._decoding = (asked, *made)
             _, decoder, texts = self._decoding
             answers = list(
                 generate.continued(
