@@ -18,6 +18,8 @@ from typing import Any, Literal
 from launch import cli, environment
 from launch.aot import apart, candidates, precompile, tpu_topology
 from launch.aot.candidates import Candidate
+from launch.aot.settings import Search
+from launch.config import setting_flags
 from trainers.recipe import Recipe
 from trainers.telemetry import stages
 
@@ -246,20 +248,21 @@ def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: s
       text: the run's configuration.
     """
     topology = tpu_topology.parse(flags.topology)
+    settings = Search(**setting_flags.given(flags, Search))
     limit = topology.chip.hbm_bytes
-    if flags.memory_limit is not None:
-        if not 0 < flags.memory_limit * 1e9 <= limit:
+    if settings.memory_limit is not None:
+        if not 0 < settings.memory_limit * 1e9 <= limit:
             raise tpu_topology.TopologyError(
-                f"--memory_limit={flags.memory_limit} must be above 0 and at most {limit / 1e9:.2f} GB, what a program has "
+                f"--memory_limit={settings.memory_limit} must be above 0 and at most {limit / 1e9:.2f} GB, what a program has "
                 f"on a {topology.generation} chip."
             )
-        limit = flags.memory_limit * 1e9
+        limit = settings.memory_limit * 1e9
 
     def compile_one(
         candidate: Candidate, seconds: float
     ) -> tuple[dict[str, Any] | None, str, bool]:
-        most = min(seconds, 60 * flags.candidate_minutes)
-        limits = apart.Limits(most, flags.candidate_gb * 1e9)
+        most = min(seconds, 60 * settings.candidate_minutes)
+        limits = apart.Limits(most, settings.candidate_gb * 1e9)
         with stages.stage(f"compiling {candidate}"):
             outcome = apart.compile_apart([*words, *candidate.words], limits)
         report = outcome.report
@@ -270,10 +273,10 @@ def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: s
     facts: dict[str, Any] = {"text": text, "words": list(words), "topology": str(topology)}
     facts |= {"versions": tpu_topology.versions(), "source": source_digest()}
     timed = Timed(
-        Store(facts, flags.search_dir),
+        Store(facts, settings.search_dir),
         compile_one,
         precompile.write_json,
-        seconds=60 * flags.search_minutes,
+        seconds=60 * settings.search_minutes,
         report=lambda line: print(line, flush=True),
     )
     results: list[Result] = []

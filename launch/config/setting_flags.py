@@ -121,7 +121,7 @@ def add(
             if setting.metavar is None:
                 options |= {"action": "append", "type": kind, "metavar": metavar}
             else:
-                options |= {"type": lambda text: text.split(","), "metavar": setting.metavar}
+                options |= {"type": lambda text: tuple(text.split(",")), "metavar": setting.metavar}
         else:
             options |= {"type": setting.kind, "metavar": setting.metavar}
         if setting.default is REQUIRED:

@@ -13,7 +13,7 @@ import pytest
 
 from launch.aot import precompile, programs, tpu_topology
 from launch.aot.hlo import collectives
-from launch.aot.programs import Options
+from launch.aot.settings import Options
 from launch.benchmarks import accelerator_case
 from launch.benchmarks.jax import accelerator_jax
 from model.kernels import platform
