@@ -20,6 +20,7 @@ from launch.attribution.analyses import tables
 from launch.attribution.analyses.labels import Query
 from launch.attribution.corpus import Corpus
 from launch.attribution.ranking import ENDS
+from launch.plots import html_page
 from model.storage import output_files
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
@@ -207,9 +208,9 @@ def markdown(report: Mapping[str, Any], *, bottom: bool) -> list[str]:
     for one in tables.tables(report["analyses"]):
         lines += [f"## {one['title']}", "", one["text"], ""]
         header, *rows = (
-            f"| {' | '.join(map(_escaped, row))} |" for row in (one["header"], *one["rows"])
+            [_without_tags(cell) for cell in row] for row in (one["header"], *one["rows"])
         )
-        lines += [header, "|" + "---|" * len(one["header"]), *rows, ""]
+        lines += html_page.table(header, rows)
     if omitted := report["analyses"]["omitted"]:
         lines += ["Not computed:", "", *(f"- {_escaped(text)}" for text in omitted), ""]
     return lines
@@ -253,18 +254,18 @@ def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[s
     last = "per norm" if per_norm else "per nat"
     sources = any(item["source"] for item in items)
     header = [end, "document", *(["source"] if sources else []), "score", last, "text"]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    rows = []
     for rank, item in enumerate(items, 1):
         value = item["value"] if per_norm else item["per_nat"]
         mark = " (spurious)" if item["spurious"] else ""
         cells = [
             *(str(rank), str(item["document"] + 1)),
-            *([_escaped(item["source"])] if sources else []),
+            *([_without_tags(item["source"])] if sources else []),
             *(f"{item['score']:.4g}", "" if value is None else f"{value:.4g}"),
-            f"{_cell(item['text'] or '')}{mark}",
+            f"{_without_tags(_clipped(item['text'] or ''))}{mark}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append(cells)
+    return html_page.table(header, rows)
 
 
 def _cell(value: Any) -> str:
@@ -279,7 +280,11 @@ def _clipped(value: Any) -> str:
 
 def _escaped(text: str) -> str:
     """Returns a text whose characters mean nothing in Markdown: no tag, no cell's end."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return _without_tags(text).replace("|", "\\|")
+
+
+def _without_tags(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("<", "&lt;")
 
 
 def _text(value: Any) -> str:
