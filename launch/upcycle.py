@@ -14,7 +14,7 @@ from launch import cli
 COMMANDS = {
     "extend": "launch.weights.extend",
     "factorise": "launch.weights.factorise",
-    "merge": "launch.weights.merge",
+    "merge": "launch.weights.merge_adapters",
 }
 
 if __name__ == "__main__":
