@@ -52,19 +52,6 @@ class ExportFlags:
     gin_file: Sequence[str] | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    usage = (
-        "%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
-        "       %(prog)s --from=DIR --to_hf=DIR [flags]\n"
-        "       %(prog)s --from=DIR (--to_adapter=DIR [--base=DIR] | --to_peft=DIR)\n"
-        "       %(prog)s --from_peft=DIR --base=DIR --to=DIR"
-    )
-    return cli.run_command(
-        __doc__, "convert", _run, add_flags=_add_flags, usage=usage, huge_pages=False, argv=argv
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from_hf", metavar="DIR", help="config.json and safetensors")
@@ -156,6 +143,13 @@ def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> Non
     adapters = adapter_run.export(source, model, flags.to_adapter, base=flags.base, params=params)
     print(f"{flags.to_adapter}: {adapters}")
 
+
+_USAGE = """\
+%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]
+       %(prog)s --from=DIR --to_hf=DIR [flags]
+       %(prog)s --from=DIR (--to_adapter=DIR [--base=DIR] | --to_peft=DIR)
+       %(prog)s --from_peft=DIR --base=DIR --to=DIR"""
+main = cli.command(__doc__, "convert", _run, add_flags=_add_flags, usage=_USAGE, huge_pages=False)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -21,14 +21,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import cli, environment
-from launch.cluster.base import SubmitError
-from launch.cluster.launch_config import Launch
+from launch.cluster.base import Job, Status, SubmitError, Submitter
 from trainers.telemetry import stages
+
+if TYPE_CHECKING:
+    from launch.cluster.launch_config import Launch
+
+ENTRY = "launch.train:train"
+_FOLLOW_SECONDS = 0.5
 
 _NAMES = re.compile(r"(^|_)(DIR|DIRECTORY|PATH|FILES?|TOKENIZER)$")  # of macros with paths
 
 
-def check(settings: Launch, macros: Mapping[str, Any], gin_files: Sequence[str]) -> None:
+def check_paths(settings: "Launch", macros: Mapping[str, Any], gin_files: Sequence[str]) -> None:
     """Warns, on standard error, of every path that the job's machines do not share.
 
     Args:
@@ -66,14 +71,6 @@ def _paths(name: str, value: Any) -> Iterator[str]:
         and not glob.glob(os.path.join(environment.ROOT, value))
     ):
         yield value
-
-
-if TYPE_CHECKING:
-    from launch.cluster.base import Job, Status, Submitter
-    from launch.cluster.launch_config import Launch
-
-ENTRY = "launch.train:train"
-_FOLLOW_SECONDS = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +141,6 @@ def submit(
       command: words of another command, without 'launch.'.
     """
     from launch.cluster import launch_config
-    from launch.cluster.base import SubmitError
 
     settings = launch_config.read(flags.config, overrides)
     with stages.stage("checking the configuration"):
@@ -178,13 +174,13 @@ def submit(
     return 0
 
 
-def _text(status: "Status") -> str:
+def _text(status: Status) -> str:
     ended = f" with status {status.exit_status}" if status.exit_status is not None else ""
     seconds = f", {status.seconds:.0f} s" if status.seconds else ""
     return f"{status.state.value}{ended}{seconds}"
 
 
-def _train_job(settings: "Launch", words: list[str]) -> "Job":
+def _train_job(settings: "Launch", words: list[str]) -> Job:
     """Returns the job that trains, after checks of its configuration.
 
     Raises:
@@ -194,7 +190,6 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
     import jax
 
     from launch.aot import precompile
-    from launch.cluster.base import SubmitError
     from launch.config import gin_config
 
     flags, bindings = cli.read_gin_flags(words, "the flags of train")
@@ -204,7 +199,7 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
     config = gin_config.load(flags.gin_file, bindings, paths, entry=ENTRY)
     # Not by JAX_PLATFORMS, which the job would inherit: it needs the devices that this process must not take.
     jax.config.update("jax_platforms", "cpu")
-    check(settings, config.macros, flags.gin_file)
+    check_paths(settings, config.macros, flags.gin_file)
     arguments = config.arguments()
     if settings.devices is not None:
         try:
@@ -217,9 +212,8 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
     return _job(settings, ["train", *words], os.path.basename(folder.rstrip("/")), folder)
 
 
-def _other_job(settings: "Launch", command: list[str]) -> "Job":
+def _other_job(settings: "Launch", command: list[str]) -> Job:
     from data.text import spelling
-    from launch.cluster.base import SubmitError
 
     names = [name for name in cli.command_names() if name != "submit"]
     if command[0] not in names:
@@ -227,9 +221,8 @@ def _other_job(settings: "Launch", command: list[str]) -> "Job":
     return _job(settings, command, command[0], None)
 
 
-def _job(settings: "Launch", words: list[str], name: str, folder: str | None) -> "Job":
+def _job(settings: "Launch", words: list[str], name: str, folder: str | None) -> Job:
     """Returns the job of a command of this project."""
-    from launch.cluster.base import Job, SubmitError
 
     logs = getattr(settings, "logs", "")
     if folder and not logs and not settings.ELSEWHERE and "://" in folder:
@@ -249,9 +242,8 @@ def _job(settings: "Launch", words: list[str], name: str, folder: str | None) ->
     return Job(name=name or "espalier", command=command, log=log, environment=environment)
 
 
-def _follow(submitter: "Submitter", job: "Job") -> int:
+def _follow(submitter: Submitter, job: Job) -> int:
     """Runs a job on this machine, copies its log to the terminal, and returns its exit status."""
-    from launch.cluster.base import State
     from launch.sweeping.driver import stop_signals
 
     os.makedirs(os.path.dirname(job.log), exist_ok=True)
@@ -287,7 +279,7 @@ def _copy(log: str, place: int) -> int:
         return file.tell()
 
 
-def _exit_status(status: "Status") -> int:
+def _exit_status(status: Status) -> int:
     code: Any = status.exit_status
     if code is None:
         return cli.INTERRUPTED
