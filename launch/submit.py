@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import cli, environment
-from launch.cluster.base import Job, Status, SubmitError, Submitter
+from launch.cluster.base import Job, State, Status, SubmitError, Submitter
 from trainers.telemetry import stages
 
 if TYPE_CHECKING:
