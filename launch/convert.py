@@ -106,7 +106,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _import_adapters(flags: argparse.Namespace) -> None:
-    from launch.weights import peft_exchange
+    from launch.weights import adapter_run
 
     if flags.base is None:
         raise ValueError(
@@ -114,7 +114,7 @@ def _import_adapters(flags: argparse.Namespace) -> None:
         )
     if flags.dtype is not None:
         raise ValueError("--dtype is for whole models: remove it.")
-    print(f"{flags.to}: {peft_exchange.import_peft(flags.from_peft, flags.to, flags.base)}")
+    print(f"{flags.to}: {adapter_run.import_peft(flags.from_peft, flags.to, flags.base)}")
 
 
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
-    from launch.weights import adapter_run, peft_exchange
+    from launch.weights import adapter_run
 
     params = settings.pop("params", "auto")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
@@ -137,7 +137,7 @@ def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> Non
     source, model = flags.checkpoint, config.model
     if flags.to_peft is not None:
         print(
-            f"{flags.to_peft}: {peft_exchange.export_peft(source, model, flags.to_peft, params=params)}"
+            f"{flags.to_peft}: {adapter_run.export_peft(source, model, flags.to_peft, params=params)}"
         )
         return
     adapters = adapter_run.export(source, model, flags.to_adapter, base=flags.base, params=params)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import concentration, correlations, labels, parts, presence, search
+from launch.attribution.analyses import concentration, correlations, labels, parts, search
 from launch.attribution.analyses.labels import OTHER_SOURCES, Query
 from trainers.influence.measures import spearman
 
@@ -53,7 +53,7 @@ def compared(
                 **{
                     kind: _mean(
                         [
-                            bool(presence.hits(ranked[method][:, q], documents, top))
+                            bool(search.hits(ranked[method][:, q], documents, top))
                             for q, documents in own.items()
                         ]
                     )
@@ -202,12 +202,8 @@ def analyse(given: Inputs) -> dict[str, Any]:
     correct = [query.correct for query in given.queries]
     for name in ("answer", "procedure"):
         if name in by_name:
-            result[name] = presence.table(
-                ranked_NQ, by_name[name], groups, correct, top=given.within
-            )
-            result[f"{name}_of_queries"] = presence.per_query(
-                ranked_NQ, by_name[name], given.within
-            )
+            result[name] = search.table(ranked_NQ, by_name[name], groups, correct, top=given.within)
+            result[f"{name}_of_queries"] = search.per_query(ranked_NQ, by_name[name], given.within)
         elif given.matching is None:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:

@@ -13,7 +13,7 @@ from launch.attribution.analyses import (
     correlations,
     labels,
     parts,
-    presence,
+    search,
     tables,
 )
 from launch.inference.row_files import RowFileError
@@ -123,7 +123,7 @@ def test_many_sources_become_the_largest_and_the_others():
 def test_answers_in_the_top_are_counted_by_those_answered_correctly():
     ranked = np.array([[0, 3, 1], [1, 2, 0], [2, 1, 2], [3, 0, 3]])
     matching = {0: np.array([1]), 1: np.array([0]), 2: np.array([], int)}
-    single = presence.per_query(ranked, matching, 2)
+    single = search.per_query(ranked, matching, 2)
     assert single[0] == {
         "top": 1,
         "rank": 2,
@@ -132,7 +132,7 @@ def test_answers_in_the_top_are_counted_by_those_answered_correctly():
         "expected": 0.5,
     }
     assert single[1]["rank"] is None and single[2]["chance"] == 0
-    rows = presence.table(
+    rows = search.table(
         ranked, matching, {"facts": [0, 1, 2], "other": []}, [True, False, True], top=2
     )
     every, correct, wrong = rows
