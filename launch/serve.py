@@ -25,7 +25,7 @@ import sys
 from launch import cli
 from launch.config import setting_flags
 from launch.run import load_run
-from launch.serving.limits import Limits
+from launch.serving.requests import Limits
 from trainers.telemetry import stages
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
