@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import tables
-from launch.attribution.analyses.labels import Query
+from launch.attribution.analyses import compute, tables
 from launch.attribution.corpus import Corpus
 from launch.attribution.ranking import ENDS
 from launch.plots import html_page
@@ -80,33 +79,31 @@ class Made:
       record: what the scores were made from.
       tops: documents at both ends of each ranking (launch/attribution/ranking.py).
       prepared: queries as they were scored.
-      asked: queries with labels.
-      nats: negative log-likelihoods of the completions; None where the method has none.
+      given: what was analysed.
       corpus: texts and sources.
-      tokens: rows of token scores.
       analyses: of all scores.
       norms_N: norms of the documents' gradients, or None.
       rank_by: 'score' or 'per_norm'.
       top: number of documents at an end.
-      least_nats: what a score is divided by at least.
     """
 
     record: Mapping[str, Any]
     tops: Mapping[str, Any]
     prepared: Any
-    asked: Sequence[Query]
-    nats: Sequence[float | None]
+    given: compute.Inputs
     corpus: Corpus
-    tokens: Sequence[Mapping[str, Any]]
     analyses: Mapping[str, Any]
     norms_N: np.ndarray | None
     rank_by: str
     top: int
-    least_nats: float
+
+    def nats(self, query: int) -> float | None:
+        """Returns the negative log-likelihood of a completion; None where the method has none."""
+        return _known(self.prepared.nats[query])
 
     def per_nat(self, query: int, score: float) -> float | None:
-        nats = self.nats[query]
-        return None if nats is None else score / max(nats, self.least_nats)
+        nats = self.given.nats[query]
+        return None if nats is None else score / nats
 
     def per_norm(self, document: int, score: float) -> float | None:
         if self.norms_N is None:
@@ -122,15 +119,15 @@ def _known(value: float) -> float | None:
 
 def table(made: Made) -> dict[str, Any]:
     """Returns the report as JSON values."""
-    spurious = {(row["query"], row["document"]): row["spurious"] for row in made.tokens}
+    spurious = {(row["query"], row["document"]): row["spurious"] for row in made.given.tokens}
     suffix = "" if made.rank_by == "score" else "_per_norm"
     entries = []
-    for q, (query, tops) in enumerate(zip(made.asked, made.tops["queries"], strict=True)):
-        nats = made.nats[q]
+    for q, (query, tops) in enumerate(zip(made.given.queries, made.tops["queries"], strict=True)):
+        nats = made.nats(q)
         entry: dict[str, Any] = {
             **{"prompt": query.prompt, "completion": query.completion},
             **{"task": query.task, "kind": query.kind, "correct": query.correct, "nats": nats},
-            "nearly_certain": nats is not None and nats < made.least_nats,
+            "nearly_certain": nats is not None and nats < compute.LEAST_NATS,
             "kept": _known(made.prepared.kept[q]),
             "pearson": _known(made.prepared.pearson[q]),
         }
@@ -293,14 +290,14 @@ def _text(value: Any) -> str:
 
 def shown(made: Made) -> dict[str, Any]:
     """Returns the data of the viewer: both ends of both rankings, texts, token scores and the tables of analyses."""
-    spurious = {(row["query"], row["document"]) for row in made.tokens if row["spurious"]}
+    spurious = {(row["query"], row["document"]) for row in made.given.tokens if row["spurious"]}
     queries, numbers = [], set()
     ends = ENDS if made.norms_N is not None else ENDS[:2]
-    for q, (query, tops) in enumerate(zip(made.asked, made.tops["queries"], strict=True)):
+    for q, (query, tops) in enumerate(zip(made.given.queries, made.tops["queries"], strict=True)):
         entry: dict[str, Any] = {
             **{"prompt": _text(query.prompt), "completion": _text(query.completion)},
             **{"task": query.task, "kind": query.kind, "correct": query.correct},
-            "nats": made.nats[q],
+            "nats": made.nats(q),
         }
         for end in ends:
             items = tops[end][: made.top]
@@ -333,7 +330,7 @@ def shown(made: Made) -> dict[str, Any]:
                     "texts": row["texts"],
                     "scores": [float(f"{score:.4g}") for score in row["scores"]],
                 }
-                for row in made.tokens
+                for row in made.given.tokens
                 if row["document"] in numbers
             },
             "tables": tables.tables(made.analyses),

@@ -25,7 +25,6 @@ from launch.inference import row_files
 from launch.inference.row_files import RowFileError
 from model.storage import mirror, paths
 
-LEAST_NATS = 0.1
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
 
@@ -149,37 +148,25 @@ def report(
     limit = record["documents"].get("limit")
     texts = corpus.read(scores, documents, wanted, patterns, count=count, limit=limit)
     tokens = corpus.token_rows(scores, queries=len(asked), count=count)
-    nats = [float(x) if x == x else None for x in prepared.nats]
     ranked = scores_NQ
     if rank_by == "per_norm" and norms_N is not None:
         ranked = ranking.per_norm(scores_NQ, norms_N)
-    analyses = compute.analyse(
-        compute.Inputs(
-            scores_NQ=ranked,
-            queries=asked,
-            nats=[None if x is None else max(x, LEAST_NATS) for x in nats],
-            sources=texts.sources,
-            matching=None if documents is None else texts.matching,
-            layers=layers,
-            tokens=tokens,
-            method=record["method"],
-            others=_others(beside, record, count, rank_by),
-            within=within,
-        )
+    given = compute.Inputs(
+        scores_NQ=ranked,
+        queries=asked,
+        nats=[max(float(x), compute.LEAST_NATS) if x == x else None for x in prepared.nats],
+        sources=texts.sources,
+        matching=None if documents is None else texts.matching,
+        layers=layers,
+        tokens=tokens,
+        method=record["method"],
+        others=_others(beside, record, count, rank_by),
+        within=within,
     )
     made = pages.Made(
-        record=record,
-        tops=tops,
-        prepared=prepared,
-        asked=asked,
-        nats=nats,
-        corpus=texts,
-        tokens=tokens,
-        analyses=analyses,
-        norms_N=norms_N,
-        rank_by=rank_by,
-        top=top,
-        least_nats=LEAST_NATS,
+        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "corpus": texts},
+        **{"norms_N": norms_N, "rank_by": rank_by, "top": top},
+        analyses=compute.analyse(given),
     )
     return pages.table(made), pages.shown(made)
 

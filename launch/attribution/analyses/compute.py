@@ -139,6 +139,7 @@ def represented(
     return {"shares": dict(zip(names, map(float, shares), strict=True)), "rows": rows}
 
 
+LEAST_NATS = 0.1  # what a score is divided by at least
 MOST_SEARCHED = 500
 _FITTED = 500
 

@@ -92,16 +92,15 @@ def test_a_nearly_certain_completion_is_divided_by_the_least_nats_and_marked():
     made = pages.Made(
         record={"method": "cosine"},
         tops={"documents": 1, "queries": [{"top": [item], "bottom": []}] * 2},
-        prepared=types.SimpleNamespace(kept=unknown, pearson=unknown),
-        asked=[labels.Query(prompt="p", completion="c")] * 2,
-        nats=[0.01, 0.5],
+        prepared=types.SimpleNamespace(kept=unknown, pearson=unknown, nats=[0.01, 0.5]),
+        given=types.SimpleNamespace(
+            queries=[labels.Query(prompt="p", completion="c")] * 2, nats=[0.1, 0.5], tokens=[]
+        ),
         corpus=corpus.Corpus({0: "text"}, None, {}),
-        tokens=[],
         analyses={"omitted": []},
         norms_N=None,
         rank_by="score",
         top=1,
-        least_nats=0.1,
     )
     table = pages.table(made)
     assert [q["top"][0]["per_nat"] for q in table["queries"]] == pytest.approx([20, 4])
