@@ -23,6 +23,9 @@ from launch.plots import html_page
 from model.storage import output_files
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
+_SNIPPET = 90
+_SUMMARISED = 10  # queries on the terminal
+MOST_TEXT = 20_000  # characters of a document in the viewer
 
 
 def write(data: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -64,11 +67,6 @@ def _embedded(data: Mapping[str, Any]) -> str:
 def _digest(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-_SNIPPET = 90
-_SUMMARISED = 10  # queries on the terminal
-MOST_TEXT = 20_000  # characters of a document in the viewer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

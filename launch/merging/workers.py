@@ -16,6 +16,7 @@ from launch.merging.plan import Planned
 from launch.merging.settings import MergeError
 
 _SECONDS = 15.0  # between lines
+BLOCK_BYTES = 16 << 20
 
 
 class Progress(contextlib.AbstractContextManager):
@@ -52,9 +53,6 @@ class Progress(contextlib.AbstractContextManager):
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-BLOCK_BYTES = 16 << 20
 
 
 class Workers(contextlib.AbstractContextManager):

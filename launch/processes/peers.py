@@ -23,6 +23,12 @@ from typing import Any, NoReturn
 
 from trainers.telemetry import stages
 
+START_AGAIN = os.EX_TEMPFAIL  # 75
+# A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.
+STATUS_FILE = "ESPALIER_STATUS_FILE"
+_KEYS = "espalier"  # prefix of the keys in the coordinator's store
+_FOREVER_MS = 24 * 3600 * 1000
+
 
 def own_gpus() -> list[int] | None:
     """Returns the indices of this process's GPUs among the visible ones; None for JAX's own choice."""
@@ -66,14 +72,6 @@ def _expanded(counts: str) -> list[int]:
             raise ValueError(counts)
         numbers += [int(match[1])] * int(match[2] or 1)
     return numbers
-
-
-START_AGAIN = os.EX_TEMPFAIL  # 75
-# A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.
-STATUS_FILE = "ESPALIER_STATUS_FILE"
-
-_KEYS = "espalier"  # prefix of the keys in the coordinator's store
-_FOREVER_MS = 24 * 3600 * 1000
 
 
 class JoinError(RuntimeError):

@@ -15,6 +15,30 @@ from trainers.decoding.settings import Draw
 
 # Characters of a text for each token that a prompt may have: a longer text is not encoded.
 CHARACTERS_OF_TOKEN = 32
+# Parameters that change no text.
+_ABOUT = ("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
+_ABOUT += ("prompt_cache_key", "parallel_tool_calls", "model")
+_COMMON = ("max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "logprobs")
+# Parameters that the model's decoding lacks -> values that mean that they are not used.
+_UNUSED: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0, None),
+    "presence_penalty": (0, None),
+    "logit_bias": ({}, None),
+    "top_logprobs": (0, None),
+    "tools": ([], None),
+    "tool_choice": ("none", None),
+    "functions": ([], None),
+    "response_format": ({"type": "text"}, None),
+    "modalities": (["text"], None),
+    "best_of": (1, None),
+    "echo": (False, None),
+    "suffix": ("", None),
+}
+_CHAT, _TEXT = ("messages", "max_completion_tokens"), ("prompt",)
+_MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
+_DEFAULT_TOKENS = 16  # of a completion of a text, as in the API
+_MAX_MESSAGES = 1024
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,32 +72,6 @@ class Limits:
             raise ValueError(
                 f"--max_completions={self.max_completions} would never fit into --max_queue={self.max_queue}: raise it."
             )
-
-
-# Parameters that change no text.
-_ABOUT = ("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
-_ABOUT += ("prompt_cache_key", "parallel_tool_calls", "model")
-_COMMON = ("max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "logprobs")
-# Parameters that the model's decoding lacks -> values that mean that they are not used.
-_UNUSED: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": ({}, None),
-    "top_logprobs": (0, None),
-    "tools": ([], None),
-    "tool_choice": ("none", None),
-    "functions": ([], None),
-    "response_format": ({"type": "text"}, None),
-    "modalities": (["text"], None),
-    "best_of": (1, None),
-    "echo": (False, None),
-    "suffix": ("", None),
-}
-_CHAT, _TEXT = ("messages", "max_completion_tokens"), ("prompt",)
-_MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
-_DEFAULT_TOKENS = 16  # of a completion of a text, as in the API
-_MAX_MESSAGES = 1024
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class RequestError(ValueError):

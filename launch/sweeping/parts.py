@@ -9,18 +9,6 @@ from typing import Any
 
 from data.text import spelling
 
-
-def command_line(words: Sequence[str]) -> str:
-    """Returns words as a line for a shell; a word with single quotes is put into double quotes where these suffice."""
-    return " ".join(map(_quoted, words))
-
-
-def _quoted(word: str) -> str:
-    if "'" in word and not set(word) & set('"$`\\!'):
-        return f'"{word}"'
-    return shlex.quote(word)
-
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACE = re.compile(rf"\{{({_NAME.pattern})\}}")
 _OWN = ("MODEL_DIR", "SEED")  # bindings that the sweep sets itself
@@ -33,6 +21,17 @@ _KEYS = {
 }
 # Names in braces, in the command of a made arm, that are not arms.
 _PLACES = ("run", "python", "SEED")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Returns words as a line for a shell; a word with single quotes is put into double quotes where these suffice."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if "'" in word and not set(word) & set('"$`\\!'):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def places(words: Iterable[str]) -> tuple[str, ...]:

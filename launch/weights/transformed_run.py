@@ -28,6 +28,7 @@ from trainers.checkpoints.stream_checkpoint import StreamedArray
 from trainers.telemetry.bars import Bar
 
 _LENGTH = 512
+_BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
 
 
 def token_rows(loaded: Any, path: str, *, flag: str, length: int | None = None) -> np.ndarray:
@@ -53,9 +54,6 @@ def token_rows(loaded: Any, path: str, *, flag: str, length: int | None = None) 
         )
     count = len(ids) // length
     return np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
-
-
-_BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
 
 
 def write(

@@ -18,6 +18,35 @@ from launch.aot.hlo.text import Array, Computation, HloError, Instruction, Modul
 
 # Fields of a convolution's window and their defaults.
 _WINDOW = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+# Instructions that move no data themselves.
+_FREE = (
+    "add-dependency",
+    "after-all",
+    "async-done",
+    "async-start",
+    "async-update",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "domain",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+    "while",
+)
+_FREE_TARGETS = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "ConcatBitcast",
+)
+# Instructions that read only a part of their first operand.
+_SLICES = ("dynamic-slice", "gather", "slice")
 
 
 def product_flops(module: Module, instruction: Instruction) -> int:
@@ -87,37 +116,6 @@ def _taps(
             positions = range(shift, shift + out * stride, stride)
             count += sum(0 <= p <= last and p % lhs_dilate == 0 for p in positions)
     return count
-
-
-# Instructions that move no data themselves.
-_FREE = (
-    "add-dependency",
-    "after-all",
-    "async-done",
-    "async-start",
-    "async-update",
-    "bitcast",
-    "call",
-    "conditional",
-    "constant",
-    "domain",
-    "get-tuple-element",
-    "opt-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
-    "while",
-)
-_FREE_TARGETS = (
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollectiveDone",
-    "AsyncCollectiveStart",
-    "ConcatBitcast",
-)
-# Instructions that read only a part of their first operand.
-_SLICES = ("dynamic-slice", "gather", "slice")
 
 
 def hbm_bytes(module: Module, executions: dict[str, int]) -> int:

@@ -16,6 +16,11 @@ from launch.attribution.analyses.labels import OTHER_SOURCES, Query
 from trainers.influence.measures import spearman
 
 RANDOM = "random"
+SIZES = (10, 50, 500, 5_000, 50_000)
+_MOST = 12  # sources of a table
+LEAST_NATS = 0.1  # what a score is divided by at least
+MOST_SEARCHED = 500
+_FITTED = 500
 
 
 def compared(
@@ -76,10 +81,6 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-SIZES = (10, 50, 500, 5_000, 50_000)
-_MOST = 12  # sources of a table
-
-
 def sizes(documents: int) -> list[int]:
     """Returns the k that are at most half of the documents: a longer top end would reach the bottom one."""
     return [k for k in SIZES if 2 * k <= documents]
@@ -137,11 +138,6 @@ def represented(
                 own = {n: intervals.mean(values_QS[queries, s]) for s, n in enumerate(names)}
                 rows.append({"end": end, "documents": top, "group": group, "multipliers": own})
     return {"shares": dict(zip(names, map(float, shares), strict=True)), "rows": rows}
-
-
-LEAST_NATS = 0.1  # what a score is divided by at least
-MOST_SEARCHED = 500
-_FITTED = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,10 @@ OPENING = "<instruction>"
 _VERDICT = re.compile(
     r"[\W_]*(?:(?i:preferred)[\W_]*)?(?:(?i:answer) \((?P<label>[AB])\)|(?i:tie))[\W_]*"
 )
+# Temperature when a question is repeated, so that the reply may differ.
+RETRY_TEMPERATURE = 0.5
+# The preference for the answer that is shown first.
+_SIGNS: Mapping[Any, int] = {FIRST: 1, TIE: 0, SECOND: -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +133,6 @@ def _shown(prompt: Prompt) -> str:
 
 def _answer(text: str) -> str:
     return text if text.strip() else "(This answer is empty.)"
-
-
-# Temperature when a question is repeated, so that the reply may differ.
-RETRY_TEMPERATURE = 0.5
-# The preference for the answer that is shown first.
-_SIGNS: Mapping[Any, int] = {FIRST: 1, TIE: 0, SECOND: -1}
 
 
 class Writer(Protocol):

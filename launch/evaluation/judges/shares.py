@@ -19,6 +19,8 @@ _BEHIND = ("same in both orders", "position bias", "wins of the longer", "rate a
 _BY_LANGUAGE = ("win", "tie", "loss", "wins and half ties", "at equal length", "judged", "invalid")
 _LENGTHS = ("answers", "empty", "words, mean", "median", "characters, mean", "median")
 _COLOURS = {"win": "#2a6f97", "tie": "#c9ced3", "loss": "#d1603d"}
+_NORMAL = 1.959964  # quantile of such an interval
+_NEWTON_STEPS = 100
 
 
 def print_tables(summary: Mapping[str, Any]) -> None:
@@ -157,10 +159,6 @@ def plot_languages(summaries: Sequence[Mapping[str, Any]], path: pathlib.Path) -
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=140)
-
-
-_NORMAL = 1.959964  # quantile of such an interval
-_NEWTON_STEPS = 100
 
 
 def pair_summary(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> dict[str, Any]:
