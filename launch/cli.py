@@ -200,23 +200,25 @@ def command(
     work: Callable[..., Any],
     *,
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    addresses: Sequence[str] = (),
     **options: Any,
 ) -> Main:
     """Returns the function `main` of a module whose command has no gin configuration; arguments as of `run_command`.
 
-    Without `add_flags`, `work` is a keyword-only function, and its parameters are the flags (launch/config/setting_flags.py).
+    Without `add_flags`, `work` is a keyword-only function, and its parameters are the flags (launch/config/setting_flags.py);
+    `addresses` names those that may be addresses of object stores.
     """
     from launch.config import setting_flags
 
     def run(argv: Sequence[str] | None = None) -> int:
         if add_flags is not None:
             return run_command(doc, name, work, add_flags=add_flags, argv=argv, **options)
-        return run_command(
-            *(doc, name, lambda flags: work(**setting_flags.given(flags, work))),
-            add_flags=lambda parser: setting_flags.add(parser, work),
-            argv=argv,
-            **options,
-        )
+        call = lambda flags: work(**setting_flags.given(flags, work))  # noqa: E731
+        return run_command(doc, name, call, add_flags=own_flags, argv=argv, **options)
+
+    def own_flags(parser: argparse.ArgumentParser) -> None:
+        take_addresses(parser, *addresses)
+        setting_flags.add(parser, work)
 
     return run
 

@@ -52,19 +52,6 @@ class ExportFlags:
     gin_file: Sequence[str] | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    usage = (
-        "%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]\n"
-        "       %(prog)s --from=DIR --to_hf=DIR [flags]\n"
-        "       %(prog)s --from=DIR (--to_adapter=DIR [--base=DIR] | --to_peft=DIR)\n"
-        "       %(prog)s --from_peft=DIR --base=DIR --to=DIR"
-    )
-    return cli.run_command(
-        __doc__, "convert", _run, add_flags=_add_flags, usage=usage, huge_pages=False, argv=argv
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from_hf", metavar="DIR", help="config.json and safetensors")
@@ -119,7 +106,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _import_adapters(flags: argparse.Namespace) -> None:
-    from launch.weights import peft_exchange
+    from launch.weights import adapter_run
 
     if flags.base is None:
         raise ValueError(
@@ -127,7 +114,7 @@ def _import_adapters(flags: argparse.Namespace) -> None:
         )
     if flags.dtype is not None:
         raise ValueError("--dtype is for whole models: remove it.")
-    print(f"{flags.to}: {peft_exchange.import_peft(flags.from_peft, flags.to, flags.base)}")
+    print(f"{flags.to}: {adapter_run.import_peft(flags.from_peft, flags.to, flags.base)}")
 
 
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -141,7 +128,7 @@ def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
-    from launch.weights import adapter_run, peft_exchange
+    from launch.weights import adapter_run
 
     params = settings.pop("params", "auto")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
@@ -150,12 +137,19 @@ def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> Non
     source, model = flags.checkpoint, config.model
     if flags.to_peft is not None:
         print(
-            f"{flags.to_peft}: {peft_exchange.export_peft(source, model, flags.to_peft, params=params)}"
+            f"{flags.to_peft}: {adapter_run.export_peft(source, model, flags.to_peft, params=params)}"
         )
         return
     adapters = adapter_run.export(source, model, flags.to_adapter, base=flags.base, params=params)
     print(f"{flags.to_adapter}: {adapters}")
 
+
+_USAGE = """\
+%(prog)s (--from_hf=DIR | --from_gguf=FILE) --to=DIR [flags]
+       %(prog)s --from=DIR --to_hf=DIR [flags]
+       %(prog)s --from=DIR (--to_adapter=DIR [--base=DIR] | --to_peft=DIR)
+       %(prog)s --from_peft=DIR --base=DIR --to=DIR"""
+main = cli.command(__doc__, "convert", _run, add_flags=_add_flags, usage=_USAGE, huge_pages=False)
 
 if __name__ == "__main__":
     raise SystemExit(main())

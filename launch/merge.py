@@ -13,62 +13,53 @@ of object stores (docs/remote_storage.md); a merge to an address begins again.
 `python -m launch.merge search --help`: searches the weights of a linear merge on held-out texts.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
+from typing import Annotated
 
 from launch import cli
 from launch.config import sizes
+from launch.config.setting_flags import File, Folder
+
+Size = Annotated[str, "SIZE"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    usage = "%(prog)s --config=FILE --out=DIR [flags]"
-    return cli.run_command(
-        __doc__, "merge", _run, add_flags=_add_flags, usage=usage, huge_pages=False, argv=argv
-    )
+def merge(
+    *,
+    config: File,
+    out: Folder,
+    seed: int | None = None,
+    shard_size: Size | None = None,
+    block_bytes: Size = "16MiB",
+    dry_run: bool = False,
+) -> None:
+    """Merges models, and prints what it did.
 
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    cli.take_addresses(parser, "config", "out")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file, see docs/merging.md"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to be made")
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of methods that draw random numbers (default 0)"
-    )
-    parser.add_argument(
-        "--shard_size",
-        metavar="SIZE",
-        help="maximum data in a file of safetensors (default 5GB)",
-    )
-    parser.add_argument(
-        "--block_bytes",
-        default="16MiB",
-        metavar="SIZE",
-        help="data of a model in memory at a time (16MiB); results do not depend on it",
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="prints what each tensor is made of, and writes nothing",
-    )
-
-
-def _run(flags: argparse.Namespace) -> None:
+    Args:
+      config: YAML file, see docs/merging.md.
+      out: folder to be made.
+      seed: of methods that draw random numbers (default 0).
+      shard_size: maximum data in a file of safetensors (default 5GB).
+      block_bytes: data of a model in memory at a time; results do not depend on it.
+      dry_run: prints what each tensor is made of, and writes nothing.
+    """
     from launch.merging import run
 
     lines = run.merge_all(
-        flags.config,
-        flags.out,
-        seed=flags.seed,
-        shard_bytes=flags.shard_size and sizes.parse(flags.shard_size, "shard_size"),
-        block_bytes=sizes.parse(flags.block_bytes, "block_bytes"),
-        dry_run=flags.dry_run,
+        *(config, out),
+        seed=seed,
+        shard_bytes=shard_size and sizes.parse(shard_size, "shard_size"),
+        block_bytes=sizes.parse(block_bytes, "block_bytes"),
+        dry_run=dry_run,
     )
     print("\n".join(lines))
 
+
+main = cli.command(
+    *(__doc__, "merge", merge),
+    addresses=("config", "out"),
+    usage="%(prog)s --config=FILE --out=DIR [flags]",
+    huge_pages=False,
+)
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):

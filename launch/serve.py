@@ -26,7 +26,7 @@ from espalier.common import stages
 from launch import cli
 from launch.config import setting_flags
 from launch.run import load_run
-from launch.serving.limits import Limits
+from launch.serving.requests import Limits
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -12,21 +12,65 @@ The configuration is checked here before anything is sent. After `--`, words are
 """
 
 import argparse
+import glob
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common import stages
-from launch import cli
+from launch import cli, environment
+from launch.cluster.base import Job, State, Status, SubmitError, Submitter
 
 if TYPE_CHECKING:
-    from launch.cluster.base import Job, Status, Submitter
     from launch.cluster.launch_config import Launch
 
 ENTRY = "launch.train:train"
 _FOLLOW_SECONDS = 0.5
+
+_NAMES = re.compile(r"(^|_)(DIR|DIRECTORY|PATH|FILES?|TOKENIZER)$")  # of macros with paths
+
+
+def check_paths(settings: "Launch", macros: Mapping[str, Any], gin_files: Sequence[str]) -> None:
+    """Warns, on standard error, of every path that the job's machines do not share.
+
+    Args:
+      settings: the launch configuration.
+      macros: final values of the configuration's macros by name. Absolute paths count under any name, and relative ones
+        under names such as FILES and TOKENIZER, unless this project has them.
+      gin_files: gin files of the command line.
+
+    Raises:
+      SubmitError: MODEL_DIR would be lost with a container.
+    """
+    unseen: dict[str, list[str]] = {}  # by reason
+    for name, value in [*macros.items(), ("--gin_file", gin_files)]:
+        for path in _paths(name, value):
+            if reason := settings.unseen(os.path.join(settings.directory, path)):
+                unseen.setdefault(reason, []).append(f"{name} = {path!r}")
+                if name == "MODEL_DIR" and settings.in_container:
+                    raise SubmitError(f"{name} = {path!r}: {reason}.")
+    for reason, named in unseen.items():
+        print(f"warning: {', '.join(named)}: {reason}.", file=sys.stderr)
+
+
+def _paths(name: str, value: Any) -> Iterator[str]:
+    """Yields the local paths in a value, which may have parts."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _paths(name, part)
+    if not isinstance(value, str) or not value or "://" in value:
+        return
+    if (
+        os.path.isabs(value)
+        or (name == "--gin_file" or _NAMES.search(name))
+        and not glob.glob(os.path.join(environment.ROOT, value))
+    ):
+        yield value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +141,6 @@ def submit(
       command: words of another command, without 'launch.'.
     """
     from launch.cluster import launch_config
-    from launch.cluster.base import SubmitError
 
     settings = launch_config.read(flags.config, overrides)
     with stages.stage("checking the configuration"):
@@ -131,13 +174,13 @@ def submit(
     return 0
 
 
-def _text(status: "Status") -> str:
+def _text(status: Status) -> str:
     ended = f" with status {status.exit_status}" if status.exit_status is not None else ""
     seconds = f", {status.seconds:.0f} s" if status.seconds else ""
     return f"{status.state.value}{ended}{seconds}"
 
 
-def _train_job(settings: "Launch", words: list[str]) -> "Job":
+def _train_job(settings: "Launch", words: list[str]) -> Job:
     """Returns the job that trains, after checks of its configuration.
 
     Raises:
@@ -147,8 +190,6 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
     import jax
 
     from launch.aot import precompile
-    from launch.cluster import shared_paths
-    from launch.cluster.base import SubmitError
     from launch.config import gin_config
 
     flags, bindings = cli.read_gin_flags(words, "the flags of train")
@@ -158,7 +199,7 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
     config = gin_config.load(flags.gin_file, bindings, paths, entry=ENTRY)
     # Not by JAX_PLATFORMS, which the job would inherit: it needs the devices that this process must not take.
     jax.config.update("jax_platforms", "cpu")
-    shared_paths.check(settings, config.macros, flags.gin_file)
+    check_paths(settings, config.macros, flags.gin_file)
     arguments = config.arguments()
     if settings.devices is not None:
         try:
@@ -171,9 +212,8 @@ def _train_job(settings: "Launch", words: list[str]) -> "Job":
     return _job(settings, ["train", *words], os.path.basename(folder.rstrip("/")), folder)
 
 
-def _other_job(settings: "Launch", command: list[str]) -> "Job":
+def _other_job(settings: "Launch", command: list[str]) -> Job:
     from espalier.common import spelling
-    from launch.cluster.base import SubmitError
 
     names = [name for name in cli.command_names() if name != "submit"]
     if command[0] not in names:
@@ -181,9 +221,8 @@ def _other_job(settings: "Launch", command: list[str]) -> "Job":
     return _job(settings, command, command[0], None)
 
 
-def _job(settings: "Launch", words: list[str], name: str, folder: str | None) -> "Job":
+def _job(settings: "Launch", words: list[str], name: str, folder: str | None) -> Job:
     """Returns the job of a command of this project."""
-    from launch.cluster.base import Job, SubmitError
 
     logs = getattr(settings, "logs", "")
     if folder and not logs and not settings.ELSEWHERE and "://" in folder:
@@ -203,9 +242,8 @@ def _job(settings: "Launch", words: list[str], name: str, folder: str | None) ->
     return Job(name=name or "espalier", command=command, log=log, environment=environment)
 
 
-def _follow(submitter: "Submitter", job: "Job") -> int:
+def _follow(submitter: Submitter, job: Job) -> int:
     """Runs a job on this machine, copies its log to the terminal, and returns its exit status."""
-    from launch.cluster.base import State
     from launch.sweeping.driver import stop_signals
 
     os.makedirs(os.path.dirname(job.log), exist_ok=True)
@@ -241,7 +279,7 @@ def _copy(log: str, place: int) -> int:
         return file.tell()
 
 
-def _exit_status(status: "Status") -> int:
+def _exit_status(status: Status) -> int:
     code: Any = status.exit_status
     if code is None:
         return cli.INTERRUPTED

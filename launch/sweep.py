@@ -240,7 +240,7 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
 
     from launch.sweeping import check, driver, screen
     from launch.sweeping import run as sweep_run
-    from launch.sweeping.shell import command_line
+    from launch.sweeping.parts import command_line
 
     chosen = {planned.name for planned in wanted}
     runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]

@@ -10,6 +10,7 @@ import shlex
 import pytest
 
 from data.tokenizers import vocabularies
+from launch import cli
 from launch.cluster import launch_config
 from launch.config import gin_config, gin_writer
 from launch.run import run_vocabulary
@@ -116,8 +117,10 @@ def influence_commands():
 
 
 @pytest.mark.parametrize(("part", "words"), influence_commands())
-def test_a_command_of_influence_that_is_shown_has_these_flags(part, words):
+def test_a_command_of_influence_that_is_shown_has_these_flags(part, words, monkeypatch):
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    importlib.import_module(f"launch.attribution.{part}")._add_flags(parser)
+    monkeypatch.setattr(cli, "main", lambda *_, extra_flags, **__: extra_flags(parser))
+    monkeypatch.setattr(cli, "run_command", lambda *_, add_flags, **__: add_flags(parser))
+    importlib.import_module(f"launch.attribution.{part}").main([])
     flags, rest = parser.parse_known_args(words)
     assert rest == [] and vars(flags)

@@ -17,13 +17,14 @@ Exit status: 0 the step fits, 1 it does not fit, 2 the configuration is wrong, 7
 
 import argparse
 import functools
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from launch import cli
 from launch.aot import tpu_topology
+from launch.aot.settings import Options, Search
+from launch.config import setting_flags
 
 RECIPE = ("recipe",)  # the arguments of `train` that are used: no data and no directories
 UNREAD = {"INITIAL_CHECKPOINT_PATH": "''"}  # a recipe may name it, as a reference's
@@ -63,75 +64,31 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "continued by one token; covariances, squares: a batch of documents of EK-FAC's first or third stage; scores: documents are scored "
         "for queries",
     )
-    _add_search_flags(parser)
-    group = parser.add_argument_group("prefill, decode")
-    group.add_argument(
-        "--max_new_tokens", type=int, default=128, metavar="N", help="room in the caches (128)"
-    )
-    group.add_argument("--cache_policy", default="full", metavar="NAME", help="as of `generate`")
-    group.add_argument(
-        "--cache", action="append", default=[], metavar="NAME=VALUE", help="as of `generate`"
-    )
-    group.add_argument("--cache_dtype", choices=("int8", "bfloat16", "float16", "float32"))
-    group.add_argument("--prefill_chunk", type=int, metavar="N", help="as of `generate`")
-    group = parser.add_argument_group("covariances, squares, scores")
-    group.add_argument("--modules", default="mlp", metavar="NAMES", help="as of `influence fit`")
-    group.add_argument("--blocks", type=int, default=1, metavar="N", help="as of `influence fit`")
-    group.add_argument("--queries", type=int, default=100, metavar="N", help="of scores (100)")
-    group.add_argument("--rank", type=int, default=64, metavar="N", help="as of `influence score`")
-
-
-def _add_search_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument(
         "--search",
         choices=("batch", "layout"),
         help="batch: the largest BATCH_SIZE; layout: the best of meshes, rule sets and remat",
     )
+    setting_flags.add(group, Search)
+    group = parser.add_argument_group("prefill, decode")
+    group.add_argument("--cache_policy", default="full", metavar="NAME", help="as of `generate`")
+    cache_help = "as of `generate`"
     group.add_argument(
-        "--memory_limit",
-        type=float,
-        metavar="GB",
-        help="memory of a chip that a candidate may use, in 10^9 bytes (default: all that a program can have)",
+        "--cache", action="append", default=[], metavar="NAME=VALUE", help=cache_help
     )
-    group.add_argument(
-        "--search_minutes", type=float, default=60, metavar="M", help="time of the search (60)"
-    )
-    group.add_argument(
-        "--candidate_minutes",
-        type=float,
-        default=20,
-        metavar="M",
-        help="most time of a candidate (20)",
-    )
-    group.add_argument(
-        "--candidate_gb",
-        type=float,
-        default=12,
-        metavar="GB",
-        help="most memory of the compiler (12)",
-    )
-    group.add_argument(
-        "--search_dir",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="folder of stored results (default: precompile in the caches' folder, see ESPALIER_CACHE)",
-    )
+    setting_flags.add(group, Options, names=_GENERATION)
+    group = parser.add_argument_group("covariances, squares, scores")
+    setting_flags.add(group, Options, names=("modules", "blocks", "queries", "rank"))
 
 
-# Flags that only some programs read, with their defaults; and the flags of a search.
-_OF_PROGRAMS: dict[tuple[str, ...], dict[str, Any]] = {
-    ("prefill", "decode"): {
-        **{"max_new_tokens": 128, "cache_policy": "full", "cache": []},
-        **{"cache_dtype": None, "prefill_chunk": None},
-    },
-    ("covariances", "squares", "scores"): {"modules": "mlp"},
-    ("covariances", "squares"): {"blocks": 1},
-    ("scores",): {"queries": 100, "rank": 64},
-}
-_OF_SEARCH = {
-    **{"memory_limit": None, "search_minutes": 60, "search_dir": None},
-    **{"candidate_minutes": 20, "candidate_gb": 12},
+_GENERATION = ("max_new_tokens", "cache_dtype", "prefill_chunk")
+# Flags that only some programs read.
+_OF_PROGRAMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("prefill", "decode"): (*_GENERATION, "cache_policy", "cache"),
+    ("covariances", "squares", "scores"): ("modules",),
+    ("covariances", "squares"): ("blocks",),
+    ("scores",): ("queries", "rank"),
 }
 
 
@@ -140,15 +97,15 @@ class FlagError(ValueError):
 
 
 def _check(flags: argparse.Namespace) -> None:
-    for programs, defaults in _OF_PROGRAMS.items():
-        for name, default in defaults.items():
-            if getattr(flags, name) != default and flags.program not in programs:
-                raise FlagError(
-                    f"--{name} is read by --program={' or '.join(programs)} alone, and this is {flags.program}: remove it."
-                )
-    for name, default in _OF_SEARCH.items():
-        if not flags.search and getattr(flags, name) != default:
-            raise FlagError(f"--{name} is read by a search alone: add --search or remove it.")
+    defaults = {"cache_policy": "full", "cache": [], **vars(Options()), **vars(Search())}
+    changed = {n for n, default in defaults.items() if getattr(flags, n, default) != default}
+    for programs, names in _OF_PROGRAMS.items():
+        if flags.program not in programs and (wrong := [name for name in names if name in changed]):
+            raise FlagError(
+                f"--{wrong[0]} is read by --program={' or '.join(programs)} alone, and this is {flags.program}: remove it."
+            )
+    if not flags.search and (wrong := [name for name in vars(Search()) if name in changed]):
+        raise FlagError(f"--{wrong[0]} is read by a search alone: add --search or remove it.")
     if flags.search and flags.program != "train":
         raise FlagError(
             f"--search={flags.search} searches for updates alone: remove --program={flags.program}."
@@ -162,9 +119,9 @@ def _run(start: cli.Start, *, words: Sequence[str]) -> int:
     _check(flags)
     recipe = start.config.arguments()["recipe"]
     if flags.search:
-        from launch.aot import search_run
+        from launch.aot import search
 
-        return search_run.run(recipe, flags, without_search(words), start.config.text)
+        return search.run(recipe, flags, without_search(words), start.config.text)
     from launch.aot import precompile
 
     fits = precompile.precompile(
@@ -180,10 +137,7 @@ def _run(start: cli.Start, *, words: Sequence[str]) -> int:
 
 def without_search(words: Sequence[str]) -> list[str]:
     """Returns the words of a command line without the flags of its search and of its output."""
-    removed = (
-        *("--search", "--memory_limit", "--search_minutes", "--candidate_minutes"),
-        *("--candidate_gb", "--search_dir", "--json", "--hlo"),
-    )
+    removed = [f"--{name}" for name in ("search", *vars(Search()), "json", "hlo")]
     rest: list[str] = []
     values = iter(words)
     for word in values:
@@ -195,21 +149,12 @@ def without_search(words: Sequence[str]) -> list[str]:
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
-    from launch.aot.programs import Options
     from model.kv_cache.policies import policy_from_text
 
     pairs = dict(pair.partition("=")[::2] for pair in flags.cache)
     return {
         "policy": policy_from_text(flags.cache_policy, pairs),
-        "options": Options(
-            max_new_tokens=flags.max_new_tokens,
-            cache_dtype=flags.cache_dtype,
-            prefill_chunk=flags.prefill_chunk,
-            modules=tuple(flags.modules.split(",")),
-            blocks=flags.blocks,
-            queries=flags.queries,
-            rank=flags.rank,
-        ),
+        "options": Options(**setting_flags.given(flags, Options)),
     }
 
 

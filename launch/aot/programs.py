@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from launch.aot.settings import Options
 from model import axes
 from model.flops import mean_keys
 from model.kv_cache.base import CachePolicy
@@ -39,29 +40,6 @@ _CACHE_AXES = {
     "_BKSH": (axes.BATCH, axes.ACT_KV_HEADS),
     "_BKS": (axes.BATCH, axes.ACT_KV_HEADS),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Settings of programs other than `train`.
-
-    Attributes:
-      max_new_tokens: tokens that the caches have room for.
-      cache_dtype: dtype of caches while decoding; None for the model's.
-      prefill_chunk: number of prompt tokens to read at a time; None for all.
-      modules: matrices that are tapped, see launch/attribution/fit.py.
-      blocks: number of diagonal blocks of each covariance.
-      queries: queries that documents are scored for.
-      rank: rank of their gradients.
-    """
-
-    max_new_tokens: int = 128
-    cache_dtype: Literal["int8", "bfloat16", "float16", "float32"] | None = None
-    prefill_chunk: int | None = None
-    modules: Sequence[str] = sites.DEFAULT
-    blocks: int = 1
-    queries: int = 100
-    rank: int = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,26 @@
 
 Each candidate is compiled in a process of its own. Its report is stored under a digest of the configuration, the candidate,
 the compiler's versions and the source code, so that a stopped search continues where it was.
+The command prints what it does, the table of candidates, and the flags of the best one.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import pathlib
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from launch import environment
+from espalier.common import stages
+from launch import cli, environment
+from launch.aot import apart, candidates, precompile, tpu_topology
 from launch.aot.candidates import Candidate
+from launch.aot.settings import Search
+from launch.config import setting_flags
+from trainers.recipe import Recipe
 
 Kind = Literal["batch", "layout"]
 
@@ -228,3 +236,104 @@ class Timed:
             document = {"report": report, "reason": reason, "candidate": str(candidate)}
             self._write(self._store.path(candidate), document)
         return Result(candidate, report, reason)
+
+
+def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: str) -> int:
+    """Searches, and returns the exit status: 0 with a result, 1 if nothing fits, 75 if the time is over.
+
+    Args:
+      recipe: the run.
+      flags: flags of the command.
+      words: its words, without the flags of the search.
+      text: the run's configuration.
+    """
+    topology = tpu_topology.parse(flags.topology)
+    settings = Search(**setting_flags.given(flags, Search))
+    limit = topology.chip.hbm_bytes
+    if settings.memory_limit is not None:
+        if not 0 < settings.memory_limit * 1e9 <= limit:
+            raise tpu_topology.TopologyError(
+                f"--memory_limit={settings.memory_limit} must be above 0 and at most {limit / 1e9:.2f} GB, what a program has "
+                f"on a {topology.generation} chip."
+            )
+        limit = settings.memory_limit * 1e9
+
+    def compile_one(
+        candidate: Candidate, seconds: float
+    ) -> tuple[dict[str, Any] | None, str, bool]:
+        most = min(seconds, 60 * settings.candidate_minutes)
+        limits = apart.Limits(most, settings.candidate_gb * 1e9)
+        with stages.stage(f"compiling {candidate}"):
+            outcome = apart.compile_apart([*words, *candidate.words], limits)
+        report = outcome.report
+        line = f"peak {report['hbm_bytes']['peak'] / 1e9:.2f} GB" if report else outcome.problem
+        print(f"  {line}, {outcome.seconds:.0f} s", flush=True)
+        return report, outcome.problem, outcome.stopped
+
+    facts: dict[str, Any] = {"text": text, "words": list(words), "topology": str(topology)}
+    facts |= {"versions": tpu_topology.versions(), "source": source_digest()}
+    timed = Timed(
+        Store(facts, settings.search_dir),
+        compile_one,
+        precompile.write_json,
+        seconds=60 * settings.search_minutes,
+        report=lambda line: print(line, flush=True),
+    )
+    results: list[Result] = []
+    finished = True
+    try:
+        for result in _results(recipe, flags, topology, timed, limit):
+            results.append(result)
+    except OutOfTime:
+        finished = False
+    chosen = best(results, flags.search, limit)
+    print("\n" + table(results, chosen, limit))
+    if chosen is not None:
+        print(f"\nbest{'' if finished else ' so far'}: {chosen.candidate}")
+        print(f"  {shlex.join(chosen.candidate.words)}")
+    elif finished:
+        print(f"\nnothing fits into {limit / 1e9:.2f} GB")
+    if not finished:
+        print("\nthe time of the search is over: the same command continues it")
+    if flags.json:
+        _write(flags, results, chosen, finished, limit)
+    return cli.INTERRUPTED if not finished else int(chosen is None)
+
+
+def _results(recipe: Recipe, flags: argparse.Namespace, topology, timed, limit: float):
+    if flags.search == "layout":
+        layouts = candidates.layouts(recipe, topology)
+        print(f"{len(layouts)} layouts fit this run", flush=True)
+        return all_layouts(layouts, timed, limit=limit)
+    unit = candidates.batch_unit(recipe, topology)
+    return largest_batch(
+        lambda rows: candidates.of_recipe(recipe, topology, rows), timed, unit=unit, limit=limit
+    )
+
+
+def _write(
+    flags: argparse.Namespace,
+    results: Sequence[Result],
+    chosen: Result | None,
+    finished: bool,
+    limit: float,
+) -> None:
+    document = {
+        "search": flags.search,
+        "topology": flags.topology,
+        "memory_limit_bytes": limit,
+        "finished": finished,
+        "best": None if chosen is None else chosen.candidate.words,
+        "candidates": [
+            {
+                **dataclasses.asdict(result.candidate),
+                "mesh": dict(result.candidate.mesh),
+                "flags": result.candidate.words,
+                "fits": result.fits(limit),
+                "reason": result.reason,
+                "report": result.report,
+            }
+            for result in results
+        ],
+    }
+    precompile.write_json(flags.json, document)

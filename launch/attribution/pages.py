@@ -1,20 +1,72 @@
-"""A report as JSON values, as Markdown, and as the data of the viewer."""
+"""A report as JSON values, as Markdown, and as the data of the viewer.
 
+The viewer is one HTML file with its data inside, which needs no network. Documents may be hostile. Its data is JSON in an element that no browser executes, without the character that could end the
+element; the script shows texts as text only; and the page's policy admits its own script and style by their digests, and
+nothing else.
+"""
+
+import base64
 import dataclasses
+import hashlib
+import importlib.resources
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import tables
-from launch.attribution.analyses.labels import Query
+from espalier.common.storage import output_files
+from launch.attribution.analyses import compute, tables
 from launch.attribution.corpus import Corpus
 from launch.attribution.ranking import ENDS
+from launch.plots import html_page
 
+_POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 _SNIPPET = 90
 _SUMMARISED = 10  # queries on the terminal
 MOST_TEXT = 20_000  # characters of a document in the viewer
+
+
+def write(data: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Writes the viewer.
+
+    Args:
+      data: of `pages.shown`.
+      path: file in an existing folder; it is written whole or not at all.
+    """
+    output_files.write(path, page(data))
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """Returns the HTML of the viewer."""
+    files = importlib.resources.files("launch.attribution") / "page"
+    style, script, body = (
+        (files / name).read_text(encoding="utf-8")
+        for name in ("viewer.css", "viewer.js", "viewer.html")
+    )
+    policy = _POLICY.format(script=_digest(script), style=_digest(style))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Influence of documents</title>\n<style>{style}</style>\n</head>\n<body>\n{body}"
+        f'<script type="application/json" id="data">{_embedded(data)}</script>\n'
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _embedded(data: Mapping[str, Any]) -> str:
+    """Returns JSON in ASCII without <, > and &, so that it neither ends its element nor begins a comment."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,33 +77,31 @@ class Made:
       record: what the scores were made from.
       tops: documents at both ends of each ranking (launch/attribution/ranking.py).
       prepared: queries as they were scored.
-      asked: queries with labels.
-      nats: negative log-likelihoods of the completions; None where the method has none.
+      given: what was analysed.
       corpus: texts and sources.
-      tokens: rows of token scores.
       analyses: of all scores.
       norms_N: norms of the documents' gradients, or None.
       rank_by: 'score' or 'per_norm'.
       top: number of documents at an end.
-      least_nats: what a score is divided by at least.
     """
 
     record: Mapping[str, Any]
     tops: Mapping[str, Any]
     prepared: Any
-    asked: Sequence[Query]
-    nats: Sequence[float | None]
+    given: compute.Inputs
     corpus: Corpus
-    tokens: Sequence[Mapping[str, Any]]
     analyses: Mapping[str, Any]
     norms_N: np.ndarray | None
     rank_by: str
     top: int
-    least_nats: float
+
+    def nats(self, query: int) -> float | None:
+        """Returns the negative log-likelihood of a completion; None where the method has none."""
+        return _known(self.prepared.nats[query])
 
     def per_nat(self, query: int, score: float) -> float | None:
-        nats = self.nats[query]
-        return None if nats is None else score / max(nats, self.least_nats)
+        nats = self.given.nats[query]
+        return None if nats is None else score / nats
 
     def per_norm(self, document: int, score: float) -> float | None:
         if self.norms_N is None:
@@ -67,15 +117,15 @@ def _known(value: float) -> float | None:
 
 def table(made: Made) -> dict[str, Any]:
     """Returns the report as JSON values."""
-    spurious = {(row["query"], row["document"]): row["spurious"] for row in made.tokens}
+    spurious = {(row["query"], row["document"]): row["spurious"] for row in made.given.tokens}
     suffix = "" if made.rank_by == "score" else "_per_norm"
     entries = []
-    for q, (query, tops) in enumerate(zip(made.asked, made.tops["queries"], strict=True)):
-        nats = made.nats[q]
+    for q, (query, tops) in enumerate(zip(made.given.queries, made.tops["queries"], strict=True)):
+        nats = made.nats(q)
         entry: dict[str, Any] = {
             **{"prompt": query.prompt, "completion": query.completion},
             **{"task": query.task, "kind": query.kind, "correct": query.correct, "nats": nats},
-            "nearly_certain": nats is not None and nats < made.least_nats,
+            "nearly_certain": nats is not None and nats < compute.LEAST_NATS,
             "kept": _known(made.prepared.kept[q]),
             "pearson": _known(made.prepared.pearson[q]),
         }
@@ -153,9 +203,9 @@ def markdown(report: Mapping[str, Any], *, bottom: bool) -> list[str]:
     for one in tables.tables(report["analyses"]):
         lines += [f"## {one['title']}", "", one["text"], ""]
         header, *rows = (
-            f"| {' | '.join(map(_escaped, row))} |" for row in (one["header"], *one["rows"])
+            [_without_tags(cell) for cell in row] for row in (one["header"], *one["rows"])
         )
-        lines += [header, "|" + "---|" * len(one["header"]), *rows, ""]
+        lines += html_page.table(header, rows)
     if omitted := report["analyses"]["omitted"]:
         lines += ["Not computed:", "", *(f"- {_escaped(text)}" for text in omitted), ""]
     return lines
@@ -199,18 +249,18 @@ def _table(end: str, items: Sequence[Mapping[str, Any]], rank_by: str) -> list[s
     last = "per norm" if per_norm else "per nat"
     sources = any(item["source"] for item in items)
     header = [end, "document", *(["source"] if sources else []), "score", last, "text"]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    rows = []
     for rank, item in enumerate(items, 1):
         value = item["value"] if per_norm else item["per_nat"]
         mark = " (spurious)" if item["spurious"] else ""
         cells = [
             *(str(rank), str(item["document"] + 1)),
-            *([_escaped(item["source"])] if sources else []),
+            *([_without_tags(item["source"])] if sources else []),
             *(f"{item['score']:.4g}", "" if value is None else f"{value:.4g}"),
-            f"{_cell(item['text'] or '')}{mark}",
+            f"{_without_tags(_clipped(item['text'] or ''))}{mark}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append(cells)
+    return html_page.table(header, rows)
 
 
 def _cell(value: Any) -> str:
@@ -225,7 +275,11 @@ def _clipped(value: Any) -> str:
 
 def _escaped(text: str) -> str:
     """Returns a text whose characters mean nothing in Markdown: no tag, no cell's end."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return _without_tags(text).replace("|", "\\|")
+
+
+def _without_tags(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("<", "&lt;")
 
 
 def _text(value: Any) -> str:
@@ -234,14 +288,14 @@ def _text(value: Any) -> str:
 
 def shown(made: Made) -> dict[str, Any]:
     """Returns the data of the viewer: both ends of both rankings, texts, token scores and the tables of analyses."""
-    spurious = {(row["query"], row["document"]) for row in made.tokens if row["spurious"]}
+    spurious = {(row["query"], row["document"]) for row in made.given.tokens if row["spurious"]}
     queries, numbers = [], set()
     ends = ENDS if made.norms_N is not None else ENDS[:2]
-    for q, (query, tops) in enumerate(zip(made.asked, made.tops["queries"], strict=True)):
+    for q, (query, tops) in enumerate(zip(made.given.queries, made.tops["queries"], strict=True)):
         entry: dict[str, Any] = {
             **{"prompt": _text(query.prompt), "completion": _text(query.completion)},
             **{"task": query.task, "kind": query.kind, "correct": query.correct},
-            "nats": made.nats[q],
+            "nats": made.nats(q),
         }
         for end in ends:
             items = tops[end][: made.top]
@@ -274,7 +328,7 @@ def shown(made: Made) -> dict[str, Any]:
                     "texts": row["texts"],
                     "scores": [float(f"{score:.4g}") for score in row["scores"]],
                 }
-                for row in made.tokens
+                for row in made.given.tokens
                 if row["document"] in numbers
             },
             "tables": tables.tables(made.analyses),

@@ -11,89 +11,77 @@ norm of the document's gradient. Labels in the files of queries and documents ("
 "source") add analyses: docs/influence.md.
 """
 
-import argparse
 import contextlib
 import json
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from espalier.common.storage import mirror, paths
 from launch import cli
 from launch.attribution import ranking
+from launch.config.setting_flags import File, Folder
 from launch.inference import row_files
 from launch.inference.row_files import RowFileError
 
-LEAST_NATS = 0.1
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    cli.take_addresses(parser, "scores", "queries", "documents", "beside", "out")
-    parser.add_argument("--scores", required=True, metavar="FILE", help="that `score` wrote")
-    parser.add_argument("--queries", metavar="FILE", help="by default the file that was scored")
-    parser.add_argument("--documents", metavar="FILE", help="by default the file that was scored")
-    parser.add_argument(
-        "--beside",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="scores of another method, which the same tables show; repeatable",
-    )
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="documents (default 10)")
-    parser.add_argument("--bottom", action="store_true", help="also the documents at the other end")
-    parser.add_argument(
-        "--rank_by",
-        choices=("score", "per_norm"),
-        default="score",
-        help="the score (default), or the score divided by the norm of the document's gradient",
-    )
-    parser.add_argument(
-        "--within",
-        type=int,
-        metavar="N",
-        help="top documents that are searched and compared (default: a hundredth of all, from 10 to 500)",
-    )
-    parser.add_argument("--out", metavar="DIR", help="folder for report.md, .json and viewer.html")
+def run(
+    *,
+    scores: File,
+    queries: File | None = None,
+    documents: File | None = None,
+    beside: Sequence[File] = (),
+    top: int = 10,
+    bottom: bool = False,
+    rank_by: Literal["score", "per_norm"] = "score",
+    within: int | None = None,
+    out: Folder | None = None,
+) -> None:
+    """Writes a report to a folder, or prints it.
 
+    Args:
+      scores: that `score` wrote.
+      queries: by default the file that was scored.
+      documents: by default the file that was scored.
+      beside: scores of another method, which the same tables show; repeatable.
+      top: number of documents of each query at both ends.
+      bottom: also the documents at the other end.
+      rank_by: the score, or the score divided by the norm of the document's gradient.
+      within: top documents that are searched and compared (default: a hundredth of all, from 10 to 500).
+      out: folder for report.md, .json and viewer.html.
 
-def _run(flags: argparse.Namespace) -> None:
-    from launch.attribution import pages, viewer
+    Raises:
+      RowFileError: see `report`.
+    """
+    from launch.attribution import pages
 
-    if flags.out:
-        row_files.check_folder(flags.out)
-    for name in ("top", "within"):
-        value = getattr(flags, name)
+    if out:
+        row_files.check_folder(out)
+    for name, value in (("top", top), ("within", within)):
         if value is not None and value < 1:
             raise RowFileError(f"--{name}={value} must be at least 1.")
-    table, shown = report(
-        flags.scores,
-        queries=flags.queries,
-        documents=flags.documents,
-        beside=flags.beside,
-        top=flags.top,
-        rank_by=flags.rank_by,
-        within=flags.within,
-    )
-    text = "\n".join(pages.markdown(table, bottom=flags.bottom))
-    print("\n".join(pages.summary(table)) if flags.out else text)
-    if flags.out:
-        with contextlib.ExitStack() as stack:
-            folder = pathlib.Path(flags.out)
-            if is_remote := paths.is_remote(flags.out):
-                folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.md").write_text(
-                text + "\n", encoding="utf-8", errors="backslashreplace"
-            )
-            (folder / "report.json").write_text(
-                json.dumps(table, indent=1) + "\n", encoding="utf-8"
-            )
-            viewer.write(shown, folder / "viewer.html")
-            if is_remote:
-                mirror.publish(folder, flags.out)
-        print(f"written: {paths.join(flags.out, 'report.md')}, report.json and viewer.html")
+    files = {"queries": queries, "documents": documents, "beside": beside}
+    table, shown = report(scores, **files, top=top, rank_by=rank_by, within=within)
+    text = "\n".join(pages.markdown(table, bottom=bottom))
+    print("\n".join(pages.summary(table)) if out else text)
+    if not out:
+        return
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(out)
+        if is_remote := paths.is_remote(out):
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = (text + "\n").encode("utf-8", "backslashreplace")
+        (folder / "report.md").write_bytes(whole)
+        document = json.dumps(table, indent=1) + "\n"
+        (folder / "report.json").write_text(document, encoding="utf-8")
+        pages.write(shown, folder / "viewer.html")
+        if is_remote:
+            mirror.publish(folder, out)
+    print(f"written: {paths.join(out, 'report.md')}, report.json and viewer.html")
 
 
 def report(
@@ -108,13 +96,7 @@ def report(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the report as JSON values, and the data of the viewer.
 
-    Args:
-      scores: file of scores.
-      queries, documents: the files that were scored; None for the recorded ones.
-      beside: files of scores by other methods.
-      top: number of documents of each query at both ends.
-      rank_by: 'score' or 'per_norm'.
-      within: number of top documents that are searched and compared; None for `compute.searched`.
+    Arguments are those of `run`.
 
     Raises:
       RowFileError: scores that are not complete or not comparable, or a file that is missing or has changed.
@@ -166,37 +148,25 @@ def report(
     limit = record["documents"].get("limit")
     texts = corpus.read(scores, documents, wanted, patterns, count=count, limit=limit)
     tokens = corpus.token_rows(scores, queries=len(asked), count=count)
-    nats = [float(x) if x == x else None for x in prepared.nats]
     ranked = scores_NQ
     if rank_by == "per_norm" and norms_N is not None:
         ranked = ranking.per_norm(scores_NQ, norms_N)
-    analyses = compute.analyse(
-        compute.Inputs(
-            scores_NQ=ranked,
-            queries=asked,
-            nats=[None if x is None else max(x, LEAST_NATS) for x in nats],
-            sources=texts.sources,
-            matching=None if documents is None else texts.matching,
-            layers=layers,
-            tokens=tokens,
-            method=record["method"],
-            others=_others(beside, record, count, rank_by),
-            within=within,
-        )
+    given = compute.Inputs(
+        scores_NQ=ranked,
+        queries=asked,
+        nats=[max(float(x), compute.LEAST_NATS) if x == x else None for x in prepared.nats],
+        sources=texts.sources,
+        matching=None if documents is None else texts.matching,
+        layers=layers,
+        tokens=tokens,
+        method=record["method"],
+        others=_others(beside, record, count, rank_by),
+        within=within,
     )
     made = pages.Made(
-        record=record,
-        tops=tops,
-        prepared=prepared,
-        asked=asked,
-        nats=nats,
-        corpus=texts,
-        tokens=tokens,
-        analyses=analyses,
-        norms_N=norms_N,
-        rank_by=rank_by,
-        top=top,
-        least_nats=LEAST_NATS,
+        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "corpus": texts},
+        **{"norms_N": norms_N, "rank_by": rank_by, "top": top},
+        analyses=compute.analyse(given),
     )
     return pages.table(made), pages.shown(made)
 
@@ -233,7 +203,8 @@ def _identity(value: Any) -> Any:
     return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
 
 
-main = cli.command(__doc__, "influence report", _run, add_flags=_add_flags, huge_pages=False)
+_ADDRESSES = ("scores", "queries", "documents", "beside", "out")
+main = cli.command(__doc__, "influence report", run, addresses=_ADDRESSES, huge_pages=False)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from launch.attribution import factors as factor_files
-from launch.attribution import inputs, methods
+from launch.attribution import inputs
 from launch.run import run_model
 from launch.run.load_run import LoadError
 from trainers.influence import documents, files, queries, scores
@@ -25,9 +25,13 @@ _COMPARED = 64  # sample documents over which compressed and whole gradients are
 
 
 class Gradients:
-    """Scores by gradients: the queries' are prepared, then documents stream once."""
+    """Scores by gradients: the queries' are prepared, then documents stream once.
 
-    def __init__(self, method: methods.Gradients, scan: methods.Scan):
+    Args:
+      method, scan: a `Gradients` and a `Scan` of launch/attribution/methods.py, which makes this.
+    """
+
+    def __init__(self, method: Any, scan: Any):
         self.method, self.scan, self.source = method, scan, scan.source
         run, fitted = scan.run, scan.fitted
         digest = files.model_digest(run.params)

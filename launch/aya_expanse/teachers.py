@@ -241,7 +241,9 @@ class CheckpointTeacher:
             places = list(lengths)
             order = sorted(range(len(rows)), key=lambda r: -lengths[places[r]])
             decoder, texts = generate.decoder_and_texts(
-                loaded, settings, rows=len(rows), batch_size=self.teacher.batch_size
+                loaded,
+                generate.Decoding(settings=settings, batch_size=self.teacher.batch_size),
+                rows=len(rows),
             )
             continued = generate.continued(
                 loaded,

@@ -14,11 +14,10 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, ClassVar
 
 from launch import cli
@@ -28,8 +27,6 @@ from launch.processes import supervisor
 
 if TYPE_CHECKING:
     from launch.cluster.local import LocalSubmitter
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,8 +177,9 @@ def run(
                 )
                 for i in range(processes)
             ]
-            with _signals_to(children, stopping):
-                statuses = [_status(child.wait()) for child in children]
+            with supervisor.forwarded(children) as signals:
+                statuses = [supervisor.shell_status(child.wait()) for child in children]
+            stopping += signals
         status = max(statuses)
         if status != cli.INTERRUPTED or stopping or attempt == restarts:
             break
@@ -205,24 +203,3 @@ def _log(stack: contextlib.ExitStack, log: str | None, index: int) -> IO[bytes] 
     if log is None or index == 0:
         return None
     return stack.enter_context(open(f"{log}.task{index}", "ab"))
-
-
-def _status(code: int) -> int:
-    return code if code >= 0 else 128 - code  # as a shell reports a signal
-
-
-@contextlib.contextmanager
-def _signals_to(children: Sequence[subprocess.Popen], stopping: list[int]) -> Iterator[None]:
-    """Context manager: signals to this process go to the children, and are noted."""
-
-    def forward(number: int, frame: object) -> None:
-        stopping.append(number)
-        for child in children:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

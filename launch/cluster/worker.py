@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from launch import environment
+from launch.processes.supervisor import handled
 from trainers.programs import host_memory
 
 OWN = "launch."
@@ -96,11 +97,8 @@ def _run_child(command: Sequence[str]) -> int:
     SIGTERM reaches every process of the group. The child decides what to do with it; this process only waits,
     because the group is killed when it ends. A handler is reset in the child, where SIG_IGN would be inherited.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
+    with handled([signal.SIGTERM], lambda *_: None):
         return subprocess.run(command, check=False).returncode
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

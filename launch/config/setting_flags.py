@@ -115,10 +115,13 @@ def add(
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:
             (kind,) = typing.get_args(setting.kind)
+            metavar = _METAVARS.get(kind)
+            if typing.get_origin(kind) is Annotated:
+                kind, metavar = typing.get_args(kind)
             if setting.metavar is None:
-                options |= {"action": "append", "type": kind, "metavar": _METAVARS[kind]}
+                options |= {"action": "append", "type": kind, "metavar": metavar}
             else:
-                options |= {"type": lambda text: text.split(","), "metavar": setting.metavar}
+                options |= {"type": lambda text: tuple(text.split(",")), "metavar": setting.metavar}
         else:
             options |= {"type": setting.kind, "metavar": setting.metavar}
         if setting.default is REQUIRED:

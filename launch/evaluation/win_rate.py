@@ -33,7 +33,7 @@ from typing import Any
 
 from data.cache import cache_dir
 from launch import cli
-from launch.evaluation.judges import answers, asking, screen, shares, spec
+from launch.evaluation.judges import answers, asking, shares, spec
 from launch.evaluation.judges.answers import System
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.run import load_run
@@ -165,12 +165,12 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
             shares.by_language(pairs[i : i + prompts], outcomes[i : i + prompts], languages)
             for i in starts
         ]
-        screen.plot_languages(summary["languages"], folder / LANGUAGES_PLOT)
+        shares.plot_languages(summary["languages"], folder / LANGUAGES_PLOT)
     cache_dir.write_json(folder / SUMMARY, summary)
-    screen.plot(summary, folder / PLOT)
-    screen.print_tables(summary)
+    shares.plot(summary, folder / PLOT)
+    shares.print_tables(summary)
     if any(languages):
-        screen.print_languages(summary["languages"])
+        shares.print_languages(summary["languages"])
     print(f"{tally}; {folder / SUMMARY}", file=sys.stderr)
     return summary
 

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 
 from espalier.common import stages
-from launch.inference.generate import decoder_and_texts, prompt_of, to_terminal
+from launch.inference.generate import Decoding, decoder_and_texts, prompt_of, to_terminal
 from launch.run import side_by_side
 from launch.run.load_run import LoadError, RunConfig
-from trainers.decoding.settings import Settings
 
 NEW = "/new"  # begins another conversation
 
@@ -22,9 +21,7 @@ def converse(
     checkpoint: str,
     params: str = "auto",
     adapter: Sequence[str] = (),
-    settings: Settings,
     seed: int = 0,
-    policy_name: str = "full",
     token_healing: bool = False,
     compare: bool = False,
     **options: Any,
@@ -37,14 +34,14 @@ def converse(
     Raises:
       LoadError: there is no chat template, or there are several processes, which cannot share a terminal.
     """
-    # For reports and texts without a template; the command refuses a comparison.
-    del policy_name, token_healing, compare
+    # For texts without a template; the command refuses a comparison.
+    del token_healing, compare
     if jax.process_count() > 1:
         raise LoadError("--chat without --prompt or --inputs needs a single process.")
     messages: list[dict[str, str]] = []
     with side_by_side.load(config, checkpoint, adapter[:1], params=params) as ((_, loaded),):
         assert loaded.chat_template is not None  # raises LoadError now, not after the first line
-        decoder, texts = decoder_and_texts(loaded, settings, rows=1, show=to_terminal, **options)
+        decoder, texts = decoder_and_texts(loaded, Decoding(**options), rows=1, show=to_terminal)
         for turn, line in enumerate(lines):
             if line.strip() == NEW:
                 messages.clear()

@@ -101,6 +101,31 @@ def to_terminal(piece: str) -> None:
     sys.stdout.flush()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a run's model decodes.
+
+    Attributes:
+      settings: generation settings; the ids that end a row and the size of the vocabulary are set from the run.
+      eos_ids: tokens that end a continuation; None for the vocabulary's EOS.
+      stops: texts that end a continuation.
+      policy: policy of the key/value caches, which by default cache all tokens.
+      policy_name: name of the policy, for the report.
+      cache_dtype: dtype of cached keys and values; None for the model's dtype.
+      prefill_chunk: tokens of prompts that are processed at a time; None for all.
+      batch_size: rows at a time, each with all its samples.
+    """
+
+    settings: Settings
+    eos_ids: Sequence[int] | None = None
+    stops: Sequence[str] = ()
+    policy: CachePolicy | None = None
+    policy_name: str = "full"
+    cache_dtype: str | None = None
+    prefill_chunk: int | None = None
+    batch_size: int = 8
+
+
 def generate(
     config: RunConfig,
     rows: Sequence[tuple[str, Mapping[str, Any]]],
@@ -108,20 +133,13 @@ def generate(
     checkpoint: str,
     params: str = "auto",
     adapter: Sequence[str] = (),
-    settings: Settings,
-    eos_ids: Sequence[int] | None = None,
-    stops: Sequence[str] = (),
     seed: int = 0,
-    policy: CachePolicy | None = None,
-    policy_name: str = "full",
-    cache_dtype: str | None = None,
-    prefill_chunk: int | None = None,
-    batch_size: int = 8,
     show: Callable[[str], None] | None = None,
     indices: Sequence[int] | None = None,
     notes: bool = False,
     token_healing: bool | None = False,
     compare: bool = False,
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Continues rows.
 
@@ -131,21 +149,14 @@ def generate(
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
       adapter: directories of adapters of this checkpoint, whose continuations follow one another, with an "adapter" each.
-      settings: generation settings; the ids that end a row and the size of the vocabulary are set from the run.
-      eos_ids: tokens that end a continuation; None for the vocabulary's EOS.
-      stops: texts that end a continuation.
       seed: seed of sampling; a continuation depends only on it, the row's index and the sample's index.
-      policy: policy of the key/value caches; None to cache all tokens.
-      policy_name: name of the policy, for the report.
-      cache_dtype: dtype of cached keys and values; None for the model's dtype.
-      prefill_chunk: tokens of prompts that are processed at a time; None for all.
-      batch_size: rows at a time, each with all its samples.
       show: called with each new piece of the text of a single row.
       notes: whether to print lines on texts that are continued without the model's chat template, or end with a space.
       token_healing: whether the last token of a text is drawn anew, see launch/inference/token_healing.py. Rows of tokens
         and conversations are continued as they are. None draws it anew where the model continues its prompts.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
       compare: whether to continue the rows also with the full cache, see launch/inference/cache_comparison.py.
+      **options: of `Decoding`.
 
     Yields:
       The rows with their continuations, `settings.num_samples` for each, as they finish.
@@ -156,16 +167,9 @@ def generate(
       ValueError: a cache policy or chunks of prompts for an encoder-decoder.
     """
     loads = side_by_side.load(config, checkpoint, adapter, params=params, encoder_decoders=True)
-    cache = {"policy": policy, "cache_dtype": cache_dtype}
-    shared: dict[str, Any] = {
-        "rows": len(rows),
-        "eos_ids": eos_ids,
-        "stops": stops,
-        "prefill_chunk": prefill_chunk,
-        "batch_size": batch_size,
-    }
+    decoding = Decoding(**options)
     choices: dict[str, Any] = {
-        "num_samples": settings.num_samples,
+        "num_samples": decoding.settings.num_samples,
         "seed": seed,
         "indices": indices,
         "token_healing": token_healing,
@@ -180,18 +184,21 @@ def generate(
             if compare:
                 loaded.unroll()  # once for both decoders
             if decoder is None or decoder.model is not loaded.model:
-                decoder, texts = decoder_and_texts(loaded, settings, show=show, **cache, **shared)
+                decoder, texts = decoder_and_texts(loaded, decoding, rows=len(rows), show=show)
             else:
                 decoder.use(loaded.params)
             answers = continued(loaded, decoder, texts, rows, **choices)
             if compare:
-                full, full_texts = decoder_and_texts(loaded, settings, **shared)
+                whole = dataclasses.replace(decoding, policy=None, cache_dtype=None)
+                full, full_texts = decoder_and_texts(loaded, whole, rows=len(rows))
                 same = continued(loaded, full, full_texts, rows, **choices)
                 answers = compared(answers, same, agreement)
             for answer in answers:
                 yield answer if name is None else {**answer, "adapter": name}
         if jax.process_index() == 0:
-            print(_costs(decoder.stats, policy_name, cache_dtype), file=sys.stderr)
+            print(
+                _costs(decoder.stats, decoding.policy_name, decoding.cache_dtype), file=sys.stderr
+            )
             if compare:
                 print(_costs(full.stats, "full", None), agreement, sep="\n", file=sys.stderr)
 
@@ -274,35 +281,29 @@ def _print_notes(
 
 def decoder_and_texts(
     loaded: LoadedRun,
-    settings: Settings,
+    decoding: Decoding,
     *,
     rows: int,
-    eos_ids: Sequence[int] | None = None,
-    stops: Sequence[str] = (),
-    policy: CachePolicy | None = None,
-    cache_dtype: str | None = None,
-    prefill_chunk: int | None = None,
-    batch_size: int,
     show: Callable[[str], None] | None = None,
 ) -> tuple[Decoder, Texts]:
-    """Returns what continues `rows` prompts of a loaded run, and their texts; see `generate` for the arguments."""
-    vocabulary = loaded.vocabulary_or_none
-    if vocabulary is None and stops:
+    """Returns what continues `rows` prompts of a loaded run, and their texts; see `generate` for `show`."""
+    vocabulary, eos_ids = loaded.vocabulary_or_none, decoding.eos_ids
+    if vocabulary is None and decoding.stops:
         raise LoadError("--stop needs texts: set VOCABULARY, or use --eos_id.")
     texts = Texts(
         None if vocabulary is None else decoder_of(vocabulary),
         ends=loaded.eos_ids if eos_ids is None else eos_ids,
-        stops=stops,
+        stops=decoding.stops,
         show=show,
     )
     decoder = decoder_for(
         loaded,
-        settings,
+        decoding.settings,
         eos_ids=eos_ids,
-        policy=FullCache() if policy is None else policy,
-        batch_size=loaded.batch_size(batch_size, rows),
-        cache_dtype=cache_dtype,
-        prefill_chunk=prefill_chunk,
+        policy=FullCache() if decoding.policy is None else decoding.policy,
+        batch_size=loaded.batch_size(decoding.batch_size, rows),
+        cache_dtype=decoding.cache_dtype,
+        prefill_chunk=decoding.prefill_chunk,
         watch=texts.watch if texts.watching else None,
         watch_every=LOOK_AT_STOPS if show is None else LOOK_AT_STREAM,
     )

@@ -142,8 +142,8 @@ class ResumedRows:
       rows: (place, row) of the rows of earlier starts; the place is for errors.
     """
 
-    def __init__(self, path: str, file: Any, *, writer: bool):
-        self._file = file
+    def __init__(self, path: str, file: Any, *, writer: bool, sync: bool):
+        self._file, self._sync = file, sync
         self.rows: list[tuple[str, dict[str, Any]]] = []
         size = 0
         for number, line in enumerate(file, 1):
@@ -170,11 +170,17 @@ class ResumedRows:
         """Appends a row and flushes it."""
         self._file.write(_line(row))
         self._file.flush()
+        if self._sync:
+            os.fsync(self._file.fileno())
 
 
 @contextlib.contextmanager
-def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[ResumedRows]:
+def resumed(
+    path: str | os.PathLike, *, writer: bool = True, sync: bool = False
+) -> Iterator[ResumedRows]:
     """Opens or creates a file of rows; the `writer` locks it to append rows, other processes only read.
+
+    With `sync`, each row is on the disk before `add` returns, for rows that took long.
 
     Raises:
       RowFileError: a device or a folder, another process writes the file, or a line is damaged.
@@ -194,4 +200,4 @@ def resumed(path: str | os.PathLike, *, writer: bool = True) -> Iterator[Resumed
             ) from None
         except OSError as error:  # a file system without locks
             _log.warning("%s cannot be locked (%s): start one process at a time.", path, error)
-        yield ResumedRows(path, file, writer=writer)
+        yield ResumedRows(path, file, writer=writer, sync=sync)

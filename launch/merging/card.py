@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.merging.models import Model, NativeModel
+from launch.merging.plan import Planner
 from launch.merging.settings import Merge
 
 RECORD = "merge.json"
 NAME = "README.md"
 
 
-def record(merge: Merge, models: Mapping[str, Model], seed: int) -> dict[str, Any]:
+def record(planner: Planner) -> dict[str, Any]:
     """Returns the record of a result: the configuration as it was read, the seed, and the models."""
     return {
-        "configuration": json.loads(json.dumps(merge.text, default=str)),
-        "seed": seed,
-        "made_of": made_of(merge, models),
+        "configuration": json.loads(json.dumps(planner.merge.text, default=str)),
+        "seed": planner.seed,
+        "made_of": made_of(planner.merge, planner.models),
     }
 
 

@@ -14,10 +14,9 @@ from data.tokenizers import chat_template, hf_tokenizer
 from launch.merging import card, places, plan_table, tokens
 from launch.merging.models import CONFIG, HfModel, Model
 from launch.merging.plan import Planned, Planner
-from launch.merging.progress import Progress
-from launch.merging.settings import Merge, MergeError
+from launch.merging.settings import MergeError
 from launch.merging.tokens import Vocabulary
-from launch.merging.workers import Workers
+from launch.merging.workers import Progress, Workers
 from launch.weights.target_folder import check_space, new_directory
 from model.hf.files.safetensors_files import SafetensorsWriter
 
@@ -27,14 +26,11 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def write(
-    merge: Merge,
-    models: Mapping[str, Model],
     planner: Planner,
     planned: Sequence[Planned],
     target: str,
     *,
     vocabulary: Vocabulary | None,
-    seed: int,
     shard_bytes: int,
     workers: Workers,
 ) -> None:
@@ -43,12 +39,12 @@ def write(
     Raises:
       MergeError, TransformError, ConvertError, OSError.
     """
-    config = _config(merge, models, planner, planned, vocabulary)
-    record = card.record(merge, models, seed)
+    models = planner.models
+    config, record = _config(planner, planned, vocabulary), card.record(planner)
     sizes = {x.name: (x.out_dtype, x.shape) for x in planned}
     state = {
         "planned": [repr(x) for x in planned],
-        "models": {path: models[path].fingerprint() for path in merge.models()},
+        "models": {path: models[path].fingerprint() for path in planner.merge.models()},
         "shard_bytes": shard_bytes,
         "config": config,
         "merge": record,
@@ -78,7 +74,7 @@ def write(
                 else:
                     progress.skip(nbytes)
             journal.finish()
-        _write_rest(pathlib.Path(folder), merge, models, planner, config, record, vocabulary)
+        _write_rest(pathlib.Path(folder), planner, config, record, vocabulary)
 
 
 def _reads(
@@ -143,11 +139,7 @@ def _done(folder: str, fingerprint: str) -> set[str] | None:
 
 
 def _config(
-    merge: Merge,
-    models: Mapping[str, Model],
-    planner: Planner,
-    planned: Sequence[Planned],
-    vocabulary: Vocabulary | None,
+    planner: Planner, planned: Sequence[Planned], vocabulary: Vocabulary | None
 ) -> dict[str, Any]:
     """Returns the output's config.json: the donor's, with the new depth, vocabulary and dtype."""
     donor = planner.donor
@@ -163,7 +155,7 @@ def _config(
         before = len({e.place.layer for e in donor.tensors.values() if e.place.stack == stack})
         same = origins == [(path, i) for i, (path, _) in enumerate(origins)]
         if len(origins) != before or not same:
-            _change_depth(merge, models, config, stack, origins, before)
+            _change_depth(planner, config, stack, before)
     if vocabulary is not None:
         config["vocab_size"] = vocabulary.size
     sizes: dict[str, int] = {}
@@ -174,26 +166,20 @@ def _config(
     return config | dict.fromkeys(keys, dtype)
 
 
-def _change_depth(
-    merge: Merge,
-    models: Mapping[str, Model],
-    config: dict[str, Any],
-    stack: str,
-    origins: Sequence[tuple[str, int]],
-    before: int,
-) -> None:
+def _change_depth(planner: Planner, config: dict[str, Any], stack: str, before: int) -> None:
+    file, origins = planner.merge.file, planner.layers[stack]
     keys = [key for key in _DEPTHS if config.get(key) == before]
     if "decoder" in stack and config.get("num_decoder_layers") is not None:
         keys = ["num_decoder_layers"]
     if not keys:
         raise MergeError(
-            f"{merge.file}: config.json of the first model has no number of layers of {stack} ({before}): slices of this "
+            f"{file}: config.json of the first model has no number of layers of {stack} ({before}): slices of this "
             "model are not supported."
         )
     config[keys[0]] = len(origins)
     types = []
     for i, (path, layer) in enumerate(origins):
-        own = getattr(models[path], "config", {})
+        own = getattr(planner.models[path], "config", {})
         of_layer = own.get("layer_types")
         if isinstance(of_layer, list) and layer < len(of_layer):
             types.append(of_layer[layer])
@@ -202,7 +188,7 @@ def _change_depth(
             or (2 if own.get("model_type") == "gemma2" else 1)
         ) and (layer % period != i % period):
             raise MergeError(
-                f"{merge.file}: layer {layer} of {path} would become layer {i}, which has another kind of attention: "
+                f"{file}: layer {layer} of {path} would become layer {i}, which has another kind of attention: "
                 f"move layers by multiples of {period}."
             )
     if types:
@@ -212,16 +198,13 @@ def _change_depth(
 
 def _write_rest(
     folder: pathlib.Path,
-    merge: Merge,
-    models: Mapping[str, Model],
     planner: Planner,
     config: Mapping[str, Any],
     record: Mapping[str, Any],
     vocabulary: Vocabulary | None,
 ) -> None:
     """Writes config.json, the tokenizer, the record and the model card."""
-    donor = planner.donor
-    source = donor.folder if vocabulary is None else vocabulary.folder
+    source = planner.donor.folder if vocabulary is None else vocabulary.folder
     hf_tokenizer.copy(source, folder)
     if vocabulary is not None:
         (folder / hf_tokenizer.TOKENIZER).write_bytes(vocabulary.content)
@@ -229,18 +212,19 @@ def _write_rest(
             (folder / name).unlink(missing_ok=True)  # of the vocabulary before
     if config:
         _write_json(folder / CONFIG, config)
-    if merge.chat_template is not None:
-        _set_template(folder, merge, models)
+    if planner.merge.chat_template is not None:
+        _set_template(folder, planner)
     _write_json(folder / card.RECORD, record)
-    (folder / card.NAME).write_text(card.text(folder.name, merge, record), encoding="utf-8")
+    (folder / card.NAME).write_text(card.text(folder.name, planner.merge, record), encoding="utf-8")
 
 
-def _set_template(folder: pathlib.Path, merge: Merge, models: Mapping[str, Model]) -> None:
+def _set_template(folder: pathlib.Path, planner: Planner) -> None:
+    merge = planner.merge
     chosen = str(merge.chat_template)
     if chosen == "auto":
         counts: dict[str, tuple[int, Any]] = {}
         for path in merge.models():
-            template = _template_of(models[path].folder)
+            template = _template_of(planner.models[path].folder)
             if template is not None:
                 count, _ = counts.get(template, (0, None))
                 counts[template] = (count + 1, path)

@@ -10,27 +10,17 @@ from typing import Any
 import numpy as np
 
 from launch.merging import card, plan_table
-from launch.merging.models import ARRAY, Model, NativeModel
+from launch.merging.models import ARRAY, NativeModel
 from launch.merging.plan import Planned, Planner
-from launch.merging.progress import Progress
-from launch.merging.settings import Merge, MergeError
-from launch.merging.workers import Workers
+from launch.merging.settings import MergeError
+from launch.merging.workers import Progress, Workers
 from launch.weights.target_folder import check_space, new_directory
 from model.transforms.merge_blocks import promoted
 
 _CHUNK_BYTES = 16 << 20
 
 
-def write(
-    merge: Merge,
-    models: Mapping[str, Model],
-    planner: Planner,
-    planned: Sequence[Planned],
-    target: str,
-    *,
-    seed: int,
-    workers: Workers,
-) -> None:
+def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers: Workers) -> None:
     """Writes the run directory `target`, which must not exist.
 
     Raises:
@@ -43,7 +33,7 @@ def write(
 
     donor = planner.donor
     assert isinstance(donor, NativeModel)
-    lines = _config_lines(merge, models, planner, planned)
+    lines = _config_lines(planner, planned)
     by_array = _by_array(donor, planned)
     with new_directory(target) as folder:
         check_space(folder, plan_table.out_bytes(planned))
@@ -54,7 +44,7 @@ def write(
         leaves = transformed_run.abstract_params(transformed_run.model_of(folder))
         with Progress(plan_table.out_bytes(planned), os.path.basename(target)) as progress:
             arrays = {
-                f"params/{path}": _streamed(path, parts, donor, models, workers, progress)
+                f"params/{path}": _streamed(path, parts, planner, workers, progress)
                 for path, parts in by_array.items()
             }
             wanted = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
@@ -62,11 +52,11 @@ def write(
             if wanted != made:
                 path = min(x for x in {*wanted, *made} if wanted.get(x) != made.get(x))
                 raise MergeError(
-                    f"{merge.file}: {path} would be {made.get(path)}, and the model has {wanted.get(path)}: merge models of "
+                    f"{planner.merge.file}: {path} would be {made.get(path)}, and the model has {wanted.get(path)}: merge models of "
                     "one architecture."
                 )
             checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
-            record = card.record(merge, models, seed)
+            record = card.record(planner)
             pathlib.Path(folder, card.RECORD).write_text(json.dumps(record, indent=2) + "\n")
             meta = _meta(record, donor, changed=bool(lines))
             stream_checkpoint.save(checkpoints, arrays, meta=meta)
@@ -79,13 +69,11 @@ def _meta(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> di
     return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
 
 
-def _config_lines(
-    merge: Merge, models: Mapping[str, Model], planner: Planner, planned: Sequence[Planned]
-) -> list[str]:
+def _config_lines(planner: Planner, planned: Sequence[Planned]) -> list[str]:
     """Returns the gin lines of a depth and dtypes that are not those of the first model."""
     import jax.numpy as jnp
 
-    donor = planner.donor
+    merge, donor = planner.merge, planner.donor
     assert isinstance(donor, NativeModel)
     lines = []
     for stack, origins in planner.layers.items():
@@ -110,7 +98,7 @@ def _config_lines(
                 )
         if len(origins) % period:
             raise MergeError(f"{merge.file}: the number of layers must be a multiple of {period}.")
-    configs = [models[path].model.config for path in merge.merged_models()]  # type: ignore[union-attr]
+    configs = [planner.models[path].model.config for path in merge.merged_models()]  # type: ignore[union-attr]
     for field in (
         "dtype",
         "param_dtype",
@@ -149,15 +137,15 @@ def _split(path: str) -> tuple[str | None, int, str]:
 def _streamed(
     path: str,
     parts: Sequence[Planned],
-    donor: NativeModel,
-    models: Mapping[str, Model],
+    planner: Planner,
     workers: Workers,
     progress: Progress,
 ) -> Any:
     """Returns an array that is merged while it is written, a layer or a block of rows at a time."""
     from trainers.checkpoints.stream_checkpoint import StreamedArray
 
-    first = parts[0]
+    first, donor = parts[0], planner.donor
+    assert isinstance(donor, NativeModel)
     stacked = first.stack is not None and donor.scanned
     shape = (len(parts), *first.shape) if stacked else first.shape
     dtype = promoted([x.out_dtype for x in parts])  # layers of models with other dtypes
@@ -167,7 +155,7 @@ def _streamed(
 
     def blocks() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for i, x in enumerate(parts):
-            reads = [models[p].read(name) for p, name in x.inputs]
+            reads = [planner.models[p].read(name) for p, name in x.inputs]
             merged = workers.run(x, reads)
             if stacked:
                 values = _joined(merged, math.prod(x.shape), dtype)

@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 
 from launch.merging.models import Entry, Model, digests
-from launch.merging.parameters import evaluate, problem_of
 from launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
-from launch.merging.settings import Merge, MergeError, Module, Parameters, Slice, Source
+from launch.merging.settings import (
+    Merge,
+    MergeError,
+    Module,
+    Parameters,
+    Slice,
+    Source,
+    evaluate,
+    problem_of,
+)
 from model.transforms.merge import Job
 from model.transforms.merge_blocks import is_float
 from model.transforms.merge_methods import METHODS
@@ -67,6 +75,10 @@ class Planner:
       models: by path.
       seed: of random methods.
       shapes: replaces the shapes of tensors by name, for vocabularies that are re-indexed.
+
+    Attributes:
+      donor: the first model, whose configuration and files the output has.
+      layers: the model and layer of the first input of each layer, by output stack.
     """
 
     def __init__(
@@ -77,12 +89,12 @@ class Planner:
         seed: int,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        self._merge, self._models, self._seed = merge, models, seed
+        self.merge, self.models, self.seed = merge, models, seed
         self._shapes = shapes or {}
         self._method = METHODS[merge.method]
         self._digests = digests(models)
         self.donor = models[merge.models()[0]]
-        self.layers: dict[str, list[tuple[str, int]]] = {}  # of each output stack: the first input
+        self.layers: dict[str, list[tuple[str, int]]] = {}
 
     def plan(self) -> list[Planned]:
         """Returns all tensors of the output.
@@ -115,11 +127,11 @@ class Planner:
         return planned
 
     def _error(self, problem: str) -> MergeError:
-        return MergeError(f"{self._merge.file}: {problem}")
+        return MergeError(f"{self.merge.file}: {problem}")
 
     def _modules(self, stacks: Sequence[str]) -> list[tuple[str, Module, list[str]]]:
         """Returns the modules by name, with the stacks of layers of each."""
-        merge = self._merge
+        merge = self.merge
         if "" in merge.modules:
             module = merge.modules[""]
             if len(stacks) > 1 and any(x.layers for part in module.slices for x in part.sources):
@@ -145,13 +157,13 @@ class Planner:
         """Returns the names of a module's tensors outside of layers, in the donor's order."""
         paths = {source.model for part in module.slices for source in part.sources}
         names: dict[str, None] = {}
-        for model in (self.donor, *(self._models[path] for path in sorted(paths))):
+        for model in (self.donor, *(self.models[path] for path in sorted(paths))):
             names |= {n: None for n, entry in model.tensors.items() if entry.place.stack is None}
         return [name for name in names if self._owner(name, stacks) == own]
 
     def _owner(self, tensor: str, stacks: Sequence[str]) -> str:
         """Returns the module of a tensor outside of layers: that of its stack, else `shared` or the first."""
-        modules = self._merge.modules
+        modules = self.merge.modules
         for stack in stacks:
             own = short(stack, stacks)
             if own in modules and tensor.startswith(f"{own}{'/' if '/' in stack else '.'}"):
@@ -179,7 +191,7 @@ class Planner:
         """Returns the names of a layer's tensors, of the first source that has the layer's."""
         names: dict[str, None] = {}
         for source, layer in group.sources:
-            model = self._models[source.model]
+            model = self.models[source.model]
             names |= {rest: None for rest in by_layer(model).get((stack, layer), ())}
         return list(names)
 
@@ -187,7 +199,7 @@ class Planner:
         """Returns the number of layers of a slice."""
         counts = {}
         for source in part.sources:
-            there = depth(self._models[source.model], stack)
+            there = depth(self.models[source.model], stack)
             if source.layers and source.layers[1] > there:
                 raise self._error(
                     f"layer_range {list(source.layers)} of {source.model}: it has {there} layers in {stack}."
@@ -210,11 +222,11 @@ class Planner:
         def at(source: Source) -> tuple[Source, int | None]:
             return source, None if stack is None else (source.layers or (0, 0))[0] + index
 
-        base_path = part.base or self._merge.base
+        base_path = part.base or self.merge.base
         sources = list(part.sources)
         names = [source.model for source in sources]
         kind = self._method.base
-        name = self._merge.method
+        name = self.merge.method
         if base_path is not None and base_path not in names:
             if kind == "config" and name == "karcher":
                 raise self._error(
@@ -257,15 +269,15 @@ class Planner:
         """Returns the plan of a tensor; nothing for a tied head that some models do not store."""
         inputs, entries = [], []
         for source, at in group.sources:
-            model = self._models[source.model]
+            model = self.models[source.model]
             name = model.name(stack, at, rest)
             if name not in model.tensors:
-                if HEAD.fullmatch(rest) and all(map(is_tied, self._models.values())):
+                if HEAD.fullmatch(rest) and all(map(is_tied, self.models.values())):
                     return []
                 having = [
                     s.model
                     for s, i in group.sources
-                    if self._models[s.model].name(stack, i, rest) in self._models[s.model].tensors
+                    if self.models[s.model].name(stack, i, rest) in self.models[s.model].tensors
                 ]
                 raise self._error(
                     f"{source.model} has no {name}, which {having[0] if having else 'another model'} has: merge models of "
@@ -324,7 +336,7 @@ class Planner:
     ) -> Job:
         names = (name, *entries[0].names[1:])
         own = group.sources[group.base :]
-        shared = (group.part.parameters, group.module.parameters, self._merge.parameters)
+        shared = (group.part.parameters, group.module.parameters, self.merge.parameters)
         u = group.u
 
         def value(parameter: str, settings: Iterable[Parameters], where: str) -> Any:
@@ -351,16 +363,16 @@ class Planner:
             else:
                 values[parameter] = value(parameter, shared, "")
         job = Job(
-            method=self._merge.method,
+            method=self.merge.method,
             name=name,
             shape=shape,
             based=group.base,
             values=values,
             models=[self._key(source, group) for source, _ in own],
             sources=[f"{path}: {tensor}" for path, tensor in inputs],
-            dtype=_dtype(self._merge.dtype),
-            out_dtype=_dtype(self._merge.out_dtype),
-            seed=self._seed,
+            dtype=_dtype(self.merge.dtype),
+            out_dtype=_dtype(self.merge.out_dtype),
+            seed=self.seed,
         )
         if problem := problem_of(job):
             raise self._error(f"{name}: {problem}")

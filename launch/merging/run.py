@@ -158,21 +158,13 @@ def _merge(
             checks.warn_unrelated(merge, models)
             checks.warn_factors(merge, models)
         if of_hf:
-            hf_output.write(
-                merge,
-                models,
-                planner,
-                planned,
-                target,
-                vocabulary=vocabulary,
-                seed=seed,
-                shard_bytes=_SHARD if shard_bytes is None else shard_bytes,
-                workers=workers,
-            )
+            most = _SHARD if shard_bytes is None else shard_bytes
+            options = {"vocabulary": vocabulary, "shard_bytes": most}
+            hf_output.write(planner, planned, target, **options, workers=workers)
         else:
             from launch.merging import native_output
 
-            native_output.write(merge, models, planner, planned, target, seed=seed, workers=workers)
+            native_output.write(planner, planned, target, workers=workers)
     return [f"{target}: {_described(merge, planned)}"]
 
 

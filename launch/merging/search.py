@@ -19,7 +19,7 @@ import dataclasses
 
 from launch import cli
 from launch.config import setting_flags
-from launch.merging.search_flags import SearchFlags
+from launch.merging.trials import SearchFlags
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

@@ -21,9 +21,8 @@ from launch.inference import row_files
 from launch.inference.score import scored_row
 from launch.merging import checks, trials
 from launch.merging.models import NativeModel, open_model
-from launch.merging.search_flags import SearchFlags
 from launch.merging.settings import Merge, MergeError, Module, Slice, Source
-from launch.merging.trials import Trial, Trials, Weights
+from launch.merging.trials import SearchFlags, Trial, Trials, Weights
 from launch.run import load_run
 from launch.run.load_run import EXAMPLE
 from model.transforms import finite

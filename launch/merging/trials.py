@@ -6,14 +6,13 @@ of the best single model in the domain. Trials are in a file, so that a search t
 
 import dataclasses
 import json
-import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from launch.inference import row_files
 from launch.merging.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -53,6 +52,34 @@ def normalised(weights: Sequence[float]) -> Weights:
     return tuple(round(w / total, _DIGITS) + 0.0 for w in weights)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchFlags:
+    """Flags of `launch.merge search`.
+
+    Attributes:
+      models: NAME=DIR of each run.
+      held_out: NAME=FILE of each domain.
+      out: folder of trials.jsonl, merge.yml and search.json.
+      method: how weights are proposed.
+      budget: largest number of trials of the search; equal weights, models alone and the table take a few more.
+      seed: of random weights.
+      delta: how much worse than the best the worst domain may be, as a share of the loss of the best single model there; by
+        default its standard error.
+      params: see launch.score.
+      batch_size: rows at a time.
+    """
+
+    models: Sequence[str]
+    held_out: Sequence[str]
+    out: str
+    method: Literal["coordinate", "random"] = "coordinate"
+    budget: int = 60
+    seed: int = 0
+    delta: float | None = None
+    params: Literal["auto", "raw", "ema"] = "auto"
+    batch_size: int = 8
+
+
 class Trials:
     """Evaluated weights, stored in a file.
 
@@ -70,27 +97,20 @@ class Trials:
         self._path, self._evaluate, self.budget = path, evaluate, budget
         self.done: dict[Weights, Trial] = {}
         self.new = 0
-        if not os.path.exists(path):
-            self._append(facts)
-            return
-        lines = pathlib.Path(path).read_text("utf-8").splitlines()
+        with row_files.resumed(path, sync=True) as file:
+            if not file.rows:
+                file.add(facts)
+                return
+            (_, first), *rest = file.rows
+        if first != json.loads(json.dumps(facts)):
+            raise MergeError(
+                f"{path} has trials of other models, texts or settings: give another --out, or remove it."
+            )
         try:
-            rows = [json.loads(line) for line in lines[:1]]
-            if rows != [json.loads(json.dumps(facts))]:
-                raise MergeError(
-                    f"{path} has trials of other models, texts or settings: give another --out, or remove it."
-                )
-            for line in lines[1:]:
-                row = json.loads(line)
+            for _, row in rest:
                 trial = Trial(tuple(row["weights"]), row["losses"], row["errors"])
                 self.done[trial.weights] = trial
-        except MergeError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            if len(lines) > 1 and line == lines[-1]:  # cut short when the process was killed
-                text = "\n".join(lines[:-1]) + "\n"
-                pathlib.Path(path).write_text(text, encoding="utf-8")
-                return
+        except (KeyError, TypeError) as error:
             raise MergeError(f"{path} is damaged ({error}): remove it.") from None
 
     @property
@@ -111,14 +131,9 @@ class Trials:
             shown = " ".join(f"{weight:.3g}" for weight in key)
             parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             print(f"trial {len(self.done)}, weights {shown}: {parts}", file=sys.stderr, flush=True)
-            self._append({"weights": key, "losses": losses, "errors": errors})
+            with row_files.resumed(self._path, sync=True) as file:
+                file.add({"weights": key, "losses": losses, "errors": errors})
         return self.done[key]
-
-    def _append(self, row: Mapping[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def best_single(alone: Sequence[Trial]) -> Losses:

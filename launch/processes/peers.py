@@ -4,27 +4,74 @@ A process that has lost another can neither go on nor save. It ends with status 
 the status of the other process if that ended with an error (starting again would not help).
 
 JAX aborts a process whose coordinator, process 0, is gone; that is what launch/processes/supervisor.py is for.
+
+Under SLURM, JAX gives process i of a host its GPU i alone. With one process for all GPUs of a host, the others would be idle without a
+sign; with --gpus-per-task, where a process sees only its own GPU, GPU i would be missing.
 """
 
 import contextlib
+import glob
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from espalier.common import stages
-from launch.processes import slurm_devices
 
 START_AGAIN = os.EX_TEMPFAIL  # 75
 # A file in which a process leaves {"run": its directory, "status": its exit status} for its supervisor.
 STATUS_FILE = "ESPALIER_STATUS_FILE"
-
 _KEYS = "espalier"  # prefix of the keys in the coordinator's store
 _FOREVER_MS = 24 * 3600 * 1000
+
+
+def own_gpus() -> list[int] | None:
+    """Returns the indices of this process's GPUs among the visible ones; None for JAX's own choice."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = (
+        len(list(filter(None, listed.split(","))))
+        if listed is not None
+        else len(glob.glob("/proc/driver/nvidia/gpus/*"))
+    )
+    return share(os.environ, visible)
+
+
+def share(environment: Mapping[str, str], visible: int) -> list[int] | None:
+    """Returns this process's part of the visible GPUs; None for JAX's own choice.
+
+    Args:
+      environment: the variables that srun sets.
+      visible: number of GPUs that this process sees.
+    """
+    try:
+        tasks = _expanded(environment["SLURM_STEP_TASKS_PER_NODE"])[
+            int(environment["SLURM_NODEID"])
+        ]
+        local = int(environment["SLURM_LOCALID"])
+    except (KeyError, ValueError, IndexError):
+        return None
+    if not visible or visible == tasks:
+        return None
+    if visible < tasks:  # each process sees its own only
+        return list(range(visible))
+    part = visible // tasks
+    return list(range(local * part, (local + 1) * part))
+
+
+def _expanded(counts: str) -> list[int]:
+    """Returns the numbers in SLURM's '2(x3),1'."""
+    numbers: list[int] = []
+    for entry in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        if match is None:
+            raise ValueError(counts)
+        numbers += [int(match[1])] * int(match[2] or 1)
+    return numbers
 
 
 class JoinError(RuntimeError):
@@ -170,7 +217,7 @@ def joined(
     jax.config.update("jax_enable_recoverability", True)
     arguments: tuple[Any, ...] = (address, count, index)
     if address == "auto":
-        arguments = (None, None, None, slurm_devices.own_gpus())
+        arguments = (None, None, None, own_gpus())
     late = (
         f"the processes of this run did not come together at {address} within {initialization_timeout} s. Start "
         f"{count or 'all'} processes with the same --coordinator_address, and --process_index from 0; "

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
 
 from launch.processes import peers
 
@@ -22,6 +23,7 @@ from launch.processes import peers
 _NOISE = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ coordination_service|\[Gloo\] Rank \d+ is connected")
 _FATAL = re.compile(rb"F\d{4} .*JAX distributed service")
 _SET_PDEATHSIG = 1
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def supervise() -> int | None:
@@ -40,7 +42,7 @@ def supervise() -> int | None:
         )
         assert child.stderr is not None
         relay = _Relay(child.stderr)
-        with _signals_to(child):
+        with forwarded([child], (*STOPS, signal.SIGUSR1, signal.SIGUSR2)):
             status = child.wait()
             relay.thread.join()
         with contextlib.suppress(ValueError):
@@ -58,7 +60,7 @@ def supervise() -> int | None:
         advice = peers.advice(facts.get("run"), peers.START_AGAIN)
         print(f"\nerror: {facts.get('joining') or f'{lost} {advice}'}", file=sys.stderr)
         return peers.START_AGAIN
-    return 128 - status  # as a shell reports a signal
+    return shell_status(status)
 
 
 class _Relay:
@@ -93,16 +95,36 @@ class _Relay:
             sys.stderr.buffer.flush()
 
 
+def shell_status(code: int) -> int:
+    """Returns the exit status of a child process as a shell reports it, also after a signal."""
+    return code if code >= 0 else 128 - code
+
+
 @contextlib.contextmanager
-def _signals_to(child: subprocess.Popen):
-    """Context manager: signals to this process go to the child."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {n: signal.signal(n, lambda number, _: child.send_signal(number)) for n in numbers}
+def handled(numbers: Iterable[int], handle: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Context manager: these signals call `handle`; afterwards the handlers are those of before."""
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def forwarded(
+    children: Sequence[subprocess.Popen], numbers: Iterable[int] = STOPS
+) -> Iterator[list[int]]:
+    """Context manager: signals to this process go to the children; yields the list of those received."""
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    with handled(numbers, forward):
+        yield received
 
 
 def die_with_parent() -> None:

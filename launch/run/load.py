@@ -160,17 +160,13 @@ class Run:
         prompts: str | Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
         num_samples: int = 1,
         stop: Sequence[str] = (),
         seed: int = 0,
         batch_size: int = 8,
         policy: "CachePolicy | None" = None,
         token_healing: bool = True,
+        **sampling: Any,
     ) -> list[Generation]:
         """Returns continuations in the order of the prompts, as `launch.generate --prompt` makes them of each.
 
@@ -178,7 +174,6 @@ class Run:
           prompts: a text, or a list of texts, of lists of tokens as `encode` returns them, and of conversations, which the
             model's chat template renders.
           max_new_tokens: length limit in tokens.
-          temperature, top_k, top_p, min_p, repetition_penalty: see trainers.decoding.settings.Sampling; 0 is greedy.
           num_samples: continuations of each prompt, which are adjacent in the result.
           stop: texts that end a continuation.
           seed: seed of sampling; a continuation depends only on it, the prompt's index and the sample's index.
@@ -186,37 +181,30 @@ class Run:
           policy: policy of the key/value caches (model/kv_cache); None caches all tokens.
           token_healing: whether the last token of a text is drawn anew (launch/inference/token_healing.py). It is then the
             first of the new tokens; the new text follows the prompt.
+          **sampling: temperature, top_k, top_p, min_p and repetition_penalty of trainers.decoding.settings.Sampling; by
+            default the temperature is 0, which is greedy.
 
         Raises:
           LoadError: a prompt that the model cannot read, or stop texts without a vocabulary.
           ValueError: settings out of range.
         """
         from launch.inference import generate
-        from trainers.decoding.settings import Sampling, Settings
+        from trainers.decoding.settings import Settings
 
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
+        settings = Settings(max_new_tokens=max_new_tokens, num_samples=num_samples)
+        drawn = dataclasses.replace(settings.sampling, **sampling)
+        asked = generate.Decoding(
+            settings=dataclasses.replace(settings, sampling=drawn),
+            stops=(stop,) if isinstance(stop, str) else tuple(stop),
+            policy=policy,
+            batch_size=self._loaded.batch_size(batch_size, len(prompts)),
         )
-        asked: dict[str, Any] = {
-            "settings": Settings(
-                max_new_tokens=max_new_tokens, sampling=sampling, num_samples=num_samples
-            ),
-            "stops": (stop,) if isinstance(stop, str) else tuple(stop),
-            "policy": policy,
-            "batch_size": self._loaded.batch_size(batch_size, len(prompts)),
-        }
         rows = [(f"prompt {i}", self._row(prompt)) for i, prompt in enumerate(prompts)]
         with self._mesh():
             if self._decoding is None or self._decoding[0] != asked:
-                self._decoding = (
-                    asked,
-                    *generate.decoder_and_texts(self._loaded, **asked, rows=len(rows)),
-                )
+                made = generate.decoder_and_texts(self._loaded, asked, rows=len(rows))
+                self._decoding = (asked, *made)
             _, decoder, texts = self._decoding
             answers = list(
                 generate.continued(

@@ -29,9 +29,8 @@ from launch.serving.engine import (
     Job,
     OverdueError,
 )
-from launch.serving.limits import CHARACTERS_OF_TOKEN, Limits
 from launch.serving.replies import Replies
-from launch.serving.requests import Asked, RequestError
+from launch.serving.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
 from trainers.decoding.buckets import bucket_below
 
 # Seconds in which a body must arrive.

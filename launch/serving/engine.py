@@ -20,7 +20,7 @@ import jax
 from launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
 from launch.inference.texts import Texts, decoder_of
 from launch.run.load_run import LoadedRun, RunConfig
-from launch.serving.limits import Limits
+from launch.serving.requests import Limits
 from model.transforms import layer_stack
 from trainers.decoding.buckets import bucket_length
 from trainers.decoding.decoder import Continuation, Decoder

@@ -1,7 +1,7 @@
 """Reads the bodies of requests: JSON of the OpenAI API, as completions to make.
 
 Every parameter of the API is either used, without effect on the text, or refused unless its value changes nothing. An
-unknown parameter is an error with the nearest name.
+unknown parameter is an error with the nearest name. Limits say what one request, and all requests together, may cost.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
-from launch.serving.limits import Limits
 from trainers.decoding.settings import Draw
 
+# Characters of a text for each token that a prompt may have: a longer text is not encoded.
+CHARACTERS_OF_TOKEN = 32
 # Parameters that change no text.
 _ABOUT = ("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
 _ABOUT += ("prompt_cache_key", "parallel_tool_calls", "model")
@@ -38,6 +39,39 @@ _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _DEFAULT_TOKENS = 16  # of a completion of a text, as in the API
 _MAX_MESSAGES = 1024
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of a server.
+
+    Attributes:
+      max_tokens: maximum new tokens of a completion.
+      max_prompt_tokens: maximum tokens of a prompt.
+      max_completions: maximum completions of a request: its prompts times n.
+      max_body_bytes: maximum size of a request.
+      max_queue: maximum completions that wait; further requests get the status 429.
+      timeout: seconds from a request's arrival to its last token; later it is ended with the status 504.
+      batch_size: completions that are generated at a time.
+    """
+
+    max_tokens: int = 1024
+    max_prompt_tokens: int = 8192
+    max_completions: int = 64
+    max_body_bytes: int = 4_000_000
+    max_queue: int = 256
+    timeout: float = 600.0
+    batch_size: int = 8
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 1 if type(field.default) is int else 0.001
+            if not least <= value < float("inf"):
+                raise ValueError(f"--{field.name}={value} must be at least {least}, and finite.")
+        if self.max_completions > self.max_queue:
+            raise ValueError(
+                f"--max_completions={self.max_completions} would never fit into --max_queue={self.max_queue}: raise it."
+            )
 
 
 class RequestError(ValueError):

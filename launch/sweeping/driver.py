@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.cluster.base import Handle, Job, State, Status, Submitter
+from launch.processes.supervisor import handled
 from launch.sweeping import results
 from launch.sweeping.folder import Planned, SweepFolder, tail
 
@@ -262,9 +263,5 @@ def stop_signals() -> Iterator[list[int]]:
         how = "a second one ends them at once" if len(received) == 1 else "ending them"
         print(f"\n{signal.Signals(number).name}: runs save and stop; {how}.", file=sys.stderr)
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
+    with handled(_SIGNALS, handle):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

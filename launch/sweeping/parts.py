@@ -1,9 +1,10 @@
-"""The parts of a sweep file: their keys and checks, and commands with names in braces."""
+"""The parts of a sweep file: their keys and checks, and commands with names in braces, also as a shell reads them."""
 
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
@@ -20,6 +21,17 @@ _KEYS = {
 }
 # Names in braces, in the command of a made arm, that are not arms.
 _PLACES = ("run", "python", "SEED")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Returns words as a line for a shell; a word with single quotes is put into double quotes where these suffice."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if "'" in word and not set(word) & set('"$`\\!'):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def places(words: Iterable[str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from launch.cluster import worker
 from launch.sweeping import check, parts
 from launch.sweeping.file import Run
 from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
-from launch.sweeping.shell import command_line
+from launch.sweeping.parts import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

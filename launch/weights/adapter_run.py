@@ -1,20 +1,27 @@
 """Writes a run's adapters without their base model: a run directory of a few megabytes, which every command reads.
 
-The record names the base's step and the digest of its parameters, see trainers/checkpoints/base_step.py.
+The record names the base's step and the digest of its parameters, see trainers/checkpoints/base_step.py. Adapters of
+Hugging Face's peft become such runs, and runs' adapters those of peft.
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.run import model_record, run_vocabulary
+import numpy as np
+
+from launch.run import load_run, model_record, run_vocabulary
 from launch.run.model_record import CONFIG
 from launch.weights import transformed_run
 from launch.weights.source_models import SourceModel
 from launch.weights.target_folder import ConvertError, new_directory
-from model.adapters.adapter import adapters_of, is_adapter
+from model.adapters.adapter import PREFIX, adapters_of, is_adapter
+from model.hf import peft
+from model.hf.families import family_named, family_of_model
+from model.hf.mapping import Piece, pieces_of
+from model.protocol import inference_model
 from trainers.checkpoints import base_step, step_dir, stream_checkpoint
 from trainers.checkpoints.base_step import Part
 from trainers.checkpoints.stream_checkpoint import StreamedArray
@@ -123,3 +130,82 @@ def _check(model: Any, arrays: Mapping[str, Any]) -> None:
 def _whole(array: Any) -> StreamedArray:
     blocks = [((0,) * array.ndim, array)]
     return StreamedArray(array.shape, array.dtype, array.shape, lambda: iter(blocks))
+
+
+def import_peft(source: str, target: str, base: str) -> str:
+    """Writes a new run directory `target` with the adapters of a directory of peft, on the base model of a run.
+
+    Returns:
+      A description of the adapters.
+
+    Raises:
+      ConvertError, PeftError, WeightFileError, UnsupportedModel, BaseModelError, DamagedCheckpointError,
+      FileNotFoundError.
+    """
+    run = SourceModel(base, "auto")
+    if any(map(is_adapter, run.abstract.shapes)):
+        raise ConvertError(f"--base={base} has adapters itself: give the run without them.")
+    pieces = _pieces(run, load_run.config_of(base).model)
+    imported = peft.read(source, pieces, run.abstract.shapes, _kernels(run))
+    file = f"t5x_configs/methods/adapters/{imported.method}.gin"
+    lines = transformed_run.method_lines([file], imported.settings)
+    text = "\n".join([run.config(whole=False), *lines, ""])
+    of_base = find_base(base, run.base_digest)
+    assert of_base is not None  # the run itself
+    return write(target, text, dict(imported.arrays), of_base, run)
+
+
+def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str:
+    """Writes a run's adapters as a directory of peft, and returns a description.
+
+    Args:
+      checkpoint: step or run directory.
+      model: the linen module of the checkpoint.
+      params: see launch/run/load_run.py.
+
+    Raises:
+      ConvertError: no adapters, or of a kind that peft does not have.
+      PeftError, UnsupportedModel, BaseModelError, DamagedCheckpointError, FileNotFoundError, TransformError.
+    """
+    run = SourceModel(checkpoint, params)
+    adapters = adapters_of(model)
+    slots = [] if adapters is None else list(adapters.slots)
+    if adapters is None or len(slots) != 1:
+        raise ConvertError(
+            f"{checkpoint} has {' and '.join(slots) or 'no'} adapters, and peft's directories hold those of one kind."
+        )
+    settings = adapters.settings[slots[0]]
+    names = [name for name in run.abstract.shapes if is_adapter(name)]
+    if settings["class"] not in ("Lora", "Ia3", "MoLora", "Mov") or any(
+        "/router/" in name for name in names
+    ):
+        raise ConvertError(
+            f"{checkpoint} has adapters of class {settings['class']}, which peft does not have: LoRA, DoRA and (IA)3 are "
+            "exchanged, and mixtures with one expert."
+        )
+    sites: dict[str, dict[str, np.ndarray]] = {}
+    for name in names:
+        site, _, rest = name.partition(f"/{PREFIX}")
+        sites.setdefault(site, {})[rest.rpartition("/")[2]] = run.open(name).read()
+    with new_directory(target) as folder:
+        pieces = _pieces(run, model)
+        peft.write(folder, settings, sites, pieces, _kernels(run), encodes=model.row.encodes)
+    return f"{settings['class']} at {len(sites)} projections"
+
+
+def _pieces(run: SourceModel, model: Any) -> Sequence[Piece]:
+    """Returns the pieces of the base model's arrays."""
+    model = inference_model(model)
+    name = run.meta.get("hf", {}).get("family")
+    family = family_of_model(model) if name is None else family_named(name)
+    shapes = {path: shape for path, shape in run.abstract.shapes.items() if not is_adapter(path)}
+    try:
+        return pieces_of(family.rows, shapes, model.config)
+    except KeyError as error:
+        raise ConvertError(
+            f"a {family.name!r} checkpoint has no tensor for {error}, so that adapters of this model have no form in peft."
+        ) from None
+
+
+def _kernels(run: SourceModel) -> peft.ReadKernel:
+    return lambda path, at: run.open(path).read(at).astype(np.float32)

@@ -13,7 +13,7 @@ from launch.run.load_run import LoadError, RunConfig
 from launch.weights import transformed_run, upcycle_flags
 from launch.weights.factorise import FactoriseFlags
 from launch.weights.source_models import SourceModel
-from launch.weights.token_rows import token_rows
+from launch.weights.transformed_run import token_rows
 from model.config import TransformerConfig
 from model.low_rank import decompose, factors, lowrank
 from model.low_rank.decompose import Decompose, Recompose

@@ -1,6 +1,7 @@
 """Writes a run directory with parameters that a tree transform computes from checkpoints, a slice of an array at a time.
 
-`launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise` use it.
+`launch.upcycle`, `launch.upcycle extend` and `launch.upcycle factorise` use it, and measure their
+transforms on texts as rows without padding.
 """
 
 import math
@@ -14,17 +15,45 @@ from gin import config_parser
 
 from espalier.common.bars import Bar
 from launch.config import gin_config, gin_reader, gin_source, model_file
+from launch.inference import row_files
 from launch.run import model_record, run_vocabulary
+from launch.run.load_run import EXAMPLE
 from launch.run.model_record import CONFIG
 from launch.weights.source_models import SourceModel
 from launch.weights.target_folder import new_directory
 from model.transforms import base
-from model.transforms.base import Recipe, TreeTransform
+from model.transforms.base import Recipe, TransformError, TreeTransform
 from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
 from trainers.checkpoints.manifest import Block
 from trainers.checkpoints.stream_checkpoint import StreamedArray
 
+_LENGTH = 512
 _BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
+
+
+def token_rows(loaded: Any, path: str, *, flag: str, length: int | None = None) -> np.ndarray:
+    """Returns the texts of a file, one after the other, cut into C rows of T tokens: [C, 1, T].
+
+    Args:
+      loaded: the run whose vocabulary reads the texts.
+      path: file of rows as for launch.score.
+      flag: the flag with the path, for messages; `--<flag>_length` is T.
+      length: T; None for 512.
+
+    Raises:
+      TransformError: the texts are shorter than a row.
+      RowFileError: the file cannot be read.
+    """
+    length = length or _LENGTH
+    rows = row_files.read(path, example=EXAMPLE, flag=flag)
+    ids = [id for where, row in rows for id in loaded.context(loaded.tokens(row, where))]
+    if len(ids) < length:
+        raise TransformError(
+            f"--{flag}={path} has {len(ids)} tokens, fewer than one row of {length}: give more text, or a smaller "
+            f"--{flag}_length."
+        )
+    count = len(ids) // length
+    return np.asarray(ids[: count * length], np.int32).reshape(count, 1, length)
 
 
 def write(

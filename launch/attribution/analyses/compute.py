@@ -1,6 +1,8 @@
 """All analyses of one file of scores, as JSON values.
 
-Shapes: N documents, Q queries.
+A source's multiplier is its share of the top k documents divided by its share of all documents: 1 for a random ranking.
+
+Shapes: N documents, Q queries, S sources.
 """
 
 import dataclasses
@@ -9,19 +11,133 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import (
-    concentration,
-    correlations,
-    labels,
-    methods,
-    parts,
-    presence,
-    sources,
-)
-from launch.attribution.analyses.labels import Query
+from launch.attribution.analyses import concentration, correlations, labels, parts, search
+from launch.attribution.analyses.labels import OTHER_SOURCES, Query
+from trainers.influence.measures import spearman
 
+RANDOM = "random"
+SIZES = (10, 50, 500, 5_000, 50_000)
+_MOST = 12  # sources of a table
+LEAST_NATS = 0.1  # what a score is divided by at least
 MOST_SEARCHED = 500
 _FITTED = 500
+
+
+def compared(
+    scores: Mapping[str, np.ndarray],
+    matching: Mapping[str, Mapping[int, np.ndarray]],
+    *,
+    top: int,
+) -> list[dict[str, Any]]:
+    """Returns a row for each method, whose rankings are compared with those of the first, and one for random rankings.
+
+    Args:
+      scores: scores [N, Q] by method.
+      matching: matching documents of each query with such a pattern, by the pattern's name ('answer', 'procedure').
+      top: number of documents whose overlap is taken, and which are searched.
+
+    Returns:
+      Rows with the mean over queries of `spearman` and `overlap` (shares of the top documents), and for each pattern's name the
+      share of the queries with a matching document, None without such queries. The last row has what rankings of all
+      documents at random give in expectation.
+    """
+    ranked = {method: correlations.ranked(values) for method, values in scores.items()}
+    first = next(iter(scores))
+    rows = []
+    for method, values_NQ in scores.items():
+        queries = range(values_NQ.shape[1])
+        pairs = [spearman(values_NQ[:, q], scores[first][:, q]) for q in queries]
+        size = min(top, len(values_NQ))
+        shared = [
+            len(np.intersect1d(ranked[method][:size, q], ranked[first][:size, q])) / size
+            for q in queries
+        ]
+        rows.append(
+            {
+                **{"method": method, "spearman": _mean(pairs), "overlap": _mean(shared)},
+                **{
+                    kind: _mean(
+                        [
+                            bool(search.hits(ranked[method][:, q], documents, top))
+                            for q, documents in own.items()
+                        ]
+                    )
+                    for kind, own in matching.items()
+                },
+            }
+        )
+    count = len(scores[first])
+    by_chance = {
+        kind: _mean([search.chance(count, len(documents), top) for documents in own.values()])
+        for kind, own in matching.items()
+    }
+    overlap = min(top, count) / count
+    return [*rows, {"method": RANDOM, "spearman": 0.0, "overlap": overlap, **by_chance}]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Returns the mean of the values that are not NaN; None without any."""
+    known = [value for value in values if value == value]
+    return float(np.mean(known)) if known else None
+
+
+def sizes(documents: int) -> list[int]:
+    """Returns the k that are at most half of the documents: a longer top end would reach the bottom one."""
+    return [k for k in SIZES if 2 * k <= documents]
+
+
+def multipliers(ranked_NQ: np.ndarray, sources_N: np.ndarray, top: int, count: int) -> np.ndarray:
+    """Returns multipliers [Q, S] of the first `top` documents of each column.
+
+    Args:
+      ranked_NQ: documents of each query from one end of its ranking.
+      sources_N: number of each document's source.
+      top: k.
+      count: S; each source has a document.
+    """
+    corpus_S = np.bincount(sources_N, minlength=count) / len(sources_N)
+    own_kQ = sources_N[ranked_NQ[:top]]
+    counts_QS = np.stack([np.bincount(column, minlength=count) for column in own_kQ.T])
+    return counts_QS / min(top, len(ranked_NQ)) / corpus_S
+
+
+def largest(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Returns the names of the sources with most documents, and the number of each document's [N]; the rest is one source."""
+    every, numbers_N, counts = np.unique(
+        np.asarray(sources), return_inverse=True, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")
+    largest = order if len(order) <= _MOST else order[: _MOST - 1]
+    places = np.full(len(every), len(largest))
+    places[largest] = np.arange(len(largest))
+    names = [str(every[i]) for i in largest]
+    return [*names, *([OTHER_SOURCES] if len(largest) < len(order) else [])], places[numbers_N]
+
+
+def represented(
+    ranked_NQ: np.ndarray, sources: Sequence[str], groups: Mapping[str, list[int]]
+) -> dict[str, Any]:
+    """Returns the `shares` of the sources, and `rows` of mean multipliers over the queries of each group.
+
+    Intervals are bootstraps over queries.
+
+    Args:
+      ranked_NQ: documents of each query from the highest score.
+      sources: source of each document.
+      groups: queries by name.
+    """
+    from launch.plots import intervals
+
+    names, sources_N = largest(sources)
+    shares = np.bincount(sources_N) / len(sources_N)
+    rows = []
+    for top in sizes(len(sources_N)):
+        for end, order in (("top", ranked_NQ), ("bottom", ranked_NQ[::-1])):
+            values_QS = multipliers(order, sources_N, top, len(names))
+            for group, queries in groups.items():
+                own = {n: intervals.mean(values_QS[queries, s]) for s, n in enumerate(names)}
+                rows.append({"end": end, "documents": top, "group": group, "multipliers": own})
+    return {"shares": dict(zip(names, map(float, shares), strict=True)), "rows": rows}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,17 +194,13 @@ def analyse(given: Inputs) -> dict[str, Any]:
     if given.sources is None:
         omitted.append('Sources need documents with a "source".')
     else:
-        result["sources"] = sources.table(ranked_NQ, given.sources, groups)
+        result["sources"] = represented(ranked_NQ, given.sources, groups)
     by_name = _by_name(given)
     correct = [query.correct for query in given.queries]
     for name in ("answer", "procedure"):
         if name in by_name:
-            result[name] = presence.table(
-                ranked_NQ, by_name[name], groups, correct, top=given.within
-            )
-            result[f"{name}_of_queries"] = presence.per_query(
-                ranked_NQ, by_name[name], given.within
-            )
+            result[name] = search.table(ranked_NQ, by_name[name], groups, correct, top=given.within)
+            result[f"{name}_of_queries"] = search.per_query(ranked_NQ, by_name[name], given.within)
         elif given.matching is None:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:
@@ -103,7 +215,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
         omitted.append("Tokens need `score --token_scores=N`.")
     if given.others:
         every = {given.method: given.scores_NQ, **given.others}
-        result["methods"] = methods.table(every, by_name, top=given.within)
+        result["methods"] = compared(every, by_name, top=given.within)
     result["omitted"] = omitted
     return result
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.evaluation.judges.base import JudgeError
-from launch.evaluation.judges.template import OPENING
+from launch.evaluation.judges.pairwise import OPENING
 from launch.inference.chat_endpoint import Silence
 
 # Where a model without a chat template begins to write.

@@ -9,9 +9,8 @@ from launch.config import setting_flags
 from launch.evaluation.judges.base import Judge, JudgeError
 from launch.evaluation.judges.checkpoint import CheckpointWriter
 from launch.evaluation.judges.endpoint import EndpointWriter
-from launch.evaluation.judges.pairwise import PairwiseJudge
+from launch.evaluation.judges.pairwise import PairwiseJudge, Template
 from launch.evaluation.judges.reward import LogProb, RewardJudge
-from launch.evaluation.judges.template import Template
 from launch.run import load_run
 
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")

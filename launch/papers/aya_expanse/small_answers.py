@@ -89,7 +89,8 @@ def _answered(run: Any, rows: Sequence[Mapping[str, str]], *, temperature: float
     from trainers.decoding.settings import Sampling, Settings
 
     settings = Settings(max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=temperature))
-    decoder, texts = generate.decoder_and_texts(run, settings, rows=len(rows), batch_size=_BATCH)
+    decoding = generate.Decoding(settings=settings, batch_size=_BATCH)
+    decoder, texts = generate.decoder_and_texts(run, decoding, rows=len(rows))
     asked = [(row["id"], {"text": row["prompt"]}) for row in rows]
     return list(generate.continued(run, decoder, texts, asked, num_samples=1, seed=0))
 

@@ -81,7 +81,7 @@ def _pool(flags: argparse.Namespace, to: pathlib.Path) -> None:
 def _search(flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Searches the weights of a merge, whose trials, weights and table stay in the folder."""
     from launch.merging import search_run
-    from launch.merging.search_flags import SearchFlags
+    from launch.merging.trials import SearchFlags
 
     dev = [f"{c}={pathlib.Path(flags.requests) / f'dev_{c}.jsonl'}" for c in lexicon.LANGUAGES]
     models = [f"{number}_{_arm(run)}={run}" for number, run in enumerate(flags.runs)]

@@ -51,7 +51,7 @@ def _served(bench: Bench) -> Iterator[int]:
     from launch.run import load_run
     from launch.serving import app, connections
     from launch.serving.engine import Engine
-    from launch.serving.limits import Limits
+    from launch.serving.requests import Limits
 
     run = str(program.half_way(bench))
     config = dataclasses.replace(load_run.config_of(run), chat_template="command")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from launch.aot.hlo import analysis, collectives, flops, loops, text, traffic
+from launch.aot.hlo import analysis, collectives, loops, text
 from launch.aot.hlo.text import HloError
 from tests.launch.goldens import make_hlo
 
@@ -191,7 +191,7 @@ pad={low}_{high} lhs_dilate={lhs_dilate} rhs_dilate={rhs_dilate}}}, dim_labels=b
 """
         )
     )
-    found = flops.product_flops(module, module.entry.instructions["c"])
+    found = analysis.product_flops(module, module.entry.instructions["c"])
     assert found == 2 * 5 * 2 * 7 * taps
 
 
@@ -208,7 +208,7 @@ rhs_reversal=1x0}, dim_labels=b1f0_0o1i->b1f0
         )
     )
     # Full overlap: each of the 2 data positions meets each of the 32 taps once.
-    assert flops.product_flops(module, module.entry.instructions["c"]) == 2 * 9 * 4 * 5 * 2 * 32
+    assert analysis.product_flops(module, module.entry.instructions["c"]) == 2 * 9 * 4 * 5 * 2 * 32
 
 
 # Collectives.
@@ -382,7 +382,7 @@ def test_one_trip_counts_of_a_loop_that_data_end():
 
 def moved(lines):
     module = text.parse(program(lines))
-    return traffic.hbm_bytes(module, loops.executions(module))
+    return analysis.hbm_bytes(module, loops.executions(module))
 
 
 def test_traffic_counts_operands_and_results_in_main_memory_only():

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from launch.aot import precompile, programs
-from launch.aot.programs import Options
+from launch.aot.settings import Options
 from model import rows
 from model.kv_cache.full import FullCache
 from model.kv_cache.snapkv import SnapKV

@@ -13,7 +13,7 @@ import pytest
 
 from launch.aot import precompile, programs, tpu_topology
 from launch.aot.hlo import collectives
-from launch.aot.programs import Options
+from launch.aot.settings import Options
 from model.kernels import platform
 from model.kv_cache.full import FullCache
 from model.kv_cache.snapkv import SnapKV

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from launch.attribution import corpus, pages, viewer
+from launch.attribution import corpus, pages
 from launch.attribution.analyses import labels
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
@@ -48,7 +48,7 @@ def data():
 
 def test_hostile_texts_stay_data(tmp_path):
     path = tmp_path / "viewer.html"
-    viewer.write(data(), path)
+    pages.write(data(), path)
     page = path.read_text(encoding="utf-8")
     parsed = Elements(page)
     assert parsed.tags.count("script") == 2 and "img" not in parsed.tags
@@ -68,7 +68,7 @@ def test_hostile_texts_stay_data(tmp_path):
 
 
 def test_the_script_shows_texts_as_text_only():
-    page = viewer.page(data())
+    page = pages.page(data())
     script = page[page.rindex("<script>") :]
     for name in (
         "innerHTML",
@@ -92,16 +92,15 @@ def test_a_nearly_certain_completion_is_divided_by_the_least_nats_and_marked():
     made = pages.Made(
         record={"method": "cosine"},
         tops={"documents": 1, "queries": [{"top": [item], "bottom": []}] * 2},
-        prepared=types.SimpleNamespace(kept=unknown, pearson=unknown),
-        asked=[labels.Query(prompt="p", completion="c")] * 2,
-        nats=[0.01, 0.5],
+        prepared=types.SimpleNamespace(kept=unknown, pearson=unknown, nats=[0.01, 0.5]),
+        given=types.SimpleNamespace(
+            queries=[labels.Query(prompt="p", completion="c")] * 2, nats=[0.1, 0.5], tokens=[]
+        ),
         corpus=corpus.Corpus({0: "text"}, None, {}),
-        tokens=[],
         analyses={"omitted": []},
         norms_N=None,
         rank_by="score",
         top=1,
-        least_nats=0.1,
     )
     table = pages.table(made)
     assert [q["top"][0]["per_nat"] for q in table["queries"]] == pytest.approx([20, 4])

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from launch.evaluation import win_rate as win_rate_command
-from launch.evaluation.judges import spec, template
+from launch.evaluation.judges import pairwise, spec
 
 GARBAGE = "Both have merits."
 
@@ -310,7 +310,7 @@ def test_log_probabilities_are_those_of_score(win_rate, command, trained_run, tm
 def test_a_checkpoint_writes_as_generate_does(
     win_rate, command, trained_run, tmp_path, capsys, monkeypatch, converses
 ):
-    monkeypatch.setattr(template, "_PREAMBLE", "Compare.")  # short prompts compile sooner
+    monkeypatch.setattr(pairwise, "_PREAMBLE", "Compare.")  # short prompts compile sooner
     (tmp_path / "a.jsonl").write_text(rows(["good"], PROMPTS[:1]))
     (tmp_path / "b.jsonl").write_text(rows(["bad"], PROMPTS[:1]))
     flags = []
@@ -324,7 +324,7 @@ def test_a_checkpoint_writes_as_generate_does(
     assert "-" in capsys.readouterr().out
     kept = [json.loads(x) for x in (tmp_path / "out/judgements.jsonl").read_text().splitlines()]
     orders = [("good", "bad"), ("bad", "good")]
-    prompts = [template.Template().render(PROMPTS[0], *order) for order in orders]
+    prompts = [pairwise.Template().render(PROMPTS[0], *order) for order in orders]
     given, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     lines = [{"text": f"[{p}]" if converses else f"{p}\n\nComparison:"} for p in prompts]
     given.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -578,7 +578,7 @@ def test_a_dry_run_shows_every_tensor_and_writes_nothing(tmp_path, capsys):
 
 
 def test_progress_without_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("launch.merging.progress._SECONDS", 0)
+    monkeypatch.setattr("launch.merging.workers._SECONDS", 0)
     folders.pair(tmp_path)
     run.merge_all(linear(tmp_path), str(tmp_path / "out"))
     assert "out: 100% of 0.00 GB, about 0 s left" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from launch.processes import hosts, slurm_devices
+from launch.processes import hosts, peers
 
 
 class Store:
@@ -129,5 +129,5 @@ def test_gpus_of_a_process_under_slurm(tasks, node, local, visible, gpus):
         "SLURM_NODEID": node,
         "SLURM_LOCALID": local,
     }
-    assert slurm_devices.share(environment, visible) == gpus
-    assert slurm_devices.share({}, visible) is None
+    assert peers.share(environment, visible) == gpus
+    assert peers.share({}, visible) is None

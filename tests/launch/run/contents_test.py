@@ -7,7 +7,7 @@ import pytest
 from launch.aya_expanse import teachers
 from launch.evaluation.judges import checkpoint, reward
 from launch.evaluation.judges.base import Question
-from launch.evaluation.judges.template import Template
+from launch.evaluation.judges.pairwise import Template
 from launch.inference import generate, score
 from launch.inference.generate import as_message, prompt_of
 from launch.preparation import best_of_n

@@ -23,8 +23,8 @@ from launch.run import load_run
 from launch.serving import app as app_module
 from launch.serving import connections, requests
 from launch.serving.engine import BusyError, Completed, Engine, Job
-from launch.serving.limits import Limits
 from launch.serving.replies import Replies
+from launch.serving.requests import Limits
 from trainers.decoding.sampling import Sampling
 from trainers.decoding.settings import Draw, Settings
 

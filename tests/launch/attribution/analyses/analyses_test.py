@@ -12,10 +12,8 @@ from launch.attribution.analyses import (
     concentration,
     correlations,
     labels,
-    methods,
     parts,
-    presence,
-    sources,
+    search,
     tables,
 )
 from launch.inference.row_files import RowFileError
@@ -99,7 +97,7 @@ def test_multipliers_are_shares_of_the_top_over_shares_of_all():
     kinds = ["code"] * 25 + ["text"] * 75
     scores = np.stack([np.arange(100.0), -np.arange(100.0)], axis=1)
     ranked = correlations.ranked(scores)
-    made = sources.table(ranked, kinds, {"all": [0, 1], "first": [0]})
+    made = compute.represented(ranked, kinds, {"all": [0, 1], "first": [0]})
     assert made["shares"] == {"text": 0.75, "code": 0.25}
     rows = made["rows"]
     by = {(row["end"], row["documents"], row["group"]): row["multipliers"] for row in rows}
@@ -113,10 +111,10 @@ def test_multipliers_are_shares_of_the_top_over_shares_of_all():
 
 def test_many_sources_become_the_largest_and_the_others():
     every = [f"s{i}" for i in range(30)] + ["big"] * 5
-    names, numbers = sources.largest(every)
+    names, numbers = compute.largest(every)
     assert len(names) == 12 and names[0] == "big" and names[-1] == labels.OTHER_SOURCES
     assert (numbers == 11).sum() == 30 - 10 and numbers[-1] == 0
-    assert sources.largest(["b", "a", "b"])[0] == ["b", "a"]
+    assert compute.largest(["b", "a", "b"])[0] == ["b", "a"]
     assert labels.source({"source": {"site": 1}}) == '{"site": 1}'
     assert labels.source({}) == labels.source({"source": ""}) == labels.NO_SOURCE
     assert len(labels.source({"source": "x" * 500})) == 100
@@ -125,7 +123,7 @@ def test_many_sources_become_the_largest_and_the_others():
 def test_answers_in_the_top_are_counted_by_those_answered_correctly():
     ranked = np.array([[0, 3, 1], [1, 2, 0], [2, 1, 2], [3, 0, 3]])
     matching = {0: np.array([1]), 1: np.array([0]), 2: np.array([], int)}
-    single = presence.per_query(ranked, matching, 2)
+    single = search.per_query(ranked, matching, 2)
     assert single[0] == {
         "top": 1,
         "rank": 2,
@@ -134,7 +132,7 @@ def test_answers_in_the_top_are_counted_by_those_answered_correctly():
         "expected": 0.5,
     }
     assert single[1]["rank"] is None and single[2]["chance"] == 0
-    rows = presence.table(
+    rows = search.table(
         ranked, matching, {"facts": [0, 1, 2], "other": []}, [True, False, True], top=2
     )
     every, correct, wrong = rows
@@ -157,7 +155,7 @@ def test_chance_is_that_of_drawing_without_replacement():
 
 def test_methods_are_compared_with_the_first():
     first = np.array([[4.0], [3], [2], [1]])
-    rows = methods.table(
+    rows = compute.compared(
         {"ekfac": first, "other": -first},
         {"answer": {0: np.array([0])}},
         top=2,
@@ -170,7 +168,7 @@ def test_random_rankings_are_beside_the_methods():
     """Beside the means over all rankings of five documents."""
     scores = np.array([[5.0], [4], [3], [2], [1]])
     matching = np.array([1, 4])
-    last = methods.table({"ekfac": scores}, {"answer": {0: matching}}, top=2)[-1]
+    last = compute.compared({"ekfac": scores}, {"answer": {0: matching}}, top=2)[-1]
     orders = np.array([*itertools.permutations(range(5))])
     overlaps = [len({0, 1} & {*order[:2]}) / 2 for order in orders]
     found = [bool({*order[:2]} & {*matching}) for order in orders]

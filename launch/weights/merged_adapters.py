@@ -14,9 +14,9 @@ import numpy as np
 
 from launch.run.load_run import RunConfig
 from launch.weights import transformed_run, upcycle_flags
-from launch.weights.merge import MergeFlags
+from launch.weights.merge_adapters import MergeFlags
 from launch.weights.source_models import SourceModel
-from launch.weights.token_rows import token_rows
+from launch.weights.transformed_run import token_rows
 from model.adapters.adapter import PREFIX, adapters_of
 from model.adapters.merge import Merge
 from model.transforms import base

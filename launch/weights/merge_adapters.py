@@ -50,5 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(
-        upcycle_flags.main(__doc__, "upcycle merge", "launch.weights.merging:run", add_flags)
+        upcycle_flags.main(
+            __doc__, "upcycle merge", "launch.weights.merged_adapters:run", add_flags
+        )
     )
