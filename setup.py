@@ -148,9 +148,9 @@ setup(
     install_requires=CORE,
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
-        "launch.attribution": ["page/*"],
-        "launch.papers": ["*/page.md"],
-        "launch.papers.code_mix": ["harness_tasks/*.yaml"],
+        "espalier.launch.attribution": ["page/*"],
+        "espalier.launch.papers": ["*/page.md"],
+        "espalier.launch.papers.code_mix": ["harness_tasks/*.yaml"],
     },
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["espalier = launch.cli:console"]},

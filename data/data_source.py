@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from data.cache import cache_dir as cache
-from data.cache import fingerprint
-from data.text import documents, splits
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import fingerprint
+from espalier.data.text import documents, splits
 from espalier.common.storage import mirror, paths
 
 Patterns = str | Sequence[str]

@@ -10,9 +10,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.data_source import GeneratedSource
-from data.text import corpus as corpus_lib
-from data.text.sources import names
+from espalier.data.data_source import GeneratedSource
+from espalier.data.text import corpus as corpus_lib
+from espalier.data.text.sources import names
 from espalier.common import spelling
 from espalier.common.ranges import Positive
 
@@ -284,7 +284,7 @@ def vocabulary_digest() -> dict[str, str]:
 
     Returns {} if their vocabularies differ, or if no task is registered.
     """
-    from data.stream import rows
+    from espalier.data.stream import rows
 
     digests = {rows.vocabulary_digest(vocabulary(name)) for name in _TASKS}
     return {"vocabulary": digests.pop()} if len(digests) == 1 else {}

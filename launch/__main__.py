@@ -1,5 +1,5 @@
 """Runs the script `espalier` as `python -m launch`."""
 
-from launch import cli
+from espalier.launch import cli
 
 raise SystemExit(cli.console())

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common import stages
-from launch import environment, input_errors
-from launch.processes import hosts, peers, supervisor
+from espalier.launch import environment, input_errors
+from espalier.launch.processes import hosts, peers, supervisor
 
 if TYPE_CHECKING:  # gin is imported only once the flags have been read
-    from launch.config.build import Configuration
+    from espalier.launch.config.build import Configuration
 
 USAGE_ERROR = 2
 INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command continues the work
@@ -124,7 +124,7 @@ def main(
             return start_work()
 
     def start_work() -> Any:
-        from launch.config import gin_config
+        from espalier.launch.config import gin_config
 
         with stages.stage("reading the configuration"):
             defaults = list(default_files(flags)) if default_files else []
@@ -208,7 +208,7 @@ def command(
     Without `add_flags`, `work` is a keyword-only function, and its parameters are the flags (launch/config/setting_flags.py);
     `addresses` names those that may be addresses of object stores.
     """
-    from launch.config import setting_flags
+    from espalier.launch.config import setting_flags
 
     def run(argv: Sequence[str] | None = None) -> int:
         if add_flags is not None:
@@ -342,7 +342,7 @@ def summary(module: str) -> str:
 def papers_with(pattern: str) -> list[tuple[str, str]]:
     """Returns (paper, module) of the modules of launch/papers/PAPER with a match in their source, without importing them."""
     folders = sorted(pathlib.Path(environment.ROOT, "launch", "papers").iterdir())
-    packages = [(path.name, f"launch.papers.{path.name}") for path in folders if path.is_dir()]
+    packages = [(path.name, f"espalier.launch.papers.{path.name}") for path in folders if path.is_dir()]
     return [
         (paper, f"{package}.{module}")
         for paper, package in packages

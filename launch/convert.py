@@ -30,9 +30,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from espalier.common.storage import mirror
-from launch import cli
-from launch.config import setting_flags, sizes
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.config import setting_flags, sizes
+from espalier.launch.run import load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.from_peft is not None:
         _import_adapters(flags)
         return
-    from launch.weights import import_weights
+    from espalier.launch.weights import import_weights
 
     convert, origin = import_weights.import_hf, flags.from_hf
     if flags.from_gguf is not None:
@@ -106,7 +106,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _import_adapters(flags: argparse.Namespace) -> None:
-    from launch.weights import adapter_run
+    from espalier.launch.weights import adapter_run
 
     if flags.base is None:
         raise ValueError(
@@ -118,7 +118,7 @@ def _import_adapters(flags: argparse.Namespace) -> None:
 
 
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
-    from launch.weights import export_weights
+    from espalier.launch.weights import export_weights
 
     shard_bytes = sizes.parse(settings.pop("shard_size", "5GB"), "shard_size")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
@@ -128,7 +128,7 @@ def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def _export_adapters(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
-    from launch.weights import adapter_run
+    from espalier.launch.weights import adapter_run
 
     params = settings.pop("params", "auto")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))

@@ -6,7 +6,7 @@
 `python -m launch.evaluate NAME --help` shows the flags of one evaluation, with an example.
 """
 
-from launch import cli
+from espalier.launch import cli
 
 COMMANDS = cli.sub_commands("evaluate")
 

@@ -23,11 +23,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli
-from launch.config import setting_flags
-from launch.run import load_run
-from launch.run.load_run import LoadError
-from trainers.decoding.settings import Beams, Sampling, Settings
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import LoadError
+from espalier.trainers.decoding.settings import Beams, Sampling, Settings
 
 # The policies of model/kv_cache/policies.py, copied because importing them would load JAX for a help text.
 CACHE_POLICIES = """\
@@ -52,7 +52,7 @@ def run(start: cli.Start) -> None:
     """Generates with the settings of the flags; raises LoadError if they exclude each other."""
     flags = start.flags
     options = options_of(flags)
-    from launch.inference import generate
+    from espalier.launch.inference import generate
 
     if flags.prompt is not None:
         stream = flags.stream
@@ -63,7 +63,7 @@ def run(start: cli.Start) -> None:
         files = {"inputs": flags.inputs, "output": flags.output}
         generate.generate_file(start(), **files, chat=flags.chat, **options)
     else:
-        from launch.inference import chat
+        from espalier.launch.inference import chat
 
         chat.converse(start(), chat.typed(), **options)
 
@@ -158,7 +158,7 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
       LoadError, ValueError: flags that exclude each other, or values out of range.
     """
-    from model.kv_cache.policies import policy_from_text
+    from espalier.model.kv_cache.policies import policy_from_text
 
     _check(flags)
     beams = setting_flags.given(flags, Beams)

@@ -9,7 +9,7 @@ A query is {"prompt": "...", "completion": "..."}, a document {"text": "..."} or
 table of documents; `python -m launch.influence NAME --help` shows the flags of one part.
 """
 
-from launch import cli
+from espalier.launch import cli
 
 COMMANDS = cli.sub_commands("influence")
 

@@ -9,7 +9,7 @@ import traceback
 import types
 from typing import cast
 
-from launch import environment
+from espalier.launch import environment
 
 OWN_PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # Errors of disks, which name no file when they happen in the middle of one.

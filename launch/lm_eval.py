@@ -13,7 +13,7 @@ unknown argument is an error that lists them.
 
 import sys
 
-from launch import cli
+from espalier.launch import cli
 
 MODEL = "espalier"
 
@@ -24,20 +24,20 @@ def register() -> None:
         import lm_eval.models  # noqa: F401  # registers the harness's own models
         from lm_eval.api.registry import model_registry
     except ImportError as error:
-        from launch.run.load_run import LoadError
+        from espalier.launch.run.load_run import LoadError
 
         raise LoadError(
             f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval>=0.4.13'."
         ) from None
     if MODEL not in model_registry:
-        model_registry.register(MODEL, target="launch.evaluation.lm_eval.model:EspalierLM")
+        model_registry.register(MODEL, target="espalier.launch.evaluation.lm_eval.model:EspalierLM")
 
 
 def main() -> int:
     """Runs the harness's command line with this process's arguments."""
 
     def call() -> None:
-        with cli.prepared(cli.program_name("launch.lm_eval")):
+        with cli.prepared(cli.program_name("espalier.launch.lm_eval")):
             register()
             from lm_eval.__main__ import cli_evaluate
 

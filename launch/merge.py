@@ -16,9 +16,9 @@ of object stores (docs/remote_storage.md); a merge to an address begins again.
 import sys
 from typing import Annotated
 
-from launch import cli
-from launch.config import sizes
-from launch.config.setting_flags import File, Folder
+from espalier.launch import cli
+from espalier.launch.config import sizes
+from espalier.launch.config.setting_flags import File, Folder
 
 Size = Annotated[str, "SIZE"]
 
@@ -42,7 +42,7 @@ def merge(
       block_bytes: data of a model in memory at a time; results do not depend on it.
       dry_run: prints what each tensor is made of, and writes nothing.
     """
-    from launch.merging import run
+    from espalier.launch.merging import run
 
     lines = run.merge_all(
         *(config, out),
@@ -63,5 +63,5 @@ main = cli.command(
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        raise SystemExit(cli.subcommand(__doc__, {"search": "launch.merging.search"}))
+        raise SystemExit(cli.subcommand(__doc__, {"search": "espalier.launch.merging.search"}))
     raise SystemExit(main())

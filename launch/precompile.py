@@ -9,9 +9,9 @@
 --help` those of the full-size configurations of all papers.
 """
 
-from launch import cli
+from espalier.launch import cli
 
-COMMANDS = {"tables": "launch.aot.tables"}
+COMMANDS = {"tables": "espalier.launch.aot.tables"}
 
 if __name__ == "__main__":
-    raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="launch.aot.command"))
+    raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="espalier.launch.aot.command"))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from launch import cli
+from espalier.launch import cli
 
 ARMS = ("text", "balanced", "code_then_text")
 PROMPTS = ("The ", "def ")
@@ -28,8 +28,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
     """Trains the arms that are not done yet, and compares all arms."""
-    from launch.config import gin_config
-    from launch.report import report
+    from espalier.launch.config import gin_config
+    from espalier.launch.report import report
 
     started = time.monotonic()
     runs = {}
@@ -39,7 +39,7 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
         config = gin_config.load(
             [f"t5x_configs/experiments/code_mix/quickstart_{arm}.gin", *flags.gin_file],
             [f"MODEL_DIR={directory!r}"],
-            entry="launch.train:train",
+            entry="espalier.launch.train:train",
         )
         result = config.entry(started=time.monotonic())
         if result["interrupted"]:
@@ -61,10 +61,10 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
 
 def _samples(directory: str) -> list[tuple[str, str]]:
     """Returns a sampled continuation of each prompt by the newest checkpoint of a run."""
-    from launch.inference import generate
-    from launch.run import load_run
-    from trainers.decoding.sampling import Sampling
-    from trainers.decoding.settings import Settings
+    from espalier.launch.inference import generate
+    from espalier.launch.run import load_run
+    from espalier.trainers.decoding.sampling import Sampling
+    from espalier.trainers.decoding.settings import Settings
 
     rows = generate.generate(
         load_run.config_of(directory),

@@ -26,9 +26,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import cli
-from launch.run import metric_rows
-from trainers.telemetry.metric_writers import jsonable
+from espalier.launch import cli
+from espalier.launch.run import metric_rows
+from espalier.trainers.telemetry.metric_writers import jsonable
 
 _REPRODUCTIONS, _SCORECARD = "docs/reproductions", "docs/scorecard.md"
 
@@ -66,7 +66,7 @@ def _with_flags() -> list[Any]:
 
 def _run(flags: argparse.Namespace) -> None:
     if flags.all:
-        from launch.papers.shared import scorecard
+        from espalier.launch.papers.shared import scorecard
 
         out = pathlib.Path(flags.out or _SCORECARD)
         print(scorecard.write(pathlib.Path(flags.all), out, pathlib.Path("README.md")))
@@ -74,7 +74,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.time:
         if flags.out is not None:
             raise ValueError("--out has no effect with --time, which prints its tables: remove it.")
-        from launch.reporting import time_table
+        from espalier.launch.reporting import time_table
 
         for directory in flags.time:
             print(time_table.text(directory))
@@ -108,7 +108,7 @@ def report(directories: Mapping[str, str], out: str | os.PathLike) -> dict[str, 
       FileNotFoundError: a directory holds no metrics.
       ValueError: a file of metrics is damaged, or no run has been evaluated.
     """
-    from launch.reporting import page, runs
+    from espalier.launch.reporting import page, runs
 
     read = runs.from_directories(directories)
     results = {name: {"step": run.step, "domains": run.domains} for name, run in read.items()}
@@ -125,7 +125,7 @@ def sweep_report(folders: Sequence[str], out: str | os.PathLike) -> None:
       FileNotFoundError: a folder holds no sweep.
       ValueError: no run is finished, or a file of metrics is damaged.
     """
-    from launch.reporting import page, runs
+    from espalier.launch.reporting import page, runs
 
     read = runs.from_sweeps(folders)
     results = [

@@ -23,12 +23,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli, papers
+from espalier.launch import cli, papers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    program = cli.program_name("launch.reproduce")
+    program = cli.program_name("espalier.launch.reproduce")
     summary, _, example = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         prog=program,
@@ -96,7 +96,7 @@ def _add_flags(parser: argparse.ArgumentParser, experiment: Any) -> None:
 
 def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs the unfinished parts of a reproduction and writes its report; returns 1 if a claim that must hold does not."""
-    from launch.papers.shared import claim, sweeps
+    from espalier.launch.papers.shared import claim, sweeps
 
     settings = vars(flags).copy()
     slug, out = settings.pop("paper"), pathlib.Path(settings.pop("out"))
@@ -131,7 +131,7 @@ def _reproduce(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _facts(claims: Sequence[Any], model_dir: pathlib.Path, words: str) -> dict[str, Any]:
     """Returns what the numbers of a page depend on; the criteria are fixed by it before the first run."""
-    from launch.papers.shared import claim
+    from espalier.launch.papers.shared import claim
 
     return {
         "command": f"python -m launch.reproduce {words}",
@@ -142,7 +142,7 @@ def _facts(claims: Sequence[Any], model_dir: pathlib.Path, words: str) -> dict[s
 
 def _recorded(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     """Returns the measurements and the facts of a written page."""
-    from launch.papers.shared import page
+    from espalier.launch.papers.shared import page
 
     path = folder / page.RECORD
     if not path.exists():

@@ -15,13 +15,13 @@ each, with its "adapter". Finished rows are in y.jsonl.partial until all are fin
 device gets each row at once.
 """
 
-from launch import cli
-from launch.config import setting_flags
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.run import load_run
 
 
 def _run(start: cli.Start) -> None:
-    from launch.inference import score
+    from espalier.launch.inference import score
 
     score.score(start(), **setting_flags.given(start.flags, score.score))
 

@@ -23,10 +23,10 @@ import pathlib
 import sys
 
 from espalier.common import stages
-from launch import cli
-from launch.config import setting_flags
-from launch.run import load_run
-from launch.serving.requests import Limits
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.run import load_run
+from espalier.launch.serving.requests import Limits
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -73,9 +73,9 @@ def _run(start: cli.Start) -> None:
         ) from None
     import jax
 
-    from launch.serving import connections
-    from launch.serving.app import make_app
-    from launch.serving.engine import Engine
+    from espalier.launch.serving import connections
+    from espalier.launch.serving.app import make_app
+    from espalier.launch.serving.engine import Engine
 
     flags = start.flags
     if jax.process_count() > 1:

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common import stages
-from launch import cli, environment
-from launch.cluster.base import Job, State, Status, SubmitError, Submitter
+from espalier.launch import cli, environment
+from espalier.launch.cluster.base import Job, State, Status, SubmitError, Submitter
 
 if TYPE_CHECKING:
-    from launch.cluster.launch_config import Launch
+    from espalier.launch.cluster.launch_config import Launch
 
-ENTRY = "launch.train:train"
+ENTRY = "espalier.launch.train:train"
 _FOLLOW_SECONDS = 0.5
 
 _NAMES = re.compile(r"(^|_)(DIR|DIRECTORY|PATH|FILES?|TOKENIZER)$")  # of macros with paths
@@ -75,7 +75,7 @@ def _paths(name: str, value: Any) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    program = cli.program_name("launch.submit")
+    program = cli.program_name("espalier.launch.submit")
     usage = f"{program} --config=FILE.py [--config.NAME=VALUE ...] [flags] [flags of train, or -- COMMAND]"
     parser = cli.make_parser(__doc__ or "", program, usage=usage)
     _add_flags(parser)
@@ -140,7 +140,7 @@ def submit(
       gin_words: flags of `train`; unused if there is a command.
       command: words of another command, without 'launch.'.
     """
-    from launch.cluster import launch_config
+    from espalier.launch.cluster import launch_config
 
     settings = launch_config.read(flags.config, overrides)
     with stages.stage("checking the configuration"):
@@ -189,8 +189,8 @@ def _train_job(settings: "Launch", words: list[str]) -> Job:
     """
     import jax
 
-    from launch.aot import precompile
-    from launch.config import gin_config
+    from espalier.launch.aot import precompile
+    from espalier.launch.config import gin_config
 
     flags, bindings = cli.read_gin_flags(words, "the flags of train")
     if flags.coordinator_address:
@@ -244,7 +244,7 @@ def _job(settings: "Launch", words: list[str], name: str, folder: str | None) ->
 
 def _follow(submitter: Submitter, job: Job) -> int:
     """Runs a job on this machine, copies its log to the terminal, and returns its exit status."""
-    from launch.sweeping.driver import stop_signals
+    from espalier.launch.sweeping.driver import stop_signals
 
     os.makedirs(os.path.dirname(job.log), exist_ok=True)
     place = os.path.getsize(job.log) if os.path.exists(job.log) else 0

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common import stages
-from launch import cli
+from espalier.launch import cli
 
 if TYPE_CHECKING:
-    from launch.cluster.base import Submitter
-    from launch.sweeping.folder import Planned, SweepFolder
+    from espalier.launch.cluster.base import Submitter
+    from espalier.launch.sweeping.folder import Planned, SweepFolder
 
 # Seconds to wait for the runs of a killed sweep to save.
 _SAVING_SECONDS = 60.0
@@ -34,7 +34,7 @@ _LISTED = 10
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the rows of finished runs; see launch/sweeping/results.py."""
-    from launch.sweeping import results
+    from espalier.launch.sweeping import results
 
     return results.read_results(path)
 
@@ -71,9 +71,9 @@ def run_sweep(
     Raises:
       ValueError: settings out of range, or a sweep that cannot be run.
     """
-    from launch.cluster.local import LocalSubmitter
-    from launch.sweeping import check, driver, file, screen
-    from launch.sweeping.folder import SweepFolder
+    from espalier.launch.cluster.local import LocalSubmitter
+    from espalier.launch.sweeping import check, driver, file, screen
+    from espalier.launch.sweeping.folder import SweepFolder
 
     folder = SweepFolder(out.absolute())
     if status:
@@ -136,8 +136,8 @@ def run_sweep(
 
 def _cluster(file: str, overrides: Sequence[str], memory_gb: float | None) -> "Submitter":
     """Returns the back end of a launch configuration; raises SubmitError for one that cannot run a sweep."""
-    from launch.cluster import launch_config
-    from launch.cluster.base import SubmitError
+    from espalier.launch.cluster import launch_config
+    from espalier.launch.cluster.base import SubmitError
 
     settings = launch_config.read(file, overrides)
     if memory_gb is not None:
@@ -161,7 +161,7 @@ def _print_status(folder: "SweepFolder", only: Sequence[str] | None) -> None:
     """Prints the states of the runs in the folder, without disturbing a running sweep."""
     from rich.console import Console
 
-    from launch.sweeping import driver, screen
+    from espalier.launch.sweeping import driver, screen
 
     runs = driver.progress(folder, _wanted(folder.read_plan(), only))
     Console().print(screen.table(folder.path.name, runs))
@@ -171,7 +171,7 @@ def _print_status(folder: "SweepFolder", only: Sequence[str] | None) -> None:
 
 def _command(folder: "SweepFolder", run: str) -> tuple[str, ...]:
     """Returns the words of the command that executes a run."""
-    program = (sys.executable, "-m", "launch.sweeping.run")
+    program = (sys.executable, "-m", "espalier.launch.sweeping.run")
     return (*program, f"--out={folder.path}", f"--run={run}")
 
 
@@ -214,7 +214,7 @@ def _make_room(
     folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Planned]", rerun: bool
 ) -> None:
     """Raises an error for runs that began with another configuration or, with `rerun`, moves them to `replaced/`."""
-    from launch.sweeping import check
+    from espalier.launch.sweeping import check
 
     changed = {planned.name: folder.changed(planned) for planned in wanted}
     begun = [planned for planned in wanted if changed[planned.name]]
@@ -238,9 +238,9 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
     """Prints the planned runs, and a command for each kind of arm."""
     from rich.console import Console
 
-    from launch.sweeping import check, driver, screen
-    from launch.sweeping import run as sweep_run
-    from launch.sweeping.parts import command_line
+    from espalier.launch.sweeping import check, driver, screen
+    from espalier.launch.sweeping import run as sweep_run
+    from espalier.launch.sweeping.parts import command_line
 
     chosen = {planned.name for planned in wanted}
     runs = [run for run in driver.progress(folder, plan) if run.planned.name in chosen]

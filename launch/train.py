@@ -12,9 +12,9 @@ is 0 when the run is done and 2 for an error in the configuration or the data.
 """
 
 if __name__ == "__main__":
-    from launch import cli
+    from espalier.launch import cli
 
-    raise SystemExit(cli.main(__doc__, entry="launch.train:train"))
+    raise SystemExit(cli.main(__doc__, entry="espalier.launch.train:train"))
 
 import contextlib
 import functools
@@ -27,25 +27,25 @@ import numpy as np
 import psutil
 
 from espalier.common.ranges import Positive, Size, Tokens
-from launch.config import build
-from launch.processes import hosts, peers
-from launch.run import model_record, phase, run_dir, run_messages, run_vocabulary
-from launch.run.parameter_table import parameter_table
-from launch.run.run_data import RunData, check_trained_vocabulary, open_data
-from trainers import partitioning, signals
-from trainers.batches import Feed, Prefetcher, TrainStream
-from trainers.checkpoints import agreement
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
-from trainers.checkpoints.restore import Restored
-from trainers.evaluate import EvalStream, Evaluation
-from trainers.hooks import FeedFactory, HookFactory, RunContext
-from trainers.loop import Loop, Outputs, Schedule
-from trainers.optim.schedules import Span, as_schedule
-from trainers.recipe import Program, Recipe
-from trainers.telemetry import flops, metric_writers, profiler
-from trainers.telemetry.goodput import Goodput, process_start
-from trainers.telemetry.lifetime import FILE, Lifetime, Unrecorded
+from espalier.launch.config import build
+from espalier.launch.processes import hosts, peers
+from espalier.launch.run import model_record, phase, run_dir, run_messages, run_vocabulary
+from espalier.launch.run.parameter_table import parameter_table
+from espalier.launch.run.run_data import RunData, check_trained_vocabulary, open_data
+from espalier.trainers import partitioning, signals
+from espalier.trainers.batches import Feed, Prefetcher, TrainStream
+from espalier.trainers.checkpoints import agreement
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
+from espalier.trainers.checkpoints.restore import Restored
+from espalier.trainers.evaluate import EvalStream, Evaluation
+from espalier.trainers.hooks import FeedFactory, HookFactory, RunContext
+from espalier.trainers.loop import Loop, Outputs, Schedule
+from espalier.trainers.optim.schedules import Span, as_schedule
+from espalier.trainers.recipe import Program, Recipe
+from espalier.trainers.telemetry import flops, metric_writers, profiler
+from espalier.trainers.telemetry.goodput import Goodput, process_start
+from espalier.trainers.telemetry.lifetime import FILE, Lifetime, Unrecorded
 
 
 def train(

@@ -9,9 +9,9 @@
 those of `extend`, `factorise` and `merge`.
 """
 
-from launch import cli
+from espalier.launch import cli
 
 COMMANDS = cli.sub_commands("upcycle")
 
 if __name__ == "__main__":
-    raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="launch.weights.upcycle"))
+    raise SystemExit(cli.subcommand(__doc__, COMMANDS, default="espalier.launch.weights.upcycle"))

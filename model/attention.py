@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Decay, Positive, recordable
-from model import axes
-from model.config import LayerKind, TransformerConfig
-from model.flops import Counted, mean_keys, weights
-from model.kernels.attention_ops import Implementation, dot_product_attention
-from model.kernels.dropout import dropped
-from model.kv_cache import slots
-from model.kv_cache.base import AttentionForm, CachePolicy
-from model.linear import Dense
-from model.protocol import AttentionSettings
-from model.rope import Rope
+from espalier.model import axes
+from espalier.model.config import LayerKind, TransformerConfig
+from espalier.model.flops import Counted, mean_keys, weights
+from espalier.model.kernels.attention_ops import Implementation, dot_product_attention
+from espalier.model.kernels.dropout import dropped
+from espalier.model.kv_cache import slots
+from espalier.model.kv_cache.base import AttentionForm, CachePolicy
+from espalier.model.linear import Dense
+from espalier.model.protocol import AttentionSettings
+from espalier.model.rope import Rope
 
 
 class PositionBias(Protocol):

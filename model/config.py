@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Layers, Size, recordable
-from model import axes
+from espalier.model import axes
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import CalledWith, Size, recordable
-from model import axes
-from model.kernels import narrow, taps
+from espalier.model import axes
+from espalier.model.kernels import narrow, taps
 
 # The factory of a table of tokens.
 Table = Annotated[

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 from jax.extend.core import jaxprs_in_params
 
-from model import axes
+from espalier.model import axes
 
 # u and v are the factors of one kernel. Adapters have two factors, and vectors that a token mixes.
 _MATRICES = ("kernel", "u", "v", "lora_a", "lora_b", "input_scales", "output_scales")

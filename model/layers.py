@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model import axes
-from model.config import TransformerConfig
+from espalier.model import axes
+from espalier.model.config import TransformerConfig
 
 
 class Layers(nn.Module):

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import CalledWith, Size, recordable
-from model.axes import parameter, unboxed
-from model.flops import Counted
-from model.kernels import matmul, taps
+from espalier.model.axes import parameter, unboxed
+from espalier.model.flops import Counted
+from espalier.model.kernels import matmul, taps
 
 # The factory of a projection that has no bias, and whose caller initialises it.
 Pointwise = Annotated[

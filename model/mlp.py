@@ -7,13 +7,13 @@ import flax.linen as nn
 import jax
 
 from espalier.common.ranges import Decay, recordable
-from model import axes
-from model.config import LayerKind, TransformerConfig
-from model.flops import Counted
-from model.kernels.dropout import dropped
-from model.kernels.platform import reference_forms, target_platform
-from model.linear import Dense
-from model.protocol import MlpSettings
+from espalier.model import axes
+from espalier.model.config import LayerKind, TransformerConfig
+from espalier.model.flops import Counted
+from espalier.model.kernels.dropout import dropped
+from espalier.model.kernels.platform import reference_forms, target_platform
+from espalier.model.linear import Dense
+from espalier.model.protocol import MlpSettings
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Finite, NonNegative, Size, recordable
-from model import axes
+from espalier.model import axes
 
 
 @recordable

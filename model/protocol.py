@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 
-from model.config import LayerKind
-from model.kv_cache.base import CacheSizes
-from model.rows import RowKind
+from espalier.model.config import LayerKind
+from espalier.model.kv_cache.base import CacheSizes
+from espalier.model.rows import RowKind
 
 Output = Literal["logits", "rewards", "classes"]
 Arrays = Mapping[str, jax.ShapeDtypeStruct]

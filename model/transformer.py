@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Decay, Positive, recordable
-from model import axes, flops, layers
-from model.attention import Attention, CrossAttention, Encoded, PositionBias
-from model.config import LayerKind, TransformerConfig
-from model.embed import Embed, Table
-from model.flops import Counted
-from model.kernels import narrow
-from model.kernels.dropout import dropped
-from model.kv_cache.base import CachePolicy, CacheSizes
-from model.mlp import GatedMlp
-from model.norm import RMSNorm
-from model.protocol import Arrays, LayerSettings, OfLayers, Output
-from model.rows import TOKENS, RowKind
+from espalier.model import axes, flops, layers
+from espalier.model.attention import Attention, CrossAttention, Encoded, PositionBias
+from espalier.model.config import LayerKind, TransformerConfig
+from espalier.model.embed import Embed, Table
+from espalier.model.flops import Counted
+from espalier.model.kernels import narrow
+from espalier.model.kernels.dropout import dropped
+from espalier.model.kv_cache.base import CachePolicy, CacheSizes
+from espalier.model.mlp import GatedMlp
+from espalier.model.norm import RMSNorm
+from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
+from espalier.model.rows import TOKENS, RowKind
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)

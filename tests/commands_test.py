@@ -9,14 +9,14 @@ import shlex
 
 import pytest
 
-from data.tokenizers import vocabularies
-from launch import cli
-from launch.cluster import launch_config
-from launch.config import gin_config, gin_writer
-from launch.run import run_vocabulary
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers.optim.schedules import Span
+from espalier.data.tokenizers import vocabularies
+from espalier.launch import cli
+from espalier.launch.cluster import launch_config
+from espalier.launch.config import gin_config, gin_writer
+from espalier.launch.run import run_vocabulary
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers.optim.schedules import Span
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -62,7 +62,7 @@ def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("trained") / "config.gin"
     files = [f"t5x_configs/{name}.gin" for name in ("models/tiny", "data/files", "runs/pretrain")]
     bindings = ["MODEL_DIR='/x'", "FILES='/x'", "MIXTURE_OR_TASK_NAME='files'"]
-    path.write_text(gin_config.load(files, bindings, entry="launch.train:train").text)
+    path.write_text(gin_config.load(files, bindings, entry="espalier.launch.train:train").text)
     return str(path)
 
 
@@ -71,7 +71,7 @@ def test_a_command_that_is_shown_resolves_to_a_recipe(files, bindings, launch, i
     run = imported if len(files) > 1 else trained
     files = [run if file.endswith("/config.gin") else file for file in files]
     unused = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
-    config = gin_config.load(files, bindings, entry="launch.train:train", unused=unused)
+    config = gin_config.load(files, bindings, entry="espalier.launch.train:train", unused=unused)
     recipe = config.arguments()["recipe"].with_span(Span(total_steps=100_000, stopped_at=1e-4))
     assert float(recipe.learning_rate(1)) > 0
     if launch:
@@ -121,6 +121,6 @@ def test_a_command_of_influence_that_is_shown_has_these_flags(part, words, monke
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     monkeypatch.setattr(cli, "main", lambda *_, extra_flags, **__: extra_flags(parser))
     monkeypatch.setattr(cli, "run_command", lambda *_, add_flags, **__: add_flags(parser))
-    importlib.import_module(f"launch.attribution.{part}").main([])
+    importlib.import_module(f"espalier.launch.attribution.{part}").main([])
     flags, rest = parser.parse_known_args(words)
     assert rest == [] and vars(flags)

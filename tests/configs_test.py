@@ -6,12 +6,12 @@ import re
 import jax
 import pytest
 
-from launch.config import gin_check, gin_config
-from model import axes
-from trainers import initialise, partitioning
-from trainers.inputs import PackedTokens
-from trainers.optim.param_axes import ParamAxes
-from trainers.trainable import path_name
+from espalier.launch.config import gin_check, gin_config
+from espalier.model import axes
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.inputs import PackedTokens
+from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "t5x_configs"
@@ -139,7 +139,7 @@ def load(*files, data=("TASKS=()",), bindings=()):
     """A pre-training run of these files."""
     given = ("MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", *data, *bindings)
     paths = [f"t5x_configs/{name}.gin" for name in files]
-    return gin_config.load(paths, given, entry="launch.train:train")
+    return gin_config.load(paths, given, entry="espalier.launch.train:train")
 
 
 def load_recipe(name, methods=()):
@@ -148,7 +148,7 @@ def load_recipe(name, methods=()):
         config = gin_config.load(
             [f"t5x_configs/{file}.gin" for file in files],
             ["MODEL_DIR='/tmp/x'"],
-            entry="launch.train:train",
+            entry="espalier.launch.train:train",
         )
     else:
         lengths = ["TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]
@@ -239,7 +239,7 @@ def test_parameters_of_the_mixtures_papers(name, bindings, total, active):
 def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
     def bindings(name):
         file = f"t5x_configs/experiments/code_mix/quickstart_{name}.gin"
-        text = gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="launch.train:train").text
+        text = gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="espalier.launch.train:train").text
         return {line for line in text.splitlines() if "phases" not in line and "'" not in line}
 
     assert bindings(arm) == bindings("text")
@@ -361,7 +361,7 @@ def test_a_file_of_images_makes_a_run_with_nothing_left_to_set_or_unused(name):
     config = gin_config.load(
         [f"t5x_configs/{file}.gin" for file in files],
         ["MODEL_DIR='/tmp/x'"],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     assert [str(warning) for warning in config.warnings] == []
     arguments = config.arguments()
@@ -442,7 +442,7 @@ ARMS = {
 def test_an_experiment_makes_a_program(file):
     files, bindings = ARMS.get(file, ([], []))
     bindings = ["MODEL_DIR='/tmp/x'", *bindings]
-    config = gin_config.load([file, *files], bindings, entry="launch.train:train")
+    config = gin_config.load([file, *files], bindings, entry="espalier.launch.train:train")
     arguments = config.arguments()
     program = arguments["recipe"].program()
     assert program.num_params() > 0
@@ -469,7 +469,7 @@ def test_conversations_make_a_run_with_nothing_left_to_set_or_unused(data, bindi
             "TOKENIZER='t'",
             *bindings,
         ],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     assert [str(warning) for warning in config.warnings] == []
     arguments = config.arguments()
@@ -492,7 +492,7 @@ def test_a_method_makes_an_online_run_with_nothing_left_to_set_or_unused(name, j
         files.append("methods/preference/reward_checkpoint")
         bindings.append("REWARD_CHECKPOINT='/tmp/rm'")
     paths = [f"t5x_configs/{file}.gin" for file in files]
-    config = gin_config.load(paths, bindings, entry="launch.train:train")
+    config = gin_config.load(paths, bindings, entry="espalier.launch.train:train")
     assert [str(warning) for warning in config.warnings] == []
     recipe = config.arguments()["recipe"]
     assert recipe.batch_size == 32 * recipe.inputs_spec.rows_per_prompt
@@ -516,7 +516,7 @@ def load_preferences(methods=(), bindings=()):
         f"t5x_configs/{name}.gin"
         for name in (*names, *(f"methods/preference/{m}" for m in methods))
     ]
-    return gin_config.load(files, [*given, *bindings], entry="launch.train:train")
+    return gin_config.load(files, [*given, *bindings], entry="espalier.launch.train:train")
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_distillation_needs_a_teacher_alone(name):
     files = ["models/tiny", "data/bytes", "runs/pretrain", f"methods/distillation/{name}"]
     given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='text'", "TEACHER='/tmp/teacher'"]
     config = gin_config.load(
-        [f"t5x_configs/{file}.gin" for file in files], given, entry="launch.train:train"
+        [f"t5x_configs/{file}.gin" for file in files], given, entry="espalier.launch.train:train"
     )
     assert [str(warning) for warning in config.warnings] == []
     batch = config.arguments()["recipe"].inputs_spec.arrays(8)

@@ -115,8 +115,8 @@ def seqio_registries_as_found():
     """SeqIO's registries are global: what a module's tests register ends with the module."""
     before = _registered()
     yield
-    if "data.tasks" in sys.modules:
-        sys.modules["data.tasks"].clear()
+    if "espalier.data.tasks" in sys.modules:
+        sys.modules["espalier.data.tasks"].clear()
     for kind, names in _registered().items():
         for name in names - before.get(kind, set()):
             getattr(sys.modules["seqio"], kind).remove(name)

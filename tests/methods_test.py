@@ -18,16 +18,16 @@ import jax
 import numpy as np
 import pytest
 
-from launch.config import config_diff, gin_config
-from launch.config.build import Configuration
-from launch.run import model_record
-from trainers import initialise as initialise_lib
-from trainers import partitioning
-from trainers.checkpoints import step_dir
-from trainers.hooks import RunContext
-from trainers.objectives.frozen_model import FrozenModel
-from trainers.optim import schedules
-from trainers.recipe import Recipe
+from espalier.launch.config import config_diff, gin_config
+from espalier.launch.config.build import Configuration
+from espalier.launch.run import model_record
+from espalier.trainers import initialise as initialise_lib
+from espalier.trainers import partitioning
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.hooks import RunContext
+from espalier.trainers.objectives.frozen_model import FrozenModel
+from espalier.trainers.optim import schedules
+from espalier.trainers.recipe import Recipe
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "methods_together.md"
@@ -163,7 +163,7 @@ def load(run: str, methods: Sequence[str]) -> Configuration:
     files, bindings = arguments(run, methods)
     if run != "classify":
         bindings += SHALLOW
-    return gin_config.load(files, bindings, entry="launch.train:train")
+    return gin_config.load(files, bindings, entry="espalier.launch.train:train")
 
 
 def common_run(*methods: str) -> str | None:
@@ -354,7 +354,7 @@ def test_two_methods_of_each_two_kinds_take_a_step(both, monkeypatch, tmp_path):
     )
     if run != "classify":
         bindings += SHALLOW
-    config = gin_config.load(files, bindings, entry="launch.train:train")
+    config = gin_config.load(files, bindings, entry="espalier.launch.train:train")
     given = config.arguments()
     recipe = given["recipe"].with_span(schedules.Span(10))
     program = recipe.program(devices=jax.devices()[:1])

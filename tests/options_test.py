@@ -18,18 +18,18 @@ from typing import Any
 
 import flax.linen as nn
 
-from launch.config import gin_check, registered
+from espalier.launch.config import gin_check, registered
 from tests.options_effect import parameters, without_effect
 from tests.options_programs_test import PROGRAMS, name_of
-from trainers.optim import optimizers, schedules
+from espalier.trainers.optim import optimizers, schedules
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # Parameters that nothing reads, with the reason why they stay.
 UNREAD = {
-    "trainers.objectives.classification.classification.num_sources": "Recipe passes it to all objectives",
-    "trainers.online.policy_gradient.actor_critic.num_sources": "Recipe passes it to all objectives",
-    "trainers.online.policy_gradient.policy_gradient.num_sources": "Recipe passes it to all objectives",
+    "espalier.trainers.objectives.classification.classification.num_sources": "Recipe passes it to all objectives",
+    "espalier.trainers.online.policy_gradient.actor_critic.num_sources": "Recipe passes it to all objectives",
+    "espalier.trainers.online.policy_gradient.policy_gradient.num_sources": "Recipe passes it to all objectives",
 }
 # Registered for recorded models, without a program of their own.
 WRAPPERS = {"adapter.named", "lowrank.factorised", "moa.experts_of", "moe.experts_of"}

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from launch.run.metric_rows import read_rows
+from espalier.launch.run.metric_rows import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import Positive, Size
-from trainers.batches import Stream
-from trainers.extensions import StepExtension, Update
+from espalier.trainers.batches import Stream
+from espalier.trainers.extensions import StepExtension, Update
 
 Action = Literal["stop", "skip", "rollback"]
 ACTIONS = get_args(Action)

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from espalier.common.bars import Bar
-from trainers.batches import Stream, global_batch
-from trainers.hooks import Hook, HookInterruptedError
-from trainers.objectives.base import Batch
-from trainers.step import Metrics
-from trainers.train_state import TrainState
+from espalier.trainers.batches import Stream, global_batch
+from espalier.trainers.hooks import Hook, HookInterruptedError
+from espalier.trainers.objectives.base import Batch
+from espalier.trainers.step import Metrics
+from espalier.trainers.train_state import TrainState
 
 
 class EvalStream(Stream, Protocol):

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from trainers import trainable
-from trainers.train_state import TrainState
+from espalier.trainers import trainable
+from espalier.trainers.train_state import TrainState
 
 AVERAGE = (
     "ema_params"  # the part that is a field of its own: the parameters to evaluate and to release

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from trainers.batches import Feed, TrainStream
-from trainers.recipe import Program
-from trainers.train_state import TrainState
+from espalier.trainers.batches import Feed, TrainStream
+from espalier.trainers.recipe import Program
+from espalier.trainers.train_state import TrainState
 
 
 class HookInterruptedError(Exception):

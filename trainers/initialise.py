@@ -11,15 +11,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.common import stages
-from model import axes
-from model.axes import Rules
-from model.protocol import Same
-from trainers import trainable
-from trainers.extensions import StepExtension, fields_of
-from trainers.inputs import Inputs, PackedTokens
-from trainers.optim import rounding
-from trainers.partitioning import mesh_spec, shards_of
-from trainers.train_state import TrainState
+from espalier.model import axes
+from espalier.model.axes import Rules
+from espalier.model.protocol import Same
+from espalier.trainers import trainable
+from espalier.trainers.extensions import StepExtension, fields_of
+from espalier.trainers.inputs import Inputs, PackedTokens
+from espalier.trainers.optim import rounding
+from espalier.trainers.partitioning import mesh_spec, shards_of
+from espalier.trainers.train_state import TrainState
 
 # Collections of a single call: sown values and perturbations. The state stores all other collections.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import Size
-from model.protocol import Model
+from espalier.model.protocol import Model
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
 # (prompt including the start token, completion including its end token)

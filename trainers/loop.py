@@ -16,22 +16,22 @@ import jax
 import numpy as np
 
 from espalier.common import stages
-from trainers.anomaly import Anomaly, AnomalyRecords
-from trainers.batches import Feed, Stream
-from trainers.checkpoints.checkpoint import Checkpointer, Occasion
-from trainers.checkpoints.restore import Restored
-from trainers.hooks import Hook, HookInterruptedError
-from trainers.signals import StopRequest
-from trainers.step import TrainStep
-from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.lifetime import Unrecorded
-from trainers.telemetry.metric_writers import MetricWriter
-from trainers.telemetry.metrics import LateFetch
-from trainers.telemetry.profiler import ProfilerWindow
-from trainers.telemetry.progress import Progress
-from trainers.telemetry.watchdog import watching
-from trainers.telemetry.window import Window
-from trainers.train_state import TrainState
+from espalier.trainers.anomaly import Anomaly, AnomalyRecords
+from espalier.trainers.batches import Feed, Stream
+from espalier.trainers.checkpoints.checkpoint import Checkpointer, Occasion
+from espalier.trainers.checkpoints.restore import Restored
+from espalier.trainers.hooks import Hook, HookInterruptedError
+from espalier.trainers.signals import StopRequest
+from espalier.trainers.step import TrainStep
+from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.lifetime import Unrecorded
+from espalier.trainers.telemetry.metric_writers import MetricWriter
+from espalier.trainers.telemetry.metrics import LateFetch
+from espalier.trainers.telemetry.profiler import ProfilerWindow
+from espalier.trainers.telemetry.progress import Progress
+from espalier.trainers.telemetry.watchdog import watching
+from espalier.trainers.telemetry.window import Window
+from espalier.trainers.train_state import TrainState
 
 _log = logging.getLogger(__name__)
 

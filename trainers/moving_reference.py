@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Fraction, Size
-from trainers.extensions import StepExtension, Update
+from espalier.trainers.extensions import StepExtension, Update
 
 MOVES = "reference_moves"  # key in TrainState.variables
 

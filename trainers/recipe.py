@@ -16,24 +16,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
-from model.axes import Rules
-from model.protocol import LanguageModel, Model
-from trainers import initialise, partitioning, trainable
-from trainers.anomaly import Anomaly
-from trainers.extensions import StepExtension
-from trainers.inputs import Inputs, rows_of
-from trainers.objectives import bound_extras
-from trainers.objectives.base import Batch, LossFn, Metrics, Objective
-from trainers.objectives.lm import language_modelling
-from trainers.optim import averages, schedules
-from trainers.optim import rounding as rounding_lib
-from trainers.optim.gradient_terms import GradientTerm, make_optimizer
-from trainers.optim.schedules import Schedule
-from trainers.programs import host_memory
-from trainers.programs import program as programs
-from trainers.reports import Report
-from trainers.step import make_eval_step, make_train_step
-from trainers.train_state import TrainState
+from espalier.model.axes import Rules
+from espalier.model.protocol import LanguageModel, Model
+from espalier.trainers import initialise, partitioning, trainable
+from espalier.trainers.anomaly import Anomaly
+from espalier.trainers.extensions import StepExtension
+from espalier.trainers.inputs import Inputs, rows_of
+from espalier.trainers.objectives import bound_extras
+from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
+from espalier.trainers.objectives.lm import language_modelling
+from espalier.trainers.optim import averages, schedules
+from espalier.trainers.optim import rounding as rounding_lib
+from espalier.trainers.optim.gradient_terms import GradientTerm, make_optimizer
+from espalier.trainers.optim.schedules import Schedule
+from espalier.trainers.programs import host_memory
+from espalier.trainers.programs import program as programs
+from espalier.trainers.reports import Report
+from espalier.trainers.step import make_eval_step, make_train_step
+from espalier.trainers.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

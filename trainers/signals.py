@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from trainers.checkpoints import agreement
+from espalier.trainers.checkpoints import agreement
 
 _log = logging.getLogger(__name__)
 

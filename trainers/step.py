@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainers import extensions as parts_of_state
-from trainers import trainable
-from trainers.extensions import StepExtension, Update
-from trainers.objectives.base import Batch, LossFn, Metrics, Objective
-from trainers.objectives.gradients import in_parts, make_gradients
-from trainers.train_state import TrainState
+from espalier.trainers import extensions as parts_of_state
+from espalier.trainers import trainable
+from espalier.trainers.extensions import StepExtension, Update
+from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
+from espalier.trainers.objectives.gradients import in_parts, make_gradients
+from espalier.trainers.train_state import TrainState
 
 # (state, batch, extras of the objective) -> (state, metrics); extras are optional.
 TrainStep = Callable[..., tuple[TrainState, Metrics]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from model import axes
+from espalier.model import axes
 
 
 def path_name(path: tuple[Any, ...]) -> str:

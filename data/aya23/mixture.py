@@ -12,12 +12,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import tasks
-from data.chats import spans
-from data.chats import tasks as chats
-from data.languages import table
-from data.stream import mixing
-from data.text import documents
+from espalier.data import tasks
+from espalier.data.chats import spans
+from espalier.data.chats import tasks as chats
+from espalier.data.languages import table
+from espalier.data.stream import mixing
+from espalier.data.text import documents
 from espalier.common import spelling
 from espalier.common.ranges import Amount, Fraction, Positive
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.aya_expanse import routing
-from data.aya_expanse.prompts import Prompt
+from espalier.data.aya_expanse import routing
+from espalier.data.aya_expanse.prompts import Prompt
 
 Form = Literal["messages", "prompt"]
 

@@ -26,7 +26,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from data.text.documents import DataError
+from espalier.data.text.documents import DataError
 from espalier.common import spelling
 
 Kind = Literal["checkpoint", "hf", "url"]

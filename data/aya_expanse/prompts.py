@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from data.preference import texts
-from data.text.documents import DataError
-from data.text.splits import stable_hash
+from espalier.data.preference import texts
+from espalier.data.text.documents import DataError
+from espalier.data.text.splits import stable_hash
 
 EXAMPLE = '{"prompt": "...", "language": "tr"}'
 UNKNOWN = "unknown"

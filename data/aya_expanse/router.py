@@ -18,7 +18,7 @@ import scipy.optimize
 import scipy.sparse
 import scipy.special
 
-from data.text.documents import DataError
+from espalier.data.text.documents import DataError
 from espalier.common.storage import output_files
 
 _DIMENSIONS = 1 << 12

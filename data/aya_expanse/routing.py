@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse.pool import DEFAULT, Pool, Teacher
-from data.aya_expanse.prompts import Prompt
-from data.text.documents import DataError
-from data.text.splits import stable_hash
+from espalier.data.aya_expanse.pool import DEFAULT, Pool, Teacher
+from espalier.data.aya_expanse.prompts import Prompt
+from espalier.data.text.documents import DataError
+from espalier.data.text.splits import stable_hash
 
 
 def able(pool: Pool, language: str) -> list[Teacher]:

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-from data.aya_expanse.prompts import Prompt, same_language
-from data.languages import table
-from data.text.documents import DataError
+from espalier.data.aya_expanse.prompts import Prompt, same_language
+from espalier.data.languages import table
+from espalier.data.text.documents import DataError
 
 ENGLISH = "english"  # the column with a prompt in English
 _FUSION = """Below are a request in {language} and the answers of several writers. Write the best answer to the request, in {language}. Use what is right in their answers, correct what is wrong, and write nothing but the answer.

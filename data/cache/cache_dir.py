@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 
-from data.cache import shared
+from espalier.data.cache import shared
 from espalier.common.storage import output_files
 
 VARIABLE = "ESPALIER_CACHE"

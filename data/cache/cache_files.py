@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data.cache.columns import feature_dtype
+from espalier.data.cache.columns import feature_dtype
 
 Record = Mapping[str, np.ndarray | bytes | str]
 

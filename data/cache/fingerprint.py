@@ -24,8 +24,8 @@ from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 
-from data.cache import cache_dir as cache
-from data.cache import source_code
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import source_code
 
 _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)

@@ -26,8 +26,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.cache.cache_dir import sync
-from data.cache.cache_files import (
+from espalier.data.cache.cache_dir import sync
+from espalier.data.cache.cache_files import (
     Record,
     ShardWriter,
     add_known,
@@ -39,7 +39,7 @@ from data.cache.cache_files import (
     finished_shard,
     publish,
 )
-from data.cache.columns import Column, feature_dtype
+from espalier.data.cache.columns import Column, feature_dtype
 
 FORMAT = 2  # 2: text bytes may be unknown (null)
 MANIFEST = "manifest.json"

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from data.cache import cache_dir as directories
-from data.cache import fingerprint, shared, task_reader
-from data.cache import store as token_cache
-from data.cache.cache_files import CacheCorruptError, canonical
-from data.choices import check_choice
+from espalier.data.cache import cache_dir as directories
+from espalier.data.cache import fingerprint, shared, task_reader
+from espalier.data.cache import store as token_cache
+from espalier.data.cache.cache_files import CacheCorruptError, canonical
+from espalier.data.choices import check_choice
 
 
 def caches_path(name: str, split: str, cache_dir: str | os.PathLike | None = None) -> pathlib.Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.cache import fingerprint
+from espalier.data.cache import fingerprint
 
 PROBE_RECORDS = 64
 DOCUMENT_ID = "document_id"

@@ -8,15 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from data.chats import records, spans
-from data.chats.records import Kind
-from data.preference import tokens
-from data.preference.exact_split import ExactSplit
-from data.preference.prompted_files import PromptedFiles
-from data.preference.records import DegenerateError, Record
-from data.preference.tally import Tally
-from data.text import documents, splits
-from data.text.documents import DataError
+from espalier.data.chats import records, spans
+from espalier.data.chats.records import Kind
+from espalier.data.preference import tokens
+from espalier.data.preference.exact_split import ExactSplit
+from espalier.data.preference.prompted_files import PromptedFiles
+from espalier.data.preference.records import DegenerateError, Record
+from espalier.data.preference.tally import Tally
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same records become other tokens.
 VERSION = 1

@@ -12,9 +12,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from data.preference import texts
-from data.preference.records import DegenerateError, Record, template_variables
-from data.text.documents import DataError
+from espalier.data.preference import texts
+from espalier.data.preference.records import DegenerateError, Record, template_variables
+from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
 VERSION = 1

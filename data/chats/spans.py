@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from data.chats.records import ASSISTANT
-from data.preference.records import Record
-from data.preference.tokens import Tokeniser
-from data.text.documents import DataError
-from data.tokenizers.chat_sandbox import Rendered
+from espalier.data.chats.records import ASSISTANT
+from espalier.data.preference.records import Record
+from espalier.data.preference.tokens import Tokeniser
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers.chat_sandbox import Rendered
 
 Turns = Literal["all", "last"]
 

@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from data import tasks
-from data.chats import spans
-from data.chats.files import ChatFiles
-from data.choices import check_choice
-from data.data_source import Files, named_sets
+from espalier.data import tasks
+from espalier.data.chats import spans
+from espalier.data.chats.files import ChatFiles
+from espalier.data.choices import check_choice
+from espalier.data.data_source import Files, named_sets
 from espalier.common.ranges import Fraction
 
 

@@ -10,7 +10,7 @@ import html.parser
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.text.document_filters import DocumentFilter
+from espalier.data.text.document_filters import DocumentFilter
 from espalier.common.ranges import Count, Fraction, Positive
 
 

@@ -19,14 +19,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from data import tasks
-from data.cache import cache_dir as cache
-from data.cache import fingerprint
-from data.code_mix.synthetic import lists, structures, texts
-from data.code_mix.synthetic.render import Rendered, render
-from data.sandbox import code_sandbox
-from data.text import documents, splits
-from data.text.document_files import DocumentFiles
+from espalier.data import tasks
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import fingerprint
+from espalier.data.code_mix.synthetic import lists, structures, texts
+from espalier.data.code_mix.synthetic.render import Rendered, render
+from espalier.data.sandbox import code_sandbox
+from espalier.data.text import documents, splits
+from espalier.data.text.document_files import DocumentFiles
 from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction, Seed, Size
 

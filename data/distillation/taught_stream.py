@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.preference.reference_store import ReferenceStore, StoredStream
+from espalier.data.preference.reference_store import ReferenceStore, StoredStream
 
 FOLDER = "teacher_log_probs"
 READ = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.cache import fingerprint
-from data.instructions import templates
-from data.instructions.templates import Rendered, Row, Template
-from data.preference.tally import Tally
-from data.text import documents
+from espalier.data.cache import fingerprint
+from espalier.data.instructions import templates
+from espalier.data.instructions.templates import Rendered, Row, Template
+from espalier.data.preference.tally import Tally
+from espalier.data.text import documents
 
 Form = Literal["encoder_decoder", "decoder"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from data.tokenizers import chat_renderer
+from espalier.data.tokenizers import chat_renderer
 
 SEPARATOR = "|||"  # between input and target, and between answer choices
 _ESCAPED = (

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_dir as cache
-from data.cache import fingerprint
-from data.data_source import DataSource, FileSource
-from data.instructions.encoding import Encoding
-from data.instructions.templates import Row
-from data.preference.tally import Tally
-from data.text import documents, splits
-from data.text.documents import DataError
-from data.text.tfds_source import TfdsSource
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import fingerprint
+from espalier.data.data_source import DataSource, FileSource
+from espalier.data.instructions.encoding import Encoding
+from espalier.data.instructions.templates import Row
+from espalier.data.preference.tally import Tally
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
+from espalier.data.text.tfds_source import TfdsSource
 
 ROW = '{"premise": "...", "hypothesis": "...", "label": 0}'
 

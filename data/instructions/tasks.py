@@ -7,16 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import tasks
-from data.cache import cache_dir as cache
-from data.choices import check_choice
-from data.instructions import ranking
-from data.instructions.encoding import Encoding, Form, Tokeniser
-from data.instructions.sources import InstructionFiles, InstructionTfds
-from data.instructions.templates import Template, read
-from data.text import documents
-from data.text.documents import DataError
-from data.text.tfds_source import TfdsSource
+from espalier.data import tasks
+from espalier.data.cache import cache_dir as cache
+from espalier.data.choices import check_choice
+from espalier.data.instructions import ranking
+from espalier.data.instructions.encoding import Encoding, Form, Tokeniser
+from espalier.data.instructions.sources import InstructionFiles, InstructionTfds
+from espalier.data.instructions.templates import Template, read
+from espalier.data.text import documents
+from espalier.data.text.documents import DataError
+from espalier.data.text.tfds_source import TfdsSource
 from espalier.common.ranges import Fraction, Positive
 
 ORIGIN = "register_instructions"

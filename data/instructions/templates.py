@@ -21,10 +21,10 @@ import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data.instructions.renderer import SEPARATOR
-from data.sandbox.limited_process import LimitedProcess, LimitError
-from data.text.documents import DataError
-from data.tokenizers import chat_sandbox
+from espalier.data.instructions.renderer import SEPARATOR
+from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import chat_sandbox
 from espalier.common import spelling
 
 # Part of the digest of a source: raise it when the same templates and rows become other texts.
@@ -42,7 +42,7 @@ _SHORT.maxstring, _SHORT.maxlevel = (
     2,
 )  # characters of a text, and lists inside each other, in a message
 _process = LimitedProcess(
-    "data.instructions.renderer:answer", memory_bytes=chat_sandbox.MEMORY_BYTES
+    "espalier.data.instructions.renderer:answer", memory_bytes=chat_sandbox.MEMORY_BYTES
 )
 
 

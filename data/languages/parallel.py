@@ -3,10 +3,10 @@
 import pathlib
 from collections.abc import Iterable, Mapping
 
-from data.languages import table
-from data.text import documents, splits
-from data.text.documents import DataError
-from data.text.sources import catalogues, environment, languages
+from espalier.data.languages import table
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
+from espalier.data.text.sources import catalogues, environment, languages
 
 Pairs = Mapping[str, list[tuple[str, str]]]  # language -> (English, the same in the language)
 PACKAGES = "packages"

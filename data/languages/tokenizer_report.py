@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data.languages import identify, table
-from data.languages.parallel import Pairs
+from espalier.data.languages import identify, table
+from espalier.data.languages.parallel import Pairs
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"

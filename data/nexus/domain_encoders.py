@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from data.nexus.domain_embeddings import EmbeddingsError
+from espalier.data.nexus.domain_embeddings import EmbeddingsError
 
 BUCKETS = 1 << 16  # number of buckets for hashed n-grams
 _BLOCK = 4096  # buckets projected at a time

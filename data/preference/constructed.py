@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.text import splits
-from data.text.sources import catalogues, languages
-from data.text.sources.environment import Environment
+from espalier.data.text import splits
+from espalier.data.text.sources import catalogues, languages
+from espalier.data.text.sources.environment import Environment
 
 # Data sets of reasoning-gym whose problems have one right answer, short enough for small models.
 PROBLEMS = (

@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data.cache import cache_dir as cache
-from data.preference import records, tokens
-from data.preference.prompted_files import PromptedFiles
-from data.preference.records import DegenerateError, Kind, Record
-from data.preference.tally import Tally
-from data.text import documents, splits
-from data.text.documents import DataError
+from espalier.data.cache import cache_dir as cache
+from espalier.data.preference import records, tokens
+from espalier.data.preference.prompted_files import PromptedFiles
+from espalier.data.preference.records import DegenerateError, Kind, Record
+from espalier.data.preference.tally import Tally
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
 from espalier.common.bars import Bar
 
 Invalid = Literal["drop", "error"]

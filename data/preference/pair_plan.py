@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from data.cache.store import Cache
-from data.choices import check_choice
-from data.stream.plan import Plan, best_fit, first_fit, starts
-from data.stream.rows import check_features
+from espalier.data.cache.store import Cache
+from espalier.data.choices import check_choice
+from espalier.data.stream.plan import Plan, best_fit, first_fit, starts
+from espalier.data.stream.rows import check_features
 
 Packing = Literal["examples", "best_fit"]
 FEATURES = ("prompt", "chosen", "rejected")

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data.cache.store import Cache
-from data.preference.pair_plan import FEATURES, PairPlan, plan_pairs
-from data.stream import rows
+from espalier.data.cache.store import Cache
+from espalier.data.preference.pair_plan import FEATURES, PairPlan, plan_pairs
+from espalier.data.stream import rows
 
 _SHORTENED = {
     "prompt_too_long": "dropped, whose prompts leave no room",

@@ -5,11 +5,11 @@ import dataclasses
 import os
 from typing import Any, Self
 
-from data import tasks
-from data.cache import fingerprint
-from data.data_source import FileSource
-from data.preference import tokens
-from data.tokenizers import chat_template as templates
+from espalier.data import tasks
+from espalier.data.cache import fingerprint
+from espalier.data.data_source import FileSource
+from espalier.data.preference import tokens
+from espalier.data.tokenizers import chat_template as templates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from data.preference import texts
-from data.preference.texts import Text
-from data.text.documents import DataError
+from espalier.data.preference import texts
+from espalier.data.preference.texts import Text
+from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
 VERSION = 2

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_dir as directories
-from data.stream import batches
+from espalier.data.cache import cache_dir as directories
+from espalier.data.stream import batches
 
 FOLDER = "reference_log_probs"
 ABOUT = "about.json"

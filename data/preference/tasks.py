@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from data import tasks
-from data.choices import check_choice
-from data.preference import files as preference_files
-from data.preference import records
-from data.text.documents import DataError
+from espalier.data import tasks
+from espalier.data.choices import check_choice
+from espalier.data.preference import files as preference_files
+from espalier.data.preference import records
+from espalier.data.text.documents import DataError
 from espalier.common.ranges import Fraction
 
 

@@ -5,8 +5,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.text import documents
-from data.text.documents import DataError
+from espalier.data.text import documents
+from espalier.data.text.documents import DataError
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]

@@ -10,10 +10,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from data.preference.records import Record
-from data.preference.texts import Message
-from data.text.documents import DataError
-from data.tokenizers import chat_sandbox, chat_template, control_tokens
+from espalier.data.preference.records import Record
+from espalier.data.preference.texts import Message
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import chat_sandbox, chat_template, control_tokens
 
 # Part of the digest of a source: raise it when the same records become other tokens.
 VERSION = 1

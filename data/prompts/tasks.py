@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from data import tasks
-from data.preference import tokens
-from data.preference.prompted_files import PromptedFiles
-from data.preference.records import Record
-from data.preference.texts import text_of
-from data.text import documents, splits
-from data.text.documents import DataError
+from espalier.data import tasks
+from espalier.data.preference import tokens
+from espalier.data.preference.prompted_files import PromptedFiles
+from espalier.data.preference.records import Record
+from espalier.data.preference.texts import text_of
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
 from espalier.common.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.

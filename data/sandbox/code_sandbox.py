@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from data.sandbox import sandbox_zygote, work_folder
+from espalier.data.sandbox import sandbox_zygote, work_folder
 from espalier.common.bars import Bar
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "killed", "refused"]

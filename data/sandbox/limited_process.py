@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any
 
-from data.sandbox import sandbox_calls, sandbox_kernel, sandbox_zygote
+from espalier.data.sandbox import sandbox_calls, sandbox_kernel, sandbox_zygote
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _START = (

@@ -11,7 +11,7 @@ import platform
 import struct
 import sys
 
-from data.sandbox import sandbox_kernel as kernel
+from espalier.data.sandbox import sandbox_kernel as kernel
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 # Allowed calls with their numbers on x86-64 and on ARM (None if ARM lacks the call).

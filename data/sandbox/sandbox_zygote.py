@@ -32,8 +32,8 @@ import traceback
 import types
 from collections.abc import Iterator
 
-from data.sandbox import sandbox_calls, work_folder
-from data.sandbox import sandbox_kernel as kernel
+from espalier.data.sandbox import sandbox_calls, work_folder
+from espalier.data.sandbox import sandbox_kernel as kernel
 
 # Imported before the forks, so that programs import them at no cost.
 _LOADED = ("bisect", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools")

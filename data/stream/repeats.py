@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.stream.schedule import Schedule
+from espalier.data.stream.schedule import Schedule
 from espalier.common import spelling
 from espalier.common.ranges import Positive
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data.cache import store
-from data.stream import batches, order, rows
+from espalier.data.cache import store
+from espalier.data.stream import batches, order, rows
 
 # Part of every fingerprint: raise it when the same settings produce different batches.
 _VERSION = 1

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data.cache import fingerprint
-from data.cache.store import Cache, digest
-from data.stream.plan import Plan, make_plan
+from espalier.data.cache import fingerprint
+from espalier.data.cache.store import Cache, digest
+from espalier.data.stream.plan import Plan, make_plan
 
 Notice = tuple[str, str]  # name and text
 MANY = 0.05  # the share of dropped records above which a notice is a warning

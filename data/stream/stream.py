@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from data.cache import store
-from data.choices import check_choice
-from data.stream import mixing, plan, repeats, rows, schedule
-from data.stream.row_stream import EvalStream
-from data.stream.train_stream import Phases, Positions, Stream
+from espalier.data.cache import store
+from espalier.data.choices import check_choice
+from espalier.data.stream import mixing, plan, repeats, rows, schedule
+from espalier.data.stream.row_stream import EvalStream
+from espalier.data.stream.train_stream import Phases, Positions, Stream
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 
 AnySource = TypeVar("AnySource", bound=rows.Source)
@@ -285,7 +285,7 @@ def open_held_out(
 
 
 def _open_cache(task, split: str, **cache_settings: Any) -> store.Cache:
-    from data.cache import task_cache  # imports SeqIO, which a stream over caches does not need
+    from espalier.data.cache import task_cache  # imports SeqIO, which a stream over caches does not need
 
     return task_cache.open_task_cache(task, split, **cache_settings)
 

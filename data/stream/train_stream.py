@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import store
-from data.choices import check_choice
-from data.stream import mixing, order, repeats, rows, schedule
-from data.stream.row_stream import RowStream
+from espalier.data.cache import store
+from espalier.data.choices import check_choice
+from espalier.data.stream import mixing, order, repeats, rows, schedule
+from espalier.data.stream.row_stream import RowStream
 from espalier.common.ranges import Count, NonNegative
 
 Phases = Sequence[tuple[Count, Mapping[str, NonNegative]]]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from data import tasks
-from data.cache import store
-from data.stream import order
-from data.stream.rows import Notice
-from data.t5.noise import Denoising, SpanCorruption
+from espalier.data import tasks
+from espalier.data.cache import store
+from espalier.data.stream import order
+from espalier.data.stream.rows import Notice
+from espalier.data.t5.noise import Denoising, SpanCorruption
 from espalier.common.ranges import Count, Seed, Size
 
 SPAN_CORRUPTION = SpanCorruption()

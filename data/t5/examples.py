@@ -15,13 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from data import tasks
-from data.cache import fingerprint
-from data.preference.exact_split import ExactSplit
-from data.preference.records import DegenerateError
-from data.preference.tally import Tally
-from data.text import documents, splits
-from data.text.documents import DataError
+from espalier.data import tasks
+from espalier.data.cache import fingerprint
+from espalier.data.preference.exact_split import ExactSplit
+from espalier.data.preference.records import DegenerateError
+from espalier.data.preference.tally import Tally
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
 from espalier.common.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows become other examples.

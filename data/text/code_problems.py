@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.text import documents
+from espalier.data.text import documents
 
 HUMANEVAL = "humaneval"
 MBPP = "mbpp"

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data.cache import cache_dir as cache
-from data.cache import fingerprint
-from data.text import corpus_build, documents
-from data.text.document_files import DocumentFiles
-from data.text.documents import Document
-from data.text.sources import environment, names
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import fingerprint
+from espalier.data.text import corpus_build, documents
+from espalier.data.text.document_files import DocumentFiles
+from espalier.data.text.documents import Document
+from espalier.data.text.sources import environment, names
 from espalier.common import spelling
 from espalier.common.bars import Bar
 from espalier.common.ranges import Amount, Count, Fraction

@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from data.cache import cache_dir as cache
-from data.cache import fingerprint
-from data.text import dedup, splits
-from data.text.sources import cleaning, environment, names
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import fingerprint
+from espalier.data.text import dedup, splits
+from espalier.data.text.sources import cleaning, environment, names
 
 _SPLIT_ROUNDS = 6
 

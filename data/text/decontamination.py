@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from data.text import code_problems, documents
-from data.text.document_filters import DocumentFilter
-from data.text.documents import DataError
+from espalier.data.text import code_problems, documents
+from espalier.data.text.document_filters import DocumentFilter
+from espalier.data.text.documents import DataError
 from espalier.common.ranges import Count, Size
 
 WORDS = 13

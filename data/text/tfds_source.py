@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data.cache import fingerprint
-from data.data_source import DataSource
-from data.text.documents import Document, take
-from data.text.splits import SPLITS
+from espalier.data.cache import fingerprint
+from espalier.data.data_source import DataSource
+from espalier.data.text.documents import Document, take
+from espalier.data.text.splits import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data import tasks
-from data.cache import cache_dir as cache
-from data.data_source import Files
-from data.stream import mixing
-from data.text import document_files, documents, tfds_source
-from data.text.document_filters import DocumentFilter
+from espalier.data import tasks
+from espalier.data.cache import cache_dir as cache
+from espalier.data.data_source import Files
+from espalier.data.stream import mixing
+from espalier.data.text import document_files, documents, tfds_source
+from espalier.data.text.document_filters import DocumentFilter
 from espalier.common.ranges import Fraction, NonNegative
 
 

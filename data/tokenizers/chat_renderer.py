@@ -19,7 +19,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from data.tokenizers.chat_sandbox import MAX_LENGTH, MAX_STEPS
+from espalier.data.tokenizers.chat_sandbox import MAX_LENGTH, MAX_STEPS
 
 _MAX_MESSAGE = 2000  # characters
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
 
 MAX_SOURCE = 1 << 20  # bytes of a template
 MAX_STEPS = 1_000_000  # total length of all `range` calls of one rendering
@@ -17,7 +17,7 @@ CPU_SECONDS = 3.0  # of compiling a template and rendering one conversation
 WALL_SECONDS = 20.0
 MEMORY_BYTES = 512 << 20
 
-_process = LimitedProcess("data.tokenizers.chat_renderer:answer", memory_bytes=MEMORY_BYTES)
+_process = LimitedProcess("espalier.data.tokenizers.chat_renderer:answer", memory_bytes=MEMORY_BYTES)
 
 
 class RenderError(ValueError):

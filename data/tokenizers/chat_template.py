@@ -23,8 +23,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.tokenizers import chat_sandbox, checkpoint_files, control_tokens
-from data.tokenizers.checkpoint_files import TokenizerError
+from espalier.data.tokenizers import chat_sandbox, checkpoint_files, control_tokens
+from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
 DEFAULT = "default"
 WITH_TOOLS = "tool_use"  # for conversations with tools, if a tokenizer has several templates

@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from data.tokenizers.chat_sandbox import Rendered, Written
-from data.tokenizers.checkpoint_files import TokenizerError
+from espalier.data.tokenizers.chat_sandbox import Rendered, Written
+from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
 _MARKS = range(0xE000, 0xF900)  # private use
 _NAMES = 0xF0000  # private use; names of up to 65,534 tokens

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
+from espalier.data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
 
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _PREFIX = "tokenizer.ggml."

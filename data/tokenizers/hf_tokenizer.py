@@ -24,9 +24,9 @@ from typing import Any
 
 import tokenizers
 
-from data.sandbox.limited_process import LimitedProcess, LimitError
-from data.tokenizers import chat_template, checkpoint_files, tokenizer_probe
-from data.tokenizers.checkpoint_files import TokenizerError
+from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.tokenizers import chat_template, checkpoint_files, tokenizer_probe
+from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -52,7 +52,7 @@ _NAMED = (
     "mask_token",
 )
 
-_probe = LimitedProcess("data.tokenizers.tokenizer_probe:check", memory_bytes=4 << 30)
+_probe = LimitedProcess("espalier.data.tokenizers.tokenizer_probe:check", memory_bytes=4 << 30)
 
 
 @dataclasses.dataclass(frozen=True)

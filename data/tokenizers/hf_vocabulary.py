@@ -11,8 +11,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from data.tokenizers import chat_template, control_tokens, hf_tokenizer
-from data.tokenizers.chat_sandbox import Rendered
+from espalier.data.tokenizers import chat_template, control_tokens, hf_tokenizer
+from espalier.data.tokenizers.chat_sandbox import Rendered
 
 
 class HFTokenizerVocabulary(seqio.Vocabulary):

@@ -4,7 +4,7 @@ import base64
 
 import sentencepiece
 
-from data.tokenizers import tokenizer_probe
+from espalier.data.tokenizers import tokenizer_probe
 
 
 def check(model: str) -> str | None:

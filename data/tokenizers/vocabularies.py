@@ -23,13 +23,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from data import cpu_tensorflow
-from data.cache import cache_dir as cache
-from data.cache import fingerprint
-from data.choices import check_choice
-from data.sandbox.limited_process import LimitedProcess, LimitError
-from data.text.documents import Document
-from data.tokenizers import checkpoint_files
+from espalier.data import cpu_tensorflow
+from espalier.data.cache import cache_dir as cache
+from espalier.data.cache import fingerprint
+from espalier.data.choices import check_choice
+from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.text.documents import Document
+from espalier.data.tokenizers import checkpoint_files
 from espalier.common.bars import Bar
 from espalier.common.ranges import Amount, Count, Fraction, Size
 from espalier.common.stages import stage
@@ -37,7 +37,7 @@ from espalier.common.storage import mirror
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
-_probe = LimitedProcess("data.tokenizers.spm_probe:check", memory_bytes=2 << 30)
+_probe = LimitedProcess("espalier.data.tokenizers.spm_probe:check", memory_bytes=2 << 30)
 _SPACE = "\u2581"
 WHITE_SPACE_PIECES = (
     *("\n", "\n\n", "\t", "\t\t", "\t\t\t"),
@@ -163,7 +163,7 @@ def huggingface(*, path: str | os.PathLike, extra_ids: Count = 0, special_in_tex
         _try_out(model, folder / SENTENCEPIECE)
         return from_file(path=folder / SENTENCEPIECE, extra_ids=extra_ids)
     cpu_tensorflow.load()  # which SeqIO imports
-    from data.tokenizers import hf_vocabulary
+    from espalier.data.tokenizers import hf_vocabulary
 
     return hf_vocabulary.HFTokenizerVocabulary(
         path, extra_ids=extra_ids, special_in_text=special_in_text
@@ -198,7 +198,7 @@ def characters(*, symbols: str):
       ValueError: there are no characters, or a character is repeated.
     """
     cpu_tensorflow.load()  # which SeqIO imports
-    from data.tokenizers import character_vocabulary
+    from espalier.data.tokenizers import character_vocabulary
 
     return character_vocabulary.CharacterVocabulary(symbols)
 

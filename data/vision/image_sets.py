@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data import cpu_tensorflow
-from data.choices import check_choice
+from espalier.data import cpu_tensorflow
+from espalier.data.choices import check_choice
 from espalier.common.ranges import Fraction, Seed
 
 SPLITS = ("train", "validation")

@@ -12,8 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from data.choices import check_choice
-from data.vision import image_sets
+from espalier.data.choices import check_choice
+from espalier.data.vision import image_sets
 from espalier.common.ranges import Count, NonNegative, Seed, Size
 
 CHANNELS = 3

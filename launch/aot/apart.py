@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from launch import environment
+from espalier.launch import environment
 
 _POLL_SECONDS = 0.5
 
@@ -55,7 +55,7 @@ def compile_apart(
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         target, log = pathlib.Path(folder, "report.json"), pathlib.Path(folder, "log")
-        command = [sys.executable, "-m", "launch.precompile", *words, f"--json={target}"]
+        command = [sys.executable, "-m", "espalier.launch.precompile", *words, f"--json={target}"]
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command,

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from launch.aot import precompile, tpu_topology
-from launch.aot.tpu_topology import Topology
-from model import axes
-from model.config import REMAT_POLICIES
-from trainers import initialise, partitioning
-from trainers.recipe import Recipe
+from espalier.launch.aot import precompile, tpu_topology
+from espalier.launch.aot.tpu_topology import Topology
+from espalier.model import axes
+from espalier.model.config import REMAT_POLICIES
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.recipe import Recipe
 
 # From the least memory to the most.
 _REMATS = ("full", "dots", "none")

@@ -21,10 +21,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch import cli
-from launch.aot import tpu_topology
-from launch.aot.settings import Options, Search
-from launch.config import setting_flags
+from espalier.launch import cli
+from espalier.launch.aot import tpu_topology
+from espalier.launch.aot.settings import Options, Search
+from espalier.launch.config import setting_flags
 
 RECIPE = ("recipe",)  # the arguments of `train` that are used: no data and no directories
 UNREAD = {"INITIAL_CHECKPOINT_PATH": "''"}  # a recipe may name it, as a reference's
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     return cli.main(
         __doc__,
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
         command="precompile",
         extra_flags=_add_flags,
         run=functools.partial(_run, words=words),
@@ -119,10 +119,10 @@ def _run(start: cli.Start, *, words: Sequence[str]) -> int:
     _check(flags)
     recipe = start.config.arguments()["recipe"]
     if flags.search:
-        from launch.aot import search
+        from espalier.launch.aot import search
 
         return search.run(recipe, flags, without_search(words), start.config.text)
-    from launch.aot import precompile
+    from espalier.launch.aot import precompile
 
     fits = precompile.precompile(
         recipe,
@@ -149,7 +149,7 @@ def without_search(words: Sequence[str]) -> list[str]:
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
-    from model.kv_cache.policies import policy_from_text
+    from espalier.model.kv_cache.policies import policy_from_text
 
     pairs = dict(pair.partition("=")[::2] for pair in flags.cache)
     return {

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from launch.aot.hlo import analysis
-from launch.aot.hlo.analysis import Kernel
-from launch.aot.hlo.collectives import Total
-from launch.aot.hlo.text import Array
+from espalier.launch.aot.hlo import analysis
+from espalier.launch.aot.hlo.analysis import Kernel
+from espalier.launch.aot.hlo.collectives import Total
+from espalier.launch.aot.hlo.text import Array
 
 # Part of an attention kernel's name -> number of matrix products of the size of queries x keys^T in it.
 # Backward kernels recompute the logits.

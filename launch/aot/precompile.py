@@ -11,16 +11,16 @@ import jax
 
 from espalier.common import stages
 from espalier.common.storage import output_files
-from launch.aot import chips, compile_report, programs, tpu_topology
-from launch.aot.compile_report import Memory, Report
-from launch.aot.hlo import collectives
-from launch.aot.programs import Kind, Options, Work
-from launch.aot.tpu_topology import Topology
-from model.kv_cache.base import CachePolicy
-from model.kv_cache.full import FullCache
-from trainers import partitioning
-from trainers.optim import schedules
-from trainers.recipe import Program, Recipe
+from espalier.launch.aot import chips, compile_report, programs, tpu_topology
+from espalier.launch.aot.compile_report import Memory, Report
+from espalier.launch.aot.hlo import collectives
+from espalier.launch.aot.programs import Kind, Options, Work
+from espalier.launch.aot.tpu_topology import Topology
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.kv_cache.full import FullCache
+from espalier.trainers import partitioning
+from espalier.trainers.optim import schedules
+from espalier.trainers.recipe import Program, Recipe
 
 
 def precompile(

@@ -18,20 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch.aot.settings import Options
-from model import axes
-from model.flops import mean_keys
-from model.kv_cache.base import CachePolicy
-from model.transforms import layer_stack
-from trainers import initialise, partitioning
-from trainers.decoding.decode import Loop, advance, begin
-from trainers.decoding.prefill import prefill
-from trainers.decoding.settings import Settings
-from trainers.influence import sites, spread
-from trainers.influence.consumers import Consumer, Covariances, Scores, Squares
-from trainers.influence.fit import Reader
-from trainers.influence.queries import Compression
-from trainers.recipe import Program, Recipe
+from espalier.launch.aot.settings import Options
+from espalier.model import axes
+from espalier.model.flops import mean_keys
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.transforms import layer_stack
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.decoding.decode import Loop, advance, begin
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.influence import sites, spread
+from espalier.trainers.influence.consumers import Consumer, Covariances, Scores, Squares
+from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.queries import Compression
+from espalier.trainers.recipe import Program, Recipe
 
 Kind = Literal["train", "prefill", "decode", "covariances", "squares", "scores"]
 INFLUENCE = ("covariances", "squares", "scores")

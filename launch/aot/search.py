@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from espalier.common import stages
-from launch import cli, environment
-from launch.aot import apart, candidates, precompile, tpu_topology
-from launch.aot.candidates import Candidate
-from launch.aot.settings import Search
-from launch.config import setting_flags
-from trainers.recipe import Recipe
+from espalier.launch import cli, environment
+from espalier.launch.aot import apart, candidates, precompile, tpu_topology
+from espalier.launch.aot.candidates import Candidate
+from espalier.launch.aot.settings import Search
+from espalier.launch.config import setting_flags
+from espalier.trainers.recipe import Recipe
 
 Kind = Literal["batch", "layout"]
 

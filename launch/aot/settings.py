@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Annotated, Literal
 
-from launch.config.setting_flags import Names
+from espalier.launch.config.setting_flags import Names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from launch import cli
+from espalier.launch import cli
 
 _LLAMA = ("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin")
 
@@ -58,7 +58,7 @@ class Row:
 
         The definition is the command and the statements of its gin files and of their includes, without comments.
         """
-        from launch.config import gin_source
+        from espalier.launch.config import gin_source
 
         statements = [
             [path, type(statement).__name__, repr(statement._replace(location=None))]

@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common.bars import Bar
-from launch import cli, environment
-from launch.aot import table_rows, tables_page, tpu_topology
-from launch.aot.table_rows import Row
+from espalier.launch import cli, environment
+from espalier.launch.aot import table_rows, tables_page, tpu_topology
+from espalier.launch.aot.table_rows import Row
 
 DOCS = pathlib.Path(environment.ROOT, "docs")
 JSON, PAGE = "precompile_tables.json", "precompile_tables.md"
@@ -87,7 +87,7 @@ def _chosen(tables: Mapping[str, Sequence[Row]], names: Sequence[str]) -> list[R
 
 
 def _command(row: Row) -> list[str]:
-    return ["python", "-m", "launch.precompile", *row.words]
+    return ["python", "-m", "espalier.launch.precompile", *row.words]
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _compile(
     rows: Sequence[Row], records: dict[str, Any], target: pathlib.Path, flags: argparse.Namespace
 ) -> None:
     """Compiles rows that have no report yet, and writes the records after each."""
-    from launch.aot import apart, precompile
+    from espalier.launch.aot import apart, precompile
 
     limits = apart.Limits(flags.row_seconds, flags.row_gb * 1e9)
     versions = tpu_topology.versions()

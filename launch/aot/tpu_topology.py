@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # jax is imported only after the environment is set
     import jax
 
-from launch.aot.chips import CHIPS, Chip
+from espalier.launch.aot.chips import CHIPS, Chip
 
 
 class TopologyError(ValueError):

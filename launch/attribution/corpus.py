@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from data.text import documents
+from espalier.data.text import documents
 from espalier.common.bars import Bar
-from launch.attribution import inputs, ranking
-from launch.attribution.analyses import labels, search
-from launch.inference import row_files
-from launch.inference.row_files import RowFileError
+from espalier.launch.attribution import inputs, ranking
+from espalier.launch.attribution.analyses import labels, search
+from espalier.launch.inference import row_files
+from espalier.launch.inference.row_files import RowFileError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from espalier.common.storage import mirror, output_files
-from launch.run.load_run import LoadError
+from espalier.launch.run.load_run import LoadError
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"

@@ -15,15 +15,15 @@ import pathlib
 import time
 
 from espalier.common.storage import paths
-from launch import cli
-from launch.attribution import factors as factor_files
-from launch.attribution import inputs, outputs
-from launch.config import setting_flags
-from launch.config.setting_flags import Folder
-from launch.inference import row_files
-from launch.run import load_run
-from launch.run.load_run import LoadError, RunConfig
-from trainers.influence.settings import FitSettings
+from espalier.launch import cli
+from espalier.launch.attribution import factors as factor_files
+from espalier.launch.attribution import inputs, outputs
+from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import Folder
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.trainers.influence.settings import FitSettings
 
 RANKED = 64  # first documents that the table of dampings ranks
 _SETTINGS = ("length", "batch_size", "sweep_documents")
@@ -85,9 +85,9 @@ def fit(
     """
     import jax
 
-    from trainers.influence import files, sweep
-    from trainers.influence import fit as stages
-    from trainers.influence import sites as site_list
+    from espalier.trainers.influence import files, sweep
+    from espalier.trainers.influence import fit as stages
+    from espalier.trainers.influence import sites as site_list
 
     if settings.seed and settings.labels == "empirical":
         raise LoadError("--seed is of sampled labels, and --labels=empirical has none: remove it.")

@@ -8,18 +8,18 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from data.text import documents as document_files
+from espalier.data.text import documents as document_files
 from espalier.common import spelling
 from espalier.common.storage import paths
-from launch.attribution.analyses import labels
-from launch.config.setting_flags import File
-from launch.inference import row_files
-from launch.inference.generate import with_prompt_key
-from launch.inference.score import scored_row
-from launch.inference.texts import decoder_of
-from launch.run.load_run import LoadedRun, LoadError
-from trainers.decoding.stop_strings import GrowingText
-from trainers.scoring.scoring import Row
+from espalier.launch.attribution.analyses import labels
+from espalier.launch.config.setting_flags import File
+from espalier.launch.inference import row_files
+from espalier.launch.inference.generate import with_prompt_key
+from espalier.launch.inference.score import scored_row
+from espalier.launch.inference.texts import decoder_of
+from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.trainers.decoding.stop_strings import GrowingText
+from espalier.trainers.scoring.scoring import Row
 
 QUERY_EXAMPLE = '{"prompt": "2 + 3 =", "completion": " 5"}'
 DOCUMENT_EXAMPLE = '{"text": "..."} or {"tokens": [...]}'
@@ -122,8 +122,8 @@ class Source:
                         f"--{name} is of a mixture: add --mixture=NAME, or remove --{name}."
                     )
             return
-        from data import cpu_tensorflow
-        from data.text import user_data
+        from espalier.data import cpu_tensorflow
+        from espalier.data.text import user_data
 
         cpu_tensorflow.load()
         for module in self.module:
@@ -269,7 +269,7 @@ def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
     """Raises LoadError if a mixture is not registered, has no such split, or another vocabulary."""
     import seqio
 
-    from data.stream.rows import vocabulary_digest
+    from espalier.data.stream.rows import vocabulary_digest
 
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if name not in names:

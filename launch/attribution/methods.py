@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from launch.attribution import factors as factor_files
-from launch.attribution import inputs
-from launch.config import setting_flags
-from launch.config.setting_flags import Folder, Names
-from launch.run import load_run
-from launch.run.load_run import LoadedRun, LoadError, RunConfig
-from trainers.scoring.scoring import Row
+from espalier.launch.attribution import factors as factor_files
+from espalier.launch.attribution import inputs
+from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import Folder, Names
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import LoadedRun, LoadError, RunConfig
+from espalier.trainers.scoring.scoring import Row
 
 # Recorded of a method by gradients that has no such setting.
 _NOT_READ: Mapping[str, Any] = {
@@ -82,8 +82,8 @@ class Bm25(Method):
     name = "bm25"
 
     def scorer(self, scan: Scan) -> Any:
-        from launch.attribution import similarity
-        from trainers.influence import lexical
+        from espalier.launch.attribution import similarity
+        from espalier.trainers.influence import lexical
 
         return similarity.Lexical(getattr(lexical, self.name), scan.rows, scan.source)
 
@@ -100,7 +100,7 @@ class Embedding(Method):
     name = "embedding"
 
     def scorer(self, scan: Scan) -> Any:
-        from launch.attribution import similarity
+        from espalier.launch.attribution import similarity
 
         return similarity.Embeddings(scan.run, scan.rows, scan.source, batch_size=scan.batch_size)
 
@@ -141,7 +141,7 @@ class Gradients(Method):
         return {**own, **compressed, "query_checkpoint": place}
 
     def scorer(self, scan: Scan) -> Any:
-        from launch.attribution import scorers
+        from espalier.launch.attribution import scorers
 
         return scorers.Gradients(self, scan)
 
@@ -187,7 +187,7 @@ class Damped(Gradients):
     @property
     def strength(self) -> Any:
         """The damping of each matrix (`trainers.influence.kronecker.Damping`)."""
-        from trainers.influence import kronecker
+        from espalier.trainers.influence import kronecker
 
         return kronecker.Damping(self.damping, self.damping_kind)
 
@@ -209,7 +209,7 @@ class Trak(Damped):
         super().__post_init__()
 
     def preconditioned(self, scorer: Any, reader: Any) -> dict[str, Any]:
-        from trainers.influence import projections
+        from espalier.trainers.influence import projections
 
         own = projections.projections(scorer.sites, self.projection)
         moment = projections.second_moment(
@@ -237,7 +237,7 @@ class Ekfac(Damped):
 
     def curvature(self, scorer: Any, reader: Any) -> Any:
         """Returns the inverse of the fitted curvature."""
-        from trainers.influence import fit as stages
+        from espalier.trainers.influence import fit as stages
 
         folder = factor_files.local(scorer.scan.factors or "")
         return stages.read_curvature(
@@ -280,7 +280,7 @@ class EkfacCg(Ekfac):
         super().__post_init__()
 
     def preconditioned(self, scorer: Any, reader: Any) -> dict[str, Any]:
-        from trainers.influence import conjugate
+        from espalier.trainers.influence import conjugate
 
         curvature, run = self.curvature(scorer, reader), scorer.scan.run
         rows = [row for row in scorer.scan.sample() if row.targets][: self.cg_documents]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import HeldError, StoreLock
-from launch.inference.row_files import RowFileError
+from espalier.launch.inference.row_files import RowFileError
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from espalier.common.storage import output_files
-from launch.attribution.analyses import compute, tables
-from launch.attribution.corpus import Corpus
-from launch.attribution.ranking import ENDS
-from launch.plots import html_page
+from espalier.launch.attribution.analyses import compute, tables
+from espalier.launch.attribution.corpus import Corpus
+from espalier.launch.attribution.ranking import ENDS
+from espalier.launch.plots import html_page
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 _SNIPPET = 90
@@ -40,7 +40,7 @@ def write(data: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def page(data: Mapping[str, Any]) -> str:
     """Returns the HTML of the viewer."""
-    files = importlib.resources.files("launch.attribution") / "page"
+    files = importlib.resources.files("espalier.launch.attribution") / "page"
     style, script, body = (
         (files / name).read_text(encoding="utf-8")
         for name in ("viewer.css", "viewer.js", "viewer.html")

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from espalier.common.storage import mirror, paths
-from launch import cli
-from launch.attribution import ranking
-from launch.config.setting_flags import File, Folder
-from launch.inference import row_files
-from launch.inference.row_files import RowFileError
+from espalier.launch import cli
+from espalier.launch.attribution import ranking
+from espalier.launch.config.setting_flags import File, Folder
+from espalier.launch.inference import row_files
+from espalier.launch.inference.row_files import RowFileError
 
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
@@ -56,7 +56,7 @@ def run(
     Raises:
       RowFileError: see `report`.
     """
-    from launch.attribution import pages
+    from espalier.launch.attribution import pages
 
     if out:
         row_files.check_folder(out)
@@ -101,9 +101,9 @@ def report(
     Raises:
       RowFileError: scores that are not complete or not comparable, or a file that is missing or has changed.
     """
-    from launch.attribution import corpus, pages
-    from launch.attribution.analyses import compute, labels, parts
-    from trainers.influence import queries as query_files
+    from espalier.launch.attribution import corpus, pages
+    from espalier.launch.attribution.analyses import compute, labels, parts
+    from espalier.trainers.influence import queries as query_files
 
     scores = ranking.local(scores)
     tops = ranking.read_top(scores)
@@ -175,7 +175,7 @@ def _others(
     beside: Sequence[str], record: Mapping[str, Any], count: int, rank_by: str
 ) -> dict[str, Any]:
     """Returns the scores [N, Q] of other methods by name; those without norms of gradients are not divided by any."""
-    from trainers.influence import queries as query_files
+    from espalier.trainers.influence import queries as query_files
 
     result: dict[str, Any] = {}
     for path in map(ranking.local, beside):

@@ -19,14 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from espalier.common.storage import paths
-from launch import cli
-from launch.attribution import factors as factor_files
-from launch.attribution import inputs, methods, outputs, ranking
-from launch.config import setting_flags
-from launch.config.setting_flags import File, Folder
-from launch.inference import row_files
-from launch.run import load_run
-from launch.run.load_run import LoadError, RunConfig
+from espalier.launch import cli
+from espalier.launch.attribution import factors as factor_files
+from espalier.launch.attribution import inputs, methods, outputs, ranking
+from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import File, Folder
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import LoadError, RunConfig
 
 _FILES = ("factors", "queries", "out")
 _SIZES = ("top", "length", "batch_size")
@@ -104,7 +104,7 @@ def score(
     Raises:
       LoadError: settings or rows that do not fit, or scores of other settings in `out`.
     """
-    from trainers.checkpoints import agreement
+    from espalier.trainers.checkpoints import agreement
 
     row_files.check_output(out, "out", others={"queries": queries, "documents": source.documents})
     if method.needs_factors and factors is None:
@@ -166,8 +166,8 @@ def _write(
     """Writes the rows that a file does not have yet, and returns the number of all; see `outputs.opened`."""
     import jax
 
-    from trainers.influence import files
-    from trainers.influence.fit import SAVE_SECONDS
+    from espalier.trainers.influence import files
+    from espalier.trainers.influence.fit import SAVE_SECONDS
 
     folder = pathlib.Path(ranking.queries_folder(path))
     writer = jax.process_index() == 0

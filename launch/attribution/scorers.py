@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution import factors as factor_files
-from launch.attribution import inputs
-from launch.run import run_model
-from launch.run.load_run import LoadError
-from trainers.influence import documents, files, queries, scores
-from trainers.influence import fit as stages
-from trainers.influence import sites as site_list
-from trainers.influence.token_scores import concentration, is_spurious, output_token_scores
+from espalier.launch.attribution import factors as factor_files
+from espalier.launch.attribution import inputs
+from espalier.launch.run import run_model
+from espalier.launch.run.load_run import LoadError
+from espalier.trainers.influence import documents, files, queries, scores
+from espalier.trainers.influence import fit as stages
+from espalier.trainers.influence import sites as site_list
+from espalier.trainers.influence.token_scores import concentration, is_spurious, output_token_scores
 
 _COMPARED = 64  # sample documents over which compressed and whole gradients are compared
 

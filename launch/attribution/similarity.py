@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from espalier.common.bars import Bar
-from launch.attribution import inputs
-from launch.run.load_run import LoadedRun, LoadError
-from trainers.influence import documents, files, queries
-from trainers.scoring.scoring import MeanStates, Row
+from espalier.launch.attribution import inputs
+from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.trainers.influence import documents, files, queries
+from espalier.trainers.scoring.scoring import MeanStates, Row
 
 
 def _save(folder: pathlib.Path, own: Any, count: int, record: Mapping[str, Any]) -> None:

@@ -36,10 +36,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from launch import cli
-from launch.aya_expanse.teachers import SamplingFlags
-from launch.config import setting_flags
-from launch.preparation.best_of_n import RewardFlags
+from espalier.launch import cli
+from espalier.launch.aya_expanse.teachers import SamplingFlags
+from espalier.launch.config import setting_flags
+from espalier.launch.preparation.best_of_n import RewardFlags
 
 Routing = Literal["single", "random", "fixed", "reward", "learned", "fusion", "translated"]
 
@@ -178,11 +178,11 @@ def arbitrage(
     Raises:
       ArbitrageError, DataError and others: settings, a pool or prompts that cannot be used, or no answer.
     """
-    from data.aya_expanse import pool as pools
-    from data.aya_expanse import prompts as prompt_rows
-    from launch.aya_expanse import arbitrage_rewards, completions
-    from launch.aya_expanse.route import Router
-    from launch.inference import row_files
+    from espalier.data.aya_expanse import pool as pools
+    from espalier.data.aya_expanse import prompts as prompt_rows
+    from espalier.launch.aya_expanse import arbitrage_rewards, completions
+    from espalier.launch.aya_expanse.route import Router
+    from espalier.launch.inference import row_files
 
     pool = pools.read(settings.pool)
     if reward is not None:
@@ -220,8 +220,8 @@ def _check_form(settings: ArbitrageFlags, prompts: Sequence[Any]) -> None:
 def _write(
     settings: ArbitrageFlags, out: pathlib.Path, prompts: Sequence[Any], routed: Any
 ) -> dict[str, Any]:
-    from data.aya_expanse import outputs
-    from launch.inference import row_files
+    from espalier.data.aya_expanse import outputs
+    from espalier.launch.inference import row_files
 
     version = {"reward_version": routed.reward_version} if routed.reward_version else {}
     rows, pairs = [], []

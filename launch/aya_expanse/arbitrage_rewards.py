@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.aya_expanse.prompts import UNKNOWN, Prompt
-from launch.inference import row_files
-from launch.preparation import best_of_n
-from launch.preparation.best_of_n import RewardFlags
+from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt
+from espalier.launch.inference import row_files
+from espalier.launch.preparation import best_of_n
+from espalier.launch.preparation.best_of_n import RewardFlags
 
 _JUDGE = "judge:"
 _VERSION = 1  # raise it when an exact scorer's rewards change
@@ -27,7 +27,7 @@ def check(flags: RewardFlags) -> None:
     if not flags.reward.startswith(_JUDGE):
         best_of_n.checkpoint_of(flags.reward)
         return
-    from launch.evaluation.judges import spec
+    from espalier.launch.evaluation.judges import spec
 
     spec.parse(flags.reward.removeprefix(_JUDGE))
 
@@ -56,9 +56,9 @@ class Rewards:
         elif (checkpoint := best_of_n.checkpoint_of(flags.reward)) is None:
             identity = [flags.reward, flags.answer_key, flags.answer_pattern, _VERSION]
         else:
-            from launch.evaluation.judges.checkpoint import weights_identity
-            from launch.run import load_run
-            from trainers.checkpoints import step_dir
+            from espalier.launch.evaluation.judges.checkpoint import weights_identity
+            from espalier.launch.run import load_run
+            from espalier.trainers.checkpoints import step_dir
 
             step = str(step_dir.resolve(checkpoint))
             _, text = load_run.config_with_text(step)
@@ -97,7 +97,7 @@ class Rewards:
         ]
 
     def _config(self) -> Any:
-        from launch.run import load_run
+        from espalier.launch.run import load_run
 
         return load_run.config_of(str(best_of_n.checkpoint_of(self._flags.reward)))
 
@@ -109,8 +109,8 @@ class Rewards:
 
     @functools.cached_property
     def _judge(self) -> Any:
-        from launch.evaluation.judges import spec
-        from launch.run import load_run
+        from espalier.launch.evaluation.judges import spec
+        from espalier.launch.run import load_run
 
         chosen = spec.parse(self._flags.reward.removeprefix(_JUDGE))
         config, text = None, ""
@@ -121,9 +121,9 @@ class Rewards:
     def _judged(
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]
     ) -> list[dict[str, float]]:
-        from launch.evaluation.judges import asking
-        from launch.evaluation.judges.answers import language_name
-        from launch.evaluation.judges.base import TIE, A, Pair
+        from espalier.launch.evaluation.judges import asking
+        from espalier.launch.evaluation.judges.answers import language_name
+        from espalier.launch.evaluation.judges.base import TIE, A, Pair
 
         pairs, places = [], []
         for p, (prompt, by_name) in enumerate(zip(prompts, answers, strict=True)):

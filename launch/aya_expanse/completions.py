@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data.aya_expanse.pool import Teacher
-from data.aya_expanse.prompts import Prompt
-from data.text.documents import DataError
+from espalier.data.aya_expanse.pool import Teacher
+from espalier.data.aya_expanse.prompts import Prompt
+from espalier.data.text.documents import DataError
 from espalier.common.bars import Bar
-from launch import input_errors
-from launch.aya_expanse.teachers import Answer, Working, key_of
-from launch.inference import row_files
-from launch.inference.chat_endpoint import Silence
-from launch.inference.row_files import ResumedRows
+from espalier.launch import input_errors
+from espalier.launch.aya_expanse.teachers import Answer, Working, key_of
+from espalier.launch.inference import row_files
+from espalier.launch.inference.chat_endpoint import Silence
+from espalier.launch.inference.row_files import ResumedRows
 
 
 class Store:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse import router, routing, second_prompts
-from data.aya_expanse.pool import Pool
-from data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
-from data.preference.texts import is_blank
-from data.text.documents import DataError
-from launch.aya_expanse import second_answers
-from launch.aya_expanse.completions import Asked, Store, ask
-from launch.aya_expanse.teachers import SamplingFlags, Working, at_work, key_of
+from espalier.data.aya_expanse import router, routing, second_prompts
+from espalier.data.aya_expanse.pool import Pool
+from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
+from espalier.data.preference.texts import is_blank
+from espalier.data.text.documents import DataError
+from espalier.launch.aya_expanse import second_answers
+from espalier.launch.aya_expanse.completions import Asked, Store, ask
+from espalier.launch.aya_expanse.teachers import SamplingFlags, Working, at_work, key_of
 
 NO_ANSWER, EMPTY, CUT, WRONG_LANGUAGE = "no answer", "empty", "cut", "wrong language"
 _IMPORTED, ROUTER = "imported", "router.npz"

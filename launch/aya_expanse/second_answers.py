@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from data.aya_expanse import routing, second_prompts
-from data.aya_expanse.pool import Pool
-from data.aya_expanse.prompts import Prompt, same_language
-from data.text.documents import DataError
+from espalier.data.aya_expanse import routing, second_prompts
+from espalier.data.aya_expanse.pool import Pool
+from espalier.data.aya_expanse.prompts import Prompt, same_language
+from espalier.data.text.documents import DataError
 
 Answers = dict[str, Mapping[str, Any]]
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from data.aya_expanse.pool import Teacher
-from data.aya_expanse.prompts import Prompt
-from data.text.documents import DataError, check_unicode
-from data.text.splits import stable_hash
-from launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
+from espalier.data.aya_expanse.pool import Teacher
+from espalier.data.aya_expanse.prompts import Prompt
+from espalier.data.text.documents import DataError, check_unicode
+from espalier.data.text.splits import stable_hash
+from espalier.launch.inference.chat_endpoint import ChatEndpoint, Silence, api_key
 
 # Requests in a row without a reply after which an endpoint is not asked further.
 _PATIENCE = 16
@@ -115,7 +115,7 @@ def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Work
 
 def _imported(teacher: Teacher, folder: str) -> str:
     """Returns the run of a Hugging Face checkpoint, which is made once."""
-    from launch.weights import import_weights
+    from espalier.launch.weights import import_weights
 
     source = os.path.realpath(teacher.where)
     config = os.path.join(source, "config.json")
@@ -193,9 +193,9 @@ class CheckpointTeacher:
     local = True
 
     def __init__(self, teacher: Teacher, sampling: SamplingFlags, checkpoint: str):
-        from launch.evaluation.judges.checkpoint import weights_identity
-        from launch.run import load_run
-        from trainers.checkpoints import step_dir
+        from espalier.launch.evaluation.judges.checkpoint import weights_identity
+        from espalier.launch.run import load_run
+        from espalier.trainers.checkpoints import step_dir
 
         self.teacher, self.sampling = teacher, sampling
         # A newer step would change the answers.
@@ -212,9 +212,9 @@ class CheckpointTeacher:
         """Does nothing: checkpoints answer in the main thread."""
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
-        from launch.inference import generate
-        from launch.run import load_run
-        from trainers.decoding.settings import Sampling, Settings
+        from espalier.launch.inference import generate
+        from espalier.launch.run import load_run
+        from espalier.trainers.decoding.settings import Sampling, Settings
 
         sampling = self.sampling
         top_p = None if sampling.top_p == 1 or sampling.temperature == 0 else sampling.top_p
@@ -271,8 +271,8 @@ def _row(loaded: Any, prompt: Prompt) -> dict[str, Any]:
 
 def _checked_length(loaded: Any, row: Mapping[str, Any], prompt: Prompt, new: int) -> int:
     """Returns the number of tokens of a prompt; raises LoadError if the model cannot continue it."""
-    from launch.inference.generate import prompt_of
-    from launch.run.load_run import LoadError
+    from espalier.launch.inference.generate import prompt_of
+    from espalier.launch.run.load_run import LoadError
 
     length, limit = len(prompt_of(loaded, row, prompt.where)), loaded.model.max_length
     if limit is not None and length + new - 1 > limit:

@@ -6,7 +6,7 @@
 """
 
 if __name__ == "__main__":
-    from launch.cluster import group
+    from espalier.launch.cluster import group
 
     raise SystemExit(group.main())
 
@@ -20,13 +20,13 @@ import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, ClassVar
 
-from launch import cli
-from launch.cluster.base import SubmitError
-from launch.cluster.launch_config import Launch
-from launch.processes import supervisor
+from espalier.launch import cli
+from espalier.launch.cluster.base import SubmitError
+from espalier.launch.cluster.launch_config import Launch
+from espalier.launch.processes import supervisor
 
 if TYPE_CHECKING:
-    from launch.cluster.local import LocalSubmitter
+    from espalier.launch.cluster.local import LocalSubmitter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,12 @@ class Settings(Launch):
         if self.folder:
             flags.append(f"--folder={self.directory}")
         secrets = [f"--secret={name}={path}" for name, path in self.secret_places.items()]
-        return (sys.executable, "-m", "launch.cluster.group", *flags, *secrets, "--", *command)
+        return (sys.executable, "-m", "espalier.launch.cluster.group", *flags, *secrets, "--", *command)
 
 
 def submitter(settings: Settings) -> "LocalSubmitter":
     """Returns the back end of the settings."""
-    from launch.cluster.local import LocalSubmitter
+    from espalier.launch.cluster.local import LocalSubmitter
 
     return LocalSubmitter()
 

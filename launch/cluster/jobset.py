@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from launch.cluster.base import Handle, Job, State, Status, SubmitError
-from launch.cluster.launch_config import Launch, texts
+from espalier.launch.cluster.base import Handle, Job, State, Status, SubmitError
+from espalier.launch.cluster.launch_config import Launch, texts
 
 _API = "jobset.x-k8s.io/v1alpha2"
 _CONTAINER = "main"

@@ -14,21 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from espalier.common import spelling
-from launch import environment
-from launch.cluster.base import SubmitError
-from launch.config import python_config
+from espalier.launch import environment
+from espalier.launch.cluster.base import SubmitError
+from espalier.launch.config import python_config
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Modules of the back ends, each with a class `Settings` and a function `submitter`.
 BACKENDS = {
-    "local": "launch.cluster.group",
-    "slurm": "launch.cluster.slurm",
+    "local": "espalier.launch.cluster.group",
+    "slurm": "espalier.launch.cluster.slurm",
     # A file xmanager.py would hide the library from the script beside it.
-    "xmanager": "launch.cluster.xmanager_backend",
-    "jobset": "launch.cluster.jobset",
-    "tpu_vm": "launch.cluster.tpu_vm",
+    "xmanager": "espalier.launch.cluster.xmanager_backend",
+    "jobset": "espalier.launch.cluster.jobset",
+    "tpu_vm": "espalier.launch.cluster.tpu_vm",
 }
 _SECRET = re.compile("(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)

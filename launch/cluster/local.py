@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-from launch import environment
-from launch.cluster.base import Handle, Job, State, Status
-from launch.cluster.worker import peak_bytes
+from espalier.launch import environment
+from espalier.launch.cluster.base import Handle, Job, State, Status
+from espalier.launch.cluster.worker import peak_bytes
 
 # A worker that is idle for this long is ended, so that its memory is free for others.
 IDLE_SECONDS = 20.0
@@ -224,7 +224,7 @@ class _Worker:
         }
         with open(job.log, "ab") as log:  # for errors before the first job runs
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launch.cluster.worker"],
+                [sys.executable, "-m", "espalier.launch.cluster.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

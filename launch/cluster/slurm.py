@@ -14,10 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import environment
-from launch.cluster import slurm_script
-from launch.cluster.base import Handle, Job, State, Status, SubmitError
-from launch.cluster.slurm_script import Settings
+from espalier.launch import environment
+from espalier.launch.cluster import slurm_script
+from espalier.launch.cluster.base import Handle, Job, State, Status, SubmitError
+from espalier.launch.cluster.slurm_script import Settings
 
 _WAITING = (
     *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"),

@@ -12,8 +12,8 @@ import shlex
 from collections.abc import Sequence
 from typing import ClassVar
 
-from launch.cluster.base import Job, SubmitError
-from launch.cluster.launch_config import Launch, texts
+from espalier.launch.cluster.base import Job, SubmitError
+from espalier.launch.cluster.launch_config import Launch, texts
 
 # Added to a measured need of memory.
 _HEADROOM = 1.25

@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from launch.cluster.base import Handle, Job, Status, SubmitError
-from launch.cluster.jobset import name_of
-from launch.cluster.launch_config import Launch, texts
+from espalier.launch.cluster.base import Handle, Job, Status, SubmitError
+from espalier.launch.cluster.jobset import name_of
+from espalier.launch.cluster.launch_config import Launch, texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ def _install(settings: Settings) -> str:
 def _start(settings: Settings, job: Job) -> str:
     """Returns the start script of every host."""
     variables = {**settings.variables, **job.environment}
-    group = ["-m", "launch.cluster.group", f"--restarts={settings.restarts}"]
+    group = ["-m", "espalier.launch.cluster.group", f"--restarts={settings.restarts}"]
     group += [f"--secret={name}={path}" for name, path in settings.secret_places.items()]
     words = [settings.interpreter, *group, "--", *texts(job.command)]
     return "\n".join(

@@ -20,9 +20,9 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
-from launch import environment
-from launch.processes.supervisor import handled
-from trainers.programs import host_memory
+from espalier.launch import environment
+from espalier.launch.processes.supervisor import handled
+from espalier.trainers.programs import host_memory
 
 OWN = "launch."
 
@@ -137,6 +137,6 @@ if __name__ == "__main__":
     environment.restart_with_huge_pages()
     environment.prepare()
 
-    from launch.cluster import worker  # jobs replace the module `__main__`
+    from espalier.launch.cluster import worker  # jobs replace the module `__main__`
 
     raise SystemExit(worker.serve(sys.stdin))

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import psutil
 
-from launch import environment
-from launch.cluster.base import Handle, Job, State, Status, SubmitError
-from launch.cluster.launch_config import Launch, texts
+from espalier.launch import environment
+from espalier.launch.cluster.base import Handle, Job, State, Status, SubmitError
+from espalier.launch.cluster.launch_config import Launch, texts
 
 SCRIPT = os.path.join(environment.ROOT, "launch", "cluster", "xmanager_script.py")
 _EXECUTORS = ("local", "vertex", "kubernetes")
@@ -100,7 +100,7 @@ class Settings(Launch):
 def experiment(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the description of a job that the script reads."""
     secrets = [f"--secret={name}={path}" for name, path in settings.secret_places.items()]
-    group = ["-m", "launch.cluster.group", f"--restarts={settings.restarts}", *secrets, "--"]
+    group = ["-m", "espalier.launch.cluster.group", f"--restarts={settings.restarts}", *secrets, "--"]
     words = [*group, *texts(job.command)]
     if settings.executor != "local":  # the image has no entry point
         words.insert(0, settings.interpreter)
@@ -168,7 +168,7 @@ class XManagerSubmitter:
         for process in _descendants(self._processes[handle].pid):
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
-                if words[1:3] == ["-m", "launch.cluster.group"]:
+                if words[1:3] == ["-m", "espalier.launch.cluster.group"]:
                     process.terminate()
                     return
         self._processes[handle].terminate()

@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch import cli
-from launch.inference import row_files
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
 
 if TYPE_CHECKING:
-    from data.code_mix.skills import Problem
+    from espalier.data.code_mix.skills import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
     Raises:
       LoadError: the run was not trained on documents of data/code_mix/skills.py.
     """
-    from data.code_mix import skills
+    from espalier.data.code_mix import skills
 
     problems = [problem for skill in skills.SKILLS for problem in skills.problems(skill)]
     return score(problems, _continued(checkpoint, problems, params))
@@ -57,16 +57,16 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
 
 def answers(checkpoint: str, *, params: str = "auto") -> list[str]:
     """Returns the answers of a checkpoint to `data.code_mix.skills.instructions`; arguments as of `evaluate`."""
-    from data.code_mix import skills
+    from espalier.data.code_mix import skills
 
     return _continued(checkpoint, skills.instructions(), params)
 
 
 def _continued(checkpoint: str, problems: Sequence["Problem"], params: str) -> list[str]:
     """Returns the greedy continuation of each problem's prompt."""
-    from data.code_mix import skills
-    from trainers.decoding.decoder import Decoder
-    from trainers.decoding.settings import Settings
+    from espalier.data.code_mix import skills
+    from espalier.trainers.decoding.decoder import Decoder
+    from espalier.trainers.decoding.settings import Settings
 
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as loaded:
         encode, decode = loaded.vocabulary.encode, loaded.vocabulary.decode

@@ -15,10 +15,10 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
-from data.code_mix import synthetic_code
-from launch import cli
-from launch.config import setting_flags
-from launch.inference import row_files
+from espalier.data.code_mix import synthetic_code
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.inference import row_files
 
 _SETTINGS = ("num_documents", "seed", "variants", "mutated_share", "validation_fraction")
 

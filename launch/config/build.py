@@ -21,10 +21,10 @@ from typing import Any
 
 import gin
 
-from launch.config import decorated, text
-from launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
-from launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
-from trainers.programs import replacements
+from espalier.launch.config import decorated, text
+from espalier.launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
+from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
+from espalier.trainers.programs import replacements
 
 # The configuration whose function is running, and the scope. Factories are called while a step is traced, possibly in
 # another thread, which begins without both.

@@ -9,8 +9,8 @@ from typing import Any
 
 from gin import config_parser
 
-from launch.config import gin_source
-from launch.config.gin_source import Problem, Reference, scoped
+from espalier.launch.config import gin_source
+from espalier.launch.config.gin_source import Problem, Reference, scoped
 
 
 class UnreadableConfigError(ValueError):

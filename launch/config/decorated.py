@@ -10,7 +10,7 @@ from typing import Any
 
 import gin
 
-from launch.config.gin_reader import Target
+from espalier.launch.config.gin_reader import Target
 
 _given = False  # whether gin has bindings of the last configuration
 

@@ -10,10 +10,10 @@ import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.config import gin_methods, gin_reader, gin_source
-from launch.config.gin_hints import files_that_read
-from launch.config.gin_reach import Reach
-from launch.config.gin_reader import (
+from espalier.launch.config import gin_methods, gin_reader, gin_source
+from espalier.launch.config.gin_hints import files_that_read
+from espalier.launch.config.gin_reach import Reach
+from espalier.launch.config.gin_reader import (
     Bound,
     Checked,
     Target,
@@ -23,8 +23,8 @@ from launch.config.gin_reader import (
     parameter_names,
     required_parameters,
 )
-from launch.config.gin_source import Macro, Place, Problem, scoped
-from launch.config.gin_values import mismatch
+from espalier.launch.config.gin_source import Macro, Place, Problem, scoped
+from espalier.launch.config.gin_values import mismatch
 
 
 def check(

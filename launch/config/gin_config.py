@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launch.config import gin_check, gin_hints, gin_source
-from launch.config.build import Configuration
-from launch.config.gin_reader import Bound, Checked, final_bound, is_required
-from launch.config.gin_source import Place, Problem
+from espalier.launch.config import gin_check, gin_hints, gin_source
+from espalier.launch.config.build import Configuration
+from espalier.launch.config.gin_reader import Bound, Checked, final_bound, is_required
+from espalier.launch.config.gin_source import Place, Problem
 
 # An unquoted value that is read as a string: a path or a name.
 _BARE_STRING = re.compile(r"[A-Za-z_/.~][\w./~:+-]*")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from launch import environment
-from launch.config.gin_reader import Bound
-from launch.config.gin_source import Reference
+from espalier.launch import environment
+from espalier.launch.config.gin_reader import Bound
+from espalier.launch.config.gin_source import Reference
 
 _CONFIGS = pathlib.Path(environment.ROOT, "t5x_configs")
 _SHOWN = 3  # files of a remedy

@@ -7,9 +7,9 @@ in its list REPLACES. The user's own files and the command line may change any b
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launch.config.gin_reach import Reach
-from launch.config.gin_reader import REPLACES, Bound, Checked, is_required
-from launch.config.gin_source import Place, Problem, scoped
+from espalier.launch.config.gin_reach import Reach
+from espalier.launch.config.gin_reader import REPLACES, Bound, Checked, is_required
+from espalier.launch.config.gin_source import Place, Problem, scoped
 
 
 def is_method(file: str) -> bool:

@@ -18,40 +18,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common.ranges import CalledWith
-from launch.config.gin_reader import Bound, Checked, applying, within
-from launch.config.gin_source import Place
-from launch.config.gin_values import declaration, hints
-from model.like import copied, like
+from espalier.launch.config.gin_reader import Bound, Checked, applying, within
+from espalier.launch.config.gin_source import Place
+from espalier.launch.config.gin_values import declaration, hints
+from espalier.model.like import copied, like
 
 # Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
 # owner's own source need no row, nor do factories that are declared with CalledWith (model/ranges.py).
 # tests/launch/config/gin_reach_test.py calls each and compares.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
-    "data.t5.denoising.make_stream": {"stream": ("positions", "task")},
-    "data.text.user_data.register_sources": {"sources": ("name",)},
-    "launch.evaluation.held_out.evaluate": {"stream": ("task",)},
-    "launch.train.train": {
+    "espalier.data.t5.denoising.make_stream": {"stream": ("positions", "task")},
+    "espalier.data.text.user_data.register_sources": {"sources": ("name",)},
+    "espalier.launch.evaluation.held_out.evaluate": {"stream": ("task",)},
+    "espalier.launch.train.train": {
         "checkpointer": ("directory",),
         "eval_stream": ("task",),
         "stream": ("positions",),
     },
-    "trainers.recipe.Recipe": {
+    "espalier.trainers.recipe.Recipe": {
         "objective": ("model", "num_sources"),
         "optimizer": ("learning_rate", "param_axes"),
     },
 }
 # Functions with named slots (**slots), and the arguments that they pass to the factory in each slot.
 _SLOTS = {
-    "model.adapters.adapter.named": ("name",),
-    "trainers.hooks.named": ("run",),
-    "trainers.reports.named": ("params",),
+    "espalier.model.adapters.adapter.named": ("name",),
+    "espalier.trainers.hooks.named": ("run",),
+    "espalier.trainers.reports.named": ("params",),
 }
 
 # Entry functions, with the arguments that their commands always pass from flags.
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
 FLAGS: dict[str, tuple[str, ...]] = {
-    "launch.evaluation.held_out.evaluate": _OF_EVALUATE,
-    "launch.evaluation.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
+    "espalier.launch.evaluation.held_out.evaluate": _OF_EVALUATE,
+    "espalier.launch.evaluation.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
 }
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import gin
 from gin import config_parser
 
-from launch.config import gin_source, model_file
-from launch.config.gin_source import Macro, Place, Problem, Reference, scoped
+from espalier.launch.config import gin_source, model_file
+from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, scoped
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,16 +13,16 @@ from typing import Any
 
 from gin import config_parser
 
-from launch.config import model_file, moved
-from launch.config.model_file import ModelFileError
-from launch.input_errors import shortened
+from espalier.launch.config import model_file, moved
+from espalier.launch.config.model_file import ModelFileError
+from espalier.launch.input_errors import shortened
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 RUN_CONFIG = "config.gin"  # a run's whole configuration, in its directory
 VOCABULARY_RECORD = "vocabulary.json"  # beside it; see launch/run/run_vocabulary.py
 _OWN_VOCABULARY = """
-from launch.run import run_vocabulary
+from espalier.launch.run import run_vocabulary
 
 VOCABULARY = @run_vocabulary.of()
 run_vocabulary.of.path = {folder!r}

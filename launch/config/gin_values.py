@@ -18,8 +18,8 @@ from typing import Annotated, Any
 from annotated_types import GroupedMetadata
 
 from espalier.common.ranges import CalledWith
-from launch.config.gin_reader import Target
-from launch.config.gin_source import Macro, Reference
+from espalier.launch.config.gin_reader import Target
+from espalier.launch.config.gin_source import Macro, Reference
 
 _SIMPLE = (int, float, str, bool, type(None))
 _PACKAGES = ("model", "trainers", "data", "launch")

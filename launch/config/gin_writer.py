@@ -10,10 +10,10 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launch.config.build import configured
-from launch.config.model_file import import_lines, module_names
-from model.t5.encoder_decoder import EncoderDecoder
-from model.transformer import Block, Transformer
+from espalier.launch.config.build import configured
+from espalier.launch.config.model_file import import_lines, module_names
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Block, Transformer
 
 # Settings written as macros, because files of methods wrap these macros; written even if they are defaults.
 _MACROS = {"attention": "ATTENTION", "mlp": "MLP"}

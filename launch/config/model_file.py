@@ -26,8 +26,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from launch.config.registered import REGISTERED
-from launch.input_errors import OWN_PACKAGES
+from espalier.launch.config.registered import REGISTERED
+from espalier.launch.input_errors import OWN_PACKAGES
 
 NAME = "model.json"
 MODEL = "MODEL"  # the macro with the model

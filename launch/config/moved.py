@@ -4,15 +4,15 @@ import re
 
 # Former name -> name.
 MOVED = {
-    "data.aya23.toy_languages": "launch.papers.aya23.toy_languages",
-    "data.aya_expanse.lexicon": "launch.papers.aya_expanse.lexicon",
-    "data.aya_expanse.lexicon_text": "launch.papers.aya_expanse.lexicon_text",
-    "data.code_mix.skill_sources": "launch.papers.code_mix.skill_sources",
-    "data.influence.small_corpus": "launch.papers.influence.small_corpus",
-    "data.mov.compositions": "launch.papers.mov.compositions",
-    "data.nexus.lag_domains": "launch.papers.nexus.lag_domains",
-    "data.preference.topic_language": "launch.papers.preference.topic_language",
-    "data.snapkv.retrieval": "launch.papers.snapkv.retrieval",
+    "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",
+    "data.aya_expanse.lexicon": "espalier.launch.papers.aya_expanse.lexicon",
+    "data.aya_expanse.lexicon_text": "espalier.launch.papers.aya_expanse.lexicon_text",
+    "data.code_mix.skill_sources": "espalier.launch.papers.code_mix.skill_sources",
+    "data.influence.small_corpus": "espalier.launch.papers.influence.small_corpus",
+    "data.mov.compositions": "espalier.launch.papers.mov.compositions",
+    "data.nexus.lag_domains": "espalier.launch.papers.nexus.lag_domains",
+    "data.preference.topic_language": "espalier.launch.papers.preference.topic_language",
+    "data.snapkv.retrieval": "espalier.launch.papers.snapkv.retrieval",
 }
 _IMPORT = re.compile(r"^from ([\w.]+) import (\w+)(?: as (\w+))?", re.MULTILINE)
 

@@ -8,7 +8,7 @@ In model/ they are those marked as `recordable` (model/ranges.py).
 import pathlib
 import re
 
-from launch import environment
+from espalier.launch import environment
 
 _INITIALIZERS = (
     "constant",

@@ -6,8 +6,8 @@ from typing import Any
 
 from gin import config_parser
 
-from launch.config.gin_reader import Bound, Target
-from launch.config.gin_source import (
+from espalier.launch.config.gin_reader import Bound, Target
+from espalier.launch.config.gin_source import (
     DYNAMIC_REGISTRATION,
     Reference,
     is_written_as_itself,

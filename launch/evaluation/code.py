@@ -22,10 +22,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data.sandbox.code_sandbox import Limits
-from launch import cli
-from launch.config import setting_flags
-from launch.run import load_run
+from espalier.data.sandbox.code_sandbox import Limits
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.run import load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     return cli.main(
         __doc__,
-        entry="launch.run.load_run:RunConfig",
+        entry="espalier.launch.run.load_run:RunConfig",
         command="evaluate code",
         extra_flags=_add_flags,
         run=lambda start: _run(start.flags, start),
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace, start: cli.Start | None = None) -> None:
-    from launch.evaluation import code_evaluation
+    from espalier.launch.evaluation import code_evaluation
 
     chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
     code_evaluation.run(flags, chosen, start)

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from data.sandbox import code_sandbox
-from data.text import code_problems
+from espalier.data.sandbox import code_sandbox
+from espalier.data.text import code_problems
 from espalier.common.bars import Bar
-from launch.config import setting_flags
-from launch.evaluation.pass_at_k import mean_pass_at_k
-from launch.inference import row_files
-from launch.run import load_run
+from espalier.launch.config import setting_flags
+from espalier.launch.evaluation.pass_at_k import mean_pass_at_k
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
@@ -83,8 +83,8 @@ def first_problems(problems: code_problems.Problems, limit: int | None) -> list[
 
 def model_samples(flags: Any, chosen: Any, start: Any, problems: code_problems.Problems) -> Samples:
     """Returns the completions of the checkpoint's model; arguments as of `run`."""
-    from launch.inference.generate import generate
-    from trainers.decoding.settings import Sampling, Settings
+    from espalier.launch.inference.generate import generate
+    from espalier.trainers.decoding.settings import Sampling, Settings
 
     if chosen.samples < 1:
         raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")

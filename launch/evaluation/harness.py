@@ -24,14 +24,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common.storage import output_files
-from launch import cli
-from launch.config import setting_flags
-from launch.evaluation.suites import scores
-from launch.inference import row_files
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.evaluation.suites import scores
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
 
 if TYPE_CHECKING:
-    from launch.evaluation.suites.scores import Suite, Task
+    from espalier.launch.evaluation.suites.scores import Suite, Task
 
 
 class SuiteError(ValueError):
@@ -87,7 +87,7 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
       SuiteError: no data at all, or files that cannot be read or written.
       LoadError, WrongDataError: a checkpoint or a set that cannot be read.
     """
-    from launch import lm_eval
+    from espalier.launch import lm_eval
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"  # missing sets are reported at once, without network access
@@ -186,7 +186,7 @@ def _evaluated(
     from lm_eval import simple_evaluate, utils
     from lm_eval.tasks import TaskManager
 
-    from launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.evaluation.lm_eval.model import EspalierLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()

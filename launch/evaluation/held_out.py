@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.common.ranges import Size
-from launch import cli
-from launch.inference import row_files
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
 
 if TYPE_CHECKING:
-    from trainers.evaluate import EvalStream
+    from espalier.trainers.evaluate import EvalStream
 
 GIN = "t5x_configs/runs/evaluate.gin"
 _COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
@@ -85,10 +85,10 @@ def evaluate(
     """
     import jax
 
-    from launch.run import hf_checkpoint, run_model
-    from trainers import evaluate as evaluation
-    from trainers import partitioning
-    from trainers.telemetry import metric_writers
+    from espalier.launch.run import hf_checkpoint, run_model
+    from espalier.trainers import evaluate as evaluation
+    from espalier.trainers import partitioning
+    from espalier.trainers.telemetry import metric_writers
 
     if hf_checkpoint.is_hf(checkpoint):
         model = run_model.of_checkpoint(checkpoint, macro="checkpoint")
@@ -132,9 +132,9 @@ def open_streams(
     Raises:
       ValueError: no task has a held-out split.
     """
-    from data import cpu_tensorflow
-    from data.stream import mixing
-    from data.stream.stream import held_out
+    from espalier.data import cpu_tensorflow
+    from espalier.data.stream import mixing
+    from espalier.data.stream.stream import held_out
 
     cpu_tensorflow.load()
     for call in register:
@@ -171,7 +171,7 @@ def _cell(name: str, value: float | None) -> str:
 
 
 main = load_run.trusting_command(
-    __doc__, "evaluate loss", _run, _add_flags, entry="launch.evaluation.held_out:evaluate", own=GIN
+    __doc__, "evaluate loss", _run, _add_flags, entry="espalier.launch.evaluation.held_out:evaluate", own=GIN
 )
 
 if __name__ == "__main__":

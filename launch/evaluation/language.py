@@ -15,9 +15,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from data.languages import identify
-from launch import cli
-from launch.inference import row_files
+from espalier.data.languages import identify
+from espalier.launch import cli
+from espalier.launch.inference import row_files
 
 EXAMPLE = '{"text": "...", "language": "cs"}'
 
@@ -97,7 +97,7 @@ def summarised(by_language: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _language(row: Mapping[str, Any], place: str, given: str | None) -> str:
-    from data.languages import table
+    from espalier.data.languages import table
 
     tag = given if given is not None else row.get("language")
     if tag is None:

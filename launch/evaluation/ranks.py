@@ -16,10 +16,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launch import cli
-from launch.inference import row_files
-from launch.run import load_run, side_by_side
-from launch.run.load_run import LoadError, RunConfig
+from espalier.launch import cli
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run, side_by_side
+from espalier.launch.run.load_run import LoadError, RunConfig
 
 GIN = "t5x_configs/runs/evaluate_ranks.gin"
 
@@ -72,10 +72,10 @@ def evaluate(
     """
     import jax
 
-    from data import cpu_tensorflow, tasks
-    from data.instructions import ranking
-    from data.instructions.tasks import ORIGIN
-    from launch.evaluation import seqio_tasks
+    from espalier.data import cpu_tensorflow, tasks
+    from espalier.data.instructions import ranking
+    from espalier.data.instructions.tasks import ORIGIN
+    from espalier.launch.evaluation import seqio_tasks
 
     cpu_tensorflow.load()
     earlier = tasks.registered(ORIGIN)  # of another call in this process
@@ -137,7 +137,7 @@ def summarised(
       held_out: SeqIO task -> {"held_out": evaluated task, "set", "template"}.
       accuracies: SeqIO task -> its metrics.
     """
-    from data.instructions import ranking
+    from espalier.data.instructions import ranking
 
     metrics = (*ranking.METRICS, ranking.BASE_RATE)
     templates: dict[str, dict[str, dict[str, Any]]] = {}
@@ -171,7 +171,7 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 main = load_run.trusting_command(
-    __doc__, "evaluate ranks", _run, _add_flags, entry="launch.evaluation.ranks:evaluate", own=GIN
+    __doc__, "evaluate ranks", _run, _add_flags, entry="espalier.launch.evaluation.ranks:evaluate", own=GIN
 )
 
 if __name__ == "__main__":

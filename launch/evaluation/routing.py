@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from espalier.common.storage import output_files
-from launch import cli
-from launch.evaluation import held_out
-from launch.inference import row_files
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.evaluation import held_out
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
 
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
@@ -87,11 +87,11 @@ def routing(
       LoadError: the run has no router, or `rows` is not positive.
       ValueError: none of the tasks has a held-out split.
     """
-    from launch.config import gin_config
+    from espalier.launch.config import gin_config
 
     _check_rows(rows)
     files = load_run.whole_files(run_dir, (), trust_config=trust_config, own=held_out.GIN)
-    config = gin_config.load(entry="launch.evaluation.held_out:evaluate", defaults=files)
+    config = gin_config.load(entry="espalier.launch.evaluation.held_out:evaluate", defaults=files)
     return _measured(run_dir, config.arguments(), tasks=tasks, rows=rows, params=params)
 
 
@@ -111,8 +111,8 @@ def _measured(
     """Returns `routing` of a run with the arguments of `held_out.evaluate`, which have its recipe and data."""
     import jax
 
-    from trainers import partitioning
-    from trainers.batches import global_batch
+    from espalier.trainers import partitioning
+    from espalier.trainers.batches import global_batch
 
     _check_rows(rows)
     recipe = configured["recipe"]
@@ -217,9 +217,9 @@ def structure(run_dir: str, *, names: Sequence[str] | None = None) -> dict[str, 
     Raises:
       LoadError: the model has no such router, or its number of experts is not that of `names`.
     """
-    from model.nexus.domain_router import expert_vectors
-    from trainers.checkpoints import step_dir
-    from trainers.checkpoints.array_files import StoredArray
+    from espalier.model.nexus.domain_router import expert_vectors
+    from espalier.trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints.array_files import StoredArray
 
     step = step_dir.resolve(run_dir)
     stored = step_dir.read_manifest(step).arrays
@@ -305,7 +305,7 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
       domains: task -> router -> [layer][expert].
       experts: names of the experts; a router with another number of experts gets numbers instead.
     """
-    from launch.plots import heat_maps
+    from espalier.launch.plots import heat_maps
 
     tables = {
         router: np.array([domains[task][router] for task in domains])  # [task, layer, expert]
@@ -342,7 +342,7 @@ main = load_run.trusting_command(
     "evaluate routing",
     _run,
     _add_flags,
-    entry="launch.evaluation.held_out:evaluate",  # which reads the same model and data
+    entry="espalier.launch.evaluation.held_out:evaluate",  # which reads the same model and data
     own=held_out.GIN,
 )
 

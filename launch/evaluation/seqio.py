@@ -17,11 +17,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch import cli
-from launch.config import setting_flags
-from launch.inference import row_files
-from launch.run import load_run, side_by_side
-from launch.run.load_run import LoadError, RunConfig
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run, side_by_side
+from espalier.launch.run.load_run import LoadError, RunConfig
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(start: cli.Start) -> None:
-    from data import cpu_tensorflow
-    from data.text import user_data
+    from espalier.data import cpu_tensorflow
+    from espalier.data.text import user_data
 
     cpu_tensorflow.load()
     flags = start.flags
@@ -87,8 +87,8 @@ def evaluate(
     """
     import jax
 
-    from launch.evaluation import seqio_tasks
-    from launch.evaluation.seqio_tasks import PREDICTION, SCORE
+    from espalier.launch.evaluation import seqio_tasks
+    from espalier.launch.evaluation.seqio_tasks import PREDICTION, SCORE
 
     if output:
         row_files.check_output(output, compressed=True)

@@ -4,18 +4,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.stream import rows
+from espalier.data.stream import rows
 from espalier.common import spelling
-from launch.evaluation.lm_eval.arguments import default_batch_tokens, default_generation_tokens
-from launch.evaluation.lm_eval.generation import Generation, Generator
-from launch.inference.texts import Texts, decoder_of
-from launch.run.load_run import LoadedRun, LoadError
-from model.kv_cache.full import FullCache
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.settings import Sampling, Settings
-from trainers.scoring.likelihoods import LikelihoodScorer
-from trainers.scoring.scoring import Row, Scorer
-from trainers.telemetry import metric_writers
+from espalier.launch.evaluation.lm_eval.arguments import default_batch_tokens, default_generation_tokens
+from espalier.launch.evaluation.lm_eval.generation import Generation, Generator
+from espalier.launch.inference.texts import Texts, decoder_of
+from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.model.kv_cache.full import FullCache
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.settings import Sampling, Settings
+from espalier.trainers.scoring.likelihoods import LikelihoodScorer
+from espalier.trainers.scoring.scoring import Row, Scorer
+from espalier.trainers.telemetry import metric_writers
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"

@@ -31,12 +31,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data.cache import cache_dir
-from launch import cli
-from launch.evaluation.judges import answers, asking, shares, spec
-from launch.evaluation.judges.answers import System
-from launch.evaluation.judges.base import Judge, JudgeError
-from launch.run import load_run
+from espalier.data.cache import cache_dir
+from espalier.launch import cli
+from espalier.launch.evaluation.judges import answers, asking, shares, spec
+from espalier.launch.evaluation.judges.answers import System
+from espalier.launch.evaluation.judges.base import Judge, JudgeError
+from espalier.launch.run import load_run
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 LANGUAGES_PLOT = "languages.png"

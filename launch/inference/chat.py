@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from espalier.common import stages
-from launch.inference.generate import Decoding, decoder_and_texts, prompt_of, to_terminal
-from launch.run import side_by_side
-from launch.run.load_run import LoadError, RunConfig
+from espalier.launch.inference.generate import Decoding, decoder_and_texts, prompt_of, to_terminal
+from espalier.launch.run import side_by_side
+from espalier.launch.run.load_run import LoadError, RunConfig
 
 NEW = "/new"  # begins another conversation
 

@@ -15,7 +15,7 @@ import requests
 import urllib3.exceptions
 from urllib3.util import Retry
 
-from launch.inference.deadlines import Deadlines
+from espalier.launch.inference.deadlines import Deadlines
 
 _PATH = "/chat/completions"
 # HTTP statuses after which a request is repeated.

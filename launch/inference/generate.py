@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 
-from launch.inference import row_files
-from launch.inference.cache_comparison import Agreement, compared
-from launch.inference.texts import PROMPT_KEYS, Texts, decoder_of
-from launch.inference.token_healing import Healed, TokenHealing
-from launch.run import side_by_side
-from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
-from model.kv_cache.base import CachePolicy
-from model.kv_cache.full import FullCache
-from trainers.decoding.decoder import Decoder, Stats
-from trainers.decoding.settings import Settings
+from espalier.launch.inference import row_files
+from espalier.launch.inference.cache_comparison import Agreement, compared
+from espalier.launch.inference.texts import PROMPT_KEYS, Texts, decoder_of
+from espalier.launch.inference.token_healing import Healed, TokenHealing
+from espalier.launch.run import side_by_side
+from espalier.launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.kv_cache.full import FullCache
+from espalier.trainers.decoding.decoder import Decoder, Stats
+from espalier.trainers.decoding.settings import Settings
 
 # New tokens between two checks of the texts: a check takes less than a tenth of the time of a token.
 LOOK_AT_STOPS, LOOK_AT_STREAM = 16, 1

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from data.text import documents
+from espalier.data.text import documents
 from espalier.common.storage import mirror, output_files, paths
 
 _log = logging.getLogger(__name__)

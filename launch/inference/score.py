@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from launch.inference import row_files
-from launch.run import side_by_side
-from launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
-from trainers.scoring.scoring import Row, Scorer
+from espalier.launch.inference import row_files
+from espalier.launch.run import side_by_side
+from espalier.launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from espalier.trainers.scoring.scoring import Row, Scorer
 
 
 def score(

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from trainers.decoding.decoder import Continuation
-from trainers.decoding.stop_strings import GrowingText, cut
+from espalier.trainers.decoding.decoder import Continuation
+from espalier.trainers.decoding.stop_strings import GrowingText, cut
 
 PROMPT_KEYS = ("text", "messages", "tokens")  # of a row: the one that is there is its prompt
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from data.tokenizers.pieces import Pieces
+from espalier.data.tokenizers.pieces import Pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from launch.merging.models import Model, NativeModel
-from launch.merging.plan import Planner
-from launch.merging.settings import Merge
+from espalier.launch.merging.models import Model, NativeModel
+from espalier.launch.merging.plan import Planner
+from espalier.launch.merging.settings import Merge
 
 RECORD = "merge.json"
 NAME = "README.md"
@@ -72,6 +72,6 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
 
 def is_random(merge: Merge) -> bool:
     """Returns whether the method of a merge draws random numbers."""
-    from model.transforms.merge_methods import METHODS
+    from espalier.model.transforms.merge_methods import METHODS
 
     return METHODS[merge.method].random

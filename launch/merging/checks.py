@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizers import checkpoint_files, hf_tokenizer
-from launch.merging import config_defaults, places
-from launch.merging.models import HfModel, Model, NativeModel
-from launch.merging.settings import Merge, MergeError
+from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
+from espalier.launch.merging import config_defaults, places
+from espalier.launch.merging.models import HfModel, Model, NativeModel
+from espalier.launch.merging.settings import Merge, MergeError
 
 # Fields of config.json that do not change the function that is computed.
 _SILENT = {
@@ -101,7 +101,7 @@ def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
 
 def warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
     """Warns of matrices stored as factors: the product of the merged factors is not the merge of the products."""
-    from model.low_rank.decompose import factorised_modules
+    from espalier.model.low_rank.decompose import factorised_modules
 
     model = models[merge.models()[0]]
     if isinstance(model, NativeModel) and (
@@ -181,7 +181,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _check_native(merge: Merge, first: NativeModel, other: NativeModel, *, deep: bool) -> None:
-    from model.hf.description import describe, differences
+    from espalier.model.hf.description import describe, differences
 
     here, there = describe(first.model), describe(other.model)
     if deep:

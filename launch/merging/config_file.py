@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from espalier.common.storage import mirror
-from launch.merging.document import Document
-from launch.merging.settings import Merge, MergeError
+from espalier.launch.merging.document import Document
+from espalier.launch.merging.settings import Merge, MergeError
 
 _MAX_BYTES = 1 << 18
 _MAX_NODES = 50_000

@@ -10,7 +10,7 @@ from typing import Any
 
 from espalier.common import spelling
 from espalier.common.storage import paths
-from launch.merging.settings import (
+from espalier.launch.merging.settings import (
     DTYPES,
     Condition,
     Merge,
@@ -22,8 +22,8 @@ from launch.merging.settings import (
     Tokens,
     TokenSource,
 )
-from model.transforms import patterns
-from model.transforms.merge_methods import METHODS, Method
+from espalier.model.transforms import patterns
+from espalier.model.transforms.merge_methods import METHODS, Method
 
 
 class Document:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizers import chat_template, hf_tokenizer
-from launch.merging import card, places, plan_table, tokens
-from launch.merging.models import CONFIG, HfModel, Model
-from launch.merging.plan import Planned, Planner
-from launch.merging.settings import MergeError
-from launch.merging.tokens import Vocabulary
-from launch.merging.workers import Progress, Workers
-from launch.weights.target_folder import check_space, new_directory
-from model.hf.files.safetensors_files import SafetensorsWriter
+from espalier.data.tokenizers import chat_template, hf_tokenizer
+from espalier.launch.merging import card, places, plan_table, tokens
+from espalier.launch.merging.models import CONFIG, HfModel, Model
+from espalier.launch.merging.plan import Planned, Planner
+from espalier.launch.merging.settings import MergeError
+from espalier.launch.merging.tokens import Vocabulary
+from espalier.launch.merging.workers import Progress, Workers
+from espalier.launch.weights.target_folder import check_space, new_directory
+from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 
 _JOURNAL = "merge.progress"
 _FLUSH_BYTES = 256 << 20  # a power cut loses at most the work on so many bytes

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from espalier.common.storage import mirror, paths
-from launch.merging.settings import MergeError
-from model.hf.files.safetensors_files import SafetensorsReader, read_json
+from espalier.launch.merging.settings import MergeError
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 
 CONFIG = "config.json"
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?|layer))\.(\d+)\.(.+)")
@@ -135,10 +135,10 @@ class NativeModel:
     kind = "native"
 
     def __init__(self, path: str):
-        from launch.weights import transformed_run
-        from launch.weights.source_models import SourceModel
-        from model.adapters.adapter import adapters_of
-        from model.protocol import inference_model
+        from espalier.launch.weights import transformed_run
+        from espalier.launch.weights.source_models import SourceModel
+        from espalier.model.adapters.adapter import adapters_of
+        from espalier.model.protocol import inference_model
 
         self.path = path
         self.source = SourceModel(path, "auto")
@@ -181,8 +181,8 @@ class NativeModel:
 
     def _hf_names(self) -> dict[tuple[str, tuple[int, ...]], tuple[str, ...]]:
         """Returns the names in Hugging Face's layout, by array and leading indices, if a family has the model."""
-        from model.hf.families import family_of_model
-        from model.hf.family import UnsupportedModel
+        from espalier.model.hf.families import family_of_model
+        from espalier.model.hf.family import UnsupportedModel
 
         try:
             pieces = family_of_model(self.model).pieces(self.model)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from launch.merging import card, plan_table
-from launch.merging.models import ARRAY, NativeModel
-from launch.merging.plan import Planned, Planner
-from launch.merging.settings import MergeError
-from launch.merging.workers import Progress, Workers
-from launch.weights.target_folder import check_space, new_directory
-from model.transforms.merge_blocks import promoted
+from espalier.launch.merging import card, plan_table
+from espalier.launch.merging.models import ARRAY, NativeModel
+from espalier.launch.merging.plan import Planned, Planner
+from espalier.launch.merging.settings import MergeError
+from espalier.launch.merging.workers import Progress, Workers
+from espalier.launch.weights.target_folder import check_space, new_directory
+from espalier.model.transforms.merge_blocks import promoted
 
 _CHUNK_BYTES = 16 << 20
 
@@ -26,10 +26,10 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
     Raises:
       MergeError, TransformError, ConvertError, CheckpointSaveError.
     """
-    from launch.run import model_record, run_vocabulary
-    from launch.run.model_record import CONFIG
-    from launch.weights import transformed_run
-    from trainers.checkpoints import step_dir, stream_checkpoint
+    from espalier.launch.run import model_record, run_vocabulary
+    from espalier.launch.run.model_record import CONFIG
+    from espalier.launch.weights import transformed_run
+    from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 
     donor = planner.donor
     assert isinstance(donor, NativeModel)
@@ -142,7 +142,7 @@ def _streamed(
     progress: Progress,
 ) -> Any:
     """Returns an array that is merged while it is written, a layer or a block of rows at a time."""
-    from trainers.checkpoints.stream_checkpoint import StreamedArray
+    from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
     first, donor = parts[0], planner.donor
     assert isinstance(donor, NativeModel)

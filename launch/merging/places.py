@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from launch.merging import config_defaults
-from launch.merging.models import Entry, HfModel, Model
+from espalier.launch.merging import config_defaults
+from espalier.launch.merging.models import Entry, HfModel, Model
 
 # Tensors that come before the layers; other tensors outside of layers come after them.
 FIRST = re.compile(

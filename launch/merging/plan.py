@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.merging.models import Entry, Model, digests
-from launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
-from launch.merging.settings import (
+from espalier.launch.merging.models import Entry, Model, digests
+from espalier.launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
+from espalier.launch.merging.settings import (
     Merge,
     MergeError,
     Module,
@@ -18,9 +18,9 @@ from launch.merging.settings import (
     evaluate,
     problem_of,
 )
-from model.transforms.merge import Job
-from model.transforms.merge_blocks import is_float
-from model.transforms.merge_methods import METHODS
+from espalier.model.transforms.merge import Job
+from espalier.model.transforms.merge_blocks import is_float
+from espalier.model.transforms.merge_methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

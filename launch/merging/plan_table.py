@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.merging.plan import Planned
-from model.transforms.base import aligned
-from model.transforms.merge import Job
-from model.transforms.merge_methods import METHODS
+from espalier.launch.merging.plan import Planned
+from espalier.model.transforms.base import aligned
+from espalier.model.transforms.merge import Job
+from espalier.model.transforms.merge_methods import METHODS
 
 
 def table(planned: Sequence[Planned]) -> list[str]:

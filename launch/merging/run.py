@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from launch.merging import (
+from espalier.launch.merging import (
     card,
     checks,
     config_file,
@@ -19,11 +19,11 @@ from launch.merging import (
     settings,
     tokens,
 )
-from launch.merging.models import HfModel, Model, open_model
-from launch.merging.plan import Planned, Planner
-from launch.merging.settings import Merge, MergeError
-from launch.merging.tokens import Vocabulary
-from launch.merging.workers import Workers
+from espalier.launch.merging.models import HfModel, Model, open_model
+from espalier.launch.merging.plan import Planned, Planner
+from espalier.launch.merging.settings import Merge, MergeError
+from espalier.launch.merging.tokens import Vocabulary
+from espalier.launch.merging.workers import Workers
 
 _SHARD = 5 * 10**9  # bytes
 
@@ -162,7 +162,7 @@ def _merge(
             options = {"vocabulary": vocabulary, "shard_bytes": most}
             hf_output.write(planner, planned, target, **options, workers=workers)
         else:
-            from launch.merging import native_output
+            from espalier.launch.merging import native_output
 
             native_output.write(planner, planned, target, workers=workers)
     return [f"{target}: {_described(merge, planned)}"]

@@ -17,9 +17,9 @@ All models are in memory at once.
 import argparse
 import dataclasses
 
-from launch import cli
-from launch.config import setting_flags
-from launch.merging.trials import SearchFlags
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.merging.trials import SearchFlags
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    from launch.merging import search_run
+    from espalier.launch.merging import search_run
 
     print("\n".join(search_run.run(SearchFlags(**setting_flags.given(flags, SearchFlags)))))
 

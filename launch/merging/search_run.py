@@ -17,16 +17,16 @@ from flax import traverse_util
 
 from espalier.common.storage import mirror
 from espalier.common.storage import paths as storage_paths
-from launch.inference import row_files
-from launch.inference.score import scored_row
-from launch.merging import checks, trials
-from launch.merging.models import NativeModel, open_model
-from launch.merging.settings import Merge, MergeError, Module, Slice, Source
-from launch.merging.trials import SearchFlags, Trial, Trials, Weights
-from launch.run import load_run
-from launch.run.load_run import EXAMPLE
-from model.transforms import finite
-from trainers.scoring.scoring import Scorer
+from espalier.launch.inference import row_files
+from espalier.launch.inference.score import scored_row
+from espalier.launch.merging import checks, trials
+from espalier.launch.merging.models import NativeModel, open_model
+from espalier.launch.merging.settings import Merge, MergeError, Module, Slice, Source
+from espalier.launch.merging.trials import SearchFlags, Trial, Trials, Weights
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import EXAMPLE
+from espalier.model.transforms import finite
+from espalier.trainers.scoring.scoring import Scorer
 
 
 def run(flags: SearchFlags) -> list[str]:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from model.transforms.merge import Job
-from model.transforms.merge_methods import METHODS
+from espalier.model.transforms.merge import Job
+from espalier.model.transforms.merge_methods import METHODS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizers import checkpoint_files, hf_tokenizer
+from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
 from espalier.common.storage import mirror
-from launch.merging.models import HfModel, Model, Read
-from launch.merging.settings import Merge, MergeError, Tokens, TokenSource
+from espalier.launch.merging.models import HfModel, Model, Read
+from espalier.launch.merging.settings import Merge, MergeError, Tokens, TokenSource
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from launch.inference import row_files
-from launch.merging.settings import MergeError
+from espalier.launch.inference import row_files
+from espalier.launch.merging.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
 _DIGITS = 6  # of normalised weights, by which trials are compared
@@ -233,7 +233,7 @@ def table(
 
     A positive gain is a collision.
     """
-    from model.transforms.base import aligned
+    from espalier.model.transforms.base import aligned
 
     domains, single = list(best.losses), best_single(alone)
     rows = [("", "weight", *domains, "mean ratio", "worst ratio")]

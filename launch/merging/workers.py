@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from launch.merging.models import Read
-from launch.merging.plan import Planned
-from launch.merging.settings import MergeError
+from espalier.launch.merging.models import Read
+from espalier.launch.merging.plan import Planned
+from espalier.launch.merging.settings import MergeError
 
 _SECONDS = 15.0  # between lines
 BLOCK_BYTES = 16 << 20

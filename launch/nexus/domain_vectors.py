@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from data import cpu_tensorflow
-from data.nexus import domain_embeddings, domain_encoders
-from data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
+from espalier.data import cpu_tensorflow
+from espalier.data.nexus import domain_embeddings, domain_encoders
+from espalier.data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
 from espalier.common import spelling
 from espalier.common.bars import Bar
 from espalier.common.storage import paths
-from launch.inference import row_files
-from launch.run import load_run
-from launch.run.load_run import LoadedRun
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import LoadedRun
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read
@@ -196,7 +196,7 @@ def draw(name: str, source: str, settings: Mapping[str, Any], flags: Any) -> lis
 
 def _of_files(pattern: str, flags: Any) -> Iterator[str]:
     """Yields the texts in files."""
-    from data.text import document_files
+    from espalier.data.text import document_files
 
     files = document_files.find(
         name="--domain",
@@ -216,7 +216,7 @@ def _of_task(name: str) -> Iterator[str]:
     """
     import seqio
 
-    from data import tasks
+    from espalier.data import tasks
 
     registered = seqio.TaskRegistry.names()
     if name not in registered:
@@ -296,7 +296,7 @@ class ModelStates:
           EmbeddingsError: no document has a token.
           LoadError: the run has no vocabulary.
         """
-        from trainers.scoring.scoring import MeanStates, Row
+        from espalier.trainers.scoring.scoring import MeanStates, Row
 
         run, rows = self._run, []
         before = run.context([])

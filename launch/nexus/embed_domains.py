@@ -17,8 +17,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from launch import cli
-from launch.config import setting_flags
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
 
 # Encoder -> its settings with their defaults; None for a setting without a default.
 _DRAWN: dict[str, Any] = {"documents": 2000, "tokens": 512, "seed": 0}
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     return cli.main(
         __doc__,
-        entry="launch.nexus.embed_domains:register",
+        entry="espalier.launch.nexus.embed_domains:register",
         command="prepare embed_domains",
         extra_flags=_add_flags,
         run=_run,
@@ -123,7 +123,7 @@ def register(*, tasks: Sequence[Callable[[], Any]]) -> None:
 
 
 def _run(start: cli.Start) -> None:
-    from launch.nexus import domain_vectors
+    from espalier.launch.nexus import domain_vectors
 
     flags = DomainFlags(**setting_flags.given(start.flags, DomainFlags))
     encoder = setting_flags.given(start.flags, EncoderFlags)

@@ -19,10 +19,10 @@ The rows are {"id", "language", "prompt", ...}; `launch.generate --chat --inputs
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from data.languages import table
-from launch import cli
-from launch.evaluation.suites import local_data
-from launch.evaluation.suites.local_data import Source
+from espalier.data.languages import table
+from espalier.launch import cli
+from espalier.launch.evaluation.suites import local_data
+from espalier.launch.evaluation.suites.local_data import Source
 
 Set = Literal[
     "m_arena_hard", "m_arena_hard_v2", "dolly", "dolly_machine_translated", "dolly_human_edited"
@@ -55,7 +55,7 @@ def write(
       ValueError: an unknown language, a limit below 1, or a language without prompts.
       MissingDataError, WrongDataError, RowFileError: files that cannot be read or written.
     """
-    from launch.inference import row_files
+    from espalier.launch.inference import row_files
 
     row_files.check_output(output, compressed=True)
     if limit is not None and limit < 1:

@@ -36,10 +36,10 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli
-from launch.config import setting_flags
-from launch.inference import row_files
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.inference import row_files
+from espalier.launch.run import load_run
 
 EXAMPLE = '{"prompt": "...", "sample": 0, "text": "..."}'
 _OF_SAMPLES = ("sample", "ended", "text", "tokens", "logprobs", "score")
@@ -156,7 +156,7 @@ def rewards_of(
 
 
 def _verified(where: str, row: Row, flags: RewardFlags) -> float:
-    from trainers.rewards import verifiers
+    from espalier.trainers.rewards import verifiers
 
     if "text" not in row:
         raise RewardError(f"{where}: no 'text', which --reward={flags.reward} reads.")
@@ -169,8 +169,8 @@ def _verified(where: str, row: Row, flags: RewardFlags) -> float:
 
 
 def _by_model(rows: Placed, run: Any, batch_size: int) -> list[float]:
-    from trainers.rewards.base import Completion
-    from trainers.rewards.model_reward import ModelReward
+    from espalier.trainers.rewards.base import Completion
+    from espalier.trainers.rewards.model_reward import ModelReward
 
     def completion(where: str, row: Row) -> Completion:
         prompt = row.get("prompt")

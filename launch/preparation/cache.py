@@ -14,10 +14,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data import cpu_tensorflow
-from data.cache import task_cache
-from data.stream import mixing
-from launch import cli
+from espalier.data import cpu_tensorflow
+from espalier.data.cache import task_cache
+from espalier.data.stream import mixing
+from espalier.launch import cli
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def build_caches(
 
 main = cli.gin_command(
     __doc__,
-    "launch.preparation.cache:build_caches",
+    "espalier.launch.preparation.cache:build_caches",
     command="prepare cache",
     extra_flags=_add_flags,
     run=lambda start: start(replace=True) if start.flags.replace else start(),

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import cli
+from espalier.launch import cli
 
 REPORT, PLOT = "report.json", "report.png"
 _COLUMNS = {
@@ -54,11 +54,11 @@ def compare(
       ValueError: two tokenizers of one name, an unknown language, or a limit below 1.
       FileNotFoundError, DataError, TokenizerError: files that are missing or damaged.
     """
-    from data import cpu_tensorflow
-    from data.cache import cache_dir
-    from data.languages import parallel, table, tokenizer_report
-    from launch.inference import row_files
-    from launch.run import run_vocabulary
+    from espalier.data import cpu_tensorflow
+    from espalier.data.cache import cache_dir
+    from espalier.data.languages import parallel, table, tokenizer_report
+    from espalier.launch.inference import row_files
+    from espalier.launch.run import run_vocabulary
 
     row_files.check_folder(str(out))
     if limit < 1:
@@ -99,7 +99,7 @@ def _print(reports: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from data.languages import table
+    from espalier.data.languages import table
 
     console = Console(width=110, markup=False)
     for name, report in reports.items():
@@ -127,7 +127,7 @@ def _print(reports: Mapping[str, Any]) -> None:
 
 def _draw(reports: Mapping[str, Any]) -> Any:
     """Returns a figure: parity and bytes per token by language, and the scripts of the pieces."""
-    from launch.plots import panels
+    from espalier.launch.plots import panels
 
     codes = sorted(
         next(iter(reports.values()))["languages"],
@@ -155,7 +155,7 @@ def _draw(reports: Mapping[str, Any]) -> Any:
 
 def _draw_pieces(axes: Any, reports: Mapping[str, Any]) -> None:
     """Draws the shares of scripts, one below the other, a bar for each tokenizer."""
-    from launch.plots import panels
+    from espalier.launch.plots import panels
 
     largest: dict[str, float] = {}
     for report in reports.values():

@@ -21,7 +21,7 @@ import itertools
 import pathlib
 from typing import Any, Literal
 
-from launch import cli
+from espalier.launch import cli
 
 _CONSTRUCTED = 10_000  # default number of pairs of kinds without a natural limit
 
@@ -51,11 +51,11 @@ def _write_pairs(
       ValueError: settings of another kind or out of range.
       RowFileError, DataError: files that cannot be read or written, or no pair.
     """
-    from data.preference import binarise, constructed
-    from data.preference.tally import Tally
-    from data.text.documents import DataError
+    from espalier.data.preference import binarise, constructed
+    from espalier.data.preference.tally import Tally
+    from espalier.data.text.documents import DataError
     from espalier.common.bars import Bar
-    from launch.inference import row_files
+    from espalier.launch.inference import row_files
 
     options: dict[str, Any] = {"rejected": rejected, "min_margin": min_margin}
     options = {name: value for name, value in options.items() if value is not None}

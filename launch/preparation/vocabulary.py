@@ -11,9 +11,9 @@ The gin files and bindings of a training command work unchanged.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data import cpu_tensorflow
-from data import tasks as registered
-from launch import cli
+from espalier.data import cpu_tensorflow
+from espalier.data import tasks as registered
+from espalier.launch import cli
 
 SHOWN_BYTES = 300_000  # bytes of each task for measuring bytes per token
 
@@ -53,7 +53,7 @@ def _count(source: Any, vocabulary: Any) -> tuple[int, int]:
 
 main = cli.gin_command(
     __doc__,
-    "launch.preparation.vocabulary:make_vocabulary",
+    "espalier.launch.preparation.vocabulary:make_vocabulary",
     command="prepare vocabulary",
     default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
     part=True,

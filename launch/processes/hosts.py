@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import environment
+from espalier.launch import environment
 
 _KEYS = "espalier/hosts"
 _WAIT_MS = (

@@ -274,7 +274,7 @@ def advice(run: str | None, status: int) -> str:
 
 
 def _newest(run: str | None) -> str:
-    from trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints import step_dir
 
     if run is not None:
         with contextlib.suppress(Exception):  # no checkpoint, or none that can be read

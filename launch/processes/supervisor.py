@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from launch.processes import peers
+from espalier.launch.processes import peers
 
 # Messages of JAX's coordination service: about other processes, which launch/processes/peers.py watches.
 _NOISE = re.compile(rb"[IWE]\d{4} [\d:.]+ +\d+ coordination_service|\[Gloo\] Rank \d+ is connected")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from launch.plots import hover, panels
-from launch.reporting.labels import short
-from launch.reporting.runs import Run
+from espalier.launch.plots import hover, panels
+from espalier.launch.reporting.labels import short
+from espalier.launch.reporting.runs import Run
 
 _COLUMNS = 4
 _POINTS = 300  # of a drawn curve

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from launch.config import config_diff
-from launch.input_errors import shortened
-from launch.plots import hover, html_page
-from launch.reporting import figures, labels
-from launch.reporting.figures import Curves, Dots
-from launch.reporting.runs import Run
+from espalier.launch.config import config_diff
+from espalier.launch.input_errors import shortened
+from espalier.launch.plots import hover, html_page
+from espalier.launch.reporting import figures, labels
+from espalier.launch.reporting.figures import Curves, Dots
+from espalier.launch.reporting.runs import Run
 
 _FINAL = ("loss", "bits_per_byte", "accuracy")  # held-out metrics whose last values are drawn
 _MOST_SCORES = 24

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from espalier.common.stages import duration
 from espalier.common.storage import mirror, paths
-from trainers.telemetry import lifetime
-from trainers.telemetry.goodput import START_PARTS
-from trainers.telemetry.lifetime import Start
+from espalier.trainers.telemetry import lifetime
+from espalier.trainers.telemetry.goodput import START_PARTS
+from espalier.trainers.telemetry.lifetime import Start
 
 _HEAD = (
     "began (UTC)",

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.manifest import DamagedCheckpointError
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 
 
 def start_token(

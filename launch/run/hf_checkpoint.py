@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from launch.run.loaded_run import LoadError
+from espalier.launch.run.loaded_run import LoadError
 
 CONFIG_JSON = "config.json"
 
@@ -40,7 +40,7 @@ class Weights:
 
 def is_hf(checkpoint: str | os.PathLike) -> bool:
     """Returns whether a directory has a config.json and no run's checkpoints."""
-    from trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints import step_dir
 
     folder = pathlib.Path(checkpoint)
     own = (step_dir.MANIFEST, step_dir.META, step_dir.CHECKPOINTS)
@@ -61,8 +61,8 @@ def weights(
     Raises:
       UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError.
     """
-    from model.hf.families import family_of_config
-    from model.hf.plan import plan
+    from espalier.model.hf.families import family_of_config
+    from espalier.model.hf.plan import plan
 
     family = family_of_config(config)
     model = family.model(config)
@@ -88,8 +88,8 @@ def write_record(folder: str | os.PathLike, model: Any, tokenizer: pathlib.Path)
     Returns:
       The facts about texts for the checkpoint's meta.
     """
-    from launch.config import gin_writer
-    from launch.run import model_record
+    from espalier.launch.config import gin_writer
+    from espalier.launch.run import model_record
 
     pathlib.Path(folder, model_record.CONFIG).write_text(gin_writer.write(model), encoding="utf-8")
     model_record.write(folder)
@@ -98,9 +98,9 @@ def write_record(folder: str | os.PathLike, model: Any, tokenizer: pathlib.Path)
 
 
 def _keep_tokenizer(folder: str | os.PathLike, source: pathlib.Path) -> dict[str, Any]:
-    from data.tokenizers import hf_tokenizer
-    from launch.run import run_vocabulary
-    from model.hf.files.safetensors_files import read_json
+    from espalier.data.tokenizers import hf_tokenizer
+    from espalier.launch.run import run_vocabulary
+    from espalier.model.hf.files.safetensors_files import read_json
 
     if not any(
         (source / name).exists() for name in (hf_tokenizer.TOKENIZER, hf_tokenizer.SENTENCEPIECE)
@@ -137,8 +137,8 @@ def _state(folder: str) -> tuple[tuple[Any, ...], ...]:
 
 @functools.cache
 def _recorded(checkpoint: str, state: tuple[Any, ...]) -> tuple[str, Mapping[str, Any]]:
-    from model.hf.families import family_of_config
-    from model.hf.files.safetensors_files import SafetensorsReader, read_json
+    from espalier.model.hf.families import family_of_config
+    from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 
     del state  # a part of the key
     source = pathlib.Path(checkpoint)
@@ -176,10 +176,10 @@ def restoring(
     import jax
     from flax import traverse_util
 
-    from model.hf import load
-    from model.hf.families import family_of_config
-    from model.hf.files.safetensors_files import SafetensorsReader, read_json
-    from model.hf.plan import plan
+    from espalier.model.hf import load
+    from espalier.model.hf.families import family_of_config
+    from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
+    from espalier.model.hf.plan import plan
 
     if params == "ema":
         raise LoadError(

@@ -13,14 +13,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch import environment
+from espalier.launch import environment
 
 if TYPE_CHECKING:  # modules of `model` are imported once it is known which package that is
     import jax
     import numpy.typing as npt
 
-    from launch.run.loaded_run import LoadedRun
-    from model.kv_cache.base import CachePolicy
+    from espalier.launch.run.loaded_run import LoadedRun
+    from espalier.model.kv_cache.base import CachePolicy
 
 # The recorded gin texts of the models of loaded runs, by identity.
 _RECORDED: dict[int, str] = {}
@@ -66,9 +66,9 @@ class Run:
         start_token: int | None = 0,
         add_bos: bool = False,
     ):
-        from launch.run.load_run import RunConfig
-        from launch.run.loaded_run import LoadedRun
-        from model.protocol import inference_model, inference_params
+        from espalier.launch.run.load_run import RunConfig
+        from espalier.launch.run.loaded_run import LoadedRun
+        from espalier.model.protocol import inference_model, inference_params
 
         config = RunConfig(
             model=inference_model(model),
@@ -125,7 +125,7 @@ class Run:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, also of those after an EOS."""
-        from launch.inference.texts import decoder_of
+        from espalier.launch.inference.texts import decoder_of
 
         return decoder_of(self.vocabulary)([int(token) for token in tokens])
 
@@ -188,8 +188,8 @@ class Run:
           LoadError: a prompt that the model cannot read, or stop texts without a vocabulary.
           ValueError: settings out of range.
         """
-        from launch.inference import generate
-        from trainers.decoding.settings import Settings
+        from espalier.launch.inference import generate
+        from espalier.trainers.decoding.settings import Settings
 
         prompts = [prompts] if isinstance(prompts, str) else prompts
         settings = Settings(max_new_tokens=max_new_tokens, num_samples=num_samples)
@@ -249,11 +249,11 @@ class Run:
           FileExistsError: the directory already has a run.
           UnwritableModelError: a setting of the model is a function or object that cannot be imported.
         """
-        from data.stream import rows
-        from launch.config import gin_writer, model_file
-        from launch.run import model_record, run_vocabulary
-        from trainers.checkpoints import step_dir
-        from trainers.checkpoints.checkpoint import Checkpointer
+        from espalier.data.stream import rows
+        from espalier.launch.config import gin_writer, model_file
+        from espalier.launch.run import model_record, run_vocabulary
+        from espalier.trainers.checkpoints import step_dir
+        from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
         folder = pathlib.Path(directory)
         for name in (model_file.NAME, model_record.CONFIG, step_dir.CHECKPOINTS):
@@ -279,7 +279,7 @@ class Run:
     @contextlib.contextmanager
     def _mesh(self) -> Iterator[None]:
         """Enters the mesh that the parameters were loaded on; parameters of the user's own have their own shardings."""
-        from trainers import partitioning
+        from espalier.trainers import partitioning
 
         config = self._loaded.config
         if config.mesh is None:
@@ -315,9 +315,9 @@ def load(
       RootError: a file or folder of yours, such as model.py, hides a package of this project.
     """
     environment.check_packages()
-    from launch.config import model_file
-    from launch.run import hf_checkpoint, load_run, run_model, run_vocabulary, side_by_side
-    from trainers.checkpoints import step_dir
+    from espalier.launch.config import model_file
+    from espalier.launch.run import hf_checkpoint, load_run, run_model, run_vocabulary, side_by_side
+    from espalier.trainers.checkpoints import step_dir
 
     path = os.fspath(checkpoint)
     if hf_checkpoint.is_hf(path):

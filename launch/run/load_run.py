@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.common.ranges import AxisSize, Count
-from launch import cli
-from launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
+from espalier.launch import cli
+from espalier.launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
 
 if TYPE_CHECKING:  # flags are parsed before gin is imported
-    from launch.config.build import Configuration
+    from espalier.launch.config.build import Configuration
 
 __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from this module
 
@@ -105,7 +105,7 @@ def command(
     """
     unused = {"VOCABULARY": "None", **({"MODEL": "None"} if without_model else {})}
     return cli.gin_command(
-        *(doc, "launch.run.load_run:RunConfig"),
+        *(doc, "espalier.launch.run.load_run:RunConfig"),
         **{"command": name, "extra_flags": add_flags, "run": run, "unused": unused},
         default_files=files,
     )
@@ -147,9 +147,9 @@ def files_of(checkpoint: str | None, gin_file: Sequence[str] = ()) -> Sequence[s
       LoadError: the run has no model.json, and no --gin_file replaces it.
       FileNotFoundError: there is no checkpoint.
     """
-    from launch.config import model_file
-    from launch.run import hf_checkpoint, run_vocabulary
-    from trainers.checkpoints import step_dir
+    from espalier.launch.config import model_file
+    from espalier.launch.run import hf_checkpoint, run_vocabulary
+    from espalier.trainers.checkpoints import step_dir
 
     if checkpoint is None:
         return [OWN]
@@ -183,9 +183,9 @@ def whole_files(
       LoadError: `trust_config` and `gin_file` are both missing, or the run has no config.gin.
       FileNotFoundError: there is no checkpoint.
     """
-    from launch.run import hf_checkpoint
-    from launch.run.model_record import CONFIG
-    from trainers.checkpoints import step_dir
+    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.run.model_record import CONFIG
+    from espalier.trainers.checkpoints import step_dir
 
     is_hf = hf_checkpoint.is_hf(checkpoint)
     if is_hf or not trust_config:
@@ -228,11 +228,11 @@ def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configur
     Raises:
       LoadError, FileNotFoundError: see `files_of`.
     """
-    from launch.config import gin_config
+    from espalier.launch.config import gin_config
 
     return gin_config.load(
         list(gin_file),
-        entry="launch.run.load_run:RunConfig",
+        entry="espalier.launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=list(files_of(checkpoint, gin_file)),
     )
@@ -240,7 +240,7 @@ def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configur
 
 def file_of_run(step: Any, name: str) -> str | None:
     """Returns the path of a file in the run that a step directory belongs to; None without one."""
-    from trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints import step_dir
 
     path = os.path.join(step_dir.files_of_run(step), name)
     return path if os.path.isfile(path) else None
@@ -252,8 +252,8 @@ def place(checkpoint: str) -> str:
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    from launch.run import hf_checkpoint
-    from trainers.checkpoints import step_dir
+    from espalier.launch.run import hf_checkpoint
+    from espalier.trainers.checkpoints import step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
         return os.path.abspath(checkpoint)
@@ -321,10 +321,10 @@ class RunConfig:
           AdapterError: it has adapters of other settings.
           DamagedCheckpointError, CheckpointMismatchError, FileNotFoundError.
         """
-        from model import rows
-        from model.adapters.adapter import check_settings
-        from model.protocol import inference_model, inference_params
-        from trainers import initialise, partitioning
+        from espalier.model import rows
+        from espalier.model.adapters.adapter import check_settings
+        from espalier.model.protocol import inference_model, inference_params
+        from espalier.trainers import initialise, partitioning
 
         if (self.model.output == "rewards") != rewards:
             remedy = "train a reward model with methods/preference/reward_model.gin."
@@ -386,14 +386,14 @@ def restoring(
 
     With `of_base`, adapters that the checkpoint lacks are left out.
     """
-    from launch.run import hf_checkpoint
-    from trainers.checkpoints import base_step, step_dir
+    from espalier.launch.run import hf_checkpoint
+    from espalier.trainers.checkpoints import base_step, step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
         with hf_checkpoint.restoring(checkpoint, model, params=params) as place:
             yield place
         return
-    from trainers.checkpoints.restore_params import restore_params  # imports Orbax
+    from espalier.trainers.checkpoints.restore_params import restore_params  # imports Orbax
 
     def place(abstract: Any) -> tuple[Any, Mapping[str, Any]]:
         def read(step: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -46,7 +46,7 @@ class LoadedRun:
         """Replaces stacked layers by unrolled ones, once for several decoders and scorers of the run."""
         import jax
 
-        from model.transforms import layer_stack
+        from espalier.model.transforms import layer_stack
 
         model, config = self.model, self.model.config
         if config.scan_layers:
@@ -96,13 +96,13 @@ class LoadedRun:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """All ids that end a continuation; empty without a vocabulary or its EOS."""
-        from trainers.decoding import settings
+        from espalier.trainers.decoding import settings
 
         vocabulary = self.vocabulary_or_none
         return () if vocabulary is None else settings.eos_ids(vocabulary)
 
     def _check(self, vocabulary: Any) -> None:
-        from data.stream import rows
+        from espalier.data.stream import rows
 
         name = f"{type(vocabulary).__name__} of {vocabulary.vocab_size} entries"
         trained = self.meta.get("vocabulary")
@@ -121,7 +121,7 @@ class LoadedRun:
     @functools.cached_property
     def chat_template(self) -> Any:
         """The `data.tokenizers.chat_template.ChatTemplate` that renders "messages"; raises LoadError without one."""
-        from data.tokenizers import chat_template
+        from espalier.data.tokenizers import chat_template
 
         try:
             template = chat_template.of(
@@ -185,7 +185,7 @@ class LoadedRun:
         return context, targets[: ends[-1]] if ends else targets
 
     def _render(self, row: Mapping[str, Any], where: str, messages: Any, **options: bool) -> Any:
-        from data.tokenizers.chat_template import ChatTemplateError
+        from espalier.data.tokenizers.chat_template import ChatTemplateError
 
         options |= {key: row.get(key) for key in ("tools", "documents")}
         try:
@@ -200,7 +200,7 @@ class LoadedRun:
 
         A token that extends past `start` is in the second part, if the vocabulary knows which characters a token covers.
         """
-        from data.tokenizers import control_tokens
+        from espalier.data.tokenizers import control_tokens
 
         end = len(rendered.text)
         spans = ((end if start is None else start, end),)
@@ -242,7 +242,7 @@ class LoadedRun:
                     "pair). Repair or drop it."
                 ) from None
             if as_text or self.config.special_tokens == "nowhere":
-                from data.tokenizers import control_tokens
+                from espalier.data.tokenizers import control_tokens
 
                 plain = control_tokens.as_text(value, self._added_tokens)
                 return control_tokens.encode(self.vocabulary, plain)[0]
@@ -256,7 +256,7 @@ class LoadedRun:
 
     @functools.cached_property
     def _added_tokens(self) -> Mapping[str, bool]:
-        from data.tokenizers import control_tokens
+        from espalier.data.tokenizers import control_tokens
 
         return control_tokens.of(self.vocabulary)
 

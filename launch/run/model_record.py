@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data.cache import cache_dir
-from launch.config import gin_source, model_file
-from launch.config.gin_reader import Bound, Checked, Reader, Target
-from launch.config.gin_source import Macro, Reference, scoped
-from launch.config.registered import REGISTERED
+from espalier.data.cache import cache_dir
+from espalier.launch.config import gin_source, model_file
+from espalier.launch.config.gin_reader import Bound, Checked, Reader, Target
+from espalier.launch.config.gin_source import Macro, Reference, scoped
+from espalier.launch.config.registered import REGISTERED
 
 CONFIG = gin_source.RUN_CONFIG
 

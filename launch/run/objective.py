@@ -6,8 +6,8 @@ import pathlib
 
 from gin import config_parser
 
-from launch.config import gin_source
-from launch.run.model_record import CONFIG
+from espalier.launch.config import gin_source
+from espalier.launch.run.model_record import CONFIG
 
 _PER_TOKEN = "nats per token"
 # Functions bound to Recipe.objective -> the unit of their loss.

@@ -11,13 +11,13 @@ from typing import Any
 
 from etils import epath
 
-from launch.run import run_dir, run_vocabulary
-from model.adapters.adapter import adapters_of, check_settings
-from trainers.checkpoints import base_step, restore, step_dir
-from trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
-from trainers.checkpoints.manifest import DamagedCheckpointError
-from trainers.checkpoints.restore_params import INFERENCE_PART
-from trainers.recipe import Program
+from espalier.launch.run import run_dir, run_vocabulary
+from espalier.model.adapters.adapter import adapters_of, check_settings
+from espalier.trainers.checkpoints import base_step, restore, step_dir
+from espalier.trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
+from espalier.trainers.checkpoints.restore_params import INFERENCE_PART
+from espalier.trainers.recipe import Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data import cpu_tensorflow
-from data import tasks as task_registry
-from data.stream import stream as streams
-from data.tokenizers import vocabularies
-from launch.config import build
-from trainers.batches import Stream, TrainStream
-from trainers.evaluate import EvalStream
-from trainers.recipe import Program
+from espalier.data import cpu_tensorflow
+from espalier.data import tasks as task_registry
+from espalier.data.stream import stream as streams
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.config import build
+from espalier.trainers.batches import Stream, TrainStream
+from espalier.trainers.evaluate import EvalStream
+from espalier.trainers.recipe import Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

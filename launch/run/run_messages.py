@@ -5,18 +5,18 @@ from typing import Any
 
 import jax
 
-from data.preference.tally import Tally
-from data.stream import rows
+from espalier.data.preference.tally import Tally
+from espalier.data.stream import rows
 from espalier.common.stages import duration
-from launch.run.run_data import RunData
-from trainers.batches import Stream, TrainStream
-from trainers.checkpoints.restore import Restored
-from trainers.loop import Loop
-from trainers.recipe import Program
-from trainers.telemetry import flops, lifetime
-from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.lifetime import Start
-from trainers.telemetry.progress import held_out_text
+from espalier.launch.run.run_data import RunData
+from espalier.trainers.batches import Stream, TrainStream
+from espalier.trainers.checkpoints.restore import Restored
+from espalier.trainers.loop import Loop
+from espalier.trainers.recipe import Program
+from espalier.trainers.telemetry import flops, lifetime
+from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.lifetime import Start
+from espalier.trainers.telemetry.progress import held_out_text
 
 Line = rows.Notice
 

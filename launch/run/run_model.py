@@ -7,10 +7,10 @@ author named is run, except classes of modules that this run's own files import.
 import os
 from typing import Any
 
-from launch.config import build, gin_check, gin_reader, model_file
-from launch.config.gin_config import ConfigError
-from launch.run import load_run
-from trainers.checkpoints import step_dir
+from espalier.launch.config import build, gin_check, gin_reader, model_file
+from espalier.launch.config.gin_config import ConfigError
+from espalier.launch.run import load_run
+from espalier.trainers.checkpoints import step_dir
 
 
 def model(*, run: str | None, macro: str) -> Any:
@@ -41,7 +41,7 @@ def model(*, run: str | None, macro: str) -> Any:
 
 def of_checkpoint(checkpoint: str, *, macro: str) -> Any:
     """Returns the linen module of a run, or of a Hugging Face directory; see `model`."""
-    from launch.run import hf_checkpoint
+    from espalier.launch.run import hf_checkpoint
 
     if not hf_checkpoint.is_hf(checkpoint):
         return model(run=checkpoint, macro=macro)

@@ -9,7 +9,7 @@ from typing import IO
 
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import HeldError, StoreLock
-from trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
 

@@ -23,20 +23,20 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from data.cache import cache_dir
-from data.stream import rows
-from data.tokenizers import (
+from espalier.data.cache import cache_dir
+from espalier.data.stream import rows
+from espalier.data.tokenizers import (
     chat_template,
     checkpoint_files,
     hf_tokenizer,
     spm_tokenizer,
     vocabularies,
 )
-from data.tokenizers.chat_template import ChatTemplate
+from espalier.data.tokenizers.chat_template import ChatTemplate
 from espalier.common.ranges import Count
 from espalier.common.storage import mirror
-from launch.config import gin_source
-from trainers.checkpoints import step_dir
+from espalier.launch.config import gin_source
+from espalier.trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _KINDS = {"bytes": "ByteVocabulary", "characters": "CharacterVocabulary"}
 _MAX_EXTRA_IDS = 100_000
 
 _GIN = """from __gin__ import dynamic_registration
-from launch.run import run_vocabulary
+from espalier.launch.run import run_vocabulary
 
 VOCABULARY = @run_vocabulary.load()
 run_vocabulary.load.folder = {folder!r}

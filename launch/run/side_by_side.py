@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.run.load_run import RunConfig
-from launch.run.loaded_run import LoadedRun, LoadError
+from espalier.launch.run.load_run import RunConfig
+from espalier.launch.run.loaded_run import LoadedRun, LoadError
 
 
 @contextlib.contextmanager
@@ -30,9 +30,9 @@ def load(
     Raises:
       LoadError: adapters of another base, or none; see also `RunConfig.load`.
     """
-    from launch.run import hf_checkpoint
-    from model.adapters.adapter import adapters_of
-    from trainers.checkpoints import base_step, step_dir
+    from espalier.launch.run import hf_checkpoint
+    from espalier.model.adapters.adapter import adapters_of
+    from espalier.trainers.checkpoints import base_step, step_dir
 
     with config.load(checkpoint, params=params, **options) as base:
         if not adapters:
@@ -60,10 +60,10 @@ def load(
 
 def _adapted(base: LoadedRun, path: str, params: str, digest: str, where: str) -> LoadedRun:
     """Returns the run with the adapters in a directory; `digest` is of the parameters that `where` names."""
-    from launch.run import run_model
-    from model.adapters.adapter import adapters_of, check_settings
-    from model.protocol import inference_model
-    from trainers.checkpoints import state_tree
+    from espalier.launch.run import run_model
+    from espalier.model.adapters.adapter import adapters_of, check_settings
+    from espalier.model.protocol import inference_model
+    from espalier.trainers.checkpoints import state_tree
 
     model = inference_model(run_model.model(run=path, macro="--adapter"))
     if adapters_of(model) is None:
@@ -91,10 +91,10 @@ def _read(
     import jax
     import jax.numpy as jnp
 
-    from model.adapters.adapter import is_adapter
-    from trainers import initialise, partitioning
-    from trainers.checkpoints import base_step, step_dir
-    from trainers.checkpoints.array_files import read_verified
+    from espalier.model.adapters.adapter import is_adapter
+    from espalier.trainers import initialise, partitioning
+    from espalier.trainers.checkpoints import base_step, step_dir
+    from espalier.trainers.checkpoints.array_files import read_verified
 
     mesh = partitioning.make_mesh(shape=config.mesh)
     abstract = initialise.abstract_params(model, mesh, partitioning.rules_named(config.rules))
@@ -128,7 +128,7 @@ def _read(
 
 
 def _flat(tree: Any) -> Mapping[str, Any]:
-    from trainers.checkpoints import state_tree
+    from espalier.trainers.checkpoints import state_tree
 
     return state_tree.flatten(tree)
 

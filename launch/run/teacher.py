@@ -16,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data.cache import cache_dir
-from data.cache import store as cache
-from data.distillation import taught_stream
-from data.distillation.taught_stream import TaughtStream
-from data.preference.reference_store import ReferenceStore
+from espalier.data.cache import cache_dir
+from espalier.data.cache import store as cache
+from espalier.data.distillation import taught_stream
+from espalier.data.distillation.taught_stream import TaughtStream
+from espalier.data.preference.reference_store import ReferenceStore
 from espalier.common.bars import Bar
 from espalier.common.ranges import AxisSize, Positive, Size
-from launch.run.load_run import load_frozen
-from model.kernels.cross_entropy import map_tokens
-from trainers import partitioning
-from trainers.checkpoints import agreement
-from trainers.distillation import objective
-from trainers.distillation.objective import Teacher
-from trainers.objectives.forward import frozen_forward
+from espalier.launch.run.load_run import load_frozen
+from espalier.model.kernels.cross_entropy import map_tokens
+from espalier.trainers import partitioning
+from espalier.trainers.checkpoints import agreement
+from espalier.trainers.distillation import objective
+from espalier.trainers.distillation.objective import Teacher
+from espalier.trainers.objectives.forward import frozen_forward
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _ROWS_AT_ONCE = 256  # rows per write to the store

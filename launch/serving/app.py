@@ -16,12 +16,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from launch.inference.generate import prompt_of
-from launch.inference.texts import decoder_of
-from launch.run.load_run import LoadError
-from launch.serving import replies, requests
-from launch.serving.connections import Hosts
-from launch.serving.engine import (
+from espalier.launch.inference.generate import prompt_of
+from espalier.launch.inference.texts import decoder_of
+from espalier.launch.run.load_run import LoadError
+from espalier.launch.serving import replies, requests
+from espalier.launch.serving.connections import Hosts
+from espalier.launch.serving.engine import (
     BusyError,
     Completed,
     Engine,
@@ -29,9 +29,9 @@ from launch.serving.engine import (
     Job,
     OverdueError,
 )
-from launch.serving.replies import Replies
-from launch.serving.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
-from trainers.decoding.buckets import bucket_below
+from espalier.launch.serving.replies import Replies
+from espalier.launch.serving.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
+from espalier.trainers.decoding.buckets import bucket_below
 
 # Seconds in which a body must arrive.
 _BODY_S = 30.0

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from launch.serving import replies
+from espalier.launch.serving import replies
 
 _NAME = re.compile(r"(?:\[(?P<address>[^]]+)\]|(?P<name>[^][@:]+))(?::\d+)?")
 _HEAD_S = 10.0  # seconds in which the head of a request must arrive

@@ -17,14 +17,14 @@ from typing import Any
 
 import jax
 
-from launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
-from launch.inference.texts import Texts, decoder_of
-from launch.run.load_run import LoadedRun, RunConfig
-from launch.serving.requests import Limits
-from model.transforms import layer_stack
-from trainers.decoding.buckets import bucket_length
-from trainers.decoding.decoder import Continuation, Decoder
-from trainers.decoding.settings import Draw, Settings
+from espalier.launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
+from espalier.launch.inference.texts import Texts, decoder_of
+from espalier.launch.run.load_run import LoadedRun, RunConfig
+from espalier.launch.serving.requests import Limits
+from espalier.model.transforms import layer_stack
+from espalier.trainers.decoding.buckets import bucket_length
+from espalier.trainers.decoding.decoder import Continuation, Decoder
+from espalier.trainers.decoding.settings import Draw, Settings
 
 _log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launch.serving.engine import Completed
-from launch.serving.requests import Asked
-from trainers.decoding.stop_strings import BROKEN, GrowingText
+from espalier.launch.serving.engine import Completed
+from espalier.launch.serving.requests import Asked
+from espalier.trainers.decoding.stop_strings import BROKEN, GrowingText
 
 DONE = b"data: [DONE]\n\n"
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
-from trainers.decoding.settings import Draw
+from espalier.trainers.decoding.settings import Draw
 
 # Characters of a text for each token that a prompt may have: a longer text is not encoded.
 CHARACTERS_OF_TOKEN = 32

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from launch.sweeping import parts
-from launch.sweeping.file import Run, SweepError
-from launch.sweeping.folder import Planned, SweepFolder
+from espalier.launch.sweeping import parts
+from espalier.launch.sweeping.file import Run, SweepError
+from espalier.launch.sweeping.folder import Planned, SweepFolder
 
-ENTRY = "launch.train:train"
+ENTRY = "espalier.launch.train:train"
 _GIN_FILE = "--gin_file="
 # Bindings of the paths of a run and its parent. The digest has the parent's digest instead.
 _PLACES = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH")
@@ -97,9 +97,9 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     """Loads a run's configuration; returns None after adding its problems."""
     import flax.linen as nn
 
-    from launch.config import config_diff, gin_config
-    from trainers import initialise
-    from trainers.checkpoints import state_tree
+    from espalier.launch.config import config_diff, gin_config
+    from espalier.trainers import initialise
+    from espalier.trainers.checkpoints import state_tree
 
     try:
         config = gin_config.load(run.gin_files, bindings_of(run, folder), entry=ENTRY)
@@ -180,7 +180,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
     """Yields a file's statements; an include is replaced by the statements of the included file."""
     from gin import config_parser
 
-    from launch.config import gin_source
+    from espalier.launch.config import gin_source
 
     file = gin_source.find(path, [])
     if file is None:
@@ -246,8 +246,8 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return problems  # settings that select parameters allow other shapes
-    from trainers.checkpoints import transformed
-    from trainers.checkpoints.restore_params import is_added
+    from espalier.trainers.checkpoints import transformed
+    from espalier.trainers.checkpoints.restore_params import is_added
 
     there, inputs = _shapes(theirs.params), mine.params
     initial = mine.arguments.get("initial")
@@ -279,7 +279,7 @@ def difference(
     planned: Planned, plan: Mapping[str, Planned], folder: SweepFolder, changed: Sequence[str]
 ) -> str:
     """Returns a text on the difference between a run that has begun and its present configuration."""
-    from launch.config import config_diff, gin_config
+    from espalier.launch.config import config_diff, gin_config
 
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.cluster.base import Handle, Job, State, Status, Submitter
-from launch.processes.supervisor import handled
-from launch.sweeping import results
-from launch.sweeping.folder import Planned, SweepFolder, tail
+from espalier.launch.cluster.base import Handle, Job, State, Status, Submitter
+from espalier.launch.processes.supervisor import handled
+from espalier.launch.sweeping import results
+from espalier.launch.sweeping.folder import Planned, SweepFolder, tail
 
 INTERRUPTED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -32,8 +32,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
-from launch.config import python_config
-from launch.sweeping import parts
+from espalier.launch.config import python_config
+from espalier.launch.sweeping import parts
 
 _PARENT = "INITIAL_CHECKPOINT_PATH"
 

@@ -20,10 +20,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from data.cache import cache_dir
-from launch.run import run_place
-from launch.sweeping.file import Run
-from trainers.telemetry.metric_writers import read_jsonl, restored
+from espalier.data.cache import cache_dir
+from espalier.launch.run import run_place
+from espalier.launch.sweeping.file import Run
+from espalier.trainers.telemetry.metric_writers import read_jsonl, restored
 
 # Bytes at the end of a file that contain its last rows.
 _TAIL_BYTES = 16384

@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from launch.inference import row_files
-from launch.sweeping.folder import Planned, SweepFolder
-from trainers.telemetry.metric_writers import jsonable, read_jsonl
+from espalier.launch.inference import row_files
+from espalier.launch.sweeping.folder import Planned, SweepFolder
+from espalier.trainers.telemetry.metric_writers import jsonable, read_jsonl
 
 
 def write_results(folder: SweepFolder, plan: Sequence[Planned]) -> None:

@@ -6,7 +6,7 @@ Steps done by an earlier start are not repeated. Example (the sweep starts these
 """
 
 if __name__ == "__main__":
-    from launch.sweeping import run
+    from espalier.launch.sweeping import run
 
     raise SystemExit(run.main())
 
@@ -22,12 +22,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from launch import cli
-from launch.cluster import worker
-from launch.sweeping import check, parts
-from launch.sweeping.file import Run
-from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
-from launch.sweeping.parts import command_line
+from espalier.launch import cli
+from espalier.launch.cluster import worker
+from espalier.launch.sweeping import check, parts
+from espalier.launch.sweeping.file import Run
+from espalier.launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
+from espalier.launch.sweeping.parts import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def make(folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]) -> di
       MadeError: the command made nothing.
       SystemExit: the command failed; its error is the last one in the log.
     """
-    from trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints import step_dir
 
     for name in entry.run.above:
         folder.final_outcome(plan[name])
@@ -142,7 +142,7 @@ def _train(
     folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
 ) -> dict[str, Any] | None:
     """Trains as launch.train does; returns the outcome, or None if it was interrupted."""
-    from launch.config import config_diff, gin_config
+    from espalier.launch.config import config_diff, gin_config
 
     parent = None if entry.run.parent is None else plan[entry.run.parent]
     start = None if parent is None else folder.final_checkpoint(parent)
@@ -170,7 +170,7 @@ def _changed(entry: Planned) -> SweepFolderError:
 @contextlib.contextmanager
 def _own_registries() -> Iterator[None]:
     """Clears the task registry at the end, so that the process's next run starts with an empty one."""
-    from data import tasks
+    from espalier.data import tasks
 
     try:
         yield
@@ -180,8 +180,8 @@ def _own_registries() -> Iterator[None]:
 
 def _outcome(folder: SweepFolder, entry: Planned, stream: Callable[..., Any]) -> dict[str, Any]:
     """Returns the outcome of training, for the results."""
-    from launch.run import metric_rows
-    from trainers.checkpoints import step_dir
+    from espalier.launch.run import metric_rows
+    from espalier.trainers.checkpoints import step_dir
 
     directory = folder.directory(entry.name)
     checkpoint = pathlib.Path(step_dir.resolve(directory))

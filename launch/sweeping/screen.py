@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.sweeping.driver import Progress, RunState
+from espalier.launch.sweeping.driver import Progress, RunState
 
 # State -> (mark, style, meaning).
 _MARKS = {

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from launch.run import load_run, model_record, run_vocabulary
-from launch.run.model_record import CONFIG
-from launch.weights import transformed_run
-from launch.weights.source_models import SourceModel
-from launch.weights.target_folder import ConvertError, new_directory
-from model.adapters.adapter import PREFIX, adapters_of, is_adapter
-from model.hf import peft
-from model.hf.families import family_named, family_of_model
-from model.hf.mapping import Piece, pieces_of
-from model.protocol import inference_model
-from trainers.checkpoints import base_step, step_dir, stream_checkpoint
-from trainers.checkpoints.base_step import Part
-from trainers.checkpoints.stream_checkpoint import StreamedArray
+from espalier.launch.run import load_run, model_record, run_vocabulary
+from espalier.launch.run.model_record import CONFIG
+from espalier.launch.weights import transformed_run
+from espalier.launch.weights.source_models import SourceModel
+from espalier.launch.weights.target_folder import ConvertError, new_directory
+from espalier.model.adapters.adapter import PREFIX, adapters_of, is_adapter
+from espalier.model.hf import peft
+from espalier.model.hf.families import family_named, family_of_model
+from espalier.model.hf.mapping import Piece, pieces_of
+from espalier.model.protocol import inference_model
+from espalier.trainers.checkpoints import base_step, step_dir, stream_checkpoint
+from espalier.trainers.checkpoints.base_step import Part
+from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
 
 def export(checkpoint: str, model: Any, target: str, *, base: str | None, params: str) -> str:

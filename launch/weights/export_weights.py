@@ -9,21 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizers import hf_tokenizer
-from launch.run import run_vocabulary
-from launch.weights import model_card, source_models
-from launch.weights.import_weights import described, progress
-from launch.weights.target_folder import ConvertError, check_space, new_directory
-from model.adapters.adapter import adapters_of
-from model.hf.description import describe, differences
-from model.hf.families import family_named, family_of_model
-from model.hf.family import Family, UnsupportedModel
-from model.hf.files.safetensors_files import SafetensorsWriter
-from model.hf.mapping import Piece
-from model.hf.plan import FLOATS, copy_cast
-from model.protocol import LanguageModel, inference_model, inference_root
-from trainers.checkpoints import array_files, manifest, step_dir
-from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+from espalier.data.tokenizers import hf_tokenizer
+from espalier.launch.run import run_vocabulary
+from espalier.launch.weights import model_card, source_models
+from espalier.launch.weights.import_weights import described, progress
+from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
+from espalier.model.adapters.adapter import adapters_of
+from espalier.model.hf.description import describe, differences
+from espalier.model.hf.families import family_named, family_of_model
+from espalier.model.hf.family import Family, UnsupportedModel
+from espalier.model.hf.files.safetensors_files import SafetensorsWriter
+from espalier.model.hf.mapping import Piece
+from espalier.model.hf.plan import FLOATS, copy_cast
+from espalier.model.protocol import LanguageModel, inference_model, inference_root
+from espalier.trainers.checkpoints import array_files, manifest, step_dir
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 
 _BLOCK_BYTES = 1 << 24
 # Fields of config.json that do not depend on the architecture; the export of a changed model copies them.

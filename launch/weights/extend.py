@@ -17,10 +17,10 @@ import argparse
 import dataclasses
 from typing import Literal
 
-from launch.config import setting_flags
-from launch.weights import upcycle_flags
-from launch.weights.upcycle_flags import Params
-from model.transforms.base import TransformError
+from espalier.launch.config import setting_flags
+from espalier.launch.weights import upcycle_flags
+from espalier.launch.weights.upcycle_flags import Params
+from espalier.model.transforms.base import TransformError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,5 +76,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(
-        upcycle_flags.main(__doc__, "upcycle extend", "launch.weights.mixture:extend", add_flags)
+        upcycle_flags.main(__doc__, "upcycle extend", "espalier.launch.weights.mixture:extend", add_flags)
     )

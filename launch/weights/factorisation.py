@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from espalier.common.bars import Bar
-from launch.run.load_run import LoadError, RunConfig
-from launch.weights import transformed_run, upcycle_flags
-from launch.weights.factorise import FactoriseFlags
-from launch.weights.source_models import SourceModel
-from launch.weights.transformed_run import token_rows
-from model.config import TransformerConfig
-from model.low_rank import decompose, factors, lowrank
-from model.low_rank.decompose import Decompose, Recompose
-from model.transforms import base
-from model.transforms.base import Recipe, Shapes, TransformError
+from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.launch.weights import transformed_run, upcycle_flags
+from espalier.launch.weights.factorise import FactoriseFlags
+from espalier.launch.weights.source_models import SourceModel
+from espalier.launch.weights.transformed_run import token_rows
+from espalier.model.config import TransformerConfig
+from espalier.model.low_rank import decompose, factors, lowrank
+from espalier.model.low_rank.decompose import Decompose, Recompose
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Recipe, Shapes, TransformError
 
 _OWNERS = (
     ("attention", "Attention.dense", "lowrank.LowRankDense", "linear.Dense"),
@@ -152,7 +152,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
 
 def _input_moments(config: RunConfig, options: FactoriseFlags) -> Mapping[str, Any]:
     """Returns second moments of the layers' inputs on the texts of --calibrate, by path."""
-    from trainers.low_rank.input_moments import input_moments
+    from espalier.trainers.low_rank.input_moments import input_moments
 
     with config.load(options.checkpoint, params=options.params) as loaded:
         length = options.calibrate_length

@@ -16,10 +16,10 @@ import argparse
 import dataclasses
 from typing import Literal
 
-from launch.run import load_run
-from launch.weights import upcycle_flags
-from launch.weights.upcycle_flags import Params
-from model.transforms.base import TransformError
+from espalier.launch.run import load_run
+from espalier.launch.weights import upcycle_flags
+from espalier.launch.weights.upcycle_flags import Params
+from espalier.model.transforms.base import TransformError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     raise SystemExit(
         upcycle_flags.main(
-            __doc__, "upcycle factorise", "launch.weights.factorisation:run", add_flags
+            __doc__, "upcycle factorise", "espalier.launch.weights.factorisation:run", add_flags
         )
     )

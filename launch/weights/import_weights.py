@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizers import gguf_tokenizer
+from espalier.data.tokenizers import gguf_tokenizer
 from espalier.common.bars import Bar
-from launch.run import hf_checkpoint
-from launch.weights.target_folder import check_space, new_directory
-from model.hf.families import family_of_config
-from model.hf.files.gguf_file import GgufReader
-from model.hf.files.safetensors_files import SafetensorsReader, read_json
-from model.hf.plan import Plan, narrow_names
-from trainers.checkpoints import step_dir, stream_checkpoint
-from trainers.checkpoints.stream_checkpoint import StreamedArray
+from espalier.launch.run import hf_checkpoint
+from espalier.launch.weights.target_folder import check_space, new_directory
+from espalier.model.hf.families import family_of_config
+from espalier.model.hf.files.gguf_file import GgufReader
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
+from espalier.model.hf.plan import Plan, narrow_names
+from espalier.trainers.checkpoints import step_dir, stream_checkpoint
+from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:

@@ -13,10 +13,10 @@ printed. The result is a run directory that every command takes as --checkpoint.
 import argparse
 import dataclasses
 
-from launch.run import load_run
-from launch.weights import upcycle_flags
-from launch.weights.upcycle_flags import Params
-from model.transforms.base import TransformError
+from espalier.launch.run import load_run
+from espalier.launch.weights import upcycle_flags
+from espalier.launch.weights.upcycle_flags import Params
+from espalier.model.transforms.base import TransformError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     raise SystemExit(
         upcycle_flags.main(
-            __doc__, "upcycle merge", "launch.weights.merged_adapters:run", add_flags
+            __doc__, "upcycle merge", "espalier.launch.weights.merged_adapters:run", add_flags
         )
     )

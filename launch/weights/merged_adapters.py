@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.run.load_run import RunConfig
-from launch.weights import transformed_run, upcycle_flags
-from launch.weights.merge_adapters import MergeFlags
-from launch.weights.source_models import SourceModel
-from launch.weights.transformed_run import token_rows
-from model.adapters.adapter import PREFIX, adapters_of
-from model.adapters.merge import Merge
-from model.transforms import base
-from model.transforms.base import TransformError
-from trainers.checkpoints import state_tree
+from espalier.launch.run.load_run import RunConfig
+from espalier.launch.weights import transformed_run, upcycle_flags
+from espalier.launch.weights.merge_adapters import MergeFlags
+from espalier.launch.weights.source_models import SourceModel
+from espalier.launch.weights.transformed_run import token_rows
+from espalier.model.adapters.adapter import PREFIX, adapters_of
+from espalier.model.adapters.merge import Merge
+from espalier.model.transforms import base
+from espalier.model.transforms.base import TransformError
+from espalier.trainers.checkpoints import state_tree
 
 _OWNERS = (
     "attention.Attention",

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from data.nexus import domain_embeddings
-from launch.run.load_run import RunConfig
-from launch.weights import source_models, transformed_run, upcycle_flags
-from launch.weights.extend import ExtendFlags
-from launch.weights.source_models import RECORDED, SourceModel
-from launch.weights.upcycle import UpcycleFlags
-from model.nexus.extend import Addition, Removal
-from model.transforms import base
-from model.transforms.base import TransformError, TreeTransform
-from model.transforms.experts import Mixture
-from model.transforms.upcycle import Upcycle
+from espalier.data.nexus import domain_embeddings
+from espalier.launch.run.load_run import RunConfig
+from espalier.launch.weights import source_models, transformed_run, upcycle_flags
+from espalier.launch.weights.extend import ExtendFlags
+from espalier.launch.weights.source_models import RECORDED, SourceModel
+from espalier.launch.weights.upcycle import UpcycleFlags
+from espalier.model.nexus.extend import Addition, Removal
+from espalier.model.transforms import base
+from espalier.model.transforms.base import TransformError, TreeTransform
+from espalier.model.transforms.experts import Mixture
+from espalier.model.transforms.upcycle import Upcycle
 
 
 def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from launch.run import metric_rows, objective, run_dir
-from trainers.checkpoints import step_dir
-from trainers.telemetry.progress import held_out_text
+from espalier.launch.run import metric_rows, objective, run_dir
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.progress import held_out_text
 
 NAME = "README.md"
 _MOST_PARENTS = 10

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from data.nexus import domain_embeddings
-from data.nexus.domain_embeddings import Embeddings
-from launch.config import gin_source, model_file
-from launch.run.model_record import CONFIG
-from model.transforms.base import Source, TransformError
-from trainers.checkpoints import base_step, manifest, step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
+from espalier.data.nexus import domain_embeddings
+from espalier.data.nexus.domain_embeddings import Embeddings
+from espalier.launch.config import gin_source, model_file
+from espalier.launch.run.model_record import CONFIG
+from espalier.model.transforms.base import Source, TransformError
+from espalier.trainers.checkpoints import base_step, manifest, step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 
 _RELATED = 0.1  # minimum correlation of embeddings; models of other seeds have none
 _ROWS = 4096  # number of embedding rows that are compared

@@ -14,18 +14,18 @@ import numpy as np
 from gin import config_parser
 
 from espalier.common.bars import Bar
-from launch.config import gin_config, gin_reader, gin_source, model_file
-from launch.inference import row_files
-from launch.run import model_record, run_vocabulary
-from launch.run.load_run import EXAMPLE
-from launch.run.model_record import CONFIG
-from launch.weights.source_models import SourceModel
-from launch.weights.target_folder import new_directory
-from model.transforms import base
-from model.transforms.base import Recipe, TransformError, TreeTransform
-from trainers.checkpoints import state_tree, step_dir, stream_checkpoint
-from trainers.checkpoints.manifest import Block
-from trainers.checkpoints.stream_checkpoint import StreamedArray
+from espalier.launch.config import gin_config, gin_reader, gin_source, model_file
+from espalier.launch.inference import row_files
+from espalier.launch.run import model_record, run_vocabulary
+from espalier.launch.run.load_run import EXAMPLE
+from espalier.launch.run.model_record import CONFIG
+from espalier.launch.weights.source_models import SourceModel
+from espalier.launch.weights.target_folder import new_directory
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Recipe, TransformError, TreeTransform
+from espalier.trainers.checkpoints import state_tree, step_dir, stream_checkpoint
+from espalier.trainers.checkpoints.manifest import Block
+from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
 _LENGTH = 512
 _BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
@@ -156,7 +156,7 @@ def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
     """Returns the linen module in the model.json of a run's directory, which needs no checkpoint."""
     loaded: Any = gin_config.load(
         gin_files,
-        entry="launch.run.load_run:RunConfig",
+        entry="espalier.launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
     ).entry
@@ -167,7 +167,7 @@ def abstract_params(model: Any) -> state_tree.Flat:
     """Returns shapes and dtypes of a model's parameters by path."""
     import flax.linen as nn
 
-    from trainers import initialise
+    from espalier.trainers import initialise
 
     variables = initialise.abstract_variables(model)
     return state_tree.flatten(nn.meta.unbox(variables["params"]))

@@ -22,9 +22,9 @@ import argparse
 import dataclasses
 from typing import Literal
 
-from launch.weights import upcycle_flags
-from launch.weights.upcycle_flags import Params
-from model.transforms.base import TransformError
+from espalier.launch.weights import upcycle_flags
+from espalier.launch.weights.upcycle_flags import Params
+from espalier.model.transforms.base import TransformError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,5 +166,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(
-        upcycle_flags.main(__doc__, "upcycle", "launch.weights.mixture:upcycle", add_flags)
+        upcycle_flags.main(__doc__, "upcycle", "espalier.launch.weights.mixture:upcycle", add_flags)
     )

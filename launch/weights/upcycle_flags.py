@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from launch import cli
-from launch.config import setting_flags
-from launch.run import load_run
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.run import load_run
 
 Params = Literal["auto", "raw", "ema"]
 
@@ -64,7 +64,7 @@ def main(doc: str, command: str, work: str, add_flags: Any) -> int:
 
     return cli.main(
         doc,
-        entry="launch.run.load_run:RunConfig",
+        entry="espalier.launch.run.load_run:RunConfig",
         command=command,
         extra_flags=flags_of,
         run=run,

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
-from model.protocol import adapters_of
-from model.transforms.patterns import fullmatch
+from espalier.model.protocol import adapters_of
+from espalier.model.transforms.patterns import fullmatch
 
 PREFIX = "adapter_"
 LEAVES = rf"(.*/)?{PREFIX}\w+/.*"  # whole paths of adapters' parameters

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 
 from espalier.common.ranges import Size, recordable
-from model import axes
-from model.adapters.adapter import Adapted, Adapter
-from model.linear import Dense
-from model.mlp import activation
+from espalier.model import axes
+from espalier.model.adapters.adapter import Adapted, Adapter
+from espalier.model.linear import Dense
+from espalier.model.mlp import activation
 
 
 @recordable

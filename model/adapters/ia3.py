@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
-from model import axes
-from model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
-from model.moe.grouped_matmul import grouped_matmul
+from espalier.model import axes
+from espalier.model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
+from espalier.model.moe.grouped_matmul import grouped_matmul
 
 
 class Rescaling(Adapter):

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from model.adapters.adapter import PREFIX, Adapter, Adapters, is_adapter
-from model.adapters.bottleneck import Bottleneck
-from model.adapters.ia3 import Rescaling
-from model.adapters.lora import Lora
-from model.adapters.prompt import Prompt
-from model.transforms import base
-from model.transforms.base import Recipe, Shapes, Source, TransformError
+from espalier.model.adapters.adapter import PREFIX, Adapter, Adapters, is_adapter
+from espalier.model.adapters.bottleneck import Bottleneck
+from espalier.model.adapters.ia3 import Rescaling
+from espalier.model.adapters.lora import Lora
+from espalier.model.adapters.prompt import Prompt
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
 
 Leaves = Mapping[str, Any]  # arrays of one projection or adapter by name
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Size, recordable
-from model import axes
-from model.adapters.adapter import PREFIX, Adapter, AdapterError
-from model.embed import Embed
+from espalier.model import axes
+from espalier.model.adapters.adapter import PREFIX, Adapter, AdapterError
+from espalier.model.embed import Embed
 
 SLOT = "prompt"  # of adapter.named
 

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import NonNegative, Size, recordable, refuse_set
-from model.attention import Attention
-from model.like import like
-from model.linear import Dense
-from model.moe import routing
-from model.protocol import AttentionSettings
+from espalier.model.attention import Attention
+from espalier.model.like import like
+from espalier.model.linear import Dense
+from espalier.model.moe import routing
+from espalier.model.protocol import AttentionSettings
 
 
 @recordable

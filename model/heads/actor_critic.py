@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
-from model.heads.reward_model import BackboneModel, backbone_variables, scalar_head
-from model.protocol import Arrays, Output
-from model.transformer import Hidden
+from espalier.model.heads.reward_model import BackboneModel, backbone_variables, scalar_head
+from espalier.model.protocol import Arrays, Output
+from espalier.model.transformer import Hidden
 
 
 @recordable

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import CalledWith, recordable
-from model import axes
-from model.kv_cache.base import CacheSizes
-from model.linear import Dense
-from model.protocol import Arrays, LayerSettings, OfLayers, Output
-from model.rows import TOKENS, RowKind
+from espalier.model import axes
+from espalier.model.kv_cache.base import CacheSizes
+from espalier.model.linear import Dense
+from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
+from espalier.model.rows import TOKENS, RowKind
 
 
 class BackboneModel(OfLayers, nn.Module):

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import TransformerConfig
-from model.rope import Rope
+from espalier.model.config import TransformerConfig
+from espalier.model.rope import Rope
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 ACTIVATIONS = {

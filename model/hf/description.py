@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model import axes
-from model.protocol import Same
-from model.rope import Rope
-from model.t5.encoder_decoder import EncoderDecoder
-from model.transformer import Transformer
-from model.transforms import layer_stack
+from espalier.model import axes
+from espalier.model.protocol import Same
+from espalier.model.rope import Rope
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Transformer
+from espalier.model.transforms import layer_stack
 
 # Arguments for calling the factories in a module's fields; their values do not enter the description.
 _TABLE_DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}

@@ -21,22 +21,22 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model.attention import Attention
-from model.embed import Positions
-from model.hf.config_fields import (
+from espalier.model.attention import Attention
+from espalier.model.embed import Positions
+from espalier.model.hf.config_fields import (
     ACTIVATIONS,
     ConfigFields,
     UnsupportedConfig,
     activation_field,
     rope_fields,
 )
-from model.hf.family import Family, Part, UnsupportedModel, check_language_model, field
-from model.hf.mapping import Row
-from model.hf.t5_families import MT5, T5
-from model.mlp import GatedMlp, Mlp
-from model.moe.moe import MoeMlp
-from model.norm import LayerNorm, RMSNorm
-from model.transformer import Transformer
+from espalier.model.hf.family import Family, Part, UnsupportedModel, check_language_model, field
+from espalier.model.hf.mapping import Row
+from espalier.model.hf.t5_families import MT5, T5
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.norm import LayerNorm, RMSNorm
+from espalier.model.transformer import Transformer
 
 
 def _rows(

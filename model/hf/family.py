@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from model.hf.config_fields import ConfigFields, UnsupportedConfig
-from model.hf.description import describe, differences, native_shapes
-from model.hf.mapping import Piece, Row, hf_shapes, pieces_of
-from model.t5.encoder_decoder import EncoderDecoder
-from model.transformer import Block, Transformer
+from espalier.model.hf.config_fields import ConfigFields, UnsupportedConfig
+from espalier.model.hf.description import describe, differences, native_shapes
+from espalier.model.hf.mapping import Piece, Row, hf_shapes, pieces_of
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Block, Transformer
 
 
 class UnsupportedModel(ValueError):  # noqa: N818

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from model.hf.families import family_of_config
-from model.hf.files.safetensors_files import SafetensorsReader, read_json
-from model.hf.mapping import Piece
-from model.hf.plan import Plan, plan
-from model.transformer import Transformer
+from espalier.model.hf.families import family_of_config
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
+from espalier.model.hf.mapping import Piece
+from espalier.model.hf.plan import Plan, plan
+from espalier.model.transformer import Transformer
 
 _THREADS = 8  # also on fewer cores: with files that are not in memory, threads wait for the disk
 _ALIGNMENT = 64  # bytes; jax uses host arrays with this alignment without a copy

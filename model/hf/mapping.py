@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from model.config import TransformerConfig
+from espalier.model.config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

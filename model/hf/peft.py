@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from model.adapters.adapter import PREFIX
-from model.hf import mapping, peft_config
-from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
-from model.hf.mapping import Piece
-from model.hf.peft_config import CONFIG, PeftConfig, PeftError
-from model.hf.plan import FLOATS
-from model.transforms import finite
+from espalier.model.adapters.adapter import PREFIX
+from espalier.model.hf import mapping, peft_config
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from espalier.model.hf.mapping import Piece
+from espalier.model.hf.peft_config import CONFIG, PeftConfig, PeftError
+from espalier.model.hf.plan import FLOATS
+from espalier.model.transforms import finite
 
 WEIGHTS = "adapter_model.safetensors"
 _ROOT = "base_model.model."

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model.hf.files.safetensors_files import read_json
-from model.transforms import patterns
+from espalier.model.hf.files.safetensors_files import read_json
+from espalier.model.transforms import patterns
 
 CONFIG = "adapter_config.json"
 _DEFAULT = 8  # of r and lora_alpha

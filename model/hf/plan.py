@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from model.hf.description import native_shapes
-from model.hf.family import Family, MismatchedTensors
-from model.hf.files import tiles
-from model.hf.files.safetensors_files import TensorInfo
-from model.hf.mapping import Piece
-from model.transformer import Transformer
-from model.transforms import finite
+from espalier.model.hf.description import native_shapes
+from espalier.model.hf.family import Family, MismatchedTensors
+from espalier.model.hf.files import tiles
+from espalier.model.hf.files.safetensors_files import TensorInfo
+from espalier.model.hf.mapping import Piece
+from espalier.model.transformer import Transformer
+from espalier.model.transforms import finite
 
 FLOATS = {
     "float32": np.dtype(np.float32),

@@ -7,14 +7,14 @@ D^-1/2. Newer versions of transformers write `scale_decoder_outputs` for the sca
 from collections.abc import Mapping
 from typing import Any
 
-from model.attention import Attention, CrossAttention
-from model.hf.config_fields import ACTIVATIONS, ConfigFields, activation_field
-from model.hf.family import Family, Part, field
-from model.hf.mapping import Row
-from model.mlp import GatedMlp, Mlp
-from model.norm import RMSNorm
-from model.t5.encoder_decoder import EncoderDecoder
-from model.t5.relative_bias import RelativeBias
+from espalier.model.attention import Attention, CrossAttention
+from espalier.model.hf.config_fields import ACTIVATIONS, ConfigFields, activation_field
+from espalier.model.hf.family import Family, Part, field
+from espalier.model.hf.mapping import Row
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.norm import RMSNorm
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.t5.relative_bias import RelativeBias
 
 _HEADS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _GATED_GELU = "gated-gelu"  # means the approximation by tanh, unlike "gelu"

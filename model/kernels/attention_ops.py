@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from model.kernels import attention_blocked, attention_cudnn, attention_splash
-from model.kernels.attention_shards import per_device, placement
-from model.kernels.platform import reference_forms, target_platform
+from espalier.model.kernels import attention_blocked, attention_cudnn, attention_splash
+from espalier.model.kernels.attention_shards import per_device, placement
+from espalier.model.kernels.platform import reference_forms, target_platform
 
 Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
 IMPLEMENTATIONS = get_args(Implementation)

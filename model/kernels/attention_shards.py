@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
-from model import axes
+from espalier.model import axes
 
 
 def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from model.kernels.cross_entropy_blocked import blocked_nll
-from model.kernels.platform import reference_forms, target_platform
-from model.kernels.vocab_logits import LogitForm, join_rows, split_rows
+from espalier.model.kernels.cross_entropy_blocked import blocked_nll
+from espalier.model.kernels.platform import reference_forms, target_platform
+from espalier.model.kernels.vocab_logits import LogitForm, join_rows, split_rows
 
 Implementation = Literal["auto", "reference", "onehot", "chunked", "blocked"]
 IMPLEMENTATIONS = get_args(Implementation)

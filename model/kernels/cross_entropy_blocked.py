@@ -13,8 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from model import axes
-from model.kernels.vocab_logits import LogitForm, join_rows, split_rows
+from espalier.model import axes
+from espalier.model.kernels.vocab_logits import LogitForm, join_rows, split_rows
 
 BLOCK = 32_768  # rows: the size of a whole vocabulary whose logits do fit in memory with a model
 

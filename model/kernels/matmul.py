@@ -2,8 +2,8 @@
 
 import jax
 
-from model.kernels import narrow
-from model.kernels.platform import reference_forms, target_platform
+from espalier.model.kernels import narrow
+from espalier.model.kernels.platform import reference_forms, target_platform
 
 
 def matmul(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model import axes
-from model.kernels.platform import reference_forms, target_platform
+from espalier.model import axes
+from espalier.model.kernels.platform import reference_forms, target_platform
 
 _BLOCK = 2**20  # numbers of a block, 4 MB in float32
 

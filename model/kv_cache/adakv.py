@@ -11,11 +11,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache import scores
-from model.kv_cache.base import AttentionForm, KeyValues
-from model.kv_cache.full import Reading
-from model.kv_cache.slots import Slots
-from model.kv_cache.snapkv import SnapKV
+from espalier.model.kv_cache import scores
+from espalier.model.kv_cache.base import AttentionForm, KeyValues
+from espalier.model.kv_cache.full import Reading
+from espalier.model.kv_cache.slots import Slots
+from espalier.model.kv_cache.snapkv import SnapKV
 
 
 @flax.struct.dataclass

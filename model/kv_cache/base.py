@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypedDict, Unpack
 import flax.struct
 import jax
 
-from model.config import LayerKind
-from model.rope import Rope
+from espalier.model.config import LayerKind
+from espalier.model.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

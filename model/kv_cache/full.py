@@ -10,9 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache import slots
-from model.kv_cache.base import AttentionForm, CacheSizes, KeyValues
-from model.kv_cache.slots import Slots
+from espalier.model.kv_cache import slots
+from espalier.model.kv_cache.base import AttentionForm, CacheSizes, KeyValues
+from espalier.model.kv_cache.slots import Slots
 
 
 @flax.struct.dataclass

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.kv_cache.full import Reading
-from model.kv_cache.slots import Slots
-from model.kv_cache.snapkv import SnapKV
+from espalier.model.kv_cache.full import Reading
+from espalier.model.kv_cache.slots import Slots
+from espalier.model.kv_cache.snapkv import SnapKV
 
 _Tokens = TypeVar("_Tokens", int, np.ndarray, jax.Array)
 

@@ -9,9 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from model.kernels.attention_ops import received_attention
-from model.kv_cache.base import AttentionForm
-from model.kv_cache.slots import Slots
+from espalier.model.kernels.attention_ops import received_attention
+from espalier.model.kv_cache.base import AttentionForm
+from espalier.model.kv_cache.slots import Slots
 
 Pooling = Literal["max", "average"]
 GroupVote = Literal["mean", "max"]

@@ -14,10 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache import scores, slots
-from model.kv_cache.full import FullCache, Reading, check_positive
-from model.kv_cache.scores import GroupVote
-from model.kv_cache.slots import Slots
+from espalier.model.kv_cache import scores, slots
+from espalier.model.kv_cache.full import FullCache, Reading, check_positive
+from espalier.model.kv_cache.scores import GroupVote
+from espalier.model.kv_cache.slots import Slots
 
 
 @flax.struct.dataclass

@@ -15,8 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model import axes
-from model.kv_cache.base import KeyValues
+from espalier.model import axes
+from espalier.model.kv_cache.base import KeyValues
 
 _INT8_MAX = 127.0
 

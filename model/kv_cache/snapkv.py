@@ -7,10 +7,10 @@ import dataclasses
 
 import jax
 
-from model.kv_cache import scores
-from model.kv_cache.full import Reading
-from model.kv_cache.scores import GroupVote, Pooling
-from model.kv_cache.selecting import Selecting, check_choice, check_window
+from espalier.model.kv_cache import scores
+from espalier.model.kv_cache.full import Reading
+from espalier.model.kv_cache.scores import GroupVote, Pooling
+from espalier.model.kv_cache.selecting import Selecting, check_choice, check_window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache import slots
-from model.kv_cache.base import AttentionForm, KeyValues
-from model.kv_cache.full import FullCache, Reading
-from model.kv_cache.slots import Slots
+from espalier.model.kv_cache import slots
+from espalier.model.kv_cache.base import AttentionForm, KeyValues
+from espalier.model.kv_cache.full import FullCache, Reading
+from espalier.model.kv_cache.slots import Slots
 
 
 @flax.struct.dataclass

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.low_rank import factors, lowrank_conv
-from model.transforms import base
-from model.transforms.base import Power, Recipe, Shapes, Source, TransformError
+from espalier.model.low_rank import factors, lowrank_conv
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Power, Recipe, Shapes, Source, TransformError
 
 # (path of a module, its kernel as a matrix [..., X, Y], rank) -> U [..., X, R] and V^T [..., R, Y].
 Split = Callable[[str, Any, int], tuple[jax.Array, jax.Array]]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from model.transforms.base import aligned
+from espalier.model.transforms.base import aligned
 
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Finite, Positive, Size, recordable, refuse_set
-from model.axes import RANK, parameter, unboxed
-from model.kernels import matmul, taps
-from model.like import like
-from model.linear import Dense
-from model.low_rank import factors
-from model.moe.grouped_matmul import grouped_matmul
-from model.moe.moe import ExpertDense
-from model.transforms.patterns import fullmatch
+from espalier.model.axes import RANK, parameter, unboxed
+from espalier.model.kernels import matmul, taps
+from espalier.model.like import like
+from espalier.model.linear import Dense
+from espalier.model.low_rank import factors
+from espalier.model.moe.grouped_matmul import grouped_matmul
+from espalier.model.moe.moe import ExpertDense
+from espalier.model.transforms.patterns import fullmatch
 
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
-from model.axes import CHANNELS, CHANNELS_IN, RANK
-from model.low_rank.lowrank import Factorisation, layer_factors
-from model.vision.convolution import Conv, convolve
+from espalier.model.axes import CHANNELS, CHANNELS_IN, RANK
+from espalier.model.low_rank.lowrank import Factorisation, layer_factors
+from espalier.model.vision.convolution import Conv, convolve
 
 Scheme = Literal["channel", "spatial"]
 SCHEMES = get_args(Scheme)

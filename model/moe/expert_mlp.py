@@ -12,10 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from model import axes
-from model.kernels import taps
-from model.kernels.platform import reference_forms, target_platform
-from model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
+from espalier.model import axes
+from espalier.model.kernels import taps
+from espalier.model.kernels.platform import reference_forms, target_platform
+from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
 Activation = Callable[[jax.Array], jax.Array]
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate [E, D, F], up [E, D, F] and down [E, F, D]

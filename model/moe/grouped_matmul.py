@@ -10,9 +10,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from model.kernels.platform import reference_forms, target_platform
-from model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
-from model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
+from espalier.model.kernels.platform import reference_forms, target_platform
+from espalier.model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
+from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
 
 def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model import axes
+from espalier.model import axes
 
 # Experimental modules of JAX, which a version may lack.
 _MODULES = tuple(

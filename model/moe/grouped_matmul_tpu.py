@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from model import axes
+from espalier.model import axes
 
 _ROWS = 128  # of a tile; tiles that two experts share are multiplied for both
 _COLUMNS = 512  # of a tile, at most

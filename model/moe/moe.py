@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import NonNegative, Positive, Size, recordable
-from model import axes
-from model.config import LayerKind, TransformerConfig
-from model.flops import Counted, weights
-from model.kernels import taps
-from model.like import like
-from model.linear import Dense
-from model.mlp import GatedMlp, activation
-from model.moe import dispatch, expert_mlp, parallel, routing
-from model.moe.grouped_matmul import grouped_matmul
-from model.moe.parallel import Placement
-from model.moe.routing import Routes, route
-from model.protocol import MlpSettings
+from espalier.model import axes
+from espalier.model.config import LayerKind, TransformerConfig
+from espalier.model.flops import Counted, weights
+from espalier.model.kernels import taps
+from espalier.model.like import like
+from espalier.model.linear import Dense
+from espalier.model.mlp import GatedMlp, activation
+from espalier.model.moe import dispatch, expert_mlp, parallel, routing
+from espalier.model.moe.grouped_matmul import grouped_matmul
+from espalier.model.moe.parallel import Placement
+from espalier.model.moe.routing import Routes, route
+from espalier.model.protocol import MlpSettings
 
 # As linear.fan_in_normal; the axis of experts does not count as fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from model import axes
-from model.moe import dispatch, routing
-from model.moe.dispatch import Dispatch
+from espalier.model import axes
+from espalier.model.moe import dispatch, routing
+from espalier.model.moe.dispatch import Dispatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

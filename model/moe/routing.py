@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import CalledWith
-from model import axes
+from espalier.model import axes
 
 # The factory of a router, see `router_of`.
 Router = Annotated[

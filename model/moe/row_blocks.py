@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.kernels import narrow
+from espalier.model.kernels import narrow
 
 # Rows per block. A block reads its expert's whole kernel, so large blocks are faster. The number of
 # an expert's rows is rounded up to a multiple of the last, smallest length.

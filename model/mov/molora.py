@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 
 from espalier.common.ranges import Size, recordable
-from model import axes
-from model.adapters.adapter import Adapted, AdapterError
-from model.adapters.lora import Lora
-from model.kernels import matmul
-from model.mov.router import Routed
+from espalier.model import axes
+from espalier.model.adapters.adapter import Adapted, AdapterError
+from espalier.model.adapters.lora import Lora
+from espalier.model.kernels import matmul
+from espalier.model.mov.router import Routed
 
 
 @recordable

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
-from model import axes
-from model.adapters.adapter import Adapted, rescaled
-from model.adapters.ia3 import Ia3
-from model.kernels import matmul
-from model.mov.router import Routed
+from espalier.model import axes
+from espalier.model.adapters.adapter import Adapted, rescaled
+from espalier.model.adapters.ia3 import Ia3
+from espalier.model.kernels import matmul
+from espalier.model.mov.router import Routed
 
 
 @recordable

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Decay, NonNegative, Size, refuse_set
-from model import axes
-from model.adapters.adapter import Adapted, Adapter, AdapterError
-from model.linear import Dense
-from model.moe import routing
-from model.mov import sentence
+from espalier.model import axes
+from espalier.model.adapters.adapter import Adapted, Adapter, AdapterError
+from espalier.model.linear import Dense
+from espalier.model.moe import routing
+from espalier.model.mov import sentence
 
 RouterInput = Literal["site_tensor", "layer_input", "sentence"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model import rows
+from espalier.model import rows
 
 COLUMN = "sentence_embeddings"  # of a batch
 _OF_INPUTS = re.compile(r"encoder/.*|.*/cross_attention/(key|value)")

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import NonNegative, Size, recordable
-from model import axes
-from model.flops import Counted
-from model.kernels import matmul
-from model.linear import Dense, Pointwise, fan_in_normal
-from model.moe.router_scale import down_std
+from espalier.model import axes
+from espalier.model.flops import Counted
+from espalier.model.kernels import matmul
+from espalier.model.linear import Dense, Pointwise, fan_in_normal
+from espalier.model.moe.router_scale import down_std
 
 
 class GatedRouter(Counted):

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from model.transforms import base, experts, upcycle
-from model.transforms.base import Recipe, Shapes, Source, TransformError
-from model.transforms.experts import ExpertAxis, Mixture
+from espalier.model.transforms import base, experts, upcycle
+from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
+from espalier.model.transforms.experts import ExpertAxis, Mixture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 
 from espalier.common.ranges import recordable
-from model import axes
-from model.linear import fan_in_normal
-from model.moe.router_scale import token_down_std
-from model.nexus.domain_router import GatedRouter
+from espalier.model import axes
+from espalier.model.linear import fan_in_normal
+from espalier.model.moe.router_scale import token_down_std
+from espalier.model.nexus.domain_router import GatedRouter
 
 
 @recordable

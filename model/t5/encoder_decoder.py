@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import CalledWith, Decay, Layers, Positive, recordable
-from model import axes, flops, layers
-from model.attention import Encoded
-from model.config import TransformerConfig
-from model.embed import Embed, Table
-from model.kernels.dropout import dropped
-from model.kv_cache.base import CachePolicy, CacheSizes
-from model.norm import RMSNorm
-from model.protocol import Arrays, LayerSettings, OfLayers, Output
-from model.rows import INPUTS_AND_TARGETS, RowKind
-from model.t5.relative_bias import RelativeBias
-from model.transformer import Block, Hidden, cache_sizes_of, scaled_logits
+from espalier.model import axes, flops, layers
+from espalier.model.attention import Encoded
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Embed, Table
+from espalier.model.kernels.dropout import dropped
+from espalier.model.kv_cache.base import CachePolicy, CacheSizes
+from espalier.model.norm import RMSNorm
+from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
+from espalier.model.rows import INPUTS_AND_TARGETS, RowKind
+from espalier.model.t5.relative_bias import RelativeBias
+from espalier.model.transformer import Block, Hidden, cache_sizes_of, scaled_logits
 
 
 class Stack(nn.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import Size, recordable
-from model import axes
+from espalier.model import axes
 
 
 @flax.struct.dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.config import TransformerConfig
+from espalier.model.config import TransformerConfig
 
 Params = dict[str, Any]
 

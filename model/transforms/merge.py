@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from model.transforms import merge_blocks
-from model.transforms.merge_blocks import Blocks, Read
-from model.transforms.merge_methods import METHODS, Tensor, Values
+from espalier.model.transforms import merge_blocks
+from espalier.model.transforms.merge_blocks import Blocks, Read
+from espalier.model.transforms.merge_methods import METHODS, Tensor, Values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-from model.transforms import finite
-from model.transforms.base import TransformError
+from espalier.model.transforms import finite
+from espalier.model.transforms.base import TransformError
 
 GRAIN = 1 << 16  # values
 _SAMPLE = 1 << 9  # values of a grain that are sampled to guess a threshold

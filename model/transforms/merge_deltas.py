@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from model.transforms import merge_blocks
-from model.transforms.base import TransformError
-from model.transforms.merge_blocks import Blocks, Parts, Top
+from espalier.model.transforms import merge_blocks
+from espalier.model.transforms.base import TransformError
+from espalier.model.transforms.merge_blocks import Blocks, Parts, Top
 
 _TINY = 1e-7  # an L1 norm below it is not matched
 # Values whose signs are elected at a time, so that they stay in the processor's cache.

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from model.transforms import merge_blocks, merge_deltas, merge_spherical
-from model.transforms.base import TransformError
-from model.transforms.merge_blocks import Blocks, Parts
-from model.transforms.merge_deltas import Compute, Kind
+from espalier.model.transforms import merge_blocks, merge_deltas, merge_spherical
+from espalier.model.transforms.base import TransformError
+from espalier.model.transforms.merge_blocks import Blocks, Parts
+from espalier.model.transforms.merge_deltas import Compute, Kind
 
 Values = Mapping[
     str, Any

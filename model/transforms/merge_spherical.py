@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.transforms.base import TransformError
+from espalier.model.transforms.base import TransformError
 
 _LINEAR = 0.9995  # |cosine| above which SLERP is linear
 _TINY = 1e-8

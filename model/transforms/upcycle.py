@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from model.moe import router_scale
-from model.transforms import base, experts
-from model.transforms.base import Recipe, Shapes, Source, TransformError
-from model.transforms.experts import ExpertAxis, Mixture
+from espalier.model.moe import router_scale
+from espalier.model.transforms import base, experts
+from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
+from espalier.model.transforms.experts import ExpertAxis, Mixture
 
 
 @dataclasses.dataclass(frozen=True)

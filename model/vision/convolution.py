@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
-from model.axes import CHANNELS, CHANNELS_IN, parameter
+from espalier.model.axes import CHANNELS, CHANNELS_IN, parameter
 
 # He et al. (arXiv 1502.01852), by fan-in: preserves the scale of activations after rectifiers.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

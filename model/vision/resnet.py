@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import CalledWith, Size, recordable
-from model import axes, flops
-from model.config import FloatDtypes
-from model.kernels import taps
-from model.linear import Dense, Pointwise
-from model.protocol import Arrays, LayerSettings, OfLayers, Output
-from model.rows import IMAGES, RowKind
-from model.vision.convolution import Conv, he_normal
+from espalier.model import axes, flops
+from espalier.model.config import FloatDtypes
+from espalier.model.kernels import taps
+from espalier.model.linear import Dense, Pointwise
+from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
+from espalier.model.rows import IMAGES, RowKind
+from espalier.model.vision.convolution import Conv, he_normal
 
 STATISTICS = "batch_stats"  # flax's collection of running averages
 

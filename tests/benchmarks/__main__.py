@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from launch import cli
+from espalier.launch import cli
 from tests.benchmarks import compare
 
 PROGRAM = "python -m tests.benchmarks"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(flags: argparse.Namespace) -> None:
-    from launch.inference import row_files
+    from espalier.launch.inference import row_files
 
     if flags.out:
         row_files.check_output(flags.out, "out")

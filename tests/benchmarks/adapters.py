@@ -12,9 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from model.adapters.adapter import Adapted
-from model.kernels import matmul
-from model.mov.molora import MoLora
+from espalier.model.adapters.adapter import Adapted
+from espalier.model.kernels import matmul
+from espalier.model.mov.molora import MoLora
 from tests.benchmarks import case, compare, train_step
 from tests.benchmarks.step_side import StepSide, recipe_of
 
@@ -29,7 +29,7 @@ _LORA_SITES = "LORA_LAYERS=['(.*/)?attention/(query|key|value|out)', '(.*/)?mlp/
 _LOOP = """from __gin__ import dynamic_registration
 
 from tests.benchmarks import adapters
-from model.adapters import adapter
+from espalier.model.adapters import adapter
 
 include 't5x_configs/methods/mov/molora.gin'
 

@@ -57,14 +57,14 @@ def _write_run(folder: str, *, seed: int) -> str:
     import jax
     import jax.numpy as jnp
 
-    from data.stream import rows
-    from data.tokenizers import vocabularies
-    from launch.config import gin_writer
-    from launch.run import model_record, run_vocabulary
-    from launch.run.model_record import CONFIG
-    from model.config import TransformerConfig
-    from model.transformer import Transformer
-    from trainers.checkpoints.checkpoint import Checkpointer
+    from espalier.data.stream import rows
+    from espalier.data.tokenizers import vocabularies
+    from espalier.launch.config import gin_writer
+    from espalier.launch.run import model_record, run_vocabulary
+    from espalier.launch.run.model_record import CONFIG
+    from espalier.model.config import TransformerConfig
+    from espalier.model.transformer import Transformer
+    from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
     os.mkdir(folder)
     vocabulary = vocabularies.byte()
@@ -93,9 +93,9 @@ def _write_prompts(path: str) -> str:
 
 def _generate(runs: Sequence[str], prompts: str, folder: str) -> float:
     """Returns the seconds in which launch.generate writes the answers of all teachers."""
-    from launch.inference.generate import generate_file
-    from launch.run import load_run
-    from trainers.decoding.settings import Sampling, Settings
+    from espalier.launch.inference.generate import generate_file
+    from espalier.launch.run import load_run
+    from espalier.trainers.decoding.settings import Sampling, Settings
 
     settings = Settings(max_new_tokens=NEW, sampling=Sampling(temperature=0.8, top_p=0.95))
     begin = time.perf_counter()
@@ -108,9 +108,9 @@ def _generate(runs: Sequence[str], prompts: str, folder: str) -> float:
 
 def _arbitrage(pool: str, prompts: str, out: str) -> float:
     """Returns the seconds of arbitrage by an exact reward."""
-    from launch.aya_expanse.arbitrage import ArbitrageFlags, arbitrage
-    from launch.aya_expanse.teachers import SamplingFlags
-    from launch.preparation.best_of_n import RewardFlags
+    from espalier.launch.aya_expanse.arbitrage import ArbitrageFlags, arbitrage
+    from espalier.launch.aya_expanse.teachers import SamplingFlags
+    from espalier.launch.preparation.best_of_n import RewardFlags
 
     flags = ArbitrageFlags(pool=pool, prompts=prompts, out=out, keep_cut=True, form="prompt")
     begin = time.perf_counter()

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from model.adapters import adapter
-from model.adapters.adapter import Adapted
-from model.linear import Dense
-from model.mov.molora import MoLora
+from espalier.launch.config import gin_config
+from espalier.model.adapters import adapter
+from espalier.model.adapters.adapter import Adapted
+from espalier.model.linear import Dense
+from espalier.model.mov.molora import MoLora
 from tests.benchmarks import adapters, case, compare, moe_case, online_dpo, sft, t5
 from tests.benchmarks.jax import decode_jax, llama_jax, t5_jax
-from trainers import partitioning
+from espalier.trainers import partitioning
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_the_command_of_a_benchmark_is_one_of_train(tmp_path, module, setting):
     files = [flag.partition("=")[2] for flag in argv if flag.startswith("--gin_file=")]
     bound = [flag.removeprefix("--gin.") for flag in argv if flag.startswith("--gin.")]
     assert len(files) + len(bound) == len(argv)
-    config = gin_config.load(files, bound, entry="launch.train:train")
+    config = gin_config.load(files, bound, entry="espalier.launch.train:train")
     assert setting in config.text
 
 

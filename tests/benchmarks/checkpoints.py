@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.config import gin_config
+from espalier.launch.config import gin_config
 from tests.benchmarks import compare
 from tests.benchmarks.case import RandomRows
-from trainers import partitioning
-from trainers.batches import global_batch
-from trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers import partitioning
+from espalier.trainers.batches import global_batch
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 CONFIG = "t5x_configs/experiments/code_mix/quickstart_text.gin"
 # Larger than the quickstart's model, so that there is something to save.
@@ -29,7 +29,7 @@ EVERY = 10
 def run(*, repeats: int = 12, steps: int = 20) -> dict[str, Any]:
     """Alternates `repeats` blocks of `steps` updates with saves and without."""
     bindings = ["MODEL_DIR='unused'", *SIZES]
-    config = gin_config.load([CONFIG], bindings, entry="launch.train:train")
+    config = gin_config.load([CONFIG], bindings, entry="espalier.launch.train:train")
     recipe = config.arguments()["recipe"]
     program = recipe.program()
     step_fn = program.steps(1).train

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.stream.train_stream import Stream
+from espalier.data.stream.train_stream import Stream
 from tests.benchmarks import compare, virtual_source
 
 CASE: dict[str, Any] = {

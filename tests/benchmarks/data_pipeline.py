@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import store
-from data.stream import rows
-from data.stream.train_stream import Stream
+from espalier.data.cache import store
+from espalier.data.stream import rows
+from espalier.data.stream.train_stream import Stream
 
 LENGTHS = (512, 2048, 8192)
 PHASES = ((0, {"text": 0.7, "code": 0.3}), (2000, {"text": 0.5, "code": 0.5}))

@@ -91,7 +91,7 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
 
 def side(folder: str, steps: str) -> dict[str, Any]:
     """Trains on the files of `write`; returns losses, times and memory."""
-    from launch.run import reference
+    from espalier.launch.run import reference
 
     set_up = timed(reference, "make_stream")
     bindings = {
@@ -137,12 +137,12 @@ def flags(folder: str, run: str, files: Sequence[str], bindings: Mapping[str, An
 def train(folder: str, run: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Runs `launch.train` anew in this process, without its output; returns the lines of metrics.jsonl."""
     os.environ["ESPALIER_CACHE"] = f"{folder}/cache"
-    from launch import cli
+    from espalier.launch import cli
 
     directory = pathlib.Path(folder, run)
     shutil.rmtree(directory, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        status = cli.main("Trains.", entry="launch.train:train", argv=arguments)
+        status = cli.main("Trains.", entry="espalier.launch.train:train", argv=arguments)
     if status:
         raise SystemExit(status)
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -182,7 +182,7 @@ def write_run(
 ) -> None:
     """Writes case.json, model/ in Hugging Face's layout with a chat template, and run/, the import of model/."""
     _write_model(pathlib.Path(folder, "model"), case_, rng, template)
-    convert = ["-m", "launch.convert", f"--from_hf={folder}/model", f"--to={folder}/run"]
+    convert = ["-m", "espalier.launch.convert", f"--from_hf={folder}/model", f"--to={folder}/run"]
     subprocess.run([sys.executable, *convert], check=True, capture_output=True, cwd=compare.ROOT)
     pathlib.Path(folder, "case.json").write_text(json.dumps(case_))
 

@@ -84,7 +84,7 @@ def write_checkpoint(folder: str) -> int:
     """Writes the checkpoint, in two files, and returns the size of its weights."""
     import numpy as np
 
-    from model.hf.plan import FLOATS
+    from espalier.model.hf.plan import FLOATS
 
     bfloat16 = FLOATS["bfloat16"]
     draws = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(bfloat16)
@@ -102,9 +102,9 @@ def side(action: str, *arguments: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from launch.cluster.worker import peak_bytes
-    from launch.weights.import_weights import import_hf
-    from model.hf.load import load
+    from espalier.launch.cluster.worker import peak_bytes
+    from espalier.launch.weights.import_weights import import_hf
+    from espalier.model.hf.load import load
 
     jax.device_put(np.zeros(1)).block_until_ready()  # The backend starts on first use.
     before, begin = peak_bytes(os.getpid()), time.perf_counter()

@@ -85,7 +85,7 @@ def agreement(
     losses_SQ: np.ndarray,
 ) -> dict[str, Any]:
     """Returns how alike the sides' scores [N, Q] are, and how well each predicts the losses after training on halves."""
-    from trainers.influence import measures
+    from espalier.trainers.influence import measures
 
     def columns(one: np.ndarray, other: np.ndarray) -> Any:
         return zip(one.T, other.T, strict=True)
@@ -182,11 +182,11 @@ def _train(
     import jax.numpy as jnp
     import optax
 
-    from model.hf.load import load
+    from espalier.model.hf.load import load
     from tests.benchmarks.jax import influence_jax
-    from trainers.checkpoints import state_tree
-    from trainers.influence import conjugate
-    from trainers.influence import sites as site_list
+    from espalier.trainers.checkpoints import state_tree
+    from espalier.trainers.influence import conjugate
+    from espalier.trainers.influence import sites as site_list
 
     model, params = load(os.path.join(folder, "model"))
     sites = site_list.select(model, params)
@@ -230,7 +230,7 @@ def _train(
 
 def replace_mlps(folder: str, sizes: Mapping[str, Any], own: Mapping[str, np.ndarray]) -> None:
     """Writes the model again with other kernels of its MLPs, by path of the parameter [L, X, Y]."""
-    from model.hf.files.safetensors_files import SafetensorsReader
+    from espalier.model.hf.files.safetensors_files import SafetensorsReader
 
     old = os.path.join(folder, "first")
     os.rename(os.path.join(folder, "model"), old)

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from model.hf.load import load
+from espalier.model.hf.load import load
 from tests.benchmarks import case, influence
-from trainers.checkpoints import state_tree
+from espalier.trainers.checkpoints import state_tree
 
 SIZES = {
     **influence.CASE,

@@ -36,7 +36,7 @@ def side(form: str, tokens: str, width: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from model.kernels.cross_entropy import weighted_cross_entropy
+    from espalier.model.kernels.cross_entropy import weighted_cross_entropy
 
     def loss(h_TD, head_VD, targets_T):
         weights_T = jnp.ones(h_TD.shape[0])

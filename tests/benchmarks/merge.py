@@ -112,7 +112,7 @@ def side(*command: str) -> dict[str, Any]:
 
 def _command(name: str, config: str, out: str) -> list[str]:
     if name == "ours":
-        return [sys.executable, "-m", "launch.merge", f"--config={config}", f"--out={out}"]
+        return [sys.executable, "-m", "espalier.launch.merge", f"--config={config}", f"--out={out}"]
     program = _peer_folder() / "bin" / "mergekit-yaml"
     if not program.exists():
         raise compare.PeerError(f"{program} is missing: run `make peers` first.")
@@ -152,7 +152,7 @@ def write_model(folder: str, number: int) -> int:
     """Writes model 0, the base, or a model that differs from it a little; returns the bytes of its weights."""
     import numpy as np
 
-    from model.hf.plan import FLOATS
+    from espalier.model.hf.plan import FLOATS
     from tests.benchmarks import case
 
     base = np.random.default_rng(0).normal(0, 0.02, _DRAWN).astype(np.float32)
@@ -175,7 +175,7 @@ def beyond_one_ulp(ours: str, theirs: str) -> float:
     """
     import numpy as np
 
-    from model.hf.files.safetensors_files import SafetensorsReader
+    from espalier.model.hf.files.safetensors_files import SafetensorsReader
 
     count = total = 0
     with SafetensorsReader(ours) as a, SafetensorsReader(theirs) as b:

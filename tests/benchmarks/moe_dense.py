@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
 from tests.benchmarks import compare, moe_case
 
 _TOKENS = 4096

@@ -80,8 +80,8 @@ def side(folder: str, steps: str) -> dict[str, Any]:
 
 def watched() -> dict[str, tuple[type, str]]:
     """Returns part -> method whose calls are timed."""
-    from trainers.decoding.policy_sampler import PolicySampler
-    from trainers.online.rollouts import Rollouts
+    from espalier.trainers.decoding.policy_sampler import PolicySampler
+    from espalier.trainers.online.rollouts import Rollouts
 
     return {
         "rollout": (Rollouts, "get"),
@@ -134,7 +134,7 @@ def write(folder: str) -> None:
             file.write(json.dumps({"prompt": dpo.words(rng, size)}) + "\n")
     files = (*dpo.PAIR_FILES, "methods/preference/reward_model")
     bindings = {"BATCH_SIZE": 1, "TRAIN_STEPS": 1, "LEARNING_RATE": 1e-3}
-    command = ["-m", "launch.train", *dpo.flags(folder, "reward", files, bindings)]
+    command = ["-m", "espalier.launch.train", *dpo.flags(folder, "reward", files, bindings)]
     environ = {**os.environ, "ESPALIER_CACHE": f"{folder}/cache"}
     subprocess.run(
         [sys.executable, *command], check=True, capture_output=True, cwd=compare.ROOT, env=environ

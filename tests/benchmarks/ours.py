@@ -9,7 +9,7 @@ import importlib
 import json
 import sys
 
-from launch import environment
+from espalier.launch import environment
 
 # The other modules are started as the project's commands are.
 _LIBRARY = ("hf_import", "loss_memory", "merge")

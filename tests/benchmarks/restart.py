@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import psutil
 
 from tests.benchmarks import compare
-from trainers.telemetry import lifetime
-from trainers.telemetry.goodput import START_PARTS
+from espalier.trainers.telemetry import lifetime
+from espalier.trainers.telemetry.goodput import START_PARTS
 
 CONFIG = "t5x_configs/experiments/code_mix/quickstart_text.gin"
 LOCAL = "t5x_configs/runs/local_checkpoints.gin"
@@ -55,7 +55,7 @@ def _killed(run: str, kills: int, more: list[str]) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "launch.train",
+        "espalier.launch.train",
         f"--gin_file={CONFIG}",
         f"--gin.MODEL_DIR={run}",
     ]

@@ -11,8 +11,8 @@ from tests.benchmarks.compare import ROOT, PeerError
 # Makes an update each millisecond and saves every hundred.
 PROGRAM = """
 import pathlib, sys, time
-from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.lifetime import FILE, Lifetime
+from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.lifetime import FILE, Lifetime
 run = pathlib.Path([word for word in sys.argv if "MODEL_DIR" in word][0].partition("=")[2])
 run.mkdir(exist_ok=True)
 goodput = Goodput()

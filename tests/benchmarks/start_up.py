@@ -17,7 +17,7 @@ _IMPORTS = (
 def run(*, repeats: int = 7) -> dict[str, Any]:
     """Returns median seconds of fresh processes, from start to exit."""
     return {
-        "help_seconds": _seconds(["-m", "launch.train", "--help"], repeats),
+        "help_seconds": _seconds(["-m", "espalier.launch.train", "--help"], repeats),
         "import_model_and_trainers_seconds": _seconds(["-c", _IMPORTS], repeats),
         "python_alone_seconds": _seconds(["-c", "pass"], repeats),
     }

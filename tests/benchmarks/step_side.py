@@ -6,18 +6,18 @@ from typing import Any
 
 import jax
 
-from launch.config import gin_config
+from espalier.launch.config import gin_config
 from tests.benchmarks.case import RandomRows
-from trainers import partitioning
-from trainers.batches import global_batch
-from trainers.recipe import Recipe
+from espalier.trainers import partitioning
+from espalier.trainers.batches import global_batch
+from espalier.trainers.recipe import Recipe
 
 _UNUSED = ("MODEL_DIR='unused'", "MIXTURE_OR_TASK_NAME='unused'", "TASKS=()")
 
 
 def recipe_of(files: Sequence[str], bindings: Sequence[str]) -> Recipe:
     """Returns the recipe of gin files and bindings; the run needs neither data nor a directory."""
-    config = gin_config.load(files, [*_UNUSED, *bindings], entry="launch.train:train")
+    config = gin_config.load(files, [*_UNUSED, *bindings], entry="espalier.launch.train:train")
     return config.arguments()["recipe"]
 
 

@@ -58,7 +58,7 @@ def _compare(
 
 def side(folder: str) -> dict[str, Any]:
     """Generates eight tokens in this process."""
-    from launch.run.load import load
+    from espalier.launch.run.load import load
 
     (generated,) = load(os.path.join(folder, "model")).generate([PROMPT], max_new_tokens=8)
     seconds = time.time() - float(os.environ["BENCH_PROCESS_START"])

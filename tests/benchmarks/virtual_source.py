@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from data.cache.columns import Column
-from data.cache.store import Cache, digest
-from data.stream.plan import Plan, make_plan
-from data.stream.rows import Source
+from espalier.data.cache.columns import Column
+from espalier.data.cache.store import Cache, digest
+from espalier.data.stream.plan import Plan, make_plan
+from espalier.data.stream.rows import Source
 
 VOCABULARY = 32_000
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

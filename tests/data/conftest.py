@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from data import tasks
-from data.text.sources import environment
+from espalier.data import tasks
+from espalier.data.text.sources import environment
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data import tasks
-from data.text import corpus
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.text import corpus
+from espalier.data.tokenizers import vocabularies
 
 TEXTS = {
     f"numpy/m{i}.py": f"def function_{i}(argument):\n    return {i * 7919}\n" * 20

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch import cli, environment
+from espalier.launch import cli, environment
 
 PROGRAM = "python -m tests.faults"
 

@@ -5,7 +5,7 @@ import importlib
 import io
 from collections.abc import Sequence
 
-from launch import cli
+from espalier.launch import cli
 from tests.faults.table import Silent, Unclear
 
 
@@ -15,7 +15,7 @@ def call(command: str, flags: Sequence[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             if command == "train":
-                status = cli.main("Trains.", entry="launch.train:train", argv=flags)
+                status = cli.main("Trains.", entry="espalier.launch.train:train", argv=flags)
             else:
                 status = importlib.import_module(f"launch.{command}").main(flags)
         except SystemExit as end:  # of the parser of flags

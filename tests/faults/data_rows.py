@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import store
-from data.preference import records
-from data.stream import rows
-from data.stream.train_stream import Stream
-from data.text.documents import DataError
+from espalier.data.cache import store
+from espalier.data.preference import records
+from espalier.data.stream import rows
+from espalier.data.stream.train_stream import Stream
+from espalier.data.text.documents import DataError
 from tests.faults import program
 from tests.faults.table import Bench, Case, Lost, Row, Silent, refused
 

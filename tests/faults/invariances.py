@@ -44,7 +44,7 @@ def _snapkv(seed: int) -> Iterator[Case]:
 
 
 def _refuses(settings: dict[str, Any], bench: Bench) -> None:
-    from model.kv_cache.policies import policy_named
+    from espalier.model.kv_cache.policies import policy_named
 
     del bench
     refused(lambda: policy_named("snapkv", **settings), ValueError)
@@ -63,8 +63,8 @@ def _compressed(policy: Any, q: Any, k: Any, v: Any, at: Any, chunks: int = 1) -
     """Returns the state after a prompt has been read in chunks and compressed."""
     import jax.numpy as jnp
 
-    from model.config import LayerKind
-    from model.kv_cache.base import AttentionForm
+    from espalier.model.config import LayerKind
+    from espalier.model.kv_cache.base import AttentionForm
 
     state = policy.init(
         batch=q.shape[0],
@@ -100,7 +100,7 @@ def _selects(
     seed: int, kv_heads: int, capacity: int, window: int, pooling: str, bench: Bench
 ) -> None:
     """Compares what is held with the definition, in float64."""
-    from model.kv_cache.policies import policy_named
+    from espalier.model.kv_cache.policies import policy_named
 
     del bench
     policy = policy_named(
@@ -125,7 +125,7 @@ def _selects(
 
 
 def _policy() -> Any:
-    from model.kv_cache.policies import policy_named
+    from espalier.model.kv_cache.policies import policy_named
 
     return policy_named("snapkv", capacity=8, window=3, kernel=3)
 
@@ -152,7 +152,7 @@ def _padded(seed: int, length: int, bench: Bench) -> None:
 
 
 def _fits(seed: int, capacity: int, bench: Bench) -> None:
-    from model.kv_cache.policies import policy_named
+    from espalier.model.kv_cache.policies import policy_named
 
     del bench
     policy = policy_named("snapkv", capacity=capacity, window=3)
@@ -183,8 +183,8 @@ def _forms(seed: int) -> Iterator[Case]:
 
 @functools.cache
 def _model(**changes: Any) -> Any:
-    from model.config import TransformerConfig
-    from model.transformer import Transformer
+    from espalier.model.config import TransformerConfig
+    from espalier.model.transformer import Transformer
 
     sizes: dict[str, Any] = {"vocab_size": 61, "num_layers": 2, "embed_dim": 16, "mlp_dim": 24}
     return Transformer(config=TransformerConfig(**sizes, num_heads=4, num_kv_heads=2, **changes))
@@ -218,7 +218,7 @@ def _gradient(model: Any, params: Any, batch: Any, *, jit: bool = True) -> Any:
     """Returns the loss per token and its gradient."""
     import jax
 
-    from trainers.objectives import lm
+    from espalier.trainers.objectives import lm
 
     objective = lm.language_modelling(model=model)
 
@@ -263,7 +263,7 @@ def _exact(seed: int) -> Any:
 
 def _form(seed: int, changes: dict[str, Any], jit: bool, bench: Bench) -> None:
     """Compares the plain step and another form of it with the step in float64: both only round differently."""
-    from model.transforms import layer_stack
+    from espalier.model.transforms import layer_stack
 
     del bench
     params, batch = _params(seed), _tokens(seed)
@@ -289,9 +289,9 @@ def _accumulated(seed: int, count: int, bench: Bench) -> None:
     import jax.numpy as jnp
     import optax
 
-    from trainers.objectives import lm
-    from trainers.step import make_train_step
-    from trainers.train_state import TrainState
+    from espalier.trainers.objectives import lm
+    from espalier.trainers.step import make_train_step
+    from espalier.trainers.train_state import TrainState
 
     del bench
     # Its state is the gradient; a difference of parameters would have their rounding.

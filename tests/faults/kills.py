@@ -14,24 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch import cli, environment
+from espalier.launch import cli, environment
 from tests.faults import program, shim
 from tests.faults.table import Bench, Case, Lost, Row, Unclear
 
 # Stage -> function at whose call the signal comes, and the calls that are tried.
 _STAGES = {
-    "configuration": ("launch.config.gin_config:load", (1,)),
-    "directory": ("launch.run.run_dir:prepare", (1,)),
-    "data": ("launch.train:open_data", (1,)),
-    "compilation": ("trainers.recipe:Program.compiling", (1,)),
-    "restoring": ("launch.run.phase:restore_start", (1,)),
-    "waiting for data": ("trainers.batches:Prefetcher.get", (1, 4, 9)),
-    "row of metrics": ("trainers.telemetry.metric_writers:MultiWriter.write", (1, 3, 5)),
-    "save": ("trainers.checkpoints.checkpoint:Checkpointer.save", (1, 2, 3)),
-    "arrays of a save": ("trainers.checkpoints.checkpoint:Checkpointer._finish", (1, 2, 3)),
-    "commit": ("trainers.checkpoints.step_dir:complete", (1, 2, 3)),
-    "deletion of an old step": ("trainers.checkpoints.step_dir:remove", (1,)),
-    "end of the last save": ("trainers.checkpoints.checkpoint:Checkpointer.close", (1,)),
+    "configuration": ("espalier.launch.config.gin_config:load", (1,)),
+    "directory": ("espalier.launch.run.run_dir:prepare", (1,)),
+    "data": ("espalier.launch.train:open_data", (1,)),
+    "compilation": ("espalier.trainers.recipe:Program.compiling", (1,)),
+    "restoring": ("espalier.launch.run.phase:restore_start", (1,)),
+    "waiting for data": ("espalier.trainers.batches:Prefetcher.get", (1, 4, 9)),
+    "row of metrics": ("espalier.trainers.telemetry.metric_writers:MultiWriter.write", (1, 3, 5)),
+    "save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer.save", (1, 2, 3)),
+    "arrays of a save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer._finish", (1, 2, 3)),
+    "commit": ("espalier.trainers.checkpoints.step_dir:complete", (1, 2, 3)),
+    "deletion of an old step": ("espalier.trainers.checkpoints.step_dir:remove", (1,)),
+    "end of the last save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer.close", (1,)),
 }
 
 
@@ -273,7 +273,7 @@ def _peer(index: int, address: str, log: pathlib.Path, *flags: str) -> subproces
     words = [f"--coordinator_address={address}", "--process_count=2", f"--process_index={index}"]
     variables = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *words, *flags],
+        [sys.executable, "-m", "espalier.launch.train", *words, *flags],
         env={**variables, "PYTHONPATH": environment.ROOT},
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli
+from espalier.launch import cli
 from tests.faults import program
 from tests.faults.table import Bench, Case, Lost, Row, Silent, Unclear
 
@@ -29,10 +29,10 @@ def _step(kind: str) -> tuple[Callable[..., Any], Any]:
     import optax
 
     from tests.faults.poison import spoilt
-    from trainers.anomaly import STATISTICS, Anomaly
-    from trainers.objectives.base import LossOut
-    from trainers.step import make_train_step
-    from trainers.train_state import TrainState
+    from espalier.trainers.anomaly import STATISTICS, Anomaly
+    from espalier.trainers.objectives.base import LossOut
+    from espalier.trainers.step import make_train_step
+    from espalier.trainers.train_state import TrainState
 
     def loss_fn(params: Any, batch: Any, rng: Any) -> LossOut:
         del rng

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainers.objectives import lm
+from espalier.trainers.objectives import lm
 
 KINDS = ("nan", "inf", "gradient", "spike")
 

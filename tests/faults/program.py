@@ -21,10 +21,10 @@ from typing import Any
 
 from etils import epath
 
-from launch import cli
+from espalier.launch import cli
 from tests.faults.table import Bench, Lost, NotTried, Silent, Unclear
-from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import measures_time, read_jsonl
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 STEPS, PERIOD = 12, 3  # updates of the run, and between its saves
 _NOT_TRIED = 76  # exit status of a process in which the fault cannot be made
@@ -154,7 +154,7 @@ def fork(
 
 def _run(command: str, flags: list[str]) -> int:
     if command == "train":
-        return cli.main("Trains.", entry="launch.train:train", argv=flags)
+        return cli.main("Trains.", entry="espalier.launch.train:train", argv=flags)
     return importlib.import_module(f"launch.{command}").main(flags)
 
 

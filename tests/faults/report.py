@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import environment
+from espalier.launch import environment
 from tests.faults.table import HELD, Row
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from launch import environment
+from espalier.launch import environment
 from tests.faults import runner, shim
 from tests.faults.table import Bench, Row, selected
 
@@ -82,10 +82,10 @@ def _import_the_project() -> None:
     """Imports what cases use, so that forked processes have it."""
     import importlib
 
-    names = ("gin", "seqio", "launch.train", "launch.convert", "launch.score")
-    for name in (*names, "launch.config.gin_config", "launch.run.load_run"):
+    names = ("gin", "seqio", "espalier.launch.train", "espalier.launch.convert", "espalier.launch.score")
+    for name in (*names, "espalier.launch.config.gin_config", "espalier.launch.run.load_run"):
         importlib.import_module(name)
-    importlib.import_module("launch.weights.import_weights")
+    importlib.import_module("espalier.launch.weights.import_weights")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from launch import convert
-from launch.run import load_run
-from model.adapters.adapter import is_adapter
-from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch import convert
+from espalier.launch.run import load_run
+from espalier.model.adapters.adapter import is_adapter
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 RUN = """
 from __gin__ import dynamic_registration
-from data.tokenizers import vocabularies
+from espalier.data.tokenizers import vocabularies
 include 't5x_configs/models/tiny.gin'
 include 't5x_configs/data/preferences_base.gin'
 include 't5x_configs/runs/preference.gin'

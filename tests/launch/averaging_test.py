@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from launch import convert
-from launch.config import gin_config
-from launch.run import load_run
-from model.hf import load
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.optim import recent_mean
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch import convert
+from espalier.launch.config import gin_config
+from espalier.launch.run import load_run
+from espalier.model.hf import load
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.optim import recent_mean
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 FILES = ("models/tiny", "data/files", "runs/pretrain", "methods/averaging/schedule_free")
 
@@ -88,7 +88,7 @@ def test_the_mean_of_the_last_checkpoints_follows_their_period():
     config = gin_config.load(
         [f"t5x_configs/{name}.gin" for name in names],
         [*bindings, "CHECKPOINT_PERIOD=7", "MEAN_WINDOW=2", "OPTIMIZER=@optimizers.lion"],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     recipe = config.arguments()["recipe"]
     state = recipe.program(devices=jax.devices()[:1]).abstract_state.opt_state

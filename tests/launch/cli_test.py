@@ -14,8 +14,8 @@ import sys
 import pytest
 from gin import utils as gin_utils
 
-from launch import cli, environment, input_errors
-from launch.cluster import slurm
+from espalier.launch import cli, environment, input_errors
+from espalier.launch.cluster import slurm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -103,7 +103,7 @@ def test_a_long_message_keeps_its_beginning_and_its_remedy(capsys):
 
 
 def test_a_plain_value_error_raised_on_purpose_is_for_people_one_from_below_is_not():
-    from model.config import TransformerConfig
+    from espalier.model.config import TransformerConfig
 
     def caught(call):
         try:
@@ -280,7 +280,7 @@ def test_environment_is_set_before_anything_is_imported(toy_modules, tmp_path):
 
 
 def test_a_home_in_the_cache_is_expanded_for_compiled_programs_too(monkeypatch):
-    from data.cache import cache_dir
+    from espalier.data.cache import cache_dir
 
     monkeypatch.setenv("ESPALIER_CACHE", "~/zz")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -477,7 +477,7 @@ def test_every_command_of_the_project_has_a_summary_and_an_example():
 # Prints, as JSON, the help text of every command and sub-command, and the slow packages that were imported for them.
 HELP = """
 import contextlib, importlib, io, json, sys, warnings
-from launch import cli
+from espalier.launch import cli
 warnings.simplefilter("ignore")
 
 def text(*words):

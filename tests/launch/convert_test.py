@@ -16,23 +16,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from launch import convert
-from launch.config import gin_config, gin_writer
-from launch.weights import export_weights, import_weights, target_folder
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.hf import families, load
-from model.hf.description import describe
-from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
-from model.hf.plan import Plan
-from model.mlp import GatedMlp, Mlp
-from model.norm import LayerNorm, RMSNorm
-from model.rope import Rope
-from model.transformer import Block, Transformer
+from espalier.launch import convert
+from espalier.launch.config import gin_config, gin_writer
+from espalier.launch.weights import export_weights, import_weights, target_folder
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.hf import families, load
+from espalier.model.hf.description import describe
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from espalier.model.hf.plan import Plan
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.norm import LayerNorm, RMSNorm
+from espalier.model.rope import Rope
+from espalier.model.transformer import Block, Transformer
 from tests.model.hf import arrays
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.restore_params import restore_params
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "model" / "hf" / "goldens" / "parity"
@@ -93,7 +93,7 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "run" / "model.json")]
     loaded = gin_config.load(
-        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
+        entry="espalier.launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
     )
     run = loaded.entry()
     assert run.start_token == "auto"
@@ -356,8 +356,8 @@ def test_flags_that_do_not_go_together(flags, capsys):
 MEMORY = """
 import sys
 import jax
-from launch.weights import export_weights, import_weights
-from launch.run.load_run import RunConfig
+from espalier.launch.weights import export_weights, import_weights
+from espalier.launch.run.load_run import RunConfig
 
 def status(name):
     with open("/proc/self/status") as file:
@@ -456,7 +456,7 @@ def test_gin_makes_the_model_that_was_written(tmp_path, name):
     (tmp_path / "config.gin").write_text(text)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "config.gin")]
     config = gin_config.load(
-        entry="launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
+        entry="espalier.launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
     )
     run = config.entry()
     assert (run.start_token, run.add_bos) == (None, True)

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 VOCAB_SIZE = 384  # the rows of the tiny model's table
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from etils import epath
 
-from launch.run import model_record
-from trainers import signals
-from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch.run import model_record
+from espalier.trainers import signals
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 METHOD = "t5x_configs/methods/distillation/distillation.gin"
 GPT2 = """
 from __gin__ import dynamic_registration
-from model import attention
-from model import config
-from model import embed
-from model import mlp
-from model import transformer
+from espalier.model import attention
+from espalier.model import config
+from espalier.model import embed
+from espalier.model import mlp
+from espalier.model import transformer
 transformer.Transformer.position_embed = @embed.Positions
 embed.Positions.num_positions = 64
 transformer.Block.layout = 'sequential'
@@ -204,6 +204,6 @@ def test_stored_predictions_train_as_the_live_teacher_and_are_computed_once(
     def computes(*_):
         raise AssertionError("predictions are computed again")
 
-    monkeypatch.setattr("launch.run.teacher.frozen_forward", computes)
+    monkeypatch.setattr("espalier.launch.run.teacher.frozen_forward", computes)
     stored("second")
     assert rows(tmp_path / "second") == rows(tmp_path / "first")

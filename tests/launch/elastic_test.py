@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from trainers.telemetry.metric_writers import measures_time, read_jsonl
+from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -68,7 +68,7 @@ def begun(train, tmp_path_factory):
         processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "launch.train"),
+                    *(sys.executable, "-m", "espalier.launch.train"),
                     *flags(train, path, f"TRAIN_STEPS={STOP}"),
                     f"--coordinator_address={address}",
                     "--process_count=2",

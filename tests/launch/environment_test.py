@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch import environment
+from espalier.launch import environment
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

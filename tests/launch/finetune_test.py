@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.cache import store
-from launch.run import load_run, reference
-from launch.run.load import load
-from trainers import signals
-from trainers.checkpoints import array_files, state_tree, step_dir
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.data.cache import store
+from espalier.launch.run import load_run, reference
+from espalier.launch.run.load import load
+from espalier.trainers import signals
+from espalier.trainers.checkpoints import array_files, state_tree, step_dir
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "data" / "goldens"
 GOLDEN = json.loads((GOLDENS / "sft.json").read_bytes())
@@ -23,7 +23,7 @@ TEMPLATE = (GOLDENS / "chat_templates" / "cohere.jinja").read_text("utf-8")
 # As in the config.gin of a run whose tasks a module of one's own registers.
 OWN_MODULE = """
 from __gin__ import dynamic_registration
-from data.text import user_data
+from espalier.data.text import user_data
 MIXTURES_MODULE = 'a_module_that_is_gone'
 TASKS = [@user_data.import_mixtures]
 user_data.import_mixtures.module = %MIXTURES_MODULE

@@ -6,10 +6,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from launch import convert
-from model.hf.families import family_of_config
-from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
-from trainers.checkpoints import step_dir
+from espalier.launch import convert
+from espalier.model.hf.families import family_of_config
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from espalier.trainers.checkpoints import step_dir
 
 BOS, EOS = 256, 257
 CONFIG = {

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from trainers.decoding import buckets
-from trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding import buckets
+from espalier.trainers.decoding.decoder import Decoder
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_streamed_text_is_the_whole_text(command, capsys, trained_run, monkeypat
     assert command("generate", *flags, *sampling, "--no-stream") == 0
     whole = capsys.readouterr().out
     pieces = []
-    monkeypatch.setattr("launch.inference.generate.to_terminal", pieces.append)
+    monkeypatch.setattr("espalier.launch.inference.generate.to_terminal", pieces.append)
     assert command("generate", *flags, *sampling, "--stream") == 0
     assert "".join(pieces) == whole
     assert len(pieces) > 10
@@ -297,8 +297,8 @@ def test_a_conversation_is_answered_line_by_line(
 
 
 def test_a_text_without_its_models_template_is_noted(generate, capsys, monkeypatch, template):
-    from data.tokenizers import chat_template
-    from launch.run.loaded_run import LoadedRun
+    from espalier.data.tokenizers import chat_template
+    from espalier.launch.run.loaded_run import LoadedRun
 
     own = chat_template.ChatTemplate({"default": TEMPLATE})
     vocabulary = LoadedRun.vocabulary_or_none.func
@@ -319,7 +319,7 @@ def _with_template(vocabulary, template):
 
 
 def test_help_begins_with_what_is_needed(capsys):
-    from launch import generate
+    from espalier.launch import generate
 
     with pytest.raises(SystemExit) as ended:
         generate.main(["--help"])

@@ -2,13 +2,13 @@
 
 import sys
 
-from launch import lm_eval as command_module
+from espalier.launch import lm_eval as command_module
 
 
 def test_the_model_is_found_by_its_name():
     from lm_eval.api.registry import get_model
 
-    from launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.evaluation.lm_eval.model import EspalierLM
 
     command_module.register()
     command_module.register()  # once is enough, twice does no harm
@@ -25,7 +25,7 @@ def test_arguments_and_errors_are_passed_through(monkeypatch, command, capsys):
     assert seen == [["run", "--model", "espalier", "--tasks", "x"]]
 
     def refuse():
-        from launch.run.load_run import LoadError
+        from espalier.launch.run.load_run import LoadError
 
         raise LoadError("no such run")
 

@@ -6,12 +6,12 @@ import re
 import pytest
 from etils import epath
 
-from launch import report
-from launch.reporting import time_table
-from trainers import signals
-from trainers.checkpoints import step_dir
-from trainers.telemetry import lifetime
-from trainers.telemetry.metric_writers import measures_time, read_jsonl
+from espalier.launch import report
+from espalier.launch.reporting import time_table
+from espalier.trainers import signals
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry import lifetime
+from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 
 def flags(train, path, *bindings):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints import step_dir
 
 FILES = "--gin_file=t5x_configs/data/files.gin"
 BASE = "--gin_file=t5x_configs/data/files_base.gin"

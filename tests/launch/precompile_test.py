@@ -13,16 +13,16 @@ import sys
 import jax
 import pytest
 
-from launch import environment
-from launch.aot import compile_report, precompile, tpu_topology
-from launch.aot.command import RECIPE, UNREAD
-from launch.aot.hlo.analysis import Kernel
-from launch.aot.hlo.text import Array
-from launch.config import gin_config
-from model import attention, config, norm, rope, transformer
-from trainers.objectives import lm
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
+from espalier.launch import environment
+from espalier.launch.aot import compile_report, precompile, tpu_topology
+from espalier.launch.aot.command import RECIPE, UNREAD
+from espalier.launch.aot.hlo.analysis import Kernel
+from espalier.launch.aot.hlo.text import Array
+from espalier.launch.config import gin_config
+from espalier.model import attention, config, norm, rope, transformer
+from espalier.trainers.objectives import lm
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
 
 needs_libtpu = pytest.mark.skipif(
     bool(tpu_topology.missing()), reason=tpu_topology.missing() or "libtpu is here"
@@ -392,10 +392,10 @@ GIN = ["t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin"]
 
 def test_needs_neither_data_nor_directory():
     read = functools.partial(
-        gin_config.load, entry="launch.train:train", arguments=RECIPE, unused=UNREAD
+        gin_config.load, entry="espalier.launch.train:train", arguments=RECIPE, unused=UNREAD
     )
     with pytest.raises(gin_config.ConfigError, match="'MODEL_DIR' is required"):
-        gin_config.load(GIN, entry="launch.train:train")
+        gin_config.load(GIN, entry="espalier.launch.train:train")
     assert read(GIN, ["BATCH_SIZE=16"]).arguments()["recipe"].batch_size == 16
     # What the user does set is kept.
     assert read(GIN, ["MODEL_DIR=/x"]).macros["MODEL_DIR"] == "/x"
@@ -415,7 +415,7 @@ def test_needs_neither_data_nor_directory():
 def command(*arguments):
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run(
-        [sys.executable, "-m", "launch.precompile", *arguments],
+        [sys.executable, "-m", "espalier.launch.precompile", *arguments],
         env=env,
         cwd=environment.ROOT,
         capture_output=True,
@@ -457,7 +457,7 @@ def test_the_command_writes_the_promised_json(tmp_path):
 def test_sigterm_ends_it_without_a_stack_of_libtpu():
     words = [*(f"--gin_file={name}" for name in GIN), "--topology=v5e:4x4", "--gin.BATCH_SIZE=16"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.precompile", *words],
+        [sys.executable, "-m", "espalier.launch.precompile", *words],
         cwd=environment.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

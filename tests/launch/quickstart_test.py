@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from launch import cli, quickstart
+from espalier.launch import cli, quickstart
 
 SMALL = """
 from __gin__ import dynamic_registration
 
-from data.tokenizers import vocabularies
-from data.stream import stream
-from launch import train
-from model import config
+from espalier.data.tokenizers import vocabularies
+from espalier.data.stream import stream
+from espalier.launch import train
+from espalier.model import config
 
 SOURCES = ['docstrings', 'python']
 BYTES_PER_SOURCE = 200000

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from launch import report
-from launch.reporting import labels, page
-from launch.reporting import runs as reported
-from launch.run import metric_rows
+from espalier.launch import report
+from espalier.launch.reporting import labels, page
+from espalier.launch.reporting import runs as reported
+from espalier.launch.run import metric_rows
 
 
 def write_run(folder, losses):

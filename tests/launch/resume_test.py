@@ -16,11 +16,11 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from trainers import signals
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.state_tree import flatten
-from trainers.optim import schedules
-from trainers.telemetry.metric_writers import measures_time, read_jsonl
+from espalier.trainers import signals
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.state_tree import flatten
+from espalier.trainers.optim import schedules
+from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def start(train, path, *arguments, devices=8):
         ),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *flags(train, path), *arguments],
+        [sys.executable, "-m", "espalier.launch.train", *flags(train, path), *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

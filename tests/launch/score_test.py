@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from trainers.decoding import buckets
-from trainers.scoring import scoring
+from espalier.trainers.decoding import buckets
+from espalier.trainers.scoring import scoring
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import warnings
 import pytest
 
 from espalier.common import stages
-from launch import cli, environment
-from launch.cluster import launch_config
+from espalier.launch import cli, environment
+from espalier.launch.cluster import launch_config
 
 GROUPS = ("evaluate", "influence", "merge", "precompile", "prepare", "upcycle")
 ALONE = ("merge", "precompile", "upcycle")  # groups that are commands too

@@ -13,13 +13,13 @@ import time
 import pytest
 
 from espalier.common.storage import mirror, paths
-from launch import convert, merge, report, score
-from launch.run import run_dir
+from espalier.launch import convert, merge, report, score
+from espalier.launch.run import run_dir
 from tests.launch.merging import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
-from trainers.checkpoints import step_dir
-from trainers.telemetry import lifetime
-from trainers.telemetry.goodput import Goodput
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry import lifetime
+from espalier.trainers.telemetry.goodput import Goodput
 
 WEIGHTS = "model.safetensors"
 SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
@@ -27,7 +27,7 @@ SLOWLY = "--gin.train.train.hooks=[@local_text.LongSleep]"
 
 def _start(train, address, copies, *more, **variables):
     """Starts the run as a process of a host with its own folders."""
-    command = [sys.executable, "-m", "launch.train", *flags(train, address), *more]
+    command = [sys.executable, "-m", "espalier.launch.train", *flags(train, address), *more]
     environment = {**os.environ, **variables, mirror.COPIES: str(copies)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from launch import submit
-from launch.cluster import group, launch_config
-from launch.cluster.base import SubmitError
-from launch.environment import ROOT
+from espalier.launch import submit
+from espalier.launch.cluster import group, launch_config
+from espalier.launch.cluster.base import SubmitError
+from espalier.launch.environment import ROOT
 
 TINY = (
     "--gin_file=t5x_configs/models/tiny.gin",
@@ -46,7 +46,7 @@ def test_every_configuration_shows_what_it_would_send(config, capsys, monkeypatc
     assert err.count("devices: ") == 1
     for placeholder in ("OWNER", "PROJECT", "REGION"):
         assert placeholder not in out
-    assert "launch.train" in out and "--gin.TRAIN_STEPS=50" in out
+    assert "espalier.launch.train" in out and "--gin.TRAIN_STEPS=50" in out
     if config.endswith(("slurm.py", "jobset.py", "tpu_vm.py")):
         assert "--coordinator_address=auto" in out
 
@@ -184,7 +184,7 @@ def test_another_command_needs_a_place_for_its_log(capsys, tmp_path):
 def test_flags_of_train_may_stand_after_the_dashes(capsys):
     words = ["--config=launch/cluster/configs/local.py", "--dry_run", "--"]
     assert submit.main([*words, *TINY]) == 0
-    assert "launch.train" in capsys.readouterr().out
+    assert "espalier.launch.train" in capsys.readouterr().out
 
 
 def test_a_local_job_needs_no_status(capsys):
@@ -241,7 +241,7 @@ def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path):
     script = f"trap 'echo stop >>{tmp_path}/stops; exit 75' TERM; echo up >>{tmp_path}/ups; while :; do sleep 0.1; done"
     words = ("--processes=2", "--restarts=3", f"--log={tmp_path}/log", "--", "sh", "-c", script)
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cluster.group", *words], cwd=ROOT, start_new_session=True
+        [sys.executable, "-m", "espalier.launch.cluster.group", *words], cwd=ROOT, start_new_session=True
     )
     until = time.monotonic() + 60
     while not (tmp_path / "ups").exists() or (tmp_path / "ups").read_text() != "up\nup\n":

@@ -14,16 +14,16 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from launch import sweep
-from launch.cluster.base import Job, State, Status
-from launch.sweeping import driver, screen
-from launch.sweeping import file as sweep_file
-from launch.sweeping import run as sweep_run
-from launch.sweeping.driver import RunState
-from launch.sweeping.file import Run, SweepError
-from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
-from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch import sweep
+from espalier.launch.cluster.base import Job, State, Status
+from espalier.launch.sweeping import driver, screen
+from espalier.launch.sweeping import file as sweep_file
+from espalier.launch.sweeping import run as sweep_run
+from espalier.launch.sweeping.driver import RunState
+from espalier.launch.sweeping.file import Run, SweepError
+from espalier.launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -490,8 +490,8 @@ GIN = """
 from __gin__ import dynamic_registration
 
 import local_text
-from launch import train
-from trainers import recipe
+from espalier.launch import train
+from espalier.trainers import recipe
 
 include '{programs}/small_text.gin'
 
@@ -626,7 +626,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_runs_by_hand(train, tiny, co
     path = tiny(sleep=0.2)
 
     def start():
-        words = [sys.executable, "-m", "launch.sweep", "--sweep", path, f"--out={out}"]
+        words = [sys.executable, "-m", "espalier.launch.sweep", "--sweep", path, f"--out={out}"]
         return subprocess.Popen(
             words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

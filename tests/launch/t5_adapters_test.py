@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from launch.run.load_run import LoadError
-from model.adapters.adapter import is_adapter
-from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch.run.load_run import LoadError
+from espalier.model.adapters.adapter import is_adapter
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 SMALL = (
     "config.TransformerConfig.num_layers=1",
@@ -30,7 +30,7 @@ TUNING = ("models/t5_tiny", "data/examples_base", "runs/pretrain")
 PREFERENCES = ("models/t5_tiny", "data/preferences_base", "runs/preference")
 VOCABULARY = """
 from __gin__ import dynamic_registration
-from data.tokenizers import vocabularies
+from espalier.data.tokenizers import vocabularies
 """
 
 
@@ -121,7 +121,7 @@ def test_a_file_of_examples_is_learnt_and_held_out(base, command, tmp_path):
 
 
 def test_adapters_side_by_side_are_each_alone(base, adapters, command, tmp_path, monkeypatch):
-    from launch.inference import generate, score
+    from espalier.launch.inference import generate, score
 
     source, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     rows = [{"inputs": f"{i} + 1 =", "targets": str(i + 1)} for i in range(3)]
@@ -182,10 +182,10 @@ def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
 
 
 def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, command, tmp_path):
-    from launch.evaluation.lm_eval.model import EspalierLM
-    from launch.evaluation.seqio_tasks import EncoderAnswers
-    from launch.run import load_run
-    from trainers.scoring.scoring import Row, Scorer
+    from espalier.launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.evaluation.seqio_tasks import EncoderAnswers
+    from espalier.launch.run import load_run
+    from espalier.trainers.scoring.scoring import Row, Scorer
 
     more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270", "LEARNING_RATE=1.0")
     more += (f"INITIAL_CHECKPOINT_PATH={str(base)!r}",)
@@ -252,7 +252,7 @@ def test_preferences_are_learnt_against_the_base(start, base, tmp_path):
 def test_the_harness_scores_and_continues_it(base, command, tmp_path):
     from lm_eval.api.instance import Instance
 
-    from launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.evaluation.lm_eval.model import EspalierLM
 
     source, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     rows = [{"inputs": "1 + 2 =", "targets": " 3"}, {"inputs": "a longer context", "targets": "x"}]

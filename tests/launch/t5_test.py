@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from trainers import signals
-from trainers.checkpoints import step_dir
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.trainers import signals
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 SMALL = (
     "config.TransformerConfig.num_layers=1",
@@ -96,8 +96,8 @@ def test_too_few_sentinels_are_an_error(run, tmp_path):
 
 
 def test_continuations_scores_and_tasks_agree(whole, command, tmp_path):
-    from data import cpu_tensorflow
-    from data.tokenizers import vocabularies
+    from espalier.data import cpu_tensorflow
+    from espalier.data.tokenizers import vocabularies
 
     cpu_tensorflow.load()
     import seqio
@@ -175,7 +175,7 @@ def test_its_whole_cache_is_narrowed(whole, command, capsys):
 
 
 def test_the_harness_refuses_settings_of_prompts_before_it_asks(whole):
-    from launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.evaluation.lm_eval.model import EspalierLM
 
     with pytest.raises(ValueError, match=r"remove cache_policy \(SnapKV\)"):
         EspalierLM(checkpoint=str(whole), cache_policy="snapkv")

@@ -13,16 +13,16 @@ import types
 import flax.linen as nn
 import pytest
 
-from data import tasks
+from espalier.data import tasks
 from espalier.common import stages
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.transformer import Block, Transformer
-from trainers.initialise import abstract_variables
-from trainers.inputs import PackedTokens
-from trainers.recipe import Program
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.initialise import abstract_variables
+from espalier.trainers.inputs import PackedTokens
+from espalier.trainers.recipe import Program
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 FILES = ("models/tiny", "data/files", "runs/pretrain")

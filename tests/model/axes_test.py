@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import axes
-from trainers import partitioning
+from espalier.model import axes
+from espalier.trainers import partitioning
 
 RULES = partitioning.RULE_SETS["fsdp_tp_sp"]
 

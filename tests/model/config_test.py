@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.config import TransformerConfig
+from espalier.model.config import TransformerConfig
 
 SIZES = {"vocab_size": 64, "num_layers": 4, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48}
 

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import axes
-from model.attention import Attention
-from model.config import LayerKind, TransformerConfig
-from model.kv_cache import policies
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.transformer import Block, Transformer
-from model.transforms import layer_stack
-from trainers import partitioning
-from trainers.decoding import prefill
+from espalier.model import axes
+from espalier.model.attention import Attention
+from espalier.model.config import LayerKind, TransformerConfig
+from espalier.model.kv_cache import policies
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import layer_stack
+from espalier.trainers import partitioning
+from espalier.trainers.decoding import prefill
 
 TOKENS = jax.random.randint(jax.random.key(1), (8, 10), 0, 40)
 L = 4

@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model import flops
-from model.attention import Attention
-from model.bam.moa import MixtureOfAttention
-from model.config import TransformerConfig
-from model.kernels import platform
-from model.low_rank.lowrank import Factorisation, LowRankDense
-from model.mlp import GatedMlp, Mlp
-from model.moe.moe import MoeMlp
-from model.nexus.domain_router import DomainRouter
-from model.transformer import Block, Transformer
-from trainers import initialise
-from trainers.inputs import PackedTokens
+from espalier.model import flops
+from espalier.model.attention import Attention
+from espalier.model.bam.moa import MixtureOfAttention
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels import platform
+from espalier.model.low_rank.lowrank import Factorisation, LowRankDense
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.nexus.domain_router import DomainRouter
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers import initialise
+from espalier.trainers.inputs import PackedTokens
 
 CONFIG = TransformerConfig(
     vocab_size=96,

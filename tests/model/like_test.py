@@ -5,14 +5,14 @@ import functools
 import jax.numpy as jnp
 import pytest
 
-from model.attention import Attention
-from model.bam import moa
-from model.config import TransformerConfig
-from model.linear import Dense
-from model.low_rank import lowrank
-from model.mlp import GatedMlp, Mlp
-from model.moe import moe
-from model.moe.moe import ExpertDense
+from espalier.model.attention import Attention
+from espalier.model.bam import moa
+from espalier.model.config import TransformerConfig
+from espalier.model.linear import Dense
+from espalier.model.low_rank import lowrank
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.moe import moe
+from espalier.model.moe.moe import ExpertDense
 
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=4, num_heads=1, mlp_dim=4)
 PASSED = {"config": CONFIG, "name": None, "parent": None}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import norm
+from espalier.model import norm
 
 
 @pytest.mark.parametrize("make", [norm.RMSNorm, norm.LayerNorm])

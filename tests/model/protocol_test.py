@@ -1,13 +1,13 @@
 """Every model answers what trainers and commands ask (model/protocol.py)."""
 
-from model import rows
-from model.config import TransformerConfig
-from model.heads.actor_critic import ActorCritic
-from model.heads.reward_model import RewardModel
-from model.protocol import LanguageModel, Model
-from model.transformer import Transformer
-from model.vision.resnet import ResNet, ResNetConfig, Stem3x3
-from trainers.inputs import Images, PackedTokens
+from espalier.model import rows
+from espalier.model.config import TransformerConfig
+from espalier.model.heads.actor_critic import ActorCritic
+from espalier.model.heads.reward_model import RewardModel
+from espalier.model.protocol import LanguageModel, Model
+from espalier.model.transformer import Transformer
+from espalier.model.vision.resnet import ResNet, ResNetConfig, Stem3x3
+from espalier.trainers.inputs import Images, PackedTokens
 
 CONFIG = TransformerConfig(vocab_size=16, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
 

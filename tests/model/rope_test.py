@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.rope import Rope
+from espalier.model.rope import Rope
 
 
 def complex_rotation(x_BTNH, positions_BT, base, layout):

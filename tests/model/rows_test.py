@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import rows
+from espalier.model import rows
 
 
 def test_a_decoder_reads_the_prompt():

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import mlp, norm
-from model.attention import Attention
-from model.bam.moa import MixtureOfAttention
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.kv_cache.full import FullCache
-from model.moe.moe import MoeMlp
-from model.protocol import AttentionSettings, MlpSettings
-from model.rope import Rope
-from model.transformer import Block, Transformer
-from model.transforms import layer_stack
+from espalier.model import mlp, norm
+from espalier.model.attention import Attention
+from espalier.model.bam.moa import MixtureOfAttention
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.protocol import AttentionSettings, MlpSettings
+from espalier.model.rope import Rope
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import layer_stack
 
 
 def make(**changes):

@@ -8,24 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.adapters import adapter
-from model.adapters.bottleneck import Bottleneck
-from model.adapters.ia3 import Ia3
-from model.adapters.lora import Lora
-from model.adapters.merge import Merge
-from model.attention import Attention
-from model.bam import moa
-from model.config import TransformerConfig
-from model.kv_cache import policies
-from model.low_rank.lowrank import Factorisation, LowRankDense
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.mov.molora import MoLora
-from model.transformer import Block, Transformer
-from model.transforms import base
-from model.transforms.base import Source, TransformError
-from trainers.checkpoints import state_tree
-from trainers.decoding import prefill
+from espalier.model.adapters import adapter
+from espalier.model.adapters.bottleneck import Bottleneck
+from espalier.model.adapters.ia3 import Ia3
+from espalier.model.adapters.lora import Lora
+from espalier.model.adapters.merge import Merge
+from espalier.model.attention import Attention
+from espalier.model.bam import moa
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache import policies
+from espalier.model.low_rank.lowrank import Factorisation, LowRankDense
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.mov.molora import MoLora
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Source, TransformError
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.decoding import prefill
 
 LORA = functools.partial(Lora, rank=2, alpha=2.0)
 FACTORS = functools.partial(LowRankDense, factorisation=Factorisation(rank=0.5))

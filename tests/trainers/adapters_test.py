@@ -13,28 +13,28 @@ import numpy as np
 import pytest
 from etils import epath
 
-from model.adapters import adapter
-from model.adapters.adapter import AdapterError
-from model.adapters.ia3 import Ia3
-from model.adapters.lora import Lora
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.kv_cache import policies
-from model.low_rank.lowrank import Factorisation, LowRankDense
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.mov.molora import MoLora
-from model.mov.mov import Mov
-from model.transformer import Block, Transformer
-from model.transforms import layer_stack
-from trainers import partitioning, trainable
-from trainers.checkpoints import state_tree
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.manifest import ArrayEntry
-from trainers.checkpoints.restore_params import CheckpointMismatchError, _assign
-from trainers.decoding import prefill
-from trainers.optim import optimizers
-from trainers.recipe import Recipe
+from espalier.model.adapters import adapter
+from espalier.model.adapters.adapter import AdapterError
+from espalier.model.adapters.ia3 import Ia3
+from espalier.model.adapters.lora import Lora
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache import policies
+from espalier.model.low_rank.lowrank import Factorisation, LowRankDense
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.mov.molora import MoLora
+from espalier.model.mov.mov import Mov
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import layer_stack
+from espalier.trainers import partitioning, trainable
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.manifest import ArrayEntry
+from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, _assign
+from espalier.trainers.decoding import prefill
+from espalier.trainers.optim import optimizers
+from espalier.trainers.recipe import Recipe
 
 L, D, F, HEADS, R, N = 2, 16, 24, 2, 3, 4
 H = D // HEADS

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from optax import contrib
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers import partitioning
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.initial import InitialCheckpoint
-from trainers.checkpoints.restore import restore_or_initialise
-from trainers.checkpoints.restore_params import restore_params
-from trainers.evaluate import Evaluation
-from trainers.optim import optimizers, recent_mean, schedules
-from trainers.recipe import Recipe
-from trainers.trainable import path_name
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers import partitioning
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.initial import InitialCheckpoint
+from espalier.trainers.checkpoints.restore import restore_or_initialise
+from espalier.trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.evaluate import Evaluation
+from espalier.trainers.optim import optimizers, recent_mean, schedules
+from espalier.trainers.recipe import Recipe
+from espalier.trainers.trainable import path_name
 
 B1, STEPS = 0.9, 3
 AVERAGED = {"averaged": contrib.schedule_free_eval_params}

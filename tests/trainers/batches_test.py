@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from trainers import partitioning
-from trainers.batches import Prefetcher, abstract_batch, global_batch
+from espalier.trainers import partitioning
+from espalier.trainers.batches import Prefetcher, abstract_batch, global_batch
 
 
 class Counting:

@@ -7,11 +7,11 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainers import extensions, initialise
-from trainers.extensions import StepExtension
-from trainers.objectives.base import LossOut, Objective
-from trainers.optim.averages import MovingAverage
-from trainers.step import make_eval_step, make_train_step
+from espalier.trainers import extensions, initialise
+from espalier.trainers.extensions import StepExtension
+from espalier.trainers.objectives.base import LossOut, Objective
+from espalier.trainers.optim.averages import MovingAverage
+from espalier.trainers.step import make_eval_step, make_train_step
 
 BATCH = {"x": jnp.ones((4,))}
 PARAMS = {"w": jnp.array([1.0, 2.0])}

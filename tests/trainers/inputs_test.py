@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model import flops
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers.inputs import Images, PackedTokens
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
+from espalier.model import flops
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers.inputs import Images, PackedTokens
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
 
 
 def recipe(**given):

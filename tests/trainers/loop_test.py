@@ -15,23 +15,23 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from trainers import partitioning
-from trainers.anomaly import STATISTICS, Anomaly
-from trainers.batches import Prefetcher, global_batch
-from trainers.checkpoints import checkpoint, step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.restore import Restored, restore_state
-from trainers.evaluate import Evaluation
-from trainers.hooks import Hook
-from trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
-from trainers.objectives.base import LossOut
-from trainers.optim.averages import MovingAverage
-from trainers.signals import StopRequest
-from trainers.step import make_train_step
-from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.metric_writers import measures_time
-from trainers.telemetry.profiler import ProfilerWindow
-from trainers.train_state import TrainState
+from espalier.trainers import partitioning
+from espalier.trainers.anomaly import STATISTICS, Anomaly
+from espalier.trainers.batches import Prefetcher, global_batch
+from espalier.trainers.checkpoints import checkpoint, step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.restore import Restored, restore_state
+from espalier.trainers.evaluate import Evaluation
+from espalier.trainers.hooks import Hook
+from espalier.trainers.loop import AnomalousStepError, Loop, Outputs, Schedule
+from espalier.trainers.objectives.base import LossOut
+from espalier.trainers.optim.averages import MovingAverage
+from espalier.trainers.signals import StopRequest
+from espalier.trainers.step import make_train_step
+from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.metric_writers import measures_time
+from espalier.trainers.telemetry.profiler import ProfilerWindow
+from espalier.trainers.train_state import TrainState
 
 W = np.array([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]], np.float32)
 MESH = partitioning.make_mesh(devices=jax.devices()[:1])

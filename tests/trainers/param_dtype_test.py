@@ -9,29 +9,29 @@ import numpy as np
 import pytest
 from optax import contrib
 
-from model.adapters import adapter
-from model.adapters.lora import Lora
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.heads.reward_model import RewardModel
-from model.mlp import GatedMlp
-from model.transformer import Block, Transformer
-from trainers import initialise, inputs, partitioning
-from trainers.checkpoints import state_tree
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.initial import InitialCheckpoint
-from trainers.checkpoints.restore import restore_or_initialise, restore_state
-from trainers.checkpoints.restore_params import CheckpointMismatchError
-from trainers.distillation.objective import distillation
-from trainers.objectives.lm import language_modelling
-from trainers.online import losses as policy_gradient
-from trainers.online.groups import Groups
-from trainers.online.policy_gradient import policy_gradient as online
-from trainers.optim import optimizers
-from trainers.preference.losses import direct
-from trainers.preference.objectives.preference import preference
-from trainers.recipe import Recipe
-from trainers.train_state import TrainState
+from espalier.model.adapters import adapter
+from espalier.model.adapters.lora import Lora
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.heads.reward_model import RewardModel
+from espalier.model.mlp import GatedMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers import initialise, inputs, partitioning
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.initial import InitialCheckpoint
+from espalier.trainers.checkpoints.restore import restore_or_initialise, restore_state
+from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError
+from espalier.trainers.distillation.objective import distillation
+from espalier.trainers.objectives.lm import language_modelling
+from espalier.trainers.online import losses as policy_gradient
+from espalier.trainers.online.groups import Groups
+from espalier.trainers.online.policy_gradient import policy_gradient as online
+from espalier.trainers.optim import optimizers
+from espalier.trainers.preference.losses import direct
+from espalier.trainers.preference.objectives.preference import preference
+from espalier.trainers.recipe import Recipe
+from espalier.trainers.train_state import TrainState
 
 CONFIG = TransformerConfig(
     vocab_size=64,
@@ -193,7 +193,7 @@ def test_updates_of_a_bfloat16_checkpoint_are_not_lost(kind, checkpoint, tmp_pat
 def restored(path):
     recipe = recipe_of(rounding="nearest")
     program = recipe.program(devices=jax.devices()[:1])
-    from trainers.checkpoints.restore_params import restore_params
+    from espalier.trainers.checkpoints.restore_params import restore_params
 
     return jax.device_get(restore_params(path, program.abstract_state.params))
 
@@ -262,7 +262,7 @@ def test_a_run_that_began_in_bfloat16_names_how_to_go_on(checkpoint, tmp_path):
 
 
 def test_a_dropped_update_has_norm_0():
-    from trainers.anomaly import Anomaly
+    from espalier.trainers.anomaly import Anomaly
 
     recipe = recipe_of(anomaly=Anomaly(), objective=_not_finite)
     program = recipe.program(devices=jax.devices()[:1])

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from model import axes
-from model.config import TransformerConfig
-from model.embed import Embed
-from model.moe.moe import MoeMlp
-from model.transformer import Block, Transformer
-from trainers import initialise, partitioning
-from trainers.batches import global_batch
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
-from trainers.trainable import path_name
+from espalier.model import axes
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Embed
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.batches import global_batch
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
+from espalier.trainers.trainable import path_name
 
 SIZES = {
     "vocab_size": 64,

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers import partitioning
-from trainers.objectives.lm import language_modelling
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers import partitioning
+from espalier.trainers.objectives.lm import language_modelling
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
 
 TRACES: list[str] = []
 

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.transformer import Block, Transformer
-from trainers import partitioning
-from trainers.anomaly import STATISTICS
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.initial import InitialCheckpoint
-from trainers.checkpoints.restore import restore_or_initialise
-from trainers.checkpoints.restore_params import restore_params
-from trainers.objectives.base import Objective
-from trainers.objectives.lm import language_modelling
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers import partitioning
+from espalier.trainers.anomaly import STATISTICS
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.initial import InitialCheckpoint
+from espalier.trainers.checkpoints.restore import restore_or_initialise
+from espalier.trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.objectives.base import Objective
+from espalier.trainers.objectives.lm import language_modelling
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
 
 OPTIMISERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 TRAINABLE = (".*/mlp/.*", ".*norm/scale")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.signals import StopRequest
+from espalier.trainers.signals import StopRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,8 +51,8 @@ def test_sigterm_ends_a_run_with_its_step_saved(tmp_path):
     script = """
         import sys, time
         import jax.numpy as jnp
-        from trainers.checkpoints.checkpoint import Checkpointer
-        from trainers.signals import StopRequest
+        from espalier.trainers.checkpoints.checkpoint import Checkpointer
+        from espalier.trainers.signals import StopRequest
         with Checkpointer(sys.argv[1]) as checkpointer, StopRequest() as stop:
             print("ready", flush=True)
             for step in range(1, 100000):
@@ -85,7 +85,7 @@ def test_all_processes_stop_at_the_same_step_when_one_is_asked(service):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_enable_preemption_service", service)
         jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, index)
-        from trainers import signals
+        from espalier.trainers import signals
         signals.COMPARE_EVERY = 3
         with signals.StopRequest() as stop:
             for step in range(1, 2000):

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from trainers import trainable
-from trainers.anomaly import STATISTICS, Anomaly
-from trainers.objectives.base import LossOut, Objective
-from trainers.optim.averages import MovingAverage
-from trainers.step import make_eval_step, make_train_step
-from trainers.train_state import TrainState
+from espalier.trainers import trainable
+from espalier.trainers.anomaly import STATISTICS, Anomaly
+from espalier.trainers.objectives.base import LossOut, Objective
+from espalier.trainers.optim.averages import MovingAverage
+from espalier.trainers.step import make_eval_step, make_train_step
+from espalier.trainers.train_state import TrainState
 
 pytestmark = pytest.mark.smoke
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from trainers import trainable
+from espalier.trainers import trainable
 
 PARAMS = {
     "layers": {"block_0": {"mlp": {"kernel": 1, "bias": 2}, "attention": {"kernel": 3}}},

@@ -11,8 +11,8 @@ from etils import epath
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir, store_drivers
-from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
+from espalier.trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir, store_drivers
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

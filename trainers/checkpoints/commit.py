@@ -12,8 +12,8 @@ import jax
 from etils import epath
 
 from espalier.common.storage import paths
-from trainers.checkpoints import agreement, manifest, step_dir
-from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
+from espalier.trainers.checkpoints import agreement, manifest, step_dir
+from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE_TEXTS = ("No space left", "File too large", "quota exceeded")

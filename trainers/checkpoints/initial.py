@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from model.transforms.base import TreeTransform
-from trainers.checkpoints.restore_params import Assignment
+from espalier.model.transforms.base import TreeTransform
+from espalier.trainers.checkpoints.restore_params import Assignment
 
 Scope = Literal["params", "phase", "state"]
 Data = Literal["restart", "continue"]

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from trainers.checkpoints import manifest, state_tree, step_dir
-from trainers.checkpoints.array_files import sharding_of
-from trainers.checkpoints.manifest import ArrayEntry, Block, DamagedCheckpointError, Manifest
+from espalier.trainers.checkpoints import manifest, state_tree, step_dir
+from espalier.trainers.checkpoints.array_files import sharding_of
+from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, DamagedCheckpointError, Manifest
 
 _BLOCKS = f"{step_dir.STATE}/blocks.bin"
 _PLACES = f"{step_dir.STATE}/blocks.json"

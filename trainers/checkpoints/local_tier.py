@@ -24,8 +24,8 @@ import jax
 from etils import epath
 
 from espalier.common.ranges import Positive, Size
-from trainers.checkpoints import agreement, local_step, restore, step_dir
-from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
+from espalier.trainers.checkpoints import agreement, local_step, restore, step_dir
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 
 TOKEN = "local_tier.json"  # in the shared directory of steps: {"token", "directory"}
 

@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from etils import epath
 
-from trainers.anomaly import GATHERED, STATISTICS
-from trainers.checkpoints import base_step, state_tree, step_dir
-from trainers.checkpoints.array_files import read_verified, sharding_of
-from trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
-from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
-from trainers.checkpoints.restore_params import (
+from espalier.trainers.anomaly import GATHERED, STATISTICS
+from espalier.trainers.checkpoints import base_step, state_tree, step_dir
+from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
+from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+from espalier.trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     as_saved,
     describe,
@@ -26,8 +26,8 @@ from trainers.checkpoints.restore_params import (
     restore_params,
     restore_variables,
 )
-from trainers.checkpoints.transformed import transformed
-from trainers.extensions import StepExtension, of_model
+from espalier.trainers.checkpoints.transformed import transformed
+from espalier.trainers.extensions import StepExtension, of_model
 
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
 _OF_ARRAYS = "model.param_dtype"

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainers.checkpoints.array_files import sharding_of
-from trainers.checkpoints.manifest import ArrayEntry
+from espalier.trainers.checkpoints.array_files import sharding_of
+from espalier.trainers.checkpoints.manifest import ArrayEntry
 
 _BLOCK = re.compile(r"((?:.*/)?layers)/block_(\d+)/(.+)")
 

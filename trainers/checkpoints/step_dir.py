@@ -21,8 +21,8 @@ from etils import epath
 
 from espalier.common import stages
 from espalier.common.storage import mirror, paths
-from trainers.checkpoints import agreement, step_record
-from trainers.checkpoints.manifest import (
+from espalier.trainers.checkpoints import agreement, step_record
+from espalier.trainers.checkpoints.manifest import (
     DamagedCheckpointError,
     Manifest,
     check_files,

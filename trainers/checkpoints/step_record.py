@@ -7,9 +7,9 @@ with is checked before anything is read.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainers.telemetry import marks, window
-from trainers.telemetry.json_numbers import is_count, is_number
-from trainers.telemetry.metric_writers import MARKS
+from espalier.trainers.telemetry import marks, window
+from espalier.trainers.telemetry.json_numbers import is_count, is_number
+from espalier.trainers.telemetry.metric_writers import MARKS
 
 _MOST_STEPS = 2**31  # the state counts them in 32 bits
 _FIELDS = {"step", "metrics", "meta"}

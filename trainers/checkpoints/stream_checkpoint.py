@@ -17,8 +17,8 @@ import tensorstore
 from etils import epath
 
 from espalier.common.storage import paths
-from trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir, store_drivers
-from trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
+from espalier.trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir, store_drivers
+from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _BYTES_IN_FLIGHT = 16 << 20
 

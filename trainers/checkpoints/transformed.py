@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from model.transforms import base
-from model.transforms.base import Power, Recipe, Source, TreeTransform
-from trainers.checkpoints import base_step, state_tree
-from trainers.checkpoints.array_files import read_verified, sharding_of
-from trainers.checkpoints.initial import InitialCheckpoint
-from trainers.checkpoints.manifest import Manifest
-from trainers.checkpoints.restore_params import (
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Power, Recipe, Source, TreeTransform
+from espalier.trainers.checkpoints import base_step, state_tree
+from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
+from espalier.trainers.checkpoints.initial import InitialCheckpoint
+from espalier.trainers.checkpoints.manifest import Manifest
+from espalier.trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
     as_saved,
     is_added,

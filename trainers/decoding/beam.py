@@ -16,9 +16,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import CachePolicy
-from trainers.decoding.prefill import read
-from trainers.decoding.sampling import only_among, penalised, without_padding_ids
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.trainers.decoding.prefill import read
+from espalier.trainers.decoding.sampling import only_among, penalised, without_padding_ids
 
 # Below any sum of log-probabilities, and finite, as in Hugging Face: the order of sums with it is preserved.
 _NEVER = -1.0e9

@@ -14,10 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import CachePolicy
-from model.kv_cache.slots import carried, restored
-from trainers.decoding.prefill import read
-from trainers.decoding.sampling import (
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.kv_cache.slots import carried, restored
+from espalier.trainers.decoding.prefill import read
+from espalier.trainers.decoding.sampling import (
     RowSampling,
     only_among,
     penalised,
@@ -25,7 +25,7 @@ from trainers.decoding.sampling import (
     sample_rows,
     without_padding_ids,
 )
-from trainers.decoding.settings import Settings
+from espalier.trainers.decoding.settings import Settings
 
 
 @flax.struct.dataclass

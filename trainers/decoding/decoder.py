@@ -17,18 +17,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common import stages
 from espalier.common.bars import Bar
-from model import rows
-from model.kv_cache.base import CachePolicy
-from model.kv_cache.full import FullCache
-from model.transforms import layer_stack
-from trainers.decoding import beam, few_programs, memory
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
-from trainers.decoding.decode import Settings, advance, begin
-from trainers.decoding.prefill import prefill, repeated
-from trainers.decoding.sampling import RowSampling, seen_in
-from trainers.decoding.settings import Draw
-from trainers.decoding.watched import Watch, Watched
-from trainers.programs import program as programs
+from espalier.model import rows
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.transforms import layer_stack
+from espalier.trainers.decoding import beam, few_programs, memory
+from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
+from espalier.trainers.decoding.decode import Settings, advance, begin
+from espalier.trainers.decoding.prefill import prefill, repeated
+from espalier.trainers.decoding.sampling import RowSampling, seen_in
+from espalier.trainers.decoding.settings import Draw
+from espalier.trainers.decoding.watched import Watch, Watched
+from espalier.trainers.programs import program as programs
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from model.kernels.platform import target_platform
+from espalier.model.kernels.platform import target_platform
 
 # FLOPs of a device in the time that tracing, lowering and loading one layer takes on its host, about 0.1 s. Measured with two
 # cores of a CPU, where it is 0.11 s and 1.7e11 FLOP/s; for an accelerator calculated with 1e14 FLOP/s.

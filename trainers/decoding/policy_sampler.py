@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.kv_cache.full import FullCache
-from model.protocol import inference_model, inference_params
-from model.transforms import layer_stack
-from trainers.decoding import decode
-from trainers.decoding.buckets import bucket_length, padded
-from trainers.decoding.prefill import prefill, repeated
-from trainers.decoding.settings import Settings
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.protocol import inference_model, inference_params
+from espalier.model.transforms import layer_stack
+from espalier.trainers.decoding import decode
+from espalier.trainers.decoding.buckets import bucket_length, padded
+from espalier.trainers.decoding.prefill import prefill, repeated
+from espalier.trainers.decoding.settings import Settings
 
 
 class PolicySampler:

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
-from model.protocol import LanguageModel
+from espalier.model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
+from espalier.model.protocol import LanguageModel
 
 
 def prefill(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainers.decoding.settings import Sampling
+from espalier.trainers.decoding.settings import Sampling
 
 
 @flax.struct.dataclass

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from espalier.common.ranges import Count, Fraction, Positive, Size
-from model.axes import Rules
-from model.kernels.cross_entropy import map_tokens
-from model.kernels.vocab_logits import LogitForm
-from trainers.inputs import Arrays, PackedTokens, TokenRows
-from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.forward import Forward, forward_objective, frozen_forward
-from trainers.objectives.frozen_model import FrozenModel
+from espalier.model.axes import Rules
+from espalier.model.kernels.cross_entropy import map_tokens
+from espalier.model.kernels.vocab_logits import LogitForm
+from espalier.trainers.inputs import Arrays, PackedTokens, TokenRows
+from espalier.trainers.objectives.base import Batch, LossOut, Objective
+from espalier.trainers.objectives.forward import Forward, forward_objective, frozen_forward
+from espalier.trainers.objectives.frozen_model import FrozenModel
 
 TEACHER_IDS = "teacher_ids"  # [B, T, K] int32
 # [B, T, K + 1] float32; the last is the log-probability of all other tokens together.

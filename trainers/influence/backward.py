@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.kernels import taps
-from model.kernels.cross_entropy import map_tokens, token_log_probs
-from model.kernels.vocab_logits import LogitForm
-from trainers.checkpoints import state_tree
-from trainers.influence.consumers import Consumer, Gradients, Rows
-from trainers.influence.sites import HEAD, Site
-from trainers.objectives.base import Batch
-from trainers.objectives.forward import decoder_arguments
+from espalier.model.kernels import taps
+from espalier.model.kernels.cross_entropy import map_tokens, token_log_probs
+from espalier.model.kernels.vocab_logits import LogitForm
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence.consumers import Consumer, Gradients, Rows
+from espalier.trainers.influence.sites import HEAD, Site
+from espalier.trainers.objectives.base import Batch
+from espalier.trainers.objectives.forward import decoder_arguments
 
 COLLECTION = "taps"
 Sites = Mapping[str, Site]

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.kernels.platform import use_reference_forms
-from model.kernels.vocab_logits import LogitForm
-from trainers.checkpoints import state_tree
-from trainers.influence import spread
-from trainers.influence.blocks import Precision
-from trainers.influence.kronecker import Curvature
-from trainers.influence.sites import Site
-from trainers.objectives.base import Batch
-from trainers.objectives.forward import decoder_arguments
+from espalier.model.kernels.platform import use_reference_forms
+from espalier.model.kernels.vocab_logits import LogitForm
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence import spread
+from espalier.trainers.influence.blocks import Precision
+from espalier.trainers.influence.kronecker import Curvature
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.objectives.base import Batch
+from espalier.trainers.objectives.forward import decoder_arguments
 
 Matrices = Mapping[str, jax.Array]
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from model.kernels.platform import target_platform
-from model.moe.grouped_matmul import grouped_matmul
-from trainers.influence import blocks
-from trainers.influence.blocks import Precision
-from trainers.influence.sites import Site
+from espalier.model.kernels.platform import target_platform
+from espalier.model.moe.grouped_matmul import grouped_matmul
+from espalier.trainers.influence import blocks
+from espalier.trainers.influence.blocks import Precision
+from espalier.trainers.influence.sites import Site
 
 Arrays = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trainers.decoding.buckets import BATCHES_SORTED, batches_by_length, bucket_length
-from trainers.inputs import pack
-from trainers.scoring.scoring import Row, encoded_columns
+from espalier.trainers.decoding.buckets import BATCHES_SORTED, batches_by_length, bucket_length
+from espalier.trainers.inputs import pack
+from espalier.trainers.scoring.scoring import Row, encoded_columns
 
 
 class DocumentBatch(NamedTuple):

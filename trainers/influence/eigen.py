@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from espalier.common.bars import Bar
-from trainers.checkpoints import agreement
-from trainers.influence import files, kronecker, spread
+from espalier.trainers.checkpoints import agreement
+from espalier.trainers.influence import files, kronecker, spread
 
 Unit = tuple[str, tuple[int, ...]]  # a site, and the index [L, E, n] of its covariances
 _SIDES = ("a", "s")

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from model.hf.files.safetensors_files import (
+from espalier.model.hf.files.safetensors_files import (
     SINGLE,
     SafetensorsReader,
     SafetensorsWriter,
     WeightFileError,
     read_json,
 )
-from trainers.checkpoints import agreement, manifest, state_tree
-from trainers.influence import spread
+from espalier.trainers.checkpoints import agreement, manifest, state_tree
+from espalier.trainers.influence import spread
 
 RECORD = "record.json"
 _OWN = "record_sha256"

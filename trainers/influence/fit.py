@@ -23,14 +23,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.bars import Bar
-from trainers.checkpoints import agreement
-from trainers.influence import documents, eigen, files, kronecker, spread
-from trainers.influence.backward import backward
-from trainers.influence.blocks import Precision
-from trainers.influence.consumers import Consumer, Covariances, Squares
-from trainers.influence.settings import FitSettings
-from trainers.influence.sites import Site, select
-from trainers.scoring.scoring import Row
+from espalier.trainers.checkpoints import agreement
+from espalier.trainers.influence import documents, eigen, files, kronecker, spread
+from espalier.trainers.influence.backward import backward
+from espalier.trainers.influence.blocks import Precision
+from espalier.trainers.influence.consumers import Consumer, Covariances, Squares
+from espalier.trainers.influence.settings import FitSettings
+from espalier.trainers.influence.sites import Site, select
+from espalier.trainers.scoring.scoring import Row
 
 STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum

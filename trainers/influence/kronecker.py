@@ -15,9 +15,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from trainers.influence import blocks
-from trainers.influence.blocks import Precision
-from trainers.influence.sites import Site
+from espalier.trainers.influence import blocks
+from espalier.trainers.influence.blocks import Precision
+from espalier.trainers.influence.sites import Site
 
 Strategy = Literal["ekfac", "kfac"]
 DampingKind = Literal["relative", "absolute"]

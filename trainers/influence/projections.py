@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.bars import Bar
-from model.moe.grouped_matmul import grouped_matmul
-from trainers.influence import documents, spread
-from trainers.influence.consumers import outer_by_group
-from trainers.influence.fit import Reader
-from trainers.influence.kronecker import Damping, FactorError
-from trainers.influence.sites import Site
-from trainers.scoring.scoring import Row
+from espalier.model.moe.grouped_matmul import grouped_matmul
+from espalier.trainers.influence import documents, spread
+from espalier.trainers.influence.consumers import outer_by_group
+from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.kronecker import Damping, FactorError
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.scoring.scoring import Row
 
 Projections = Mapping[str, Mapping[str, Any]]
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.bars import Bar
-from trainers.influence import documents, files, spread
-from trainers.influence.consumers import Gradients, Scores, whole
-from trainers.influence.fit import Reader
-from trainers.influence.sites import Site
-from trainers.scoring.scoring import Row
+from espalier.trainers.influence import documents, files, spread
+from espalier.trainers.influence.consumers import Gradients, Scores, whole
+from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.scoring.scoring import Row
 
 QueryDtype = Literal["bfloat16", "float32", "float64", "int8"]
 # (gradients by site [L, Q, E, X, Y]) -> preconditioned gradients.

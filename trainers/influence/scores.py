@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from espalier.common.bars import Bar
-from trainers.influence import documents
-from trainers.influence.consumers import Scores
-from trainers.influence.fit import Reader
-from trainers.influence.queries import QuerySet, total_scores
-from trainers.influence.sites import Site
-from trainers.scoring.scoring import Row
+from espalier.trainers.influence import documents
+from espalier.trainers.influence.consumers import Scores
+from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.queries import QuerySet, total_scores
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.scoring.scoring import Row
 
 LEAST_NORMS = 1e-30  # what a cosine divides by at least
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from model.kernels import taps
-from trainers.checkpoints import state_tree
-from trainers.objectives.forward import decoder_arguments
+from espalier.model.kernels import taps
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.objectives.forward import decoder_arguments
 
 # Groups of sites by name, and the patterns that they stand for.
 GROUPS = {

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trainers.influence import fit, kronecker, queries, scores, spread
-from trainers.influence.sites import Site
-from trainers.scoring.scoring import Row
+from espalier.trainers.influence import fit, kronecker, queries, scores, spread
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.scoring.scoring import Row
 
 DAMPINGS = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
 RANK = 64

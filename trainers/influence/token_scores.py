@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.kernels.platform import use_reference_forms
-from trainers.checkpoints import state_tree
-from trainers.influence.conjugate import Matrices, logits_of, tangents, with_changed
-from trainers.influence.sites import Site
-from trainers.objectives.base import Batch
+from espalier.model.kernels.platform import use_reference_forms
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence.conjugate import Matrices, logits_of, tangents, with_changed
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.objectives.base import Batch
 
 SPURIOUS = 2 / 3
 

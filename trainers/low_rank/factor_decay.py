@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from espalier.common.ranges import NonNegative
-from model.low_rank import factors
-from trainers.optim.gradient_terms import GradientTerm
-from trainers.optim.optimizers import Rate
+from espalier.model.low_rank import factors
+from espalier.trainers.optim.gradient_terms import GradientTerm
+from espalier.trainers.optim.optimizers import Rate
 
 Kind = Literal["none", "l2", "frobenius"]
 KINDS = get_args(Kind)

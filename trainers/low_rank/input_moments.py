@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.bars import Bar
-from model.linear import Dense
-from trainers.checkpoints import state_tree
+from espalier.model.linear import Dense
+from espalier.trainers.checkpoints import state_tree
 
 _NAME = "input_moments"
 

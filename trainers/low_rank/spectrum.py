@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.ranges import Size
-from model.low_rank import factors, lowrank_conv
-from trainers.checkpoints import state_tree
-from trainers.hooks import Hook, RunContext
-from trainers.telemetry import metric_writers
-from trainers.train_state import TrainState
+from espalier.model.low_rank import factors, lowrank_conv
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.hooks import Hook, RunContext
+from espalier.trainers.telemetry import metric_writers
+from espalier.trainers.train_state import TrainState
 
 FILE = "spectra.jsonl"
 

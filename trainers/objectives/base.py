@@ -8,7 +8,7 @@ import flax.struct
 import jax
 from jax.sharding import Mesh
 
-from model.axes import Rules
+from espalier.model.axes import Rules
 
 Batch = Mapping[str, jax.Array]
 # name -> (sum, weight); divided after both are summed over microbatches, steps or hosts.

@@ -7,9 +7,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from model.axes import Rules
-from trainers.objectives.base import Objective
-from trainers.programs import program as programs
+from espalier.model.axes import Rules
+from espalier.trainers.objectives.base import Objective
+from espalier.trainers.programs import program as programs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Fraction
-from trainers.objectives.base import Batch, LossOut, Objective
-from trainers.objectives.forward import Forward, forward_objective
+from espalier.trainers.objectives.base import Batch, LossOut, Objective
+from espalier.trainers.objectives.forward import Forward, forward_objective
 
 
 def classification(

@@ -11,13 +11,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from model.adapters.adapter import adapters_of
-from model.axes import Rules
-from trainers import initialise
-from trainers.checkpoints import agreement, base_step, restore_params, state_tree, step_dir
-from trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
-from trainers.objectives.base import Batch
-from trainers.objectives.forward import Forward, frozen_forward
+from espalier.model.adapters.adapter import adapters_of
+from espalier.model.axes import Rules
+from espalier.trainers import initialise
+from espalier.trainers.checkpoints import agreement, base_step, restore_params, state_tree, step_dir
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
+from espalier.trainers.objectives.base import Batch
+from espalier.trainers.objectives.forward import Forward, frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainers import trainable
-from trainers.objectives.base import Batch, LossOut, Objective
+from espalier.trainers import trainable
+from espalier.trainers.objectives.base import Batch, LossOut, Objective
 
 # (params, batch, rng, the model's collections, extras) -> gradients, loss without collections, collections after it
 Gradients = Callable[

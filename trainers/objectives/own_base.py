@@ -10,10 +10,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from model.adapters.adapter import PREFIX, adapters_of
-from model.axes import Rules
-from trainers.objectives.base import Batch
-from trainers.objectives.forward import Forward, frozen_forward
+from espalier.model.adapters.adapter import PREFIX, adapters_of
+from espalier.model.axes import Rules
+from espalier.trainers.objectives.base import Batch
+from espalier.trainers.objectives.forward import Forward, frozen_forward
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import Fraction, NonNegative, Size
-from trainers import inputs
-from trainers.objectives.settings import check_not_negative
-from trainers.online import losses
-from trainers.online.method import (
+from espalier.trainers import inputs
+from espalier.trainers.objectives.settings import check_not_negative
+from espalier.trainers.online import losses
+from espalier.trainers.online.method import (
     LOG_PROBS,
     REFERENCE,
     VALUES,

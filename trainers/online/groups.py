@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.common.ranges import NonNegative, Size
-from trainers import inputs
-from trainers.objectives.settings import check_not_negative
-from trainers.online.method import (
+from espalier.trainers import inputs
+from espalier.trainers.objectives.settings import check_not_negative
+from espalier.trainers.online.method import (
     LOG_PROBS,
     REFERENCE,
     Arrays,

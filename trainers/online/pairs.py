@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from espalier.common.ranges import NonNegative, Size
-from trainers import inputs
-from trainers.objectives.settings import check_not_negative
-from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
+from espalier.trainers import inputs
+from espalier.trainers.objectives.settings import check_not_negative
+from espalier.trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Count, NonNegative, Positive
-from model.kernels.cross_entropy import Implementation
-from trainers.objectives.base import Batch, LossOut, Metrics, Objective
-from trainers.objectives.forward import Forward, forward_objective
-from trainers.objectives.settings import check_not_negative, check_positive
-from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
+from espalier.model.kernels.cross_entropy import Implementation
+from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from espalier.trainers.objectives.forward import Forward, forward_objective
+from espalier.trainers.objectives.settings import check_not_negative, check_positive
+from espalier.trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

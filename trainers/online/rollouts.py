@@ -18,19 +18,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.ranges import Fraction, NonNegative, Seed, Size
 from espalier.common.storage import output_files
-from trainers import batches
-from trainers.decoding.policy_sampler import PolicySampler, placed
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Settings, eos_ids
-from trainers.objectives.base import Objective
-from trainers.objectives.forward import frozen_forward
-from trainers.objectives.frozen_model import FrozenModel
-from trainers.objectives.own_base import OwnBase
-from trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
-from trainers.online.policy_gradient import PolicyGradient
-from trainers.recipe import Program, Recipe
-from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
-from trainers.train_state import TrainState
+from espalier.trainers import batches
+from espalier.trainers.decoding.policy_sampler import PolicySampler, placed
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Settings, eos_ids
+from espalier.trainers.objectives.base import Objective
+from espalier.trainers.objectives.forward import frozen_forward
+from espalier.trainers.objectives.frozen_model import FrozenModel
+from espalier.trainers.objectives.own_base import OwnBase
+from espalier.trainers.online.method import LOG_PROBS, REFERENCE, VALUES, Arrays, Method, Samples
+from espalier.trainers.online.policy_gradient import PolicyGradient
+from espalier.trainers.recipe import Program, Recipe
+from espalier.trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
+from espalier.trainers.train_state import TrainState
 
 _STORED = 64  # newest rollouts in the run's directory; resuming may need one of them
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainers import trainable
-from trainers.extensions import AVERAGE, StepExtension, Update
-from trainers.optim.rounding import Rounded
+from espalier.trainers import trainable
+from espalier.trainers.extensions import AVERAGE, StepExtension, Update
+from espalier.trainers.optim.rounding import Rounded
 
 # (optimiser's state, trained parameters) -> the parameters to evaluate and to release
 Averaged = Callable[[Any, Any], Any]

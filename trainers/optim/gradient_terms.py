@@ -11,8 +11,8 @@ from typing import Any
 
 import optax
 
-from trainers.optim.param_axes import ParamAxes
-from trainers.optim.schedules import Schedule
+from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

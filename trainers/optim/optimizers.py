@@ -18,9 +18,9 @@ import optax
 from optax import contrib
 
 from espalier.common.ranges import Decay, NonNegative, Positive
-from trainers import trainable
-from trainers.optim.param_axes import ParamAxes
-from trainers.optim.schedules import Schedule
+from espalier.trainers import trainable
+from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.schedules import Schedule
 
 Rate = Schedule | float
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from model import axes
-from trainers import trainable
+from espalier.model import axes
+from espalier.trainers import trainable
 
 _STACKING = (axes.LAYERS, axes.EXPERT)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainers import trainable
+from espalier.trainers import trainable
 
 Rounding = Literal["stochastic", "nearest"]
 

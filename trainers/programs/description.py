@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from trainers.programs import replacements, sources
+from espalier.trainers.programs import replacements, sources
 
 _MOST_VALUES = 200_000  # visited values of a program; a step of a large configuration has thousands
 _MOST_BYTES = 2**20  # of a constant array

@@ -18,9 +18,9 @@ from jax._src.lib import xla_client
 from jax.sharding import NamedSharding
 from jax.stages import ArgInfo, Compiled
 
-from trainers.programs import structures
-from trainers.programs.recorded import Entry, recorded
-from trainers.programs.structures import Unstorable, exactly
+from espalier.trainers.programs import structures
+from espalier.trainers.programs.recorded import Entry, recorded
+from espalier.trainers.programs.structures import Unstorable, exactly
 
 __all__ = ["load", "parts", "recorded"]
 

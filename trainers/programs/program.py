@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.stages import Compiled, Lowered, Traced
 
-from model.kernels import platform
-from trainers.programs import description, store, structures, surroundings
-from trainers.programs.structures import Unstorable
+from espalier.model.kernels import platform
+from espalier.trainers.programs import description, store, structures, surroundings
+from espalier.trainers.programs.structures import Unstorable
 
 # (shapes of a program's results): raises an error if they are refused.
 Check = Callable[[Any], None]
@@ -138,7 +138,7 @@ class StoredFunction:
 def _executable() -> Any:
     """Returns the module that knows jax's private interfaces; raises Unstorable if this jax has others."""
     try:
-        from trainers.programs import executable
+        from espalier.trainers.programs import executable
     except ImportError as error:
         raise Unstorable(f"this version of jax has another form of programs ({error})") from error
     return executable

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from trainers.programs.structures import Unstorable
+from espalier.trainers.programs.structures import Unstorable
 
 SWITCH = "ESPALIER_PROGRAMS"
 MAGIC = b"espalier program 1\n"

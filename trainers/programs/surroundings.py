@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from trainers.programs import description, sources
+from espalier.trainers.programs import description, sources
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Variables that compilers and their libraries read.

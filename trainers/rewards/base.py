@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from model.axes import Rules
+from espalier.model.axes import Rules
 
 
 @dataclasses.dataclass(frozen=True)

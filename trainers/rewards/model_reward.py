@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from espalier.common.ranges import Count, Size
-from model.axes import Rules
-from trainers import initialise, partitioning
-from trainers.checkpoints import restore_params
-from trainers.decoding.buckets import in_order, padded
-from trainers.rewards.base import Completion
-from trainers.scoring.scoring import Batched
+from espalier.model.axes import Rules
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.checkpoints import restore_params
+from espalier.trainers.decoding.buckets import in_order, padded
+from espalier.trainers.rewards.base import Completion
+from espalier.trainers.scoring.scoring import Batched
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from espalier.common.ranges import Finite
-from trainers.rewards.base import Completion
+from espalier.trainers.rewards.base import Completion
 
 Verifier = Callable[[str, Any], float]
 

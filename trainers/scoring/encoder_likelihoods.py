@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trainers.decoding.buckets import bucket_length
-from trainers.objectives.forward import frozen_forward
-from trainers.scoring.likelihoods import Likelihood
-from trainers.scoring.scoring import Batched, Row, encoded_columns
+from espalier.trainers.decoding.buckets import bucket_length
+from espalier.trainers.objectives.forward import frozen_forward
+from espalier.trainers.scoring.likelihoods import Likelihood
+from espalier.trainers.scoring.scoring import Batched, Row, encoded_columns
 
 
 class EncoderLikelihoods:

@@ -21,12 +21,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.bars import Bar
-from model.kv_cache.full import FullCache
-from trainers.decoding import few_programs
-from trainers.decoding.buckets import padded
-from trainers.decoding.prefill import empty_caches, read
-from trainers.programs import program as programs
-from trainers.scoring.scoring import Row, check_lengths
+from espalier.model.kv_cache.full import FullCache
+from espalier.trainers.decoding import few_programs
+from espalier.trainers.decoding.buckets import padded
+from espalier.trainers.decoding.prefill import empty_caches, read
+from espalier.trainers.programs import program as programs
+from espalier.trainers.scoring.scoring import Row, check_lengths
 
 _CHUNK = 256  # predicted tokens whose logits are in memory at a time; a power of two
 _WORTH_SHARING = 16  # minimum tokens of a shared context; reading a shorter one again is as fast

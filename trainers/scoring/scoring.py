@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.bars import Bar
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
-from trainers.inputs import pack
-from trainers.objectives.forward import frozen_forward
-from trainers.programs import program as programs
+from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
+from espalier.trainers.inputs import pack
+from espalier.trainers.objectives.forward import frozen_forward
+from espalier.trainers.programs import program as programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import CachePolicy
-from trainers.snapkv import replay
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.trainers.snapkv import replay
 
 
 def cache_bytes(

@@ -13,12 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
-from model.kv_cache.full import FullCache
-from model.kv_cache.pyramidkv import PyramidKV
-from model.kv_cache.selecting import Random
-from trainers.decoding.decode import Decoded, Settings, decode
-from trainers.decoding.prefill import prefill, read
+from espalier.model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.kv_cache.pyramidkv import PyramidKV
+from espalier.model.kv_cache.selecting import Random
+from espalier.trainers.decoding.decode import Decoded, Settings, decode
+from espalier.trainers.decoding.prefill import prefill, read
 
 
 @flax.struct.dataclass

@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from espalier.common.stages import duration
-from trainers.telemetry import marks
-from trainers.telemetry.goodput import PARTS, START_PARTS, Goodput
-from trainers.telemetry.json_numbers import is_count, is_number
+from espalier.trainers.telemetry import marks
+from espalier.trainers.telemetry.goodput import PARTS, START_PARTS, Goodput
+from espalier.trainers.telemetry.json_numbers import is_count, is_number
 
 FILE = "lifetime.json"
 

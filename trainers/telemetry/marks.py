@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from trainers.telemetry.json_numbers import is_count
+from espalier.trainers.telemetry.json_numbers import is_count
 
 # More marks are thinned to every other one: the older the rows, the more of them one damage loses.
 _MOST = 64

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from trainers.telemetry import marks as marks_lib
-from trainers.telemetry.json_numbers import is_count, is_number
-from trainers.telemetry.marks import Mark
+from espalier.trainers.telemetry import marks as marks_lib
+from espalier.trainers.telemetry.json_numbers import is_count, is_number
+from espalier.trainers.telemetry.marks import Mark
 
 # A flush of an event file waits for the disk, so it is not done for every event.
 _FLUSH_SECONDS = 10

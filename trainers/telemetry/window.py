@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from trainers.telemetry.json_numbers import is_number
-from trainers.telemetry.metrics import Pairs, add, divide
+from espalier.trainers.telemetry.json_numbers import is_number
+from espalier.trainers.telemetry.metrics import Pairs, add, divide
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "uint32", "bool")
 

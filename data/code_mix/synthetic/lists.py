@@ -4,7 +4,7 @@ import itertools
 import random
 import textwrap
 
-from data.code_mix.synthetic.draft import LISTS, RESULTS, Draft, numbers
+from espalier.data.code_mix.synthetic.draft import LISTS, RESULTS, Draft, numbers
 
 _KEEP = {
     "even": ("{x} % 2 == 0", lambda x, k: not x & 1),

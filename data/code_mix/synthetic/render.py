@@ -8,7 +8,7 @@ import re
 import textwrap
 from typing import Any
 
-from data.code_mix.synthetic.draft import Draft
+from espalier.data.code_mix.synthetic.draft import Draft
 
 _TESTS = (3, 5)
 

@@ -5,7 +5,7 @@ import functools
 import math
 import random
 
-from data.code_mix.synthetic.draft import LISTS, RESULTS, Draft, numbers, word
+from espalier.data.code_mix.synthetic.draft import LISTS, RESULTS, Draft, numbers, word
 
 _N = dict(n="n number value", result=RESULTS)
 

@@ -6,7 +6,7 @@ import random
 import re
 import string
 
-from data.code_mix.synthetic.draft import RESULTS, Draft, sentence, word
+from espalier.data.code_mix.synthetic.draft import RESULTS, Draft, sentence, word
 
 _TEXT = dict(text="text s line string", result=RESULTS, c="c char letter")
 

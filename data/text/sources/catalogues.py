@@ -5,7 +5,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-from data.text.sources import environment
+from espalier.data.text.sources import environment
 
 _CATALOGUE = re.compile(
     r"(?P<folder>.*/locales?)/(?P<locale>[^/]+)/LC_MESSAGES/(?P<domain>.+)\.po$"

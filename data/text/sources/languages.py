@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from data.text.sources import catalogues, cleaning, environment
+from espalier.data.text.sources import catalogues, cleaning, environment
 
 GETTEXT_PACKAGES = ("django", "sphinx", "plone.app.locales", "weblate")
 PACKAGES = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data.text.sources import code, environment
+from espalier.data.text.sources import code, environment
 
 SUFFIXES = (".md", ".rst", ".html", ".txt", ".css", ".xml", ".toml", ".yaml", ".tex", ".sty")
 # Word lists, class labels, checksums and notices under the same suffixes.

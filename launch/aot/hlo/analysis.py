@@ -12,9 +12,9 @@ import dataclasses
 import math
 import re
 
-from launch.aot.hlo import collectives, loops, text
-from launch.aot.hlo.collectives import KINDS
-from launch.aot.hlo.text import Array, Computation, HloError, Instruction, Module, leaves
+from espalier.launch.aot.hlo import collectives, loops, text
+from espalier.launch.aot.hlo.collectives import KINDS
+from espalier.launch.aot.hlo.text import Array, Computation, HloError, Instruction, Module, leaves
 
 # Fields of a convolution's window and their defaults.
 _WINDOW = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from launch.aot.hlo.text import HloError, Instruction, Module, leaves
+from espalier.launch.aot.hlo.text import HloError, Instruction, Module, leaves
 
 KINDS = (
     "all-gather",

@@ -8,7 +8,7 @@ import json
 import math
 import re
 
-from launch.aot.hlo.text import Computation, HloError, Instruction, Module
+from espalier.launch.aot.hlo.text import Computation, HloError, Instruction, Module
 
 # Operations that return a scalar unchanged.
 _TRANSPARENT = ("copy", "convert", "bitcast", "copy-start", "copy-done", "opt-barrier", "reshape")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import concentration, correlations, labels, parts, search
-from launch.attribution.analyses.labels import OTHER_SOURCES, Query
-from trainers.influence.measures import spearman
+from espalier.launch.attribution.analyses import concentration, correlations, labels, parts, search
+from espalier.launch.attribution.analyses.labels import OTHER_SOURCES, Query
+from espalier.trainers.influence.measures import spearman
 
 RANDOM = "random"
 SIZES = (10, 50, 500, 5_000, 50_000)
@@ -126,7 +126,7 @@ def represented(
       sources: source of each document.
       groups: queries by name.
     """
-    from launch.plots import intervals
+    from espalier.launch.plots import intervals
 
     names, sources_N = largest(sources)
     shares = np.bincount(sources_N) / len(sources_N)

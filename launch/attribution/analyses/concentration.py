@@ -70,7 +70,7 @@ def cumulative(
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
     """Returns the mean over queries, its 95 % interval by Student's t, and the coefficient of variation; None for no query."""
-    from launch.plots import intervals
+    from espalier.launch.plots import intervals
 
     if not values:
         return None

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.attribution.analyses import search
-from launch.inference.row_files import RowFileError
+from espalier.launch.attribution.analyses import search
+from espalier.launch.inference.row_files import RowFileError
 
 ALL = "all queries"
 NO_SOURCE, OTHER_SOURCES = "(none)", "(others)"

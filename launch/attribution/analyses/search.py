@@ -209,7 +209,7 @@ def table(
       queries whose pattern occurs in any document (`in_corpus`), and the number of matching top documents (`times`), of those
       among as many random documents (`expected`), and of different ones (`distinct`).
     """
-    from launch.plots import intervals
+    from espalier.launch.plots import intervals
 
     single = per_query(ranked_NQ, matching, top)
     rows = []

@@ -3,9 +3,9 @@
 `--config=launch/cluster/configs/gpu_node.py:1` is for one GPU; without a number it is for eight.
 """
 
-from launch.cluster.gpus import variables
-from launch.cluster.group import Settings
-from launch.cluster.launch_config import as_config
+from espalier.launch.cluster.gpus import variables
+from espalier.launch.cluster.group import Settings
+from espalier.launch.cluster.launch_config import as_config
 
 
 def get_config(gpus: str = "8"):

@@ -3,8 +3,8 @@
 For GPUs: --config.topology= --config.accelerator=nvidia-h100-80gb --config.nodes=2 --config.gpus_per_node=8
 """
 
-from launch.cluster.jobset import Settings
-from launch.cluster.launch_config import as_config
+from espalier.launch.cluster.jobset import Settings
+from espalier.launch.cluster.launch_config import as_config
 
 
 def get_config():

@@ -4,9 +4,9 @@ For hosts without GPUs: --config.gpus_per_node=0 --config.tasks_per_node=1. With
 default, which is often a few GB for each core: --config.memory=0 asks for all of it.
 """
 
-from launch.cluster.gpus import variables
-from launch.cluster.launch_config import as_config
-from launch.cluster.slurm import Settings
+from espalier.launch.cluster.gpus import variables
+from espalier.launch.cluster.launch_config import as_config
+from espalier.launch.cluster.slurm import Settings
 
 
 def get_config():

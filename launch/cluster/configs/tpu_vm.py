@@ -1,7 +1,7 @@
 """A TPU slice of 16 v5e chips as virtual machines; the commands are printed, never run."""
 
-from launch.cluster.launch_config import as_config
-from launch.cluster.tpu_vm import Settings
+from espalier.launch.cluster.launch_config import as_config
+from espalier.launch.cluster.tpu_vm import Settings
 
 
 def get_config():

@@ -3,8 +3,8 @@
 For Vertex AI: --config.executor=vertex --config.image=IMAGE --config.accelerator=a100 --config.accelerators=8
 """
 
-from launch.cluster.launch_config import as_config
-from launch.cluster.xmanager_backend import Settings
+from espalier.launch.cluster.launch_config import as_config
+from espalier.launch.cluster.xmanager_backend import Settings
 
 
 def get_config():

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.languages import table
-from launch.evaluation.judges.base import JudgeError, Pair, Prompt
-from launch.inference import row_files
+from espalier.data.languages import table
+from espalier.launch.evaluation.judges.base import JudgeError, Pair, Prompt
+from espalier.launch.inference import row_files
 
 EXAMPLE = '{"prompt": "...", "text": "..."}'
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launch.evaluation.judges.base import JudgeError
-from launch.evaluation.judges.pairwise import OPENING
-from launch.inference.chat_endpoint import Silence
+from espalier.launch.evaluation.judges.base import JudgeError
+from espalier.launch.evaluation.judges.pairwise import OPENING
+from espalier.launch.inference.chat_endpoint import Silence
 
 # Where a model without a chat template begins to write.
 _BEGUN = "\n\nComparison:"
@@ -61,9 +61,9 @@ class CheckpointWriter:
     def write(
         self, prompts: Sequence[str], *, temperature: float, seed: int
     ) -> Iterator[tuple[int, str | Silence]]:
-        from launch.inference import generate
-        from trainers.decoding.sampling import Sampling
-        from trainers.decoding.settings import Settings
+        from espalier.launch.inference import generate
+        from espalier.trainers.decoding.sampling import Sampling
+        from espalier.trainers.decoding.settings import Settings
 
         # Rows are batched by similar length. In this order the rows of a batch are adjacent, so that their replies are
         # written as soon as the batch is done.
@@ -103,7 +103,7 @@ def resolved(checkpoint: str, *, batch_size: int) -> str:
     """
     import jax
 
-    from launch.run import load_run
+    from espalier.launch.run import load_run
 
     if jax.process_count() > 1:
         raise JudgeError(
@@ -122,8 +122,8 @@ def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]
     """
     from etils import epath
 
-    from launch.run import hf_checkpoint
-    from trainers.checkpoints import step_dir
+    from espalier.launch.run import hf_checkpoint
+    from espalier.trainers.checkpoints import step_dir
 
     if hf_checkpoint.is_hf(step):
         weights = hf_checkpoint.digest(step)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launch.evaluation.judges.base import JudgeError
-from launch.inference.chat_endpoint import (
+from espalier.launch.evaluation.judges.base import JudgeError
+from espalier.launch.inference.chat_endpoint import (
     ChatEndpoint,
     EndpointError,
     Silence,

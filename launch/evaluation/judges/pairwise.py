@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair, Prompt, Question, Reply, Verdict
-from launch.inference.chat_endpoint import Silence
+from espalier.launch.evaluation.judges.base import TIE, A, B, Outcome, Pair, Prompt, Question, Reply, Verdict
+from espalier.launch.inference.chat_endpoint import Silence
 
 # Increase it with every change of the wording or the parsing: replies in a journal are of one version.
 VERSION = 1

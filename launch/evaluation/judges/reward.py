@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.evaluation.judges import checkpoint as checkpoints
-from launch.evaluation.judges.base import TIE, A, B, JudgeError, Outcome, Pair, Question, Reply
+from espalier.launch.evaluation.judges import checkpoint as checkpoints
+from espalier.launch.evaluation.judges.base import TIE, A, B, JudgeError, Outcome, Pair, Question, Reply
 
 
 class RewardJudge:
@@ -82,8 +82,8 @@ class LogProb:
 
     def scores(self, asked: Sequence[Question]) -> Iterator[tuple[int, float]]:
         """Yields (index, score) for the single answer of every question, as they finish; NaN for no score."""
-        from launch.inference.score import scored_row
-        from trainers.scoring.scoring import Scorer
+        from espalier.launch.inference.score import scored_row
+        from espalier.trainers.scoring.scoring import Scorer
 
         with self._config.load(self._step, params=self._params) as run:
             rows = [scored_row(run, _row(run, q), str(q.about.get("id"))) for q in asked]

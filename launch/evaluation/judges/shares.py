@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.evaluation.judges.answers import System
-from launch.evaluation.judges.base import TIE, A, B, Outcome, Pair
-from launch.plots import intervals
+from espalier.launch.evaluation.judges.answers import System
+from espalier.launch.evaluation.judges.base import TIE, A, B, Outcome, Pair
+from espalier.launch.plots import intervals
 
 _RATES = ("win", "tie", "loss", "win - loss", "judged", "invalid")
 _BEHIND = ("same in both orders", "position bias", "wins of the longer", "rate at equal length")

@@ -5,13 +5,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from launch.config import setting_flags
-from launch.evaluation.judges.base import Judge, JudgeError
-from launch.evaluation.judges.checkpoint import CheckpointWriter
-from launch.evaluation.judges.endpoint import EndpointWriter
-from launch.evaluation.judges.pairwise import PairwiseJudge, Template
-from launch.evaluation.judges.reward import LogProb, RewardJudge
-from launch.run import load_run
+from espalier.launch.config import setting_flags
+from espalier.launch.evaluation.judges.base import Judge, JudgeError
+from espalier.launch.evaluation.judges.checkpoint import CheckpointWriter
+from espalier.launch.evaluation.judges.endpoint import EndpointWriter
+from espalier.launch.evaluation.judges.pairwise import PairwiseJudge, Template
+from espalier.launch.evaluation.judges.reward import LogProb, RewardJudge
+from espalier.launch.run import load_run
 
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")
 

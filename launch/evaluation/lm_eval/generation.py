@@ -5,12 +5,12 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from launch.inference.texts import Texts, decoder_of
-from launch.run.load_run import LoadedRun, LoadError
-from model.kv_cache.base import CachePolicy
-from trainers.decoding.buckets import bucket_length
-from trainers.decoding.decoder import Decoder, check_options
-from trainers.decoding.settings import Sampling, Settings
+from espalier.launch.inference.texts import Texts, decoder_of
+from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.trainers.decoding.buckets import bucket_length
+from espalier.trainers.decoding.decoder import Decoder, check_options
+from espalier.trainers.decoding.settings import Sampling, Settings
 
 OPTIONS = (
     *("until", "max_gen_toks", "do_sample", "temperature"),

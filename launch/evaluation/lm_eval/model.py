@@ -19,16 +19,16 @@ from lm_eval import utils as harness
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from data.stream import rows
-from data.tokenizers import chat_template as chat
-from launch.evaluation.lm_eval import arguments
-from launch.evaluation.lm_eval.generation import Generator, options
-from launch.run import load_run, side_by_side
-from launch.run.load_run import LoadedRun, LoadError
-from model.kv_cache.policies import policy_from_text
-from trainers.scoring.encoder_likelihoods import EncoderLikelihoods
-from trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
-from trainers.scoring.scoring import Row
+from espalier.data.stream import rows
+from espalier.data.tokenizers import chat_template as chat
+from espalier.launch.evaluation.lm_eval import arguments
+from espalier.launch.evaluation.lm_eval.generation import Generator, options
+from espalier.launch.run import load_run, side_by_side
+from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.model.kv_cache.policies import policy_from_text
+from espalier.trainers.scoring.encoder_likelihoods import EncoderLikelihoods
+from espalier.trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
+from espalier.trainers.scoring.scoring import Row
 
 _LOG = logging.getLogger(__name__)
 

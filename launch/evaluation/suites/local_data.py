@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data.text import documents
+from espalier.data.text import documents
 
 VARIABLE = "ESPALIER_EVAL_DATA"
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")

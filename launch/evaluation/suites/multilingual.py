@@ -11,10 +11,10 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from data.languages import table
-from launch.evaluation.suites import local_data, text_scores
-from launch.evaluation.suites.local_data import Source, WrongDataError
-from launch.evaluation.suites.scores import Group, Suite, Task
+from espalier.data.languages import table
+from espalier.launch.evaluation.suites import local_data, text_scores
+from espalier.launch.evaluation.suites.local_data import Source, WrongDataError
+from espalier.launch.evaluation.suites.scores import Group, Suite, Task
 
 Benchmark = tuple[Source, Task]  # the evaluated set, and the task
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
-from launch import cli, environment
-from launch.evaluation.suites import local_data
-from launch.evaluation.suites.local_data import Source
+from espalier.launch import cli, environment
+from espalier.launch.evaluation.suites import local_data
+from espalier.launch.evaluation.suites.local_data import Source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def names() -> list[str]:
 
 def find(name: str) -> Suite:
     """Returns the suite of a paper: SUITE in launch/papers/NAME/suite.py."""
-    return importlib.import_module(f"launch.papers.{name}.suite").SUITE
+    return importlib.import_module(f"espalier.launch.papers.{name}.suite").SUITE
 
 
 def means(

@@ -5,7 +5,7 @@ import os
 import unicodedata
 from collections.abc import Sequence
 
-from data.languages import identify
+from espalier.data.languages import identify
 
 _ALONE = frozenset({"Hani", "Hira", "Kana", "Thai"})  # scripts without spaces between words
 _WORD = "LMN"  # categories of letters, marks and numbers

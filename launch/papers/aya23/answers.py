@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.run import load_run
+from espalier.launch.run import load_run
 
 PER_SOURCE = 16  # instructions of each kind and pair of languages
 KINDS = ("copy", "translate")
@@ -32,7 +32,7 @@ def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
 
 def _requests(name: str) -> list[tuple[str, str, str]]:
     """Returns (kind with the format, prompt, answer) of held-out instructions."""
-    from launch.papers.aya23 import toy_languages
+    from espalier.launch.papers.aya23 import toy_languages
 
     out = []
     for source in toy_languages.instructions(1, 0):
@@ -45,8 +45,8 @@ def _requests(name: str) -> list[tuple[str, str, str]]:
 
 
 def _continued(run: Any, prompts: Sequence[str], new_tokens: int) -> list[str]:
-    from trainers.decoding.decoder import Decoder
-    from trainers.decoding.settings import Settings
+    from espalier.trainers.decoding.decoder import Decoder
+    from espalier.trainers.decoding.settings import Settings
 
     decoder = Decoder(
         run.model,

@@ -16,10 +16,10 @@ from typing import Any
 
 import ml_collections
 
-from data.text.documents import Document
-from launch.aot.table_rows import Row, mesh, tokens
-from launch.papers.aya23 import answers
-from launch.papers.shared import domains, results, sweeps
+from espalier.data.text.documents import Document
+from espalier.launch.aot.table_rows import Row, mesh, tokens
+from espalier.launch.papers.aya23 import answers
+from espalier.launch.papers.shared import domains, results, sweeps
 
 CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages
@@ -46,7 +46,7 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms["scratch"] = _tuned(REQUESTS)
     arms["tuned"] = _tuned(REQUESTS // 4, parent=BASE)
     arms["tuned_full"] = _tuned(REQUESTS, parent=BASE)
-    evaluations = {"answers": {"call": "launch.papers.aya23.answers:exact"}}
+    evaluations = {"answers": {"call": "espalier.launch.papers.aya23.answers:exact"}}
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
 
@@ -187,10 +187,10 @@ def measure_fertility(seeds: Sequence[int]) -> dict[str, dict[str, dict[str, flo
     """
     import numpy as np
 
-    from data import cpu_tensorflow
-    from data.languages import parallel, table, tokenizer_report
-    from data.text import corpus as corpus_lib
-    from data.tokenizers import vocabularies
+    from espalier.data import cpu_tensorflow
+    from espalier.data.languages import parallel, table, tokenizer_report
+    from espalier.data.text import corpus as corpus_lib
+    from espalier.data.tokenizers import vocabularies
 
     cpu_tensorflow.load()
     sources = [table.LANGUAGES[code].sources[0] for code in LANGUAGES]
@@ -332,11 +332,11 @@ def cache_bytes() -> dict[str, int]:
     """Returns the bytes of keys and values of 64 tokens by the number of their heads, as decoding allocates them."""
     import jax
 
-    from model.attention import Attention
-    from model.config import TransformerConfig
-    from model.kv_cache.full import FullCache
-    from model.transformer import Block, Transformer
-    from trainers.decoding import prefill
+    from espalier.model.attention import Attention
+    from espalier.model.config import TransformerConfig
+    from espalier.model.kv_cache.full import FullCache
+    from espalier.model.transformer import Block, Transformer
+    from espalier.trainers.decoding import prefill
 
     out = {}
     for count in CACHED_KV:

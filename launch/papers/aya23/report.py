@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.aya23 import experiment
-from launch.papers.aya23.experiment import (
+from espalier.launch.papers.aya23 import experiment
+from espalier.launch.papers.aya23.experiment import (
     BASE,
     CACHED_KV,
     COUNTS,
@@ -26,12 +26,12 @@ from launch.papers.aya23.experiment import (
     breadth,
     heads,
 )
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Effect, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.papers.shared.results import compare
-from launch.plots import panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Effect, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.shared.results import compare
+from espalier.launch.plots import panels
+from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE
 
 SAME = 1.0  # per cent of the loss: what counts as no worse
 CACHE = 2.0  # the same for fewer heads of keys and values

@@ -9,11 +9,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.languages import table
-from launch.evaluation.suites import local_data, multilingual, text_scores
-from launch.evaluation.suites.local_data import Source
-from launch.evaluation.suites.multilingual import Benchmark
-from launch.evaluation.suites.scores import Task
+from espalier.data.languages import table
+from espalier.launch.evaluation.suites import local_data, multilingual, text_scores
+from espalier.launch.evaluation.suites.local_data import Source
+from espalier.launch.evaluation.suites.multilingual import Benchmark
+from espalier.launch.evaluation.suites.scores import Task
 
 MMLU = ("ar", "de", "es", "fr", "hi", "id", "it", "nl", "pt", "ro", "ru", "uk", "vi", "zh")
 TYDIQA = {  # the names that its rows have

@@ -15,14 +15,14 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from launch.aot.table_rows import Row, mesh
-from launch.papers.aya_expanse import lexicon, small_pool, small_stage
-from launch.papers.aya_expanse.small_pool import PAIR_LANGUAGES
-from launch.papers.shared import results, sweeps
+from espalier.launch.aot.table_rows import Row, mesh
+from espalier.launch.papers.aya_expanse import lexicon, small_pool, small_stage
+from espalier.launch.papers.aya_expanse.small_pool import PAIR_LANGUAGES
+from espalier.launch.papers.shared import results, sweeps
 
 GIN = "t5x_configs/experiments/aya_expanse/"
 CPU = f"{GIN}cpu/"
-STAGE = "launch.papers.aya_expanse.small_stage"
+STAGE = "espalier.launch.papers.aya_expanse.small_stage"
 CLUSTERS = tuple(lexicon.FAMILIES)
 ROUTINGS = ("single", "random", "fixed", "reward", "learned", "translated")
 TEACHER_STEPS, STUDENT_STEPS = 500, 350
@@ -78,8 +78,8 @@ def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
     arms |= _weights()
     arms |= _joint_preferences()
     arms |= _merged_preferences()
-    answers = {"call": "launch.papers.aya_expanse.small_answers:score"}
-    divergence = {"call": "launch.papers.aya_expanse.small_answers:divergence"}
+    answers = {"call": "espalier.launch.papers.aya_expanse.small_answers:score"}
+    divergence = {"call": "espalier.launch.papers.aya_expanse.small_answers:divergence"}
     return sweeps.config(
         arms, seeds=seeds, evaluations={"answers": answers, "divergence": divergence}
     )

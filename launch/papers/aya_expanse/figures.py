@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.aya_expanse import lexicon
-from launch.papers.aya_expanse.experiment import (
+from espalier.launch.papers.aya_expanse import lexicon
+from espalier.launch.papers.aya_expanse.experiment import (
     BETAS,
     DIVERGENCE,
     HARMFUL,
@@ -21,9 +21,9 @@ from launch.papers.aya_expanse.experiment import (
     of_language,
     won,
 )
-from launch.papers.aya_expanse.small_pool import NOISES
-from launch.plots import panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+from espalier.launch.papers.aya_expanse.small_pool import NOISES
+from espalier.launch.plots import panels
+from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 _ROUTING_COLOURS = dict(zip(ROUTINGS, (GREY, PURPLE, ORANGE, BLUE, GREEN, RED), strict=True))
 _STAGE_COLOURS = {

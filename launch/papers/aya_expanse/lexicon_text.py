@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data import tasks
-from data.cache import fingerprint
-from data.data_source import GeneratedSource
-from data.languages import parallel
-from data.text.documents import Document
-from data.text.sources import cleaning
+from espalier.data import tasks
+from espalier.data.cache import fingerprint
+from espalier.data.data_source import GeneratedSource
+from espalier.data.languages import parallel
+from espalier.data.text.documents import Document
+from espalier.data.text.sources import cleaning
 from espalier.common.ranges import Seed, Size
-from launch.papers.aya_expanse import lexicon
+from espalier.launch.papers.aya_expanse import lexicon
 
 CACHED_AS = "data.aya_expanse.lexicon_text"  # the name by which caches of its data know it
 

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import ml_collections
 
-from data.aya_expanse import pool
+from espalier.data.aya_expanse import pool
 from espalier.common import spelling
-from launch.papers.shared import sweeps
+from espalier.launch.papers.shared import sweeps
 
 _MAX_BYTES = 1 << 20
 
@@ -182,7 +182,7 @@ def _right(name: str, value: Any) -> bool:
 
 GIN = "t5x_configs/experiments/aya_expanse/"
 REWARD_MODEL = "t5x_configs/methods/preference/reward_checkpoint.gin"
-STAGE = "launch.papers.aya_expanse.stage"
+STAGE = "espalier.launch.papers.aya_expanse.stage"
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.aya_expanse import experiment, figures, lexicon, small_pool, small_stage
-from launch.papers.aya_expanse.experiment import (
+from espalier.launch.papers.aya_expanse import experiment, figures, lexicon, small_pool, small_stage
+from espalier.launch.papers.aya_expanse.experiment import (
     ARTEFACTS,
     DIVERGENCE,
     HARMFUL,
@@ -23,11 +23,11 @@ from launch.papers.aya_expanse.experiment import (
     S,
     of_language,
 )
-from launch.papers.aya_expanse.small_pool import NOISES
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Claim, Effect, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.papers.shared.results import compare
+from espalier.launch.papers.aya_expanse.small_pool import NOISES
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.shared.results import compare
 
 SAME = 0.02  # of the score: what counts as no worse
 PLACES = {"small": "words of seven languages"}

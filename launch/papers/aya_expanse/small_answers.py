@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.aya_expanse import lexicon
-from launch.papers.aya_expanse.small_pool import DEVIATION, NEW_TOKENS
-from launch.run import load_run
+from espalier.launch.papers.aya_expanse import lexicon
+from espalier.launch.papers.aya_expanse.small_pool import DEVIATION, NEW_TOKENS
+from espalier.launch.run import load_run
 
 HELD_OUT = 48  # requests in each language, the same for all seeds
 SAMPLED = 12  # requests in each language of which answers are drawn, for a divergence
@@ -51,8 +51,8 @@ def score(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
 
 def divergence(checkpoint: str, *, params: str = "auto") -> float:
     """Returns the mean over requests of KL(model || the model that it started from), in nats, estimated by drawn answers."""
-    from launch.inference.score import scored_row
-    from trainers.scoring.scoring import Scorer
+    from espalier.launch.inference.score import scored_row
+    from espalier.trainers.scoring.scoring import Scorer
 
     rows = lexicon.requests("held_out", SAMPLED, 0)
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:
@@ -73,7 +73,7 @@ def divergence(checkpoint: str, *, params: str = "auto") -> float:
 
 def parent(checkpoint: str) -> str:
     """Returns the step that a run started from; raises ValueError for one that started from new parameters."""
-    from trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints import step_dir
 
     start = step_dir.read_record(step_dir.resolve(checkpoint))["meta"].get("initial", {})
     if "path" not in start:
@@ -85,8 +85,8 @@ def parent(checkpoint: str) -> str:
 
 def _answered(run: Any, rows: Sequence[Mapping[str, str]], *, temperature: float) -> list[Any]:
     """Returns what launch.generate would write for the requests."""
-    from launch.inference import generate
-    from trainers.decoding.settings import Sampling, Settings
+    from espalier.launch.inference import generate
+    from espalier.trainers.decoding.settings import Sampling, Settings
 
     settings = Settings(max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=temperature))
     decoding = generate.Decoding(settings=settings, batch_size=_BATCH)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data.aya_expanse.prompts import Prompt
-from launch.papers.aya_expanse import lexicon
+from espalier.data.aya_expanse.prompts import Prompt
+from espalier.launch.papers.aya_expanse import lexicon
 
 DEVIATION = 0.1  # of the reward's noise
 NOISES = (0.0, 0.1, 0.3, 1.0, 10.0)  # deviations at which routing by reward is measured
@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 
 def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as JSON lines."""
-    from launch.inference import row_files
+    from espalier.launch.inference import row_files
 
     path.parent.mkdir(parents=True, exist_ok=True)
     row_files.write(str(path), rows)
@@ -67,9 +67,9 @@ def answer(path: pathlib.Path, runs: Mapping[str, str], to: pathlib.Path, *, see
       to: gets sft_ROUTING.jsonl, sft_reward_FAMILY.jsonl, pairs*.jsonl and QUALITIES.
       seed: of sampling, of the reward's noise and of draws.
     """
-    from data.aya_expanse import prompts as prompt_rows
-    from launch.aya_expanse import completions
-    from launch.inference import row_files
+    from espalier.data.aya_expanse import prompts as prompt_rows
+    from espalier.launch.aya_expanse import completions
+    from espalier.launch.inference import row_files
 
     requests = [row for _, row in row_files.read(str(path), example="{}", flag="requests")]
     prompts = prompt_rows.read([(row["id"], row) for row in requests])
@@ -126,10 +126,10 @@ class _Pool:
         rewarded: bool = True,
     ) -> Any:
         """Returns what `launch.aya_expanse.route.Router` does; prompts need an "answer" in their language if `rewarded`."""
-        from data.aya_expanse import pool as pools
-        from launch.aya_expanse.arbitrage import ArbitrageFlags
-        from launch.aya_expanse.route import Router
-        from launch.aya_expanse.teachers import SamplingFlags
+        from espalier.data.aya_expanse import pool as pools
+        from espalier.launch.aya_expanse.arbitrage import ArbitrageFlags
+        from espalier.launch.aya_expanse.route import Router
+        from espalier.launch.aya_expanse.teachers import SamplingFlags
 
         settings = ArbitrageFlags(
             pool=str(self._file),
@@ -205,7 +205,7 @@ def _write_pairs(
     to: pathlib.Path,
 ) -> None:
     """Writes best against worst answers: all, by cluster, and as many in 1, 3 and 7 languages; native against translated ones."""
-    from data.aya_expanse import routing
+    from espalier.data.aya_expanse import routing
 
     pairs: Rows = []
     for row, answers, rewards in zip(requests, routed.answers, routed.rewards, strict=True):

@@ -18,10 +18,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.text.documents import DataError
-from launch import cli
-from launch.papers.aya_expanse import recipe as recipes
-from launch.papers.aya_expanse.recipe import Recipe
+from espalier.data.text.documents import DataError
+from espalier.launch import cli
+from espalier.launch.papers.aya_expanse import recipe as recipes
+from espalier.launch.papers.aya_expanse.recipe import Recipe
 
 ALL = "all.jsonl"
 INDICATORS = "rounds"
@@ -83,7 +83,7 @@ def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Averages the runs with equal weights, by launch.merge."""
     import yaml
 
-    from launch import merge
+    from espalier.launch import merge
 
     models = [{"model": run, "parameters": {"weight": 1.0}} for run in flags.runs]
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,9 @@ def _route(
     """Calls `arbitrage` on a pool of runs and `more` entries of a pool; returns its summary."""
     import yaml
 
-    from launch.aya_expanse import arbitrage
-    from launch.aya_expanse.teachers import SamplingFlags
-    from launch.preparation.best_of_n import RewardFlags
+    from espalier.launch.aya_expanse import arbitrage
+    from espalier.launch.aya_expanse.teachers import SamplingFlags
+    from espalier.launch.preparation.best_of_n import RewardFlags
 
     to.mkdir(parents=True, exist_ok=True)
     names = names or [_name(run) for run in runs]
@@ -163,14 +163,14 @@ def _name(run: str) -> str:
 
 
 def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
-    from data.aya_expanse.prompts import EXAMPLE
-    from launch.inference import row_files
+    from espalier.data.aya_expanse.prompts import EXAMPLE
+    from espalier.launch.inference import row_files
 
     return row_files.read(path, example=EXAMPLE, flag="prompts")
 
 
 def _write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    from launch.inference import row_files
+    from espalier.launch.inference import row_files
 
     if not rows:
         raise ValueError(f"{path} would have no row: add prompts, or change the recipe.")

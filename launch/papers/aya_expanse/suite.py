@@ -7,8 +7,8 @@ translations is not measured, because it needs a model of its own.
 
 import functools
 
-from launch.evaluation.suites import multilingual
-from launch.evaluation.suites.multilingual import GLOBAL_MMLU, by_language, global_mmlu
+from espalier.launch.evaluation.suites import multilingual
+from espalier.launch.evaluation.suites.multilingual import GLOBAL_MMLU, by_language, global_mmlu
 
 _SENSITIVE = functools.partial(global_mmlu, kind="sensitive")
 _AGNOSTIC = functools.partial(global_mmlu, kind="agnostic")

@@ -17,10 +17,10 @@ from typing import Any
 
 import ml_collections
 
-from launch.aot.table_rows import Row, tokens
-from launch.papers.shared import domains, sweeps
-from launch.papers.shared.domains import DomainRuns
-from launch.papers.shared.sweeps import on_shares
+from espalier.launch.aot.table_rows import Row, tokens
+from espalier.launch.papers.shared import domains, sweeps
+from espalier.launch.papers.shared.domains import DomainRuns
+from espalier.launch.papers.shared.sweeps import on_shares
 
 BTX = {
     "btx": "BTX",
@@ -163,7 +163,7 @@ def equal_compute(arm: str) -> int:
 @functools.cache
 def paper_flops(arm: str, context: int) -> float:
     """Returns the model FLOPs of one row of `context` tokens through an arm made of the paper's 590M models."""
-    from launch.config import gin_config
+    from espalier.launch.config import gin_config
 
     _, method, bindings = MIXTURES[arm]
     files = ("models/bam_590m", "runs/pretrain", f"methods/bam/{method}")
@@ -172,7 +172,7 @@ def paper_flops(arm: str, context: int) -> float:
     config = gin_config.load(
         [f"t5x_configs/{file}.gin" for file in files],
         [row, *unused, *bindings],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     recipe = config.arguments()["recipe"]
     return recipe.model.forward_flops(recipe.inputs_spec.arrays(1))
@@ -198,7 +198,7 @@ def _mixture(shares: dict, steps: int, arm: str) -> dict:
 
 def _made(flags: tuple, experts: tuple) -> dict:
     words = (
-        "launch.upcycle",
+        "espalier.launch.upcycle",
         *flags,
         "--trust_config",
         "--router_seed={SEED}",
@@ -238,7 +238,7 @@ def _full_sweep(data: str) -> ml_collections.ConfigDict:
     branches = [f"{domain}={{{domain}}}" for domain in FULL_DOMAINS]
     for arm, (flags, file, bindings, copies) in FULL_MIXTURES.items():
         seeds = [f"general{i}={{seed}}" for i in range(copies)]
-        command = ("{python}", "-m", "launch.upcycle", *flags, "--experts", *seeds, *branches)
+        command = ("{python}", "-m", "espalier.launch.upcycle", *flags, "--experts", *seeds, *branches)
         arms[f"{arm}_start"] = {"made": (*command, "--to={run}")}
         start = f"{arm}_start"
         trained = {"parent": start, "bindings": (*balance(arm, FULL_BALANCE_LOSS), *bindings)}
@@ -247,7 +247,7 @@ def _full_sweep(data: str) -> ml_collections.ConfigDict:
             share = paper_flops("btx", FULL_CONTEXT) / paper_flops(arm, FULL_CONTEXT)
             trained["bindings"] += (f"TRAIN_TOKENS={share * FULL_TOKENS:.4g}",)
             arms[f"{arm}_cm"] = sweeps.arm(f"{FULL}{file}.gin", **trained)
-    soup = ("{python}", "-m", "launch.upcycle", "--method=soup", "--experts", "general={seed}")
+    soup = ("{python}", "-m", "espalier.launch.upcycle", "--method=soup", "--experts", "general={seed}")
     arms["soup"] = {"made": (*soup, *branches, "--to={run}")}
     return sweeps.config(arms, bindings=sweeps.data_root(data))
 
@@ -295,8 +295,8 @@ def cache_bytes() -> dict[str, list[int]]:
 
     The latter three are bytes of keys and values of all layers, as decoding allocates them; nothing is run.
     """
-    from model.attention import Attention
-    from model.bam.moa import MixtureOfAttention
+    from espalier.model.attention import Attention
+    from espalier.model.bam.moa import MixtureOfAttention
 
     out: dict[str, list[int]] = {"experts": [], "dense": [], "shared_kv": [], "expert_kv": []}
     for count in EXPERTS:
@@ -314,10 +314,10 @@ def cache_bytes() -> dict[str, list[int]]:
 def _bytes(attention: Any) -> int:
     import jax
 
-    from model.config import TransformerConfig
-    from model.kv_cache.full import FullCache
-    from model.transformer import Block, Transformer
-    from trainers.decoding import prefill
+    from espalier.model.config import TransformerConfig
+    from espalier.model.kv_cache.full import FullCache
+    from espalier.model.transformer import Block, Transformer
+    from espalier.trainers.decoding import prefill
 
     config = TransformerConfig(
         vocab_size=48, num_layers=3, embed_dim=64, num_heads=4, mlp_dim=128, scan_layers=False

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from launch.papers.bam import experiment
-from launch.papers.bam.experiment import (
+from espalier.launch.papers.bam import experiment
+from espalier.launch.papers.bam.experiment import (
     BAM,
     BTX,
     CACHE_LENGTH,
@@ -28,13 +28,13 @@ from launch.papers.bam.experiment import (
     matched,
     specialist,
 )
-from launch.papers.shared import domains
-from launch.papers.shared.claim import Claim, Effect, RequiredClaim
-from launch.papers.shared.domain_panels import choice_maps, curve, dots, load_dots
-from launch.papers.shared.domains import LOAD_BOUND, MEAN, everywhere, off, on, pairs, swept
-from launch.papers.shared.page import Prose
-from launch.plots import panels
-from launch.plots.panels import BLUE, GREEN, ORANGE, PURPLE, RED
+from espalier.launch.papers.shared import domains
+from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.domain_panels import choice_maps, curve, dots, load_dots
+from espalier.launch.papers.shared.domains import LOAD_BOUND, MEAN, everywhere, off, on, pairs, swept
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.plots import panels
+from espalier.launch.plots.panels import BLUE, GREEN, ORANGE, PURPLE, RED
 
 MARGIN = 0.02  # nats: what counts as no worse; the paper's top-1 is 0.008 behind top-2
 SAME = 2.0  # per cent of BTX's loss: what counts as about as good

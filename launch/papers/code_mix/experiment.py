@@ -25,11 +25,11 @@ from typing import Any
 import ml_collections
 import pandas as pd
 
-from data.code_mix.skills import RARE
-from launch.aot.table_rows import Row
-from launch.evaluation.suites import scores as suite_scores
-from launch.papers.code_mix.suite import SUITE
-from launch.papers.shared import results, sweeps
+from espalier.data.code_mix.skills import RARE
+from espalier.launch.aot.table_rows import Row
+from espalier.launch.evaluation.suites import scores as suite_scores
+from espalier.launch.papers.code_mix.suite import SUITE
+from espalier.launch.papers.shared import results, sweeps
 
 ARMS = "t5x_configs/experiments/code_mix/cpu/"
 SHARES = (0, 25, 50, 75, 100)
@@ -88,8 +88,8 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
     parents = {**dict.fromkeys(PHASES[0]), **RECIPES, "balanced_synth_to_text": "balanced_synth"}
     arms = {arm: _arm(arm, parent) for arm, parent in sorted((parents | COOLDOWNS).items())}
     evaluations = {
-        "skills": {"call": "launch.code_mix.skills:evaluate"},
-        ANSWERS: {"call": "launch.code_mix.skills:answers"},
+        "skills": {"call": "espalier.launch.code_mix.skills:evaluate"},
+        ANSWERS: {"call": "espalier.launch.code_mix.skills:answers"},
     }
     return sweeps.config(arms, seeds=seeds, evaluations=evaluations)
 
@@ -275,11 +275,11 @@ def _judged(data: str, judge: str) -> dict[str, dict]:
     """Returns the arms that generate answers, and the one that judges them, at 470M."""
     prompts = (f"--inputs={data}/eval/dolly_200.jsonl", "--output={run}", "--max_new_tokens=256")
     answers = {
-        f"answers_{arm}": ("launch.generate", f"--checkpoint={{{arm}}}", *prompts)
+        f"answers_{arm}": ("espalier.launch.generate", f"--checkpoint={{{arm}}}", *prompts)
         for arm in FULL_JUDGED
     }
     systems = [f"{arm}={{answers_{arm}}}" for arm in FULL_JUDGED]
-    judging = ("launch.evaluate", "win_rate", f"--judge={judge}", "--out={run}", "--systems")
+    judging = ("espalier.launch.evaluate", "win_rate", f"--judge={judge}", "--out={run}", "--systems")
     made = {**answers, WIN_RATES: (*judging, *systems)}
     return {name: {**sweeps.made(*words), "sizes": ("470m",)} for name, words in made.items()}
 
@@ -291,7 +291,7 @@ def _code(name: str, problems: str) -> dict:
 def _evaluate(*words: str) -> dict:
     command, *flags = words
     shown = ("--checkpoint={run}", "--json={json}", *flags)
-    return {"command": ("{python}", "-m", "launch.evaluate", command, *shown)}
+    return {"command": ("{python}", "-m", "espalier.launch.evaluate", command, *shown)}
 
 
 _DATA = ("DATA_ROOT=data", "TOKENIZER=tokenizer", "MBPP=mbpp.jsonl")
@@ -353,8 +353,8 @@ def read(sweep: str, judged: pathlib.Path) -> list[dict[str, Any]]:
       judged: folder of the judgements of answers to `data.code_mix.skills.instructions`. At full size the arm
         `win_rates` has judged.
     """
-    from launch.papers.code_mix.judged import by_arm
-    from launch.sweeping.results import read_results
+    from espalier.launch.papers.code_mix.judged import by_arm
+    from espalier.launch.sweeping.results import read_results
 
     places = [(row, pathlib.Path(sweep, row["directory"])) for row in read_results(sweep)]
     rows = [with_data(row, place) for row, place in places if not row["made"]]
@@ -404,7 +404,7 @@ def with_judgements(
 
     Adds 'loss_tokens_total', which includes those of all `parents`.
     """
-    from launch.papers.code_mix import judged
+    from espalier.launch.papers.code_mix import judged
 
     answers: dict[int, dict[str, Sequence[str]]] = collections.defaultdict(dict)
     for row in rows:

@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data.code_mix import skills
-from launch.evaluation import win_rate
-from launch.evaluation.judges.answers import Answer, System
-from launch.evaluation.judges.base import Question
-from launch.evaluation.judges.reward import RewardJudge
+from espalier.data.code_mix import skills
+from espalier.launch.evaluation import win_rate
+from espalier.launch.evaluation.judges.answers import Answer, System
+from espalier.launch.evaluation.judges.base import Question
+from espalier.launch.evaluation.judges.reward import RewardJudge
 
 SHARES = ("win", "tie", "loss")
 

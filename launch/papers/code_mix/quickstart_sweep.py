@@ -5,7 +5,7 @@ python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out 
 
 from ml_collections import ConfigDict
 
-from launch.papers.shared import sweeps
+from espalier.launch.papers.shared import sweeps
 
 _ARMS = "t5x_configs/experiments/code_mix/quickstart_"
 _STEPS, _COOLDOWN = 240, 48

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.code_mix.experiment import (
+from espalier.launch.papers.code_mix.experiment import (
     COOLDOWNS,
     GROUPS,
     PHASES,
@@ -25,13 +25,13 @@ from launch.papers.code_mix.experiment import (
     source_name,
     wins,
 )
-from launch.papers.code_mix.judged import SHARES as OUTCOMES
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.papers.shared.results import compare
-from launch.plots import intervals
-from launch.plots.panels import (
+from espalier.launch.papers.code_mix.judged import SHARES as OUTCOMES
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.shared.results import compare
+from espalier.launch.plots import intervals
+from espalier.launch.plots.panels import (
     BLUE,
     GREEN,
     GREY,
@@ -555,7 +555,7 @@ REPORT = page.Report(
 
 def sweep_lines(folders: Sequence[str], out: pathlib.Path) -> list[str]:
     """Returns lines of Markdown with the figures and the table of scores; none for sweeps without the paper's arms."""
-    from launch.sweeping.results import read_results
+    from espalier.launch.sweeping.results import read_results
 
     known = {arm for arms in PHASES for arm in arms}
     ours = [f for f in folders if any(row["arm"] in known for row in read_results(f))]

@@ -8,7 +8,7 @@ two cores:
 
 from ml_collections import ConfigDict
 
-from launch.papers.shared import sweeps
+from espalier.launch.papers.shared import sweeps
 
 _STEPS, _COOLDOWN = 60, 12
 

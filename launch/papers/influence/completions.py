@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.influence.small_corpus import Document, Query
-from launch.run.loaded_run import LoadedRun
-from trainers.influence import conjugate, documents
-from trainers.scoring.scoring import Row
+from espalier.launch.papers.influence.small_corpus import Document, Query
+from espalier.launch.run.loaded_run import LoadedRun
+from espalier.trainers.influence import conjugate, documents
+from espalier.trainers.scoring.scoring import Row
 
 
 def document_row(loaded: LoadedRun, document: Document) -> Row:

@@ -8,7 +8,7 @@ is left out is replaced by a blank one of its length. So all runs read the same 
 """
 
 if __name__ == "__main__":
-    from launch.papers.influence import corpus
+    from espalier.launch.papers.influence import corpus
 
     raise SystemExit(corpus.main())
 
@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli
-from launch.inference import row_files
-from launch.papers.influence import small_corpus
-from launch.papers.influence.small_corpus import Document
+from espalier.launch import cli
+from espalier.launch.inference import row_files
+from espalier.launch.papers.influence import small_corpus
+from espalier.launch.papers.influence.small_corpus import Document
 
 HALVES = 32
 DOCUMENTS, HELD_OUT, QUERIES, SUBSETS = (
@@ -46,7 +46,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    from data.text import corpus
+    from espalier.data.text import corpus
 
     texts = corpus.assemble(sources=("docstrings",), bytes_per_source=_TEXT_BYTES)
     lines = small_corpus.text_lines(

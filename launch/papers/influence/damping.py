@@ -27,7 +27,7 @@ Shapes: N documents, Q queries, S halves, B rows of a batch, U updates.
 """
 
 if __name__ == "__main__":
-    from launch.papers.influence import damping
+    from espalier.launch.papers.influence import damping
 
     raise SystemExit(damping.main())
 
@@ -42,8 +42,8 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli
-from launch.papers.influence import small_corpus
+from espalier.launch import cli
+from espalier.launch.papers.influence import small_corpus
 
 FACTS, EXAMPLES = 60, 90  # documents: of facts, and of each procedure
 ASKED, ASKED_EXAMPLES = 20, 10  # queries: for facts, and for each procedure
@@ -108,11 +108,11 @@ def measure(seed: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from launch.papers.influence import completions
-    from model.config import TransformerConfig
-    from model.transformer import Transformer
-    from trainers.influence import measures
-    from trainers.scoring.scoring import Row
+    from espalier.launch.papers.influence import completions
+    from espalier.model.config import TransformerConfig
+    from espalier.model.transformer import Transformer
+    from espalier.trainers.influence import measures
+    from espalier.trainers.scoring.scoring import Row
 
     began = time.monotonic()
     rng = np.random.default_rng((seed, 4))
@@ -210,7 +210,7 @@ def _nll(model: Any, params: Any, batch: Any) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from trainers.influence import conjugate
+    from espalier.trainers.influence import conjugate
 
     logp_BTV = jax.nn.log_softmax(conjugate.logits_of(model, params, batch))
     logp_BT = jnp.take_along_axis(logp_BTV, batch["decoder_target_tokens"][..., None], -1)[..., 0]
@@ -229,7 +229,7 @@ def losses(model: Any, params: Any, documents: Any, queries: Any) -> tuple[float
 
 @functools.cache
 def _measured(model: Any) -> Any:
-    from launch.papers.influence import completions
+    from espalier.launch.papers.influence import completions
 
     return completions.measure(model)
 
@@ -238,11 +238,11 @@ def all_scores(
     model: Any, params: Any, rows: Sequence[Any], wanted: Sequence[Any], seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Returns scores [N, Q] by method and damping, and the recall of sample documents by their second halves."""
-    from launch.papers.influence import completions
-    from trainers.influence import conjugate, kronecker, queries, scores
-    from trainers.influence import fit as stages
-    from trainers.influence import sites as site_list
-    from trainers.scoring.scoring import Row
+    from espalier.launch.papers.influence import completions
+    from espalier.trainers.influence import conjugate, kronecker, queries, scores
+    from espalier.trainers.influence import fit as stages
+    from espalier.trainers.influence import sites as site_list
+    from espalier.trainers.scoring.scoring import Row
 
     reader = stages.Reader(model=model, params=params, batch_size=BATCH)
     sites = site_list.select(model, params)

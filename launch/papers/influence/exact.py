@@ -25,11 +25,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from tqdm.auto import tqdm
 
-from model.kernels.platform import use_reference_forms
-from trainers.checkpoints import state_tree
-from trainers.influence.conjugate import logits_of, with_changed
-from trainers.influence.sites import Site
-from trainers.objectives.base import Batch
+from espalier.model.kernels.platform import use_reference_forms
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence.conjugate import logits_of, with_changed
+from espalier.trainers.influence.sites import Site
+from espalier.trainers.objectives.base import Batch
 
 # Of the gradient, in the coordinates in which the curvature is the identity.
 TOLERANCE = 1e-6
@@ -295,7 +295,7 @@ def run(seed: int) -> dict[str, Any]:
 
 
 def _run(seed: int, folder: Path) -> dict[str, Any]:
-    from trainers.influence import measures
+    from espalier.trainers.influence import measures
 
     rng = np.random.default_rng((seed, 3))
     problem, rows, asked, theta_P = optimum(rng)
@@ -358,11 +358,11 @@ def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:
     import jax
     import jax.numpy as jnp
 
-    from model.config import TransformerConfig
-    from model.transformer import Transformer
-    from trainers.influence import documents
-    from trainers.influence import sites as site_list
-    from trainers.scoring.scoring import Row
+    from espalier.model.config import TransformerConfig
+    from espalier.model.transformer import Transformer
+    from espalier.trainers.influence import documents
+    from espalier.trainers.influence import sites as site_list
+    from espalier.trainers.scoring.scoring import Row
 
     # Without rotation, whose angles are float32.
     config = TransformerConfig(
@@ -414,8 +414,8 @@ def all_scores(
     folder: Path,
 ) -> Mapping[str, np.ndarray]:
     """Returns method -> scores [N, Q] at the optimum, by the dense matrices and by the factors that are fitted in `folder`."""
-    from trainers.influence import conjugate, kronecker, queries, scores
-    from trainers.influence import fit as stages
+    from espalier.trainers.influence import conjugate, kronecker, queries, scores
+    from espalier.trainers.influence import fit as stages
 
     params = problem.with_weights(theta_P)
     reader = stages.Reader(model=problem.model, params=params, batch_size=32)

@@ -30,11 +30,11 @@ from typing import Any
 
 import ml_collections
 
-from launch.aot.table_rows import Row, mesh, tokens
-from launch.papers.influence import corpus, smollm_files
-from launch.papers.influence.plan import SIZES, Size
-from launch.papers.influence.smollm_scores import SCORES
-from launch.papers.shared import sweeps
+from espalier.launch.aot.table_rows import Row, mesh, tokens
+from espalier.launch.papers.influence import corpus, smollm_files
+from espalier.launch.papers.influence.plan import SIZES, Size
+from espalier.launch.papers.influence.smollm_scores import SCORES
+from espalier.launch.papers.shared import sweeps
 
 CPU = "t5x_configs/experiments/influence/cpu/"
 STARTED, RETRAINED = 1800, 300  # updates
@@ -43,14 +43,14 @@ PILOT_SEED = 90
 
 
 def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    from launch.papers.influence import scoring
+    from espalier.launch.papers.influence import scoring
 
     if text.startswith("smollm,"):
         return _smollm_sweep(text.removeprefix("smollm,"))
     seeds = (PILOT_SEED,) if text == "pilot" else sweeps.seeds(text)
-    own = ("launch.papers.influence.corpus", "--to={run}", "--seed={SEED}")
+    own = ("espalier.launch.papers.influence.corpus", "--to={run}", "--seed={SEED}")
     score = (
-        *("launch.papers.influence.scoring", "--checkpoint={model}", "--corpus={corpus}"),
+        *("espalier.launch.papers.influence.scoring", "--checkpoint={model}", "--corpus={corpus}"),
         *("--to={run}", "--seed={SEED}"),
     )
     arms = {
@@ -67,7 +67,7 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
             arms[name] = _again("scores", name)
     retrained = [name for name in arms if name.startswith(("half_", "without_"))]
     measure = (
-        *("launch.papers.influence.losses", "--to={run}", "--corpus={corpus}"),
+        *("espalier.launch.papers.influence.losses", "--to={run}", "--corpus={corpus}"),
         *("--scores={scores}", "--model={model}"),
     )
     arms["losses"] = sweeps.made(*measure, *(f"{name}={{{name}}}" for name in retrained))
@@ -100,18 +100,18 @@ SMOLLM_DAMPING = 0.1  # of the mean eigenvalue
 def _smollm_sweep(size: str) -> ml_collections.ConfigDict:
     count, fitted, length, layers = SMOLLM_SIZES[size]
     documents = f"--documents={{files}}/{smollm_files.DOCUMENTS}"
-    score = ("launch.papers.influence.smollm_scores", "--factors={factors}", documents)
+    score = ("espalier.launch.papers.influence.smollm_scores", "--factors={factors}", documents)
     score += (f"--queries={{files}}/{smollm_files.QUERIES}", "--to={run}")
     arms = {
         "imported": sweeps.made(
-            "launch.convert", f"--from_gguf={sweeps.smollm2_weights()}", "--to={run}"
+            "espalier.launch.convert", f"--from_gguf={sweeps.smollm2_weights()}", "--to={run}"
         ),
-        "model": sweeps.made("launch.convert", "--from={imported}", "--to_hf={run}"),
+        "model": sweeps.made("espalier.launch.convert", "--from={imported}", "--to_hf={run}"),
         "files": sweeps.made(
-            *("launch.papers.influence.smollm_files", "--to={run}", f"--documents={count}")
+            *("espalier.launch.papers.influence.smollm_files", "--to={run}", f"--documents={count}")
         ),
         "factors": sweeps.made(
-            *("launch.influence", "fit", "--checkpoint={model}", documents, "--out={run}"),
+            *("espalier.launch.influence", "fit", "--checkpoint={model}", documents, "--out={run}"),
             *(f"--modules=layers/block_{layers}/mlp/.*", f"--length={length}"),
             f"--max_documents={fitted}",
         ),
@@ -120,7 +120,7 @@ def _smollm_sweep(size: str) -> ml_collections.ConfigDict:
         ),
         **{method: sweeps.made(*score, f"--method={method}") for method in BESIDE},
         "report": sweeps.made(
-            *("launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),
+            *("espalier.launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),
             *(f"--beside={{{method}}}/{SCORES}" for method in BESIDE),
             "--out={run}",
         ),
@@ -272,7 +272,7 @@ def run(
 
 
 def _exact(stages: sweeps.Stages, seed: int) -> dict[str, Any]:
-    from launch.papers.influence import exact
+    from espalier.launch.papers.influence import exact
 
     sizes = {name: getattr(exact, name) for name in _EXACT}
     stage = stages.get(f"seed{seed}", {"seed": seed, **sizes}, lambda: exact.run(seed))
@@ -284,7 +284,7 @@ _EXACT = ("DOCUMENTS", "QUERIES", "HALVES", "LENGTH", "SYMBOLS", "DAMPING", "LAB
 
 def with_records(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     """Returns arm, seed and seconds of a row of results, with the record that a made run wrote, if it did."""
-    from launch.papers.influence import losses, scoring
+    from espalier.launch.papers.influence import losses, scoring
 
     files = {"scores": scoring.RECORD, "losses": losses.RECORD}
     file = directory / files.get(row["arm"], "")

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.influence import scoring, small_corpus, statistics
-from launch.papers.influence.experiment import GROUPS, METHODS, Seeds
-from launch.plots import heat_maps, panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+from espalier.launch.papers.influence import scoring, small_corpus, statistics
+from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
+from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 COLOURS = {
     "hessian": GREY,

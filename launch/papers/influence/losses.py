@@ -8,7 +8,7 @@ group are without the top documents of each method than without random ones, and
 """
 
 if __name__ == "__main__":
-    from launch.papers.influence import losses
+    from espalier.launch.papers.influence import losses
 
     raise SystemExit(losses.main())
 
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from launch import cli
-from launch.papers.influence import completions, corpus, scoring, statistics
-from launch.papers.influence.small_corpus import Query
+from espalier.launch import cli
+from espalier.launch.papers.influence import completions, corpus, scoring, statistics
+from espalier.launch.papers.influence.small_corpus import Query
 
 RECORD = "losses.json"
 DRAWS = 50  # of random scores: one draw's agreement with the losses is chance
@@ -60,7 +60,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 def of_runs(runs: Mapping[str, str], asked: Sequence[Query]) -> dict[str, np.ndarray]:
     """Returns run -> the losses [Q] of all queries; the models differ in their parameters alone."""
-    from launch.run import load_run
+    from espalier.launch.run import load_run
 
     measure, out = None, {}
     for name, directory in tqdm(runs.items(), desc="losses", unit="run", disable=None):

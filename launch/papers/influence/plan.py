@@ -7,7 +7,7 @@ each. Nothing is compiled or measured: `launch.precompile tables` compiles progr
 """
 
 if __name__ == "__main__":
-    from launch.papers.influence import plan
+    from espalier.launch.papers.influence import plan
 
     raise SystemExit(plan.main())
 
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launch import cli
+from espalier.launch import cli
 
 FITTED, SCORED, LENGTH = 100_000, 5_000_000, 512
 QUERIES, RANK = 100, 64
@@ -104,14 +104,14 @@ class Plan:
 
 
 def _chip_hours(flops: float) -> float:
-    from launch.aot.chips import CHIPS as KNOWN
+    from espalier.launch.aot.chips import CHIPS as KNOWN
 
     return flops / (MFU * KNOWN[CHIP].peak_flops) / 3600
 
 
 def plan(model: Model, *, blocks: int, top_k: int = 1) -> Plan:
     """Returns the counts of a model; a matrix [X, Y] has covariances of n blocks of s = ceil(X / n), and of Y likewise."""
-    from trainers.influence.blocks import block_size, padded_width
+    from espalier.trainers.influence.blocks import block_size, padded_width
 
     def summed(count: Callable[[Any], float], *, read: bool = False) -> Any:
         """Returns a sum over all matrices; with `read`, over those that read a token."""
@@ -162,15 +162,15 @@ def read(size: Size) -> Model:
     """Returns the shapes of a model; allocates nothing."""
     import jax
 
-    from launch.aot.table_rows import tokens
-    from launch.config import gin_config
-    from trainers import initialise
-    from trainers.influence import sites
+    from espalier.launch.aot.table_rows import tokens
+    from espalier.launch.config import gin_config
+    from espalier.trainers import initialise
+    from espalier.trainers.influence import sites
 
     config = gin_config.load(
         (size.file, _RUN),
         tokens(1, LENGTH),
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
         unused={"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"},
     )
     recipe = config.arguments()["recipe"]

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution.analyses import tables
-from launch.papers.influence import corpus, experiment, figures, scoring, small_corpus, statistics
-from launch.papers.influence import exact as tiny
-from launch.papers.influence.experiment import GROUPS, METHODS, Seeds
-from launch.papers.influence.small_corpus import FACT, PROCEDURES
-from launch.papers.shared import page
-from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.plots import intervals
+from espalier.launch.attribution.analyses import tables
+from espalier.launch.papers.influence import corpus, experiment, figures, scoring, small_corpus, statistics
+from espalier.launch.papers.influence import exact as tiny
+from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
+from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES
+from espalier.launch.papers.shared import page
+from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.plots import intervals
 
 EXACT, CORPUS = "exact", "corpus"
 PLACES = {EXACT: "tiny models", CORPUS: "small corpus"}

@@ -7,8 +7,8 @@ CORPUS is a folder of launch.papers.influence.corpus. In DIR are factors/, score
 """
 
 if __name__ == "__main__":
-    from launch import cli
-    from launch.run import load_run
+    from espalier.launch import cli
+    from espalier.launch.run import load_run
 
     def add_flags(parser):
         load_run.add_flags(parser)
@@ -17,14 +17,14 @@ if __name__ == "__main__":
         parser.add_argument("--seed", type=int, default=0, help="random seed of labels")
 
     def start_run(start):
-        from launch.papers.influence import scoring
+        from espalier.launch.papers.influence import scoring
 
         scoring.run(start)
 
     raise SystemExit(
         cli.main(
             __doc__,
-            entry="launch.run.load_run:RunConfig",
+            entry="espalier.launch.run.load_run:RunConfig",
             command="scoring",
             extra_flags=add_flags,
             run=start_run,
@@ -41,14 +41,14 @@ from typing import Any
 
 import numpy as np
 
-from launch.attribution import similarity
-from launch.papers.influence import completions, corpus, statistics
-from launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
-from launch.run.loaded_run import LoadedRun
-from trainers.influence import conjugate, kronecker, lexical, projections, queries, scores
-from trainers.influence import fit as stages
-from trainers.influence import sites as site_list
-from trainers.scoring.scoring import MeanStates, Row
+from espalier.launch.attribution import similarity
+from espalier.launch.papers.influence import completions, corpus, statistics
+from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
+from espalier.launch.run.loaded_run import LoadedRun
+from espalier.trainers.influence import conjugate, kronecker, lexical, projections, queries, scores
+from espalier.trainers.influence import fit as stages
+from espalier.trainers.influence import sites as site_list
+from espalier.trainers.scoring.scoring import MeanStates, Row
 
 SCORES, RECORD = "scores.npz", "scores.json"
 # The methods of gradients, in the order in which a set of queries has them.

@@ -7,7 +7,7 @@ queries.jsonl. Pieces that have the answer of a query come first, up to ANSWERS 
 """
 
 if __name__ == "__main__":
-    from launch.papers.influence import smollm_files
+    from espalier.launch.papers.influence import smollm_files
 
     raise SystemExit(smollm_files.main())
 
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli
-from launch.attribution.analyses import search
-from launch.inference import row_files
+from espalier.launch import cli
+from espalier.launch.attribution.analyses import search
+from espalier.launch.inference import row_files
 
 DOCUMENTS, QUERIES = "documents.jsonl", "queries.jsonl"
 SOURCES = ("text", "code", "markup")
@@ -113,7 +113,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    from data.text import corpus
+    from espalier.data.text import corpus
 
     texts = corpus.assemble(sources=SOURCES, bytes_per_source=_SOURCE_BYTES)
     by_source = {

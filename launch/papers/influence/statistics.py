@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.influence import small_corpus
-from launch.papers.influence.small_corpus import (
+from espalier.launch.papers.influence import small_corpus
+from espalier.launch.papers.influence.small_corpus import (
     FACT,
     GROUPS,
     PROCEDURES,
@@ -18,7 +18,7 @@ from launch.papers.influence.small_corpus import (
     Query,
     source_code,
 )
-from trainers.influence import measures
+from espalier.trainers.influence import measures
 
 TOP = 20  # documents that are searched for answers, and whose sources are counted
 SHARE = 0.01  # of the documents: the top and bottom that masses, sources and removals are of

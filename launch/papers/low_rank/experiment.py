@@ -30,8 +30,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from launch.aot.table_rows import Row
-from launch.papers.shared import results, sweeps
+from espalier.launch.aot.table_rows import Row
+from espalier.launch.papers.shared import results, sweeps
 
 PLACES = {"lm": "characters", "vision": "textures", "timing": "steps"}
 
@@ -297,11 +297,11 @@ class _Side:
     def of(cls, settings: Mapping[str, Any]) -> "_Side":
         import jax
 
-        from launch.config import gin_config
-        from trainers import partitioning
+        from espalier.launch.config import gin_config
+        from espalier.trainers import partitioning
 
         bindings = (*settings["bindings"], "MODEL_DIR=''")
-        config = gin_config.load(settings["gin_files"], bindings, entry="launch.train:train")
+        config = gin_config.load(settings["gin_files"], bindings, entry="espalier.launch.train:train")
         recipe = config.arguments()["recipe"]
         program = recipe.program()
         batch = _batch(recipe, program)
@@ -381,7 +381,7 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
     means of trainers/low_rank/spectrum.py; and 'first_profile' and 'last_profile' (see `profile`). They are empty for a
     run that has no such readings.
     """
-    from trainers.low_rank import spectrum
+    from espalier.trainers.low_rank import spectrum
 
     metrics = sweeps.metrics(directory)
     curve = [

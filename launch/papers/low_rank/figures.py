@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.low_rank import experiment
-from launch.papers.low_rank.experiment import Results, arm_name
-from launch.plots import intervals
-from launch.plots.panels import (
+from espalier.launch.papers.low_rank import experiment
+from espalier.launch.papers.low_rank.experiment import Results, arm_name
+from espalier.launch.plots import intervals
+from espalier.launch.plots.panels import (
     BLUE,
     GREEN,
     GREY,

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.low_rank import experiment
-from launch.papers.low_rank.experiment import PLACES, Results, arm_name
-from launch.papers.low_rank.figures import figures
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.papers.shared.results import compare
-from launch.plots import intervals
+from espalier.launch.papers.low_rank import experiment
+from espalier.launch.papers.low_rank.experiment import PLACES, Results, arm_name
+from espalier.launch.papers.low_rank.figures import figures
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.shared.results import compare
+from espalier.launch.plots import intervals
 
 SAME = 5  # % of spectral's perplexity: how much the singular values of the start may change it
 NO_WORSE = 1  # % of perplexity

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panels
-from launch.run import metric_rows
+from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panels
+from espalier.launch.run import metric_rows
 
 FLAG = "spectra"
 HELP = (
@@ -25,7 +25,7 @@ def report(directories: Sequence[str], out: pathlib.Path) -> str:
       FileNotFoundError: a run has no spectra.
       ValueError: more runs than colours that can be distinguished.
     """
-    from trainers.low_rank import spectrum
+    from espalier.trainers.low_rank import spectrum
 
     runs = metric_rows.named(directories)
     if len(runs) > len(_COLOURS):

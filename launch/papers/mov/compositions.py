@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from data import tasks
-from data.data_source import GeneratedSource
-from data.instructions.encoding import Form
+from espalier.data import tasks
+from espalier.data.data_source import GeneratedSource
+from espalier.data.instructions.encoding import Form
 from espalier.common.ranges import Seed, Size
 
 CACHED_AS = "data.mov.compositions"  # the name by which caches of its data know it

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.mov import compositions, rows
+from espalier.launch.papers.mov import compositions, rows
 
 ROWS = 32  # of each composition and template, in what routers read
 INPUTS, TARGETS = 64, 16  # tokens that they are padded to
@@ -21,13 +21,13 @@ _PROBABILITIES = "router_probs"
 
 def ranks(run_dir: str) -> dict[str, Any]:
     """Returns what `launch.evaluate ranks` measures: mean accuracies, and by task and template."""
-    from launch.config import gin_config
-    from launch.evaluation import ranks
-    from launch.run import load_run
+    from espalier.launch.config import gin_config
+    from espalier.launch.evaluation import ranks
+    from espalier.launch.run import load_run
 
     files = load_run.whole_files(run_dir, (), trust_config=True, own=ranks.GIN)
     config = gin_config.load(
-        [], ["TRAIN_SETS={}"], entry="launch.evaluation.ranks:evaluate", defaults=files
+        [], ["TRAIN_SETS={}"], entry="espalier.launch.evaluation.ranks:evaluate", defaults=files
     )
     scores = ranks.evaluate(**{**config.arguments(), "checkpoint": run_dir})
     tasks = {}
@@ -51,7 +51,7 @@ def routing(run_dir: str) -> dict[str, Any]:
     """
     import jax
 
-    from launch.run import load_run
+    from espalier.launch.run import load_run
 
     with load_run.config_of(run_dir).load(run_dir, encoder_decoders=True) as run:
         sown = jax.jit(functools.partial(_intermediates, run.model))
@@ -103,7 +103,7 @@ def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> 
     """Returns what a model sows on padded inputs and right answers."""
     import jax.numpy as jnp
 
-    from model import rows
+    from espalier.model import rows
 
     batch = {
         "encoder_input_tokens": inputs_NS,

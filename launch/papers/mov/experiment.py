@@ -23,9 +23,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from launch.aot.table_rows import Row
-from launch.papers.mov import evaluations, rows
-from launch.papers.shared import domains, results, sweeps
+from espalier.launch.aot.table_rows import Row
+from espalier.launch.papers.mov import evaluations, rows
+from espalier.launch.papers.shared import domains, results, sweeps
 
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"
@@ -60,7 +60,7 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
     seeds, _, data = text.partition(",")
     if seeds == "full":
         return _full_sweep(data)
-    write = ("launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
+    write = ("espalier.launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
     arms = {
         "rows": sweeps.made(*write),
         "pretrained": sweeps.arm(f"{CPU}denoise.gin", evaluations=()),
@@ -87,7 +87,7 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
     for name, bindings in VARIANT_BINDINGS.items():
         arms[f"mov10_{name}"] = _mov(10, *bindings)
     evaluations = {
-        name: {"call": f"launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
+        name: {"call": f"espalier.launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
     }
     judging = sweeps.seeds(seeds, after=_CHOSE)
     return sweeps.config(arms, seeds=judging, evaluations=evaluations)
@@ -251,7 +251,7 @@ def _full_sweep(data: str) -> ml_collections.ConfigDict:
         for name, (file, *bindings) in _full_methods(size).items():
             arms[f"{name}_{size}"] = _full_arm(data, size, file, *bindings)
         arms[f"full_{size}"] = _full_arm(data, size, "")
-    ranks = ("launch.evaluate", "ranks", "--checkpoint={run}", "--trust_config", "--json={json}")
+    ranks = ("espalier.launch.evaluate", "ranks", "--checkpoint={run}", "--trust_config", "--json={json}")
     bindings = (f"TOKENIZER={data + '/tokenizer'!r}", f"INSTRUCTIONS_DIR={data + '/p3'!r}")
     return sweeps.config(
         arms,
@@ -365,8 +365,8 @@ def completed(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]
 
 
 def _parameters(directory: pathlib.Path) -> dict[str, int]:
-    from model.adapters import adapter
-    from trainers.checkpoints import step_dir
+    from espalier.model.adapters import adapter
+    from espalier.trainers.checkpoints import step_dir
 
     arrays = step_dir.read_manifest(step_dir.resolve(directory)).arrays
     sizes = {

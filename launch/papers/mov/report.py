@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.papers.mov import experiment, rows
-from launch.papers.mov.evaluations import KINDS
-from launch.papers.mov.experiment import (
+from espalier.launch.papers.mov import experiment, rows
+from espalier.launch.papers.mov.evaluations import KINDS
+from espalier.launch.papers.mov.experiment import (
     ACCURACY,
     BASE,
     CHANCE,
@@ -28,12 +28,12 @@ from launch.papers.mov.experiment import (
     VARIANTS,
     Runs,
 )
-from launch.papers.shared import claim, domains, page, results
-from launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
-from launch.papers.shared.domain_panels import load_dots
-from launch.papers.shared.page import Prose
-from launch.plots import heat_maps, panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+from espalier.launch.papers.shared import claim, domains, page, results
+from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.domain_panels import load_dots
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 PART = "operations"
 SEEDS = 4  # the least number for a verdict, of five: one frozen model may not have learned

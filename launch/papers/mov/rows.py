@@ -19,7 +19,7 @@ for each composition that is held out, which all seeds share.
 """
 
 if __name__ == "__main__":
-    from launch.papers.mov import rows
+    from espalier.launch.papers.mov import rows
 
     raise SystemExit(rows.main())
 
@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from launch import cli
-from launch.inference import row_files
-from launch.papers.mov import compositions
-from launch.papers.mov.compositions import LETTERS, OPERATIONS, Pair
+from espalier.launch import cli
+from espalier.launch.inference import row_files
+from espalier.launch.papers.mov import compositions
+from espalier.launch.papers.mov.compositions import LETTERS, OPERATIONS, Pair
 
 KNOWN_WORDS = {letter: name for letter, (name, _) in OPERATIONS.items()}
 NEW_WORDS = {

@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from launch.aot.table_rows import Row, tokens
-from launch.papers.shared import domains as domain_runs
-from launch.papers.shared import sweeps
-from launch.papers.shared.domains import DomainRuns
-from launch.papers.shared.sweeps import on_shares
+from espalier.launch.aot.table_rows import Row, tokens
+from espalier.launch.papers.shared import domains as domain_runs
+from espalier.launch.papers.shared import sweeps
+from espalier.launch.papers.shared.domains import DomainRuns
+from espalier.launch.papers.shared.sweeps import on_shares
 
 OLD, NEW = "old-domain loss", "new-domain loss"
 SEED, MERGED = "seed", "merged"
@@ -180,7 +180,7 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
             {domain: 1.0}, EXPERT_STEPS, "LEARNING_RATE=1.5e-3", parent="seed"
         )
     experts = [f"{domain}={{expert_{domain}}}" for domain in domains]
-    embed = ("launch.prepare", "embed_domains", f"--gin_file={CPU}{kind}.gin")
+    embed = ("espalier.launch.prepare", "embed_domains", f"--gin_file={CPU}{kind}.gin")
     sources = [f"--domain={domain}=task:{domain}" for domain in domains]
     for name, flags in EMBEDDINGS.items():
         words = (*embed, *flags, f"--dim={DOMAIN_DIM}", "--seed={SEED}", *sources)
@@ -215,7 +215,7 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
         arms[arm] = _mixture(*trained, MIXTURES[EXTENDED_BY[arm][0]], *rate)
     tasks = (general, *domains, new)
     flags = ("--max_batches=4", f"--tasks={','.join(tasks)}")
-    structure = {"call": "launch.evaluation.routing:structure"}
+    structure = {"call": "espalier.launch.evaluation.routing:structure"}
     return sweeps.config(
         arms,
         seeds=seeds or 5,
@@ -240,11 +240,11 @@ def _mixture(
 
 
 def _upcycle(*flags: str) -> tuple[str, ...]:
-    return ("launch.upcycle", *flags, "--trust_config", "--router_seed={SEED}", "--experts")
+    return ("espalier.launch.upcycle", *flags, "--trust_config", "--router_seed={SEED}", "--experts")
 
 
 def _extended(mixture: str, new: str, *flags: str) -> dict:
-    command = ("launch.upcycle", "extend", "--trust_config", "--router_seed={SEED}")
+    command = ("espalier.launch.upcycle", "extend", "--trust_config", "--router_seed={SEED}")
     words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
     return sweeps.made(*command, *words, "--to={run}", evaluations=EVALUATED)
 
@@ -297,7 +297,7 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         tokens = ("TRAIN_TOKENS=8e9", "WARMUP_STEPS=763") if domain == CODE else budget
         train(domain, "expert", {domain: 1.0}, *tokens, f"INITIAL_CHECKPOINT_PATH={seed!r}")
     embed = (
-        *("launch.prepare", "embed_domains", "--gin_file=t5x_configs/data/nexus_full.gin"),
+        *("espalier.launch.prepare", "embed_domains", "--gin_file=t5x_configs/data/nexus_full.gin"),
         f"--gin.DATA_ROOT={data!r}",
         f"--gin.TOKENIZER={data + '/tokenizer'!r}",
         f"--gin.SHARES={dict.fromkeys(every, 0.0) | {domains[0]: 1.0}!r}",
@@ -313,7 +313,7 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
     experts = [f"{domain}={{{domain}_{size}}}" for domain in domains]
     make(
         "merged",
-        "launch.upcycle",
+        "espalier.launch.upcycle",
         "--method=soup",
         "--experts",
         f"seed={seed}",
@@ -337,7 +337,7 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
         method = "nexus" if projected else "nexus_linear"
         flags = [f"--router={router}", f"--seed_model={seed}"]
         flags += [f"--domains={{domains_{size}}}"] if projected else []
-        command = ("launch.upcycle", "--method=nexus", *flags, "--experts", *experts)
+        command = ("espalier.launch.upcycle", "--method=nexus", *flags, "--experts", *experts)
         make(f"{arm}_start", *command, "--to={run}")
         for suffix, (shares, more) in variants.items():
             name = f"{arm}{suffix}"
@@ -350,7 +350,7 @@ def _of_size(data: str, size: str, domains: tuple[str, ...]) -> dict:
             extensions = {f"{arm}_{x}_with_{CODE}": [f"--router={x}"] for x in ("reset", "append")}
         for name, flags in extensions.items() if large else ():
             added = [f"--moe={{{arm}_{size}}}", f"--add={CODE}={{{CODE}_{size}}}", *flags]
-            make(f"{name}_start", "launch.upcycle", "extend", *added, "--to={run}")
+            make(f"{name}_start", "espalier.launch.upcycle", "extend", *added, "--to={run}")
             more = (f"EXPERTS={len(domains) + 1}", *width)
             start = {"method": method, "parent": f"{name}_start"}
             train(name, "extension", {CODE: 0.5, **rest}, *more, **start)

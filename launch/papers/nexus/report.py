@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.nexus import experiment
-from launch.papers.nexus.experiment import (
+from espalier.launch.papers.nexus import experiment
+from espalier.launch.papers.nexus.experiment import (
     APPENDED,
     BUDGETS,
     EXTENDED,
@@ -34,13 +34,13 @@ from launch.papers.nexus.experiment import (
     Runs,
     start,
 )
-from launch.papers.shared import claim, domains
-from launch.papers.shared.claim import Claim, Effect, RequiredClaim
-from launch.papers.shared.domain_panels import choice_maps, dots, load_dots
-from launch.papers.shared.domains import everywhere, swept
-from launch.papers.shared.page import Prose
-from launch.plots import heat_maps, panels
-from launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE
+from espalier.launch.papers.shared import claim, domains
+from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.domain_panels import choice_maps, dots, load_dots
+from espalier.launch.papers.shared.domains import everywhere, swept
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 MARGIN = 0.02  # nats: what counts as no worse
 FLAT = 2.0  # per cent of the loss on the old domains: what an extension may cost
@@ -113,7 +113,7 @@ def _own_shares(runs: Runs, arm: str) -> dict[int, tuple[float, float]]:
 
 def _kin(names: Sequence[str]) -> list[object]:
     """Returns what generated domains share that are to be counted as one: most rows of a table; else their names."""
-    from launch.papers.nexus import lag_domains
+    from espalier.launch.papers.nexus import lag_domains
 
     def table(name: str) -> object:
         made = lag_domains.DOMAINS.get(name)

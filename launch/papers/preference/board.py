@@ -14,13 +14,13 @@ from typing import Any
 
 import pandas as pd
 
-from launch.plots import hover, html_page, panels
-from launch.reporting.figures import curve
-from launch.reporting.labels import number, short
-from launch.run import metric_rows
-from trainers.preference.indicators import samples
-from trainers.preference.indicators.alarm import StoppingRule
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch.plots import hover, html_page, panels
+from espalier.launch.reporting.figures import curve
+from espalier.launch.reporting.labels import number, short
+from espalier.launch.run import metric_rows
+from espalier.trainers.preference.indicators import samples
+from espalier.trainers.preference.indicators.alarm import StoppingRule
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 # Series -> metrics, of which the first that a run has is used. `*` is a task; several are averaged.
 METRICS = {
@@ -449,7 +449,7 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
       FileNotFoundError: a directory holds no metrics.
       ValueError: there is nothing to draw, or the file is neither .html nor .png.
     """
-    from launch.plots import hover, html_page
+    from espalier.launch.plots import hover, html_page
 
     if path.suffix not in (".html", ".png"):
         raise ValueError(f"--out={path}: name a file that ends with .html or .png.")

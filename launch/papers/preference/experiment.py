@@ -31,9 +31,9 @@ from typing import Any
 
 import ml_collections
 
-from launch.aot.table_rows import Row
-from launch.papers.preference import topic_language
-from launch.papers.shared import claim, sweeps
+from espalier.launch.aot.table_rows import Row
+from espalier.launch.papers.preference import topic_language
+from espalier.launch.papers.shared import claim, sweeps
 
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.
@@ -65,7 +65,7 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
         return _smollm_sweep(rest)
     if seeds == "full":
         return _full_sweep(rest)
-    pairs = ("{python}", "-m", "launch.papers.preference.pairs", "--checkpoint={sft}")
+    pairs = ("{python}", "-m", "espalier.launch.papers.preference.pairs", "--checkpoint={sft}")
     arms = {
         "sft": {"gin_files": (f"{CPU}sft.gin",)},
         "pairs": {"made": (*pairs, "--to={run}", "--seed={SEED}")},
@@ -125,12 +125,12 @@ def _smollm_sweep(seeds: str) -> ml_collections.ConfigDict:
         "model": {
             "made": (
                 *module,
-                "launch.convert",
+                "espalier.launch.convert",
                 f"--from_gguf={sweeps.smollm2_weights()}",
                 "--to={run}",
             )
         },
-        "pairs": {"made": (*module, "launch.prepare", "preference_pairs", *pairs)},
+        "pairs": {"made": (*module, "espalier.launch.prepare", "preference_pairs", *pairs)},
         **{name: _smollm_arm(*settings) for name, settings in SMOLLM_ARMS.items()},
     }
     arms["dpo_low_beta"] |= {"seeds": sweeps.seeds(1)}
@@ -249,9 +249,9 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
     'outside', the share of facts that are still known and the share of symbols outside language A in its samples; None
     where there is none. 'best_of' is of pairs.py.
     """
-    from launch.papers.preference import pairs
-    from trainers.preference.indicators import samples
-    from trainers.preference.indicators.alarm import PREFIX
+    from espalier.launch.papers.preference import pairs
+    from espalier.trainers.preference.indicators import samples
+    from espalier.trainers.preference.indicators.alarm import PREFIX
 
     lines = sweeps.metrics(directory)
     facts = {line["step"]: line["facts/accuracy"] for line in lines if "facts/accuracy" in line}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import experiment
+from espalier.launch.papers.preference import experiment
 
 WINDOW = 3  # evaluations of a moving mean, such as that of a run's end
 # Method that learns from pairs -> (its name, the letter of its strength).
@@ -320,7 +320,7 @@ def difference(name: str, one: Arm, other: Arm, courses: Sequence[Course]) -> fl
 
 def length_link(courses: Sequence[Course]) -> float | None:
     """Returns Pearson's correlation of better LLH and the length of outputs."""
-    from trainers.preference.indicators import measures
+    from espalier.trainers.preference.indicators import measures
 
     r = measures.pearson(*points(courses, "llh_chosen", "length"))
     return None if np.isnan(r) else r

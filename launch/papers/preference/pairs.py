@@ -9,8 +9,8 @@ P_win, against another sample of the model, of the best of n samples of it by th
 """
 
 if __name__ == "__main__":
-    from launch import cli
-    from launch.run import load_run
+    from espalier.launch import cli
+    from espalier.launch.run import load_run
 
     def add_flags(parser):
         load_run.add_flags(parser)
@@ -20,14 +20,14 @@ if __name__ == "__main__":
         )
 
     def start_run(start):
-        from launch.papers.preference import pairs
+        from espalier.launch.papers.preference import pairs
 
         pairs.run(start)
 
     raise SystemExit(
         cli.main(
             __doc__,
-            entry="launch.run.load_run:RunConfig",
+            entry="espalier.launch.run.load_run:RunConfig",
             command="pairs",
             extra_flags=add_flags,
             run=start_run,
@@ -43,11 +43,11 @@ from typing import Any
 
 import numpy as np
 
-from launch.inference import generate, row_files
-from launch.papers.preference import topic_language
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Settings
-from trainers.preference.indicators import measures
+from espalier.launch.inference import generate, row_files
+from espalier.launch.papers.preference import topic_language
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.preference.indicators import measures
 
 TRAIN_PAIRS = 2048
 FILES = {"train": "pairs.jsonl", "validation": "held_out.jsonl"}

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from espalier.common.ranges import Count, Size
-from launch.papers.preference import topic_language
-from model.protocol import inference_model, inference_params
-from trainers.decoding.policy_sampler import Generator
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Settings
-from trainers.hooks import Hook, RunContext
-from trainers.train_state import TrainState
+from espalier.launch.papers.preference import topic_language
+from espalier.model.protocol import inference_model, inference_params
+from espalier.trainers.decoding.policy_sampler import Generator
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.hooks import Hook, RunContext
+from espalier.trainers.train_state import TrainState
 
 
 @dataclasses.dataclass(kw_only=True)

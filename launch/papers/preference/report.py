@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import experiment, figures, numbers, rule
-from launch.papers.preference.numbers import (
+from espalier.launch.papers.preference import experiment, figures, numbers, rule
+from espalier.launch.papers.preference.numbers import (
     ARMS,
     METHODS,
     ONLINE,
@@ -23,11 +23,11 @@ from launch.papers.preference.numbers import (
     find,
     of_arm,
 )
-from launch.papers.shared import page
-from launch.papers.shared.claim import FEW_SEEDS, Claim, Effect, Measure, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.papers.shared.results import Results
-from launch.plots import intervals
+from espalier.launch.papers.shared import page
+from espalier.launch.papers.shared.claim import FEW_SEEDS, Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.shared.results import Results
+from espalier.launch.plots import intervals
 
 APART = 0.05  # of P_win, by which the middle is better than both ends
 REDUCTION = 0.15  # of RMSE

@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from launch.papers.preference.numbers import Arm, Course, by_seed, find
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Effect, Measure
-from launch.plots import intervals
-from trainers.preference.indicators.alarm import Alarm, Reading, StoppingRule
+from espalier.launch.papers.preference.numbers import Arm, Course, by_seed, find
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Effect, Measure
+from espalier.launch.plots import intervals
+from espalier.trainers.preference.indicators.alarm import Alarm, Reading, StoppingRule
 
 LOSS = 0.05  # of P_win, from its best to the end: more is over-optimised
 PLAIN = StoppingRule(llh_drop=0.0)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.preference import topic_language
-from trainers.rewards.base import Completion
+from espalier.launch.papers.preference import topic_language
+from espalier.trainers.rewards.base import Completion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_dir
-from launch.plots import intervals
+from espalier.data.cache import cache_dir
+from espalier.launch.plots import intervals
 
 VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
 HOLDS, FAILS, MIXED, UNDECIDED, NOT_MEASURED = VERDICTS
@@ -248,7 +248,7 @@ def fix_criteria(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any
       {'date', 'commit', 'dirty', 'claims': name -> statement, condition and whether it must hold}: those of the first
       call after which the folder got runs.
     """
-    from launch.run import run_dir
+    from espalier.launch.run import run_dir
 
     path = folder / _CRITERIA
     started = folder.is_dir() and any(one.name != _CRITERIA for one in folder.iterdir())

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared.domains import LOAD_BOUND, ROUTERS, DomainRuns, choices, largest_loads
-from launch.plots import heat_maps, panels
+from espalier.launch.papers.shared.domains import LOAD_BOUND, ROUTERS, DomainRuns, choices, largest_loads
+from espalier.launch.plots import heat_maps, panels
 
 
 def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from launch.papers.shared import page, results, sweeps
-from launch.papers.shared.claim import Measure
-from launch.papers.shared.results import named
+from espalier.launch.papers.shared import page, results, sweeps
+from espalier.launch.papers.shared.claim import Measure
+from espalier.launch.papers.shared.results import named
 
 ROUTING = "routing"  # the evaluation, launch/evaluation/routing.py
 # Largest share of the tokens that one expert of a layer may get. Above it, a top-1 router has collapsed: the layer is dense
@@ -294,7 +294,7 @@ def part(paper: str, name: str, model_dir: str, seeds: int, **options: Any) -> d
 
 def sweep(paper: str) -> Any:
     """Returns the module of a paper's sweep."""
-    return importlib.import_module(f"launch.papers.{paper}.experiment")
+    return importlib.import_module(f"espalier.launch.papers.{paper}.experiment")
 
 
 def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def with_course(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, An
 
 def entropy_floors(domains: Sequence[str]) -> dict[str, float]:
     """Returns the entropy of those domains that are generated (launch/papers/nexus/lag_domains.py)."""
-    from launch.papers.nexus import lag_domains
+    from espalier.launch.papers.nexus import lag_domains
 
     known = [domain for domain in domains if domain in lag_domains.DOMAINS]
     return {name: lag_domains.entropy_floor(lag_domains.DOMAINS[name]) for name in known}

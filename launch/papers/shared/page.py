@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared import claim
-from launch.papers.shared.claim import Claim, Effect
-from launch.plots import panels
+from espalier.launch.papers.shared import claim
+from espalier.launch.papers.shared.claim import Claim, Effect
+from espalier.launch.plots import panels
 
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 RECORD, TITLE = "results.json", "title"

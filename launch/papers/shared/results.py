@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from launch.papers.shared.claim import Effect, Measure
-from launch.plots import intervals
+from espalier.launch.papers.shared.claim import Effect, Measure
+from espalier.launch.plots import intervals
 
 Case = str | tuple[str, str | None]  # an arm at the main size, or (arm, size)
 _AT_THE_END = (

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.papers.shared import claim, page
-from launch.plots import intervals
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.plots import intervals
 
 START, END = "<!-- scorecard -->", "<!-- /scorecard -->"
 

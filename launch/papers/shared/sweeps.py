@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from data.cache import cache_dir
+from espalier.data.cache import cache_dir
 
 # Seeds below it were used to choose designs, margins and settings, so they judge no claim; nor do pilots, from 90 on.
 FIRST_SEED = 10
@@ -73,7 +73,7 @@ def domain_evaluations(tasks: tuple[str, ...], *flags: str) -> dict[str, Any]:
     loss = (
         "{python}",
         "-m",
-        "launch.evaluate",
+        "espalier.launch.evaluate",
         "loss",
         "--checkpoint={run}",
         "--trust_config",
@@ -82,7 +82,7 @@ def domain_evaluations(tasks: tuple[str, ...], *flags: str) -> dict[str, Any]:
     return {
         "held_out": {"command": (*loss, "--json={json}")},
         "routing": {
-            "call": "launch.evaluation.routing:routing",
+            "call": "espalier.launch.evaluation.routing:routing",
             "arguments": {"tasks": tasks, "trust_config": True},
         },
     }
@@ -109,7 +109,7 @@ def smollm2_weights(otherwise: str = "") -> str:
 
 
 if TYPE_CHECKING:
-    from launch.sweeping.file import Run
+    from espalier.launch.sweeping.file import Run
 
 _PAPERS = pathlib.Path(__file__).parents[1]
 
@@ -160,7 +160,7 @@ def rows(
       ValueError: the sweep could not be run.
       StoppedError: it was stopped, by a signal or the time.
     """
-    from launch import cli, sweep
+    from espalier.launch import cli, sweep
 
     file = _file(name, argument)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
@@ -175,7 +175,7 @@ def rows(
 
 def planned(name: str, argument: int | str) -> "tuple[Run, ...]":
     """Returns all runs of a sweep, done or not."""
-    from launch.sweeping import file
+    from espalier.launch.sweeping import file
 
     return file.read(_file(name, argument))
 
@@ -186,7 +186,7 @@ def _file(name: str, argument: int | str) -> str:
 
 def metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's metrics.jsonl; none where the run was not trained."""
-    from trainers.telemetry.metric_writers import rows_in_force
+    from espalier.trainers.telemetry.metric_writers import rows_in_force
 
     path = directory / "metrics.jsonl"
     return list(rows_in_force(str(path))) if path.exists() else []

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from launch.papers.snapkv import retrieval
-from launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
-from trainers.decoding.settings import Settings
-from trainers.snapkv import replay
+from espalier.launch.papers.snapkv import retrieval
+from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.snapkv import replay
 
 WINDOW = 8
 KERNEL = 2 * retrieval.ANSWER_TOKENS - 1  # a vote for one token of an answer keeps all of it

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from launch.papers.snapkv import retrieval
-from launch.papers.snapkv.accuracy import SNAPKV, WINDOW, Retriever
-from trainers.snapkv import replay
-from trainers.snapkv.replay import LayerRecord
+from espalier.launch.papers.snapkv import retrieval
+from espalier.launch.papers.snapkv.accuracy import SNAPKV, WINDOW, Retriever
+from espalier.trainers.snapkv import replay
+from espalier.trainers.snapkv.replay import LayerRecord
 
 
 def attention_weights(record: LayerRecord, at_BQ: jax.Array, prefix: int) -> jax.Array:

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from launch.aot.table_rows import Row, tokens
-from launch.papers.shared import sweeps
-from launch.papers.shared.sweeps import Stages
+from espalier.launch.aot.table_rows import Row, tokens
+from espalier.launch.papers.shared import sweeps
+from espalier.launch.papers.shared.sweeps import Stages
 
 GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 
@@ -138,12 +138,12 @@ def model_args(policy: str, settings: dict) -> str:
 
 
 def _converted(checkpoint: str) -> dict:
-    words = ("launch.convert", f"--from_hf={checkpoint}", "--to={run}")
+    words = ("espalier.launch.convert", f"--from_hf={checkpoint}", "--to={run}")
     return sweeps.made(*words, evaluations=tuple(POLICIES))
 
 
 def _longbench(folder: str, arguments: str) -> dict:
-    words = ("launch.evaluate", "harness", "--suite=snapkv", "--checkpoint={run}", "--json={json}")
+    words = ("espalier.launch.evaluate", "harness", "--suite=snapkv", "--checkpoint={run}", "--json={json}")
     flags = (f"--data_dir={folder}", f"--model_args={arguments}")
     return {"command": ("{python}", "-m", *words, *flags)}
 
@@ -217,7 +217,7 @@ def run(
     if "needles" in parts:
         out["needles"] = _needles(folder, stages)
     if "latency" in parts:  # last, and alone: it needs idle cores
-        from launch.papers.snapkv import latency
+        from espalier.launch.papers.snapkv import latency
 
         stage = stages.get("latency", latency.SETTINGS, latency.measure)
         out["latency"] = {"settings": stage["settings"], **stage["result"]}
@@ -253,7 +253,7 @@ def _phase(row: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
 
 def _model(directory: pathlib.Path, stages: Stages, seed: int, digest: str) -> dict[str, Any]:
     """Returns all measurements of one retrieval model; `digest` is of its training."""
-    from launch.papers.snapkv import accuracy, attention
+    from espalier.launch.papers.snapkv import accuracy, attention
 
     sizes = {"prompts": PROMPTS, "lines": LINES}
     at_fifth = {**sizes, "capacity": CAPACITY}
@@ -289,11 +289,11 @@ def _model(directory: pathlib.Path, stages: Stages, seed: int, digest: str) -> d
 @contextlib.contextmanager
 def _loaded(directory: pathlib.Path) -> Iterator[Any]:
     """Loads a run's newest checkpoint."""
-    from launch.config import gin_config
-    from launch.run import load_run
+    from espalier.launch.config import gin_config
+    from espalier.launch.run import load_run
 
     config = gin_config.load(
-        entry="launch.run.load_run:RunConfig",
+        entry="espalier.launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=load_run.files_of(str(directory)),
     )
@@ -303,8 +303,8 @@ def _loaded(directory: pathlib.Path) -> Iterator[Any]:
 
 def _needles(folder: pathlib.Path, stages: Stages) -> dict[str, Any]:
     """Returns the chat model's answers, after converting it."""
-    from launch import convert
-    from launch.papers.snapkv import needles
+    from espalier.launch import convert
+    from espalier.launch.papers.snapkv import needles
 
     directory = folder / "smollm2"
     if not directory.exists():

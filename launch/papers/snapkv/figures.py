@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.snapkv import accuracy, experiment, needles
-from launch.papers.snapkv.needles import DEPTHS
-from launch.papers.snapkv.results import Latency, Needles, Retrieval, rates
-from launch.plots import intervals
-from launch.plots.panels import BLUE, RED, errors, legend_below, panels
+from espalier.launch.papers.snapkv import accuracy, experiment, needles
+from espalier.launch.papers.snapkv.needles import DEPTHS
+from espalier.launch.papers.snapkv.results import Latency, Needles, Retrieval, rates
+from espalier.launch.plots import intervals
+from espalier.launch.plots.panels import BLUE, RED, errors, legend_below, panels
 
 _ACCURACY = {
     "SnapKV and its relatives": ("snapkv", "snapkv_avg", "snapkv_int8", "adakv", "oracle"),

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from launch.papers.snapkv.methods import FULL, Method, methods
-from model.config import TransformerConfig
-from model.kv_cache.base import AttentionForm
-from model.rope import Rope
-from model.transformer import Transformer
-from trainers import initialise
-from trainers.decoding.decode import decode
-from trainers.decoding.prefill import prefill
-from trainers.decoding.settings import Settings
-from trainers.snapkv import cache_bytes, replay
+from espalier.launch.papers.snapkv.methods import FULL, Method, methods
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.base import AttentionForm
+from espalier.model.rope import Rope
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise
+from espalier.trainers.decoding.decode import decode
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.snapkv import cache_bytes, replay
 
 CONFIG = TransformerConfig(
     vocab_size=1024,

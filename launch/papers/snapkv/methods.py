@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.kv_cache.base import CachePolicy
-from model.kv_cache.policies import policy_named
-from model.transforms import layer_stack
-from trainers.decoding.settings import Settings
-from trainers.snapkv import replay
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.kv_cache.policies import policy_named
+from espalier.model.transforms import layer_stack
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.snapkv import replay
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from data.text.sources import english, environment
-from launch.papers.shared import sweeps
-from launch.papers.shared.sweeps import Stages
-from launch.papers.snapkv import attention
-from launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
-from launch.run.load_run import LoadedRun
-from trainers.decoding.settings import Settings
-from trainers.snapkv import replay
+from espalier.data.text.sources import english, environment
+from espalier.launch.papers.shared import sweeps
+from espalier.launch.papers.shared.sweeps import Stages
+from espalier.launch.papers.snapkv import attention
+from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
+from espalier.launch.run.load_run import LoadedRun
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.snapkv import replay
 
 ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty", "velvet")
 NOUNS = ("falcon", "lantern", "harbor", "anvil", "orchard", "saddle", "teapot", "violin")

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared import page
-from launch.papers.shared.claim import Claim, Effect, RequiredClaim
-from launch.papers.shared.page import Prose
-from launch.papers.snapkv import experiment, figures, needles, results
-from launch.papers.snapkv.results import (
+from espalier.launch.papers.shared import page
+from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.page import Prose
+from espalier.launch.papers.snapkv import experiment, figures, needles, results
+from espalier.launch.papers.snapkv.results import (
     BAR,
     CHAT,
     CHAT_BAR,

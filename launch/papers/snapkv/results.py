@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.papers.shared.claim import FEW_SEEDS, Effect
-from launch.papers.snapkv import experiment, needles
-from launch.papers.snapkv.needles import DIGITS
-from launch.plots import intervals
+from espalier.launch.papers.shared.claim import FEW_SEEDS, Effect
+from espalier.launch.papers.snapkv import experiment, needles
+from espalier.launch.papers.snapkv.needles import DIGITS
+from espalier.launch.plots import intervals
 
 BAR = 0.9  # exact answers with the full cache, below which a retrieval model judges nothing
 CHAT_BAR = 0.5  # of the chat model, which is not trained here

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from espalier.common.ranges import Fraction, Seed, Size
-from launch.papers.snapkv import retrieval
-from trainers.hooks import Hook, RunContext
-from trainers.train_state import TrainState
+from espalier.launch.papers.snapkv import retrieval
+from espalier.trainers.hooks import Hook, RunContext
+from espalier.trainers.train_state import TrainState
 
 
 @dataclasses.dataclass(kw_only=True)

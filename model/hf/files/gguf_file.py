@@ -15,9 +15,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from model.hf.families import family_named
-from model.hf.files import gguf_header
-from model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError
+from espalier.model.hf.families import family_named
+from espalier.model.hf.files import gguf_header
+from espalier.model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError
 
 # Values of general.architecture; each is the model_type of its family.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")

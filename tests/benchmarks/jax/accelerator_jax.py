@@ -27,7 +27,7 @@ def describe(workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns facts about the first device, and the layers of each training workload that fit its memory."""
     import jax
 
-    from trainers.telemetry import flops
+    from espalier.trainers.telemetry import flops
 
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit")
@@ -65,8 +65,8 @@ def measure(work: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_of(sizes: Mapping[str, Any], *, remat: Any = "none", param_dtype: str = "float32") -> Any:
     """Returns the model of a workload, which computes in bfloat16."""
-    from model import config, transformer
-    from model.moe import moe
+    from espalier.model import config, transformer
+    from espalier.model.moe import moe
 
     own = {k: v for k, v in sizes.items() if k not in ("tied", "num_experts", "top_k")}
     block: Callable[..., Any] = transformer.Block
@@ -84,11 +84,11 @@ def model_of(sizes: Mapping[str, Any], *, remat: Any = "none", param_dtype: str 
 
 def recipe_of(work: Mapping[str, Any]) -> Any:
     """Returns the recipe of a training workload: AdamW on float32 parameters, all layers recomputed."""
-    from trainers import inputs
-    from trainers.optim import optimizers
-    from trainers.preference.losses import direct
-    from trainers.preference.objectives import preference
-    from trainers.recipe import Recipe
+    from espalier.trainers import inputs
+    from espalier.trainers.optim import optimizers
+    from espalier.trainers.preference.losses import direct
+    from espalier.trainers.preference.objectives import preference
+    from espalier.trainers.recipe import Recipe
 
     settings: dict[str, Any] = {"feature_lengths": {"targets": work["length"]}}
     if work["kind"] == "dpo":
@@ -114,7 +114,7 @@ class PairRows:
 
     def batch(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns rows [lo, hi) of the batch of `step`."""
-        from trainers import inputs
+        from espalier.trainers import inputs
 
         rows, half = hi - lo, self.length // 2
         rng = np.random.default_rng((step, lo))
@@ -133,7 +133,7 @@ def _train(work: Mapping[str, Any]) -> dict[str, Any]:
     import jax
 
     from tests.benchmarks.step_side import StepSide
-    from trainers.inputs import PackedTokens
+    from espalier.trainers.inputs import PackedTokens
 
     recipe, device = recipe_of(work), jax.devices()[0]
     sizes = (recipe.batch_size, recipe.length, recipe.model.config.vocab_size)
@@ -163,11 +163,11 @@ def _decode(work: Mapping[str, Any]) -> dict[str, Any]:
     import flax.linen as nn
     import jax
 
-    from model.kv_cache.policies import policy_named
+    from espalier.model.kv_cache.policies import policy_named
     from tests.benchmarks import case
-    from trainers import initialise
-    from trainers.decoding.decoder import Decoder, Stats
-    from trainers.decoding.settings import Settings
+    from espalier.trainers import initialise
+    from espalier.trainers.decoding.decoder import Decoder, Stats
+    from espalier.trainers.decoding.settings import Settings
 
     model = model_of(work["model"], param_dtype="bfloat16")
     params = jax.jit(
@@ -214,8 +214,8 @@ def _attention_kernels(work: Mapping[str, Any]) -> dict[str, tuple[Any, list[Any
     import jax
     import jax.numpy as jnp
 
-    from model.flops import mean_keys
-    from model.kernels.attention_ops import dot_product_attention
+    from espalier.model.flops import mean_keys
+    from espalier.model.kernels.attention_ops import dot_product_attention
 
     B, T, N, H = (work[name] for name in ("batch_size", "length", "num_heads", "head_dim"))
     document = T // work["documents"]
@@ -252,7 +252,7 @@ def _expert_kernels(work: Mapping[str, Any]) -> dict[str, tuple[Any, list[Any], 
     import jax
     import jax.numpy as jnp
 
-    from model.moe.grouped_matmul import grouped_matmul
+    from espalier.model.moe.grouped_matmul import grouped_matmul
 
     R, X, Y = work["rows"], work["embed_dim"], work["mlp_dim"]
 

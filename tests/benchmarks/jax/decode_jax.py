@@ -12,8 +12,8 @@ class Ours:
     """The operations; compiled programs are reused, so that the second call with the same arguments is warm."""
 
     def __init__(self, folder: str):
-        from model.hf.load import load
-        from model.transforms import layer_stack
+        from espalier.model.hf.load import load
+        from espalier.model.transforms import layer_stack
 
         self._sizes = json.loads(pathlib.Path(folder, "case.json").read_bytes())
         model, params = load(os.path.join(folder, "model"))
@@ -32,10 +32,10 @@ class Ours:
         tokens: bool = False,
     ) -> dict[str, Any]:
         """Generates greedily; returns tokens, and seconds of the whole call, its prefill and its decoding."""
-        from model.kv_cache.policies import policy_named
+        from espalier.model.kv_cache.policies import policy_named
         from tests.benchmarks import case
-        from trainers.decoding.decoder import Decoder, Stats
-        from trainers.decoding.settings import Settings
+        from espalier.trainers.decoding.decoder import Decoder, Stats
+        from espalier.trainers.decoding.settings import Settings
 
         key = json.dumps([batch, length, new, policy, settings])
         if key not in self._decoders:
@@ -69,9 +69,9 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from model.kv_cache.policies import policy_named
+        from espalier.model.kv_cache.policies import policy_named
         from tests.benchmarks import case
-        from trainers.snapkv import replay
+        from espalier.trainers.snapkv import replay
 
         tokens = jnp.asarray(case.prompts(self._sizes, batch, length), jnp.int32)
         lengths = jnp.full(batch, length, jnp.int32)
@@ -102,8 +102,8 @@ class Ours:
         "decode_bytes" is the size of all layers after the prefill. "bytes" is the peak: during the prefill only the
         current layer's cache is uncompressed (trainers/decoding/prefill.py).
         """
-        from model.kv_cache.policies import policy_named
-        from trainers.snapkv.cache_bytes import cache_bytes
+        from espalier.model.kv_cache.policies import policy_named
+        from espalier.trainers.snapkv.cache_bytes import cache_bytes
 
         chosen = policy_named(policy, **settings)
         sizes = {"length": length, "room": new - 1, "depth": depth}

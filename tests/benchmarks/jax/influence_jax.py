@@ -15,14 +15,14 @@ import numpy as np
 
 def rows_of(ids_NT: np.ndarray, prompt: int = 1) -> list[Any]:
     """Returns texts as rows, of which the first `prompt` tokens are not predicted."""
-    from trainers.scoring.scoring import Row
+    from espalier.trainers.scoring.scoring import Row
 
     return [Row(context=row[:prompt], targets=row[prompt:]) for row in ids_NT.tolist()]
 
 
 def batch_of(ids_NT: np.ndarray, prompt: int = 1) -> dict[str, np.ndarray]:
     """Returns texts as one batch."""
-    from trainers.influence import documents
+    from espalier.trainers.influence import documents
 
     rows: Sequence[Any] = rows_of(ids_NT, prompt)
     return documents.columns(rows, range(len(rows)), len(rows), ids_NT.shape[1] - 1)
@@ -32,8 +32,8 @@ class Ours:
     """The operations; programs are compiled at the first call."""
 
     def __init__(self, folder: str):
-        from model.hf.load import load
-        from trainers.influence import fit, sites
+        from espalier.model.hf.load import load
+        from espalier.trainers.influence import fit, sites
 
         self._folder = folder
         self._sizes = json.loads(pathlib.Path(folder, "case.json").read_bytes())
@@ -50,7 +50,7 @@ class Ours:
 
     def fit(self) -> dict[str, Any]:
         """Fits factors anew; returns the seconds."""
-        from trainers.influence import fit
+        from espalier.trainers.influence import fit
 
         shutil.rmtree(self._factors, ignore_errors=True)
         settings = fit.FitSettings(labels="empirical")
@@ -60,7 +60,7 @@ class Ours:
 
     def score(self, *, rank: int | None = None) -> dict[str, Any]:
         """Scores all documents for all queries; returns the seconds, and the name of the file of scores [N, Q]."""
-        from trainers.influence import fit, kronecker, queries, scores
+        from espalier.trainers.influence import fit, kronecker, queries, scores
 
         began = time.perf_counter()
         damping = kronecker.Damping(self._sizes["damping"])

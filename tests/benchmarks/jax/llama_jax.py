@@ -26,7 +26,7 @@ def train(
     """Trains from `params` on the batches in turn; returns losses, times and memory."""
     import jax
 
-    from trainers import partitioning
+    from espalier.trainers import partitioning
 
     program = recipe.program()
     started = float(os.environ["BENCH_PROCESS_START"])
@@ -80,7 +80,7 @@ def recipe_with(
     case: Mapping[str, Any], model: str, methods: Sequence[str], bindings: Mapping[str, Any]
 ) -> Any:
     """Returns a recipe with the peer's optimiser: no gradient clipping, constant learning rate."""
-    from launch.config import gin_config
+    from espalier.launch.config import gin_config
 
     values = {
         "MODEL_DIR": "unused",
@@ -98,7 +98,7 @@ def recipe_with(
     config = gin_config.load(
         (model, "t5x_configs/runs/pretrain.gin", *methods),
         [*lines, "recipe.Recipe.learning_rate=@schedules.constant()"],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
         unused={"TASKS": "()"},
     )
     return config.arguments()["recipe"]
@@ -106,8 +106,8 @@ def recipe_with(
 
 def peer_params(folder: str) -> Any:
     """Returns the peer's weights as this project's parameters."""
-    from model.hf.load import load
-    from model.transforms import layer_stack
+    from espalier.model.hf.load import load
+    from espalier.model.transforms import layer_stack
 
     model, params = load(os.path.join(folder, "model"))
     return layer_stack.unroll(params, model.config)
@@ -118,7 +118,7 @@ def initial_state(program: Any, params: Any) -> Any:
     import jax
     from flax import traverse_util
 
-    from model.adapters import adapter
+    from espalier.model.adapters import adapter
 
     state = program.init()
     whole, loaded = (traverse_util.flatten_dict(x, sep="/") for x in (state.params, params))

@@ -65,7 +65,7 @@ class Ours:
     """The operations; compiled programs are reused, so that the second call with the same arguments is warm."""
 
     def __init__(self, folder: str, sizes: Mapping[str, Any]):
-        from model.hf.load import load
+        from espalier.model.hf.load import load
 
         self._model, self._params = load(os.path.join(folder, "model"))
         self._sizes = sizes
@@ -76,8 +76,8 @@ class Ours:
     ) -> dict[str, Any]:
         """Generates greedily after inputs of `length` tokens; returns tokens and seconds of the call."""
         from tests.benchmarks import case
-        from trainers.decoding.decoder import Decoder
-        from trainers.decoding.settings import Settings
+        from espalier.trainers.decoding.decoder import Decoder
+        from espalier.trainers.decoding.settings import Settings
 
         if (batch, new) not in self._decoders:
             settings = Settings(max_new_tokens=new)

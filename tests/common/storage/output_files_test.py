@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from espalier.common.storage import output_files, paths
-from launch.inference import row_files
+from espalier.launch.inference import row_files
 
 ROWS = [{"a": 1}, {"a": 2}]
 LINES = b'{"a": 1}\n{"a": 2}\n'

@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from data import tasks
-from data.aya23 import mixture, packaged
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.aya23 import mixture, packaged
+from espalier.data.tokenizers import vocabularies
 
 
 @pytest.fixture(autouse=True)

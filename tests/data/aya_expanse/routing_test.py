@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from data.aya_expanse import outputs, pool, prompts, router, routing
-from data.text.documents import DataError
+from espalier.data.aya_expanse import outputs, pool, prompts, router, routing
+from espalier.data.text.documents import DataError
 
 YAML = """
 teachers:
@@ -246,8 +246,8 @@ def test_the_subset_has_the_wanted_share():
 
 
 def test_rows_have_their_provenance_and_the_forms_that_training_reads():
-    from data.chats import records as chats
-    from data.preference import records as pairs
+    from espalier.data.chats import records as chats
+    from espalier.data.preference import records as pairs
 
     prompt = asked("bir?", answer="1", source_id="s")
     answer = {"text": "Bir.", "key": "k", "settings": {"seed": 0}, "cost": 0.5, "new_tokens": 2}

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from data.cache import cache_dir
+from espalier.data.cache import cache_dir
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from data import data_source
-from data.cache import cache_dir, shared, task_cache
-from data.cache import store as token_cache
-from data.cache.cache_files import CacheCorruptError
+from espalier.data import data_source
+from espalier.data.cache import cache_dir, shared, task_cache
+from espalier.data.cache import store as token_cache
+from espalier.data.cache.cache_files import CacheCorruptError
 from espalier.common.storage import lock, mirror, paths
 
 

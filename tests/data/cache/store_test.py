@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from data.cache import fingerprint, store
-from data.cache.cache_files import CacheCorruptError
+from espalier.data.cache import fingerprint, store
+from espalier.data.cache.cache_files import CacheCorruptError
 
 ROOT = pathlib.Path(__file__).parents[3]
 FEATURES = {"targets": 1000, "inputs": 70_000, "weights": "float32", "document_id": "text"}
@@ -172,7 +172,7 @@ BUILDER = """
 import sys, time
 import numpy as np
 sys.path.insert(0, {root!r})
-from data.cache import store as cache
+from espalier.data.cache import store as cache
 
 def read_shard(shard):
     print("shard", shard, flush=True)
@@ -232,7 +232,7 @@ def test_a_second_builder_waits_for_the_first(tmp_path):
     code = textwrap.dedent(f"""
         import sys, time, pathlib
         sys.path.insert(0, {str(ROOT)!r})
-        from data.cache import store as cache
+        from espalier.data.cache import store as cache
         with cache.building_lock(pathlib.Path({str(tmp_path / "c")!r})):
             print("locked", flush=True)
             time.sleep(0.5)
@@ -411,8 +411,8 @@ def test_description_does_not_depend_on_the_process(tmp_path):
     code = textwrap.dedent(f"""
         import sys, hashlib, functools, pathlib
         sys.path.insert(0, {str(ROOT)!r})
-        from data.cache import store as cache, fingerprint
-        from data.stream import plan
+        from espalier.data.cache import store as cache, fingerprint
+        from espalier.data.stream import plan
         value = [functools.partial(plan.make_plan, x={{"b", "a", "c"}}), {{"k": object}}, 1.5, b"x",
                  pathlib.Path("p"), cache.build]
         print(hashlib.sha256(cache.canonical(fingerprint.describe(value))).hexdigest())

@@ -12,10 +12,10 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from data.cache import fingerprint, store, task_cache, task_reader
-from data.cache.cache_files import CacheCorruptError
-from data.stream import mixing, rows, stream
-from data.text import document_files, user_data
+from espalier.data.cache import fingerprint, store, task_cache, task_reader
+from espalier.data.cache.cache_files import CacheCorruptError
+from espalier.data.stream import mixing, rows, stream
+from espalier.data.text import document_files, user_data
 
 TEXTS = {
     "english": [f"English text number {i}. " + "word " * (i % 30) for i in range(100)],

@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from data.tokenizers import vocabularies
+from espalier.data.tokenizers import vocabularies
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 

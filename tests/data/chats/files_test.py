@@ -7,12 +7,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data import tasks
-from data.chats.tasks import register_chats
-from data.stream import mixing
-from data.text import splits
-from data.text.documents import DataError
-from data.tokenizers.chat_template import ChatTemplate
+from espalier.data import tasks
+from espalier.data.chats.tasks import register_chats
+from espalier.data.stream import mixing
+from espalier.data.text import splits
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers.chat_template import ChatTemplate
 
 
 def user(content):
@@ -267,10 +267,10 @@ def test_a_split_that_would_be_empty_is_one_error(source):
 
 
 def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
-    from data.chats import spans
-    from data.preference.records import Record
-    from data.preference.tokens import Tokeniser
-    from data.tokenizers import vocabularies
+    from espalier.data.chats import spans
+    from espalier.data.preference.records import Record
+    from espalier.data.preference.tokens import Tokeniser
+    from espalier.data.tokenizers import vocabularies
 
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
     tokeniser = Tokeniser(

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from data import tasks
-from data.cache import store
-from data.chats import stream as chats
-from data.chats.tasks import register_chats
-from data.stream.row_stream import EvalStream
-from data.text.documents import DataError
+from espalier.data import tasks
+from espalier.data.cache import store
+from espalier.data.chats import stream as chats
+from espalier.data.chats.tasks import register_chats
+from espalier.data.stream.row_stream import EvalStream
+from espalier.data.text.documents import DataError
 
 TEMPLATES = ("chatml", "cohere", "gemma", "llama2", "llama3", "mistral")
 
@@ -79,9 +79,9 @@ def test_the_loss_of_packed_rows_is_trls_of_padded_ones(tokenised, golden, model
     """Several conversations in a row do not see each other: each has the loss that it has alone."""
     import jax
 
-    from model.hf import families
+    from espalier.model.hf import families
     from tests.model.hf import arrays
-    from trainers.objectives.lm import language_modelling
+    from espalier.trainers.objectives.lm import language_modelling
 
     case = golden["losses"][name]
     made = tokenised(case["rows"], golden["marked"].get(name))

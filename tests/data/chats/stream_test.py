@@ -5,10 +5,10 @@ import functools
 import numpy as np
 import pytest
 
-from data.cache import store
-from data.chats import stream as chats
-from data.stream.row_stream import EvalStream
-from data.stream.train_stream import Stream
+from espalier.data.cache import store
+from espalier.data.chats import stream as chats
+from espalier.data.stream.row_stream import EvalStream
+from espalier.data.stream.train_stream import Stream
 
 VOCABULARY, LENGTH = 300, 32
 TOKENS, WEIGHTS = "targets", "loss_weights"

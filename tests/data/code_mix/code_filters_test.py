@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.code_mix import code_filters
-from data.text import document_files
+from espalier.data.code_mix import code_filters
+from espalier.data.text import document_files
 
 GOOD = "def area(r):\n    return 3.14159 * r ** 2\n"
 DROPPED = {

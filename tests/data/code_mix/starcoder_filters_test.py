@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.code_mix import starcoder_filters
-from data.text import document_filters
+from espalier.data.code_mix import starcoder_filters
+from espalier.data.text import document_filters
 
 
 def keeps(name, text, *, lang="Python", **settings):

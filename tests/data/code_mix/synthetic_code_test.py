@@ -7,12 +7,12 @@ import json
 
 import pytest
 
-from data import tasks
-from data.code_mix import synthetic_code
-from data.code_mix.synthetic.render import Rendered
-from data.sandbox import code_sandbox
-from data.stream import stream
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.code_mix import synthetic_code
+from espalier.data.code_mix.synthetic.render import Rendered
+from espalier.data.sandbox import code_sandbox
+from espalier.data.stream import stream
+from espalier.data.tokenizers import vocabularies
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from data.distillation import taught_stream
-from data.distillation.taught_stream import TaughtStream
-from data.preference.reference_store import ReferenceStore, ReferenceStoreError
+from espalier.data.distillation import taught_stream
+from espalier.data.distillation.taught_stream import TaughtStream
+from espalier.data.preference.reference_store import ReferenceStore, ReferenceStoreError
 
 B, T, K = 3, 4, 2
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from data.instructions import ranking
-from data.instructions.encoding import Encoding, Tokeniser
-from data.instructions.sources import InstructionFiles
-from data.instructions.templates import Template
-from data.text.documents import DataError
+from espalier.data.instructions import ranking
+from espalier.data.instructions.encoding import Encoding, Tokeniser
+from espalier.data.instructions.sources import InstructionFiles
+from espalier.data.instructions.templates import Template
+from espalier.data.text.documents import DataError
 
 
 class Bytes:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from data.instructions import ranking, t0
-from data.instructions.tasks import register_instructions
-from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from espalier.data.instructions import ranking, t0
+from espalier.data.instructions.tasks import register_instructions
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import vocabularies
 
 YAML = """
 templates:
@@ -51,7 +51,7 @@ def test_tasks_mixture_and_ranking(register):
     register(cap=20)
     import seqio
 
-    from data import tasks
+    from espalier.data import tasks
 
     mixture = seqio.MixtureRegistry.get("instructions")
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}

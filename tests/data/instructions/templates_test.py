@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from data.instructions import templates
-from data.instructions.templates import Rendered, Row
-from data.text.documents import DataError
+from espalier.data.instructions import templates
+from espalier.data.instructions.templates import Rendered, Row
+from espalier.data.text.documents import DataError
 
 PROMPTSOURCE = """
 dataset: super_glue

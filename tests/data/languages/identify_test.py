@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from data.languages import identify
+from espalier.data.languages import identify
 
 CZECH = "Příliš žluťoučký kůň úpěl ďábelské ódy."
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund."

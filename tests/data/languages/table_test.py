@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.languages import table
-from data.text.sources import languages as sources
+from espalier.data.languages import table
+from espalier.data.text.sources import languages as sources
 
 
 def test_the_table_has_the_23_languages_of_the_packaged_text():

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data.languages import parallel, tokenizer_report
-from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from espalier.data.languages import parallel, tokenizer_report
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import vocabularies
 
 PAIRS = {
     "en": [("a cat", "a cat"), ("dogs", "dogs")],
@@ -46,7 +46,7 @@ class Texts:
         return 10_000
 
     def sample(self, source, num_bytes):
-        from data.text.documents import Document
+        from espalier.data.text.documents import Document
 
         return iter([Document("a", "кошка и кошка, a cat and a cat <|TURN|> 12\n" * 50)])
 

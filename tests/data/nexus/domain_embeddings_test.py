@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from data.nexus import domain_embeddings, domain_encoders
-from data.nexus.domain_embeddings import EmbeddingsError, Raw
-from launch.papers.nexus import lag_domains
+from espalier.data.nexus import domain_embeddings, domain_encoders
+from espalier.data.nexus.domain_embeddings import EmbeddingsError, Raw
+from espalier.launch.papers.nexus import lag_domains
 
 SETTINGS = {"order": 2, "dim": 1024, "documents": 2000, "tokens": 512, "seed": 0}
 

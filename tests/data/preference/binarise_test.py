@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from data.preference import binarise, records
-from data.preference.tally import Tally
-from data.text.documents import DataError
+from espalier.data.preference import binarise, records
+from espalier.data.preference.tally import Tally
+from espalier.data.text.documents import DataError
 
 CHAT = [{"role": "assistant", "content": "a"}]
 

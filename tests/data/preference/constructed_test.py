@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from data.preference import constructed, records
+from espalier.data.preference import constructed, records
 
 
 class Sums:

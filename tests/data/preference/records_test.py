@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from data.preference import records
-from data.preference.records import DegenerateError
-from data.text.documents import DataError
+from espalier.data.preference import records
+from espalier.data.preference.records import DegenerateError
+from espalier.data.text.documents import DataError
 
 GOLDEN = json.loads(
     (pathlib.Path(__file__).parent.parent / "goldens" / "preference_pairs.json").read_bytes()

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 
-from data.preference.reference_store import (
+from espalier.data.preference.reference_store import (
     ABOUT,
     ReferencedStream,
     ReferenceStore,

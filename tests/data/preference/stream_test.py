@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from data.cache import store
-from data.preference import pair_plan, pair_rows
-from data.preference.pair_rows import PairSource
-from data.preference.stream import PairEvalStream, PairStream
+from espalier.data.cache import store
+from espalier.data.preference import pair_plan, pair_rows
+from espalier.data.preference.pair_rows import PairSource
+from espalier.data.preference.stream import PairEvalStream, PairStream
 
 VOCABULARY = 300
 LENGTH, MAX_LENGTH = 64, 24

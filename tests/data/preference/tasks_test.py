@@ -7,13 +7,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from data import tasks
-from data.cache import task_cache
-from data.preference import records, stream, tokens
-from data.preference import tasks as preference_tasks
-from data.stream import stream as plain_stream
-from data.text.documents import DataError
-from data.tokenizers import chat_template, vocabularies
+from espalier.data import tasks
+from espalier.data.cache import task_cache
+from espalier.data.preference import records, stream, tokens
+from espalier.data.preference import tasks as preference_tasks
+from espalier.data.stream import stream as plain_stream
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import chat_template, vocabularies
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "preference_pairs.json").read_bytes())

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from data import tasks
-from data.prompts import stream
-from data.prompts import tasks as prompt_tasks
-from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.prompts import stream
+from espalier.data.prompts import tasks as prompt_tasks
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import vocabularies
 
 ROWS = [{"prompt": f"{i} + 1 = ", "answer": str(i + 1), "ü": "ß"} for i in range(7)]
 LONG = {"prompt": "9" * 40, "answer": "9"}

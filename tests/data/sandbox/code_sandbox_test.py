@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from data.sandbox import code_sandbox
+from espalier.data.sandbox import code_sandbox
 
 LIMITS = code_sandbox.Limits(
     cpu_seconds=5, wall_seconds=30, memory_bytes=256 << 20, file_bytes=1 << 20, threads=4

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from data.sandbox import code_sandbox, work_folder
+from espalier.data.sandbox import code_sandbox, work_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has the limits only")
 LIMITS = code_sandbox.Limits(wall_seconds=30, memory_bytes=256 << 20, file_bytes=1 << 20, threads=4)

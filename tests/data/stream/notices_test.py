@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from data.chats.stream import ChatSource
-from data.preference.pair_plan import PairPlan
-from data.preference.pair_rows import PairSource
-from data.prompts.stream import PromptSource
-from data.stream.plan import Plan
-from data.stream.row_stream import EvalStream, RowStream
-from data.stream.rows import Source
+from espalier.data.chats.stream import ChatSource
+from espalier.data.preference.pair_plan import PairPlan
+from espalier.data.preference.pair_rows import PairSource
+from espalier.data.prompts.stream import PromptSource
+from espalier.data.stream.plan import Plan
+from espalier.data.stream.row_stream import EvalStream, RowStream
+from espalier.data.stream.rows import Source
 
 
 class Train(RowStream):

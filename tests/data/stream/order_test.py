@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data.stream import order
+from espalier.data.stream import order
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.stream import plan
+from espalier.data.stream import plan
 
 PACKINGS = ("best_fit", "concat", "examples")
 

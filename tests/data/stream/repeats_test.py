@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from data.cache import store
-from data.stream import repeats, rows
-from data.stream.train_stream import Stream
+from espalier.data.cache import store
+from espalier.data.stream import repeats, rows
+from espalier.data.stream.train_stream import Stream
 
 ROWS = {"a": 30, "b": 400, "c": 100}
 BATCH = 16

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data.stream import mixing, schedule
+from espalier.data.stream import mixing, schedule
 
 
 def greedy(shares, slots):

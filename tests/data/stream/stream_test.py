@@ -10,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from data.cache import store
-from data.stream import rows
-from data.stream.row_stream import EvalStream
-from data.stream.train_stream import Stream
+from espalier.data.cache import store
+from espalier.data.stream import rows
+from espalier.data.stream.row_stream import EvalStream
+from espalier.data.stream.train_stream import Stream
 
 VOCABULARY = 500
 PHASES = ((0, {"a": 0.7, "b": 0.3}), (10, {"a": 0.2, "b": 0.3, "c": 0.5}), (25, {"c": 1.0}))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.stream import mixing
+from espalier.data.stream import mixing
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from data.cache import store
-from data.stream import rows
-from data.stream.row_stream import EvalStream
-from data.stream.train_stream import Stream
-from data.t5 import denoising
-from data.t5.noise import PrefixLM, SpanCorruption, _segments
+from espalier.data.cache import store
+from espalier.data.stream import rows
+from espalier.data.stream.row_stream import EvalStream
+from espalier.data.stream.train_stream import Stream
+from espalier.data.t5 import denoising
+from espalier.data.t5.noise import PrefixLM, SpanCorruption, _segments
 
 VOCABULARY = 400
 SENTINEL, END = VOCABULARY - 1, 1

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from data import tasks
-from data.stream import stream
-from data.t5.examples import register_examples
-from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.stream import stream
+from espalier.data.t5.examples import register_examples
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import vocabularies
 
 VOCABULARY = vocabularies.byte(extra_ids=20)
 EOS = VOCABULARY.eos_id

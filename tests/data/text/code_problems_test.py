@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from data.sandbox import code_sandbox
-from data.text import code_problems
+from espalier.data.sandbox import code_sandbox
+from espalier.data.text import code_problems
 
 FULL = {
     "task_id": 11,

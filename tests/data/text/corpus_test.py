@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from data.text import corpus, dedup
-from data.text.sources import environment, names
+from espalier.data.text import corpus, dedup
+from espalier.data.text.sources import environment, names
 
 
 def _module(seed: int, lines: int = 40) -> str:

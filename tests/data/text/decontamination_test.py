@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from data.text import code_problems, decontamination, document_files
-from data.text.decontamination import Index, Overlap
-from data.text.documents import DataError
+from espalier.data.text import code_problems, decontamination, document_files
+from espalier.data.text.decontamination import Index, Overlap
+from espalier.data.text.documents import DataError
 
 WORDS = [f"w{i}" for i in range(40)]
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from data.text import dedup
+from espalier.data.text import dedup
 
 
 def _text(seed: int, words: int = 400) -> str:

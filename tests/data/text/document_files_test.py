@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from data.cache import cache_dir
-from data.text import document_files
-from data.text.documents import DataError
+from espalier.data.cache import cache_dir
+from espalier.data.text import document_files
+from espalier.data.text.documents import DataError
 
 
 @pytest.fixture

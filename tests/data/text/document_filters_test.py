@@ -6,11 +6,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data import tasks
-from data.text import document_files, user_data
-from data.text.document_filters import DocumentFilter, Metadata
-from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.text import document_files, user_data
+from espalier.data.text.document_filters import DocumentFilter, Metadata
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import vocabularies
 
 RECORDS = [
     {"content": "a", "lang": "C", "meta": {"set": "web"}, "licences": ["MIT"]},
@@ -115,7 +115,7 @@ def test_bad_filters_end_in_one_clear_error(files, tmp_path):
 def test_what_was_dropped_is_recorded_with_the_run_and_the_cache(tmp_path):
     import seqio
 
-    from data.cache import task_cache
+    from espalier.data.cache import task_cache
 
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"text": r["content"], "lang": r["lang"]}) + "\n" for r in RECORDS)

@@ -9,8 +9,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from data.text import documents
-from data.text.documents import DataError, Document, Format
+from espalier.data.text import documents
+from espalier.data.text.documents import DataError, Document, Format
 
 LINES = [{"text": "one\ntwo", "name": "a"}, {"text": "日本語 é", "name": "b"}, {"text": ""}]
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.text import splits
+from espalier.data.text import splits
 
 
 def test_stable_hash_is_the_same_in_another_process_and_has_a_known_value():

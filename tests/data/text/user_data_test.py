@@ -8,10 +8,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data import tasks
-from data.text import user_data
-from data.text.documents import DataError
-from data.tokenizers import vocabularies
+from espalier.data import tasks
+from espalier.data.text import user_data
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import vocabularies
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.stream import rows
-from data.tokenizers import vocabularies
+from espalier.data.stream import rows
+from espalier.data.tokenizers import vocabularies
 
 
 def test_characters_are_ids_in_their_order_in_python_and_in_tensorflow():

@@ -6,8 +6,8 @@ import pathlib
 import jinja2
 import pytest
 
-from data.tokenizers import chat_sandbox, chat_template
-from data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
+from espalier.data.tokenizers import chat_sandbox, chat_template
+from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "chat_templates.json").read_bytes())

@@ -9,10 +9,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from data.tokenizers import chat_template, control_tokens, vocabularies
-from data.tokenizers.chat_sandbox import Rendered
-from data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
-from data.tokenizers.checkpoint_files import TokenizerError
+from espalier.data.tokenizers import chat_template, control_tokens, vocabularies
+from espalier.data.tokenizers.chat_sandbox import Rendered
+from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
+from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 SOURCES = {path.stem: path.read_text("utf-8") for path in (GOLDENS / "chat_templates").iterdir()}

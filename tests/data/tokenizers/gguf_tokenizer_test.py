@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data.tokenizers import gguf_tokenizer, hf_tokenizer, spm_tokenizer
-from data.tokenizers.hf_tokenizer import TokenizerError
-from model.hf.files.gguf_file import GgufReader
-from model.hf.files.safetensors_files import WeightFileError
+from espalier.data.tokenizers import gguf_tokenizer, hf_tokenizer, spm_tokenizer
+from espalier.data.tokenizers.hf_tokenizer import TokenizerError
+from espalier.model.hf.files.gguf_file import GgufReader
+from espalier.model.hf.files.safetensors_files import WeightFileError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 GOLDEN = json.loads((GOLDENS / "gguf_tokenizer.json").read_bytes())

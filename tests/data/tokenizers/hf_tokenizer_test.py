@@ -13,13 +13,13 @@ import tensorflow as tf
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data import tasks
-from data.cache import fingerprint, store, task_cache
-from data.stream import rows
-from data.tokenizers import hf_tokenizer, vocabularies
-from data.tokenizers.chat_sandbox import Rendered
-from data.tokenizers.hf_tokenizer import TokenizerError
-from data.tokenizers.pieces import Pieces
+from espalier.data import tasks
+from espalier.data.cache import fingerprint, store, task_cache
+from espalier.data.stream import rows
+from espalier.data.tokenizers import hf_tokenizer, vocabularies
+from espalier.data.tokenizers.chat_sandbox import Rendered
+from espalier.data.tokenizers.hf_tokenizer import TokenizerError
+from espalier.data.tokenizers.pieces import Pieces
 
 # One sentence in each of the 23 languages of Aya 23.
 LANGUAGES = {

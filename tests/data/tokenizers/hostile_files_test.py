@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from data.tokenizers import (
+from espalier.data.tokenizers import (
     chat_sandbox,
     chat_template,
     checkpoint_files,
@@ -21,9 +21,9 @@ from data.tokenizers import (
     tokenizer_probe,
     vocabularies,
 )
-from data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
-from data.tokenizers.hf_tokenizer import TokenizerError
-from model.hf.files import safetensors_files
+from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
+from espalier.data.tokenizers.hf_tokenizer import TokenizerError
+from espalier.model.hf.files import safetensors_files
 
 USER = [{"role": "user", "content": "hi"}]
 DOUBLE = (

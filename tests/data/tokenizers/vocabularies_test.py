@@ -8,12 +8,12 @@ import re
 import pytest
 import sentencepiece
 
-from data import cpu_tensorflow
-from data.text import document_files, documents
-from data.text.documents import Document
-from data.text.sources import environment
-from data.tokenizers import vocabularies
-from data.tokenizers.pieces import Pieces
+from espalier.data import cpu_tensorflow
+from espalier.data.text import document_files, documents
+from espalier.data.text.documents import Document
+from espalier.data.text.sources import environment
+from espalier.data.tokenizers import vocabularies
+from espalier.data.tokenizers.pieces import Pieces
 
 
 @dataclasses.dataclass(frozen=True)

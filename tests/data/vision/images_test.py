@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.vision import augment, image_sets, images, textures
-from data.vision.image_sets import Arrays
+from espalier.data.vision import augment, image_sets, images, textures
+from espalier.data.vision.image_sets import Arrays
 
 
 def numbered(count=10, size=4, channels=1, classes=3):

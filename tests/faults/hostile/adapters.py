@@ -112,7 +112,7 @@ def _imported(bench: Bench, folder: pathlib.Path, name: str) -> dict[str, Any] |
     flags = [f"--from_peft={folder}", f"--base={bench.folder / 'base'}", f"--to={target}"]
     status, text = calls.call("convert", flags)
     if status == 0:
-        from trainers.checkpoints import step_dir
+        from espalier.trainers.checkpoints import step_dir
 
         entries = step_dir.read_manifest(step_dir.resolve(target)).arrays
         return {path: entry for path, entry in entries.items() if "adapter_" in path}

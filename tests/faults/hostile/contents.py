@@ -61,7 +61,7 @@ def _vocabulary(folder: pathlib.Path) -> Any:
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-    from data.tokenizers import vocabularies
+    from espalier.data.tokenizers import vocabularies
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = models.BPE({letter: id for id, letter in enumerate(letters)}, [])
@@ -77,8 +77,8 @@ def _vocabulary(folder: pathlib.Path) -> Any:
 
 
 def _encoded(template: str, messages: list[dict[str, str]], bench: Bench) -> tuple[Any, list[int]]:
-    from data.tokenizers import control_tokens
-    from data.tokenizers.chat_template import ChatTemplate
+    from espalier.data.tokenizers import control_tokens
+    from espalier.data.tokenizers.chat_template import ChatTemplate
 
     vocabulary = _vocabulary(bench.folder / "tokenizer")
     variables = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -106,8 +106,8 @@ def _cases(seed: int) -> Iterator[Case]:
 
 def _contents(template: str, form: str, bench: Bench) -> int:
     """The template alone writes control tokens: as many of each as around a plain content."""
-    from data.tokenizers.chat_template import ChatTemplateError
-    from data.tokenizers.checkpoint_files import TokenizerError
+    from espalier.data.tokenizers.chat_template import ChatTemplateError
+    from espalier.data.tokenizers.checkpoint_files import TokenizerError
 
     _vocabulary.cache_clear()
     tried = 0
@@ -132,7 +132,7 @@ def _contents(template: str, form: str, bench: Bench) -> int:
 
 def _roles(bench: Bench) -> int:
     """A role is one of those that a conversation has, whatever the template would write of it."""
-    from data.tokenizers.chat_template import ChatTemplateError
+    from espalier.data.tokenizers.chat_template import ChatTemplateError
 
     _vocabulary.cache_clear()
     roles = (

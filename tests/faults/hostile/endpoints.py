@@ -135,7 +135,7 @@ def _cases(seed: int) -> Iterator[Case]:
 
 def _ask(mode: str, bench: Bench) -> int:
     """Every request ends in time with a reply, a silence or one error, and none has the key."""
-    from launch.inference.chat_endpoint import ChatEndpoint, EndpointError
+    from espalier.launch.inference.chat_endpoint import ChatEndpoint, EndpointError
 
     del bench
     began, texts = time.monotonic(), []

@@ -39,7 +39,7 @@ def _write(folder: pathlib.Path, seed: int, dtype: Any = np.float32) -> pathlib.
 
 def _document(bench: Bench, method: str) -> dict[str, Any]:
     """Returns a configuration of as many models as a method takes, which are written."""
-    from model.transforms.merge_methods import METHODS
+    from espalier.model.transforms.merge_methods import METHODS
 
     known = METHODS[method]
     names = _MODELS[: 1 if method == "passthrough" else 3 if known.most != 1 else 2]
@@ -84,7 +84,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _cases(seed: int) -> Iterator[Case]:
     del seed
-    from model.transforms.merge_methods import METHODS
+    from espalier.model.transforms.merge_methods import METHODS
 
     for method in METHODS:
         yield Case(
@@ -191,7 +191,7 @@ def _pattern(pattern: str, bench: Bench) -> None:
 
 def _dtypes(pair: tuple[str, str], bench: Bench) -> None:
     """Merges runs in both orders: the same numbers for whoever reads them."""
-    from launch.run.load import load
+    from espalier.launch.run.load import load
 
     for seed, (name, dtype) in enumerate(zip("ab", pair, strict=True)):
         folder = _write(bench.folder / f"hf_{name}", seed)

@@ -75,7 +75,7 @@ def _step_name(name: str, bench: Bench) -> None:
     from etils import epath
 
     from tests.faults import program
-    from trainers.checkpoints import step_dir
+    from espalier.trainers.checkpoints import step_dir
 
     run = program.half_way(bench)
     folder = run / "checkpoints" / name

@@ -88,7 +88,7 @@ def _pickled_gguf(bench: Bench) -> None:
 
 def _pickled_part(name: str, bench: Bench) -> None:
     """Puts a pickle, with the hash that its name must have, in the place of stored numbers."""
-    from data.preference.reference_store import ABOUT, ReferenceStore, ReferenceStoreError
+    from espalier.data.preference.reference_store import ABOUT, ReferenceStore, ReferenceStoreError
 
     folder, content = bench.folder / "store" / "m", io.BytesIO()
     folder.mkdir(parents=True)

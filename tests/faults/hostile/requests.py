@@ -48,10 +48,10 @@ def _served(bench: Bench) -> Iterator[int]:
 
     import uvicorn
 
-    from launch.run import load_run
-    from launch.serving import app, connections
-    from launch.serving.engine import Engine
-    from launch.serving.requests import Limits
+    from espalier.launch.run import load_run
+    from espalier.launch.serving import app, connections
+    from espalier.launch.serving.engine import Engine
+    from espalier.launch.serving.requests import Limits
 
     run = str(program.half_way(bench))
     config = dataclasses.replace(load_run.config_of(run), chat_template="command")

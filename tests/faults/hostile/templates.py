@@ -42,13 +42,13 @@ def _templates(seed: int) -> Iterator[Case]:
 
 
 def _nothing() -> str:
-    from data.tokenizers.chat_template import ChatTemplateError
+    from espalier.data.tokenizers.chat_template import ChatTemplateError
 
     raise ChatTemplateError("chat template: it renders nothing")
 
 
 def _template(source: str, bench: Bench) -> None:
-    from data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
+    from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
 
     del bench
     messages = [{"role": "user", "content": "hi"}]

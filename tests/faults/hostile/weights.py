@@ -118,7 +118,7 @@ def _changed(content: bytes, head: int, choice: Any) -> bytes:
 
 
 def _fuzz_safetensors(key: str, bench: Bench) -> int:
-    from model.hf.files.safetensors_files import SafetensorsReader, WeightFileError
+    from espalier.model.hf.files.safetensors_files import SafetensorsReader, WeightFileError
 
     choice, folder = bench.random(key), checkpoint.write(bench.folder / "hf")
     path = folder / "model.safetensors"
@@ -134,9 +134,9 @@ def _fuzz_safetensors(key: str, bench: Bench) -> int:
 
 
 def _fuzz_gguf(key: str, bench: Bench) -> int:
-    from model.hf.config_fields import UnsupportedConfig
-    from model.hf.files.gguf_file import GgufReader
-    from model.hf.files.safetensors_files import WeightFileError
+    from espalier.model.hf.config_fields import UnsupportedConfig
+    from espalier.model.hf.files.gguf_file import GgufReader
+    from espalier.model.hf.files.safetensors_files import WeightFileError
 
     path = bench.folder / "x.gguf"
     pairs = {"general.architecture": "llama", "general.name": "x"}

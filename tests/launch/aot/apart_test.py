@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from launch.aot import apart
+from espalier.launch.aot import apart
 
 TINY = [
     "--gin_file=t5x_configs/models/tiny.gin",
@@ -34,5 +34,5 @@ def test_limits_end_a_compilation(limits, problem):
     assert not [
         child
         for child in psutil.Process().children(recursive=True)
-        if "launch.precompile" in child.cmdline()
+        if "espalier.launch.precompile" in child.cmdline()
     ]

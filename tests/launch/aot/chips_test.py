@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.aot import chips
+from espalier.launch.aot import chips
 
 
 def times(**changed):

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import pytest
 
-from launch.aot import precompile, programs
-from launch.aot.settings import Options
-from model import rows
-from model.kv_cache.full import FullCache
-from model.kv_cache.snapkv import SnapKV
+from espalier.launch.aot import precompile, programs
+from espalier.launch.aot.settings import Options
+from espalier.model import rows
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.kv_cache.snapkv import SnapKV
 from tests.launch import precompile_test as runs
 
 ROWS, PROMPT = 2, 64

@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 
-from launch.aot import apart, candidates, command, precompile, search, tpu_topology
-from launch.aot.candidates import Candidate
-from launch.aot.search import Result
+from espalier.launch.aot import apart, candidates, command, precompile, search, tpu_topology
+from espalier.launch.aot.candidates import Candidate
+from espalier.launch.aot.search import Result
 from tests.launch import precompile_test as runs
 
 

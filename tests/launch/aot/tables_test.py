@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from launch.aot import apart, table_rows, tables, tables_page, tpu_topology
-from launch.config import gin_config
+from espalier.launch.aot import apart, table_rows, tables, tables_page, tpu_topology
+from espalier.launch.config import gin_config
 
 TABLES = table_rows.rows()
 ROWS = [row for table in TABLES.values() for row in table]
@@ -17,10 +17,10 @@ VERSIONS = {"jax": "1", "jaxlib": "1", "libtpu": "1"}
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_a_row_resolves_to_a_run_on_its_chips(row):
-    config = gin_config.load(row.files, row.bindings, entry="launch.train:train", unused=UNUSED)
+    config = gin_config.load(row.files, row.bindings, entry="espalier.launch.train:train", unused=UNUSED)
     recipe = config.arguments()["recipe"]
     chips = tpu_topology.parse(row.topology).num_chips
-    from launch.aot import candidates
+    from espalier.launch.aot import candidates
 
     assert recipe.batch_size % candidates.batch_unit(recipe, tpu_topology.parse(row.topology)) == 0
     assert chips > 1

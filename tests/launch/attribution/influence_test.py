@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import mirror, paths
-from launch import environment
-from launch.attribution import inputs, methods, ranking, similarity
-from launch.run.load_run import LoadError
-from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, documents, files, kronecker, lexical, scores
-from trainers.influence import fit as stages
-from trainers.scoring.scoring import Row
+from espalier.launch import environment
+from espalier.launch.attribution import inputs, methods, ranking, similarity
+from espalier.launch.run.load_run import LoadError
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence import conjugate, documents, files, kronecker, lexical, scores
+from espalier.trainers.influence import fit as stages
+from espalier.trainers.scoring.scoring import Row
 
 DOCUMENTS = [
     {"text": "import os", "source": "code"},
@@ -271,7 +271,7 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
     import seqio
     import tensorflow as tf
 
-    from data.tokenizers import vocabularies
+    from espalier.data.tokenizers import vocabularies
 
     texts = [row["text"] for row in DOCUMENTS if row.get("text")]
     seqio.TaskRegistry.add(

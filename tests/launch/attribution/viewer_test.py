@@ -10,8 +10,8 @@ import types
 import numpy as np
 import pytest
 
-from launch.attribution import corpus, pages
-from launch.attribution.analyses import labels
+from espalier.launch.attribution import corpus, pages
+from espalier.launch.attribution.analyses import labels
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
 

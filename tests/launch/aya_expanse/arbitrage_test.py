@@ -14,11 +14,11 @@ import types
 
 import pytest
 
-from launch.aya_expanse import completions
-from launch.inference.generate import generate
-from launch.run import load_run
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Settings
+from espalier.launch.aya_expanse import completions
+from espalier.launch.inference.generate import generate
+from espalier.launch.run import load_run
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Settings
 
 KEY = "the-key-itself"  # pragma: allowlist secret
 
@@ -268,7 +268,7 @@ def test_an_attempt_may_help_and_a_rejected_key_ends_one_teacher(arbitrage, endp
 
 
 def test_a_silent_teacher_is_not_waited_for_again_and_again(arbitrage, endpoint, monkeypatch):
-    from launch.aya_expanse import teachers
+    from espalier.launch.aya_expanse import teachers
 
     monkeypatch.setattr(teachers, "_PATIENCE", 3)
     endpoint.teachers["ukr"] = lambda p, n: 503
@@ -369,7 +369,7 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
     settings = Settings(max_new_tokens=5, sampling=Sampling(temperature=0.8, top_p=0.95))
     config = load_run.config_of(trained_run.path)
     rows = [("row", {"text": row["prompt"]}) for row in PROMPTS]
-    from data.aya_expanse import prompts
+    from espalier.data.aya_expanse import prompts
 
     read = prompts.read([("row", row) for row in PROMPTS])
     indices = [int(prompt.digest, 16) % 2**32 for prompt in read]
@@ -387,7 +387,7 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
 
 
 def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path, monkeypatch):
-    from launch.weights import import_weights
+    from espalier.launch.weights import import_weights
 
     imports = []
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from launch.cluster import local
-from launch.cluster.base import Job, State
-from launch.cluster.local import LocalSubmitter
-from launch.environment import ROOT
+from espalier.launch.cluster import local
+from espalier.launch.cluster.base import Job, State
+from espalier.launch.cluster.local import LocalSubmitter
+from espalier.launch.environment import ROOT
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_what_runs_is_told_once_when_its_driver_dies(tmp_path):
         f"handle = submitter.submit(Job(name='a', command=command, log='{tmp_path}/log'))\n"
         "while True: submitter.statuses([handle]); time.sleep(0.02)\n"
     )
-    import launch
+    import espalier.launch
 
     # Found as a module of the project, so that it runs in the worker itself.
     paths = [str(tmp_path), *launch.__path__]

@@ -8,8 +8,8 @@ import re
 import pytest
 import yaml
 
-from launch.cluster import launch_config
-from launch.cluster.base import Job, State, SubmitError
+from espalier.launch.cluster import launch_config
+from espalier.launch.cluster.base import Job, State, SubmitError
 
 HOSTILE = (
     "a b",
@@ -26,7 +26,7 @@ HOSTILE = (
 )
 SCHEMA = pathlib.Path(__file__).parent / "jobset.schema.json"
 GPUS = ("topology=", "accelerator=nvidia-h100-80gb", "nodes=2", "gpus_per_node=8")
-JOB = Job(name="My run", command=("python", "-m", "launch.train"), log="/runs/My run/logs/log.txt")
+JOB = Job(name="My run", command=("python", "-m", "espalier.launch.train"), log="/runs/My run/logs/log.txt")
 
 
 def read(*overrides):

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from launch.cluster import launch_config, slurm
-from launch.cluster.base import Job, State, SubmitError
+from espalier.launch.cluster import launch_config, slurm
+from espalier.launch.cluster.base import Job, State, SubmitError
 
 pytestmark = pytest.mark.slurm
 
@@ -65,7 +65,7 @@ def test_the_script_of_two_hosts_with_gpus():
             "secrets": ("WANDB_API_KEY=/home/me/.wandb",),
         }
     ).submitter()
-    command = ("python", "-m", "launch.train", "--gin.MODEL_DIR='/runs/a b'")
+    command = ("python", "-m", "espalier.launch.train", "--gin.MODEL_DIR='/runs/a b'")
     queue.submit(Job(name="a b", command=command, log="/runs/a b/logs/log.txt"))
     assert queue.preview() == GOLDEN.read_text()
 

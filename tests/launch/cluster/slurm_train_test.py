@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from launch import submit
-from launch.environment import ROOT
-from trainers.telemetry.metric_writers import measures_time, read_jsonl
+from espalier.launch import submit
+from espalier.launch.environment import ROOT
+from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slurm, pytest.mark.timeout(600)]
 

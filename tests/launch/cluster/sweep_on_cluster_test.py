@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from launch import sweep
-from launch.environment import ROOT
-from launch.sweep import read_results
+from espalier.launch import sweep
+from espalier.launch.environment import ROOT
+from espalier.launch.sweep import read_results
 
 CLUSTER = ("--cluster=launch/cluster/configs/slurm.py", "--cluster_setting=poll_seconds=0.5")
 ONE = (

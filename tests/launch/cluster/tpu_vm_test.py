@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from launch.cluster import launch_config
-from launch.cluster.base import Job, SubmitError
+from espalier.launch.cluster import launch_config
+from espalier.launch.cluster.base import Job, SubmitError
 
 HOSTILE = (
     "a b",
@@ -28,7 +28,7 @@ def read(*overrides):
     return launch_config.read("launch/cluster/configs/tpu_vm.py", given)
 
 
-def commands(*overrides, command=("python", "-m", "launch.train")):
+def commands(*overrides, command=("python", "-m", "espalier.launch.train")):
     queue = read(*overrides).submitter()
     queue.submit(Job(name="a b", command=command, log="/runs/a b/log.txt"))
     return queue.preview()
@@ -64,7 +64,7 @@ def test_commands_from_creating_to_deleting(tmp_path):
         ["bash", "start.sh"], check=True, cwd=host / "espalier", capture_output=True, text=True
     )
     words, variables = json.loads(done.stdout)
-    assert words == ["-m", "launch.cluster.group", "--restarts=20", "--", "python", *HOSTILE]
+    assert words == ["-m", "espalier.launch.cluster.group", "--restarts=20", "--", "python", *HOSTILE]
     assert variables == list(HOSTILE)
     assert not list(tmp_path.rglob("PWNED"))
 

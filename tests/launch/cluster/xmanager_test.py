@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from launch.cluster import launch_config
-from launch.cluster.base import Job, State, SubmitError
-from launch.environment import ROOT
+from espalier.launch.cluster import launch_config
+from espalier.launch.cluster.base import Job, State, SubmitError
+from espalier.launch.environment import ROOT
 
 HOSTILE = (
     "a b",
@@ -33,7 +33,7 @@ def submitter(*overrides):
     return launch_config.read("launch/cluster/configs/xmanager.py", overrides).submitter()
 
 
-def shown(*overrides, command=("python", "-m", "launch.train")):
+def shown(*overrides, command=("python", "-m", "espalier.launch.train")):
     queue = submitter(*overrides)
     queue.submit(Job(name="a b", command=command, log="/runs/a/log.txt"))
     note, text = queue.preview().split("\n", 1)
@@ -46,7 +46,7 @@ def test_containers_with_accelerators(executor):
     words = (f"executor={executor}", "image=IMAGE", "accelerator=a100", "accelerators=8")
     described = shown(*words)
     assert (described["image"], described["requirements"]) == ("IMAGE", {"a100": 8})
-    assert described["arguments"][:3] == ["python", "-m", "launch.cluster.group"]
+    assert described["arguments"][:3] == ["python", "-m", "espalier.launch.cluster.group"]
 
 
 def test_what_would_run_it_is_said(monkeypatch):

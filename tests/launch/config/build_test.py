@@ -2,9 +2,9 @@
 
 import pytest
 
-from launch.config import gin_check, gin_config
-from launch.config.build import Configuration
-from trainers.programs.description import digest
+from espalier.launch.config import gin_check, gin_config
+from espalier.launch.config.build import Configuration
+from espalier.trainers.programs.description import digest
 
 ENTRY = "toy_run:train"
 FACTORED = """

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.config import build, gin_check, gin_config
-from launch.config.gin_config import ConfigError
+from espalier.launch.config import build, gin_check, gin_config
+from espalier.launch.config.gin_config import ConfigError
 
 ENTRY = "toy_run:train"
 HEAD = "from __gin__ import dynamic_registration\nimport toy_net\nimport toy_run\n"
@@ -78,7 +78,7 @@ def test_everything_wrong_is_reported_at_once_with_its_place(gin_file):
     path = gin_file(
         HEAD
         + """
-        from model import transformr
+        from espalier.model import transformr
         TRAIN_STEPS = 5
         UNUSED = 1
         MODEL_DIR = %gin.REQUIRED
@@ -306,7 +306,7 @@ def test_a_function_where_a_list_of_functions_is_taken():
     text = errors(
         files,
         ["MODEL_DIR='/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=@tasks.register_corpus"],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     assert "'launch.train.train.tasks' takes a list" in text
     assert "write [@tasks.register_corpus]" in text
@@ -426,7 +426,7 @@ def test_names_of_several_modules_cannot_be_used_on_the_command_line(gin_file, t
 
 
 def test_files_relative_to_the_root_are_found_from_anywhere(gin_file, tmp_path, monkeypatch):
-    from model import transformer
+    from espalier.model import transformer
 
     monkeypatch.chdir(tmp_path)
     head = "from __gin__ import dynamic_registration\nimport toy_run\n"

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from launch.config import gin_config
-from launch.config.gin_config import ConfigError
+from espalier.launch.config import gin_config
+from espalier.launch.config.gin_config import ConfigError
 
 ENTRY = "toy_run:train"
 HEAD = "from __gin__ import dynamic_registration\nimport toy_net\nimport toy_run\n"

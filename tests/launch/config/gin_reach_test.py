@@ -13,18 +13,18 @@ import optax
 import pytest
 
 from espalier.common.ranges import CalledWith
-from launch.config import gin_check, gin_config, gin_reach
-from launch.config.gin_config import ConfigError
-from launch.config.gin_values import declaration, hints
-from launch.config.registered import REGISTERED
-from model import config as model_config
-from model import transformer
+from espalier.launch.config import gin_check, gin_config, gin_reach
+from espalier.launch.config.gin_config import ConfigError
+from espalier.launch.config.gin_values import declaration, hints
+from espalier.launch.config.registered import REGISTERED
+from espalier.model import config as model_config
+from espalier.model import transformer
 
 FILES = ["t5x_configs/models/tiny.gin", "t5x_configs/runs/pretrain.gin"]
 UNUSED = {"MODEL_DIR": "''", "MIXTURE_OR_TASK_NAME": "''", "TASKS": "()"}
 
 
-def problems(*bindings, files=(), entry="launch.train:train") -> str:
+def problems(*bindings, files=(), entry="espalier.launch.train:train") -> str:
     with pytest.raises(ConfigError) as caught:
         gin_config.load([*FILES, *files], bindings, entry=entry, unused=UNUSED)
     return str(caught.value)
@@ -33,14 +33,14 @@ def problems(*bindings, files=(), entry="launch.train:train") -> str:
 @pytest.mark.parametrize(
     ("binding", "owner"),
     [
-        ("optimizers.adamw.learning_rate=1.0", "trainers.recipe.Recipe.optimizer"),
-        ("lm.language_modelling.num_sources=3", "trainers.recipe.Recipe.objective"),
-        ("lm.language_modelling.model=None", "trainers.recipe.Recipe.objective"),
-        ("stream.make_eval_stream.task='x'", "launch.train.train.eval_stream"),
-        ("attention.Attention.config=None", "model.transformer.Block.attention"),
-        ("attention.Attention.kind=None", "model.transformer.Block.attention"),
-        ("mlp.GatedMlp.name='x'", "model.transformer.Block.mlp"),
-        ("transformer.Block.config=None", "model.transformer.Transformer.block"),
+        ("optimizers.adamw.learning_rate=1.0", "espalier.trainers.recipe.Recipe.optimizer"),
+        ("lm.language_modelling.num_sources=3", "espalier.trainers.recipe.Recipe.objective"),
+        ("lm.language_modelling.model=None", "espalier.trainers.recipe.Recipe.objective"),
+        ("stream.make_eval_stream.task='x'", "espalier.launch.train.train.eval_stream"),
+        ("attention.Attention.config=None", "espalier.model.transformer.Block.attention"),
+        ("attention.Attention.kind=None", "espalier.model.transformer.Block.attention"),
+        ("mlp.GatedMlp.name='x'", "espalier.model.transformer.Block.mlp"),
+        ("transformer.Block.config=None", "espalier.model.transformer.Transformer.block"),
     ],
 )
 def test_a_binding_of_what_the_caller_passes_is_refused(binding, owner):
@@ -54,10 +54,10 @@ def test_the_same_in_files(gin_file):
     path = gin_file(
         """
         from __gin__ import dynamic_registration
-        from launch import train
-        from model import linear
-        from model import mlp
-        from trainers.checkpoints import checkpoint
+        from espalier.launch import train
+        from espalier.model import linear
+        from espalier.model import mlp
+        from espalier.trainers.checkpoints import checkpoint
         train.train.checkpointer = @checkpoint.Checkpointer
         checkpoint.Checkpointer.directory = '/x'
         mlp.GatedMlp.dense = @linear.Dense
@@ -74,7 +74,7 @@ def test_the_same_in_files(gin_file):
 def test_flags_win_over_the_entry_functions_bindings(gin_file):
     own = "t5x_configs/runs/evaluate.gin"
     text = problems(
-        "held_out.evaluate.max_batches=3", files=[own], entry="launch.evaluation.held_out:evaluate"
+        "held_out.evaluate.max_batches=3", files=[own], entry="espalier.launch.evaluation.held_out:evaluate"
     )
     assert (
         "'launch.evaluation.held_out.evaluate.max_batches' has no effect: the command passes it"
@@ -104,21 +104,21 @@ def recorder(factory, seen: set):
 
 def test_models_pass_what_the_table_says():
     """Every factory of every module with a row, replaced by one that records its arguments."""
-    from model.attention import Attention
-    from model.bam.moa import MixtureOfAttention
-    from model.embed import Positions
-    from model.heads.actor_critic import ActorCritic
-    from model.heads.reward_model import RewardModel
-    from model.linear import Dense
-    from model.mlp import GatedMlp, Mlp
-    from model.moe.moe import ExpertDense, MoeMlp
-    from model.nexus.domain_router import DomainRouter
-    from model.nexus.mlp_router import MlpRouter
-    from model.norm import RMSNorm
-    from model.t5.encoder_decoder import EncoderDecoder
-    from model.t5.relative_bias import RelativeBias
-    from model.vision import resnet
-    from model.vision.convolution import Conv
+    from espalier.model.attention import Attention
+    from espalier.model.bam.moa import MixtureOfAttention
+    from espalier.model.embed import Positions
+    from espalier.model.heads.actor_critic import ActorCritic
+    from espalier.model.heads.reward_model import RewardModel
+    from espalier.model.linear import Dense
+    from espalier.model.mlp import GatedMlp, Mlp
+    from espalier.model.moe.moe import ExpertDense, MoeMlp
+    from espalier.model.nexus.domain_router import DomainRouter
+    from espalier.model.nexus.mlp_router import MlpRouter
+    from espalier.model.norm import RMSNorm
+    from espalier.model.t5.encoder_decoder import EncoderDecoder
+    from espalier.model.t5.relative_bias import RelativeBias
+    from espalier.model.vision import resnet
+    from espalier.model.vision.convolution import Conv
 
     seen: dict[tuple[type, str], set] = {}
 
@@ -182,9 +182,9 @@ def test_models_pass_what_the_table_says():
 @pytest.mark.parametrize(
     ("binding", "place"),
     [
-        ("moa.MixtureOfAttention.qkv_bias=True", "model.attention.Attention.qkv_bias"),
-        ("moa.MixtureOfAttention.rope=None", "model.attention.Attention.rope"),
-        ("moe.MoeMlp.activation='gelu'", "model.mlp.GatedMlp.activation"),
+        ("moa.MixtureOfAttention.qkv_bias=True", "espalier.model.attention.Attention.qkv_bias"),
+        ("moa.MixtureOfAttention.rope=None", "espalier.model.attention.Attention.rope"),
+        ("moe.MoeMlp.activation='gelu'", "espalier.model.mlp.GatedMlp.activation"),
         (
             "lowrank.LowRankExpertDense.kernel_init=None",
             "model.linear.Dense.kernel_init or model.moe.moe.ExpertDense.kernel_init",
@@ -199,16 +199,16 @@ def test_what_a_wrapper_copies_is_refused_with_the_place_to_set_it(binding, plac
     binding = f"{place.removeprefix('model.').partition(' ')[0]}=None"
     if binding.startswith("attention"):  # the same setting at that place holds
         gin_config.load([*FILES, *methods], [binding.replace("qkv_bias=None", "qkv_bias=True")],
-                        entry="launch.train:train", unused=UNUSED)  # fmt: skip
+                        entry="espalier.launch.train:train", unused=UNUSED)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("binding", "owner"),
     [
-        ("moa.MixtureOfAttention.kind=None", "model.bam.moa.experts_of.moa"),
-        ("attention.Attention.kind=None", "model.bam.moa.experts_of.attention"),
-        ("moe.ExpertDense.features=3", "model.low_rank.lowrank.factorised.dense"),
-        ("lowrank.LowRankExpertDense.axes=()", "model.low_rank.lowrank.factorised.layer"),
+        ("moa.MixtureOfAttention.kind=None", "espalier.model.bam.moa.experts_of.moa"),
+        ("attention.Attention.kind=None", "espalier.model.bam.moa.experts_of.attention"),
+        ("moe.ExpertDense.features=3", "espalier.model.low_rank.lowrank.factorised.dense"),
+        ("lowrank.LowRankExpertDense.axes=()", "espalier.model.low_rank.lowrank.factorised.layer"),
         ("lowrank.LowRankExpertDense.factorisation=@lowrank.Factorisation()", "factorised.layer"),
     ],
 )
@@ -221,9 +221,9 @@ def test_what_a_wrapper_passes_on_is_refused(binding, owner):
 
 def test_a_wrapper_copies_what_the_check_says():
     """Every function that calls `like`: the fields that it reads from the plain module are those of its `Wrapper`."""
-    from model.bam import moa
-    from model.low_rank import lowrank
-    from model.moe import moe
+    from espalier.model.bam import moa
+    from espalier.model.low_rank import lowrank
+    from espalier.model.moe import moe
 
     rank = lowrank.Factorisation(rank=0.5)
     sizes = {"vocab_size": 8, "num_layers": 1, "embed_dim": 4, "num_heads": 1, "mlp_dim": 4}
@@ -259,16 +259,16 @@ def test_every_wrapper_is_read():
 
 # Called without keywords: functions of arrays, of texts, and of nothing.
 POSITIONAL = {
-    "launch.run.load_run.RunConfig.vocabulary",
-    "launch.train.train.tasks",
-    "model.t5.encoder_decoder.EncoderDecoder.norm",
-    "model.transformer.Transformer.norm",
-    "trainers.distillation.objective.distillation.divergence",
-    "trainers.online.groups.Groups.advantages",
-    "trainers.online.policy_gradient.policy_gradient.loss",
-    "trainers.preference.objectives.preference.preference.losses",
-    "trainers.recipe.Recipe.averaged",
-    "trainers.rewards.verifiers.TextReward.verifiers",
+    "espalier.launch.run.load_run.RunConfig.vocabulary",
+    "espalier.launch.train.train.tasks",
+    "espalier.model.t5.encoder_decoder.EncoderDecoder.norm",
+    "espalier.model.transformer.Transformer.norm",
+    "espalier.trainers.distillation.objective.distillation.divergence",
+    "espalier.trainers.online.groups.Groups.advantages",
+    "espalier.trainers.online.policy_gradient.policy_gradient.loss",
+    "espalier.trainers.preference.objectives.preference.preference.losses",
+    "espalier.trainers.recipe.Recipe.averaged",
+    "espalier.trainers.rewards.verifiers.TextReward.verifiers",
 }
 
 
@@ -291,16 +291,16 @@ def test_every_factory_in_a_gin_file_has_known_arguments():
 
 
 def test_trainers_pass_what_the_table_says():
-    from data.stream import stream
-    from data.t5 import denoising
-    from data.vision import image_sets, images
-    from launch import train
-    from launch.evaluation import held_out as evaluation
-    from trainers.objectives import lm
-    from trainers.recipe import Recipe
+    from espalier.data.stream import stream
+    from espalier.data.t5 import denoising
+    from espalier.data.vision import image_sets, images
+    from espalier.launch import train
+    from espalier.launch.evaluation import held_out as evaluation
+    from espalier.trainers.objectives import lm
+    from espalier.trainers.recipe import Recipe
 
     blank = image_sets.Arrays("x", 1, np.zeros((2, 2, 2, 3), np.uint8), np.zeros(2, int))
-    config = gin_config.load(FILES, entry="launch.train:train", unused=UNUSED)
+    config = gin_config.load(FILES, entry="espalier.launch.train:train", unused=UNUSED)
     recipe = config.arguments()["recipe"]
     calls: dict[str, set] = {"optimizer": set(), "objective": set()}
     Recipe(

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import pytest
 
 from espalier.common.ranges import Count, Decay, Finite, Fraction, Positive, Size
-from launch.config import gin_check, gin_config, gin_reader, gin_values
-from launch.config.gin_reader import Target
-from launch.config.gin_source import Macro, Reference
-from model.transformer import Transformer
-from trainers.batches import Stream
-from trainers.evaluate import EvalStream
+from espalier.launch.config import gin_check, gin_config, gin_reader, gin_values
+from espalier.launch.config.gin_reader import Target
+from espalier.launch.config.gin_source import Macro, Reference
+from espalier.model.transformer import Transformer
+from espalier.trainers.batches import Stream
+from espalier.trainers.evaluate import EvalStream
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "t5x_configs").rglob("*.gin"))
@@ -49,7 +49,7 @@ def test_every_number_in_a_shipped_file_has_a_declared_range():
 @functools.cache
 def load_error(*bindings: str) -> str:
     with pytest.raises(gin_config.ConfigError) as caught:
-        gin_config.load(RUN, [*NEEDED, *bindings], entry="launch.train:train")
+        gin_config.load(RUN, [*NEEDED, *bindings], entry="espalier.launch.train:train")
     return str(caught.value)
 
 

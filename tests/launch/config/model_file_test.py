@@ -11,14 +11,14 @@ import sys
 
 import pytest
 
-from launch.config import gin_config, gin_reader, gin_source, model_file
-from launch.config.build import Configuration
-from launch.config.gin_config import ConfigError
-from launch.config.model_file import ModelFileError
-from launch.config.registered import REGISTERED
-from launch.run import load_run, model_record
+from espalier.launch.config import gin_config, gin_reader, gin_source, model_file
+from espalier.launch.config.build import Configuration
+from espalier.launch.config.gin_config import ConfigError
+from espalier.launch.config.model_file import ModelFileError
+from espalier.launch.config.registered import REGISTERED
+from espalier.launch.run import load_run, model_record
 
-ENTRY = "launch.run.load_run:RunConfig"
+ENTRY = "espalier.launch.run.load_run:RunConfig"
 LOAD_RUN = "t5x_configs/runs/load_run.gin"
 OBJECTS = {
     name: getattr(importlib.import_module(module), attribute)
@@ -54,7 +54,7 @@ def test_few_things_can_be_named_and_all_only_build_parts_of_models():
         home = value.__module__
         assert home.startswith(("model.", "jax.nn.initializers")), name
         assert callable(value) and not inspect.ismodule(value)
-        assert not home.startswith(("model.hf", "model.transforms")), name  # these read files
+        assert not home.startswith(("espalier.model.hf", "espalier.model.transforms")), name  # these read files
 
 
 def test_every_shipped_model_and_method_is_recorded_by_registered_names(tmp_path):
@@ -104,7 +104,7 @@ def test_values_come_back_with_their_types(tmp_path):
     reader = gin_reader.Reader()
     reader.read_file(str(tmp_path / "model.json"))
     assert reader.checked.macros["A"].value == [1, -2.5e-7, True, None, (), {"a": ("b", ["it's"])}]
-    key = ("", "model.config.TransformerConfig", "layer_pattern")
+    key = ("", "espalier.model.config.TransformerConfig", "layer_pattern")
     assert reader.checked.bindings[key].value == ("full",)
 
 
@@ -136,7 +136,7 @@ LAUGHS = {f"A{i}": [{"macro": f"A{i + 1}"}] * 10 for i in range(9)} | {
         ({"macros": []}, '"macros" and "settings" must be objects'),
         ({"settings": {"transformer.Transformer": 1}}, "'transformer.Transformer' is not the name of a"),
         ({"settings": {"os.system.command": "id"}}, "'os.system' is not a part of a model"),
-        ({"macros": {"MODEL": {"call": "data.text.user_data:import_mixtures"}}}, "'data.text.user_data:import_mixtures' is not a part"),
+        ({"macros": {"MODEL": {"call": "espalier.data.text.user_data:import_mixtures"}}}, "'data.text.user_data:import_mixtures' is not a part"),
         ({"macros": {"MODEL": {"call": "launch:cli"}}}, "'launch:cli' is not a part of a model"),
         ({"macros": {"MODEL": {"dict": [[[1], 2]]}}}, "has a key that is not a literal"),
         ({"macros": {"MODEL": {"call": "step_dir.remove"}}}, "'step_dir.remove' is not a part of a model"),
@@ -204,7 +204,7 @@ def test_the_users_own_files_may_bring_it_in_with_what_it_defines(tmp_path, gin_
 
 
 @pytest.mark.parametrize(
-    "name", ["data.text.user_data:import_mixtures", "trainers.checkpoints.checkpoint:Checkpointer"]
+    "name", ["espalier.data.text.user_data:import_mixtures", "espalier.trainers.checkpoints.checkpoint:Checkpointer"]
 )
 def test_the_users_own_files_bring_in_nothing_of_this_project(tmp_path, gin_file, name):
     """Files of data and runs import such modules."""

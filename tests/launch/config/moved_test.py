@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 
-from launch.config import gin_config, moved
+from espalier.launch.config import gin_config, moved
 
 OLD = """from __gin__ import dynamic_registration
 
-from data.nexus import lag_domains
-from data.aya23 import toy_languages as toy
-import launch.train
+from espalier.data.nexus import lag_domains
+from espalier.data.aya23 import toy_languages as toy
+import espalier.launch.train
 
 lag_domains.register.vocabulary = None
 """
@@ -25,7 +25,7 @@ def test_imports_of_moved_modules_have_their_names_of_today():
     text = moved.renamed(OLD)
     assert "from launch.papers.nexus import lag_domains\n" in text
     assert "from launch.papers.aya23 import toy_languages as toy\n" in text
-    assert text.replace("launch.papers.", "data.") == OLD
+    assert text.replace("espalier.launch.papers.", "data.") == OLD
 
 
 def test_a_configuration_from_before_a_move_is_read(tmp_path):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from launch.config import setting_flags
+from espalier.launch.config import setting_flags
 
 
 @dataclasses.dataclass(frozen=True)

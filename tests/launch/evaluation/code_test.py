@@ -66,7 +66,7 @@ def test_given_completions_are_run_and_scored(evaluate, solutions, capsys):
 
 
 def test_rows_that_are_there_are_not_run_again(evaluate, solutions, tmp_path, monkeypatch):
-    from data.sandbox import code_sandbox
+    from espalier.data.sandbox import code_sandbox
 
     flag = solutions(RIGHT)
     rows, scores = evaluate(flag)
@@ -135,7 +135,7 @@ def test_a_model_is_evaluated_and_resumed_with_the_same_draws(
 
 
 def test_completions_end_before_what_is_no_part_of_them(evaluate, trained_run, monkeypatch):
-    from launch.inference import generate
+    from espalier.launch.inference import generate
 
     def generated(config, rows, *, stops, settings, **_):
         assert stops == ("\nclass", "\nassert", '\n"""', "\nprint", "\nif")

@@ -9,13 +9,13 @@ import math
 import numpy as np
 import pytest
 
-from launch.evaluation.judges import asking, shares
-from launch.evaluation.judges.base import JudgeError, Outcome, Pair
-from launch.evaluation.judges.pairwise import PairwiseJudge, Template
-from launch.evaluation.judges.reward import RewardJudge
-from launch.inference.chat_endpoint import Silence
-from launch.inference.row_files import RowFileError
-from launch.plots import intervals
+from espalier.launch.evaluation.judges import asking, shares
+from espalier.launch.evaluation.judges.base import JudgeError, Outcome, Pair
+from espalier.launch.evaluation.judges.pairwise import PairwiseJudge, Template
+from espalier.launch.evaluation.judges.reward import RewardJudge
+from espalier.launch.inference.chat_endpoint import Silence
+from espalier.launch.inference.row_files import RowFileError
+from espalier.launch.plots import intervals
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.evaluation.judges import answers
+from espalier.launch.evaluation.judges import answers
 
 CZECH, GREEK = "Příliš žluťoučký kůň úpěl.", "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία."
 

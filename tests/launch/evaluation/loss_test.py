@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from trainers import evaluate as evaluation
+from espalier.trainers import evaluate as evaluation
 
 
 def test_loss_is_the_mean_score_of_the_held_out_documents(command, capsys, trained_run, tmp_path):

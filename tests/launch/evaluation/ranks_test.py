@@ -20,7 +20,7 @@ LABELS = [0, 1, 2, 1, 0, 2, 1]
 
 GIN = """
 from __gin__ import dynamic_registration
-from data.tokenizers import vocabularies
+from espalier.data.tokenizers import vocabularies
 include 't5x_configs/data/instructions_decoder.gin'
 TOKENIZER = ''  # VOCABULARY replaces it
 VOCABULARY = @vocabularies.byte()

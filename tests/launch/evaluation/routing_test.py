@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.tokenizers import vocabularies
-from launch.evaluation import routing
-from launch.run import load_run
-from model.nexus.domain_router import expert_vectors
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.checkpoint import Checkpointer
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.evaluation import routing
+from espalier.launch.run import load_run
+from espalier.model.nexus.domain_router import expert_vectors
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 BLOCK = "params/layers/block_0"
 

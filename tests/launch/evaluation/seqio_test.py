@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from data import cpu_tensorflow
-from data.tokenizers import vocabularies
+from espalier.data import cpu_tensorflow
+from espalier.data.tokenizers import vocabularies
 
 cpu_tensorflow.load()
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from launch.evaluation import win_rate as win_rate_command
-from launch.evaluation.judges import pairwise, spec
+from espalier.launch.evaluation import win_rate as win_rate_command
+from espalier.launch.evaluation.judges import pairwise, spec
 
 GARBAGE = "Both have merits."
 

@@ -127,8 +127,8 @@ def numbers(run):
     """Returns what the steps after the second one gave: digests of the checkpoint's arrays, and metrics."""
     from etils import epath
 
-    from trainers.checkpoints import step_dir
-    from trainers.telemetry.metric_writers import measures_time, read_jsonl
+    from espalier.trainers.checkpoints import step_dir
+    from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
     manifest = step_dir.read_manifest(epath.Path(run) / "checkpoints" / str(STEPS))
     rows = [row for row in read_jsonl(f"{run}/metrics.jsonl") if row["step"] > 2]

@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parents[2]))
-    from launch.aot import tpu_topology
+    from espalier.launch.aot import tpu_topology
 
     tpu_topology.prepare_environment()
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"

@@ -124,8 +124,8 @@ def make_models(out: pathlib.Path, seed: int) -> None:
     """Writes `out`/NAME/model for each model."""
     from safetensors.numpy import save_file
 
-    from launch import convert
-    from model.hf.families import family_of_config
+    from espalier.launch import convert
+    from espalier.model.hf.families import family_of_config
 
     rng = np.random.default_rng(seed)
     for name in ("llama", "gpt2"):

@@ -22,21 +22,21 @@ BINDINGS = (
 
 def numbers(metrics_file):
     """One mapping for each update."""
-    from trainers.telemetry.metric_writers import read_jsonl
+    from espalier.trainers.telemetry.metric_writers import read_jsonl
 
     return [{name: row[name] for name in NUMBERS} for row in read_jsonl(metrics_file)]
 
 
 def main():
     sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent / "programs")]
-    from launch.config import gin_config
+    from espalier.launch.config import gin_config
 
     with tempfile.TemporaryDirectory() as folder:
         given = (f"MODEL_DIR={folder + '/run'!r}", f"DIRECTORY={folder + '/text'!r}")
         gin_config.load(
             [str(HERE.parent / "programs" / "local_text.gin")],
             [*given, *BINDINGS],
-            entry="launch.train:train",
+            entry="espalier.launch.train:train",
         ).entry()
         found = numbers(f"{folder}/run/metrics.jsonl")
     (HERE / "train_step.json").write_text(json.dumps(found, indent=1) + "\n")

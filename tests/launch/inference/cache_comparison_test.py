@@ -1,6 +1,6 @@
 """The sentence on how many continuations equal those of the full cache."""
 
-from launch.inference.cache_comparison import Agreement
+from espalier.launch.inference.cache_comparison import Agreement
 
 
 def test_the_sentence_says_which_continuations_differ():

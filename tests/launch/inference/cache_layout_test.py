@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch.aot import tpu_topology
-from launch.aot.hlo import text
-from model.config import TransformerConfig
-from model.kernels.platform import use_platform
-from model.kv_cache.policies import policy_named
-from model.transformer import Transformer
-from trainers.decoding.decode import decode
-from trainers.decoding.prefill import prefill
-from trainers.decoding.settings import Settings
-from trainers.partitioning import RULE_SETS, make_mesh
+from espalier.launch.aot import tpu_topology
+from espalier.launch.aot.hlo import text
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels.platform import use_platform
+from espalier.model.kv_cache.policies import policy_named
+from espalier.model.transformer import Transformer
+from espalier.trainers.decoding.decode import decode
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.partitioning import RULE_SETS, make_mesh
 
 needs_libtpu = pytest.mark.skipif(
     bool(tpu_topology.missing()), reason=tpu_topology.missing() or "libtpu is here"

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from launch.inference import chat_endpoint
-from launch.inference.chat_endpoint import ChatEndpoint, EndpointError, Silence, api_key
+from espalier.launch.inference import chat_endpoint
+from espalier.launch.inference.chat_endpoint import ChatEndpoint, EndpointError, Silence, api_key
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
 

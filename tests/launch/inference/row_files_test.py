@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from launch.code_mix import synthetic_code
-from launch.inference import generate, row_files, score
-from launch.inference.row_files import RowFileError
+from espalier.launch.code_mix import synthetic_code
+from espalier.launch.inference import generate, row_files, score
+from espalier.launch.inference.row_files import RowFileError
 
 
 def test_rows_are_continued_after_a_stop_within_a_line(tmp_path):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.inference.token_healing import TokenHealing
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.settings import Beams, Sampling, Settings
+from espalier.launch.inference.token_healing import TokenHealing
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.settings import Beams, Sampling, Settings
 
 TEXTS = ("c", "", "a", "b", " ", " a", " ab", "ab")  # of EOS, and of seven pieces
 V, M, EOS = len(TEXTS), 3, 1
@@ -133,7 +133,7 @@ class Words:
 
 
 def test_texts_go_on_after_the_prompt(trained_run, command, monkeypatch, tmp_path, capsys):
-    from launch.run.loaded_run import LoadedRun
+    from espalier.launch.run.loaded_run import LoadedRun
 
     monkeypatch.setattr(LoadedRun, "vocabulary_or_none", Words())
     inputs, output = tmp_path / "x.jsonl", tmp_path / "y.jsonl"

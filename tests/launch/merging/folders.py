@@ -5,7 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 
-from model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
+from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 
 CONFIG = {
     "model_type": "cohere",

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pytest
 
-from launch import merge
-from launch.merging import config_file, models, plan, run, workers
-from launch.merging.settings import MergeError
-from model.hf.files.safetensors_files import INDEX, SafetensorsReader
+from espalier.launch import merge
+from espalier.launch.merging import config_file, models, plan, run, workers
+from espalier.launch.merging.settings import MergeError
+from espalier.model.hf.files.safetensors_files import INDEX, SafetensorsReader
 from tests.launch.merging import folders
 from tests.launch.merging.folders import BF16
 
@@ -398,7 +398,7 @@ def test_a_killed_merge_leaves_nothing_and_goes_on(tmp_path, monkeypatch, tensor
     folders.pair(tmp_path)
     config = linear(tmp_path)
     whole = merged(tmp_path, config, "whole")
-    monkeypatch.setattr("launch.merging.hf_output._FLUSH_BYTES", 600)
+    monkeypatch.setattr("espalier.launch.merging.hf_output._FLUSH_BYTES", 600)
     actual, done = workers.Workers.run, []
 
     def killed(self, x, reads):
@@ -578,7 +578,7 @@ def test_a_dry_run_shows_every_tensor_and_writes_nothing(tmp_path, capsys):
 
 
 def test_progress_without_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("launch.merging.workers._SECONDS", 0)
+    monkeypatch.setattr("espalier.launch.merging.workers._SECONDS", 0)
     folders.pair(tmp_path)
     run.merge_all(linear(tmp_path), str(tmp_path / "out"))
     assert "out: 100% of 0.00 GB, about 0 s left" in capsys.readouterr().err

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import convert, merge
-from launch.merging import models
-from launch.papers.aya_expanse import lexicon, small_stage
-from launch.run import load_run
-from launch.weights import model_card
-from model.hf import families
+from espalier.launch import convert, merge
+from espalier.launch.merging import models
+from espalier.launch.papers.aya_expanse import lexicon, small_stage
+from espalier.launch.run import load_run
+from espalier.launch.weights import model_card
+from espalier.model.hf import families
 from tests.launch.merging import folders
 from tests.model.hf import arrays
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.checkpoints.restore_params import restore_params
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import yaml
 
-from launch.merging import search_run, trials
-from launch.merging.settings import MergeError
-from launch.merging.trials import Trial, Trials
+from espalier.launch.merging import search_run, trials
+from espalier.launch.merging.settings import MergeError
+from espalier.launch.merging.trials import Trial, Trials
 
 ONES = {"x": 1.0, "y": 1.0}  # losses of the best single model
 TARGETS = {"x": np.array([0.7, 0.3, 0.0]), "y": np.array([0.2, 0.5, 0.3])}
@@ -111,7 +111,7 @@ def test_what_leaving_out_a_model_gains(tmp_path):
 
 
 def test_two_copies_act_as_one_of_twice_the_weight():
-    from launch.merging import search_run
+    from espalier.launch.merging import search_run
 
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from data import tasks
-from data.nexus import domain_embeddings
-from launch.nexus import domain_vectors
+from espalier.data import tasks
+from espalier.data.nexus import domain_embeddings
+from espalier.launch.nexus import domain_vectors
 
 LAG = "--gin_file=t5x_configs/data/lag_domains.gin"
 TEXTS = {"law": ["lex dura", "sed lex", "ius"], "code": ["import os", "x = 1"], "sea": ["waves"]}
@@ -177,7 +177,7 @@ def test_documents_are_drawn_from_all_of_a_source_and_are_the_same_each_time(emb
     embed.path.unlink()
     embed(*sources, "--documents=40", "--document_per=line", names=())
     assert embed.path.read_bytes() == first
-    from launch.nexus import domain_vectors
+    from espalier.launch.nexus import domain_vectors
 
     flags = types.SimpleNamespace(text_key="text", document_per="file", limit=None)
     counts = np.zeros(400)

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.tokenizers import vocabularies
-from launch.config import gin_config
-from launch.preparation import best_of_n
-from launch.run import model_record, run_vocabulary
-from model.heads.reward_model import RewardModel
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.rewards.base import Completion
-from trainers.rewards.model_reward import ModelReward
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.config import gin_config
+from espalier.launch.preparation import best_of_n
+from espalier.launch.run import model_record, run_vocabulary
+from espalier.model.heads.reward_model import RewardModel
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.rewards.base import Completion
+from espalier.trainers.rewards.model_reward import ModelReward
 
 
 def rows(texts, prompt="1 + 1 = ", answer="2", **more):
@@ -78,8 +78,8 @@ def test_texts_that_were_cut_are_penalised(command):
 
 HEADED = """
 from __gin__ import dynamic_registration
-from model.heads import {module}
-from model import transformer
+from espalier.model.heads import {module}
+from espalier.model import transformer
 MODEL = @{module}.{kind}()
 {module}.{kind}.backbone = @transformer.Transformer()
 """
@@ -90,7 +90,7 @@ def headed_run(trained_run, folder, module, kind, head):
     snippet = folder / "head.gin"
     snippet.write_text(HEADED.format(module=module, kind=kind))
     files = [f"{trained_run.path}/config.gin", str(snippet)]
-    config = gin_config.load(files, [], entry="launch.train:train")
+    config = gin_config.load(files, [], entry="espalier.launch.train:train")
     run = folder / "run"
     run.mkdir()
     (run / "config.gin").write_text(config.text)
@@ -127,7 +127,7 @@ def test_commands_say_what_kind_of_model_they_read(trained_run, tmp_path, comman
     config = gin_config.load(
         ["t5x_configs/runs/load_run.gin", str(run / "model.json")],
         [],
-        entry="launch.run.load_run:RunConfig",
+        entry="espalier.launch.run.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
     ).entry()
     with config.load(str(run)) as loaded:  # the actor is a language model

@@ -6,11 +6,11 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from data import tasks
-from data.stream import stream
-from launch import cli
-from launch.config import gin_config
-from launch.preparation import cache as command
+from espalier.data import tasks
+from espalier.data.stream import stream
+from espalier.launch import cli
+from espalier.launch.config import gin_config
+from espalier.launch.preparation import cache as command
 
 
 def register(add_eos=True):
@@ -70,7 +70,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
     yield lambda *argv: cli.main(
         command.__doc__,
-        entry="launch.preparation.cache:build_caches",
+        entry="espalier.launch.preparation.cache:build_caches",
         default_files=lambda flags: ["t5x_configs/runs/cache.gin"],
         part=True,
         argv=argv,
@@ -118,7 +118,7 @@ def test_data_files_have_no_warnings(file, bindings):
     config = gin_config.load(
         files,
         [*bindings, "MIXTURE_OR_TASK_NAME='x'"],
-        entry="launch.preparation.cache:build_caches",
+        entry="espalier.launch.preparation.cache:build_caches",
         defaults=["t5x_configs/runs/cache.gin"],
         part=True,
     )
@@ -126,7 +126,7 @@ def test_data_files_have_no_warnings(file, bindings):
     config = gin_config.load(
         ["t5x_configs/models/tiny.gin", *files, "t5x_configs/runs/pretrain.gin"],
         [*bindings, "MODEL_DIR='x'", "MIXTURE_OR_TASK_NAME='x'"],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     assert config.warnings == ()
     assert "make_stream.changed_cache = 'build'" in config.text

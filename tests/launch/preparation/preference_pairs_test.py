@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from data import tasks
-from data.preference import records
-from launch.config import gin_config
-from launch.preparation import preference_pairs
+from espalier.data import tasks
+from espalier.data.preference import records
+from espalier.launch.config import gin_config
+from espalier.launch.preparation import preference_pairs
 
 
 def write(tmp_path, *rows):
@@ -85,9 +85,9 @@ def test_errors_are_for_people(tmp_path, capsys):
 
 RUN = """
 from __gin__ import dynamic_registration
-from data.tokenizers import vocabularies
-from data.preference import stream
-from launch import train
+from espalier.data.tokenizers import vocabularies
+from espalier.data.preference import stream
+from espalier.launch import train
 include 't5x_configs/models/tiny.gin'
 include 't5x_configs/runs/pretrain.gin'
 include 't5x_configs/data/preferences_base.gin'
@@ -124,9 +124,9 @@ def test_the_data_file_makes_streams_of_the_pairs(tmp_path, monkeypatch, clean, 
         "BATCH_SIZE": 8,
     }
     given = [f"{name}={value!r}" for name, value in bindings.items()]
-    config = gin_config.load([str(tmp_path / "run.gin")], given, entry="launch.train:train")
+    config = gin_config.load([str(tmp_path / "run.gin")], given, entry="espalier.launch.train:train")
     # Only what the run of another kind binds for streams of documents is left over.
-    assert all("data.stream.stream.make_" in str(warning) for warning in config.warnings)
+    assert all("espalier.data.stream.stream.make_" in str(warning) for warning in config.warnings)
     arguments = config.arguments()
     for register in arguments["tasks"]:
         register()

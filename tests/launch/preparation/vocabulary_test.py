@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data import tasks
-from launch import cli
-from launch.preparation import vocabulary
+from espalier.data import tasks
+from espalier.launch import cli
+from espalier.launch.preparation import vocabulary
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def run(tmp_path, monkeypatch):
     def call(*argv) -> int:
         return cli.main(
             vocabulary.__doc__,
-            entry="launch.preparation.vocabulary:make_vocabulary",
+            entry="espalier.launch.preparation.vocabulary:make_vocabulary",
             default_files=lambda flags: ["t5x_configs/runs/vocabulary.gin"],
             part=True,
             argv=list(argv),

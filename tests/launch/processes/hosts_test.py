@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from launch.processes import hosts, peers
+from espalier.launch.processes import hosts, peers
 
 
 class Store:

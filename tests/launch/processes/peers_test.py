@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from launch.environment import ROOT
-from launch.processes import supervisor
+from espalier.launch.environment import ROOT
+from espalier.launch.processes import supervisor
 
 pytestmark = pytest.mark.multiprocess
 
@@ -27,8 +27,8 @@ def exchange(*, rounds: int = 100000, failing: int = -1):
     import jax
     from jax.experimental import multihost_utils
 
-    from launch.processes import peers
-    from launch.run.load_run import LoadError
+    from espalier.launch.processes import peers
+    from espalier.launch.run.load_run import LoadError
 
     peers.note_run("/no/such/run")
     for number in range(rounds):
@@ -185,7 +185,7 @@ def test_what_the_supervisor_hides_is_only_of_the_coordination_service(capfdbina
 def test_auto_outside_of_a_cluster_is_one_error(monkeypatch, kind):
     import jax
 
-    from launch.processes import peers
+    from espalier.launch.processes import peers
 
     def initialize(*arguments, **settings):
         raise kind("coordinator_address should be defined.")  # as jax does

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from trainers.preference.indicators.alarm import Alarm
+from espalier.trainers.preference.indicators.alarm import Alarm
 
 
 @dataclasses.dataclass(frozen=True)

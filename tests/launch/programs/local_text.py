@@ -3,12 +3,12 @@
 import pathlib
 import time
 
-from data.cache import store
-from data.stream import rows
-from data.stream.row_stream import EvalStream
-from data.stream.train_stream import Stream
-from trainers.hooks import Hook
-from trainers.objectives import lm
+from espalier.data.cache import store
+from espalier.data.stream import rows
+from espalier.data.stream.row_stream import EvalStream
+from espalier.data.stream.train_stream import Stream
+from espalier.trainers.hooks import Hook
+from espalier.trainers.objectives import lm
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 FILES = {"licence": ["LICENSE"], "code": ["model/axes.py", "model/config.py", "trainers/step.py"]}

@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
-from launch.aya_expanse import teachers
-from launch.evaluation.judges import checkpoint, reward
-from launch.evaluation.judges.base import Question
-from launch.evaluation.judges.pairwise import Template
-from launch.inference import generate, score
-from launch.inference.generate import as_message, prompt_of
-from launch.preparation import best_of_n
-from launch.run import load_run
-from launch.run.loaded_run import LoadedRun
-from trainers.rewards import model_reward
+from espalier.launch.aya_expanse import teachers
+from espalier.launch.evaluation.judges import checkpoint, reward
+from espalier.launch.evaluation.judges.base import Question
+from espalier.launch.evaluation.judges.pairwise import Template
+from espalier.launch.inference import generate, score
+from espalier.launch.inference.generate import as_message, prompt_of
+from espalier.launch.preparation import best_of_n
+from espalier.launch.run import load_run
+from espalier.launch.run.loaded_run import LoadedRun
+from espalier.trainers.rewards import model_reward
 
 
 def user(text):
@@ -106,7 +106,7 @@ def test_an_answer_cannot_end_its_turn_before_a_reward_model(hostile, monkeypatc
 
 def test_a_prompt_cannot_write_turns_of_a_local_teacher(hostile, monkeypatch):
     """Neither with a chat template nor without one, where it is the text that the teacher continues."""
-    from data.aya_expanse.prompts import Prompt
+    from espalier.data.aya_expanse.prompts import Prompt
 
     config = hostile.config()
     teacher = object.__new__(teachers.CheckpointTeacher)

@@ -6,7 +6,7 @@ import shutil
 import jax
 import pytest
 
-from trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 COMMANDS = {
     "score": ["--inputs={0}/x.jsonl", "--output={0}/y.jsonl"],

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data.tokenizers import vocabularies
-from launch.config import model_file
-from launch.inference import generate
-from launch.run.load import Run, load
-from launch.run.loaded_run import LoadError
-from model.config import TransformerConfig
-from model.transformer import Transformer
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.config import model_file
+from espalier.launch.inference import generate
+from espalier.launch.run.load import Run, load
+from espalier.launch.run.loaded_run import LoadError
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
 
 SIZES = {"vocab_size": 264, "num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 16}
 

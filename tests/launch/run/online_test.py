@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from launch.run.load import load
-from trainers import initialise
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.restore_params import restore_params
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch.run.load import load
+from espalier.trainers import initialise
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 
 def flags_of(method, trained_run, tmp_path, **settings):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from trainers.checkpoints import step_dir
-from trainers.optim import schedules
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.optim import schedules
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 FIRST = "((0, {'licence': 0.5, 'code': 0.5}),)"
 SECOND = "((0, {'licence': 0.25, 'code': 0.75}),)"
@@ -113,7 +113,7 @@ def test_a_phase_has_the_schedule_and_reads_the_data_that_one_run_of_both_would(
 def test_a_phase_that_is_stopped_goes_on_when_the_one_before_is_gone(
     train, parent, child, tmp_path, monkeypatch
 ):
-    from trainers import signals
+    from espalier.trainers import signals
 
     gone = tmp_path / "parent"
     (gone / "checkpoints").mkdir(parents=True)

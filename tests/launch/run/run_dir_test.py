@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from launch.config import config_diff
-from launch.run import run_dir, run_place
-from launch.run.parameter_table import parameter_table
-from launch.run.run_dir import RunDirectoryError
+from espalier.launch.config import config_diff
+from espalier.launch.run import run_dir, run_place
+from espalier.launch.run.parameter_table import parameter_table
+from espalier.launch.run.run_dir import RunDirectoryError
 
 CONFIG = """\
 from __gin__ import dynamic_registration
-from model import transformer
+from espalier.model import transformer
 import toy_run
 
 BATCH_SIZE = 8
@@ -205,7 +205,7 @@ def test_the_same_configuration_written_otherwise_is_the_same():
     other = """\
 # Another order, another alias, a block, other quotes.
 from __gin__ import dynamic_registration
-from model import transformer as t
+from espalier.model import transformer as t
 import toy_run as r
 r.train:
     steps = %TRAIN_STEPS

@@ -1,6 +1,6 @@
 """What a run tells of its data that it does not read."""
 
-from launch.run import run_messages
+from espalier.launch.run import run_messages
 
 
 class Stream:

@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.config import gin_config, gin_reader
-from launch.config.build import Configuration
-from launch.config.gin_config import ConfigError
-from launch.run import model_record, run_model
-from trainers import initialise
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch.config import gin_config, gin_reader
+from espalier.launch.config.build import Configuration
+from espalier.launch.config.gin_config import ConfigError
+from espalier.launch.run import model_record, run_model
+from espalier.trainers import initialise
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
-ENTRY = "launch.run.load_run:RunConfig"
+ENTRY = "espalier.launch.run.load_run:RunConfig"
 LOAD_RUN = "t5x_configs/runs/load_run.gin"
 SCOPES = """
 from __gin__ import dynamic_registration
-from model import attention
-from model import config
-from model import mlp
-from model import transformer
+from espalier.model import attention
+from espalier.model import config
+from espalier.model import mlp
+from espalier.model import transformer
 include 't5x_configs/models/base.gin'
 MODEL = @small/transformer.Transformer()
 config.TransformerConfig.num_layers = 2
@@ -190,7 +190,7 @@ def test_what_this_process_imports_it_may_name(evil, tmp_path):
 
 DPO = """
 from __gin__ import dynamic_registration
-from data.tokenizers import vocabularies
+from espalier.data.tokenizers import vocabularies
 include 't5x_configs/models/tiny.gin'
 include 't5x_configs/data/preferences_base.gin'
 include 't5x_configs/runs/preference.gin'

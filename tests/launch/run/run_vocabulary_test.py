@@ -12,11 +12,11 @@ import seqio
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from data.stream import rows
-from data.text import document_files
-from data.tokenizers import chat_template, vocabularies
-from launch.config import model_file
-from launch.run import model_record, run_vocabulary
+from espalier.data.stream import rows
+from espalier.data.text import document_files
+from espalier.data.tokenizers import chat_template, vocabularies
+from espalier.launch.config import model_file
+from espalier.launch.run import model_record, run_vocabulary
 
 WORDS = ["def", "return", "import", "naïve", "語", "while", "class", "yield", "lambda", "assert"]
 TEXTS = [f"{a} {b}\n    {c}" for a in WORDS for b in WORDS for c in WORDS]
@@ -37,8 +37,8 @@ def run(tmp_path_factory):
     import jax
     import jax.numpy as jnp
 
-    from launch.config import gin_config
-    from trainers.checkpoints.checkpoint import Checkpointer
+    from espalier.launch.config import gin_config
+    from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
     run = tmp_path_factory.mktemp("run")
     (run / "data").mkdir()
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
                 "config.TransformerConfig.mlp_dim=16",
                 "config.TransformerConfig.vocab_size=512",
             ],
-            entry="launch.train:train",
+            entry="espalier.launch.train:train",
         )
         (run / "config.gin").write_text(config.text)
         model_record.write(run)
@@ -205,13 +205,13 @@ def test_a_record_of_other_options_is_damaged(run, tmp_path):
 
 
 def test_a_config_read_in_a_runs_directory_has_the_runs_vocabulary(run, moved, tmp_path, gin_file):
-    from launch.config import gin_config
+    from espalier.launch.config import gin_config
 
     config = str(moved / "config.gin")
     needed = ["FILES='x'", "MODEL_DIR='/x'"]
 
     def load(*files, bindings=()):
-        return gin_config.load([*files], [*needed, *bindings], entry="launch.train:train")
+        return gin_config.load([*files], [*needed, *bindings], entry="espalier.launch.train:train")
 
     loaded = load(config)
     assert repr(loaded.macros["VOCABULARY"]) == "@run_vocabulary.of()"
@@ -223,7 +223,7 @@ def test_a_config_read_in_a_runs_directory_has_the_runs_vocabulary(run, moved, t
     later = gin_file("""
         from __gin__ import dynamic_registration
 
-        from data.tokenizers import vocabularies
+        from espalier.data.tokenizers import vocabularies
 
         VOCABULARY = @vocabularies.byte()
     """)
@@ -325,7 +325,7 @@ SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
 @pytest.fixture(scope="module")
 def imported(run, tmp_path_factory):
     """The model of `run` with the tokenizer of a Hugging Face checkpoint, as an import leaves it."""
-    from trainers.checkpoints.checkpoint import Checkpointer
+    from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
     folder = tmp_path_factory.mktemp("imported")
     source = hf_files(folder / "hf")
@@ -410,7 +410,7 @@ def test_there_is_never_a_second_bos(imported, score, ids):
 
 
 def test_messages_are_continued_after_a_generation_prompt(imported, ids):
-    from launch.run.load_run import LoadedRun, RunConfig
+    from espalier.launch.run.load_run import LoadedRun, RunConfig
 
     def loaded(vocabulary, **config):
         return LoadedRun(

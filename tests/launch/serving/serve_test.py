@@ -14,19 +14,19 @@ import pytest
 import requests as http
 import uvicorn
 
-from data.tokenizers import vocabularies
-from launch import serve
-from launch.inference.chat_endpoint import ChatEndpoint, EndpointError
-from launch.inference.generate import generate
-from launch.inference.texts import decoder_of
-from launch.run import load_run
-from launch.serving import app as app_module
-from launch.serving import connections, requests
-from launch.serving.engine import BusyError, Completed, Engine, Job
-from launch.serving.replies import Replies
-from launch.serving.requests import Limits
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Draw, Settings
+from espalier.data.tokenizers import vocabularies
+from espalier.launch import serve
+from espalier.launch.inference.chat_endpoint import ChatEndpoint, EndpointError
+from espalier.launch.inference.generate import generate
+from espalier.launch.inference.texts import decoder_of
+from espalier.launch.run import load_run
+from espalier.launch.serving import app as app_module
+from espalier.launch.serving import connections, requests
+from espalier.launch.serving.engine import BusyError, Completed, Engine, Job
+from espalier.launch.serving.replies import Replies
+from espalier.launch.serving.requests import Limits
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Draw, Settings
 
 LIMITS = Limits(max_tokens=64, max_prompt_tokens=160, max_completions=6, max_body_bytes=5000)
 LIMITS = dataclasses.replace(LIMITS, batch_size=4, max_queue=12, timeout=120.0)

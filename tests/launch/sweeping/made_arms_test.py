@@ -10,15 +10,15 @@ import time
 
 import pytest
 
-from launch import sweep
-from launch.cluster import local, worker
-from launch.cluster.base import State, Status
-from launch.sweeping import check, driver, parts
-from launch.sweeping import file as sweep_file
-from launch.sweeping import run as sweep_run
-from launch.sweeping.file import SweepError
-from launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
-from trainers.checkpoints import step_dir
+from espalier.launch import sweep
+from espalier.launch.cluster import local, worker
+from espalier.launch.cluster.base import State, Status
+from espalier.launch.sweeping import check, driver, parts
+from espalier.launch.sweeping import file as sweep_file
+from espalier.launch.sweeping import run as sweep_run
+from espalier.launch.sweeping.file import SweepError
+from espalier.launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
+from espalier.trainers.checkpoints import step_dir
 
 # ---- Files.
 
@@ -233,8 +233,8 @@ GIN = """
 from __gin__ import dynamic_registration
 
 import local_text
-from launch import train
-from trainers import recipe
+from espalier.launch import train
+from espalier.trainers import recipe
 
 include '{programs}/local_text.gin'
 

@@ -2,7 +2,7 @@
 
 import shlex
 
-from launch.sweeping.parts import command_line
+from espalier.launch.sweeping.parts import command_line
 
 
 def test_a_command_line_means_its_words():

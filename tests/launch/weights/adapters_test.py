@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import convert
-from launch.run import load_run, model_record, run_vocabulary
-from launch.weights import transformed_run
-from launch.weights.source_models import SourceModel
-from model.adapters.adapter import AdapterError, is_adapter
-from trainers.checkpoints import base_step, state_tree, step_dir
-from trainers.checkpoints.base_step import BaseModelError
-from trainers.checkpoints.checkpoint import Checkpointer
+from espalier.launch import convert
+from espalier.launch.run import load_run, model_record, run_vocabulary
+from espalier.launch.weights import transformed_run
+from espalier.launch.weights.source_models import SourceModel
+from espalier.model.adapters.adapter import AdapterError, is_adapter
+from espalier.trainers.checkpoints import base_step, state_tree, step_dir
+from espalier.trainers.checkpoints.base_step import BaseModelError
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 TOKENS = jnp.array([[7, 100, 3, 42, 42, 9]])
 

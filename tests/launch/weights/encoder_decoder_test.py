@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.tokenizers import vocabularies
-from launch.run import load_run, model_record, run_vocabulary
-from launch.weights import transformed_run
-from model.adapters.adapter import is_adapter
-from trainers.checkpoints import state_tree, step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.run import load_run, model_record, run_vocabulary
+from espalier.launch.weights import transformed_run
+from espalier.model.adapters.adapter import is_adapter
+from espalier.trainers.checkpoints import state_tree, step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 SIZES = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "head_dim": 4, "mlp_dim": 16}
 INPUTS = jnp.array([[7, 100, 3, 42, 9, 1]])

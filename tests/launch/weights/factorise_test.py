@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import convert
-from launch.weights.factorisation import Decomposition
-from launch.weights.factorise import FactoriseFlags
-from model.hf import load
-from model.low_rank import factors
-from model.low_rank.decompose import Decompose
-from model.transforms import base
-from model.transforms.base import Source, TransformError
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.low_rank.input_moments import input_moments
+from espalier.launch import convert
+from espalier.launch.weights.factorisation import Decomposition
+from espalier.launch.weights.factorise import FactoriseFlags
+from espalier.model.hf import load
+from espalier.model.low_rank import factors
+from espalier.model.low_rank.decompose import Decompose
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Source, TransformError
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.low_rank.input_moments import input_moments
 
 TEXT = json.dumps({"text": "import os, sys\n" * 8}) + "\n"
 

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import convert, merge
-from launch.config import model_file
-from launch.run import load_run
-from model import axes
-from model.hf import families
-from model.transforms import layer_stack
+from espalier.launch import convert, merge
+from espalier.launch.config import model_file
+from espalier.launch.run import load_run
+from espalier.model import axes
+from espalier.model.hf import families
+from espalier.model.transforms import layer_stack
 from tests.launch.merging import folders
-from trainers import initialise
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
+from espalier.trainers import initialise
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity" / "cohere_1.npz"
 

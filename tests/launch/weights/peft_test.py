@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from launch import convert
-from launch.run import load_run
+from espalier.launch import convert
+from espalier.launch.run import load_run
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "peft"
 FILES = {

@@ -10,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import convert
-from launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
-from launch.weights.source_models import SourceModel
-from model.hf import families, load
-from model.hf.files.safetensors_files import SafetensorsWriter
-from model.nexus import extend
-from model.transforms import base, experts
-from model.transforms.base import Source, TransformError
-from model.transforms.experts import Mixture
-from model.transforms.upcycle import Upcycle
-from trainers.checkpoints import array_files, state_tree, step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.manifest import DamagedCheckpointError
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.launch import convert
+from espalier.launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
+from espalier.launch.weights.source_models import SourceModel
+from espalier.model.hf import families, load
+from espalier.model.hf.files.safetensors_files import SafetensorsWriter
+from espalier.model.nexus import extend
+from espalier.model.transforms import base, experts
+from espalier.model.transforms.base import Source, TransformError
+from espalier.model.transforms.experts import Mixture
+from espalier.model.transforms.upcycle import Upcycle
+from espalier.trainers.checkpoints import array_files, state_tree, step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 TEXT = json.dumps({"text": "import os, sys\n" * 4}) + "\n"
 BLOCK = "layers/block_0"

@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import axes
-from model.adapters import adapter
-from model.adapters.adapter import AdapterError
-from model.adapters.bottleneck import Bottleneck
-from model.adapters.ia3 import Ia3
-from model.adapters.lora import Lora
-from model.adapters.prompt import Prompt, PromptEmbed
-from model.config import TransformerConfig
-from model.embed import Embed
-from model.linear import Dense
-from model.low_rank.lowrank import Factorisation, LowRankDense
-from model.mlp import GatedMlp
-from model.moe.moe import ExpertDense
-from model.mov.mov import Mov
+from espalier.model import axes
+from espalier.model.adapters import adapter
+from espalier.model.adapters.adapter import AdapterError
+from espalier.model.adapters.bottleneck import Bottleneck
+from espalier.model.adapters.ia3 import Ia3
+from espalier.model.adapters.lora import Lora
+from espalier.model.adapters.prompt import Prompt, PromptEmbed
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Embed
+from espalier.model.linear import Dense
+from espalier.model.low_rank.lowrank import Factorisation, LowRankDense
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import ExpertDense
+from espalier.model.mov.mov import Mov
 
 KEY = jax.random.key(0)
 X, Y, T = 6, 5, 4

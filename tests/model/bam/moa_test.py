@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Attention
-from model.bam import moa
-from model.config import TransformerConfig
-from model.hf.families import family_of_model
-from model.hf.family import UnsupportedModel
-from model.kv_cache import policies
-from model.mlp import GatedMlp
-from model.transformer import Block, Transformer
-from trainers import initialise
-from trainers.decoding import prefill
+from espalier.model.attention import Attention
+from espalier.model.bam import moa
+from espalier.model.config import TransformerConfig
+from espalier.model.hf.families import family_of_model
+from espalier.model.hf.family import UnsupportedModel
+from espalier.model.kv_cache import policies
+from espalier.model.mlp import GatedMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers import initialise
+from espalier.trainers.decoding import prefill
 
 E, D, N, K, H = 3, 16, 4, 2, 8
 CONFIG = TransformerConfig(

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import axes
-from model.config import TransformerConfig
-from model.heads.actor_critic import ActorCritic
-from model.heads.reward_model import RewardModel
-from model.protocol import inference_model, inference_params
-from model.transformer import Transformer
-from trainers.inputs import PackedTokens
+from espalier.model import axes
+from espalier.model.config import TransformerConfig
+from espalier.model.heads.actor_critic import ActorCritic
+from espalier.model.heads.reward_model import RewardModel
+from espalier.model.protocol import inference_model, inference_params
+from espalier.model.transformer import Transformer
+from espalier.trainers.inputs import PackedTokens
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=1, scan_layers=False, embed_dim=8, num_heads=2, mlp_dim=8

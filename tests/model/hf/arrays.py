@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 from flax import traverse_util
 
-from model.hf import load
-from model.hf.files.safetensors_files import TensorInfo
-from model.hf.plan import plan
+from espalier.model.hf import load
+from espalier.model.hf.files.safetensors_files import TensorInfo
+from espalier.model.hf.plan import plan
 
 
 class Memory:

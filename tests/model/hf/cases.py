@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from model.hf import families
+from espalier.model.hf import families
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CASES = sorted((GOLDENS / "parity").glob("*.npz"))

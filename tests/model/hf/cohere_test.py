@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import LayerKind
-from model.hf import families
-from model.kv_cache.full import FullCache
-from model.transforms import layer_stack
+from espalier.model.config import LayerKind
+from espalier.model.hf import families
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.transforms import layer_stack
 
 WINDOW = 5
 CONFIG = {

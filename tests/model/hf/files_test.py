@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model.hf import families
-from model.hf.files import gguf_file, tiles
-from model.hf.files.safetensors_files import (
+from espalier.model.hf import families
+from espalier.model.hf.files import gguf_file, tiles
+from espalier.model.hf.files.safetensors_files import (
     INDEX,
     SINGLE,
     SafetensorsReader,
     SafetensorsWriter,
     WeightFileError,
 )
-from model.hf.plan import UnsuitableDtypeError, plan
+from espalier.model.hf.plan import UnsuitableDtypeError, plan
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

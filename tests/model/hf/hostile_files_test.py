@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model.hf import families
-from model.hf.config_fields import UnsupportedConfig
-from model.hf.family import MismatchedTensors
-from model.hf.files import gguf_header
-from model.hf.files.gguf_file import GgufReader
-from model.hf.files.safetensors_files import (
+from espalier.model.hf import families
+from espalier.model.hf.config_fields import UnsupportedConfig
+from espalier.model.hf.family import MismatchedTensors
+from espalier.model.hf.files import gguf_header
+from espalier.model.hf.files.gguf_file import GgufReader
+from espalier.model.hf.files.safetensors_files import (
     INDEX,
     SINGLE,
     SafetensorsReader,

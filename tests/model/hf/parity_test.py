@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.hf import families
-from model.transforms import layer_stack
+from espalier.model.hf import families
+from espalier.model.transforms import layer_stack
 from tests.model.hf import arrays
 from tests.model.hf.cases import ENCODER_DECODERS
 

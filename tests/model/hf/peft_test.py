@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from model.hf import peft
-from model.hf.files.safetensors_files import SafetensorsWriter
-from model.hf.mapping import Piece
+from espalier.model.hf import peft
+from espalier.model.hf.files.safetensors_files import SafetensorsWriter
+from espalier.model.hf.mapping import Piece
 
 QUERY, DOWN = "layers/block_0/attention/query", "layers/block_0/mlp/down"
 NAMES = {QUERY: "model.layers.{}.self_attn.q_proj", DOWN: "model.layers.{}.mlp.down_proj"}

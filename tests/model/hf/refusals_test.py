@@ -6,16 +6,16 @@ import re
 
 import pytest
 
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.hf import families
-from model.hf.config_fields import UnsupportedConfig
-from model.hf.family import UnsupportedModel
-from model.linear import Dense
-from model.mlp import GatedMlp, Mlp
-from model.moe.moe import MoeMlp
-from model.norm import LayerNorm, RMSNorm
-from model.transformer import Block, Transformer
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.hf import families
+from espalier.model.hf.config_fields import UnsupportedConfig
+from espalier.model.hf.family import UnsupportedModel
+from espalier.model.linear import Dense
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.norm import LayerNorm, RMSNorm
+from espalier.model.transformer import Block, Transformer
 from tests.model.hf.cases import SMALL
 
 

@@ -11,10 +11,10 @@ import json
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from model.hf import families
-from model.hf.description import describe
-from model.rope import Rope
+from espalier.launch.config import gin_config
+from espalier.model.hf import families
+from espalier.model.hf.description import describe
+from espalier.model.rope import Rope
 from tests.model.hf.cases import CASES, PUBLISHED, SMALL, load
 
 

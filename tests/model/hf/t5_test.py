@@ -6,17 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from model.hf import families
-from model.hf.config_fields import UnsupportedConfig
-from model.hf.description import describe
-from model.hf.family import UnsupportedModel
-from model.t5.relative_bias import bucket_table
+from espalier.launch.config import gin_config
+from espalier.model.hf import families
+from espalier.model.hf.config_fields import UnsupportedConfig
+from espalier.model.hf.description import describe
+from espalier.model.hf.family import UnsupportedModel
+from espalier.model.t5.relative_bias import bucket_table
 from tests.model.hf.cases import ENCODER_DECODERS, GOLDENS
 from tests.model.hf.parity_test import TOLERANCE, load
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.settings import Beams, Sampling, Settings
-from trainers.scoring.scoring import Row, Scorer
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.settings import Beams, Sampling, Settings
+from espalier.trainers.scoring.scoring import Row, Scorer
 
 CASES = [
     path

@@ -7,15 +7,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.hf import families
-from model.hf import load as loading
-from model.hf.description import native_shapes
-from model.hf.family import MismatchedTensors
-from model.hf.plan import plan
-from model.transforms import layer_stack
+from espalier.model.hf import families
+from espalier.model.hf import load as loading
+from espalier.model.hf.description import native_shapes
+from espalier.model.hf.family import MismatchedTensors
+from espalier.model.hf.plan import plan
+from espalier.model.transforms import layer_stack
 from tests.model.hf import arrays
 from tests.model.hf.cases import CASES, SMALL, load
-from trainers import initialise, partitioning
+from espalier.trainers import initialise, partitioning
 
 
 def same(a, b):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax import export
 
-from data.stream import plan
-from model.kernels import attention_cudnn
-from model.kernels.attention_ops import dot_product_attention
-from model.kernels.platform import use_platform
+from espalier.data.stream import plan
+from espalier.model.kernels import attention_cudnn
+from espalier.model.kernels.attention_ops import dot_product_attention
+from espalier.model.kernels.platform import use_platform
 
 binding = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
 

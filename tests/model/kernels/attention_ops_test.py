@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels import attention_blocked, attention_ops, attention_splash
-from model.kernels.attention_ops import dot_product_attention
-from model.kernels.platform import use_platform, use_reference_forms
-from trainers import partitioning
+from espalier.model.kernels import attention_blocked, attention_ops, attention_splash
+from espalier.model.kernels.attention_ops import dot_product_attention
+from espalier.model.kernels.platform import use_platform, use_reference_forms
+from espalier.trainers import partitioning
 
 
 def by_hand(q, k, v, visible, *, scale=None, softcap=None, bias=None):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
-from model.kernels.cross_entropy_blocked import blocked_nll, split
-from model.kernels.vocab_logits import LogitForm, join_rows
-from trainers import partitioning
+from espalier.model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
+from espalier.model.kernels.cross_entropy_blocked import blocked_nll, split
+from espalier.model.kernels.vocab_logits import LogitForm, join_rows
+from espalier.trainers import partitioning
 
 T, D, V = 24, 16, 50
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels import cross_entropy
-from model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
-from model.kernels.platform import use_platform, use_reference_forms
-from trainers import partitioning
+from espalier.model.kernels import cross_entropy
+from espalier.model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
+from espalier.model.kernels.platform import use_platform, use_reference_forms
+from espalier.trainers import partitioning
 
 T, D, V = 29, 16, 50  # chunks of 8 leave a short one
 FORMS = ("reference", "onehot", "chunked", "blocked")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.matmul import matmul
-from model.kernels.platform import use_platform, use_reference_forms
+from espalier.model.kernels.matmul import matmul
+from espalier.model.kernels.platform import use_platform, use_reference_forms
 
 
 def arrays(*shapes, dtype="float32"):

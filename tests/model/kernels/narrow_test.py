@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.embed import Embed
-from model.kernels import narrow
-from model.kernels.matmul import matmul
-from model.kernels.platform import use_platform, use_reference_forms
-from model.transformer import scaled_logits
-from trainers import partitioning
+from espalier.model.embed import Embed
+from espalier.model.kernels import narrow
+from espalier.model.kernels.matmul import matmul
+from espalier.model.kernels.platform import use_platform, use_reference_forms
+from espalier.model.transformer import scaled_logits
+from espalier.trainers import partitioning
 
 INPUTS, OUTPUTS = 24, 50
 

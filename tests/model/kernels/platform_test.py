@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from model.kernels import platform
+from espalier.model.kernels import platform
 
 
 def test_defaults_to_the_backend_and_nests():

@@ -10,8 +10,8 @@ dim.
 import numpy as np
 import pytest
 
-from model.kv_cache.policies import policy_named
-from model.kv_cache.pyramidkv import layer_budget
+from espalier.model.kv_cache.policies import policy_named
+from espalier.model.kv_cache.pyramidkv import layer_budget
 from tests.model.kv_cache.two_prompts import (
     FORM,
     LENGTHS,

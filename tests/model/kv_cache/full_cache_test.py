@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.attention import Attention
-from model.config import LayerKind, TransformerConfig
-from model.kernels.attention_ops import dot_product_attention
-from model.kv_cache.full import FullCache
-from model.transformer import Transformer
-from trainers.decoding.prefill import prefill
+from espalier.model.attention import Attention
+from espalier.model.config import LayerKind, TransformerConfig
+from espalier.model.kernels.attention_ops import dot_product_attention
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.transformer import Transformer
+from espalier.trainers.decoding.prefill import prefill
 
 CONFIG = TransformerConfig(
     vocab_size=11,

@@ -10,8 +10,8 @@ dim.
 import numpy as np
 import pytest
 
-from model.kv_cache.base import AttentionForm
-from model.kv_cache.policies import policy_named
+from espalier.model.kv_cache.base import AttentionForm
+from espalier.model.kv_cache.policies import policy_named
 from tests.model.kv_cache.two_prompts import (
     FORM,
     LENGTHS,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kv_cache import scores, slots
-from model.kv_cache.base import AttentionForm
+from espalier.model.kv_cache import scores, slots
+from espalier.model.kv_cache.base import AttentionForm
 
 B, S, N, K, H = 2, 14, 4, 2, 4
 FORMS = [

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from launch.generate import CACHE_POLICIES
-from model.kv_cache.policies import POLICIES, policy_from_text, policy_named
+from espalier.launch.generate import CACHE_POLICIES
+from espalier.model.kv_cache.policies import POLICIES, policy_from_text, policy_named
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.attention_ops import dot_product_attention
-from model.kv_cache import slots
+from espalier.model.kernels.attention_ops import dot_product_attention
+from espalier.model.kv_cache import slots
 
 B, S, N, K, H = 2, 6, 4, 2, 8
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import LayerKind
-from model.kernels.attention_ops import dot_product_attention
-from model.kv_cache.base import AttentionForm
-from model.rope import Rope
+from espalier.model.config import LayerKind
+from espalier.model.kernels.attention_ops import dot_product_attention
+from espalier.model.kv_cache.base import AttentionForm
+from espalier.model.rope import Rope
 
 B, T, N, K, H = 2, 20, 4, 2, 8
 LENGTHS = np.array([20, 13])

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import axes
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.linear import Dense, fan_in_normal
-from model.low_rank import factors, lowrank
-from model.low_rank.lowrank import Factorisation, LowRankDense, LowRankExpertDense
-from model.mlp import GatedMlp
-from model.moe.moe import ExpertDense, MoeMlp
-from model.transformer import Block, Transformer
+from espalier.model import axes
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.linear import Dense, fan_in_normal
+from espalier.model.low_rank import factors, lowrank
+from espalier.model.low_rank.lowrank import Factorisation, LowRankDense, LowRankExpertDense
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import ExpertDense, MoeMlp
+from espalier.model.transformer import Block, Transformer
 
 KEY = jax.random.key(0)
 EVERY = Factorisation(layers=(".*",))

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.adapters import adapter
-from model.adapters.lora import Lora
-from model.config import TransformerConfig
-from model.kernels import narrow, taps
-from model.kernels.platform import use_platform, use_reference_forms
-from model.low_rank.lowrank import Factorisation, LowRankExpertDense
-from model.moe import expert_mlp as form
-from model.moe.moe import ExpertDense, MoeMlp
+from espalier.model.adapters import adapter
+from espalier.model.adapters.lora import Lora
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels import narrow, taps
+from espalier.model.kernels.platform import use_platform, use_reference_forms
+from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense
+from espalier.model.moe import expert_mlp as form
+from espalier.model.moe.moe import ExpertDense, MoeMlp
 from tests.model.moe.grouped_matmul_test import SIZES
-from trainers import partitioning
+from espalier.trainers import partitioning
 
 D, F = 5, 7
 FACTORISED = Factorisation(layers=(".*",))

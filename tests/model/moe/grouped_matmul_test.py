@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax import export
 
-from model.kernels import narrow
-from model.kernels.platform import use_platform, use_reference_forms
-from model.moe import grouped_matmul as form
-from model.moe import grouped_matmul_hopper as hopper
-from model.moe import grouped_matmul_tpu as tpu
-from model.moe import row_blocks
+from espalier.model.kernels import narrow
+from espalier.model.kernels.platform import use_platform, use_reference_forms
+from espalier.model.moe import grouped_matmul as form
+from espalier.model.moe import grouped_matmul_hopper as hopper
+from espalier.model.moe import grouped_matmul_tpu as tpu
+from espalier.model.moe import row_blocks
 
 X, Y = 5, 3
 

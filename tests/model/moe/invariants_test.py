@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.bam import moa
-from model.config import TransformerConfig
-from model.linear import Dense
-from model.moe import moe
-from model.transformer import Block, Transformer
-from model.transforms import base
-from model.transforms.base import Source
-from model.transforms.experts import ROUTER, Mixture, expert_axis
-from model.transforms.upcycle import Upcycle
-from trainers.checkpoints import state_tree
+from espalier.model.bam import moa
+from espalier.model.config import TransformerConfig
+from espalier.model.linear import Dense
+from espalier.model.moe import moe
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Source
+from espalier.model.transforms.experts import ROUTER, Mixture, expert_axis
+from espalier.model.transforms.upcycle import Upcycle
+from espalier.trainers.checkpoints import state_tree
 
 E, KV = 3, 2
 CONFIG = TransformerConfig(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.kernels.platform import use_platform, use_reference_forms
-from model.mlp import GatedMlp
-from model.moe import moe, routing
-from model.transformer import Block
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels.platform import use_platform, use_reference_forms
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe import moe, routing
+from espalier.model.transformer import Block
 
 TRAINING = {"dropout": jax.random.key(0)}  # limits of experts hold in training alone
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=6, num_heads=1, mlp_dim=5)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.aot.hlo import text
-from model.config import TransformerConfig
-from model.moe import moe, parallel
-from trainers import initialise, partitioning
+from espalier.launch.aot.hlo import text
+from espalier.model.config import TransformerConfig
+from espalier.model.moe import moe, parallel
+from espalier.trainers import initialise, partitioning
 
 CONFIG = TransformerConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=1, mlp_dim=12)
 EXPERTS, ROWS, LENGTH = 8, 8, 6

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.moe import routing
+from espalier.model.moe import routing
 
 E, K = 5, 2
 

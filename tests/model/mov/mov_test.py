@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import axes
-from model.adapters import adapter
-from model.adapters.adapter import AdapterError
-from model.adapters.ia3 import Ia3
-from model.adapters.lora import Lora
-from model.config import TransformerConfig
-from model.linear import Dense
-from model.mlp import GatedMlp
-from model.mov.molora import MoLora
-from model.mov.mov import Mov
-from model.mov.sentence import sentence_embeddings
+from espalier.model import axes
+from espalier.model.adapters import adapter
+from espalier.model.adapters.adapter import AdapterError
+from espalier.model.adapters.ia3 import Ia3
+from espalier.model.adapters.lora import Lora
+from espalier.model.config import TransformerConfig
+from espalier.model.linear import Dense
+from espalier.model.mlp import GatedMlp
+from espalier.model.mov.molora import MoLora
+from espalier.model.mov.mov import Mov
+from espalier.model.mov.sentence import sentence_embeddings
 
 KEY = jax.random.key(0)
 B, T, X, Y, N, R, H = 2, 3, 6, 8, 4, 2, 2

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.adapters import adapter
-from model.adapters.adapter import AdapterError
-from model.attention import Attention, CrossAttention
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.mov import sentence
-from model.mov.mov import Mov
-from model.t5.encoder_decoder import EncoderDecoder
-from model.transformer import Block
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.settings import Beams, Settings
-from trainers.objectives.forward import frozen_forward
+from espalier.model.adapters import adapter
+from espalier.model.adapters.adapter import AdapterError
+from espalier.model.attention import Attention, CrossAttention
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.mov import sentence
+from espalier.model.mov.mov import Mov
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Block
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.settings import Beams, Settings
+from espalier.trainers.objectives.forward import frozen_forward
 
 CONFIG = TransformerConfig(
     vocab_size=31, num_layers=1, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12

@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import flops, rows
-from model.attention import Attention, CrossAttention
-from model.config import TransformerConfig
-from model.kernels import platform
-from model.kv_cache.full import FullCache
-from model.mlp import GatedMlp, Mlp
-from model.protocol import LanguageModel
-from model.t5.encoder_decoder import EncoderDecoder
-from model.t5.relative_bias import RelativeBias, bucket_table
-from model.transformer import Block, Transformer
-from model.transforms import layer_stack
-from trainers import initialise, partitioning
-from trainers.decoding.prefill import prefill, read
-from trainers.inputs import InputsAndTargets
-from trainers.objectives.lm import language_modelling
+from espalier.model import flops, rows
+from espalier.model.attention import Attention, CrossAttention
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels import platform
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.mlp import GatedMlp, Mlp
+from espalier.model.protocol import LanguageModel
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.t5.relative_bias import RelativeBias, bucket_table
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import layer_stack
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.decoding.prefill import prefill, read
+from espalier.trainers.inputs import InputsAndTargets
+from espalier.trainers.objectives.lm import language_modelling
 
 CONFIG = TransformerConfig(
     vocab_size=61, num_layers=2, embed_dim=16, num_heads=3, head_dim=8, mlp_dim=24

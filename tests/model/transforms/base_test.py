@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from model.low_rank.decompose import Decompose, Recompose
-from model.transforms import base
-from model.transforms.base import Recipe, Source, TransformError
-from model.transforms.experts import Mixture
-from model.transforms.upcycle import Upcycle
+from espalier.model.low_rank.decompose import Decompose, Recompose
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Recipe, Source, TransformError
+from espalier.model.transforms.experts import Mixture
+from espalier.model.transforms.upcycle import Upcycle
 
 LAYERS, WIDTH, HIDDEN = 3, 4, 10
 DENSE = {

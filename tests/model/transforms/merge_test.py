@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.transforms import merge, merge_blocks
-from model.transforms.base import TransformError
-from model.transforms.merge_methods import METHODS
+from espalier.model.transforms import merge, merge_blocks
+from espalier.model.transforms.base import TransformError
+from espalier.model.transforms.merge_methods import METHODS
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "merges.npz")
 CASES = json.loads(GOLDENS["cases"].tobytes())

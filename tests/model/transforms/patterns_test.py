@@ -2,9 +2,9 @@
 
 import pytest
 
-from model.adapters import lora
-from model.low_rank import lowrank
-from model.transforms import patterns
+from espalier.model.adapters import lora
+from espalier.model.low_rank import lowrank
+from espalier.model.transforms import patterns
 
 ENDLESS = [
     r"((\w|[.])+)+!",

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.low_rank import factors
-from model.low_rank.decompose import Decompose
-from model.low_rank.lowrank import Factorisation
-from model.low_rank.lowrank_conv import SCHEMES, LowRankConv, convolve_factors, kernel_of, matrix_of
-from model.transforms import base
-from model.transforms.base import Source
-from model.vision.convolution import Conv, convolve
+from espalier.model.low_rank import factors
+from espalier.model.low_rank.decompose import Decompose
+from espalier.model.low_rank.lowrank import Factorisation
+from espalier.model.low_rank.lowrank_conv import SCHEMES, LowRankConv, convolve_factors, kernel_of, matrix_of
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Source
+from espalier.model.vision.convolution import Conv, convolve
 
 X = jax.random.normal(jax.random.key(0), (2, 7, 6, 5))
 

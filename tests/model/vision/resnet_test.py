@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import axes
-from model.low_rank import factors, lowrank
-from model.low_rank.lowrank_conv import LowRankConv
-from model.vision.resnet import Bottleneck, ResNet, ResNetConfig, Stem3x3, WideBlock
+from espalier.model import axes
+from espalier.model.low_rank import factors, lowrank
+from espalier.model.low_rank.lowrank_conv import LowRankConv
+from espalier.model.vision.resnet import Bottleneck, ResNet, ResNetConfig, Stem3x3, WideBlock
 
 SMALL = ResNetConfig(num_classes=5, stages=(1, 2), widths=(8, 16), stem_width=8)
 

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainers.checkpoints import base_step, step_dir
-from trainers.checkpoints.base_step import BaseModelError
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.local_tier import LocalTier
+from espalier.trainers.checkpoints import base_step, step_dir
+from espalier.trainers.checkpoints.base_step import BaseModelError
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.local_tier import LocalTier
 
 ADAPTER = "adapter_a"
 

@@ -22,16 +22,16 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainers.checkpoints import manifest, state_tree, step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.commit import CheckpointSaveError
-from trainers.checkpoints.initial import InitialCheckpoint
-from trainers.checkpoints.manifest import DamagedCheckpointError
-from trainers.checkpoints.restore import RunMismatchError, restore_or_initialise, restore_state
-from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
-from trainers.checkpoints.retention import Retention
-from trainers.checkpoints.step_dir import read_meta
-from trainers.train_state import TrainState
+from espalier.trainers.checkpoints import manifest, state_tree, step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.commit import CheckpointSaveError
+from espalier.trainers.checkpoints.initial import InitialCheckpoint
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
+from espalier.trainers.checkpoints.restore import RunMismatchError, restore_or_initialise, restore_state
+from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
+from espalier.trainers.checkpoints.retention import Retention
+from espalier.trainers.checkpoints.step_dir import read_meta
+from espalier.trainers.train_state import TrainState
 
 ROOT = Path(__file__).parents[3]
 
@@ -630,7 +630,7 @@ def test_a_file_size_limit_leaves_the_last_step_good(tmp_path):
     script = """
         import resource, sys
         import jax.numpy as jnp
-        from trainers.checkpoints.checkpoint import Checkpointer, CheckpointSaveError
+        from espalier.trainers.checkpoints.checkpoint import Checkpointer, CheckpointSaveError
         with Checkpointer(sys.argv[1]) as checkpointer:
             checkpointer.save(1, {"w": jnp.ones((100, 100))})
             checkpointer.wait()
@@ -670,7 +670,7 @@ def test_sigkill_at_any_moment_leaves_a_good_step(tmp_path):
     script = """
         import os, signal, sys, time
         import jax, jax.numpy as jnp
-        from trainers.checkpoints.checkpoint import Checkpointer
+        from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
         def state(step):
             return {"params": {f"w{i}": jnp.full((200, 200), step * 10 + i, jnp.float32) for i in range(6)}}
@@ -728,7 +728,7 @@ def test_two_processes_save_and_restore_as_one(two_processes, tmp_path):
         jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", 2, index)
         import jax.numpy as jnp
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from trainers.checkpoints.checkpoint import Checkpointer
+        from espalier.trainers.checkpoints.checkpoint import Checkpointer
         mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
 
         def state(step, shift=0):
@@ -752,7 +752,7 @@ def test_two_processes_save_and_restore_as_one(two_processes, tmp_path):
             same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x == y).all(), a, b))
             assert all(jax.tree.leaves(same(restored.state, state(step, 1))))
 
-        from trainers.checkpoints import manifest
+        from espalier.trainers.checkpoints import manifest
         counted = []
         original = manifest.digests
         manifest.digests = lambda blocks: counted.append(

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainers.checkpoints import checkpoint, local_step
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.commit import CheckpointSaveError
-from trainers.checkpoints.local_tier import TOKEN, LocalTier
-from trainers.checkpoints.restore import RunMismatchError
+from espalier.trainers.checkpoints import checkpoint, local_step
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.commit import CheckpointSaveError
+from espalier.trainers.checkpoints.local_tier import TOKEN, LocalTier
+from espalier.trainers.checkpoints.restore import RunMismatchError
 
 ROOT = Path(__file__).parents[3]
 
@@ -269,8 +269,8 @@ def test_two_processes_use_a_local_step_only_if_both_hold_it_undamaged(two_proce
         jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", 2, index)
         from jax.experimental.multihost_utils import sync_global_devices
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from trainers.checkpoints.checkpoint import Checkpointer
-        from trainers.checkpoints.local_tier import LocalTier
+        from espalier.trainers.checkpoints.checkpoint import Checkpointer
+        from espalier.trainers.checkpoints.local_tier import LocalTier
         mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
         disk = os.path.join(sys.argv[1], f"disk{index}")
 

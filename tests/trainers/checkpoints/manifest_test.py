@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainers.checkpoints import manifest
+from espalier.trainers.checkpoints import manifest
 
 DTYPES = [
     "float32",

@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainers.checkpoints import state_tree
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
-from trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
-from trainers.train_state import TrainState
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
+from espalier.trainers.train_state import TrainState
 
 
 def make_params(seed=0, layers=2):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.checkpoints import manifest, step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.initial import InitialCheckpoint
-from trainers.checkpoints.manifest import DamagedCheckpointError
-from trainers.checkpoints.restore import restore_or_initialise, restore_state
-from trainers.checkpoints.restore_params import restore_params
-from trainers.telemetry import marks
-from trainers.telemetry.window import Window
-from trainers.train_state import TrainState
+from espalier.trainers.checkpoints import manifest, step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.initial import InitialCheckpoint
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
+from espalier.trainers.checkpoints.restore import restore_or_initialise, restore_state
+from espalier.trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.telemetry import marks
+from espalier.trainers.telemetry.window import Window
+from espalier.trainers.train_state import TrainState
 
 
 def make_state(value, *, name="w", averaged=True):

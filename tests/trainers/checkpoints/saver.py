@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 
 def state(step):

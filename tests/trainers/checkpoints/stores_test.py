@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from espalier.common.storage import paths
-from launch.environment import ROOT
+from espalier.launch.environment import ROOT
 from tests.faults import stores
 from tests.trainers.checkpoints import saver
-from trainers.checkpoints import step_dir, stream_checkpoint
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.checkpoints.commit import CheckpointSaveError
-from trainers.checkpoints.local_tier import LocalTier
-from trainers.checkpoints.manifest import DamagedCheckpointError
-from trainers.checkpoints.restore import restore_state
+from espalier.trainers.checkpoints import step_dir, stream_checkpoint
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.checkpoints.commit import CheckpointSaveError
+from espalier.trainers.checkpoints.local_tier import LocalTier
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
+from espalier.trainers.checkpoints.restore import restore_state
 
 
 def state(step):

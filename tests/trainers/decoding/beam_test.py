@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.mlp import Mlp
-from model.norm import LayerNorm
-from model.transformer import Block, Transformer
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Beams, Settings
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.mlp import Mlp
+from espalier.model.norm import LayerNorm
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Beams, Settings
 
 GOLDENS = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "generation.npz")
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21], [0, 5, 9, 2, 7], [0, 3]]

@@ -1,7 +1,7 @@
 """Few shapes for many lengths."""
 
-from trainers.decoding import buckets
-from trainers.decoding.buckets import batches_by_length, bucket_length, in_order
+from espalier.trainers.decoding import buckets
+from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order
 
 
 def test_buckets_hold_their_rows_with_bounded_padding_and_few_shapes():

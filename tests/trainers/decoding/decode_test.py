@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.kv_cache.full import FullCache
-from model.kv_cache.policies import policy_named
-from model.transformer import Block, Transformer
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.memory import TooLargeError
-from trainers.decoding.prefill import prefill
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Beams, Draw, Settings
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.kv_cache.policies import policy_named
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.memory import TooLargeError
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Beams, Draw, Settings
 
 V, M = 29, 7
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21, 22, 1, 9, 8, 7, 2], [0, 5, 9, 2, 7], [0, 3], [0]]

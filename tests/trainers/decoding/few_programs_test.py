@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.flops import variable_shapes
-from model.transformer import Transformer
-from trainers.decoding import few_programs
-from trainers.decoding.few_programs import grouped
+from espalier.model.config import TransformerConfig
+from espalier.model.flops import variable_shapes
+from espalier.model.transformer import Transformer
+from espalier.trainers.decoding import few_programs
+from espalier.trainers.decoding.few_programs import grouped
 
 
 def joined(one, other):

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.kv_cache.policies import POLICIES, policy_named
-from model.transformer import Transformer
-from trainers.decoding.decode import decode
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.prefill import prefill
-from trainers.decoding.settings import Settings
-from trainers.partitioning import RULE_SETS, make_mesh, use_mesh
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.policies import POLICIES, policy_named
+from espalier.model.transformer import Transformer
+from espalier.trainers.decoding.decode import decode
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.partitioning import RULE_SETS, make_mesh, use_mesh
 
 V, T, M = 31, 24, 5
 LENGTHS = jnp.array([24, 17])

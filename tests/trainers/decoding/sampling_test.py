@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.decoding.sampling import Sampling, candidates, penalised, sample, seen_in
+from espalier.trainers.decoding.sampling import Sampling, candidates, penalised, sample, seen_in
 
 GOLDENS = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "generation.npz")
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from trainers.decoding.stop_strings import GrowingText, cut
+from espalier.trainers.decoding.stop_strings import GrowingText, cut
 
 TEXT = "naïve €5 – 日本, end\nof it"
 

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers import initialise, partitioning
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.distillation import objective
-from trainers.distillation.objective import Teacher, distillation
-from trainers.objectives.frozen_model import FrozenCheckpoint
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.distillation import objective
+from espalier.trainers.distillation.objective import Teacher, distillation
+from espalier.trainers.objectives.frozen_model import FrozenCheckpoint
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
 
 B, T, V = 4, 6, 32
 CONFIG = TransformerConfig(

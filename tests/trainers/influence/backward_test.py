@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.transformer import Block, Transformer
-from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, documents, kronecker, queries, sites, token_scores
-from trainers.influence.backward import backward
-from trainers.influence.consumers import Covariances, Gradients, Rows, Scores, Squares
-from trainers.influence.fit import Reader
-from trainers.scoring.scoring import Row
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence import conjugate, documents, kronecker, queries, sites, token_scores
+from espalier.trainers.influence.backward import backward
+from espalier.trainers.influence.consumers import Covariances, Gradients, Rows, Scores, Squares
+from espalier.trainers.influence.fit import Reader
+from espalier.trainers.scoring.scoring import Row
 
 V, T = 13, 8
 F64 = "float64"

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.kernels.vocab_logits import LogitForm
-from model.moe.moe import MoeMlp
-from model.transformer import Block, Transformer
-from trainers import partitioning
-from trainers.influence import (
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels.vocab_logits import LogitForm
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers import partitioning
+from espalier.trainers.influence import (
     conjugate,
     documents,
     eigen,
@@ -32,10 +32,10 @@ from trainers.influence import (
     spread,
     sweep,
 )
-from trainers.influence.backward import sampled_labels
-from trainers.influence.consumers import Squares
-from trainers.influence.fit import FitSettings, Reader
-from trainers.scoring.scoring import Row
+from espalier.trainers.influence.backward import sampled_labels
+from espalier.trainers.influence.consumers import Squares
+from espalier.trainers.influence.fit import FitSettings, Reader
+from espalier.trainers.scoring.scoring import Row
 
 V = 11
 ROOT = pathlib.Path(__file__).parents[3]
@@ -212,7 +212,7 @@ def test_two_processes_fit_as_one_does(two_processes, model, params, tmp_path):
         jax.config.update("jax_default_matmul_precision", "highest")
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
         from tests.trainers.influence import fit_test
-        from trainers.influence import documents
+        from espalier.trainers.influence import documents
         documents.BATCHES_SORTED = 2
         fit_test.fit.SAVE_SECONDS = (-1.0, 1e9)[index]
         np.save(folder / f"scores{index}.npy", fit_test.fit_in_a_process(folder / "two"))
@@ -396,8 +396,8 @@ def test_no_process_has_an_array_of_all_processes_twice(processes):
         folder, index, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", 4, index)
-        from trainers import partitioning
-        from trainers.influence import eigen, files, fit, spread
+        from espalier.trainers import partitioning
+        from espalier.trainers.influence import eigen, files, fit, spread
         mesh = partitioning.make_mesh(shape={"fsdp": 8})
         reader = fit.Reader(model=None, params=None, batch_size=1,
                             sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.adapters import adapter
-from model.adapters.lora import Lora
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.low_rank.lowrank import Factorisation, LowRankExpertDense, factorised
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.t5.encoder_decoder import EncoderDecoder
-from model.transformer import Block, Transformer
-from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, documents, files, fit, kronecker, queries, scores, sites
-from trainers.influence.backward import backward
-from trainers.influence.consumers import Covariances, Gradients
-from trainers.scoring.scoring import Row
+from espalier.model.adapters import adapter
+from espalier.model.adapters.lora import Lora
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense, factorised
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.t5.encoder_decoder import EncoderDecoder
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence import conjugate, documents, files, fit, kronecker, queries, scores, sites
+from espalier.trainers.influence.backward import backward
+from espalier.trainers.influence.consumers import Covariances, Gradients
+from espalier.trainers.scoring.scoring import Row
 
 F64 = "float64"
 CONFIG = TransformerConfig(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainers.influence import blocks, kronecker, lexical, measures, queries, token_scores
-from trainers.influence.kronecker import Curvature, Damping, FactorError
-from trainers.influence.sites import Site
+from espalier.trainers.influence import blocks, kronecker, lexical, measures, queries, token_scores
+from espalier.trainers.influence.kronecker import Curvature, Damping, FactorError
+from espalier.trainers.influence.sites import Site
 
 X, Y = 5, 4
 

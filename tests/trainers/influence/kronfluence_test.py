@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.transformer import Block, Transformer
-from trainers.influence import kronecker, queries, sites
-from trainers.influence.backward import backward
-from trainers.influence.consumers import Covariances, Gradients, Scores, Squares
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.influence import kronecker, queries, sites
+from espalier.trainers.influence.backward import backward
+from espalier.trainers.influence.consumers import Covariances, Gradients, Scores, Squares
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "kronfluence.npz"
 F64 = "float64"

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.moe.moe import MoeMlp
-from model.transformer import Block, Transformer
-from trainers.influence import projections, queries, scores, sites
-from trainers.influence.consumers import Scores, whole
-from trainers.influence.fit import Reader
-from trainers.influence.kronecker import Damping, FactorError
-from trainers.scoring.scoring import Row
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.moe.moe import MoeMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.trainers.influence import projections, queries, scores, sites
+from espalier.trainers.influence.consumers import Scores, whole
+from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.kronecker import Damping, FactorError
+from espalier.trainers.scoring.scoring import Row
 
 F64 = "float64"
 K = 3

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from model import axes
-from model.low_rank import factors, lowrank
-from trainers.low_rank import factor_decay
-from trainers.optim import optimizers
-from trainers.optim.gradient_terms import make_optimizer
-from trainers.optim.param_axes import ParamAxes
+from espalier.model import axes
+from espalier.model.low_rank import factors, lowrank
+from espalier.trainers.low_rank import factor_decay
+from espalier.trainers.optim import optimizers
+from espalier.trainers.optim.gradient_terms import make_optimizer
+from espalier.trainers.optim.param_axes import ParamAxes
 
 U = jax.random.normal(jax.random.key(0), (9, 4))
 V = jax.random.normal(jax.random.key(1), (4, 7))

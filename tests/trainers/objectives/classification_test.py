@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.vision.resnet import ResNet, ResNetConfig, Stem3x3, WideBlock
-from trainers import partitioning
-from trainers.batches import global_batch
-from trainers.evaluate import evaluate
-from trainers.inputs import Images
-from trainers.objectives.classification import classification
-from trainers.optim import optimizers, schedules
-from trainers.recipe import Recipe
+from espalier.model.vision.resnet import ResNet, ResNetConfig, Stem3x3, WideBlock
+from espalier.trainers import partitioning
+from espalier.trainers.batches import global_batch
+from espalier.trainers.evaluate import evaluate
+from espalier.trainers.inputs import Images
+from espalier.trainers.objectives.classification import classification
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.recipe import Recipe
 
 ROWS, SIZE = 8, 8
 CONFIG = ResNetConfig(num_classes=3, stages=(1,), widths=(8,), stem_width=8)

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from model.kernels import cross_entropy
-from model.kernels.cross_entropy import map_tokens
-from model.protocol import OfLayers
-from trainers.objectives.forward import Forward, forward, forward_objective, frozen_forward
-from trainers.step import make_train_step
-from trainers.train_state import TrainState
+from espalier.model.kernels import cross_entropy
+from espalier.model.kernels.cross_entropy import map_tokens
+from espalier.model.protocol import OfLayers
+from espalier.trainers.objectives.forward import Forward, forward, forward_objective, frozen_forward
+from espalier.trainers.step import make_train_step
+from espalier.trainers.train_state import TrainState
 
 BATCH = {
     "decoder_input_tokens": jnp.array([[1, 2, 0], [3, 1, 2]]),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
-from trainers.train_state import TrainState
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
+from espalier.trainers.train_state import TrainState
 
 PARAMS = {"block": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
 

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.transformer import Block, Transformer
-from model.transforms import layer_stack
-from trainers.objectives.lm import language_modelling
-from trainers.step import make_train_step
-from trainers.train_state import TrainState
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.transformer import Block, Transformer
+from espalier.model.transforms import layer_stack
+from espalier.trainers.objectives.lm import language_modelling
+from espalier.trainers.step import make_train_step
+from espalier.trainers.train_state import TrainState
 
 
 @pytest.fixture(scope="module")

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.adapters import adapter
-from model.adapters.lora import Lora
-from model.attention import Attention
-from model.config import TransformerConfig
-from model.mlp import GatedMlp
-from model.mov.mov import Mov
-from model.transformer import Block, Transformer
+from espalier.model.adapters import adapter
+from espalier.model.adapters.lora import Lora
+from espalier.model.attention import Attention
+from espalier.model.config import TransformerConfig
+from espalier.model.mlp import GatedMlp
+from espalier.model.mov.mov import Mov
+from espalier.model.transformer import Block, Transformer
 from tests.trainers.preference.objectives.preference_test import VOCAB, batch_of, pairs
-from trainers import partitioning, trainable
-from trainers.checkpoints import base_step, state_tree
-from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
-from trainers.objectives.own_base import OwnBase, without_adapters
-from trainers.preference.losses import direct
-from trainers.preference.objectives.preference import preference
+from espalier.trainers import partitioning, trainable
+from espalier.trainers.checkpoints import base_step, state_tree
+from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
+from espalier.trainers.objectives.own_base import OwnBase, without_adapters
+from espalier.trainers.preference.losses import direct
+from espalier.trainers.preference.objectives.preference import preference
 
 CONFIG = TransformerConfig(
     vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, scan_layers=False

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.online import losses as pg
-from trainers.online.losses import PolicyTokens
+from espalier.trainers.online import losses as pg
+from espalier.trainers.online.losses import PolicyTokens
 
 GOLDENS = json.loads(
     (pathlib.Path(__file__).parents[1] / "goldens" / "trl_policy_gradient.json").read_text()

@@ -14,27 +14,27 @@ import numpy as np
 import optax
 import pytest
 
-from model import axes
-from model.config import TransformerConfig
-from model.heads.actor_critic import ActorCritic
-from model.transformer import Transformer
-from trainers import initialise, partitioning
-from trainers.inputs import PackedPairs, pack
-from trainers.objectives.frozen_model import FrozenModel
-from trainers.objectives.lm import language_modelling
-from trainers.online import losses as policy_gradient
-from trainers.online.critic import Valued
-from trainers.online.groups import Groups
-from trainers.online.method import Samples
-from trainers.online.pairs import BestAndWorst
-from trainers.online.policy_gradient import actor_critic
-from trainers.online.policy_gradient import policy_gradient as objective_of
-from trainers.online.rollouts import RolloutError, Rollouts
-from trainers.preference.losses import direct
-from trainers.preference.objectives.preference import preference
-from trainers.recipe import Recipe
-from trainers.step import make_train_step
-from trainers.train_state import TrainState
+from espalier.model import axes
+from espalier.model.config import TransformerConfig
+from espalier.model.heads.actor_critic import ActorCritic
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.inputs import PackedPairs, pack
+from espalier.trainers.objectives.frozen_model import FrozenModel
+from espalier.trainers.objectives.lm import language_modelling
+from espalier.trainers.online import losses as policy_gradient
+from espalier.trainers.online.critic import Valued
+from espalier.trainers.online.groups import Groups
+from espalier.trainers.online.method import Samples
+from espalier.trainers.online.pairs import BestAndWorst
+from espalier.trainers.online.policy_gradient import actor_critic
+from espalier.trainers.online.policy_gradient import policy_gradient as objective_of
+from espalier.trainers.online.rollouts import RolloutError, Rollouts
+from espalier.trainers.preference.losses import direct
+from espalier.trainers.preference.objectives.preference import preference
+from espalier.trainers.recipe import Recipe
+from espalier.trainers.step import make_train_step
+from espalier.trainers.train_state import TrainState
 
 START, EOS, FIRST, DIGITS = 0, 1, 2, 8
 SIZES = {"prompt_length": 5, "completion_length": 3}

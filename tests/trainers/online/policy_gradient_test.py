@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.protocol import OfLayers
-from trainers.inputs import pack
-from trainers.online import losses
-from trainers.online.policy_gradient import actor_critic, policy_gradient
+from espalier.model.protocol import OfLayers
+from espalier.trainers.inputs import pack
+from espalier.trainers.online import losses
+from espalier.trainers.online.policy_gradient import actor_critic, policy_gradient
 
 START, A, B = 0, 0, 1
 REWARD = {A: 2.0, B: -1.0}

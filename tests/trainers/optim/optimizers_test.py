@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from model.transforms import layer_stack
-from trainers import initialise, trainable
-from trainers.optim import optimizers, schedules
-from trainers.optim.param_axes import ParamAxes
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.model.transforms import layer_stack
+from espalier.trainers import initialise, trainable
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.optim.param_axes import ParamAxes
 
 pytestmark = pytest.mark.smoke
 

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from model.transforms import merge
-from trainers.optim import recent_mean
-from trainers.optim.recent_mean import RecentMean
+from espalier.model.transforms import merge
+from espalier.trainers.optim import recent_mean
+from espalier.trainers.optim.recent_mean import RecentMean
 
 EVERY, WINDOW, STEPS = 2, 3, 11
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainers.optim import rounding
+from espalier.trainers.optim import rounding
 
 DRAWS = 1 << 14
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trainers.optim import schedules
+from espalier.trainers.optim import schedules
 
 
 def test_cosine_peaks_after_warmup_and_never_rises_again():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.preference.losses import (
+from espalier.trainers.preference.losses import (
     absolute,
     direct,
     divergence,
@@ -19,7 +19,7 @@ from trainers.preference.losses import (
     transport,
     unpaired,
 )
-from trainers.preference.losses.pairs import MissingReferenceError, PairLogProbs
+from espalier.trainers.preference.losses.pairs import MissingReferenceError, PairLogProbs
 
 BETA = 0.3
 SLOTS = 8

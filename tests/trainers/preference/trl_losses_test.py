@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.preference.losses import (
+from espalier.trainers.preference.losses import (
     absolute,
     direct,
     divergence,
@@ -17,7 +17,7 @@ from trainers.preference.losses import (
     transport,
     unpaired,
 )
-from trainers.preference.losses.pairs import PairLogProbs
+from espalier.trainers.preference.losses.pairs import PairLogProbs
 
 GOLDENS = json.loads(
     (pathlib.Path(__file__).parents[1] / "goldens" / "trl_losses.json").read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainers.programs import program
+from espalier.trainers.programs import program
 
 
 @pytest.fixture

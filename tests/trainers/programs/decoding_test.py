@@ -5,16 +5,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model.config import TransformerConfig
-from model.kv_cache.policies import policy_named
-from model.transformer import Transformer
-from model.transforms import layer_stack
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.memory import TooLargeError
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Beams, Settings
-from trainers.scoring.likelihoods import LikelihoodScorer
-from trainers.scoring.scoring import Row, Scorer
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.policies import policy_named
+from espalier.model.transformer import Transformer
+from espalier.model.transforms import layer_stack
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.memory import TooLargeError
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Beams, Settings
+from espalier.trainers.scoring.likelihoods import LikelihoodScorer
+from espalier.trainers.scoring.scoring import Row, Scorer
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
 
@@ -52,7 +52,7 @@ def test_a_decoder_finds_its_programs(kind, model, params, stored_programs, trac
     if kind == "greedy":
         continued(policy=policy_named("sliding", window=3))
         assert len(traces) == 4
-        monkeypatch.setattr("trainers.decoding.memory._limit", lambda devices: 8)
+        monkeypatch.setattr("espalier.trainers.decoding.memory._limit", lambda devices: 8)
         with pytest.raises(TooLargeError):
             continued()
 

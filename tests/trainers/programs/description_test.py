@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers.programs import sources
-from trainers.programs.description import Undescribable, digest
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers.programs import sources
+from espalier.trainers.programs.description import Undescribable, digest
 
 
 class Colour(enum.Enum):

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from model.config import TransformerConfig
-from model.kernels import platform
-from model.transformer import Transformer
-from trainers import partitioning
-from trainers.optim import optimizers, schedules
-from trainers.programs import program, surroundings
-from trainers.recipe import Recipe
+from espalier.model.config import TransformerConfig
+from espalier.model.kernels import platform
+from espalier.model.transformer import Transformer
+from espalier.trainers import partitioning
+from espalier.trainers.optim import optimizers, schedules
+from espalier.trainers.programs import program, surroundings
+from espalier.trainers.recipe import Recipe
 
 
 class State(typing.NamedTuple):
@@ -89,7 +89,7 @@ def test_a_program_that_jax_had_in_memory_is_not_stored(stored_programs, traces,
     again = program.jit(
         first.__wrapped__
     )  # jax knows the function, and returns what it has, read from bytes or not
-    with caplog.at_level(logging.DEBUG, "trainers.programs"):
+    with caplog.at_level(logging.DEBUG, "espalier.trainers.programs"):
         equal(again(*arguments()), expected)
     assert "jax had compiled or loaded it before" in caplog.text
     assert not list(stored_programs.iterdir())
@@ -235,7 +235,7 @@ def test_a_damaged_program_is_compiled_again_and_stored_again(stored_programs, t
 def test_an_executable_that_the_runtime_refuses_is_compiled_again(
     stored_programs, traces, caplog, monkeypatch
 ):
-    from trainers.programs import executable
+    from espalier.trainers.programs import executable
 
     with monkeypatch.context() as patch:
         parts = executable.parts
@@ -255,7 +255,7 @@ def test_a_program_that_calls_the_host_goes_the_ordinary_way(stored_programs, tr
         jax.debug.callback(print if x.ndim else functools.partial(max, 0), 1)
         return x + 1
 
-    with caplog.at_level(logging.DEBUG, "trainers.programs"):
+    with caplog.at_level(logging.DEBUG, "espalier.trainers.programs"):
         noting = program.jit(noted)
         assert float(noting(np.float32(1))) == 2 and float(noting(np.float32(2))) == 3
     assert caplog.text.count("it calls functions of the host") == 1
@@ -268,7 +268,7 @@ def test_a_function_that_reads_an_unknown_object_goes_the_ordinary_way(stored_pr
     def reads(x):
         return x + next(lines)
 
-    with caplog.at_level(logging.DEBUG, "trainers.programs"):
+    with caplog.at_level(logging.DEBUG, "espalier.trainers.programs"):
         assert float(program.jit(reads)(np.float32(1))) == 2
     assert "is not stored: it depends on an object of type" in caplog.text
     assert not stored_programs.exists()
@@ -338,7 +338,7 @@ def test_a_run_is_the_same_with_traced_and_stored_programs(
 
 PROCESS = """
 import jax, numpy as np, sys
-from trainers.programs import program
+from espalier.trainers.programs import program
 lower = program._lower
 def traced(*arguments):
     print("traced")

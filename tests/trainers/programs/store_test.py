@@ -8,7 +8,7 @@ import os
 import jax
 import pytest
 
-from trainers.programs import store
+from espalier.trainers.programs import store
 
 KEY = {"function": "f", "versions": {"jax": "1"}}
 DESCRIPTION = {"out_tree": "*"}

@@ -7,9 +7,9 @@ import types
 import numpy as np
 import pytest
 
-from trainers.rewards import verifiers
-from trainers.rewards.base import Completion
-from trainers.rewards.verifiers import TextReward, VerifierError
+from espalier.trainers.rewards import verifiers
+from espalier.trainers.rewards.base import Completion
+from espalier.trainers.rewards.verifiers import TextReward, VerifierError
 
 CHARACTERS = types.SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers.scoring import likelihoods
-from trainers.scoring.likelihoods import LikelihoodScorer
-from trainers.scoring.scoring import Row
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers.scoring import likelihoods
+from espalier.trainers.scoring.likelihoods import LikelihoodScorer
+from espalier.trainers.scoring.scoring import Row
 
 V = 31
 

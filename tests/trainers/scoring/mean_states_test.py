@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.transformer import Transformer
-from trainers.scoring.scoring import MeanStates, Row
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.transformer import Transformer
+from espalier.trainers.scoring.scoring import MeanStates, Row
 
 V = 11
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.transformer import Transformer
-from trainers.scoring.scoring import Row, Scorer
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.transformer import Transformer
+from espalier.trainers.scoring.scoring import Row, Scorer
 
 V = 31
 

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from model.config import TransformerConfig
-from model.kv_cache.policies import policy_named
-from model.transformer import Transformer
-from trainers import initialise
-from trainers.decoding.prefill import prefill
-from trainers.snapkv import cache_bytes
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.policies import policy_named
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.snapkv import cache_bytes
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8, scan_layers=False

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainers.telemetry import flops
+from espalier.trainers.telemetry import flops
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from trainers.telemetry import goodput
+from espalier.trainers.telemetry import goodput
 
 
 class Clock:

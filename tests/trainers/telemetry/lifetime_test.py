@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from trainers.telemetry import lifetime
-from trainers.telemetry.goodput import Goodput
-from trainers.telemetry.lifetime import DamagedLifetimeError, Lifetime, Start
+from espalier.trainers.telemetry import lifetime
+from espalier.trainers.telemetry.goodput import Goodput
+from espalier.trainers.telemetry.lifetime import DamagedLifetimeError, Lifetime, Start
 
 
 def starts():

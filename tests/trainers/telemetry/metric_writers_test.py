@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from trainers.telemetry import metric_writers
+from espalier.trainers.telemetry import metric_writers
 
 
 def test_jsonl_is_strict_json_and_reads_back(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.telemetry import metrics
+from espalier.trainers.telemetry import metrics
 
 
 def test_any_split_of_a_batch_gives_the_mean_over_tokens():

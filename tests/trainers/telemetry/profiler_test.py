@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from trainers.telemetry import profiler
+from espalier.trainers.telemetry import profiler
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trainers.telemetry import progress
+from espalier.trainers.telemetry import progress
 
 EVALUATION = {
     "eval/a/loss": 2.0,

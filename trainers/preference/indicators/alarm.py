@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from espalier.common.ranges import Fraction, NonNegative, Size
-from trainers.telemetry import metric_writers
+from espalier.trainers.telemetry import metric_writers
 
 PREFIX = "indicators/"  # of the names of the metrics
 _MEASURED = ("entropy", "mass", "llh_chosen")

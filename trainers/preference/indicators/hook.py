@@ -18,18 +18,18 @@ import numpy as np
 
 from espalier.common.bars import Bar
 from espalier.common.ranges import CalledWith, Count, Fraction, NonNegative, Seed, Size
-from model.protocol import inference_model, inference_params
-from trainers.decoding.policy_sampler import Generator
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Settings, eos_ids
-from trainers.hooks import Hook, HookInterruptedError, RunContext
-from trainers.objectives.frozen_model import FrozenModel
-from trainers.preference.indicators import held_out, measures, samples
-from trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
-from trainers.preference.indicators.reader import TOP_K, Reader
-from trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
-from trainers.scoring.scoring import Row
-from trainers.train_state import TrainState
+from espalier.model.protocol import inference_model, inference_params
+from espalier.trainers.decoding.policy_sampler import Generator
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Settings, eos_ids
+from espalier.trainers.hooks import Hook, HookInterruptedError, RunContext
+from espalier.trainers.objectives.frozen_model import FrozenModel
+from espalier.trainers.preference.indicators import held_out, measures, samples
+from espalier.trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
+from espalier.trainers.preference.indicators.reader import TOP_K, Reader
+from espalier.trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
+from espalier.trainers.scoring.scoring import Row
+from espalier.trainers.train_state import TrainState
 
 _QUIET_SECONDS = 10  # an evaluation that takes longer shows a progress bar
 _log = logging.getLogger(__name__)

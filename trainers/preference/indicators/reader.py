@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from model.kernels.cross_entropy import map_tokens
-from model.kernels.vocab_logits import LogitForm
-from trainers.decoding.buckets import in_order
-from trainers.objectives.forward import frozen_forward
-from trainers.scoring.scoring import Batched, Row, scored_columns
+from espalier.model.kernels.cross_entropy import map_tokens
+from espalier.model.kernels.vocab_logits import LogitForm
+from espalier.trainers.decoding.buckets import in_order
+from espalier.trainers.objectives.forward import frozen_forward
+from espalier.trainers.scoring.scoring import Batched, Row, scored_columns
 
 _SHORTEST = 16  # tokens of a row: short completions would otherwise be mostly padding
 TOP_K = 10  # the paper's value; entropies are at most log2(10) = 3.32 bits

@@ -15,9 +15,9 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from trainers.checkpoints import step_dir
-from trainers.rewards.base import Completion
-from trainers.telemetry import metric_writers
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.rewards.base import Completion
+from espalier.trainers.telemetry import metric_writers
 
 FOLDER = "indicators/samples"
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
-from trainers.objectives.settings import check_positive
-from trainers.preference.losses.pairs import PairLogProbs
+from espalier.trainers.objectives.settings import check_positive
+from espalier.trainers.preference.losses.pairs import PairLogProbs
 
 
 def nca_pair(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
 from espalier.common.ranges import Fraction, Positive
-from trainers.objectives.settings import check_choice, check_positive, check_smoothing
-from trainers.preference.losses.divergence import Divergence, reverse_kl
-from trainers.preference.losses.pairs import PairLogProbs
+from espalier.trainers.objectives.settings import check_choice, check_positive, check_smoothing
+from espalier.trainers.preference.losses.divergence import Divergence, reverse_kl
+from espalier.trainers.preference.losses.pairs import PairLogProbs
 
 Reduction = Literal["sum", "mean"]
 Scale = Literal["paper", "trl"]

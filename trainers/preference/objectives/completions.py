@@ -6,8 +6,8 @@ Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B 
 import jax
 import jax.numpy as jnp
 
-from trainers.objectives.base import Batch
-from trainers.preference.losses.pairs import PairLogProbs
+from espalier.trainers.objectives.base import Batch
+from espalier.trainers.preference.losses.pairs import PairLogProbs
 
 _EMPTY = -1.0  # log-probability of a slot without a pair; losses are finite at this value
 

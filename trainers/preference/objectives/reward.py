@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
 from espalier.common.ranges import Count, NonNegative
-from trainers.objectives.base import LossOut, Objective
-from trainers.objectives.forward import Forward, forward_objective, source_losses
-from trainers.objectives.settings import check_not_negative
-from trainers.preference.objectives.completions import by_completion
+from espalier.trainers.objectives.base import LossOut, Objective
+from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
+from espalier.trainers.objectives.settings import check_not_negative
+from espalier.trainers.preference.objectives.completions import by_completion
 
 ENDS = "decoder_ends"
 

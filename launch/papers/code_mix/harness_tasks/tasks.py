@@ -6,9 +6,9 @@ lm-evaluation-harness loads this file by its path. The suite averages the metric
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.evaluation.suites import local_data
-from launch.papers.code_mix.harness_tasks import answers
-from launch.papers.code_mix.suite import BENCHMARKS
+from espalier.launch.evaluation.suites import local_data
+from espalier.launch.papers.code_mix.harness_tasks import answers
+from espalier.launch.papers.code_mix.suite import BENCHMARKS
 
 
 def load(*, benchmark: str, data_dir: str | None = None, **others: Any) -> dict[str, Any]:

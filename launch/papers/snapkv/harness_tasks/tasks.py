@@ -6,9 +6,9 @@ lm-evaluation-harness loads this file by its path. The suite averages the metric
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch.evaluation.suites import local_data
-from launch.papers.snapkv import suite
-from launch.papers.snapkv.harness_tasks import scores
+from espalier.launch.evaluation.suites import local_data
+from espalier.launch.papers.snapkv import suite
+from espalier.launch.papers.snapkv.harness_tasks import scores
 
 
 def load(*, benchmark: str, data_dir: str | None = None, **others: Any) -> dict[str, Any]:

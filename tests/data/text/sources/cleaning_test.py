@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.text.sources import cleaning
+from espalier.data.text.sources import cleaning
 
 LICENCE = "Copyright 2020 Someone. All rights reserved."
 CODE = "import os\n\n\ndef function(argument):\n    return os.path.join(argument, 'x')\n" * 3

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.text.sources import catalogues, environment, languages, names
+from espalier.data.text.sources import catalogues, environment, languages, names
 
 PO = """
 msgid ""

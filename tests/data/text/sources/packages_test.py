@@ -2,7 +2,7 @@
 
 import pathlib
 
-from data.text.sources import code, english, environment, markup
+from espalier.data.text.sources import code, english, environment, markup
 
 BIBLE = '''
 bible = Bible(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from launch.attribution.analyses import (
+from espalier.launch.attribution.analyses import (
     compute,
     concentration,
     correlations,
@@ -16,7 +16,7 @@ from launch.attribution.analyses import (
     search,
     tables,
 )
-from launch.inference.row_files import RowFileError
+from espalier.launch.inference.row_files import RowFileError
 
 
 def test_correlations_are_those_of_scipy_and_a_constant_column_has_none():
@@ -147,7 +147,7 @@ def test_answers_in_the_top_are_counted_by_those_answered_correctly():
 
 
 def test_chance_is_that_of_drawing_without_replacement():
-    from launch.attribution.analyses import search
+    from espalier.launch.attribution.analyses import search
 
     assert search.chance(10, 3, 2) == pytest.approx(1 - (7 / 10) * (6 / 9))
     assert search.chance(10, 0, 5) == 0 and search.chance(4, 1, 9) == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.attribution.analyses import search
+from espalier.launch.attribution.analyses import search
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from launch import convert
-from launch.evaluation.lm_eval.generation import options
-from launch.evaluation.lm_eval.model import EspalierLM
-from launch.run.load_run import LoadError
-from trainers.decoding.sampling import Sampling
-from trainers.scoring.scoring import Row, Scorer
+from espalier.launch import convert
+from espalier.launch.evaluation.lm_eval.generation import options
+from espalier.launch.evaluation.lm_eval.model import EspalierLM
+from espalier.launch.run.load_run import LoadError
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.scoring.scoring import Row, Scorer
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 CASES = pathlib.Path(os.environ.get("LM_EVAL_CASES", GOLDENS / "lm_eval"))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from launch.evaluation.suites import local_data
-from launch.evaluation.suites.local_data import MissingDataError, Source, WrongDataError
+from espalier.launch.evaluation.suites import local_data
+from espalier.launch.evaluation.suites.local_data import MissingDataError, Source, WrongDataError
 
 SOURCE = Source(folder="set", split="test", columns=("a",), repository="owner/set")
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from launch.evaluation.suites import local_data, multilingual
-from launch.evaluation.suites.local_data import MissingDataError, WrongDataError
+from espalier.launch.evaluation.suites import local_data, multilingual
+from espalier.launch.evaluation.suites.local_data import MissingDataError, WrongDataError
 
 
 def write(path, rows):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.evaluation.suites import scores
-from launch.papers.code_mix.suite import SUITE
+from espalier.launch.evaluation.suites import scores
+from espalier.launch.papers.code_mix.suite import SUITE
 
 # Reasoning, knowledge, code, and the average of all, in %: "To Code, or Not To Code?"
 # (arXiv 2408.10914), the 470M recipes, one line for each phase.

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from launch.papers.aya23 import answers, experiment, report
-from launch.papers.aya23.experiment import LANGUAGES, TOTAL, Ranked
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.papers.aya23 import answers, experiment, report
+from espalier.launch.papers.aya23.experiment import LANGUAGES, TOTAL, Ranked
+from espalier.launch.sweeping import file
 
 SWEEP = "launch/papers/aya23/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
@@ -179,7 +179,7 @@ def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say
     for arm, run in runs.items():
         bindings = (*run.bindings, "MODEL_DIR='/run'")
         bindings += ("INITIAL_CHECKPOINT_PATH='/before'",) if run.parent else ()
-        config = gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+        config = gin_config.load(run.gin_files, bindings, entry="espalier.launch.train:train")
         arguments = config.arguments()
         sizes[arm] = arguments["recipe"].program().num_params()
         tuned = arm in ("scratch", "tuned", "tuned_full")
@@ -195,7 +195,7 @@ def test_arms_of_the_sweep_are_valid_configurations_that_differ_in_what_they_say
 def test_the_full_stages_have_the_papers_settings(size, width):
     bindings = ["MODEL_DIR='/run'", "INITIAL_CHECKPOINT_PATH='/base'", "TOKENIZER='/t'"]
     bindings += ["INSTRUCTIONS_DIR='/data'", "MESH=None"]
-    config = gin_config.load([f"{FULL}{size}.gin"], bindings, entry="launch.train:train")
+    config = gin_config.load([f"{FULL}{size}.gin"], bindings, entry="espalier.launch.train:train")
     assert [str(warning) for warning in config.warnings] == []
     arguments = config.arguments()
     recipe = arguments["recipe"]

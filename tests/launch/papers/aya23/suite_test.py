@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from launch.evaluation import harness
-from launch.evaluation.suites import scores, text_scores
-from launch.papers.aya23 import suite
+from espalier.launch.evaluation import harness
+from espalier.launch.evaluation.suites import scores, text_scores
+from espalier.launch.papers.aya23 import suite
 
 
 def test_words_are_those_of_every_script():

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from data import tasks
-from data.tokenizers import vocabularies
-from launch.papers.aya23 import toy_languages as toy
+from espalier.data import tasks
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.papers.aya23 import toy_languages as toy
 
 
 def test_languages_of_a_family_share_half_of_their_words_and_no_language_has_a_word_twice():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from launch.papers.aya_expanse import lexicon, lexicon_text
+from espalier.launch.papers.aya_expanse import lexicon, lexicon_text
 
 pytest.importorskip("django")
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import yaml
 
-from data.text.documents import DataError
-from launch import cli
-from launch.config import gin_config
-from launch.papers.aya_expanse import recipe as recipes
-from launch.papers.aya_expanse import small_answers
-from launch.papers.aya_expanse import stage as aya_expanse_stage
-from launch.sweeping import file
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.array_files import StoredArray
+from espalier.data.text.documents import DataError
+from espalier.launch import cli
+from espalier.launch.config import gin_config
+from espalier.launch.papers.aya_expanse import recipe as recipes
+from espalier.launch.papers.aya_expanse import small_answers
+from espalier.launch.papers.aya_expanse import stage as aya_expanse_stage
+from espalier.launch.sweeping import file
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
 
 CLUSTERS = {"turkic": ["tr"], "slavic": ["uk"]}
 PROMPTS = [
@@ -64,7 +64,7 @@ def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(writ
             run = arms[f"{kind}_{cluster}"]
             assert run.parent == f"{parent}/seed0"
             given = [*run.bindings, "MODEL_DIR='/run'", "INITIAL_CHECKPOINT_PATH='/before'"]
-            config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+            config = gin_config.load(run.gin_files, given, entry="espalier.launch.train:train")
             assert config.macros["REFERENCE"] == "/before"
             if kind != "dpo":
                 inputs = config.arguments()["recipe"].inputs
@@ -82,7 +82,7 @@ def test_every_stage_starts_from_the_merge_before_it_which_is_its_reference(writ
         run = arms[name]
         assert run.parent is None
         given = [*run.bindings, "MODEL_DIR='/run'"]
-        config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+        config = gin_config.load(run.gin_files, given, entry="espalier.launch.train:train")
         assert config.arguments()["total_steps"] == 500
 
 
@@ -96,7 +96,7 @@ def test_a_polish_follows_the_first_merge_at_a_tenth_of_the_rate(write):
         given = [*arms[name].bindings, "MODEL_DIR='/run'", "INITIAL_CHECKPOINT_PATH='/before'"]
         given = dict(one.split("=", 1) for one in given)
         given = [f"{key}={value}" for key, value in given.items()]
-        config = gin_config.load(arms[name].gin_files, given, entry="launch.train:train")
+        config = gin_config.load(arms[name].gin_files, given, entry="espalier.launch.train:train")
         rates[name] = config.macros["LEARNING_RATE"]
         assert config.arguments()["total_steps"] == (40 if name == "polished" else 500)
         if name == "polished":
@@ -237,9 +237,9 @@ def test_a_run_of_a_sweep_has_the_name_of_its_arm():
 def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
     calls = []
     merge = types.SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
-    import launch
+    import espalier.launch
 
-    monkeypatch.setitem(__import__("sys").modules, "launch.merge", merge)
+    monkeypatch.setitem(__import__("sys").modules, "espalier.launch.merge", merge)
     monkeypatch.setattr(launch, "merge", merge, raising=False)
     assert run("merge", write(), tmp_path / "m/seed0", ("runs", ["/a", "/b"])) == 0
     ((config, out),) = calls

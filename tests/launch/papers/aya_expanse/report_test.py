@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from launch.papers.aya_expanse import experiment, lexicon, report
-from launch.papers.aya_expanse.experiment import UNSEEN
-from launch.papers.aya_expanse.small_pool import NOISES
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.papers.aya_expanse import experiment, lexicon, report
+from espalier.launch.papers.aya_expanse.experiment import UNSEEN
+from espalier.launch.papers.aya_expanse.small_pool import NOISES
+from espalier.launch.sweeping import file
 
 SWEEP = "launch/papers/aya_expanse/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
@@ -248,7 +248,7 @@ def test_arms_of_the_sweep_are_valid_configurations_with_equal_updates():
         bindings = (*run.bindings, "MODEL_DIR='/run'")
         bindings += ("INITIAL_CHECKPOINT_PATH='/before'",) if run.parent else ()
         if arm in ("base", "student_reward", "polish_tenth", "offline_beta003", "round1"):
-            config = gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+            config = gin_config.load(run.gin_files, bindings, entry="espalier.launch.train:train")
             assert [str(warning) for warning in config.warnings] == []
             arguments = config.arguments()
             steps[arm] = arguments["total_steps"]

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from data.aya_expanse import routing
-from launch.papers.aya_expanse import lexicon, small_pool, small_stage
+from espalier.data.aya_expanse import routing
+from espalier.launch.papers.aya_expanse import lexicon, small_pool, small_stage
 
 pytest.importorskip("django")
 COUNT = 30

@@ -2,7 +2,7 @@
 
 import json
 
-from launch.papers.aya_expanse import suite
+from espalier.launch.papers.aya_expanse import suite
 
 
 def test_the_groups_are_the_papers():

@@ -6,13 +6,13 @@ import types
 import numpy as np
 import pytest
 
-from launch import environment, reproduce
-from launch.papers.bam import experiment, report
-from launch.papers.bam.experiment import Runs, long, matched
-from launch.papers.nexus import lag_domains
-from launch.papers.shared import domain_panels, sweeps
-from launch.papers.shared import domains as domain_runs
-from launch.papers.shared import domains as shared_domains
+from espalier.launch import environment, reproduce
+from espalier.launch.papers.bam import experiment, report
+from espalier.launch.papers.bam.experiment import Runs, long, matched
+from espalier.launch.papers.nexus import lag_domains
+from espalier.launch.papers.shared import domain_panels, sweeps
+from espalier.launch.papers.shared import domains as domain_runs
+from espalier.launch.papers.shared import domains as shared_domains
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 DOMAINS = ("lag_general", "lag_4", "lag_7", "lag_11")

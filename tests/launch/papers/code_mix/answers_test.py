@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.papers.code_mix.harness_tasks import answers
+from espalier.launch.papers.code_mix.harness_tasks import answers
 
 
 @pytest.mark.parametrize(

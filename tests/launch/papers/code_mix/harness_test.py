@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from launch.evaluation import harness
-from launch.papers.code_mix.suite import SUITE
+from espalier.launch.evaluation import harness
+from espalier.launch.papers.code_mix.suite import SUITE
 
 MISSING = ("story_cloze", "hellaswag")
 

@@ -15,12 +15,12 @@ import tokenizers
 from pyarrow import parquet
 from tokenizers import models, pre_tokenizers
 
-from data import tasks
-from launch.aot import precompile, tpu_topology
-from launch.config import gin_config
-from launch.sweeping import file
-from trainers.objectives import lm
-from trainers.optim import schedules
+from espalier.data import tasks
+from espalier.launch.aot import precompile, tpu_topology
+from espalier.launch.config import gin_config
+from espalier.launch.sweeping import file
+from espalier.trainers.objectives import lm
+from espalier.trainers.optim import schedules
 
 ROOT = pathlib.Path(__file__).parents[4]
 FOLDER = "t5x_configs/experiments/code_mix/full"
@@ -69,7 +69,7 @@ def load(arm, size="470m", *bindings, data=("DATA_ROOT='/d'", "TOKENIZER='/t'", 
     given = [*RUNS[arm].bindings, "MODEL_DIR='/run'", *data, *bindings]
     if arm in PHASES:
         given.append("INITIAL_CHECKPOINT_PATH='/before'")
-    return gin_config.load(files, given, entry="launch.train:train")
+    return gin_config.load(files, given, entry="espalier.launch.train:train")
 
 
 def byte_tokenizer(folder):

@@ -6,15 +6,15 @@ import pathlib
 import numpy as np
 import pytest
 
-from data import tasks
-from data.code_mix import procedures, skills
-from launch.code_mix import skills as evaluate_skills
-from launch.config import gin_config
-from launch.papers.code_mix import experiment, judged, report, skill_sources
-from launch.papers.code_mix.experiment import ANSWERS, JUDGED, PHASES, PLAIN, SHARES, Results, wins
-from launch.plots import intervals
-from launch.run import load_run
-from launch.sweeping import file
+from espalier.data import tasks
+from espalier.data.code_mix import procedures, skills
+from espalier.launch.code_mix import skills as evaluate_skills
+from espalier.launch.config import gin_config
+from espalier.launch.papers.code_mix import experiment, judged, report, skill_sources
+from espalier.launch.papers.code_mix.experiment import ANSWERS, JUDGED, PHASES, PLAIN, SHARES, Results, wins
+from espalier.launch.plots import intervals
+from espalier.launch.run import load_run
+from espalier.launch.sweeping import file
 
 SWEEP = "launch/papers/code_mix/experiment.py"
 FULL = "launch/papers/code_mix/experiment.py:full,"
@@ -270,7 +270,7 @@ def test_with_a_judge_the_full_sweep_compares_the_answers_of_all_recipes():
     assert len(made) == 10 and {run.size for run in made.values()} == {"470m"}
     judging = made["win_rates"].made
     assert judging[2:5] == (
-        "launch.evaluate",
+        "espalier.launch.evaluate",
         "win_rate",
         "--judge=openai:https://host/v1,model=NAME",
     )
@@ -288,8 +288,8 @@ ARMS_OF_FULL = (
 
 
 def test_the_sweep_shares_what_runs_start_from_and_phases_go_on(tmp_path):
-    from launch.sweeping import check
-    from launch.sweeping.folder import SweepFolder
+    from espalier.launch.sweeping import check
+    from espalier.launch.sweeping.folder import SweepFolder
 
     runs = file.read(f"{SWEEP}:2")
     assert len(runs) == 18 * 2 and {run.seed for run in runs} == {10, 11}
@@ -316,7 +316,7 @@ def test_arms_read_as_many_tokens_with_a_loss(arm, tmp_path):
     )
     (planned,) = (run for run in file.read(f"{SWEEP}:1") if run.arm == arm)
     bindings = (*planned.bindings, *bindings)
-    config = gin_config.load(planned.gin_files, bindings, entry="launch.train:train")
+    config = gin_config.load(planned.gin_files, bindings, entry="espalier.launch.train:train")
     arguments = config.arguments()
     for register in arguments["tasks"]:
         register()

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from data import tasks
-from data.code_mix import procedures, skills
-from data.stream import stream
-from data.tokenizers import vocabularies
-from launch.papers.code_mix import skill_sources
+from espalier.data import tasks
+from espalier.data.code_mix import procedures, skills
+from espalier.data.stream import stream
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.papers.code_mix import skill_sources
 
 COUNT = 4000
 

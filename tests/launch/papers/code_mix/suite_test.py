@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from launch.evaluation.suites.local_data import WrongDataError
-from launch.papers.code_mix.harness_tasks import tasks
-from launch.papers.code_mix.suite import BENCHMARKS, OF_CODE, SUITE
+from espalier.launch.evaluation.suites.local_data import WrongDataError
+from espalier.launch.papers.code_mix.harness_tasks import tasks
+from espalier.launch.papers.code_mix.suite import BENCHMARKS, OF_CODE, SUITE
 
 # (query, choices, gold) of the first document of each set.
 RANKED = {

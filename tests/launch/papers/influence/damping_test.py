@@ -5,8 +5,8 @@ import pathlib
 
 import numpy as np
 
-from launch.papers.influence import damping
-from trainers.influence import kronecker
+from espalier.launch.papers.influence import damping
+from espalier.trainers.influence import kronecker
 
 DOCS = pathlib.Path("docs")
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.papers.influence import exact
-from trainers.influence import conjugate
-from trainers.influence.conjugate import state_tree
+from espalier.launch.papers.influence import exact
+from espalier.trainers.influence import conjugate
+from espalier.trainers.influence.conjugate import state_tree
 
 DAMPING = 0.1
 

@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from launch.papers.influence import plan
-from trainers.influence.sites import Site
+from espalier.launch.papers.influence import plan
+from espalier.trainers.influence.sites import Site
 
 WIDTH, HIDDEN, LAYERS = 4096, 14336, 32
 
@@ -62,11 +62,11 @@ def test_sizes_are_those_of_the_arrays_of_a_fit(tmp_path):
     import jax
     import jax.numpy as jnp
 
-    from model.config import TransformerConfig
-    from model.transformer import Transformer
-    from trainers.influence import files, sites
-    from trainers.influence import fit as stages
-    from trainers.scoring.scoring import Row
+    from espalier.model.config import TransformerConfig
+    from espalier.model.transformer import Transformer
+    from espalier.trainers.influence import files, sites
+    from espalier.trainers.influence import fit as stages
+    from espalier.trainers.scoring.scoring import Row
 
     config = TransformerConfig(vocab_size=13, num_layers=2, embed_dim=6, num_heads=1, mlp_dim=9)
     model = Transformer(config=config)

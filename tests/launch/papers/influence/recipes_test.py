@@ -6,9 +6,9 @@ import pathlib
 
 import numpy as np
 
-from launch.config import gin_config
-from launch.papers.influence import corpus, scoring, small_corpus
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.papers.influence import corpus, scoring, small_corpus
+from espalier.launch.sweeping import file
 
 SIZES = {**dict.fromkeys(small_corpus.SIZES, 20), small_corpus.FACT: 40}
 GIN = "t5x_configs/experiments/influence/cpu/corpus.gin"
@@ -42,7 +42,7 @@ def test_all_models_continue_the_start_on_files_of_other_arms(tmp_path):
     corpus.write(tmp_path, LINES, 0, sizes=SIZES, queries=2)
     bindings = [x.replace("{corpus}", str(tmp_path)) for x in every["start"].bindings]
     config = gin_config.load(
-        every["start"].gin_files, [*bindings, "MODEL_DIR='/run'"], entry="launch.train:train"
+        every["start"].gin_files, [*bindings, "MODEL_DIR='/run'"], entry="espalier.launch.train:train"
     )
     recipe = config.arguments()["recipe"]
     assert recipe.model.config.vocab_size >= len(small_corpus.SYMBOLS) + 3

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from launch.attribution.analyses import compute, labels
-from launch.papers.influence import corpus, exact, experiment, figures, losses, scoring, statistics
-from launch.papers.influence import report as influence_report
-from launch.papers.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
-from launch.papers.shared import claim
+from espalier.launch.attribution.analyses import compute, labels
+from espalier.launch.papers.influence import corpus, exact, experiment, figures, losses, scoring, statistics
+from espalier.launch.papers.influence import report as influence_report
+from espalier.launch.papers.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
+from espalier.launch.papers.shared import claim
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}, "criteria": None}
 LDS = {

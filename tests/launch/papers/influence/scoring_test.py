@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.tokenizers import vocabularies
-from launch.papers.influence import completions, corpus, losses, scoring, small_corpus, statistics
-from launch.run import load_run
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers.checkpoints import state_tree
-from trainers.influence import conjugate, projections
-from trainers.influence import documents as documents_of
-from trainers.influence import sites as site_list
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.papers.influence import completions, corpus, losses, scoring, small_corpus, statistics
+from espalier.launch.run import load_run
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers.checkpoints import state_tree
+from espalier.trainers.influence import conjugate, projections
+from espalier.trainers.influence import documents as documents_of
+from espalier.trainers.influence import sites as site_list
 
 SIZES = dict.fromkeys(small_corpus.SIZES, 6)
 LINES = [f"line {i} of some real text." for i in range(10)]

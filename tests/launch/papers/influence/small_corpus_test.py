@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from launch.papers.influence import small_corpus
-from launch.papers.influence.small_corpus import ADD_ONE, FACT, REVERSE, TEXT, Document
+from espalier.launch.papers.influence import small_corpus
+from espalier.launch.papers.influence.small_corpus import ADD_ONE, FACT, REVERSE, TEXT, Document
 
 SIZES = {**dict.fromkeys(small_corpus.SIZES, 30), FACT: 200}
 LINES = [f"line {i} of some real text." for i in range(50)]

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 METHODS = "t5x_configs/methods/low_rank/"
 STEP = 6
@@ -127,9 +127,9 @@ def test_decomposition_that_cannot_be(train, parent, tmp_path):
 
 
 def test_nan_is_named(tmp_path):
-    from model.low_rank.decompose import Decompose
-    from model.transforms import base
-    from model.transforms.base import Source, TransformError
+    from espalier.model.low_rank.decompose import Decompose
+    from espalier.model.transforms import base
+    from espalier.model.transforms.base import Source, TransformError
 
     kernel = np.ones((3, 4, 4), np.float32)
     kernel[1, 2, 3] = np.nan

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from model.low_rank import factors
+from espalier.launch.config import gin_config
+from espalier.model.low_rank import factors
 from tests.benchmarks.case import RandomRows
-from trainers import initialise, partitioning
-from trainers.batches import global_batch
-from trainers.checkpoints import state_tree, step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.hooks import RunContext
-from trainers.low_rank import spectrum
-from trainers.optim.gradient_terms import make_optimizer
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.batches import global_batch
+from espalier.trainers.checkpoints import state_tree, step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.hooks import RunContext
+from espalier.trainers.low_rank import spectrum
+from espalier.trainers.optim.gradient_terms import make_optimizer
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
 
@@ -26,7 +26,7 @@ LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
 def recipe(*files, bindings=(), more=()):
     given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()", *bindings]
     paths = [f"t5x_configs/{name}.gin" for name in files]
-    config = gin_config.load([*paths, *more, LOW_RANK], given, entry="launch.train:train")
+    config = gin_config.load([*paths, *more, LOW_RANK], given, entry="espalier.launch.train:train")
     return config.arguments()["recipe"]
 
 
@@ -233,7 +233,7 @@ def test_spectra_of_dense_kernels_and_of_none():
         hook(low_rank, kernels=(".*/nothing",))
     given = ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"]
     paths = [f"t5x_configs/{name}.gin" for name in files]
-    dense = gin_config.load(paths, given, entry="launch.train:train").arguments()["recipe"]
+    dense = gin_config.load(paths, given, entry="espalier.launch.train:train").arguments()["recipe"]
     with pytest.raises(ValueError, match="no factorised matrices"):
         hook(dense)
     state = dense.program().init()

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from launch.papers.low_rank import experiment as lm
-from launch.sweeping import check, file
-from launch.sweeping.folder import SweepFolder
-from model.low_rank import factors
-from trainers.optim.schedules import Span
+from espalier.launch.config import gin_config
+from espalier.launch.papers.low_rank import experiment as lm
+from espalier.launch.sweeping import check, file
+from espalier.launch.sweeping.folder import SweepFolder
+from espalier.model.low_rank import factors
+from espalier.trainers.optim.schedules import Span
 
 FULL = "t5x_configs/experiments/low_rank/full/"
 RUNS = {run.arm: run for run in file.read("launch/papers/low_rank/experiment.py:1")}
@@ -20,7 +20,7 @@ TABLES = (99 + 32) * 64 + 5 * 64  # tokens and positions, and five norms
 
 
 def configuration(files, *bindings):
-    return gin_config.load(files, ["MODEL_DIR='/run'", *bindings], entry="launch.train:train")
+    return gin_config.load(files, ["MODEL_DIR='/run'", *bindings], entry="espalier.launch.train:train")
 
 
 def load(files, *bindings):
@@ -123,7 +123,7 @@ def test_gpt2_at_full_size_has_the_papers_rank_and_lengths():
     # GPT-2 small, of which the vocabulary and the number of positions are others.
     assert total == 124_439_808 + 768 * (32_000 - 50_257 + 1152 - 1024)
     assert (dense["recipe"].batch_size, dense["recipe"].length) == (512, 256)
-    lengths = config.value("data.stream.stream.make_eval_stream.task_feature_lengths")
+    lengths = config.value("espalier.data.stream.stream.make_eval_stream.task_feature_lengths")
     assert lengths == {"targets": 1152}
     _, found = parameters(load([f"{FULL}gpt2_lm1b_low_rank.gin"]))
     assert {one.rank for one in found} == {476} and len(found) == 6

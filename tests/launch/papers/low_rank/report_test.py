@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from launch.papers.low_rank import experiment, report
-from launch.papers.low_rank import experiment as lm
-from launch.papers.shared import claim as shared_claim
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.papers.low_rank import experiment, report
+from espalier.launch.papers.low_rank import experiment as lm
+from espalier.launch.papers.shared import claim as shared_claim
+from espalier.launch.sweeping import file
 
 SWEEP = "launch/papers/low_rank/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
@@ -268,7 +268,7 @@ def test_arms_of_the_full_sweep_are_valid_configurations(arm):
     bindings = (*run.bindings, "MODEL_DIR='/run'")
     if run.parent:
         bindings += ("INITIAL_CHECKPOINT_PATH='/before'",)
-    config = gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+    config = gin_config.load(run.gin_files, bindings, entry="espalier.launch.train:train")
     assert config.arguments()["total_steps"] in (240_000, 112_600, 78_125)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from launch.papers.mov import compositions
+from espalier.launch.papers.mov import compositions
 
 
 class Letters:

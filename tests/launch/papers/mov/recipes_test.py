@@ -8,11 +8,11 @@ import jax
 import pytest
 from flax import traverse_util
 
-from launch.config import gin_config
-from launch.papers.mov import experiment, report
-from launch.sweeping import file
-from model.adapters import adapter
-from trainers import initialise
+from espalier.launch.config import gin_config
+from espalier.launch.papers.mov import experiment, report
+from espalier.launch.sweeping import file
+from espalier.model.adapters import adapter
+from espalier.trainers import initialise
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def runs_of(text):
 def load(run):
     parent = ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
     bindings = [*run.bindings, "MODEL_DIR='/run'", *parent]
-    return gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+    return gin_config.load(run.gin_files, bindings, entry="espalier.launch.train:train")
 
 
 def recipe_of(run):

@@ -8,10 +8,10 @@ import types
 import numpy as np
 import pytest
 
-from data.instructions import templates
-from launch.papers.mov import compositions, evaluations, experiment, report, rows
-from launch.papers.shared import sweeps
-from trainers.checkpoints import step_dir
+from espalier.data.instructions import templates
+from espalier.launch.papers.mov import compositions, evaluations, experiment, report, rows
+from espalier.launch.papers.shared import sweeps
+from espalier.trainers.checkpoints import step_dir
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 TASKS = ("reverse_shift1", "shift1_rotate")

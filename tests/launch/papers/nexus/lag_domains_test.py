@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from data import tasks
-from data.stream import stream
-from data.tokenizers import vocabularies
-from launch.papers.nexus import lag_domains
-from launch.papers.nexus.lag_domains import DOMAINS, KIN, LAGS, SUCCESSORS, SYMBOLS, Domain
+from espalier.data import tasks
+from espalier.data.stream import stream
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.papers.nexus import lag_domains
+from espalier.launch.papers.nexus.lag_domains import DOMAINS, KIN, LAGS, SUCCESSORS, SYMBOLS, Domain
 
 TABLE_ENTROPY = -sum(p * np.log(p) for p in SUCCESSORS)
 

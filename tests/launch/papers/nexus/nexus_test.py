@@ -9,22 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.nexus import domain_embeddings
-from launch.config import gin_config, model_file
-from launch.weights import source_models
-from model.kv_cache import policies
-from model.moe import moe
-from model.moe.routing import Routes
-from model.nexus.domain_router import DomainRouter
-from model.nexus.mlp_router import MlpRouter
-from model.transforms import layer_stack
-from model.transforms.base import TransformError
-from trainers import initialise
-from trainers.checkpoints import state_tree, step_dir
-from trainers.checkpoints.array_files import StoredArray
-from trainers.checkpoints.restore_params import restore_params
-from trainers.decoding import prefill
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.data.nexus import domain_embeddings
+from espalier.launch.config import gin_config, model_file
+from espalier.launch.weights import source_models
+from espalier.model.kv_cache import policies
+from espalier.model.moe import moe
+from espalier.model.moe.routing import Routes
+from espalier.model.nexus.domain_router import DomainRouter
+from espalier.model.nexus.mlp_router import MlpRouter
+from espalier.model.transforms import layer_stack
+from espalier.model.transforms.base import TransformError
+from espalier.trainers import initialise
+from espalier.trainers.checkpoints import state_tree, step_dir
+from espalier.trainers.checkpoints.array_files import StoredArray
+from espalier.trainers.checkpoints.restore_params import restore_params
+from espalier.trainers.decoding import prefill
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 BLOCK = "layers/block_0"
 M = 6
@@ -107,7 +107,7 @@ def loaded(run):
     files = ["t5x_configs/runs/load_run.gin", f"{run}/{model_file.NAME}"]
     unused = {"VOCABULARY": "None"}
     config = gin_config.load(
-        [], entry="launch.run.load_run:RunConfig", unused=unused, defaults=files
+        [], entry="espalier.launch.run.load_run:RunConfig", unused=unused, defaults=files
     ).entry()
     abstract = nn.meta.unbox(initialise.abstract_variables(config.model)["params"])
     return config.model, restore_params(run, abstract)
@@ -177,7 +177,7 @@ def test_each_mixture_is_the_model_that_its_file_of_methods_trains(make, router,
     files = [
         f"t5x_configs/{x}.gin" for x in ("models/tiny", "runs/pretrain", f"methods/nexus/{file}")
     ]
-    config = gin_config.load(files, given, entry="launch.train:train")
+    config = gin_config.load(files, given, entry="espalier.launch.train:train")
     variables = initialise.abstract_variables(config.arguments()["recipe"].model)
     params = state_tree.flatten(nn.meta.unbox(variables["params"]))
     assert found == {path: x.shape for path, x in params.items()}

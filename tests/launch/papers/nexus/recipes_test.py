@@ -7,11 +7,11 @@ import pathlib
 
 import pytest
 
-from launch.config import gin_config
-from launch.papers.bam import experiment as bam
-from launch.papers.nexus import experiment as nexus
-from launch.papers.nexus import lag_domains
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.papers.bam import experiment as bam
+from espalier.launch.papers.nexus import experiment as nexus
+from espalier.launch.papers.nexus import lag_domains
+from espalier.launch.sweeping import file
 
 SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]
 FULL = [("bam_full", "/data"), ("nexus_full", "/data")]
@@ -66,7 +66,7 @@ def flags_of(run):
 def load(run):
     parent = ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
     bindings = [*run.bindings, "MODEL_DIR='/run'", *parent]
-    return gin_config.load(run.gin_files, bindings, entry="launch.train:train")
+    return gin_config.load(run.gin_files, bindings, entry="espalier.launch.train:train")
 
 
 @pytest.mark.parametrize(("sweep", "text"), SMALL + FULL)

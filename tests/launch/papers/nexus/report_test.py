@@ -5,10 +5,10 @@ import collections
 import numpy as np
 import pytest
 
-from launch.papers.nexus import experiment, report
-from launch.papers.nexus.experiment import NEW, OLD
-from launch.papers.shared import domains as domain_runs
-from launch.papers.shared import sweeps
+from espalier.launch.papers.nexus import experiment, report
+from espalier.launch.papers.nexus.experiment import NEW, OLD
+from espalier.launch.papers.shared import domains as domain_runs
+from espalier.launch.papers.shared import sweeps
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}}
 DOMAINS = ("lag_general", "kin_a", "kin_a70", "kin_a40", "kin_b", "kin_c", "kin_ab")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from launch import report
-from launch.papers.preference import board
-from launch.plots import panels
-from trainers.preference.indicators import samples
+from espalier.launch import report
+from espalier.launch.papers.preference import board
+from espalier.launch.plots import panels
+from espalier.trainers.preference.indicators import samples
 
 
 def run(path, rows):

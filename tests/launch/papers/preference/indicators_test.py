@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 
 @pytest.fixture(scope="module")

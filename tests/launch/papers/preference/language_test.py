@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizers import vocabularies
-from launch.inference import generate
-from launch.papers.preference import pairs, recall, topic_language
-from launch.papers.preference.topic_reward import TopicReward
-from trainers.rewards.base import Completion
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.inference import generate
+from espalier.launch.papers.preference import pairs, recall, topic_language
+from espalier.launch.papers.preference.topic_reward import TopicReward
+from espalier.trainers.rewards.base import Completion
 
 PROMPT = topic_language.prompts("train")[0]
 WANTED = topic_language.preferred(PROMPT[1])
@@ -138,8 +138,8 @@ def test_facts_are_known_where_the_whole_answer_is_said(vocabulary, monkeypatch)
 
 
 def test_online_methods_have_one_rate_and_as_many_completions():
-    from launch.config import gin_config
-    from launch.sweeping import file as sweep_file
+    from espalier.launch.config import gin_config
+    from espalier.launch.sweeping import file as sweep_file
 
     runs = {run.arm: run for run in sweep_file.read("launch/papers/preference/experiment.py:1")}
     for method in ("online_dpo", "rloo", "grpo", "ppo"):
@@ -147,7 +147,7 @@ def test_online_methods_have_one_rate_and_as_many_completions():
         config = gin_config.load(
             run.gin_files,
             [*run.bindings, "MODEL_DIR=/x", "INITIAL_CHECKPOINT_PATH=/y"],
-            entry="launch.train:train",
+            entry="espalier.launch.train:train",
         )
         set_to = {**config.macros, **({"SAMPLES": 2} if method == "online_dpo" else {})}
         rollouts = set_to["TRAIN_STEPS"] // set_to["UPDATES"]

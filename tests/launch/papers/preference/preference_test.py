@@ -9,20 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from data import tasks
-from data.preference.reference_store import ReferenceStore
-from launch.config import gin_config
-from launch.run import phase, reference
-from trainers import initialise
-from trainers.checkpoints import step_dir
-from trainers.checkpoints.checkpoint import Checkpointer
-from trainers.telemetry.metric_writers import read_jsonl
+from espalier.data import tasks
+from espalier.data.preference.reference_store import ReferenceStore
+from espalier.launch.config import gin_config
+from espalier.launch.run import phase, reference
+from espalier.trainers import initialise
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 MODEL = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 16}
 MODEL |= {"scan_layers": False}
 RUN = """
 from __gin__ import dynamic_registration
-from data.tokenizers import vocabularies
+from espalier.data.tokenizers import vocabularies
 include 't5x_configs/models/tiny.gin'
 include 't5x_configs/data/preferences_base.gin'
 include 't5x_configs/runs/preference.gin'
@@ -319,7 +319,7 @@ def batch_of(flags, tmp_path, monkeypatch):
         given = flags(tmp_path / "run", *bindings, methods=methods)
         files = [flag.partition("=")[2] for flag in given if flag.startswith("--gin_file=")]
         bound = [flag.removeprefix("--gin.") for flag in given if flag.startswith("--gin.")]
-        arguments = gin_config.load(files, bound, entry="launch.train:train").arguments()
+        arguments = gin_config.load(files, bound, entry="espalier.launch.train:train").arguments()
         for register in arguments["tasks"]:
             register()
         with monkeypatch.context() as patch:

@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from launch.papers.preference import experiment
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.papers.preference import experiment
+from espalier.launch.sweeping import file
 
 SMALL, FULL = (
     "launch/papers/preference/experiment.py",
@@ -24,7 +24,7 @@ def runs(path):
 def load(run):
     given = [*run.bindings, "MODEL_DIR='/run'"]
     given += ["INITIAL_CHECKPOINT_PATH='/before'"] if run.parent else []
-    config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+    config = gin_config.load(run.gin_files, given, entry="espalier.launch.train:train")
     # Online runs include the files of pairs, whose stream of training they do not use.
     assert run.arm in experiment.ONLINE or [str(warning) for warning in config.warnings] == []
     return config

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from launch.papers.preference import experiment, numbers, pairs, report, rule, topic_language
-from launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
-from launch.papers.shared import claim as shared_claim
-from launch.sweeping import file
-from trainers.preference.indicators.alarm import StoppingRule
+from espalier.launch.papers.preference import experiment, numbers, pairs, report, rule, topic_language
+from espalier.launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
+from espalier.launch.papers.shared import claim as shared_claim
+from espalier.launch.sweeping import file
+from espalier.trainers.preference.indicators.alarm import StoppingRule
 
 SWEEP = "launch/papers/preference/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}

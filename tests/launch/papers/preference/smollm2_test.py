@@ -10,8 +10,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from launch.config import gin_config
-from launch.sweeping import file
+from espalier.launch.config import gin_config
+from espalier.launch.sweeping import file
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[2] / "goldens" / "smollm2.json").read_text())
 CASES = GOLDEN["cases"]
@@ -74,7 +74,7 @@ def test_the_sweep_of_preferences_trains_this_model_with_losses_that_alone_diffe
     found = {}
     for arm, run in trained.items():
         given = [*run.bindings, "MODEL_DIR='x'", "INITIAL_CHECKPOINT_PATH='model'"]
-        config = gin_config.load(run.gin_files, given, entry="launch.train:train")
+        config = gin_config.load(run.gin_files, given, entry="espalier.launch.train:train")
         found[arm] = set(config.text.splitlines())
         assert [str(warning) for warning in config.warnings] == []
     beta, other = found["dpo"], found["dpo_low_beta"]

@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from data.tokenizers import vocabularies
-from launch.papers.preference import topic_language as lang
+from espalier.data.tokenizers import vocabularies
+from espalier.launch.papers.preference import topic_language as lang
 
 
 def documents(count=4000, split="train"):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Claim, Effect
-from launch.papers.shared.results import Results, compare
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Claim, Effect
+from espalier.launch.papers.shared.results import Results, compare
 
 
 def effect(values=(), **settings):

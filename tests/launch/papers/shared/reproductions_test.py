@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from launch import environment, papers, reproduce
-from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Claim, Effect
-from launch.papers.shared.results import Results
-from launch.papers.shared.sweeps import Stages
-from launch.plots import intervals
+from espalier.launch import environment, papers, reproduce
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Claim, Effect
+from espalier.launch.papers.shared.results import Results
+from espalier.launch.papers.shared.sweeps import Stages
+from espalier.launch.plots import intervals
 
 
 def test_wilsons_interval_at_known_values():

@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from launch import reproduce
-from launch.papers.shared import claim
+from espalier.launch import reproduce
+from espalier.launch.papers.shared import claim
 
 DOCS = pathlib.Path("docs/reproductions")
 DRAWS, HELD = 60, 6  # of draws at the level of 2.5 % more than 6 of 60 hold with probability 0.003
@@ -37,7 +37,7 @@ def test_a_page_that_was_judged_by_other_rules_says_so(slug):
 
 
 def stored(slug):
-    report = importlib.import_module(f"launch.papers.{slug}.report").REPORT
+    report = importlib.import_module(f"espalier.launch.papers.{slug}.report").REPORT
     return report, record_of(slug)
 
 

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.papers.snapkv import attention
-from model.config import TransformerConfig
-from model.kv_cache.full import FullCache
-from model.kv_cache.pyramidkv import PyramidKV
-from model.kv_cache.selecting import Random
-from model.kv_cache.snapkv import SnapKV
-from model.transformer import Transformer
-from trainers.decoding.decode import decode
-from trainers.decoding.prefill import prefill
-from trainers.decoding.settings import Settings
-from trainers.snapkv import replay
+from espalier.launch.papers.snapkv import attention
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.full import FullCache
+from espalier.model.kv_cache.pyramidkv import PyramidKV
+from espalier.model.kv_cache.selecting import Random
+from espalier.model.kv_cache.snapkv import SnapKV
+from espalier.model.transformer import Transformer
+from espalier.trainers.decoding.decode import decode
+from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.snapkv import replay
 
 CONFIG = TransformerConfig(
     vocab_size=13,

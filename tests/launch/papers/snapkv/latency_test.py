@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import pytest
 
-from launch.papers.snapkv import latency, results
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers import initialise
+from espalier.launch.papers.snapkv import latency, results
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=8, scan_layers=False

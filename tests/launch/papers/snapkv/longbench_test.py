@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from launch.evaluation.lm_eval import arguments
-from launch.evaluation.suites import local_data
-from launch.papers.snapkv import experiment, suite
-from launch.papers.snapkv.harness_tasks import scores, tasks
-from launch.run.load_run import LoadError
-from launch.sweeping import file
-from model.kv_cache.policies import policy_from_text
+from espalier.launch.evaluation.lm_eval import arguments
+from espalier.launch.evaluation.suites import local_data
+from espalier.launch.papers.snapkv import experiment, suite
+from espalier.launch.papers.snapkv.harness_tasks import scores, tasks
+from espalier.launch.run.load_run import LoadError
+from espalier.launch.sweeping import file
+from espalier.model.kv_cache.policies import policy_from_text
 
 
 def test_the_harness_has_every_task_with_the_suites_limits(monkeypatch, tmp_path):

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from launch.papers.shared import claim
-from launch.papers.snapkv import accuracy as snapkv_accuracy
-from launch.papers.snapkv import attention, experiment, latency, needles, report, results
-from launch.papers.snapkv import retrieval as task
-from model.config import TransformerConfig
-from model.kv_cache.streaming_llm import StreamingLLM
-from model.transformer import Transformer
-from trainers import initialise
+from espalier.launch.papers.shared import claim
+from espalier.launch.papers.snapkv import accuracy as snapkv_accuracy
+from espalier.launch.papers.snapkv import attention, experiment, latency, needles, report, results
+from espalier.launch.papers.snapkv import retrieval as task
+from espalier.model.config import TransformerConfig
+from espalier.model.kv_cache.streaming_llm import StreamingLLM
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise
 
 CONFIG = TransformerConfig(
     vocab_size=task.VOCAB_SIZE,

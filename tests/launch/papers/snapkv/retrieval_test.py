@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from data import tasks
-from data.stream import stream
-from launch.papers.snapkv import retrieval
+from espalier.data import tasks
+from espalier.data.stream import stream
+from espalier.launch.papers.snapkv import retrieval
 
 LINES = 5
 

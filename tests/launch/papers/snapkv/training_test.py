@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from launch.papers.snapkv import experiment, retrieval, until_answered
-from launch.sweeping import file
+from espalier.launch.papers.snapkv import experiment, retrieval, until_answered
+from espalier.launch.sweeping import file
 
 
 class Parrot:

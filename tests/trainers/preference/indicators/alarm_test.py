@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainers.preference.indicators.alarm import Reading, StoppingRule
+from espalier.trainers.preference.indicators.alarm import Reading, StoppingRule
 
 EXACT = StoppingRule(smoothing=0.0)
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.config import TransformerConfig
-from model.embed import Positions
-from model.transformer import Transformer
-from trainers import initialise, partitioning
-from trainers.decoding.decoder import Decoder
-from trainers.decoding.policy_sampler import Generator, PolicySampler
-from trainers.decoding.sampling import Sampling
-from trainers.decoding.settings import Settings
-from trainers.preference.indicators.reader import Reader
-from trainers.scoring.scoring import Row
+from espalier.model.config import TransformerConfig
+from espalier.model.embed import Positions
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.decoding.decoder import Decoder
+from espalier.trainers.decoding.policy_sampler import Generator, PolicySampler
+from espalier.trainers.decoding.sampling import Sampling
+from espalier.trainers.decoding.settings import Settings
+from espalier.trainers.preference.indicators.reader import Reader
+from espalier.trainers.scoring.scoring import Row
 
 VOCAB, EOS = 24, 1
 MODEL = Transformer(

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch.config import gin_reach
-from model.config import TransformerConfig
-from model.heads.actor_critic import ActorCritic
-from model.transformer import Transformer
-from trainers import initialise, partitioning
-from trainers.hooks import HookInterruptedError, RunContext
-from trainers.preference.indicators import held_out, samples
-from trainers.preference.indicators.alarm import StoppingRule
-from trainers.preference.indicators.hook import PreferenceIndicators
-from trainers.telemetry import metric_writers
-from trainers.train_state import TrainState
+from espalier.launch.config import gin_reach
+from espalier.model.config import TransformerConfig
+from espalier.model.heads.actor_critic import ActorCritic
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise, partitioning
+from espalier.trainers.hooks import HookInterruptedError, RunContext
+from espalier.trainers.preference.indicators import held_out, samples
+from espalier.trainers.preference.indicators.alarm import StoppingRule
+from espalier.trainers.preference.indicators.hook import PreferenceIndicators
+from espalier.trainers.telemetry import metric_writers
+from espalier.trainers.train_state import TrainState
 
 MODEL = Transformer(
     config=TransformerConfig(

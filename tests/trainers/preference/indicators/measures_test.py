@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from trainers.preference.indicators import measures
+from espalier.trainers.preference.indicators import measures
 
 
 def ead_exactly(outputs, n, vocab_size):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainers.preference.indicators import reader
-from trainers.preference.indicators.reader import read_tokens
+from espalier.trainers.preference.indicators import reader
+from espalier.trainers.preference.indicators.reader import read_tokens
 
 top_k_entropy_and_mass = jax.jit(reader.top_k_entropy_and_mass, static_argnames="k")
 

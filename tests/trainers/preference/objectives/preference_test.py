@@ -9,18 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from model.config import TransformerConfig
-from model.transformer import Transformer
-from trainers import initialise, inputs
-from trainers.objectives.forward import frozen_forward
-from trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
-from trainers.preference.losses import direct, terms, transport, unpaired
-from trainers.preference.losses.pairs import MissingReferenceError
-from trainers.preference.objectives import completions
-from trainers.preference.objectives.preference import preference
-from trainers.scoring.scoring import Row, Scorer
-from trainers.step import make_eval_step, make_train_step
-from trainers.train_state import TrainState
+from espalier.model.config import TransformerConfig
+from espalier.model.transformer import Transformer
+from espalier.trainers import initialise, inputs
+from espalier.trainers.objectives.forward import frozen_forward
+from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
+from espalier.trainers.preference.losses import direct, terms, transport, unpaired
+from espalier.trainers.preference.losses.pairs import MissingReferenceError
+from espalier.trainers.preference.objectives import completions
+from espalier.trainers.preference.objectives.preference import preference
+from espalier.trainers.scoring.scoring import Row, Scorer
+from espalier.trainers.step import make_eval_step, make_train_step
+from espalier.trainers.train_state import TrainState
 
 VOCAB, LENGTH = 24, 24
 MODEL = Transformer(

@@ -10,18 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-from model import axes
-from model.config import TransformerConfig
-from model.heads.reward_model import RewardModel
-from model.hf import families
-from model.transformer import Transformer
+from espalier.model import axes
+from espalier.model.config import TransformerConfig
+from espalier.model.heads.reward_model import RewardModel
+from espalier.model.hf import families
+from espalier.model.transformer import Transformer
 from tests.model.hf import arrays
-from trainers import initialise, inputs
-from trainers.preference.objectives.reward import bradley_terry
-from trainers.rewards.base import Completion
-from trainers.rewards.model_reward import ModelReward
-from trainers.step import make_train_step
-from trainers.train_state import TrainState
+from espalier.trainers import initialise, inputs
+from espalier.trainers.preference.objectives.reward import bradley_terry
+from espalier.trainers.rewards.base import Completion
+from espalier.trainers.rewards.model_reward import ModelReward
+from espalier.trainers.step import make_train_step
+from espalier.trainers.train_state import TrainState
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "goldens" / "reward_model.npz"
 LENGTH = 24
