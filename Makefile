@@ -22,11 +22,11 @@ $(VENV)/.installed: setup.py $(wildcard $(CONSTRAINTS))
 	@$(PYTHON) -c 'import sys; sys.exit("Espalier needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) --config-settings editable_mode=compat -e '.[$(EXTRAS)]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) -e '.[$(EXTRAS)]'
 	@touch $@
 
 quickstart: venv
-	$(BIN)/python -m launch.quickstart
+	$(BIN)/espalier quickstart
 
 test: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=40 --durations-min=5

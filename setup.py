@@ -5,7 +5,6 @@ import pathlib
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 
 # Minimum versions only. An upper bound needs a reason beside it.
 CORE = [
@@ -142,16 +141,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(
-        include=[f"{name}{suffix}" for name in PACKAGES for suffix in ("", ".*")]
-    ),
+    # espalier/ links to the folders beside it: find_packages follows links.
+    packages=find_packages(include=["espalier", "espalier.*"]),
     install_requires=CORE,
     package_data={
-        **{name: ["py.typed"] for name in PACKAGES},
+        "espalier": ["py.typed", "t5x_configs/**/*.gin"],
         "espalier.launch.attribution": ["page/*"],
         "espalier.launch.papers": ["*/page.md"],
         "espalier.launch.papers.code_mix": ["harness_tasks/*.yaml"],
     },
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["espalier = launch.cli:console"]},
+    entry_points={"console_scripts": ["espalier = espalier.launch.cli:console"]},
 )

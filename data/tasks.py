@@ -13,6 +13,7 @@ from typing import Any
 from espalier.data.data_source import GeneratedSource
 from espalier.data.text import corpus as corpus_lib
 from espalier.data.text.sources import names
+
 from espalier.common import spelling
 from espalier.common.ranges import Positive
 

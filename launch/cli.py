@@ -44,9 +44,6 @@ _ADDRESS_FLAGS = (
 )
 Main = Callable[[Sequence[str] | None], int]  # of a module, called with arguments or with none
 _PROGRAM = re.compile("^if __name__ == ", re.MULTILINE)
-_by_console = False  # whether the script `espalier` started this process
-
-environment.check_command()  # before the command's module imports the packages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +90,7 @@ def main(
       arguments: see `gin_config.load`.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
-    program = program_name(f"launch.{command}" if command else entry.partition(":")[0])
+    program = program_name(f"espalier.launch.{command}" if command else entry.partition(":")[0])
     usage = f"{program} --gin_file=FILE [--gin.NAME=VALUE ...] [flags]"
     parser = make_parser(doc, program, usage=usage)
     _add_gin_flags(parser)
@@ -173,7 +170,7 @@ def run_command(
       huge_pages: whether the process restarts with malloc on huge pages, for XLA on CPU.
       argv: arguments instead of the process's own; the process is then not restarted.
     """
-    program = program_name(f"launch.{command}")
+    program = program_name(f"espalier.launch.{command}")
     parser = make_parser(doc, program, usage=usage)
     add_flags(parser)
     flags = parser.parse_args(argv)
@@ -236,7 +233,6 @@ def prepared(program: str, *, own: bool = True, huge_pages: bool = True) -> Iter
         environment.restart_with_huge_pages()
     with stages.shown(program, header=own):
         environment.prepare()
-        environment.check_packages()
         yield
 
 
@@ -280,15 +276,13 @@ def subcommand(doc: str, commands: Mapping[str, str], *, default: str | None = N
 
 
 def console() -> int:
-    """The `espalier` script: `espalier train ...` is `python -m launch.train ...`. Python runs it as `python -m launch` too."""
-    global _by_console
-    _by_console = True
-    # The project's packages come before folders of their names in the working directory, whose modules come last.
-    sys.path.insert(0, environment.ROOT)
-    if not sys.flags.safe_path:
+    """The `espalier` script: `espalier train ...` is `python -m launch.train ...` in a checkout, and `python -m launch` is the script."""
+    if not sys.flags.safe_path:  # modules of the working directory come last
         sys.path.append(os.getcwd())
     help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
-    return _dispatch(CONSOLE, {name: f"launch.{name}" for name in command_names()}, help_text)
+    return _dispatch(
+        CONSOLE, {name: f"espalier.launch.{name}" for name in command_names()}, help_text
+    )
 
 
 def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
@@ -311,12 +305,12 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 def command_names() -> list[str]:
     """Returns the names of the modules in this folder that are commands."""
-    return modules_with("launch", _PROGRAM.pattern)
+    return modules_with("espalier.launch", _PROGRAM.pattern)
 
 
 def modules_with(package: str, pattern: str) -> list[str]:
     """Returns the names of a package's modules with a match in their source, without importing them."""
-    files = sorted(pathlib.Path(environment.ROOT, *package.split(".")).glob("*.py"))
+    files = sorted(_path(package).glob("*.py"))
     return [f.stem for f in files if re.search(pattern, f.read_text("utf-8"), re.MULTILINE)]
 
 
@@ -329,20 +323,26 @@ def sub_commands(command: str) -> dict[str, str]:
     for path in pathlib.Path(environment.ROOT, "launch").glob("*/*.py"):
         text = path.read_text("utf-8")
         if (match := re.search(rf'"{command} (\w+)"', text)) and _PROGRAM.search(text):
-            modules[match[1]] = f"launch.{path.parent.name}.{path.stem}"
+            modules[match[1]] = f"espalier.launch.{path.parent.name}.{path.stem}"
     return dict(sorted(modules.items()))
+
+
+def _path(module: str) -> pathlib.Path:
+    return pathlib.Path(environment.ROOT, *module.removeprefix("espalier.").split("."))
 
 
 def summary(module: str) -> str:
     """Returns the first line of a module's docstring, without importing the module."""
-    path = pathlib.Path(environment.ROOT, *module.split(".")).with_suffix(".py")
+    path = _path(module).with_suffix(".py")
     return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def papers_with(pattern: str) -> list[tuple[str, str]]:
     """Returns (paper, module) of the modules of launch/papers/PAPER with a match in their source, without importing them."""
     folders = sorted(pathlib.Path(environment.ROOT, "launch", "papers").iterdir())
-    packages = [(path.name, f"espalier.launch.papers.{path.name}") for path in folders if path.is_dir()]
+    packages = [
+        (path.name, f"espalier.launch.papers.{path.name}") for path in folders if path.is_dir()
+    ]
     return [
         (paper, f"{package}.{module}")
         for paper, package in packages
@@ -396,8 +396,9 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 
 def program_name(module: str) -> str:
-    """Returns the program's name in help texts, `espalier NAME` or `python -m launch.NAME`."""
-    return f"{CONSOLE} {module.removeprefix('launch.')}" if _by_console else f"python -m {module}"
+    """Returns the program's name in help texts: `espalier NAME`, or of a module that is no command `python -m MODULE`."""
+    name = module.removeprefix("espalier.launch.")
+    return f"python -m {module}" if "." in name else f"{CONSOLE} {name}"
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,21 +3,21 @@
 Example; the run it makes is taken by every command as --checkpoint, and by training as
 INITIAL_CHECKPOINT_PATH:
 
-  python -m launch.convert --from_hf=/models/SmolLM2-135M --to=/tmp/smollm2
-  python -m launch.score --checkpoint=/tmp/smollm2 --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
-  python -m launch.convert --from=/tmp/smollm2 --to_hf=/tmp/smollm2_hf
+  espalier convert --from_hf=/models/SmolLM2-135M --to=/tmp/smollm2
+  espalier score --checkpoint=/tmp/smollm2 --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
+  espalier convert --from=/tmp/smollm2 --to_hf=/tmp/smollm2_hf
 
-  python -m launch.convert --from_gguf=/models/SmolLM2.Q4_1.gguf --to=/tmp/smollm2_q4
+  espalier convert --from_gguf=/models/SmolLM2.Q4_1.gguf --to=/tmp/smollm2_q4
 
 A run with adapters (t5x_configs/methods/adapters/) becomes a directory with the adapters alone, which every command takes as
 --checkpoint while the base model stays where it is:
 
-  python -m launch.convert --from=/tmp/lora --to_adapter=/tmp/lora_alone
+  espalier convert --from=/tmp/lora --to_adapter=/tmp/lora_alone
 
 Adapters are exchanged with Hugging Face's peft (LoRA, DoRA, (IA)3):
 
-  python -m launch.convert --from_peft=/models/my_lora --base=/tmp/smollm2 --to=/tmp/my_lora
-  python -m launch.convert --from=/tmp/lora --to_peft=/tmp/lora_peft
+  espalier convert --from_peft=/models/my_lora --base=/tmp/smollm2 --to=/tmp/my_lora
+  espalier convert --from=/tmp/lora --to_peft=/tmp/lora_peft
 
 Weights go through memory a layer at a time. Tensors that are missing or that nothing explains are
 errors, pickles are not read, and code that comes with a checkpoint is never run. A conversion that is

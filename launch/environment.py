@@ -6,8 +6,12 @@ import os
 import platform
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PACKAGES = ("espalier", "model", "trainers", "data")
+# The folder of launch/ and t5x_configs/: the checkout, in which espalier/ links to them, or the installed package.
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+# The folder from which the package is imported.
+IMPORTED_FROM = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# What could be imported under these names is in the package `espalier` now.
+EARLIER_PACKAGES = ("model", "trainers", "data", "launch")
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
 # On CPU, level 3 takes a sixth more compile time than level 2, and its programs are not faster.
@@ -15,43 +19,6 @@ _OPTIMISATION = "xla_backend_optimization_level"
 # Devices of NVIDIA, also in Windows' Linux, of AMD, and TPUs. A container may have other chips of its host than the first.
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 _before: dict[str, str | None] = {}  # former values of the variables that `prepare` has set
-
-
-class RootError(ImportError):
-    """A package of this project is hidden by another package or folder of the same name."""
-
-
-def check_packages(packages: tuple[str, ...] = PACKAGES, root: str = ROOT) -> None:
-    """Raises RootError unless every package is loaded from the folder of `launch`.
-
-    A plain `data/` folder in the working directory can hide an installed package `data` as an empty namespace
-    package; a later error would not name the folder. What hides a package is not run.
-    """
-    for name in packages:
-        spec = importlib.util.find_spec(name)
-        path = spec and spec.origin
-        if path is None or os.path.dirname(os.path.dirname(os.path.abspath(path))) != root:
-            where = path or ", ".join((spec and spec.submodule_search_locations) or ["nowhere"])
-            raise RootError(
-                f"Package '{name}' comes from {where}, not from {os.path.join(root, name)}: a file "
-                f"or folder named '{name}' hides it. Start from another directory (or from {root}), "
-                f"rename this file or folder, or remove its folder from PYTHONPATH."
-            )
-
-
-def check_command() -> None:
-    """Ends a process of `python -m launch.NAME` with an error and status 2 if a package of this project is hidden.
-
-    Python then looks for packages in the working directory first. Commands call this before they import them.
-    """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or spec.name.partition(".")[0] != "launch":
-        return
-    try:
-        check_packages()
-    except RootError as error:
-        print(f"error: {error} The script `espalier` works from any directory.", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def cache_dir() -> str:

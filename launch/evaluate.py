@@ -1,9 +1,9 @@
 """Evaluates a run: held-out loss, SeqIO metrics, rank classification, pass@k, a paper's suite, win rates, languages of answers or expert routing.
 
-  python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
-  python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval
+  espalier evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
+  espalier evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval
 
-`python -m launch.evaluate NAME --help` shows the flags of one evaluation, with an example.
+`espalier evaluate NAME --help` shows the flags of one evaluation, with an example.
 """
 
 from espalier.launch import cli

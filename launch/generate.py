@@ -1,8 +1,8 @@
 """Continues texts with a trained model: greedily, sampled, or by beam search.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+Example, after a run in /tmp/espalier_tiny (see espalier train --help):
 
-  python -m launch.generate --checkpoint=/tmp/espalier_tiny --prompt='def main(' --temperature=0.7
+  espalier generate --checkpoint=/tmp/espalier_tiny --prompt='def main(' --temperature=0.7
 
 --chat renders a --prompt, or the texts of --inputs, with the model's chat template; alone, it begins a
 conversation on the terminal.

@@ -1,12 +1,12 @@
 """Influence of training documents on a model's completions, by EK-FAC: fits factors, scores documents, reports.
 
-  python -m launch.influence fit --checkpoint=/tmp/espalier_tiny --documents=d.jsonl --out=/tmp/factors
-  python -m launch.influence score --factors=/tmp/factors --queries=q.jsonl --documents=d.jsonl --out=/tmp/scores.jsonl
-  python -m launch.influence report --scores=/tmp/scores.jsonl
+  espalier influence fit --checkpoint=/tmp/espalier_tiny --documents=d.jsonl --out=/tmp/factors
+  espalier influence score --factors=/tmp/factors --queries=q.jsonl --documents=d.jsonl --out=/tmp/scores.jsonl
+  espalier influence report --scores=/tmp/scores.jsonl
 
 A query is {"prompt": "...", "completion": "..."}, a document {"text": "..."} or {"tokens": [...]}. A row of scores is
 {"scores": [one for each query], "norm": ...}, in the order of the documents. docs/influence.md leads from a run and files to a
-table of documents; `python -m launch.influence NAME --help` shows the flags of one part.
+table of documents; `espalier influence NAME --help` shows the flags of one part.
 """
 
 from espalier.launch import cli

@@ -11,7 +11,7 @@ from typing import cast
 
 from espalier.launch import environment
 
-OWN_PACKAGES = ("espalier", "model", "trainers", "data", "launch")
+PACKAGE = "espalier"
 # Errors of disks, which name no file when they happen in the middle of one.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 _FULL = "Free some space, or use another disk (ESPALIER_CACHE moves the caches), then start again"
@@ -57,7 +57,7 @@ def _is_copy(error: BaseException, of: BaseException | None) -> bool:
 
 def _of_project(error: BaseException) -> bool:
     """Returns whether this project raised the error about its input."""
-    if type(error).__module__.partition(".")[0] in OWN_PACKAGES:
+    if type(error).__module__.partition(".")[0] == PACKAGE:
         return True
     if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
         return False
@@ -68,7 +68,7 @@ def _of_project(error: BaseException) -> bool:
 
 def _is_own(frame: types.FrameType) -> bool:
     spec = frame.f_globals.get("__spec__")  # with its own name also if the module runs as __main__
-    return spec is not None and spec.name.partition(".")[0] in OWN_PACKAGES
+    return spec is not None and spec.name.partition(".")[0] == PACKAGE
 
 
 def report(error: BaseException) -> None:

@@ -1,9 +1,9 @@
 """lm-evaluation-harness with the runs of this project as `--model espalier`.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help) and
+Example, after a run in /tmp/espalier_tiny (see espalier train --help) and
 `pip install 'espalier-lm[eval]'`:
 
-  python -m launch.lm_eval --model espalier --model_args checkpoint=/tmp/espalier_tiny --tasks my_task \\
+  espalier lm_eval --model espalier --model_args checkpoint=/tmp/espalier_tiny --tasks my_task \\
     --include_path my_tasks
 
 This command registers the model and passes all arguments on to the harness, which has no other way to find

@@ -3,14 +3,14 @@
 Example, of two runs of one model, in the proportion 3 to 1; docs/merging.md has the methods and their parameters:
 
   printf 'merge_method: linear\\nmodels:\\n  - {model: /tmp/english, parameters: {weight: 3}}\\n  - {model: /tmp/python, parameters: {weight: 1}}\\n' > /tmp/merge.yml
-  python -m launch.merge --config=/tmp/merge.yml --out=/tmp/merged
+  espalier merge --config=/tmp/merge.yml --out=/tmp/merged
 
 Models are Hugging Face folders with safetensors, and the result is one too; or runs of this project, and the result is a
 run that every command takes as --checkpoint. Weights go through memory in blocks. A merge that was killed leaves nothing
 at --out; of Hugging Face folders, the same command then goes on where it was. Models, --config and --out may be addresses
 of object stores (docs/remote_storage.md); a merge to an address begins again.
 
-`python -m launch.merge search --help`: searches the weights of a linear merge on held-out texts.
+`espalier merge search --help`: searches the weights of a linear merge on held-out texts.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Prepares what a run needs beforehand: vocabularies and their comparison, token caches, preference pairs, domain embeddings.
 
-  python -m launch.prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
-  python -m launch.prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
+  espalier prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
+  espalier prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
 
-`python -m launch.prepare NAME --help` shows the flags of one preparation, with an example.
+`espalier prepare NAME --help` shows the flags of one preparation, with an example.
 """
 
 from espalier.launch import cli

@@ -4,7 +4,7 @@ Three models see the same number of tokens: text only, text and code in equal pa
 then text. Prints held-out loss by domain, a plot, samples of each model and the run directories.
 A restarted command resumes. Example:
 
-  python -m launch.quickstart --out=runs/quickstart
+  espalier quickstart --out=runs/quickstart
 """
 
 import argparse

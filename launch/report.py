@@ -2,18 +2,18 @@
 
 Examples, after `make quickstart` and after a sweep (docs/sweeps.md):
 
-  python -m launch.report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
-  python -m launch.report --sweep runs/my_sweep --out /tmp/report
+  espalier report --runs runs/quickstart/text runs/quickstart/balanced --out /tmp/report
+  espalier report --sweep runs/my_sweep --out /tmp/report
 
 print a table and write report.html, one file with all pictures in it, report.png and report.json to --out. The other
 flags are of methods, by launch/papers/NAME/:
 
-  python -m launch.report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
-  python -m launch.report --board runs/dpo runs/dpo_nll --out board.html
+  espalier report --spectra runs/low_rank runs/low_rank_l2 --out /tmp/report
+  espalier report --board runs/dpo runs/dpo_nll --out board.html
 
 --time prints where the time of runs went over all their restarts, also while they train, and needs no --out:
 
-  python -m launch.report --time runs/quickstart/text
+  espalier report --time runs/quickstart/text
 
 --all gathers every claim of every paper that was reproduced, with its verdict, in docs/scorecard.md.
 """

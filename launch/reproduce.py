@@ -2,12 +2,12 @@
 
 The same command continues where it stopped: runs and measurements stay in --model_dir. Examples:
 
-  python -m launch.reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
-  python -m launch.reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
-  python -m launch.reproduce code_mix --again --out=docs/reproductions   # the page anew, from results.json
+  espalier reproduce snapkv --model_dir=runs/snapkv --out=docs/reproductions
+  espalier reproduce code_mix --model_dir=runs/code_mix --workers=2 --out=docs/reproductions
+  espalier reproduce code_mix --again --out=docs/reproductions   # the page anew, from results.json
 
 On two idle cores snapkv, low_rank, code_mix and influence take about an hour each, bam, mov and preference up to an hour and a half, and
-nexus and aya_expanse an hour and a half or more. python -m launch.reproduce PAPER --help lists the
+nexus and aya_expanse an hour and a half or more. espalier reproduce PAPER --help lists the
 flags of a paper.
 The exit status is 1 if a claim that must hold fails or was not measured by one of --parts, and 75 if --minutes or a
 signal stopped the command.
@@ -134,7 +134,7 @@ def _facts(claims: Sequence[Any], model_dir: pathlib.Path, words: str) -> dict[s
     from espalier.launch.papers.shared import claim
 
     return {
-        "command": f"python -m launch.reproduce {words}",
+        "command": f"espalier reproduce {words}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
         "criteria": claim.fix_criteria(model_dir, claims),
     }

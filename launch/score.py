@@ -1,9 +1,9 @@
 """Writes the log-probability of each token of texts under a trained model.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+Example, after a run in /tmp/espalier_tiny (see espalier train --help):
 
   echo '{"text": "import os\\n"}' > /tmp/x.jsonl
-  python -m launch.score --checkpoint=/tmp/espalier_tiny --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
+  espalier score --checkpoint=/tmp/espalier_tiny --inputs=/tmp/x.jsonl --output=/tmp/y.jsonl
 
 Rows are {"text": "..."} or {"tokens": [...]}, each with optional "targets" (a text or tokens), or
 {"messages": [...]}, where an assistant's turn at the end is the targets. Of an encoder-decoder they are

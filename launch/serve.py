@@ -1,8 +1,8 @@
 """Serves a trained model to clients of the OpenAI API: completions of texts, and answers to messages.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+Example, after a run in /tmp/espalier_tiny (see espalier train --help):
 
-  python -m launch.serve --checkpoint=/tmp/espalier_tiny --port=8000
+  espalier serve --checkpoint=/tmp/espalier_tiny --port=8000
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "espalier_tiny", "prompt": "def main(", "max_tokens": 32, "seed": 1}'
 

@@ -2,7 +2,7 @@
 
 Example: the script of a SLURM job, sent to nobody:
 
-  python -m launch.submit --config=launch/cluster/configs/slurm.py --config.nodes=4 --dry_run \\
+  espalier submit --config=launch/cluster/configs/slurm.py --config.nodes=4 --dry_run \\
     --gin_file=t5x_configs/models/tiny.gin --gin_file=t5x_configs/data/bytes.gin \\
     --gin_file=t5x_configs/runs/pretrain.gin \\
     --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50
@@ -235,7 +235,13 @@ def _job(settings: "Launch", words: list[str], name: str, folder: str | None) ->
     if not logs and not settings.ELSEWHERE:
         raise SubmitError("logs: a command without MODEL_DIR needs --config.logs=DIR.")
     log = os.path.join(os.path.abspath(os.path.expanduser(logs)), "log.txt")
-    command = (settings.interpreter, "-m", f"launch.{words[0]}", *words[1:], *settings.join_flags)
+    command = (
+        settings.interpreter,
+        "-m",
+        f"espalier.launch.{words[0]}",
+        *words[1:],
+        *settings.join_flags,
+    )
     environment: dict[str, str] = {}
     if settings.BACKEND == "local":
         command, environment = settings.group_command(command, log), settings.variables

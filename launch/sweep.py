@@ -4,7 +4,7 @@ Started again, the command skips finished runs, continues stopped ones, and retr
 OUT/results.jsonl, a row per finished run. Example: the quickstart's arms with three seeds and two
 cooldowns, about four times the work of the quickstart:
 
-  python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
+  espalier sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 
 `--out DIR --status` in a second terminal shows its progress. The exit status is 0 when all runs are done, 1 when
 some have failed, 2 for an error in the sweep, and 75 when it was stopped: the same command resumes it.
@@ -130,7 +130,7 @@ def run_sweep(
             )
     print(f"results {folder.results}")
     if folder.results.exists() and folder.results.stat().st_size:
-        print(f"report  python -m launch.report --sweep {folder.path} --out=DIR")
+        print(f"report  espalier report --sweep {folder.path} --out=DIR")
     return exit_status
 
 
@@ -261,7 +261,7 @@ def _show(folder: "SweepFolder", plan: "Sequence[Planned]", wanted: "Sequence[Pl
         ]
         steps = (planned.total_steps or 0) - (planned.first_step or 0)
         print(f"\n{run.name}: {f'{steps:,}' if steps > 0 else 'data-dependent'} steps")
-        print(f"  python -m launch.train {command_line(words)}")
+        print(f"  espalier train {command_line(words)}")
     changed = [planned.name for planned in wanted if folder.changed(planned)]
     if changed:
         print(f"\nwith another configuration than in {folder.path}: {', '.join(changed)}")

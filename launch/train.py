@@ -2,7 +2,7 @@
 
 Example: a tiny model on the Python standard library's own sources, one minute on a laptop:
 
-  python -m launch.train \\
+  espalier train \\
     --gin_file=t5x_configs/models/tiny.gin --gin_file=t5x_configs/data/bytes.gin \\
     --gin_file=t5x_configs/runs/pretrain.gin \\
     --gin.MODEL_DIR=/tmp/espalier_tiny --gin.MIXTURE_OR_TASK_NAME=python --gin.TRAIN_STEPS=50

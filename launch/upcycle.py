@@ -1,11 +1,11 @@
 """Makes models of trained ones: a mixture of experts, one expert more or less, low-rank factors, or merged adapters.
 
-  python -m launch.upcycle --method=bam --experts runs/seed runs/code runs/law --to=runs/bam
-  python -m launch.upcycle extend --moe=runs/nexus --add code=runs/code --domains=domains.json --to=runs/nexus5
-  python -m launch.upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/factors --rank=0.5
-  python -m launch.upcycle merge --checkpoint=/tmp/lora --to=/tmp/merged
+  espalier upcycle --method=bam --experts runs/seed runs/code runs/law --to=runs/bam
+  espalier upcycle extend --moe=runs/nexus --add code=runs/code --domains=domains.json --to=runs/nexus5
+  espalier upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/factors --rank=0.5
+  espalier upcycle merge --checkpoint=/tmp/lora --to=/tmp/merged
 
-`python -m launch.upcycle --help` shows the flags that make a mixture, and `python -m launch.upcycle NAME --help`
+`espalier upcycle --help` shows the flags that make a mixture, and `espalier upcycle NAME --help`
 those of `extend`, `factorise` and `merge`.
 """
 

@@ -33,9 +33,7 @@ def commands():
     for path in sorted(str(file.relative_to(ROOT)) for file in found):
         text = (ROOT / path).read_text(encoding="utf-8").replace("\\\\\n", "\\\n")
         for number, match in enumerate(
-            re.finditer(
-                r"python -m launch\.(?:train|precompile|submit) ((?:.*\\\n)+.*|--gin_file=.*)", text
-            )
+            re.finditer(r"espalier (?:train|precompile|submit) ((?:.*\\\n)+.*|--gin_file=.*)", text)
         ):
             words = shlex.split(match[1].replace("\\\n", " "))
             files = [w.partition("=")[2] for w in words if w.startswith("--gin_file=")]
@@ -90,7 +88,7 @@ def test_sweeps_that_are_shown_on_a_cluster_have_one_process_a_run():
     shown = 0
     for page in ROOT.glob("docs/*.md"):
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for match in re.finditer(r"python -m launch\.sweep .*--cluster.*", text):
+        for match in re.finditer(r"espalier sweep .*--cluster.*", text):
             words = shlex.split(match[0])
             place = words.index("--cluster")
             settings = [
@@ -110,7 +108,7 @@ def influence_commands():
     """(where, part, flags) of each `launch.influence` command shown."""
     for path in ("launch/influence.py", "docs/influence.md", *PARTS):
         text = (ROOT / path).read_text(encoding="utf-8")
-        shown = re.finditer(r"python -m launch\.influence (fit|score|report) (--.*)", text)
+        shown = re.finditer(r"espalier influence (fit|score|report) (--.*)", text)
         for number, match in enumerate(shown):
             words = shlex.split(match[2].rstrip("`"))
             yield pytest.param(match[1], words, id=f"{path}-{number}")

@@ -5,7 +5,6 @@ import re
 
 import jax
 import pytest
-
 from espalier.launch.config import gin_check, gin_config
 from espalier.model import axes
 from espalier.trainers import initialise, partitioning
@@ -239,7 +238,9 @@ def test_parameters_of_the_mixtures_papers(name, bindings, total, active):
 def test_arms_of_the_quickstart_share_everything_but_their_phases(arm):
     def bindings(name):
         file = f"t5x_configs/experiments/code_mix/quickstart_{name}.gin"
-        text = gin_config.load([file], ["MODEL_DIR='/tmp/x'"], entry="espalier.launch.train:train").text
+        text = gin_config.load(
+            [file], ["MODEL_DIR='/tmp/x'"], entry="espalier.launch.train:train"
+        ).text
         return {line for line in text.splitlines() if "phases" not in line and "'" not in line}
 
     assert bindings(arm) == bindings("text")

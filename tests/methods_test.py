@@ -139,7 +139,7 @@ def other_run() -> str:
     """The directory of a run with a configuration; `step_dir.resolve` is told that it has a step."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    head = ("from __gin__ import dynamic_registration", "from model import config")
+    head = ("from __gin__ import dynamic_registration", "from espalier.model import config")
     lines = (*head, "include 't5x_configs/models/tiny.gin'", *SHALLOW)
     pathlib.Path(folder, "config.gin").write_text("\n".join(lines) + "\n")
     model_record.write(folder)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from espalier.model import attention, config, embed, linear, mlp, norm, rope, transformer
 from espalier.model.adapters import adapter, bottleneck, ia3, lora, prompt
 from espalier.model.bam import moa
@@ -24,12 +23,13 @@ from espalier.model.mov import molora, mov
 from espalier.model.nexus import domain_router, mlp_router
 from espalier.model.t5 import encoder_decoder, relative_bias
 from espalier.model.vision import convolution, resnet
-from tests.options_effect import called, of_module, traced, without_effect
 from espalier.trainers.online import losses as online_losses
 from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.optim.param_axes import ParamAxes
 from espalier.trainers.preference.losses import direct, reference_free, terms, unpaired
 from espalier.trainers.preference.losses.pairs import PairLogProbs
+
+from tests.options_effect import called, of_module, traced, without_effect
 
 SIZES = {"vocab_size": 16, "num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
 CONFIG = config.TransformerConfig(**SIZES, scan_layers=False)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-
 from espalier.trainers import trainable
 from espalier.trainers.train_state import TrainState
 

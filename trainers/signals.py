@@ -11,9 +11,8 @@ import types
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
-
 from espalier.trainers.checkpoints import agreement
+from jax.experimental import multihost_utils
 
 _log = logging.getLogger(__name__)
 

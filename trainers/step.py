@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-
 from espalier.trainers import extensions as parts_of_state
 from espalier.trainers import trainable
 from espalier.trainers.extensions import StepExtension, Update

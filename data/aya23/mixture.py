@@ -18,6 +18,7 @@ from espalier.data.chats import tasks as chats
 from espalier.data.languages import table
 from espalier.data.stream import mixing
 from espalier.data.text import documents
+
 from espalier.common import spelling
 from espalier.common.ranges import Amount, Fraction, Positive
 

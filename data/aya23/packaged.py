@@ -22,6 +22,7 @@ from espalier.data.languages import parallel, table
 from espalier.data.text import splits
 from espalier.data.text.sources import catalogues, cleaning, environment
 from espalier.data.text.sources import languages as packaged_text
+
 from espalier.common.ranges import Size
 
 PACKAGES = ("django", "sphinx", "chatterbot-corpus")

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-
 from espalier.data.aya_expanse import routing
 from espalier.data.aya_expanse.prompts import Prompt
 

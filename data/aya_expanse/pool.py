@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from espalier.data.text.documents import DataError
+
 from espalier.common import spelling
 
 Kind = Literal["checkpoint", "hf", "url"]

@@ -17,8 +17,8 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 import scipy.special
-
 from espalier.data.text.documents import DataError
+
 from espalier.common.storage import output_files
 
 _DIMENSIONS = 1 << 12

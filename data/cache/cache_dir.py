@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from espalier.data.cache import shared
+
 from espalier.common.storage import output_files
 
 VARIABLE = "ESPALIER_CACHE"

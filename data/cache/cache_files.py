@@ -166,7 +166,7 @@ def check_file(path: pathlib.Path, size: int, checksum: str) -> None:
 def corrupt(directory: pathlib.Path, name: str, what: str) -> CacheCorruptError:
     return CacheCorruptError(
         f"Token cache {directory}: {name} {what}. Delete the directory: it is built again at the "
-        "next start, or now by `python -m launch.prepare cache --replace`."
+        "next start, or now by `espalier prepare cache --replace`."
     )
 
 

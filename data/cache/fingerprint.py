@@ -23,7 +23,6 @@ import types
 from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
-
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import source_code
 
@@ -74,7 +73,7 @@ def describe(value, seen: _Seen | None = None):
     if isinstance(value, os.PathLike):
         return {"path": os.fspath(value)}
     if isinstance(value, types.ModuleType):
-        return {"module": value.__name__}
+        return {"module": _home(value.__name__)}
     seen = seen or _Seen()
     if isinstance(value, types.FunctionType):
         if _is_library(value.__module__):
@@ -302,8 +301,11 @@ def name_of(item: types.FunctionType | type) -> str:
 
 
 def _home(module: str) -> str:
-    """Returns the name of a module as caches know it: CACHED_AS of one that has moved since they were made."""
-    return getattr(sys.modules.get(module), "CACHED_AS", module)
+    """Returns the name of a module as caches know it: CACHED_AS of one that has moved since they were made.
+
+    This project's have no `espalier.`, which came later.
+    """
+    return getattr(sys.modules.get(module), "CACHED_AS", module or "").removeprefix("espalier.")
 
 
 def of_json(value) -> str:

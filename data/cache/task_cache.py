@@ -155,7 +155,7 @@ def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> 
     if changed == "refuse":
         raise token_cache.CacheMismatchError(
             f"The token cache {directory} was built from different inputs. Changed since then: "
-            f"{', '.join(keys)}. If this is intended, build a second cache with `python -m launch.prepare cache` and the "
+            f"{', '.join(keys)}. If this is intended, build a second cache with `espalier prepare cache` and the "
             "same gin files and bindings (--replace deletes the old one)."
         )
     print(

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-
 from espalier.data.cache import fingerprint
 
 PROBE_RECORDS = 64

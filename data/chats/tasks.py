@@ -9,6 +9,7 @@ from espalier.data.chats import spans
 from espalier.data.chats.files import ChatFiles
 from espalier.data.choices import check_choice
 from espalier.data.data_source import Files, named_sets
+
 from espalier.common.ranges import Fraction
 
 

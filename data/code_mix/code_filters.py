@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from espalier.data.text.document_filters import DocumentFilter
+
 from espalier.common.ranges import Count, Fraction
 
 # Literals of Python and of C: digits with a point, an exponent or both. A match next to a word character or

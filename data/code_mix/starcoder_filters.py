@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.text.document_filters import DocumentFilter
+
 from espalier.common.ranges import Count, Fraction, Positive
 
 

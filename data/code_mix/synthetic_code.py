@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from espalier.common.bars import Bar
+from espalier.common.ranges import Fraction, Seed, Size
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
@@ -27,8 +29,6 @@ from espalier.data.code_mix.synthetic.render import Rendered, render
 from espalier.data.sandbox import code_sandbox
 from espalier.data.text import documents, splits
 from espalier.data.text.document_files import DocumentFiles
-from espalier.common.bars import Bar
-from espalier.common.ranges import Fraction, Seed, Size
 
 _OPEN_ENDED_WEIGHT = 8  # other families repeat themselves after some hundreds of documents
 FAMILIES = lists.FAMILIES + texts.FAMILIES + structures.FAMILIES
@@ -170,7 +170,7 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
                 raise ValueError(
                     f"synthetic_code: after {len(problem_of):,} documents, none of the last "
                     f"{_IDLE_ROUNDS * _ROUND:,} drawn is new and passes. Raise variants, or run failing "
-                    "programs with python -m launch.evaluate code, which prints the reasons."
+                    "programs with espalier evaluate code, which prints the reasons."
                 )
     lines: dict[str, list[str]] = {split: [] for split in splits.SPLITS}
     for number, (text, key) in enumerate(problem_of.items()):

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
-
 from espalier.data.cache import fingerprint
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template

@@ -17,6 +17,7 @@ from espalier.data.instructions.templates import Template, read
 from espalier.data.text import documents
 from espalier.data.text.documents import DataError
 from espalier.data.text.tfds_source import TfdsSource
+
 from espalier.common.ranges import Fraction, Positive
 
 ORIGIN = "register_instructions"

@@ -1,6 +1,6 @@
 """Embeddings of data domains, which a router projects to the embeddings of its experts (Nexus, arXiv 2408.15901, 3.2).
 
-`python -m launch.prepare embed_domains` writes the embeddings of all domains of a mixture to one JSON file:
+`espalier prepare embed_domains` writes the embeddings of all domains of a mixture to one JSON file:
 
   {"format": 1, "encoder": {"kind": "ngrams", ...}, "mean": [M], "length": 1.0,
    "domains": {NAME: {"vector": [M], "raw": [M], "documents": n, "source": "..."}}}
@@ -30,7 +30,7 @@ from espalier.common import spelling
 from espalier.common.storage import output_files
 
 FORMAT = 1
-COMMAND = "python -m launch.prepare embed_domains"
+COMMAND = "espalier prepare embed_domains"
 PLACES = ("checkpoint", "sentence_model")  # paths of an encoder; its digest identifies it
 _NOTHING = 1e-6  # lengths below this share of the raw vector's length are rounding errors
 

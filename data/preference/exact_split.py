@@ -13,6 +13,7 @@ from espalier.data.data_source import FileSource, shorten
 from espalier.data.preference.tally import Tally
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
+
 from espalier.common.bars import Bar
 
 

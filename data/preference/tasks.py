@@ -10,6 +10,7 @@ from espalier.data.choices import check_choice
 from espalier.data.preference import files as preference_files
 from espalier.data.preference import records
 from espalier.data.text.documents import DataError
+
 from espalier.common.ranges import Fraction
 
 

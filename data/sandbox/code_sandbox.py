@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
+import pathlib
 import select
 import subprocess
 import sys
@@ -27,12 +28,13 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from espalier.data.sandbox import sandbox_zygote, work_folder
+
 from espalier.common.bars import Bar
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "killed", "refused"]
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_ROOT = str(pathlib.Path(__file__).absolute().parents[3])  # from which the package is imported
 _START = (
-    "import sys; sys.path.insert(0, sys.argv.pop()); from data.sandbox import sandbox_zygote as zygote; "
+    "import sys; sys.path.insert(0, sys.argv.pop()); from espalier.data.sandbox import sandbox_zygote as zygote; "
     "zygote.main()"
 )
 _GRACE_SECONDS = 60.0  # for a start, and for an answer after the deadline, on a busy machine

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import pathlib
 import resource
 import signal
 import socket
@@ -24,10 +25,10 @@ from typing import Any
 
 from espalier.data.sandbox import sandbox_calls, sandbox_kernel, sandbox_zygote
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_ROOT = str(pathlib.Path(__file__).absolute().parents[3])  # from which the package is imported
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from data.sandbox import limited_process; limited_process.serve(*sys.argv[2:])"
+    "from espalier.data.sandbox import limited_process; limited_process.serve(*sys.argv[2:])"
 )
 _START_SECONDS = 60.0  # for a start on a busy machine
 _IDLE_BYTES = 256 << 20  # a child that still has more after its answer is ended

@@ -3,7 +3,7 @@
 It reads requests from standard input. For each request it forks a supervisor, which forks the program and answers
 on standard output. All these processes have empty environments and no packages. The command is
 
-  python -S -s -P -c "import sys; sys.path.insert(0, ROOT); from data.sandbox import sandbox_zygote as z; z.main()"
+  python -S -s -P -c "import sys; sys.path.insert(0, ROOT); from espalier.data.sandbox import sandbox_zygote as z; z.main()"
 
 A message is its length in 4 bytes, followed by JSON. A program passes if it runs to its end. The proof is a random
 number of the supervisor, which the process returns after the program. While the program runs, the number is in the

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
-
 from espalier.data.stream.schedule import Schedule
+
 from espalier.common import spelling
 from espalier.common.ranges import Positive
 

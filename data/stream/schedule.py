@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-
 from espalier.data.choices import check_choice
 
 Interleaving = Literal["error_diffusion", "random"]

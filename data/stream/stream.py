@@ -18,6 +18,7 @@ from espalier.data.choices import check_choice
 from espalier.data.stream import mixing, plan, repeats, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
+
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 
 AnySource = TypeVar("AnySource", bound=rows.Source)
@@ -285,7 +286,9 @@ def open_held_out(
 
 
 def _open_cache(task, split: str, **cache_settings: Any) -> store.Cache:
-    from espalier.data.cache import task_cache  # imports SeqIO, which a stream over caches does not need
+    from espalier.data.cache import (
+        task_cache,  # imports SeqIO, which a stream over caches does not need
+    )
 
     return task_cache.open_task_cache(task, split, **cache_settings)
 

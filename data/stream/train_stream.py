@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
 from espalier.data.cache import store
 from espalier.data.choices import check_choice
 from espalier.data.stream import mixing, order, repeats, rows, schedule
 from espalier.data.stream.row_stream import RowStream
+
 from espalier.common.ranges import Count, NonNegative
 
 Phases = Sequence[tuple[Count, Mapping[str, NonNegative]]]

@@ -22,6 +22,7 @@ from espalier.data.text import corpus_build, documents
 from espalier.data.text.document_files import DocumentFiles
 from espalier.data.text.documents import Document
 from espalier.data.text.sources import environment, names
+
 from espalier.common import spelling
 from espalier.common.bars import Bar
 from espalier.common.ranges import Amount, Count, Fraction

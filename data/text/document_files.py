@@ -15,6 +15,7 @@ from espalier.data.data_source import Files, FileSource, named_sets, shorten
 from espalier.data.text import document_filters, documents, splits
 from espalier.data.text.document_filters import DocumentFilter, Sieve
 from espalier.data.text.documents import DataError, Document, Format
+
 from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction
 

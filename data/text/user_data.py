@@ -12,6 +12,7 @@ from espalier.data.data_source import Files
 from espalier.data.stream import mixing
 from espalier.data.text import document_files, documents, tfds_source
 from espalier.data.text.document_filters import DocumentFilter
+
 from espalier.common.ranges import Fraction, NonNegative
 
 

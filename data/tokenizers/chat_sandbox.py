@@ -17,7 +17,9 @@ CPU_SECONDS = 3.0  # of compiling a template and rendering one conversation
 WALL_SECONDS = 20.0
 MEMORY_BYTES = 512 << 20
 
-_process = LimitedProcess("espalier.data.tokenizers.chat_renderer:answer", memory_bytes=MEMORY_BYTES)
+_process = LimitedProcess(
+    "espalier.data.tokenizers.chat_renderer:answer", memory_bytes=MEMORY_BYTES
+)
 
 
 class RenderError(ValueError):

@@ -3,7 +3,6 @@
 import base64
 
 import sentencepiece
-
 from espalier.data.tokenizers import tokenizer_probe
 
 

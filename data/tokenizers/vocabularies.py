@@ -23,6 +23,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from espalier.common.bars import Bar
+from espalier.common.ranges import Amount, Count, Fraction, Size
+from espalier.common.stages import stage
+from espalier.common.storage import mirror
 from espalier.data import cpu_tensorflow
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
@@ -30,10 +34,6 @@ from espalier.data.choices import check_choice
 from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
 from espalier.data.text.documents import Document
 from espalier.data.tokenizers import checkpoint_files
-from espalier.common.bars import Bar
-from espalier.common.ranges import Amount, Count, Fraction, Size
-from espalier.common.stages import stage
-from espalier.common.storage import mirror
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
@@ -119,7 +119,7 @@ def from_file(*, path: str | os.PathLike, extra_ids: Count = 0):
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"no SentencePiece model {os.fspath(path)!r}; give the path of a .model file, or train one "
-            "with python -m launch.prepare vocabulary"
+            "with espalier prepare vocabulary"
         )
     cpu_tensorflow.load()  # which SeqIO imports
     import seqio

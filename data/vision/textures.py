@@ -11,9 +11,9 @@ Shapes: N images, S side of the square.
 import dataclasses
 
 import numpy as np
-
 from espalier.data.choices import check_choice
 from espalier.data.vision import image_sets
+
 from espalier.common.ranges import Count, NonNegative, Seed, Size
 
 CHANNELS = 3

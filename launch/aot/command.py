@@ -2,7 +2,7 @@
 
 Example: Llama 2 7B on sixteen v5e chips, one or two minutes on one core (needs the extra `tpu`):
 
-  python -m launch.precompile \\
+  espalier precompile \\
     --gin_file=t5x_configs/models/llama2_7b.gin --gin_file=t5x_configs/runs/pretrain.gin \\
     --topology=v5e:4x4 --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS='{"targets": 2048}'
 

@@ -1,8 +1,8 @@
 """Compiles the full-size configurations of all papers for absent TPUs, and writes the tables.
 
-  python -m launch.precompile tables
-  python -m launch.precompile tables --rows code_mix_470m aya23_35b --again
-  python -m launch.precompile tables --list
+  espalier precompile tables
+  espalier precompile tables --rows code_mix_470m aya23_35b --again
+  espalier precompile tables --list
 
 Each row is compiled in a process of its own, one to six minutes on one core. Rows that docs/precompile_tables.json has from
 the same definition and compiler are not compiled again; a stopped command continues where it was. Rows are in

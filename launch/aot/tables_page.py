@@ -22,7 +22,7 @@ TITLES = {
 _HEAD = """\
 # Full-size configurations on absent TPUs
 
-The full-size programs of the papers, compiled for TPU slices on a CPU host; nothing was run. `python -m launch.precompile tables`
+The full-size programs of the papers, compiled for TPU slices on a CPU host; nothing was run. `espalier precompile tables`
 writes this page and [its numbers](precompile_tables.json); [precompile](precompile.md) explains how they are counted.
 
 All figures are of one chip and one execution: an update of a training run, a batch that is read, or a token of each row.

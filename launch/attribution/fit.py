@@ -1,8 +1,8 @@
 """Fits the EK-FAC factors of a run on documents: covariances, their eigenvectors, and corrected eigenvalues.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+Example, after a run in /tmp/espalier_tiny (see espalier train --help):
 
-  python -m launch.influence fit --checkpoint=/tmp/espalier_tiny --documents=d.jsonl --out=/tmp/factors
+  espalier influence fit --checkpoint=/tmp/espalier_tiny --documents=d.jsonl --out=/tmp/factors
 
 Documents are {"text": "..."} or {"tokens": [...]}, one in each line. A stopped fit continues when the same command runs again.
 Some thousand documents of the model's training data are enough for small models; 100,000 are used for large ones.

@@ -1,8 +1,8 @@
 """Shows the documents with the most influence on each query, analyses of all scores, and a page to look through them.
 
-Example, after `python -m launch.influence score` wrote /tmp/scores.jsonl:
+Example, after `espalier influence score` wrote /tmp/scores.jsonl:
 
-  python -m launch.influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
+  espalier influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
 
 The tables go to standard output, and with --out to report.md and report.json of that folder, beside viewer.html, which a browser
 opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different

@@ -1,8 +1,8 @@
 """Scores documents for queries: how much each document raises the log-probability of each completion.
 
-Example, after `python -m launch.influence fit` wrote /tmp/factors:
+Example, after `espalier influence fit` wrote /tmp/factors:
 
-  python -m launch.influence score --factors=/tmp/factors --queries=q.jsonl --documents=d.jsonl --out=/tmp/scores.jsonl
+  espalier influence score --factors=/tmp/factors --queries=q.jsonl --documents=d.jsonl --out=/tmp/scores.jsonl
 
 A query is {"prompt": "...", "completion": "..."}. Row i of the output has "scores", one for each query, and "norm", the norm of
 the gradient of document i; a positive score means that the document makes the completion more probable. A stopped scan

@@ -2,7 +2,7 @@
 
 Example, with teachers.yaml as in data/aya_expanse/pool.py and prompts with "prompt", "language" and "answer":
 
-  python -m launch.prepare arbitrage --pool=teachers.yaml --prompts=prompts.jsonl --routing=reward \\
+  espalier prepare arbitrage --pool=teachers.yaml --prompts=prompts.jsonl --routing=reward \\
     --reward=exact_answer --out=/tmp/arbitrage
 
 --out gets sft.jsonl (rows for t5x_configs/data/chat.gin, with the teacher, settings, tokens, cost and reward of each

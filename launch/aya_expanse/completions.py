@@ -13,12 +13,13 @@ from typing import Any
 from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.text.documents import DataError
-from espalier.common.bars import Bar
 from espalier.launch import input_errors
 from espalier.launch.aya_expanse.teachers import Answer, Working, key_of
 from espalier.launch.inference import row_files
 from espalier.launch.inference.chat_endpoint import Silence
 from espalier.launch.inference.row_files import ResumedRows
+
+from espalier.common.bars import Bar
 
 
 class Store:

@@ -2,7 +2,7 @@
 
 `launch.submit` uses it for its local configurations, and the hosts of a TPU pod for one process each.
 
-  python -m launch.cluster.group --processes=2 --restarts=3 --log=/tmp/run/log.txt -- python -m launch.train --gin_file=...
+  python -m espalier.launch.cluster.group --processes=2 --restarts=3 --log=/tmp/run/log.txt -- espalier train --gin_file=...
 """
 
 if __name__ == "__main__":
@@ -78,7 +78,15 @@ class Settings(Launch):
         if self.folder:
             flags.append(f"--folder={self.directory}")
         secrets = [f"--secret={name}={path}" for name, path in self.secret_places.items()]
-        return (sys.executable, "-m", "espalier.launch.cluster.group", *flags, *secrets, "--", *command)
+        return (
+            sys.executable,
+            "-m",
+            "espalier.launch.cluster.group",
+            *flags,
+            *secrets,
+            "--",
+            *command,
+        )
 
 
 def submitter(settings: Settings) -> "LocalSubmitter":
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in words:
         place = words.index("--")
         own, command = words[:place], words[place + 1 :]
-    parser = cli.make_parser(__doc__ or "", "python -m launch.cluster.group")
+    parser = cli.make_parser(__doc__ or "", "python -m espalier.launch.cluster.group")
     _add_flags(parser)
     flags = parser.parse_args(own)
     if not command or flags.processes < 1 or flags.restarts < 0:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 import psutil
-
 from espalier.launch import environment
 from espalier.launch.cluster.base import Handle, Job, State, Status
 from espalier.launch.cluster.worker import peak_bytes
@@ -215,7 +214,7 @@ class _Worker:
         self.environment = job.environment
         self.busy = False
         self.since = time.monotonic()
-        paths = [environment.ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [environment.IMPORTED_FROM, *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),

@@ -1,7 +1,7 @@
 """A process that runs jobs one after another, so that shared modules are imported once.
 
 Jobs are JSON lines on stdin, {"command": [...], "log": FILE}. The answer to each is a line on stdout,
-{"status": N, "memory_gb": X}. A command `python -m launch.NAME ...` runs in this process, any other command in a
+{"status": N, "memory_gb": X}. A command `python -m espalier.launch.NAME ...` runs in this process, any other command in a
 child process. The process ends when its input ends, also because the parent has died. A job that is still running
 then receives SIGTERM first, so that it saves its work.
 """

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import psutil
-
 from espalier.launch import environment
 from espalier.launch.cluster.base import Handle, Job, State, Status, SubmitError
 from espalier.launch.cluster.launch_config import Launch, texts
@@ -100,7 +99,13 @@ class Settings(Launch):
 def experiment(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the description of a job that the script reads."""
     secrets = [f"--secret={name}={path}" for name, path in settings.secret_places.items()]
-    group = ["-m", "espalier.launch.cluster.group", f"--restarts={settings.restarts}", *secrets, "--"]
+    group = [
+        "-m",
+        "espalier.launch.cluster.group",
+        f"--restarts={settings.restarts}",
+        *secrets,
+        "--",
+    ]
     words = [*group, *texts(job.command)]
     if settings.executor != "local":  # the image has no entry point
         words.insert(0, settings.interpreter)
@@ -189,7 +194,7 @@ class XManagerSubmitter:
         os.makedirs(os.path.dirname(handle), exist_ok=True)
         content = json.dumps(experiment(self._settings, job))
         pathlib.Path(f"{handle}.xm.json").write_text(content, encoding="utf-8")
-        paths = [environment.ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [environment.IMPORTED_FROM, *filter(None, [os.environ.get("PYTHONPATH")])]
         with open(handle, "ab") as log:
             try:
                 self._processes[handle] = subprocess.Popen(

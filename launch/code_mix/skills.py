@@ -2,7 +2,7 @@
 
 Example, after a run of an arm in t5x_configs/experiments/code_mix/cpu/:
 
-  python -m launch.evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
+  espalier evaluate skills --checkpoint=runs/share_50 --json=/tmp/skills.json
 
 Every prompt is the beginning of a document (data/code_mix/skills.py) and is continued greedily; the whole answer
 must match, of a call the result at its end. No training document has these operands.

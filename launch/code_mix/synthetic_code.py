@@ -2,7 +2,7 @@
 
 Example: 2,000 documents, well under a minute:
 
-  python -m launch.prepare synthetic_code --out=/tmp/synth --num_documents=2000 --seed=1
+  espalier prepare synthetic_code --out=/tmp/synth --num_documents=2000 --seed=1
 
 writes train.jsonl and validation.jsonl, rows {"id", "text"}, and manifest.json with the numbers of accepted
 and dropped documents. Runs read them like other files (t5x_configs/data/files.gin), or generate the same

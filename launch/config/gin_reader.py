@@ -20,6 +20,7 @@ from gin import config_parser
 
 from espalier.launch.config import gin_source, model_file
 from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, scoped
+from espalier.launch.environment import EARLIER_PACKAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,6 +457,11 @@ def _import_error(statement) -> tuple[str, str] | None:
 
 def _missing_dependency(name: str, missing: str) -> tuple[str, str]:
     top = missing.split(".")[0]
+    if top in EARLIER_PACKAGES:
+        return (
+            f"'{name}' imports '{missing}'",
+            f"Import espalier.{missing}: it has this name now.",
+        )
     if top == name.split(".")[0]:
         return (f"'{name}' imports '{missing}', which does not exist", "")
     text = f"'{name}' needs the package '{top}', which is not installed"

@@ -11,13 +11,13 @@ import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from gin import config_parser
-
+from espalier.launch import environment
 from espalier.launch.config import model_file, moved
 from espalier.launch.config.model_file import ModelFileError
 from espalier.launch.input_errors import shortened
+from gin import config_parser
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = environment.ROOT
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 RUN_CONFIG = "config.gin"  # a run's whole configuration, in its directory
 VOCABULARY_RECORD = "vocabulary.json"  # beside it; see launch/run/run_vocabulary.py
@@ -132,7 +132,10 @@ def is_written_as_itself(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def parse(text: str, name: str) -> tuple[Any, ...]:
-    """Returns gin's statements, with a `Problem` in place of each statement that cannot be parsed."""
+    """Returns gin's statements, with a `Problem` in place of each statement that cannot be parsed.
+
+    What imports a module by a former name imports it by its name of today.
+    """
     return tuple(_parse(text, name))
 
 
@@ -147,7 +150,8 @@ def _parse(text: str, name: str) -> Iterator[Any]:
             file.name = name  # gin reads it
             parser = config_parser.ConfigParser(file, _Delegate())
             while (statement := parser.parse_statement()) is not None:
-                yield statement
+                is_import = isinstance(statement, config_parser.ImportStatement)
+                yield moved.today(statement) if is_import else statement
                 num_parsed = max(num_parsed, statement.location.line_num)
             return
         except (SyntaxError, tokenize.TokenError, RecursionError) as error:
@@ -199,7 +203,7 @@ def find(path: str, search_paths: Sequence[str]) -> str | None:
 
 
 def read(path: str) -> str:
-    """Returns the text of a gin file, which may import moved modules by former names; of a model.json the equal gin text.
+    """Returns the text of a gin file; of a model.json the equal gin text.
 
     The config.gin of a run says how its vocabulary was made, perhaps from files that have changed or are elsewhere. Where
     the run's directory has the vocabulary itself, the text ends with bindings that use it.
@@ -209,7 +213,7 @@ def read(path: str) -> str:
     """
     if model_file.is_model_file(path):
         return model_file.read(path).gin()
-    text = moved.renamed(pathlib.Path(path).read_text("utf-8"))
+    text = pathlib.Path(path).read_text("utf-8")
     folder, name = os.path.split(path)
     if name == RUN_CONFIG and os.path.isfile(os.path.join(folder, VOCABULARY_RECORD)):
         text += _OWN_VOCABULARY.format(folder=folder or ".")

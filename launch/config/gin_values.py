@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from annotated_types import GroupedMetadata
-
-from espalier.common.ranges import CalledWith
 from espalier.launch.config.gin_reader import Target
 from espalier.launch.config.gin_source import Macro, Reference
 
+from espalier.common.ranges import CalledWith
+
 _SIMPLE = (int, float, str, bool, type(None))
-_PACKAGES = ("model", "trainers", "data", "launch")
 _LARGEST_FLOAT32 = 3.4028234e38
 _BOUNDS = {
     "ge": (operator.ge, "at least"),
@@ -250,7 +249,7 @@ def _name(option: Any) -> str:
 
 
 def _is_own(item: type) -> bool:
-    return item.__module__.partition(".")[0] in _PACKAGES
+    return item.__module__.partition(".")[0] == "espalier"
 
 
 @functools.cache

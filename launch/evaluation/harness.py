@@ -1,9 +1,9 @@
 """A paper's evaluation suite on a checkpoint: every benchmark, means by group, and the missing data sets.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help), `pip install
+Example, after a run in /tmp/espalier_tiny (see espalier train --help), `pip install
 'espalier-lm[eval]'` and with evaluation sets in /data/eval:
 
-  python -m launch.evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval \\
+  espalier evaluate harness --checkpoint=/tmp/espalier_tiny --suite=code_mix --data_dir=/data/eval \\
     --code_results=/tmp/humaneval.json --json=/tmp/suite.json
 
 Sets are read from local copies of their public repositories (launch/evaluation/suites/local_data.py) and never

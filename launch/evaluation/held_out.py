@@ -1,8 +1,8 @@
 """Held-out loss, perplexity and bits per byte of a checkpoint, for each task of its run.
 
-Example, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+Example, after a run in /tmp/espalier_tiny (see espalier train --help):
 
-  python -m launch.evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
+  espalier evaluate loss --checkpoint=/tmp/espalier_tiny --trust_config --json=/tmp/eval.json
 
 The tasks are in the run's config.gin, and reading it calls the functions that it names, hence --trust_config. --gin_file
 and --gin.NAME=VALUE change it, such as --gin.MIXTURE_OR_TASK_NAME for other tasks or --gin.MESH for other devices. A Hugging
@@ -171,7 +171,12 @@ def _cell(name: str, value: float | None) -> str:
 
 
 main = load_run.trusting_command(
-    __doc__, "evaluate loss", _run, _add_flags, entry="espalier.launch.evaluation.held_out:evaluate", own=GIN
+    __doc__,
+    "evaluate loss",
+    _run,
+    _add_flags,
+    entry="espalier.launch.evaluation.held_out:evaluate",
+    own=GIN,
 )
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Example, on answers of launch.generate to prompts with a "language", such as {"prompt": "...", "language": "cs"}:
 
-  python -m launch.evaluate language --inputs=answers.jsonl --json=/tmp/language.json
+  espalier evaluate language --inputs=answers.jsonl --json=/tmp/language.json
 
 A text passes if all of its lines do. Lines of fewer than 15 letters (5 of Chinese, Japanese or Korean), code between
 fences and addresses are not judged; of a short text its script is. The detector `lingua` (pip install

@@ -2,7 +2,7 @@
 
 Example, after a run with t5x_configs/data/instructions.gin (docs/instructions.md):
 
-  python -m launch.evaluate ranks --checkpoint=/runs/tuned --trust_config --json=/tmp/ranks.json
+  espalier evaluate ranks --checkpoint=/runs/tuned --trust_config --json=/tmp/ranks.json
 
 Every answer choice is scored by its log-likelihood after the prompt, as a sum and per token. A set's accuracy is the
 median over templates; a task's is the mean over its sets, and the result is the mean over tasks. The tasks are those of
@@ -171,7 +171,12 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 main = load_run.trusting_command(
-    __doc__, "evaluate ranks", _run, _add_flags, entry="espalier.launch.evaluation.ranks:evaluate", own=GIN
+    __doc__,
+    "evaluate ranks",
+    _run,
+    _add_flags,
+    entry="espalier.launch.evaluation.ranks:evaluate",
+    own=GIN,
 )
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Example, on a mixture of experts:
 
-  python -m launch.evaluate routing --checkpoint=runs/bam --trust_config --tasks lag_general lag_4 --figure=/tmp/r.png
+  espalier evaluate routing --checkpoint=runs/bam --trust_config --tasks lag_general lag_4 --figure=/tmp/r.png
 
 Rows are from the validation splits of tasks in the run's config.gin; reading it calls the functions that it names, hence
 --trust_config. A mixture that `launch.upcycle` has just made has no data of its own: --gin_file and --gin.NAME=VALUE give

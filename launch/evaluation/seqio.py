@@ -3,7 +3,7 @@
 Example, where my_tasks.py registers a task "sums" with the features inputs and targets in the vocabulary
 of the run, and with metric_fns:
 
-  python -m launch.evaluate seqio --checkpoint=/tmp/espalier_tiny --module=my_tasks --task=sums
+  espalier evaluate seqio --checkpoint=/tmp/espalier_tiny --module=my_tasks --task=sums
 
 SeqIO's Evaluator calls the task's preprocessors, postprocess_fn and metrics. Functions of (targets, predictions)
 get greedy continuations of "inputs", functions of (targets, scores) the log-probability of "targets" after

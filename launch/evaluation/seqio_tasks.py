@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.stream import rows
-from espalier.common import spelling
-from espalier.launch.evaluation.lm_eval.arguments import default_batch_tokens, default_generation_tokens
+from espalier.launch.evaluation.lm_eval.arguments import (
+    default_batch_tokens,
+    default_generation_tokens,
+)
 from espalier.launch.evaluation.lm_eval.generation import Generation, Generator
 from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.run.load_run import LoadedRun, LoadError
@@ -16,6 +18,8 @@ from espalier.trainers.decoding.settings import Sampling, Settings
 from espalier.trainers.scoring.likelihoods import LikelihoodScorer
 from espalier.trainers.scoring.scoring import Row, Scorer
 from espalier.trainers.telemetry import metric_writers
+
+from espalier.common import spelling
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"

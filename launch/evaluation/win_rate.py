@@ -2,7 +2,7 @@
 
 Example, on two files of launch.generate from the same prompts:
 
-  python -m launch.evaluate win_rate --a=text.jsonl --b=code.jsonl --out=/tmp/win_rate \\
+  espalier evaluate win_rate --a=text.jsonl --b=code.jsonl --out=/tmp/win_rate \\
     --judge=openai:https://host/v1,model=NAME,key_env=API_KEY
 
 Rows are matched by "id" if all have one, else by prompt. A comparing judge sees both orders of the answers;

@@ -13,9 +13,8 @@ from typing import Any
 
 import requests
 import urllib3.exceptions
-from urllib3.util import Retry
-
 from espalier.launch.inference.deadlines import Deadlines
+from urllib3.util import Retry
 
 _PATH = "/chat/completions"
 # HTTP statuses after which a request is repeated.

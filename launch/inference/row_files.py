@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from espalier.data.text import documents
+
 from espalier.common.storage import mirror, output_files, paths
 
 _log = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ def text(name: str, merge: Merge, record: Mapping[str, Any]) -> str:
             "",
             *parents,
             "",
-            f"Made by Espalier (`python -m launch.merge`) with this configuration, also in `{RECORD}`:",
+            f"Made by Espalier (`espalier merge`) with this configuration, also in `{RECORD}`:",
             "",
             "```yaml",
             configuration.rstrip().replace("```", "` ` `"),

@@ -63,7 +63,7 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
             native, hf = sorted([first, other], key=lambda x: x.kind, reverse=True)
             raise MergeError(
                 f"{merge.file}: {native.path} is a run, and {hf.path} a Hugging Face folder: convert one of them first, "
-                f"python -m launch.convert --from_hf={hf.path} --to=DIR."
+                f"espalier convert --from_hf={hf.path} --to=DIR."
             )
         deep = any(source.layers for part in merge.slices() for source in part.sources)
         if isinstance(other, NativeModel) and isinstance(first, NativeModel):
@@ -110,7 +110,7 @@ def warn_factors(merge: Merge, models: Mapping[str, Model]) -> None:
         print(
             f"warning: {len(modules)} matrices, such as {modules[0]}, are stored as factors U and V, which are merged apart: "
             "their product is not the merge of the matrices. For that, make the models dense first: "
-            "python -m launch.upcycle factorise --recompose.",
+            "espalier upcycle factorise --recompose.",
             file=sys.stderr,
         )
 

@@ -146,7 +146,7 @@ class NativeModel:
         self.model = inference_model(transformed_run.model_of(os.fspath(self.folder)))
         if adapters_of(self.model) is not None:
             raise MergeError(
-                f"{path} has adapters: merge them into its weights first, python -m launch.upcycle merge."
+                f"{path} has adapters: merge them into its weights first, espalier upcycle merge."
             )
         self.scanned = bool(getattr(self.model.config, "scan_layers", False))
         self._shapes = self.source.abstract.shapes

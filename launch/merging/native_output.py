@@ -108,7 +108,7 @@ def _config_lines(planner: Planner, planned: Sequence[Planned]) -> list[str]:
             dtype = merge.out_dtype or merge.dtype or dtype
         if dtype != jnp.dtype(getattr(donor.model.config, field)).name:
             lines.append(f"config.TransformerConfig.{field} = {dtype!r}")
-    return ["from model import config", *lines] if lines else []
+    return ["from espalier.model import config", *lines] if lines else []
 
 
 def _by_array(donor: NativeModel, planned: Sequence[Planned]) -> dict[str, list[Planned]]:

@@ -2,9 +2,9 @@
 
 Example, of three runs of one model:
 
-  python -m launch.merge search --models english=/tmp/english python=/tmp/python markup=/tmp/markup \\
+  espalier merge search --models english=/tmp/english python=/tmp/python markup=/tmp/markup \\
       --held_out english=english.jsonl python=python.jsonl --out=/tmp/weights
-  python -m launch.merge --config=/tmp/weights/merge.yml --out=/tmp/merged
+  espalier merge --config=/tmp/weights/merge.yml --out=/tmp/merged
 
 Files have rows as for launch.score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
 time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.

@@ -89,7 +89,7 @@ def _checked(paths: Sequence[str]) -> list[str]:
     for model in opened.values():
         if not isinstance(model, NativeModel):
             raise MergeError(
-                f"--models {model.path} is no run: import it with python -m launch.convert --from_hf."
+                f"--models {model.path} is no run: import it with espalier convert --from_hf."
             )
     checks.check(merge, opened)
     return [" ".join(map(str, opened[path].fingerprint())) for path in paths]

@@ -2,9 +2,9 @@
 
 Example, of domains that are generated (launch/papers/nexus/lag_domains.py), and one that is added later:
 
-  python -m launch.prepare embed_domains --gin_file=t5x_configs/data/lag_domains.gin --output=/tmp/domains.json \\
+  espalier prepare embed_domains --gin_file=t5x_configs/data/lag_domains.gin --output=/tmp/domains.json \\
     --domain general=task:lag_general --domain four=task:lag_4 --domain seven=task:lag_7
-  python -m launch.prepare embed_domains --gin_file=t5x_configs/data/lag_domains.gin --extend=/tmp/domains.json \\
+  espalier prepare embed_domains --gin_file=t5x_configs/data/lag_domains.gin --extend=/tmp/domains.json \\
     --domain eleven=task:lag_11
 
 and of files: --domain law='data/law/*.jsonl.zst'. Documents are drawn from the whole source, or from its first --limit

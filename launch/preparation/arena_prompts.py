@@ -2,7 +2,7 @@
 
 Example, the first 100 prompts of m-ArenaHard in three languages, from /data/eval/m_arena_hard:
 
-  python -m launch.prepare arena_prompts --set=m_arena_hard --data_dir=/data/eval --languages=cs,hi,ja --limit=100 \\
+  espalier prepare arena_prompts --set=m_arena_hard --data_dir=/data/eval --languages=cs,hi,ja --limit=100 \\
     --output=prompts.jsonl
 
 The rows are {"id", "language", "prompt", ...}; `launch.generate --chat --inputs=prompts.jsonl` answers them, and

@@ -2,9 +2,9 @@
 
 Sampling is launch.generate's, with all of its options; this reads the file that it writes:
 
-  python -m launch.generate --checkpoint=RUN --inputs=prompts.jsonl --output=samples.jsonl \\
+  espalier generate --checkpoint=RUN --inputs=prompts.jsonl --output=samples.jsonl \\
     --num_samples=8 --temperature=0.9
-  python -m launch.prepare best_of_n --inputs=samples.jsonl --reward=exact_answer --output=best.jsonl \\
+  espalier prepare best_of_n --inputs=samples.jsonl --reward=exact_answer --output=best.jsonl \\
     --pairs=pairs.jsonl
 
 --output gets the best row of each prompt (the first of equals) with its "reward", all "rewards" in the order
@@ -14,7 +14,7 @@ log n - (n - 1) / n nats (arXiv 2401.01879), which is printed.
 --pairs gets {"prompt", "chosen", "rejected"} with both rewards for each prompt whose best and worst sample
 differ in reward and text: data for preference learning. A round, from the sampled policy:
 
-  python -m launch.train --gin_file=RUN/config.gin --gin_file=t5x_configs/data/preferences.gin \\
+  espalier train --gin_file=RUN/config.gin --gin_file=t5x_configs/data/preferences.gin \\
     --gin_file=t5x_configs/runs/preference.gin --gin.INITIAL_CHECKPOINT_PATH=RUN --gin.MODEL_DIR=RUN_1 \\
     --gin.PAIRS=pairs.jsonl --gin.TOKENIZER=RUN --gin.TRAIN_STEPS=200
 

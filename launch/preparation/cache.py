@@ -2,7 +2,7 @@
 
 Example: the English prose and docstrings of installed packages as bytes, under a minute:
 
-  python -m launch.prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
+  espalier prepare cache --gin_file=t5x_configs/data/bytes.gin --gin.MIXTURE_OR_TASK_NAME=text
 
 The gin files and bindings of a training command work unchanged; settings that do not concern its data are
 ignored. A run builds missing caches by itself, but stops with an error if a task has changed since its

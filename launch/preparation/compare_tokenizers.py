@@ -2,7 +2,7 @@
 
 Example, bytes against the tokenizer of a run, on messages of installed packages in 23 languages:
 
-  python -m launch.prepare compare_tokenizers --tokenizer=bytes --tokenizer=own=/runs/aya/vocabulary.model --out=/tmp/tokenizers
+  espalier prepare compare_tokenizers --tokenizer=bytes --tokenizer=own=/runs/aya/vocabulary.model --out=/tmp/tokenizers
 
 A tokenizer is `bytes`, a run, a folder with tokenizer.json or tokenizer.model, or a file .model, with a name in front of it
 if the last part of the path is not a good one. `--text` is a folder of FLORES-200 (flores200_dataset), or a file of rows

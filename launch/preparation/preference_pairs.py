@@ -2,7 +2,7 @@
 
 Example: 1,000 messages of installed packages, in the requested language against another one:
 
-  python -m launch.prepare preference_pairs --kind=translations --output=/tmp/pairs.jsonl --limit=1000 --seed=1
+  espalier prepare preference_pairs --kind=translations --output=/tmp/pairs.jsonl --limit=1000 --seed=1
 
 Kinds:
   translations  from gettext catalogues of installed packages (Django and Sphinx are; Weblate has more)
@@ -51,10 +51,10 @@ def _write_pairs(
       ValueError: settings of another kind or out of range.
       RowFileError, DataError: files that cannot be read or written, or no pair.
     """
+    from espalier.common.bars import Bar
     from espalier.data.preference import binarise, constructed
     from espalier.data.preference.tally import Tally
     from espalier.data.text.documents import DataError
-    from espalier.common.bars import Bar
     from espalier.launch.inference import row_files
 
     options: dict[str, Any] = {"rejected": rejected, "min_margin": min_margin}

@@ -3,7 +3,7 @@
 Example: the corpus of installed packages, half a minute; a run with the same data file reuses the
 vocabulary:
 
-  python -m launch.prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
+  espalier prepare vocabulary --gin_file=t5x_configs/data/corpus.gin --gin.VOCAB_SIZE=4096
 
 The gin files and bindings of a training command work unchanged.
 """

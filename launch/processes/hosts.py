@@ -179,8 +179,8 @@ def _get(store: Any, key: str) -> str:
 
 def _code_digest() -> str:
     """Returns a digest of the project's Python and gin files."""
-    digest, root = hashlib.sha256(), pathlib.Path(environment.ROOT)
-    for package in (*environment.PACKAGES, "launch", "t5x_configs"):
+    digest, root = hashlib.sha256(), pathlib.Path(environment.IMPORTED_FROM, "espalier")
+    for package in ("common", *environment.EARLIER_PACKAGES, "t5x_configs"):
         for file in sorted((root / package).rglob("*")):
             if file.suffix in (".py", ".gin"):
                 digest.update(str(file.relative_to(root)).encode() + b"\0")

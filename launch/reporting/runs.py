@@ -136,7 +136,7 @@ def from_sweeps(folders: Sequence[str]) -> list[Run]:
             )
     if not runs:
         raise ValueError(
-            f"no run of {', '.join(folders)} is finished yet: see python -m launch.sweep --out DIR --status."
+            f"no run of {', '.join(folders)} is finished yet: see espalier sweep --out DIR --status."
         )
     return runs
 

@@ -1,4 +1,4 @@
-"""A trained model in Python: `from launch.run.load import load`, then `load("RUN")`; see docs/python.md.
+"""A trained model in Python: `from espalier.launch.run.load import load`, then `load("RUN")`; see docs/python.md.
 
 Nothing that the author of a run wrote is executed, and gin is not used: several runs can be loaded in one process.
 Shapes: B rows, T tokens, V rows of the model's table.
@@ -12,8 +12,6 @@ import pathlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
-
-from espalier.launch import environment
 
 if TYPE_CHECKING:  # modules of `model` are imported once it is known which package that is
     import jax
@@ -312,9 +310,7 @@ def load(
       LoadError: the checkpoint is not of a language model, or the adapters are not of the checkpoint.
       ValueError: the run has no model.json, or is damaged.
       FileNotFoundError: there is no checkpoint.
-      RootError: a file or folder of yours, such as model.py, hides a package of this project.
     """
-    environment.check_packages()
     from espalier.launch.config import model_file
     from espalier.launch.run import hf_checkpoint, load_run, run_model, run_vocabulary, side_by_side
     from espalier.trainers.checkpoints import step_dir

@@ -4,10 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-
 from espalier.data.preference.tally import Tally
 from espalier.data.stream import rows
-from espalier.common.stages import duration
 from espalier.launch.run.run_data import RunData
 from espalier.trainers.batches import Stream, TrainStream
 from espalier.trainers.checkpoints.restore import Restored
@@ -17,6 +15,8 @@ from espalier.trainers.telemetry import flops, lifetime
 from espalier.trainers.telemetry.goodput import Goodput
 from espalier.trainers.telemetry.lifetime import Start
 from espalier.trainers.telemetry.progress import held_out_text
+
+from espalier.common.stages import duration
 
 Line = rows.Notice
 

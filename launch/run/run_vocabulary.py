@@ -33,10 +33,11 @@ from espalier.data.tokenizers import (
     vocabularies,
 )
 from espalier.data.tokenizers.chat_template import ChatTemplate
-from espalier.common.ranges import Count
-from espalier.common.storage import mirror
 from espalier.launch.config import gin_source
 from espalier.trainers.checkpoints import step_dir
+
+from espalier.common.ranges import Count
+from espalier.common.storage import mirror
 
 _log = logging.getLogger(__name__)
 

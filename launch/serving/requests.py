@@ -10,8 +10,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.common import spelling
 from espalier.trainers.decoding.settings import Draw
+
+from espalier.common import spelling
 
 # Characters of a text for each token that a prompt may have: a longer text is not encoded.
 CHARACTERS_OF_TOKEN = 32

@@ -2,7 +2,7 @@
 
 Steps done by an earlier start are not repeated. Example (the sweep starts these itself):
 
-  python -m launch.sweeping.run --out=runs/sweep --run=text/seed0
+  python -m espalier.launch.sweeping.run --out=runs/sweep --run=text/seed0
 """
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def export_hf(
     if adapters_of(model) is not None:
         raise ConvertError(
             f"{checkpoint} has adapters, which a Hugging Face checkpoint of the whole model cannot hold: merge them first, "
-            "python -m launch.upcycle merge, or write them alone with --to_peft."
+            "espalier upcycle merge, or write them alone with --to_peft."
         )
 
     def read(step: Any) -> str:

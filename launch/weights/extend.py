@@ -1,10 +1,10 @@
 """Adds an expert to a mixture of launch.upcycle, or removes one.
 
-Examples, after python -m launch.upcycle made runs/nexus and python -m launch.prepare embed_domains --extend added the domain:
+Examples, after espalier upcycle made runs/nexus and espalier prepare embed_domains --extend added the domain:
 
-  python -m launch.upcycle extend --moe=runs/nexus --add code=runs/code --domains=domains.json --to=runs/nexus5
-  python -m launch.upcycle extend --moe=runs/btx --add code=runs/code --router=reset --to=runs/btx5
-  python -m launch.upcycle extend --moe=runs/nexus5 --remove code --to=runs/nexus4
+  espalier upcycle extend --moe=runs/nexus --add code=runs/code --domains=domains.json --to=runs/nexus5
+  espalier upcycle extend --moe=runs/btx --add code=runs/code --router=reset --to=runs/btx5
+  espalier upcycle extend --moe=runs/nexus5 --remove code --to=runs/nexus4
 
 The new model is a branch of the same seed. Its FFN, and its attention where attentions are experts, become the last
 expert. Parameters that experts share move towards it by --merge, except the shared FFN and a projection router, which
@@ -76,5 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(
-        upcycle_flags.main(__doc__, "upcycle extend", "espalier.launch.weights.mixture:extend", add_flags)
+        upcycle_flags.main(
+            __doc__, "upcycle extend", "espalier.launch.weights.mixture:extend", add_flags
+        )
     )

@@ -188,8 +188,8 @@ def _sizes(recipes: Sequence[Recipe], made: Decomposition) -> tuple[dict[str, st
 def _bindings(*, dense: bool) -> list[str]:
     """Returns the gin lines that make the layers of any model factorised, or dense again."""
     lines = ["# Of launch.upcycle factorise."]
-    lines += [f"from model import {name}" for name in ("attention", "linear", "mlp")]
-    lines += ["from model.low_rank import lowrank", "from model.moe import moe"]
+    lines += [f"from espalier.model import {name}" for name in ("attention", "linear", "mlp")]
+    lines += ["from espalier.model.low_rank import lowrank", "from espalier.model.moe import moe"]
     for module, field, low_rank, plain in _OWNERS:
         lines.append(f"{module}.{field} = @{plain if dense else low_rank}")
     if not dense:

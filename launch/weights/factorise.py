@@ -1,10 +1,10 @@
 """Decomposes the projections of a trained model into factors, or multiplies factors back to kernels.
 
-Examples, after a run in /tmp/espalier_tiny (see python -m launch.train --help):
+Examples, after a run in /tmp/espalier_tiny (see espalier train --help):
 
-  python -m launch.upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/factors --rank=0.5
-  python -m launch.upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/f2 --rank=0.9 --rank_rule=energy
-  python -m launch.upcycle factorise --checkpoint=/tmp/factors --to=/tmp/dense --recompose
+  espalier upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/factors --rank=0.5
+  espalier upcycle factorise --checkpoint=/tmp/espalier_tiny --to=/tmp/f2 --rank=0.9 --rank_rule=energy
+  espalier upcycle factorise --checkpoint=/tmp/factors --to=/tmp/dense --recompose
 
 The result is a run directory that every command takes as --checkpoint and training as INITIAL_CHECKPOINT_PATH. With
 --calibrate, rows of text as for launch.score, factors change the layers' outputs on these texts least, rather than the

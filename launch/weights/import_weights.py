@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
 from espalier.data.tokenizers import gguf_tokenizer
-from espalier.common.bars import Bar
 from espalier.launch.run import hf_checkpoint
 from espalier.launch.weights.target_folder import check_space, new_directory
 from espalier.model.hf.families import family_of_config
@@ -19,6 +17,8 @@ from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_js
 from espalier.model.hf.plan import Plan, narrow_names
 from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
+
+from espalier.common.bars import Bar
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:

@@ -2,8 +2,8 @@
 
 Examples, after a run with adapters in /tmp/lora (t5x_configs/methods/adapters/lora.gin):
 
-  python -m launch.upcycle merge --checkpoint=/tmp/lora --to=/tmp/merged
-  python -m launch.convert --from=/tmp/merged --to_hf=/tmp/merged_hf
+  espalier upcycle merge --checkpoint=/tmp/lora --to=/tmp/merged
+  espalier convert --from=/tmp/merged --to_hf=/tmp/merged_hf
 
 LoRA, DoRA and (IA)3 are merged exactly. The weights of a mixture (MoV, MoLORA) depend on the token. With --average, a file of
 rows as for launch.score, each expert gets its mean weight over these texts, and the largest error of a logit on them is

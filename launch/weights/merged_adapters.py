@@ -32,8 +32,8 @@ _OWNERS = (
 )
 _LINES = [
     "# Of launch.upcycle merge.",
-    *(f"from model import {name}" for name in ("attention", "mlp")),
-    "from model.moe import moe",
+    *(f"from espalier.model import {name}" for name in ("attention", "mlp")),
+    "from espalier.model.moe import moe",
     *(f"{owner}.adapters = None" for owner in _OWNERS),
 ]
 

@@ -2,9 +2,9 @@
 
 Examples, of a seed's run and runs that started from it:
 
-  python -m launch.upcycle --method=bam --experts runs/seed runs/code runs/law --to=runs/bam
-  python -m launch.upcycle --method=btx --experts runs/seed runs/code runs/law --to=runs/btx --top_k=2
-  python -m launch.upcycle --method=nexus --seed_model=runs/seed --experts code=runs/code law=runs/law \\
+  espalier upcycle --method=bam --experts runs/seed runs/code runs/law --to=runs/bam
+  espalier upcycle --method=btx --experts runs/seed runs/code runs/law --to=runs/btx --top_k=2
+  espalier upcycle --method=nexus --seed_model=runs/seed --experts code=runs/code law=runs/law \\
       --domains=domains.json --to=runs/nexus
 
 With btx (arXiv 2403.07816) FFNs become experts and all else is averaged; with bam (arXiv 2408.08274) attentions do too.

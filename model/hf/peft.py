@@ -281,7 +281,7 @@ def write(
             if piece.hf_columns is not None or _is_expert(piece):
                 raise PeftError(
                     f"{site}: its projection is a part of {piece.hf}, and peft's adapters are of whole matrices: merge the "
-                    "adapters instead, python -m launch.upcycle merge."
+                    "adapters instead, espalier upcycle merge."
                 )
             here = {leaf: value[piece.native_at] for leaf, value in own.items()}
             if "input_scale" in here:

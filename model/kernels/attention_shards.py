@@ -12,9 +12,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import PartitionSpec
-
 from espalier.model import axes
+from jax.sharding import PartitionSpec
 
 
 def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:

@@ -14,7 +14,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-
 from espalier.model import axes
 from espalier.model.kv_cache.base import KeyValues
 

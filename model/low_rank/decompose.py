@@ -55,7 +55,7 @@ class Decompose:
         if twice := next((path for path in modules if f"{path}/u" in source.shapes), None):
             raise TransformError(
                 f"{twice} of the checkpoint is factorised already: set INITIAL_TRANSFORM = None to "
-                "continue with its factors, or recompose it first (python -m launch.upcycle factorise --recompose)."
+                "continue with its factors, or recompose it first (espalier upcycle factorise --recompose)."
             )
         paths = {f"{path}/{name}" for path in modules for name in ("u", "v")}
         rest = [base.copied(path, target[path], source) for path in target if path not in paths]

@@ -15,9 +15,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
-
 from espalier.model.transforms.base import aligned
+from flax import traverse_util
 
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from espalier.model import axes
 
 # Experimental modules of JAX, which a version may lack.

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 from espalier.model import rows
 
 COLUMN = "sentence_embeddings"  # of a batch

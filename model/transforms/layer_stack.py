@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from espalier.model.config import TransformerConfig
 
 Params = dict[str, Any]

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from espalier.launch.config import gin_config
-from tests.benchmarks import compare
-from tests.benchmarks.case import RandomRows
 from espalier.trainers import partitioning
 from espalier.trainers.batches import global_batch
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
+
+from tests.benchmarks import compare
+from tests.benchmarks.case import RandomRows
 
 CONFIG = "t5x_configs/experiments/code_mix/quickstart_text.gin"
 # Larger than the quickstart's model, so that there is something to save.

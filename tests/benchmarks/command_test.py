@@ -3,6 +3,7 @@
 import importlib.util
 
 from espalier.launch import cli
+
 from tests.benchmarks import __main__ as bench
 from tests.benchmarks import compare, start_up
 

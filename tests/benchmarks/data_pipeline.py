@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from espalier.data.cache import store
 from espalier.data.stream import rows
 from espalier.data.stream.train_stream import Stream

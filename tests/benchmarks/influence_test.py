@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-
 from espalier.model.hf.load import load
-from tests.benchmarks import case, influence
 from espalier.trainers.checkpoints import state_tree
+
+from tests.benchmarks import case, influence
 
 SIZES = {
     **influence.CASE,

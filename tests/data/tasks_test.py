@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from espalier.data import tasks
 from espalier.data.text import corpus
 from espalier.data.tokenizers import vocabularies

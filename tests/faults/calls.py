@@ -10,14 +10,14 @@ from tests.faults.table import Silent, Unclear
 
 
 def call(command: str, flags: Sequence[str]) -> tuple[int, str]:
-    """Returns exit status and output of `python -m launch.COMMAND FLAGS`, run in this process."""
+    """Returns exit status and output of `python -m espalier.launch.COMMAND FLAGS`, run in this process."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             if command == "train":
                 status = cli.main("Trains.", entry="espalier.launch.train:train", argv=flags)
             else:
-                status = importlib.import_module(f"launch.{command}").main(flags)
+                status = importlib.import_module(f"espalier.launch.{command}").main(flags)
         except SystemExit as end:  # of the parser of flags
             status = end.code if isinstance(end.code, int) else 1
     return status, output.getvalue()

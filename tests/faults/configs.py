@@ -122,12 +122,12 @@ def _binding(text: str, word: str, bench: Bench) -> None:
 
 
 _HEAD = "from __gin__ import dynamic_registration\n"
-_MODULES = f"{_HEAD}from trainers import recipe\nfrom model import mlp\nfrom launch import train\n"
+_MODULES = f"{_HEAD}from espalier.trainers import recipe\nfrom espalier.model import mlp\nfrom espalier.launch import train\n"
 _FILES: dict[str, tuple[str, str]] = {
     "no registration": ("import jax\n", "dynamic_registration"),
-    "a module that is not there": (f"{_HEAD}from trainers import schedule\n", "schedule"),
+    "a module that is not there": (f"{_HEAD}from espalier.trainers import schedule\n", "schedule"),
     "a package that is not there": (f"{_HEAD}import no_such_package\n", "no_such_package"),
-    "an import of a class": (f"{_HEAD}from model.mlp import Mlp\n", "modules"),
+    "an import of a class": (f"{_HEAD}from espalier.model.mlp import Mlp\n", "modules"),
     "a name that is not there": (f"{_MODULES}mlp.GatedMLP.activation = 'silu'\n", "GatedMlp"),
     "an argument that is not there": (f"{_MODULES}recipe.Recipe.sed = 1\n", "seed"),
     "a module that is not imported": (f"{_HEAD}mlp.Mlp.use_bias = True\n", "mlp"),

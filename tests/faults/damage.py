@@ -8,12 +8,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 
+from espalier.trainers.checkpoints import array_files, step_dir
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from etils import epath
 
 from tests.faults import program
 from tests.faults.table import Bench, Case, Row, Silent, Unclear, refused
-from espalier.trainers.checkpoints import array_files, step_dir
-from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 
 _NEWEST, _BEFORE = 8, 6  # steps of the run that is damaged
 _FILES = 13  # files of a step; which number of them Orbax writes can differ

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from espalier.launch import cli, environment
+
 from tests.faults import program, shim
 from tests.faults.table import Bench, Case, Lost, Row, Unclear
 
@@ -28,7 +29,10 @@ _STAGES = {
     "waiting for data": ("espalier.trainers.batches:Prefetcher.get", (1, 4, 9)),
     "row of metrics": ("espalier.trainers.telemetry.metric_writers:MultiWriter.write", (1, 3, 5)),
     "save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer.save", (1, 2, 3)),
-    "arrays of a save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer._finish", (1, 2, 3)),
+    "arrays of a save": (
+        "espalier.trainers.checkpoints.checkpoint:Checkpointer._finish",
+        (1, 2, 3),
+    ),
     "commit": ("espalier.trainers.checkpoints.step_dir:complete", (1, 2, 3)),
     "deletion of an old step": ("espalier.trainers.checkpoints.step_dir:remove", (1,)),
     "end of the last save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer.close", (1,)),

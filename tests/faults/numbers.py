@@ -28,11 +28,11 @@ def _step(kind: str) -> tuple[Callable[..., Any], Any]:
     import jax.numpy as jnp
     import optax
 
-    from tests.faults.poison import spoilt
     from espalier.trainers.anomaly import STATISTICS, Anomaly
     from espalier.trainers.objectives.base import LossOut
     from espalier.trainers.step import make_train_step
     from espalier.trainers.train_state import TrainState
+    from tests.faults.poison import spoilt
 
     def loss_fn(params: Any, batch: Any, rng: Any) -> LossOut:
         del rng
@@ -106,7 +106,7 @@ def _run(kind: str, action: str, bench: Bench) -> None:
     run, gin = bench.folder / "run", bench.folder / "poison.gin"
     gin.write_text(
         "from __gin__ import dynamic_registration\n"
-        "from tests.faults import poison\nfrom trainers import recipe\n"
+        "from tests.faults import poison\nfrom espalier.trainers import recipe\n"
         "recipe.Recipe.objective = @poison.objective\n"
         f"poison.objective.kind = '{kind}'\npoison.objective.every = 6\n"
     )

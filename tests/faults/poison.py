@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from espalier.trainers.objectives import lm
 
 KINDS = ("nan", "inf", "gradient", "spike")

@@ -22,9 +22,9 @@ from typing import Any
 from etils import epath
 
 from espalier.launch import cli
-from tests.faults.table import Bench, Lost, NotTried, Silent, Unclear
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
+from tests.faults.table import Bench, Lost, NotTried, Silent, Unclear
 
 STEPS, PERIOD = 12, 3  # updates of the run, and between its saves
 _NOT_TRIED = 76  # exit status of a process in which the fault cannot be made
@@ -111,7 +111,7 @@ def start(
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Process:
-    """Starts `python -m launch.COMMAND FLAGS` in a forked process; `before` is called in it first."""
+    """Starts `python -m espalier.launch.COMMAND FLAGS` in a forked process; `before` is called in it first."""
 
     def act() -> int:
         if before is not None:
@@ -155,7 +155,7 @@ def fork(
 def _run(command: str, flags: list[str]) -> int:
     if command == "train":
         return cli.main("Trains.", entry="espalier.launch.train:train", argv=flags)
-    return importlib.import_module(f"launch.{command}").main(flags)
+    return importlib.import_module(f"espalier.launch.{command}").main(flags)
 
 
 def corpus(bench: Bench) -> pathlib.Path:

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from espalier.launch import environment
+
 from tests.faults import runner, shim
 from tests.faults.table import Bench, Row, selected
 
@@ -82,7 +83,13 @@ def _import_the_project() -> None:
     """Imports what cases use, so that forked processes have it."""
     import importlib
 
-    names = ("gin", "seqio", "espalier.launch.train", "espalier.launch.convert", "espalier.launch.score")
+    names = (
+        "gin",
+        "seqio",
+        "espalier.launch.train",
+        "espalier.launch.convert",
+        "espalier.launch.score",
+    )
     for name in (*names, "espalier.launch.config.gin_config", "espalier.launch.run.load_run"):
         importlib.import_module(name)
     importlib.import_module("espalier.launch.weights.import_weights")

@@ -2,14 +2,13 @@
 
 import jax
 import pytest
-from etils import epath
-
 from espalier.launch.aot import precompile
 from espalier.launch.config import gin_config
 from espalier.launch.sweeping import file
 from espalier.model.low_rank import factors
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
+from etils import epath
 
 EXPERIMENTS = "t5x_configs/experiments/low_rank"
 SMALL = (
@@ -103,7 +102,9 @@ def test_what_does_not_fit_together_is_one_error_before_the_first_step(
 
 def load(file, *bindings):
     given = ["MODEL_DIR='/tmp/x'", "MESH=None", *bindings]
-    return gin_config.load([f"{EXPERIMENTS}/{file}.gin"], given, entry="espalier.launch.train:train")
+    return gin_config.load(
+        [f"{EXPERIMENTS}/{file}.gin"], given, entry="espalier.launch.train:train"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["spatial", "channel"])

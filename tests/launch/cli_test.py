@@ -89,14 +89,14 @@ def test_errors_of_the_project_are_printed_and_bugs_are_raised(
     argv = [f"--gin_file={gin_file(toy_gin)}", "--gin.MODEL_DIR=/x", "--gin.TRAIN_STEPS=-1"]
     with pytest.raises(ValueError, match="negative"):
         start(argv)  # toy_run is not one of the project's packages.
-    monkeypatch.setattr(input_errors, "OWN_PACKAGES", ("toy_run",))
+    monkeypatch.setattr(input_errors, "PACKAGE", "toy_run")
     capsys.readouterr()
     assert start(argv) == cli.USAGE_ERROR
     assert capsys.readouterr().err == "\nerror: steps = -1 must not be negative.\n"
 
 
 def test_a_long_message_keeps_its_beginning_and_its_remedy(capsys):
-    input_errors.report(environment.RootError(f"x.json: {'y' * 900_000}: remove it."))
+    input_errors.report(ValueError(f"x.json: {'y' * 900_000}: remove it."))
     printed = capsys.readouterr().err
     assert printed.startswith("\nerror: x.json: yyy") and printed.endswith("y: remove it.\n")
     assert len(printed) < 7000
@@ -220,7 +220,7 @@ def test_errors_raised_by_the_command_module_itself_are_messages(command, tmp_pa
     assert command("sweep", f"--out={tmp_path}") == cli.USAGE_ERROR
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "python -m launch.sweep: starting",
+        "espalier sweep: starting",
         "",
         "error: give --sweep FILE.py, or --status.",
     ]
@@ -265,7 +265,7 @@ def test_help_shows_the_example_and_imports_nothing_heavy(toy_modules):
 
 
 def test_environment_is_set_before_anything_is_imported(toy_modules, tmp_path):
-    code = "import sys; sys.argv = ['x']; from launch import cli; cli.main('Doc.', 'toy_run:where')"
+    code = "import sys; sys.argv = ['x']; from espalier.launch import cli; cli.main('Doc.', 'toy_run:where')"
     variables = {"ESPALIER_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
     env = {k: v for k, v in variables.items() if v}
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -380,7 +380,7 @@ def test_two_processes_find_each_other(toy_modules):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    code = "from launch import cli; cli.main('Doc.', 'toy_run:processes')"
+    code = "from espalier.launch import cli; cli.main('Doc.', 'toy_run:processes')"
     flags = [f"--coordinator_address=localhost:{port}", "--process_count=2"]
     started = [
         subprocess.Popen(
@@ -397,7 +397,6 @@ def test_two_processes_find_each_other(toy_modules):
 
 def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(cli, "_by_console", False)
     monkeypatch.setattr(sys, "argv", ["espalier"])
     assert cli.console() == cli.USAGE_ERROR
     assert re.search(r"train +Trains ", capsys.readouterr().out)
@@ -406,32 +405,47 @@ def test_console_lists_commands_and_names_the_nearest(capsys, monkeypatch):
     assert "espalier: no command 'trian'; did you mean 'train'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["train", "sweep", "report"])
-def test_a_module_of_the_working_directory_that_hides_a_package_is_named(tmp_path, name):
-    for hiding in ("data.py", "model.py"):
-        (tmp_path / hiding).write_text("raise SystemExit('it was run')\n")
-    started = command(ROOT, "-m", f"launch.{name}", "--help")
-    done = subprocess.run(**started, cwd=tmp_path, capture_output=True, timeout=60)
-    assert done.returncode == cli.USAGE_ERROR
-    assert done.stderr.startswith(f"error: Package 'model' comes from {tmp_path}/model.py, not")
-    assert "rename this file or folder" in done.stderr and "Traceback" not in done.stderr
+def test_modules_of_a_user_may_have_the_names_of_folders_of_the_project(tmp_path):
+    for name in ("data.py", "model.py"):
+        (tmp_path / name).write_text("SIZE = 3\n")
+    (tmp_path / "own.py").write_text(
+        "import data, model\n\ndef size(*, of=model.SIZE): print('size', of, data.SIZE)\n"
+    )
+    code = "from espalier.launch import cli; from espalier.model import config; cli.main('Doc.', 'own:size')"
+    done = subprocess.run(
+        **command(ROOT, "-c", code), cwd=tmp_path, capture_output=True, timeout=60
+    )
+    assert "size 3 3" in done.stdout, done.stderr
+
+
+def test_a_module_that_imports_by_a_former_name_gets_the_name_of_today(tmp_path):
+    (tmp_path / "own.py").write_text("from trainers.optim import schedules\n")
+    (tmp_path / "own.gin").write_text("from __gin__ import dynamic_registration\nimport own\n")
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "espalier").symlink_to(pathlib.Path(ROOT, "espalier"))
+    for root in (ROOT, tmp_path / "installed"):  # there is a folder trainers/, or none
+        started = command(ROOT, "-m", "espalier.launch.train", "--gin_file=own.gin")
+        started["env"]["PYTHONPATH"] = str(root)
+        done = subprocess.run(**started, cwd=tmp_path, capture_output=True, timeout=60)
+        assert done.returncode == cli.USAGE_ERROR
+        assert "mport espalier.trainers" in done.stderr, done.stderr
 
 
 def test_the_console_finds_modules_of_the_working_directory_last(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "own").mkdir()
-    for name in ("data", "gzip", "my_tasks"):
+    for name in ("gzip", "my_tasks"):
         (tmp_path / "own" / f"{name}.py").write_text("")
     script = tmp_path / "bin" / "script.py"
     script.write_text(
-        "from launch import cli\nimport importlib, sys\nsys.argv[1:] = ['--help']\ncli.console()\n"
-        "for name in ('data', 'gzip', 'my_tasks'): print(importlib.import_module(name).__file__)\n"
+        "from espalier.launch import cli\nimport importlib, sys\nsys.argv[1:] = ['--help']\ncli.console()\n"
+        "for name in ('gzip', 'my_tasks'): print(importlib.import_module(name).__file__)\n"
     )
     for flags, found in (((), True), (("-P",), False)):
         started = command(ROOT, *flags, str(script))
         done = subprocess.run(**started, cwd=tmp_path / "own", capture_output=True, timeout=60)
-        *_, data, gzip, tasks = done.stdout.splitlines() if found else [*done.stdout.split(), ""]
-        assert data == f"{ROOT}/data/__init__.py" and str(tmp_path) not in gzip
+        *_, gzip, tasks = done.stdout.splitlines() if found else [*done.stdout.split(), ""]
+        assert str(tmp_path) not in gzip
         if found:
             assert tasks == f"{tmp_path}/own/my_tasks.py"
         else:
@@ -462,16 +476,17 @@ def test_commands_import_no_paper():
     files = {*launch.glob("*.py")} - {launch / "reproduce.py"}
     files |= {path for folder in folders for path in (launch / folder).rglob("*.py")}
     imports = re.compile(
-        r"^\s*(?:from|import) launch\.papers\b(?!\.shared)|^\s*from launch import .*papers", re.M
+        r"^\s*(?:from|import) espalier\.launch\.papers\b(?!\.shared)|^\s*from espalier\.launch import .*papers",
+        re.M,
     )
     assert [str(path) for path in files if imports.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_command_of_the_project_has_a_summary_and_an_example():
     for name in COMMANDS:
-        assert cli.summary(f"launch.{name}").endswith("."), name
+        assert cli.summary(f"espalier.launch.{name}").endswith("."), name
         with open(os.path.join(ROOT, "launch", f"{name}.py"), encoding="utf-8") as file:
-            assert f"python -m launch.{name}" in file.read().split('"""')[1], name
+            assert f"espalier {name}" in file.read().split('"""')[1], name
 
 
 # Prints, as JSON, the help text of every command and sub-command, and the slow packages that were imported for them.
@@ -495,7 +510,7 @@ pages = {}
 for program in sys.argv[1].split():
     pages[program] = text(program)
     if program in ("evaluate", "precompile", "prepare", "upcycle"):
-        for name in importlib.import_module(f"launch.{program}").COMMANDS:
+        for name in importlib.import_module(f"espalier.launch.{program}").COMMANDS:
             if name != "factorise":  # the flags of which are made by the module that does the work
                 pages[f"{program} {name}"] = text(program, name)
 print(json.dumps([pages, sorted({"jax", "gin", "tensorflow", "seqio"} & set(sys.modules))]))
@@ -510,9 +525,11 @@ def test_help_of_every_command_is_quick_and_says_how_the_command_is_called():
     for command, page in pages.items():
         if command not in (*GROUPS, "reproduce"):
             assert page.startswith(f"usage: espalier {command} "), page[:200]
-        assert f"python -m launch.{command.split()[0]}" in page, command
+        assert f"espalier {command.split()[0]}" in page, command
     for group in GROUPS:
         names = [command.split()[1] for command in pages if command.startswith(f"{group} ")]
         for name in names:
-            summary = cli.summary(importlib.import_module(f"launch.{group}").COMMANDS[name])
+            summary = cli.summary(
+                importlib.import_module(f"espalier.launch.{group}").COMMANDS[name]
+            )
             assert re.search(rf"^  {name} +{re.escape(summary)}$", pages[group], re.MULTILINE)

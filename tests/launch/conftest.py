@@ -353,7 +353,7 @@ def branches(trained_run, tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch):
-    """Runs `python -m launch.<name>` with arguments in this process; returns its exit status."""
+    """Runs `python -m espalier.launch.<name>` with arguments in this process; returns its exit status."""
     from espalier.launch import environment
 
     monkeypatch.setattr(environment, "restart_with_huge_pages", lambda: None)
@@ -365,7 +365,7 @@ def command(monkeypatch):
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
             # The module may have been imported by an earlier run; its functions are the same.
             warnings.simplefilter("ignore", RuntimeWarning)
-            runpy.run_module(f"launch.{name}", run_name="__main__")
+            runpy.run_module(f"espalier.launch.{name}", run_name="__main__")
         return ended.value.code
 
     return run

@@ -30,9 +30,9 @@ from espalier.model.mlp import GatedMlp, Mlp
 from espalier.model.norm import LayerNorm, RMSNorm
 from espalier.model.rope import Rope
 from espalier.model.transformer import Block, Transformer
-from tests.model.hf import arrays
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.restore_params import restore_params
+from tests.model.hf import arrays
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "model" / "hf" / "goldens" / "parity"
@@ -93,7 +93,9 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "run" / "model.json")]
     loaded = gin_config.load(
-        entry="espalier.launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
+        entry="espalier.launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        defaults=files,
     )
     run = loaded.entry()
     assert run.start_token == "auto"
@@ -224,8 +226,8 @@ def test_a_target_that_exists_is_left_alone(llama, tmp_path, capsys):
 def test_a_conversion_that_is_killed_leaves_nothing_that_counts(llama, tmp_path):
     code = (
         "import os, sys\n"
-        "from launch import convert\n"
-        "from model.hf.plan import Plan\n"
+        "from espalier.launch import convert\n"
+        "from espalier.model.hf.plan import Plan\n"
         "blocks, seen = Plan.blocks, []\n"
         "def die(self, path):\n"
         "    seen.append(path)\n"
@@ -456,7 +458,9 @@ def test_gin_makes_the_model_that_was_written(tmp_path, name):
     (tmp_path / "config.gin").write_text(text)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "config.gin")]
     config = gin_config.load(
-        entry="espalier.launch.run.load_run:RunConfig", unused={"VOCABULARY": "None"}, defaults=files
+        entry="espalier.launch.run.load_run:RunConfig",
+        unused={"VOCABULARY": "None"},
+        defaults=files,
     )
     run = config.entry()
     assert (run.start_token, run.add_bos) == (None, True)

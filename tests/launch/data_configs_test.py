@@ -6,9 +6,8 @@ import sys
 
 import pyarrow
 import pytest
-from pyarrow import parquet
-
 from espalier.trainers.telemetry.metric_writers import read_jsonl
+from pyarrow import parquet
 
 VOCAB_SIZE = 384  # the rows of the tiny model's table
 

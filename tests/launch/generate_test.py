@@ -324,4 +324,4 @@ def test_help_begins_with_what_is_needed(capsys):
     with pytest.raises(SystemExit) as ended:
         generate.main(["--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: python -m launch.generate --checkpoint=DIR [")
+    assert capsys.readouterr().out.startswith("usage: espalier generate --checkpoint=DIR [")

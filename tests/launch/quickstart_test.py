@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from espalier.launch import cli, quickstart
 
 SMALL = """

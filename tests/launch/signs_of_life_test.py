@@ -22,7 +22,7 @@ def commands():
         if name not in GROUPS or name in ALONE:
             yield name
     for group in GROUPS:
-        module = importlib.import_module(f"launch.{group}")
+        module = importlib.import_module(f"espalier.launch.{group}")
         for name in getattr(module, "COMMANDS", {"search": None}):
             yield f"{group} {name}"
 
@@ -55,7 +55,6 @@ def slow(monkeypatch, capsys):
         return capsys.readouterr().err
 
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(cli, "_by_console", False)
     return run
 
 

@@ -195,8 +195,8 @@ def test_a_local_job_needs_no_status(capsys):
 def test_settings_come_back_from_their_configuration(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from launch.cluster.group import Settings\n"
-        "from launch.cluster.launch_config import as_config\n"
+        "from espalier.launch.cluster.group import Settings\n"
+        "from espalier.launch.cluster.launch_config import as_config\n"
         "def get_config(number='2'):\n"
         "    return as_config(Settings(processes_here=int(number), env=('A=b c',)))\n"
     )
@@ -241,7 +241,9 @@ def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path):
     script = f"trap 'echo stop >>{tmp_path}/stops; exit 75' TERM; echo up >>{tmp_path}/ups; while :; do sleep 0.1; done"
     words = ("--processes=2", "--restarts=3", f"--log={tmp_path}/log", "--", "sh", "-c", script)
     process = subprocess.Popen(
-        [sys.executable, "-m", "espalier.launch.cluster.group", *words], cwd=ROOT, start_new_session=True
+        [sys.executable, "-m", "espalier.launch.cluster.group", *words],
+        cwd=ROOT,
+        start_new_session=True,
     )
     until = time.monotonic() + 60
     while not (tmp_path / "ups").exists() or (tmp_path / "ups").read_text() != "up\nup\n":

@@ -523,7 +523,9 @@ def tiny(train, write, tmp_path):
     gin = tmp_path / "tiny.gin"
     text = GIN.format(programs=train.programs, cache=train.cache)
     gin.write_text(
-        text.replace("from trainers", "from trainers.optim import schedules\nfrom trainers")
+        text.replace(
+            "from trainers", "from espalier.trainers.optim import schedules\nfrom trainers"
+        )
     )
 
     def make(sleep=0.0, change=lambda text: text):
@@ -576,7 +578,7 @@ def test_all_configurations_are_checked_before_the_first_run(tiny, command, tmp_
 def test_a_dry_run_shows_the_runs_and_what_they_stand_for(tiny, command, tmp_path):
     status, out, _ = command("--sweep", tiny(), "--dry_run")
     assert status == 0 and "0 of 2 runs done, 2 waiting" in out
-    assert "longer/seed3: 4 steps\n  python -m launch.train --gin_file=" in out
+    assert "longer/seed3: 4 steps\n  espalier train --gin_file=" in out
     assert not (tmp_path / "out").exists()
     for arguments, error in (
         (("--only=lunger/*",), "matches none of the 2 runs; did you mean 'longer/seed3'"),

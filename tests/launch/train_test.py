@@ -1,4 +1,4 @@
-"""`python -m launch.train` from gin to checkpoint on real text, its numbers, and what it says to bad input."""
+"""`espalier train` from gin to checkpoint on real text, its numbers, and what it says to bad input."""
 
 import contextlib
 import functools
@@ -13,8 +13,8 @@ import types
 import flax.linen as nn
 import pytest
 
-from espalier.data import tasks
 from espalier.common import stages
+from espalier.data import tasks
 from espalier.model.config import TransformerConfig
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import MoeMlp
@@ -291,11 +291,11 @@ def error(result):
                 "LOG_PERIOD=0",
             ],
             [
-                "--gin.BATCH_SIZE=-8: 'trainers.recipe.Recipe.batch_size' is -8",
-                "--gin.EVAL_PERIOD=0: 'launch.train.train.eval_period' is 0",
-                "--gin.EVAL_STEPS=0: 'launch.train.train.eval_steps' is 0",
-                "--gin.CHECKPOINT_PERIOD=-1: 'launch.train.train.checkpoint_period' is -1",
-                "--gin.LOG_PERIOD=0: 'launch.train.train.log_period' is 0",
+                "--gin.BATCH_SIZE=-8: 'espalier.trainers.recipe.Recipe.batch_size' is -8",
+                "--gin.EVAL_PERIOD=0: 'espalier.launch.train.train.eval_period' is 0",
+                "--gin.EVAL_STEPS=0: 'espalier.launch.train.train.eval_steps' is 0",
+                "--gin.CHECKPOINT_PERIOD=-1: 'espalier.launch.train.train.checkpoint_period' is -1",
+                "--gin.LOG_PERIOD=0: 'espalier.launch.train.train.log_period' is 0",
                 "a number that is at least 1",
             ],
         ),
@@ -306,7 +306,9 @@ def error(result):
                 "schedules.rsqrt.peak=%LEARNING_RATE",
                 "schedules.rsqrt.warmup_steps=%WARMUP_STEPS",
             ],
-            ["'launch.train.train.total_steps' is 0, but takes a number that is at least 1"],
+            [
+                "'espalier.launch.train.train.total_steps' is 0, but takes a number that is at least 1"
+            ],
         ),
         (
             [

@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-
 from espalier.trainers import trainable
 
 PARAMS = {

@@ -7,12 +7,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from espalier.trainers.checkpoints import (
+    agreement,
+    manifest,
+    quiet,
+    state_tree,
+    step_dir,
+    store_drivers,
+)
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 from etils import epath
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from espalier.trainers.checkpoints import agreement, manifest, quiet, state_tree, step_dir, store_drivers
-from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

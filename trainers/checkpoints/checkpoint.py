@@ -16,16 +16,23 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import orbax.checkpoint as ocp
-from etils import epath
-from orbax.checkpoint import multihost
-
-from espalier.common.ranges import Count, Size
-from espalier.trainers.checkpoints import agreement, array_files, base_step, manifest, state_tree, step_dir
+from espalier.trainers.checkpoints import (
+    agreement,
+    array_files,
+    base_step,
+    manifest,
+    state_tree,
+    step_dir,
+)
 from espalier.trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
 from espalier.trainers.checkpoints.local_tier import LocalSteps, LocalTier
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import Restored, restore_state
 from espalier.trainers.checkpoints.retention import Retention
+from etils import epath
+from orbax.checkpoint import multihost
+
+from espalier.common.ranges import Count, Size
 
 _log = logging.getLogger(__name__)
 

@@ -14,11 +14,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from espalier.trainers.checkpoints import (
+    commit,
+    manifest,
+    quiet,
+    state_tree,
+    step_dir,
+    store_drivers,
+)
+from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 from etils import epath
 
 from espalier.common.storage import paths
-from espalier.trainers.checkpoints import commit, manifest, quiet, state_tree, step_dir, store_drivers
-from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _BYTES_IN_FLIGHT = 16 << 20
 

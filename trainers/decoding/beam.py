@@ -15,7 +15,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.trainers.decoding.prefill import read
 from espalier.trainers.decoding.sampling import only_among, penalised, without_padding_ids

@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.protocol import inference_model, inference_params
 from espalier.model.transforms import layer_stack
@@ -18,6 +16,7 @@ from espalier.trainers.decoding import decode
 from espalier.trainers.decoding.buckets import bucket_length, padded
 from espalier.trainers.decoding.prefill import prefill, repeated
 from espalier.trainers.decoding.settings import Settings
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class PolicySampler:

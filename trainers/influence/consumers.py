@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-
 from espalier.model.kernels.platform import target_platform
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.trainers.influence import blocks

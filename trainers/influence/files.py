@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from espalier.model.hf.files.safetensors_files import (
     SINGLE,
     SafetensorsReader,

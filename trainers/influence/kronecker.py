@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-
 from espalier.trainers.influence import blocks
 from espalier.trainers.influence.blocks import Precision
 from espalier.trainers.influence.sites import Site

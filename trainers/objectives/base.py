@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
-from jax.sharding import Mesh
-
 from espalier.model.axes import Rules
+from jax.sharding import Mesh
 
 Batch = Mapping[str, jax.Array]
 # name -> (sum, weight); divided after both are summed over microbatches, steps or hosts.

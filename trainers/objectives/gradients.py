@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from espalier.trainers import trainable
 from espalier.trainers.objectives.base import Batch, LossOut, Objective
 

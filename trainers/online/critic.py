@@ -4,8 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-
-from espalier.common.ranges import Fraction, NonNegative, Size
 from espalier.trainers import inputs
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.online import losses
@@ -19,6 +17,8 @@ from espalier.trainers.online.method import (
     Score,
     float_columns,
 )
+
+from espalier.common.ranges import Fraction, NonNegative, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from espalier.common.ranges import NonNegative, Size
 from espalier.trainers import inputs
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.online.method import (
@@ -22,6 +20,8 @@ from espalier.trainers.online.method import (
     Score,
     float_columns,
 )
+
+from espalier.common.ranges import NonNegative, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-
 from espalier.trainers import trainable
 
 Rounding = Literal["stochastic", "nearest"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-
 from espalier.trainers.programs import description, sources
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jax.sharding import Mesh
-
 from espalier.model.axes import Rules
+from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ class ProfilerWindow:
     The first steps of a process compile, so by default they are not traced. Steps are counted from the first
     step of this process, also when a run resumes.
 
-    Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from trainers.telemetry import
+    Example: gin `train.train.profile = @profiler.ProfilerWindow()` (after `from espalier.trainers.telemetry import
     profiler`), then TensorBoard's profile tab on the run's `profile/` folder.
     """
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from espalier.data.text.sources import code, english, environment, languages, markup
+
 from espalier.common import spelling
 
 SOURCES: dict[str, environment.Source] = {

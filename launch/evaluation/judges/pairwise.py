@@ -11,7 +11,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from espalier.launch.evaluation.judges.base import TIE, A, B, Outcome, Pair, Prompt, Question, Reply, Verdict
+from espalier.launch.evaluation.judges.base import (
+    TIE,
+    A,
+    B,
+    Outcome,
+    Pair,
+    Prompt,
+    Question,
+    Reply,
+    Verdict,
+)
 from espalier.launch.inference.chat_endpoint import Silence
 
 # Increase it with every change of the wording or the parsing: replies in a journal are of one version.

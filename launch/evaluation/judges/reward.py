@@ -5,7 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.launch.evaluation.judges import checkpoint as checkpoints
-from espalier.launch.evaluation.judges.base import TIE, A, B, JudgeError, Outcome, Pair, Question, Reply
+from espalier.launch.evaluation.judges.base import (
+    TIE,
+    A,
+    B,
+    JudgeError,
+    Outcome,
+    Pair,
+    Question,
+    Reply,
+)
 
 
 class RewardJudge:

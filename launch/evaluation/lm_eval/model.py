@@ -54,9 +54,9 @@ class EspalierLM(TemplateLM):
       batch_size: maximum rows of a batch; 1 (the harness's value without --batch_size) and 'auto' mean as many as
         batch_tokens allows.
       max_batch_size: a second limit of rows; None for no limit.
-      cache_policy: cache policy of generation, see `python -m launch.generate --help`; its settings are cache_NAME,
+      cache_policy: cache policy of generation, see `espalier generate --help`; its settings are cache_NAME,
         such as cache_capacity=1024.
-      cache_dtype, prefill_chunk: see `python -m launch.generate --help`.
+      cache_dtype, prefill_chunk: see `espalier generate --help`.
       seed: seed of requests that sample.
       device: ignored: JAX chooses the device (JAX_PLATFORMS).
       **others: settings of the cache policy.

@@ -3,7 +3,7 @@
 The sweep asks what more languages cost, and what a base is worth. Fourteen runs for each seed, of about a minute on one core; the
 number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/aya23/experiment.py:5 --out runs/aya23/toy --workers 2
+  espalier sweep --sweep launch/papers/aya23/experiment.py:5 --out runs/aya23/toy --workers 2
 
 Vocabularies are trained on languages of unequal amounts of text: as they are, and in equal shares.
 """

@@ -4,7 +4,7 @@ Seven languages in three clusters, on words of installed packages. A base; a tea
 keeps of their answers; experts of the clusters, which part from the joint model halfway, merged; the weights of a merge of six, one of
 them harmful; polish; offline and online preference training, by cluster with merges, and jointly. The number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/aya_expanse/experiment.py:5 --out runs/aya_expanse/small --workers 2
+  espalier sweep --sweep launch/papers/aya_expanse/experiment.py:5 --out runs/aya_expanse/small --workers 2
 """
 
 import json

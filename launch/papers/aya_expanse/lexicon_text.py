@@ -16,15 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import GeneratedSource
 from espalier.data.languages import parallel
 from espalier.data.text.documents import Document
 from espalier.data.text.sources import cleaning
-from espalier.common.ranges import Seed, Size
 from espalier.launch.papers.aya_expanse import lexicon
+
+from espalier.common.ranges import Seed, Size
 
 CACHED_AS = "data.aya_expanse.lexicon_text"  # the name by which caches of its data know it
 

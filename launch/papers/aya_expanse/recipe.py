@@ -5,7 +5,7 @@
 
 Every stage of a cluster starts from the merge before it, which is also its frozen reference. The settings are in a file:
 
-  python -m launch.sweep --sweep launch/papers/aya_expanse/recipe.py:recipe.yaml --out runs/aya_expanse --workers 1
+  espalier sweep --sweep launch/papers/aya_expanse/recipe.py:recipe.yaml --out runs/aya_expanse --workers 1
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from espalier.data.aya_expanse import pool
 from espalier.common import spelling
+from espalier.data.aya_expanse import pool
 from espalier.launch.papers.shared import sweeps
 
 _MAX_BYTES = 1 << 20

@@ -2,11 +2,11 @@
 
 launch/papers/aya_expanse/experiment.py calls it:
 
-  python -m launch.papers.aya_expanse.small_stage requests --seed=90 --to=DIR
-  python -m launch.papers.aya_expanse.small_stage pool --requests=DIR --runs A B C --seed=90 --to=DIR
-  python -m launch.papers.aya_expanse.small_stage search --requests=DIR --runs A B C --seed=90 --to=DIR
-  python -m launch.papers.aya_expanse.small_stage merge --method=ties --base=DIR --runs A B C --to=RUN
-  python -m launch.papers.aya_expanse.small_stage searched --search=DIR --to=RUN
+  python -m espalier.launch.papers.aya_expanse.small_stage requests --seed=90 --to=DIR
+  python -m espalier.launch.papers.aya_expanse.small_stage pool --requests=DIR --runs A B C --seed=90 --to=DIR
+  python -m espalier.launch.papers.aya_expanse.small_stage search --requests=DIR --runs A B C --seed=90 --to=DIR
+  python -m espalier.launch.papers.aya_expanse.small_stage merge --method=ties --base=DIR --runs A B C --to=RUN
+  python -m espalier.launch.papers.aya_expanse.small_stage searched --search=DIR --to=RUN
 """
 
 import argparse

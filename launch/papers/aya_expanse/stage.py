@@ -2,10 +2,10 @@
 
 launch/papers/aya_expanse/recipe.py calls it; RECIPE is its recipe.yaml:
 
-  python -m launch.papers.aya_expanse.stage prompts --recipe=RECIPE --to=DIR
-  python -m launch.papers.aya_expanse.stage arbitrage --recipe=RECIPE --prompts=DIR --runs A B --to=DIR
-  python -m launch.papers.aya_expanse.stage merge --recipe=RECIPE --runs A B --to=RUN
-  python -m launch.papers.aya_expanse.stage rounds --recipe=RECIPE --runs A B C --to=DIR
+  python -m espalier.launch.papers.aya_expanse.stage prompts --recipe=RECIPE --to=DIR
+  python -m espalier.launch.papers.aya_expanse.stage arbitrage --recipe=RECIPE --prompts=DIR --runs A B --to=DIR
+  python -m espalier.launch.papers.aya_expanse.stage merge --recipe=RECIPE --runs A B --to=RUN
+  python -m espalier.launch.papers.aya_expanse.stage rounds --recipe=RECIPE --runs A B C --to=DIR
 
 Indicators of over-optimisation by language are what a reward and an independent judge say of the models of each round. The reward
 that a policy is trained on rises by construction. It is trusted as long as a judge that the policy is not trained on agrees, answers

@@ -3,12 +3,12 @@
 Phases are runs: what they start from is trained once, mixtures are made by `launch.upcycle` in between, and the
 same command goes on wherever it was stopped. After a colon are the domains and the number of seeds:
 
-  python -m launch.sweep --sweep launch/papers/bam/experiment.py:synthetic,5 --out runs/bam/synthetic --workers 2
+  espalier sweep --sweep launch/papers/bam/experiment.py:synthetic,5 --out runs/bam/synthetic --workers 2
 
 or `full` and DATA_ROOT, a folder of data with the tokenizer in its `tokenizer`: the 590M seed, its specialists, and the
 mixtures of the paper's tables. To see these runs and their commands, which a cluster runs in the order of what they start from:
 
-  python -m launch.sweep --sweep launch/papers/bam/experiment.py:full,/data --out /runs/bam --dry_run
+  espalier sweep --sweep launch/papers/bam/experiment.py:full,/data --out /runs/bam --dry_run
 """
 
 import functools
@@ -238,7 +238,15 @@ def _full_sweep(data: str) -> ml_collections.ConfigDict:
     branches = [f"{domain}={{{domain}}}" for domain in FULL_DOMAINS]
     for arm, (flags, file, bindings, copies) in FULL_MIXTURES.items():
         seeds = [f"general{i}={{seed}}" for i in range(copies)]
-        command = ("{python}", "-m", "espalier.launch.upcycle", *flags, "--experts", *seeds, *branches)
+        command = (
+            "{python}",
+            "-m",
+            "espalier.launch.upcycle",
+            *flags,
+            "--experts",
+            *seeds,
+            *branches,
+        )
         arms[f"{arm}_start"] = {"made": (*command, "--to={run}")}
         start = f"{arm}_start"
         trained = {"parent": start, "bindings": (*balance(arm, FULL_BALANCE_LOSS), *bindings)}
@@ -247,7 +255,14 @@ def _full_sweep(data: str) -> ml_collections.ConfigDict:
             share = paper_flops("btx", FULL_CONTEXT) / paper_flops(arm, FULL_CONTEXT)
             trained["bindings"] += (f"TRAIN_TOKENS={share * FULL_TOKENS:.4g}",)
             arms[f"{arm}_cm"] = sweeps.arm(f"{FULL}{file}.gin", **trained)
-    soup = ("{python}", "-m", "espalier.launch.upcycle", "--method=soup", "--experts", "general={seed}")
+    soup = (
+        "{python}",
+        "-m",
+        "espalier.launch.upcycle",
+        "--method=soup",
+        "--experts",
+        "general={seed}",
+    )
     arms["soup"] = {"made": (*soup, *branches, "--to={run}")}
     return sweeps.config(arms, bindings=sweeps.data_root(data))
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
 from espalier.launch.papers.bam import experiment
 from espalier.launch.papers.bam.experiment import (
     BAM,
@@ -31,7 +30,15 @@ from espalier.launch.papers.bam.experiment import (
 from espalier.launch.papers.shared import domains
 from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
 from espalier.launch.papers.shared.domain_panels import choice_maps, curve, dots, load_dots
-from espalier.launch.papers.shared.domains import LOAD_BOUND, MEAN, everywhere, off, on, pairs, swept
+from espalier.launch.papers.shared.domains import (
+    LOAD_BOUND,
+    MEAN,
+    everywhere,
+    off,
+    on,
+    pairs,
+    swept,
+)
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, ORANGE, PURPLE, RED

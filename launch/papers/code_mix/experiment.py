@@ -3,14 +3,14 @@
 Recipes, proportions, kinds of code and cooldowns share the runs they start from. 18 runs for each seed, of a minute
 on a core or less for each 2.4 million tokens; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/code_mix/experiment.py:5 --out runs/code_mix/skills --workers 2
+  espalier sweep --sweep launch/papers/code_mix/experiment.py:5 --out runs/code_mix/skills --workers 2
 
 At full size every arm of the paper at 470M, the recipes at 2.8B too. After `full,` comes DATA_ROOT, a folder of data with the tokenizer
 in its `tokenizer` and the evaluation sets in its `eval`, and after a comma the judge of win rates, as of launch.evaluate win_rate;
 without one there are none. The prompts that it judges are 200 of Dolly's in `eval/dolly_200.jsonl`, rows {"prompt": "..."}. To see the
 runs and their commands, which a cluster runs in the order of their parents:
 
-  python -m launch.sweep --out /runs/code_mix --dry_run \\
+  espalier sweep --out /runs/code_mix --dry_run \\
     --sweep 'launch/papers/code_mix/experiment.py:full,/data,openai:https://host/v1,model=NAME,key_env=KEY'
 """
 
@@ -279,7 +279,13 @@ def _judged(data: str, judge: str) -> dict[str, dict]:
         for arm in FULL_JUDGED
     }
     systems = [f"{arm}={{answers_{arm}}}" for arm in FULL_JUDGED]
-    judging = ("espalier.launch.evaluate", "win_rate", f"--judge={judge}", "--out={run}", "--systems")
+    judging = (
+        "espalier.launch.evaluate",
+        "win_rate",
+        f"--judge={judge}",
+        "--out={run}",
+        "--systems",
+    )
     made = {**answers, WIN_RATES: (*judging, *systems)}
     return {name: {**sweeps.made(*words), "sizes": ("470m",)} for name, words in made.items()}
 

@@ -1,6 +1,6 @@
 """The quickstart's code-mix arms with three seeds, and two cooldowns that share the balanced runs.
 
-python -m launch.sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
+espalier sweep --sweep launch/papers/code_mix/quickstart_sweep.py --out runs/code_mix_quickstart
 """
 
 from ml_collections import ConfigDict

@@ -21,6 +21,7 @@ from typing import Any
 from espalier.data import tasks
 from espalier.data.code_mix import procedures, skills
 from espalier.data.data_source import GeneratedSource
+
 from espalier.common.ranges import Count, Seed
 
 CACHED_AS = "data.code_mix.skill_sources"  # the name by which caches of its data know it

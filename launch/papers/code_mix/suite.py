@@ -184,7 +184,7 @@ def _question(question: str) -> str:
 
 
 # Benchmarks whose answers are programs, and how to run them.
-_RUN = "python -m launch.evaluate code --problems={} --json=FILE, then --code_results=FILE here"
+_RUN = "espalier evaluate code --problems={} --json=FILE, then --code_results=FILE here"
 OF_CODE = {
     "humaneval": _RUN.format("humaneval"),
     "mbpp": _RUN.format("MBPP.jsonl") + "; the set is google-research-datasets/mbpp, split test",

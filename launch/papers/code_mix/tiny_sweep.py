@@ -3,7 +3,7 @@
 Text only, half code, half code and then text, and that with two cooldowns; two seeds. A few minutes on
 two cores:
 
-  python -m launch.sweep --sweep launch/papers/code_mix/tiny_sweep.py --out runs/tiny_code_mix --workers 2
+  espalier sweep --sweep launch/papers/code_mix/tiny_sweep.py --out runs/tiny_code_mix --workers 2
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Writes the small corpus of a seed, its queries, and the halves of it that models are trained on again.
 
-  python -m launch.papers.influence.corpus --to=DIR --seed=0
+  python -m espalier.launch.papers.influence.corpus --to=DIR --seed=0
 
 In DIR are documents.jsonl and held_out.jsonl ({"text", "source"}), queries.jsonl ({"prompt", "completion", "group",
 "answer"}), halves.npz with the subsets, and half_00.jsonl and so on: all documents in their order, in which each one that

@@ -1,7 +1,7 @@
 """How much damping of the curvature finds the documents of facts and predicts retraining, in tiny models that memorised them.
 
-  python -m launch.papers.influence.damping --seed=0 --out=docs/reproductions/influence/damping_0.json
-  python -m launch.papers.influence.damping --table docs/reproductions/influence/damping_*.json
+  python -m espalier.launch.papers.influence.damping --seed=0 --out=docs/reproductions/influence/damping_0.json
+  python -m espalier.launch.papers.influence.damping --table docs/reproductions/influence/damping_*.json
 
 A model of 0.1M parameters learns 240 lines by heart: 60 invented facts, each stated once, and worked examples of two procedures.
 Then, for each method and relative damping (trainers/influence/kronecker.py):

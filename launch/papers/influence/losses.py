@@ -1,6 +1,6 @@
 """Measures the queries' losses of models that were trained on parts of a corpus, and what scores predict of them.
 
-  python -m launch.papers.influence.losses --to=DIR --corpus=CORPUS --scores=SCORES --model=MODEL half_00=RUN ...
+  python -m espalier.launch.papers.influence.losses --to=DIR --corpus=CORPUS --scores=SCORES --model=MODEL half_00=RUN ...
 
 The runs are of all halves of the corpus and of the corpora without the top documents of a method, by the names of their
 files. In DIR is losses.json: linear datamodeling scores by method, how much higher the losses of the queries of a

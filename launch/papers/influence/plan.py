@@ -1,6 +1,6 @@
 """Counts what EK-FAC at full size takes: storage, operations and time, from the models' shapes alone.
 
-  python -m launch.papers.influence.plan
+  python -m espalier.launch.papers.influence.plan
 
 prints the table of docs/influence.md: factors from FITTED documents, and SCORED documents for QUERIES queries, of LENGTH tokens
 each. Nothing is compiled or measured: `launch.precompile tables` compiles programs of the same models.

@@ -10,9 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
 from espalier.launch.attribution.analyses import tables
-from espalier.launch.papers.influence import corpus, experiment, figures, scoring, small_corpus, statistics
+from espalier.launch.papers.influence import (
+    corpus,
+    experiment,
+    figures,
+    scoring,
+    small_corpus,
+    statistics,
+)
 from espalier.launch.papers.influence import exact as tiny
 from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
 from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES

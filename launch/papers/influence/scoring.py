@@ -1,6 +1,6 @@
 """Fits the factors of a model on its corpus, scores all documents by each method, and removes the most influential ones.
 
-  python -m launch.papers.influence.scoring --checkpoint=MODEL --corpus=CORPUS --to=DIR --seed=0
+  python -m espalier.launch.papers.influence.scoring --checkpoint=MODEL --corpus=CORPUS --to=DIR --seed=0
 
 CORPUS is a folder of launch.papers.influence.corpus. In DIR are factors/, scores.npz with the scores of each method
 [documents, queries], scores.json with what the claims compare, and the corpora without the top documents of each method.

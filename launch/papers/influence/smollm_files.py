@@ -1,6 +1,6 @@
 """Writes documents of real text, and queries, for the demonstration with SmolLM2.
 
-  python -m launch.papers.influence.smollm_files --to=DIR --documents=2000
+  python -m espalier.launch.papers.influence.smollm_files --to=DIR --documents=2000
 
 In DIR are documents.jsonl ({"text", "source"}), pieces of the texts of installed packages, equally many of each source, and
 queries.jsonl. Pieces that have the answer of a query come first, up to ANSWERS for each, so that there is something to retrieve.

@@ -1,6 +1,6 @@
 """Scores by one method of the demonstration with SmolLM2: `launch.influence score` into a folder that is made.
 
-  python -m launch.papers.influence.smollm_scores --to=DIR --factors=FACTORS --queries=FILE --documents=FILE --method=bm25
+  python -m espalier.launch.papers.influence.smollm_scores --to=DIR --factors=FACTORS --queries=FILE --documents=FILE --method=bm25
 
 writes DIR/scores.jsonl and what belongs to it; all other flags are those of `launch.influence score`.
 """

@@ -4,19 +4,19 @@ On language, a small character model: first values and ranks, decay of the facto
 starts, and the two rates trained for three times as long. 26 runs for each seed, of half a minute on one core; the number of seeds
 after a colon:
 
-  python -m launch.sweep --sweep launch/papers/low_rank/experiment.py:5 --out runs/low_rank/lm --workers 2
+  espalier sweep --sweep launch/papers/low_rank/experiment.py:5 --out runs/low_rank/lm --workers 2
 
 On generated textures (`vision` and the number of seeds), a small residual network with batch normalisation and SGD. The scale of
 normalised layers does not change their outputs, so that arguments by an effective step size apply. The dense network is decayed, and
 so are all factors; each is trained at a rate and at half of it. 8 runs for each seed, of about a minute on a core:
 
-  python -m launch.sweep --sweep launch/papers/low_rank/experiment.py:vision,5 --out runs/low_rank/vision --workers 2
+  espalier sweep --sweep launch/papers/low_rank/experiment.py:vision,5 --out runs/low_rank/vision --workers 2
 
 At full size (`full` and the folder in which TFDS has prepared all three data sets), GPT-2 on LM1B has three starts, three decays and
 two learning rates, beside dense models and warm starts; ResNet-50 has two ranks, WRN-28-10 three. To see the runs and their commands,
 which a cluster runs in the order of their parents:
 
-  python -m launch.sweep --sweep launch/papers/low_rank/experiment.py:full,/data/tfds --out /runs/low_rank --dry_run
+  espalier sweep --sweep launch/papers/low_rank/experiment.py:full,/data/tfds --out /runs/low_rank --dry_run
 """
 
 import dataclasses
@@ -301,7 +301,9 @@ class _Side:
         from espalier.trainers import partitioning
 
         bindings = (*settings["bindings"], "MODEL_DIR=''")
-        config = gin_config.load(settings["gin_files"], bindings, entry="espalier.launch.train:train")
+        config = gin_config.load(
+            settings["gin_files"], bindings, entry="espalier.launch.train:train"
+        )
         recipe = config.arguments()["recipe"]
         program = recipe.program()
         batch = _batch(recipe, program)

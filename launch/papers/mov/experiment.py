@@ -4,13 +4,13 @@ A T5 is pre-trained by span corruption, then on all compositions of two operatio
 another. It is frozen, and each arm is tuned on 36 compositions in the other words; the 12 that are left are judged by ranking answer
 choices. A tuned arm is about two minutes on one core, the frozen model about eight; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/mov/experiment.py:5 --out runs/mov/operations --workers 2
+  espalier sweep --sweep launch/papers/mov/experiment.py:5 --out runs/mov/operations --workers 2
 
 At full size (`full` and a folder of data) all methods tune T5 1.1 of 770M, 3B and 11B, with the ablations of 3B. The folder has P3's
 rows and templates in `p3` (docs/instructions.md), T5's tokenizer in `tokenizer`, and T5 1.1 adapted to language modelling, as
 launch.convert imports it, in `t5_lm_770m`, `t5_lm_3b` and `t5_lm_11b`. The paper has one seed. To see the runs and their commands:
 
-  python -m launch.sweep --sweep launch/papers/mov/experiment.py:full,/data --out /runs/mov --dry_run
+  espalier sweep --sweep launch/papers/mov/experiment.py:full,/data --out /runs/mov --dry_run
 """
 
 import dataclasses
@@ -87,7 +87,8 @@ def get_config(text: str = "5") -> ml_collections.ConfigDict:
     for name, bindings in VARIANT_BINDINGS.items():
         arms[f"mov10_{name}"] = _mov(10, *bindings)
     evaluations = {
-        name: {"call": f"espalier.launch.papers.mov.evaluations:{name}"} for name in ("ranks", "routing")
+        name: {"call": f"espalier.launch.papers.mov.evaluations:{name}"}
+        for name in ("ranks", "routing")
     }
     judging = sweeps.seeds(seeds, after=_CHOSE)
     return sweeps.config(arms, seeds=judging, evaluations=evaluations)
@@ -251,7 +252,13 @@ def _full_sweep(data: str) -> ml_collections.ConfigDict:
         for name, (file, *bindings) in _full_methods(size).items():
             arms[f"{name}_{size}"] = _full_arm(data, size, file, *bindings)
         arms[f"full_{size}"] = _full_arm(data, size, "")
-    ranks = ("espalier.launch.evaluate", "ranks", "--checkpoint={run}", "--trust_config", "--json={json}")
+    ranks = (
+        "espalier.launch.evaluate",
+        "ranks",
+        "--checkpoint={run}",
+        "--trust_config",
+        "--json={json}",
+    )
     bindings = (f"TOKENIZER={data + '/tokenizer'!r}", f"INSTRUCTIONS_DIR={data + '/p3'!r}")
     return sweeps.config(
         arms,

@@ -15,7 +15,7 @@ writes sets of rows with their templates as `register_instructions` reads them: 
 `copy`, and `operations/known`, of all compositions and of single operations in the other words; in these `operations/pairs`, and one set
 for each composition that is held out, which all seeds share.
 
-  python -m launch.papers.mov.rows --to=DIR --seed=0
+  python -m espalier.launch.papers.mov.rows --to=DIR --seed=0
 """
 
 if __name__ == "__main__":

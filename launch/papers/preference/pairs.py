@@ -2,7 +2,7 @@
 
 The better of two texts of rewards r and s is the first with probability 1 / (1 + exp(s - r)) (Bradley and Terry):
 
-  python -m launch.papers.preference.pairs --checkpoint=SFT --to=DIR --seed=0
+  python -m espalier.launch.papers.preference.pairs --checkpoint=SFT --to=DIR --seed=0
 
 It writes pairs.jsonl, of training prompts, and held_out.jsonl, of held-out prompts, to DIR, and best_of_n.json: the
 P_win, against another sample of the model, of the best of n samples of it by their quality.

@@ -5,8 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from espalier.launch.papers.shared.domains import LOAD_BOUND, ROUTERS, DomainRuns, choices, largest_loads
+from espalier.launch.papers.shared.domains import (
+    LOAD_BOUND,
+    ROUTERS,
+    DomainRuns,
+    choices,
+    largest_loads,
+)
 from espalier.launch.plots import heat_maps, panels
 
 

@@ -34,7 +34,7 @@ def write(reproductions: pathlib.Path, out: pathlib.Path, readme: pathlib.Path) 
         *(
             "# Scorecard",
             "",
-            "All claims of all papers, as `python -m launch.report --all` gathers them from",
+            "All claims of all papers, as `espalier report --all` gathers them from",
         ),
         *(
             f"{there}/*/results.json. Claims in bold must hold at small scale too.",

@@ -4,13 +4,13 @@ Retrieval models are trained phase by phase. A phase ends when the model answers
 limit of updates; the next starts from its parameters and moments. Three runs for each seed, together some minutes on one core; the
 number of seeds after a colon:
 
-  python -m launch.sweep --sweep launch/papers/snapkv/experiment.py:5 --out runs/snapkv/retrieval --workers 2
+  espalier sweep --sweep launch/papers/snapkv/experiment.py:5 --out runs/snapkv/retrieval --workers 2
 
 At full size (`full` and a folder of data) LongBench is answered with the whole cache, with SnapKV at three capacities and with H2O, as in
 table 1. The folder has Hugging Face checkpoints in `models`, and the files of LongBench's data archive in `eval/longbench`. Window 32
 and max pooling over 7; prompts of more than 31,500 tokens or so lose their middle. To see the commands:
 
-  python -m launch.sweep --sweep launch/papers/snapkv/experiment.py:full,/data --out /runs/longbench --dry_run
+  espalier sweep --sweep launch/papers/snapkv/experiment.py:full,/data --out /runs/longbench --dry_run
 
 Programs of full size read a prompt of 131,072 tokens and continue it, with and without SnapKV. The model has the shape of the paper's
 LWM-Text-Chat-1M, which is Llama 2 7B's; weights are bfloat16.
@@ -143,7 +143,13 @@ def _converted(checkpoint: str) -> dict:
 
 
 def _longbench(folder: str, arguments: str) -> dict:
-    words = ("espalier.launch.evaluate", "harness", "--suite=snapkv", "--checkpoint={run}", "--json={json}")
+    words = (
+        "espalier.launch.evaluate",
+        "harness",
+        "--suite=snapkv",
+        "--checkpoint={run}",
+        "--json={json}",
+    )
     flags = (f"--data_dir={folder}", f"--model_args={arguments}")
     return {"command": ("{python}", "-m", *words, *flags)}
 

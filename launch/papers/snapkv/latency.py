@@ -15,8 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
-
 from espalier.launch.papers.snapkv.methods import FULL, Method, methods
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.base import AttentionForm
@@ -27,6 +25,7 @@ from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import cache_bytes, replay
+from tqdm.auto import tqdm
 
 CONFIG = TransformerConfig(
     vocab_size=1024,

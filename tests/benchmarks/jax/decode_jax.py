@@ -33,9 +33,10 @@ class Ours:
     ) -> dict[str, Any]:
         """Generates greedily; returns tokens, and seconds of the whole call, its prefill and its decoding."""
         from espalier.model.kv_cache.policies import policy_named
-        from tests.benchmarks import case
         from espalier.trainers.decoding.decoder import Decoder, Stats
         from espalier.trainers.decoding.settings import Settings
+
+        from tests.benchmarks import case
 
         key = json.dumps([batch, length, new, policy, settings])
         if key not in self._decoders:
@@ -68,10 +69,10 @@ class Ours:
         """
         import jax
         import jax.numpy as jnp
-
         from espalier.model.kv_cache.policies import policy_named
-        from tests.benchmarks import case
         from espalier.trainers.snapkv import replay
+
+        from tests.benchmarks import case
 
         tokens = jnp.asarray(case.prompts(self._sizes, batch, length), jnp.int32)
         lengths = jnp.full(batch, length, jnp.int32)

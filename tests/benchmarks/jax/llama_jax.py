@@ -25,7 +25,6 @@ def train(
 ) -> dict[str, Any]:
     """Trains from `params` on the batches in turn; returns losses, times and memory."""
     import jax
-
     from espalier.trainers import partitioning
 
     program = recipe.program()
@@ -116,9 +115,8 @@ def peer_params(folder: str) -> Any:
 def initial_state(program: Any, params: Any) -> Any:
     """Returns the state of step 0 with the parameters `params`; adapters have their initial values."""
     import jax
-    from flax import traverse_util
-
     from espalier.model.adapters import adapter
+    from flax import traverse_util
 
     state = program.init()
     whole, loaded = (traverse_util.flatten_dict(x, sep="/") for x in (state.params, params))

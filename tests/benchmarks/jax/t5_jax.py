@@ -75,9 +75,10 @@ class Ours:
         self, *, batch: int, length: int, new: int, tokens: bool = False
     ) -> dict[str, Any]:
         """Generates greedily after inputs of `length` tokens; returns tokens and seconds of the call."""
-        from tests.benchmarks import case
         from espalier.trainers.decoding.decoder import Decoder
         from espalier.trainers.decoding.settings import Settings
+
+        from tests.benchmarks import case
 
         if (batch, new) not in self._decoders:
             settings = Settings(max_new_tokens=new)

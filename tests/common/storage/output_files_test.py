@@ -54,7 +54,7 @@ def test_a_pipe_gets_the_rows(tmp_path, name):
 def test_standard_output_goes_where_the_shell_sends_it(tmp_path, name):
     file = tmp_path / "out.jsonl"
     file.write_bytes(b"before\n")
-    code = f"from launch.inference import row_files; row_files.check_output({name!r}); row_files.write({name!r}, {ROWS})"
+    code = f"from espalier.launch.inference import row_files; row_files.check_output({name!r}); row_files.write({name!r}, {ROWS})"
     with open(file, "ab") as out:
         before = os.fstat(out.fileno())
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
@@ -119,7 +119,7 @@ def test_a_full_disk_is_not_taken_for_a_written_row(tmp_path):
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from launch.inference import row_files; row_files.write('x.jsonl', [{'a': 'b' * 120}])"
+        "from espalier.launch.inference import row_files; row_files.write('x.jsonl', [{'a': 'b' * 120}])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert b"File too large" in done.stderr

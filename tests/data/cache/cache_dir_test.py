@@ -4,7 +4,6 @@ import os
 import stat
 
 import pytest
-
 from espalier.data.cache import cache_dir
 
 

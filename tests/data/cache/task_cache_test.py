@@ -207,7 +207,7 @@ def test_refuses_what_was_built_from_something_else(changed, tmp_path, monkeypat
         task_cache.open_task_cache(task, "validation", cache_dir=tmp_path)
     assert changed.partition(" (")[0] in str(error.value)
     assert str(before.directory) in str(error.value)
-    assert "python -m launch.prepare cache" in str(error.value)
+    assert "espalier prepare cache" in str(error.value)
     after = task_cache.open_task_cache(task, "validation", cache_dir=tmp_path, changed="build")
     assert after.fingerprint != before.fingerprint
     said = capsys.readouterr().err

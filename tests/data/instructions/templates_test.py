@@ -4,7 +4,6 @@ import itertools
 import pathlib
 
 import pytest
-
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row
 from espalier.data.text.documents import DataError

@@ -112,7 +112,7 @@ def test_errors_name_the_domain_the_file_and_the_remedy(tmp_path):
     [
         (
             None,
-            "the file of embeddings does not exist; make it with python -m launch.prepare embed_domains --output=",
+            "the file of embeddings does not exist; make it with espalier prepare embed_domains --output=",
         ),
         ("[]", "TypeError"),
         ("{", "JSONDecodeError"),

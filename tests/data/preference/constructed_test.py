@@ -4,7 +4,6 @@ import sys
 import types
 
 import pytest
-
 from espalier.data.preference import constructed, records
 
 

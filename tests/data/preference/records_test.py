@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import pytest
-
 from espalier.data.preference import records
 from espalier.data.preference.records import DegenerateError
 from espalier.data.text.documents import DataError

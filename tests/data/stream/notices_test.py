@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from espalier.data.chats.stream import ChatSource
 from espalier.data.preference.pair_plan import PairPlan
 from espalier.data.preference.pair_rows import PairSource

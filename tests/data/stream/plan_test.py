@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from espalier.data.stream import plan
 
 PACKINGS = ("best_fit", "concat", "examples")

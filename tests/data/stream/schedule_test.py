@@ -4,7 +4,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-
 from espalier.data.stream import mixing, schedule
 
 

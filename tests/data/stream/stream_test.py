@@ -489,7 +489,7 @@ def test_what_cannot_be_streamed_is_refused(make, caches, tmp_path):
 
 def test_reading_needs_no_tensorflow_or_jax():
     code = (
-        "import sys; from data.cache import store; from data.stream import rows, stream; "
+        "import sys; from espalier.data.cache import store; from espalier.data.stream import rows, stream; "
         "print([m for m in ('tensorflow', 'seqio', 'jax') if m in sys.modules])"
     )
     out = subprocess.run(

@@ -10,7 +10,9 @@ from espalier.data.text import splits
 
 
 def test_stable_hash_is_the_same_in_another_process_and_has_a_known_value():
-    code = "from data.text import splits; print(splits.stable_hash('a/b.py', salt='split'))"
+    code = (
+        "from espalier.data.text import splits; print(splits.stable_hash('a/b.py', salt='split'))"
+    )
     for seed in ("0", "1"):
         out = subprocess.run(
             [sys.executable, "-c", code],

@@ -12,7 +12,6 @@ import struct
 import time
 
 import pytest
-
 from espalier.data.tokenizers import (
     chat_sandbox,
     chat_template,

@@ -68,7 +68,9 @@ def _gin_beside(bench: Bench) -> None:
     run = program.half_way(bench)
     (run / "model.json").unlink()
     path = bench.folder / "executed"
-    text = (run / "config.gin").read_text() + "\nfrom trainers.checkpoints import step_dir\n"
+    text = (
+        run / "config.gin"
+    ).read_text() + "\nfrom espalier.trainers.checkpoints import step_dir\n"
     text += "config.TransformerConfig.sliding_window = @step_dir.write_file()\n"
     text += f"step_dir.write_file.path = '{path}'\nstep_dir.write_file.data = b'x'\n"
     (run / "config.gin").write_text(text)

@@ -59,9 +59,8 @@ _FORMS = {
 def _vocabulary(folder: pathlib.Path) -> Any:
     """Returns a byte-level tokenizer with all these control tokens."""
     import tokenizers
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-
     from espalier.data.tokenizers import vocabularies
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = models.BPE({letter: id for id, letter in enumerate(letters)}, [])

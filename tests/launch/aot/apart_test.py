@@ -2,7 +2,6 @@
 
 import psutil
 import pytest
-
 from espalier.launch.aot import apart
 
 TINY = [

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-
 from espalier.launch.aot import apart, table_rows, tables, tables_page, tpu_topology
 from espalier.launch.config import gin_config
 
@@ -17,7 +16,9 @@ VERSIONS = {"jax": "1", "jaxlib": "1", "libtpu": "1"}
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_a_row_resolves_to_a_run_on_its_chips(row):
-    config = gin_config.load(row.files, row.bindings, entry="espalier.launch.train:train", unused=UNUSED)
+    config = gin_config.load(
+        row.files, row.bindings, entry="espalier.launch.train:train", unused=UNUSED
+    )
     recipe = config.arguments()["recipe"]
     chips = tpu_topology.parse(row.topology).num_chips
     from espalier.launch.aot import candidates

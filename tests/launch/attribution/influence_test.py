@@ -81,7 +81,7 @@ def place(trained_run, tmp_path_factory):
         patch.setattr(sys, "argv", list(arguments))
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
             warnings.simplefilter("ignore", RuntimeWarning)
-            runpy.run_module(f"launch.{arguments[0]}", run_name="__main__")
+            runpy.run_module(f"espalier.launch.{arguments[0]}", run_name="__main__")
         return ended.value.code
 
     place = Place(tmp_path_factory.mktemp("influence"), trained_run.path, command)

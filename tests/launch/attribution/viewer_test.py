@@ -9,7 +9,6 @@ import types
 
 import numpy as np
 import pytest
-
 from espalier.launch.attribution import corpus, pages
 from espalier.launch.attribution.analyses import labels
 

@@ -164,20 +164,23 @@ def test_what_runs_is_told_once_when_its_driver_dies(tmp_path):
     # A driver with threads of its own, as one has that has imported jax.
     (tmp_path / "drive.py").write_text(
         "import sys, threading, time\n"
-        "from launch.cluster import worker\n"
-        "from launch.cluster.base import Job\n"
-        "from launch.cluster.local import LocalSubmitter\n"
+        "from espalier.launch.cluster import worker\n"
+        "from espalier.launch.cluster.base import Job\n"
+        "from espalier.launch.cluster.local import LocalSubmitter\n"
         "for _ in range(8): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         "submitter = LocalSubmitter()\n"
-        "command = (sys.executable, '-m', 'launch.job')\n"
+        "command = (sys.executable, '-m', 'espalier.launch.job')\n"
         f"handle = submitter.submit(Job(name='a', command=command, log='{tmp_path}/log'))\n"
         "while True: submitter.statuses([handle]); time.sleep(0.02)\n"
     )
-    import espalier.launch
+
+    import espalier.launch as launch
 
     # Found as a module of the project, so that it runs in the worker itself.
     paths = [str(tmp_path), *launch.__path__]
-    (tmp_path / "sitecustomize.py").write_text(f"import launch; launch.__path__[:] = {paths!r}\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import espalier.launch as launch; launch.__path__[:] = {paths!r}\n"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     log = tmp_path / "log"
     with subprocess.Popen([sys.executable, str(tmp_path / "drive.py")], env=environment) as driver:

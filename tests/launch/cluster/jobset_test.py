@@ -7,7 +7,6 @@ import re
 
 import pytest
 import yaml
-
 from espalier.launch.cluster import launch_config
 from espalier.launch.cluster.base import Job, State, SubmitError
 
@@ -26,7 +25,11 @@ HOSTILE = (
 )
 SCHEMA = pathlib.Path(__file__).parent / "jobset.schema.json"
 GPUS = ("topology=", "accelerator=nvidia-h100-80gb", "nodes=2", "gpus_per_node=8")
-JOB = Job(name="My run", command=("python", "-m", "espalier.launch.train"), log="/runs/My run/logs/log.txt")
+JOB = Job(
+    name="My run",
+    command=("python", "-m", "espalier.launch.train"),
+    log="/runs/My run/logs/log.txt",
+)
 
 
 def read(*overrides):

@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import pytest
-
 from espalier.launch import sweep
 from espalier.launch.environment import ROOT
 from espalier.launch.sweep import read_results

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from espalier.launch.cluster import launch_config
 from espalier.launch.cluster.base import Job, SubmitError
 
@@ -64,7 +63,14 @@ def test_commands_from_creating_to_deleting(tmp_path):
         ["bash", "start.sh"], check=True, cwd=host / "espalier", capture_output=True, text=True
     )
     words, variables = json.loads(done.stdout)
-    assert words == ["-m", "espalier.launch.cluster.group", "--restarts=20", "--", "python", *HOSTILE]
+    assert words == [
+        "-m",
+        "espalier.launch.cluster.group",
+        "--restarts=20",
+        "--",
+        "python",
+        *HOSTILE,
+    ]
     assert variables == list(HOSTILE)
     assert not list(tmp_path.rglob("PWNED"))
 

@@ -96,7 +96,7 @@ def test_everything_wrong_is_reported_at_once_with_its_place(gin_file):
     bindings = ["RATTE=3", "toy_net.Net.layer=1"]
     text = errors([path, "t5x_configs/models/tinny.gin"], bindings, entry=ENTRY)
     expected = [
-        f"{path}:5: there is no module 'model.transformr'\n    from model import transformr\n"
+        f"{path}:5: there is no module 'espalier.model.transformr'\n    from espalier.model import transformr\n"
         "  Nearest: transformer, transforms.",
         f"{path}:7: nothing reads the macro 'UNUSED'",
         f"{path}:8: 'MODEL_DIR' is required",
@@ -308,7 +308,7 @@ def test_a_function_where_a_list_of_functions_is_taken():
         ["MODEL_DIR='/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=@tasks.register_corpus"],
         entry="espalier.launch.train:train",
     )
-    assert "'launch.train.train.tasks' takes a list" in text
+    assert "'espalier.launch.train.train.tasks' takes a list" in text
     assert "write [@tasks.register_corpus]" in text
 
 
@@ -418,11 +418,12 @@ def test_later_files_and_flags_win_and_relative_files_are_found(gin_file, toy_gi
 
 def test_names_of_several_modules_cannot_be_used_on_the_command_line(gin_file, toy_gin):
     other = gin_file(
-        "from __gin__ import dynamic_registration\nfrom model import mlp as toy_net\n", "other.gin"
+        "from __gin__ import dynamic_registration\nfrom espalier.model import mlp as toy_net\n",
+        "other.gin",
     )
     bindings = ["MODEL_DIR=/x", "toy_net.Net.layers=2"]
     text = errors([gin_file(toy_gin), other], bindings, entry=ENTRY)
-    assert "toy_net and model.mlp" in text
+    assert "toy_net and espalier.model.mlp" in text
 
 
 def test_files_relative_to_the_root_are_found_from_anywhere(gin_file, tmp_path, monkeypatch):

@@ -66,18 +66,21 @@ def test_the_same_in_files(gin_file):
     )
     text = problems(files=[path])
     assert (
-        f"{path}:8: 'trainers.checkpoints.checkpoint.Checkpointer.directory' has no effect" in text
+        f"{path}:8: 'espalier.trainers.checkpoints.checkpoint.Checkpointer.directory' has no effect"
+        in text
     )
-    assert f"{path}:10: 'model.linear.Dense.use_bias' has no effect" in text
+    assert f"{path}:10: 'espalier.model.linear.Dense.use_bias' has no effect" in text
 
 
 def test_flags_win_over_the_entry_functions_bindings(gin_file):
     own = "t5x_configs/runs/evaluate.gin"
     text = problems(
-        "held_out.evaluate.max_batches=3", files=[own], entry="espalier.launch.evaluation.held_out:evaluate"
+        "held_out.evaluate.max_batches=3",
+        files=[own],
+        entry="espalier.launch.evaluation.held_out:evaluate",
     )
     assert (
-        "'launch.evaluation.held_out.evaluate.max_batches' has no effect: the command passes it"
+        "'espalier.launch.evaluation.held_out.evaluate.max_batches' has no effect: the command passes it"
         in text
     )
 
@@ -187,7 +190,7 @@ def test_models_pass_what_the_table_says():
         ("moe.MoeMlp.activation='gelu'", "espalier.model.mlp.GatedMlp.activation"),
         (
             "lowrank.LowRankExpertDense.kernel_init=None",
-            "model.linear.Dense.kernel_init or model.moe.moe.ExpertDense.kernel_init",
+            "espalier.model.linear.Dense.kernel_init or espalier.model.moe.moe.ExpertDense.kernel_init",
         ),
     ],
 )
@@ -253,7 +256,9 @@ def test_every_wrapper_is_read():
         for node in ast.parse(path.read_text("utf-8")).body:
             calls = [x for x in ast.walk(node) if isinstance(x, ast.Call)]
             if any(isinstance(x.func, ast.Name) and x.func.id == "like" for x in calls):
-                module = importlib.import_module(".".join(path.with_suffix("").parts))
+                module = importlib.import_module(
+                    ".".join(("espalier", *path.with_suffix("").parts))
+                )
                 assert gin_reach.wrapper(getattr(module, node.name)) is not None, path
 
 

@@ -117,7 +117,7 @@ def test_a_number_may_stand_for_a_schedule():
 
 
 def test_a_problem_of_a_macro_names_its_place():
-    assert "--gin.LEARNING_RATE=-1: 'trainers.optim.schedules.cosine.peak'" in load_error(
+    assert "--gin.LEARNING_RATE=-1: 'espalier.trainers.optim.schedules.cosine.peak'" in load_error(
         "LEARNING_RATE=-1"
     )
 

@@ -52,9 +52,11 @@ def test_few_things_can_be_named_and_all_only_build_parts_of_models():
     assert len(REGISTERED) <= 60
     for name, value in OBJECTS.items():
         home = value.__module__
-        assert home.startswith(("model.", "jax.nn.initializers")), name
+        assert home.startswith(("espalier.model.", "jax.nn.initializers")), name
         assert callable(value) and not inspect.ismodule(value)
-        assert not home.startswith(("espalier.model.hf", "espalier.model.transforms")), name  # these read files
+        assert not home.startswith(("espalier.model.hf", "espalier.model.transforms")), (
+            name
+        )  # these read files
 
 
 def test_every_shipped_model_and_method_is_recorded_by_registered_names(tmp_path):
@@ -95,7 +97,7 @@ def test_the_equal_gin_text_gives_the_same_record(tmp_path, files):
 
 def test_values_come_back_with_their_types(tmp_path):
     gin_text = (
-        "from __gin__ import dynamic_registration\nfrom model import config\nMODEL = @config.TransformerConfig()\n"
+        "from __gin__ import dynamic_registration\nfrom espalier.model import config\nMODEL = @config.TransformerConfig()\n"
         "config.TransformerConfig.layer_pattern = ('full',)\nconfig.TransformerConfig.dtype = %A\n"
         "A = [1, -2.5e-7, True, None, (), {'a': ('b', [\"it's\"])}]\n"
     )
@@ -136,7 +138,7 @@ LAUGHS = {f"A{i}": [{"macro": f"A{i + 1}"}] * 10 for i in range(9)} | {
         ({"macros": []}, '"macros" and "settings" must be objects'),
         ({"settings": {"transformer.Transformer": 1}}, "'transformer.Transformer' is not the name of a"),
         ({"settings": {"os.system.command": "id"}}, "'os.system' is not a part of a model"),
-        ({"macros": {"MODEL": {"call": "espalier.data.text.user_data:import_mixtures"}}}, "'data.text.user_data:import_mixtures' is not a part"),
+        ({"macros": {"MODEL": {"call": "espalier.data.text.user_data:import_mixtures"}}}, "'espalier.data.text.user_data:import_mixtures' is not a part"),
         ({"macros": {"MODEL": {"call": "launch:cli"}}}, "'launch:cli' is not a part of a model"),
         ({"macros": {"MODEL": {"dict": [[[1], 2]]}}}, "has a key that is not a literal"),
         ({"macros": {"MODEL": {"call": "step_dir.remove"}}}, "'step_dir.remove' is not a part of a model"),
@@ -204,7 +206,11 @@ def test_the_users_own_files_may_bring_it_in_with_what_it_defines(tmp_path, gin_
 
 
 @pytest.mark.parametrize(
-    "name", ["espalier.data.text.user_data:import_mixtures", "espalier.trainers.checkpoints.checkpoint:Checkpointer"]
+    "name",
+    [
+        "espalier.data.text.user_data:import_mixtures",
+        "espalier.trainers.checkpoints.checkpoint:Checkpointer",
+    ],
 )
 def test_the_users_own_files_bring_in_nothing_of_this_project(tmp_path, gin_file, name):
     """Files of data and runs import such modules."""

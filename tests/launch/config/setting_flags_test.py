@@ -5,7 +5,6 @@ import dataclasses
 from typing import Literal
 
 import pytest
-
 from espalier.launch.config import setting_flags
 
 

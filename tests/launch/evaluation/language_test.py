@@ -1,4 +1,4 @@
-"""`python -m launch.evaluate language` on rows of answers, and prompts for them."""
+"""`espalier evaluate language` on rows of answers, and prompts for them."""
 
 import json
 

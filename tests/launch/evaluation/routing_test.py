@@ -52,7 +52,7 @@ def test_routing_is_that_of_held_out_tokens(trained_run, tmp_path, command, caps
     assert json.loads((tmp_path / "again.json").read_text()) == found
     other = tmp_path / "other.gin"
     other.write_text(
-        "from __gin__ import dynamic_registration\nfrom data.tokenizers import vocabularies\n"
+        "from __gin__ import dynamic_registration\nfrom espalier.data.tokenizers import vocabularies\n"
         "VOCABULARY = @vocabularies.byte()\nvocabularies.byte.extra_ids = 5\n"
     )
     given = (f"--checkpoint={mixture}", f"--gin_file={other}", "--tasks", "files")

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-
 from espalier.launch.evaluation import win_rate as win_rate_command
 from espalier.launch.evaluation.judges import pairwise, spec
 

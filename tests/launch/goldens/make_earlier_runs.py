@@ -173,7 +173,7 @@ def main():
 
 def _train(folder, flags):
     script = (
-        "import sys; import conftest; from launch import cli; "
+        "import sys; import conftest; from espalier.launch import cli; "
         "sys.exit(cli.main('Trains.', entry='launch.train:train', argv=sys.argv[1:]))"
     )
     paths = f"{HERE.parents[2]}{os.pathsep}{HERE.parents[1]}"

@@ -4,7 +4,6 @@ import json
 
 import ml_dtypes
 import numpy as np
-
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 
 CONFIG = {

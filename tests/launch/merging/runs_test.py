@@ -16,11 +16,11 @@ from espalier.launch.papers.aya_expanse import lexicon, small_stage
 from espalier.launch.run import load_run
 from espalier.launch.weights import model_card
 from espalier.model.hf import families
-from tests.launch.merging import folders
-from tests.model.hf import arrays
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
 from espalier.trainers.checkpoints.restore_params import restore_params
+from tests.launch.merging import folders
+from tests.model.hf import arrays
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity"
 
@@ -324,7 +324,7 @@ def test_the_example_of_the_docs_runs(branches, command, tmp_path):
     lines = here(commands[1]).strip().splitlines()
     assert len(lines) == 3
     for line in lines:
-        name, *words = shlex.split(line.removeprefix("python -m launch."))
+        name, *words = shlex.split(line.removeprefix("python -m espalier.launch."))
         more = ["--max_new_tokens=2"] if name == "generate" else []
         assert command(name, *words, *more) == 0, line
     base, first, second = branches.params[:3]

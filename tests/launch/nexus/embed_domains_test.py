@@ -53,7 +53,7 @@ def reread(path):
 def test_help_shows_the_encoders_at_once():
     code = (
         "import runpy, sys; sys.argv = ['embed_domains', '--help']\n"
-        "try: runpy.run_module('launch.nexus.embed_domains', run_name='__main__')\n"
+        "try: runpy.run_module('espalier.launch.nexus.embed_domains', run_name='__main__')\n"
         "except SystemExit: print(sorted({'jax', 'tensorflow', 'gin', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -45,9 +45,7 @@ def test_builds_what_a_run_then_finds(tmp_path, capsys):
 
     # The tasks change: a run refuses, the command builds beside, and --replace deletes.
     register(add_eos=False)
-    with pytest.raises(
-        ValueError, match="Changed since then: vocabulary.*python -m launch.prepare cache"
-    ):
+    with pytest.raises(ValueError, match="Changed since then: vocabulary.*espalier prepare cache"):
         stream.make_stream(**row)
     built = command.build_caches(**settings)
     assert built["cmd_b"]["train"] == train - 5

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from espalier.data import tasks
 from espalier.data.preference import records
 from espalier.launch.config import gin_config
@@ -124,7 +123,9 @@ def test_the_data_file_makes_streams_of_the_pairs(tmp_path, monkeypatch, clean, 
         "BATCH_SIZE": 8,
     }
     given = [f"{name}={value!r}" for name, value in bindings.items()]
-    config = gin_config.load([str(tmp_path / "run.gin")], given, entry="espalier.launch.train:train")
+    config = gin_config.load(
+        [str(tmp_path / "run.gin")], given, entry="espalier.launch.train:train"
+    )
     # Only what the run of another kind binds for streams of documents is left over.
     assert all("espalier.data.stream.stream.make_" in str(warning) for warning in config.warnings)
     arguments = config.arguments()

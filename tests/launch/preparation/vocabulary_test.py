@@ -1,4 +1,4 @@
-"""`python -m launch.prepare vocabulary` over the data files of the repository."""
+"""`espalier prepare vocabulary` over the data files of the repository."""
 
 import json
 

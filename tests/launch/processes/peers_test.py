@@ -38,7 +38,7 @@ def exchange(*, rounds: int = 100000, failing: int = -1):
         print(os.getpid(), number, flush=True)
         time.sleep(0.02)
 '''
-CODE = "from launch import cli; raise SystemExit(cli.main('Exchanges.', 'exchanging:exchange'))"
+CODE = "from espalier.launch import cli; raise SystemExit(cli.main('Exchanges.', 'exchanging:exchange'))"
 
 
 def told(error):

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-
 from espalier.trainers.preference.indicators.alarm import Alarm
 
 

@@ -5,7 +5,6 @@ import shutil
 
 import jax
 import pytest
-
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 COMMANDS = {

@@ -48,7 +48,7 @@ def flags_of(method, trained_run, tmp_path, **settings):
         bindings[f"config.TransformerConfig.{name}"] = getattr(sizes, name)
     imports = tmp_path / "vocabulary.gin"
     imports.write_text(
-        "from __gin__ import dynamic_registration\nfrom data.tokenizers import vocabularies\nfrom model import config\n"
+        "from __gin__ import dynamic_registration\nfrom espalier.data.tokenizers import vocabularies\nfrom espalier.model import config\n"
     )
     bindings |= settings
     return [

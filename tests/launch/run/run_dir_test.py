@@ -143,13 +143,13 @@ def test_a_setting_that_a_gin_file_has_got_since_is_no_other_configuration(tmp_p
 def test_a_vocabulary_in_another_place_is_no_other_configuration(tmp_path):
     """Vocabularies are compared by their digests, with the checkpoints and the data."""
     head = CONFIG.replace(
-        "import toy_run\n", "import toy_run\nfrom data.tokenizers import vocabularies\n"
+        "import toy_run\n", "import toy_run\nfrom espalier.data.tokenizers import vocabularies\n"
     )
     own = "VOCABULARY = @run_vocabulary.of()\nrun_vocabulary.of.path = '/run'\n"
     texts = [
         f"{head}VOCABULARY = @vocabularies.sentencepiece()\nvocabularies.sentencepiece.size = 9\n",
         f"{head}VOCABULARY = @vocabularies.huggingface()\nvocabularies.huggingface.path = '/run'\n",
-        f"{head}from launch.run import run_vocabulary\n{own}vocabularies.sentencepiece.size = 9\n",
+        f"{head}from espalier.launch.run import run_vocabulary\n{own}vocabularies.sentencepiece.size = 9\n",
     ]
     for old, new in ((0, 2), (1, 2), (2, 0)):
         folder = tmp_path / f"{old}{new}"
@@ -193,7 +193,7 @@ def test_names_that_may_change_are_the_callers_choice(tmp_path):
 
 def test_whole_classes_may_change_and_meshes_may_but_similar_names_may_not():
     old = CONFIG + "MESH = {'data': 8}\n"
-    new = CONFIG + "MESH = {'data': 2}\nfrom trainers.telemetry import profiler\n"
+    new = CONFIG + "MESH = {'data': 2}\nfrom espalier.trainers.telemetry import profiler\n"
     new += "profiler.ProfilerWindow.num_steps = 3\na/profiler.ProfilerWindow.first_step = 1\n"
     assert config_diff.first_difference(old, new, run_dir.MAY_CHANGE) is None
     assert config_diff.first_difference(old, new, ("MESH", "Profiler")) is not None

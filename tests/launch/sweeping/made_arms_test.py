@@ -271,7 +271,7 @@ def tiny(train, write, tmp_path):
     """A sweep of a seed, two branches, what is made of the three, and a mixture that starts from it."""
     gin, own = tmp_path / "tiny.gin", tmp_path / "own.gin"
     text = GIN.format(programs=train.programs, cache=train.cache)
-    gin.write_text(text.replace("from launch", "from model import config\nfrom launch"))
+    gin.write_text(text.replace("from launch", "from espalier.model import config\nfrom launch"))
     own.write_text("from __gin__ import dynamic_registration\n\nimport local_text\n")
 
     def make(change=lambda text: text):

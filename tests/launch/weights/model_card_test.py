@@ -2,9 +2,8 @@
 
 import json
 
-from etils import epath
-
 from espalier.launch.weights import model_card
+from etils import epath
 
 PHASES = [
     {"first_step": 0, "tokens_per_step": 100.0},

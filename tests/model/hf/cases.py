@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import numpy as np
-
 from espalier.model.hf import families
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

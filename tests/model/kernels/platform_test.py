@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-
 from espalier.model.kernels import platform
 
 

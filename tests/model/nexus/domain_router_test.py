@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy import stats
-
 from espalier.model.bam.moa import MixtureOfAttention
 from espalier.model.config import TransformerConfig
 from espalier.model.linear import Dense
@@ -16,9 +14,15 @@ from espalier.model.mlp import GatedMlp
 from espalier.model.moe import moe, routing
 from espalier.model.moe.moe import MoeMlp
 from espalier.model.moe.router_scale import down_std
-from espalier.model.nexus.domain_router import DomainRouter, expert_vectors, level, random_directions
+from espalier.model.nexus.domain_router import (
+    DomainRouter,
+    expert_vectors,
+    level,
+    random_directions,
+)
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.recipe import Recipe
+from scipy import stats
 
 WIDTH, DOMAIN_DIM, EXPERTS = 8, 5, 4
 CONFIG = TransformerConfig(num_layers=2, embed_dim=WIDTH, num_heads=2, mlp_dim=6, vocab_size=16)

@@ -5,11 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from espalier.model.low_rank import factors
 from espalier.model.low_rank.decompose import Decompose
 from espalier.model.low_rank.lowrank import Factorisation
-from espalier.model.low_rank.lowrank_conv import SCHEMES, LowRankConv, convolve_factors, kernel_of, matrix_of
+from espalier.model.low_rank.lowrank_conv import (
+    SCHEMES,
+    LowRankConv,
+    convolve_factors,
+    kernel_of,
+    matrix_of,
+)
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Source
 from espalier.model.vision.convolution import Conv, convolve

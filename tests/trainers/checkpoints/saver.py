@@ -10,7 +10,6 @@ import pathlib
 import sys
 
 import numpy as np
-
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 

@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from espalier.model.config import TransformerConfig
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import MoeMlp
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.checkpoints import state_tree
-from espalier.trainers.influence import conjugate, documents, kronecker, queries, sites, token_scores
+from espalier.trainers.influence import (
+    conjugate,
+    documents,
+    kronecker,
+    queries,
+    sites,
+    token_scores,
+)
 from espalier.trainers.influence.backward import backward
 from espalier.trainers.influence.consumers import Covariances, Gradients, Rows, Scores, Squares
 from espalier.trainers.influence.fit import Reader

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from espalier.model.adapters import adapter
 from espalier.model.adapters.lora import Lora
 from espalier.model.attention import Attention
@@ -18,7 +17,16 @@ from espalier.model.moe.moe import MoeMlp
 from espalier.model.t5.encoder_decoder import EncoderDecoder
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.checkpoints import state_tree
-from espalier.trainers.influence import conjugate, documents, files, fit, kronecker, queries, scores, sites
+from espalier.trainers.influence import (
+    conjugate,
+    documents,
+    files,
+    fit,
+    kronecker,
+    queries,
+    scores,
+    sites,
+)
 from espalier.trainers.influence.backward import backward
 from espalier.trainers.influence.consumers import Covariances, Gradients
 from espalier.trainers.scoring.scoring import Row

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from espalier.model.adapters import adapter
 from espalier.model.adapters.lora import Lora
 from espalier.model.attention import Attention
@@ -15,13 +14,14 @@ from espalier.model.config import TransformerConfig
 from espalier.model.mlp import GatedMlp
 from espalier.model.mov.mov import Mov
 from espalier.model.transformer import Block, Transformer
-from tests.trainers.preference.objectives.preference_test import VOCAB, batch_of, pairs
 from espalier.trainers import partitioning, trainable
 from espalier.trainers.checkpoints import base_step, state_tree
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.objectives.own_base import OwnBase, without_adapters
 from espalier.trainers.preference.losses import direct
 from espalier.trainers.preference.objectives.preference import preference
+
+from tests.trainers.preference.objectives.preference_test import VOCAB, batch_of, pairs
 
 CONFIG = TransformerConfig(
     vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, scan_layers=False

@@ -8,9 +8,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
 from espalier.trainers.optim import rounding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DRAWS = 1 << 14
 

@@ -1,7 +1,6 @@
 """What tests of stored programs share."""
 
 import pytest
-
 from espalier.trainers.programs import program
 
 

@@ -67,7 +67,7 @@ def test_unknown_part():
 
 def test_process_start_is_before_the_interpreter_ran_this():
     code = (
-        "import time; before = time.monotonic(); from trainers.telemetry import goodput; time.sleep(0.2);"
+        "import time; before = time.monotonic(); from espalier.trainers.telemetry import goodput; time.sleep(0.2);"
         "print(before - goodput.process_start())"
     )
     started = time.monotonic()

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-
 from espalier.trainers.telemetry import profiler
 
 

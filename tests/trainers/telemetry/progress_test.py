@@ -4,7 +4,6 @@ import io
 import sys
 
 import pytest
-
 from espalier.trainers.telemetry import progress
 
 EVALUATION = {

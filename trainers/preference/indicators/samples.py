@@ -3,7 +3,7 @@
     indicators/samples/<step>.jsonl
 
 has a row for each prompt: "prompt" (ids), "prompt_text", "text", "tokens", "ended" ('eos' or 'length') and numbers. A
-competitor's file has the same rows, or rows of `python -m launch.generate`: "prompt" is then a text, or ids of
+competitor's file has the same rows, or rows of `espalier generate`: "prompt" is then a text, or ids of
 this run's vocabulary, and "text" the output.
 """
 

@@ -10,15 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from espalier.common.ranges import Count, Fraction, NonNegative
 from espalier.model.kernels.cross_entropy import Implementation
 from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.objectives.own_base import OwnBase
-from espalier.trainers.preference.losses.pairs import MissingLabelsError, MissingReferenceError, PairLogProbs
+from espalier.trainers.preference.losses.pairs import (
+    MissingLabelsError,
+    MissingReferenceError,
+    PairLogProbs,
+)
 from espalier.trainers.preference.objectives import completions
+
+from espalier.common.ranges import Count, Fraction, NonNegative
 
 # Log-probabilities of P pairs -> losses [P]; the functions are in trainers/preference/losses/.
 PairLoss = Callable[[PairLogProbs], jax.Array]

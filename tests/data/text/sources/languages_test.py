@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from espalier.data.text.sources import catalogues, environment, languages, names
 
 PO = """

@@ -1,7 +1,6 @@
 """The search for answers in equivalent spellings."""
 
 import pytest
-
 from espalier.launch.attribution.analyses import search
 
 

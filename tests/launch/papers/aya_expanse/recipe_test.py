@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import yaml
-
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
 from espalier.launch.config import gin_config
@@ -235,9 +234,10 @@ def test_a_run_of_a_sweep_has_the_name_of_its_arm():
 
 
 def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
+    import espalier.launch as launch
+
     calls = []
     merge = types.SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
-    import espalier.launch
 
     monkeypatch.setitem(__import__("sys").modules, "espalier.launch.merge", merge)
     monkeypatch.setattr(launch, "merge", merge, raising=False)

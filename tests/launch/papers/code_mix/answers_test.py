@@ -1,7 +1,6 @@
 """Exact match and F1 on cases worked out by hand."""
 
 import pytest
-
 from espalier.launch.papers.code_mix.harness_tasks import answers
 
 

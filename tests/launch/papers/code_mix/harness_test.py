@@ -89,9 +89,7 @@ def test_without_any_set_every_benchmark_is_named(trained_run, tmp_path, command
     assert command("evaluate harness", *flags) == 2
     said = capsys.readouterr().err
     assert "There is no evaluation set" in said
-    assert (
-        "hellaswag: no validation*" in said and "humaneval: python -m launch.evaluate code" in said
-    )
+    assert "hellaswag: no validation*" in said and "humaneval: espalier evaluate code" in said
 
 
 def test_code_results_of_another_form_are_refused(tmp_path, results):

@@ -5,13 +5,20 @@ import pathlib
 
 import numpy as np
 import pytest
-
 from espalier.data import tasks
 from espalier.data.code_mix import procedures, skills
 from espalier.launch.code_mix import skills as evaluate_skills
 from espalier.launch.config import gin_config
 from espalier.launch.papers.code_mix import experiment, judged, report, skill_sources
-from espalier.launch.papers.code_mix.experiment import ANSWERS, JUDGED, PHASES, PLAIN, SHARES, Results, wins
+from espalier.launch.papers.code_mix.experiment import (
+    ANSWERS,
+    JUDGED,
+    PHASES,
+    PLAIN,
+    SHARES,
+    Results,
+    wins,
+)
 from espalier.launch.plots import intervals
 from espalier.launch.run import load_run
 from espalier.launch.sweeping import file

@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-
 from espalier.data import tasks
 from espalier.data.code_mix import procedures, skills
 from espalier.data.stream import stream

@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import numpy as np
-
 from espalier.launch.papers.influence import damping
 from espalier.trainers.influence import kronecker
 

@@ -5,7 +5,6 @@ import json
 import pathlib
 
 import numpy as np
-
 from espalier.launch.config import gin_config
 from espalier.launch.papers.influence import corpus, scoring, small_corpus
 from espalier.launch.sweeping import file
@@ -42,7 +41,9 @@ def test_all_models_continue_the_start_on_files_of_other_arms(tmp_path):
     corpus.write(tmp_path, LINES, 0, sizes=SIZES, queries=2)
     bindings = [x.replace("{corpus}", str(tmp_path)) for x in every["start"].bindings]
     config = gin_config.load(
-        every["start"].gin_files, [*bindings, "MODEL_DIR='/run'"], entry="espalier.launch.train:train"
+        every["start"].gin_files,
+        [*bindings, "MODEL_DIR='/run'"],
+        entry="espalier.launch.train:train",
     )
     recipe = config.arguments()["recipe"]
     assert recipe.model.config.vocab_size >= len(small_corpus.SYMBOLS) + 3

@@ -5,11 +5,25 @@ import json
 
 import numpy as np
 import pytest
-
 from espalier.launch.attribution.analyses import compute, labels
-from espalier.launch.papers.influence import corpus, exact, experiment, figures, losses, scoring, statistics
+from espalier.launch.papers.influence import (
+    corpus,
+    exact,
+    experiment,
+    figures,
+    losses,
+    scoring,
+    statistics,
+)
 from espalier.launch.papers.influence import report as influence_report
-from espalier.launch.papers.influence.small_corpus import ADD_ONE, FACT, GROUPS, REVERSE, Document, Query
+from espalier.launch.papers.influence.small_corpus import (
+    ADD_ONE,
+    FACT,
+    GROUPS,
+    REVERSE,
+    Document,
+    Query,
+)
 from espalier.launch.papers.shared import claim
 
 FACTS = {"command": "a command", "versions": {"jax": "1"}, "criteria": None}

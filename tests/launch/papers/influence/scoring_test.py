@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from espalier.data.tokenizers import vocabularies
-from espalier.launch.papers.influence import completions, corpus, losses, scoring, small_corpus, statistics
+from espalier.launch.papers.influence import (
+    completions,
+    corpus,
+    losses,
+    scoring,
+    small_corpus,
+    statistics,
+)
 from espalier.launch.run import load_run
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer

@@ -10,7 +10,6 @@ import pytest
 
 from espalier.launch.config import gin_config
 from espalier.model.low_rank import factors
-from tests.benchmarks.case import RandomRows
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.batches import global_batch
 from espalier.trainers.checkpoints import state_tree, step_dir
@@ -19,6 +18,7 @@ from espalier.trainers.hooks import RunContext
 from espalier.trainers.low_rank import spectrum
 from espalier.trainers.optim.gradient_terms import make_optimizer
 from espalier.trainers.telemetry.metric_writers import read_jsonl
+from tests.benchmarks.case import RandomRows
 
 LOW_RANK = "t5x_configs/methods/low_rank/low_rank.gin"
 
@@ -74,7 +74,7 @@ def test_factors_are_drawn_with_the_initialiser_of_the_layers_they_replace(init,
     (tmp_path / "halves.gin").write_text(
         "from __gin__ import dynamic_registration\n"
         "import jax\n"
-        "from model import linear\n"
+        "from espalier.model import linear\n"
         "linear.Dense.kernel_init = @jax.nn.initializers.constant()\n"
         "jax.nn.initializers.constant.value = 0.5\n"
     )

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
 from espalier.launch.config import gin_config
 from espalier.launch.papers.low_rank import experiment as lm
 from espalier.launch.sweeping import check, file
@@ -20,7 +19,9 @@ TABLES = (99 + 32) * 64 + 5 * 64  # tokens and positions, and five norms
 
 
 def configuration(files, *bindings):
-    return gin_config.load(files, ["MODEL_DIR='/run'", *bindings], entry="espalier.launch.train:train")
+    return gin_config.load(
+        files, ["MODEL_DIR='/run'", *bindings], entry="espalier.launch.train:train"
+    )
 
 
 def load(files, *bindings):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from espalier.launch import report
 from espalier.launch.papers.preference import board
 from espalier.launch.plots import panels

@@ -5,7 +5,6 @@ import os
 import shutil
 
 import pytest
-
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 

@@ -7,8 +7,14 @@ import math
 
 import numpy as np
 import pytest
-
-from espalier.launch.papers.preference import experiment, numbers, pairs, report, rule, topic_language
+from espalier.launch.papers.preference import (
+    experiment,
+    numbers,
+    pairs,
+    report,
+    rule,
+    topic_language,
+)
 from espalier.launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
 from espalier.launch.papers.shared import claim as shared_claim
 from espalier.launch.sweeping import file

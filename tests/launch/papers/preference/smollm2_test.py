@@ -9,7 +9,6 @@ import pathlib
 
 import numpy as np
 import pytest
-
 from espalier.launch.config import gin_config
 from espalier.launch.sweeping import file
 

@@ -8,7 +8,6 @@ import pathlib
 
 import numpy as np
 import pytest
-
 from espalier.launch import reproduce
 from espalier.launch.papers.shared import claim
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from espalier.launch.evaluation.lm_eval import arguments
 from espalier.launch.evaluation.suites import local_data
 from espalier.launch.papers.snapkv import experiment, suite

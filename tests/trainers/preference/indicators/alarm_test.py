@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from espalier.trainers.preference.indicators.alarm import Reading, StoppingRule
 
 EXACT = StoppingRule(smoothing=0.0)

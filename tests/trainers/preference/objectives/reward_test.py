@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.reward_model import RewardModel
 from espalier.model.hf import families
 from espalier.model.transformer import Transformer
-from tests.model.hf import arrays
 from espalier.trainers import initialise, inputs
 from espalier.trainers.preference.objectives.reward import bradley_terry
 from espalier.trainers.rewards.base import Completion
 from espalier.trainers.rewards.model_reward import ModelReward
 from espalier.trainers.step import make_train_step
 from espalier.trainers.train_state import TrainState
+
+from tests.model.hf import arrays
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "goldens" / "reward_model.npz"
 LENGTH = 24
