@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
+
+from espalier.common.storage import mirror, paths
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.text import documents, splits
-
-from espalier.common.storage import mirror, paths
 
 Patterns = str | Sequence[str]
 Files = Patterns | Mapping[str, Patterns]  # one set of files, or several by name

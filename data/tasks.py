@@ -10,12 +10,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
+from espalier.common.ranges import Positive
 from espalier.data.data_source import GeneratedSource
 from espalier.data.text import corpus as corpus_lib
 from espalier.data.text.sources import names
-
-from espalier.common import spelling
-from espalier.common.ranges import Positive
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
 _TASKS: dict[str, dict[str, Any]] = {}

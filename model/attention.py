@@ -11,6 +11,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Decay, Positive, recordable
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, mean_keys, weights
@@ -21,8 +23,6 @@ from espalier.model.kv_cache.base import AttentionForm, CachePolicy
 from espalier.model.linear import Dense
 from espalier.model.protocol import AttentionSettings
 from espalier.model.rope import Rope
-
-from espalier.common.ranges import Decay, Positive, recordable
 
 
 class PositionBias(Protocol):

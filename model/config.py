@@ -5,9 +5,9 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from espalier.model import axes
 
 from espalier.common.ranges import Layers, Size, recordable
+from espalier.model import axes
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = get_args(Remat)

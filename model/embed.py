@@ -6,10 +6,10 @@ from typing import Annotated
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from espalier.model import axes
-from espalier.model.kernels import narrow, taps
 
 from espalier.common.ranges import CalledWith, Size, recordable
+from espalier.model import axes
+from espalier.model.kernels import narrow, taps
 
 # The factory of a table of tokens.
 Table = Annotated[

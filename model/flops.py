@@ -12,8 +12,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from espalier.model import axes
 from jax.extend.core import jaxprs_in_params
+
+from espalier.model import axes
 
 # u and v are the factors of one kernel. Adapters have two factors, and vectors that a token mixes.
 _MATRICES = ("kernel", "u", "v", "lora_a", "lora_b", "input_scales", "output_scales")

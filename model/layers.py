@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 

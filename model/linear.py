@@ -11,11 +11,11 @@ from typing import Annotated
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import CalledWith, Size, recordable
 from espalier.model.axes import parameter, unboxed
 from espalier.model.flops import Counted
 from espalier.model.kernels import matmul, taps
-
-from espalier.common.ranges import CalledWith, Size, recordable
 
 # The factory of a projection that has no bias, and whose caller initialises it.
 Pointwise = Annotated[

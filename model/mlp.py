@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+
+from espalier.common.ranges import Decay, recordable
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted
@@ -12,8 +14,6 @@ from espalier.model.kernels.dropout import dropped
 from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.linear import Dense
 from espalier.model.protocol import MlpSettings
-
-from espalier.common.ranges import Decay, recordable
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,

@@ -3,9 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from espalier.model import axes
 
 from espalier.common.ranges import Finite, NonNegative, Size, recordable
+from espalier.model import axes
 
 
 @recordable

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
+
 from espalier.model.config import LayerKind
 from espalier.model.kv_cache.base import CacheSizes
 from espalier.model.rows import RowKind

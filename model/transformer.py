@@ -14,6 +14,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Decay, Positive, recordable
 from espalier.model import axes, flops, layers
 from espalier.model.attention import Attention, CrossAttention, Encoded, PositionBias
 from espalier.model.config import LayerKind, TransformerConfig
@@ -26,8 +28,6 @@ from espalier.model.mlp import GatedMlp
 from espalier.model.norm import RMSNorm
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
 from espalier.model.rows import TOKENS, RowKind
-
-from espalier.common.ranges import Decay, Positive, recordable
 
 Layout = Literal["sequential", "parallel"]
 LAYOUTS = get_args(Layout)

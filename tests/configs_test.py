@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+
 from espalier.launch.config import gin_check, gin_config
 from espalier.model import axes
 from espalier.trainers import initialise, partitioning

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model import attention, config, embed, linear, mlp, norm, rope, transformer
 from espalier.model.adapters import adapter, bottleneck, ia3, lora, prompt
 from espalier.model.bam import moa
@@ -28,7 +29,6 @@ from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.optim.param_axes import ParamAxes
 from espalier.trainers.preference.losses import direct, reference_free, terms, unpaired
 from espalier.trainers.preference.losses.pairs import PairLogProbs
-
 from tests.options_effect import called, of_module, traced, without_effect
 
 SIZES = {"vocab_size": 16, "num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}

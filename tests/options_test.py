@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
+
 from espalier.launch.config import gin_check, registered
 from espalier.trainers.optim import optimizers, schedules
-
 from tests.options_effect import parameters, without_effect
 from tests.options_programs_test import PROGRAMS, name_of
 

@@ -12,6 +12,7 @@ import tempfile
 import matplotlib
 import numpy as np
 import pytest
+
 from espalier.launch.run.metric_rows import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from espalier.trainers.batches import Stream
-from espalier.trainers.extensions import StepExtension, Update
 
 from espalier.common.ranges import Positive, Size
+from espalier.trainers.batches import Stream
+from espalier.trainers.extensions import StepExtension, Update
 
 Action = Literal["stop", "skip", "rollback"]
 ACTIONS = get_args(Action)

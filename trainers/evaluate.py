@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+
+from espalier.common.bars import Bar
 from espalier.trainers.batches import Stream, global_batch
 from espalier.trainers.hooks import Hook, HookInterruptedError
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.step import Metrics
 from espalier.trainers.train_state import TrainState
-from jax.sharding import NamedSharding
-
-from espalier.common.bars import Bar
 
 
 class EvalStream(Stream, Protocol):

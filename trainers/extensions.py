@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+
 from espalier.trainers import trainable
 from espalier.trainers.train_state import TrainState
 

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from espalier.common import stages
 from espalier.model import axes
 from espalier.model.axes import Rules
 from espalier.model.protocol import Same
@@ -17,9 +20,6 @@ from espalier.trainers.inputs import Inputs, PackedTokens
 from espalier.trainers.optim import rounding
 from espalier.trainers.partitioning import mesh_spec, shards_of
 from espalier.trainers.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from espalier.common import stages
 
 # Collections of a single call: sown values and perturbations. The state stores all other collections.
 TRANSIENT = ("intermediates", "losses", "metrics", "perturbations")

@@ -11,9 +11,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from espalier.model.protocol import Model
 
 from espalier.common.ranges import Size
+from espalier.model.protocol import Model
 
 Arrays = dict[str, jax.ShapeDtypeStruct]
 # (prompt including the start token, completion including its end token)

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from espalier.common import stages
 from espalier.trainers.anomaly import Anomaly, AnomalyRecords
 from espalier.trainers.batches import Feed, Stream
 from espalier.trainers.checkpoints.checkpoint import Checkpointer, Occasion
@@ -30,8 +32,6 @@ from espalier.trainers.telemetry.progress import Progress
 from espalier.trainers.telemetry.watchdog import watching
 from espalier.trainers.telemetry.window import Window
 from espalier.trainers.train_state import TrainState
-
-from espalier.common import stages
 
 _log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from espalier.trainers.extensions import StepExtension, Update
 
 from espalier.common.ranges import Fraction, Size
+from espalier.trainers.extensions import StepExtension, Update
 
 MOVES = "reference_moves"  # key in TrainState.variables
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
 from espalier.model import axes
 from espalier.model.axes import Rules
 from espalier.model.kernels.platform import use_platform
 from espalier.model.protocol import Sizes
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # data: copies of the model; fsdp: batch and parameters split together; expert: batch and experts split,
 # the rest of the model copied; tensor: heads and widths split.

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 import jax
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from espalier.model.axes import Rules
 from espalier.model.protocol import LanguageModel, Model
 from espalier.trainers import initialise, partitioning, trainable
@@ -31,9 +34,6 @@ from espalier.trainers.programs import program as programs
 from espalier.trainers.reports import Report
 from espalier.trainers.step import make_eval_step, make_train_step
 from espalier.trainers.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ import types
 from typing import Any
 
 import jax
-from espalier.trainers.checkpoints import agreement
 from jax.experimental import multihost_utils
+
+from espalier.trainers.checkpoints import agreement
 
 _log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
 from espalier.trainers import extensions as parts_of_state
 from espalier.trainers import trainable
 from espalier.trainers.extensions import StepExtension, Update

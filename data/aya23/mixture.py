@@ -12,15 +12,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
+from espalier.common.ranges import Amount, Fraction, Positive
 from espalier.data import tasks
 from espalier.data.chats import spans
 from espalier.data.chats import tasks as chats
 from espalier.data.languages import table
 from espalier.data.stream import mixing
 from espalier.data.text import documents
-
-from espalier.common import spelling
-from espalier.common.ranges import Amount, Fraction, Positive
 
 # The paper's groups, with their share of the tokens.
 WEIGHTS: Mapping[str, float] = {

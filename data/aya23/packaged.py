@@ -16,14 +16,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from espalier.common.ranges import Size
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.languages import parallel, table
 from espalier.data.text import splits
 from espalier.data.text.sources import catalogues, cleaning, environment
 from espalier.data.text.sources import languages as packaged_text
-
-from espalier.common.ranges import Size
 
 PACKAGES = ("django", "sphinx", "chatterbot-corpus")
 SETS = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+
 from espalier.data.aya_expanse import routing
 from espalier.data.aya_expanse.prompts import Prompt
 

@@ -26,9 +26,8 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from espalier.data.text.documents import DataError
-
 from espalier.common import spelling
+from espalier.data.text.documents import DataError
 
 Kind = Literal["checkpoint", "hf", "url"]
 KINDS: tuple[Kind, ...] = ("checkpoint", "hf", "url")

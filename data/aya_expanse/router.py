@@ -17,9 +17,9 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 import scipy.special
-from espalier.data.text.documents import DataError
 
 from espalier.common.storage import output_files
+from espalier.data.text.documents import DataError
 
 _DIMENSIONS = 1 << 12
 _ORDERS = (1, 2, 3)  # of the n-grams

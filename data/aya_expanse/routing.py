@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.aya_expanse.pool import DEFAULT, Pool, Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.text.documents import DataError

@@ -9,9 +9,8 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 
-from espalier.data.cache import shared
-
 from espalier.common.storage import output_files
+from espalier.data.cache import shared
 
 VARIABLE = "ESPALIER_CACHE"
 

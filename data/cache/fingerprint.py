@@ -23,6 +23,7 @@ import types
 from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
+
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import source_code
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
+
 from espalier.data.cache.cache_dir import sync
 from espalier.data.cache.cache_files import (
     Record,

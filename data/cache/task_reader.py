@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
+
 from espalier.data.cache import fingerprint
 
 PROBE_RECORDS = 64

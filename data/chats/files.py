@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
 from espalier.data.chats import records, spans
 from espalier.data.chats.records import Kind
 from espalier.data.preference import tokens

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+
+from espalier.common.ranges import NonNegative, Seed, Size
 from espalier.data.cache import store
 from espalier.data.cache.columns import Column
 from espalier.data.choices import check_choice
 from espalier.data.stream import plan, repeats, rows, schedule, stream
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Positions, Stream
-
-from espalier.common.ranges import NonNegative, Seed, Size
 
 Packing = Literal["best_fit", "examples"]
 LongDocuments = Literal["truncate", "drop"]

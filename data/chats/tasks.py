@@ -4,13 +4,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.chats import spans
 from espalier.data.chats.files import ChatFiles
 from espalier.data.choices import check_choice
 from espalier.data.data_source import Files, named_sets
-
-from espalier.common.ranges import Fraction
 
 
 def register_chats(

@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.data.text.document_filters import DocumentFilter
-
 from espalier.common.ranges import Count, Fraction
+from espalier.data.text.document_filters import DocumentFilter
 
 # Literals of Python and of C: digits with a point, an exponent or both. A match next to a word character or
 # another point would be part of a name or of a version number.

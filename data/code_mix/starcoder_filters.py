@@ -10,9 +10,8 @@ import html.parser
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.data.text.document_filters import DocumentFilter
-
 from espalier.common.ranges import Count, Fraction, Positive
+from espalier.data.text.document_filters import DocumentFilter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

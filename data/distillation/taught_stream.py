@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from espalier.data.preference.reference_store import ReferenceStore, StoredStream
 
 FOLDER = "teacher_log_probs"

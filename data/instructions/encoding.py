@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
+
 from espalier.data.cache import fingerprint
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+
 from espalier.data.tokenizers import chat_renderer
 
 SEPARATOR = "|||"  # between input and target, and between answer choices

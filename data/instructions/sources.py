@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import DataSource, FileSource

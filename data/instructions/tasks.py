@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import Fraction, Positive
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.choices import check_choice
@@ -17,8 +18,6 @@ from espalier.data.instructions.templates import Template, read
 from espalier.data.text import documents
 from espalier.data.text.documents import DataError
 from espalier.data.text.tfds_source import TfdsSource
-
-from espalier.common.ranges import Fraction, Positive
 
 ORIGIN = "register_instructions"
 SCORED = "_score_eval"  # ends the names of tasks for ranking

@@ -21,12 +21,11 @@ import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from espalier.common import spelling
 from espalier.data.instructions.renderer import SEPARATOR
 from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_sandbox
-
-from espalier.common import spelling
 
 # Part of the digest of a source: raise it when the same templates and rows become other texts.
 VERSION = 1

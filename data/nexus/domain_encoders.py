@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
 from espalier.data.nexus.domain_embeddings import EmbeddingsError
 
 BUCKETS = 1 << 16  # number of buckets for hashed n-grams

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
+from espalier.common.bars import Bar
 from espalier.data.cache import cache_dir as cache
 from espalier.data.data_source import FileSource, shorten
 from espalier.data.preference.tally import Tally
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
-
-from espalier.common.bars import Bar
 
 
 class Example(Protocol):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.data.cache import cache_dir as cache
 from espalier.data.preference import records, tokens
 from espalier.data.preference.prompted_files import PromptedFiles
@@ -17,8 +19,6 @@ from espalier.data.preference.records import DegenerateError, Kind, Record
 from espalier.data.preference.tally import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-
-from espalier.common.bars import Bar
 
 Invalid = Literal["drop", "error"]
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
+
 from espalier.data.cache.store import Cache
 from espalier.data.choices import check_choice
 from espalier.data.stream.plan import Plan, best_fit, first_fit, starts

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+
 from espalier.data.cache.store import Cache
 from espalier.data.preference.pair_plan import FEATURES, PairPlan, plan_pairs
 from espalier.data.stream import rows

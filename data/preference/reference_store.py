@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.cache import cache_dir as directories
 from espalier.data.stream import batches
 

@@ -9,14 +9,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+
+from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource
 from espalier.data.stream import mixing, repeats, rows, schedule, stream
 from espalier.data.stream.row_stream import EvalStream, RowStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
-
-from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.choices import check_choice
 from espalier.data.preference import files as preference_files
 from espalier.data.preference import records
 from espalier.data.text.documents import DataError
-
-from espalier.common.ranges import Fraction
 
 
 def register_pairs(

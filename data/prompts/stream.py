@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+
+from espalier.common.ranges import Count, Seed, Size
 from espalier.data.cache import store
 from espalier.data.preference.pair_plan import check_prompts
 from espalier.data.prompts.tasks import INFO
 from espalier.data.stream import repeats, rows, schedule, stream
 from espalier.data.stream.plan import Plan
 from espalier.data.stream.train_stream import Positions, Stream
-
-from espalier.common.ranges import Count, Seed, Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.preference import tokens
 from espalier.data.preference.prompted_files import PromptedFiles
@@ -20,8 +22,6 @@ from espalier.data.preference.records import Record
 from espalier.data.preference.texts import text_of
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-
-from espalier.common.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows are read as other examples.
 VERSION = 1

@@ -27,9 +27,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from espalier.data.sandbox import sandbox_zygote, work_folder
-
 from espalier.common.bars import Bar
+from espalier.data.sandbox import sandbox_zygote, work_folder
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "killed", "refused"]
 _ROOT = str(pathlib.Path(__file__).absolute().parents[3])  # from which the package is imported

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+
 from espalier.data.choices import check_choice
 
 Packing = Literal["best_fit", "concat", "examples"]

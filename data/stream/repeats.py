@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
-from espalier.data.stream.schedule import Schedule
 
 from espalier.common import spelling
 from espalier.common.ranges import Positive
+from espalier.data.stream.schedule import Schedule
 
 OnCap = Literal["error", "redistribute", "warn"]
 MaxEpochs = Positive | Mapping[str, Positive]

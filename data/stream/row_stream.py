@@ -4,6 +4,7 @@ import abc
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
 from espalier.data.cache import store
 from espalier.data.stream import batches, order, rows
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+
 from espalier.data.cache import fingerprint
 from espalier.data.cache.store import Cache, digest
 from espalier.data.stream.plan import Plan, make_plan

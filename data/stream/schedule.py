@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+
 from espalier.data.choices import check_choice
 
 Interleaving = Literal["error_diffusion", "random"]

@@ -13,13 +13,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 from espalier.data.cache import store
 from espalier.data.choices import check_choice
 from espalier.data.stream import mixing, plan, repeats, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
-
-from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 
 AnySource = TypeVar("AnySource", bound=rows.Source)
 AnyStream = TypeVar("AnyStream", bound=Stream)

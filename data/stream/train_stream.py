@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import Count, NonNegative
 from espalier.data.cache import store
 from espalier.data.choices import check_choice
 from espalier.data.stream import mixing, order, repeats, rows, schedule
 from espalier.data.stream.row_stream import RowStream
-
-from espalier.common.ranges import Count, NonNegative
 
 Phases = Sequence[tuple[Count, Mapping[str, NonNegative]]]
 # Source -> {'rows': rows read so far, 'order': digest of the order of the rows}.

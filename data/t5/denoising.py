@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import Count, Seed, Size
 from espalier.data import tasks
 from espalier.data.cache import store
 from espalier.data.stream import order
 from espalier.data.stream.rows import Notice
 from espalier.data.t5.noise import Denoising, SpanCorruption
-
-from espalier.common.ranges import Count, Seed, Size
 
 SPAN_CORRUPTION = SpanCorruption()
 

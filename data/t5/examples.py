@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.preference.exact_split import ExactSplit
@@ -21,8 +23,6 @@ from espalier.data.preference.records import DegenerateError
 from espalier.data.preference.tally import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
-
-from espalier.common.ranges import Fraction
 
 # Part of the digest of a source: raise it when the same rows become other examples.
 VERSION = 1

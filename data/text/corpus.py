@@ -16,16 +16,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from espalier.common import spelling
+from espalier.common.bars import Bar
+from espalier.common.ranges import Amount, Count, Fraction
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.text import corpus_build, documents
 from espalier.data.text.document_files import DocumentFiles
 from espalier.data.text.documents import Document
 from espalier.data.text.sources import environment, names
-
-from espalier.common import spelling
-from espalier.common.bars import Bar
-from espalier.common.ranges import Amount, Count, Fraction
 
 FORMAT = documents.Format(text_key="text", id_key="id")
 MANIFEST = "manifest.json"

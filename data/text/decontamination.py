@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import Count, Size
 from espalier.data.text import code_problems, documents
 from espalier.data.text.document_filters import DocumentFilter
 from espalier.data.text.documents import DataError
-
-from espalier.common.ranges import Count, Size
 
 WORDS = 13
 _WORD = re.compile(r"\w+")

@@ -9,15 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common.bars import Bar
+from espalier.common.ranges import Fraction
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import Files, FileSource, named_sets, shorten
 from espalier.data.text import document_filters, documents, splits
 from espalier.data.text.document_filters import DocumentFilter, Sieve
 from espalier.data.text.documents import DataError, Document, Format
-
-from espalier.common.bars import Bar
-from espalier.common.ranges import Fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

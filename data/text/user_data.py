@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import Fraction, NonNegative
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.data_source import Files
 from espalier.data.stream import mixing
 from espalier.data.text import document_files, documents, tfds_source
 from espalier.data.text.document_filters import DocumentFilter
-
-from espalier.common.ranges import Fraction, NonNegative
 
 
 def register_files(

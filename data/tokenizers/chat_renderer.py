@@ -18,6 +18,7 @@ import jinja2.debug  # which jinja2 imports only at the first error, when files 
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+
 from espalier.data.tokenizers.chat_sandbox import MAX_LENGTH, MAX_STEPS
 
 _MAX_MESSAGE = 2000  # characters

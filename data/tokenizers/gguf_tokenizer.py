@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from espalier.data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from espalier.data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
 
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _PREFIX = "tokenizer.ggml."

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import seqio
 import tensorflow as tf
+
 from espalier.data.tokenizers import chat_template, control_tokens, hf_tokenizer
 from espalier.data.tokenizers.chat_sandbox import Rendered
 

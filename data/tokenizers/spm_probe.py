@@ -3,6 +3,7 @@
 import base64
 
 import sentencepiece
+
 from espalier.data.tokenizers import tokenizer_probe
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from espalier.data import cpu_tensorflow
-from espalier.data.choices import check_choice
 
 from espalier.common.ranges import Fraction, Seed
+from espalier.data import cpu_tensorflow
+from espalier.data.choices import check_choice
 
 SPLITS = ("train", "validation")
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import Finite, Positive, Seed, Size
 from espalier.data.cache import store
 from espalier.data.stream import batches, order
 from espalier.data.vision.image_sets import ImageSet
-
-from espalier.common.ranges import Finite, Positive, Seed, Size
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _VERSION = 1  # raise it when the same settings give other batches

@@ -11,10 +11,10 @@ Shapes: N images, S side of the square.
 import dataclasses
 
 import numpy as np
-from espalier.data.choices import check_choice
-from espalier.data.vision import image_sets
 
 from espalier.common.ranges import Count, NonNegative, Seed, Size
+from espalier.data.choices import check_choice
+from espalier.data.vision import image_sets
 
 CHANNELS = 3
 CONTRASTS = (0.08, 0.25)  # least and largest standard deviation of a field along its colour

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
+
 from espalier.launch import environment
 
 _POLL_SECONDS = 0.5

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+
 from espalier.launch.aot import precompile, tpu_topology
 from espalier.launch.aot.tpu_topology import Topology
 from espalier.model import axes

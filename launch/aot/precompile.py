@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+
+from espalier.common import stages
+from espalier.common.storage import output_files
 from espalier.launch.aot import chips, compile_report, programs, tpu_topology
 from espalier.launch.aot.compile_report import Memory, Report
 from espalier.launch.aot.hlo import collectives
@@ -18,9 +21,6 @@ from espalier.model.kv_cache.full import FullCache
 from espalier.trainers import partitioning
 from espalier.trainers.optim import schedules
 from espalier.trainers.recipe import Program, Recipe
-
-from espalier.common import stages
-from espalier.common.storage import output_files
 
 
 def precompile(

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.launch.aot.settings import Options
 from espalier.model import axes
 from espalier.model.flops import mean_keys
@@ -30,7 +32,6 @@ from espalier.trainers.influence.consumers import Consumer, Covariances, Scores,
 from espalier.trainers.influence.fit import Reader
 from espalier.trainers.influence.queries import Compression
 from espalier.trainers.recipe import Program, Recipe
-from jax.sharding import NamedSharding, PartitionSpec
 
 Kind = Literal["train", "prefill", "decode", "covariances", "squares", "scores"]
 INFLUENCE = ("covariances", "squares", "scores")

@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from espalier.common import stages
 from espalier.launch import cli, environment
 from espalier.launch.aot import apart, candidates, precompile, tpu_topology
 from espalier.launch.aot.candidates import Candidate
 from espalier.launch.aot.settings import Search
 from espalier.launch.config import setting_flags
 from espalier.trainers.recipe import Recipe
-
-from espalier.common import stages
 
 Kind = Literal["batch", "layout"]
 

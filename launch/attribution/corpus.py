@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.data.text import documents
 from espalier.launch.attribution import inputs, ranking
 from espalier.launch.attribution.analyses import labels, search
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
-
-from espalier.common.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True)

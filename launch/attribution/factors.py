@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.launch.run.load_run import LoadError
-
 from espalier.common.storage import mirror, output_files
+from espalier.launch.run.load_run import LoadError
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"

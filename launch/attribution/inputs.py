@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
+from espalier.common.storage import paths
 from espalier.data.text import documents as document_files
 from espalier.launch.attribution.analyses import labels
 from espalier.launch.config.setting_flags import File
@@ -18,9 +20,6 @@ from espalier.launch.inference.texts import decoder_of
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.trainers.decoding.stop_strings import GrowingText
 from espalier.trainers.scoring.scoring import Row
-
-from espalier.common import spelling
-from espalier.common.storage import paths
 
 QUERY_EXAMPLE = '{"prompt": "2 + 3 =", "completion": " 5"}'
 DOCUMENT_EXAMPLE = '{"text": "..."} or {"tokens": [...]}'
@@ -269,6 +268,7 @@ def _content(row: Row) -> bytes:
 def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
     """Raises LoadError if a mixture is not registered, has no such split, or another vocabulary."""
     import seqio
+
     from espalier.data.stream.rows import vocabulary_digest
 
     names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]

@@ -4,10 +4,9 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from espalier.launch.inference.row_files import RowFileError
-
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import HeldError, StoreLock
+from espalier.launch.inference.row_files import RowFileError
 
 
 @contextlib.contextmanager

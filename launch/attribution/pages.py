@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.storage import output_files
 from espalier.launch.attribution.analyses import compute, tables
 from espalier.launch.attribution.corpus import Corpus
 from espalier.launch.attribution.ranking import ENDS
 from espalier.launch.plots import html_page
-
-from espalier.common.storage import output_files
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
 _SNIPPET = 90

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from espalier.data.text import documents
-from espalier.launch.inference import row_files
-from espalier.launch.inference.row_files import RowFileError
 
 from espalier.common.bars import Bar
 from espalier.common.storage import mirror, output_files, paths
+from espalier.data.text import documents
+from espalier.launch.inference import row_files
+from espalier.launch.inference.row_files import RowFileError
 
 _EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
 _MAX_BYTES = 1 << 30

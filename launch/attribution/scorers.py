@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.attribution import factors as factor_files
 from espalier.launch.attribution import inputs
 from espalier.launch.run import run_model

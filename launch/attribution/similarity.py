@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.launch.attribution import inputs
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.trainers.influence import documents, files, queries
 from espalier.trainers.scoring.scoring import MeanStates, Row
-
-from espalier.common.bars import Bar
 
 
 def _save(folder: pathlib.Path, own: Any, count: int, record: Mapping[str, Any]) -> None:

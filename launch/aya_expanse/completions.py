@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from espalier.common.bars import Bar
 from espalier.data.aya_expanse.pool import Teacher
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.text.documents import DataError
@@ -18,8 +19,6 @@ from espalier.launch.aya_expanse.teachers import Answer, Working, key_of
 from espalier.launch.inference import row_files
 from espalier.launch.inference.chat_endpoint import Silence
 from espalier.launch.inference.row_files import ResumedRows
-
-from espalier.common.bars import Bar
 
 
 class Store:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.aya_expanse import router, routing, second_prompts
 from espalier.data.aya_expanse.pool import Pool
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language

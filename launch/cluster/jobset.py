@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import yaml
+
 from espalier.launch.cluster.base import Handle, Job, State, Status, SubmitError
 from espalier.launch.cluster.launch_config import Launch, texts
 

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from espalier.common import spelling
 from espalier.launch import environment
 from espalier.launch.cluster.base import SubmitError
 from espalier.launch.config import python_config
-
-from espalier.common import spelling
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

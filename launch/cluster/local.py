@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import psutil
+
 from espalier.launch import environment
 from espalier.launch.cluster.base import Handle, Job, State, Status
 from espalier.launch.cluster.worker import peak_bytes

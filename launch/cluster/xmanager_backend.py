@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import psutil
+
 from espalier.launch import environment
 from espalier.launch.cluster.base import Handle, Job, State, Status, SubmitError
 from espalier.launch.cluster.launch_config import Launch, texts

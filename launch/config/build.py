@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import gin
+
 from espalier.launch.config import decorated, text
 from espalier.launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
 from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself

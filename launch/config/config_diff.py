@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gin import config_parser
+
 from espalier.launch.config import gin_source
 from espalier.launch.config.gin_source import Problem, Reference, scoped
-from gin import config_parser
 
 
 class UnreadableConfigError(ValueError):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
+
 from espalier.launch.config.gin_reader import Target
 
 _given = False  # whether gin has bindings of the last configuration

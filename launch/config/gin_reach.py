@@ -17,12 +17,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import CalledWith
 from espalier.launch.config.gin_reader import Bound, Checked, applying, within
 from espalier.launch.config.gin_source import Place
 from espalier.launch.config.gin_values import declaration, hints
 from espalier.model.like import copied, like
-
-from espalier.common.ranges import CalledWith
 
 # Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
 # owner's own source need no row, nor do factories that are declared with CalledWith (model/ranges.py).

@@ -11,11 +11,12 @@ import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from gin import config_parser
+
 from espalier.launch import environment
 from espalier.launch.config import model_file, moved
 from espalier.launch.config.model_file import ModelFileError
 from espalier.launch.input_errors import shortened
-from gin import config_parser
 
 ROOT = environment.ROOT
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"

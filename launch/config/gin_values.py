@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from annotated_types import GroupedMetadata
-from espalier.launch.config.gin_reader import Target
-from espalier.launch.config.gin_source import Macro, Reference
 
 from espalier.common.ranges import CalledWith
+from espalier.launch.config.gin_reader import Target
+from espalier.launch.config.gin_source import Macro, Reference
 
 _SIMPLE = (int, float, str, bool, type(None))
 _LARGEST_FLOAT32 = 3.4028234e38

@@ -2,8 +2,9 @@
 
 import pathlib
 
-from espalier.launch import environment
 from gin.config_parser import ImportStatement
+
+from espalier.launch import environment
 
 # Former name -> name.
 MOVED = {

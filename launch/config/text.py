@@ -4,6 +4,8 @@ import pprint
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from gin import config_parser
+
 from espalier.launch.config.gin_reader import Bound, Target
 from espalier.launch.config.gin_source import (
     DYNAMIC_REGISTRATION,
@@ -11,7 +13,6 @@ from espalier.launch.config.gin_source import (
     is_written_as_itself,
     scoped,
 )
-from gin import config_parser
 
 _WIDTH = 80
 _INDENT = 4  # of a value's lines that do not fit beside its name

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from espalier.common.bars import Bar
 from espalier.data.sandbox import code_sandbox
 from espalier.data.text import code_problems
 from espalier.launch.config import setting_flags
 from espalier.launch.evaluation.pass_at_k import mean_pass_at_k
 from espalier.launch.inference import row_files
 from espalier.launch.run import load_run
-
-from espalier.common.bars import Bar
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
 from espalier.data.stream import rows
 from espalier.launch.evaluation.lm_eval.arguments import (
     default_batch_tokens,
@@ -18,8 +19,6 @@ from espalier.trainers.decoding.settings import Sampling, Settings
 from espalier.trainers.scoring.likelihoods import LikelihoodScorer
 from espalier.trainers.scoring.scoring import Row, Scorer
 from espalier.trainers.telemetry import metric_writers
-
-from espalier.common import spelling
 
 FEATURES = ("inputs", "targets")
 PREDICTION, SCORE = "prediction", "score"

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+
+from espalier.common import stages
 from espalier.launch.inference.generate import Decoding, decoder_and_texts, prompt_of, to_terminal
 from espalier.launch.run import side_by_side
 from espalier.launch.run.load_run import LoadError, RunConfig
-
-from espalier.common import stages
 
 NEW = "/new"  # begins another conversation
 

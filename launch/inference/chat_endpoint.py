@@ -13,8 +13,9 @@ from typing import Any
 
 import requests
 import urllib3.exceptions
-from espalier.launch.inference.deadlines import Deadlines
 from urllib3.util import Retry
+
+from espalier.launch.inference.deadlines import Deadlines
 
 _PATH = "/chat/completions"
 # HTTP statuses after which a request is repeated.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+
 from espalier.launch.inference import row_files
 from espalier.launch.inference.cache_comparison import Agreement, compared
 from espalier.launch.inference.texts import PROMPT_KEYS, Texts, decoder_of

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from espalier.data.text import documents
-
 from espalier.common.storage import mirror, output_files, paths
+from espalier.data.text import documents
 
 _log = logging.getLogger(__name__)
 

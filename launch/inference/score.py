@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+
 from espalier.launch.inference import row_files
 from espalier.launch.run import side_by_side
 from espalier.launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig

@@ -8,10 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.common.storage import mirror
 from espalier.launch.merging.document import Document
 from espalier.launch.merging.settings import Merge, MergeError
-
-from espalier.common.storage import mirror
 
 _MAX_BYTES = 1 << 18
 _MAX_NODES = 50_000

@@ -8,6 +8,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.common import spelling
+from espalier.common.storage import paths
 from espalier.launch.merging.settings import (
     DTYPES,
     Condition,
@@ -22,9 +24,6 @@ from espalier.launch.merging.settings import (
 )
 from espalier.model.transforms import patterns
 from espalier.model.transforms.merge_methods import METHODS, Method
-
-from espalier.common import spelling
-from espalier.common.storage import paths
 
 
 class Document:

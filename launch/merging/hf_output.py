@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.tokenizers import chat_template, hf_tokenizer
 from espalier.launch.merging import card, places, plan_table, tokens
 from espalier.launch.merging.models import CONFIG, HfModel, Model

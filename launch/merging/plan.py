@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.merging.models import Entry, Model, digests
 from espalier.launch.merging.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
 from espalier.launch.merging.settings import (

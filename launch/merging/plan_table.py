@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.merging.plan import Planned
 from espalier.model.transforms.base import aligned
 from espalier.model.transforms.merge import Job

@@ -7,6 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 
+from espalier.common import stages
+from espalier.common.storage import paths
 from espalier.launch.merging import (
     card,
     checks,
@@ -22,9 +24,6 @@ from espalier.launch.merging.plan import Planned, Planner
 from espalier.launch.merging.settings import Merge, MergeError
 from espalier.launch.merging.tokens import Vocabulary
 from espalier.launch.merging.workers import Workers
-
-from espalier.common import stages
-from espalier.common.storage import paths
 
 _SHARD = 5 * 10**9  # bytes
 

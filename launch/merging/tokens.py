@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.storage import mirror
 from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
 from espalier.launch.merging.models import HfModel, Model, Read
 from espalier.launch.merging.settings import Merge, MergeError, Tokens, TokenSource
-
-from espalier.common.storage import mirror
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+
 from espalier.launch.inference import row_files
 from espalier.launch.merging.settings import MergeError
 

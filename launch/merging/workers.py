@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+
 from espalier.launch.merging.models import Read
 from espalier.launch.merging.plan import Planned
 from espalier.launch.merging.settings import MergeError

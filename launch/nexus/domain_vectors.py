@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from espalier.common import spelling
+from espalier.common.bars import Bar
+from espalier.common.storage import paths
 from espalier.data import cpu_tensorflow
 from espalier.data.nexus import domain_embeddings, domain_encoders
 from espalier.data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
 from espalier.launch.inference import row_files
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadedRun
-
-from espalier.common import spelling
-from espalier.common.bars import Bar
-from espalier.common.storage import paths
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read
@@ -215,6 +215,7 @@ def _of_task(name: str) -> Iterator[str]:
       EmbeddingsError: there is no such task or split, or it has no texts.
     """
     import seqio
+
     from espalier.data import tasks
 
     registered = seqio.TaskRegistry.names()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from espalier.launch.plots import hover, panels
 from espalier.launch.reporting.labels import short
 from espalier.launch.reporting.runs import Run

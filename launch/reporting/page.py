@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+
 from espalier.launch.config import config_diff
 from espalier.launch.input_errors import shortened
 from espalier.launch.plots import hover, html_page

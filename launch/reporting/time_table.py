@@ -5,12 +5,11 @@ import os
 import time
 from collections.abc import Sequence
 
+from espalier.common.stages import duration
+from espalier.common.storage import mirror, paths
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import START_PARTS
 from espalier.trainers.telemetry.lifetime import Start
-
-from espalier.common.stages import duration
-from espalier.common.storage import mirror, paths
 
 _HEAD = (
     "began (UTC)",

@@ -174,11 +174,12 @@ def restoring(
       WeightFileError, UnsupportedConfig, UnsupportedModel, MismatchedTensors, UnsuitableDtypeError.
     """
     import jax
+    from flax import traverse_util
+
     from espalier.model.hf import load
     from espalier.model.hf.families import family_of_config
     from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
     from espalier.model.hf.plan import plan
-    from flax import traverse_util
 
     if params == "ema":
         raise LoadError(

@@ -13,10 +13,9 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from espalier.common.ranges import AxisSize, Count
 from espalier.launch import cli
 from espalier.launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
-
-from espalier.common.ranges import AxisSize, Count
 
 if TYPE_CHECKING:  # flags are parsed before gin is imported
     from espalier.launch.config.build import Configuration

@@ -45,6 +45,7 @@ class LoadedRun:
     def unroll(self) -> None:
         """Replaces stacked layers by unrolled ones, once for several decoders and scorers of the run."""
         import jax
+
         from espalier.model.transforms import layer_stack
 
         model, config = self.model, self.model.config

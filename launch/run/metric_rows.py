@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
-
 from espalier.common.storage import mirror, paths
+from espalier.trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
 
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/SOURCE/METRIC
 

@@ -4,9 +4,10 @@ import dataclasses
 import os
 import pathlib
 
+from gin import config_parser
+
 from espalier.launch.config import gin_source
 from espalier.launch.run.model_record import CONFIG
-from gin import config_parser
 
 _PER_TOKEN = "nats per token"
 # Functions bound to Recipe.objective -> the unit of their loss.

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 from espalier.launch.run import run_dir, run_vocabulary
 from espalier.model.adapters.adapter import adapters_of, check_settings
 from espalier.trainers.checkpoints import base_step, restore, step_dir
@@ -16,7 +18,6 @@ from espalier.trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from espalier.trainers.checkpoints.restore_params import INFERENCE_PART
 from espalier.trainers.recipe import Program
-from etils import epath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.bars import Bar
+from espalier.common.ranges import AxisSize, Size
 from espalier.data import tasks
 from espalier.data.cache import store as cache
 from espalier.data.preference.reference_store import ReferencedStream, ReferenceStore
@@ -18,9 +21,6 @@ from espalier.trainers import partitioning
 from espalier.trainers.checkpoints import agreement
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.scoring.scoring import Row, Scorer
-
-from espalier.common.bars import Bar
-from espalier.common.ranges import AxisSize, Size
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _PAIRS_AT_ONCE = 4096  # pairs per write to the store

@@ -28,15 +28,14 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import IO, Any
 
+from espalier.common.storage import mirror, paths
+from espalier.common.storage.lock import StoreLock
 from espalier.launch import environment
 from espalier.launch.config import config_diff, gin_source
 from espalier.launch.config.gin_source import ROOT
 from espalier.launch.run import model_record, run_place
 from espalier.launch.run.run_place import RunDirectoryError
 from espalier.trainers.checkpoints import step_dir
-
-from espalier.common.storage import mirror, paths
-from espalier.common.storage.lock import StoreLock
 
 # Settings that a run may change when it continues: its length, its outputs, its devices, and the place of its vocabulary
 # (the vocabulary itself is compared by its digest).

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+
+from espalier.common.stages import duration
 from espalier.data.preference.tally import Tally
 from espalier.data.stream import rows
 from espalier.launch.run.run_data import RunData
@@ -15,8 +17,6 @@ from espalier.trainers.telemetry import flops, lifetime
 from espalier.trainers.telemetry.goodput import Goodput
 from espalier.trainers.telemetry.lifetime import Start
 from espalier.trainers.telemetry.progress import held_out_text
-
-from espalier.common.stages import duration
 
 Line = rows.Notice
 

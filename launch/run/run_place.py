@@ -7,10 +7,9 @@ import os
 import platform
 from typing import IO
 
-from espalier.trainers.checkpoints import step_dir
-
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import HeldError, StoreLock
+from espalier.trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from espalier.common.ranges import Count
+from espalier.common.storage import mirror
 from espalier.data.cache import cache_dir
 from espalier.data.stream import rows
 from espalier.data.tokenizers import (
@@ -35,9 +37,6 @@ from espalier.data.tokenizers import (
 from espalier.data.tokenizers.chat_template import ChatTemplate
 from espalier.launch.config import gin_source
 from espalier.trainers.checkpoints import step_dir
-
-from espalier.common.ranges import Count
-from espalier.common.storage import mirror
 
 _log = logging.getLogger(__name__)
 

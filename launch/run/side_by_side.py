@@ -90,6 +90,7 @@ def _read(
     """Returns the adapters' arrays by path, the run's record, and the digest of their base's parameters."""
     import jax
     import jax.numpy as jnp
+
     from espalier.model.adapters.adapter import is_adapter
     from espalier.trainers import initialise, partitioning
     from espalier.trainers.checkpoints import base_step, step_dir

@@ -14,6 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common.bars import Bar
+from espalier.common.ranges import AxisSize, Positive, Size
 from espalier.data.cache import cache_dir
 from espalier.data.cache import store as cache
 from espalier.data.distillation import taught_stream
@@ -26,10 +30,6 @@ from espalier.trainers.checkpoints import agreement
 from espalier.trainers.distillation import objective
 from espalier.trainers.distillation.objective import Teacher
 from espalier.trainers.objectives.forward import frozen_forward
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common.bars import Bar
-from espalier.common.ranges import AxisSize, Positive, Size
 
 _VERSION = 1  # increase it when the same model and tokens give other values
 _ROWS_AT_ONCE = 256  # rows per write to the store

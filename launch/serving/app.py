@@ -8,6 +8,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
 from espalier.launch.inference.generate import prompt_of
 from espalier.launch.inference.texts import decoder_of
 from espalier.launch.run.load_run import LoadError
@@ -24,13 +32,6 @@ from espalier.launch.serving.engine import (
 from espalier.launch.serving.replies import Replies
 from espalier.launch.serving.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
 from espalier.trainers.decoding.buckets import bucket_below
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 # Seconds in which a body must arrive.
 _BODY_S = 30.0

@@ -8,10 +8,11 @@ from typing import Any
 
 import h11
 import uvicorn
-from espalier.launch.serving import replies
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from espalier.launch.serving import replies
 
 _NAME = re.compile(r"(?:\[(?P<address>[^]]+)\]|(?P<name>[^][@:]+))(?::\d+)?")
 _HEAD_S = 10.0  # seconds in which the head of a request must arrive

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
 from espalier.launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
 from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.run.load_run import LoadedRun, RunConfig

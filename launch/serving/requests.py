@@ -10,9 +10,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.trainers.decoding.settings import Draw
-
 from espalier.common import spelling
+from espalier.trainers.decoding.settings import Draw
 
 # Characters of a text for each token that a prompt may have: a longer text is not encoded.
 CHARACTERS_OF_TOKEN = 32

@@ -96,6 +96,7 @@ class _Loaded:
 def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     """Loads a run's configuration; returns None after adding its problems."""
     import flax.linen as nn
+
     from espalier.launch.config import config_diff, gin_config
     from espalier.trainers import initialise
     from espalier.trainers.checkpoints import state_tree
@@ -177,8 +178,9 @@ def gin_statements(command: Iterable[str]) -> list[tuple[str, ...]]:
 
 def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yields a file's statements; an include is replaced by the statements of the included file."""
-    from espalier.launch.config import gin_source
     from gin import config_parser
+
+    from espalier.launch.config import gin_source
 
     file = gin_source.find(path, [])
     if file is None:

@@ -31,10 +31,9 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
 from espalier.launch.config import python_config
 from espalier.launch.sweeping import parts
-
-from espalier.common import spelling
 
 _PARENT = "INITIAL_CHECKPOINT_PATH"
 

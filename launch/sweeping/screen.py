@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.launch.sweeping.driver import Progress, RunState
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from espalier.launch.sweeping.driver import Progress, RunState
 
 # State -> (mark, style, meaning).
 _MARKS = {

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.run import load_run, model_record, run_vocabulary
 from espalier.launch.run.model_record import CONFIG
 from espalier.launch.weights import transformed_run

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.data.tokenizers import gguf_tokenizer
 from espalier.launch.run import hf_checkpoint
 from espalier.launch.weights.target_folder import check_space, new_directory
@@ -17,8 +19,6 @@ from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_js
 from espalier.model.hf.plan import Plan, narrow_names
 from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
-
-from espalier.common.bars import Bar
 
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+
 from espalier.data.nexus import domain_embeddings
 from espalier.launch.run.load_run import RunConfig
 from espalier.launch.weights import source_models, transformed_run, upcycle_flags

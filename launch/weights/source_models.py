@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.nexus import domain_embeddings
 from espalier.data.nexus.domain_embeddings import Embeddings
 from espalier.launch.config import gin_source, model_file

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gin import config_parser
+
+from espalier.common.bars import Bar
 from espalier.launch.config import gin_config, gin_reader, gin_source, model_file
 from espalier.launch.inference import row_files
 from espalier.launch.run import model_record, run_vocabulary
@@ -23,9 +26,6 @@ from espalier.model.transforms.base import Recipe, TransformError, TreeTransform
 from espalier.trainers.checkpoints import state_tree, step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.manifest import Block
 from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
-from gin import config_parser
-
-from espalier.common.bars import Bar
 
 _LENGTH = 512
 _BLOCK_BYTES = 64 << 20  # float32 bytes of a block, for arrays computed in blocks of rows
@@ -166,6 +166,7 @@ def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
 def abstract_params(model: Any) -> state_tree.Flat:
     """Returns shapes and dtypes of a model's parameters by path."""
     import flax.linen as nn
+
     from espalier.trainers import initialise
 
     variables = initialise.abstract_variables(model)

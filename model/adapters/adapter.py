@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from espalier.model.protocol import adapters_of
-from espalier.model.transforms.patterns import fullmatch
 
 from espalier.common.ranges import recordable
+from espalier.model.protocol import adapters_of
+from espalier.model.transforms.patterns import fullmatch
 
 PREFIX = "adapter_"
 LEAVES = rf"(.*/)?{PREFIX}\w+/.*"  # whole paths of adapters' parameters

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+
+from espalier.common.ranges import Size, recordable
 from espalier.model import axes
 from espalier.model.adapters.adapter import Adapted, Adapter
 from espalier.model.linear import Dense
 from espalier.model.mlp import activation
-
-from espalier.common.ranges import Size, recordable
 
 
 @recordable

@@ -9,11 +9,11 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import recordable
 from espalier.model import axes
 from espalier.model.adapters.adapter import Adapted, Adapter, AdapterError, rescaled
 from espalier.model.moe.grouped_matmul import grouped_matmul
-
-from espalier.common.ranges import recordable
 
 
 class Rescaling(Adapter):

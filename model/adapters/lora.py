@@ -11,13 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Decay, Positive, Size, recordable
 from espalier.model import axes
 from espalier.model.adapters.adapter import PROJECTIONS, Adapted, Adapter, AdapterError, rescaled
 from espalier.model.kernels import matmul, taps
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.model.transforms.patterns import fullmatch
-
-from espalier.common.ranges import Decay, Positive, Size, recordable
 
 # Uniform between -1/sqrt(in) and 1/sqrt(in), as peft draws A.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

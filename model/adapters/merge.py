@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.model.adapters.adapter import PREFIX, Adapter, Adapters, is_adapter
 from espalier.model.adapters.bottleneck import Bottleneck
 from espalier.model.adapters.ia3 import Rescaling

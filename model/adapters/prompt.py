@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Count, Size, recordable
 from espalier.model import axes
 from espalier.model.adapters.adapter import PREFIX, Adapter, AdapterError
 from espalier.model.embed import Embed
-
-from espalier.common.ranges import Count, Size, recordable
 
 SLOT = "prompt"  # of adapter.named
 

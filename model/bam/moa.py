@@ -16,13 +16,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import NonNegative, Size, recordable, refuse_set
 from espalier.model.attention import Attention
 from espalier.model.like import like
 from espalier.model.linear import Dense
 from espalier.model.moe import routing
 from espalier.model.protocol import AttentionSettings
-
-from espalier.common.ranges import NonNegative, Size, recordable, refuse_set
 
 
 @recordable

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import recordable
 from espalier.model.heads.reward_model import BackboneModel, backbone_variables, scalar_head
 from espalier.model.protocol import Arrays, Output
 from espalier.model.transformer import Hidden
-
-from espalier.common.ranges import recordable
 
 
 @recordable

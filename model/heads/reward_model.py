@@ -12,13 +12,13 @@ from typing import Annotated, Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import CalledWith, recordable
 from espalier.model import axes
 from espalier.model.kv_cache.base import CacheSizes
 from espalier.model.linear import Dense
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
 from espalier.model.rows import TOKENS, RowKind
-
-from espalier.common.ranges import CalledWith, recordable
 
 
 class BackboneModel(OfLayers, nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 from espalier.model.protocol import Same
 from espalier.model.rope import Rope

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
+
 from espalier.model.hf.families import family_of_config
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 from espalier.model.hf.mapping import Piece
 from espalier.model.hf.plan import Plan, plan
 from espalier.model.transformer import Transformer
-from flax import traverse_util
 
 _THREADS = 8  # also on fewer cores: with files that are not in memory, threads wait for the disk
 _ALIGNMENT = 64  # bytes; jax uses host arrays with this alignment without a copy

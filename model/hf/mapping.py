@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+
 from espalier.model.config import TransformerConfig
 
 

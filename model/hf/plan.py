@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
 from espalier.model.hf.description import native_shapes
 from espalier.model.hf.family import Family, MismatchedTensors
 from espalier.model.hf.files import tiles

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.extend import backend
+
 from espalier.model.kernels import attention_blocked, attention_cudnn, attention_splash
 from espalier.model.kernels.attention_shards import per_device, placement
 from espalier.model.kernels.platform import reference_forms, target_platform
-from jax.extend import backend
 
 Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
 IMPLEMENTATIONS = get_args(Implementation)

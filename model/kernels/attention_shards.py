@@ -12,8 +12,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from espalier.model import axes
 from jax.sharding import PartitionSpec
+
+from espalier.model import axes
 
 
 def placement(q_shape, k_shape) -> tuple[PartitionSpec, PartitionSpec] | None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels.cross_entropy_blocked import blocked_nll
 from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.kernels.vocab_logits import LogitForm, join_rows, split_rows

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 from espalier.model.kernels.vocab_logits import LogitForm, join_rows, split_rows
 

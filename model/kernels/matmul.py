@@ -1,6 +1,7 @@
 """The matrix product that every projection uses. Shapes: I inputs, O outputs, '...' any leading."""
 
 import jax
+
 from espalier.model.kernels import narrow
 from espalier.model.kernels.platform import reference_forms, target_platform
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache import scores
 from espalier.model.kv_cache.base import AttentionForm, KeyValues
 from espalier.model.kv_cache.full import Reading

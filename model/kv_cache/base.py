@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 import flax.struct
 import jax
+
 from espalier.model.config import LayerKind
 from espalier.model.rope import Rope
 

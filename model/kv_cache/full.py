@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache import slots
 from espalier.model.kv_cache.base import AttentionForm, CacheSizes, KeyValues
 from espalier.model.kv_cache.slots import Slots

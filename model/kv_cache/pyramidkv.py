@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model.kv_cache.full import Reading
 from espalier.model.kv_cache.slots import Slots
 from espalier.model.kv_cache.snapkv import SnapKV

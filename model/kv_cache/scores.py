@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels.attention_ops import received_attention
 from espalier.model.kv_cache.base import AttentionForm
 from espalier.model.kv_cache.slots import Slots

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache import scores, slots
 from espalier.model.kv_cache.full import FullCache, Reading, check_positive
 from espalier.model.kv_cache.scores import GroupVote

@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 from espalier.model.kv_cache.base import KeyValues
 

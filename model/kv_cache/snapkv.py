@@ -6,6 +6,7 @@ Shapes: B batch, S slots, K key/value heads, G query heads of each.
 import dataclasses
 
 import jax
+
 from espalier.model.kv_cache import scores
 from espalier.model.kv_cache.full import Reading
 from espalier.model.kv_cache.scores import GroupVote, Pooling

@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache import slots
 from espalier.model.kv_cache.base import AttentionForm, KeyValues
 from espalier.model.kv_cache.full import FullCache, Reading

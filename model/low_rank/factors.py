@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from espalier.model.transforms.base import aligned
 from flax import traverse_util
+
+from espalier.model.transforms.base import aligned
 
 RankRule = Literal["min_dim", "param_ratio", "absolute"]
 RANK_RULES = get_args(RankRule)

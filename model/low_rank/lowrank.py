@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Finite, Positive, Size, recordable, refuse_set
 from espalier.model.axes import RANK, parameter, unboxed
 from espalier.model.kernels import matmul, taps
 from espalier.model.like import like
@@ -20,8 +22,6 @@ from espalier.model.low_rank import factors
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.model.moe.moe import ExpertDense
 from espalier.model.transforms.patterns import fullmatch
-
-from espalier.common.ranges import Finite, Positive, Size, recordable, refuse_set
 
 Init = Literal["he", "spectral", "spectral_ones"]
 INITS = get_args(Init)

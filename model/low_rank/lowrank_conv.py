@@ -16,11 +16,11 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import recordable
 from espalier.model.axes import CHANNELS, CHANNELS_IN, RANK
 from espalier.model.low_rank.lowrank import Factorisation, layer_factors
 from espalier.model.vision.convolution import Conv, convolve
-
-from espalier.common.ranges import recordable
 
 Scheme = Literal["channel", "spatial"]
 SCHEMES = get_args(Scheme)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 from espalier.model.kernels import taps
 from espalier.model.kernels.platform import reference_forms, target_platform

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels.platform import reference_forms, target_platform
 from espalier.model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 
 # Experimental modules of JAX, which a version may lack.

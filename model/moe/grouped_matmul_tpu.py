@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model import axes
 
 _ROWS = 128  # of a tile; tiles that two experts share are multiplied for both

@@ -15,6 +15,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import NonNegative, Positive, Size, recordable
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, weights
@@ -27,8 +29,6 @@ from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.model.moe.parallel import Placement
 from espalier.model.moe.routing import Routes, route
 from espalier.model.protocol import MlpSettings
-
-from espalier.common.ranges import NonNegative, Positive, Size, recordable
 
 # As linear.fan_in_normal; the axis of experts does not count as fan-in.
 expert_fan_in_normal = nn.initializers.variance_scaling(

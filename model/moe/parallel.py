@@ -19,10 +19,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
 from espalier.model import axes
 from espalier.model.moe import dispatch, routing
 from espalier.model.moe.dispatch import Dispatch
-from jax.sharding import PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

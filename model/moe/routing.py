@@ -13,9 +13,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from espalier.model import axes
 
 from espalier.common.ranges import CalledWith
+from espalier.model import axes
 
 # The factory of a router, see `router_of`.
 Router = Annotated[

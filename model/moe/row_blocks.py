@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels import narrow
 
 # Rows per block. A block reads its expert's whole kernel, so large blocks are faster. The number of

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+
+from espalier.common.ranges import Size, recordable
 from espalier.model import axes
 from espalier.model.adapters.adapter import Adapted, AdapterError
 from espalier.model.adapters.lora import Lora
 from espalier.model.kernels import matmul
 from espalier.model.mov.router import Routed
-
-from espalier.common.ranges import Size, recordable
 
 
 @recordable

@@ -12,13 +12,13 @@ Shapes: N experts, X width of the rescaled tensor, in H heads of K; '...' leadin
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import recordable
 from espalier.model import axes
 from espalier.model.adapters.adapter import Adapted, rescaled
 from espalier.model.adapters.ia3 import Ia3
 from espalier.model.kernels import matmul
 from espalier.model.mov.router import Routed
-
-from espalier.common.ranges import recordable
 
 
 @recordable

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Decay, NonNegative, Size, refuse_set
 from espalier.model import axes
 from espalier.model.adapters.adapter import Adapted, Adapter, AdapterError
 from espalier.model.linear import Dense
 from espalier.model.moe import routing
 from espalier.model.mov import sentence
-
-from espalier.common.ranges import Decay, NonNegative, Size, refuse_set
 
 RouterInput = Literal["site_tensor", "layer_input", "sentence"]
 

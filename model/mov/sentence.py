@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model import rows
 
 COLUMN = "sentence_embeddings"  # of a batch

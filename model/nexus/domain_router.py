@@ -24,13 +24,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from espalier.common.ranges import NonNegative, Size, recordable
 from espalier.model import axes
 from espalier.model.flops import Counted
 from espalier.model.kernels import matmul
 from espalier.model.linear import Dense, Pointwise, fan_in_normal
 from espalier.model.moe.router_scale import down_std
-
-from espalier.common.ranges import NonNegative, Size, recordable
 
 
 class GatedRouter(Counted):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+
 from espalier.model.transforms import base, experts, upcycle
 from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
 from espalier.model.transforms.experts import ExpertAxis, Mixture

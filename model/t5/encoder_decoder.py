@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import CalledWith, Decay, Layers, Positive, recordable
 from espalier.model import axes, flops, layers
 from espalier.model.attention import Encoded
 from espalier.model.config import TransformerConfig
@@ -25,8 +27,6 @@ from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
 from espalier.model.rows import INPUTS_AND_TARGETS, RowKind
 from espalier.model.t5.relative_bias import RelativeBias
 from espalier.model.transformer import Block, Hidden, cache_sizes_of, scaled_logits
-
-from espalier.common.ranges import CalledWith, Decay, Layers, Positive, recordable
 
 
 class Stack(nn.Module):

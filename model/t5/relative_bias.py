@@ -14,9 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from espalier.model import axes
 
 from espalier.common.ranges import Size, recordable
+from espalier.model import axes
 
 
 @flax.struct.dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.config import TransformerConfig
 
 Params = dict[str, Any]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.model.transforms import merge_blocks
 from espalier.model.transforms.merge_blocks import Blocks, Read
 from espalier.model.transforms.merge_methods import METHODS, Tensor, Values

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
+
 from espalier.model.transforms import finite
 from espalier.model.transforms.base import TransformError
 

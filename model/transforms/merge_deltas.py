@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from espalier.model.transforms import merge_blocks
 from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.merge_blocks import Blocks, Parts, Top

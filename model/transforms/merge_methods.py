@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+
 from espalier.model.transforms import merge_blocks, merge_deltas, merge_spherical
 from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.merge_blocks import Blocks, Parts

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
 from espalier.model.transforms.base import TransformError
 
 _LINEAR = 0.9995  # |cosine| above which SLERP is linear

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from espalier.model.moe import router_scale
 from espalier.model.transforms import base, experts
 from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from espalier.model.axes import CHANNELS, CHANNELS_IN, parameter
 
 from espalier.common.ranges import recordable
+from espalier.model.axes import CHANNELS, CHANNELS_IN, parameter
 
 # He et al. (arXiv 1502.01852), by fan-in: preserves the scale of activations after rectifiers.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import CalledWith, Size, recordable
 from espalier.model import axes, flops
 from espalier.model.config import FloatDtypes
 from espalier.model.kernels import taps
@@ -22,8 +24,6 @@ from espalier.model.linear import Dense, Pointwise
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
 from espalier.model.rows import IMAGES, RowKind
 from espalier.model.vision.convolution import Conv, he_normal
-
-from espalier.common.ranges import CalledWith, Size, recordable
 
 STATISTICS = "batch_stats"  # flax's collection of running averages
 

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 
 from espalier.launch import cli
-
 from tests.benchmarks import compare
 
 PROGRAM = "python -m tests.benchmarks"

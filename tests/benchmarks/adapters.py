@@ -11,10 +11,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+
 from espalier.model.adapters.adapter import Adapted
 from espalier.model.kernels import matmul
 from espalier.model.mov.molora import MoLora
-
 from tests.benchmarks import case, compare, train_step
 from tests.benchmarks.step_side import StepSide, recipe_of
 

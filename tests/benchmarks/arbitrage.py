@@ -56,6 +56,7 @@ def _write_run(folder: str, *, seed: int) -> str:
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
+
     from espalier.data.stream import rows
     from espalier.data.tokenizers import vocabularies
     from espalier.launch.config import gin_writer

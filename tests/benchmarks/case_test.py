@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import Adapted
 from espalier.model.linear import Dense
 from espalier.model.mov.molora import MoLora
 from espalier.trainers import partitioning
-
 from tests.benchmarks import adapters, case, compare, moe_case, online_dpo, sft, t5
 from tests.benchmarks.jax import decode_jax, llama_jax, t5_jax
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from espalier.launch.config import gin_config
 from espalier.trainers import partitioning
 from espalier.trainers.batches import global_batch
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
-
 from tests.benchmarks import compare
 from tests.benchmarks.case import RandomRows
 

@@ -3,7 +3,6 @@
 import importlib.util
 
 from espalier.launch import cli
-
 from tests.benchmarks import __main__ as bench
 from tests.benchmarks import compare, start_up
 

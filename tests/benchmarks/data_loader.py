@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from espalier.data.stream.train_stream import Stream
 
+from espalier.data.stream.train_stream import Stream
 from tests.benchmarks import compare, virtual_source
 
 CASE: dict[str, Any] = {

@@ -5,10 +5,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+
 from espalier.data.cache import store
 from espalier.data.stream import rows
 from espalier.data.stream.plan import Plan
-
 from tests.benchmarks import data_loader, virtual_source
 
 LENGTHS = np.array([5, 70, 3, 16, 40, 1, 33, 8])

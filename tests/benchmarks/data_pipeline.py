@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from espalier.data.cache import store
 from espalier.data.stream import rows
 from espalier.data.stream.train_stream import Stream

@@ -83,6 +83,7 @@ def evict(folder: str) -> None:
 def write_checkpoint(folder: str) -> int:
     """Writes the checkpoint, in two files, and returns the size of its weights."""
     import numpy as np
+
     from espalier.model.hf.plan import FLOATS
 
     bfloat16 = FLOATS["bfloat16"]
@@ -100,6 +101,7 @@ def side(action: str, *arguments: str) -> dict[str, Any]:
     """Loads or converts in this process."""
     import jax
     import numpy as np
+
     from espalier.launch.cluster.worker import peak_bytes
     from espalier.launch.weights.import_weights import import_hf
     from espalier.model.hf.load import load

@@ -181,11 +181,11 @@ def _train(
     import jax
     import jax.numpy as jnp
     import optax
+
     from espalier.model.hf.load import load
     from espalier.trainers.checkpoints import state_tree
     from espalier.trainers.influence import conjugate
     from espalier.trainers.influence import sites as site_list
-
     from tests.benchmarks.jax import influence_jax
 
     model, params = load(os.path.join(folder, "model"))

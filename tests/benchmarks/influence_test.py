@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 import pytest
+
 from espalier.model.hf.load import load
 from espalier.trainers.checkpoints import state_tree
-
 from tests.benchmarks import case, influence
 
 SIZES = {

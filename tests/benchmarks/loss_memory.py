@@ -35,6 +35,7 @@ def side(form: str, tokens: str, width: str) -> dict[str, Any]:
     """Measures one form in this process."""
     import jax
     import jax.numpy as jnp
+
     from espalier.model.kernels.cross_entropy import weighted_cross_entropy
 
     def loss(h_TD, head_VD, targets_T):

@@ -6,7 +6,6 @@ The model has blocks of width 1,024 and a small vocabulary, so that nearly all p
 from typing import Any
 
 from espalier.model.low_rank import factors
-
 from tests.benchmarks import compare
 from tests.benchmarks.step_side import StepSide, recipe_of
 

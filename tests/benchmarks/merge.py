@@ -151,8 +151,8 @@ def write_config(folder: str, method: str) -> str:
 def write_model(folder: str, number: int) -> int:
     """Writes model 0, the base, or a model that differs from it a little; returns the bytes of its weights."""
     import numpy as np
-    from espalier.model.hf.plan import FLOATS
 
+    from espalier.model.hf.plan import FLOATS
     from tests.benchmarks import case
 
     base = np.random.default_rng(0).normal(0, 0.02, _DRAWN).astype(np.float32)
@@ -174,6 +174,7 @@ def beyond_one_ulp(ours: str, theirs: str) -> float:
     TIES keeps some of the deltas of equal size, of which deltas of bfloat16 have many, and each side keeps others.
     """
     import numpy as np
+
     from espalier.model.hf.files.safetensors_files import SafetensorsReader
 
     count = total = 0

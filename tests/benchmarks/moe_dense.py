@@ -11,10 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
 from espalier.model.config import TransformerConfig
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import MoeMlp
-
 from tests.benchmarks import compare, moe_case
 
 _TOKENS = 4096

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import psutil
+
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import START_PARTS
-
 from tests.benchmarks import compare
 
 CONFIG = "t5x_configs/experiments/code_mix/quickstart_text.gin"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+
 from espalier.launch.config import gin_config
 from espalier.trainers import partitioning
 from espalier.trainers.batches import global_batch
 from espalier.trainers.recipe import Recipe
-
 from tests.benchmarks.case import RandomRows
 
 _UNUSED = ("MODEL_DIR='unused'", "MIXTURE_OR_TASK_NAME='unused'", "TASKS=()")

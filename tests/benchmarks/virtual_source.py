@@ -8,6 +8,7 @@ import pathlib
 from typing import Any, cast
 
 import numpy as np
+
 from espalier.data.cache.columns import Column
 from espalier.data.cache.store import Cache, digest
 from espalier.data.stream.plan import Plan, make_plan

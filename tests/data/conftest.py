@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import pytest
+
 from espalier.data import tasks
 from espalier.data.text.sources import environment
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.data import tasks
 from espalier.data.text import corpus
 from espalier.data.tokenizers import vocabularies

@@ -8,10 +8,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 
-from espalier.trainers.checkpoints import array_files, step_dir
-from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from etils import epath
 
+from espalier.trainers.checkpoints import array_files, step_dir
+from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from tests.faults import program
 from tests.faults.table import Bench, Case, Row, Silent, Unclear, refused
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
 from espalier.data.cache import store
 from espalier.data.preference import records
 from espalier.data.stream import rows
 from espalier.data.stream.train_stream import Stream
 from espalier.data.text.documents import DataError
-
 from tests.faults import program
 from tests.faults.table import Bench, Case, Lost, Row, Silent, refused
 

@@ -7,8 +7,8 @@ import signal
 
 import numpy as np
 import pytest
-from espalier.launch import environment
 
+from espalier.launch import environment
 from tests.faults import __main__ as faults
 from tests.faults import invariances, program, report, runner, shim, worker
 from tests.faults.table import (

@@ -62,6 +62,7 @@ def _draw(seed: int, kv_heads: int, length: int = 20) -> tuple[np.ndarray, ...]:
 def _compressed(policy: Any, q: Any, k: Any, v: Any, at: Any, chunks: int = 1) -> Any:
     """Returns the state after a prompt has been read in chunks and compressed."""
     import jax.numpy as jnp
+
     from espalier.model.config import LayerKind
     from espalier.model.kv_cache.base import AttentionForm
 
@@ -216,6 +217,7 @@ def _tokens(seed: int, rows: int = 8) -> dict[str, np.ndarray]:
 def _gradient(model: Any, params: Any, batch: Any, *, jit: bool = True) -> Any:
     """Returns the loss per token and its gradient."""
     import jax
+
     from espalier.trainers.objectives import lm
 
     objective = lm.language_modelling(model=model)
@@ -286,6 +288,7 @@ def _accumulated(seed: int, count: int, bench: Bench) -> None:
     import jax
     import jax.numpy as jnp
     import optax
+
     from espalier.trainers.objectives import lm
     from espalier.trainers.step import make_train_step
     from espalier.trainers.train_state import TrainState

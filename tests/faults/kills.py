@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from espalier.launch import cli, environment
-
 from tests.faults import program, shim
 from tests.faults.table import Bench, Case, Lost, Row, Unclear
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.trainers.objectives import lm
 
 KINDS = ("nan", "inf", "gradient", "spike")

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.launch import environment
-
 from tests.faults.table import HELD, Row
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 from espalier.launch import environment
-
 from tests.faults import runner, shim
 from tests.faults.table import Bench, Row, selected
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.launch import convert
 from espalier.launch.run import load_run
 from espalier.model.adapters.adapter import is_adapter

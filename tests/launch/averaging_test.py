@@ -6,6 +6,7 @@ import os
 import jax
 import numpy as np
 import pytest
+
 from espalier.launch import convert
 from espalier.launch.config import gin_config
 from espalier.launch.run import load_run

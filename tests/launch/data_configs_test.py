@@ -6,8 +6,9 @@ import sys
 
 import pyarrow
 import pytest
-from espalier.trainers.telemetry.metric_writers import read_jsonl
 from pyarrow import parquet
+
+from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 VOCAB_SIZE = 384  # the rows of the tiny model's table
 

@@ -4,11 +4,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from etils import epath
+
 from espalier.launch.run import model_record
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
-from etils import epath
 
 METHOD = "t5x_configs/methods/distillation/distillation.gin"
 GPT2 = """

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]

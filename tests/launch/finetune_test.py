@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.data.cache import store
 from espalier.launch.run import load_run, reference
 from espalier.launch.run.load import load

@@ -4,13 +4,14 @@ import json
 import re
 
 import pytest
+from etils import epath
+
 from espalier.launch import report
 from espalier.launch.reporting import time_table
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
-from etils import epath
 
 
 def flags(train, path, *bindings):

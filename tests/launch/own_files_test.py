@@ -7,6 +7,7 @@ import shlex
 import shutil
 
 import pytest
+
 from espalier.trainers.checkpoints import step_dir
 
 FILES = "--gin_file=t5x_configs/data/files.gin"

@@ -12,6 +12,7 @@ import sys
 
 import jax
 import pytest
+
 from espalier.launch import environment
 from espalier.launch.aot import compile_report, precompile, tpu_topology
 from espalier.launch.aot.command import RECIPE, UNREAD

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.launch import cli, quickstart
 
 SMALL = """

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from espalier.launch import report
 from espalier.launch.reporting import labels, page
 from espalier.launch.reporting import runs as reported

@@ -13,13 +13,14 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
+
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.state_tree import flatten
 from espalier.trainers.optim import schedules
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl
-from etils import epath
-from tensorboardX.proto import event_pb2
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+
 from espalier.trainers.decoding import buckets
 from espalier.trainers.scoring import scoring
 

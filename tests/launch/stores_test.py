@@ -11,13 +11,13 @@ import sys
 import time
 
 import pytest
+
+from espalier.common.storage import mirror, paths
 from espalier.launch import convert, merge, report, score
 from espalier.launch.run import run_dir
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import Goodput
-
-from espalier.common.storage import mirror, paths
 from tests.launch.merging import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
 

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
+
 from espalier.launch.run.load_run import LoadError
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
-from etils import epath
 
 SMALL = (
     "config.TransformerConfig.num_layers=1",
@@ -249,8 +250,9 @@ def test_preferences_are_learnt_against_the_base(start, base, tmp_path):
 
 
 def test_the_harness_scores_and_continues_it(base, command, tmp_path):
-    from espalier.launch.evaluation.lm_eval.model import EspalierLM
     from lm_eval.api.instance import Instance
+
+    from espalier.launch.evaluation.lm_eval.model import EspalierLM
 
     source, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     rows = [{"inputs": "1 + 2 =", "targets": " 3"}, {"inputs": "a longer context", "targets": "x"}]

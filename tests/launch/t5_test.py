@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
+
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
-from etils import epath
 
 SMALL = (
     "config.TransformerConfig.num_layers=1",

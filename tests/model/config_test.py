@@ -1,6 +1,7 @@
 """Sizes are checked when a config is made, all problems at once."""
 
 import pytest
+
 from espalier.model.config import TransformerConfig
 
 SIZES = {"vocab_size": 64, "num_layers": 4, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model import axes
 from espalier.model.attention import Attention
 from espalier.model.config import LayerKind, TransformerConfig

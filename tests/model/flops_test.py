@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.model import flops
 from espalier.model.attention import Attention
 from espalier.model.bam.moa import MixtureOfAttention

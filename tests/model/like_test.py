@@ -4,6 +4,7 @@ import functools
 
 import jax.numpy as jnp
 import pytest
+
 from espalier.model.attention import Attention
 from espalier.model.bam import moa
 from espalier.model.config import TransformerConfig

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.adapters import adapter
 from espalier.model.adapters.bottleneck import Bottleneck
 from espalier.model.adapters.ia3 import Ia3

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+
 from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import AdapterError
 from espalier.model.adapters.ia3 import Ia3
@@ -33,7 +35,6 @@ from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError
 from espalier.trainers.decoding import prefill
 from espalier.trainers.optim import optimizers
 from espalier.trainers.recipe import Recipe
-from etils import epath
 
 L, D, F, HEADS, R, N = 2, 16, 24, 2, 3, 4
 H = D // HEADS

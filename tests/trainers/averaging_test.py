@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import contrib
+
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers import partitioning
@@ -18,7 +20,6 @@ from espalier.trainers.evaluate import Evaluation
 from espalier.trainers.optim import optimizers, recent_mean, schedules
 from espalier.trainers.recipe import Recipe
 from espalier.trainers.trainable import path_name
-from optax import contrib
 
 B1, STEPS = 0.9, 3
 AVERAGED = {"averaged": contrib.schedule_free_eval_params}

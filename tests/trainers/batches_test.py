@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from espalier.trainers import partitioning
 from espalier.trainers.batches import Prefetcher, abstract_batch, global_batch
 

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from espalier.trainers import extensions, initialise
 from espalier.trainers.extensions import StepExtension
 from espalier.trainers.objectives.base import LossOut, Objective
 from espalier.trainers.optim.averages import MovingAverage
 from espalier.trainers.step import make_eval_step, make_train_step
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH = {"x": jnp.ones((4,))}
 PARAMS = {"w": jnp.array([1.0, 2.0])}

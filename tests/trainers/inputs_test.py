@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.model import flops
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
+
 from espalier.trainers import partitioning
 from espalier.trainers.anomaly import STATISTICS, Anomaly
 from espalier.trainers.batches import Prefetcher, global_batch
@@ -30,7 +32,6 @@ from espalier.trainers.telemetry.goodput import Goodput
 from espalier.trainers.telemetry.metric_writers import measures_time
 from espalier.trainers.telemetry.profiler import ProfilerWindow
 from espalier.trainers.train_state import TrainState
-from jax.sharding import PartitionSpec as P
 
 W = np.array([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]], np.float32)
 MESH = partitioning.make_mesh(devices=jax.devices()[:1])

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from espalier.trainers import initialise
 from espalier.trainers.extensions import Update
 from espalier.trainers.moving_reference import MOVES, MovingReference
 from espalier.trainers.objectives.base import LossOut, Objective
 from espalier.trainers.step import make_eval_step, make_train_step
 from espalier.trainers.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 START = {"a": jnp.array([1.0, -2.0, 0.5]), "b": {"c": jnp.array(3.0)}}
 BATCH = {"x": jnp.arange(4.0)}

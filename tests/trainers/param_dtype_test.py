@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import contrib
+
 from espalier.model.adapters import adapter
 from espalier.model.adapters.lora import Lora
 from espalier.model.attention import Attention
@@ -30,7 +32,6 @@ from espalier.trainers.preference.losses import direct
 from espalier.trainers.preference.objectives.preference import preference
 from espalier.trainers.recipe import Recipe
 from espalier.trainers.train_state import TrainState
-from optax import contrib
 
 CONFIG = TransformerConfig(
     vocab_size=64,

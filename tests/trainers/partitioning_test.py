@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Embed
@@ -19,7 +21,6 @@ from espalier.trainers.batches import global_batch
 from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.recipe import Recipe
 from espalier.trainers.trainable import path_name
-from jax.sharding import NamedSharding
 
 SIZES = {
     "vocab_size": 64,

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers import partitioning

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from espalier.trainers.signals import StopRequest
 
 ROOT = Path(__file__).parents[2]

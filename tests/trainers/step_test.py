@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.trainers import trainable
 from espalier.trainers.anomaly import STATISTICS, Anomaly
 from espalier.trainers.objectives.base import LossOut, Objective

@@ -7,6 +7,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
+
+from espalier.common import stages
+from espalier.common.storage import paths
 from espalier.trainers.checkpoints import (
     agreement,
     manifest,
@@ -16,10 +20,6 @@ from espalier.trainers.checkpoints import (
     store_drivers,
 )
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
-from etils import epath
-
-from espalier.common import stages
-from espalier.common.storage import paths
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
+
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
-from etils import epath
 
 META = "base"  # key of a step's meta: {"path": step directory, "digest": of its parameters, "params": "raw" or "ema"}
 FILE = "base.json"  # {"path": run or step directory}

@@ -16,6 +16,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import multihost
+
+from espalier.common.ranges import Count, Size
 from espalier.trainers.checkpoints import (
     agreement,
     array_files,
@@ -29,10 +33,6 @@ from espalier.trainers.checkpoints.local_tier import LocalSteps, LocalTier
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import Restored, restore_state
 from espalier.trainers.checkpoints.retention import Retention
-from etils import epath
-from orbax.checkpoint import multihost
-
-from espalier.common.ranges import Count, Size
 
 _log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from espalier.trainers.checkpoints import agreement, manifest, step_dir
-from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 from etils import epath
 
 from espalier.common.storage import paths
+from espalier.trainers.checkpoints import agreement, manifest, step_dir
+from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE_TEXTS = ("No space left", "File too large", "quota exceeded")

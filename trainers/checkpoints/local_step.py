@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+
 from espalier.trainers.checkpoints import manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import sharding_of
 from espalier.trainers.checkpoints.manifest import (
@@ -26,7 +28,6 @@ from espalier.trainers.checkpoints.manifest import (
     DamagedCheckpointError,
     Manifest,
 )
-from etils import epath
 
 _BLOCKS = f"{step_dir.STATE}/blocks.bin"
 _PLACES = f"{step_dir.STATE}/blocks.json"

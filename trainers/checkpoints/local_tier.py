@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from espalier.trainers.checkpoints import agreement, local_step, restore, step_dir
-from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from etils import epath
 
 from espalier.common.ranges import Positive, Size
+from espalier.trainers.checkpoints import agreement, local_step, restore, step_dir
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 
 TOKEN = "local_tier.json"  # in the shared directory of steps: {"token", "directory"}
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
+
 from espalier.trainers.anomaly import GATHERED, STATISTICS
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
@@ -26,7 +28,6 @@ from espalier.trainers.checkpoints.restore_params import (
 )
 from espalier.trainers.checkpoints.transformed import transformed
 from espalier.trainers.extensions import StepExtension, of_model
-from etils import epath
 
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
 _OF_ARRAYS = "model.param_dtype"

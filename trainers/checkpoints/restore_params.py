@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
+
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import read_arrays, read_verified, sharding_of
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
 from espalier.trainers.checkpoints.saved_layers import Saved, SavedArrays
-from etils import epath
 
 _log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.trainers.checkpoints.array_files import sharding_of
 from espalier.trainers.checkpoints.manifest import ArrayEntry
-from jax.sharding import NamedSharding, PartitionSpec
 
 _BLOCK = re.compile(r"((?:.*/)?layers)/block_(\d+)/(.+)")
 

@@ -17,6 +17,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from etils import epath
+
+from espalier.common import stages
+from espalier.common.storage import mirror, paths
 from espalier.trainers.checkpoints import agreement, step_record
 from espalier.trainers.checkpoints.manifest import (
     DamagedCheckpointError,
@@ -24,10 +28,6 @@ from espalier.trainers.checkpoints.manifest import (
     check_files,
     is_inside,
 )
-from etils import epath
-
-from espalier.common import stages
-from espalier.common.storage import mirror, paths
 
 STATE = "state"
 META = "meta.json"

@@ -14,6 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
+
+from espalier.common.storage import paths
 from espalier.trainers.checkpoints import (
     commit,
     manifest,
@@ -23,9 +26,6 @@ from espalier.trainers.checkpoints import (
     store_drivers,
 )
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
-from etils import epath
-
-from espalier.common.storage import paths
 
 _BYTES_IN_FLIGHT = 16 << 20
 

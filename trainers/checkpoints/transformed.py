@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
+
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Power, Recipe, Source, TreeTransform
 from espalier.trainers.checkpoints import base_step, state_tree
@@ -22,7 +24,6 @@ from espalier.trainers.checkpoints.restore_params import (
     is_added,
     restore_params,
 )
-from etils import epath
 
 _log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.trainers.decoding.prefill import read
 from espalier.trainers.decoding.sampling import only_among, penalised, without_padding_ids

@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.kv_cache.slots import carried, restored
 from espalier.trainers.decoding.prefill import read

@@ -13,6 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common import stages
+from espalier.common.bars import Bar
 from espalier.model import rows
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.kv_cache.full import FullCache
@@ -25,10 +29,6 @@ from espalier.trainers.decoding.sampling import RowSampling, seen_in
 from espalier.trainers.decoding.settings import Draw
 from espalier.trainers.decoding.watched import Watch, Watched
 from espalier.trainers.programs import program as programs
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common import stages
-from espalier.common.bars import Bar
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]

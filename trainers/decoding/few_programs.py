@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels.platform import target_platform
 
 # FLOPs of a device in the time that tracing, lowering and loading one layer takes on its host, about 0.1 s. Measured with two

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.protocol import inference_model, inference_params
 from espalier.model.transforms import layer_stack
@@ -16,7 +18,6 @@ from espalier.trainers.decoding import decode
 from espalier.trainers.decoding.buckets import bucket_length, padded
 from espalier.trainers.decoding.prefill import prefill, repeated
 from espalier.trainers.decoding.settings import Settings
-from jax.sharding import NamedSharding, PartitionSpec
 
 
 class PolicySampler:

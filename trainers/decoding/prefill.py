@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
 from espalier.model.protocol import LanguageModel
 

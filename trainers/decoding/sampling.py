@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.trainers.decoding.settings import Sampling
 
 

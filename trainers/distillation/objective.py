@@ -18,6 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from espalier.common.ranges import Count, Fraction, Positive, Size
 from espalier.model.axes import Rules
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.model.kernels.vocab_logits import LogitForm
@@ -25,9 +28,6 @@ from espalier.trainers.inputs import Arrays, PackedTokens, TokenRows
 from espalier.trainers.objectives.base import Batch, LossOut, Objective
 from espalier.trainers.objectives.forward import Forward, forward_objective, frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenModel
-from jax.sharding import Mesh
-
-from espalier.common.ranges import Count, Fraction, Positive, Size
 
 TEACHER_IDS = "teacher_ids"  # [B, T, K] int32
 # [B, T, K + 1] float32; the last is the log-probability of all other tokens together.

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels import taps
 from espalier.model.kernels.cross_entropy import map_tokens, token_log_probs
 from espalier.model.kernels.vocab_logits import LogitForm

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model.kernels.platform import use_reference_forms
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.checkpoints import state_tree

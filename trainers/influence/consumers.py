@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels.platform import target_platform
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.trainers.influence import blocks

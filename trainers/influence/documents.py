@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+
 from espalier.trainers.decoding.buckets import BATCHES_SORTED, batches_by_length, bucket_length
 from espalier.trainers.inputs import pack
 from espalier.trainers.scoring.scoring import Row, encoded_columns
-from jax.sharding import NamedSharding
 
 
 class DocumentBatch(NamedTuple):

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from espalier.trainers.checkpoints import agreement
-from espalier.trainers.influence import files, kronecker, spread
 from jax.sharding import Mesh
 
 from espalier.common.bars import Bar
+from espalier.trainers.checkpoints import agreement
+from espalier.trainers.influence import files, kronecker, spread
 
 Unit = tuple[str, tuple[int, ...]]  # a site, and the index [L, E, n] of its covariances
 _SIDES = ("a", "s")

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from espalier.model.hf.files.safetensors_files import (
     SINGLE,
     SafetensorsReader,

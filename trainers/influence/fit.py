@@ -20,6 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common.bars import Bar
 from espalier.trainers.checkpoints import agreement
 from espalier.trainers.influence import documents, eigen, files, kronecker, spread
 from espalier.trainers.influence.backward import backward
@@ -28,9 +31,6 @@ from espalier.trainers.influence.consumers import Consumer, Covariances, Squares
 from espalier.trainers.influence.settings import FitSettings
 from espalier.trainers.influence.sites import Site, select
 from espalier.trainers.scoring.scoring import Row
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common.bars import Bar
 
 STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum

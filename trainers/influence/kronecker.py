@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+
 from espalier.trainers.influence import blocks
 from espalier.trainers.influence.blocks import Precision
 from espalier.trainers.influence.sites import Site

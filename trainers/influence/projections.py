@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.trainers.influence import documents, spread
 from espalier.trainers.influence.consumers import outer_by_group
@@ -27,8 +29,6 @@ from espalier.trainers.influence.fit import Reader
 from espalier.trainers.influence.kronecker import Damping, FactorError
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.scoring.scoring import Row
-
-from espalier.common.bars import Bar
 
 Projections = Mapping[str, Mapping[str, Any]]
 

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.trainers.influence import documents, files, spread
 from espalier.trainers.influence.consumers import Gradients, Scores, whole
 from espalier.trainers.influence.fit import Reader
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.scoring.scoring import Row
-
-from espalier.common.bars import Bar
 
 QueryDtype = Literal["bfloat16", "float32", "float64", "int8"]
 # (gradients by site [L, Q, E, X, Y]) -> preconditioned gradients.

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.trainers.influence import documents
 from espalier.trainers.influence.consumers import Scores
 from espalier.trainers.influence.fit import Reader
 from espalier.trainers.influence.queries import QuerySet, total_scores
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.scoring.scoring import Row
-
-from espalier.common.bars import Bar
 
 LEAST_NORMS = 1e-30  # what a cosine divides by at least
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kernels import taps
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.objectives.forward import decoder_arguments

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
 from espalier.trainers.influence import fit, kronecker, queries, scores, spread
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.scoring.scoring import Row

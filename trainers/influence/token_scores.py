@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model.kernels.platform import use_reference_forms
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence.conjugate import Matrices, logits_of, tangents, with_changed

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
+
+from espalier.common.ranges import NonNegative
 from espalier.model.low_rank import factors
 from espalier.trainers.optim.gradient_terms import GradientTerm
 from espalier.trainers.optim.optimizers import Rate
-
-from espalier.common.ranges import NonNegative
 
 Kind = Literal["none", "l2", "frobenius"]
 KINDS = get_args(Kind)

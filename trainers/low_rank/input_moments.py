@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from espalier.model.linear import Dense
-from espalier.trainers.checkpoints import state_tree
 
 from espalier.common.bars import Bar
+from espalier.model.linear import Dense
+from espalier.trainers.checkpoints import state_tree
 
 _NAME = "input_moments"
 

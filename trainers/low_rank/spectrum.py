@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common.ranges import Size
 from espalier.model.low_rank import factors, lowrank_conv
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.hooks import Hook, RunContext
 from espalier.trainers.telemetry import metric_writers
 from espalier.trainers.train_state import TrainState
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common.ranges import Size
 
 FILE = "spectra.jsonl"
 

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
-from espalier.model.axes import Rules
 from jax.sharding import Mesh
+
+from espalier.model.axes import Rules
 
 Batch = Mapping[str, jax.Array]
 # name -> (sum, weight); divided after both are summed over microbatches, steps or hosts.

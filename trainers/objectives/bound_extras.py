@@ -5,10 +5,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
+
 from espalier.model.axes import Rules
 from espalier.trainers.objectives.base import Objective
 from espalier.trainers.programs import program as programs
-from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from espalier.trainers.objectives.base import Batch, LossOut, Objective
-from espalier.trainers.objectives.forward import Forward, forward_objective
 
 from espalier.common.ranges import Count, Fraction
+from espalier.trainers.objectives.base import Batch, LossOut, Objective
+from espalier.trainers.objectives.forward import Forward, forward_objective
 
 
 def classification(

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import logsumexp
+
 from espalier.model import rows
 from espalier.model.kernels.cross_entropy import Implementation, map_tokens, token_log_probs
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective, StoredExtras
-from jax.nn import logsumexp
 
 # (batch, training: bool) -> positional and keyword arguments of a model's method.
 Arguments = Callable[[Batch, bool], tuple[tuple[Any, ...], dict[str, Any]]]

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from espalier.model.adapters.adapter import adapters_of
 from espalier.model.axes import Rules
 from espalier.trainers import initialise
@@ -16,7 +18,6 @@ from espalier.trainers.checkpoints import agreement, base_step, restore_params, 
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.objectives.forward import Forward, frozen_forward
-from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

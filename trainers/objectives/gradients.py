@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.trainers import trainable
 from espalier.trainers.objectives.base import Batch, LossOut, Objective
 

@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Count, Fraction, NonNegative
 from espalier.model.kernels.cross_entropy import Implementation, weighted_cross_entropy
 from espalier.trainers.objectives.base import LossOut, Objective
 from espalier.trainers.objectives.forward import Forward, forward_objective
-
-from espalier.common.ranges import Count, Fraction, NonNegative
 
 # T5X's names of what a loss is divided by.
 Normalisation = Literal["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]

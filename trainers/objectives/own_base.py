@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from espalier.model.adapters.adapter import PREFIX, adapters_of
 from espalier.model.axes import Rules
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.objectives.forward import Forward, frozen_forward
-from jax.sharding import Mesh
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+
+from espalier.common.ranges import Fraction, NonNegative, Size
 from espalier.trainers import inputs
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.online import losses
@@ -17,8 +19,6 @@ from espalier.trainers.online.method import (
     Score,
     float_columns,
 )
-
-from espalier.common.ranges import Fraction, NonNegative, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

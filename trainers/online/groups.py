@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from espalier.common.ranges import NonNegative, Size
 from espalier.trainers import inputs
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.online.method import (
@@ -20,8 +22,6 @@ from espalier.trainers.online.method import (
     Score,
     float_columns,
 )
-
-from espalier.common.ranges import NonNegative, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from espalier.trainers.objectives.settings import check_choice, check_not_negative, check_positive
 
 from espalier.common.ranges import NonNegative, Size
+from espalier.trainers.objectives.settings import check_choice, check_not_negative, check_positive
 
 _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 

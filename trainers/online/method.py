@@ -10,9 +10,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from espalier.trainers import inputs
 
 from espalier.common.ranges import Size
+from espalier.trainers import inputs
 
 # What a forward pass over rows can compute, float32 [B, L] each.
 LOG_PROBS, REFERENCE, VALUES = "log_probs", "reference_log_probs", "values"

@@ -7,11 +7,11 @@ import dataclasses
 from typing import ClassVar
 
 import numpy as np
+
+from espalier.common.ranges import NonNegative, Size
 from espalier.trainers import inputs
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
-
-from espalier.common.ranges import NonNegative, Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Count, NonNegative, Positive
 from espalier.model.kernels.cross_entropy import Implementation
 from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from espalier.trainers.objectives.forward import Forward, forward_objective
 from espalier.trainers.objectives.settings import check_not_negative, check_positive
 from espalier.trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
-
-from espalier.common.ranges import Count, NonNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

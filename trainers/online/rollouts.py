@@ -14,6 +14,10 @@ from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common.ranges import Fraction, NonNegative, Seed, Size
+from espalier.common.storage import output_files
 from espalier.trainers import batches
 from espalier.trainers.decoding.policy_sampler import PolicySampler, placed
 from espalier.trainers.decoding.sampling import Sampling
@@ -27,10 +31,6 @@ from espalier.trainers.online.policy_gradient import PolicyGradient
 from espalier.trainers.recipe import Program, Recipe
 from espalier.trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from espalier.trainers.train_state import TrainState
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common.ranges import Fraction, NonNegative, Seed, Size
-from espalier.common.storage import output_files
 
 _STORED = 64  # newest rollouts in the run's directory; resuming may need one of them
 

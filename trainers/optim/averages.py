@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.trainers import trainable
 from espalier.trainers.extensions import AVERAGE, StepExtension, Update
 from espalier.trainers.optim.rounding import Rounded

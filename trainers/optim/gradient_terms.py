@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
+
 from espalier.trainers.optim.param_axes import ParamAxes
 from espalier.trainers.optim.schedules import Schedule
 

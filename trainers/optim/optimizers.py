@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from espalier.trainers import trainable
-from espalier.trainers.optim.param_axes import ParamAxes
-from espalier.trainers.optim.schedules import Schedule
 from optax import contrib
 
 from espalier.common.ranges import Decay, NonNegative, Positive
+from espalier.trainers import trainable
+from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.schedules import Schedule
 
 Rate = Schedule | float
 

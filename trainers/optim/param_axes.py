@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+
 from espalier.model import axes
 from espalier.trainers import trainable
 

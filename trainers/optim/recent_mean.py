@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from espalier.trainers.optim.param_axes import ParamAxes
 
 from espalier.common.ranges import Size
+from espalier.trainers.optim.param_axes import ParamAxes
 
 
 class RecentMean(NamedTuple):

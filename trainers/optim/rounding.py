@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
 from espalier.trainers import trainable
 
 Rounding = Literal["stochastic", "nearest"]

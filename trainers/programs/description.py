@@ -21,8 +21,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from espalier.trainers.programs import replacements, sources
 from jax.sharding import Mesh, NamedSharding
+
+from espalier.trainers.programs import replacements, sources
 
 _MOST_VALUES = 200_000  # visited values of a program; a step of a large configuration has thousands
 _MOST_BYTES = 2**20  # of a constant array

@@ -11,15 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from espalier.trainers.programs import structures
-from espalier.trainers.programs.recorded import Entry, recorded
-from espalier.trainers.programs.structures import Unstorable, exactly
 from jax._src import core
 from jax._src.interpreters import pxla
 from jax._src.layout import Layout
 from jax._src.lib import xla_client
 from jax.sharding import NamedSharding
 from jax.stages import ArgInfo, Compiled
+
+from espalier.trainers.programs import structures
+from espalier.trainers.programs.recorded import Entry, recorded
+from espalier.trainers.programs.structures import Unstorable, exactly
 
 __all__ = ["load", "parts", "recorded"]
 

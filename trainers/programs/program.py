@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Compiled, Lowered, Traced
+
 from espalier.model.kernels import platform
 from espalier.trainers.programs import description, store, structures, surroundings
 from espalier.trainers.programs.structures import Unstorable
-from jax.stages import Compiled, Lowered, Traced
 
 # (shapes of a program's results): raises an error if they are refused.
 Check = Callable[[Any], None]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+
 from espalier.trainers.programs.structures import Unstorable
 
 SWITCH = "ESPALIER_PROGRAMS"

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+
 from espalier.trainers.programs import description, sources
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy")

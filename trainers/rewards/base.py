@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from espalier.model.axes import Rules
 from jax.sharding import Mesh
+
+from espalier.model.axes import Rules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from espalier.common.ranges import Count, Size
 from espalier.model.axes import Rules
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.checkpoints import restore_params
 from espalier.trainers.decoding.buckets import in_order, padded
 from espalier.trainers.rewards.base import Completion
 from espalier.trainers.scoring.scoring import Batched
-from jax.sharding import Mesh, NamedSharding
-
-from espalier.common.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from espalier.trainers.rewards.base import Completion
 
 from espalier.common.ranges import Finite
+from espalier.trainers.rewards.base import Completion
 
 Verifier = Callable[[str, Any], float]
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+
 from espalier.trainers.decoding.buckets import bucket_length
 from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.scoring.likelihoods import Likelihood
 from espalier.trainers.scoring.scoring import Batched, Row, encoded_columns
-from jax.sharding import NamedSharding
 
 
 class EncoderLikelihoods:

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common.bars import Bar
 from espalier.model.kv_cache.full import FullCache
 from espalier.trainers.decoding import few_programs
 from espalier.trainers.decoding.buckets import padded
 from espalier.trainers.decoding.prefill import empty_caches, read
 from espalier.trainers.programs import program as programs
 from espalier.trainers.scoring.scoring import Row, check_lengths
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common.bars import Bar
 
 _CHUNK = 256  # predicted tokens whose logits are in memory at a time; a power of two
 _WORTH_SHARING = 16  # minimum tokens of a shared context; reading a shorter one again is as fast

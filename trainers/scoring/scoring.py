@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from espalier.common.bars import Bar
 from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from espalier.trainers.inputs import pack
 from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.programs import program as programs
-from jax.sharding import NamedSharding, PartitionSpec
-
-from espalier.common.bars import Bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.trainers.snapkv import replay
 

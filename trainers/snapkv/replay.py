@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+
 from espalier.model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.kv_cache.pyramidkv import PyramidKV

@@ -18,11 +18,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from espalier.common.stages import duration
 from espalier.trainers.telemetry import marks
 from espalier.trainers.telemetry.goodput import PARTS, START_PARTS, Goodput
 from espalier.trainers.telemetry.json_numbers import is_count, is_number
-
-from espalier.common.stages import duration
 
 FILE = "lifetime.json"
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.trainers.telemetry.json_numbers import is_number
 from espalier.trainers.telemetry.metrics import Pairs, add, divide
 

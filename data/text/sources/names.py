@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable
 
-from espalier.data.text.sources import code, english, environment, languages, markup
-
 from espalier.common import spelling
+from espalier.data.text.sources import code, english, environment, languages, markup
 
 SOURCES: dict[str, environment.Source] = {
     "english": environment.Source(english.PACKAGES, english.candidates),

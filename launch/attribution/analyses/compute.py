@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.attribution.analyses import concentration, correlations, labels, parts, search
 from espalier.launch.attribution.analyses.labels import OTHER_SOURCES, Query
 from espalier.trainers.influence.measures import spearman

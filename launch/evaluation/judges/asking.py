@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common.bars import Bar
 from espalier.launch.evaluation.judges.base import (
     TIE,
     Judge,
@@ -18,8 +19,6 @@ from espalier.launch.evaluation.judges.base import (
 )
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import ResumedRows
-
-from espalier.common.bars import Bar
 
 # Number of consecutive questions without a reply after which asking stops.
 _PATIENCE = 32

@@ -102,6 +102,7 @@ def resolved(checkpoint: str, *, batch_size: int) -> str:
       FileNotFoundError: the path has no checkpoint.
     """
     import jax
+
     from espalier.launch.run import load_run
 
     if jax.process_count() > 1:
@@ -119,9 +120,10 @@ def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]
     Raises:
       DamagedCheckpointError: the manifest of the step is damaged; a Hugging Face directory has none.
     """
+    from etils import epath
+
     from espalier.launch.run import hf_checkpoint
     from espalier.trainers.checkpoints import step_dir
-    from etils import epath
 
     if hf_checkpoint.is_hf(step):
         weights = hf_checkpoint.digest(step)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.evaluation.judges.answers import System
 from espalier.launch.evaluation.judges.base import TIE, A, B, Outcome, Pair
 from espalier.launch.plots import intervals

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from espalier.common import spelling
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.model.kernels.platform import target_platform
-
-from espalier.common import spelling
 
 _LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")  # in the harness's order
 _MAX_LENGTH = 2048  # if the model has no maximum length, as in the harness

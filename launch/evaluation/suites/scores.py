@@ -10,11 +10,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common import spelling
 from espalier.launch import cli, environment
 from espalier.launch.evaluation.suites import local_data
 from espalier.launch.evaluation.suites.local_data import Source
-
-from espalier.common import spelling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.aya23 import experiment
 from espalier.launch.papers.aya23.experiment import (
     BASE,

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import NonNegative, Seed
 from espalier.data.languages import parallel
 from espalier.data.text import splits
 from espalier.data.text.sources import cleaning
-
-from espalier.common.ranges import NonNegative, Seed
 
 CACHED_AS = "data.aya_expanse.lexicon"  # the name by which caches of its data know it
 

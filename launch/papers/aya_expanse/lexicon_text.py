@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+
+from espalier.common.ranges import Seed, Size
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import GeneratedSource
@@ -23,8 +25,6 @@ from espalier.data.languages import parallel
 from espalier.data.text.documents import Document
 from espalier.data.text.sources import cleaning
 from espalier.launch.papers.aya_expanse import lexicon
-
-from espalier.common.ranges import Seed, Size
 
 CACHED_AS = "data.aya_expanse.lexicon_text"  # the name by which caches of its data know it
 

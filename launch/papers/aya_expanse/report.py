@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.aya_expanse import experiment, figures, lexicon, small_pool, small_stage
 from espalier.launch.papers.aya_expanse.experiment import (
     ARTEFACTS,

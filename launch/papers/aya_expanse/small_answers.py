@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.aya_expanse import lexicon
 from espalier.launch.papers.aya_expanse.small_pool import DEVIATION, NEW_TOKENS
 from espalier.launch.run import load_run

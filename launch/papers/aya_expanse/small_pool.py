@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.aya_expanse.prompts import Prompt
 from espalier.launch.papers.aya_expanse import lexicon
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from espalier.launch.papers.bam import experiment
 from espalier.launch.papers.bam.experiment import (
     BAM,

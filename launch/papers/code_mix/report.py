@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.code_mix.experiment import (
     COOLDOWNS,
     GROUPS,

@@ -18,11 +18,10 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.common.ranges import Count, Seed
 from espalier.data import tasks
 from espalier.data.code_mix import procedures, skills
 from espalier.data.data_source import GeneratedSource
-
-from espalier.common.ranges import Count, Seed
 
 CACHED_AS = "data.code_mix.skill_sources"  # the name by which caches of its data know it
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.influence.small_corpus import Document, Query
 from espalier.launch.run.loaded_run import LoadedRun
 from espalier.trainers.influence import conjugate, documents

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
+from tqdm.auto import tqdm
+
 from espalier.model.kernels.platform import use_reference_forms
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence.conjugate import logits_of, with_changed
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.objectives.base import Batch
-from jax.flatten_util import ravel_pytree
-from tqdm.auto import tqdm
 
 # Of the gradient, in the coordinates in which the curvature is the identity.
 TOLERANCE = 1e-6
@@ -356,6 +357,7 @@ def make_problem(rng: np.random.Generator) -> tuple[Any, list[Any], list[Any]]:
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
+
     from espalier.model.config import TransformerConfig
     from espalier.model.transformer import Transformer
     from espalier.trainers.influence import documents

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.influence import scoring, small_corpus, statistics
 from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
 from espalier.launch.plots import heat_maps, panels

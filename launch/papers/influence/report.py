@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.attribution.analyses import tables
 from espalier.launch.papers.influence import (
     corpus,

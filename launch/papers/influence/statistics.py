@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.influence import small_corpus
 from espalier.launch.papers.influence.small_corpus import (
     FACT,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.low_rank import experiment
 from espalier.launch.papers.low_rank.experiment import Results, arm_name
 from espalier.launch.plots import intervals

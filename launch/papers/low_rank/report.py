@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.low_rank import experiment
 from espalier.launch.papers.low_rank.experiment import PLACES, Results, arm_name
 from espalier.launch.papers.low_rank.figures import figures

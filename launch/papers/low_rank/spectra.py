@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, panels
 from espalier.launch.run import metric_rows
 

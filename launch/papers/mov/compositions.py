@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.common.ranges import Seed, Size
 from espalier.data import tasks
 from espalier.data.data_source import GeneratedSource
 from espalier.data.instructions.encoding import Form
-
-from espalier.common.ranges import Seed, Size
 
 CACHED_AS = "data.mov.compositions"  # the name by which caches of its data know it
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.mov import compositions, rows
 
 ROWS = 32  # of each composition and template, in what routers read
@@ -49,6 +50,7 @@ def routing(run_dir: str) -> dict[str, Any]:
       rows of one composition and template. A kind is one of KINDS; its sites (keys and values, all heads) count alike.
     """
     import jax
+
     from espalier.launch.run import load_run
 
     with load_run.config_of(run_dir).load(run_dir, encoder_decoders=True) as run:
@@ -100,6 +102,7 @@ def _shares(
 def _intermediates(model: Any, params: Any, inputs_NS: Any, answers_NT: Any) -> Any:
     """Returns what a model sows on padded inputs and right answers."""
     import jax.numpy as jnp
+
     from espalier.model import rows
 
     batch = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from espalier.launch.papers.mov import experiment, rows
 from espalier.launch.papers.mov.evaluations import KINDS
 from espalier.launch.papers.mov.experiment import (

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from espalier.data import tasks
-from espalier.data.data_source import GeneratedSource
 
 from espalier.common.ranges import Count, Seed, Size
+from espalier.data import tasks
+from espalier.data.data_source import GeneratedSource
 
 CACHED_AS = "data.nexus.lag_domains"  # the name by which caches of its data know it
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.nexus import experiment
 from espalier.launch.papers.nexus.experiment import (
     APPENDED,

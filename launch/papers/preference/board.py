@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+
 from espalier.launch.plots import hover, html_page, panels
 from espalier.launch.reporting.figures import curve
 from espalier.launch.reporting.labels import number, short

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.preference import experiment, numbers, rule
 from espalier.launch.papers.preference.numbers import ARMS, METHODS, ONLINE, Arm, Course
 from espalier.launch.plots.panels import (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.preference import experiment
 
 WINDOW = 3  # evaluations of a moving mean, such as that of a run's end

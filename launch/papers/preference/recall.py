@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from espalier.common.ranges import Count, Size
 from espalier.launch.papers.preference import topic_language
 from espalier.model.protocol import inference_model, inference_params
 from espalier.trainers.decoding.policy_sampler import Generator
@@ -11,8 +12,6 @@ from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.hooks import Hook, RunContext
 from espalier.trainers.train_state import TrainState
-
-from espalier.common.ranges import Count, Size
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.preference import experiment, figures, numbers, rule
 from espalier.launch.papers.preference.numbers import (
     ARMS,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+
 from espalier.launch.papers.preference.numbers import Arm, Course, by_seed, find
 from espalier.launch.papers.shared import claim, page
 from espalier.launch.papers.shared.claim import Effect, Measure

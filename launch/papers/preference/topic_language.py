@@ -19,10 +19,10 @@ import random
 from typing import Any, Literal
 
 import numpy as np
-from espalier.data import tasks
-from espalier.data.data_source import GeneratedSource
 
 from espalier.common.ranges import Count, Seed
+from espalier.data import tasks
+from espalier.data.data_source import GeneratedSource
 
 CACHED_AS = "data.preference.topic_language"  # the name by which caches of its data know it
 

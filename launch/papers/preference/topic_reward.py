@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.preference import topic_language
 from espalier.trainers.rewards.base import Completion
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.data.cache import cache_dir
 from espalier.launch.plots import intervals
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.shared.domains import (
     LOAD_BOUND,
     ROUTERS,

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
+
 from espalier.launch.papers.shared import page, results, sweeps
 from espalier.launch.papers.shared.claim import Measure
 from espalier.launch.papers.shared.results import named

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.shared import claim
 from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.plots import panels

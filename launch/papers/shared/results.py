@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.plots import intervals
 

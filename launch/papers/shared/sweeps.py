@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
+
 from espalier.data.cache import cache_dir
 
 # Seeds below it were used to choose designs, margins and settings, so they judge no claim; nor do pilots, from 90 on.

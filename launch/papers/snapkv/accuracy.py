@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from tqdm.auto import tqdm
+
 from espalier.launch.papers.snapkv import retrieval
 from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import replay
-from tqdm.auto import tqdm
 
 WINDOW = 8
 KERNEL = 2 * retrieval.ANSWER_TOKENS - 1  # a vote for one token of an answer keeps all of it

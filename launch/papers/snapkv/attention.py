@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.launch.papers.snapkv import retrieval
 from espalier.launch.papers.snapkv.accuracy import SNAPKV, WINDOW, Retriever
 from espalier.trainers.snapkv import replay

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.snapkv import accuracy, experiment, needles
 from espalier.launch.papers.snapkv.needles import DEPTHS
 from espalier.launch.papers.snapkv.results import Latency, Needles, Retrieval, rates

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
+
 from espalier.launch.papers.snapkv.methods import FULL, Method, methods
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.base import AttentionForm
@@ -25,7 +27,6 @@ from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import cache_bytes, replay
-from tqdm.auto import tqdm
 
 CONFIG = TransformerConfig(
     vocab_size=1024,

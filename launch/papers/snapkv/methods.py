@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transforms import layer_stack

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
+
 from espalier.data.text.sources import english, environment
 from espalier.launch.papers.shared import sweeps
 from espalier.launch.papers.shared.sweeps import Stages
@@ -25,7 +27,6 @@ from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Method, met
 from espalier.launch.run.load_run import LoadedRun
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import replay
-from tqdm.auto import tqdm
 
 ADJECTIVES = ("amber", "silent", "crooked", "frozen", "golden", "hollow", "rusty", "velvet")
 NOUNS = ("falcon", "lantern", "harbor", "anvil", "orchard", "saddle", "teapot", "violin")

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.shared import page
 from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
 from espalier.launch.papers.shared.page import Prose

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from espalier.launch.papers.shared.claim import FEW_SEEDS, Effect
 from espalier.launch.papers.snapkv import experiment, needles
 from espalier.launch.papers.snapkv.needles import DIGITS

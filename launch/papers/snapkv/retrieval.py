@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
+
+from espalier.common.ranges import Seed, Size
 from espalier.data import tasks
 from espalier.data.choices import check_choice
 from espalier.data.data_source import GeneratedSource
-
-from espalier.common.ranges import Seed, Size
 
 CACHED_AS = "data.snapkv.retrieval"  # the name by which caches of its data know it
 

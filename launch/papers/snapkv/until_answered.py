@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+
+from espalier.common.ranges import Fraction, Seed, Size
 from espalier.launch.papers.snapkv import retrieval
 from espalier.trainers.hooks import Hook, RunContext
 from espalier.trainers.train_state import TrainState
-
-from espalier.common.ranges import Fraction, Seed, Size
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+
 from espalier.model.hf.families import family_named
 from espalier.model.hf.files import gguf_header
 from espalier.model.hf.files.safetensors_files import TensorInfo, TensorReader, WeightFileError

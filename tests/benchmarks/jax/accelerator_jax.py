@@ -26,6 +26,7 @@ def side(what: str, argument: str) -> dict[str, Any]:
 def describe(workloads: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns facts about the first device, and the layers of each training workload that fit its memory."""
     import jax
+
     from espalier.trainers.telemetry import flops
 
     device = jax.devices()[0]
@@ -130,8 +131,8 @@ class PairRows:
 
 def _train(work: Mapping[str, Any]) -> dict[str, Any]:
     import jax
-    from espalier.trainers.inputs import PackedTokens
 
+    from espalier.trainers.inputs import PackedTokens
     from tests.benchmarks.step_side import StepSide
 
     recipe, device = recipe_of(work), jax.devices()[0]
@@ -161,11 +162,11 @@ def _decode(work: Mapping[str, Any]) -> dict[str, Any]:
     """Greedy decoding with both caches; "seconds" are those of a token."""
     import flax.linen as nn
     import jax
+
     from espalier.model.kv_cache.policies import policy_named
     from espalier.trainers import initialise
     from espalier.trainers.decoding.decoder import Decoder, Stats
     from espalier.trainers.decoding.settings import Settings
-
     from tests.benchmarks import case
 
     model = model_of(work["model"], param_dtype="bfloat16")
@@ -212,6 +213,7 @@ def kernels(work: Mapping[str, Any]) -> dict[str, tuple[Any, list[Any], float]]:
 def _attention_kernels(work: Mapping[str, Any]) -> dict[str, tuple[Any, list[Any], float]]:
     import jax
     import jax.numpy as jnp
+
     from espalier.model.flops import mean_keys
     from espalier.model.kernels.attention_ops import dot_product_attention
 
@@ -249,6 +251,7 @@ def _attention_kernels(work: Mapping[str, Any]) -> dict[str, tuple[Any, list[Any
 def _expert_kernels(work: Mapping[str, Any]) -> dict[str, tuple[Any, list[Any], float]]:
     import jax
     import jax.numpy as jnp
+
     from espalier.model.moe.grouped_matmul import grouped_matmul
 
     R, X, Y = work["rows"], work["embed_dim"], work["mlp_dim"]

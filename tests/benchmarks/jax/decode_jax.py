@@ -35,7 +35,6 @@ class Ours:
         from espalier.model.kv_cache.policies import policy_named
         from espalier.trainers.decoding.decoder import Decoder, Stats
         from espalier.trainers.decoding.settings import Settings
-
         from tests.benchmarks import case
 
         key = json.dumps([batch, length, new, policy, settings])
@@ -69,9 +68,9 @@ class Ours:
         """
         import jax
         import jax.numpy as jnp
+
         from espalier.model.kv_cache.policies import policy_named
         from espalier.trainers.snapkv import replay
-
         from tests.benchmarks import case
 
         tokens = jnp.asarray(case.prompts(self._sizes, batch, length), jnp.int32)

@@ -25,6 +25,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains from `params` on the batches in turn; returns losses, times and memory."""
     import jax
+
     from espalier.trainers import partitioning
 
     program = recipe.program()
@@ -115,8 +116,9 @@ def peer_params(folder: str) -> Any:
 def initial_state(program: Any, params: Any) -> Any:
     """Returns the state of step 0 with the parameters `params`; adapters have their initial values."""
     import jax
-    from espalier.model.adapters import adapter
     from flax import traverse_util
+
+    from espalier.model.adapters import adapter
 
     state = program.init()
     whole, loaded = (traverse_util.flatten_dict(x, sep="/") for x in (state.params, params))

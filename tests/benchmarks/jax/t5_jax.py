@@ -77,7 +77,6 @@ class Ours:
         """Generates greedily after inputs of `length` tokens; returns tokens and seconds of the call."""
         from espalier.trainers.decoding.decoder import Decoder
         from espalier.trainers.decoding.settings import Settings
-
         from tests.benchmarks import case
 
         if (batch, new) not in self._decoders:

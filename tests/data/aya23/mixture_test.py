@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+
 from espalier.data import tasks
 from espalier.data.aya23 import mixture, packaged
 from espalier.data.tokenizers import vocabularies

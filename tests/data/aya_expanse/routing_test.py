@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import scipy.optimize
+
 from espalier.data.aya_expanse import outputs, pool, prompts, router, routing
 from espalier.data.text.documents import DataError
 

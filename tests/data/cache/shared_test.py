@@ -4,12 +4,12 @@ import threading
 import time
 
 import pytest
+
+from espalier.common.storage import lock, mirror, paths
 from espalier.data import data_source
 from espalier.data.cache import cache_dir, shared, task_cache
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError
-
-from espalier.common.storage import lock, mirror, paths
 
 
 @pytest.fixture

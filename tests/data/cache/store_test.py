@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+
 from espalier.data.cache import fingerprint, store
 from espalier.data.cache.cache_files import CacheCorruptError
 

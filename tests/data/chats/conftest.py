@@ -5,6 +5,7 @@ import pathlib
 import runpy
 
 import pytest
+
 from espalier.data.tokenizers import vocabularies
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"

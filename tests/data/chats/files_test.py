@@ -5,13 +5,14 @@ import json
 
 import pyarrow
 import pytest
+from pyarrow import parquet
+
 from espalier.data import tasks
 from espalier.data.chats.tasks import register_chats
 from espalier.data.stream import mixing
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers.chat_template import ChatTemplate
-from pyarrow import parquet
 
 
 def user(content):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.cache import store
 from espalier.data.chats import stream as chats
@@ -77,9 +78,9 @@ def test_texts_are_tokenised_and_masked_as_trl_does(tokenised, golden):
 def test_the_loss_of_packed_rows_is_trls_of_padded_ones(tokenised, golden, model, tmp_path, name):
     """Several conversations in a row do not see each other: each has the loss that it has alone."""
     import jax
+
     from espalier.model.hf import families
     from espalier.trainers.objectives.lm import language_modelling
-
     from tests.model.hf import arrays
 
     case = golden["losses"][name]

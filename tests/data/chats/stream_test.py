@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+
 from espalier.data.cache import store
 from espalier.data.chats import stream as chats
 from espalier.data.stream.row_stream import EvalStream

@@ -1,6 +1,7 @@
 """The paper's filters of code, each with what it drops and what it just does not."""
 
 import pytest
+
 from espalier.data.code_mix import code_filters
 from espalier.data.text import document_files
 

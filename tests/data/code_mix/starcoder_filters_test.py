@@ -1,6 +1,7 @@
 """StarCoder's filters of source files, each with what it drops and what it just keeps."""
 
 import pytest
+
 from espalier.data.code_mix import starcoder_filters
 from espalier.data.text import document_filters
 

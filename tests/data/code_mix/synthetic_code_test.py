@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+
 from espalier.data import tasks
 from espalier.data.code_mix import synthetic_code
 from espalier.data.code_mix.synthetic.render import Rendered

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.data.distillation import taught_stream
 from espalier.data.distillation.taught_stream import TaughtStream
 from espalier.data.preference.reference_store import ReferenceStore, ReferenceStoreError

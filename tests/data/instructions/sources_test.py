@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.data.instructions import ranking
 from espalier.data.instructions.encoding import Encoding, Tokeniser
 from espalier.data.instructions.sources import InstructionFiles

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.data.instructions import ranking, t0
 from espalier.data.instructions.tasks import register_instructions
 from espalier.data.text.documents import DataError
@@ -49,6 +50,7 @@ def register(tmp_path):
 def test_tasks_mixture_and_ranking(register):
     register(cap=20)
     import seqio
+
     from espalier.data import tasks
 
     mixture = seqio.MixtureRegistry.get("instructions")

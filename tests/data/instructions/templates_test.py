@@ -4,6 +4,7 @@ import itertools
 import pathlib
 
 import pytest
+
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row
 from espalier.data.text.documents import DataError

@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+
 from espalier.data.languages import identify
 
 CZECH = "Příliš žluťoučký kůň úpěl ďábelské ódy."

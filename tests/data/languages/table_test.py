@@ -1,6 +1,7 @@
 """The table of languages agrees with the sources of text, FLORES' codes and old tags."""
 
 import pytest
+
 from espalier.data.languages import table
 from espalier.data.text.sources import languages as sources
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.data.languages import parallel, tokenizer_report
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from espalier.data.preference import binarise, records
 from espalier.data.preference.tally import Tally
 from espalier.data.text.documents import DataError

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+
 from espalier.data.preference import constructed, records
 
 

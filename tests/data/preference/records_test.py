@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+
 from espalier.data.preference import records
 from espalier.data.preference.records import DegenerateError
 from espalier.data.text.documents import DataError

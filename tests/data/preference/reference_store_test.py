@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+
 from espalier.data.preference.reference_store import (
     ABOUT,
     ReferencedStream,

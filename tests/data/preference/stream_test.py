@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource

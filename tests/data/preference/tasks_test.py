@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.cache import task_cache
 from espalier.data.preference import records, stream, tokens

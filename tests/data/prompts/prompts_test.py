@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.prompts import stream
 from espalier.data.prompts import tasks as prompt_tasks

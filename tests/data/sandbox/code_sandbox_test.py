@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+
 from espalier.data.sandbox import code_sandbox
 
 LIMITS = code_sandbox.Limits(

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+
 from espalier.data.sandbox import code_sandbox, work_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has the limits only")

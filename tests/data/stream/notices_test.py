@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.data.chats.stream import ChatSource
 from espalier.data.preference.pair_plan import PairPlan
 from espalier.data.preference.pair_rows import PairSource

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from espalier.data.cache import store
 from espalier.data.stream import repeats, rows
 from espalier.data.stream.train_stream import Stream

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from espalier.data.stream import mixing, schedule
 
 

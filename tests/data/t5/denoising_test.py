@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from espalier.data.cache import store
 from espalier.data.stream import rows
 from espalier.data.stream.row_stream import EvalStream

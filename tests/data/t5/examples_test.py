@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.stream import stream
 from espalier.data.t5.examples import register_examples

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+
 from espalier.data.sandbox import code_sandbox
 from espalier.data.text import code_problems
 

@@ -6,6 +6,7 @@ import random
 import shutil
 
 import pytest
+
 from espalier.data.text import corpus, dedup
 from espalier.data.text.sources import environment, names
 

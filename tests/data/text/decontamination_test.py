@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+
 from espalier.data.text import code_problems, decontamination, document_files
 from espalier.data.text.decontamination import Index, Overlap
 from espalier.data.text.documents import DataError

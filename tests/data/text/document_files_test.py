@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+
 from espalier.data.cache import cache_dir
 from espalier.data.text import document_files
 from espalier.data.text.documents import DataError

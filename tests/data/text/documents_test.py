@@ -7,9 +7,10 @@ import tracemalloc
 import pyarrow
 import pytest
 import zstandard
+from pyarrow import parquet
+
 from espalier.data.text import documents
 from espalier.data.text.documents import DataError, Document, Format
-from pyarrow import parquet
 
 LINES = [{"text": "one\ntwo", "name": "a"}, {"text": "日本語 é", "name": "b"}, {"text": ""}]
 

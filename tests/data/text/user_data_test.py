@@ -6,11 +6,12 @@ import sys
 
 import pyarrow
 import pytest
+from pyarrow import parquet
+
 from espalier.data import tasks
 from espalier.data.text import user_data
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import vocabularies
-from pyarrow import parquet
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pathlib
 
 import jinja2
 import pytest
+
 from espalier.data.tokenizers import chat_sandbox, chat_template
 from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
 

@@ -7,11 +7,12 @@ import pathlib
 import pytest
 import sentencepiece
 import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
 from espalier.data.tokenizers import chat_template, control_tokens, vocabularies
 from espalier.data.tokenizers.chat_sandbox import Rendered
 from espalier.data.tokenizers.chat_template import ChatTemplate, ChatTemplateError
 from espalier.data.tokenizers.checkpoint_files import TokenizerError
-from tokenizers import AddedToken, decoders, models, normalizers
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 SOURCES = {path.stem: path.read_text("utf-8") for path in (GOLDENS / "chat_templates").iterdir()}

@@ -9,6 +9,7 @@ import runpy
 import pytest
 import sentencepiece
 import tokenizers
+
 from espalier.data.tokenizers import gguf_tokenizer, hf_tokenizer, spm_tokenizer
 from espalier.data.tokenizers.hf_tokenizer import TokenizerError
 from espalier.model.hf.files.gguf_file import GgufReader

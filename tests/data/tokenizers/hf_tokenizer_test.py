@@ -11,6 +11,8 @@ import pytest
 import seqio
 import tensorflow as tf
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
 from espalier.data import tasks
 from espalier.data.cache import fingerprint, store, task_cache
 from espalier.data.stream import rows
@@ -18,7 +20,6 @@ from espalier.data.tokenizers import hf_tokenizer, vocabularies
 from espalier.data.tokenizers.chat_sandbox import Rendered
 from espalier.data.tokenizers.hf_tokenizer import TokenizerError
 from espalier.data.tokenizers.pieces import Pieces
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 # One sentence in each of the 23 languages of Aya 23.
 LANGUAGES = {

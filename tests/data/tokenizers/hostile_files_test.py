@@ -12,6 +12,7 @@ import struct
 import time
 
 import pytest
+
 from espalier.data.tokenizers import (
     chat_sandbox,
     chat_template,

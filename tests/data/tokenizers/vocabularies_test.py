@@ -7,6 +7,7 @@ import re
 
 import pytest
 import sentencepiece
+
 from espalier.data import cpu_tensorflow
 from espalier.data.text import document_files, documents
 from espalier.data.text.documents import Document

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.data.vision import augment, image_sets, images, textures
 from espalier.data.vision.image_sets import Arrays
 

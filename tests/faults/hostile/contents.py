@@ -59,8 +59,9 @@ _FORMS = {
 def _vocabulary(folder: pathlib.Path) -> Any:
     """Returns a byte-level tokenizer with all these control tokens."""
     import tokenizers
-    from espalier.data.tokenizers import vocabularies
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+    from espalier.data.tokenizers import vocabularies
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = models.BPE({letter: id for id, letter in enumerate(letters)}, [])

@@ -72,9 +72,9 @@ def _link(name: str, target: str, bench: Bench) -> None:
 
 def _step_name(name: str, bench: Bench) -> None:
     """Puts a folder of an odd name beside the steps, which must not be read or deleted."""
-    from espalier.trainers.checkpoints import step_dir
     from etils import epath
 
+    from espalier.trainers.checkpoints import step_dir
     from tests.faults import program
 
     run = program.half_way(bench)

@@ -47,6 +47,7 @@ def _served(bench: Bench) -> Iterator[int]:
     import dataclasses
 
     import uvicorn
+
     from espalier.launch.run import load_run
     from espalier.launch.serving import app, connections
     from espalier.launch.serving.engine import Engine

@@ -61,6 +61,7 @@ _T5: dict[str, Any] = {
 
 def _t5(folder: pathlib.Path) -> pathlib.Path:
     import safetensors.numpy
+
     from espalier.model.hf import families
 
     folder.mkdir()
@@ -128,9 +129,8 @@ _TEXTS: dict[str, Callable[[int], str]] = {
 
 def _readers() -> dict[str, Callable[[str], Any]]:
     """Returns functions of this project that search texts of others, such as replies, for patterns."""
-    from espalier.data.languages import identify
-
     from espalier.common import spelling
+    from espalier.data.languages import identify
 
     return {
         "lines to judge the language of": identify.judged_lines,

@@ -2,6 +2,7 @@
 
 import psutil
 import pytest
+
 from espalier.launch.aot import apart
 
 TINY = [

@@ -1,6 +1,7 @@
 """The least time of a step from one chip's figures, against the published rates by hand."""
 
 import pytest
+
 from espalier.launch.aot import chips
 
 

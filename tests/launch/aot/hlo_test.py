@@ -9,9 +9,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.launch.aot.hlo import analysis, collectives, loops, text
 from espalier.launch.aot.hlo.text import HloError
-
 from tests.launch.goldens import make_hlo
 
 GOLDENS = pathlib.Path(make_hlo.__file__).parent

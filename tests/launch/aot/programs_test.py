@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import pytest
+
 from espalier.launch.aot import precompile, programs
 from espalier.launch.aot.settings import Options
 from espalier.model import rows
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.kv_cache.snapkv import SnapKV
-
 from tests.launch import precompile_test as runs
 
 ROWS, PROMPT = 2, 64

@@ -5,10 +5,10 @@ import json
 
 import jax
 import pytest
+
 from espalier.launch.aot import apart, candidates, command, precompile, search, tpu_topology
 from espalier.launch.aot.candidates import Candidate
 from espalier.launch.aot.search import Result
-
 from tests.launch import precompile_test as runs
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from espalier.launch.aot import apart, table_rows, tables, tables_page, tpu_topology
 from espalier.launch.config import gin_config
 

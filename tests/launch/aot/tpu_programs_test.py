@@ -10,6 +10,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.launch.aot import precompile, programs, tpu_topology
 from espalier.launch.aot.hlo import collectives
 from espalier.launch.aot.settings import Options
@@ -18,7 +19,6 @@ from espalier.model.kv_cache.full import FullCache
 from espalier.model.kv_cache.snapkv import SnapKV
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.trainers import partitioning
-
 from tests.benchmarks import accelerator_case
 from tests.benchmarks.jax import accelerator_jax
 from tests.launch import precompile_test as runs

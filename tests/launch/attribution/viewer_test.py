@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+
 from espalier.launch.attribution import corpus, pages
 from espalier.launch.attribution.analyses import labels
 

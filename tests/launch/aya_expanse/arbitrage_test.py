@@ -13,6 +13,7 @@ import time
 import types
 
 import pytest
+
 from espalier.launch.aya_expanse import completions
 from espalier.launch.inference.generate import generate
 from espalier.launch.run import load_run

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import yaml
+
 from espalier.launch.cluster import launch_config
 from espalier.launch.cluster.base import Job, State, SubmitError
 

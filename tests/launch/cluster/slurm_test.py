@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from espalier.launch.cluster import launch_config, slurm
 from espalier.launch.cluster.base import Job, State, SubmitError
 

@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+
 from espalier.launch import submit
 from espalier.launch.environment import ROOT
 from espalier.trainers.telemetry.metric_writers import measures_time, read_jsonl

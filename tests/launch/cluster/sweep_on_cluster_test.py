@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+
 from espalier.launch import sweep
 from espalier.launch.environment import ROOT
 from espalier.launch.sweep import read_results

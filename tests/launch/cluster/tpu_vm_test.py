@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from espalier.launch.cluster import launch_config
 from espalier.launch.cluster.base import Job, SubmitError
 

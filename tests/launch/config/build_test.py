@@ -1,6 +1,7 @@
 """A configured function is described by the bindings that its call reads, and by no others."""
 
 import pytest
+
 from espalier.launch.config import gin_check, gin_config
 from espalier.launch.config.build import Configuration
 from espalier.trainers.programs.description import digest

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.config.gin_config import ConfigError
 

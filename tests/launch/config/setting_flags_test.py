@@ -5,6 +5,7 @@ import dataclasses
 from typing import Literal
 
 import pytest
+
 from espalier.launch.config import setting_flags
 
 

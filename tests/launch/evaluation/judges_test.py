@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+
 from espalier.launch.evaluation.judges import asking, shares
 from espalier.launch.evaluation.judges.base import JudgeError, Outcome, Pair
 from espalier.launch.evaluation.judges.pairwise import PairwiseJudge, Template

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from espalier.trainers import evaluate as evaluation
 
 

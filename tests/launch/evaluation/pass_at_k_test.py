@@ -4,8 +4,9 @@ import itertools
 import math
 
 import pytest
-from espalier.launch.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
 from scipy import stats
+
+from espalier.launch.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
 
 
 def test_it_is_the_share_of_subsets_in_which_one_passes():

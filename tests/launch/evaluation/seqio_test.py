@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.data import cpu_tensorflow
 from espalier.data.tokenizers import vocabularies
 

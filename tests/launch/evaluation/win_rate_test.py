@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+
 from espalier.launch.evaluation import win_rate as win_rate_command
 from espalier.launch.evaluation.judges import pairwise, spec
 

@@ -122,9 +122,10 @@ def write_tokenizer(folder: pathlib.Path, *, adds_bos: bool, size: int) -> int:
 
 def make_models(out: pathlib.Path, seed: int) -> None:
     """Writes `out`/NAME/model for each model."""
+    from safetensors.numpy import save_file
+
     from espalier.launch import convert
     from espalier.model.hf.families import family_of_config
-    from safetensors.numpy import save_file
 
     rng = np.random.default_rng(seed)
     for name in ("llama", "gpt2"):

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.launch.aot import tpu_topology
 from espalier.launch.aot.hlo import text
 from espalier.model.config import TransformerConfig
@@ -22,7 +24,6 @@ from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.partitioning import RULE_SETS, make_mesh
-from jax.sharding import NamedSharding, PartitionSpec
 
 needs_libtpu = pytest.mark.skipif(
     bool(tpu_topology.missing()), reason=tpu_topology.missing() or "libtpu is here"

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+
 from espalier.launch.inference import chat_endpoint
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, EndpointError, Silence, api_key
 

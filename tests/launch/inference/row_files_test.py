@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+
 from espalier.launch.code_mix import synthetic_code
 from espalier.launch.inference import generate, row_files, score
 from espalier.launch.inference.row_files import RowFileError

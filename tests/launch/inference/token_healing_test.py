@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch.inference.token_healing import TokenHealing
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer

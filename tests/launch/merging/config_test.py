@@ -3,10 +3,10 @@
 import re
 
 import pytest
+
 from espalier.launch.merging import config_file
 from espalier.launch.merging.settings import Condition, MergeError
 from espalier.model.transforms.merge_methods import METHODS
-
 from tests.benchmarks import merge as bench
 
 # The forms of mergekit's own examples: a weighted mean, layers stacked from two models, SLERP whose share varies by layer and

@@ -4,6 +4,7 @@ import json
 
 import ml_dtypes
 import numpy as np
+
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 
 CONFIG = {

@@ -8,11 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+
 from espalier.launch import merge
 from espalier.launch.merging import config_file, models, plan, run, workers
 from espalier.launch.merging.settings import MergeError
 from espalier.model.hf.files.safetensors_files import INDEX, SafetensorsReader
-
 from tests.launch.merging import folders
 from tests.launch.merging.folders import BF16
 

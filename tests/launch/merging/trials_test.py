@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+
 from espalier.launch.merging import search_run, trials
 from espalier.launch.merging.settings import MergeError
 from espalier.launch.merging.trials import Trial, Trials

@@ -7,6 +7,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.config import gin_config
 from espalier.launch.preparation import best_of_n

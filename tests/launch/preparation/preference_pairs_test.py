@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.data import tasks
 from espalier.data.preference import records
 from espalier.launch.config import gin_config

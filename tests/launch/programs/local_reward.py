@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+
 from espalier.trainers.preference.indicators.alarm import Alarm
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from espalier.launch.aya_expanse import teachers
 from espalier.launch.evaluation.judges import checkpoint, reward
 from espalier.launch.evaluation.judges.base import Question

@@ -6,12 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+
 from espalier.launch.evaluation.judges.checkpoint import CheckpointWriter
 from espalier.launch.run import hf_checkpoint, load_run
 from espalier.launch.run.load import load
 from espalier.launch.run.loaded_run import LoadError
 from espalier.model.hf import families
-
 from tests.launch.convert_test import GOLDENS, write_checkpoint
 from tests.launch.run.run_vocabulary_test import hf_files
 

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 COMMANDS = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.config import model_file
 from espalier.launch.inference import generate

@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from etils import epath
+
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.optim import schedules
 from espalier.trainers.telemetry.metric_writers import read_jsonl
-from etils import epath
 
 FIRST = "((0, {'licence': 0.5, 'code': 0.5}),)"
 SECOND = "((0, {'licence': 0.25, 'code': 0.75}),)"

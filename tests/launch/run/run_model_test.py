@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config, gin_reader
 from espalier.launch.config.build import Configuration
 from espalier.launch.config.gin_config import ConfigError

@@ -10,12 +10,13 @@ import types
 import pytest
 import seqio
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from espalier.data.stream import rows
 from espalier.data.text import document_files
 from espalier.data.tokenizers import chat_template, vocabularies
 from espalier.launch.config import model_file
 from espalier.launch.run import model_record, run_vocabulary
-from tokenizers import decoders, models, pre_tokenizers
 
 WORDS = ["def", "return", "import", "naïve", "語", "while", "class", "yield", "lambda", "assert"]
 TEXTS = [f"{a} {b}\n    {c}" for a in WORDS for b in WORDS for c in WORDS]
@@ -35,6 +36,7 @@ def run(tmp_path_factory):
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
+
     from espalier.launch.config import gin_config
     from espalier.trainers.checkpoints.checkpoint import Checkpointer
 

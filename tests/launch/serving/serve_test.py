@@ -13,6 +13,7 @@ import openai
 import pytest
 import requests as http
 import uvicorn
+
 from espalier.data.tokenizers import vocabularies
 from espalier.launch import serve
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, EndpointError

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch import convert
 from espalier.launch.run import load_run, model_record, run_vocabulary
 from espalier.launch.weights import transformed_run

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch import convert
 from espalier.launch.weights.factorisation import Decomposition
 from espalier.launch.weights.factorise import FactoriseFlags

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch import convert, merge
 from espalier.launch.config import model_file
 from espalier.launch.run import load_run
@@ -18,7 +19,6 @@ from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
-
 from tests.launch.merging import folders
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity" / "cohere_1.npz"

@@ -2,8 +2,9 @@
 
 import json
 
-from espalier.launch.weights import model_card
 from etils import epath
+
+from espalier.launch.weights import model_card
 
 PHASES = [
     {"first_step": 0, "tokens_per_step": 100.0},

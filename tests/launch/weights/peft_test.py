@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from espalier.launch import convert
 from espalier.launch.run import load_run
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch import convert
 from espalier.launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
 from espalier.launch.weights.source_models import SourceModel

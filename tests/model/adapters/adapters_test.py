@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model import axes
 from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import AdapterError

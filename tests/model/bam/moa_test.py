@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.attention import Attention
 from espalier.model.bam import moa
 from espalier.model.config import TransformerConfig

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.actor_critic import ActorCritic

@@ -3,10 +3,11 @@
 import pathlib
 
 import numpy as np
+from flax import traverse_util
+
 from espalier.model.hf import load
 from espalier.model.hf.files.safetensors_files import TensorInfo
 from espalier.model.hf.plan import plan
-from flax import traverse_util
 
 
 class Memory:

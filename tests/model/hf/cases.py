@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+
 from espalier.model.hf import families
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.config import LayerKind
 from espalier.model.hf import families
 from espalier.model.kv_cache.full import FullCache

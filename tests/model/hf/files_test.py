@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from espalier.model.hf import families
 from espalier.model.hf.files import gguf_file, tiles
 from espalier.model.hf.files.safetensors_files import (

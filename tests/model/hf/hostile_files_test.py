@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from espalier.model.hf import families
 from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.family import MismatchedTensors
@@ -22,7 +23,6 @@ from espalier.model.hf.files.safetensors_files import (
     WeightFileError,
     read_json,
 )
-
 from tests.model.hf.cases import SMALL
 
 ARRAY, STRING, UINT32 = 9, 8, 4

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.hf import families
 from espalier.model.transforms import layer_stack
-
 from tests.model.hf import arrays
 from tests.model.hf.cases import ENCODER_DECODERS
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.model.hf import peft
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 from espalier.model.hf.mapping import Piece

@@ -5,6 +5,7 @@ import functools
 import re
 
 import pytest
+
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.hf import families
@@ -15,7 +16,6 @@ from espalier.model.mlp import GatedMlp, Mlp
 from espalier.model.moe.moe import MoeMlp
 from espalier.model.norm import LayerNorm, RMSNorm
 from espalier.model.transformer import Block, Transformer
-
 from tests.model.hf.cases import SMALL
 
 

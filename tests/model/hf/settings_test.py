@@ -10,11 +10,11 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.model.hf import families
 from espalier.model.hf.description import describe
 from espalier.model.rope import Rope
-
 from tests.model.hf.cases import CASES, PUBLISHED, SMALL, load
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.model.hf import families
 from espalier.model.hf.config_fields import UnsupportedConfig
@@ -14,7 +15,6 @@ from espalier.model.t5.relative_bias import bucket_table
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.settings import Beams, Sampling, Settings
 from espalier.trainers.scoring.scoring import Row, Scorer
-
 from tests.model.hf.cases import ENCODER_DECODERS, GOLDENS
 from tests.model.hf.parity_test import TOLERANCE, load
 

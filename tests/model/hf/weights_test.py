@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+
 from espalier.model.hf import families
 from espalier.model.hf import load as loading
 from espalier.model.hf.description import native_shapes
@@ -13,7 +14,6 @@ from espalier.model.hf.family import MismatchedTensors
 from espalier.model.hf.plan import plan
 from espalier.model.transforms import layer_stack
 from espalier.trainers import initialise, partitioning
-
 from tests.model.hf import arrays
 from tests.model.hf.cases import CASES, SMALL, load
 

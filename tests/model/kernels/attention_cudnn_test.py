@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+
 from espalier.data.stream import plan
 from espalier.model.kernels import attention_cudnn
 from espalier.model.kernels.attention_ops import dot_product_attention
 from espalier.model.kernels.platform import use_platform
-from jax import export
 
 binding = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.kernels import attention_blocked, attention_ops, attention_splash
 from espalier.model.kernels.attention_ops import dot_product_attention
 from espalier.model.kernels.platform import use_platform, use_reference_forms

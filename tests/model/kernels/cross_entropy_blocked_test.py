@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
 from espalier.model.kernels.cross_entropy_blocked import blocked_nll, split
 from espalier.model.kernels.vocab_logits import LogitForm, join_rows

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.kernels import cross_entropy
 from espalier.model.kernels.cross_entropy import token_log_probs, weighted_cross_entropy
 from espalier.model.kernels.platform import use_platform, use_reference_forms

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.kernels.matmul import matmul
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.embed import Embed
 from espalier.model.kernels import narrow
 from espalier.model.kernels.matmul import matmul

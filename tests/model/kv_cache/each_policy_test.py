@@ -9,9 +9,9 @@ dim.
 
 import numpy as np
 import pytest
+
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.kv_cache.pyramidkv import layer_budget
-
 from tests.model.kv_cache.two_prompts import (
     FORM,
     LENGTHS,

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model.attention import Attention
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.kernels.attention_ops import dot_product_attention

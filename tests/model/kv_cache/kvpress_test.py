@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
+
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transformer import Transformer
 from espalier.trainers.decoding.prefill import prefill
-from flax.traverse_util import unflatten_dict
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "kvpress.npz"
 SIZES = {"vocab_size": 61, "num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2}

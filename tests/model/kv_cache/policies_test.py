@@ -9,9 +9,9 @@ dim.
 
 import numpy as np
 import pytest
+
 from espalier.model.kv_cache.base import AttentionForm
 from espalier.model.kv_cache.policies import policy_named
-
 from tests.model.kv_cache.two_prompts import (
     FORM,
     LENGTHS,

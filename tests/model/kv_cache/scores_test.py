@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.kv_cache import scores, slots
 from espalier.model.kv_cache.base import AttentionForm
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+
 from espalier.launch.generate import CACHE_POLICIES
 from espalier.model.kv_cache.policies import POLICIES, policy_from_text, policy_named
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.kernels.attention_ops import dot_product_attention
 from espalier.model.kv_cache import slots
 

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from espalier.model.config import LayerKind
 from espalier.model.kernels.attention_ops import dot_product_attention
 from espalier.model.kv_cache.base import AttentionForm

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.adapters import adapter
 from espalier.model.adapters.lora import Lora
 from espalier.model.config import TransformerConfig
@@ -16,7 +17,6 @@ from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense
 from espalier.model.moe import expert_mlp as form
 from espalier.model.moe.moe import ExpertDense, MoeMlp
 from espalier.trainers import partitioning
-
 from tests.model.moe.grouped_matmul_test import SIZES
 
 D, F = 5, 7

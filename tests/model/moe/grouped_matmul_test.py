@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+
 from espalier.model.kernels import narrow
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.model.moe import grouped_matmul as form
 from espalier.model.moe import grouped_matmul_hopper as hopper
 from espalier.model.moe import grouped_matmul_tpu as tpu
 from espalier.model.moe import row_blocks
-from jax import export
 
 X, Y = 5, 3
 

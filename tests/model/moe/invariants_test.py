@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.bam import moa
 from espalier.model.config import TransformerConfig
 from espalier.model.linear import Dense

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.model.mlp import GatedMlp

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch.aot.hlo import text
 from espalier.model.config import TransformerConfig
 from espalier.model.moe import moe, parallel

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
+
 from espalier.model.bam.moa import MixtureOfAttention
 from espalier.model.config import TransformerConfig
 from espalier.model.linear import Dense
@@ -22,7 +24,6 @@ from espalier.model.nexus.domain_router import (
 )
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.recipe import Recipe
-from scipy import stats
 
 WIDTH, DOMAIN_DIM, EXPERTS = 8, 5, 4
 CONFIG = TransformerConfig(num_layers=2, embed_dim=WIDTH, num_heads=2, mlp_dim=6, vocab_size=16)

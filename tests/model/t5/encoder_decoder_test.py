@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model import flops, rows
 from espalier.model.attention import Attention, CrossAttention
 from espalier.model.config import TransformerConfig

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.model.low_rank.decompose import Decompose, Recompose
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Recipe, Source, TransformError

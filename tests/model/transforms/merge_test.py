@@ -7,6 +7,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
+
 from espalier.model.transforms import merge, merge_blocks
 from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.merge_methods import METHODS

@@ -1,6 +1,7 @@
 """Patterns of others match what `re` matches, in linear time."""
 
 import pytest
+
 from espalier.model.adapters import lora
 from espalier.model.low_rank import lowrank
 from espalier.model.transforms import patterns

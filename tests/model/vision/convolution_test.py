@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.low_rank import factors
 from espalier.model.low_rank.decompose import Decompose
 from espalier.model.low_rank.lowrank import Factorisation

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model import axes
 from espalier.model.low_rank import factors, lowrank
 from espalier.model.low_rank.lowrank_conv import LowRankConv

@@ -6,12 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from espalier.trainers.checkpoints import base_step, step_dir
 from espalier.trainers.checkpoints.base_step import BaseModelError
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.local_tier import LocalTier
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 ADAPTER = "adapter_a"
 

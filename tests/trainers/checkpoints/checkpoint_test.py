@@ -18,6 +18,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from espalier.trainers.checkpoints import manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.commit import CheckpointSaveError
@@ -32,9 +36,6 @@ from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError
 from espalier.trainers.checkpoints.retention import Retention
 from espalier.trainers.checkpoints.step_dir import read_meta
 from espalier.trainers.train_state import TrainState
-from etils import epath
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 ROOT = Path(__file__).parents[3]
 

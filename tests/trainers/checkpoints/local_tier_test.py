@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from espalier.trainers.checkpoints import checkpoint, local_step
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.commit import CheckpointSaveError
 from espalier.trainers.checkpoints.local_tier import TOKEN, LocalTier
 from espalier.trainers.checkpoints.restore import RunMismatchError
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 ROOT = Path(__file__).parents[3]
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from espalier.trainers.checkpoints import manifest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from espalier.trainers.checkpoints import manifest
 
 DTYPES = [
     "float32",

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
 from espalier.trainers.train_state import TrainState
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 
 def make_params(seed=0, layers=2):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.trainers.checkpoints import manifest, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.initial import InitialCheckpoint

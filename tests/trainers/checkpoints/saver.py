@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import numpy as np
+
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
 

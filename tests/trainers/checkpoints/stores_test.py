@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from espalier.common.storage import paths
 from espalier.launch.environment import ROOT
 from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -21,8 +23,6 @@ from espalier.trainers.checkpoints.commit import CheckpointSaveError
 from espalier.trainers.checkpoints.local_tier import LocalTier
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import restore_state
-
-from espalier.common.storage import paths
 from tests.faults import stores
 from tests.trainers.checkpoints import saver
 

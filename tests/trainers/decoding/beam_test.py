@@ -10,6 +10,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
+
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
@@ -18,7 +20,6 @@ from espalier.trainers.decoding.memory import TooLargeError
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.decoding.settings import Beams, Draw, Settings
-from jax.sharding import NamedSharding, PartitionSpec
 
 V, M = 29, 7
 PROMPTS = [[0, 8, 1, 4, 4, 6, 2, 11, 3, 20, 21, 22, 1, 9, 8, 7, 2], [0, 5, 9, 2, 7], [0, 3], [0]]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.flops import variable_shapes
 from espalier.model.transformer import Transformer

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.policies import POLICIES, policy_named
 from espalier.model.transformer import Transformer

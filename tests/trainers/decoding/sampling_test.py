@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.trainers.decoding.sampling import Sampling, candidates, penalised, sample, seen_in
 
 GOLDENS = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "generation.npz")

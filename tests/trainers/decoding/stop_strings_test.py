@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from espalier.trainers.decoding.stop_strings import GrowingText, cut
 
 TEXT = "naïve €5 – 日本, end\nof it"

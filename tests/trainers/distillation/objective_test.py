@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise, partitioning

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.model.moe.moe import MoeMlp

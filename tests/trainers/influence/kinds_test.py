@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.adapters import adapter
 from espalier.model.adapters.lora import Lora
 from espalier.model.attention import Attention

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
+
 from espalier.trainers.influence import blocks, kronecker, lexical, measures, queries, token_scores
 from espalier.trainers.influence.kronecker import Curvature, Damping, FactorError
 from espalier.trainers.influence.sites import Site
-from scipy import stats
 
 X, Y = 5, 4
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model import axes
 from espalier.model.low_rank import factors, lowrank
 from espalier.trainers.low_rank import factor_decay

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.vision.resnet import ResNet, ResNetConfig, Stem3x3, WideBlock
 from espalier.trainers import partitioning
 from espalier.trainers.batches import global_batch

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model.kernels import cross_entropy
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.model.protocol import OfLayers

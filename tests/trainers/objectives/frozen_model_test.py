@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.train_state import TrainState

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.adapters import adapter
 from espalier.model.adapters.lora import Lora
 from espalier.model.attention import Attention
@@ -20,7 +21,6 @@ from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenMo
 from espalier.trainers.objectives.own_base import OwnBase, without_adapters
 from espalier.trainers.preference.losses import direct
 from espalier.trainers.preference.objectives.preference import preference
-
 from tests.trainers.preference.objectives.preference_test import VOCAB, batch_of, pairs
 
 CONFIG = TransformerConfig(

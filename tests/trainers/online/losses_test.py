@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.trainers.online import losses as pg
 from espalier.trainers.online.losses import PolicyTokens
 

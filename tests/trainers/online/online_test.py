@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.actor_critic import ActorCritic

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.protocol import OfLayers
 from espalier.trainers.inputs import pack
 from espalier.trainers.online import losses

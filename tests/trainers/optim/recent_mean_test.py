@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model.transforms import merge
 from espalier.trainers.optim import recent_mean
 from espalier.trainers.optim.recent_mean import RecentMean

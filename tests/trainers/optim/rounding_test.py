@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from espalier.trainers.optim import rounding
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from espalier.trainers.optim import rounding
 
 DRAWS = 1 << 14
 

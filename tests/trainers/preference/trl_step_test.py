@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model.hf import families
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.preference.losses import absolute, direct, terms
 from espalier.trainers.preference.objectives.preference import preference
 from espalier.trainers.scoring.scoring import Row, Scorer
-
 from tests.model.hf import arrays
 
 HERE = pathlib.Path(__file__).parents[1] / "goldens"

@@ -1,6 +1,7 @@
 """What tests of stored programs share."""
 
 import pytest
+
 from espalier.trainers.programs import program
 
 

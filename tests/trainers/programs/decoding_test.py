@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transformer import Transformer

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
 from espalier.model.config import TransformerConfig
 from espalier.model.kernels import platform
 from espalier.model.transformer import Transformer
@@ -19,7 +21,6 @@ from espalier.trainers import partitioning
 from espalier.trainers.optim import optimizers, schedules
 from espalier.trainers.programs import program, surroundings
 from espalier.trainers.recipe import Recipe
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 class State(typing.NamedTuple):

@@ -7,6 +7,7 @@ import os
 
 import jax
 import pytest
+
 from espalier.trainers.programs import store
 
 KEY = {"function": "f", "versions": {"jax": "1"}}

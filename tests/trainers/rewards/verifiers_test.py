@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+
 from espalier.trainers.rewards import verifiers
 from espalier.trainers.rewards.base import Completion
 from espalier.trainers.rewards.verifiers import TextReward, VerifierError

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
 from espalier.model.transformer import Transformer

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import Goodput
 from espalier.trainers.telemetry.lifetime import DamagedLifetimeError, Lifetime, Start

@@ -9,8 +9,9 @@ import types
 
 import numpy as np
 import pytest
-from espalier.trainers.telemetry import metric_writers
 from tensorboardX.proto import event_pb2
+
+from espalier.trainers.telemetry import metric_writers
 
 
 def test_jsonl_is_strict_json_and_reads_back(tmp_path):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from espalier.trainers.telemetry import profiler
 
 

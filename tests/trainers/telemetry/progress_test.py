@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+
 from espalier.trainers.telemetry import progress
 
 EVALUATION = {

@@ -10,9 +10,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from espalier.trainers.telemetry import metric_writers
-
 from espalier.common.ranges import Fraction, NonNegative, Size
+from espalier.trainers.telemetry import metric_writers
 
 PREFIX = "indicators/"  # of the names of the metrics
 _MEASURED = ("entropy", "mass", "llh_chosen")

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+
+from espalier.common.bars import Bar
+from espalier.common.ranges import CalledWith, Count, Fraction, NonNegative, Seed, Size
 from espalier.model.protocol import inference_model, inference_params
 from espalier.trainers.decoding.policy_sampler import Generator
 from espalier.trainers.decoding.sampling import Sampling
@@ -27,9 +30,6 @@ from espalier.trainers.preference.indicators.reader import TOP_K, Reader
 from espalier.trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
 from espalier.trainers.scoring.scoring import Row
 from espalier.trainers.train_state import TrainState
-
-from espalier.common.bars import Bar
-from espalier.common.ranges import CalledWith, Count, Fraction, NonNegative, Seed, Size
 
 _QUIET_SECONDS = 10  # an evaluation that takes longer shows a progress bar
 _log = logging.getLogger(__name__)

@@ -14,12 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.decoding.buckets import in_order
 from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.scoring.scoring import Batched, Row, scored_columns
-from jax.sharding import NamedSharding
 
 _SHORTEST = 16  # tokens of a row: short completions would otherwise be mostly padding
 TOP_K = 10  # the paper's value; entropies are at most log2(10) = 3.32 bits

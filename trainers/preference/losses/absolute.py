@@ -6,9 +6,10 @@ names and formulas. There is no `divergence`: its unknown term of the prompt doe
 
 import jax
 import jax.numpy as jnp
+from jax.nn import log_sigmoid, sigmoid
+
 from espalier.trainers.objectives.settings import check_positive
 from espalier.trainers.preference.losses.pairs import PairLogProbs
-from jax.nn import log_sigmoid, sigmoid
 
 
 def nca_pair(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:

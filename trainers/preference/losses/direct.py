@@ -14,12 +14,12 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from espalier.trainers.objectives.settings import check_choice, check_positive, check_smoothing
-from espalier.trainers.preference.losses.divergence import Divergence, reverse_kl
-from espalier.trainers.preference.losses.pairs import PairLogProbs
 from jax.nn import log_sigmoid, relu, sigmoid
 
 from espalier.common.ranges import Fraction, Positive
+from espalier.trainers.objectives.settings import check_choice, check_positive, check_smoothing
+from espalier.trainers.preference.losses.divergence import Divergence, reverse_kl
+from espalier.trainers.preference.losses.pairs import PairLogProbs
 
 Reduction = Literal["sum", "mean"]
 Scale = Literal["paper", "trl"]

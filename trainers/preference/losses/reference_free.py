@@ -7,13 +7,13 @@ CPOTrainer (1.16), orpo those of its ORPOTrainer. The likelihood term of CPO and
 
 import jax
 import jax.numpy as jnp
+from jax.nn import log_sigmoid, relu
+
+from espalier.common.ranges import Fraction, NonNegative, Positive
 from espalier.trainers.objectives.settings import check_positive
 from espalier.trainers.preference.losses.direct import logistic
 from espalier.trainers.preference.losses.divergence import box_cox
 from espalier.trainers.preference.losses.pairs import PairLogProbs
-from jax.nn import log_sigmoid, relu
-
-from espalier.common.ranges import Fraction, NonNegative, Positive
 
 # The smallest -log p in nats that a float32 log-softmax distinguishes from p = 1.
 _LEAST_SURPRISE = float(jnp.finfo(jnp.float32).eps)

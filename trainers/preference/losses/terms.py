@@ -3,9 +3,10 @@
 from typing import Literal, get_args
 
 import jax
+from jax.nn import softplus
+
 from espalier.trainers.objectives.settings import check_choice
 from espalier.trainers.preference.losses.pairs import PairLogProbs
-from jax.nn import softplus
 
 NllReduction = Literal["mean", "sum", "tokens"]
 

@@ -7,6 +7,7 @@ weight 0 are sorted last, so that they are compared only with each other. Shapes
 
 import jax
 import jax.numpy as jnp
+
 from espalier.trainers.objectives.settings import check_positive
 from espalier.trainers.preference.losses.direct import logistic
 from espalier.trainers.preference.losses.pairs import PairLogProbs

@@ -6,11 +6,11 @@ as in trainers/preference/losses/direct.py. Formulas are TRL's (KTOTrainer, 1.16
 
 import jax
 import jax.numpy as jnp
-from espalier.trainers.objectives.settings import check_not_negative, check_positive
-from espalier.trainers.preference.losses.pairs import MissingLabelsError, PairLogProbs
 from jax.nn import sigmoid
 
 from espalier.common.ranges import NonNegative, Positive
+from espalier.trainers.objectives.settings import check_not_negative, check_positive
+from espalier.trainers.preference.losses.pairs import MissingLabelsError, PairLogProbs
 
 
 def kto(

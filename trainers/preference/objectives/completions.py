@@ -5,6 +5,7 @@ Shapes: B rows, T length, K pairs of a row, S = 2 K completions of a row, P = B 
 
 import jax
 import jax.numpy as jnp
+
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.preference.losses.pairs import PairLogProbs
 

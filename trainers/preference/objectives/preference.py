@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from espalier.common.ranges import Count, Fraction, NonNegative
 from espalier.model.kernels.cross_entropy import Implementation
 from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective
 from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
@@ -21,8 +23,6 @@ from espalier.trainers.preference.losses.pairs import (
     PairLogProbs,
 )
 from espalier.trainers.preference.objectives import completions
-
-from espalier.common.ranges import Count, Fraction, NonNegative
 
 # Log-probabilities of P pairs -> losses [P]; the functions are in trainers/preference/losses/.
 PairLoss = Callable[[PairLogProbs], jax.Array]

@@ -6,13 +6,13 @@ Shapes: B rows, T length, K pairs of a row, S = 2 K texts of a row, P = B K pair
 from typing import Any
 
 import jax.numpy as jnp
+from jax.nn import log_sigmoid
+
+from espalier.common.ranges import Count, NonNegative
 from espalier.trainers.objectives.base import LossOut, Objective
 from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.preference.objectives.completions import by_completion
-from jax.nn import log_sigmoid
-
-from espalier.common.ranges import Count, NonNegative
 
 ENDS = "decoder_ends"
 

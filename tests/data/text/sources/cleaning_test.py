@@ -1,6 +1,7 @@
 """Rules for single documents."""
 
 import pytest
+
 from espalier.data.text.sources import cleaning
 
 LICENCE = "Copyright 2020 Someone. All rights reserved."

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.data.text.sources import catalogues, environment, languages, names
 
 PO = """

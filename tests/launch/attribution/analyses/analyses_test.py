@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from espalier.launch.attribution.analyses import (
     compute,
     concentration,
@@ -15,7 +17,6 @@ from espalier.launch.attribution.analyses import (
     tables,
 )
 from espalier.launch.inference.row_files import RowFileError
-from scipy import stats
 
 
 def test_correlations_are_those_of_scipy_and_a_constant_column_has_none():

@@ -1,6 +1,7 @@
 """The search for answers in equivalent spellings."""
 
 import pytest
+
 from espalier.launch.attribution.analyses import search
 
 

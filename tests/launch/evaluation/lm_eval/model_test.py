@@ -10,13 +10,14 @@ import sys
 import lm_eval
 import numpy as np
 import pytest
+from lm_eval.api.instance import Instance
+
 from espalier.launch import convert
 from espalier.launch.evaluation.lm_eval.generation import options
 from espalier.launch.evaluation.lm_eval.model import EspalierLM
 from espalier.launch.run.load_run import LoadError
 from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.scoring.scoring import Row, Scorer
-from lm_eval.api.instance import Instance
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 CASES = pathlib.Path(os.environ.get("LM_EVAL_CASES", GOLDENS / "lm_eval"))

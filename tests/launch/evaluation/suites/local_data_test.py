@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.launch.evaluation.suites import local_data
 from espalier.launch.evaluation.suites.local_data import MissingDataError, Source, WrongDataError
 

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+
 from espalier.launch.evaluation.suites import local_data, multilingual
 from espalier.launch.evaluation.suites.local_data import MissingDataError, WrongDataError
 

@@ -1,6 +1,7 @@
 """Means by group against the paper's own table."""
 
 import pytest
+
 from espalier.launch.evaluation.suites import scores
 from espalier.launch.papers.code_mix.suite import SUITE
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.aya23 import answers, experiment, report
 from espalier.launch.papers.aya23.experiment import LANGUAGES, TOTAL, Ranked

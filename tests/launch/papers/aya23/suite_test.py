@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from espalier.launch.evaluation import harness
 from espalier.launch.evaluation.suites import scores, text_scores
 from espalier.launch.papers.aya23 import suite

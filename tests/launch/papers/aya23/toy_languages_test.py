@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.papers.aya23 import toy_languages as toy

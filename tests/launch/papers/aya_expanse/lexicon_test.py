@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from espalier.launch.papers.aya_expanse import lexicon, lexicon_text
 
 pytest.importorskip("django")

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import yaml
+
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
 from espalier.launch.config import gin_config

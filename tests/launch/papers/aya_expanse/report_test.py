@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.aya_expanse import experiment, lexicon, report
 from espalier.launch.papers.aya_expanse.experiment import UNSEEN

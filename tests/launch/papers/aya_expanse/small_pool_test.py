@@ -5,6 +5,7 @@ import json
 import types
 
 import pytest
+
 from espalier.data.aya_expanse import routing
 from espalier.launch.papers.aya_expanse import lexicon, small_pool, small_stage
 

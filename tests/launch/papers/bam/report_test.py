@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+
 from espalier.launch import environment, reproduce
 from espalier.launch.papers.bam import experiment, report
 from espalier.launch.papers.bam.experiment import Runs, long, matched

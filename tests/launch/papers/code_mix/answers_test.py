@@ -1,6 +1,7 @@
 """Exact match and F1 on cases worked out by hand."""
 
 import pytest
+
 from espalier.launch.papers.code_mix.harness_tasks import answers
 
 

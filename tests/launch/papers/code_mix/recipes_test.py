@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow
 import pytest
 import tokenizers
+from pyarrow import parquet
+from tokenizers import models, pre_tokenizers
+
 from espalier.data import tasks
 from espalier.launch.aot import precompile, tpu_topology
 from espalier.launch.config import gin_config
 from espalier.launch.sweeping import file
 from espalier.trainers.objectives import lm
 from espalier.trainers.optim import schedules
-from pyarrow import parquet
-from tokenizers import models, pre_tokenizers
 
 ROOT = pathlib.Path(__file__).parents[4]
 FOLDER = "t5x_configs/experiments/code_mix/full"

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.code_mix import procedures, skills
 from espalier.launch.code_mix import skills as evaluate_skills

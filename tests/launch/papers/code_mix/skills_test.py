@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.code_mix import procedures, skills
 from espalier.data.stream import stream

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+
 from espalier.launch.papers.influence import damping
 from espalier.trainers.influence import kronecker
 

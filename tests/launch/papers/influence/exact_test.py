@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch.papers.influence import exact
 from espalier.trainers.influence import conjugate
 from espalier.trainers.influence.conjugate import state_tree

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from espalier.launch.papers.influence import plan
 from espalier.trainers.influence.sites import Site
 
@@ -60,6 +61,7 @@ def test_sizes_are_those_of_the_arrays_of_a_fit(tmp_path):
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
+
     from espalier.model.config import TransformerConfig
     from espalier.model.transformer import Transformer
     from espalier.trainers.influence import files, sites

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import numpy as np
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.influence import corpus, scoring, small_corpus
 from espalier.launch.sweeping import file

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.papers.influence import (
     completions,

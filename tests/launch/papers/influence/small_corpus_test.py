@@ -4,6 +4,7 @@ import collections
 import re
 
 import pytest
+
 from espalier.launch.papers.influence import small_corpus
 from espalier.launch.papers.influence.small_corpus import ADD_ONE, FACT, REVERSE, TEXT, Document
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import pytest
+
 from espalier.launch.attribution import score
 from espalier.launch.attribution.analyses import labels, search
 from espalier.launch.papers.influence import experiment, smollm_files, smollm_scores

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
 from espalier.trainers.telemetry.metric_writers import read_jsonl

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.low_rank import experiment as lm
 from espalier.launch.sweeping import check, file

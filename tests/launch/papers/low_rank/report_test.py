@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.low_rank import experiment, report
 from espalier.launch.papers.low_rank import experiment as lm

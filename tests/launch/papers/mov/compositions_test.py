@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.launch.papers.mov import compositions
 
 

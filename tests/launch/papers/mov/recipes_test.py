@@ -6,12 +6,13 @@ import pathlib
 import flax.linen as nn
 import jax
 import pytest
+from flax import traverse_util
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.mov import experiment, report
 from espalier.launch.sweeping import file
 from espalier.model.adapters import adapter
 from espalier.trainers import initialise
-from flax import traverse_util
 
 
 @functools.cache

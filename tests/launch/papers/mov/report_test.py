@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+
 from espalier.data.instructions import templates
 from espalier.launch.papers.mov import compositions, evaluations, experiment, report, rows
 from espalier.launch.papers.shared import sweeps

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.stream import stream
 from espalier.data.tokenizers import vocabularies

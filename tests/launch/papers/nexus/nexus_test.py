@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.data.nexus import domain_embeddings
 from espalier.launch.config import gin_config, model_file
 from espalier.launch.weights import source_models

@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.bam import experiment as bam
 from espalier.launch.papers.nexus import experiment as nexus

@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+
 from espalier.launch.papers.nexus import experiment, report
 from espalier.launch.papers.nexus.experiment import NEW, OLD
 from espalier.launch.papers.shared import domains as domain_runs

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.launch import report
 from espalier.launch.papers.preference import board
 from espalier.launch.plots import panels

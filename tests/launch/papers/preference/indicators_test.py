@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 

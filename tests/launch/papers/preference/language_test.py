@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
+
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.inference import generate
 from espalier.launch.papers.preference import pairs, recall, topic_language

@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.preference.reference_store import ReferenceStore
 from espalier.launch.config import gin_config

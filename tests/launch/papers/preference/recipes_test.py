@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.papers.preference import experiment
 from espalier.launch.sweeping import file

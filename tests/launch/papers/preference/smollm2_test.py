@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from espalier.launch.config import gin_config
 from espalier.launch.sweeping import file
 

@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.papers.preference import topic_language as lang
 

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from espalier.launch.papers.shared import claim, page
 from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.papers.shared.results import Results, compare
-from scipy import stats
 
 
 def effect(values=(), **settings):

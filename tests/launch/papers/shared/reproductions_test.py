@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.launch import environment, papers, reproduce
 from espalier.launch.papers.shared import claim, page
 from espalier.launch.papers.shared.claim import Claim, Effect

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from espalier.launch import reproduce
 from espalier.launch.papers.shared import claim
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.launch.papers.snapkv import attention
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.full import FullCache

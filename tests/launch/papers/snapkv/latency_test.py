@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import pytest
+
 from espalier.launch.papers.snapkv import latency, results
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer

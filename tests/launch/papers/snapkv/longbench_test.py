@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from espalier.launch.evaluation.lm_eval import arguments
 from espalier.launch.evaluation.suites import local_data
 from espalier.launch.papers.snapkv import experiment, suite

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+
 from espalier.launch.papers.shared import claim
 from espalier.launch.papers.snapkv import accuracy as snapkv_accuracy
 from espalier.launch.papers.snapkv import attention, experiment, latency, needles, report, results

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.data import tasks
 from espalier.data.stream import stream
 from espalier.launch.papers.snapkv import retrieval

@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
+
 from espalier.launch.papers.snapkv import experiment, retrieval, until_answered
 from espalier.launch.sweeping import file
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from espalier.trainers.preference.indicators.alarm import Reading, StoppingRule
 
 EXACT = StoppingRule(smoothing=0.0)

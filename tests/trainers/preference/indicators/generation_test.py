@@ -6,6 +6,8 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
 from espalier.model.transformer import Transformer
@@ -16,7 +18,6 @@ from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.preference.indicators.reader import Reader
 from espalier.trainers.scoring.scoring import Row
-from jax.sharding import NamedSharding, PartitionSpec
 
 VOCAB, EOS = 24, 1
 MODEL = Transformer(

@@ -9,6 +9,8 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
 from espalier.launch.config import gin_reach
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.actor_critic import ActorCritic
@@ -20,7 +22,6 @@ from espalier.trainers.preference.indicators.alarm import StoppingRule
 from espalier.trainers.preference.indicators.hook import PreferenceIndicators
 from espalier.trainers.telemetry import metric_writers
 from espalier.trainers.train_state import TrainState
-from jax.sharding import NamedSharding, PartitionSpec
 
 MODEL = Transformer(
     config=TransformerConfig(

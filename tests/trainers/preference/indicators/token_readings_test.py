@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from espalier.trainers.preference.indicators import reader
 from espalier.trainers.preference.indicators.reader import read_tokens
 

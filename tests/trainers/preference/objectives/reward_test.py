@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from espalier.model import axes
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.reward_model import RewardModel
@@ -20,7 +21,6 @@ from espalier.trainers.rewards.base import Completion
 from espalier.trainers.rewards.model_reward import ModelReward
 from espalier.trainers.step import make_train_step
 from espalier.trainers.train_state import TrainState
-
 from tests.model.hf import arrays
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "goldens" / "reward_model.npz"
