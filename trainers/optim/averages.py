@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from trainers import trainable
-from trainers.extensions import AVERAGE, StepExtension, Update
+from trainers.extensions import StepExtension, Update
 from trainers.optim.rounding import Rounded
+from trainers.train_state import AVERAGE
 
 # (optimiser's state, trained parameters) -> the parameters to evaluate and to release
 Averaged = Callable[[Any, Any], Any]
