@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model.flops import Counted
 from model.ranges import recordable
 from model.transforms.patterns import fullmatch
 
@@ -32,7 +33,7 @@ class AdapterError(ValueError):
     """Adapters that do not fit each other or the model."""
 
 
-class Adapter(nn.Module):
+class Adapter(Counted):
     """What changes one projection; called with (site, x) or, at experts, (site, rows, sizes).
 
     Attributes:
