@@ -14,6 +14,7 @@ from launch.run.model_record import CONFIG
 from launch.weights import transformed_run
 from launch.weights.source_models import SourceModel
 from launch.weights.target_folder import ConvertError, new_directory
+from model.adapters import adapter
 from model.adapters.adapter import adapters_of, is_adapter
 from trainers.checkpoints import base_step, step_dir, stream_checkpoint
 from trainers.checkpoints.base_step import Part
@@ -99,7 +100,7 @@ def write(
                 **source.text_meta(),
                 **hf,
                 base_step.META: record,
-                "adapters": adapters.settings,
+                **adapter.record(model),
             },
         )
     count = sum(array.size for array in arrays.values())

@@ -83,7 +83,8 @@ class SourceModel:
     @property
     def base_digest(self) -> str:
         """The digest of the parameters that are no adapters', see base_step.digest."""
-        return base_step.digest({path: self._entry(path) for path in self._parts})
+        entries = {path: self._entry(path) for path in self._parts}
+        return base_step.digest(base_step.added(self.meta).base_of(entries))
 
     def text_meta(self) -> dict[str, Any]:
         """Returns the metadata on the vocabulary and on tokens before a text."""

@@ -195,6 +195,15 @@ def adapters_of(model: Any) -> Adapters | None:
     return None
 
 
+def record(model: Any) -> dict[str, Any]:
+    """Returns the facts of a checkpoint of this model about its adapters; {} without any.
+
+    `added` is the beginning of the names of their modules (trainers/checkpoints/base_step.py).
+    """
+    adapters = adapters_of(model)
+    return {} if adapters is None else {"adapters": adapters.settings, "added": PREFIX}
+
+
 def check_settings(model: Any, recorded: Mapping[str, Any] | None, where: Any) -> None:
     """Raises AdapterError if a model's adapters have other settings than those recorded with the checkpoint `where`.
 
