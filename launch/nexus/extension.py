@@ -11,12 +11,14 @@ from launch.nexus import domain_record
 from launch.nexus.extend import ExtendFlags
 from launch.run.load_run import RunConfig
 from launch.weights import source_models, transformed_run, upcycle_flags
-from launch.weights.mixture import RECORDED, expert_lines
+from launch.weights.mixture import expert_lines, recorded_mixture
 from launch.weights.source_models import SourceModel
+from model.bam.experts import AttentionExperts
 from model.nexus.extend import Addition, Removal
+from model.nexus.routers import MlpRouters, ProjectionRouters
 from model.transforms import base
 from model.transforms.base import TransformError, TreeTransform
-from model.transforms.experts import Mixture
+from model.transforms.experts import LinearRouters, Mixture, Routers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +76,27 @@ def _mixture(model: Any, moe: SourceModel, record: dict[str, Any]) -> Mixture:
     shapes = moe.abstract.shapes
     routers = {path.rpartition("/router/")[2] for path in shapes if "/mlp/router/" in path}
     domains = next((path for path in shapes if path.endswith("mlp/router/domains")), None)
-    return Mixture(
-        experts=first.mlp.experts,
-        kv_heads=model.config.kv_heads,
-        scanned=model.config.scan_layers,
-        attention=first.attention.experts > 0,
-        shared_kv=first.attention.shared_kv,
-        router="projection" if domains else "linear" if "kernel" in routers else "mlp",
-        domains=_vectors(moe, domains) if domains else None,
-        **{name: record[name] for name in RECORDED},
+    std = record["logit_std"]
+    router: Routers = MlpRouters(logit_std=std)
+    if domains:
+        router = ProjectionRouters(logit_std=std, domains=_vectors(moe, domains))
+    elif "kernel" in routers:
+        router = LinearRouters(std=record["router_std"])
+    attention = AttentionExperts(
+        kv_heads=model.config.kv_heads, shared_kv=first.attention.shared_kv
     )
+    return recorded_mixture(
+        record,
+        experts=first.mlp.experts,
+        scanned=model.config.scan_layers,
+        attention=attention if first.attention.experts else None,
+        router=router,
+    )
+
+
+def _domains(mixture: Mixture) -> np.ndarray | None:
+    """Returns the embeddings [E, M] of a mixture's experts; None if its routers have none."""
+    return mixture.router.domains if isinstance(mixture.router, ProjectionRouters) else None
 
 
 def _vectors(moe: SourceModel, path: str) -> np.ndarray:
@@ -105,7 +118,7 @@ def _addition(
         )
     source_models.check_related([moe, new], unrelated=options.unrelated)
     record = {**record, "experts": [*experts, name], "sources": [*record["sources"], new.path]}
-    domains = mixture.domains
+    domains, router = _domains(mixture), mixture.router
     if domains is None and options.level:
         raise TransformError(f"The router of {moe.path} is no projection: remove --level.")
     if domains is None and options.domains is not None:
@@ -123,10 +136,11 @@ def _addition(
         domain_record.check_same_encoder(file, record["domains"])
         domain_record.check_same_vectors(file, experts, domains)
         domains = np.concatenate([domains, file.vectors([name])])
+        router = dataclasses.replace(router, domains=domains)
         record["domains"] = domain_record.domains_record(file, domains)
     count = mixture.experts + 1
     larger = dataclasses.replace(
-        mixture, experts=count, domains=domains, seed=options.router_seed or 0
+        mixture, experts=count, router=router, seed=options.router_seed or 0
     )
     merge = 1 / count if options.merge is None else options.merge
     transform = Addition(larger, merge=merge, router=options.router or "append")
@@ -154,7 +168,7 @@ def _removal(
     index = record["experts"].index(name)
     lists = {x: record[x][:index] + record[x][index + 1 :] for x in ("experts", "sources")}
     record = {**record, **lists}
-    if mixture.domains is not None:
-        vectors = np.delete(mixture.domains, index, axis=0)
+    if (domains := _domains(mixture)) is not None:
+        vectors = np.delete(domains, index, axis=0)
         record["domains"] = {**record["domains"], "digest": domain_record.digest(vectors)}
     return _Change(Removal(mixture, index), [moe], record)

@@ -1,7 +1,7 @@
 """`launch.upcycle --method=nexus` (arXiv 2408.15901): the seed's FFNs are shared, and a router knows the experts' domains."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from launch.weights.upcycle_flags import METHOD_FILES, Method
@@ -56,17 +56,23 @@ class Nexus(Method):
 
         return domain_embeddings.read(self.options.domains) if self.options.domains else None
 
-    def routers(self, experts: Sequence[str]) -> dict[str, Any]:
-        projected = self.router_kind == "projection"
-        domains = self._embeddings.vectors(experts) if projected else None
-        return {"router": self.router_kind, "domains": domains}
+    def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
+        if self.router_kind == "linear":
+            return super().routers(experts, record)
+        from model.nexus.routers import MlpRouters, ProjectionRouters
 
-    def record(self, mixture: Any) -> dict[str, Any]:
+        std = record["logit_std"]
+        if self.router_kind == "mlp":
+            return MlpRouters(logit_std=std)
+        return ProjectionRouters(logit_std=std, domains=self._embeddings.vectors(experts))
+
+    def record(self, experts: Sequence[str]) -> dict[str, Any]:
         from launch.nexus import domain_record
 
-        if mixture.domains is None:
+        if self.router_kind != "projection":
             return {}
-        return {"domains": domain_record.domains_record(self._embeddings, mixture.domains)}
+        vectors_EM = self._embeddings.vectors(experts)
+        return {"domains": domain_record.domains_record(self._embeddings, vectors_EM)}
 
     def settings(self, experts: int) -> dict[str, Any]:
         width = {} if self._embeddings is None else {"DOMAIN_DIM": self._embeddings.dim}

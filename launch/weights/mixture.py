@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+from collections.abc import Mapping
 from typing import Any
 
 from launch.run.load_run import RunConfig
@@ -13,8 +14,11 @@ from model.transforms.base import TransformError
 from model.transforms.experts import Mixture
 from model.transforms.upcycle import Upcycle
 
-# Fields of experts.Mixture that a mixture records for experts added later; also names of flags of launch.upcycle.
-RECORDED = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
+# What a mixture records for experts added later: flags of launch.upcycle, and their values if they are not set.
+_RECORDED = {
+    **{"expert_scale": 1.0, "drop_ratio": 0.0, "drop_seed": 0},
+    **{"router_std": 0.02, "logit_std": 0.1},
+}
 
 
 def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
@@ -36,27 +40,28 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
             f"Experts must be gated MLPs, but the dense model has {mlp.kind}: give other --experts."
         )
     method = options.made_by
-    mixture = Mixture(
+    made = {
+        name: default if (x := getattr(options, name)) is None else x
+        for name, default in _RECORDED.items()
+    }
+    mixture = recorded_mixture(
+        made,
         experts=len(names),
-        kv_heads=dense.config.kv_heads,
         scanned=dense.config.scan_layers,
         ffn=method.ffn,
-        attention=method.mixes_attention,
-        average_attention=options.average_attention,
-        shared_kv=options.shared_kv,
+        attention=method.attention(dense.config.kv_heads),
+        router=method.routers(names, made),
         seed=options.router_seed,
-        **method.routers(names),
-        **{name: x for name in RECORDED if (x := getattr(options, name)) is not None},
     )
     record: dict[str, Any] = {
         "method": options.method,
         "experts": names,
         "sources": [source.path for source in experts],
-        **{name: getattr(mixture, name) for name in RECORDED},
+        **made,
     }
     if options.seed_model:
         record["seed_model"] = options.seed_model
-    record |= method.record(mixture)
+    record |= method.record(names)
     recipes = transformed_run.write(
         options.to,
         Upcycle(mixture, shared_ffn=bool(options.seed_model)),
@@ -68,6 +73,12 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
     )
     lines = [*expert_lines(record), *base.table(recipes)]
     print("\n".join([*lines, f"written to {options.to}"]))
+
+
+def recorded_mixture(record: Mapping[str, Any], **settings: Any) -> Mixture:
+    """Returns a mixture with the experts' scale and redrawn units of a mixture's record."""
+    own = {name: record[name] for name in ("expert_scale", "drop_ratio", "drop_seed")}
+    return Mixture(**settings, **own)
 
 
 def expert_lines(record: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from launch import cli
@@ -37,7 +37,7 @@ class Method:
 
     @property
     def router_kind(self) -> str:
-        """The kind of the routers, see model/transforms/experts.py."""
+        """The kind of the routers, as a flag names it."""
         return "linear"
 
     @property
@@ -48,14 +48,25 @@ class Method:
     def check(self) -> None:
         """Raises TransformError for flags that do not go together."""
 
-    def routers(self, experts: Sequence[str]) -> dict[str, Any]:
-        """Returns the fields of a Mixture that describe the routers of these experts."""
-        del experts
-        return {"router": self.router_kind}
+    def attention(self, kv_heads: int) -> Any:
+        """Returns how attentions become experts (model/bam/experts.py); None if they do not."""
+        from model.bam.experts import AttentionExperts
 
-    def record(self, mixture: Any) -> dict[str, Any]:
-        """Returns what a mixture records of the method, besides what all methods record."""
-        del mixture
+        if not self.mixes_attention:
+            return None
+        shared, averaged = self.options.shared_kv, self.options.average_attention
+        return AttentionExperts(kv_heads=kv_heads, shared_kv=shared, averaged=averaged)
+
+    def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
+        """Returns the routers (model/transforms/experts.py) of these experts, with the settings that are recorded."""
+        from model.transforms.experts import LinearRouters
+
+        del experts
+        return LinearRouters(std=record["router_std"])
+
+    def record(self, experts: Sequence[str]) -> dict[str, Any]:
+        """Returns what a mixture of these experts records of the method, besides what all methods record."""
+        del experts
         return {}
 
     def settings(self, experts: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import jax
 
 from model import axes
 from model.linear import fan_in_normal
-from model.moe.router_scale import token_down_std
 from model.nexus.domain_router import GatedRouter
+from model.nexus.router_scale import token_down_std
 from model.ranges import recordable
 
 
