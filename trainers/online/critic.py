@@ -7,6 +7,7 @@ import numpy as np
 
 from model.ranges import Fraction, NonNegative, Size
 from trainers import inputs
+from trainers.objectives.settings import check_not_negative
 from trainers.online import losses
 from trainers.online.method import (
     LOG_PROBS,
@@ -18,7 +19,6 @@ from trainers.online.method import (
     Score,
     float_columns,
 )
-from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from model.ranges import NonNegative, Size
 from trainers import inputs
+from trainers.objectives.settings import check_not_negative
 from trainers.online.method import (
     LOG_PROBS,
     REFERENCE,
@@ -21,7 +22,6 @@ from trainers.online.method import (
     Score,
     float_columns,
 )
-from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.ranges import NonNegative, Size
-from trainers.preference.losses.settings import check_choice, check_not_negative, check_positive
+from trainers.objectives.settings import check_choice, check_not_negative, check_positive
 
 _EPS = 1e-4  # added to the standard deviation of a group, as in TRL
 

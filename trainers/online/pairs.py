@@ -10,8 +10,8 @@ import numpy as np
 
 from model.ranges import NonNegative, Size
 from trainers import inputs
+from trainers.objectives.settings import check_not_negative
 from trainers.online.method import REFERENCE, Arrays, Method, Samples, Score, float_columns
-from trainers.preference.losses.settings import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

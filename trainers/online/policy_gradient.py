@@ -14,8 +14,8 @@ from model.kernels.cross_entropy import Implementation
 from model.ranges import Count, NonNegative, Positive
 from trainers.objectives.base import Batch, LossOut, Metrics, Objective, loss_in
 from trainers.objectives.forward import Forward, forward_objective
+from trainers.objectives.settings import check_not_negative, check_positive
 from trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
-from trainers.preference.losses.settings import check_not_negative, check_positive
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
+from trainers.objectives.settings import check_positive
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.preference.losses.settings import check_positive
 
 
 def nca_pair(pairs: PairLogProbs, *, beta: float = 0.1) -> jax.Array:

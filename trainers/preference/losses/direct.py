@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
 from model.ranges import Fraction, Positive
+from trainers.objectives.settings import check_choice, check_positive, check_smoothing
 from trainers.preference.losses.divergence import Divergence, reverse_kl
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.preference.losses.settings import check_choice, check_positive, check_smoothing
 
 Reduction = Literal["sum", "mean"]
 Scale = Literal["paper", "trl"]

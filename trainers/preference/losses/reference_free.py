@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
 
 from model.ranges import Fraction, NonNegative, Positive
+from trainers.objectives.settings import check_positive
 from trainers.preference.losses.direct import logistic
 from trainers.preference.losses.divergence import box_cox
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.preference.losses.settings import check_positive
 
 # The smallest -log p in nats that a float32 log-softmax distinguishes from p = 1.
 _LEAST_SURPRISE = float(jnp.finfo(jnp.float32).eps)

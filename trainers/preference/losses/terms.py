@@ -5,8 +5,8 @@ from typing import Literal, get_args
 import jax
 from jax.nn import softplus
 
+from trainers.objectives.settings import check_choice
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.preference.losses.settings import check_choice
 
 NllReduction = Literal["mean", "sum", "tokens"]
 

@@ -8,9 +8,9 @@ weight 0 are sorted last, so that they are compared only with each other. Shapes
 import jax
 import jax.numpy as jnp
 
+from trainers.objectives.settings import check_positive
 from trainers.preference.losses.direct import logistic
 from trainers.preference.losses.pairs import PairLogProbs
-from trainers.preference.losses.settings import check_positive
 
 
 def aot(pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> jax.Array:

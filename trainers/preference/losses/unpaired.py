@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.nn import sigmoid
 
 from model.ranges import NonNegative, Positive
+from trainers.objectives.settings import check_not_negative, check_positive
 from trainers.preference.losses.pairs import MissingLabelsError, PairLogProbs
-from trainers.preference.losses.settings import check_not_negative, check_positive
 
 
 def kto(

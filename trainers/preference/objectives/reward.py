@@ -11,7 +11,7 @@ from jax.nn import log_sigmoid
 from model.ranges import Count, NonNegative
 from trainers.objectives.base import LossOut, Objective, loss_in
 from trainers.objectives.forward import Forward, forward_objective, source_losses
-from trainers.preference.losses.settings import check_not_negative
+from trainers.objectives.settings import check_not_negative
 from trainers.preference.objectives.completions import by_completion
 
 ENDS = "decoder_ends"
