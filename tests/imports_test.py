@@ -219,16 +219,8 @@ LEVELS = {
         ("attribution",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         (
-            *(
-                "aya_expanse",
-                "code_mix",
-                "convert",
-                "evaluation",
-                "lm_eval",
-                "merge",
-                "merging",
-                "nexus",
-            ),
+            *("aya_expanse", "code_mix", "convert", "evaluation", "lm_eval", "low_rank"),
+            *("merge", "merging", "nexus", "preference"),
             *("preparation", "sweep", "sweeping", "weights"),
         ),
         ("reporting",),

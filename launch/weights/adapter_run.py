@@ -17,6 +17,7 @@ from launch.run.model_record import CONFIG
 from launch.weights import transformed_run
 from launch.weights.source_models import SourceModel
 from launch.weights.target_folder import ConvertError, new_directory
+from model.adapters import adapter
 from model.adapters.adapter import PREFIX, adapters_of, is_adapter
 from model.hf import peft
 from model.hf.families import family_named, family_of_model
@@ -106,7 +107,7 @@ def write(
                 **source.text_meta(),
                 **hf,
                 base_step.META: record,
-                "adapters": adapters.settings,
+                **adapter.record(model),
             },
         )
     count = sum(array.size for array in arrays.values())

@@ -30,7 +30,7 @@ from model import axes
 from model.flops import Counted
 from model.kernels import matmul
 from model.linear import Dense, Pointwise, fan_in_normal
-from model.moe.router_scale import down_std
+from model.nexus.router_scale import down_std
 
 
 class GatedRouter(Counted):

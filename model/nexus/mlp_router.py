@@ -11,8 +11,8 @@ import jax
 from espalier.common.ranges import recordable
 from model import axes
 from model.linear import fan_in_normal
-from model.moe.router_scale import token_down_std
 from model.nexus.domain_router import GatedRouter
+from model.nexus.router_scale import token_down_std
 
 
 @recordable

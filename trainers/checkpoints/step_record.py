@@ -70,5 +70,6 @@ _FACTS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "positions": (_are_positions, "the rows read of each source"),
     "inference_part": (lambda value: type(value) is str, "a name"),
     "hooks_left_out": (lambda value: type(value) is bool, "true or false"),
+    "added": (lambda value: type(value) is str and value != "", "the beginning of a name"),
     **dict.fromkeys(("initial", "hf", "upcycled"), (_is_object, "an object")),
 }

@@ -15,8 +15,8 @@ from model.linear import Dense
 from model.mlp import GatedMlp
 from model.moe import moe, routing
 from model.moe.moe import MoeMlp
-from model.moe.router_scale import down_std
 from model.nexus.domain_router import DomainRouter, expert_vectors, level, random_directions
+from model.nexus.router_scale import down_std
 from model.transformer import Block, Transformer
 from trainers.recipe import Recipe
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Fraction, NonNegative
 from model.kernels.cross_entropy import Implementation
-from trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from trainers.objectives.base import Batch, LossOut, Metrics, Objective, loss_in
 from trainers.objectives.forward import Forward, forward_objective, source_losses
 from trainers.objectives.frozen_model import FrozenModel
 from trainers.objectives.own_base import OwnBase
@@ -24,6 +24,7 @@ from trainers.preference.objectives import completions
 PairLoss = Callable[[PairLogProbs], jax.Array]
 
 
+@loss_in("per pair")
 def preference(
     *,
     model: Any,

@@ -7,7 +7,7 @@ import pytest
 from data import tasks
 from data.preference import records
 from launch.config import gin_config
-from launch.preparation import preference_pairs
+from launch.preference import preference_pairs
 
 
 def write(tmp_path, *rows):

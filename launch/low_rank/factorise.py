@@ -76,6 +76,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     raise SystemExit(
         upcycle_flags.main(
-            __doc__, "upcycle factorise", "launch.weights.factorisation:run", add_flags
+            __doc__, "upcycle factorise", "launch.low_rank.factorisation:run", add_flags
         )
     )

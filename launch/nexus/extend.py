@@ -76,5 +76,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(
-        upcycle_flags.main(__doc__, "upcycle extend", "launch.weights.mixture:extend", add_flags)
+        upcycle_flags.main(__doc__, "upcycle extend", "launch.nexus.extension:extend", add_flags)
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from launch import convert
-from launch.weights.factorisation import Decomposition
-from launch.weights.factorise import FactoriseFlags
+from launch.low_rank.factorisation import Decomposition
+from launch.low_rank.factorise import FactoriseFlags
 from model.hf import load
 from model.low_rank import factors
 from model.low_rank.decompose import Decompose

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from espalier.common.bars import Bar
+from launch.low_rank.factorise import FactoriseFlags
 from launch.run.load_run import LoadError, RunConfig
 from launch.weights import transformed_run, upcycle_flags
-from launch.weights.factorise import FactoriseFlags
 from launch.weights.source_models import SourceModel
 from launch.weights.transformed_run import token_rows
 from model.config import TransformerConfig
