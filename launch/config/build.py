@@ -22,7 +22,7 @@ from typing import Any
 import gin
 
 from launch.config import decorated, text
-from launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
+from launch.config.gin_reader import Bound, Checked, Target, applying, final_bound, mapped
 from launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
 from trainers.programs import replacements
 
@@ -66,10 +66,7 @@ class Configuration:
         self._used: dict[tuple[str, Target], dict[str, Bound]] = {}
         self._used_macros: set[str] = set()
         self._lock = threading.Lock()
-        self._bindings: dict[int, list[tuple[str, str, Bound]]] = {}
-        for (scope, name, argument), bound in tree.bindings.items():
-            key = id(tree.targets[name].value)  # files may know one object under several names
-            self._bindings.setdefault(key, []).append((scope, argument, bound))
+        self._bindings = tree.by_object()
         self._methods = [
             target
             for target in tree.targets.values()
@@ -135,7 +132,7 @@ class Configuration:
         (scope, name, argument), bound = key, self.tree.bindings[key]
         with self._lock:
             self._used.setdefault((scope, self.tree.targets[name]), {})[argument] = bound
-        return self._value(bound.value, bound)
+        return self._value(bound)
 
     def operative_text(self) -> str:
         """Returns the bindings that were used so far, and the defaults of the functions called, as a gin file."""
@@ -155,8 +152,7 @@ class Configuration:
         with self._lock:
             self._used_macros.add(name)
         with self._in(name):
-            bound = self.tree.macros[name]
-            return self._value(bound.value, bound)
+            return self._value(self.tree.macros[name])
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that the entry function would be called with, references evaluated."""
@@ -264,22 +260,20 @@ class Configuration:
 
     def _values(self, bound: Mapping[str, Bound], scope: str) -> dict[str, Any]:
         with self._in(scope):
-            return {argument: self._value(one.value, one) for argument, one in bound.items()}
+            return {argument: self._value(one) for argument, one in bound.items()}
 
-    def _value(self, value: Any, bound: Bound) -> Any:
-        """Returns the literal, object or factory for a part of a binding."""
-        if isinstance(value, dict):
-            return {self._value(k, bound): self._value(v, bound) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._value(item, bound) for item in value)
-        if isinstance(value, Macro):
-            return self.macro(value.name)
-        if isinstance(value, Reference):
-            target = _target(value, bound)
-            if value.evaluate:
-                return self.call(target, value.scope)
-            return self.factory(target, value.scope)
-        return value
+    def _value(self, bound: Bound) -> Any:
+        """Returns the value of a binding: literals, objects and factories."""
+
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, Macro):
+                return self.macro(leaf.name)
+            if not isinstance(leaf, Reference):
+                return leaf
+            target = _target(leaf, bound)
+            return (self.call if leaf.evaluate else self.factory)(target, leaf.scope)
+
+        return mapped(bound.value, value)
 
     def _text(self, value: Any, bound: Bound) -> str:
         if isinstance(value, dict):

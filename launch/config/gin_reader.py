@@ -93,12 +93,17 @@ class Bound:
 
     def meaning(self) -> str:
         """Returns the value as text with full names, which does not depend on the imports."""
-        text = repr(self.value)
-        for reference, target in self.references:
-            if target is not None:
-                full = dataclasses.replace(reference, name=f"{reference.scope}/{target.name}")
-                text = text.replace(repr(reference), repr(full))
-        return text
+        return repr(self.named(lambda target: target.name))
+
+    def named(self, name: Callable[[Target], str]) -> Any:
+        """Returns the value with other names in its references."""
+        targets = dict(self.references)
+
+        def renamed(leaf: Any) -> Any:
+            target = targets.get(leaf) if isinstance(leaf, Reference) else None
+            return leaf if target is None else leaf.renamed(name(target))
+
+        return mapped(self.value, renamed)
 
 
 @dataclasses.dataclass
@@ -137,6 +142,13 @@ class Checked:
         """Returns all definitions by name, with the list REPLACES."""
         listed = {} if self.replaces_last is None else {REPLACES: self.replaces_last}
         return {**self.macros, **listed}
+
+    def by_object(self) -> dict[int, list[tuple[str, str, Bound]]]:
+        """Returns (scope, argument, binding) of each bound object, by its `id`: files may know it under several names."""
+        bindings: dict[int, list[tuple[str, str, Bound]]] = {}
+        for (scope, name, argument), bound in self.bindings.items():
+            bindings.setdefault(id(self.targets[name].value), []).append((scope, argument, bound))
+        return bindings
 
     def copy(self) -> "Checked":
         """Returns a copy that later statements do not change."""
@@ -473,6 +485,15 @@ def leaves(value: Any) -> Iterable[Any]:
             yield from leaves(item)
     else:
         yield value
+
+
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Returns a value with what `leaf` returns in place of each literal, reference and macro in it."""
+    if isinstance(value, dict):
+        return {mapped(key, leaf): mapped(item, leaf) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(item, leaf) for item in value)
+    return leaf(value)
 
 
 def is_required(value: Any) -> bool:
