@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -31,8 +30,7 @@ from trainers.programs import replacements
 _RUNNING: contextvars.ContextVar[tuple["Configuration | None", str]] = contextvars.ContextVar(
     "running", default=(None, "")
 )
-# What configurations made of `@f` -> what it calls.
-_FACTORIES: "weakref.WeakKeyDictionary[Any, Configured]" = weakref.WeakKeyDictionary()
+_CONFIGURED = "_configured"  # attribute of a class that a configuration has made of `@f`
 _DEFAULT = Place("a default")
 
 
@@ -67,6 +65,11 @@ class Configuration:
         self._used_macros: set[str] = set()
         self._lock = threading.Lock()
         self._bindings = tree.by_object()
+        self._first: dict[
+            int, Target
+        ] = {}  # by the name under which the files have named an object first
+        for target in tree.targets.values():
+            self._first.setdefault(id(target.value), target)
         self._methods = [
             target
             for target in tree.targets.values()
@@ -103,7 +106,8 @@ class Configuration:
         """All bindings as one gin file that can be loaded again."""
         settings: dict[tuple[str, Target], dict[str, Bound]] = {}
         for (scope, name, argument), bound in self.tree.bindings.items():
-            settings.setdefault((scope, self._first(name)), {})[argument] = bound
+            target = self._first[id(self.tree.targets[name].value)]
+            settings.setdefault((scope, target), {})[argument] = bound
         return text.gin(self.tree.imports, self.tree.all_macros(), settings)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
@@ -179,8 +183,9 @@ class Configuration:
     def called_in(self, macro: str) -> Any:
         """Returns the function or class that the value of a macro is a call of or refers to; None for other values."""
         bound = self.tree.macros.get(macro)
-        target = dict(bound.references).get(bound.value) if bound and bound.references else None
-        return None if target is None else target.value
+        if bound is None or not isinstance(bound.value, Reference):
+            return None
+        return _target(bound.value, bound).value
 
     def bound_to(self, called: Any, *names: str) -> dict[str, Any]:
         """Returns the values of those of these arguments of a function or class that are bound without a scope."""
@@ -220,7 +225,8 @@ class Configuration:
         bound = {k: v for k, v in self._bound(target, scope).items() if k not in passed}
         defaults = {k: v for k, v in signature.defaults.items() if k not in passed}
         with self._lock:
-            self._used.setdefault((scope, target), {}).update({**defaults, **bound})
+            first = self._first.get(id(target.value), target)
+            self._used.setdefault((scope, first), {}).update({**defaults, **bound})
         values = self._values(bound, scope)
         with self._in(scope):
             if target.value is gin.config.singleton:
@@ -249,11 +255,6 @@ class Configuration:
                 yield
         finally:
             _RUNNING.reset(token)
-
-    def _first(self, name: str) -> Target:
-        """Returns the target by the name under which the files have named it first."""
-        value = self.tree.targets[name].value
-        return next(t for t in self.tree.targets.values() if t.value is value)
 
     def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
         return applying(scope, self._bindings.get(id(target.value), ()))
@@ -321,10 +322,9 @@ class Configured:
 
 def configured(value: Any) -> Configured | None:
     """Returns what a configuration has made a factory of; None for any other value."""
-    try:
-        return _FACTORIES.get(value)
-    except TypeError:  # no weak reference to it, or no hash
-        return None
+    if isinstance(value, _Function):
+        return value.of
+    return vars(value).get(_CONFIGURED) if inspect.isclass(value) else None
 
 
 def _factory(of: Configured) -> Any:
@@ -340,11 +340,10 @@ def _factory(of: Configured) -> Any:
             return call(target, of.scope, args, kwargs, make)
 
         calling = type(meta)(meta.__name__, (meta,), {"__call__": construct})
-        made = calling(target.value.__name__, (target.value,), _named(target.value))
-    else:
-        made = _Function(of)
-    _FACTORIES[made] = of
-    return made
+        named = {**_named(target.value), _CONFIGURED: of}
+        made = calling(target.value.__name__, (target.value,), named)
+        return made
+    return _Function(of)
 
 
 class _Function:
@@ -355,10 +354,10 @@ class _Function:
         if not of.configuration.shows_bindings:  # flax shows what has a name by it
             names = ("__name__", *names)
         functools.update_wrapper(self, of.target.value, names, ())
-        self._of = of
+        self.of = of
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._of.configuration.call(self._of.target, self._of.scope, args, kwargs)
+        return self.of.configuration.call(self.of.target, self.of.scope, args, kwargs)
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else functools.partial(self, owner)
@@ -367,7 +366,7 @@ class _Function:
         return self
 
     def __repr__(self) -> str:
-        return repr(self._of)
+        return repr(self.of)
 
 
 def _named(made: type) -> dict[str, Any]:

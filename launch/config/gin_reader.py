@@ -1,7 +1,6 @@
 """Reads a gin configuration against the code it names: imports, bindings, and their references.
 
-Follows gin's own order and rules (each file sees only its own imports; later bindings win), but does not change gin's state, and
-continues after a problem.
+Follows gin's own order and rules (each file sees only its own imports; later bindings win), and continues after a problem.
 """
 
 import dataclasses
@@ -364,11 +363,11 @@ class Reader:
         for leaf in leaves(statement.value):
             if isinstance(leaf, Reference):
                 references.append((leaf, self._resolve(leaf.selector, place, symbols)))
-                self.checked.scopes_used.update(_prefixes(leaf.scope))
+                self.checked.scopes_used.update(prefixes(leaf.scope))
             elif isinstance(leaf, Macro) and not leaf.required:
                 macros.append(leaf)
-                # Gin evaluates the value of a macro in a scope of the macro's name.
-                self.checked.scopes_used.update(_prefixes(leaf.name))
+                # The value of a macro is evaluated in a scope of the macro's name.
+                self.checked.scopes_used.update(prefixes(leaf.name))
                 self.checked.macros_read.setdefault(leaf.name, place)
         bound = Bound(statement.value, place, tuple(references), tuple(macros), self._file)
         if (statement.selector, statement.arg_name) == (REPLACES, ""):
@@ -525,7 +524,8 @@ def within(scope: str, outer: str) -> bool:
     return not outer or f"{scope}/".startswith(f"{outer}/")
 
 
-def _prefixes(scope: str) -> list[str]:
+def prefixes(scope: str) -> list[str]:
+    """Returns a scope and the scopes around it, outer ones first; [] for no scope."""
     return list(itertools.accumulate(scope.split("/"), "{}/{}".format)) if scope else []
 
 
