@@ -1,9 +1,13 @@
-"""A configured function is described by the bindings that its call reads, and by no others."""
+"""A configuration is written as gin writes it, and a configured function is described by the bindings that its call reads."""
 
+import importlib
+
+import gin
 import pytest
 
-from launch.config import gin_check, gin_config
+from launch.config import gin_check, gin_config, gin_source
 from launch.config.build import Configuration
+from tests import methods_test
 from trainers.programs.description import digest
 
 ENTRY = "toy_run:train"
@@ -56,3 +60,63 @@ def test_a_factory_of_an_isolated_configuration_does_not_depend_on_its_file(gin_
         return digest(Configuration(gin_check.check([file], fragment=True)).macro("BLOCK"))
 
     assert block("one.gin", 3) == block("another.gin", 3) != block("one.gin", 4)
+
+
+def of_gin(files, bindings, entry):
+    """The text that gin itself writes, and that of what it used to make the arguments of the entry function."""
+    module, _, name = entry.partition(":")
+    gin.add_config_file_search_path(gin_source.ROOT)
+    try:
+        gin.parse_config_files_and_bindings(files, bindings)
+        text = gin.config_str()
+        gin.get_bindings(getattr(importlib.import_module(module), name))
+        return text, gin.operative_config_str()
+    finally:
+        gin.clear_config(clear_constants=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "methods"),
+    [
+        ("pretrain", ()),
+        ("pretrain", ("low_rank/low_rank", "bam/bam", "averaging/recent_mean")),
+        ("classify", ("low_rank/low_rank_conv",)),
+        ("preference", ("preference/indicators", "adapters/lora", "preference/ipo")),
+        ("online", ("preference/ppo",)),
+    ],
+)
+def test_text_and_operative_text_are_those_of_gin(run, methods):
+    files, bindings = methods_test.arguments(run, methods)
+    config = gin_config.load(files, bindings, entry="launch.train:train")
+    config.arguments()
+    assert (config.text, config.operative_text()) == of_gin(files, bindings, "launch.train:train")
+
+
+def test_scopes_and_long_values_are_written_as_gin_writes_them(gin_file, toy_gin):
+    """Macros in scopes, a singleton, values of several lines, and modules of one name."""
+    text = (
+        toy_gin
+        + """
+from model import config as toys
+from trainers.optim import optimizers as config
+import jax
+toy_net.Net.block = @a/b/toy_net.Block
+toy_net.Block.dense = @toy_net.Dense
+a/toy_net.Block.dense = @toy_net.Factored
+a/b/toy_net.Factored.rank = %a/RANK
+a/RANK = 3
+toy_run.train.names = %NAMES
+NAMES = ['a name that is long', 'another name that is long', 'a third name', 'a fourth one']
+toys.TransformerConfig.num_layers = 2
+once/gin.singleton.constructor = @toy_net.Factored
+once/toy_net.Factored.width = 2
+jax.nn.initializers.normal.stddev = 1e-3
+EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @config.adamw), 'x': 'y' }
+toy_net.optimizer.decay = %EXTRA
+"""
+    )
+    files = [gin_file(text)]
+    config = gin_config.load(files, ["MODEL_DIR='/x'"], entry=ENTRY)
+    extra = config.arguments()["optimizer"][2]
+    assert extra["of"][0].rank == 2 and extra["of"][0] is not None
+    assert (config.text, config.operative_text()) == of_gin(files, ["MODEL_DIR='/x'"], ENTRY)
