@@ -17,9 +17,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from data import tasks
-from data.choices import check_choice
 from data.data_source import GeneratedSource
-from espalier.common.ranges import Seed, Size
+from espalier.common.ranges import Seed, Size, check_choice
 
 NUM_KEYS = 64
 NUM_VALUES = 16  # of each place in a line
@@ -169,8 +168,7 @@ def register(
     for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):
         for count in lines:
             name = f"{prefix}_{count}"
-            tasks.register_features(
-                name,
+            tasks.register_rows(
                 RetrievalSource(name, train_documents, seed, count, question),
                 origin="retrieval.register",
                 features={"targets": seqio.PassThroughVocabulary(VOCAB_SIZE), "loss_weights": None},

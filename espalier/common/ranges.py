@@ -1,6 +1,6 @@
-"""The ranges of numbers, declared with their types: `beta: Positive = 0.1`.
+"""The values that settings may have: ranges of numbers, declared with their types (`beta: Positive = 0.1`), and choices.
 
-The check of configurations reads them (launch/config/gin_values.py): a value of a gin file that lies outside is an error
+The check of configurations reads the ranges (launch/config/gin_values.py): a value of a gin file that lies outside is an error
 before any work. Python does not check them.
 
 Whether a value has an effect may depend on others: `refuse_set` is for settings that would be ignored.
@@ -8,7 +8,7 @@ Whether a value has an effect may depend on others: `refuse_set` is for settings
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Gt, Interval
 
@@ -27,6 +27,15 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average
 Tokens = Annotated[float, Interval(ge=1, le=1e18)]
+
+
+def check_choice(argument: str, value: object, choices: Any) -> None:
+    """Raises ValueError if `value` is not in `choices`, a `Literal` type or a collection."""
+    choices = get_args(choices) or choices
+    if value not in choices:
+        raise ValueError(
+            f"{argument} is {value!r}; it must be one of {', '.join(map(repr, choices))}."
+        )
 
 
 def refuse_set(settings: Any, names: Sequence[str], because: str) -> None:

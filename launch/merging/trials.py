@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import files
 from launch.merging.settings import MergeError
 
 LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -115,10 +116,7 @@ class Trials:
         return self.done[key]
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        files.append(self._path, json.dumps(row) + "\n", synced=True)  # a trial takes long
 
 
 def best_single(alone: Sequence[Trial]) -> Losses:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.cache import cache_dir
+from espalier.common import files
 from launch.papers.shared.claim import Claim
 
 _FILE = "criteria.json"
@@ -28,7 +28,7 @@ def fix(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     fixed = {"date": date, **run_dir.commit(), "late": started, "claims": of(claims)}
     folder.mkdir(parents=True, exist_ok=True)
-    cache_dir.write_json(path, fixed)
+    files.write_json(path, fixed, synced=True)  # its date is before the runs
     return fixed
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import tables
 from launch.papers.shared import claim, criteria, effects_figure, nulls
 from launch.papers.shared.claim import Claim
 from launch.plots import panels
@@ -161,8 +162,7 @@ def _measurement(effect: claim.Effect) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:
     """Returns a Markdown table, below a heading if there is a title, and a blank line after it."""
     heading = [f"## {title}", ""] if title else []
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return [*heading, lines[0], "|" + "---|" * len(header), *lines[1:], ""]
+    return [*heading, *tables.markdown(header, rows), ""]
 
 
 def missing(names: Sequence[str], parts: Sequence[str], results: Parts) -> list[str]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from data.cache import cache_dir
+from espalier.common import files
 
 if TYPE_CHECKING:
     from launch.sweeping.file import Run
@@ -116,5 +116,5 @@ class Stages:
         seconds = round(time.monotonic() - began, 1)
         stage = {"settings": wanted, "seconds": seconds, "result": json.loads(json.dumps(result))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        cache_dir.write_json(path, stage)
+        files.write_json(path, stage, synced=True)
         return stage
