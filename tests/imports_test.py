@@ -204,9 +204,9 @@ LEVELS = {
         ("distillation", "influence", "low_rank", "online", "preference", "snapkv"),
     ),
     "data": (
-        ("cache", "choices", "cpu_tensorflow", "sandbox", "tokenizers"),
+        ("cache", "cpu_tensorflow", "limited_process", "sandbox", "tokenizers"),
         ("data_source", "languages", "stream", "text", "tokenizers.vocabularies"),
-        ("tasks", "text.user_data", "vision"),
+        ("rows", "tasks", "text.user_data", "vision"),
         (
             *("aya23", "aya_expanse", "chats", "code_mix", "distillation", "instructions"),
             *("nexus", "preference", "prompts", "t5"),
@@ -214,7 +214,7 @@ LEVELS = {
     ),
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),
-        ("run",),
+        ("predictions", "run"),
         ("aot", "cluster", "inference", "plots", "run.load", "serving"),
         ("attribution",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
@@ -471,3 +471,9 @@ def test_what_trains_loads_no_tensorflow(packages):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_training_loads_neither_the_sandbox_nor_what_builds_a_corpus():
+    assert "data.sandbox.sandbox_zygote" in closure("data.sandbox.limited_child")
+    unwanted = ("data.sandbox.", "data.text.corpus_build", "data.text.dedup")
+    assert [m for m in sorted(closure("launch.train")) if m.startswith(unwanted)] == []

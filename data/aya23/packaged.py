@@ -22,6 +22,7 @@ from data.languages import parallel, table
 from data.text import splits
 from data.text.sources import catalogues, cleaning, environment
 from data.text.sources import languages as packaged_text
+from espalier.common import files
 from espalier.common.ranges import Size
 
 PACKAGES = ("django", "sphinx", "chatterbot-corpus")
@@ -71,7 +72,8 @@ def assemble(
                 if chosen:
                     _write(target / path / f"{code}.jsonl", chosen)
                     counts.setdefault(path, {})[code] = len(chosen)
-        cache.write_json(target / MANIFEST, {"rows": counts, "packages": env.versions(PACKAGES)})
+        record = {"rows": counts, "packages": env.versions(PACKAGES)}
+        files.write_json(target / MANIFEST, record, synced=False)  # build_directory syncs it
 
     cache.build_directory(folder, build, expected=[MANIFEST])
     print(f"instructions of installed packages written to {folder}", file=sys.stderr, flush=True)

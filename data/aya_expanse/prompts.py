@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from data.preference import texts
+from data.rows import texts
 from data.text.documents import DataError
 from data.text.splits import stable_hash
 

@@ -10,11 +10,9 @@ import numpy as np
 
 from data.chats import records, spans
 from data.chats.records import Kind
-from data.preference import tokens
-from data.preference.exact_split import ExactSplit
-from data.preference.prompted_files import PromptedFiles
-from data.preference.records import DegenerateError, Record
-from data.preference.tally import Tally
+from data.rows import tokens
+from data.rows.files import ExactSplit, PromptedFiles
+from data.rows.records import DegenerateError, Record, Tally
 from data.text import documents, splits
 from data.text.documents import DataError
 

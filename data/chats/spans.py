@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from data.chats.records import ASSISTANT
-from data.preference.records import Record
-from data.preference.tokens import Tokeniser
+from data.rows.records import Record
+from data.rows.tokens import Tokeniser
 from data.text.documents import DataError
 from data.tokenizers.chat_sandbox import Rendered
 

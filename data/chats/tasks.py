@@ -7,9 +7,8 @@ from typing import Any
 from data import tasks
 from data.chats import spans
 from data.chats.files import ChatFiles
-from data.choices import check_choice
 from data.data_source import Files, named_sets
-from espalier.common.ranges import Fraction
+from espalier.common.ranges import Fraction, check_choice
 
 
 def register_chats(
@@ -77,8 +76,7 @@ def register_chats(
             cache_dir=cache_dir,
             turns=turns,
         )
-        tasks.register_features(
-            each,
+        tasks.register_rows(
             source,
             origin="register_chats",
             features={"targets": vocabulary, "loss_weights": None},

@@ -12,8 +12,8 @@ import functools
 import itertools
 import random
 
-from data.choices import check_choice
 from data.code_mix import procedures
+from espalier.common.ranges import check_choice
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()<>/?"
 SKILLS = ("reasoning", "knowledge", "code")

@@ -27,6 +27,7 @@ from data.code_mix.synthetic.render import Rendered, render
 from data.sandbox import code_sandbox
 from data.text import documents, splits
 from data.text.document_files import DocumentFiles
+from espalier.common import files
 from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction, Seed, Size
 
@@ -186,7 +187,7 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
         "families": dict(sorted(families.items())),
         **counts,
     }
-    cache.write_json(target / MANIFEST, manifest)
+    files.write_json(target / MANIFEST, manifest, synced=False)  # build_directory syncs it
 
 
 @functools.cache

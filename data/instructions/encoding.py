@@ -9,7 +9,7 @@ import numpy as np
 from data.cache import fingerprint
 from data.instructions import templates
 from data.instructions.templates import Rendered, Row, Template
-from data.preference.tally import Tally
+from data.rows.records import Tally
 from data.text import documents
 
 Form = Literal["encoder_decoder", "decoder"]

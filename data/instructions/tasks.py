@@ -9,7 +9,6 @@ from typing import Any
 
 from data import tasks
 from data.cache import cache_dir as cache
-from data.choices import check_choice
 from data.instructions import ranking
 from data.instructions.encoding import Encoding, Form, Tokeniser
 from data.instructions.sources import InstructionFiles, InstructionTfds
@@ -17,7 +16,7 @@ from data.instructions.templates import Template, read
 from data.text import documents
 from data.text.documents import DataError
 from data.text.tfds_source import TfdsSource
-from espalier.common.ranges import Fraction, Positive
+from espalier.common.ranges import Fraction, Positive, check_choice
 
 ORIGIN = "register_instructions"
 SCORED = "_score_eval"  # ends the names of tasks for ranking
@@ -145,8 +144,7 @@ def _register(source: Source, facts: Mapping[str, Any]) -> None:
     vocabulary = encoding.tokeniser.vocabulary
     vocabularies = {"loss_weights": None}
     ranked = {"postprocess_fn": ranking.option, "metric_fns": [ranking.accuracies]}
-    tasks.register_features(
-        source.name,
+    tasks.register_rows(
         source,
         origin=ORIGIN,
         features={

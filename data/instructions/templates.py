@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data.instructions.renderer import SEPARATOR
-from data.sandbox.limited_process import LimitedProcess, LimitError
+from data.limited_process import LimitedProcess, LimitError
 from data.text.documents import DataError
 from data.tokenizers import chat_sandbox
 from espalier.common import spelling

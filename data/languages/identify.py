@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from data.choices import check_choice
 from data.languages import table
 from data.languages.table import Language
+from espalier.common.ranges import check_choice
 
 Kind = Literal["lingua", "script"]
 # Letters that a line needs to be judged. One of Chinese, Japanese or Korean says as much as three of an alphabet.

@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from data.choices import check_choice
-from data.preference.tally import Tally
-from data.preference.texts import text_of
+from data.rows.records import Tally
+from data.rows.texts import text_of
 from data.stream import order
 from data.text.documents import DataError
+from espalier.common.ranges import check_choice
 
 Rejected = Literal["worst", "random", "next"]
 EXAMPLE = '{"prompt": "...", "responses": ["...", "..."], "ratings": [4.5, 2]}'

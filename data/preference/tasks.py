@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import tasks
-from data.choices import check_choice
 from data.preference import files as preference_files
 from data.preference import records
 from data.text.documents import DataError
-from espalier.common.ranges import Fraction
+from espalier.common.ranges import Fraction, check_choice
 
 
 def register_pairs(
@@ -89,8 +88,7 @@ def register_pairs(
                 f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
                 ".zst); write one JSON object per line"
             )
-    tasks.register_features(
-        name,
+    tasks.register_rows(
         source,
         origin="register_pairs",
         features=dict.fromkeys(preference_files.TOKENS, vocabulary)

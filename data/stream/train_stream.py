@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from data.cache import store
-from data.choices import check_choice
 from data.stream import mixing, order, repeats, rows, schedule
 from data.stream.row_stream import RowStream
-from espalier.common.ranges import Count, NonNegative
+from espalier.common.ranges import Count, NonNegative, check_choice
 
 Phases = Sequence[tuple[Count, Mapping[str, NonNegative]]]
 # Source -> {'rows': rows read so far, 'order': digest of the order of the rows}.

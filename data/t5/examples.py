@@ -17,9 +17,8 @@ import numpy as np
 
 from data import tasks
 from data.cache import fingerprint
-from data.preference.exact_split import ExactSplit
-from data.preference.records import DegenerateError
-from data.preference.tally import Tally
+from data.rows.files import ExactSplit
+from data.rows.records import DegenerateError, Tally
 from data.text import documents, splits
 from data.text.documents import DataError
 from espalier.common.ranges import Fraction
@@ -188,8 +187,7 @@ def register_examples(
         keys=(inputs_key, targets_key),
         inputs_eos=inputs_eos,
     )
-    tasks.register_features(
-        name,
+    tasks.register_rows(
         source,
         origin="register_examples",
         features={"inputs": vocabulary, "targets": vocabulary, _WEIGHTS: None},

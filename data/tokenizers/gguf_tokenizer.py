@@ -8,7 +8,6 @@ precede a digit.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
+from espalier.common import files
 
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _PREFIX = "tokenizer.ggml."
@@ -66,10 +66,12 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / hf_tokenizer.TOKENIZER))
-    _write_json(folder / hf_tokenizer.CONFIG, config)
+    files.write_json(folder / hf_tokenizer.CONFIG, config, synced=False, indent=2, end="\n")
     if ends:
         generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-        _write_json(folder / hf_tokenizer.GENERATION, generation)
+        files.write_json(
+            folder / hf_tokenizer.GENERATION, generation, synced=False, indent=2, end="\n"
+        )
 
 
 def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[int]]:
@@ -160,7 +162,3 @@ def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(steps)
     spm_tokenizer.add_tokens(tokenizer, tokens, types)
     return tokenizer
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

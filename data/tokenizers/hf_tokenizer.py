@@ -24,7 +24,7 @@ from typing import Any
 
 import tokenizers
 
-from data.sandbox.limited_process import LimitedProcess, LimitError
+from data.limited_process import LimitedProcess, LimitError
 from data.tokenizers import chat_template, checkpoint_files, tokenizer_probe
 from data.tokenizers.checkpoint_files import TokenizerError
 

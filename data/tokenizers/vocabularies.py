@@ -26,12 +26,12 @@ from typing import Any, Protocol
 from data import cpu_tensorflow
 from data.cache import cache_dir as cache
 from data.cache import fingerprint
-from data.choices import check_choice
-from data.sandbox.limited_process import LimitedProcess, LimitError
+from data.limited_process import LimitedProcess, LimitError
 from data.text.documents import Document
 from data.tokenizers import checkpoint_files
+from espalier.common import files
 from espalier.common.bars import Bar
-from espalier.common.ranges import Amount, Count, Fraction, Size
+from espalier.common.ranges import Amount, Count, Fraction, Size, check_choice
 from espalier.common.stages import stage
 from espalier.common.storage import mirror
 
@@ -247,7 +247,10 @@ def train(
             model = _train(corpus, settings, target / "normalization.tsv")
         (target / path.name).write_bytes(model)
         digest = hashlib.sha256(model).hexdigest()
-        cache.write_json(target / "vocabulary.json", {**settings, "sha256": digest})
+        record = {**settings, "sha256": digest}
+        files.write_json(
+            target / "vocabulary.json", record, synced=False
+        )  # build_directory syncs it
         seconds = time.monotonic() - started
         print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
 

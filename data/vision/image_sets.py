@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data import cpu_tensorflow
-from data.choices import check_choice
-from espalier.common.ranges import Fraction, Seed
+from espalier.common.ranges import Fraction, Seed, check_choice
 
 SPLITS = ("train", "validation")
 

@@ -12,9 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from data.choices import check_choice
 from data.vision import image_sets
-from espalier.common.ranges import Count, NonNegative, Seed, Size
+from espalier.common.ranges import Count, NonNegative, Seed, Size, check_choice
 
 CHANNELS = 3
 CONTRASTS = (0.08, 0.25)  # least and largest standard deviation of a field along its colour

@@ -11,7 +11,7 @@ import numpy as np
 from data.aya_expanse import router, routing, second_prompts
 from data.aya_expanse.pool import Pool
 from data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
-from data.preference.texts import is_blank
+from data.rows.texts import is_blank
 from data.text.documents import DataError
 from launch.aya_expanse import second_answers
 from launch.aya_expanse.completions import Asked, Store, ask

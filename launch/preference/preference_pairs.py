@@ -52,7 +52,7 @@ def _write_pairs(
       RowFileError, DataError: files that cannot be read or written, or no pair.
     """
     from data.preference import binarise, constructed
-    from data.preference.tally import Tally
+    from data.rows.records import Tally
     from data.text.documents import DataError
     from espalier.common.bars import Bar
     from launch.inference import row_files

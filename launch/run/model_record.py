@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from data.cache import cache_dir
+from espalier.common import files
 from launch.config import gin_source, model_file
 from launch.config.gin_reader import Bound, Checked, Reader, Target, prefixes
 from launch.config.gin_source import Macro, Reference, scoped
@@ -34,7 +34,7 @@ def write(folder: str | os.PathLike) -> None:
     if model_file.MODEL not in reader.checked.macros:
         return
     path = pathlib.Path(folder, model_file.NAME)
-    cache_dir.write_json(path, _record(reader.checked))
+    files.write_json(path, _record(reader.checked), synced=True)
     model_file.read(path)  # raises if the record cannot be read back
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from data.preference.tally import Tally
+from data.rows.records import Tally
 from data.stream import rows
 from espalier.common.stages import duration
 from launch.run.run_data import RunData

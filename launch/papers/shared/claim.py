@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_dir
+from espalier.common import files
 from launch.plots import intervals
 
 VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
@@ -257,7 +257,7 @@ def fix_criteria(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     fixed = {"date": date, **run_dir.commit(), "late": started, "claims": criteria_of(claims)}
     folder.mkdir(parents=True, exist_ok=True)
-    cache_dir.write_json(path, fixed)
+    files.write_json(path, fixed, synced=True)  # its date is before the runs
     return fixed
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import tables
 from launch.papers.shared import claim
 from launch.papers.shared.claim import Claim, Effect
 from launch.plots import panels
@@ -199,8 +200,7 @@ def _measurement(effect: claim.Effect) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:
     """Returns a Markdown table, below a heading if there is a title, and a blank line after it."""
     heading = [f"## {title}", ""] if title else []
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return [*heading, lines[0], "|" + "---|" * len(header), *lines[1:], ""]
+    return [*heading, *tables.markdown(header, rows), ""]
 
 
 def missing(names: Sequence[str], parts: Sequence[str], results: Parts) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from data.cache import cache_dir
+from espalier.common import files
 
 # Seeds below it were used to choose designs, margins and settings, so they judge no claim; nor do pilots, from 90 on.
 FIRST_SEED = 10
@@ -215,5 +215,5 @@ class Stages:
         seconds = round(time.monotonic() - began, 1)
         stage = {"settings": wanted, "seconds": seconds, "result": json.loads(json.dumps(result))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        cache_dir.write_json(path, stage)
+        files.write_json(path, stage, synced=True)
         return stage

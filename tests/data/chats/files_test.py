@@ -268,8 +268,8 @@ def test_a_split_that_would_be_empty_is_one_error(source):
 
 def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
     from data.chats import spans
-    from data.preference.records import Record
-    from data.preference.tokens import Tokeniser
+    from data.rows.records import Record
+    from data.rows.tokens import Tokeniser
     from data.tokenizers import vocabularies
 
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ 'assistant:' if add_generation_prompt }}"

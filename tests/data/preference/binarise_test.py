@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.preference import binarise, records
-from data.preference.tally import Tally
+from data.rows.records import Tally
 from data.text.documents import DataError
 
 CHAT = [{"role": "assistant", "content": "a"}]

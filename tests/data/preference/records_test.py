@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from data.preference import records
-from data.preference.records import DegenerateError
+from data.rows.records import DegenerateError
 from data.text.documents import DataError
 
 GOLDEN = json.loads(

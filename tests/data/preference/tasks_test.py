@@ -9,8 +9,9 @@ import pytest
 
 from data import tasks
 from data.cache import task_cache
-from data.preference import records, stream, tokens
+from data.preference import records, stream
 from data.preference import tasks as preference_tasks
+from data.rows import tokens
 from data.stream import stream as plain_stream
 from data.text.documents import DataError
 from data.tokenizers import chat_template, vocabularies

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainers.checkpoints import base_step, step_dir, step_record
+from trainers.checkpoints import base_step, step_dir
 from trainers.checkpoints.base_step import BaseModelError
 from trainers.checkpoints.checkpoint import Checkpointer
 from trainers.checkpoints.local_tier import LocalTier
@@ -98,7 +98,7 @@ def test_parameters_beside_a_base_have_the_names_that_the_record_says(base, tmp_
     assert set(base_step.present(state["params"], part.entries, own)["mlp"]) == {"kernel", "scale"}
     for bad in ("", 1, None):
         with pytest.raises(ValueError, match="has meta.added = .* in the place of the beginning"):
-            step_record.check({"step": 1, "meta": {base_step.ADDED: bad}, "metrics": {}})
+            step_dir.check_record({"step": 1, "meta": {base_step.ADDED: bad}, "metrics": {}})
 
 
 def test_a_damaged_base_is_named_and_the_adapters_stay(base, tmp_path):

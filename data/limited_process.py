@@ -2,17 +2,15 @@
 
 The child is started at the first call and used again: a call costs about 0.2 ms, a start 0.2 s. It inherits no file,
 socket or lock, and ends when the parent closes its channel or ends. On Linux it can open no files except the standard
-library, and can neither start nor signal processes nor use the network.
+library, and can neither start nor signal processes nor use the network (data/sandbox/limited_child.py).
 
 Each process that is forked from the parent starts a child of its own.
 """
 
 import atexit
 import contextlib
-import importlib
 import json
 import os
-import resource
 import signal
 import socket
 import struct
@@ -22,12 +20,10 @@ import threading
 import time
 from typing import Any
 
-from data.sandbox import sandbox_calls, sandbox_kernel, sandbox_zygote
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from data.sandbox import limited_process; limited_process.serve(*sys.argv[2:])"
+    "from data.sandbox import limited_child; limited_child.serve(*sys.argv[2:])"
 )
 _START_SECONDS = 60.0  # for a start on a busy machine
 _IDLE_BYTES = 256 << 20  # a child that still has more after its answer is ended
@@ -184,43 +180,3 @@ class LimitedProcess:
         if self._process is not None:
             self._process.returncode = 0  # a child of the parent, not to be waited for here
         self._forget()
-
-
-def serve(function: str, memory_bytes: str) -> None:
-    """Answers requests from standard input until it ends; the main function of the child."""
-    channel, null = os.dup(0), os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    module, _, name = function.partition(":")
-    call = getattr(importlib.import_module(module), name)
-    linux = sys.platform == "linux"
-    memory = os.open("/proc/self/statm", os.O_RDONLY) if linux else None
-    _confine(int(memory_bytes))
-    sandbox_zygote.send(channel, {})
-    while True:
-        answer: dict[str, Any] = {}
-        try:
-            if (request := sandbox_zygote.receive(channel)) is None:
-                return
-            # The timer's signal ends the process.
-            signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
-            answer = {"value": call(request["argument"])}
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        except MemoryError:
-            pass
-        # Not `ru_maxrss`, which begins with the memory of the parent.
-        pages = os.pread(memory, 100, 0).split()[1] if memory is not None else 0
-        answer["resident_bytes"] = int(pages) * resource.getpagesize()
-        sandbox_zygote.send(channel, answer)
-
-
-def _confine(memory_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux":  # macOS refuses limits on memory
-        return
-    time.tzset()  # reads the time zone's file now
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    if sandbox_calls.knows_system_calls():
-        with contextlib.suppress(OSError):  # a kernel without Landlock or seccomp
-            sandbox_kernel.restrict_files(sandbox_zygote.readable(), [])
-        with contextlib.suppress(OSError):
-            sandbox_calls.filter_system_calls(threads=True, own_files_only=False)

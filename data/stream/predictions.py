@@ -8,9 +8,6 @@ model reads (after tokenizer, template and truncation). So a stored value never 
 of a part is a hash of its bytes and parts never change, so several runs may add to a store at the same time. An open store
 is entirely in memory.
 
-The value of a pair is the reference's log-probabilities of its two completions. The value of a row of distillation is a
-teacher's predictions (data/distillation/taught_stream.py).
-
 Shapes: N pairs or rows, B rows, K pairs of a row, D bytes of a digest, '...' shape of one value.
 """
 
@@ -27,30 +24,29 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_dir as directories
 from data.stream import batches
+from espalier.common import files
 
-FOLDER = "reference_log_probs"
 ABOUT = "about.json"
-_DIGEST = 16  # bytes, as data/preference/pair_rows.py makes them
+_DIGEST = 16  # bytes of the digest of a pair or row
 
 
-class ReferenceStoreError(ValueError):
+class PredictionStoreError(ValueError):
     """Raised for a store that is damaged or belongs to another model, and for missing or non-finite values."""
 
 
-class ReferenceStore:
+class PredictionStore:
     """Stored predictions of one frozen model.
 
     Args:
       model: digest of the model's parameters and configuration.
       about: further facts for about.json.
-      root: root directory of the store; None for `data.cache.cache_dir(FOLDER)`.
+      root: root directory of the store.
       shape: shape of one value.
       setting: gin macro that names the model, for error messages.
 
     Raises:
-      ReferenceStoreError: a part is damaged, or the directory belongs to another model.
+      PredictionStoreError: a part is damaged, or the directory belongs to another model.
     """
 
     def __init__(
@@ -58,12 +54,11 @@ class ReferenceStore:
         model: str,
         about: Mapping[str, Any],
         *,
-        root: str | os.PathLike | None = None,
-        shape: tuple[int, ...] = (2,),
-        setting: str = "REFERENCE",
+        root: str | os.PathLike,
+        shape: tuple[int, ...],
+        setting: str,
     ):
-        root = directories.cache_dir(FOLDER) if root is None else pathlib.Path(root)
-        self.directory = root / model[:32]
+        self.directory = pathlib.Path(root) / model[:32]
         self._model, self._about = model, dict(about)
         self._shape, self._setting = shape, setting
         self._values: dict[bytes, np.ndarray] = {}
@@ -79,14 +74,14 @@ class ReferenceStore:
         model: str,
         about: Mapping[str, Any],
         *,
-        root: str | os.PathLike | None = None,
+        root: str | os.PathLike,
         **settings: Any,
-    ) -> "ReferenceStore":
+    ) -> "PredictionStore":
         """Returns the store that this process has open already, or a new one; arguments as for the class.
 
         The training stream and the held-out streams of a run share one store.
         """
-        key = (str(directories.cache_dir(FOLDER) if root is None else os.path.abspath(root)), model)
+        key = (os.path.abspath(root), model)
         store = _OPEN.get(key)
         if store is None:
             store = _OPEN[key] = cls(model, about, root=root, **settings)
@@ -100,10 +95,10 @@ class ReferenceStore:
         return [digest for digest in digests if bytes.fromhex(digest) not in self._values]
 
     def get(self, digests: Sequence[str]) -> np.ndarray:
-        """Returns values, float32 [N, ...], such as log-probabilities of two completions; 0 for the digest ''.
+        """Returns values, float32 [N, ...]; 0 for the digest ''.
 
         Raises:
-          ReferenceStoreError: a digest has no stored value.
+          PredictionStoreError: a digest has no stored value.
         """
         values = np.zeros((len(digests), *self._shape), np.float32)
         for n, digest in enumerate(digests):
@@ -111,7 +106,7 @@ class ReferenceStore:
                 try:
                     values[n] = self._values[bytes.fromhex(digest)]
                 except KeyError:
-                    raise ReferenceStoreError(
+                    raise PredictionStoreError(
                         f"{self.directory} has no value for the data {digest[:16]}: the tokens have changed since "
                         "the run began (files, tokenizer, template or MAX_LENGTH). Start the command again to "
                         "compute the missing values."
@@ -133,22 +128,23 @@ class ReferenceStore:
         content = buffer.getvalue()
         self.directory.mkdir(parents=True, exist_ok=True)
         if not (self.directory / ABOUT).exists():
-            directories.write_json(self.directory / ABOUT, {"model": self._model, **self._about})
-        directories.write_bytes(
-            self.directory / f"{hashlib.sha256(content).hexdigest()}.npz", content
-        )
+            about = {"model": self._model, **self._about}
+            files.write_json(self.directory / ABOUT, about, synced=True, shared=True)
+        # Synced and shared: several runs may use the store at once, and a damaged part is an error.
+        part = self.directory / f"{hashlib.sha256(content).hexdigest()}.npz"
+        files.write(part, content, synced=True, shared=True)
 
     def _check(self) -> None:
         path = self.directory / ABOUT
         try:
             model = json.loads(path.read_text())["model"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ReferenceStoreError(
+            raise PredictionStoreError(
                 f"{path} cannot be read: the store is damaged. Delete {self.directory} to compute its values "
                 "again."
             ) from None
         if model != self._model:
-            raise ReferenceStoreError(
+            raise PredictionStoreError(
                 f"{self.directory} belongs to another {self._setting.lower()} model ({model[:16]}, not "
                 f"{self._model[:16]}). Set another {self._setting}_STORE, or delete this one."
             )
@@ -156,7 +152,7 @@ class ReferenceStore:
     def _read(self, part: pathlib.Path) -> None:
         content = part.read_bytes()
         if hashlib.sha256(content).hexdigest() != part.stem:
-            raise ReferenceStoreError(
+            raise PredictionStoreError(
                 f"{part} is damaged: it does not match the hash in its name. Delete it to compute its values "
                 "again."
             )
@@ -164,7 +160,7 @@ class ReferenceStore:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 raw_ND, values = arrays["digests"], arrays["values"]
         except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
-            raise ReferenceStoreError(
+            raise PredictionStoreError(
                 f"{part} holds no arrays of this store ({error}). Delete it to compute its values again."
             ) from None
         self._take(raw_ND, values)
@@ -175,7 +171,7 @@ class ReferenceStore:
                 f"values have shape {values.shape}, not {len(raw_ND)} times {self._shape}."
             )
         if not np.isfinite(values).all():
-            raise ReferenceStoreError(
+            raise PredictionStoreError(
                 f"The log-probabilities of {self._setting} are not finite: check that this model fits the data."
             )
         for raw, value in zip(raw_ND, values, strict=True):
@@ -183,7 +179,7 @@ class ReferenceStore:
 
 
 # Open stores by (root, model), as long as they are in use.
-_OPEN: weakref.WeakValueDictionary[tuple[str, str], ReferenceStore] = weakref.WeakValueDictionary()
+_OPEN: weakref.WeakValueDictionary[tuple[str, str], PredictionStore] = weakref.WeakValueDictionary()
 
 
 class StoredStream(batches.Iterable, abc.ABC):
@@ -199,7 +195,7 @@ class StoredStream(batches.Iterable, abc.ABC):
 
     role: str  # of the model, in `summary`
 
-    def __init__(self, stream: Any, store: ReferenceStore, model: str):
+    def __init__(self, stream: Any, store: PredictionStore, model: str):
         self._stream, self._store, self._model = stream, store, model
 
     def summary(self) -> dict[str, Any]:
@@ -219,14 +215,3 @@ class StoredStream(batches.Iterable, abc.ABC):
         self, batch: Mapping[str, np.ndarray], step: int, lo: int, hi: int
     ) -> dict[str, np.ndarray]:
         """Returns the additional columns of rows [lo, hi) of the batch of `step`."""
-
-
-class ReferencedStream(StoredStream):
-    """A stream of pairs with the additional column 'reference_log_probs' [B, 2K]."""
-
-    role = "reference"
-
-    def columns(self, batch, step, lo, hi):
-        digests_BK = self._stream.row_ids(step, lo, hi)
-        values = self._store.get([digest for row in digests_BK for digest in row])
-        return {"reference_log_probs": values.reshape(hi - lo, -1)}

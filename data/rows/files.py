@@ -1,18 +1,21 @@
-"""Files of rows of which an exact share is held out, also of few rows: a base class of sources."""
+"""Base classes of sources that read files of rows: with an exact share held out, and with a prompt in each row."""
 
 import abc
 import dataclasses
 import functools
-import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol, Self
 
-from data.cache import cache_dir as cache
+from data import tasks
+from data.cache import fingerprint
 from data.data_source import FileSource, shorten
-from data.preference.tally import Tally
+from data.rows import tokens
+from data.rows.records import Tally
 from data.text import splits
 from data.text.documents import DataError
+from data.tokenizers import chat_template as templates
 from espalier.common.bars import Bar
 
 
@@ -25,17 +28,9 @@ class Example(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactSplit(FileSource, abc.ABC):
-    """Rows in files, by split. Numbers and hashes are counted once, and stored on disk."""
+    """Rows in files, by split: an exact share is held out, also of few. Numbers and hashes are counted once, and stored on disk."""
 
     MACRO: ClassVar[str]  # of the files; the macros of the held-out ones begin with it
-
-    @property
-    def dropped(self) -> Mapping[str, Any]:
-        """Reason -> number of dropped rows and the place of the first."""
-        return self._counted["dropped"]
-
-    def num_input_examples(self, split: str) -> int:
-        return self._counted["examples"][split]
 
     @abc.abstractmethod
     def _examples(
@@ -55,11 +50,8 @@ class ExactSplit(FileSource, abc.ABC):
     def _held_out(self) -> frozenset[int]:
         return frozenset(self._counted["held_out"])
 
-    @functools.cached_property
-    def _counted(self) -> dict[str, Any]:
-        """Returns the numbers of examples, dropped rows, and the hashes of held-out keys; stored on disk."""
-        if self._counts_file.is_file():
-            return json.loads(self._counts_file.read_text(encoding="utf-8"))
+    def _count(self) -> dict[str, Any]:
+        """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
         dropped, hashes = Tally(), {path: [] for path in self.checksums}
         first = None
         for path in Bar(hashes, desc=f"checking {self.name}", file=sys.stderr):
@@ -78,9 +70,7 @@ class ExactSplit(FileSource, abc.ABC):
         for split, count in examples.items():
             if not count:
                 raise self._empty(split, len(train), dropped)
-        counted = {"examples": examples, "dropped": dropped, "held_out": sorted(held_out)}
-        cache.remember(self._counts_file, counted)
-        return counted
+        return {"examples": examples, "dropped": dropped, "held_out": sorted(held_out)}
 
     def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
         where = f"{self.name}: {shorten(self.files[split])}"
@@ -93,6 +83,59 @@ class ExactSplit(FileSource, abc.ABC):
         return DataError(
             f"{where}: there is no row to learn ({str(dropped) or 'every file is empty'})"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptedFiles(FileSource, abc.ABC):
+    """Rows of JSON lines with a prompt each, by split; equal prompts are in the same split."""
+
+    tokeniser: tokens.Tokeniser  # converts records to ids
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        name: str,
+        vocabulary: Any,
+        chat_template: str | None,
+        special_in_contents: bool,
+        add_bos: bool,
+        add_eos: bool,
+        prompt_eos: bool = False,
+        **fields: Any,
+    ) -> Self:
+        """Returns the source of a task, with `fields` as for `FileSource.find`.
+
+        `data.preference.tasks.register_pairs` describes the arguments and errors.
+        """
+        tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos or prompt_eos)
+        template = templates.of(chat_template, vocabulary, special_in_contents=special_in_contents)
+        tokeniser = tokens.Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
+        return cls.find(name=name, tokeniser=tokeniser, **fields)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Returns facts for the record of a run."""
+        template = self.tokeniser.template
+        return {
+            "vocabulary": str(self.tokeniser.vocabulary),
+            "chat_template": template and template.origin,
+            "add_bos": self.tokeniser.add_bos,
+            "add_eos": self.tokeniser.add_eos,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        template = self.tokeniser.template
+        described = template and [template.templates, template.variables]
+        if template and template.added:  # absent by default, so that older caches remain valid
+            described = [*described, sorted(template.added.items())]
+        return {
+            "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
+            "template": fingerprint.describe(described),
+        }
+
+    def _id(self, path: str, line: int) -> str:
+        return f"{os.path.relpath(path, self.root)}:{line}"
 
 
 def _hash(text: str) -> int:

@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from data.preference.records import Record
-from data.preference.texts import Message
+from data.rows.records import Record
+from data.rows.texts import Message
 from data.text.documents import DataError
 from data.tokenizers import chat_sandbox, chat_template, control_tokens
 
