@@ -43,7 +43,7 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
 
 
 def check_output(
-    path: str,
+    path: str | None,
     flag: str = "output",
     *,
     compressed: bool = False,
@@ -52,11 +52,13 @@ def check_output(
     """Raises RowFileError if the file that a flag names cannot be written; called before any work.
 
     Args:
-      path: the file.
+      path: the file; None for none.
       flag: name of the flag.
       compressed: whether a file named .gz or .zst is written compressed, see `write`.
       others: files of other flags, which must not be overwritten, by flag.
     """
+    if not path:
+        return
     try:
         output_files.check(path)
     except output_files.OutputError as error:

@@ -130,12 +130,4 @@ def main(doc: str, command: str, work: str, add_flags: Any) -> int:
         module, _, function = work.partition(":")
         getattr(importlib.import_module(module), function)(start(), start.flags)
 
-    return cli.main(
-        doc,
-        entry="launch.run.load_run:RunConfig",
-        command=command,
-        extra_flags=flags_of,
-        run=run,
-        default_files=files,
-        unused={"VOCABULARY": "None"},
-    )
+    return load_run.command(doc, command, run, flags_of, files=files)(None)
