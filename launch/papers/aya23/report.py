@@ -17,7 +17,6 @@ from launch.papers.aya23.experiment import (
     LOSS,
     PLAIN,
     SHARES,
-    SIZE,
     TOTAL,
     TUNED,
     TURNS,
@@ -27,11 +26,13 @@ from launch.papers.aya23.experiment import (
     heads,
 )
 from launch.papers.shared import claim, page
-from launch.papers.shared.claim import Effect, RequiredClaim
+from launch.papers.shared.claim import Effect
 from launch.papers.shared.page import Prose
 from launch.papers.shared.results import compare
 from launch.plots import panels
 from launch.plots.panels import BLUE, GREEN, GREY, ORANGE
+
+_PROSE = Prose.of(__name__)
 
 SAME = 1.0  # per cent of the loss: what counts as no worse
 CACHE = 2.0  # the same for fewer heads of keys and values
@@ -111,65 +112,33 @@ _BREADTH = [
     for fewer, more in zip(COUNTS, COUNTS[1:], strict=False)
 ]
 CLAIMS = (
-    RequiredClaim(
-        "Y1",
-        "More languages at equal compute cost each of them",
-        "at both widths the mean loss on the four common languages is lower with 4 languages than with 8, and with 8 than "
-        "with 16, at equally many tokens",
-        {"toy": [compare(LOSS, *_BREADTH)]},
-        paper="23 languages at 8 billion parameters beat 101 at 13 billion: 67.6 against 62.1 mean accuracy on unseen tasks",
-    ),
-    RequiredClaim(
-        "Y2",
-        "and a wider model less",
-        f"the loss with {_MOST} languages less that with {_FEWEST} is larger for the narrow model",
-        {"toy": [less_by_width]},
-    ),
-    RequiredClaim(
+    _PROSE.claim("Y1", {"toy": [compare(LOSS, *_BREADTH)]}, required=True),
+    _PROSE.claim("Y2", {"toy": [less_by_width]}, required=True),
+    _PROSE.claim(
         "Y3",
-        "A base that knows the languages is worth more than a larger mixture of instructions",
-        "after as many updates, the base answers more instructions right, tuned on a quarter of the mixture and on all of it, than "
-        "a new model that is tuned on all of it",
         {"toy": [compare(TURNS, ("tuned", "scratch"), ("tuned_full", "scratch"))]},
-        paper="win rate of the 8 billion model over Aya 101, of 13 billion on an older base, 82.4",
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "Y4",
-        "Parallel blocks are no worse than sequential ones",
-        f"loss at most {SAME:g} % above that of sequential blocks, which have one norm more in each layer",
         {"toy": [compare(LOSS, (BASE, "sequential"), relative=True, above=-SAME)]},
+        required=True,
     ),
-    RequiredClaim(
-        "Y5",
-        "SwiGLU is no worse than GELU with as many parameters",
-        f"loss at most {SAME:g} % above that of GELU with an FFN one and a half times as wide",
-        {"toy": [compare(LOSS, (BASE, "gelu"), relative=True, above=-SAME)]},
+    _PROSE.claim(
+        "Y5", {"toy": [compare(LOSS, (BASE, "gelu"), relative=True, above=-SAME)]}, required=True
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "Y6",
-        "Fewer heads of keys and values make the cache smaller in proportion, at about the same quality",
-        f"bytes are proportional to the heads; loss with two heads, and with one, at most {CACHE:g} % above that with four",
         {
             "caches": [caches],
             "toy": [
                 compare(LOSS, (BASE, heads(4)), (heads(1), heads(4)), relative=True, above=-CACHE)
             ],
         },
+        required=True,
     ),
-    RequiredClaim(
-        "Y7",
-        "A vocabulary of equal shares of languages treats them more alike",
-        "the highest over the lowest parity to English of 16 languages is smaller than with a vocabulary of shares as rank ** -1.5",
-        {"fertility": [spread]},
-        paper="none; the vocabulary is trained on a balanced subset",
-    ),
-    RequiredClaim(
-        "Y8",
-        "Without the format of turns the tuned model answers worse",
-        "the share of right answers is higher with turns than without",
-        {"toy": [format_matters]},
-        paper="none; said of the released models",
-    ),
+    _PROSE.claim("Y7", {"fertility": [spread]}, required=True),
+    _PROSE.claim("Y8", {"toy": [format_matters]}, required=True),
 )
 
 
@@ -295,12 +264,11 @@ _SCORES = (LOSS, TURNS, PLAIN)
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
-    out, prose = [], Prose.of("aya23")
+    out = []
     runs = parts.get("toy")
     if runs:
-        out.append(prose("made", experiment=experiment, amount=runs.amount()))
-    values = {"pieces": SIZE, "languages": len(LANGUAGES), "kilobytes": TOTAL // 1000}
-    out.append(prose("real", exponent=SHARES["raw"], **values))
+        out.append(_PROSE("made", amount=runs.amount()))
+    out.append(_PROSE("real", languages=len(LANGUAGES), kilobytes=TOTAL // 1000))
     missing = runs.missing(list(experiment.get_config().arms), runs.seeds) if runs else []
     return [*out, *page.missing(missing, tuple(PLACES), parts)]
 

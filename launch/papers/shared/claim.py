@@ -165,9 +165,6 @@ class Claim:
         return min(worst, key=lambda one: one.slack, default=None)
 
 
-RequiredClaim = functools.partial(Claim, required=True)
-
-
 def judge(
     claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
 ) -> list[Claim]:

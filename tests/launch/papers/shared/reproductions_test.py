@@ -24,11 +24,21 @@ def test_a_ratio_is_of_sums():
 
 
 def test_a_text_needs_a_value_for_each_slot_and_a_slot_for_each_value():
-    prose = page.Prose({"models": "- {count:,} models of width {width}"})
-    assert prose("models", count=1000, width=64) == "- 1,000 models of width 64"
-    for values in ({"count": 1}, {"count": 1, "width": 2, "depth": 3}):
-        with pytest.raises(ValueError, match=r"has the slots \['count', 'width'\]"):
-            prose("models", **values)
+    prose = page.Prose({"models": "- {count:,} models of {width}, {environment.ROOT}"}, globals())
+    shown = f"- 1,000 models of 64, {environment.ROOT}"
+    assert prose("models", count=1000, width=64) == shown
+    with pytest.raises(ValueError, match=r"no value for the slots \['width'\]"):
+        prose("models", count=1)
+    with pytest.raises(ValueError, match=r"no slot for the values \['depth'\]"):
+        prose("models", count=1, width=2, depth=3)
+
+
+def test_a_claim_is_a_section_of_a_statement_a_condition_and_the_papers_figure():
+    prose = page.Prose({"A1": "It rises\n\nby {bound}\n\n7 %", "A2": "It falls\n\nby 1"})
+    assert prose.claim("A1", {}, required=True, bound=2) == Claim(
+        "A1", "It rises", "by 2", {}, required=True, paper="7 %"
+    )
+    assert prose.claim("A2", {}).paper == "" and not prose.claim("A2", {}).required
 
 
 def test_a_stage_is_measured_once_for_the_same_settings(tmp_path):
