@@ -153,21 +153,19 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {
         "languages.png": (
             _languages(runs),
-            "Loss on the four common languages against the number of languages in training, at equally many tokens: a dot "
-            "for each seed, and the means; right, over training",
+            _PROSE("languages_figure"),
         ),
         "blocks.png": (
             _blocks(runs),
-            "Loss of the same model with other blocks: a dot for each seed, a bar for their mean",
+            _PROSE("blocks_figure"),
         ),
         "answers.png": (
             _answers(runs),
-            "Share of instructions that are answered right, with turns and without: a dot for each seed, and the means",
+            _PROSE("answers_figure"),
         ),
         "fertility.png": (
             _fertility(parts.get("fertility")),
-            "Tokens over the tokens of the same messages in English, by language: a dot for each seed, whose language of "
-            "most text is another one, and the means",
+            _PROSE("fertility_figure"),
         ),
     }
 

@@ -184,23 +184,19 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         out |= {
             f"{name}_loss.png": (
                 dots(runs, _colours(), MEAN),
-                f"Mean loss over the {name} domains at the end: a dot for each seed, a bar for their mean. Seed and "
-                "specialists are far to the right: see the table",
+                _PROSE("loss_figure", name=name),
             ),
             f"{name}_loads.png": (
                 load_dots(runs, _colours()),
-                f"Largest share of the {name} domains' tokens that one expert gets as first choice, by router and layer: "
-                "a dot for each seed. Dashed: the bound above which a top-1 router has collapsed",
+                _PROSE("loads_figure", name=name),
             ),
             f"{name}_choices.png": (
                 choice_maps(runs, _MAPPED),
-                f"Share of each of the {name} domains' tokens whose first choice an expert is, by router and layer; "
-                "means over seeds",
+                _PROSE("choices_figure", name=name),
             ),
             f"{name}_curves.png": (
                 _curves(runs),
-                f"Loss on each of the {name} domains over its entropy, against the tokens of the mixture's training: means "
-                "over seeds, and the seeds as thin lines",
+                _PROSE("curves_figure", name=name),
             ),
         }
     out["cache.png"] = (

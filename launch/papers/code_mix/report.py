@@ -247,14 +247,14 @@ def figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
     scored = {
         "recipes.png": (
             _recipes,
-            "Scores less those of text alone, by group and recipe, in points",
+            _PROSE("recipes_figure"),
         ),
-        "phases.png": (_phases, "Scores after each phase, by recipe"),
-        "proportion.png": (_proportion, "Scores against the share of code; thin lines are seeds"),
-        "quality.png": (_quality, "Kinds of code, in points of exact match"),
-        "cooldown.png": (_cooldown, "Scores after a cooldown less those before it; learning rate"),
-        "win_rates.png": (_win_rates, "Judged answers against text alone, mean over seeds"),
-        "scale.png": (_scale, "Scores by size, mean over seeds"),
+        "phases.png": (_phases, _PROSE("phases_figure")),
+        "proportion.png": (_proportion, _PROSE("proportion_figure")),
+        "quality.png": (_quality, _PROSE("quality_figure")),
+        "cooldown.png": (_cooldown, _PROSE("cooldown_figure")),
+        "win_rates.png": (_win_rates, _PROSE("win_rates_figure")),
+        "scale.png": (_scale, _PROSE("scale_figure")),
     }
     return {
         name: (plot(small) if small.groups else None, caption)

@@ -135,31 +135,27 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         out |= {
             "accuracy.png": (
                 _accuracy(runs),
-                "Accuracy on held-out compositions: a dot for each seed, a bar for their mean; dashed: chance",
+                _PROSE("accuracy_figure"),
             ),
             "sizes.png": (
                 _sizes(runs),
-                "Accuracy on held-out compositions against the number of trained parameters: dots are seeds, lines their means",
+                _PROSE("sizes_figure"),
             ),
             "tasks.png": (
                 _tasks(runs),
-                "Accuracy by held-out composition, the median over prompt templates; means over seeds",
+                _PROSE("tasks_figure"),
             ),
             "specialisation.png": (
                 _specialisation(runs),
-                "By how much further apart two held-out compositions lie than the halves of one's rows, as total variation of "
-                "mean probabilities of experts, by layer: a dot for each seed, a bar for their mean; dashed: what M11 asks of "
-                "the mean over layers",
+                _PROSE("specialisation_figure"),
             ),
             "choices.png": (
                 _choices(runs),
-                "Share of each held-out composition's tokens whose first choice an expert is, in the decoder's last MLP; one seed, "
-                "since experts of two seeds have nothing in common",
+                _PROSE("choices_figure"),
             ),
             "loads.png": (
                 load_dots(runs, {arm: COLOURS[arm] for arm in ROUTED}),  # type: ignore[arg-type]
-                "Largest share of the tokens of held-out compositions whose first choice is one expert, by layer, the encoder's "
-                "first: a dot for each seed. Dashed: the bound above which a router that chooses one expert has collapsed",
+                _PROSE("loads_figure"),
             ),
         }
     return out

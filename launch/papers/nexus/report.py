@@ -229,31 +229,27 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         out |= {
             f"{name}_loss.png": (
                 dots(runs, _colours(), OLD),
-                f"Mean loss over the old {name} domains after upcycling: a dot for each seed, a bar for their mean",
+                _PROSE("loss_figure", name=name),
             ),
             f"{name}_selectivity.png": (
                 _selectivity(runs),
-                f"The new expert's share of the new {name} domain's tokens less its share of the old domains', before the "
-                "extension's first update, by layer: a dot for each seed, a bar for their mean; dashed: what N12 asks of the last layer",
+                _PROSE("selectivity_figure", name=name),
             ),
             f"{name}_extension.png": (
                 _extension(runs),
-                f"Loss on the new and on the old {name} domains less that of a linear router with a row appended, against the "
-                "updates of the extension: means over seeds, and the seeds as dots",
+                _PROSE("extension_figure", name=name),
             ),
             f"{name}_choices.png": (
                 choice_maps(runs, [(arm, "mlp") for arm in _MAPPED]),
-                f"Share of each of the {name} domains' tokens whose first choice an expert is, by layer; means over seeds",
+                _PROSE("choices_figure", name=name),
             ),
             f"{name}_loads.png": (
                 load_dots(runs, _colours()),
-                f"Largest share of the {name} domains' tokens that one expert gets, by layer: a dot for each seed. Dashed: the "
-                "bound above which a router has collapsed",
+                _PROSE("loads_figure", name=name),
             ),
             f"{name}_cosines.png": (
                 _cosines(runs),
-                f"Cosines of the {name} domains' embeddings, and below of the experts' vectors that Nexus projects from them "
-                "in the last layer, by how embeddings are placed; means over seeds",
+                _PROSE("cosines_figure", name=name),
             ),
         }
     return out
