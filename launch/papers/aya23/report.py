@@ -275,16 +275,7 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     runs = parts.get("toy")
     if not runs:
         return []
-    rows = [
-        (
-            f"{runs.label(arm)} (`{arm}`)",
-            *(
-                runs.mean(values, score) if (values := runs.values(arm, score)).size else ""
-                for score in _SCORES
-            ),
-        )
-        for arm in runs.arms
-    ]
+    rows = [(runs.title(arm), *runs.cells(arm, _SCORES)) for arm in runs.arms]
     return page.table(("arm", *_SCORES), rows, "All arms")
 
 
@@ -293,16 +284,9 @@ def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str,
     out = claim.shuffle_arms(measured, rng)
     out["toy"] = [_formats_exchanged(row, rng) for row in out.get("toy", [])]
     if trained := out.get("fertility"):
-        out["fertility"] = {
-            seed: dict(
-                zip(one, [list(one.values())[i] for i in rng.permutation(len(one))], strict=True)
-            )
-            for seed, one in trained.items()
-        }
+        out["fertility"] = {seed: claim.exchanged(one, rng) for seed, one in trained.items()}
     if cached := out.get("caches"):
-        values = list(cached.values())
-        order = rng.permutation(len(values))
-        out["caches"] = dict(zip(cached, [values[i] for i in order], strict=True))
+        out["caches"] = claim.exchanged(cached, rng)
     return out
 
 

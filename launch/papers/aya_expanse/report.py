@@ -271,25 +271,15 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     if not runs:
         return []
     shown = [arm for arm in runs.arms if runs.values(arm, S).size]
-    every = [(_name(runs, arm), *(_cell(runs, arm, score) for score in _SCORES)) for arm in shown]
+    every = [(runs.title(arm), *runs.cells(arm, _SCORES)) for arm in shown]
     codes = lexicon.LANGUAGES
     by_language = [
-        (_name(runs, arm), *(_cell(runs, arm, of_language(code)) for code in codes))
-        for arm in shown
+        (runs.title(arm), *runs.cells(arm, [of_language(code) for code in codes])) for arm in shown
     ]
     return [
         *page.table(("arm", *_SCORES), every, "All arms"),
         *page.table(("arm", *codes), by_language, "Scores by language"),
     ]
-
-
-def _name(runs: Runs, arm: str) -> str:
-    return f"{runs.label(arm)} (`{arm}`)"
-
-
-def _cell(runs: Runs, arm: str, score: str) -> str:
-    values = runs.values(arm, score)
-    return runs.mean(values, score) if values.size else ""
 
 
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -322,11 +312,11 @@ def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, An
         mixed = dict(row["qualities"])
         # Together with the uniform choice, which is one of the values that noise is compared with.
         noises = {**mixed["by_noise"], "uniform": mixed["uniform"]}
-        noises = _permuted(noises, rng)
+        noises = claim.exchanged(noises, rng)
         mixed["uniform"] = noises.pop("uniform")
         mixed["by_noise"] = noises
         for key in ("teachers", "routings"):
-            mixed[key] = {name: _permuted(one, rng) for name, one in mixed[key].items()}
+            mixed[key] = {name: claim.exchanged(one, rng) for name, one in mixed[key].items()}
         out["qualities"] = mixed
     if row.get("search"):
         search = dict(row["search"])
@@ -335,12 +325,6 @@ def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, An
         search["trials"] = [[t[0], w] for t, w in zip(search["trials"], worst, strict=True)]
         out["search"] = search
     return out
-
-
-def _permuted(values: Mapping[str, float], rng: np.random.Generator) -> dict[str, float]:
-    order = rng.permutation(len(values))
-    listed = list(values.values())
-    return dict(zip(values, [listed[i] for i in order], strict=True))
 
 
 def _read(measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from launch.papers.influence import corpus, experiment, figures, scoring, small_
 from launch.papers.influence import exact as tiny
 from launch.papers.influence.experiment import GROUPS, METHODS, Seeds
 from launch.papers.influence.small_corpus import FACT, PROCEDURES
-from launch.papers.shared import page
+from launch.papers.shared import claim, page
 from launch.papers.shared.claim import Effect, Measure
 from launch.papers.shared.page import Prose
 from launch.plots import intervals
@@ -421,7 +421,7 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     if "exact" in measured:
         kinds = ("pbrf", "loo", "lds", "with_gauss_newton")
         out["exact"] = [
-            {**row, **{kind: _permuted(row[kind], rng) for kind in kinds}}
+            {**row, **{kind: claim.exchanged(row[kind], rng) for kind in kinds}}
             for row in measured["exact"]
         ]
     if "corpus" in measured:
@@ -436,20 +436,14 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     return out
 
 
-def _permuted(table: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Returns the values of a table under other names of it."""
-    values = [*table.values()]
-    return {name: values[i] for name, i in zip(table, rng.permutation(len(values)), strict=True)}
-
-
 def _shuffled_scores(record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     methods = {
         method: {
-            "correlations": _permuted(one["correlations"], rng),
-            "answers": _permuted(one["answers"], rng),
+            "correlations": claim.exchanged(one["correlations"], rng),
+            "answers": claim.exchanged(one["answers"], rng),
             "sources": {
                 group: {
-                    name: {end: _permuted(shown, rng) for end, shown in ends.items()}
+                    name: {end: claim.exchanged(shown, rng) for end, shown in ends.items()}
                     for name, ends in names.items()
                 }
                 for group, names in one["sources"].items()
@@ -457,15 +451,15 @@ def _shuffled_scores(record: Mapping[str, Any], rng: np.random.Generator) -> dic
         }
         for method, one in record["methods"].items()
     }
-    masses = {method: _permuted(one, rng) for method, one in record["masses"].items()}
+    masses = {method: claim.exchanged(one, rng) for method, one in record["masses"].items()}
     return {**record, "methods": methods, "masses": masses}
 
 
 def _shuffled_losses(record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     return {
         **record,
-        "lds": _permuted(record["lds"], rng),
-        "removal": {what: _permuted(one, rng) for what, one in record["removal"].items()},
+        "lds": claim.exchanged(record["lds"], rng),
+        "removal": {what: claim.exchanged(one, rng) for what, one in record["removal"].items()},
     }
 
 

@@ -386,11 +386,7 @@ def _cells(runs: Runs, arm: str) -> tuple[str, ...]:
     base = next((row["parameters"] for row in runs.find(arm).values() if row.get("parameters")), 0)
     own = "" if arm == BASE or not trained.size else f"{trained.mean():,.0f}"
     share = f"{100 * trained.mean() / base:.2f}" if own and base else ""
-    scores = [
-        runs.mean(values, score) if (values := runs.values(arm, score)).size else ""
-        for score in (ACCURACY, "trained_loss")
-    ]
-    return f"{runs.label(arm)} (`{arm}`)", own, share, *scores
+    return runs.title(arm), own, share, *runs.cells(arm, (ACCURACY, "trained_loss"))
 
 
 def _full_size() -> list[str]:

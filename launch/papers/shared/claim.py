@@ -276,6 +276,12 @@ def criteria_in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) 
     return f"Criteria were fixed {when}, on {fixed['date']}{commit}{dirty}; {since}."
 
 
+def exchanged(values: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns a table with its values under other names of it, at random."""
+    listed = list(values.values())
+    return {name: listed[i] for name, i in zip(values, rng.permutation(len(listed)), strict=True)}
+
+
 def shuffle_arms(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """Returns the parts of an experiment with arms exchanged at random within each seed and size.
 
