@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from launch import environment, papers, reproduce
-from launch.papers.shared import claim, page
+from launch.papers.shared import claim, page, sweeps
 from launch.papers.shared.claim import Claim, Effect
 from launch.papers.shared.results import Results
 from launch.papers.shared.sweeps import Stages
@@ -39,6 +39,13 @@ def test_a_claim_is_a_section_of_a_statement_a_condition_and_the_papers_figure()
         "A1", "It rises", "by 2", {}, required=True, paper="7 %"
     )
     assert prose.claim("A2", {}).paper == "" and not prose.claim("A2", {}).required
+
+
+def test_a_sweeps_text_names_a_part_and_what_it_needs():
+    assert sweeps.after("full", "full,/data,judge") == "/data,judge"
+    assert sweeps.after("full", "5") == sweeps.after("full", "synthetic,5") == ""
+    with pytest.raises(ValueError, match="nothing follows 'full'"):
+        sweeps.after("full", "full")
 
 
 def test_a_stage_is_measured_once_for_the_same_settings(tmp_path):
