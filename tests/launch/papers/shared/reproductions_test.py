@@ -1,5 +1,8 @@
 """The reproductions' own parts: intervals, stages, tables of results, and the papers that the command knows."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -31,6 +34,15 @@ def test_a_text_needs_a_value_for_each_slot_and_a_slot_for_each_value():
         prose("models", count=1)
     with pytest.raises(ValueError, match=r"no slot for the values \['depth'\]"):
         prose("models", count=1, width=2, depth=3)
+
+
+@pytest.mark.parametrize("slug", reproduce.slugs())
+def test_every_text_of_a_page_has_its_own_name_and_is_used(slug):
+    (folder,) = (pathlib.Path(path, slug) for path in papers.__path__)
+    named = set(re.findall(r'"(\w+)"', "".join(p.read_text() for p in folder.glob("*.py"))))
+    sections = re.findall(r"^<!-- (\w+) -->$", (folder / "page.md").read_text(), re.MULTILINE)
+    assert len(set(sections)) == len(sections) > 0
+    assert [x for x in sections if not {x, x.removesuffix("_figure")} & named] == []
 
 
 def test_a_claim_is_a_section_of_a_statement_a_condition_and_the_papers_figure():
