@@ -165,9 +165,6 @@ class Claim:
         return min(worst, key=lambda one: one.slack, default=None)
 
 
-RequiredClaim = functools.partial(Claim, required=True)
-
-
 def judge(
     claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
 ) -> list[Claim]:
@@ -277,6 +274,12 @@ def criteria_in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) 
     changed = [name for name in now if fixed["claims"].get(name) != now[name]]
     since = f"changed since: {', '.join(changed)}" if changed else "none has changed since"
     return f"Criteria were fixed {when}, on {fixed['date']}{commit}{dirty}; {since}."
+
+
+def exchanged(values: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns a table with its values under other names of it, at random."""
+    listed = list(values.values())
+    return {name: listed[i] for name, i in zip(values, rng.permutation(len(listed)), strict=True)}
 
 
 def shuffle_arms(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -31,6 +31,18 @@ def seeds(number: int | str, *, after: int = 0) -> tuple[int, ...]:
     return tuple(range(first, first + int(number)))
 
 
+def after(word: str, text: str) -> str:
+    """Returns what the text of a sweep has after a word and a comma, such as a folder after 'full,'; empty for another text.
+
+    Raises:
+      ValueError: nothing follows the word.
+    """
+    first, _, rest = text.partition(",")
+    if first == word and not rest:
+        raise ValueError(f"nothing follows {word!r}: give FILE.py:{word},TEXT.")
+    return rest if first == word else ""
+
+
 def arm(*gin_files: str, **settings: Any) -> dict[str, Any]:
     """Returns a trained arm with those settings that are not None, such as `parent` or `bindings`."""
     options = {key: value for key, value in settings.items() if value is not None}
