@@ -17,15 +17,15 @@ PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # How large the house may be. A number that falls is lowered here; one that has to rise needs a reason in its commit.
 # Files and lines of the project that an import of the module reads, itself included.
 CLOSURES = {
-    "trainers.step": (7, 700),
-    "trainers.recipe": (41, 5_426),
+    "trainers.step": (7, 703),
+    "trainers.recipe": (41, 5_429),
     "model.transformer": (26, 3_476),
-    "launch.train": (163, 26_696),
+    "launch.train": (163, 26_699),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
     "model": (101, 15_226),
-    "trainers": (143, 20_052),
+    "trainers": (143, 20_055),
     "data": (133, 22_035),
     "launch": (460, 66_996),
 }

@@ -4,6 +4,7 @@ Numerators and weights are added over microbatches before the division, so accum
 packing do not change the gradient.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,8 +75,9 @@ def make_train_step(
             grad_norm=optax.tree.norm(grads),
         )
         parts = {each.name: each.update(state.part(each.name), update) for each in extensions}
-        after = state.replace(step=update.step, params=update.params, opt_state=opt_state)
-        after = after.with_parts({**collections, **parts})
+        after = dataclasses.replace(
+            state, step=update.step, params=update.params, opt_state=opt_state
+        ).with_parts({**collections, **parts})
         after, good = gated(extensions, update, state, after)
 
         applied = optax.tree.norm(jax.tree.map(_applied, update.trained, trained, updates))

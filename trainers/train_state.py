@@ -1,5 +1,6 @@
 """Everything that a train step reads and writes."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,4 +43,4 @@ class TrainState:
         """Returns the state with these parts."""
         variables = {**self.variables, **parts}
         average = variables.pop(AVERAGE, self.ema_params)
-        return self.replace(ema_params=average, variables=variables)
+        return dataclasses.replace(self, ema_params=average, variables=variables)
