@@ -29,6 +29,7 @@ from data.cache import source_code
 _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
 _MUTABLE = (list, dict, set)
+_PACKAGE = "espalier."
 _LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
 # Described by name only: their versions belong to the environment, and their code has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
@@ -60,7 +61,10 @@ class _Seen:
 def describe(value, seen: _Seen | None = None):
     """Returns JSON that is equal for two values exactly if they produce the same records."""
     if isinstance(value, enum.Enum):
-        return {"enum": f"{_name(type(value))}.{value.name}", "value": describe(value.value, seen)}
+        return {
+            "enum": f"{name_of(type(value))}.{value.name}",
+            "value": describe(value.value, seen),
+        }
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, _PLAIN):
@@ -70,7 +74,7 @@ def describe(value, seen: _Seen | None = None):
     if isinstance(value, os.PathLike):
         return {"path": os.fspath(value)}
     if isinstance(value, types.ModuleType):
-        return {"module": value.__name__}
+        return {"module": value.__name__.removeprefix(_PACKAGE)}
     seen = seen or _Seen()
     if isinstance(value, types.FunctionType):
         if _is_library(value.__module__):
@@ -102,7 +106,10 @@ def describe(value, seen: _Seen | None = None):
     if isinstance(value, types.MethodType):
         return {"method": describe(value.__func__, seen), "of": describe(value.__self__, seen)}
     if isinstance(inner := getattr(value, "__wrapped__", None), types.FunctionType):
-        return {"wrapper": _name(type(value)), "of": describe(inner, seen)}  # functools.cache, say
+        return {
+            "wrapper": name_of(type(value)),
+            "of": describe(inner, seen),
+        }  # functools.cache, say
     if isinstance(value, type):
         return _class(value, seen)
     if hasattr(value, "vocab_size") and hasattr(value, "encode"):
@@ -112,7 +119,7 @@ def describe(value, seen: _Seen | None = None):
 
 def vocabulary(vocab) -> dict:
     """Describes a SeqIO vocabulary: class, size, special ids, and its state or the hash of its model."""
-    out = {"class": _name(type(vocab)), "size": int(vocab.vocab_size)}
+    out = {"class": name_of(type(vocab)), "size": int(vocab.vocab_size)}
     for key in ("bos_id", "eos_id", "pad_id", "unk_id", "extra_ids"):
         try:
             out[key] = describe(getattr(vocab, key, None))
@@ -175,7 +182,7 @@ def _function(function: types.FunctionType, seen: _Seen) -> dict:
     }
     own.update(_reached_through_modules(inner, used, seen))
     out = {
-        "function": f"{inner.__module__}.{inner.__qualname__}",
+        "function": name_of(inner),
         "source": source_code.text(inner),
         "defaults": describe(inner.__defaults__, seen),
         "keyword_defaults": describe(inner.__kwdefaults__, seen),
@@ -255,7 +262,7 @@ def _object(value, seen: _Seen) -> dict:
 def _class(cls: type, seen: _Seen) -> dict:
     """Describes a class by its methods and constants, and those of bases that are not installed."""
     if again := seen.again(cls):
-        return {"class": _name(cls), "members": again}
+        return {"class": name_of(cls), "members": again}
     members = []
     for owner in cls.__mro__:
         if source_code.is_of_package(owner):
@@ -272,8 +279,8 @@ def _class(cls: type, seen: _Seen) -> dict:
             else:
                 included = isinstance(member, _FIXED + _MUTABLE) and not name.startswith("__")
             if included:
-                members.append([f"{_name(owner)}.{name}", describe(member, seen)])
-    return {"class": _name(cls), "members": members} if members else {"class": _name(cls)}
+                members.append([f"{name_of(owner)}.{name}", describe(member, seen)])
+    return {"class": name_of(cls), "members": members} if members else {"class": name_of(cls)}
 
 
 def _short(items: list):
@@ -287,8 +294,9 @@ def _is_library(module: str | None) -> bool:
     return (module or "").split(".")[0] in _LIBRARIES
 
 
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def name_of(code: type | types.FunctionType) -> str:
+    """Returns module and name of a class or function, which caches and checkpoints know without the package's name."""
+    return f"{code.__module__}.{code.__qualname__}".removeprefix(_PACKAGE)
 
 
 def of_json(value) -> str:

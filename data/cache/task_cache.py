@@ -277,7 +277,7 @@ def _describe_source(source, split: str, files: fingerprint.FileDigests) -> dict
     function = getattr(source, "_dataset_fn", None)
     inner = getattr(function, "func", function)  # through functools.partial
     out = {
-        "class": f"{type(source).__module__}.{type(source).__qualname__}",
+        "class": fingerprint.name_of(type(source)),
         "reader": fingerprint.describe(function or getattr(source, "_reader", None)),
     }
     for holder in (source, function, inner):
