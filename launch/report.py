@@ -146,7 +146,7 @@ def _write_json(out: str | os.PathLike, results: Any) -> pathlib.Path:
     """Makes the folder of a report and writes its report.json; returns the folder."""
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.json"
+    path = folder / "report.json"  # not synced: it is made again from the runs
     files.write_json(path, jsonable(results), synced=False, end="\n", ensure_ascii=True)
     return folder
 

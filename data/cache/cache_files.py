@@ -36,7 +36,7 @@ class ShardWriter:
         self._whole = contextlib.ExitStack()
         self._files = {
             feature: self._whole.enter_context(
-                # Synced: the manifest, which lists the files, makes a build whole.
+                # Synced, as all files of a shard: it is not built again once its entry is there.
                 files.replacing(self._path(f"{feature}.bin"), synced=True)
             )
             for feature in features

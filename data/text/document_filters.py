@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.cache import fingerprint
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DocumentFilter(abc.ABC):
@@ -110,7 +112,4 @@ def check_names(filters: Sequence[DocumentFilter], where: str) -> None:
 
 def described(filters: Sequence[DocumentFilter]) -> list[dict[str, Any]]:
     """Returns the class and settings of each filter, in order, which are hashed."""
-    return [
-        {"class": f"{type(one).__module__}.{type(one).__qualname__}", **one.settings()}
-        for one in filters
-    ]
+    return [{"class": fingerprint.name_of(type(one)), **one.settings()} for one in filters]

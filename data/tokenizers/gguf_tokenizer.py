@@ -66,6 +66,7 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / hf_tokenizer.TOKENIZER))
+    # Not synced: the conversion is repeated after a power cut.
     files.write_json(folder / hf_tokenizer.CONFIG, config, synced=False, indent=2, end="\n")
     if ends:
         generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends}

@@ -248,9 +248,8 @@ def train(
         (target / path.name).write_bytes(model)
         digest = hashlib.sha256(model).hexdigest()
         record = {**settings, "sha256": digest}
-        files.write_json(
-            target / "vocabulary.json", record, synced=False
-        )  # build_directory syncs it
+        # Not synced here: build_directory does it.
+        files.write_json(target / "vocabulary.json", record, synced=False)
         seconds = time.monotonic() - started
         print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
 

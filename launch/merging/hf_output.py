@@ -209,6 +209,7 @@ def _write_rest(
         (folder / hf_tokenizer.TOKENIZER).write_bytes(vocabulary.content)
         for name in ("vocab.json", "merges.txt", "added_tokens.json", hf_tokenizer.SENTENCEPIECE):
             (folder / name).unlink(missing_ok=True)  # of the vocabulary before
+    # Not synced: a merge that a power cut stops is repeated.
     if config:
         files.write_json(folder / CONFIG, config, synced=False, indent=2, end="\n")
     if planner.merge.chat_template is not None:

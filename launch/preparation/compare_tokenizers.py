@@ -73,7 +73,7 @@ def compare(
     }
     document = {"text": text, "tokenizers": reports}
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / REPORT, document, synced=False)
+    files.write_json(out / REPORT, document, synced=False)  # measured again
     _draw(reports).savefig(out / PLOT, dpi=130)
     _print(reports)
     print(out / REPORT)

@@ -34,7 +34,7 @@ def write(folder: str | os.PathLike) -> None:
     if model_file.MODEL not in reader.checked.macros:
         return
     path = pathlib.Path(folder, model_file.NAME)
-    files.write_json(path, _record(reader.checked), synced=True)
+    files.write_json(path, _record(reader.checked), synced=True)  # steps are read by it
     model_file.read(path)  # raises if the record cannot be read back
 
 

@@ -141,7 +141,7 @@ def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any])
         shutil.rmtree(final)
     partial.replace(final)
     content = {**record, "path": final.name, "files": _checksums(final)}
-    files.write_json(record_path, content, synced=True)
+    files.write_json(record_path, content, synced=True)  # the run goes on with this vocabulary
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:

@@ -127,6 +127,7 @@ class SweepFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         runs = [dataclasses.asdict(planned) for planned in plan]
         plan_json = {"sweep": sweep, "runs": runs}
+        # Synced, because the sweep goes on by its plan.
         files.write_json(self.path / "sweep.json", plan_json, synced=True, shared=True)
 
     def read_plan(self) -> tuple[Planned, ...]:
@@ -194,7 +195,7 @@ class SweepFolder:
 
     def add_attempt(self, name: str, attempt: Mapping[str, Any]) -> None:
         path = self.directory(name) / "attempts.jsonl"
-        files.append(path, json.dumps(attempt) + "\n", synced=False)
+        files.append(path, json.dumps(attempt) + "\n", synced=False)  # only reported
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
         path = self.directory(name) / "attempts.jsonl"

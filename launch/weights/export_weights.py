@@ -119,6 +119,7 @@ def _export(
     # A run that was not imported has these ids only in its tokenizer's files.
     config = {**{key: generation[key] for key in _TOKEN_IDS if key in generation}, **config}
     for name, content in (("config.json", config), (hf_tokenizer.GENERATION, generation)):
+        # Not synced: an export that a power cut stops is repeated.
         style = {"indent": 2, "sort_keys": True, "ensure_ascii": True}
         files.write_json(pathlib.Path(folder, name), content, synced=False, end="\n", **style)
     tensors = {hf: (dtypes[hf], shapes[hf]) for hf in shapes}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # TensorFlow writes its form of the functions of a data pipeline under random names; no program of jax calls them.
 _OF_TENSORFLOW = "__autograph_generated_file"
-OWN = ("model", "trainers", "data", "launch")
+OWN = ("espalier", "model", "trainers", "data", "launch")
 
 
 @functools.cache

@@ -227,5 +227,5 @@ class Stages:
         seconds = round(time.monotonic() - began, 1)
         stage = {"settings": wanted, "seconds": seconds, "result": json.loads(json.dumps(result))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, stage, synced=True)
+        files.write_json(path, stage, synced=True)  # it took long
         return stage
