@@ -12,7 +12,7 @@ import numpy as np
 
 from data.tokenizers import chat_template, hf_tokenizer
 from espalier.common import files
-from launch.merging import card, places, plan_table, tokens
+from launch.merging import card, places, tokens
 from launch.merging.models import CONFIG, HfModel, Model
 from launch.merging.plan import Planned, Planner
 from launch.merging.settings import MergeError
@@ -57,13 +57,13 @@ def write(
     ) as folder:
         done = _done(folder, fingerprint)
         if done is None:
-            check_space(folder, plan_table.out_bytes(planned))
+            check_space(folder, card.out_bytes(planned))
         journal = _Journal(folder, fingerprint, again=done is not None)
         with (
             SafetensorsWriter(
                 folder, sizes, shard_bytes=shard_bytes, again=done is not None
             ) as writer,
-            Progress(plan_table.out_bytes(planned), os.path.basename(target)) as progress,
+            Progress(card.out_bytes(planned), os.path.basename(target)) as progress,
         ):
             for x in planned:
                 nbytes = writer.tensors[x.name].nbytes

@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 from launch.config import setting_flags
 from launch.evaluation.judges.base import Judge, JudgeError
-from launch.evaluation.judges.checkpoint import CheckpointWriter
+from launch.evaluation.judges.checkpoint import CheckpointWriter, LogProb, RewardJudge
 from launch.evaluation.judges.endpoint import EndpointWriter
 from launch.evaluation.judges.pairwise import PairwiseJudge, Template
-from launch.evaluation.judges.reward import LogProb, RewardJudge
 from launch.run import load_run
 
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")

@@ -14,7 +14,7 @@ from data.code_mix import skills
 from launch.evaluation import win_rate
 from launch.evaluation.judges.answers import Answer, System
 from launch.evaluation.judges.base import Question
-from launch.evaluation.judges.reward import RewardJudge
+from launch.evaluation.judges.checkpoint import RewardJudge
 
 SHARES = ("win", "tie", "loss")
 

@@ -11,8 +11,8 @@ import pytest
 
 from launch.evaluation.judges import asking, shares
 from launch.evaluation.judges.base import JudgeError, Outcome, Pair
+from launch.evaluation.judges.checkpoint import RewardJudge
 from launch.evaluation.judges.pairwise import PairwiseJudge, Template
-from launch.evaluation.judges.reward import RewardJudge
 from launch.inference.chat_endpoint import Silence
 from launch.inference.row_files import RowFileError
 from launch.plots import intervals
