@@ -141,7 +141,7 @@ LEVELS = {
         ("hf", "mov"),
     ),
     "trainers": (
-        ("inputs", "partitioning", "programs", "telemetry", "train_state", "trainable"),
+        ("host_memory", "inputs", "partitioning", "telemetry", "train_state", "trainable"),
         ("anomaly", "batches", "checkpoints", "initialise", "moving_reference", "optim", "signals"),
         ("decoding", "objectives", "rewards", "scoring"),
         ("recipe", "reports", "step"),

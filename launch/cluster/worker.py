@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from launch import environment
-from trainers.programs import host_memory
+from trainers import host_memory
 
 OWN = "launch."
 

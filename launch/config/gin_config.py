@@ -15,7 +15,7 @@ from typing import Any
 
 import gin
 
-from launch.config import gin_check, gin_description, gin_hints, gin_source
+from launch.config import gin_check, gin_hints, gin_source
 from launch.config.gin_check import final_bound
 from launch.config.gin_reader import Checked, is_required
 from launch.config.gin_source import Place, Problem
@@ -111,7 +111,6 @@ def load(
     names = dict.fromkeys([*checked.macros, *checked.macros_read])
     bindings += [f"{name}=None" for name in names if _is_open(name, checked)]
     _load_into_gin([*defaults, *files], bindings, search_paths, checked)
-    gin_description.register()
     configured = None
     if function is not None:
         try:

@@ -20,7 +20,6 @@ import gin
 
 from launch.config.gin_reader import Bound, Checked, Target, applying
 from launch.config.gin_source import Macro, Reference
-from trainers.programs import replacements
 
 # A context variable, because factories are called while a step is traced, possibly in another thread.
 _SCOPE: contextvars.ContextVar[str] = contextvars.ContextVar("isolated_scope", default="")
@@ -30,7 +29,6 @@ class Isolated:
     """The values of a configuration that was read without problems."""
 
     def __init__(self, checked: Checked):
-        replacements.replace_values(_described)
         self._macros = checked.macros
         self._singletons: dict[str, Any] = {}
         self._bindings: dict[int, list[tuple[str, str, Bound]]] = {}
@@ -129,11 +127,6 @@ class Factory:
 
     def __repr__(self) -> str:
         return self.configuration.describe(self.target, self.scope)
-
-
-def _described(value: Any) -> Any:
-    """Returns what a factory calls and its text, for the keys of stored programs (trainers/programs/description.py)."""
-    return (value.target.value, repr(value)) if isinstance(value, Factory) else NotImplemented
 
 
 def _target(reference: Reference, bound: Bound) -> Target:

@@ -3,8 +3,7 @@
 Both sides start from the same checkpoint in Hugging Face's layout and read the same file of pairs. Each runs its usual
 command: `launch.train` with runs/preference.gin, and `DPOTrainer.train` with precompute_ref_log_probs. All sequences
 have the same length, so neither side pads. Fresh processes alternate. TRL does not store the reference's
-log-probabilities, so each of its runs computes them. Our timed runs reuse those from an earlier run. They alternate with
-runs that read the step from the store of compiled programs (ESPALIER_PROGRAMS), whose only ratio is that of the start.
+log-probabilities, so each of its runs computes them. Our timed runs reuse those from an earlier run.
 """
 
 import contextlib
@@ -51,15 +50,12 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             "ours": compare.ours("dpo", folder, WARM_UP + steps),
-            "ours_stored": compare.ours("dpo", folder, WARM_UP + steps),
             "trl": compare.peer("torch/dpo_torch.py", folder, WARM_UP + steps),
         }
         write(folder)
-        env = {"ours": compare.TRACED, "ours_stored": compare.STORED}
-        # Computes the reference's log-probabilities; the next run fills the store of programs.
-        first = compare.measured(commands["ours"], env=env["ours"])
-        compare.measured(commands["ours_stored"], env=env["ours_stored"])
-        reports = compare.alternate_processes(commands, rounds, env=env)
+        # Computes the reference's log-probabilities.
+        first = compare.measured(commands["ours"])
+        reports = compare.alternate_processes(commands, rounds)
     seconds = compare.each(
         reports, lambda report: statistics.median(np.diff(report["step_ends"])[WARM_UP - 1 :])
     )
@@ -80,7 +76,6 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
         "set_up_s": set_up,
         "first_set_up_s": first["set_up_s"],
         "first_step_over_ours": compare.ratio(first_step["trl"], first_step["ours"]),
-        "first_step_over_ours_stored": compare.ratio(first_step["trl"], first_step["ours_stored"]),
         "first_step_s": first_step,
         "losses": {side: runs[0]["losses"] for side, runs in reports.items()},
         "other_load_cores": compare.each(reports, "other_load"),
