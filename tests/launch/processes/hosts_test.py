@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from launch.processes import hosts, slurm_devices
+from launch.processes import hosts, peers, slurm_devices
 
 
 class Store:
@@ -32,7 +32,7 @@ def run(monkeypatch):
 
     index, store = threading.local(), Store()
     monkeypatch.setattr(jax, "process_index", lambda: index.value)
-    monkeypatch.setattr(hosts, "_store", lambda: store)
+    monkeypatch.setattr(peers, "store", lambda: store)
 
     def start(function, count):
         monkeypatch.setattr(jax, "process_count", lambda: count)
