@@ -194,7 +194,7 @@ LEVELS = {
     ),
     "trainers": (
         (
-            *("extensions", "inputs", "partitioning", "programs", "telemetry", "train_state"),
+            *("extensions", "host_memory", "inputs", "partitioning", "telemetry", "train_state"),
             "trainable",
         ),
         ("anomaly", "batches", "checkpoints", "initialise", "moving_reference", "optim", "signals"),

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from launch import environment
 from launch.processes.supervisor import handled
-from trainers.programs import host_memory
+from trainers import host_memory
 
 OWN = "launch."
 

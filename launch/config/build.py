@@ -23,7 +23,6 @@ import gin
 from launch.config import decorated, text
 from launch.config.gin_reader import Bound, Checked, Target, applying, final_bound, mapped
 from launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
-from trainers.programs import replacements
 
 # The configuration whose function is running, and the scope. Factories are called while a step is traced, possibly in
 # another thread, which begins without both.
@@ -55,7 +54,6 @@ class Configuration:
         entry: full name of the entry function.
         shows_bindings: see above.
         """
-        replacements.replace_values(_described)
         self.tree = tree
         self.shows_bindings = shows_bindings
         self._entry = tree.targets[entry] if entry else None
@@ -373,12 +371,6 @@ def _named(made: type) -> dict[str, Any]:
     """Returns the attributes of a subclass that looks like the class itself."""
     names = {name: getattr(made, name) for name in ("__module__", "__qualname__", "__doc__")}
     return names if made.__dictoffset__ else {**names, "__slots__": ()}
-
-
-def _described(value: Any) -> Any:
-    """Returns what a factory calls and its text, for the keys of stored programs (trainers/programs/description.py)."""
-    of = configured(value)
-    return NotImplemented if of is None else (of.target.value, repr(of))
 
 
 def _target(reference: Reference, bound: Bound) -> Target:

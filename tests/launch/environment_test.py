@@ -1,4 +1,4 @@
-"""A folder that hides a package is found and named."""
+"""A folder that hides a package is found and named, and so is a variable that has no effect any more."""
 
 import os
 import subprocess
@@ -41,3 +41,11 @@ def test_a_plain_data_folder_before_the_project_is_found(tmp_path):
     assert done.returncode != 0
     assert "Package 'data' comes from" in done.stderr
     assert "hides it" in done.stderr
+
+
+def test_a_variable_of_before_is_named(monkeypatch, capsys):
+    environment.prepare()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("ESPALIER_PROGRAMS", "1")
+    environment.prepare()
+    assert "warning: ESPALIER_PROGRAMS has no effect" in capsys.readouterr().err
