@@ -84,9 +84,8 @@ class StoredPredictions(abc.ABC):
         """Returns the store of a step's values of a shape, which also depend on `settings`."""
         model, macro = self.frozen.model, self.frozen.checkpoint.macro
         config = dataclasses.asdict(model.config)
-        text = repr(model).replace(
-            "espalier.", ""
-        )  # of modules, which older stores know without it
+        # Older stores know the modules of classes without the package's name.
+        text = repr(model).replace("espalier.", "")
         key = cache.digest([_VERSION, step.arrays, text, config, *settings])
         root = cache_dir.cache_dir(folder) if self.store is None else self.store
         about = {"checkpoint": step.step, **about}
