@@ -8,6 +8,8 @@ import pytest
 from launch.config import gin_config, gin_source
 from tests import methods_test
 
+ENTRY = "toy_run:train"
+
 
 def of_gin(files, bindings, entry):
     """The text that gin itself writes, and that of what it used to make the arguments of the entry function."""
