@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import glob
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +34,40 @@ class DataSource:
     performs_internal_shuffling = False
 
 
+class Counted(abc.ABC):
+    """A source whose examples are counted once; the counts are stored in `_counts_file`."""
+
+    def num_input_examples(self, split: str) -> int:
+        """Returns the number of examples of a split; checks all files, and raises DataError."""
+        return self._counted["examples"][split]
+
+    @property
+    def dropped(self) -> Mapping[str, Any]:
+        """Reason -> number of dropped rows, and the place of the first."""
+        return self._counted["dropped"]
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, Any]:
+        if self._counts_file.is_file():
+            counted = json.loads(self._counts_file.read_text(encoding="utf-8"))
+            if self._suffices(counted):
+                return counted
+        counted = self._count()
+        cache.remember(self._counts_file, counted)
+        return counted
+
+    def _suffices(self, counted: Mapping[str, Any]) -> bool:
+        """Returns whether stored counts stand for a reading of the files."""
+        del counted
+        return True
+
+    @abc.abstractmethod
+    def _count(self) -> dict[str, Any]:
+        """Reads all examples; returns 'examples' by split, 'dropped', and what else is stored; raises DataError."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FileSource(DataSource, abc.ABC):
+class FileSource(Counted, DataSource):
     """Examples in files, one shard per file."""
 
     name: str  # name of the task that reads the files
@@ -149,10 +182,6 @@ class FileSource(DataSource, abc.ABC):
         signature["document_id"] = tf.TensorSpec((), tf.string)
         dataset = tf.data.Dataset.from_generator(examples, output_signature=signature)
         return dataset.shuffle(_SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
-
-    @abc.abstractmethod
-    def num_input_examples(self, split: str) -> int:
-        """Returns the number of examples of a split; checks all files, and raises DataError."""
 
     @abc.abstractmethod
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:

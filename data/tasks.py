@@ -81,7 +81,7 @@ def register_source(
 ) -> None:
     """Registers a task that tokenizes a source of `{"text", "document_id"}`.
 
-    `register_features` describes `source` and `origin`.
+    `register_rows` describes `source` and `origin`.
 
     Raises:
       ValueError: another task has this name, or the vocabulary lacks the BOS or EOS to be added.
@@ -117,8 +117,7 @@ def check_special_ids(name: str, vocabulary: Any, *, add_bos: bool, add_eos: boo
             )
 
 
-def register_features(
-    name: str,
+def register_rows(
     source: Any,
     *,
     origin: str,
@@ -129,8 +128,7 @@ def register_features(
     """Registers a task over a source whose features need no preprocessing.
 
     Args:
-      name: name of the task.
-      source: satisfies `seqio.DataSourceInterface` and has a `digest`.
+      source: satisfies `seqio.DataSourceInterface`, and has a `digest` and the `name` of the task.
       origin: name of the registering function; a later call of the same function replaces the task.
       features: feature -> vocabulary of its ids; None for a float32 feature.
       facts: recorded with a run.
@@ -144,7 +142,7 @@ def register_features(
 
     numbers = {"vocabulary": seqio.PassThroughVocabulary(1), "dtype": tf.float32}
     _register(
-        name,
+        source.name,
         source,
         origin,
         facts,

@@ -29,6 +29,12 @@ def cache_dir() -> str:
 
 def prepare() -> None:
     """Sets the variables that jax and TensorFlow read on import, unless the user has set them."""
+    if "ESPALIER_PROGRAMS" in os.environ:
+        print(
+            "warning: ESPALIER_PROGRAMS has no effect: stored programs no longer exist. Unset it; the folder "
+            "programs/ beside jax's compiled programs (JAX_COMPILATION_CACHE_DIR) may be deleted.",
+            file=sys.stderr,
+        )
     before = dict(os.environ)
     cpu_only = _cpu_only()
     if cpu_only and importlib.util.find_spec("libtpu") is not None:

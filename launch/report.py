@@ -20,12 +20,12 @@ flags are of methods, by launch/papers/NAME/:
 
 import argparse
 import importlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import files
 from espalier.launch import cli
 from espalier.launch.run import metric_rows
 from espalier.trainers.telemetry.metric_writers import jsonable
@@ -146,7 +146,8 @@ def _write_json(out: str | os.PathLike, results: Any) -> pathlib.Path:
     """Makes the folder of a report and writes its report.json; returns the folder."""
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(jsonable(results), indent=1) + "\n")
+    path = folder / "report.json"  # not synced: it is made again from the runs
+    files.write_json(path, jsonable(results), synced=False, end="\n", ensure_ascii=True)
     return folder
 
 

@@ -8,7 +8,7 @@ factorised matrix.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,12 +16,20 @@ from jax.extend.core import jaxprs_in_params
 
 from espalier.model import axes
 
-# u and v are the factors of one kernel. Adapters have two factors, and vectors that a token mixes.
-_MATRICES = ("kernel", "u", "v", "lora_a", "lora_b", "input_scales", "output_scales")
+_matrices = {"kernel"}  # names of parameters; classes that have others declare them
 
 
 class Counted(nn.Module):
-    """A module that multiplies each token with every weight of every matrix once."""
+    """A module that multiplies each token with every weight of every matrix once.
+
+    Its matrices are its parameters `kernel`, and those that the class attribute MATRICES names.
+    """
+
+    MATRICES: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        _matrices.update(cls.MATRICES)
 
     @nn.nowrap
     def flops_per_token(self, shapes: Mapping[str, Any], *, length: int) -> float:
@@ -40,7 +48,7 @@ def weights(shapes: Mapping[str, Any]) -> int:
     for name, child in shapes.items():
         if isinstance(child, Mapping):
             total += weights(child)
-        elif name in _MATRICES:
+        elif name in _matrices:
             total += math.prod(child.shape)
     return total
 

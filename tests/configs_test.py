@@ -34,7 +34,7 @@ ABSTRACT = {
 MODELS = sorted({path.stem for path in (CONFIGS / "models").glob("*.gin")} - ABSTRACT)
 # Those of images, and what goes with them in a run; all others are of text.
 IMAGES = {"cifar100", "digits", "imagenet", "textures"}
-# Those of pairs, which tests/launch/preparation/preference_pairs_test.py reads.
+# Those of pairs, which tests/launch/preference/preference_pairs_test.py reads.
 PAIRS = {"preferences"}
 CHATS = {"aya23", "chat", "instructions_decoder"}  # which runs/finetune.gin learns
 PROMPTS = {"prompts"}  # which runs/online.gin continues

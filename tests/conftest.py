@@ -32,9 +32,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-# Tests of stored programs turn the store on.
-os.environ.pop("ESPALIER_PROGRAMS", None)
-
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -69,27 +66,6 @@ def programs_of_absent_chips_are_not_stored(request):
     compilation_cache.reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def stored_programs(tmp_path, monkeypatch):
-    """The folder of stored programs, on for this test, beside an empty cache of jax's that stores every program."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    monkeypatch.setenv("ESPALIER_PROGRAMS", "1")
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in zip(names, (str(tmp_path / "xla"), 0, 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield tmp_path / "xla" / "programs"
-    for name, value in before.items():
-        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

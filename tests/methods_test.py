@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,9 +18,10 @@ import jax
 import numpy as np
 import pytest
 
-from espalier.launch.config import config_diff, gin_config
+from espalier.launch.config import config_diff, gin_check, gin_config, gin_reader
 from espalier.launch.config.build import Configuration
 from espalier.launch.run import model_record
+from espalier.launch.train import train
 from espalier.trainers import initialise as initialise_lib
 from espalier.trainers import partitioning
 from espalier.trainers.checkpoints import step_dir
@@ -159,11 +160,13 @@ def other_run_has_a_step(monkeypatch):
 SHALLOW = "config.TransformerConfig.num_layers = 1", "config.TransformerConfig.scan_layers = False"
 
 
-def load(run: str, methods: Sequence[str]) -> Configuration:
+def configuration(run: str, methods: Sequence[str]) -> tuple[list[str], list[str]]:
     files, bindings = arguments(run, methods)
-    if run != "classify":
-        bindings += SHALLOW
-    return gin_config.load(files, bindings, entry="espalier.launch.train:train")
+    return files, bindings if run == "classify" else [*bindings, *SHALLOW]
+
+
+def load(run: str, methods: Sequence[str]) -> Configuration:
+    return gin_config.load(*configuration(run, methods), entry="espalier.launch.train:train")
 
 
 def common_run(*methods: str) -> str | None:
@@ -172,21 +175,63 @@ def common_run(*methods: str) -> str | None:
     return next((run for run in first if all(run in runs for runs in others)), None)
 
 
+# What is made of a configuration, and the modules of which methods bind functions and classes for it.
+PARTS = {
+    "model": r"(espalier\.)?model\.",
+    "loss": r"(espalier\.)?trainers\.(distillation|inputs|objectives|online|preference|rewards)\.",
+    "optimiser": r"(optax|(espalier\.)?trainers\.optim)\.",
+}
+OF_NO_PART = {"low_rank/spectrum", "preference/reference_run"}  # a hook; whose model a part reads
+
+
+def check(run: str, methods: Sequence[str]) -> gin_reader.Checked:
+    """Returns the statements of a run with these methods and their problems, without loading them."""
+    files, bindings = configuration(run, methods)
+    return gin_check.check(files, bindings, entry=train, entry_name="espalier.launch.train.train")
+
+
 @functools.cache
 def refusal(first: str, second: str) -> str | None:
-    """Returns the reason for which two methods in this order are refused, or None."""
+    """Returns the reason for which two methods in this order are refused, or None.
+
+    Statements decide what binds one thing twice and what has no effect. What passes is made if both methods bind something
+    of one part: only then can one refuse the other.
+    """
     run = common_run(first, second)
-    try:
-        config = load(run, (first, second))
-    except gin_config.ConfigError as error:
-        return str(error.problems[0])
-    text = (run, *sorted(config_diff.canonical(config.text).items()))
+    checked = check(run, (first, second))
+    if checked.problems:
+        return str(checked.problems[0])
+    one, other = ({name, *needed(run, (name,))} for name in (first, second))
+    if not parts_bound(checked, one - other) & parts_bound(checked, other - one):
+        return None
+    text = frozenset(final(checked).items())
     if text not in _OUTCOMES:  # the other order often gives the same configuration
-        _OUTCOMES[text] = refusal_of(config, {METHODS[first][0], METHODS[second][0]})
+        kinds = {METHODS[first][0], METHODS[second][0]}
+        _OUTCOMES[text] = refusal_of(load(run, (first, second)), kinds)
     return _OUTCOMES[text]
 
 
-_OUTCOMES: dict[tuple, str | None] = {}
+def parts_bound(checked: gin_reader.Checked, methods: Iterable[str]) -> set[str]:
+    """Returns the parts for which the files of these methods bind something."""
+    files = {str((FOLDER / f"{name}.gin").resolve()) for name in methods}
+    files |= {part for file in files for part in checked.includes.get(file, ())}
+    targets = {
+        key[1]
+        for key, history in checked.history.items()
+        if not isinstance(key, str) and any(bound.file in files for bound in history)
+    }
+    return {part for part, modules in PARTS.items() if any(re.match(modules, t) for t in targets)}
+
+
+_OUTCOMES: dict[frozenset, str | None] = {}
+
+
+def final(checked: gin_reader.Checked) -> dict[str, str]:
+    """Returns the final value of every macro and binding, with names in full."""
+    values = {name: bound.meaning() for name, bound in checked.macros.items()}
+    for (scope, target, argument), bound in checked.bindings.items():
+        values[f"{scope}/{target}.{argument}"] = bound.meaning()
+    return values
 
 
 def refusal_of(config: Configuration, kinds: set[str]) -> str | None:
@@ -293,6 +338,12 @@ KINDS_HEAD = """
 def test_every_file_has_a_kind():
     files = {str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.gin")}
     assert files == {*METHODS, "adapters/adapters_base"}  # a part of others
+
+
+def test_every_method_binds_something_of_a_part():
+    """Or the rule of `refusal` would miss those that refuse it."""
+    checked = {name: check(METHODS[name][1][0], [name]) for name in METHODS}
+    assert {name for name in METHODS if not parts_bound(checked[name], [name])} == OF_NO_PART
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,10 +15,6 @@ import jax.numpy as jnp
 from espalier.trainers import trainable
 from espalier.trainers.train_state import TrainState
 
-AVERAGE = (
-    "ema_params"  # the part that is a field of its own: the parameters to evaluate and to release
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
@@ -51,7 +47,7 @@ class StepExtension:
     """A part of the state, and what is done with it in each step. A subclass overrides what it needs.
 
     Attributes:
-      name: of the part: a collection of `TrainState.variables`, or 'ema_params'.
+      name: of the part, see `TrainState.part`.
       like_params: whether the part has an array for each parameter, which is split over devices as the parameter is.
       of_data: whether the part describes the data, and is set to zeros where a new phase begins.
     """
@@ -91,18 +87,6 @@ def named(**slots: StepExtension | None) -> tuple[StepExtension, ...]:
     return tuple(extension for _, extension in sorted(slots.items()) if extension is not None)
 
 
-def parts_of(extensions: Iterable[StepExtension], state: TrainState) -> dict[str, Any]:
-    """Returns the extensions' parts of a state, by name."""
-    there = {**state.variables, AVERAGE: state.ema_params}
-    return {extension.name: there[extension.name] for extension in extensions}
-
-
-def fields_of(collections: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a `TrainState` that hold the model's collections and the extensions' parts."""
-    variables = {**collections, **parts}
-    return {AVERAGE: variables.pop(AVERAGE, None), "variables": variables}
-
-
 def of_model(extensions: Iterable[StepExtension], variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the collections of a state that are the model's: those of no extension."""
     names = {extension.name for extension in extensions}
@@ -122,16 +106,14 @@ def gated(
     extensions: Iterable[StepExtension], update: Update, before: TrainState, after: TrainState
 ) -> tuple[TrainState, jax.Array | None]:
     """Returns the state after a step, and whether its update was applied; None if no extension judges updates."""
-    parts = parts_of(extensions, before)
     verdicts = {
         extension.name: verdict
         for extension in extensions
-        if (verdict := extension.gate(parts[extension.name], update)) is not None
+        if (verdict := extension.gate(before.part(extension.name), update)) is not None
     }
     if not verdicts:
         return after, None
     good = functools.reduce(jnp.logical_and, (good for good, _ in verdicts.values()))
     chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
     judged = {name: part for name, (_, part) in verdicts.items()}
-    fields = fields_of(chosen.variables, {AVERAGE: chosen.ema_params, **judged})
-    return chosen.replace(step=after.step, **fields), good
+    return chosen.replace(step=after.step).with_parts(judged), good

@@ -15,7 +15,7 @@ from espalier.model import axes
 from espalier.model.axes import Rules
 from espalier.model.protocol import Same
 from espalier.trainers import trainable
-from espalier.trainers.extensions import StepExtension, fields_of
+from espalier.trainers.extensions import StepExtension
 from espalier.trainers.inputs import Inputs, PackedTokens
 from espalier.trainers.optim import rounding
 from espalier.trainers.partitioning import mesh_spec, shards_of
@@ -113,8 +113,8 @@ class StateMaker:
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self._opt_state(params),
-            **fields_of(lasting, parts),
-        )
+            variables=lasting,
+        ).with_parts(parts)
 
     def _opt_state(self, params: Any) -> Any:
         return self.optimizer.init(trainable.split(params, self.mask)[0])
@@ -172,5 +172,5 @@ class StateMaker:
         whole = jax.tree.map(lambda _: replicated, abstract.variables)
         parts = {each.name: shardings for each in self.extensions if each.like_params}
         tree: Any = TrainState  # of shardings, where a state holds arrays
-        fields = fields_of(whole, parts)
-        return tree(step=replicated, params=shardings, opt_state=opt_state, **fields)
+        state = tree(step=replicated, params=shardings, opt_state=opt_state, variables=whole)
+        return state.with_parts(parts)

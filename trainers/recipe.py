@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from espalier.common.ranges import AxisSize, Decay, NonNegative, Seed, Size
 from espalier.model.axes import Rules
 from espalier.model.protocol import LanguageModel, Model
-from espalier.trainers import initialise, partitioning, trainable
+from espalier.trainers import host_memory, initialise, partitioning, trainable
 from espalier.trainers.anomaly import Anomaly
 from espalier.trainers.extensions import StepExtension
 from espalier.trainers.inputs import Inputs, rows_of
@@ -29,8 +29,6 @@ from espalier.trainers.optim import averages, schedules
 from espalier.trainers.optim import rounding as rounding_lib
 from espalier.trainers.optim.gradient_terms import GradientTerm, make_optimizer
 from espalier.trainers.optim.schedules import Schedule
-from espalier.trainers.programs import host_memory
-from espalier.trainers.programs import program as programs
 from espalier.trainers.reports import Report
 from espalier.trainers.step import make_eval_step, make_train_step
 from espalier.trainers.train_state import TrainState
@@ -274,7 +272,7 @@ class Program:
             variables = initialise.variables(model, jax.random.key(seed), inputs)
             return make_state(initialise.widened(variables) if widened else variables)
 
-        return programs.jit(init, out_shardings=self._state_shardings)
+        return jax.jit(init, out_shardings=self._state_shardings)
 
     @functools.cached_property
     def restart(self) -> Callable[[TrainState], TrainState] | None:
@@ -321,18 +319,18 @@ class Program:
         )
         # Metrics of any shape are read by every process.
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        train = programs.jit(
+        train = jax.jit(
             train_step, donate_argnums=0, out_shardings=(self._state_shardings, replicated)
         )
         with_extras = bound_extras.binder(objective, self.mesh, self.rules)
         return Steps(
             train=with_extras(train),
-            evaluate=with_extras(programs.jit(evaluate, out_shardings=replicated)),
+            evaluate=with_extras(jax.jit(evaluate, out_shardings=replicated)),
         )
 
     @contextlib.contextmanager
     def compiling(self, train_step: Any, batch: Any) -> Iterator[None]:
-        """Compiles or loads the train step in a thread while the body runs, waits for it at the end, and raises its error.
+        """Compiles the train step in a thread while the body runs, waits for it at the end, and raises its error.
 
         jax caches the program, so that the first call of `train_step` neither traces nor compiles.
 
@@ -342,7 +340,7 @@ class Program:
 
         def compile_step() -> None:
             with partitioning.use_mesh(self.mesh, self.rules):  # it is local to a thread
-                programs.compiled(train_step, self.abstract_state, batch)
+                train_step.lower(self.abstract_state, batch).compile()
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             compilation = pool.submit(compile_step)

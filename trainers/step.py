@@ -4,6 +4,7 @@ Numerators and weights are added over microbatches before the division, so accum
 packing do not change the gradient.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from espalier.trainers import extensions as parts_of_state
 from espalier.trainers import trainable
-from espalier.trainers.extensions import StepExtension, Update
+from espalier.trainers.extensions import StepExtension, Update, gated, of_model, present_extras
 from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
 from espalier.trainers.objectives.gradients import in_parts, make_gradients
 from espalier.trainers.train_state import TrainState
@@ -57,8 +57,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, extras: Any = None) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        collections = parts_of_state.of_model(extensions, state.variables)
-        present = parts_of_state.present_extras(extensions, extras, state.variables)
+        collections = of_model(extensions, state.variables)
+        present = present_extras(extensions, extras, state.variables)
         grads, out, collections = gradients(state.params, batch, rng, collections, present)
         # A batch of padding alone has weight 0 and gradient 0; it must not divide 0 by 0.
         divisor = jnp.where(out.weight > 0, out.weight, 1.0)
@@ -74,15 +74,11 @@ def make_train_step(
             loss=out.sum / divisor,
             grad_norm=optax.tree.norm(grads),
         )
-        parts = parts_of_state.parts_of(extensions, state)
-        parts = {each.name: each.update(parts[each.name], update) for each in extensions}
-        after = TrainState(
-            step=update.step,
-            params=update.params,
-            opt_state=opt_state,
-            **parts_of_state.fields_of(collections, parts),
-        )
-        after, good = parts_of_state.gated(extensions, update, state, after)
+        parts = {each.name: each.update(state.part(each.name), update) for each in extensions}
+        after = dataclasses.replace(
+            state, step=update.step, params=update.params, opt_state=opt_state
+        ).with_parts({**collections, **parts})
+        after, good = gated(extensions, update, state, after)
 
         applied = optax.tree.norm(jax.tree.map(_applied, update.trained, trained, updates))
         metrics: Metrics = {
@@ -114,8 +110,8 @@ def make_eval_step(
     def evaluate(
         params: Any, batch: Batch, variables: Mapping[str, Any] | None = None, extras: Any = None
     ) -> Metrics:
-        collections = parts_of_state.of_model(extensions, variables or {})
-        present = parts_of_state.present_extras(extensions, extras, variables or {})
+        collections = of_model(extensions, variables or {})
+        present = present_extras(extensions, extras, variables or {})
 
         def metrics(part: Batch) -> Metrics:
             return objective(params, part, None, variables=collections, extras=present).metrics

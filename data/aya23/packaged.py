@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from espalier.common import files
 from espalier.common.ranges import Size
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
@@ -71,7 +72,8 @@ def assemble(
                 if chosen:
                     _write(target / path / f"{code}.jsonl", chosen)
                     counts.setdefault(path, {})[code] = len(chosen)
-        cache.write_json(target / MANIFEST, {"rows": counts, "packages": env.versions(PACKAGES)})
+        record = {"rows": counts, "packages": env.versions(PACKAGES)}
+        files.write_json(target / MANIFEST, record, synced=False)  # build_directory syncs it
 
     cache.build_directory(folder, build, expected=[MANIFEST])
     print(f"instructions of installed packages written to {folder}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from espalier.common import tables
 from espalier.data.aya_expanse import routing
 from espalier.data.aya_expanse.prompts import Prompt
 
@@ -119,12 +120,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     plain = ("language", "teacher", "asked", "chosen", "reward", "new_tokens", "cost")
     fates = sorted({key for row in rows for key in row if key not in plain})
     titles = [*plain[:6], *fates, "cost"]
-    lines = [f"| {' | '.join(title.replace('_', ' ') for title in titles)} |"]
-    lines.append(f"|{'---|' * len(titles)}")
-    for row in rows:
-        cells = [_cell(title, row.get(title, 0)) for title in titles]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    header = [title.replace("_", " ") for title in titles]
+    cells = ([_cell(title, row.get(title, 0)) for title in titles] for row in rows)
+    return "\n".join(tables.markdown(header, cells)) + "\n"
 
 
 def _cell(title: str, value: Any) -> str:

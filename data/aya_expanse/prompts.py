@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from espalier.data.preference import texts
+from espalier.data.rows import texts
 from espalier.data.text.documents import DataError
 from espalier.data.text.splits import stable_hash
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
 
-from espalier.common.storage import output_files
+from espalier.common import files
 from espalier.data.cache import shared
 
 VARIABLE = "ESPALIER_CACHE"
@@ -54,33 +53,24 @@ def _build_here(
     try:
         build(temporary)
         for path in (*temporary.rglob("*"), temporary):
-            sync(path)
+            files.sync(path)
         while not _moved(temporary, target):
             if all((target / name).is_file() for name in expected):
                 break
             with contextlib.suppress(FileNotFoundError):  # another process replaces it too
                 target.rename(replaced)
-        sync(target.parent)
+        files.sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes JSON atomically."""
-    write_bytes(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file atomically: a reader sees the old file or the new file."""
-    output_files.write(path, content)
 
 
 def remember(path: pathlib.Path, content: dict) -> None:
     """Writes JSON that saves time later; does nothing if the cache is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+        # Synced, because an empty file would count as one that is damaged.
+        files.write_json(path, content, synced=True, shared=True)
 
 
 def _moved(directory: pathlib.Path, target: pathlib.Path) -> bool:
@@ -96,12 +86,3 @@ def _moved(directory: pathlib.Path, target: pathlib.Path) -> bool:
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-
-
-def sync(path: pathlib.Path) -> None:
-    """Flushes a file, or the entries of a directory, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,16 +1,14 @@
-"""Atomic writing and checking of the files of a token cache.
+"""Writing and checking of the files of a token cache, which are there whole or not at all. Checksums are SHA-256."""
 
-Every file is written under a temporary name, synced and renamed. Checksums are SHA-256.
-"""
-
+import contextlib
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from espalier.common import files
 from espalier.data.cache.columns import feature_dtype
 
 Record = Mapping[str, np.ndarray | bytes | str]
@@ -35,8 +33,12 @@ class ShardWriter:
         self._records = 0
         self._text_bytes: dict[str, int | None] = dict.fromkeys(features, 0)
         self._lengths: dict[str, list[int]] = {feature: [] for feature in features}
+        self._whole = contextlib.ExitStack()
         self._files = {
-            feature: open(self._temporary(f"{feature}.bin"), "wb")  # noqa: SIM115
+            feature: self._whole.enter_context(
+                # Synced, as all files of a shard: it is not built again once its entry is there.
+                files.replacing(self._path(f"{feature}.bin"), synced=True)
+            )
             for feature in features
         }
         self._hashes = {feature: hashlib.sha256() for feature in features}
@@ -59,27 +61,26 @@ class ShardWriter:
 
     def finish(self) -> dict:
         """Publishes the shard and returns its entry for the manifest."""
-        files = {}
-        for feature, file in self._files.items():
-            size = file.tell()
-            _close(file)
-            name = f"{self._shard:05d}.{feature}"
-            os.replace(self._temporary(f"{feature}.bin"), self._building / f"{name}.bin")
-            files[f"{name}.bin"] = [size, self._hashes[feature].hexdigest()]
-            lengths = np.array(self._lengths[feature], "<u4").tobytes()
-            publish(self._building / f"{name}.len", lengths)
-            files[f"{name}.len"] = file_entry(lengths)
+        sizes = {feature: file.tell() for feature, file in self._files.items()}
+        self._whole.close()
+        entries = {}
+        for feature, size in sizes.items():
+            values, lengths = self._path(f"{feature}.bin"), self._path(f"{feature}.len")
+            entries[values.name] = [size, self._hashes[feature].hexdigest()]
+            content = np.array(self._lengths[feature], "<u4").tobytes()
+            files.write(lengths, content, synced=True)
+            entries[lengths.name] = file_entry(content)
         entry = {
             "records": self._records,
             "values": {feature: sum(lengths) for feature, lengths in self._lengths.items()},
             "text_bytes": self._text_bytes,
-            "files": files,
+            "files": entries,
         }
-        publish(self._building / f"{self._shard:05d}.json", canonical(entry))
+        files.write(self._path("json"), canonical(entry), synced=True)
         return entry
 
-    def _temporary(self, suffix: str) -> pathlib.Path:
-        return self._building / f"{self._shard:05d}.{suffix}.tmp"
+    def _path(self, suffix: str) -> pathlib.Path:
+        return self._building / f"{self._shard:05d}.{suffix}"
 
     def _encode(self, feature: str, kind: int | str, value) -> np.ndarray:
         if kind == "text":
@@ -168,18 +169,3 @@ def corrupt(directory: pathlib.Path, name: str, what: str) -> CacheCorruptError:
         f"Token cache {directory}: {name} {what}. Delete the directory: it is built again at the "
         "next start, or now by `espalier prepare cache --replace`."
     )
-
-
-def publish(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file atomically: it appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        _close(file)
-    os.replace(temporary, path)
-
-
-def _close(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

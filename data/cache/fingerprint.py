@@ -30,6 +30,7 @@ from espalier.data.cache import source_code
 _PLAIN = (bool, int, float, str, type(None))
 _FIXED = (*_PLAIN, bytes, tuple, frozenset, re.Pattern, enum.Enum, np.generic, np.ndarray)
 _MUTABLE = (list, dict, set)
+_PACKAGE = "espalier."
 _LONGEST = 256  # items; longer lists, sets and dicts are described by a hash
 # Described by name only: their versions belong to the environment, and their code has no end.
 _LIBRARIES = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "numpy", "jax", "threading")
@@ -297,16 +298,13 @@ def _is_library(module: str | None) -> bool:
 
 
 def name_of(item: types.FunctionType | type) -> str:
-    """Returns the full name of a function or class."""
-    return f"{_home(item.__module__)}.{item.__qualname__}"
+    """Returns the full name of a function or class, as caches and checkpoints know it."""
+    return f"{_home(item.__module__ or '')}.{item.__qualname__}"
 
 
 def _home(module: str) -> str:
-    """Returns the name of a module as caches know it: CACHED_AS of one that has moved since they were made.
-
-    This project's have no `espalier.`, which came later.
-    """
-    return getattr(sys.modules.get(module), "CACHED_AS", module or "").removeprefix("espalier.")
+    """Returns the name of a module, without the package's: of one that has moved its CACHED_AS, the name from before."""
+    return getattr(sys.modules.get(module), "CACHED_AS", module).removeprefix(_PACKAGE)
 
 
 def of_json(value) -> str:

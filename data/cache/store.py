@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from espalier.data.cache.cache_dir import sync
+from espalier.common import files
 from espalier.data.cache.cache_files import (
     Record,
     ShardWriter,
@@ -37,7 +36,6 @@ from espalier.data.cache.cache_files import (
     corrupt,
     file_entry,
     finished_shard,
-    publish,
 )
 from espalier.data.cache.columns import Column, feature_dtype
 
@@ -161,7 +159,7 @@ def build(
         _write_manifest(building, name, features, description, shards)
         building.rename(directory)
         stamp.unlink()
-        sync(directory.parent)
+        files.sync(directory.parent)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
@@ -237,7 +235,7 @@ def building_lock(directory: pathlib.Path):
     """Locks `directory` for building; other processes wait until the lock is released."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(directory.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.lock(lock, wait=True)
         yield
 
 
@@ -255,7 +253,7 @@ def _start_building(building: pathlib.Path, stamp: pathlib.Path, name: str) -> N
     building.parent.mkdir(parents=True, exist_ok=True)
     if not stamp.exists() or stamp.read_bytes() != name.encode():
         shutil.rmtree(building, ignore_errors=True)
-        publish(stamp, name.encode())
+        files.write(stamp, name, synced=True)  # what `building` holds is trusted because of it
     building.mkdir(exist_ok=True)
 
 
@@ -277,7 +275,7 @@ def _write_manifest(building, name, features, description, shards) -> None:
         "shards": shards,
         "content": digest([shard["files"] for shard in shards]),
     }
-    publish(building / MANIFEST, _manifest_bytes(body))
+    files.write(building / MANIFEST, _manifest_bytes(body), synced=True)
 
 
 def _manifest_bytes(body: Mapping) -> bytes:

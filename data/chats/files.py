@@ -10,11 +10,9 @@ import numpy as np
 
 from espalier.data.chats import records, spans
 from espalier.data.chats.records import Kind
-from espalier.data.preference import tokens
-from espalier.data.preference.exact_split import ExactSplit
-from espalier.data.preference.prompted_files import PromptedFiles
-from espalier.data.preference.records import DegenerateError, Record
-from espalier.data.preference.tally import Tally
+from espalier.data.rows import tokens
+from espalier.data.rows.files import ExactSplit, PromptedFiles
+from espalier.data.rows.records import DegenerateError, Record, Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 

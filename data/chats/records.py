@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from espalier.data.preference import texts
-from espalier.data.preference.records import DegenerateError, Record, template_variables
+from espalier.data.rows import texts
+from espalier.data.rows.records import DegenerateError, Record, template_variables
 from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.

@@ -7,15 +7,14 @@ Conversations that are longer than a row are cut at their end, or left out. Shap
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from espalier.common.ranges import NonNegative, Seed, Size
+from espalier.common.ranges import NonNegative, Seed, Size, check_choice
 from espalier.data.cache import store
 from espalier.data.cache.columns import Column
-from espalier.data.choices import check_choice
 from espalier.data.stream import plan, repeats, rows, schedule, stream
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Positions, Stream
@@ -100,29 +99,22 @@ def make_stream(
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    return stream.open_mixture(
-        Stream,
-        mixture_or_task_name,
-        functools.partial(
-            plan_chats,
-            feature_lengths=task_feature_lengths,
-            packing=packing,
-            long_documents=long_documents,
-        ),
+    settings = stream.StreamSettings(
+        batch_size=batch_size,
+        seed=seed,
         split=split,
         weights="tokens" if shares is None else "rates",
         phases=None if shares in (None, "rates") else ((0, shares),),
+        interleaving=interleaving,
         max_epochs=max_epochs,
+        on_cap=on_cap,
+        positions=positions,
         cache_dir=cache_dir,
         changed_cache=changed_cache,
         verify_cache=verify_cache,
-        batch_size=batch_size,
-        seed=seed,
-        start_token=None,
-        interleaving=interleaving,
-        on_cap=on_cap,
-        positions=positions,
     )
+    plan_source = _planner(task_feature_lengths, packing, long_documents)
+    return stream.open_mixture(mixture_or_task_name, settings, plan_source, start_token=None)
 
 
 def make_eval_stream(
@@ -145,20 +137,23 @@ def make_eval_stream(
         data.stream.stream.NoSplitError: the task has no split of this name.
         ValueError: the task or the settings cannot be streamed.
     """
-    source = stream.open_held_out(
-        task,
-        functools.partial(
-            plan_chats,
-            feature_lengths=task_feature_lengths,
-            packing=packing,
-            long_documents=long_documents,
-        ),
+    settings = stream.StreamSettings(
+        batch_size=batch_size,
         split=split,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
     )
-    return EvalStream(source, batch_size=batch_size, start_token=None)
+    plan_source = _planner(task_feature_lengths, packing, long_documents)
+    return stream.open_held_out(task, settings, plan_source, start_token=None)
+
+
+def _planner(
+    feature_lengths: Mapping[str, int], packing: str, long_documents: str
+) -> Callable[[str, store.Cache], ChatSource]:
+    return functools.partial(
+        plan_chats, feature_lengths=feature_lengths, packing=packing, long_documents=long_documents
+    )
 
 
 def plan_chats(

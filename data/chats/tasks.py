@@ -4,11 +4,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.common.ranges import Fraction
+from espalier.common.ranges import Fraction, check_choice
 from espalier.data import tasks
 from espalier.data.chats import spans
 from espalier.data.chats.files import ChatFiles
-from espalier.data.choices import check_choice
 from espalier.data.data_source import Files, named_sets
 
 
@@ -77,8 +76,7 @@ def register_chats(
             cache_dir=cache_dir,
             turns=turns,
         )
-        tasks.register_features(
-            each,
+        tasks.register_rows(
             source,
             origin="register_chats",
             features={"targets": vocabulary, "loss_weights": None},

@@ -12,7 +12,7 @@ import functools
 import itertools
 import random
 
-from espalier.data.choices import check_choice
+from espalier.common.ranges import check_choice
 from espalier.data.code_mix import procedures
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()<>/?"

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from espalier.common import files
 from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction, Seed, Size
 from espalier.data import tasks
@@ -186,7 +187,7 @@ def _build(target: pathlib.Path, settings: dict[str, Any]) -> None:
         "families": dict(sorted(families.items())),
         **counts,
     }
-    cache.write_json(target / MANIFEST, manifest)
+    files.write_json(target / MANIFEST, manifest, synced=False)  # build_directory syncs it
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.data.preference.reference_store import ReferenceStore, StoredStream
+from espalier.data.stream.predictions import PredictionStore, StoredStream
 
 FOLDER = "teacher_log_probs"
 READ = ("decoder_input_tokens", "decoder_positions", "decoder_segment_ids")
@@ -42,7 +42,7 @@ class TaughtStream(StoredStream):
 
     role = "teacher"
 
-    def __init__(self, stream: Any, store: ReferenceStore, *, top_k: int, teacher: str):
+    def __init__(self, stream: Any, store: PredictionStore, *, top_k: int, teacher: str):
         super().__init__(stream, store, teacher)
         self._top_k = top_k
 

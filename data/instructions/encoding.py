@@ -9,7 +9,7 @@ import numpy as np
 from espalier.data.cache import fingerprint
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template
-from espalier.data.preference.tally import Tally
+from espalier.data.rows.records import Tally
 from espalier.data.text import documents
 
 Form = Literal["encoder_decoder", "decoder"]

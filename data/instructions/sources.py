@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
-from espalier.data.data_source import DataSource, FileSource
+from espalier.data.data_source import Counted, DataSource, FileSource
 from espalier.data.instructions.encoding import Encoding
 from espalier.data.instructions.templates import Row
-from espalier.data.preference.tally import Tally
+from espalier.data.rows.records import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.text.tfds_source import TfdsSource
@@ -22,25 +21,14 @@ from espalier.data.text.tfds_source import TfdsSource
 ROW = '{"premise": "...", "hypothesis": "...", "label": 0}'
 
 
-class Counted:
-    """Counts of a source's examples, stored on disk; a mixin for sources with `_rows` and `encoding`."""
-
-    def num_input_examples(self, split: str) -> int:
-        return self._counted["examples"][split]
+class _Counted(Counted):
+    """Counts of examples and tokens; a mixin for sources with `_rows` and `encoding`."""
 
     def tokens(self, split: str) -> int:
         """Returns the number of target tokens of a split."""
         return self._counted["tokens"][split]
 
-    @property
-    def dropped(self) -> Mapping[str, Any]:
-        """Reason -> number of rows that are skipped, and the place of the first."""
-        return self._counted["dropped"]
-
-    @functools.cached_property
-    def _counted(self) -> dict[str, Any]:
-        if self._counts_file.is_file():
-            return json.loads(self._counts_file.read_text(encoding="utf-8"))
+    def _count(self) -> dict[str, Any]:
         dropped = Tally()
         counted: dict[str, Any] = {"examples": {}, "tokens": {}}
         for split in self.splits:
@@ -53,13 +41,11 @@ class Counted:
                 )
             counted["examples"][split] = len(lengths)
             counted["tokens"][split] = sum(lengths)
-        counted["dropped"] = dropped
-        cache.remember(self._counts_file, counted)
-        return counted
+        return {**counted, "dropped": dropped}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InstructionFiles(Counted, FileSource):
+class InstructionFiles(_Counted, FileSource):
     """Rows in files; the rows that are held out are the same for all templates."""
 
     encoding: Encoding
@@ -86,7 +72,7 @@ class InstructionFiles(Counted, FileSource):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InstructionTfds(Counted, DataSource):
+class InstructionTfds(_Counted, DataSource):
     """Rows of a prepared TFDS set, in its order."""
 
     name: str

@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.common.ranges import Fraction, Positive
+from espalier.common.ranges import Fraction, Positive, check_choice
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
-from espalier.data.choices import check_choice
 from espalier.data.instructions import ranking
 from espalier.data.instructions.encoding import Encoding, Form, Tokeniser
 from espalier.data.instructions.sources import InstructionFiles, InstructionTfds
@@ -145,8 +144,7 @@ def _register(source: Source, facts: Mapping[str, Any]) -> None:
     vocabulary = encoding.tokeniser.vocabulary
     vocabularies = {"loss_weights": None}
     ranked = {"postprocess_fn": ranking.option, "metric_fns": [ranking.accuracies]}
-    tasks.register_features(
-        source.name,
+    tasks.register_rows(
         source,
         origin=ORIGIN,
         features={

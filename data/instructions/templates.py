@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from espalier.common import spelling
 from espalier.data.instructions.renderer import SEPARATOR
-from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.limited_process import LimitedProcess, LimitError
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_sandbox
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from espalier.data.choices import check_choice
+from espalier.common.ranges import check_choice
 from espalier.data.languages import table
 from espalier.data.languages.table import Language
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from espalier.data.choices import check_choice
-from espalier.data.preference.tally import Tally
-from espalier.data.preference.texts import text_of
+from espalier.common.ranges import check_choice
+from espalier.data.rows.records import Tally
+from espalier.data.rows.texts import text_of
 from espalier.data.stream import order
 from espalier.data.text.documents import DataError
 

@@ -1,9 +1,7 @@
 """Files of preference data as a SeqIO source of tokenised pairs."""
 
 import dataclasses
-import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from espalier.common.bars import Bar
-from espalier.data.cache import cache_dir as cache
-from espalier.data.preference import records, tokens
-from espalier.data.preference.prompted_files import PromptedFiles
-from espalier.data.preference.records import DegenerateError, Kind, Record
-from espalier.data.preference.tally import Tally
+from espalier.data.preference import records
+from espalier.data.preference.records import Kind
+from espalier.data.rows import tokens
+from espalier.data.rows.files import PromptedFiles
+from espalier.data.rows.records import DegenerateError, Record, Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -45,17 +43,9 @@ class PreferenceFiles(PromptedFiles):
     invalid: Invalid  # 'drop' drops degenerate rows and counts them, 'error' raises
 
     @property
-    def dropped(self) -> Mapping[str, Any]:
-        """Reason -> number of dropped rows and the place of the first."""
-        return self._counted["dropped"]
-
-    @property
     def noted(self) -> Mapping[str, Any]:
         """Reason -> number and first place of rows that are used but reported, such as for invisible characters."""
         return self._counted["noted"]
-
-    def num_input_examples(self, split: str) -> int:
-        return self._counted["examples"][split]
 
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         examples = self._examples(path, split)
@@ -139,13 +129,11 @@ class PreferenceFiles(PromptedFiles):
                 )
             yield _Example(part, prompt, completions)
 
-    @functools.cached_property
-    def _counted(self) -> dict[str, dict[str, Any]]:
-        """Returns the numbers of examples of each split, and of dropped and reported rows; stored on disk."""
-        if self._counts_file.is_file():
-            counted = json.loads(self._counts_file.read_text(encoding="utf-8"))
-            if self.invalid == "drop" or not counted["dropped"]:  # else read on, to raise the error
-                return counted
+    def _suffices(self, counted: Mapping[str, Any]) -> bool:
+        return self.invalid == "drop" or not counted["dropped"]  # else read on, to raise the error
+
+    def _count(self) -> dict[str, Any]:
+        """Returns the numbers of examples of each split, and of dropped and reported rows."""
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
         dropped, noted = Tally(), Tally()
@@ -165,9 +153,7 @@ class PreferenceFiles(PromptedFiles):
                     "at least two prompts, since each completion is also scored after another prompt. "
                     "Add data, or change validation_fraction"
                 )
-        counted = {"examples": examples, "dropped": dropped, "noted": noted}
-        cache.remember(self._counts_file, counted)
-        return counted
+        return {"examples": examples, "dropped": dropped, "noted": noted}
 
     def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
         where = f"{self.name}: {self.files[split][0]}"

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from espalier.common.ranges import check_choice
 from espalier.data.cache.store import Cache
-from espalier.data.choices import check_choice
 from espalier.data.stream.plan import Plan, best_fit, first_fit, starts
-from espalier.data.stream.rows import check_features
+from espalier.data.stream.rows import check_features, check_prompts
 
 Packing = Literal["examples", "best_fit"]
 FEATURES = ("prompt", "chosen", "rejected")
@@ -62,15 +62,6 @@ class PairPlan(Plan):
     def _more(self) -> int:
         """Returns the number of positions of a segment minus the number of its tokens."""
         return self.read_last - self.read_only
-
-
-def check_prompts(name: str, opened: Cache, has_tokens_N: np.ndarray) -> None:
-    """Raises ValueError if a prompt has no token to read."""
-    if not has_tokens_N.all():
-        raise ValueError(
-            f"Source {name!r}: the prompt of {opened.name_of(int(has_tokens_N.argmin()))} is empty, and "
-            "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
-        )
 
 
 def plan_pairs(

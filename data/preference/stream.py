@@ -15,6 +15,7 @@ from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource
 from espalier.data.stream import mixing, repeats, rows, schedule, stream
+from espalier.data.stream.predictions import StoredStream
 from espalier.data.stream.row_stream import EvalStream, RowStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
 
@@ -145,6 +146,17 @@ class PairEvalStream(_PairRows, EvalStream):
     """Every held-out pair once; see `make_eval_stream`."""
 
 
+class ReferencedStream(StoredStream):
+    """A stream of pairs with the additional column 'reference_log_probs' [B, 2K]."""
+
+    role = "reference"
+
+    def columns(self, batch, step, lo, hi):
+        digests_BK = self._stream.row_ids(step, lo, hi)
+        values = self._store.get([digest for row in digests_BK for digest in row])
+        return {"reference_log_probs": values.reshape(hi - lo, -1)}
+
+
 def make_stream(
     *,
     mixture_or_task_name: str,
@@ -191,25 +203,25 @@ def make_stream(
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    return stream.open_mixture(
-        PairStream,
-        mixture_or_task_name,
-        _planner(task_feature_lengths, max_length, packing, read_last, start_token),
+    settings = stream.StreamSettings(
+        batch_size=batch_size,
+        seed=seed,
         split=split,
         weights=weights,
         temperature=temperature,
         max_tokens=max_tokens,
         phases=phases,
+        interleaving=interleaving,
         max_epochs=max_epochs,
+        on_cap=on_cap,
+        positions=positions,
         cache_dir=cache_dir,
         changed_cache=changed_cache,
         verify_cache=verify_cache,
-        batch_size=batch_size,
-        seed=seed,
-        start_token=start_token,
-        interleaving=interleaving,
-        on_cap=on_cap,
-        positions=positions,
+    )
+    plan_source = _planner(task_feature_lengths, max_length, packing, read_last, start_token)
+    return stream.open_mixture(
+        mixture_or_task_name, settings, plan_source, PairStream, start_token=start_token
     )
 
 
@@ -235,15 +247,17 @@ def make_eval_stream(
         data.stream.stream.NoSplitError: the task has no split of this name.
         ValueError: the task or the settings cannot be streamed.
     """
-    source = stream.open_held_out(
-        task,
-        _planner(task_feature_lengths, max_length, packing, read_last, start_token),
+    settings = stream.StreamSettings(
+        batch_size=batch_size,
         split=split,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
     )
-    return PairEvalStream(source, batch_size=batch_size, start_token=start_token)
+    plan_source = _planner(task_feature_lengths, max_length, packing, read_last, start_token)
+    return stream.open_held_out(
+        task, settings, plan_source, PairEvalStream, start_token=start_token
+    )
 
 
 def _planner(

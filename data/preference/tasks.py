@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from espalier.common.ranges import Fraction
+from espalier.common.ranges import Fraction, check_choice
 from espalier.data import tasks
-from espalier.data.choices import check_choice
 from espalier.data.preference import files as preference_files
 from espalier.data.preference import records
 from espalier.data.text.documents import DataError
@@ -89,8 +88,7 @@ def register_pairs(
                 f"{path}: preference data are read from JSON lines (.jsonl or .json, also with .gz or "
                 ".zst); write one JSON object per line"
             )
-    tasks.register_features(
-        name,
+    tasks.register_rows(
         source,
         origin="register_pairs",
         features=dict.fromkeys(preference_files.TOKENS, vocabulary)

@@ -14,7 +14,6 @@ import numpy as np
 
 from espalier.common.ranges import Count, Seed, Size
 from espalier.data.cache import store
-from espalier.data.preference.pair_plan import check_prompts
 from espalier.data.prompts.tasks import INFO
 from espalier.data.stream import repeats, rows, schedule, stream
 from espalier.data.stream.plan import Plan
@@ -150,22 +149,25 @@ def make_stream(
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    return stream.open_mixture(
-        PromptStream,
-        mixture_or_task_name,
-        functools.partial(_plan_source, max_length=max_prompt_length, start_token=start_token),
+    settings = stream.StreamSettings(
+        batch_size=batch_size,
+        seed=seed,
         split=split,
+        interleaving=interleaving,
         max_epochs=max_epochs,
+        on_cap=on_cap,
+        positions=positions,
         cache_dir=cache_dir,
         changed_cache=changed_cache,
         verify_cache=verify_cache,
+    )
+    return stream.open_mixture(
+        mixture_or_task_name,
+        settings,
+        functools.partial(_plan_source, max_length=max_prompt_length, start_token=start_token),
+        PromptStream,
         updates=updates,
-        batch_size=batch_size,
-        seed=seed,
         start_token=start_token,
-        interleaving=interleaving,
-        on_cap=on_cap,
-        positions=positions,
     )
 
 
@@ -176,7 +178,7 @@ def _plan_source(
     remedy = " Register prompts with data.prompts.tasks.register_prompts."
     rows.check_features(name, opened, ("prompt", INFO), remedy)
     read = opened.columns["prompt"].lengths.astype(np.int64) + int(start_token is not None)
-    check_prompts(name, opened, read > 0)
+    rows.check_prompts(name, opened, read > 0)
     fits = read <= max_length
     if not fits.any():
         raise ValueError(

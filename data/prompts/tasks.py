@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -16,10 +15,10 @@ import numpy as np
 
 from espalier.common.ranges import Fraction
 from espalier.data import tasks
-from espalier.data.preference import tokens
-from espalier.data.preference.prompted_files import PromptedFiles
-from espalier.data.preference.records import Record
-from espalier.data.preference.texts import text_of
+from espalier.data.rows import tokens
+from espalier.data.rows.files import PromptedFiles
+from espalier.data.rows.records import Record
+from espalier.data.rows.texts import text_of
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -32,9 +31,6 @@ INFO = "info"  # bytes of the whole row as JSON
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFiles(PromptedFiles):
     """Prompts in files of JSON lines, by split."""
-
-    def num_input_examples(self, split: str) -> int:
-        return self._counted[split]
 
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         """Yields the features of the examples of one file and one split.
@@ -64,9 +60,7 @@ class PromptFiles(PromptedFiles):
             "add_bos": self.tokeniser.add_bos,
         }
 
-    @functools.cached_property
-    def _counted(self) -> dict[str, int]:
-        """Returns the number of examples of each split."""
+    def _count(self) -> dict[str, Any]:
         counted = {
             split: sum(1 for path in paths for _ in self.read_examples(path, split))
             for split, paths in self.files.items()
@@ -77,7 +71,7 @@ class PromptFiles(PromptedFiles):
                     f"{self.name}: {self.files[split][0]}: no prompt is in the {split} split. Add prompts, or "
                     "change validation_fraction"
                 )
-        return counted
+        return {"examples": counted, "dropped": {}}
 
 
 def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
@@ -126,8 +120,7 @@ def register_prompts(
         data_root=data_root,
         cache_dir=cache_dir,
     )
-    tasks.register_features(
-        name,
+    tasks.register_rows(
         source,
         origin="register_prompts",
         features={"prompt": vocabulary, INFO: seqio.PassThroughVocabulary(256)},

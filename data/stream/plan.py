@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from espalier.data.choices import check_choice
+from espalier.common.ranges import check_choice
 
 Packing = Literal["best_fit", "concat", "examples"]
 LongDocuments = Literal["split", "truncate", "drop"]

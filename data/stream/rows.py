@@ -161,6 +161,15 @@ def check_features(name: str, opened: Cache, features: Iterable[str], remedy: st
             )
 
 
+def check_prompts(name: str, opened: Cache, has_tokens_N: np.ndarray) -> None:
+    """Raises ValueError if a prompt has no token to read."""
+    if not has_tokens_N.all():
+        raise ValueError(
+            f"Source {name!r}: the prompt of {opened.name_of(int(has_tokens_N.argmin()))} is empty, and "
+            "start_token=None adds no token before it. Set start_token, or add_bos=True of the task."
+        )
+
+
 def _check_loss_weights(name: str, opened: Cache) -> None:
     """Raises ValueError if the cache has loss weights of a wrong dtype, length or value."""
     weights = opened.columns.get(LOSS_WEIGHTS)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from espalier.data.choices import check_choice
+from espalier.common.ranges import check_choice
 
 Interleaving = Literal["error_diffusion", "random"]
 

@@ -7,28 +7,89 @@ of the global batch that it needs, so neither the number of hosts nor the mesh c
 of a batch. The step is the whole state of a stream.
 """
 
+import dataclasses
 import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from espalier.common.ranges import Amount, Count, Positive, Seed, Size
+from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
 from espalier.data.cache import store
-from espalier.data.choices import check_choice
 from espalier.data.stream import mixing, plan, repeats, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
 
-AnySource = TypeVar("AnySource", bound=rows.Source)
 AnyStream = TypeVar("AnyStream", bound=Stream)
+AnyEvalStream = TypeVar("AnyEvalStream", bound=EvalStream)
 
 
 _UNIMAX_EPOCHS = 4.0  # repeated that often, tokens are nearly worth new ones
+# Settings of the order of rows, which the class of the stream takes.
+_OF_ORDER = ("batch_size", "seed", "interleaving", "on_cap", "positions")
 
 
 class NoSplitError(ValueError):
     """A task has no such split, for example because no document is held out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How a stream reads the sources of a mixture, whatever their rows are; `make_stream` describes the fields.
+
+    Raises:
+        ValueError: settings contradict each other.
+    """
+
+    batch_size: int
+    seed: int = 0
+    split: str = "train"
+    weights: mixing.Weights = "rates"
+    temperature: float = 1.0
+    max_tokens: int | None = None
+    unimax_tokens: int | None = None
+    unimax_epochs: float | None = None
+    phases: Phases | None = None
+    interleaving: schedule.Interleaving = "error_diffusion"
+    max_epochs: repeats.MaxEpochs | None = None
+    on_cap: repeats.OnCap = "error"
+    positions: Positions | None = None
+    cache_dir: str | os.PathLike | None = None
+    changed_cache: store.Changed = "refuse"
+    verify_cache: bool = True
+
+    def __post_init__(self):
+        check_choice("weights", self.weights, mixing.Weights)
+        if self.phases is not None and (self.weights != "rates" or self.temperature != 1.0):
+            raise ValueError("phases set the weights: remove the settings weights and temperature.")
+        if self.max_tokens is not None and self.weights != "tokens":
+            raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
+        if (self.unimax_tokens, self.unimax_epochs) != (None, None) and self.weights != "unimax":
+            raise ValueError("unimax_tokens and unimax_epochs need weights='unimax'.")
+        if self.weights == "unimax" and self.temperature != 1.0:
+            raise ValueError("temperature has no meaning with weights='unimax': remove it.")
+
+    def open_cache(self, task: Any) -> store.Cache:
+        """Opens the token cache of a SeqIO task, see `task_cache.open_task_cache`."""
+        from espalier.data.cache import (
+            task_cache,  # imports SeqIO, which a stream over caches does not need
+        )
+
+        return task_cache.open_task_cache(
+            task,
+            self.split,
+            cache_dir=self.cache_dir,
+            changed=self.changed_cache,
+            verify=self.verify_cache,
+        )
+
+    def shares_of(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Returns {task: its weight} by the numbers of their tokens."""
+        if self.weights == "unimax":
+            budget = sum(counts.values()) if self.unimax_tokens is None else self.unimax_tokens
+            epochs = _UNIMAX_EPOCHS if self.unimax_epochs is None else self.unimax_epochs
+            return mixing.unimax(counts, budget, epochs)
+        return mixing.tempered(counts, self.temperature, self.max_tokens)
 
 
 def make_stream(
@@ -103,10 +164,9 @@ def make_stream(
     Raises:
         ValueError: the data cannot be streamed with these settings.
     """
-    return open_mixture(
-        Stream,
-        mixture_or_task_name,
-        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+    settings = StreamSettings(
+        batch_size=batch_size,
+        seed=seed,
         split=split,
         weights=weights,
         temperature=temperature,
@@ -114,17 +174,20 @@ def make_stream(
         unimax_tokens=unimax_tokens,
         unimax_epochs=unimax_epochs,
         phases=phases,
+        interleaving=interleaving,
         max_epochs=max_epochs,
+        on_cap=on_cap,
+        positions=positions,
         cache_dir=cache_dir,
         changed_cache=changed_cache,
         verify_cache=verify_cache,
-        batch_size=batch_size,
-        seed=seed,
+    )
+    return open_mixture(
+        mixture_or_task_name,
+        settings,
+        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
         cross_document_attention=cross_document_attention,
         start_token=start_token,
-        interleaving=interleaving,
-        on_cap=on_cap,
-        positions=positions,
     )
 
 
@@ -153,17 +216,17 @@ def make_eval_stream(
         NoSplitError: the task has no such split.
         ValueError: the data cannot be streamed with these settings.
     """
-    source = open_held_out(
-        task,
-        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+    settings = StreamSettings(
+        batch_size=batch_size,
         split=split,
         cache_dir=cache_dir,
-        changed=changed_cache,
-        verify=verify_cache,
+        changed_cache=changed_cache,
+        verify_cache=verify_cache,
     )
-    return EvalStream(
-        source,
-        batch_size=batch_size,
+    return open_held_out(
+        task,
+        settings,
+        _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
@@ -187,83 +250,55 @@ def held_out(
 
 
 def open_mixture(
-    stream_class: type[AnyStream],
     mixture_or_task_name: str,
+    settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    *,
-    split: str,
-    weights: mixing.Weights = "rates",
-    temperature: float = 1.0,
-    max_tokens: int | None = None,
-    unimax_tokens: int | None = None,
-    unimax_epochs: float | None = None,
-    phases: Phases | None = None,
-    max_epochs: repeats.MaxEpochs | None,
-    cache_dir: str | os.PathLike | None,
-    changed_cache: store.Changed,
-    verify_cache: bool,
-    **settings: Any,
+    stream_class: type[AnyStream] = Stream,
+    **of_rows: Any,
 ) -> AnyStream:
     """Returns a stream over the sources with positive weight in a mixture.
 
-    `make_stream` describes the other arguments.
-
     Args:
-        stream_class: class of the stream.
+        mixture_or_task_name: name registered with SeqIO.
+        settings: what all kinds of rows have in common.
         plan_source: (task name, opened token cache) -> source with planned rows.
-        **settings: further arguments of `stream_class`.
+        stream_class: class of the stream.
+        **of_rows: further arguments of `stream_class`.
 
     Raises:
-        ValueError: settings contradict each other, or weights cannot be normalised.
+        ValueError: weights cannot be normalised, or a cache cannot be opened.
     """
     tasks, weight_of = mixing.find_tasks(mixture_or_task_name)
     known = tuple(task.name for task in tasks)
-    check_choice("weights", weights, mixing.Weights)
-    if phases is not None and (weights != "rates" or temperature != 1.0):
-        raise ValueError("phases set the weights: remove the settings weights and temperature.")
-    if max_tokens is not None and weights != "tokens":
-        raise ValueError("max_tokens caps token counts: it needs weights='tokens'.")
-    if (unimax_tokens, unimax_epochs) != (None, None) and weights != "unimax":
-        raise ValueError("unimax_tokens and unimax_epochs need weights='unimax'.")
-    if weights == "unimax" and temperature != 1.0:
-        raise ValueError("temperature has no meaning with weights='unimax': remove it.")
+    phases, max_epochs = settings.phases, settings.max_epochs
     if phases is not None:
         phases = mixing.checked_phases(phases, known)
-    elif weights == "rates":
-        rates = mixing.tempered(weight_of, temperature)
+    elif settings.weights == "rates":
+        rates = mixing.tempered(weight_of, settings.temperature)
         where = f"mixture {mixture_or_task_name!r}"
         phases = [(0, mixing.normalised(rates, known, where))]
     wanted = known if phases is None else {name for _, shares in phases for name in shares}
-    caches = {"cache_dir": cache_dir, "changed": changed_cache, "verify": verify_cache}
     sources = [
-        plan_source(task.name, _open_cache(task, split, **caches))
-        for task in tasks
-        if task.name in wanted
+        plan_source(task.name, settings.open_cache(task)) for task in tasks if task.name in wanted
     ]
     if isinstance(max_epochs, Mapping):  # caps may name tasks that no phase reads
         unused = set(known) - set(wanted)
         max_epochs = {name: cap for name, cap in max_epochs.items() if name not in unused}
     if phases is None:
         counts = {source.name: source.plan.tokens() for source in sources}
-        if weights == "unimax":
-            budget = sum(counts.values()) if unimax_tokens is None else unimax_tokens
-            shares = mixing.unimax(
-                counts, budget, _UNIMAX_EPOCHS if unimax_epochs is None else unimax_epochs
-            )
-        else:
-            shares = mixing.tempered(counts, temperature, max_tokens)
-        phases = ((0, shares),)
-    return stream_class(sources, phases, max_epochs=max_epochs, **settings)
+        phases = ((0, settings.shares_of(counts)),)
+    order = {name: getattr(settings, name) for name in _OF_ORDER}
+    return stream_class(sources, phases, max_epochs=max_epochs, **order, **of_rows)
 
 
 def open_held_out(
     task: str,
-    plan_source: Callable[[str, store.Cache], AnySource],
-    *,
-    split: str,
-    **cache_settings: Any,
-) -> AnySource:
-    """Opens and plans the evaluation split of one task; see `open_mixture` and `open_task_cache`.
+    settings: StreamSettings,
+    plan_source: Callable[[str, store.Cache], rows.Source],
+    stream_class: type[AnyEvalStream] = EvalStream,
+    **of_rows: Any,
+) -> AnyEvalStream:
+    """Returns the stream of the evaluation split of one task; see `open_mixture`.
 
     Raises:
         NoSplitError: the task has no such split.
@@ -275,21 +310,14 @@ def open_held_out(
             f"{task!r} is a mixture: evaluate its tasks one by one, with task = one of "
             f"{', '.join(member.name for member in tasks)}."
         )
-    if split not in tasks[0].splits:
+    if settings.split not in tasks[0].splits:
         raise NoSplitError(
-            f"Task {task!r} has no split {split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
+            f"Task {task!r} has no split {settings.split!r}; it has {', '.join(sorted(tasks[0].splits))}. Hold "
             "documents out (VALIDATION_FRACTION above 0, or VALIDATION_FILES; for pairs "
             "PAIRS_VALIDATION_FRACTION or PAIRS_VALIDATION), or do not evaluate the task."
         )
-    return plan_source(task, _open_cache(tasks[0], split, **cache_settings))
-
-
-def _open_cache(task, split: str, **cache_settings: Any) -> store.Cache:
-    from espalier.data.cache import (
-        task_cache,  # imports SeqIO, which a stream over caches does not need
-    )
-
-    return task_cache.open_task_cache(task, split, **cache_settings)
+    source = plan_source(task, settings.open_cache(tasks[0]))
+    return stream_class(source, batch_size=settings.batch_size, **of_rows)
 
 
 def _planner(

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from espalier.common.ranges import Count, NonNegative
+from espalier.common.ranges import Count, NonNegative, check_choice
 from espalier.data.cache import store
-from espalier.data.choices import check_choice
 from espalier.data.stream import mixing, order, repeats, rows, schedule
 from espalier.data.stream.row_stream import RowStream
 

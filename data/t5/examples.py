@@ -18,9 +18,8 @@ import numpy as np
 from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
-from espalier.data.preference.exact_split import ExactSplit
-from espalier.data.preference.records import DegenerateError
-from espalier.data.preference.tally import Tally
+from espalier.data.rows.files import ExactSplit
+from espalier.data.rows.records import DegenerateError, Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -188,8 +187,7 @@ def register_examples(
         keys=(inputs_key, targets_key),
         inputs_eos=inputs_eos,
     )
-    tasks.register_features(
-        name,
+    tasks.register_rows(
         source,
         origin="register_examples",
         features={"inputs": vocabulary, "targets": vocabulary, _WEIGHTS: None},

@@ -21,7 +21,7 @@ from espalier.common.bars import Bar
 from espalier.common.ranges import Amount, Count, Fraction
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
-from espalier.data.text import corpus_build, documents
+from espalier.data.text import documents
 from espalier.data.text.document_files import DocumentFiles
 from espalier.data.text.documents import Document
 from espalier.data.text.sources import environment, names
@@ -91,7 +91,7 @@ class Corpus:
         """Raises ValueError if a file is missing or does not match its checksum."""
         try:
             files = self.manifest["files"]
-            intact = self.digest == corpus_build.content_hash(files)
+            intact = self.digest == fingerprint.of_json(files)
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact:
@@ -158,7 +158,8 @@ def assemble(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, 1)")
     env = env or environment.Environment.current()
-    packages = env.versions(corpus_build.packages_of(settings["sources"]))
+    read = {package for name in settings["sources"] for package in names.SOURCES[name].packages}
+    packages = env.versions(tuple(sorted(read)))  # of those that are installed
     key = fingerprint.of_json([settings, packages, _code_digest()])[:16]
     directory = cache.cache_dir("corpora", key, override=cache_dir)
     result = Corpus(directory)
@@ -167,6 +168,8 @@ def assemble(
         result.check(fingerprint.FileDigests(memory))
         _announce(result, "read from")
         return result
+
+    from espalier.data.text import corpus_build  # only for who builds
 
     progress = functools.partial(Bar, desc="corpus", file=sys.stderr)
     cache.build_directory(

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from espalier.data.cache import cache_dir as cache
+from espalier.common import files
 from espalier.data.cache import fingerprint
 from espalier.data.text import dedup, splits
 from espalier.data.text.sources import cleaning, environment, names
@@ -38,11 +38,6 @@ class _Source:
     candidates: int = 0
     documents: list[_Document] = dataclasses.field(default_factory=list)
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-
-
-def packages_of(sources: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of all packages that the sources read, installed or not."""
-    return tuple(sorted({name for source in sources for name in names.SOURCES[source].packages}))
 
 
 def build(
@@ -79,7 +74,8 @@ def build(
         if source.documents
         for split in splits.SPLITS
     }
-    cache.write_json(target / "manifest.json", _manifest(sources, settings, packages, digests))
+    manifest = _manifest(sources, settings, packages, digests)
+    files.write_json(target / "manifest.json", manifest, synced=False)  # build_directory syncs it
 
 
 def _read(
@@ -209,18 +205,13 @@ def _manifest(
                 else f"not installed: {', '.join(source.missing)}"
             )
     return {
-        "hash": content_hash(digests),
+        "hash": fingerprint.of_json(digests),
         "files": dict(digests),
         "settings": dict(settings),
         "packages": dict(packages),
         "sources": described,
         "skipped": skipped,
     }
-
-
-def content_hash(digests: Mapping[str, str]) -> str:
-    """Returns the hash of a corpus: SHA-256 over the checksums of its files."""
-    return fingerprint.of_json(digests)
 
 
 def format_table(manifest: Mapping[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """Documents in data files: a SeqIO source, and texts to train a vocabulary from."""
 
 import dataclasses
-import functools
-import json
 import os
 import pathlib
 import sys
@@ -11,7 +9,6 @@ from typing import Any
 
 from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction
-from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import Files, FileSource, named_sets, shorten
 from espalier.data.text import document_filters, documents, splits
@@ -115,10 +112,7 @@ class DocumentFiles(FileSource):
         """Filter -> numbers of documents and bytes that it dropped; counted with `counts`."""
         return self._counted["dropped"] if self.filters else {}
 
-    @functools.cached_property
-    def _counted(self) -> dict[str, dict[str, dict[str, int]]]:
-        if self._counts_file.is_file():
-            return json.loads(self._counts_file.read_text(encoding="utf-8"))
+    def _count(self) -> dict[str, dict[str, dict[str, int]]]:
         counts = {split: {"documents": 0, "bytes": 0} for split in self.splits}
         sieve = Sieve(self.filters)
         paths = list(self.checksums)
@@ -130,9 +124,7 @@ class DocumentFiles(FileSource):
         for split, count in counts.items():
             if not count["documents"]:
                 raise self._empty(split, counts, sieve.dropped)
-        counted = {"splits": counts, "dropped": sieve.dropped}
-        cache.remember(self._counts_file, counted)
-        return counted
+        return {"splits": counts, "dropped": sieve.dropped}
 
     def size(self, source: str) -> int:
         """Returns the bytes of training text."""

@@ -112,4 +112,4 @@ def check_names(filters: Sequence[DocumentFilter], where: str) -> None:
 
 def described(filters: Sequence[DocumentFilter]) -> list[dict[str, Any]]:
     """Returns the class and settings of each filter, in order, which are hashed."""
-    return [{"class": fingerprint.qualified_name(type(one)), **one.settings()} for one in filters]
+    return [{"class": fingerprint.name_of(type(one)), **one.settings()} for one in filters]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from espalier.data.choices import check_choice
+from espalier.common.ranges import check_choice
 
 # Part of the hash of a set of files: raise it when the same files are read as different documents.
 VERSION = 1

@@ -1,14 +1,14 @@
 """Renders chat templates in a child process with limits of time and memory.
 
 A template is a program. It runs in jinja2's sandbox (data/tokenizers/chat_renderer.py) in a process of its own
-(data/sandbox/limited_process.py), so that whatever it does ends, and its memory is not this process's.
+(data/limited_process.py), so that whatever it does ends, and its memory is not this process's.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.limited_process import LimitedProcess, LimitError
 
 MAX_SOURCE = 1 << 20  # bytes of a template
 MAX_STEPS = 1_000_000  # total length of all `range` calls of one rendering

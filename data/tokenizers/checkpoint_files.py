@@ -1,13 +1,12 @@
-"""Reads files of a checkpoint that may be hostile: nothing outside of it, no devices, bounded sizes.
-
-The rules for links are those of the weights (model/hf/files/safetensors_files.py), which cannot import this package.
-"""
+"""Reads files of a checkpoint that may be hostile: nothing outside of it, no devices, bounded sizes."""
 
 import json
 import os
 import pathlib
 import stat
 from typing import Any
+
+from espalier.common import files
 
 MAX_JSON = 16 << 20  # bytes of a JSON file of settings
 SUFFIXES = (".json", ".model", ".jinja", ".txt")  # of the files that a tokenizer may have
@@ -33,10 +32,7 @@ def resolve(folder: str | os.PathLike, name: str) -> pathlib.Path | None:
         if not os.path.lexists(path):
             return None
         root, target = pathlib.Path(folder).resolve(), path.resolve()
-        roots = [root]
-        if root.parent.name == "snapshots":  # In the Hugging Face cache, files are links to blobs.
-            roots.append(root.parent.parent / "blobs")
-        if not any(target.is_relative_to(allowed) for allowed in roots):
+        if not files.is_within(target, root):
             raise TokenizerError(
                 f"{path} is a link to {target}, outside of the checkpoint. Put the file itself there if "
                 "you trust it"

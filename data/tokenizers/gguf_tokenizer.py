@@ -8,7 +8,6 @@ precede a digit.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from espalier.common import files
 from espalier.data.tokenizers import hf_tokenizer, spm_tokenizer, tokenizer_probe
 
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -66,10 +66,13 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / hf_tokenizer.TOKENIZER))
-    _write_json(folder / hf_tokenizer.CONFIG, config)
+    # Not synced: the conversion is repeated after a power cut.
+    files.write_json(folder / hf_tokenizer.CONFIG, config, synced=False, indent=2, end="\n")
     if ends:
         generation = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-        _write_json(folder / hf_tokenizer.GENERATION, generation)
+        files.write_json(
+            folder / hf_tokenizer.GENERATION, generation, synced=False, indent=2, end="\n"
+        )
 
 
 def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[int]]:
@@ -160,7 +163,3 @@ def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.Sequence(steps)
     spm_tokenizer.add_tokens(tokenizer, tokens, types)
     return tokenizer
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

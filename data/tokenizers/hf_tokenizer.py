@@ -24,7 +24,7 @@ from typing import Any
 
 import tokenizers
 
-from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.limited_process import LimitedProcess, LimitError
 from espalier.data.tokenizers import chat_template, checkpoint_files, tokenizer_probe
 from espalier.data.tokenizers.checkpoint_files import TokenizerError
 

@@ -23,15 +23,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from espalier.common import files
 from espalier.common.bars import Bar
-from espalier.common.ranges import Amount, Count, Fraction, Size
+from espalier.common.ranges import Amount, Count, Fraction, Size, check_choice
 from espalier.common.stages import stage
 from espalier.common.storage import mirror
 from espalier.data import cpu_tensorflow
 from espalier.data.cache import cache_dir as cache
 from espalier.data.cache import fingerprint
-from espalier.data.choices import check_choice
-from espalier.data.sandbox.limited_process import LimitedProcess, LimitError
+from espalier.data.limited_process import LimitedProcess, LimitError
 from espalier.data.text.documents import Document
 from espalier.data.tokenizers import checkpoint_files
 
@@ -247,7 +247,9 @@ def train(
             model = _train(corpus, settings, target / "normalization.tsv")
         (target / path.name).write_bytes(model)
         digest = hashlib.sha256(model).hexdigest()
-        cache.write_json(target / "vocabulary.json", {**settings, "sha256": digest})
+        record = {**settings, "sha256": digest}
+        # Not synced here: build_directory does it.
+        files.write_json(target / "vocabulary.json", record, synced=False)
         seconds = time.monotonic() - started
         print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
 

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from espalier.common.ranges import Fraction, Seed
+from espalier.common.ranges import Fraction, Seed, check_choice
 from espalier.data import cpu_tensorflow
-from espalier.data.choices import check_choice
 
 SPLITS = ("train", "validation")
 

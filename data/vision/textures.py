@@ -12,8 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from espalier.common.ranges import Count, NonNegative, Seed, Size
-from espalier.data.choices import check_choice
+from espalier.common.ranges import Count, NonNegative, Seed, Size, check_choice
 from espalier.data.vision import image_sets
 
 CHANNELS = 3

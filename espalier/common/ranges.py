@@ -1,4 +1,4 @@
-"""What code declares for the configuration: ranges of numbers, arguments of factories, parts that a model's record may name.
+"""What code declares for the configuration: ranges of numbers, choices, arguments of factories, parts that a model's record may name.
 
 A number's range is declared with its type, `beta: Positive = 0.1`. The check of configurations reads it
 (launch/config/gin_values.py): a value of a gin file that lies outside is an error before any work. Python does not check it.
@@ -8,7 +8,7 @@ Whether a value has an effect may depend on others: `refuse_set` is for settings
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Interval
 
@@ -49,6 +49,15 @@ def recordable(part: _Part) -> _Part:
     names that runs have recorded stay.
     """
     return part
+
+
+def check_choice(argument: str, value: object, choices: Any) -> None:
+    """Raises ValueError if `value` is not in `choices`, a `Literal` type or a collection."""
+    choices = get_args(choices) or choices
+    if value not in choices:
+        raise ValueError(
+            f"{argument} is {value!r}; it must be one of {', '.join(map(repr, choices))}."
+        )
 
 
 def refuse_set(settings: Any, names: Sequence[str], because: str) -> None:

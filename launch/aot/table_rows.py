@@ -132,5 +132,5 @@ def rows() -> dict[str, tuple[Row, ...]]:
         tables[paper] = importlib.import_module(module).ROWS
     names = [row.name for table in tables.values() for row in table]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"launch/papers/*/full_size.py has several rows named {sorted(twice)}.")
+        raise ValueError(f"launch/papers/ has several rows named {sorted(twice)}.")
     return tables

@@ -12,7 +12,7 @@ from espalier.common import spelling
 from espalier.common.storage import paths
 from espalier.data.text import documents as document_files
 from espalier.launch.attribution.analyses import labels
-from espalier.launch.config.setting_flags import File
+from espalier.launch.config.setting_flags import File, Name
 from espalier.launch.inference import row_files
 from espalier.launch.inference.generate import with_prompt_key
 from espalier.launch.inference.score import scored_row
@@ -101,9 +101,9 @@ class Source:
     """
 
     documents: File | None = None
-    mixture: str | None = None
-    split: str = "train"
-    module: Sequence[str] = ()
+    mixture: Name | None = None
+    split: Name = "train"
+    module: Sequence[Name] = ()
     max_documents: int | None = None
 
     def of(self, run: LoadedRun, length: int) -> "Documents":

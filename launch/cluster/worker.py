@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from espalier.launch import environment
 from espalier.launch.processes.supervisor import handled
-from espalier.trainers.programs import host_memory
+from espalier.trainers import host_memory
 
 OWN = "launch."
 

@@ -15,24 +15,21 @@ import dataclasses
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import gin
 
 from espalier.launch.config import decorated, text
-from espalier.launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
+from espalier.launch.config.gin_reader import Bound, Checked, Target, applying, final_bound, mapped
 from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
-from espalier.trainers.programs import replacements
 
 # The configuration whose function is running, and the scope. Factories are called while a step is traced, possibly in
 # another thread, which begins without both.
 _RUNNING: contextvars.ContextVar[tuple["Configuration | None", str]] = contextvars.ContextVar(
     "running", default=(None, "")
 )
-# What configurations made of `@f` -> what it calls.
-_FACTORIES: "weakref.WeakKeyDictionary[Any, Configured]" = weakref.WeakKeyDictionary()
+_CONFIGURED = "_configured"  # attribute of a class that a configuration has made of `@f`
 _DEFAULT = Place("a default")
 
 
@@ -57,7 +54,6 @@ class Configuration:
         entry: full name of the entry function.
         shows_bindings: see above.
         """
-        replacements.replace_values(_described)
         self.tree = tree
         self.shows_bindings = shows_bindings
         self._entry = tree.targets[entry] if entry else None
@@ -66,10 +62,12 @@ class Configuration:
         self._used: dict[tuple[str, Target], dict[str, Bound]] = {}
         self._used_macros: set[str] = set()
         self._lock = threading.Lock()
-        self._bindings: dict[int, list[tuple[str, str, Bound]]] = {}
-        for (scope, name, argument), bound in tree.bindings.items():
-            key = id(tree.targets[name].value)  # files may know one object under several names
-            self._bindings.setdefault(key, []).append((scope, argument, bound))
+        self._bindings = tree.by_object()
+        self._first: dict[
+            int, Target
+        ] = {}  # by the name under which the files have named an object first
+        for target in tree.targets.values():
+            self._first.setdefault(id(target.value), target)
         self._methods = [
             target
             for target in tree.targets.values()
@@ -106,7 +104,8 @@ class Configuration:
         """All bindings as one gin file that can be loaded again."""
         settings: dict[tuple[str, Target], dict[str, Bound]] = {}
         for (scope, name, argument), bound in self.tree.bindings.items():
-            settings.setdefault((scope, self._first(name)), {})[argument] = bound
+            target = self._first[id(self.tree.targets[name].value)]
+            settings.setdefault((scope, target), {})[argument] = bound
         return text.gin(self.tree.imports, self.tree.all_macros(), settings)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
@@ -135,7 +134,7 @@ class Configuration:
         (scope, name, argument), bound = key, self.tree.bindings[key]
         with self._lock:
             self._used.setdefault((scope, self.tree.targets[name]), {})[argument] = bound
-        return self._value(bound.value, bound)
+        return self._value(bound)
 
     def operative_text(self) -> str:
         """Returns the bindings that were used so far, and the defaults of the functions called, as a gin file."""
@@ -155,8 +154,7 @@ class Configuration:
         with self._lock:
             self._used_macros.add(name)
         with self._in(name):
-            bound = self.tree.macros[name]
-            return self._value(bound.value, bound)
+            return self._value(self.tree.macros[name])
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that the entry function would be called with, references evaluated."""
@@ -183,8 +181,9 @@ class Configuration:
     def called_in(self, macro: str) -> Any:
         """Returns the function or class that the value of a macro is a call of or refers to; None for other values."""
         bound = self.tree.macros.get(macro)
-        target = dict(bound.references).get(bound.value) if bound and bound.references else None
-        return None if target is None else target.value
+        if bound is None or not isinstance(bound.value, Reference):
+            return None
+        return _target(bound.value, bound).value
 
     def bound_to(self, called: Any, *names: str) -> dict[str, Any]:
         """Returns the values of those of these arguments of a function or class that are bound without a scope."""
@@ -224,7 +223,8 @@ class Configuration:
         bound = {k: v for k, v in self._bound(target, scope).items() if k not in passed}
         defaults = {k: v for k, v in signature.defaults.items() if k not in passed}
         with self._lock:
-            self._used.setdefault((scope, target), {}).update({**defaults, **bound})
+            first = self._first.get(id(target.value), target)
+            self._used.setdefault((scope, first), {}).update({**defaults, **bound})
         values = self._values(bound, scope)
         with self._in(scope):
             if target.value is gin.config.singleton:
@@ -254,32 +254,25 @@ class Configuration:
         finally:
             _RUNNING.reset(token)
 
-    def _first(self, name: str) -> Target:
-        """Returns the target by the name under which the files have named it first."""
-        value = self.tree.targets[name].value
-        return next(t for t in self.tree.targets.values() if t.value is value)
-
     def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
         return applying(scope, self._bindings.get(id(target.value), ()))
 
     def _values(self, bound: Mapping[str, Bound], scope: str) -> dict[str, Any]:
         with self._in(scope):
-            return {argument: self._value(one.value, one) for argument, one in bound.items()}
+            return {argument: self._value(one) for argument, one in bound.items()}
 
-    def _value(self, value: Any, bound: Bound) -> Any:
-        """Returns the literal, object or factory for a part of a binding."""
-        if isinstance(value, dict):
-            return {self._value(k, bound): self._value(v, bound) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._value(item, bound) for item in value)
-        if isinstance(value, Macro):
-            return self.macro(value.name)
-        if isinstance(value, Reference):
-            target = _target(value, bound)
-            if value.evaluate:
-                return self.call(target, value.scope)
-            return self.factory(target, value.scope)
-        return value
+    def _value(self, bound: Bound) -> Any:
+        """Returns the value of a binding: literals, objects and factories."""
+
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, Macro):
+                return self.macro(leaf.name)
+            if not isinstance(leaf, Reference):
+                return leaf
+            target = _target(leaf, bound)
+            return (self.call if leaf.evaluate else self.factory)(target, leaf.scope)
+
+        return mapped(bound.value, value)
 
     def _text(self, value: Any, bound: Bound) -> str:
         if isinstance(value, dict):
@@ -327,10 +320,9 @@ class Configured:
 
 def configured(value: Any) -> Configured | None:
     """Returns what a configuration has made a factory of; None for any other value."""
-    try:
-        return _FACTORIES.get(value)
-    except TypeError:  # no weak reference to it, or no hash
-        return None
+    if isinstance(value, _Function):
+        return value.of
+    return vars(value).get(_CONFIGURED) if inspect.isclass(value) else None
 
 
 def _factory(of: Configured) -> Any:
@@ -346,11 +338,10 @@ def _factory(of: Configured) -> Any:
             return call(target, of.scope, args, kwargs, make)
 
         calling = type(meta)(meta.__name__, (meta,), {"__call__": construct})
-        made = calling(target.value.__name__, (target.value,), _named(target.value))
-    else:
-        made = _Function(of)
-    _FACTORIES[made] = of
-    return made
+        named = {**_named(target.value), _CONFIGURED: of}
+        made = calling(target.value.__name__, (target.value,), named)
+        return made
+    return _Function(of)
 
 
 class _Function:
@@ -361,10 +352,10 @@ class _Function:
         if not of.configuration.shows_bindings:  # flax shows what has a name by it
             names = ("__name__", *names)
         functools.update_wrapper(self, of.target.value, names, ())
-        self._of = of
+        self.of = of
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._of.configuration.call(self._of.target, self._of.scope, args, kwargs)
+        return self.of.configuration.call(self.of.target, self.of.scope, args, kwargs)
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else functools.partial(self, owner)
@@ -373,19 +364,13 @@ class _Function:
         return self
 
     def __repr__(self) -> str:
-        return repr(self._of)
+        return repr(self.of)
 
 
 def _named(made: type) -> dict[str, Any]:
     """Returns the attributes of a subclass that looks like the class itself."""
     names = {name: getattr(made, name) for name in ("__module__", "__qualname__", "__doc__")}
     return names if made.__dictoffset__ else {**names, "__slots__": ()}
-
-
-def _described(value: Any) -> Any:
-    """Returns what a factory calls and its text, for the keys of stored programs (trainers/programs/description.py)."""
-    of = configured(value)
-    return NotImplemented if of is None else (of.target.value, repr(of))
 
 
 def _target(reference: Reference, bound: Bound) -> Target:

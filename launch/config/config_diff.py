@@ -123,8 +123,7 @@ def _full(selector: str, modules: dict[str, str]) -> str:
 
 def _format(value: Any, modules: dict[str, str]) -> str:
     if isinstance(value, Reference):
-        full = scoped(value.scope, _full(value.selector, modules))
-        return repr(Reference(full, value.evaluate))
+        return repr(value.renamed(_full(value.selector, modules)))
     if isinstance(value, dict):
         items = sorted((_format(k, modules), _format(v, modules)) for k, v in value.items())
         return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"

@@ -19,6 +19,7 @@ from espalier.launch.config.gin_reader import (
     Target,
     final_bound,
     is_required,
+    mapped,
     nearest,
     parameter_names,
     required_parameters,
@@ -275,10 +276,9 @@ def _is_of_run(place: Place) -> bool:
 
 def _with_macros(value: Any, macros: Mapping[str, Bound]) -> Any:
     """Returns a value with the final values of the macros in its containers."""
-    if isinstance(value, dict):
-        return {key: _with_macros(item, macros) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_macros(item, macros) for item in value)
-    if isinstance(value, Macro) and value.name in macros:
-        return _with_macros(macros[value.name].value, macros)
-    return value
+
+    def final(leaf: Any) -> Any:
+        known = isinstance(leaf, Macro) and leaf.name in macros
+        return _with_macros(macros[leaf.name].value, macros) if known else leaf
+
+    return mapped(value, final)

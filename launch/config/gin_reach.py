@@ -170,6 +170,7 @@ class Reach:
         unread: arguments of the entry point that are not followed.
         """
         self.checked = checked
+        self._bindings = checked.by_object()
         self.ways: dict[str, list[Way]] = {}
         self.macros: set[str] = set()
         flags = (*FLAGS.get(entry_name, ()), *unread)
@@ -183,9 +184,8 @@ class Reach:
 
     def bound(self, name: str, scope: str) -> dict[str, Bound]:
         """Returns the bindings of the arguments of `name`, called in `scope`; inner scopes win."""
-        names = self._names(name)
-        bindings = self.checked.bindings.items()
-        return applying(scope, [(s, arg, bound) for (s, t, arg), bound in bindings if t in names])
+        value = self.checked.targets[name].value
+        return applying(scope, self._bindings.get(id(value), ()))
 
     def _names(self, name: str) -> Sequence[str]:
         """Returns all names under which the files import the object of this name."""

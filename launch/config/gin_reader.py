@@ -1,7 +1,6 @@
 """Reads a gin configuration against the code it names: imports, bindings, and their references.
 
-Follows gin's own order and rules (each file sees only its own imports; later bindings win), but does not change gin's state, and
-continues after a problem.
+Follows gin's own order and rules (each file sees only its own imports; later bindings win), and continues after a problem.
 """
 
 import dataclasses
@@ -94,12 +93,17 @@ class Bound:
 
     def meaning(self) -> str:
         """Returns the value as text with full names, which does not depend on the imports."""
-        text = repr(self.value)
-        for reference, target in self.references:
-            if target is not None:
-                full = dataclasses.replace(reference, name=f"{reference.scope}/{target.name}")
-                text = text.replace(repr(reference), repr(full))
-        return text
+        return repr(self.named(lambda target: target.name))
+
+    def named(self, name: Callable[[Target], str]) -> Any:
+        """Returns the value with other names in its references."""
+        targets = dict(self.references)
+
+        def renamed(leaf: Any) -> Any:
+            target = targets.get(leaf) if isinstance(leaf, Reference) else None
+            return leaf if target is None else leaf.renamed(name(target))
+
+        return mapped(self.value, renamed)
 
 
 @dataclasses.dataclass
@@ -138,6 +142,13 @@ class Checked:
         """Returns all definitions by name, with the list REPLACES."""
         listed = {} if self.replaces_last is None else {REPLACES: self.replaces_last}
         return {**self.macros, **listed}
+
+    def by_object(self) -> dict[int, list[tuple[str, str, Bound]]]:
+        """Returns (scope, argument, binding) of each bound object, by its `id`: files may know it under several names."""
+        bindings: dict[int, list[tuple[str, str, Bound]]] = {}
+        for (scope, name, argument), bound in self.bindings.items():
+            bindings.setdefault(id(self.targets[name].value), []).append((scope, argument, bound))
+        return bindings
 
     def copy(self) -> "Checked":
         """Returns a copy that later statements do not change."""
@@ -353,11 +364,11 @@ class Reader:
         for leaf in leaves(statement.value):
             if isinstance(leaf, Reference):
                 references.append((leaf, self._resolve(leaf.selector, place, symbols)))
-                self.checked.scopes_used.update(_prefixes(leaf.scope))
+                self.checked.scopes_used.update(prefixes(leaf.scope))
             elif isinstance(leaf, Macro) and not leaf.required:
                 macros.append(leaf)
-                # Gin evaluates the value of a macro in a scope of the macro's name.
-                self.checked.scopes_used.update(_prefixes(leaf.name))
+                # The value of a macro is evaluated in a scope of the macro's name.
+                self.checked.scopes_used.update(prefixes(leaf.name))
                 self.checked.macros_read.setdefault(leaf.name, place)
         bound = Bound(statement.value, place, tuple(references), tuple(macros), self._file)
         if (statement.selector, statement.arg_name) == (REPLACES, ""):
@@ -481,6 +492,15 @@ def leaves(value: Any) -> Iterable[Any]:
         yield value
 
 
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Returns a value with what `leaf` returns in place of each literal, reference and macro in it."""
+    if isinstance(value, dict):
+        return {mapped(key, leaf): mapped(item, leaf) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(item, leaf) for item in value)
+    return leaf(value)
+
+
 def is_required(value: Any) -> bool:
     """Returns whether the value contains gin's REQUIRED, so that the user must set it."""
     return any(isinstance(leaf, Macro) and leaf.required for leaf in leaves(value))
@@ -510,7 +530,8 @@ def within(scope: str, outer: str) -> bool:
     return not outer or f"{scope}/".startswith(f"{outer}/")
 
 
-def _prefixes(scope: str) -> list[str]:
+def prefixes(scope: str) -> list[str]:
+    """Returns a scope and the scopes around it, outer ones first; [] for no scope."""
     return list(itertools.accumulate(scope.split("/"), "{}/{}".format)) if scope else []
 
 

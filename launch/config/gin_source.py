@@ -78,6 +78,10 @@ class Reference:
     def selector(self) -> str:
         return self.name.rpartition("/")[2]
 
+    def renamed(self, selector: str) -> "Reference":
+        """Returns the same reference by another name of its function or class."""
+        return Reference(scoped(self.scope, selector), self.evaluate)
+
     def __repr__(self):
         return f"@{self.name}{'()' if self.evaluate else ''}"
 

@@ -2,11 +2,12 @@
 
 A run records its model as data (launch/config/model_file.py), and whoever reads it calls only these objects. All of
 them build a part of a model or a number from their arguments; none reads or writes files, or starts anything.
-In model/ they are those marked as `recordable` (model/ranges.py).
+In model/ they are those marked as `recordable` (espalier/common/ranges.py).
 """
 
 import pathlib
 import re
+from collections.abc import Iterator
 
 from espalier.launch import environment
 
@@ -26,23 +27,33 @@ _INITIALIZERS = (
     "variance_scaling",
     "zeros",
 )
-_MARKED = re.compile(r"^@recordable\n(?:@.*\n)*(?:class|def) (\w+)", re.MULTILINE)
 
 
-def _marked() -> dict[str, tuple[str, str]]:
-    """Returns the marked objects of model/, without importing their modules."""
+def marked(package: str, mark: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (module, name, argument) of the classes and functions of a package that a decorator marks.
+
+    The source is read, and nothing is imported. The mark is the first decorator, `@mark` or `@mark("argument")`.
+    """
+    pattern = re.compile(rf'^@{mark}(?:\("(.*)"\))?\n(?:@.*\n)*(?:class|def) (\w+)', re.MULTILINE)
     root = pathlib.Path(environment.ROOT)
+    for path in sorted((root / package).rglob("*.py")):
+        for argument, name in pattern.findall(path.read_text("utf-8")):
+            module = path.relative_to(root).with_suffix("").parts
+            yield ".".join(("espalier", *module)), name, argument
+
+
+def _parts() -> dict[str, tuple[str, str]]:
+    """Returns the parts of models by name."""
     places: dict[str, tuple[str, str]] = {}
-    for path in sorted((root / "model").rglob("*.py")):
-        module = ".".join(("espalier", *path.relative_to(root).with_suffix("").parts))
-        for name in _MARKED.findall(path.read_text("utf-8")):
-            place = places.setdefault(f"{path.stem}.{name}", (module, name))
-            assert place[0] == module, f"two files of model/ have a recordable {path.stem}.{name}"
+    for module, name, _ in marked("model", "recordable"):
+        key = f"{module.rpartition('.')[2]}.{name}"
+        assert key not in places, f"two files of model/ have a recordable {key}"
+        places[key] = (module, name)
     return places
 
 
 # Name in a record, such as 'mlp.GatedMlp' -> module and attribute.
 REGISTERED: dict[str, tuple[str, str]] = {
-    **_marked(),
+    **_parts(),
     **{f"initializers.{name}": ("jax.nn.initializers", name) for name in _INITIALIZERS},
 }

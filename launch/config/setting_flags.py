@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 # Texts that a help text shows as more than TEXT; `cli` looks at paths.
 File = Annotated[str, "FILE"]
 Folder = Annotated[str, "DIR"]
-Names = Annotated[Sequence[str], "NAME,NAME"]  # one flag with commas
+Name = Annotated[str, "NAME"]
+Names = Annotated[Sequence[str], "NAMES"]  # one flag with commas
 REQUIRED = inspect.Parameter.empty
 _METAVARS = {int: "N", float: "X", str: "TEXT", pathlib.Path: "PATH", bool: None}
 
@@ -65,9 +66,7 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
         optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
         if optional:
             kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        metavar = None
-        if typing.get_origin(kind) is Annotated:
-            kind, metavar = typing.get_args(kind)
+        kind, metavar = _shown(kind)
         if name not in texts or (
             kind not in _METAVARS and typing.get_origin(kind) not in (Literal, Sequence)
         ):
@@ -76,6 +75,14 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
         metavar = metavar or _METAVARS.get(kind)
         result[name] = Setting(kind, optional, default, texts[name], metavar)
     return result
+
+
+def _shown(kind: Any) -> tuple[Any, str | None]:
+    """Returns a type, and what a help text shows for it, if the annotation says so."""
+    if typing.get_origin(kind) is not Annotated:
+        return kind, None
+    kind, *facts = typing.get_args(kind)
+    return kind, next((fact for fact in facts if isinstance(fact, str)), None)
 
 
 def _texts(target: Any) -> dict[str, str]:
@@ -114,10 +121,8 @@ def add(
         elif typing.get_origin(setting.kind) is Literal:
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:
-            (kind,) = typing.get_args(setting.kind)
-            metavar = _METAVARS.get(kind)
-            if typing.get_origin(kind) is Annotated:
-                kind, metavar = typing.get_args(kind)
+            kind, metavar = _shown(*typing.get_args(setting.kind))
+            metavar = metavar or _METAVARS[kind]
             if setting.metavar is None:
                 options |= {"action": "append", "type": kind, "metavar": metavar}
             else:

@@ -9,7 +9,6 @@ from gin import config_parser
 from espalier.launch.config.gin_reader import Bound, Target
 from espalier.launch.config.gin_source import (
     DYNAMIC_REGISTRATION,
-    Reference,
     is_written_as_itself,
     scoped,
 )
@@ -45,13 +44,13 @@ def gin(
     if macros:
         lines += ["# Macros:", _RULE]
         order = sorted(macros, key=lambda name: name.lower().split("/")[::-1])
-        lines += [_binding(name, names.in_value(macros[name])) for name in order]
+        lines += [_binding(name, macros[name].named(names.of)) for name in order]
         lines.append("")
     for (scope, target), values in sorted(settings.items(), key=_order):
         name = scoped(scope, names.of(target))
         lines += [f"# Parameters for {name}:", _RULE]
         written = [
-            _binding(f"{name}.{argument}", names.in_value(bound))
+            _binding(f"{name}.{argument}", bound.named(names.of))
             for argument, bound in sorted(values.items(), key=lambda item: item[0])
             if is_written_as_itself(bound.value)
         ]
@@ -100,10 +99,6 @@ class _Names:
         """Returns the name of a function or class by the imports."""
         return f"{self._modules[target.imported_by().module]}.{target.attribute()}"
 
-    def in_value(self, bound: Bound) -> Any:
-        """Returns a binding's value with references by the names of this file."""
-        return _renamed(bound.value, {r: t for r, t in bound.references if t is not None}, self)
-
     def _add(self, statement: config_parser.ImportStatement) -> None:
         if statement.module in self._modules:
             return
@@ -123,13 +118,3 @@ def _numbered(name: str) -> Iterator[str]:
     while True:
         yield f"{name}{number}"
         number += 1
-
-
-def _renamed(value: Any, targets: Mapping[Reference, Target], names: _Names) -> Any:
-    if isinstance(value, dict):
-        return {_renamed(k, targets, names): _renamed(v, targets, names) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_renamed(item, targets, names) for item in value)
-    if isinstance(value, Reference):
-        return Reference(scoped(value.scope, names.of(targets[value])), value.evaluate)
-    return value

@@ -165,8 +165,7 @@ def run(flags: Any, chosen: Any, start: Any) -> dict[str, Any] | None:
     problems = code_problems.load(flags.problems)
     read = {"solutions": flags.solutions, "problems": flags.problems}
     row_files.check_output(flags.output, others=read)
-    if flags.json:
-        row_files.check_output(flags.json, "json", others={**read, "output": flags.output})
+    row_files.check_output(flags.json, "json", others={**read, "output": flags.output})
     limits = code_sandbox.Limits(
         **setting_flags.given(flags, code_sandbox.Limits), memory_bytes=flags.memory_mb << 20
     )

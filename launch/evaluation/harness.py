@@ -93,9 +93,8 @@ def evaluate(checkpoint: str, params: str, suite_name: str, flags: SuiteFlags) -
         os.environ[name] = "1"  # missing sets are reported at once, without network access
     if flags.limit is not None and flags.limit < 1:
         raise SuiteError(f"--limit={flags.limit} must be at least 1.")
-    for flag, path in (("json", flags.json), ("samples", flags.samples)):
-        if path:
-            row_files.check_output(path, flag)
+    row_files.check_output(flags.json, "json")
+    row_files.check_output(flags.samples, "samples")
     lm_eval.register()
     try:
         suite = scores.find(suite_name).only(flags.groups)

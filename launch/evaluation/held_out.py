@@ -41,8 +41,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(start: cli.Start) -> None:
     flags = start.flags
-    if flags.json:
-        row_files.check_output(flags.json, "json")
+    row_files.check_output(flags.json, "json")
     start(
         checkpoint=flags.checkpoint,
         params=flags.params,

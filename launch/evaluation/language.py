@@ -53,11 +53,8 @@ def evaluate(
       LanguageError: no row, or a row without a text or a known language.
       RowFileError, DataError: files that cannot be read or written.
     """
-    for flag, path in (("json", json), ("failures", failures)):
-        if path:
-            row_files.check_output(
-                path, flag, compressed=flag == "failures", others={"inputs": inputs}
-            )
+    row_files.check_output(json, "json", others={"inputs": inputs})
+    row_files.check_output(failures, "failures", compressed=True, others={"inputs": inputs})
     rows = [
         (_language(row, place, language), _text(row, place, text_key), row)
         for place, row in row_files.read(inputs, example=EXAMPLE)

@@ -48,9 +48,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(start: cli.Start) -> None:
     flags = start.flags
-    for flag, path in (("json", flags.json), ("figure", flags.figure)):
-        if path:
-            row_files.check_output(path, flag)
+    row_files.check_output(flags.json, "json")
+    row_files.check_output(flags.figure, "figure")
     chosen = {"tasks": flags.tasks, "rows": flags.rows, "params": flags.params}
     shares = _measured(flags.checkpoint, start.config.arguments(), **chosen)
     print(table(shares))

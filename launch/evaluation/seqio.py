@@ -90,8 +90,7 @@ def evaluate(
     from espalier.launch.evaluation import seqio_tasks
     from espalier.launch.evaluation.seqio_tasks import PREDICTION, SCORE
 
-    if output:
-        row_files.check_output(output, compressed=True)
+    row_files.check_output(output, compressed=True)
     for flag, number in (("num_examples", num_examples), ("max_new_tokens", max_new_tokens)):
         if number is not None and number < 1:
             raise LoadError(f"--{flag}={number} must be at least 1.")

@@ -31,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from espalier.data.cache import cache_dir
+from espalier.common import files
 from espalier.launch import cli
 from espalier.launch.evaluation.judges import answers, asking, shares, spec
 from espalier.launch.evaluation.judges.answers import System
@@ -166,7 +166,7 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
             for i in starts
         ]
         shares.plot_languages(summary["languages"], folder / LANGUAGES_PLOT)
-    cache_dir.write_json(folder / SUMMARY, summary)
+    files.write_json(folder / SUMMARY, summary, synced=False)  # counted again from the answers
     shares.plot(summary, folder / PLOT)
     shares.print_tables(summary)
     if any(languages):

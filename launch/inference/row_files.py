@@ -1,9 +1,7 @@
 """Files of rows that commands read and write: JSON lines, one object each."""
 
 import contextlib
-import fcntl
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from espalier.common import files
 from espalier.common.storage import mirror, output_files, paths
 from espalier.data.text import documents
 
@@ -44,7 +43,7 @@ def read(path: str, *, example: str, flag: str = "inputs") -> list[tuple[str, di
 
 
 def check_output(
-    path: str,
+    path: str | None,
     flag: str = "output",
     *,
     compressed: bool = False,
@@ -53,11 +52,13 @@ def check_output(
     """Raises RowFileError if the file that a flag names cannot be written; called before any work.
 
     Args:
-      path: the file.
+      path: the file; None for none.
       flag: name of the flag.
       compressed: whether a file named .gz or .zst is written compressed, see `write`.
       others: files of other flags, which must not be overwritten, by flag.
     """
+    if not path:
+        return
     try:
         output_files.check(path)
     except output_files.OutputError as error:
@@ -117,22 +118,11 @@ def write(path: str, rows: Iterable[Mapping[str, Any]], *, writer: bool = True) 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a value as a JSON file, whole or not at all; raises ValueError for NaN and infinities."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    output_files.write(path, text.encode("utf-8", "backslashreplace") + b"\n")  # as _line
+    output_files.write(path, files.json_bytes(value, indent=2, end="\n", allow_nan=False))
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    # A lone surrogate, which UTF-8 cannot encode, becomes JSON's escape for it.
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """Returns the JSON object in a line, or None."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+    return files.json_bytes(row, indent=None, end="\n")
 
 
 class ResumedRows:
@@ -148,7 +138,7 @@ class ResumedRows:
         size = 0
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
-            row = _object(line)
+            row = files.json_object(line)
             cut = not line.endswith(b"\n")
             # A stop cuts a row short. A file of something else that ends without a line break is left alone.
             if cut and line.startswith(b"{") and (row is None or number > 1):
@@ -193,7 +183,7 @@ def resumed(
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
         try:
             if writer:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                files.lock(file)
         except BlockingIOError:
             raise RowFileError(
                 f"{path}: another process writes it. Wait for that one, or give another path."

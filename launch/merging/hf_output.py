@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import files
 from espalier.data.tokenizers import chat_template, hf_tokenizer
-from espalier.launch.merging import card, places, plan_table, tokens
+from espalier.launch.merging import card, places, tokens
 from espalier.launch.merging.models import CONFIG, HfModel, Model
 from espalier.launch.merging.plan import Planned, Planner
 from espalier.launch.merging.settings import MergeError
@@ -56,13 +57,13 @@ def write(
     ) as folder:
         done = _done(folder, fingerprint)
         if done is None:
-            check_space(folder, plan_table.out_bytes(planned))
+            check_space(folder, card.out_bytes(planned))
         journal = _Journal(folder, fingerprint, again=done is not None)
         with (
             SafetensorsWriter(
                 folder, sizes, shard_bytes=shard_bytes, again=done is not None
             ) as writer,
-            Progress(plan_table.out_bytes(planned), os.path.basename(target)) as progress,
+            Progress(card.out_bytes(planned), os.path.basename(target)) as progress,
         ):
             for x in planned:
                 nbytes = writer.tensors[x.name].nbytes
@@ -119,10 +120,8 @@ class _Journal:
         os.unlink(self._path)
 
     def _append(self, lines: Sequence[str]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        # Synced, because what it lists is not merged again.
+        files.append(self._path, "".join(json.dumps(line) + "\n" for line in lines), synced=True)
 
 
 def _done(folder: str, fingerprint: str) -> set[str] | None:
@@ -210,11 +209,12 @@ def _write_rest(
         (folder / hf_tokenizer.TOKENIZER).write_bytes(vocabulary.content)
         for name in ("vocab.json", "merges.txt", "added_tokens.json", hf_tokenizer.SENTENCEPIECE):
             (folder / name).unlink(missing_ok=True)  # of the vocabulary before
+    # Not synced: a merge that a power cut stops is repeated.
     if config:
-        _write_json(folder / CONFIG, config)
+        files.write_json(folder / CONFIG, config, synced=False, indent=2, end="\n")
     if planner.merge.chat_template is not None:
         _set_template(folder, planner)
-    _write_json(folder / card.RECORD, record)
+    files.write_json(folder / card.RECORD, record, synced=False, indent=2, end="\n")
     (folder / card.NAME).write_text(card.text(folder.name, planner.merge, record), encoding="utf-8")
 
 
@@ -241,7 +241,7 @@ def _set_template(folder: pathlib.Path, planner: Planner) -> None:
     if config_file.exists():
         settings = json.loads(config_file.read_bytes())
         settings.pop("chat_template", None)
-        _write_json(config_file, settings)
+        files.write_json(config_file, settings, synced=False, indent=2, end="\n")
     (folder / chat_template.FILE).write_text(text, encoding="utf-8")
 
 
@@ -250,7 +250,3 @@ def _template_of(folder: pathlib.Path) -> str | None:
         return None
     template = hf_tokenizer.read(folder).chat_template
     return None if template is None else template.templates.get(chat_template.DEFAULT)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.merging import card, plan_table
+from espalier.launch.merging import card
 from espalier.launch.merging.models import ARRAY, NativeModel
 from espalier.launch.merging.plan import Planned, Planner
 from espalier.launch.merging.settings import MergeError
@@ -36,13 +36,13 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
     lines = _config_lines(planner, planned)
     by_array = _by_array(donor, planned)
     with new_directory(target) as folder:
-        check_space(folder, plan_table.out_bytes(planned))
+        check_space(folder, card.out_bytes(planned))
         text = "\n".join([donor.source.config(whole=False), *lines, ""])
         pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
         model_record.write(folder)
         run_vocabulary.copy(donor.folder, folder)
         leaves = transformed_run.abstract_params(transformed_run.model_of(folder))
-        with Progress(plan_table.out_bytes(planned), os.path.basename(target)) as progress:
+        with Progress(card.out_bytes(planned), os.path.basename(target)) as progress:
             arrays = {
                 f"params/{path}": _streamed(path, parts, planner, workers, progress)
                 for path, parts in by_array.items()

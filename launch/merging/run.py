@@ -9,16 +9,7 @@ from collections.abc import Sequence
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from espalier.launch.merging import (
-    card,
-    checks,
-    config_file,
-    hf_output,
-    places,
-    plan_table,
-    settings,
-    tokens,
-)
+from espalier.launch.merging import card, checks, config_file, hf_output, places, settings, tokens
 from espalier.launch.merging.models import HfModel, Model, open_model
 from espalier.launch.merging.plan import Planned, Planner
 from espalier.launch.merging.settings import Merge, MergeError
@@ -152,7 +143,7 @@ def _merge(
                 f"--shard_size is of files of safetensors, and {target} will be a run: remove it."
             )
         if dry_run:
-            return plan_table.table(planned)
+            return card.table(planned)
         workers.check_equal(planned, models, merge.file)
         if merge.method != "passthrough" and merge.tokens is None:
             checks.warn_unrelated(merge, models)
@@ -184,7 +175,7 @@ def _shapes(
 
 def _described(merge: Merge, planned: Sequence[Planned]) -> str:
     count = sum(math.prod(x.shape) for x in planned)
-    size = plan_table.out_bytes(planned)
+    size = card.out_bytes(planned)
     shown = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     models = merge.merged_models()
     return f"{merge.method} of {len(models)} model{'s' * (len(models) != 1)}, {count:,} parameters, {shown}"

@@ -6,6 +6,8 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from espalier.common import tables
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.25; margin-top: 2rem; }
@@ -22,11 +24,8 @@ th { border-bottom: 2px solid #888; }
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Returns a table as lines of Markdown, and a blank line after it."""
-    first, *rest = (
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-        for row in (header, *rows)
-    )
-    return [first, "|" + "---|" * len(header), *rest, ""]
+    first, *rest = ([*map(tables.escaped, cells)] for cells in (header, *rows))
+    return [*tables.markdown(first, rest), ""]
 
 
 def write(markdown: str, path: pathlib.Path, pictures: Mapping[str, str] | None = None) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.launch import environment
+from espalier.launch.processes import peers
 
 _KEYS = "espalier/hosts"
 _WAIT_MS = (
@@ -81,7 +82,7 @@ def check_same(stage: str, facts: Mapping[str, str]) -> None:
     count = jax.process_count()
     if count == 1:
         return
-    store, index = _store(), jax.process_index()
+    store, index = peers.store(), jax.process_index()
     own = {"host": platform.node(), **facts}
     store.key_value_set(f"{_KEYS}/{stage}/{index}", json.dumps(own))
     verdict = f"{_KEYS}/{stage}/verdict"
@@ -132,7 +133,7 @@ def check_shared(path: str) -> None:
 
     if jax.process_count() == 1:
         return
-    store, file = _store(), paths.join(path, _SHARED_FILE)
+    store, file = peers.store(), paths.join(path, _SHARED_FILE)
     if jax.process_index() == 0:
         token = uuid.uuid4().hex
         paths.write(file, token.encode())
@@ -165,12 +166,6 @@ def _cache_address() -> str:
     """Returns the address of the caches in an object store; folders of hosts may differ."""
     cache = os.environ.get("ESPALIER_CACHE") or ""
     return cache.rstrip("/") if "://" in cache else "a folder"
-
-
-def _store() -> Any:
-    from jax._src import distributed  # the store has no public name
-
-    return distributed.global_state.client
 
 
 def _get(store: Any, key: str) -> str:

@@ -82,6 +82,13 @@ class NoClusterError(ValueError):
     """JAX cannot find the other processes by itself."""
 
 
+def store() -> Any:
+    """Returns the client of the coordinator: its store of keys, barriers and the list of live processes."""
+    from jax._src import distributed  # it has no public name
+
+    return distributed.global_state.client
+
+
 class Peers:
     """The other processes of this process's run.
 
@@ -92,11 +99,8 @@ class Peers:
 
     def __init__(self, address: str, timeout: int):
         import jax
-        from jax._src import (
-            distributed,  # the store and the list of live processes have no public names
-        )
 
-        self._client: Any = distributed.global_state.client
+        self._client = store()
         self._address, self._timeout = address, timeout
         self._index, self._count = jax.process_index(), jax.process_count()
         self._done = threading.Event()

@@ -190,10 +190,10 @@ class Run:
         from espalier.trainers.decoding.settings import Settings
 
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        settings = Settings(max_new_tokens=max_new_tokens, num_samples=num_samples)
-        drawn = dataclasses.replace(settings.sampling, **sampling)
+        drawn = dataclasses.replace(Settings().sampling, **sampling)
+        sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
         asked = generate.Decoding(
-            settings=dataclasses.replace(settings, sampling=drawn),
+            settings=Settings(sampling=drawn, **sizes),
             stops=(stop,) if isinstance(stop, str) else tuple(stop),
             policy=policy,
             batch_size=self._loaded.batch_size(batch_size, len(prompts)),

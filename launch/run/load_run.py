@@ -387,6 +387,7 @@ def restoring(
     With `of_base`, adapters that the checkpoint lacks are left out.
     """
     from espalier.launch.run import hf_checkpoint
+    from espalier.model.adapters import adapter
     from espalier.trainers.checkpoints import base_step, step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
@@ -399,7 +400,8 @@ def restoring(
         def read(step: Any) -> tuple[Any, Mapping[str, Any]]:
             recorded = step_dir.read_manifest(step)
             there = base_step.entries(step, recorded, params)
-            wanted = base_step.present(abstract, there) if of_base else abstract
+            own = base_step.added(adapter.record(model))
+            wanted = base_step.present(abstract, there, own) if of_base else abstract
             values = restore_params(step, wanted, use_ema=recorded.use_ema(params))
             return values, step_dir.read_record(step, recorded)["meta"]
 

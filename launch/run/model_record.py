@@ -2,12 +2,12 @@
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from espalier.data.cache import cache_dir
+from espalier.common import files
 from espalier.launch.config import gin_source, model_file
-from espalier.launch.config.gin_reader import Bound, Checked, Reader, Target
+from espalier.launch.config.gin_reader import Bound, Checked, Reader, Target, prefixes
 from espalier.launch.config.gin_source import Macro, Reference, scoped
 from espalier.launch.config.registered import REGISTERED
 
@@ -34,7 +34,7 @@ def write(folder: str | os.PathLike) -> None:
     if model_file.MODEL not in reader.checked.macros:
         return
     path = pathlib.Path(folder, model_file.NAME)
-    cache_dir.write_json(path, _record(reader.checked))
+    files.write_json(path, _record(reader.checked), synced=True)  # steps are read by it
     model_file.read(path)  # raises if the record cannot be read back
 
 
@@ -51,9 +51,9 @@ def _record(checked: Checked) -> dict[str, Any]:
     def record(bound: Bound) -> Any:
         reached.update(id(target.value) for _, target in bound.references if target is not None)
         for reference, _ in bound.references:
-            scopes.update(_prefixes(reference.scope))
+            scopes.update(prefixes(reference.scope))
         for macro in bound.macros:
-            scopes.update(_prefixes(macro.name))  # gin evaluates its value in this scope
+            scopes.update(prefixes(macro.name))  # its value is evaluated in this scope
             define(macro.name)
         return _json(bound.value, dict(bound.references))
 
@@ -84,11 +84,6 @@ def _name(target: Target) -> str:
         if registered == home or ".".join(registered) == target.name:
             return name
     return ":".join(home)
-
-
-def _prefixes(scope: str) -> Iterator[str]:
-    parts = scope.split("/")
-    return ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _json(value: Any, targets: Mapping[Reference, Target | None]) -> Any:

@@ -1,25 +1,15 @@
 """The objective of a run, and the unit of its loss, by the run's config.gin."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 
 from gin import config_parser
 
-from espalier.launch.config import gin_source
+from espalier.launch.config import gin_source, registered
 from espalier.launch.run.model_record import CONFIG
 
-_PER_TOKEN = "nats per token"
-# Functions bound to Recipe.objective -> the unit of their loss.
-_UNITS = {
-    "language_modelling": _PER_TOKEN,
-    "distillation": _PER_TOKEN,
-    "classification": "nats per image",
-    "preference": "per pair",
-    "bradley_terry": "nats per pair",
-    "policy_gradient": "per token",
-    "actor_critic": "per token",
-}
 _LOSSES = "LOSSES"  # the macro with the losses of a preference run
 
 
@@ -53,7 +43,13 @@ def read(folder: str | os.PathLike) -> Objective:
     name = function.replace("_", " ")
     if function == "preference" and losses:
         name = f"{name} ({losses})"
-    return Objective(name, _UNITS.get(function, ""))
+    return Objective(name, _units().get(function, ""))
+
+
+@functools.cache
+def _units() -> dict[str, str]:
+    """Returns the unit of the loss of each objective by the function's name, as it declares it."""
+    return {name: unit for _, name, unit in registered.marked("trainers", "loss_in")}
 
 
 def _names(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from espalier.launch.run import run_dir, run_vocabulary
-from espalier.model.adapters.adapter import adapters_of, check_settings
+from espalier.model.adapters import adapter
 from espalier.trainers.checkpoints import base_step, restore, step_dir
 from espalier.trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
@@ -181,10 +181,8 @@ def restore_start(
         meta[base_step.META] = _base(program, start, initial)
     if part := getattr(program.recipe.model, "inference_part", ""):
         meta[INFERENCE_PART] = part
-    check_settings(program.recipe.model, start.meta.get("adapters"), start.path)
-    if (adapters := adapters_of(program.recipe.model)) is not None:
-        meta["adapters"] = adapters.settings
-    return start, meta
+    adapter.check_settings(program.recipe.model, start.meta.get("adapters"), start.path)
+    return start, meta | adapter.record(program.recipe.model)
 
 
 def _base(
@@ -200,7 +198,11 @@ def _base(
             "or Recipe.averaged, or set BASE_APART = False."
         )
     return base_step.frozen(
-        start.path, program.abstract_state.params, program.mask, use_ema=initial.use_ema
+        start.path,
+        program.abstract_state.params,
+        program.mask,
+        base_step.added(adapter.record(program.recipe.model)),
+        use_ema=initial.use_ema,
     )
 
 

@@ -4,107 +4,66 @@ Example: `train.train.stream = @reference.make_stream`.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.common.bars import Bar
-from espalier.common.ranges import AxisSize, Size
+from espalier.common.ranges import Size
 from espalier.data import tasks
-from espalier.data.cache import store as cache
-from espalier.data.preference.reference_store import ReferencedStream, ReferenceStore
-from espalier.launch.run.load_run import load_frozen
+from espalier.data.preference.stream import ReferencedStream
+from espalier.data.stream.predictions import PredictionStore
+from espalier.launch import predictions
+from espalier.launch.run.load_run import LoadedRun
 from espalier.model.rows import TOKENS, RowKind
-from espalier.trainers import partitioning
-from espalier.trainers.checkpoints import agreement
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.scoring.scoring import Row, Scorer
 
-_VERSION = 1  # increase it when the same model and tokens give other values
-_PAIRS_AT_ONCE = 4096  # pairs per write to the store
+_FOLDER = "reference_log_probs"
+_PAIRS_AT_ONCE = 4096  # per write to the store
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Reference:
+class Reference(predictions.StoredPredictions):
     """The reference model of a policy.
 
     Attributes:
       model: the linen module.
       checkpoint: the checkpoint of its parameters.
-      batch_size: sequences at a time.
-      mesh, rules: mesh and partitioning rules of this model.
-      store: directory of stored values; None for the default in the cache directory.
     """
 
     model: Any
     checkpoint: FrozenCheckpoint
-    batch_size: Size = 8
-    mesh: Mapping[str, AxisSize] | None = None
-    rules: str = "fsdp_tp"
-    store: str | os.PathLike | None = None
 
-    def check(self) -> None:
-        """Checks the checkpoint before data are opened, see `FrozenModel.check`; raises ValueError."""
-        frozen = FrozenModel(model=self.model, checkpoint=self.checkpoint)
-        mesh = partitioning.make_mesh(shape=self.mesh)
-        frozen.check(mesh, partitioning.rules_named(self.rules), {})
+    @property
+    def frozen(self) -> FrozenModel:
+        return FrozenModel(model=self.model, checkpoint=self.checkpoint)
 
     def read(self, stream: Any, *, steps: int | None = None) -> ReferencedStream:
-        """Returns a stream of pairs with the reference's values, after computing the missing ones.
-
-        Args:
-          stream: stream of pairs.
-          steps: number of steps to read; None for all pairs.
-
-        Raises:
-          ValueError: not the reference of the run's first start, or its vocabulary or the beginnings of its documents
-            differ.
-          ReferenceStoreError: the store is damaged.
-          DamagedCheckpointError, FileNotFoundError: the checkpoint is damaged or missing.
-        """
-        frozen = self.checkpoint.resolve()
+        """Returns a stream of pairs with the reference's values; see `StoredPredictions.read`."""
+        step = self.checkpoint.resolve()
         summary = stream.summary()
-        ours = summary["vocabulary"]["digest"]
-        self.checkpoint.check_vocabulary(frozen, ours)
-        meta = {
-            "start_token": summary["start_token"],
-            "add_bos": tasks.add_bos(stream.source_names),
-        }
-        self.checkpoint.check_beginnings(frozen, meta, "set PROMPT_BOS")
-        config = dataclasses.asdict(self.model.config)
-        model = cache.digest([_VERSION, frozen.arrays, repr(self.model), config])
-        about = {"checkpoint": frozen.step, "vocabulary": ours}
-        store = ReferenceStore.shared(model, about, root=self.store)
-        if wanted := _wanted(stream, store, steps):
-            self._compute(stream, store, wanted, frozen.step)
-        return ReferencedStream(stream, store, frozen.arrays)
+        vocabulary, start = summary["vocabulary"]["digest"], summary["start_token"]
+        self.checkpoint.check_vocabulary(step, vocabulary)
+        meta = {"start_token": start, "add_bos": tasks.add_bos(stream.source_names)}
+        self.checkpoint.check_beginnings(step, meta, "set PROMPT_BOS")
+        store = self._opened(step, _FOLDER, {"vocabulary": vocabulary}, shape=(2,))
+        wanted, pairs = _wanted(stream, store, steps), stream.pairs()
 
-    def _compute(
-        self, stream: Any, store: ReferenceStore, wanted: Sequence[str], checkpoint: str
-    ) -> None:
-        """Adds the model's log-probabilities of these pairs to the store."""
-        start = stream.summary()["start_token"]
-        before = [] if start is None else [start]
-        pairs, kind = stream.pairs(), self.model.row
-        with (
-            load_frozen(
-                self.model,
-                checkpoint,
-                self.checkpoint,
-                self.mesh,
-                self.rules,
-                encoder_decoders=True,
-            ) as run,
-            Bar(total=len(wanted), desc="reference", unit="pair") as bar,
-        ):
+        def values_of(run: LoadedRun) -> Callable[[Sequence[Any]], np.ndarray]:
             size = run.batch_size(self.batch_size, 2 * len(wanted))
             scorer = Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
-            for first in range(0, len(wanted), _PAIRS_AT_ONCE):
-                digests = wanted[first : first + _PAIRS_AT_ONCE]
-                store.add(digests, _values(scorer, before, map(pairs.ids, digests), kind))
-                bar.update(len(digests))
+            kind = self.model.row
+            before = [] if start is None else [start]
+            return lambda digests: _values(scorer, before, map(pairs.ids, digests), kind)
+
+        # The ids are read from the disk when they are needed.
+        missing = zip(wanted, wanted, strict=True)
+        bar = {"total": len(wanted), "desc": "reference", "unit": "pair"}
+        self._add(
+            store, step, missing, values_of, at_once=_PAIRS_AT_ONCE, encoder_decoders=True, **bar
+        )
+        return ReferencedStream(stream, store, step.arrays)
 
 
 def _values(
@@ -128,20 +87,13 @@ def _values(
     return np.array(sums, np.float32)[place_of_each].reshape(-1, 2)
 
 
-def _wanted(stream: Any, store: ReferenceStore, steps: int | None) -> list[str]:
-    """Returns the digests missing in the store of any process, in the stream's order, the same in all processes.
-
-    A process sees only its own disk, but all processes compute the missing values together.
-    """
+def _wanted(stream: Any, store: PredictionStore, steps: int | None) -> list[str]:
+    """Returns the digests of the pairs that `steps` steps read (None: all) and that lack a value."""
     digests = list(stream.pairs().digests)
     if steps is not None and steps * stream.batch_size < len(digests):
         rows = (stream.row_ids(step, 0, stream.batch_size) for step in range(steps))
         digests = list(dict.fromkeys(d for batch in rows for row in batch for d in row if d))
-    lacking = set(store.missing(digests))
-    masks = agreement.gather(np.packbits([digest in lacking for digest in digests]).tobytes().hex())
-    anywhere = np.bitwise_or.reduce([np.frombuffer(bytes.fromhex(m), np.uint8) for m in masks])
-    chosen = np.unpackbits(anywhere)[: len(digests)]
-    return [digest for digest, missing in zip(digests, chosen, strict=True) if missing]
+    return predictions.missing_anywhere(store, digests)
 
 
 def make_stream(
@@ -159,14 +111,11 @@ def make_stream(
       steps: steps of the run.
       positions: see data/stream/stream.py.
     """
-    reference.check()
-    opened = stream() if positions is None else stream(positions=positions)
-    return reference.read(opened, steps=steps)
+    return reference.training(stream, steps, positions)
 
 
 def make_eval_stream(
     *, task: str, reference: Reference, stream: Callable[..., Any], steps: Size | None = None
 ) -> ReferencedStream:
     """Returns the held-out stream of a task with reference values, for `steps` steps or the whole split."""
-    opened = stream(task=task)
-    return reference.read(opened, steps=None if steps is None else min(steps, opened.num_steps))
+    return reference.held_out(stream, task, steps)

@@ -18,7 +18,6 @@ import datetime
 import hashlib
 import json
 import os
-import pathlib
 import platform
 import shutil
 import socket
@@ -28,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import IO, Any
 
+from espalier.common import files
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import StoreLock
 from espalier.launch import environment
@@ -142,9 +142,7 @@ class RunDir:
     def write(self, name: str, text: str) -> None:
         """Writes a small text file atomically."""
         if self.writer:
-            temporary = pathlib.Path(self.path, f".{name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.file(name))
+            files.write(self.file(name), text, synced=True)  # a run goes on by its records
 
     def write_through(self, name: str, text: str) -> None:
         """Writes a small text file, and copies it to the store at once; raises as `publish`."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from espalier.common.stages import duration
-from espalier.data.preference.tally import Tally
+from espalier.data.rows.records import Tally
 from espalier.data.stream import rows
 from espalier.launch.run.run_data import RunData
 from espalier.trainers.batches import Stream, TrainStream

@@ -1,17 +1,13 @@
 """Where a run's directory is, a local folder or an address of an object store, and the lock of the one process that writes it."""
 
 import contextlib
-import fcntl
-import logging
 import os
-import platform
 from typing import IO
 
+from espalier.common import files
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import HeldError, StoreLock
 from espalier.trainers.checkpoints import step_dir
-
-_log = logging.getLogger(__name__)
 
 
 class RunDirectoryError(ValueError):
@@ -41,14 +37,14 @@ def open_address(address: str, writer: bool) -> tuple[str, StoreLock | None, mir
         ) from None
     name = "" if writer else f".{os.getpid()}"
     try:
-        files = mirror.Mirror(
+        copies = mirror.Mirror(
             address, writer=writer, without=(step_dir.CHECKPOINTS, "logs"), name=name
         )
     except BaseException:
         if held is not None:
             held.close()
         raise
-    return files.path, held, files
+    return copies.path, held, copies
 
 
 def open_folder(path: str, writer: bool) -> tuple[str, IO[str] | None]:
@@ -65,7 +61,7 @@ def open_folder(path: str, writer: bool) -> tuple[str, IO[str] | None]:
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # what makes no directory: a name that is too long, links in a circle
-        return path, lock(path) if writer else None
+        return path, files.lock_folder(path) if writer else None
     except BlockingIOError as error:
         raise RunDirectoryError(
             f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
@@ -75,30 +71,3 @@ def open_folder(path: str, writer: bool) -> tuple[str, IO[str] | None]:
             f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
             "that can be made and written, or remove what is in its place."
         ) from None
-
-
-def lock(path: str | os.PathLike) -> IO[str]:
-    """Locks a directory until the returned file is closed.
-
-    Raises:
-      BlockingIOError: another process holds the lock; the message is its name.
-    """
-    os.makedirs(path, exist_ok=True)
-    file = open(os.path.join(path, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 (stays open to hold the lock)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise BlockingIOError(holder) from None
-    except OSError as error:
-        _log.warning(
-            "%s cannot be locked (%s): nothing prevents that two processes use this directory at once.",
-            path,
-            error.strerror,
-        )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file

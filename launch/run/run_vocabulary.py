@@ -23,9 +23,9 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from espalier.common import files
 from espalier.common.ranges import Count
 from espalier.common.storage import mirror
-from espalier.data.cache import cache_dir
 from espalier.data.stream import rows
 from espalier.data.tokenizers import (
     chat_template,
@@ -71,14 +71,14 @@ def save(folder: str | os.PathLike, vocabulary: Any, template: ChatTemplate | No
         if _KINDS[kind] == type(vocabulary).__name__ and digest == rows.vocabulary_digest(
             _without_files(record)
         ):
-            cache_dir.write_json(pathlib.Path(folder, RECORD), record)
+            files.write_json(pathlib.Path(folder, RECORD), record, synced=True)
             return
-    if (files := getattr(vocabulary, "files", None)) is not None:
+    if (tokenizer := getattr(vocabulary, "files", None)) is not None:
         options = {"extra_ids": extra_ids, "special_in_text": vocabulary.special_in_text}
-        own = os.path.realpath(files.path) == os.path.realpath(os.path.join(folder, TOKENIZER))
-        again = vocabularies.huggingface(path=files.path, **options)
+        own = os.path.realpath(tokenizer.path) == os.path.realpath(os.path.join(folder, TOKENIZER))
+        again = vocabularies.huggingface(path=tokenizer.path, **options)
         if not own and rows.vocabulary_digest(again) == digest:
-            save_files(folder, files.path, **options, template=template)
+            save_files(folder, tokenizer.path, **options, template=template)
         return
     source = getattr(vocabulary, "sentencepiece_model_file", None)
     if source is None or _intact_digest(folder) == digest:
@@ -128,7 +128,7 @@ def save_files(
     if vocabulary.eos_ids and not (partial / hf_tokenizer.GENERATION).exists():
         # The ids may come from the model's config.json, which is not one of the tokenizer's files.
         ends = {"eos_token_id": list(vocabulary.eos_ids)}
-        cache_dir.write_json(partial / hf_tokenizer.GENERATION, ends)
+        files.write_json(partial / hf_tokenizer.GENERATION, ends, synced=True)
     _replace(partial, pathlib.Path(folder, TOKENIZER), {**options, "digest": digest})
     return digest
 
@@ -140,7 +140,8 @@ def _replace(partial: pathlib.Path, final: pathlib.Path, record: dict[str, Any])
     if final.is_dir():
         shutil.rmtree(final)
     partial.replace(final)
-    cache_dir.write_json(record_path, {**record, "path": final.name, "files": _checksums(final)})
+    content = {**record, "path": final.name, "files": _checksums(final)}
+    files.write_json(record_path, content, synced=True)  # the run goes on with this vocabulary
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:

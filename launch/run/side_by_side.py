@@ -121,7 +121,8 @@ def _read(
         )
         named = {name: arrays[root + name].astype(leaf.dtype) for name, leaf in wanted.items()}
         alone = len(own) == len(entries) and base_step.META in meta
-        digest = meta[base_step.META]["digest"] if alone else base_step.digest(entries)
+        base = base_step.added(meta).base_of(entries)
+        digest = meta[base_step.META]["digest"] if alone else base_step.digest(base)
         return named, meta, digest
 
     return step_dir.newest_good(path, read)

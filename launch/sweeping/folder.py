@@ -12,7 +12,6 @@ replaced/              runs with an old configuration, moved here by --rerun_cha
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -20,8 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from espalier.data.cache import cache_dir
-from espalier.launch.run import run_place
+from espalier.common import files
 from espalier.launch.sweeping.file import Run
 from espalier.trainers.telemetry.metric_writers import read_jsonl, restored
 
@@ -128,7 +126,9 @@ class SweepFolder:
     def write_plan(self, sweep: str, plan: Sequence[Planned]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         runs = [dataclasses.asdict(planned) for planned in plan]
-        cache_dir.write_json(self.path / "sweep.json", {"sweep": sweep, "runs": runs})
+        plan_json = {"sweep": sweep, "runs": runs}
+        # Synced, because the sweep goes on by its plan.
+        files.write_json(self.path / "sweep.json", plan_json, synced=True, shared=True)
 
     def read_plan(self) -> tuple[Planned, ...]:
         """Returns the runs of the last plan; raises SweepFolderError if no sweep was started here."""
@@ -150,7 +150,9 @@ class SweepFolder:
 
     def write_record(self, name: str, record: Mapping[str, Any]) -> None:
         self.directory(name).mkdir(parents=True, exist_ok=True)
-        cache_dir.write_json(self.directory(name) / "sweep_run.json", dict(record))
+        path = self.directory(name) / "sweep_run.json"
+        # Synced: a run without its record would be trained again.
+        files.write_json(path, dict(record), synced=True, shared=True)
 
     def outcome(self, planned: Planned) -> dict[str, Any] | None:
         """Returns the outcome of training or making a run; None if it is not done, or its configuration has changed."""
@@ -192,8 +194,8 @@ class SweepFolder:
         self.directory(planned.name).rename(target)
 
     def add_attempt(self, name: str, attempt: Mapping[str, Any]) -> None:
-        with open(self.directory(name) / "attempts.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(attempt) + "\n")
+        path = self.directory(name) / "attempts.jsonl"
+        files.append(path, json.dumps(attempt) + "\n", synced=False)  # only reported
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
         path = self.directory(name) / "attempts.jsonl"
@@ -222,7 +224,7 @@ def tail(path: pathlib.Path, size: int = _TAIL_BYTES) -> str:
 def _lock(directory: pathlib.Path, use: str) -> IO[str]:
     """Locks a directory for this process; the error names another process that holds the lock."""
     try:
-        return run_place.lock(directory)
+        return files.lock_folder(directory)
     except BlockingIOError as error:
         raise SweepFolderError(f"{directory} is in use: {error} {use}") from None
 
@@ -232,7 +234,7 @@ def _held(path: pathlib.Path) -> bool:
     if path.exists():
         with open(path, "ab") as file:  # NFS locks need write access
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                files.lock(file)
             except BlockingIOError:
                 return True
             except OSError:  # a file system without locks

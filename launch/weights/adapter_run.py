@@ -17,6 +17,7 @@ from espalier.launch.run.model_record import CONFIG
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.target_folder import ConvertError, new_directory
+from espalier.model.adapters import adapter
 from espalier.model.adapters.adapter import PREFIX, adapters_of, is_adapter
 from espalier.model.hf import peft
 from espalier.model.hf.families import family_named, family_of_model
@@ -106,7 +107,7 @@ def write(
                 **source.text_meta(),
                 **hf,
                 base_step.META: record,
-                "adapters": adapters.settings,
+                **adapter.record(model),
             },
         )
     count = sum(array.size for array in arrays.values())

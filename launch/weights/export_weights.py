@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.common import files
 from espalier.data.tokenizers import hf_tokenizer
 from espalier.launch.run import run_vocabulary
 from espalier.launch.weights import model_card, source_models
@@ -117,8 +118,10 @@ def _export(
     generation = _generation(folder, config, source)
     # A run that was not imported has these ids only in its tokenizer's files.
     config = {**{key: generation[key] for key in _TOKEN_IDS if key in generation}, **config}
-    _write_json(folder, "config.json", config)
-    _write_json(folder, hf_tokenizer.GENERATION, generation)
+    for name, content in (("config.json", config), (hf_tokenizer.GENERATION, generation)):
+        # Not synced: an export that a power cut stops is repeated.
+        style = {"indent": 2, "sort_keys": True, "ensure_ascii": True}
+        files.write_json(pathlib.Path(folder, name), content, synced=False, end="\n", **style)
     tensors = {hf: (dtypes[hf], shapes[hf]) for hf in shapes}
     with (
         SafetensorsWriter(folder, tensors, shard_bytes=shard_bytes) as writer,
@@ -170,11 +173,6 @@ def _generation(
     token_ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     path = pathlib.Path(folder, hf_tokenizer.GENERATION)
     return {**token_ids, **(json.loads(path.read_bytes()) if path.exists() else {})}
-
-
-def _write_json(folder: str, name: str, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    pathlib.Path(folder, name).write_text(text, encoding="utf-8")
 
 
 def _groups(pieces: list[Piece]) -> list[list[Piece]]:

@@ -1,23 +1,24 @@
-"""Makes mixtures of experts, and adds or removes an expert, for `launch.upcycle` and `launch.upcycle extend`."""
+"""Makes mixtures of experts, for `launch.upcycle`."""
 
 import argparse
 import collections
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from espalier.data.nexus import domain_embeddings
 from espalier.launch.run.load_run import RunConfig
 from espalier.launch.weights import source_models, transformed_run, upcycle_flags
-from espalier.launch.weights.extend import ExtendFlags
-from espalier.launch.weights.source_models import RECORDED, SourceModel
+from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.upcycle import UpcycleFlags
-from espalier.model.nexus.extend import Addition, Removal
 from espalier.model.transforms import base
-from espalier.model.transforms.base import TransformError, TreeTransform
+from espalier.model.transforms.base import TransformError
 from espalier.model.transforms.experts import Mixture
 from espalier.model.transforms.upcycle import Upcycle
+
+# What a mixture records for experts added later: flags of launch.upcycle, and their values if they are not set.
+_RECORDED = {
+    **{"expert_scale": 1.0, "drop_ratio": 0.0, "drop_seed": 0},
+    **{"router_std": 0.02, "logit_std": 0.1},
+}
 
 
 def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
@@ -38,37 +39,34 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
         raise TransformError(
             f"Experts must be gated MLPs, but the dense model has {mlp.kind}: give other --experts."
         )
-    domains = domain_embeddings.read(options.domains) if options.domains else None
-    projected = domains is not None and options.router_kind == "projection"
-    mixture = Mixture(
+    method = options.made_by
+    made = {
+        name: default if (x := getattr(options, name)) is None else x
+        for name, default in _RECORDED.items()
+    }
+    mixture = recorded_mixture(
+        made,
         experts=len(names),
-        kv_heads=dense.config.kv_heads,
         scanned=dense.config.scan_layers,
-        ffn=options.method != "soup",
-        attention=options.mixes_attention,
-        average_attention=options.average_attention,
-        shared_kv=options.shared_kv,
-        router=options.router_kind,
-        domains=domains.vectors(names) if projected else None,
+        ffn=method.ffn,
+        attention=method.attention(dense.config.kv_heads),
+        router=method.routers(names, made),
         seed=options.router_seed,
-        **{name: x for name in RECORDED if (x := getattr(options, name)) is not None},
     )
     record: dict[str, Any] = {
         "method": options.method,
         "experts": names,
         "sources": [source.path for source in experts],
-        **{name: getattr(mixture, name) for name in RECORDED},
+        **made,
     }
     if options.seed_model:
         record["seed_model"] = options.seed_model
-    if projected:
-        record["domains"] = source_models.domains_record(domains, mixture.domains)
-    settings = _settings(options, len(names), domains)
+    record |= method.record(names)
     recipes = transformed_run.write(
         options.to,
         Upcycle(mixture, shared_ffn=bool(options.seed_model)),
         sources,
-        config=transformed_run.method_lines(options.method_files, settings),
+        config=transformed_run.method_lines(method.files, method.settings(len(names))),
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,
         meta={"upcycled": record},
@@ -77,27 +75,17 @@ def upcycle(config: RunConfig, flags: argparse.Namespace) -> None:
     print("\n".join([*lines, f"written to {options.to}"]))
 
 
+def recorded_mixture(record: Mapping[str, Any], **settings: Any) -> Mixture:
+    """Returns a mixture with the experts' scale and redrawn units of a mixture's record."""
+    own = {name: record[name] for name in ("expert_scale", "drop_ratio", "drop_seed")}
+    return Mixture(**settings, **own)
+
+
 def expert_lines(record: dict[str, Any]) -> list[str]:
     """Returns a line for each expert in a mixture's record, in order, with its source."""
     wide = max(map(len, record["experts"]))
     pairs = zip(record["experts"], record["sources"], strict=True)
     return [f"expert {i}  {name.ljust(wide)}  {source}" for i, (name, source) in enumerate(pairs)]
-
-
-def _settings(options: UpcycleFlags, experts: int, domains: Any) -> dict[str, Any]:
-    """Returns values of the method files' macros."""
-    if options.method == "soup":
-        return {}
-    settings = {
-        "EXPERTS": experts,
-        "TOP_K": 1 if options.top_k is None else options.top_k,
-        "RENORMALISE": options.renormalise,
-    }
-    if options.mixes_attention:
-        settings |= {"SHARED_KV": options.shared_kv, "ATTENTION_TOP_K": options.attention_top_k}
-    if domains is not None:
-        settings["DOMAIN_DIM"] = domains.dim
-    return settings
 
 
 def _experts(options: UpcycleFlags) -> list[tuple[str, SourceModel]]:
@@ -120,144 +108,3 @@ def _experts(options: UpcycleFlags) -> list[tuple[str, SourceModel]]:
             "At least two experts are needed: give several --experts, or --copies=N."
         )
     return named
-
-
-@dataclasses.dataclass(frozen=True)
-class _Change:
-    """A new mixture: its transform, source models, and record."""
-
-    transform: TreeTransform
-    sources: list[SourceModel]
-    record: dict[str, Any]
-
-
-def extend(config: RunConfig, flags: argparse.Namespace) -> None:
-    """The command.
-
-    Raises:
-      TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
-    """
-    options: ExtendFlags = upcycle_flags.parsed(flags, ExtendFlags)
-    moe = SourceModel(options.moe, options.params)
-    record = moe.meta.get("upcycled")
-    if record is None or "sources" not in record:
-        raise TransformError(
-            f"{options.moe} was not made by launch.upcycle, so its experts have no names: give another --moe."
-        )
-    mixture = _mixture(config.model, moe, record)
-    if options.add:
-        change = _addition(options, options.add, moe, record, mixture)
-    else:
-        change = _removal(config.model, str(options.remove), moe, record, mixture)
-    recipes = transformed_run.write(
-        options.to,
-        change.transform,
-        change.sources,
-        config=[
-            f"EXPERTS = {len(change.record['experts'])}",
-            *([f"LEVELLED = {mixture.experts}"] if options.level else []),
-        ],
-        gin_files=flags.gin_file,
-        whole_config=flags.trust_config,
-        meta={"upcycled": change.record},
-    )
-    lines = [*expert_lines(change.record), *base.table(recipes)]
-    last = f"written to {options.to}: parameters without an optimiser's state"
-    print("\n".join([*lines, last]))
-
-
-def _mixture(model: Any, moe: SourceModel, record: dict[str, Any]) -> Mixture:
-    """Returns the settings of a mixture, from its configuration, parameters and record."""
-    first = model.layer_settings()[0]
-    if first.mlp.experts != len(record["experts"]):
-        raise TransformError(
-            f"{moe.path} was made of the experts {', '.join(record['experts'])}, but its configuration has "
-            f"{first.mlp.experts or 'none'}: give the configuration of its training, --gin_file=FILE."
-        )
-    shapes = moe.abstract.shapes
-    routers = {path.rpartition("/router/")[2] for path in shapes if "/mlp/router/" in path}
-    domains = next((path for path in shapes if path.endswith("mlp/router/domains")), None)
-    return Mixture(
-        experts=first.mlp.experts,
-        kv_heads=model.config.kv_heads,
-        scanned=model.config.scan_layers,
-        attention=first.attention.experts > 0,
-        shared_kv=first.attention.shared_kv,
-        router="projection" if domains else "linear" if "kernel" in routers else "mlp",
-        domains=_vectors(moe, domains) if domains else None,
-        **{name: record[name] for name in RECORDED},
-    )
-
-
-def _vectors(moe: SourceModel, path: str) -> np.ndarray:
-    """Returns the domain embeddings [E, M], which are equal in all layers."""
-    vectors = moe.open(path).read()
-    return vectors.reshape(-1, *vectors.shape[-2:])[0]
-
-
-def _addition(
-    options: ExtendFlags, add: str, moe: SourceModel, record: dict[str, Any], mixture: Mixture
-) -> _Change:
-    name, path = upcycle_flags.split(add)
-    new = SourceModel(path, options.params)
-    name = name or new.folder.name
-    experts = record["experts"]
-    if name in experts:
-        raise TransformError(
-            f"{moe.path} already has an expert {name}: give the new one another name, --add NAME=DIR."
-        )
-    source_models.check_related([moe, new], unrelated=options.unrelated)
-    record = {**record, "experts": [*experts, name], "sources": [*record["sources"], new.path]}
-    domains = mixture.domains
-    if domains is None and options.level:
-        raise TransformError(f"The router of {moe.path} is no projection: remove --level.")
-    if domains is None and options.domains is not None:
-        raise TransformError(f"The router of {moe.path} does not use --domains: remove it.")
-    if domains is not None:
-        if options.domains is None:
-            raise TransformError(
-                f"The router of {moe.path} needs the embedding of {name}: give --domains=FILE."
-            )
-        if options.router == "reset":
-            raise TransformError(
-                f"--router=reset does not apply to the projection router of {moe.path}: remove it."
-            )
-        file = domain_embeddings.read(options.domains)
-        source_models.check_same_encoder(file, record["domains"])
-        source_models.check_same_vectors(file, experts, domains)
-        domains = np.concatenate([domains, file.vectors([name])])
-        record["domains"] = source_models.domains_record(file, domains)
-    count = mixture.experts + 1
-    larger = dataclasses.replace(
-        mixture, experts=count, domains=domains, seed=options.router_seed or 0
-    )
-    merge = 1 / count if options.merge is None else options.merge
-    transform = Addition(larger, merge=merge, router=options.router or "append")
-    return _Change(transform, [moe, new], record)
-
-
-def _removal(
-    model: Any, name: str, moe: SourceModel, record: dict[str, Any], mixture: Mixture
-) -> _Change:
-    if name not in record["experts"]:
-        raise TransformError(
-            f"{moe.path} has no expert {name}: give one of {', '.join(record['experts'])}."
-        )
-    rest = mixture.experts - 1
-    first = model.layer_settings()[0]
-    top_ks = {"MoeMlp": first.mlp.top_k}
-    if mixture.attention and first.attention.top_k is not None:
-        top_ks["MixtureOfAttention"] = first.attention.top_k
-    for owner, top_k in top_ks.items():
-        if top_k > rest:
-            raise TransformError(
-                f"Without {name} the mixture has {rest} expert{'s' * (rest != 1)}, fewer than "
-                f"{owner}.top_k = {top_k} experts of a token: do not remove it, or reduce top_k."
-            )
-    index = record["experts"].index(name)
-    lists = {x: record[x][:index] + record[x][index + 1 :] for x in ("experts", "sources")}
-    record = {**record, **lists}
-    if mixture.domains is not None:
-        vectors = np.delete(mixture.domains, index, axis=0)
-        record["domains"] = {**record["domains"], "digest": source_models.digest(vectors)}
-    return _Change(Removal(mixture, index), [moe], record)

@@ -1,14 +1,11 @@
-"""Checkpoints that a tree transform reads array by array, and a mixture's record of its experts."""
+"""Checkpoints that a tree transform reads array by array."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.data.nexus import domain_embeddings
-from espalier.data.nexus.domain_embeddings import Embeddings
 from espalier.launch.config import gin_source, model_file
 from espalier.launch.run.model_record import CONFIG
 from espalier.model.transforms.base import Source, TransformError
@@ -19,13 +16,6 @@ from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpoint
 _RELATED = 0.1  # minimum correlation of embeddings; models of other seeds have none
 _ROWS = 4096  # number of embedding rows that are compared
 _EMBEDDING = "token_embed/embedding"
-
-# Fields of experts.Mixture that a mixture records for experts added later; also names of flags of launch.upcycle.
-RECORDED = ("expert_scale", "drop_ratio", "drop_seed", "router_std", "logit_std")
-_REMEDY = (
-    f"add the new domain to the file of the mixture with {domain_embeddings.COMMAND} --extend=FILE "
-    "--domain NAME=SOURCE, which keeps its encoder, its mean and its vectors."
-)
 
 
 class SourceModel:
@@ -93,7 +83,8 @@ class SourceModel:
     @property
     def base_digest(self) -> str:
         """The digest of the parameters that are no adapters', see base_step.digest."""
-        return base_step.digest({path: self._entry(path) for path in self._parts})
+        entries = {path: self._entry(path) for path in self._parts}
+        return base_step.digest(base_step.added(self.meta).base_of(entries))
 
     def text_meta(self) -> dict[str, Any]:
         """Returns the metadata on the vocabulary and on tokens before a text."""
@@ -145,42 +136,4 @@ def check_related(sources: Sequence[SourceModel], *, unrelated: bool) -> None:
             raise TransformError(
                 f"{other.path} and {first.path} did not start from the same seed model: the correlation of their "
                 f"embeddings is {correlation:.2f}, so their average is meaningless. --unrelated accepts them."
-            )
-
-
-def domains_record(domains: Embeddings, vectors_EM: np.ndarray) -> dict[str, Any]:
-    """Returns a mixture's record of its domains: encoder, subtracted mean, and a digest of the vectors."""
-    return {
-        "encoder": dict(domains.encoder),
-        "mean": domains.mean_M.tolist(),
-        "digest": digest(vectors_EM),
-    }
-
-
-def digest(vectors_EM: np.ndarray) -> str:
-    """Returns the hash of the vectors' bytes."""
-    return hashlib.blake2b(np.ascontiguousarray(vectors_EM), digest_size=16).hexdigest()
-
-
-def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None:
-    """Raises TransformError if the file's encoder or subtracted mean differs from the mixture's."""
-    if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
-        raise TransformError(
-            f"{domains.path} was made with the encoder {domain_embeddings.described(domains.encoder)}, but the "
-            f"mixture's embeddings with {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
-        )
-    if domains.mean_M.tolist() != recorded["mean"]:
-        raise TransformError(
-            f"{domains.path} has another mean, which is subtracted from its vectors, than the mixture's embeddings, so "
-            f"all experts would move: {_REMEDY}"
-        )
-
-
-def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np.ndarray) -> None:
-    """Raises TransformError if an expert's vector in the file differs from the mixture's [E, M]."""
-    for name, vector_M in zip(names, vectors_EM, strict=True):
-        if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
-            raise TransformError(
-                f"{domains.path} has another vector of {name} than the one that the mixture's router was trained "
-                f"with: {_REMEDY}"
             )

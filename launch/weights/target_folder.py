@@ -1,12 +1,12 @@
 """Folders that a conversion makes: whole under their final name, or not there."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
+from espalier.common import files
 from espalier.common.storage import mirror, paths
 
 # What is copied last to an object store: a reader takes a checkpoint for complete once these are there.
@@ -83,7 +83,7 @@ def _parents(folder: str) -> Iterator[None]:
 def _locked(path: str, target: str) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.lock(lock)
         except BlockingIOError:
             raise ConvertError(f"Another process is writing {target}: wait for it.") from None
         try:

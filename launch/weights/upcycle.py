@@ -20,11 +20,39 @@ means of large ones in blocks of rows.
 
 import argparse
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+from espalier.launch.nexus.upcycling import Nexus
 from espalier.launch.weights import upcycle_flags
-from espalier.launch.weights.upcycle_flags import Params
+from espalier.launch.weights.upcycle_flags import Method, Params
 from espalier.model.transforms.base import TransformError
+
+
+class Btx(Method):
+    """FFNs become experts (arXiv 2403.07816)."""
+
+    files = [f"{upcycle_flags.METHOD_FILES}/bam/btx.gin"]
+
+
+class Bam(Method):
+    """FFNs and attentions become experts (arXiv 2408.08274)."""
+
+    mixes_attention = True
+    files = [f"{upcycle_flags.METHOD_FILES}/bam/bam.gin"]
+
+
+class Soup(Method):
+    """All is averaged to a dense model."""
+
+    ffn = False
+    files = []
+
+    def settings(self, experts: int) -> dict[str, Any]:
+        del experts
+        return {}
+
+
+METHODS: dict[str, type[Method]] = {"btx": Btx, "bam": Bam, "nexus": Nexus, "soup": Soup}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,43 +108,31 @@ class UpcycleFlags:
     drop_seed: int | None = None
 
     @property
-    def router_kind(self) -> Literal["projection", "linear", "mlp"]:
-        return (self.router or "projection") if self.method == "nexus" else "linear"
-
-    @property
-    def mixes_attention(self) -> bool:
-        return self.method == "bam" or self.attention_experts
-
-    @property
-    def method_files(self) -> list[str]:
-        """Returns the gin files that configure the mixture's layers."""
-        folder = "t5x_configs/methods"
-        attention = f"{folder}/bam/attention_experts.gin"
-        if self.method == "soup":
-            return []
-        if self.method != "nexus":
-            return [f"{folder}/bam/{self.method}.gin"]
-        if self.router_kind == "linear":
-            linear = f"{folder}/nexus/nexus_linear.gin"
-            return [linear, attention] if self.attention_experts else [linear]
-        name = "nexus" if self.router_kind == "projection" else "nexus_mlp"
-        return [f"{folder}/nexus/{name}{'_bam' if self.attention_experts else ''}.gin"]
+    def made_by(self) -> Method:
+        """The method, with these flags."""
+        return METHODS[self.method](self)
 
     def check(self) -> None:
         """Raises TransformError for flags that would be ignored, or need another flag."""
-        nexus, ffn, router = self.method == "nexus", self.method != "soup", self.router_kind
+        method = self.made_by
         uses = {
-            "--method=nexus": (nexus, ("seed_model", "domains", "router", "attention_experts")),
+            **{
+                f"--method={name}": (isinstance(method, kind), kind.flags)
+                for name, kind in METHODS.items()
+            },
             "experts, which --method=soup does not make": (
-                ffn,
+                method.ffn,
                 ("top_k", "renormalise", "expert_scale", "drop_ratio"),
             ),
             "attention experts (--method=bam, or nexus with --attention_experts)": (
-                self.mixes_attention,
+                method.mixes_attention,
                 ("shared_kv", "average_attention", "attention_top_k"),
             ),
-            "linear routers": (ffn and router == "linear", ("router_std",)),
-            "routers of --method=nexus that are not linear": (router != "linear", ("logit_std",)),
+            "linear routers": (method.ffn and method.router_kind == "linear", ("router_std",)),
+            "routers of --method=nexus that are not linear": (
+                method.router_kind != "linear",
+                ("logit_std",),
+            ),
             "--drop_ratio": (self.drop_ratio, ("drop_seed",)),
         }
         for use, (used, names) in uses.items():
@@ -130,25 +146,7 @@ class UpcycleFlags:
             raise TransformError(f"--drop_ratio={self.drop_ratio:g} must be between 0 and 1.")
         if self.expert_scale is not None and not self.expert_scale > 0:
             raise TransformError(f"--expert_scale={self.expert_scale:g} must be positive.")
-        if nexus:
-            self._check_nexus(router)
-
-    def _check_nexus(self, router: str) -> None:
-        if not self.seed_model:
-            raise TransformError(
-                "--method=nexus needs --seed_model=DIR, the run whose FFNs all tokens share."
-            )
-        if router == "linear" and self.domains:
-            raise TransformError("--router=linear does not read --domains: remove it.")
-        if router != "linear" and not self.domains:
-            raise TransformError(
-                f"--router={router} needs --domains=FILE, written by launch.prepare embed_domains, for its width."
-            )
-        if router == "projection" and self.copies > 1:
-            raise TransformError(
-                "Experts of --copies have the same embedding, so the first would get every token: give runs of "
-                "several domains, or --router=linear."
-            )
+        method.check()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

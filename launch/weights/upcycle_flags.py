@@ -4,14 +4,82 @@ import argparse
 import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.run import load_run
 
 Params = Literal["auto", "raw", "ema"]
+METHOD_FILES = "t5x_configs/methods"  # folder of the methods' gin files
+
+
+class Method:
+    """A value of `launch.upcycle --method`: which parameters become experts, and behind which routers.
+
+    Attributes:
+      options: the command's flags, a launch.weights.upcycle.UpcycleFlags.
+      ffn: whether FFNs become experts.
+      flags: names of flags that no other method reads.
+    """
+
+    ffn: ClassVar[bool] = True
+    flags: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    @property
+    def mixes_attention(self) -> bool:
+        """Whether attentions become experts too."""
+        return False
+
+    @property
+    def router_kind(self) -> str:
+        """The kind of the routers, as a flag names it."""
+        return "linear"
+
+    @property
+    def files(self) -> list[str]:
+        """The gin files that configure the mixture's layers."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises TransformError for flags that do not go together."""
+
+    def attention(self, kv_heads: int) -> Any:
+        """Returns how attentions become experts (model/bam/experts.py); None if they do not."""
+        from espalier.model.bam.experts import AttentionExperts
+
+        if not self.mixes_attention:
+            return None
+        shared, averaged = self.options.shared_kv, self.options.average_attention
+        return AttentionExperts(kv_heads=kv_heads, shared_kv=shared, averaged=averaged)
+
+    def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
+        """Returns the routers (model/transforms/experts.py) of these experts, with the settings that are recorded."""
+        from espalier.model.transforms.experts import LinearRouters
+
+        del experts
+        return LinearRouters(std=record["router_std"])
+
+    def record(self, experts: Sequence[str]) -> dict[str, Any]:
+        """Returns what a mixture of these experts records of the method, besides what all methods record."""
+        del experts
+        return {}
+
+    def settings(self, experts: int) -> dict[str, Any]:
+        """Returns values of the macros of `files`."""
+        options = self.options
+        values = {
+            "EXPERTS": experts,
+            "TOP_K": 1 if options.top_k is None else options.top_k,
+            "RENORMALISE": options.renormalise,
+        }
+        if self.mixes_attention:
+            values |= {"SHARED_KV": options.shared_kv, "ATTENTION_TOP_K": options.attention_top_k}
+        return values
 
 
 def split(expert: str) -> tuple[str | None, str]:
@@ -62,12 +130,4 @@ def main(doc: str, command: str, work: str, add_flags: Any) -> int:
         module, _, function = work.partition(":")
         getattr(importlib.import_module(module), function)(start(), start.flags)
 
-    return cli.main(
-        doc,
-        entry="espalier.launch.run.load_run:RunConfig",
-        command=command,
-        extra_flags=flags_of,
-        run=run,
-        default_files=files,
-        unused={"VOCABULARY": "None"},
-    )
+    return load_run.command(doc, command, run, flags_of, files=files)(None)

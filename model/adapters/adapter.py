@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import recordable
+from espalier.model.flops import Counted
 from espalier.model.protocol import adapters_of
 from espalier.model.transforms.patterns import fullmatch
 
@@ -33,7 +34,7 @@ class AdapterError(ValueError):
     """Adapters that do not fit each other or the model."""
 
 
-class Adapter(nn.Module):
+class Adapter(Counted):
     """What changes one projection; called with (site, x) or, at experts, (site, rows, sizes).
 
     Attributes:
@@ -211,6 +212,15 @@ def named(**slots: Callable[..., Any] | None) -> Adapters:
     # Made here, with the bindings of now: a command may read another configuration before it merges them.
     made = {slot: make(name=None, parent=None) for slot, make in sorted(slots.items()) if make}
     return Adapters(made)
+
+
+def record(model: Any) -> dict[str, Any]:
+    """Returns the facts of a checkpoint of this model about its adapters; {} without any.
+
+    `added` is the beginning of the names of their modules (trainers/checkpoints/base_step.py).
+    """
+    adapters = adapters_of(model)
+    return {} if adapters is None else {"adapters": adapters.settings, "added": PREFIX}
 
 
 def check_settings(model: Any, recorded: Mapping[str, Any] | None, where: Any) -> None:

@@ -6,7 +6,7 @@ Shapes: X in, Y out, R rank, E experts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -43,6 +43,8 @@ class Lora(Adapter):
     Raises:
       AdapterError: a rank is larger than the smaller side of its matrix, or DoRA at experts.
     """
+
+    MATRICES: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
 
     layers: Sequence[str] = PROJECTIONS
     rank: Size = 16

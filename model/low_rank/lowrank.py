@@ -8,7 +8,7 @@ Shapes: X in, Y out, R rank, E experts, '...' stacked layers or experts.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,8 @@ def report(params: Any, *, factorisation: Factorisation) -> list[str]:
 @recordable
 class LowRankDense(Dense):
     """y = x U V^T (+ bias) in the layers that `factorisation` selects; `Dense` elsewhere."""
+
+    MATRICES: ClassVar[tuple[str, ...]] = ("u", "v")
 
     factorisation: Factorisation = Factorisation()
 

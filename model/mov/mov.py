@@ -9,6 +9,8 @@ router's own values are random.
 Shapes: N experts, X width of the rescaled tensor, in H heads of K; '...' leading dimensions.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from espalier.model.mov.router import Routed
 @recordable
 class Mov(Routed, Ia3):
     """(IA)3 with `num_experts` vectors, mixed for each token, and at keys and values for each head."""
+
+    MATRICES: ClassVar[tuple[str, ...]] = ("input_scales", "output_scales")
 
     @property
     def of_experts(self) -> bool:

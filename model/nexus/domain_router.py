@@ -30,7 +30,7 @@ from espalier.model import axes
 from espalier.model.flops import Counted
 from espalier.model.kernels import matmul
 from espalier.model.linear import Dense, Pointwise, fan_in_normal
-from espalier.model.moe.router_scale import down_std
+from espalier.model.nexus.router_scale import down_std
 
 
 class GatedRouter(Counted):

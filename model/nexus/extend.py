@@ -51,8 +51,7 @@ class Addition:
         before = old.shape(path)
         one = _resized(before, where, before[where.axis] // (mixture.experts - 1))
         if router:
-            domains = None if mixture.domains is None else mixture.domains[-1:]
-            last = dataclasses.replace(mixture, domains=domains)
+            last = dataclasses.replace(mixture, router=mixture.router.of_last())
             column = upcycle.drawn(path, one, last, mixture.experts)
             origin = column.origin
             inputs: tuple[tuple[str, str], ...] = ((old.name, path),)

@@ -1,67 +1,19 @@
 """Joins experts in the arrays of a mixture, and draws random values, in numpy; exact except for averages.
 
-Shapes: E experts, K key/value heads, G query heads for each, H head dim, D width, F hidden width, M width of an
-embedding of a domain, '...' stacked layers.
+Shapes: E experts, D width, F hidden width, '...' stacked layers.
 """
 
 import dataclasses
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 FFN = r"(.*/)?mlp/(gate|up|down)/kernel"
 SHARED = r"(.*/)?mlp/shared/(gate|up|down)/kernel"
-ROUTER = r"(.*/)?(mlp|attention)/router/(kernel|domains|(gate|up|down)/kernel)"
-_HEADS = r"(.*/)?attention/(query|key|value|out)/(kernel|bias)"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Mixture:
-    """Settings of a mixture that its parameters depend on.
-
-    Attributes:
-      experts: E, the number of FFN experts and of attention experts, without the shared FFN.
-      kv_heads: K of one expert.
-      scanned: whether arrays below `layers/` stack layers on their leading axis.
-      ffn: whether FFNs are experts; if not, the mixture is a dense model whose parameters are means.
-      attention: whether attentions are also experts.
-      average_attention: whether each attention expert is the mean of all models: a control with the same number of
-        parameters and no specialisation.
-      shared_kv: whether attention experts share keys and values, which are the mean of all models.
-      router: kind of router: linear in the tokens, a projection of `domains`, or an MLP.
-      domains: embeddings [E, M] of the experts' data, for a projection router.
-      router_std: standard deviation of linear routers' kernels.
-      logit_std: standard deviation of the first logits of other routers.
-      seed: seed of the routers' initial values.
-      expert_scale: factor on the down-projections of routed experts. If weights are probabilities that are not
-        renormalised, N copies of one FFN give about 1/N of its output; a factor of N corrects this
-        (arXiv 2410.07524).
-      drop_ratio: fraction of the hidden units of each routed expert that is redrawn, see `dropped`.
-      drop_seed: seed of the redrawn values.
-    """
-
-    experts: int
-    kv_heads: int
-    scanned: bool = False
-    ffn: bool = True
-    attention: bool = False
-    average_attention: bool = False
-    shared_kv: bool = False
-    router: Literal["linear", "projection", "mlp"] = "linear"
-    domains: np.ndarray | None = None
-    router_std: float = 0.02
-    logit_std: float = 0.1
-    seed: int = 0
-    expert_scale: float = 1.0
-    drop_ratio: float = 0.0
-    drop_seed: int = 0
-
-    def slices(self, path: str) -> Literal["layers", "whole"]:
-        """Returns the slices of an experts' array's recipe: "layers" if layers are stacked. See base.Recipe."""
-        return "layers" if self.scanned and path.startswith("layers/") else "whole"
+ROUTER = r"(.*/)?(mlp|attention)/router/((?!bias$).+)"  # with the parameter's name in its router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,25 +29,95 @@ class ExpertAxis:
     groups: int = 1
 
 
+class AttentionExperts(Protocol):
+    """How attentions are experts, such as model/bam/experts.py.
+
+    Attributes:
+      averaged: whether each expert is the mean of all models: a control with the same number of parameters and no
+        specialisation.
+    """
+
+    averaged: bool
+
+    def axis(self, path: str) -> ExpertAxis | None:
+        """Returns the expert axis of a parameter of the mixture; None for parameters that are shared, or no attention's."""
+
+
+class Routers(Protocol):
+    """The routers of a mixture, such as `LinearRouters` and those of model/nexus/routers.py."""
+
+    def axis(self, name: str) -> int | None:
+        """Returns the expert axis of a router's parameter `name`, counted from the end; None for one without."""
+
+    def initial(self, name: str, path: str, shape: tuple[int, ...]) -> float | np.ndarray | None:
+        """Returns the standard deviation of a parameter's first values, or its embeddings; None if routers have no such one.
+
+        Raises:
+          TransformError: embeddings that do not fit.
+        """
+
+    def of_last(self) -> "Routers":
+        """Returns routers that describe the last expert alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRouters:
+    """Routers with a kernel [D, E], drawn with the standard deviation `std`."""
+
+    std: float = 0.02
+
+    def axis(self, name: str) -> int | None:
+        return -1 if name == "kernel" else None
+
+    def initial(self, name: str, path: str, shape: tuple[int, ...]) -> float | None:
+        del path, shape
+        return self.std if name == "kernel" else None
+
+    def of_last(self) -> "LinearRouters":
+        return self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture:
+    """Settings of a mixture that its parameters depend on.
+
+    Attributes:
+      experts: E, the number of FFN experts and of attention experts, without the shared FFN.
+      scanned: whether arrays below `layers/` stack layers on their leading axis.
+      ffn: whether FFNs are experts; if not, the mixture is a dense model whose parameters are means.
+      attention: how attentions are experts too; None if they are not.
+      router: the routers.
+      seed: seed of the routers' initial values.
+      expert_scale: factor on the down-projections of routed experts. If weights are probabilities that are not
+        renormalised, N copies of one FFN give about 1/N of its output; a factor of N corrects this
+        (arXiv 2410.07524).
+      drop_ratio: fraction of the hidden units of each routed expert that is redrawn, see `dropped`.
+      drop_seed: seed of the redrawn values.
+    """
+
+    experts: int
+    scanned: bool = False
+    ffn: bool = True
+    attention: AttentionExperts | None = None
+    router: Routers = LinearRouters()
+    seed: int = 0
+    expert_scale: float = 1.0
+    drop_ratio: float = 0.0
+    drop_seed: int = 0
+
+    def slices(self, path: str) -> Literal["layers", "whole"]:
+        """Returns the slices of an experts' array's recipe: "layers" if layers are stacked. See base.Recipe."""
+        return "layers" if self.scanned and path.startswith("layers/") else "whole"
+
+
 def expert_axis(path: str, mixture: Mixture) -> ExpertAxis | None:
     """Returns the expert axis of a parameter of the mixture; None for parameters that experts share."""
     if re.fullmatch(FFN, path):
         return ExpertAxis(-3) if mixture.ffn else None
     if match := re.fullmatch(ROUTER, path):
-        kind = match[3]
-        if kind == "domains":
-            return ExpertAxis(-2)
-        last = kind == "kernel" or (kind == "down/kernel" and mixture.router == "mlp")
-        return ExpertAxis(-1) if last else None
-    match = re.fullmatch(_HEADS, path)
-    if not mixture.attention or match is None:
-        return None
-    # The order of heads in model/bam/moa.py: by expert, or by key/value head if experts share these.
-    name, kind = match[2], match[3]
-    groups = mixture.kv_heads if mixture.shared_kv else 1
-    if name == "out":
-        return ExpertAxis(-2, groups) if kind == "kernel" else None  # one bias is added once
-    return None if mixture.shared_kv and name in ("key", "value") else ExpertAxis(-1, groups)
+        axis = mixture.router.axis(match[3])
+        return None if axis is None else ExpertAxis(axis)
+    return None if mixture.attention is None else mixture.attention.axis(path)
 
 
 def joined(parts: Sequence[np.ndarray], where: ExpertAxis) -> np.ndarray:

@@ -1,18 +1,16 @@
 """Transforms dense models that were trained from one seed model to a mixture of experts.
 
-FFNs become experts (BTX, arXiv 2403.07816); with a mixture of attention, so do attentions (BAM, arXiv 2408.08274).
-Routers are drawn. All other parameters are the mean of the models. With Nexus (arXiv 2408.15901) the seed model is not
-an expert and not part of the means: its FFNs become the shared FFN, which every token uses.
+FFNs become experts (BTX, arXiv 2403.07816), and attentions where the mixture says how. Routers are drawn. All other
+parameters are the mean of the models. With a shared FFN, which every token uses, one more model has it: that model is not
+an expert and not part of the means.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from espalier.model.moe import router_scale
 from espalier.model.transforms import base, experts
 from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
 from espalier.model.transforms.experts import ExpertAxis, Mixture
@@ -103,7 +101,7 @@ def _side_by_side(
     mixture: Mixture,
 ) -> Recipe:
     ffn = where.axis == -3
-    averaged = mixture.average_attention and not ffn
+    averaged = not ffn and mixture.attention is not None and mixture.attention.averaged
 
     def compute(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
         if ffn:
@@ -136,34 +134,13 @@ def drawn(path: str, shape: tuple[int, ...], mixture: Mixture, *key: int) -> Rec
     """Returns the recipe of a router's parameter, which no source has; `key` adds to the mixture's seed.
 
     Raises:
-      TransformError: the parameter is not a router's, or the domains' embeddings do not fit.
+      TransformError: the parameter is not a router's, or its embeddings do not fit.
     """
     match = re.fullmatch(experts.ROUTER, path)
-    if match is None:
+    initial = None if match is None else mixture.router.initial(match[3], path, shape)
+    if initial is None:
         raise TransformError(f"{path} {list(shape)} of the mixture has no source.")
-    if match[3] == "domains":
-        if (domains := mixture.domains) is None:
-            raise TransformError(f"{path} of the mixture needs embeddings of domains.")
-        if domains.shape != shape[-2:]:
-            raise TransformError(
-                f"{path} of the mixture is {list(shape)}, and embeddings are {list(domains.shape)}: "
-                "set DomainRouter.domain_dim to their width."
-            )
-        return single(path, shape, "embeddings", (), lambda *_: np.broadcast_to(domains, shape))
-    std = _std(match[3], shape, mixture)
-    values = lambda *_: experts.draw(path, shape, std, mixture.seed, *key)  # noqa: E731
+    if isinstance(initial, np.ndarray):
+        return single(path, shape, "embeddings", (), lambda *_: np.broadcast_to(initial, shape))
+    values = lambda *_: experts.draw(path, shape, initial, mixture.seed, *key)  # noqa: E731
     return single(path, shape, "drawn", (), values)
-
-
-def _std(kind: str, shape: tuple[int, ...], mixture: Mixture) -> float:
-    """Returns the initial standard deviation of a router's kernel [..., in, out]."""
-    fan_in, width = shape[-2:]
-    if kind == "kernel":
-        return mixture.router_std
-    if kind != "down/kernel":
-        return 1 / math.sqrt(fan_in)
-    if mixture.domains is not None:
-        # Rounded: float32 vectors have length 1 only nearly.
-        length = round(float(np.linalg.norm(mixture.domains, axis=-1).mean()), 3)
-        return router_scale.down_std(mixture.domains.shape[-1], width, mixture.logit_std, length)
-    return router_scale.token_down_std(fan_in, mixture.logit_std)

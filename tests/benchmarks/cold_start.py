@@ -1,27 +1,23 @@
 """From process start to the first loss of a training run, cold and with a warm compilation cache.
 
 The peer's first loss needs only a compiled forward pass; this project's first loss needs the whole compiled
-training step. The figures are not corrected for this difference. This project starts with and without the store of
-compiled programs (ESPALIER_PROGRAMS), each with caches of its own.
+training step. The figures are not corrected for this difference.
 """
 
 import os
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 from tests.benchmarks import case, compare
 from tests.benchmarks.train_step import command
 
-# Side and variables of each start, in the order of a round: a warm start finds the programs of the cold one before.
-_STARTS: dict[str, tuple[str, Mapping[str, str]]] = {
-    "ours_cold": ("ours", compare.TRACED),
-    "ours_cold_stored": ("ours", compare.STORED),
-    "compiled_cold": ("compiled", {}),
-    "ours_warm": ("ours", compare.TRACED),
-    "ours_warm_stored": ("ours", compare.STORED),
-    "compiled_warm": ("compiled", {}),
-    "eager": ("eager", {}),
+# Side of each start, in the order of a round: a warm start finds the programs of the cold one before.
+_STARTS = {
+    "ours_cold": "ours",
+    "compiled_cold": "compiled",
+    "ours_warm": "ours",
+    "compiled_warm": "compiled",
+    "eager": "eager",
 }
 
 
@@ -32,26 +28,18 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
         case.write_training(folder, steps=1)
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as caches:
-                for name, (side, switch) in _STARTS.items():
-                    jax_folder = "stored" if switch is compare.STORED else "traced"
-                    env = {
-                        "JAX_COMPILATION_CACHE_DIR": os.path.join(caches, jax_folder),
-                        "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "torch"),
-                        **switch,
-                    }
+                env = {
+                    "JAX_COMPILATION_CACHE_DIR": os.path.join(caches, "jax"),
+                    "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "torch"),
+                }
+                for name, side in _STARTS.items():
                     reports[name].append(compare.measured(command(side, folder, 1), env=env))
     seconds = compare.each(reports, "first_loss_s")
-    ratios: dict[str, Any] = {}
-    for store in ("", "_stored"):
-        cold, warm = (seconds[f"ours_{cache}{store}"] for cache in ("cold", "warm"))
-        ratios |= {
-            f"cold_over_ours_cold{store}": compare.ratio(seconds["compiled_cold"], cold),
-            f"cold_over_ours_warm{store}": compare.ratio(seconds["compiled_cold"], warm),
-            f"warm_over_ours_warm{store}": compare.ratio(seconds["compiled_warm"], warm),
-            f"ours_warm{store}_over_eager": compare.ratio(warm, seconds["eager"]),
-        }
     return {
-        **ratios,
+        "cold_over_ours_cold": compare.ratio(seconds["compiled_cold"], seconds["ours_cold"]),
+        "cold_over_ours_warm": compare.ratio(seconds["compiled_cold"], seconds["ours_warm"]),
+        "warm_over_ours_warm": compare.ratio(seconds["compiled_warm"], seconds["ours_warm"]),
+        "ours_warm_over_eager": compare.ratio(seconds["ours_warm"], seconds["eager"]),
         "first_loss_seconds": seconds,
         "first_update_seconds": compare.each(reports, "first_step_s"),
         "other_load_cores": compare.each(reports, "other_load"),

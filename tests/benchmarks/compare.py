@@ -25,8 +25,6 @@ from espalier.common.stages import duration
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONTENDED = 0.3  # cores busy with other programs; above this, wall times are unreliable
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers")
-# Variables of this project's side: without the store of compiled programs (trainers/programs), which traces, and with it.
-TRACED, STORED = {"ESPALIER_PROGRAMS": "0"}, {"ESPALIER_PROGRAMS": "1"}
 _TELL_SECONDS = 10.0
 K, T = TypeVar("K"), TypeVar("T")
 Report = dict[str, Any]

@@ -3,8 +3,7 @@
 Both sides start from the same checkpoint in Hugging Face's layout and read the same file of pairs. Each runs its usual
 command: `launch.train` with runs/preference.gin, and `DPOTrainer.train` with precompute_ref_log_probs. All sequences
 have the same length, so neither side pads. Fresh processes alternate. TRL does not store the reference's
-log-probabilities, so each of its runs computes them. Our timed runs reuse those from an earlier run. They alternate with
-runs that read the step from the store of compiled programs (ESPALIER_PROGRAMS), whose only ratio is that of the start.
+log-probabilities, so each of its runs computes them. Our timed runs reuse those from an earlier run.
 """
 
 import contextlib
@@ -51,21 +50,16 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             "ours": compare.ours("dpo", folder, WARM_UP + steps),
-            "ours_stored": compare.ours("dpo", folder, WARM_UP + steps),
-            "trl": compare.peer("torch/dpo_torch.py", folder, WARM_UP + steps),
+            "trl": compare.peer("torch/trl_torch.py", "dpo", folder, WARM_UP + steps),
         }
         write(folder)
-        env = {"ours": compare.TRACED, "ours_stored": compare.STORED}
-        # Computes the reference's log-probabilities; the next run fills the store of programs.
-        first = compare.measured(commands["ours"], env=env["ours"])
-        compare.measured(commands["ours_stored"], env=env["ours_stored"])
-        reports = compare.alternate_processes(commands, rounds, env=env)
+        # Computes the reference's log-probabilities.
+        first = compare.measured(commands["ours"])
+        reports = compare.alternate_processes(commands, rounds)
     seconds = compare.each(
         reports, lambda report: statistics.median(np.diff(report["step_ends"])[WARM_UP - 1 :])
     )
-    memory, set_up, first_step = (
-        compare.each(reports, key) for key in ("peak_memory_mb", "set_up_s", "first_step_s")
-    )
+    set_up = compare.each(reports, "set_up_s")
     return {
         "case": CASE,
         "speed_over_trl": compare.ratio(seconds["trl"], seconds["ours"]),
@@ -73,14 +67,21 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
             side: [round(CASE["batch_size"] / s, 2) for s in values]
             for side, values in seconds.items()
         },
-        "peak_memory_of_trls": compare.ratio(memory["ours"], memory["trl"]),
-        "peak_memory_mb": memory,
         # Time to load the pairs and score them with the reference; imports and compilation are excluded.
         "set_up_over_ours": compare.ratio(set_up["trl"], set_up["ours"]),
         "set_up_s": set_up,
         "first_set_up_s": first["set_up_s"],
+        **facts(reports),
+    }
+
+
+def facts(reports: Mapping[str, list[compare.Report]]) -> dict[str, Any]:
+    """Returns figures of memory and start-up, and the losses, of 'ours' and 'trl'."""
+    memory, first_step = (compare.each(reports, key) for key in ("peak_memory_mb", "first_step_s"))
+    return {
+        "peak_memory_of_trls": compare.ratio(memory["ours"], memory["trl"]),
+        "peak_memory_mb": memory,
         "first_step_over_ours": compare.ratio(first_step["trl"], first_step["ours"]),
-        "first_step_over_ours_stored": compare.ratio(first_step["trl"], first_step["ours_stored"]),
         "first_step_s": first_step,
         "losses": {side: runs[0]["losses"] for side, runs in reports.items()},
         "other_load_cores": compare.each(reports, "other_load"),
@@ -104,11 +105,15 @@ def side(folder: str, steps: str) -> dict[str, Any]:
     }
     metrics = train(folder, "dpo", flags(folder, "dpo", PAIR_FILES, bindings))
     trained = [row for row in metrics if "loss" in row]
+    return {**trained_report(trained), "set_up_s": set_up[0][1] - set_up[0][0]}
+
+
+def trained_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns losses, times and memory of this process's run from its rows of metrics."""
     return {
-        "losses": [row["loss"] for row in trained],
-        "step_ends": [row["time"] for row in trained],
-        "first_step_s": trained[0]["time"] - float(os.environ["BENCH_PROCESS_START"]),
-        "set_up_s": set_up[0][1] - set_up[0][0],
+        "losses": [row["loss"] for row in rows],
+        "step_ends": [row["time"] for row in rows],
+        "first_step_s": rows[0]["time"] - float(os.environ["BENCH_PROCESS_START"]),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 

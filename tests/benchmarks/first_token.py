@@ -3,7 +3,7 @@
 This project reads the Hugging Face directory as it is, as `--checkpoint` does, and transformers reads it by `from_pretrained`;
 both answer one prompt of 16 tokens, with imports counted. They alternate in fresh processes, with files that are not in the page
 cache (cold) and files that are (warm). Programs that XLA has compiled are kept between the processes, as they are for a user,
-and were compiled before the first round. This project runs without and with the store of compiled programs (ESPALIER_PROGRAMS).
+and were compiled before the first round.
 """
 
 import os
@@ -14,7 +14,6 @@ from typing import Any
 from tests.benchmarks import compare, hf_import
 
 PROMPT = list(range(100, 116))
-_SIDES = {"ours": compare.TRACED, "ours_stored": compare.STORED, "transformers": {}}
 
 
 def run(*, rounds: int = 5) -> dict[str, Any]:
@@ -25,32 +24,26 @@ def run(*, rounds: int = 5) -> dict[str, Any]:
         size = hf_import.write_checkpoint(source)
         commands = {
             "ours": compare.ours("first_token", source),
-            "ours_stored": compare.ours("first_token", source),
             "transformers": compare.peer("torch/llama_torch.py", "first_token", source),
         }
-        programs = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "programs")}
-        env = {name: programs | switch for name, switch in _SIDES.items()}
-        for name, command in commands.items():
-            compare.measured(command, env=env[name])
+        env = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "programs")}
+        for command in commands.values():
+            compare.measured(command, env=env)
         for _ in range(rounds):
-            for side_name in _SIDES:
+            for name, command in commands.items():
                 hf_import.evict(source)
                 for cache in ("cold", "warm"):
-                    report = compare.measured(commands[side_name], env=env[side_name])
-                    reports.setdefault(f"{side_name}_{cache}", []).append(report)
+                    report = compare.measured(command, env=env)
+                    reports.setdefault(f"{name}_{cache}", []).append(report)
 
-    def ratio(cache: str, key: str, mine: str = "ours") -> dict[str, Any]:
-        ours, theirs = (
-            [r[key] for r in reports[f"{name}_{cache}"]] for name in (mine, "transformers")
-        )
-        return compare.ratio(theirs, ours)
+    def ratio(cache: str, key: str) -> dict[str, Any]:
+        values = compare.each(reports, key)
+        return compare.ratio(values[f"transformers_{cache}"], values[f"ours_{cache}"])
 
     return {
         "checkpoint_mb": size / 1e6,
         "transformers_over_ours_seconds_cold": ratio("cold", "first_token_s"),
         "transformers_over_ours_seconds_warm": ratio("warm", "first_token_s"),
-        "transformers_over_ours_stored_seconds_cold": ratio("cold", "first_token_s", "ours_stored"),
-        "transformers_over_ours_stored_seconds_warm": ratio("warm", "first_token_s", "ours_stored"),
         "transformers_over_ours_peak": ratio("warm", "peak_mb"),
         "seconds": compare.each(reports, "first_token_s"),
         "peak_mb": compare.each(reports, "peak_mb"),

@@ -1,10 +1,9 @@
 """lm-evaluation-harness with this project's model against its own Hugging Face backend: requests per second.
 
 Both sides have the same checkpoint and requests and alternate in fresh processes. The time is that of the first
-answer to all requests. It includes compilation, with compiled programs cached on disk, but not loading the model. This
-project runs without and with the store of compiled programs (ESPALIER_PROGRAMS). The peer is first measured with several
-batch sizes; the fastest one is used. The result reports whether the answers are the same. 5,000 rankings are measured in
-processes of their own, with fewer rounds. The peer runs in .venv-lm-eval, made by `make peers-lm-eval`.
+answer to all requests. It includes compilation, with compiled programs cached on disk, but not loading the model. The
+peer is first measured with several batch sizes; the fastest one is used. The result reports whether the answers are the
+same. 5,000 rankings are measured in processes of their own, with fewer rounds. The peer runs in .venv-lm-eval, made by `make peers-lm-eval`.
 """
 
 import json
@@ -28,7 +27,6 @@ SIZES = {
     "num_key_value_heads": 6,
 }
 KINDS = ("multiple_choice", "generate_until")
-_OURS = {"ours": compare.TRACED, "ours_stored": compare.STORED}
 
 
 def run(
@@ -50,7 +48,6 @@ def run(
         _write(folder, sizes, documents, prompts, new_tokens)
         _write_many(folder, many_documents)
         programs = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "programs")}
-        env = {name: programs | switch for name, switch in _OURS.items()}
 
         def ours(requests: str) -> list[str]:
             return compare.ours("jax.lm_eval_side", folder, requests)
@@ -59,25 +56,22 @@ def run(
             script = ("jax/lm_eval_side.py", folder, requests, batch)
             return compare.peer(*script, target="peers-lm-eval")
 
-        # The first process of each side fills the cache of compiled programs.
-        first = {name: compare.measured(ours("requests"), env=env[name]) for name in _OURS}
+        env = {"ours": programs}
+        # The first process fills the cache of compiled programs.
+        first = compare.measured(ours("requests"), env=programs)
         choices = {
             batch: compare.measured(theirs("requests", batch)) for batch in map(str, peer_batches)
         }
         best = {kind: min(choices, key=lambda n: choices[n][kind]["seconds"]) for kind in KINDS}
         commands = {
-            **dict.fromkeys(_OURS, ours("requests")),
+            "ours": ours("requests"),
             **{n: theirs("requests", n) for n in sorted(set(best.values()))},
         }
         runs = compare.alternate_processes(commands, rounds, env=env)
         peers = [{kind: runs[best[kind]][i][kind] for kind in KINDS} for i in range(rounds)]
-        reports = {**{name: runs[name] for name in _OURS}, "peer": peers}
-        for name in _OURS:  # programs of further shapes
-            compare.measured(ours("many"), env=env[name])
-        many_commands = {
-            **dict.fromkeys(_OURS, ours("many")),
-            "peer": theirs("many", best["multiple_choice"]),
-        }
+        reports = {"ours": runs["ours"], "peer": peers}
+        compare.measured(ours("many"), env=programs)  # programs of further shapes
+        many_commands = {"ours": ours("many"), "peer": theirs("many", best["multiple_choice"])}
         many = compare.alternate_processes(many_commands, many_rounds, env=env)
         return {
             "case": {
@@ -90,7 +84,7 @@ def run(
             },
             "peer_versions": choices[str(peer_batches[0])]["versions"],
             "other_load": [report["other_load"] for report in (*runs["ours"], *many["ours"])],
-            **{kind: _compare(kind, reports, best[kind], first["ours"]) for kind in KINDS},
+            **{kind: _compare(kind, reports, best[kind], first) for kind in KINDS},
             "multiple_choice_many": _compare("multiple_choice", many, best["multiple_choice"]),
         }
 
@@ -106,7 +100,6 @@ def _compare(
     count = len(mine)
     result: dict[str, Any] = {
         "speed_over_peer": compare.ratio(seconds["peer"], seconds["ours"]),
-        "speed_over_peer_stored": compare.ratio(seconds["peer"], seconds["ours_stored"]),
         "requests_per_second": {
             side: [round(count / s, 2) for s in values] for side, values in seconds.items()
         },

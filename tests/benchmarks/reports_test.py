@@ -18,7 +18,6 @@ from tests.benchmarks import (
     lm_eval,
     moe_case,
     online_dpo,
-    stored_programs,
     t5,
 )
 
@@ -42,18 +41,6 @@ REPORT = {
     "step_ends": list(range(40)),
     "multiple_choice": {"seconds": 1.0, "again": 0.5, "answers": [[-1.0, True], [-2.0, False]]},
     "generate_until": {"seconds": 1.0, "again": 0.5, "answers": ["a", "b"]},
-}
-
-
-# Figures that the recorded runs do not have yet.
-NEWER = {
-    "cold_start": {
-        f"{name}_stored"
-        for name in ("cold_over_ours_cold", "cold_over_ours_warm", "warm_over_ours_warm")
-    }
-    | {"ours_warm_over_eager", "ours_warm_stored_over_eager"},
-    "dpo": {"first_step_over_ours_stored"},
-    "lm_eval": {"multiple_choice_many"},
 }
 
 
@@ -84,7 +71,9 @@ def test_figures_have_the_names_of_the_recorded_ones(name, monkeypatch):
     monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
     figures = importlib.import_module(f"tests.benchmarks.{name}").run()
     recorded = json.loads((RECORDED / f"{name}.json").read_bytes())["figures"]
-    assert json.loads(json.dumps(figures)).keys() == recorded.keys() | NEWER.get(name, set())
+    # Recorded runs also measured programs that were stored whole, which there are no more.
+    compared = {key for key in recorded if "_stored" not in key}
+    assert json.loads(json.dumps(figures)).keys() == compared
     for key, figure in figures.items():
         if key in recorded and isinstance(figure, dict) and "median" in figure:
             assert figure.keys() == recorded[key].keys()
@@ -96,45 +85,7 @@ def test_figures_of_the_first_token_are_ratios_of_stand_ins(monkeypatch):
     monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
     figures = first_token.run(rounds=2)
     assert figures["transformers_over_ours_seconds_cold"] == figures["transformers_over_ours_peak"]
-    assert figures["seconds"].keys() == {f"{side}_{cache}" for side in ("ours", "ours_stored", "transformers") for cache in ("cold", "warm")}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["cold_start", "dpo", "first_token", "lm_eval"])
-def test_starts_alternate_without_and_with_stored_programs(name, monkeypatch):
-    started = []
-
-    def start(command, env=None):
-        started.append((tuple(command), (env or {}).get("ESPALIER_PROGRAMS")))
-        return {**REPORT, "first_step_s": 2.0 if started[-1][1] == "1" else 1.0}
-
-    monkeypatch.setattr(compare, "peer", lambda *arguments, **_: ["peer", *map(str, arguments)])
-    monkeypatch.setattr(compare, "measured", start)
-    monkeypatch.setattr(case, "write_training", lambda *_, **__: None)
-    monkeypatch.setattr(dpo, "write", lambda *_, **__: None)
-    monkeypatch.setattr(lm_eval, "_write", lambda *_, **__: None)
-    monkeypatch.setattr(lm_eval, "_write_many", lambda *_, **__: None)
-    monkeypatch.setattr(hf_import, "write_checkpoint", lambda folder: os.mkdir(folder) or 1)
-    figures = importlib.import_module(f"tests.benchmarks.{name}").run(rounds=3)
-    switches = {command: [s for c, s in started if c == command] for command, _ in started}
-    for command, of_command in switches.items():
-        if command[0] == "peer":
-            assert set(of_command) == {None}
-        else:
-            assert of_command.count("0") == of_command.count("1") >= 3
-    if name == "dpo":
-        assert figures["first_step_over_ours_stored"]["median"] == 0.5
-        assert figures["first_step_over_ours"]["median"] == 1
-    if name == "lm_eval":
-        assert figures["case"]["many_documents"] * 4 == 5000
-        assert figures["multiple_choice_many"]["speed_over_peer_stored"]["pairs"] == 2
-
-
-def test_figures_of_stored_programs_are_ratios_of_stand_ins(monkeypatch):
-    monkeypatch.setattr(compare, "measured", measured)
-    monkeypatch.setattr(case, "write_training", lambda *_, **__: None)
-    figures = stored_programs.run(rounds=2)
-    assert figures["train"]["traced_over_stored"]["pairs"] == 2
-    assert figures["generate"]["same_results"] is True and figures["contended"] is False
+    assert figures["seconds"].keys() == {f"{side}_{cache}" for side in ("ours", "transformers") for cache in ("cold", "warm")}  # fmt: skip
 
 
 def test_figures_of_t5_and_of_peft_are_ratios_of_stand_ins(monkeypatch):

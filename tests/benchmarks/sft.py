@@ -9,7 +9,6 @@ token of a conversation, since the two ways of packing fill their rows a little 
 import json
 import os
 import pathlib
-import resource
 import statistics
 import tempfile
 from typing import Any
@@ -44,25 +43,17 @@ def run(*, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             "ours": compare.ours("sft", folder, WARM_UP + steps),
-            "trl": compare.peer("torch/sft_torch.py", folder, WARM_UP + steps),
+            "trl": compare.peer("torch/trl_torch.py", "sft", folder, WARM_UP + steps),
         }
         write(folder)
         reports = compare.alternate_processes(commands, rounds)
     per_second = compare.each(reports, tokens_per_second)
-    memory, first_step = (compare.each(reports, key) for key in ("peak_memory_mb", "first_step_s"))
     return {
         "case": CASE,
         "speed_over_trl": compare.ratio(per_second["ours"], per_second["trl"]),
         "tokens_per_second": {side: [round(x, 1) for x in xs] for side, xs in per_second.items()},
         "tokens_a_step": compare.each(reports, lambda report: round(report["tokens_a_step"], 1)),
-        "peak_memory_of_trls": compare.ratio(memory["ours"], memory["trl"]),
-        "peak_memory_mb": memory,
-        "first_step_over_ours": compare.ratio(first_step["trl"], first_step["ours"]),
-        "first_step_s": first_step,
-        "losses": {side: runs[0]["losses"] for side, runs in reports.items()},
-        "other_load_cores": compare.each(reports, "other_load"),
-        "contended": compare.contended(reports),
-        "peer_versions": reports["trl"][0]["versions"],
+        **dpo.facts(reports),
     }
 
 
@@ -77,11 +68,8 @@ def side(folder: str, steps: str) -> dict[str, Any]:
     trained = dpo.train(folder, "sft", arguments(folder, int(steps)))
     facts = json.loads(pathlib.Path(folder, "sft", "run.json").read_text(encoding="utf-8"))
     return {
-        "losses": [row["loss"] for row in trained],
-        "step_ends": [row["time"] for row in trained],
+        **dpo.trained_report(trained),
         "tokens_a_step": facts["data"]["phases"][0]["tokens_per_step"],
-        "first_step_s": trained[0]["time"] - float(os.environ["BENCH_PROCESS_START"]),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
 

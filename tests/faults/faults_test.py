@@ -10,7 +10,7 @@ import pytest
 
 from espalier.launch import environment
 from tests.faults import __main__ as faults
-from tests.faults import invariances, program, report, runner, shim, worker
+from tests.faults import invariances, program, report, shim, worker
 from tests.faults.table import (
     Bench,
     Case,
@@ -49,7 +49,7 @@ def test_a_sample_of_a_row_holds(bench, number):
     for index, case in enumerate(cases):
         folder = bench.folder / str(index)
         folder.mkdir()
-        result = runner.attempt(case, Bench(bench.out, folder, seed=1))
+        result = worker.attempt(case, Bench(bench.out, folder, seed=1))
         assert result["verdict"] == "held", (case.name, result)
 
 
@@ -72,7 +72,7 @@ def test_verdicts(bench):
         Case("hangs", lambda bench: signal.pause(), seconds=-4.5),
         Case("own", lambda bench: None, own_process=True),
     ]
-    results = {case.name: result for case, result in runner.run_cases(cases, bench)}
+    results = {case.name: result for case, result in worker.run_cases(cases, bench)}
     assert {name: result["verdict"] for name, result in results.items()} == {
         "held": "held",
         "lost": "lost",

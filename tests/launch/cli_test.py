@@ -466,7 +466,8 @@ GROUPS = ("evaluate", "prepare", "influence")  # their first argument names a su
 
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():
     files = {path.stem for path in pathlib.Path(ROOT, "launch").glob("*.py")}
-    assert files == {*COMMANDS, "cli", "environment", "input_errors", "__init__", "__main__"}
+    shared = {"cli", "environment", "input_errors", "predictions"}
+    assert files == {*COMMANDS, *shared, "__init__", "__main__"}
     assert set(cli.command_names()) == COMMANDS
 
 

@@ -292,7 +292,6 @@ def _trained_run(run, *bindings):
             {"params": raw, "ema_params": ema},
             meta={"vocabulary": rows.vocabulary_digest(vocabularies.byte())},
         )
-    # Tests trace the model later, when gin may hold the configuration of another test.
     model = run_model.model(run=str(run), macro="MODEL")
     return types.SimpleNamespace(path=str(run), model=model, params={"raw": raw, "ema": ema})
 

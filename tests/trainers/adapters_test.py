@@ -187,7 +187,8 @@ def test_a_compressed_cache_holds_the_rescaled_keys_and_values_of_a_longer_promp
     for name, settings in (("full", {}), ("snapkv", {"capacity": 4, "window": 2})):
         policy = policies.policy_named(name, **settings)
         read = (model, params, policy, tokens, jnp.full(2, 7))
-        logits, caches[name] = prefill.prefill(*read, room=2)
+        compiled = jax.jit(prefill.prefill, static_argnums=(0, 2), static_argnames="room")
+        logits, caches[name] = compiled(*read, room=2)
         np.testing.assert_allclose(logits, whole[:, -1], atol=1e-4)
     for every, some in zip(caches["full"], caches["snapkv"], strict=True):
         at_BXS = some.positions_BXS
@@ -249,9 +250,10 @@ def test_scanned_unrolled_and_cached_layers_give_the_same_logits():
     whole = jax.jit(model.apply)({"params": params}, tokens)
     unrolled = layer_stack.unrolled(model)
     values = layer_stack.unroll(params, model.config)
-    np.testing.assert_allclose(unrolled.apply({"params": values}, tokens), whole, atol=1e-5)
+    got = jax.jit(unrolled.apply)({"params": values}, tokens)
+    np.testing.assert_allclose(got, whole, atol=1e-5)
     base = {"params": nn.meta.unbox(jax.jit(model_of().init)(jax.random.key(0), tokens))["params"]}
-    assert np.abs(model.apply(base, tokens) - whole).max() > 0.01
+    assert np.abs(jax.jit(model.apply)(base, tokens) - whole).max() > 0.01
     policy = policies.policy_named("full")
     caches = prefill.empty_caches(unrolled, policy, batch=2, length=8)
     for t in range(7):

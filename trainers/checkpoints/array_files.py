@@ -11,21 +11,13 @@ from etils import epath
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from espalier.trainers.checkpoints import (
-    agreement,
-    manifest,
-    quiet,
-    state_tree,
-    step_dir,
-    store_drivers,
-)
+from espalier.trainers.checkpoints import agreement, manifest, orbax_setup, state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler of arrays: uncompressed, because weights hardly compress; one writer per element."""
-    quiet.install()
-    store_drivers.install()
+    orbax_setup.install()
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )

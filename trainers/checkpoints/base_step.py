@@ -2,7 +2,8 @@
 
 `launch.convert --to_adapter` writes one, and with `InitialCheckpoint.base_apart` every step of a run is one. Its record names
 the base's step and the digest of the base's parameters, so that adapters are never combined with another base. Where the base
-has moved, `base.json` in the adapters' run directory says where it is now.
+has moved, `base.json` in the adapters' run directory says where it is now. Which parameters a model has beside its base's, a
+step's record says too (`Added`).
 """
 
 import dataclasses
@@ -15,12 +16,38 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
 
 META = "base"  # key of a step's meta: {"path": step directory, "digest": of its parameters, "params": "raw" or "ema"}
+ADDED = "added"  # key of a step's meta: see `Added`
 FILE = "base.json"  # {"path": run or step directory}
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """The parameters that a model has beside its base's, by the beginning of the names of their modules.
+
+    Without them, the model computes its base. The beginning is no regular expression, because records of strangers are read.
+    """
+
+    prefix: str
+
+    def has(self, path: str) -> bool:
+        """Returns whether the parameter at a path is one of them."""
+        return any(name.startswith(self.prefix) for name in path.split("/")[:-1])
+
+    def base_of(self, entries: Mapping[str, ArrayEntry]) -> dict[str, ArrayEntry]:
+        """Returns the base's entries among those of a model."""
+        return {name: entry for name, entry in entries.items() if not self.has(name)}
+
+
+_BEFORE = "adapter_"  # steps that do not record it have adapters, or nothing added
+
+
+def added(meta: Mapping[str, Any]) -> Added:
+    """Returns what a step's facts say of its model's added parameters."""
+    return Added(meta.get(ADDED, _BEFORE))
 
 
 class BaseModelError(ValueError):
@@ -58,9 +85,9 @@ def parts(step: epath.Path, recorded: Manifest, params: str) -> list[Part]:
     """
     root, own = recorded.params(params)
     parts = [Part(step, recorded, root, own)]
-    if own and all(map(is_adapter, own)):
-        base = base_in(step, step_dir.read_record(step, recorded)["meta"])
-        parts += [] if base is None else [base]
+    meta = step_dir.read_record(step, recorded)["meta"] if own else {}
+    if META in meta and all(map(added(meta).has, own)):
+        parts.append(_base(step, meta[META]))
     return parts
 
 
@@ -75,13 +102,16 @@ def named(base: Part) -> dict[str, str]:
     return {"path": os.fspath(base.step), "params": params, "digest": digest(base.entries)}
 
 
-def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[str, str]:
+def frozen(
+    start: epath.Path, params: Any, mask: Any, added: Added, *, use_ema: bool
+) -> dict[str, str]:
     """Returns what the facts of a run's steps say of its base, the checkpoint that it starts from.
 
     Args:
       start: the step directory that the run starts from.
       params: the model's parameters, arrays or jax.ShapeDtypeStruct.
       mask: tree of bools, True where trained; None when everything is.
+      added: the model's parameters beside the base's.
       use_ema: whether the run starts from the moving average.
 
     Raises:
@@ -89,7 +119,7 @@ def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[
     """
     flat = state_tree.flatten(params)
     trains = dict.fromkeys(flat, True) if mask is None else state_tree.flatten(mask)
-    if wrong := [name for name in flat if trains[name] != is_adapter(name)]:
+    if wrong := [name for name in flat if trains[name] != added.has(name)]:
         kind = (
             "is no adapter, but trained"
             if trains[wrong[0]]
@@ -102,7 +132,7 @@ def frozen(start: epath.Path, params: Any, mask: Any, *, use_ema: bool) -> dict[
     here = {
         name: str(ArrayEntry(tuple(leaf.shape), leaf.dtype.name, 0))
         for name, leaf in flat.items()
-        if not is_adapter(name)
+        if not added.has(name)
     }
     there = {
         name: str(widened(entry, flat[name]) if name in here else entry)
@@ -126,11 +156,13 @@ def widened(entry: ArrayEntry, like: Any) -> ArrayEntry:
 
 def without_base(arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arrays of a state, by path, that a step with these facts holds."""
-    apart = META in meta
+    if META not in meta:
+        return dict(arrays)
+    own = added(meta)
     return {
         name: array
         for name, array in arrays.items()
-        if not (apart and name.startswith("params/") and not is_adapter(name))
+        if not name.startswith("params/") or own.has(name.removeprefix("params/"))
     }
 
 
@@ -141,32 +173,32 @@ def entries(step: epath.Path, recorded: Manifest, params: str) -> dict[str, Arra
 
 
 def base_of(step: epath.Path, params: str) -> Part:
-    """Returns the parameters of a step that are no adapters', in the step itself or in its base's."""
+    """Returns the parameters of a step's base model, in the step itself or in its base's."""
     of_step = parts(step, step_dir.read_manifest(step), params)
-    last = of_step[-1]
-    return dataclasses.replace(last, entries=_without_adapters(last.entries))
+    return _without_added(of_step[-1])
 
 
 def digest(base: Mapping[str, ArrayEntry]) -> str:
     """Returns the hash of names, shapes, dtypes and values of a base's parameters."""
-    digests = {name: [str(x), f"{x.digest:016x}"] for name, x in _without_adapters(base).items()}
+    digests = {name: [str(x), f"{x.digest:016x}"] for name, x in base.items()}
     text = json.dumps(digests, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def present(params: Any, saved: Mapping[str, Any]) -> Any:
-    """Returns a tree of parameters without adapters that are not in `saved`, entries by path.
+def present(params: Any, saved: Mapping[str, Any], added: Added) -> Any:
+    """Returns a tree of parameters without added ones that are not in `saved`, entries by path.
 
-    With such parameters, an adapted model computes its base.
+    With such parameters, the model computes its base.
     """
     flat = state_tree.flatten(params)
     return state_tree.nest(
-        {name: leaf for name, leaf in flat.items() if name in saved or not is_adapter(name)}
+        {name: leaf for name, leaf in flat.items() if name in saved or not added.has(name)}
     )
 
 
-def _without_adapters(all_of_them: Mapping[str, ArrayEntry]) -> dict[str, ArrayEntry]:
-    return {name: entry for name, entry in all_of_them.items() if not is_adapter(name)}
+def _without_added(part: Part) -> Part:
+    meta = step_dir.read_record(part.step, part.recorded)["meta"] if part.entries else {}
+    return dataclasses.replace(part, entries=added(meta).base_of(part.entries))
 
 
 def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
@@ -181,7 +213,7 @@ def _base(step: epath.Path, record: Mapping[str, Any]) -> Part:
         ) from None
     recorded = step_dir.read_manifest(path)
     root, own = recorded.params(record["params"])
-    base = Part(path, recorded, root, _without_adapters(own))
+    base = _without_added(Part(path, recorded, root, own))
     if digest(base.entries) != record["digest"]:
         raise BaseModelError(
             f"checkpoint {step} has adapters of another base model than {path}, whose parameters have another digest: write "

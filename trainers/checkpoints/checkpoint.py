@@ -3,6 +3,16 @@
 Only the host copies of the arrays block the loop; a thread computes digests and checksums, writes, and
 deletes old steps. The state may be donated as soon as `save` returns. With a local tier (local_tier.py), steps are also
 saved on a disk of each host, more often; the newest good step of both is restored.
+
+`Checkpointer` is the way into this folder for a run; what only reads a checkpoint begins with restore_params.py. Below them:
+
+    commit, retention                the end of a save, and which steps stay
+    local_tier, local_step           the steps on a disk of each host
+    restore, transformed, initial    the state of a run, of this one or of another
+    base_step, saved_layers          steps without a base model, and with layers in another layout
+    stream_checkpoint                steps that are written block by block
+    step_dir, manifest, array_files, state_tree, agreement, orbax_setup
+                                     files, checksums, arrays, names, processes, and Orbax
 """
 
 import concurrent.futures

@@ -243,8 +243,7 @@ def _restore_variables(
             names = ("assignment", "strict", "use_ema", "added")
             options = {key: getattr(initial, key) for key in names}
             new = state.replace(params=restore_params(step, state.params, **options))
-        collections = restore_variables(step, of_model(extensions, state.variables))
-        new = new.replace(variables={**state.variables, **collections})
+        new = new.with_parts(restore_variables(step, of_model(extensions, state.variables)))
         if state.ema_params is not None:
             # A copy, because averages have their own dtype, and a buffer can be donated only once.
             ema = jax.tree.map(
@@ -269,10 +268,8 @@ def _at_phase_start(state: Any, extensions: Sequence[StepExtension]) -> Any:
     Moments and their counts for bias correction do not change. What extensions have of the data, such as statistics of
     losses, is reset, because a new phase has other data.
     """
-    variables = dict(state.variables)
-    for name in (extension.name for extension in extensions if extension.of_data):
-        variables[name] = _filled(variables[name], 0)
-    return _at_step(state.replace(variables=variables), 0)
+    names = [extension.name for extension in extensions if extension.of_data]
+    return _at_step(state.with_parts({name: _filled(state.part(name), 0) for name in names}), 0)
 
 
 def _at_step(state: Any, step: int) -> Any:

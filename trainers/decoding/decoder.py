@@ -28,7 +28,6 @@ from espalier.trainers.decoding.prefill import prefill, repeated
 from espalier.trainers.decoding.sampling import RowSampling, seen_in
 from espalier.trainers.decoding.settings import Draw
 from espalier.trainers.decoding.watched import Watch, Watched
-from espalier.trainers.programs import program as programs
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]
@@ -300,7 +299,6 @@ class Decoder:
         copies = settings.num_samples if beams is None else beams.num_beams
         start, options = self._decoder_start, self._prefill_options
 
-        # It reads nothing of this decoder but these, so that another process finds the stored program.
         def run(params, tokens_BT, lengths_B, active_B, allowed_BV, drawn_B, sampling):
             columns, tokens_BT, lengths_B = model.row.prompts(tokens_BT, lengths_B, start=start)
             context = model.row_context({"params": params}, columns)
@@ -327,7 +325,7 @@ class Decoder:
             return begin(logits_RV, caches, *own_R, settings, allowed_RV, sampling), context
 
         name = self._name("prefill" if self._first is None else "restricted prefill")
-        program = self._compiled(name, length, programs.jit(run), *arrays)
+        program = self._compiled(name, length, jax.jit(run), *arrays)
         began = time.perf_counter()
         state = jax.block_until_ready(program(self._params, *arrays))
         self.stats.prefill_seconds += time.perf_counter() - began
@@ -414,7 +412,7 @@ class Decoder:
         if self._sharding is not None:
             unchanged = jax.tree.map(lambda x: x.sharding, state)
             shardings = (unchanged, NamedSharding(self._sharding.mesh, PartitionSpec()))
-        jitted = programs.jit(run, donate_argnums=1, out_shardings=shardings)
+        jitted = jax.jit(run, donate_argnums=1, out_shardings=shardings)
         program = self._compiled(name, length, jitted, state, *arrays)
         began = time.perf_counter()
         state, result = program(self._params, state, *arrays)
@@ -437,7 +435,9 @@ class Decoder:
                 devices=1 if self._sharding is None else self._sharding.mesh.size,
             )
             with stages.stage(f"compiling {name} for {length} tokens"):
-                program = programs.compiled(function, self._params, *arrays, check=check)
+                traced = function.trace(self._params, *arrays)
+                check(traced.out_info)
+                program = traced.lower().compile()
             self._programs[name, length] = program
             self.stats.compile_seconds += time.perf_counter() - began
         return self._programs[name, length]

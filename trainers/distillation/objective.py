@@ -25,7 +25,7 @@ from espalier.model.axes import Rules
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.inputs import Arrays, PackedTokens, TokenRows
-from espalier.trainers.objectives.base import Batch, LossOut, Objective
+from espalier.trainers.objectives.base import Batch, LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenModel
 
@@ -93,6 +93,7 @@ class TaughtTokens(TokenRows):
         return {**tokens, TEACHER_IDS: ids, TEACHER_LOG_PROBS: log_probs}
 
 
+@loss_in("nats per token")
 def distillation(
     *,
     model: Any,

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from espalier.common import files
 from espalier.model.hf.files.safetensors_files import (
     SINGLE,
     SafetensorsReader,
@@ -134,10 +135,8 @@ def _write(
     # Through JSON, as `read` sees them.
     full = json.loads(json.dumps({**record, "sha256": _checksum(fresh / SINGLE)}))
     full[_OWN] = _record_checksum(full)
-    with open(fresh / RECORD, "w", encoding="utf-8") as file:
-        file.write(json.dumps(full, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    # Synced: the folder counts as whole once it has its record.
+    files.write_json(fresh / RECORD, full, synced=True, ensure_ascii=True)
     old = _set_aside(folder)
     if folder.exists():
         # A folder with files cannot be replaced in one call: `exists` undoes a stop between these two.

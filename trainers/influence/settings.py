@@ -18,7 +18,7 @@ class FitSettings:
       precision: of products in the eigenbasis on accelerators; default rounds them to bfloat16 on TPUs and to 10 bits on GPUs.
     """
 
-    modules: Annotated[Sequence[str], "NAME,NAME"] = ("mlp",)
+    modules: Annotated[Sequence[str], "NAMES"] = ("mlp",)
     labels: Literal["sampled", "empirical"] = "sampled"
     blocks: int = 1
     factor_dtype: Literal["float32", "float64", "bfloat16"] = "float32"

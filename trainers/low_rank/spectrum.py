@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from espalier.common import files
 from espalier.common.ranges import Size
 from espalier.model.low_rank import factors, lowrank_conv
 from espalier.trainers.checkpoints import state_tree
@@ -105,12 +106,12 @@ class Spectrum(Hook):
         # The file may have lines after the checkpoint from which the run resumed.
         if not self._begun and path.exists():
             lines = [line for line in read(self.run.path) if line["step"] <= self.run.step < step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            files.write(path, text, synced=True)  # the readings are nowhere else
         self._begun = True
         values = {name: rows.tolist() for name, rows in layers.items()}
         line = {"step": step, "learning_rate": rate, "layers": values}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        files.append(path, json.dumps(line) + "\n", synced=False)  # as rows of metrics
 
 
 def read(run: str | os.PathLike) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -34,6 +34,15 @@ class LossOut:
 
 # (params, batch, rng) -> LossOut. The rng is None in evaluation, which has no dropout.
 LossFn = Callable[[Any, Batch, jax.Array | None], LossOut]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def loss_in(unit: str) -> Callable[[_Function], _Function]:
+    """Declares the unit of an objective's loss, such as "nats per token", with which reports name it (launch/run/objective.py)."""
+    del unit
+    return lambda objective: objective
 
 
 class StoredExtras(Protocol):

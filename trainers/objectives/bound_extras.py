@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from espalier.model.axes import Rules
 from espalier.trainers.objectives.base import Objective
-from espalier.trainers.programs import program as programs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,9 +21,6 @@ class _WithExtras:
 
     def __call__(self, *args: Any) -> Any:
         return self.jitted(*args, extras=self.read())
-
-    def compiled(self, *args: Any, **kwargs: Any) -> Any:
-        return programs.compiled(self.jitted, *args, extras=self.abstract, **kwargs)
 
     def lower(self, *args: Any) -> Any:
         return self.jitted.lower(*args, extras=self.abstract)

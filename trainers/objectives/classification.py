@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Fraction
-from espalier.trainers.objectives.base import Batch, LossOut, Objective
+from espalier.trainers.objectives.base import Batch, LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective
 
 
+@loss_in("nats per image")
 def classification(
     *, model: Any, num_sources: Count = 0, label_smoothing: Fraction = 0.0
 ) -> Objective:

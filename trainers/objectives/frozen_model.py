@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from espalier.model.adapters.adapter import adapters_of
+from espalier.model.adapters import adapter
 from espalier.model.axes import Rules
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import agreement, base_step, restore_params, state_tree, step_dir
@@ -150,13 +150,13 @@ class FrozenModel:
         Those of a base model, which the checkpoint of a reference mostly is, have none of adapters.
         """
         params = initialise.abstract_params(self.model, mesh, rules)
-        if adapters_of(self.model) is None:
+        if not (facts := adapter.record(self.model)):
             return params
         saved: Mapping[str, Any] = {}
         # A step is also compiled where the checkpoint is absent.
         with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
             saved = self.checkpoint.arrays(self.checkpoint.resolve(record=False).step)
-        return base_step.present(params, saved)
+        return base_step.present(params, saved, base_step.added(facts))
 
     def check(self, mesh: Mesh, rules: Rules, meta: Mapping[str, Any]) -> None:
         """Checks the checkpoint without reading its arrays or writing anything; see `StoredExtras.check`.

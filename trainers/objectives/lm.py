@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Fraction, NonNegative
 from espalier.model.kernels.cross_entropy import Implementation, weighted_cross_entropy
-from espalier.trainers.objectives.base import LossOut, Objective
+from espalier.trainers.objectives.base import LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective
 
 # T5X's names of what a loss is divided by.
 Normalisation = Literal["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
 
 
+@loss_in("nats per token")
 def language_modelling(
     *,
     model: Any,

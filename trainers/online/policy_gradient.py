@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from espalier.common.ranges import Count, NonNegative, Positive
 from espalier.model.kernels.cross_entropy import Implementation
-from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective
 from espalier.trainers.objectives.settings import check_not_negative, check_positive
 from espalier.trainers.online.losses import PolicyLoss, PolicyTokens, k3, ppo, value_loss
@@ -29,6 +29,7 @@ class PolicyGradient(Objective):
     temperature: float = 1.0
 
 
+@loss_in("per token")
 def policy_gradient(
     *,
     model: Any,
@@ -66,6 +67,7 @@ def policy_gradient(
     return _of_samples(forward_objective(model, loss_fn), temperature)
 
 
+@loss_in("per token")
 def actor_critic(
     *,
     model: Any,

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from espalier.trainers import trainable
-from espalier.trainers.extensions import AVERAGE, StepExtension, Update
+from espalier.trainers.extensions import StepExtension, Update
 from espalier.trainers.optim.rounding import Rounded
+from espalier.trainers.train_state import AVERAGE
 
 # (optimiser's state, trained parameters) -> the parameters to evaluate and to release
 Averaged = Callable[[Any, Any], Any]

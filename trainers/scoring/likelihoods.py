@@ -25,7 +25,6 @@ from espalier.model.kv_cache.full import FullCache
 from espalier.trainers.decoding import few_programs
 from espalier.trainers.decoding.buckets import padded
 from espalier.trainers.decoding.prefill import empty_caches, read
-from espalier.trainers.programs import program as programs
 from espalier.trainers.scoring.scoring import Row, check_lengths
 
 _CHUNK = 256  # predicted tokens whose logits are in memory at a time; a power of two
@@ -233,7 +232,7 @@ class LikelihoodScorer:
             hidden_XD = hidden_states(model, params, *rows)
             return log_probs_at(model, params, hidden_XD, places_Q, targets_Q, count)
 
-        self._log_probs = programs.jit(log_probs, out_shardings=whole)
+        self._log_probs = jax.jit(log_probs, out_shardings=whole)
 
     def use(self, params: Any) -> None:
         """Sets other parameters of the same shapes, for which all programs stay."""

@@ -16,7 +16,6 @@ from espalier.common.bars import Bar
 from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
 from espalier.trainers.inputs import pack
 from espalier.trainers.objectives.forward import frozen_forward
-from espalier.trainers.programs import program as programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Batched:
         bucket: Callable[..., int] = bucket_length,
     ):
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-        self._function = programs.jit(function, out_shardings=whole)
+        self._function = jax.jit(function, out_shardings=whole)
         self._columns, self._bucket = columns, bucket
         self._batch_size, self._sharding = batch_size, sharding
         self.limit: int | None = model.max_length

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from espalier.common import files
 from espalier.trainers.telemetry.json_numbers import is_count
 
 # More marks are thinned to every other one: the older the rows, the more of them one damage loses.
@@ -81,16 +82,14 @@ def cut(path: str, size: int) -> None:
     if os.path.exists(path):
         with open(path, "rb") as file:
             data = file.read(size)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    files.write(path, data, synced=True)  # the rows are nowhere else
 
 
 def copy_aside(path: str) -> str:
     """Copies a damaged file to a name that is free, `<path>.damaged` or that with a number; returns it."""
     names = (f"{path}.damaged{number or ''}" for number in itertools.count())
     aside = next(name for name in names if not os.path.exists(name))
-    shutil.copyfile(path, f"{aside}.tmp")
-    os.replace(f"{aside}.tmp", aside)
+    # Synced, since the rows are taken out of the original next.
+    with open(path, "rb") as damaged, files.replacing(aside, synced=True) as copy:
+        shutil.copyfileobj(damaged, copy)
     return aside

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from espalier.common import files
 from espalier.trainers.telemetry import marks as marks_lib
 from espalier.trainers.telemetry.json_numbers import is_count, is_number
 from espalier.trainers.telemetry.marks import Mark
@@ -136,9 +137,7 @@ def _cut_to_step(path: str, first_step: int) -> None:
         _log.warning(text, path, ", ".join(bad), aside)
     # Apply rollbacks before dropping lines: a `rollback_to` row may itself be dropped.
     earlier = [line for row, line in _in_force(rows) if row["step"] < first_step]
-    with open(f"{path}.tmp", "wb") as file:
-        file.writelines(earlier)
-    os.replace(f"{path}.tmp", path)
+    files.write(path, b"".join(earlier), synced=True)  # the rows are nowhere else
 
 
 def rows_in_force(path: str) -> list[dict[str, Any]]:
@@ -193,12 +192,8 @@ def _whole_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:
-    """Returns the JSON object of a line, or None."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # text that is not UTF-8 is a ValueError too
-        return None
-    return restored(row) if isinstance(row, dict) else None
+    row = files.json_object(line)
+    return None if row is None else restored(row)
 
 
 def _metrics_of(line: bytes) -> dict[str, Any] | None:

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import pathlib
-import secrets
 import shutil
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
+from espalier.common import files
 from espalier.common.bars import Bar
 from espalier.common.storage import paths
 
@@ -133,35 +133,26 @@ def _pull(
         for path in list(_files(target)):
             if os.path.relpath(path, target) not in objects:
                 os.unlink(path)
-    _replace(_index_path(target), json.dumps({**({} if prune else index), **copied}).encode())
+    text = json.dumps({**({} if prune else index), **copied})
+    # Without an index everything is copied again.
+    files.write(_index_path(target), text, synced=False, shared=True)
     return copied
 
 
 def _get(address: str, path: str, size: int) -> None:
     """Copies an object of the listed size to a file, which is there whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{secrets.token_hex(4)}.tmp"
-    try:
+    # A copy that a power cut emptied has another size than the index says, and is made again.
+    with files.replacing(path, synced=False, shared=True) as file:
         for _ in range(_TRIES):
             with paths.reporting(address):
-                paths.filesystem(address).get_file(address, partial)
-            if (read := os.path.getsize(partial)) == size:
-                os.replace(partial, path)
+                paths.filesystem(address).get_file(address, file.name)
+            if (read := os.path.getsize(file.name)) == size:
                 return
             size = paths.entry(address).size  # another process may have replaced it since
         raise paths.StoreError(
             f"{address}: {read} of {size} bytes were read. Start again once the store answers."
         )
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-
-
-def _replace(path: str, data: bytes) -> None:
-    partial = f"{path}.{secrets.token_hex(4)}.tmp"
-    with open(partial, "wb") as file:
-        file.write(data)
-    os.replace(partial, path)
 
 
 def _files(target: str) -> Iterator[str]:

@@ -6,12 +6,12 @@ a link into a file. A link is therefore followed to its file, and a device, a pi
 
 import contextlib
 import os
-import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from espalier.common import files
 from espalier.common.storage import mirror, paths
 
 
@@ -74,23 +74,11 @@ def opened(path: str | os.PathLike, *, keep: bool = True) -> Iterator[BinaryIO]:
         with open(target, "wb", closefd=isinstance(target, str)) as file:
             yield file
         return
-    partial = f"{target}{'' if keep else f'.{secrets.token_hex(4)}'}.partial"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(partial)  # of an earlier start; of a link, the link
-    try:
-        with open(partial, "xb") as file:  # never through a link
+    try:  # a result is worth the wait for the disk
+        with files.replacing(target, synced=True, shared=not keep, keep=keep) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if not os.path.lexists(partial) or not os.path.samestat(
-                os.lstat(partial), os.fstat(file.fileno())
-            ):
-                raise OutputError(f"{path}: another process has begun to write it. Start again.")
-        os.replace(partial, target)
-    finally:
-        if not keep:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+    except files.OverwrittenError:
+        raise OutputError(f"{path}: another process has begun to write it. Start again.") from None
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:

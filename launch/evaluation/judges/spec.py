@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 from espalier.launch.config import setting_flags
 from espalier.launch.evaluation.judges.base import Judge, JudgeError
-from espalier.launch.evaluation.judges.checkpoint import CheckpointWriter
+from espalier.launch.evaluation.judges.checkpoint import CheckpointWriter, LogProb, RewardJudge
 from espalier.launch.evaluation.judges.endpoint import EndpointWriter
 from espalier.launch.evaluation.judges.pairwise import PairwiseJudge, Template
-from espalier.launch.evaluation.judges.reward import LogProb, RewardJudge
 from espalier.launch.run import load_run
 
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")

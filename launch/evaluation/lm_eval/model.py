@@ -9,11 +9,10 @@ predicts continuations, which are encoded separately.
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lm_eval import utils as harness
 from lm_eval.api.instance import Instance
@@ -23,9 +22,8 @@ from espalier.data.stream import rows
 from espalier.data.tokenizers import chat_template as chat
 from espalier.launch.evaluation.lm_eval import arguments
 from espalier.launch.evaluation.lm_eval.generation import Generator, options
-from espalier.launch.run import load_run, side_by_side
+from espalier.launch.run import side_by_side
 from espalier.launch.run.load_run import LoadedRun, LoadError
-from espalier.model.kv_cache.policies import policy_from_text
 from espalier.trainers.scoring.encoder_likelihoods import EncoderLikelihoods
 from espalier.trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
 from espalier.trainers.scoring.scoring import Row
@@ -34,102 +32,32 @@ _LOG = logging.getLogger(__name__)
 
 
 class EspalierLM(TemplateLM):
-    """A run's model for the harness. The arguments are those of --model_args.
+    """A run's model for the harness.
 
     Args:
       checkpoint: run or step directory.
-      params: see launch/run/load_run.py.
-      adapter: run or step directory of adapters of this checkpoint; None for none.
-      gin_file: configuration of a step directory without a config.gin.
-      dtype: dtype of computation; None for the dtype of the run or checkpoint.
-      mesh: mesh shape, as {'fsdp': 8}; None for all devices.
-      start_token: token before every context; 'auto' for the run's start token.
-      add_bos_token: whether texts begin with BOS; None for the run's setting.
-      prefix_token_id: the token of an empty context; None for the start token, else BOS, else EOS.
-      chat_template: a jinja file or a name in data/tokenizers/chat_template.py; None for the tokenizer's own.
-      max_length: maximum tokens of an input; None for the model's learned or published length, else 2048.
-      cut: where contexts of generation lose tokens that exceed max_length less the new tokens: 'beginning' or 'middle'.
-      max_gen_toks: maximum new tokens, for tasks that do not set it.
-      batch_tokens: tokens of a batch, including padding; None for 2048 on CPU (8192 when it generates), 16384 elsewhere.
-      batch_size: maximum rows of a batch; 1 (the harness's value without --batch_size) and 'auto' mean as many as
-        batch_tokens allows.
-      max_batch_size: a second limit of rows; None for no limit.
-      cache_policy: cache policy of generation, see `espalier generate --help`; its settings are cache_NAME,
-        such as cache_capacity=1024.
-      cache_dtype, prefill_chunk: see `espalier generate --help`.
-      seed: seed of requests that sample.
-      device: ignored: JAX chooses the device (JAX_PLATFORMS).
-      **others: settings of the cache policy.
+      **given: others of `arguments.Arguments`, which are those of --model_args, and settings of the cache policy.
 
     Raises:
       LoadError: an unknown argument, a run without a vocabulary, or arguments that do not match the run.
     """
 
-    def __init__(
-        self,
-        checkpoint: str | None = None,
-        *,
-        params: str = "auto",
-        adapter: str | None = None,
-        gin_file: str | None = None,
-        dtype: str | None = None,
-        mesh: Mapping[str, int] | None = None,
-        start_token: int | Literal["auto"] | None = "auto",
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        chat_template: str | None = None,
-        max_length: int | None = None,
-        cut: str = "beginning",
-        max_gen_toks: int = 256,
-        batch_tokens: int | None = None,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        cache_policy: str = "full",
-        cache_dtype: str | None = None,
-        prefill_chunk: int | None = None,
-        seed: int = 0,
-        device: str | None = None,
-        **others: Any,
-    ):
+    def __init__(self, checkpoint: str | None = None, **given: Any):
         super().__init__()
-        del device
-        if checkpoint is None:
-            raise LoadError("--model_args: give checkpoint=DIR, a run or step directory.")
-        if params not in load_run.PARAMS:
-            raise LoadError(
-                f"--model_args: params={params} must be one of {', '.join(load_run.PARAMS)}."
-            )
-        policy = policy_from_text(
-            cache_policy,
-            arguments.policy_settings(
-                others, known=inspect.signature(EspalierLM.__init__).parameters
-            ),
-        )
-        if policy.future:
-            raise LoadError(
-                f"--model_args: cache_policy={cache_policy} needs the answer beforehand; choose another."
-            )
-        self._cut = arguments.cut_of(cut)
-        if batch_tokens is not None and batch_tokens < 1:
-            raise LoadError(f"--model_args: batch_tokens={batch_tokens} must be at least 1.")
-        configuration = load_run.configuration_of(checkpoint, [gin_file] if gin_file else [])
-        assert configuration.entry is not None
-        config = configuration.entry()
-        changes: dict[str, Any]
-        changes = {"mesh": mesh, "add_bos": add_bos_token, "chat_template": chat_template}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if start_token != "auto":
-            changes["start_token"] = start_token
-        if dtype is not None:
-            changes["model"] = arguments.computing_in(dtype, config.model)
+        own, policy = arguments.parsed(checkpoint=checkpoint, **given)
+        self._cut = arguments.cut_of(own.cut)
+        if own.batch_tokens is not None and own.batch_tokens < 1:
+            raise LoadError(f"--model_args: batch_tokens={own.batch_tokens} must be at least 1.")
+        configuration = own.configuration()
+        config = own.changed(configuration.entry())
         self._opened = contextlib.ExitStack()
         with configuration.in_use():  # an adapter's model may use what its files import
             ((_, run),) = self._opened.enter_context(
                 side_by_side.load(
-                    dataclasses.replace(config, **changes),
-                    checkpoint,
-                    [] if adapter is None else [adapter],
-                    params=params,
+                    config,
+                    own.checkpoint,
+                    [] if own.adapter is None else [own.adapter],
+                    params=own.params,
                     encoder_decoders=True,
                 )
             )
@@ -143,17 +71,17 @@ class EspalierLM(TemplateLM):
         print(f"loaded {self._run.size:,} parameters of {checkpoint}", file=sys.stderr, flush=True)
         if not run.encodes:
             self._run.unroll()
-        self.checkpoint = checkpoint
-        self.max_gen_toks = max_gen_toks
-        self.max_length = arguments.max_length(self._run, max_length)
-        self._prefix_token_id = prefix_token_id
+        self.checkpoint = own.checkpoint
+        self.max_gen_toks = own.max_gen_toks
+        self.max_length = arguments.max_length(self._run, own.max_length)
+        self._prefix_token_id = own.prefix_token_id
         self._template: str | None = None
-        size = arguments.max_rows(batch_size, max_batch_size)
+        size = arguments.max_rows(own.batch_size, own.max_batch_size)
         scorer = EncoderLikelihoods if run.encodes else LikelihoodScorer
         self._scorer = scorer(
             self._run.model,
             self._run.params,
-            batch_tokens=batch_tokens or arguments.default_batch_tokens(),
+            batch_tokens=own.batch_tokens or arguments.default_batch_tokens(),
             batch_size=size,
             row_shards=self._run.row_shards,
             sharding=self._run.row_sharding,
@@ -162,12 +90,12 @@ class EspalierLM(TemplateLM):
         self._generator = Generator(
             self._run,
             ends=sorted({*self._run.eos_ids, *(() if eos in (None, -1) else (eos,))}),
-            batch_tokens=batch_tokens or arguments.default_generation_tokens(),
+            batch_tokens=own.batch_tokens or arguments.default_generation_tokens(),
             batch_size=size,
             policy=policy,
-            cache_dtype=cache_dtype,
-            prefill_chunk=prefill_chunk,
-            seed=seed,
+            cache_dtype=own.cache_dtype,
+            prefill_chunk=own.prefill_chunk,
+            seed=own.seed,
         )
 
     def close(self) -> None:

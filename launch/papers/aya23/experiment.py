@@ -210,6 +210,8 @@ def measure_fertility(seeds: Sequence[int]) -> dict[str, dict[str, dict[str, flo
     return out
 
 
+# The runs of full size.
+
 _FULL = "t5x_configs/experiments/aya23/full/"
 _DATA = ("INITIAL_CHECKPOINT_PATH=run", "TOKENIZER=tokenizer", "INSTRUCTIONS_DIR=data")
 _35B = ("t5x_configs/models/aya23_35b.gin", "t5x_configs/runs/pretrain.gin")
@@ -275,6 +277,8 @@ ROWS = (
     ),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "Aya 23, 2405.15032"
 SEEDS = 5

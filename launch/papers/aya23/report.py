@@ -17,7 +17,6 @@ from espalier.launch.papers.aya23.experiment import (
     LOSS,
     PLAIN,
     SHARES,
-    SIZE,
     TOTAL,
     TUNED,
     TURNS,
@@ -27,11 +26,13 @@ from espalier.launch.papers.aya23.experiment import (
     heads,
 )
 from espalier.launch.papers.shared import claim, page
-from espalier.launch.papers.shared.claim import Effect, RequiredClaim
+from espalier.launch.papers.shared.claim import Effect
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.shared.results import compare
 from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE
+
+_PROSE = Prose.of(__name__)
 
 SAME = 1.0  # per cent of the loss: what counts as no worse
 CACHE = 2.0  # the same for fewer heads of keys and values
@@ -111,65 +112,33 @@ _BREADTH = [
     for fewer, more in zip(COUNTS, COUNTS[1:], strict=False)
 ]
 CLAIMS = (
-    RequiredClaim(
-        "Y1",
-        "More languages at equal compute cost each of them",
-        "at both widths the mean loss on the four common languages is lower with 4 languages than with 8, and with 8 than "
-        "with 16, at equally many tokens",
-        {"toy": [compare(LOSS, *_BREADTH)]},
-        paper="23 languages at 8 billion parameters beat 101 at 13 billion: 67.6 against 62.1 mean accuracy on unseen tasks",
-    ),
-    RequiredClaim(
-        "Y2",
-        "and a wider model less",
-        f"the loss with {_MOST} languages less that with {_FEWEST} is larger for the narrow model",
-        {"toy": [less_by_width]},
-    ),
-    RequiredClaim(
+    _PROSE.claim("Y1", {"toy": [compare(LOSS, *_BREADTH)]}, required=True),
+    _PROSE.claim("Y2", {"toy": [less_by_width]}, required=True),
+    _PROSE.claim(
         "Y3",
-        "A base that knows the languages is worth more than a larger mixture of instructions",
-        "after as many updates, the base answers more instructions right, tuned on a quarter of the mixture and on all of it, than "
-        "a new model that is tuned on all of it",
         {"toy": [compare(TURNS, ("tuned", "scratch"), ("tuned_full", "scratch"))]},
-        paper="win rate of the 8 billion model over Aya 101, of 13 billion on an older base, 82.4",
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "Y4",
-        "Parallel blocks are no worse than sequential ones",
-        f"loss at most {SAME:g} % above that of sequential blocks, which have one norm more in each layer",
         {"toy": [compare(LOSS, (BASE, "sequential"), relative=True, above=-SAME)]},
+        required=True,
     ),
-    RequiredClaim(
-        "Y5",
-        "SwiGLU is no worse than GELU with as many parameters",
-        f"loss at most {SAME:g} % above that of GELU with an FFN one and a half times as wide",
-        {"toy": [compare(LOSS, (BASE, "gelu"), relative=True, above=-SAME)]},
+    _PROSE.claim(
+        "Y5", {"toy": [compare(LOSS, (BASE, "gelu"), relative=True, above=-SAME)]}, required=True
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "Y6",
-        "Fewer heads of keys and values make the cache smaller in proportion, at about the same quality",
-        f"bytes are proportional to the heads; loss with two heads, and with one, at most {CACHE:g} % above that with four",
         {
             "caches": [caches],
             "toy": [
                 compare(LOSS, (BASE, heads(4)), (heads(1), heads(4)), relative=True, above=-CACHE)
             ],
         },
+        required=True,
     ),
-    RequiredClaim(
-        "Y7",
-        "A vocabulary of equal shares of languages treats them more alike",
-        "the highest over the lowest parity to English of 16 languages is smaller than with a vocabulary of shares as rank ** -1.5",
-        {"fertility": [spread]},
-        paper="none; the vocabulary is trained on a balanced subset",
-    ),
-    RequiredClaim(
-        "Y8",
-        "Without the format of turns the tuned model answers worse",
-        "the share of right answers is higher with turns than without",
-        {"toy": [format_matters]},
-        paper="none; said of the released models",
-    ),
+    _PROSE.claim("Y7", {"fertility": [spread]}, required=True),
+    _PROSE.claim("Y8", {"toy": [format_matters]}, required=True),
 )
 
 
@@ -184,21 +153,19 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {
         "languages.png": (
             _languages(runs),
-            "Loss on the four common languages against the number of languages in training, at equally many tokens: a dot "
-            "for each seed, and the means; right, over training",
+            _PROSE("languages_figure"),
         ),
         "blocks.png": (
             _blocks(runs),
-            "Loss of the same model with other blocks: a dot for each seed, a bar for their mean",
+            _PROSE("blocks_figure"),
         ),
         "answers.png": (
             _answers(runs),
-            "Share of instructions that are answered right, with turns and without: a dot for each seed, and the means",
+            _PROSE("answers_figure"),
         ),
         "fertility.png": (
             _fertility(parts.get("fertility")),
-            "Tokens over the tokens of the same messages in English, by language: a dot for each seed, whose language of "
-            "most text is another one, and the means",
+            _PROSE("fertility_figure"),
         ),
     }
 
@@ -295,12 +262,11 @@ _SCORES = (LOSS, TURNS, PLAIN)
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
-    out, prose = [], Prose.of("aya23")
+    out = []
     runs = parts.get("toy")
     if runs:
-        out.append(prose("made", experiment=experiment, amount=runs.amount()))
-    values = {"pieces": SIZE, "languages": len(LANGUAGES), "kilobytes": TOTAL // 1000}
-    out.append(prose("real", exponent=SHARES["raw"], **values))
+        out.append(_PROSE("made", amount=runs.amount()))
+    out.append(_PROSE("real", languages=len(LANGUAGES), kilobytes=TOTAL // 1000))
     missing = runs.missing(list(experiment.get_config().arms), runs.seeds) if runs else []
     return [*out, *page.missing(missing, tuple(PLACES), parts)]
 
@@ -309,16 +275,7 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     runs = parts.get("toy")
     if not runs:
         return []
-    rows = [
-        (
-            f"{runs.label(arm)} (`{arm}`)",
-            *(
-                runs.mean(values, score) if (values := runs.values(arm, score)).size else ""
-                for score in _SCORES
-            ),
-        )
-        for arm in runs.arms
-    ]
+    rows = [(runs.title(arm), *runs.cells(arm, _SCORES)) for arm in runs.arms]
     return page.table(("arm", *_SCORES), rows, "All arms")
 
 
@@ -327,16 +284,9 @@ def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str,
     out = claim.shuffle_arms(measured, rng)
     out["toy"] = [_formats_exchanged(row, rng) for row in out.get("toy", [])]
     if trained := out.get("fertility"):
-        out["fertility"] = {
-            seed: dict(
-                zip(one, [list(one.values())[i] for i in rng.permutation(len(one))], strict=True)
-            )
-            for seed, one in trained.items()
-        }
+        out["fertility"] = {seed: claim.exchanged(one, rng) for seed, one in trained.items()}
     if cached := out.get("caches"):
-        values = list(cached.values())
-        order = rng.permutation(len(values))
-        out["caches"] = dict(zip(cached, [values[i] for i in order], strict=True))
+        out["caches"] = claim.exchanged(cached, rng)
     return out
 
 

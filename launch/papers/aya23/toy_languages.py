@@ -288,8 +288,7 @@ def register(
     rates = {}
     sources = instructions(requests, seed)
     for source in sources:
-        tasks.register_features(
-            source.name,
+        tasks.register_rows(
             source,
             origin="toy_languages.register",
             features={"targets": vocabulary, "loss_weights": None},

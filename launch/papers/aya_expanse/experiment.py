@@ -329,6 +329,8 @@ def _dpo(size: str, topology: str, fsdp: int, tensor: int) -> Row:
 ROWS = (_dpo("8b", "v5e:8x8", fsdp=16, tensor=4), _dpo("32b", "v5e:16x16", fsdp=64, tensor=4))
 
 
+# What is measured of the runs.
+
 TITLE = "Aya Expanse, 2412.04261"
 SEEDS = 5
 PARTS = {"small": "words of seven languages"}

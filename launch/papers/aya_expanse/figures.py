@@ -22,8 +22,11 @@ from espalier.launch.papers.aya_expanse.experiment import (
     won,
 )
 from espalier.launch.papers.aya_expanse.small_pool import NOISES
+from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+
+_PROSE = Prose.of(__name__)
 
 _ROUTING_COLOURS = dict(zip(ROUTINGS, (GREY, PURPLE, ORANGE, BLUE, GREEN, RED), strict=True))
 _STAGE_COLOURS = {
@@ -42,34 +45,31 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {
         "routing.png": (
             _routing(runs),
-            "Score of students of each routing by language: a dot for each seed, and the means",
+            _PROSE("routing_figure"),
         ),
         "wins.png": (
             _wins(runs),
-            "Win rate against the best single teacher's student by language, after each stage, ties counting one half: a dot for each "
-            "seed, and the means",
+            _PROSE("wins_figure"),
         ),
         "stages.png": (
             _stages(runs),
-            "Score after each stage: left, mean over languages, a dot for each seed; right, the mean over seeds of each language",
+            _PROSE("stages_figure"),
         ),
         "noise.png": (
             _noise(runs),
-            "Exact score of the answers that routing by reward chooses, against the noise of the reward: the mean over seeds, and the "
-            "seeds; fixed and uniform choices as lines",
+            _PROSE("noise_figure"),
         ),
         "rounds.png": (
             _rounds(runs),
-            "Held-out score, and reward in training, by round: means over seeds, and the seeds",
+            _PROSE("rounds_figure"),
         ),
         "betas.png": (
             _betas(runs),
-            "Score against divergence from the reference after offline preference training, by beta: a dot for each seed",
+            _PROSE("betas_figure"),
         ),
         "weights.png": (
             _weights(runs),
-            "Weights of a merge of six: left, mean against worst language's loss of all trials; right, how much lower the "
-            "mean loss is without each model, of equal weights",
+            _PROSE("weights_figure"),
         ),
     }
 

@@ -25,9 +25,11 @@ from espalier.launch.papers.aya_expanse.experiment import (
 )
 from espalier.launch.papers.aya_expanse.small_pool import NOISES
 from espalier.launch.papers.shared import claim, page
-from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.shared.results import compare
+
+_PROSE = Prose.of(__name__)
 
 SAME = 0.02  # of the score: what counts as no worse
 PLACES = {"small": "words of seven languages"}
@@ -181,60 +183,29 @@ def _pairs(*pairs: tuple[str, str], score: str = S, **settings: Any) -> Any:
 
 
 CLAIMS: Sequence[Claim] = (
-    RequiredClaim(
+    _PROSE.claim(
         "X1",
-        "Routing by reward is no worse than a fixed choice, and this no worse than a learned router",
-        f"score of students: reward over fixed and fixed over learned above -{SAME:g}",
         {"small": [routed(("reward", "fixed"), ("fixed", "learned"), above=-SAME)]},
-        paper="win rates of reward-based, fixed and learned routing in this order, all above random and single teachers",
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "X2",
-        "A learned router is better than a random choice, and translated answers are worst",
-        "score of students: learned over random above 0.01; random and the best single teacher over translated above 0",
         {
             "small": [
                 routed(("learned", "random"), above=0.01),
                 routed(("random", "translated"), ("single", "translated")),
             ]
         },
-        paper="translation of English answers is worse than random routing",
+        required=True,
     ),
-    RequiredClaim(
-        "X3",
-        "The gain is largest where the teachers disagree most",
-        "the gain of routing by reward over the best single teacher is larger in the three languages in which the teachers' "
-        "scores differ most than in the others",
-        {"small": [where_they_disagree]},
-        paper="gains are largest for languages of medium resources and smallest for English",
+    _PROSE.claim("X3", {"small": [where_they_disagree]}, required=True),
+    _PROSE.claim("X4", {"small": [routed(("reward", "single"), above=SAME)]}),
+    _PROSE.claim(
+        "X5", {"small": [falls_with_noise]}, required=True, noise=NOISES[-2], most_noise=NOISES[-1]
     ),
-    Claim(
-        "X4",
-        "Routing by reward beats the best single teacher",
-        f"score of students above {SAME:g}",
-        {"small": [routed(("reward", "single"), above=SAME)]},
-        paper="up to 56.5 % relative improvement of win rates",
-    ),
-    RequiredClaim(
-        "X5",
-        "Routing by reward falls to chance as the reward gets noisy",
-        f"the chosen answers' score is higher without noise than with a deviation of {NOISES[-2]:g}, and with {NOISES[-1]:g} within "
-        "0.03 of that of a uniform choice",
-        {"small": [falls_with_noise]},
-        paper="",
-    ),
-    Claim(
-        "X6",
-        "The recipe wins in every language, in English too",
-        "win rate against the best single teacher's student, judged with noise of its own, above 0.5 in the worst language",
-        {"small": [wins_everywhere]},
-        paper="win rates against Gemma 2 9B between 54 and 69 % by language",
-    ),
-    Claim(
+    _PROSE.claim("X6", {"small": [wins_everywhere]}),
+    _PROSE.claim(
         "X7",
-        "More languages in the pairs help, also languages without pairs",
-        "score with pairs of seven languages above that with one, and of three above one; in languages that neither one nor "
-        "three have, three above one; as many pairs in all",
         {
             "small": [
                 _pairs(
@@ -244,40 +215,15 @@ CLAIMS: Sequence[Claim] = (
                 _pairs(("offline_languages3", "offline_languages1"), score=UNSEEN_SCORE),
             ]
         },
-        paper="win rates over Aya 23 8B from 46.4 with English alone to 53.4 with all languages",
     ),
-    Claim(
-        "X8",
-        "Offline then online preference training is better than either alone",
-        "score after offline and three rounds above those of as many updates offline, and online",
-        {"small": [_pairs((_THIRD, "offline_long"), (_THIRD, "online4"))]},
-        paper="offline, then three online iterations",
+    _PROSE.claim("X8", {"small": [_pairs((_THIRD, "offline_long"), (_THIRD, "online4"))]}),
+    _PROSE.claim("X9", {"small": [over_optimised]}),
+    _PROSE.claim(
+        "X10", {"small": [_pairs(("offline_beta03", "offline_beta001"), score=DIVERGENCE)]}
     ),
-    Claim(
-        "X9",
-        "More rounds optimise the reward, and no longer the answers",
-        "reward in training of round 6 above that of round 3, held-out score of round 6 less that of round 3 below 0.01",
-        {"small": [over_optimised]},
-        paper="beyond three iterations: minimal gains, and sometimes reward hacking",
-    ),
-    Claim(
-        "X10",
-        "A larger beta keeps the model nearer to its reference",
-        "divergence from the reference is smaller with a beta of 0.3 than of 0.01",
-        {"small": [_pairs(("offline_beta03", "offline_beta001"), score=DIVERGENCE)]},
-        paper="",
-    ),
-    Claim(
-        "X11",
-        "Native against translated answers as pairs suppress the translator's words",
-        "share of words of the other language of the family lower after preference training on such pairs than before",
-        {"small": [_pairs(("native", "student_translated"), score=ARTEFACTS)]},
-        paper="",
-    ),
-    Claim(
+    _PROSE.claim("X11", {"small": [_pairs(("native", "student_translated"), score=ARTEFACTS)]}),
+    _PROSE.claim(
         "X12",
-        "Experts of clusters, merged, are no worse than one joint model on all data, at every stage",
-        f"score above -{SAME:g}: experts merged over the joint student, offline and a round by cluster over the joint ones",
         {
             "small": [
                 _pairs(
@@ -288,47 +234,23 @@ CLAIMS: Sequence[Claim] = (
                 )
             ]
         },
-        paper="merging language models: +3.8 % general over the joint mixture",
     ),
-    Claim(
-        "X13",
-        "Every stage adds to the one before",
-        f"the smallest gain of a stage over the one before it above -{SAME:g}",
-        {"small": [smallest_gain]},
-        paper="+9.1 points by arbitrage, +7.1 by preferences, about +5.1 by merging",
+    _PROSE.claim("X13", {"small": [smallest_gain]}),
+    _PROSE.claim(
+        "X14", {"small": [harmful_collides, _pairs(("six_searched", "six_uniform"))]}, required=True
     ),
-    RequiredClaim(
-        "X14",
-        "Leaving out a harmful expert gains most, and searched weights are no worse than equal ones",
-        "mean loss is lower without the harmful expert by more than without any other; score of searched over equal weights above 0",
-        {"small": [harmful_collides, _pairs(("six_searched", "six_uniform"))]},
-        paper="",
-    ),
-    Claim(
+    _PROSE.claim(
         "X15",
-        "Merges on the sphere and by TIES are not better than linear ones with searched weights",
-        f"score of searched weights less those of either above -{SAME:g}",
         {
             "small": [
                 _pairs(("six_searched", "six_spherical"), ("six_searched", "six_ties"), above=-SAME)
             ]
         },
-        paper="linear averaging was the most consistent",
     ),
-    Claim(
-        "X16",
-        "A short polish at a low rate helps the merge, and more than one at the full rate",
-        "score after a polish at a tenth of the rate above that of the merge, and above that after a polish at the full rate",
-        {"small": [_pairs(("polish_tenth", "merged"), ("polish_tenth", "polish_full"))]},
-        paper="",
+    _PROSE.claim(
+        "X16", {"small": [_pairs(("polish_tenth", "merged"), ("polish_tenth", "polish_full"))]}
     ),
-    Claim(
-        "X17",
-        "Weights chosen by the worst language cost little in the mean",
-        "mean loss at most 5 % above that of the weights with the best mean",
-        {"small": [minimum_costs]},
-        paper="",
-    ),
+    _PROSE.claim("X17", {"small": [minimum_costs]}),
 )
 
 
@@ -339,8 +261,7 @@ _SCORES = (S, WORST, WINS, WORST_WINS, ARTEFACTS, DIVERGENCE, REWARD)
 def _setup(parts: Mapping[str, Any]) -> list[str]:
     runs = parts.get("small")
     amount = f" {runs.amount()}." if runs else ""
-    names = {"experiment": experiment, "small_pool": small_pool, "small_stage": small_stage}
-    text = Prose.of("aya_expanse")("method", amount=amount, **names)
+    text = _PROSE("method", amount=amount, small_pool=small_pool, small_stage=small_stage)
     missing = runs.missing(list(experiment.get_config().arms), runs.seeds) if runs else []
     return [text, *page.missing(missing, tuple(PLACES), parts)]
 
@@ -350,25 +271,15 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
     if not runs:
         return []
     shown = [arm for arm in runs.arms if runs.values(arm, S).size]
-    every = [(_name(runs, arm), *(_cell(runs, arm, score) for score in _SCORES)) for arm in shown]
+    every = [(runs.title(arm), *runs.cells(arm, _SCORES)) for arm in shown]
     codes = lexicon.LANGUAGES
     by_language = [
-        (_name(runs, arm), *(_cell(runs, arm, of_language(code)) for code in codes))
-        for arm in shown
+        (runs.title(arm), *runs.cells(arm, [of_language(code) for code in codes])) for arm in shown
     ]
     return [
         *page.table(("arm", *_SCORES), every, "All arms"),
         *page.table(("arm", *codes), by_language, "Scores by language"),
     ]
-
-
-def _name(runs: Runs, arm: str) -> str:
-    return f"{runs.label(arm)} (`{arm}`)"
-
-
-def _cell(runs: Runs, arm: str, score: str) -> str:
-    values = runs.values(arm, score)
-    return runs.mean(values, score) if values.size else ""
 
 
 def _shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -401,11 +312,11 @@ def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, An
         mixed = dict(row["qualities"])
         # Together with the uniform choice, which is one of the values that noise is compared with.
         noises = {**mixed["by_noise"], "uniform": mixed["uniform"]}
-        noises = _permuted(noises, rng)
+        noises = claim.exchanged(noises, rng)
         mixed["uniform"] = noises.pop("uniform")
         mixed["by_noise"] = noises
         for key in ("teachers", "routings"):
-            mixed[key] = {name: _permuted(one, rng) for name, one in mixed[key].items()}
+            mixed[key] = {name: claim.exchanged(one, rng) for name, one in mixed[key].items()}
         out["qualities"] = mixed
     if row.get("search"):
         search = dict(row["search"])
@@ -414,12 +325,6 @@ def _exchanged(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, An
         search["trials"] = [[t[0], w] for t, w in zip(search["trials"], worst, strict=True)]
         out["search"] = search
     return out
-
-
-def _permuted(values: Mapping[str, float], rng: np.random.Generator) -> dict[str, float]:
-    order = rng.permutation(len(values))
-    listed = list(values.values())
-    return dict(zip(values, [listed[i] for i in order], strict=True))
 
 
 def _read(measured: Mapping[str, Any]) -> dict[str, Any]:

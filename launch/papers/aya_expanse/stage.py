@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espalier.common import tables
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
 from espalier.launch.papers.aya_expanse import recipe as recipes
@@ -243,11 +244,9 @@ def indicators(
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the indicators as a table in Markdown."""
     titles = list(rows[0]) if rows else []
-    lines = [f"| {' | '.join(title.replace('_', ' ') for title in titles)} |"]
-    lines.append(f"|{'---|' * len(titles)}")
-    for row in rows:
-        lines.append(f"| {' | '.join(_cell(row[title]) for title in titles)} |")
-    return "\n".join(lines) + "\n"
+    header = [title.replace("_", " ") for title in titles]
+    cells = ([_cell(row[title]) for title in titles] for row in rows)
+    return "\n".join(tables.markdown(header, cells)) + "\n"
 
 
 def _cell(value: Any) -> str:

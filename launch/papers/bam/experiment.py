@@ -117,9 +117,9 @@ CONTEXT = 1024  # tokens; the paper does not publish it
 
 
 def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
+    if data := sweeps.after("full", text):
+        return _full_sweep(data)
     kind, _, seeds = text.partition(",")
-    if kind == "full":
-        return _full_sweep(seeds)
     seeds = sweeps.seeds(seeds or 5)
     general, *domains = DOMAINS[kind]
     even = {domain: 0.25 for domain in DOMAINS[kind]}
@@ -209,6 +209,8 @@ def _made(flags: tuple, experts: tuple) -> dict:
     return sweeps.made(*words)
 
 
+# The runs of full size.
+
 FULL = "t5x_configs/experiments/bam/full/"
 FULL_DOMAINS = ("code", "law", "math")
 FULL_CONTEXT, FULL_TOKENS = 2048, 100e9  # of the mixtures
@@ -288,6 +290,8 @@ ROWS = (
     _program("bam_4x2b", "BAM of four 2B seeds", "models/bam_2b", "methods/bam/bam"),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "BAM, 2408.08274"
 SEEDS = 5

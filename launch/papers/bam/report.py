@@ -29,7 +29,7 @@ from espalier.launch.papers.bam.experiment import (
     specialist,
 )
 from espalier.launch.papers.shared import domains
-from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.claim import Effect
 from espalier.launch.papers.shared.domain_panels import choice_maps, curve, dots, load_dots
 from espalier.launch.papers.shared.domains import (
     LOAD_BOUND,
@@ -43,6 +43,8 @@ from espalier.launch.papers.shared.domains import (
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, ORANGE, PURPLE, RED
+
+_PROSE = Prose.of(__name__)
 
 MARGIN = 0.02  # nats: what counts as no worse; the paper's top-1 is 0.008 behind top-2
 SAME = 2.0  # per cent of BTX's loss: what counts as about as good
@@ -142,101 +144,33 @@ def beside_dense(runs: Runs, where: str) -> list[Effect]:
 
 _BTX, _SHARED, _BAM = "btx", matched("bam_shared_kv"), matched("bam")
 CLAIMS = (
-    RequiredClaim(
-        "B1",
-        "A specialist is the best at home",
-        "on its domain it has a lower loss than the seed and than each other specialist",
-        everywhere(home),
-        paper="perplexity of the code specialist on code 3.71, of the seed 8.62, of the others 6.78 and 23.45",
+    _PROSE.claim("B1", everywhere(home), required=True),
+    _PROSE.claim("B2", everywhere(elsewhere), required=True),
+    _PROSE.claim(
+        "B3", everywhere(pairs(("bam", "bam_shared_kv"), ("bam_shared_kv", _BTX))), required=True
     ),
-    RequiredClaim(
-        "B2",
-        "and worse than the seed elsewhere",
-        "the seed has the lower mean loss over the other domains",
-        everywhere(elsewhere),
-        paper="perplexity of the code specialist on general text 39.50, of the seed 23.98",
-    ),
-    RequiredClaim(
-        "B3",
-        "Attentions with keys and values of their own are better than with shared ones, and these than BTX",
-        f"data-matched, BAM has a lower mean loss than shared-KV BAM, and it a lower one than BTX; {_BOUND}",
-        everywhere(pairs(("bam", "bam_shared_kv"), ("bam_shared_kv", _BTX))),
-        paper="mean perplexity 9.70, 10.32 and 10.72",
-    ),
-    Claim(
-        "B4",
-        "The same at equal compute",
-        "B3, compute-matched at the cost that the paper's 590M model has",
-        everywhere(pairs((_BAM, _SHARED), (_SHARED, _BTX))),
-        paper="mean perplexity 10.00, 10.46 and 10.72",
-    ),
-    RequiredClaim(
-        "B5",
-        "BAM is ahead of BTX with as many parameters, in all and active",
-        f"data-matched, a lower mean loss than BTX with 4 and with 6 experts, and with 6 of which 3 are active; {_BOUND}",
-        everywhere(pairs(*(("bam", other) for other in BTX))),
-        paper="mean perplexity of BAM 9.71, of BTX with 6 experts 11.41, with 3 of them active 9.85",
-    ),
-    Claim(
-        "B6",
-        "The same at equal compute",
-        "compute-matched, a lower mean loss than BTX with 4 and with 6 experts; with 3 active experts BTX costs as much "
-        "as BAM, so that B5 has this pair",
-        everywhere(pairs((_BAM, "btx"), (_BAM, "btx6"))),
-        paper="mean perplexity of BAM 10.00, of BTX with 4 experts 10.72, with 6 11.41",
-    ),
-    RequiredClaim(
+    _PROSE.claim("B4", everywhere(pairs((_BAM, _SHARED), (_SHARED, _BTX)))),
+    _PROSE.claim("B5", everywhere(pairs(*(("bam", other) for other in BTX))), required=True),
+    _PROSE.claim("B6", everywhere(pairs((_BAM, "btx"), (_BAM, "btx6")))),
+    _PROSE.claim(
         "B7",
-        "Soft routing of attentions is better than top-2, and top-2 no worse than top-1",
-        "compute-matched, all with shared keys and values: soft has a lower mean loss than both, and top-2 one of at most "
-        f"{MARGIN} nats above top-1's; {_BOUND}",
         everywhere(
             pairs((_SHARED, matched("moa_top2")), (_SHARED, matched("moa_top1"))),
             pairs((matched("moa_top2"), matched("moa_top1")), above=-MARGIN),
         ),
-        paper="mean perplexity 10.47, 10.72 and 10.81",
+        required=True,
     ),
-    Claim(
-        "B9",
-        "Attentions that are chosen are about as good as averaged ones, at equal compute",
-        f"compute-matched, loss of top-1 and top-2 within {SAME:g} % of BTX's",
-        everywhere(same),
-        paper="mean perplexity of top-2 10.72, of top-1 10.81, of BTX 10.72",
-    ),
-    RequiredClaim(
+    _PROSE.claim("B9", everywhere(same)),
+    _PROSE.claim(
         "B11",
-        "More experts that are copies of the seed do not rescue BTX",
-        f"data-matched, two of them, one expert being chosen as before, close less than {RESCUED:.0%} of its gap in loss to "
-        f"BAM; {_BOUND}",
         everywhere(functools.partial(beside_the_middle, arm="btx6", nearer_to_bam=False)),
-        paper="mean perplexity of BTX with 5 to 8 experts 11.03 to 11.66, of BAM 9.71",
+        required=True,
     ),
-    RequiredClaim(
-        "B12",
-        "With shared keys and values the cache is a dense model's; with own ones it is as many times larger as "
-        "there are experts",
-        f"bytes of keys and values of {CACHE_LENGTH} tokens are equal, or N times as many",
-        {"caches": [caches]},
-        paper="as many times",
-    ),
-    Claim(
-        "B13",
-        "The gain is more than that of larger attention (a control, not a claim of the paper)",
-        "data-matched, BAM has a lower mean loss than with attention experts that are copies of the averaged attention",
-        everywhere(pairs(("bam", "bam_averaged"))),
-    ),
-    Claim(
-        "B14",
-        "Mixtures are better than the seed trained on as many tokens in all (a control, not a claim of the paper)",
-        "BAM and BTX have a lower mean loss than the dense model that was trained on the tokens of all "
-        f"specialists and of the mixture; {LONG_SEEDS} seeds; fewer than {ENOUGH:,} updates of the mixture allow no conclusion",
-        everywhere(beside_dense),
-    ),
-    Claim(
+    _PROSE.claim("B12", {"caches": [caches]}, required=True),
+    _PROSE.claim("B13", everywhere(pairs(("bam", "bam_averaged")))),
+    _PROSE.claim("B14", everywhere(beside_dense)),
+    _PROSE.claim(
         "B16",
-        "More than half of the gain is capacity (a control, not a claim of the paper)",
-        f"data-matched, attention experts that are copies of the averaged attention close more than {RESCUED:.0%} of the gap "
-        "between BTX and BAM",
         everywhere(functools.partial(beside_the_middle, arm="bam_averaged", nearer_to_bam=True)),
     ),
 )
@@ -258,23 +192,19 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         out |= {
             f"{name}_loss.png": (
                 dots(runs, _colours(), MEAN),
-                f"Mean loss over the {name} domains at the end: a dot for each seed, a bar for their mean. Seed and "
-                "specialists are far to the right: see the table",
+                _PROSE("loss_figure", name=name),
             ),
             f"{name}_loads.png": (
                 load_dots(runs, _colours()),
-                f"Largest share of the {name} domains' tokens that one expert gets as first choice, by router and layer: "
-                "a dot for each seed. Dashed: the bound above which a top-1 router has collapsed",
+                _PROSE("loads_figure", name=name),
             ),
             f"{name}_choices.png": (
                 choice_maps(runs, _MAPPED),
-                f"Share of each of the {name} domains' tokens whose first choice an expert is, by router and layer; "
-                "means over seeds",
+                _PROSE("choices_figure", name=name),
             ),
             f"{name}_curves.png": (
                 _curves(runs),
-                f"Loss on each of the {name} domains over its entropy, against the tokens of the mixture's training: means "
-                "over seeds, and the seeds as thin lines",
+                _PROSE("curves_figure", name=name),
             ),
         }
     out["cache.png"] = (
@@ -340,7 +270,6 @@ def _caches(measured: Mapping[str, Sequence[int]]) -> Any:
     return figure
 
 
-_PROSE = Prose.of("bam")
 REPORT = domains.report(
     slug="bam",
     intro=_PROSE("intro") + "\n",

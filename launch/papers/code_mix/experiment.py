@@ -81,10 +81,9 @@ ANSWERS = "answers"  # the evaluation with the answers that are judged
 JUDGED = (*PHASES[1], *PHASES[2])
 
 
-def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    seeds, _, rest = text.partition(",")
-    if seeds == "full":
-        return _full_sweep(rest)
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    if data := sweeps.after("full", seeds):
+        return _full_sweep(data)
     parents = {**dict.fromkeys(PHASES[0]), **RECIPES, "balanced_synth_to_text": "balanced_synth"}
     arms = {arm: _arm(arm, parent) for arm, parent in sorted((parents | COOLDOWNS).items())}
     evaluations = {
@@ -203,6 +202,8 @@ def source_name(task: str) -> str:
     """Returns the name of a source in the report."""
     return task.removeprefix("skill_").replace("_", " ")
 
+
+# The runs of full size.
 
 _FULL = "t5x_configs/experiments/code_mix/full/"
 FULL_RECIPES = ("text_only", "balanced_only", "balanced_to_text", "code_to_text")
@@ -323,6 +324,8 @@ ROWS = (
     ),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "To Code, or Not To Code?, 2408.10914"
 SEEDS = 5

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.papers.code_mix.experiment import (
-    COOLDOWNS,
     GROUPS,
     PHASES,
     PLACES,
@@ -27,7 +26,7 @@ from espalier.launch.papers.code_mix.experiment import (
 )
 from espalier.launch.papers.code_mix.judged import SHARES as OUTCOMES
 from espalier.launch.papers.shared import claim, page
-from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.shared.results import compare
 from espalier.launch.plots import intervals
@@ -43,6 +42,8 @@ from espalier.launch.plots.panels import (
     panels,
     save,
 )
+
+_PROSE = Prose.of(__name__)
 
 SHARE_ERROR = 0.005  # of tokens: the remainder that a batch cannot be divided into
 TOKEN_ERROR = 0.005  # of tokens: a batch in each phase
@@ -130,66 +131,39 @@ def verified(runs: Results, where: str) -> list[Effect]:
 
 
 CLAIMS = (
-    RequiredClaim(
-        "C0",
-        "Sources are read with the configured shares of tokens, and arms that are compared read as many tokens",
-        f"shares to {SHARE_ERROR:.1%} of a run's tokens, tokens with a loss to {TOKEN_ERROR:.1%}",
-        {"skills": [mixtures]},
-    ),
-    RequiredClaim(
+    _PROSE.claim("C0", {"skills": [mixtures]}, required=True),
+    _PROSE.claim(
         "C1a",
-        "Text and code in equal parts to the end is better at code than text after code or after both",
-        "better exact match of code than each of the two",
         {"skills": [compare("code", *(("balanced_only", other) for other in _STARTS))]},
-        paper="9.0 against 4.8 (balanced → text) and 4.1 (code → text)",
+        required=True,
     ),
-    Claim(
-        "C1b",
-        "Text after code or after both is better at reasoning than text alone",
-        "better exact match of problems in words, of as many tokens",
-        {"skills": [compare("reasoning", *((start, "text_only") for start in _STARTS))]},
-        paper="53.0 (balanced → text) and 53.3 (code → text) against 49.0",
+    _PROSE.claim(
+        "C1b", {"skills": [compare("reasoning", *((start, "text_only") for start in _STARTS))]}
     ),
-    Claim(
-        "C1c",
-        "A balanced start leaves more knowledge than a start from code",
-        "better exact match of facts after the second phase",
-        {"skills": [compare("knowledge", _STARTS)]},
-        paper="9.9 against 9.5",
-    ),
-    RequiredClaim(
+    _PROSE.claim("C1c", {"skills": [compare("knowledge", _STARTS)]}),
+    _PROSE.claim(
         "C2a",
-        "The more code, the better at code",
-        "the slope over all shares of code but 0 is positive",
         {
             "skills": [
                 of_shares("code", _WITH_CODE, "slope of code in its share, from 0 to 1", _slope)
             ]
         },
-        paper="linear in its share, 2.6 times as much at 100 % as at 25 %",
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "C2b",
-        "Knowledge falls with the share of code",
-        f"75 % code costs more than {LOSS} of exact match, beside none and beside 25 %",
         {
             "skills": [
                 compare("knowledge", *((f"share_{s}", "share_75") for s in (0, 25)), above=LOSS)
             ]
         },
-        paper="-3.4 % at 25 % code, -31 % at 75 %, -86 % at 100 %",
+        required=True,
     ),
-    Claim(
-        "C2c",
-        "Some code beside text is better at reasoning than none",
-        "better exact match of problems in words at 25 % and at 50 % code",
-        {"skills": [compare("reasoning", ("share_25", "share_0"), ("share_50", "share_0"))]},
-        paper="+3.4 % at 25 % code",
+    _PROSE.claim(
+        "C2c", {"skills": [compare("reasoning", ("share_25", "share_0"), ("share_50", "share_0"))]}
     ),
-    Claim(
+    _PROSE.claim(
         "C2d",
-        "Knowledge falls slowly at first and then fast",
-        "25 % code costs less than half of what 75 % costs",
         {
             "skills": [
                 of_shares(
@@ -200,19 +174,10 @@ CLAIMS = (
                 )
             ]
         },
-        paper="-3.4 % against -31 %",
     ),
-    RequiredClaim(
-        "C3a",
-        "Verified code teaches more than noisy code, token by token",
-        "better exact match of code",
-        {"skills": [verified]},
-        paper="no such arm; as a tenth of the code +44.9 %",
-    ),
-    Claim(
+    _PROSE.claim("C3a", {"skills": [verified]}, required=True),
+    _PROSE.claim(
         "C3b",
-        "A little verified code helps: a tenth of the code",
-        "better with it: code alone; code and reasoning of text after the mix",
         {
             "skills": [
                 compare("code", ("code_synth", "share_100")),
@@ -222,30 +187,21 @@ CLAIMS = (
                 ),
             ]
         },
-        paper="+44.9 % of code alone; +35 % and +2 % after text",
     ),
-    Claim(
+    _PROSE.claim(
         "C3c",
-        "Markup and code-adjacent text in place of code cost some code",
-        "web code alone is better at code",
         {"skills": [compare("code", ("share_100", "code_markup"), ("share_100", "code_adjacent"))]},
-        paper="-15.7 % and -9.4 %",
     ),
-    Claim(
+    _PROSE.claim(
         "C4a",
-        "A cooldown with code is no worse than none",
-        f"at most {NO_WORSE} less exact match in each group",
         {
             "skills": [
                 compare(group, (_COOLDOWN, "balanced_to_text"), above=-NO_WORSE) for group in GROUPS
             ]
         },
-        paper="+3.6 % reasoning, +10.1 % knowledge, +20 % code",
     ),
-    Claim(
+    _PROSE.claim(
         "C4b",
-        "It takes code in the cooldown to gain code",
-        f"better exact match of code than without code, which gains less than {NO_WORSE} over no cooldown",
         {
             "skills": [
                 compare("code", (_COOLDOWN, _WITHOUT_CODE)),
@@ -257,12 +213,9 @@ CLAIMS = (
                 ),
             ]
         },
-        paper="+20 % with code, 0 without",
     ),
-    Claim(
+    _PROSE.claim(
         "C5a",
-        "Answers of recipes with code are preferred to those of text alone",
-        "more prompts won than lost against text alone, by a judge that knows the right answers",
         {
             "skills": [
                 compare(
@@ -270,18 +223,14 @@ CLAIMS = (
                 )
             ]
         },
-        paper="code → text and balanced-only win 6.6 points more than they lose",
     ),
-    Claim(
+    _PROSE.claim(
         "C5b",
-        "After a cooldown with code answers are preferred to those before it",
-        "more prompts won than lost by balanced → text after its cooldown",
         {
             "skills": [
                 compare(wins("balanced_to_text"), (_COOLDOWN, "balanced_to_text")),
             ]
         },
-        paper="52.3 % won with code, 48.2 % without",
     ),
 )
 
@@ -298,14 +247,14 @@ def figures(parts: Mapping[str, Results]) -> dict[str, tuple[Any, str]]:
     scored = {
         "recipes.png": (
             _recipes,
-            "Scores less those of text alone, by group and recipe, in points",
+            _PROSE("recipes_figure"),
         ),
-        "phases.png": (_phases, "Scores after each phase, by recipe"),
-        "proportion.png": (_proportion, "Scores against the share of code; thin lines are seeds"),
-        "quality.png": (_quality, "Kinds of code, in points of exact match"),
-        "cooldown.png": (_cooldown, "Scores after a cooldown less those before it; learning rate"),
-        "win_rates.png": (_win_rates, "Judged answers against text alone, mean over seeds"),
-        "scale.png": (_scale, "Scores by size, mean over seeds"),
+        "phases.png": (_phases, _PROSE("phases_figure")),
+        "proportion.png": (_proportion, _PROSE("proportion_figure")),
+        "quality.png": (_quality, _PROSE("quality_figure")),
+        "cooldown.png": (_cooldown, _PROSE("cooldown_figure")),
+        "win_rates.png": (_win_rates, _PROSE("win_rates_figure")),
+        "scale.png": (_scale, _PROSE("scale_figure")),
     }
     return {
         name: (plot(small) if small.groups else None, caption)
@@ -404,12 +353,8 @@ def _quality(results: Results) -> Any:
 
 def _cooldown(results: Results) -> Any:
     recipe = "balanced_to_text"
-    arms = {
-        words: arm
-        for arm, (of, code) in COOLDOWNS.items()
-        for words in [f"{code} code"]
-        if of == recipe and results.has(arm)
-    }
+    named = {"with code": f"{recipe}_cooldown", "without code": f"{recipe}_cooldown_without_code"}
+    arms = {words: arm for words, arm in named.items() if results.has(arm)}
     if not arms or not results.has(recipe, "share_50"):
         return None
     figure, (left, right) = panels(2, (12, 3.4))
@@ -502,7 +447,7 @@ def _setup(parts: Mapping[str, Results]) -> list[str]:
     if "skills" not in parts:
         return []
     runs = parts["skills"]
-    text = Prose.of("code_mix")("skills", place=PLACES["skills"], amount=runs.amount())
+    text = _PROSE("skills", amount=runs.amount())
     return [text]
 
 

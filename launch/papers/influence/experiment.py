@@ -45,8 +45,8 @@ PILOT_SEED = 90
 def get_config(text: str = "5") -> ml_collections.ConfigDict:
     from espalier.launch.papers.influence import scoring
 
-    if text.startswith("smollm,"):
-        return _smollm_sweep(text.removeprefix("smollm,"))
+    if size := sweeps.after("smollm", text):
+        return _smollm_sweep(size)
     seeds = (PILOT_SEED,) if text == "pilot" else sweeps.seeds(text)
     own = ("espalier.launch.papers.influence.corpus", "--to={run}", "--seed={SEED}")
     score = (
@@ -234,6 +234,8 @@ ROWS = (
     _covariances("ekfac_bam", _BAM, "v5e:4x4", 16),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "procedural knowledge by EK-FAC influence, 2411.12580"
 SEEDS = 5

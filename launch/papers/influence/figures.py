@@ -7,8 +7,11 @@ import numpy as np
 
 from espalier.launch.papers.influence import scoring, small_corpus, statistics
 from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
+from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import heat_maps, panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+
+_PROSE = Prose.of(__name__)
 
 COLOURS = {
     "hessian": GREY,
@@ -41,30 +44,27 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {
         "exact.png": (
             _exact(parts.get("exact", ())),
-            "Tiny models: mean correlation of scores with three kinds of retraining; a dot for each seed, a bar for their mean",
+            _PROSE("exact_figure"),
         ),
         "correlations.png": (
             _correlations(seeds),
-            "Mean correlation of the influences of two queries over all documents, by kind of pair; a dot for each seed",
+            _PROSE("correlations_figure"),
         ),
         "sources.png": (
             _sources(seeds),
-            f"Share of each source in the top {statistics.TOP} of the queries of a group (rows) over its share in the corpus; "
-            "means over seeds",
+            _PROSE("sources_figure"),
         ),
         "answers.png": (
             _answers(seeds),
-            f"Share of queries whose answer is in one of the top {statistics.TOP} documents; a dot for each seed. Dashed: in any "
-            "document of the corpus, mean",
+            _PROSE("answers_figure"),
         ),
         "lds.png": (
             _lds(seeds),
-            "Linear datamodeling score over halves of the corpus, mean over the queries of each group; a dot for each seed",
+            _PROSE("lds_figure"),
         ),
         "removal.png": (
             _removal(seeds),
-            f"Rise of the loss of a group's queries without the top {statistics.SHARE:.0%} of each method, over that without "
-            "random documents; a dot for each seed",
+            _PROSE("removal_figure"),
         ),
     }
 

@@ -23,10 +23,12 @@ from espalier.launch.papers.influence import (
 from espalier.launch.papers.influence import exact as tiny
 from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
 from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES
-from espalier.launch.papers.shared import page
-from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import intervals
+
+_PROSE = Prose.of(__name__)
 
 EXACT, CORPUS = "exact", "corpus"
 PLACES = {EXACT: "tiny models", CORPUS: "small corpus"}
@@ -205,134 +207,63 @@ def _tiny(*settings: Mapping[str, Any]) -> dict[str, Sequence[Measure]]:
 
 
 CLAIMS = (
-    RequiredClaim(
-        "V1",
-        "Influence by the exact Gauss-Newton matrix is the proximal Bregman response",
-        f"mean correlation over documents above {ALIKE}",
-        _tiny({"kind": "pbrf", "method": "gauss_newton", "above": ALIKE}),
+    _PROSE.claim(
+        "V1", _tiny({"kind": "pbrf", "method": "gauss_newton", "above": ALIKE}), required=True
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "V2",
-        "EK-FAC tracks it better than the dot product, and is near the exact matrix",
-        f"correlation with Bregman responses more than {BETTER} above the dot product's; with Gauss-Newton scores above {NEAR}",
         _tiny(
             {"kind": "pbrf", "method": "ekfac", "than": "identity", "above": BETTER},
             {"kind": "with_gauss_newton", "method": "ekfac", "above": NEAR},
         ),
-        paper="Grosse et al.: clearly better, shown as plots",
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "V3",
-        "Conjugate gradients on all documents give the exact scores",
-        f"correlation with Gauss-Newton scores above {SOLVED}",
         _tiny({"kind": "with_gauss_newton", "method": "ekfac_cg", "above": SOLVED}),
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "I1",
-        "Documents influence queries of the same procedure alike",
-        "EK-FAC: the mean correlation of the influences of two queries of one procedure is higher than that of queries of two "
-        "procedures, and than that of two facts",
         _here(
             pairs_gap("same procedure", "two procedures"),
             pairs_gap("same procedure", "facts"),
         ),
-        paper="positive within a task, p < 4e-8, up to 0.96; facts 0.06 (7B) and 0.03 (35B) in the mean",
+        required=True,
     ),
-    RequiredClaim(
-        "I2",
-        "Single documents matter more for facts than for procedures",
-        f"EK-FAC: the positive influence of the top {statistics.SHARE:.0%} over the nats of the completion is larger for facts "
-        "than for each procedure",
-        _here(*map(mass_gap, PROCEDURES)),
-        paper="less influence per nat for reasoning, at any part of the ranking",
-    ),
-    RequiredClaim(
+    _PROSE.claim("I2", _here(*map(mass_gap, PROCEDURES)), required=True),
+    _PROSE.claim(
         "I3",
-        "Answers of facts are in the top documents, answers of procedures are not",
-        f"EK-FAC: the answer is in the top {statistics.TOP} for more than {FOUND:.0%} of the facts and fewer than {NOT_FOUND:.0%} "
-        "of the queries of each procedure",
         _here(
             answers(FACT, above=FOUND),
             *(answers(one, below=NOT_FOUND) for one in PROCEDURES),
         ),
-        paper="of the facts answered correctly 55 % (7B) and 30 % (35B), of the reasoning queries 7.4 % and 0 %, in the top 500",
+        required=True,
     ),
-    RequiredClaim(
-        "I4",
-        "Documents that show a procedure are on top of the queries that need it",
-        f"EK-FAC: own worked examples have a larger multiplier in the top {statistics.TOP} than the other procedure's",
-        _here(*map(separates, PROCEDURES)),
-        paper="16 and 20 of 20 queries of slopes have a document with the procedure in their top 100",
-    ),
-    Claim(
-        "I5",
-        "The dot product separates procedures less",
-        "the difference of I4 is larger by EK-FAC than by the dot product",
-        _here(*(separates(one, than="identity") for one in PROCEDURES)),
-    ),
-    Claim(
+    _PROSE.claim("I4", _here(*map(separates, PROCEDURES)), required=True),
+    _PROSE.claim("I5", _here(*(separates(one, than="identity") for one in PROCEDURES))),
+    _PROSE.claim(
         "I6",
-        "Code is over-represented on top of reasoning, not of facts",
-        f"EK-FAC: the multiplier of the procedure's own code in the top {statistics.SHARE:.0%} is above 1 for each procedure, "
-        "and that of all code below 1 for facts",
         _here(
             *(code(one, "top", above=1.0) for one in PROCEDURES),
             code(FACT, "top", below=1.0),
         ),
-        paper="about 2 for reasoning and 0.5 for facts, at 5,000 to 50,000 of 5 million",
     ),
-    Claim(
-        "I7",
-        "and at the bottom too",
-        f"EK-FAC: the multiplier of the procedure's own code in the bottom {statistics.SHARE:.0%} is above 1",
-        _here(*(code(one, "bottom", above=1.0) for one in PROCEDURES)),
-        paper="code is over-represented at both ends of the reasoning ranking",
+    _PROSE.claim("I7", _here(*(code(one, "bottom", above=1.0) for one in PROCEDURES))),
+    _PROSE.claim(
+        "I8", _here(lds_gap("ekfac", "identity"), lds_gap("ekfac", "bm25")), required=True
     ),
-    RequiredClaim(
-        "I8",
-        "EK-FAC predicts retraining better than the dot product and BM25",
-        "its linear datamodeling score over halves of the corpus is higher",
-        _here(lds_gap("ekfac", "identity"), lds_gap("ekfac", "bm25")),
-        paper="not of the paper; bergson's GPT-2: EK-FAC 0.454, BM25 0.220",
-    ),
-    Claim(
-        "I9",
-        "and conjugate gradients predict it better still",
-        "the linear datamodeling score of EK-FAC + CG is higher than EK-FAC's",
-        _here(lds_gap("ekfac_cg", "ekfac")),
-        paper="not of the paper; bergson's GPT-2: 0.685 against 0.454",
-    ),
-    RequiredClaim(
-        "I10",
-        "Facts are lost with their top documents",
-        f"without the top {statistics.SHARE:.0%} of EK-FAC for facts, their loss is higher than without random documents",
-        _here(removal("ekfac", "random", FACT)),
-        paper="perplexity of a fine-tuned GPT-2 on WikiText-2 without 50 to 300 documents: 22.5 to 23.1 against 22.1 to 22.2",
-    ),
-    Claim(
+    _PROSE.claim("I9", _here(lds_gap("ekfac_cg", "ekfac"))),
+    _PROSE.claim("I10", _here(removal("ekfac", "random", FACT)), required=True),
+    _PROSE.claim(
         "I11",
-        "and so are procedures",
-        f"without the top {statistics.SHARE:.0%} of EK-FAC for procedures, their loss is higher than without random documents, "
-        "and than without the top of the dot product",
         _here(
             removal("ekfac", "random", "procedure"),
             removal("ekfac", "identity", "procedure"),
         ),
     ),
-    Claim(
-        "I12",
-        "Shared words do not suffice for procedures",
-        "without the top documents of EK-FAC for procedures, their loss is higher than without those of BM25; for facts a tie is "
-        "expected, and the difference is in the tables",
-        _here(removal("ekfac", "bm25", "procedure")),
-        paper="not of the paper; bergson's GPT-2: intervals of EK-FAC and BM25 overlap",
-    ),
-    RequiredClaim(
-        "I13",
-        "Random scores predict nothing (a check of the measure, not a claim of the paper)",
-        f"their linear datamodeling score is between -{CHANCE} and {CHANCE}",
-        _here(random_lds),
-    ),
+    _PROSE.claim("I12", _here(removal("ekfac", "bm25", "procedure"))),
+    _PROSE.claim("I13", _here(random_lds), required=True),
 )
 
 
@@ -345,14 +276,11 @@ _SHOWN_OF_REPORT = (
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
-    modules = {"corpus": corpus, "experiment": experiment, "scoring": scoring, "tiny": tiny}
-    text = Prose.of("influence")(
+    text = _PROSE(
         "method",
+        corpus=corpus,
         documents=sum(small_corpus.SIZES.values()),
         projections=scoring.PROJECTION**2,
-        small_corpus=small_corpus,
-        statistics=statistics,
-        **modules,
     )
     out, missing = [text], []
     if seeds := parts.get("corpus"):
@@ -500,7 +428,7 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     if "exact" in measured:
         kinds = ("pbrf", "loo", "lds", "with_gauss_newton")
         out["exact"] = [
-            {**row, **{kind: _permuted(row[kind], rng) for kind in kinds}}
+            {**row, **{kind: claim.exchanged(row[kind], rng) for kind in kinds}}
             for row in measured["exact"]
         ]
     if "corpus" in measured:
@@ -515,20 +443,14 @@ def shuffle(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     return out
 
 
-def _permuted(table: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Returns the values of a table under other names of it."""
-    values = [*table.values()]
-    return {name: values[i] for name, i in zip(table, rng.permutation(len(values)), strict=True)}
-
-
 def _shuffled_scores(record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     methods = {
         method: {
-            "correlations": _permuted(one["correlations"], rng),
-            "answers": _permuted(one["answers"], rng),
+            "correlations": claim.exchanged(one["correlations"], rng),
+            "answers": claim.exchanged(one["answers"], rng),
             "sources": {
                 group: {
-                    name: {end: _permuted(shown, rng) for end, shown in ends.items()}
+                    name: {end: claim.exchanged(shown, rng) for end, shown in ends.items()}
                     for name, ends in names.items()
                 }
                 for group, names in one["sources"].items()
@@ -536,15 +458,15 @@ def _shuffled_scores(record: Mapping[str, Any], rng: np.random.Generator) -> dic
         }
         for method, one in record["methods"].items()
     }
-    masses = {method: _permuted(one, rng) for method, one in record["masses"].items()}
+    masses = {method: claim.exchanged(one, rng) for method, one in record["masses"].items()}
     return {**record, "methods": methods, "masses": masses}
 
 
 def _shuffled_losses(record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     return {
         **record,
-        "lds": _permuted(record["lds"], rng),
-        "removal": {what: _permuted(one, rng) for what, one in record["removal"].items()},
+        "lds": claim.exchanged(record["lds"], rng),
+        "removal": {what: claim.exchanged(one, rng) for what, one in record["removal"].items()},
     }
 
 

@@ -87,12 +87,11 @@ RATES = {"full": 3e-3, "half": 1.5e-3}
 LONG = 4500  # updates
 
 
-def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    seeds, _, rest = text.partition(",")
-    if seeds == "vision":
-        return _image_sweep(rest)
-    if seeds == "full":
-        return _full_sweep(rest)
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    if images := sweeps.after("vision", seeds):
+        return _image_sweep(images)
+    if data := sweeps.after("full", seeds):
+        return _full_sweep(data)
     arms = {"dense": _arm("base"), "dense_half": _arm("base", LEARNING_RATE=RATES["half"])}
     for rank, init in itertools.product(RANKS, INITS):
         arms[arm(init, rank)] = _arm("low_rank", FACTOR_INIT=init, RANK=rank)
@@ -176,6 +175,8 @@ def _image_arm(file: str, macros: dict[str, object]) -> dict:
     bindings = tuple(f"{name}={value!r}" for name, value in macros.items())
     return sweeps.arm(f"{ARMS}{file}.gin", bindings=bindings)
 
+
+# The runs of full size.
 
 _FULL = "t5x_configs/experiments/low_rank/full/"
 FULL_DECAYS = ("none", "l2", "frobenius")
@@ -343,6 +344,8 @@ def _batch(recipe: Any, program: Any) -> dict[str, Any]:
     }
     return {name: jax.device_put(array, program.batch_sharding) for name, array in arrays.items()}
 
+
+# What is measured of the runs.
 
 TITLE = "low-rank training, 2209.13569"
 SEEDS = 5

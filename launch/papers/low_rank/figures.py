@@ -8,6 +8,7 @@ import numpy as np
 
 from espalier.launch.papers.low_rank import experiment
 from espalier.launch.papers.low_rank.experiment import Results, arm_name
+from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import intervals
 from espalier.launch.plots.panels import (
     BLUE,
@@ -22,6 +23,8 @@ from espalier.launch.plots.panels import (
     panels,
     plain_ticks,
 )
+
+_PROSE = Prose.of(__name__)
 
 _DECAY_STYLE = {"none": (GREY, "o"), "l2": (ORANGE, "s"), "frobenius": (BLUE, "^")}
 _DECAY_NAMES = {"none": "no decay", "l2": "L2 on the factors", "frobenius": "Frobenius"}
@@ -41,28 +44,26 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Returns file name -> (figure, caption)."""
     results, images = (parts.get(part, Results(())) for part in ("lm", "vision"))
     return {
-        "ranks.png": (_ranks(results), "Perplexity by start and rank; dots are seeds"),
+        "ranks.png": (_ranks(results), _PROSE("ranks_figure")),
         "spectra.png": (
             _spectra(results),
-            "Singular values over the largest, mean over matrices and seeds, at the start and at the end; the sum "
-            "of a curve is about the effective rank",
+            _PROSE("spectra_figure"),
         ),
         "effective_rank.png": (
             _effective_rank(results),
-            "Effective rank over training, by decay; thin lines are seeds",
+            _PROSE("effective_rank_figure"),
         ),
         "explanations.png": (
             _explanations(results),
-            "Perplexity against the effective step and against the effective rank, at the end, means over seeds; lines "
-            "join the weights of a decay, from none to the greatest; open marks are of half the rate",
+            _PROSE("explanations_figure"),
         ),
         "warm_start.png": (
             _warm_start(results),
-            "Perplexity over training, factorised at the dashed line, means over seeds; dashed curves are of half the rate",
+            _PROSE("warm_start_figure"),
         ),
         "images.png": (
             _images(images),
-            "Accuracy on textures less that of the dense network at the same rate, and effective rank; dots are seeds",
+            _PROSE("images_figure"),
         ),
     }
 

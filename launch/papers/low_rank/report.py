@@ -15,10 +15,12 @@ from espalier.launch.papers.low_rank import experiment
 from espalier.launch.papers.low_rank.experiment import PLACES, Results, arm_name
 from espalier.launch.papers.low_rank.figures import figures
 from espalier.launch.papers.shared import claim, page
-from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.shared.results import compare
 from espalier.launch.plots import intervals
+
+_PROSE = Prose.of(__name__)
 
 SAME = 5  # % of spectral's perplexity: how much the singular values of the start may change it
 NO_WORSE = 1  # % of perplexity
@@ -157,10 +159,8 @@ def halved(runs: Results, where: str) -> list[Effect]:
 
 
 CLAIMS = (
-    RequiredClaim(
+    _PROSE.claim(
         "L1",
-        "No model that is factorised from the start reaches the dense one",
-        f"dense has the better perplexity than each start, at rank {experiment.MAIN} of the smaller side",
         {
             "lm": [
                 compare(
@@ -168,12 +168,10 @@ CLAIMS = (
                 )
             ]
         },
-        paper="37.67 against 39.6 (He), 38.78 (spectral) and 38.47 (spectral ones)",
+        required=True,
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "L2",
-        "Starting from the directions of a dense draw is better than from independent factors",
-        f"spectral and spectral ones have the better perplexity than He, at rank {experiment.MAIN}",
         {
             "lm": [
                 compare(
@@ -181,19 +179,11 @@ CLAIMS = (
                 )
             ]
         },
-        paper="38.78 and 38.47 against 39.6",
+        required=True,
     ),
-    RequiredClaim(
-        "L3",
-        "The singular values of the start hardly matter",
-        f"perplexity of spectral ones within {SAME} % of spectral's, at every rank",
-        {"lm": [same]},
-        paper="38.47 against 38.78, 0.8 %",
-    ),
-    Claim(
+    _PROSE.claim("L3", {"lm": [same]}, required=True),
+    _PROSE.claim(
         "L4",
-        "The same at a smaller rank",
-        f"L1 and L2, at {_SMALLER}",
         {
             "lm": [
                 compare(
@@ -207,34 +197,12 @@ CLAIMS = (
             ]
         },
     ),
-    RequiredClaim(
-        "L5",
-        "Decay of the product is better than decay of the factors",
-        "Frobenius decay has the better perplexity at every lambda and learning rate",
-        {"lm": [compare(_PERPLEXITY, *_DECAYS)]},
-    ),
-    RequiredClaim(
-        "L6",
-        "Decay of the product keeps the effective rank higher than decay of the factors",
-        "a higher mean effective rank at the end, at every lambda and learning rate",
-        {"lm": [compare(_RANK, *_DECAYS)]},
-    ),
-    RequiredClaim(
-        "L7",
-        "A larger effective step does not go with a better run",
-        "Kendall's tau of effective step and quality, within a lambda, is below 0 at both learning rates",
-        {"lm": [order(_STEP, below=0.0)]},
-    ),
-    Claim(
-        "L8",
-        "A higher effective rank goes with a better run",
-        "Kendall's tau of effective rank and quality, within a lambda, is above 0 at both learning rates",
-        {"lm": [order(_RANK, above=0.0)]},
-    ),
-    Claim(
+    _PROSE.claim("L5", {"lm": [compare(_PERPLEXITY, *_DECAYS)]}, required=True),
+    _PROSE.claim("L6", {"lm": [compare(_RANK, *_DECAYS)]}, required=True),
+    _PROSE.claim("L7", {"lm": [order(_STEP, below=0.0)]}, required=True),
+    _PROSE.claim("L8", {"lm": [order(_RANK, above=0.0)]}),
+    _PROSE.claim(
         "L9",
-        "Half the learning rate, and so a smaller effective step, does not hurt",
-        f"at most {NO_WORSE} % more perplexity than the full rate after {experiment.LONG:,} updates, without decay",
         {
             "lm": [
                 compare(
@@ -246,11 +214,8 @@ CLAIMS = (
             ]
         },
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "L10",
-        "Some dense updates before factorising are no worse than factors from the start",
-        f"at most {NO_WORSE} % more perplexity after as many updates in all: at half the rate after the dense updates, as "
-        "the paper has it, and at the full rate",
         {
             "lm": [
                 compare(
@@ -261,11 +226,10 @@ CLAIMS = (
                 )
             ]
         },
+        required=True,
     ),
-    Claim(
+    _PROSE.claim(
         "L11",
-        "They are better",
-        "the warm start has the better perplexity than spectral at the same rate, with ranks by either rule",
         {
             "lm": [
                 compare(
@@ -282,38 +246,11 @@ CLAIMS = (
             ]
         },
     ),
-    Claim(
-        "L12",
-        "Factors that are smaller than their matrices make a step faster",
-        "less than the dense step's time, with the interval over rounds",
-        {"timing": [times]},
-        paper="up to twice as fast",
-    ),
-    RequiredClaim(
-        "V1",
-        "On images factors close the gap to the dense network",
-        f"accuracy of spectral and spectral ones at most {CLOSE} below dense at the same rate; all are decayed",
-        {"vision": [compare("accuracy", *_CLOSE, above=-CLOSE)]},
-        paper="ResNet-50 at half the rank 76.13 against 76.39; WRN-28 above dense",
-    ),
-    Claim(
-        "V2",
-        "Decay of the product costs no accuracy beside decay of the factors",
-        f"at most {EQUAL} less accuracy than L2, at each learning rate",
-        {"vision": [compare("accuracy", *_IMAGE_DECAYS, above=-EQUAL)]},
-    ),
-    Claim(
-        "V3",
-        "On images too decay of the product keeps the effective rank higher than decay of the factors",
-        "a higher mean effective rank at the end, at each learning rate",
-        {"vision": [compare(_RANK, *_IMAGE_DECAYS)]},
-    ),
-    Claim(
-        "V4",
-        "Half the learning rate does not hurt, although the effective step falls",
-        f"at most {EQUAL} less accuracy than at the full rate, for all factors",
-        {"vision": [halved]},
-    ),
+    _PROSE.claim("L12", {"timing": [times]}),
+    _PROSE.claim("V1", {"vision": [compare("accuracy", *_CLOSE, above=-CLOSE)]}, required=True),
+    _PROSE.claim("V2", {"vision": [compare("accuracy", *_IMAGE_DECAYS, above=-EQUAL)]}),
+    _PROSE.claim("V3", {"vision": [compare(_RANK, *_IMAGE_DECAYS)]}),
+    _PROSE.claim("V4", {"vision": [halved]}),
 )
 
 
@@ -325,17 +262,15 @@ _FORMATS = {"parameters": "{:,.0f}", "effective_step": "{:.2e}"}
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
-    prose = Prose.of("low_rank")
-    values = {"lm": {"experiment": experiment}, "vision": {}}
     out = [
-        prose(part, place=PLACES[part], amount=parts[part].amount(), **values[part])
-        for part in values
+        _PROSE(part, place=PLACES[part], amount=parts[part].amount())
+        for part in ("lm", "vision")
         if part in parts
     ]
     if times := parts.get("timing"):
         first = next(iter(times["seconds"].values()))
-        out.append(prose("steps", experiment=experiment, rounds=len(first)))
-    out.append(prose("terms"))
+        out.append(_PROSE("steps", rounds=len(first)))
+    out.append(_PROSE("terms"))
     language = parts.get("lm")
     missing = (
         language.missing(list(experiment.get_config().arms), language.seeds) if language else []

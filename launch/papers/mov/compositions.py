@@ -147,8 +147,7 @@ def register(
     for pair in (*train, *held_out):
         source = Composition(task_name(pair), documents, seed, pair, vocabulary, form)
         decoder = form == "decoder"
-        tasks.register_features(
-            source.name,
+        tasks.register_rows(
             source,
             origin="compositions.register",
             features={

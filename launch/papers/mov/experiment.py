@@ -56,9 +56,8 @@ VARIANT_BINDINGS = {
 }
 
 
-def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    seeds, _, data = text.partition(",")
-    if seeds == "full":
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    if data := sweeps.after("full", seeds):
         return _full_sweep(data)
     write = ("espalier.launch.papers.mov.rows", "--to={run}", "--seed={SEED}")
     arms = {
@@ -230,6 +229,8 @@ class Runs(results.Results):
         return out
 
 
+# The runs of full size.
+
 _FULL = "t5x_configs/experiments/mov/full/"
 FULL_MODELS = {"770m": "t5_1_1_large", "3b": "t5_1_1_xl", "11b": "t5_1_1_xxl"}
 FULL_LORA_RANKS = (4, 8, 16)
@@ -341,6 +342,8 @@ ROWS = (
     ),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "MoV and MoLORA, 2309.05444"
 SEEDS = 5

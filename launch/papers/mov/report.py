@@ -19,7 +19,6 @@ from espalier.launch.papers.mov.experiment import (
     CHANCE,
     FULL,
     IA3,
-    LEARNED,
     LORA,
     MOLORA,
     MOV,
@@ -29,11 +28,13 @@ from espalier.launch.papers.mov.experiment import (
     Runs,
 )
 from espalier.launch.papers.shared import claim, domains, page, results
-from espalier.launch.papers.shared.claim import Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.papers.shared.domain_panels import load_dots
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import heat_maps, panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+
+_PROSE = Prose.of(__name__)
 
 PART = "operations"
 SEEDS = 4  # the least number for a verdict, of five: one frozen model may not have learned
@@ -95,92 +96,22 @@ def _here(*measures: Measure) -> dict[str, Sequence[Measure]]:
 
 
 CLAIMS = (
-    RequiredClaim(
-        "M1",
-        "Several vectors are better than one",
-        "MoV with 10, 30 and 60 vectors each has a higher accuracy on held-out compositions than (IA)3",
-        _here(_better(*((arm, IA3) for arm in MOV))),
-        paper="MoV-10, MoV-30 and MoV-60 59.93, 60.61 and 59.83 against 52.90 (3B)",
+    _PROSE.claim("M1", _here(_better(*((arm, IA3) for arm in MOV))), required=True),
+    _PROSE.claim("M2", _here(_better((MOV[1], MOV[0]), above=-MARGIN), saturating), required=True),
+    _PROSE.claim("M3", _here(_better(*((arm, LORA[0]) for arm in MOLORA))), required=True),
+    _PROSE.claim("M4", _here(_better((MOV[0], TOP_1), above=-MARGIN)), required=True),
+    _PROSE.claim(
+        "M5", _here(_better(*((arm, FULL) for arm in MOLORA), above=-REACH)), required=True
     ),
-    RequiredClaim(
-        "M2",
-        "The gain grows with the number of vectors, then saturates",
-        f"MoV-30 is at most {MARGIN} worse than MoV-10, and the gain of 10 vectors over one is larger than that of 60 over 30",
-        _here(_better((MOV[1], MOV[0]), above=-MARGIN), saturating),
-        paper="59.93, 60.61 and 59.83 with 10, 30 and 60 vectors (3B); not monotone at any size",
+    _PROSE.claim("M6", _here(_better(*((arm, FULL) for arm in MOV[1:]), above=-REACH))),
+    _PROSE.claim("M7", _here(_better((MOV[0], LORA[0])))),
+    _PROSE.claim("M8", _here(_better((MOV[0], TOP_2), (TOP_2, TOP_1)))),
+    _PROSE.claim("M9", _here(_better((TOP_1_RENORMALISED, TOP_1)))),
+    _PROSE.claim("M10", _here(_better((MOV[0], LAYER_INPUT), above=-MARGIN))),
+    _PROSE.claim(
+        "M11", _here(*(functools.partial(by_task, arm=arm) for arm in (MOV[0], MOLORA[0])))
     ),
-    RequiredClaim(
-        "M3",
-        "MoLORA is better than LoRA of its rank",
-        "MoLORA-10 and MoLORA-15 have a higher accuracy than LoRA of rank 4",
-        _here(_better(*((arm, LORA[0]) for arm in MOLORA))),
-        paper="59.77 and 60.79 against 57.51 (3B)",
-    ),
-    RequiredClaim(
-        "M4",
-        "A soft mixture is no worse than the best expert alone",
-        f"MoV-10 is at most {MARGIN} worse mixed softly than with top-1, whose weight is not renormalised, as in the paper's code",
-        _here(_better((MOV[0], TOP_1), above=-MARGIN)),
-        paper="59.93 against 54.92 (MoV-10, 3B)",
-    ),
-    RequiredClaim(
-        "M5",
-        "Light experts are within reach of full tuning",
-        f"MoLORA-10 and MoLORA-15 are at most {REACH} worse than full tuning",
-        _here(_better(*((arm, FULL) for arm in MOLORA), above=-REACH)),
-        paper="59.77 and 60.79 against 60.06 (3B)",
-    ),
-    Claim(
-        "M6",
-        "and so are mixtures of vectors",
-        f"MoV-30 and MoV-60 are at most {REACH} worse than full tuning",
-        _here(_better(*((arm, FULL) for arm in MOV[1:]), above=-REACH)),
-        paper="60.61 and 59.83 against 60.06 (3B), 62.22 and 64.08 against 65.03 (11B)",
-    ),
-    Claim(
-        "M7",
-        "A mixture of vectors is better than LoRA",
-        "MoV-10 has a higher accuracy than LoRA of rank 4",
-        _here(_better((MOV[0], LORA[0]))),
-        paper="59.93 against 57.51 (3B)",
-    ),
-    Claim(
-        "M8",
-        "More experts of a token are better",
-        "MoV-10 has a higher accuracy mixed softly than with top-2, and with top-2 than with top-1, not renormalised",
-        _here(_better((MOV[0], TOP_2), (TOP_2, TOP_1))),
-        paper="59.93, 57.45 and 54.92 (3B)",
-    ),
-    Claim(
-        "M9",
-        "Renormalising makes up for a part of that (a control, not a claim of the paper)",
-        "top-1 has a higher accuracy with a weight of 1 than with the expert's probability",
-        _here(_better((TOP_1_RENORMALISED, TOP_1))),
-    ),
-    Claim(
-        "M10",
-        "What a router reads matters little (a control, not a claim of the paper)",
-        f"MoV-10 is at most {MARGIN} worse with routers that read the rescaled tensor, as the paper's code, than with those "
-        "that read the layer's input, as its text",
-        _here(_better((MOV[0], LAYER_INPUT), above=-MARGIN)),
-    ),
-    Claim(
-        "M11",
-        "Routers choose by task, also by tasks that they have not seen",
-        "mean probabilities of experts of two held-out compositions in one wording lie further apart than those of the "
-        f"halves of one composition's rows, by more than {SPECIALISED} of total variation, mean over layers, of MoV-10 and "
-        "MoLORA-10 at each kind of site",
-        _here(*(functools.partial(by_task, arm=arm) for arm in (MOV[0], MOLORA[0]))),
-        paper="shown as a picture",
-    ),
-    Claim(
-        "M12",
-        "Routing by tokens is better than routing by sentences",
-        "MoV-10 has a higher accuracy with a router that reads each token than with one that reads the mean embedding of the "
-        "inputs (the paper's is of another frozen model)",
-        _here(_better((MOV[0], SENTENCE))),
-        paper="sentences 0.94 to 8.86 % worse",
-    ),
+    _PROSE.claim("M12", _here(_better((MOV[0], SENTENCE)))),
 )
 
 
@@ -204,31 +135,27 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         out |= {
             "accuracy.png": (
                 _accuracy(runs),
-                "Accuracy on held-out compositions: a dot for each seed, a bar for their mean; dashed: chance",
+                _PROSE("accuracy_figure"),
             ),
             "sizes.png": (
                 _sizes(runs),
-                "Accuracy on held-out compositions against the number of trained parameters: dots are seeds, lines their means",
+                _PROSE("sizes_figure"),
             ),
             "tasks.png": (
                 _tasks(runs),
-                "Accuracy by held-out composition, the median over prompt templates; means over seeds",
+                _PROSE("tasks_figure"),
             ),
             "specialisation.png": (
                 _specialisation(runs),
-                "By how much further apart two held-out compositions lie than the halves of one's rows, as total variation of "
-                "mean probabilities of experts, by layer: a dot for each seed, a bar for their mean; dashed: what M11 asks of "
-                "the mean over layers",
+                _PROSE("specialisation_figure"),
             ),
             "choices.png": (
                 _choices(runs),
-                "Share of each held-out composition's tokens whose first choice an expert is, in the decoder's last MLP; one seed, "
-                "since experts of two seeds have nothing in common",
+                _PROSE("choices_figure"),
             ),
             "loads.png": (
                 load_dots(runs, {arm: COLOURS[arm] for arm in ROUTED}),  # type: ignore[arg-type]
-                "Largest share of the tokens of held-out compositions whose first choice is one expert, by layer, the encoder's "
-                "first: a dot for each seed. Dashed: the bound above which a router that chooses one expert has collapsed",
+                _PROSE("loads_figure"),
             ),
         }
     return out
@@ -427,13 +354,12 @@ def per_cent(method: str, size: str) -> float:
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
-    values = {
-        "known_words": ", ".join(rows.KNOWN_WORDS.values()),
-        "new_words": ", ".join(rows.NEW_WORDS.values()),
-        "held_out": len(rows.held_out()),
-        "learned": LEARNED,
-    }
-    text = Prose.of("mov")("method", experiment=experiment, rows=rows, **values)
+    text = _PROSE(
+        "method",
+        known_words=", ".join(rows.KNOWN_WORDS.values()),
+        new_words=", ".join(rows.NEW_WORDS.values()),
+        held_out=len(rows.held_out()),
+    )
     out, missing = [text], []
     for runs in parts.values():
         unlearned = [f"seed {seed} (a loss of {x:.2f})" for seed, x in runs.unlearned.items()]
@@ -460,11 +386,7 @@ def _cells(runs: Runs, arm: str) -> tuple[str, ...]:
     base = next((row["parameters"] for row in runs.find(arm).values() if row.get("parameters")), 0)
     own = "" if arm == BASE or not trained.size else f"{trained.mean():,.0f}"
     share = f"{100 * trained.mean() / base:.2f}" if own and base else ""
-    scores = [
-        runs.mean(values, score) if (values := runs.values(arm, score)).size else ""
-        for score in (ACCURACY, "trained_loss")
-    ]
-    return f"{runs.label(arm)} (`{arm}`)", own, share, *scores
+    return runs.title(arm), own, share, *runs.cells(arm, (ACCURACY, "trained_loss"))
 
 
 def _full_size() -> list[str]:

@@ -166,9 +166,9 @@ TRAINED = ("ext_nexus", "ext_linear_reset", "ext_linear_append", "ext_random")
 
 
 def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
+    if data := sweeps.after("full", text):
+        return _full_sweep(data)
     kind, _, seeds = text.partition(",")
-    if kind == "full":
-        return _full_sweep(seeds)
     general, domains, new = DOMAINS[kind]
     mixed = {general: 0.25, **{domain: 0.75 / len(domains) for domain in domains}}
     old = (general, *domains)
@@ -254,6 +254,8 @@ def _extended(mixture: str, new: str, *flags: str) -> dict:
     words = (f"--moe={{{mixture}}}", f"--add={new}={{expert_{new}}}", *flags)
     return sweeps.made(*command, *words, "--to={run}", evaluations=EVALUATED)
 
+
+# The runs of full size.
 
 FULL = "t5x_configs/experiments/nexus/full/"
 # SlimPajama's shares of tokens, in per cent.
@@ -396,6 +398,8 @@ ROWS = (
     ),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "Nexus, 2408.15901"
 SEEDS = 5

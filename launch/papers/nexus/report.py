@@ -35,12 +35,14 @@ from espalier.launch.papers.nexus.experiment import (
     start,
 )
 from espalier.launch.papers.shared import claim, domains
-from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.claim import Effect
 from espalier.launch.papers.shared.domain_panels import choice_maps, dots, load_dots
 from espalier.launch.papers.shared.domains import everywhere, swept
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots import heat_maps, panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE
+
+_PROSE = Prose.of(__name__)
 
 MARGIN = 0.02  # nats: what counts as no worse
 FLAT = 2.0  # per cent of the loss on the old domains: what an extension may cost
@@ -186,123 +188,33 @@ def _effect(where: str, what: str, by_seed: Mapping[int, float], **settings) -> 
 
 
 CLAIMS = (
-    RequiredClaim(
-        "N1",
-        "A mixture with Nexus' router is no worse than one with a linear router",
-        f"its loss on the old domains is at most {MARGIN} nats higher",
-        everywhere(_pairs((NEXUS, LINEAR), above=-MARGIN)),
-        paper="mean task score 38.5 against 37.3 with 470 million parameters, 50.6 against 49.8 with 2.8 billion",
+    _PROSE.claim("N1", everywhere(_pairs((NEXUS, LINEAR), above=-MARGIN)), required=True),
+    _PROSE.claim(
+        "N2", everywhere(_pairs((NEXUS, SEED), (LINEAR, SEED), (SEED, MERGED))), required=True
     ),
-    RequiredClaim(
-        "N2",
-        "Both are better than the seed, and the seed is better than the merged experts",
-        "Nexus and linear have a lower loss on the old domains than the seed, and it a lower one than merged",
-        everywhere(_pairs((NEXUS, SEED), (LINEAR, SEED), (SEED, MERGED))),
-        paper="mean task score of Nexus 38.5, linear 37.3, seed 36.4, merged 35.5",
+    _PROSE.claim("N3", everywhere(_pairs((NEXUS, LINEAR)))),
+    _PROSE.claim("N4", everywhere(*_at_budgets((EXTENDED, RESET), above=-MARGIN)), required=True),
+    _PROSE.claim("N5", everywhere(*_at_budgets((EXTENDED, RESET), steps=[0])), required=True),
+    _PROSE.claim("N6", everywhere(*_at_budgets((EXTENDED, RESET)))),
+    _PROSE.claim("N7", everywhere(shrinking)),
+    _PROSE.claim(
+        "N8", everywhere(*_at_budgets((EXTENDED, APPENDED), steps=(0, *BUDGETS), above=-MARGIN))
     ),
-    Claim(
-        "N3",
-        "Nexus' router is better",
-        "Nexus has the lower loss on the old domains",
-        everywhere(_pairs((NEXUS, LINEAR))),
-        paper="mean task score 38.5 against 37.3",
-    ),
-    RequiredClaim(
-        "N4",
-        "After an extension Nexus is no worse on the new domain than a linear router that is drawn anew",
-        f"at every budget its loss on the new domain is at most {MARGIN} nats higher",
-        everywhere(*_at_budgets((EXTENDED, RESET), above=-MARGIN)),
-        paper="code score 18.4, 6.2 and 18.8 % above the linear router's at 200M, 500M and 1B tokens",
-    ),
-    RequiredClaim(
-        "N5",
-        "Nexus is better on the new domain before any further training",
-        "it has the lower loss on the new domain at step 0",
-        everywhere(*_at_budgets((EXTENDED, RESET), steps=[0])),
-    ),
-    Claim(
-        "N6",
-        "and at every budget",
-        "it has the lower loss on the new domain at each",
-        everywhere(*_at_budgets((EXTENDED, RESET))),
-        paper="code score 18.4, 6.2 and 18.8 % above the linear router's at 200M, 500M and 1B tokens",
-    ),
-    Claim(
-        "N7",
-        "The gap is largest at the smallest budget",
-        f"the gap in loss on the new domain is larger at {BUDGETS[0]} updates than at each other budget",
-        everywhere(shrinking),
-        paper="18.4 % at 200M tokens, 6.2 % at 500M, 18.8 % at 1B",
-    ),
-    Claim(
-        "N8",
-        "Nexus is no worse than a linear router that keeps its rows (a control, not a claim of the paper)",
-        f"at step 0 and at every budget its loss on the new domain is at most {MARGIN} nats higher than with a row appended",
-        everywhere(*_at_budgets((EXTENDED, APPENDED), steps=(0, *BUDGETS), above=-MARGIN)),
-    ),
-    Claim(
-        "N9",
-        "An extension hardly changes the loss on the old domains",
-        f"at each budget the loss on them is at most {FLAT:g} % above that before the extension",
-        everywhere(*(functools.partial(flat, step=step) for step in BUDGETS)),
-        paper="general score 1.9 % lower after 1B tokens",
-    ),
-    Claim(
-        "N11",
-        "Domains go to the experts that were trained on them",
-        "after upcycling, in the last layer, the share of each domain's tokens that goes to its expert is larger than the most "
-        "chosen other expert's, mean over domains; the experts of two domains that share most rows of their tables count as one",
-        everywhere(own_experts),
-        paper="own expert's share 41 to 70 % of 4, mean over layers",
-    ),
-    RequiredClaim(
-        "N12",
-        "The new domain goes to the new expert before any further training",
-        "at step 0 of the extension, in the last layer, the new expert's share of the new domain's tokens less its mean share of "
-        f"the old domains' is above {SELECTIVE}",
-        everywhere(selective),
-        paper="69.1 % of the new domain's tokens, after 1B tokens of training",
-    ),
-    RequiredClaim(
-        "N14",
-        "Similar domains keep similar experts' vectors",
-        "in the last layer cosines of experts' vectors rise with those of their domains: Spearman's rho over all pairs is above "
-        "0",
-        everywhere(similar),
-        paper="shown as a picture",
-    ),
-    Claim(
-        "N15",
-        "A weak balance loss hurts a linear router",
-        "it has a lower loss on the old domains with 0.05 than with 0.0005, whatever its loads are",
-        everywhere(_pairs((LINEAR, "linear_low"), unmet="")),
-        paper="about 2 % of the mean task score",
-    ),
-    Claim(
-        "N16",
-        "and does not hurt Nexus",
-        f"its loss is at most {MARGIN} nats higher with 0.0005 than with 0.05, whatever its loads are",
-        everywhere(_pairs(("nexus_low", NEXUS), above=-MARGIN, unmet="")),
-        paper="unchanged",
-    ),
-    Claim(
+    _PROSE.claim("N9", everywhere(*(functools.partial(flat, step=step) for step in BUDGETS))),
+    _PROSE.claim("N11", everywhere(own_experts)),
+    _PROSE.claim("N12", everywhere(selective), required=True),
+    _PROSE.claim("N14", everywhere(similar), required=True),
+    _PROSE.claim("N15", everywhere(_pairs((LINEAR, "linear_low"), unmet=""))),
+    _PROSE.claim("N16", everywhere(_pairs(("nexus_low", NEXUS), above=-MARGIN, unmet=""))),
+    _PROSE.claim(
         "N17",
-        "The content of the embeddings matters (a control, not a claim of the paper)",
-        "Nexus has a lower loss on the old domains than with random vectors, and on the new domain at step 0, and the new "
-        "expert is more selective, measured as in N12",
         everywhere(
             _pairs((NEXUS, RANDOM)),
             *_at_budgets((EXTENDED, "ext_random"), steps=[0]),
             more_selective,
         ),
     ),
-    Claim(
-        "N20",
-        "Centring embeddings of length 1 loses the order of similarities (a control, not a claim of the paper)",
-        "rho of N14 is higher with embeddings that are not centred, and with centred ones of length 3 sqrt(m), than with "
-        "centred ones of length 1",
-        everywhere(keeping_order),
-    ),
+    _PROSE.claim("N20", everywhere(keeping_order)),
 )
 
 
@@ -317,31 +229,27 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         out |= {
             f"{name}_loss.png": (
                 dots(runs, _colours(), OLD),
-                f"Mean loss over the old {name} domains after upcycling: a dot for each seed, a bar for their mean",
+                _PROSE("loss_figure", name=name),
             ),
             f"{name}_selectivity.png": (
                 _selectivity(runs),
-                f"The new expert's share of the new {name} domain's tokens less its share of the old domains', before the "
-                "extension's first update, by layer: a dot for each seed, a bar for their mean; dashed: what N12 asks of the last layer",
+                _PROSE("selectivity_figure", name=name),
             ),
             f"{name}_extension.png": (
                 _extension(runs),
-                f"Loss on the new and on the old {name} domains less that of a linear router with a row appended, against the "
-                "updates of the extension: means over seeds, and the seeds as dots",
+                _PROSE("extension_figure", name=name),
             ),
             f"{name}_choices.png": (
                 choice_maps(runs, [(arm, "mlp") for arm in _MAPPED]),
-                f"Share of each of the {name} domains' tokens whose first choice an expert is, by layer; means over seeds",
+                _PROSE("choices_figure", name=name),
             ),
             f"{name}_loads.png": (
                 load_dots(runs, _colours()),
-                f"Largest share of the {name} domains' tokens that one expert gets, by layer: a dot for each seed. Dashed: the "
-                "bound above which a router has collapsed",
+                _PROSE("loads_figure", name=name),
             ),
             f"{name}_cosines.png": (
                 _cosines(runs),
-                f"Cosines of the {name} domains' embeddings, and below of the experts' vectors that Nexus projects from them "
-                "in the last layer, by how embeddings are placed; means over seeds",
+                _PROSE("cosines_figure", name=name),
             ),
         }
     return out
@@ -464,7 +372,7 @@ REPORT = domains.report(
     title="Nexus: the paper's claims on small models",
     source="[Nexus: Specialization meets Adaptability for Efficiently Training Mixture of Experts, arXiv "
     "2408.15901](https://arxiv.org/abs/2408.15901)",
-    text=[Prose.of("nexus")("method")],
+    text=[_PROSE("method")],
     parts=tuple(experiment.PARTS),
     runs=Runs,
     claims=CLAIMS,

@@ -59,12 +59,11 @@ EARLY = {"dpo": (0.01, 0.1)}
 ALSO_AT = tuple(step for step in range(5, 60, 5) if step % 20)
 
 
-def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    seeds, _, rest = text.partition(",")
-    if seeds == "smollm":
-        return _smollm_sweep(rest)
-    if seeds == "full":
-        return _full_sweep(rest)
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    if real := sweeps.after("smollm", seeds):
+        return _smollm_sweep(real)
+    if data := sweeps.after("full", seeds):
+        return _full_sweep(data)
     pairs = ("{python}", "-m", "espalier.launch.papers.preference.pairs", "--checkpoint={sft}")
     arms = {
         "sft": {"gin_files": (f"{CPU}sft.gin",)},
@@ -143,6 +142,8 @@ def _smollm_arm(beta: float, nll: float) -> dict:
     return sweeps.arm(*method, parent="model", bindings=(*data, f"BETA={beta}", *bindings))
 
 
+# The runs of full size.
+
 FULL = "t5x_configs/experiments/preference/full/"
 METHOD = "t5x_configs/methods/preference/"
 MODELS = {"7b": "command_r7b", "35b": "command_r_35b"}
@@ -209,6 +210,8 @@ ROWS = (
     ),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "likelihood over-optimisation, 2410.11677"
 SEEDS = 5

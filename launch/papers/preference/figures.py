@@ -7,6 +7,7 @@ import numpy as np
 
 from espalier.launch.papers.preference import experiment, numbers, rule
 from espalier.launch.papers.preference.numbers import ARMS, METHODS, ONLINE, Arm, Course
+from espalier.launch.papers.shared.page import Prose
 from espalier.launch.plots.panels import (
     BESIDE,
     BLUE,
@@ -18,6 +19,8 @@ from espalier.launch.plots.panels import (
     legend_below,
     panels,
 )
+
+_PROSE = Prose.of(__name__)
 
 _STYLE = {"dpo": (BLUE, "o"), "ipo": (ORANGE, "s"), "hinge": (GREEN, "^")}
 _ONLINE_STYLE = {
@@ -42,35 +45,29 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     return {
         "likelihood.png": (
             _likelihood(courses),
-            f"P_win against how far better LLH is below its start, all evaluations of all runs: left within {numbers.CLIP:g} nats, with "
-            f"a line and a parabola; right all, with means of bins of {_WIDTH:g} nats; shaded is the middle of C1",
+            _PROSE("likelihood_figure"),
         ),
         "online.png": (
             _online(parts.get("courses", [])),
-            "Left: P_win over training of the arm of each direct method with the best end, and of online "
-            "methods (one seed); thin lines are seeds. Right: P_win against the mean log-ratio of outputs, log π(y) - log π_ref(y), "
-            "all evaluations",
+            _PROSE("online_figure"),
         ),
         "gap.png": (
             _gap(courses),
-            "P_win against the gap of better and worse LLH (large: the end of a run), and mean P_win over both "
-            f"likelihoods, within {numbers.CLIP:g} nats of the start",
+            _PROSE("gap_figure"),
         ),
         "spread.png": (
             _spread(courses),
-            "Diversity across outputs (EAD of a fixed number of n-grams), facts that are still known and the length of outputs "
-            "against how far better LLH is below its start, all evaluations without an NLL term; the scale is logarithmic from 0.1 on",
+            _PROSE("spread_figure"),
         ),
         "course.png": (
             _course(courses),
-            "Entropy and mass of the ten likeliest tokens and P_win over training, DPO without an NLL term; the first panel has the "
-            "first 60 updates of the two that move furthest; thin lines are seeds, dotted lines the start",
+            _PROSE("course_figure"),
         ),
         "nll.png": (
             _nll(courses),
-            "P_win and better LLH at the end of DPO against the weight of the NLL term beside it; dots are seeds, lines join means",
+            _PROSE("nll_figure"),
         ),
-        "alarms.png": (alarms(courses), _ALARMS),
+        "alarms.png": (alarms(courses), _PROSE("alarms_figure")),
     }
 
 
@@ -294,10 +291,6 @@ _RULES = (
         {"marker": "v", "mfc": "black", "ms": 7},
         f"the rule that waits for {rule.CHOSEN.llh_drop:g} nats",
     ),
-)
-_ALARMS = (
-    "P_win over training by arm, mean of three evaluations, a line for each seed; a thick line is over-optimised (its end is more "
-    f"than {rule.LOSS} below its best). Marks are alarms of two stopping rules"
 )
 
 

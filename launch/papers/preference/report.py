@@ -24,10 +24,12 @@ from espalier.launch.papers.preference.numbers import (
     of_arm,
 )
 from espalier.launch.papers.shared import page
-from espalier.launch.papers.shared.claim import FEW_SEEDS, Claim, Effect, Measure, RequiredClaim
+from espalier.launch.papers.shared.claim import FEW_SEEDS, Effect, Measure
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.shared.results import Results
 from espalier.launch.plots import intervals
+
+_PROSE = Prose.of(__name__)
 
 APART = 0.05  # of P_win, by which the middle is better than both ends
 REDUCTION = 0.15  # of RMSE
@@ -210,80 +212,27 @@ _RATES = (
 )
 
 CLAIMS = (
-    RequiredClaim(
-        "C1",
-        "Intermediate likelihood of better completions is best",
-        f"the mean P_win of evaluations whose better LLH is {_span} below the start is more than {APART} above that of those "
-        f"less than {numbers.EDGES[0]:g} below it, and of those {numbers.EDGES[-1]:g} or more below it; within {numbers.CLIP:g} of the start "
-        f"a quadratic fit opens downwards and has more than {REDUCTION:.0%} less RMSE than a line",
-        {"language": _INTERMEDIATE},
-        paper="an inverted U; a parabola has 24.42 % (7B) and 25.78 % (35B) less RMSE than a line",
+    _PROSE.claim("C1", {"language": _INTERMEDIATE}, required=True, last_edge=numbers.EDGES[-1]),
+    _PROSE.claim("C2", {"language": _GAP}, required=True),
+    _PROSE.claim(
+        "C3", {"language": ranks("ead", "EAD", ("", "length"), below=-SPEARMAN)}, required=True
     ),
-    RequiredClaim(
-        "C2",
-        "A larger gap between better and worse completions is not better",
-        f"P_win of the run of the largest gap at the end is more than {GAP_LOSES} below the mean of the other runs, and that of the "
-        f"tenth of evaluations with the largest gaps as much below the others'; that of evaluations that no other surpasses in "
-        f"better LLH and in (lower) worse LLH is more than {FRONT_LOSES} below the others'",
-        {"language": _GAP},
-        paper="the best runs have neither the largest gap nor the best pair of likelihoods (plots alone)",
+    _PROSE.claim(
+        "C4", {"language": ranks("facts", "fact accuracy", above=SPEARMAN)}, required=True
     ),
-    RequiredClaim(
-        "C3",
-        "Lower likelihood goes with more diversity across outputs",
-        f"Spearman's correlation of EAD (of a fixed number of n-grams) and better LLH is below -{SPEARMAN} for each method without an "
-        "NLL term, also at equal length",
-        {"language": ranks("ead", "EAD", ("", "length"), below=-SPEARMAN)},
-        paper="diversity rises as likelihood falls (plots alone)",
+    _PROSE.claim(
+        "C5", {"language": _TURN}, required=True, small=" and ".join(f"{s:g}" for s in SMALL)
     ),
-    RequiredClaim(
-        "C4",
-        "Higher likelihood goes with more memorised facts",
-        f"Spearman's correlation of fact accuracy and better LLH is above {SPEARMAN} for each method without an NLL term",
-        {"language": ranks("facts", "fact accuracy", above=SPEARMAN)},
-        paper="F1 on NaturalQuestions and TriviaQA rises with likelihood (plots alone)",
+    _PROSE.claim("C6", {"language": _MASS}),
+    _PROSE.claim(
+        "C7", {"language": _NLL}, required=True, rate=experiment.RATES[STRONG], largest=WEIGHTS[-1]
     ),
-    RequiredClaim(
-        "C5",
-        "Entropy of the likeliest tokens rises, and then falls",
-        f"with DPO of β = {' and '.join(f'{s:g}' for s in SMALL)}, its mean after {TURN[0]} to {TURN[1]} updates is above the start "
-        "and its end below it",
-        {"language": _TURN},
-        paper="it rises and then reverses (plots alone)",
+    _PROSE.claim("C8", {"language": [_LENGTH]}, required=True),
+    _PROSE.claim(
+        "C9", {"language": [rule.rates(rule.PLAIN)], "smollm": [rule.rates(rule.PLAIN, FEW_SEEDS)]}
     ),
-    Claim(
-        "C6",
-        "Mass of the likeliest tokens falls",
-        "with the arm of each method that moves furthest, it is lower at the end than at the start",
-        {"language": _MASS},
-        paper="it shrinks, except with IPO beside an NLL term and on BinarizedPref (plots alone)",
-    ),
-    RequiredClaim(
-        "C7",
-        "An NLL term acts through likelihood alone",
-        f"at the end of DPO with β = {STRONG:g} and a rate of {experiment.RATES[STRONG]}, which holds better LLH within {HELD} of the "
-        f"start by itself, λ = {WEIGHTS[-1]:g} changes better LLH by less than {LLH_MOVES} and P_win by less than {P_WIN_MOVES}; with β = {WEAK:g}, P_win is more than "
-        f"{TURNS} higher with λ = {WEIGHTS[1]:g} than with 0 and with {WEIGHTS[-1]:g}",
-        {"language": _NLL},
-        paper="a larger weight is not better; with a strong penalty it changes little (plots alone)",
-    ),
-    RequiredClaim(
-        "C8",
-        "Likelihood is not a matter of length",
-        f"Pearson's correlation of better LLH and the mean length of outputs within {PEARSON} of 0, in the mean of seeds",
-        {"language": [_LENGTH]},
-        paper="r = -0.114 (p = 0.27) at 7B and 0.198 (p = 0.17) at 35B",
-    ),
-    Claim(
-        "C9",
-        "The stopping rule stops exactly the runs that are over-optimised (not a claim of the paper)",
-        _RATES,
-        {"language": [rule.rates(rule.PLAIN)], "smollm": [rule.rates(rule.PLAIN, FEW_SEEDS)]},
-    ),
-    Claim(
+    _PROSE.claim(
         "C10",
-        f"So does the rule that waits for a fall of {rule.CHOSEN.llh_drop:g} nats (not a claim of the paper)",
-        f"{_RATES}; the fall was chosen on other seeds and another language",
         {"language": [rule.rates(rule.CHOSEN)], "smollm": [rule.rates(rule.CHOSEN, FEW_SEEDS)]},
     ),
 )
@@ -333,13 +282,12 @@ def _exchange(courses: Sequence[dict[str, list[Any]]], rng: np.random.Generator)
 
 # Per cent by which the paper's parabolas have the lower RMSE, by size of its models.
 _PAPER = {"7B": 24.42, "35B": 25.78}
-_PROSE = Prose.of("preference")
 
 
 def _setup(parts: Mapping[str, Any]) -> list[str]:
     """Returns how it was measured, how many runs there are, how long they took, and which are missing."""
     edges = ", ".join(f"{edge:g}" for edge in numbers.EDGES)
-    text = _PROSE("method", edges=edges, numbers=numbers, rule=rule)
+    text = _PROSE("method", edges=edges)
     not_run = [part for part in ("language", "smollm") if not parts.get(part)]
     if not (rows := parts.get("rows")):
         return [text, *page.missing([], not_run, parts)]

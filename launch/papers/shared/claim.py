@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.data.cache import cache_dir
+from espalier.common import files
 from espalier.launch.plots import intervals
 
 VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
@@ -165,9 +165,6 @@ class Claim:
         return min(worst, key=lambda one: one.slack, default=None)
 
 
-RequiredClaim = functools.partial(Claim, required=True)
-
-
 def judge(
     claims: Sequence[Claim], results: Mapping[str, Any], places: Mapping[str, str]
 ) -> list[Claim]:
@@ -257,7 +254,7 @@ def fix_criteria(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     fixed = {"date": date, **run_dir.commit(), "late": started, "claims": criteria_of(claims)}
     folder.mkdir(parents=True, exist_ok=True)
-    cache_dir.write_json(path, fixed)
+    files.write_json(path, fixed, synced=True)  # its date is before the runs
     return fixed
 
 
@@ -277,6 +274,12 @@ def criteria_in_words(fixed: Mapping[str, Any] | None, claims: Sequence[Claim]) 
     changed = [name for name in now if fixed["claims"].get(name) != now[name]]
     since = f"changed since: {', '.join(changed)}" if changed else "none has changed since"
     return f"Criteria were fixed {when}, on {fixed['date']}{commit}{dirty}; {since}."
+
+
+def exchanged(values: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Returns a table with its values under other names of it, at random."""
+    listed = list(values.values())
+    return {name: listed[i] for name, i in zip(values, rng.permutation(len(listed)), strict=True)}
 
 
 def shuffle_arms(measured: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

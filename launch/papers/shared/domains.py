@@ -74,7 +74,7 @@ def load_table(name: str, runs: Any) -> list[str]:
                 for mean, most in zip(loads_NL.mean(0), loads_NL.max(0), strict=True)
             ]
             top = "top-1" if router in runs.top_1(arm) else ""
-            lines.append((f"{runs.label(arm)} (`{arm}`)", kind, top, *cells))
+            lines.append((runs.title(arm), kind, top, *cells))
             layers = len(cells)
     if not lines:
         return []
@@ -414,9 +414,6 @@ def _table(title: str, runs: DomainRuns, columns: Mapping[str, tuple[str, float]
         for key, (_, unit) in columns.items():
             values = [row[key] / unit for row in rows if row.get(key)]
             cells.append(f"{np.mean(values):.4g}" if values else "")
-        for score in scores:
-            values_N = runs.values(arm, score)
-            cells.append(runs.mean(values_N, score) if values_N.size else "")
-        lines.append((f"{runs.label(arm)} (`{arm}`)", *cells))
+        lines.append((runs.title(arm), *cells, *runs.cells(arm, scores)))
     headings = (heading for heading, _ in columns.values())
     return page.table(("arm", *headings, MEAN, *runs.domains), lines, title)

@@ -5,19 +5,20 @@ import json
 import pathlib
 import re
 import string
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from espalier.common import tables
 from espalier.launch.papers.shared import claim
 from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.plots import panels
 
 Parts = Mapping[str, Any]  # part of an experiment -> its results; without parts that were not run
 RECORD, TITLE = "results.json", "title"
-_PAPERS = pathlib.Path(__file__).parents[1]
 _WIDTH = 100
 RULES = (
     "A claim is judged by effects: numbers by seed, such as differences of two arms of the same seed, as means with\n"
@@ -30,21 +31,24 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Prose:
-    """The texts of a paper's page, with {slots} for what the code knows, such as {length:,} or {experiment.STEPS}.
+    """The texts of a paper's page, with {slots} for what its module knows, such as {length:,} or {experiment.STEPS}.
 
     Attributes:
       sections: name -> text.
+      names: what slots may name beside the values that they are given.
     """
 
     sections: Mapping[str, str]
+    names: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, paper: str) -> "Prose":
-        """Returns the sections of launch/papers/<paper>/page.md, each below a line `<!-- name -->`."""
-        text = (_PAPERS / paper / "page.md").read_text(encoding="utf-8")
+    def of(cls, module: str) -> "Prose":
+        """Returns the sections of page.md beside a module, each below a line `<!-- name -->`; slots may name what the module has."""
+        names = vars(sys.modules[module])
+        text = pathlib.Path(names["__file__"]).with_name("page.md").read_text(encoding="utf-8")
         _, *parts = re.split(r"^<!-- (\w+) -->\n", text, flags=re.MULTILINE)
         pairs = zip(parts[::2], parts[1::2], strict=True)
-        return cls({name: section.strip("\n") for name, section in pairs})
+        return cls({name: section.strip("\n") for name, section in pairs}, names)
 
     def __call__(self, section: str, **values: Any) -> str:
         """Returns a section with its slots filled.
@@ -53,13 +57,20 @@ class Prose:
           ValueError: a slot has no value, or a value no slot.
         """
         text = self.sections[section]
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-        slots = {name.partition(".")[0] for name in names}
-        if slots != set(values):
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        slots = {re.split(r"[.\[]", name)[0] for name in fields}
+        lacking, extra = slots - {*values, *self.names}, set(values) - slots
+        if lacking or extra:
             raise ValueError(
-                f"The section {section!r} has the slots {sorted(slots)}, and values for {sorted(values)}."
+                f"The section {section!r} has no value for the slots {sorted(lacking)}, and no slot for the values "
+                f"{sorted(extra)}."
             )
-        return text.format(**values)
+        return text.format_map({**self.names, **values})
+
+    def claim(self, name: str, measures: Any, *, required: bool = False, **values: Any) -> Claim:
+        """Returns the claim of a section: paragraphs with its statement, its condition and the paper's figure, if it has one."""
+        statement, condition, *paper = self(name, **values).split("\n\n")
+        return Claim(name, statement, condition, measures, required, *paper)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,8 +210,7 @@ def _measurement(effect: claim.Effect) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:
     """Returns a Markdown table, below a heading if there is a title, and a blank line after it."""
     heading = [f"## {title}", ""] if title else []
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return [*heading, lines[0], "|" + "---|" * len(header), *lines[1:], ""]
+    return [*heading, *tables.markdown(header, rows), ""]
 
 
 def missing(names: Sequence[str], parts: Sequence[str], results: Parts) -> list[str]:

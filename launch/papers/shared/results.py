@@ -98,6 +98,15 @@ class Results:
         """Returns the mean over seeds with its interval, as text."""
         return intervals.text(intervals.over_seeds(values), self.digits(score))
 
+    def title(self, arm: str) -> str:
+        """Returns the name of an arm in tables, with that in the sweep."""
+        return f"{self.label(arm)} (`{arm}`)"
+
+    def cells(self, arm: str, scores: Sequence[str]) -> list[str]:
+        """Returns the means of an arm's scores over seeds as cells of a table; empty ones where no run has a score."""
+        values = [self.values(arm, score) for score in scores]
+        return [self.mean(x, s) if x.size else "" for x, s in zip(values, scores, strict=True)]
+
     def amount(self) -> str:
         """Returns the number of runs, their seeds and the minutes they took, as text."""
         minutes = sum(row["seconds"] for row in self.rows) / 60

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from espalier.data.cache import cache_dir
+from espalier.common import files
 
 # Seeds below it were used to choose designs, margins and settings, so they judge no claim; nor do pilots, from 90 on.
 FIRST_SEED = 10
@@ -29,6 +29,18 @@ def seeds(number: int | str, *, after: int = 0) -> tuple[int, ...]:
     """Returns so many seeds that judge claims, `after` others that chose something."""
     first = FIRST_SEED + after
     return tuple(range(first, first + int(number)))
+
+
+def after(word: str, text: str) -> str:
+    """Returns what the text of a sweep has after a word and a comma, such as a folder after 'full,'; empty for another text.
+
+    Raises:
+      ValueError: nothing follows the word.
+    """
+    first, _, rest = text.partition(",")
+    if first == word and not rest:
+        raise ValueError(f"nothing follows {word!r}: give FILE.py:{word},TEXT.")
+    return rest if first == word else ""
 
 
 def arm(*gin_files: str, **settings: Any) -> dict[str, Any]:
@@ -215,5 +227,5 @@ class Stages:
         seconds = round(time.monotonic() - began, 1)
         stage = {"settings": wanted, "seconds": seconds, "result": json.loads(json.dumps(result))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        cache_dir.write_json(path, stage)
+        files.write_json(path, stage, synced=True)  # it took long
         return stage

@@ -72,9 +72,8 @@ LAST = list(PHASES)[-1]
 _CHOSE = 2
 
 
-def get_config(text: str = "5") -> ml_collections.ConfigDict:
-    seeds, _, data = text.partition(",")
-    if seeds == "full":
+def get_config(seeds: str = "5") -> ml_collections.ConfigDict:
+    if data := sweeps.after("full", seeds):
         return _full_sweep(data)
     arms, parent = {}, None
     for name, phase in PHASES.items():
@@ -102,6 +101,8 @@ def _arm(phase: Phase, parent: str | None) -> dict[str, Any]:
     )
     return sweeps.arm(GIN, bindings=bindings, parent=parent)
 
+
+# The runs of full size.
 
 FULL_MODELS = (
     "LWM-Text-Chat-1M",
@@ -188,6 +189,8 @@ ROWS = (
     ),
 )
 
+
+# What is measured of the runs.
 
 TITLE = "SnapKV, 2404.14469"
 SEEDS = 5

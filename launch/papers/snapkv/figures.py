@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.snapkv import accuracy, experiment, needles
 from espalier.launch.papers.snapkv.needles import DEPTHS
 from espalier.launch.papers.snapkv.results import Latency, Needles, Retrieval, rates
 from espalier.launch.plots import intervals
 from espalier.launch.plots.panels import BLUE, RED, errors, legend_below, panels
+
+_PROSE = Prose.of(__name__)
 
 _ACCURACY = {
     "SnapKV and its relatives": ("snapkv", "snapkv_avg", "snapkv_int8", "adakv", "oracle"),
@@ -22,43 +25,21 @@ Figure = tuple[Any, str]
 
 def figures(parts: Mapping[str, Any]) -> dict[str, Figure]:
     """Returns file name -> (figure, caption)."""
-    plots: dict[str, tuple[tuple[str, ...], Callable[..., Any], str]] = {
-        "accuracy.png": (
-            ("retrieval",),
-            _accuracy,
-            "Exact answers of the retrieval models against the capacity: means over seeds, and dots for seeds",
-        ),
-        "depth.png": (
-            ("retrieval",),
-            _depth,
-            "Exact answers by depth and length of the retrieval prompt, means over seeds",
-        ),
-        "windows.png": (
-            ("retrieval", "needles"),
-            _windows,
-            "Hit rates of the choices of the prompt's last windows, and of its last window by generated token",
-        ),
-        "questions.png": (
-            ("retrieval", "needles"),
-            _questions,
-            "Positions that two questions have in common, by layer; hit rates by position of the question; exact answers "
-            "where compression comes before or after the question. Lines join the dots of a seed",
-        ),
-        "needles.png": (
-            ("needles",),
-            _needles,
-            "Needles answered by SmolLM2-135M, by capacity and method, with 95 % intervals over haystacks",
-        ),
-        "needle_grid.png": (
-            ("needles",),
-            _needle_grid,
-            "Exact answers by depth and length of the haystack",
-        ),
-        "latency.png": (("latency",), _latency, "Decoding time against the length of the prompt"),
+    plots: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+        "accuracy": (("retrieval",), _accuracy),
+        "depth": (("retrieval",), _depth),
+        "windows": (("retrieval", "needles"), _windows),
+        "questions": (("retrieval", "needles"), _questions),
+        "needles": (("needles",), _needles),
+        "needle_grid": (("needles",), _needle_grid),
+        "latency": (("latency",), _latency),
     }
     return {
-        name: (plot(*(parts[p] for p in needed)) if set(needed) <= set(parts) else None, caption)
-        for name, (needed, plot, caption) in plots.items()
+        f"{name}.png": (
+            plot(*(parts[p] for p in needed)) if set(needed) <= set(parts) else None,
+            _PROSE(f"{name}_figure"),
+        )
+        for name, (needed, plot) in plots.items()
     }
 
 

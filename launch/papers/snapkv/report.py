@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.papers.shared import page
-from espalier.launch.papers.shared.claim import Claim, Effect, RequiredClaim
+from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.papers.shared.page import Prose
 from espalier.launch.papers.snapkv import experiment, figures, needles, results
 from espalier.launch.papers.snapkv.results import (
     BAR,
     CHAT,
-    CHAT_BAR,
     SMALL,
     Latency,
     Needles,
@@ -31,6 +30,8 @@ from espalier.launch.papers.snapkv.results import (
     rates,
     together,
 )
+
+_PROSE = Prose.of(__name__)
 
 BASELINES = {"h2o": "H2O", "streaming_llm": "StreamingLLM", "random": "a random choice"}
 LOSS = 0.05  # of exact answers, or of kept positions, that counts as none
@@ -189,81 +190,34 @@ def agnostic_of_chat(results: Needles, where: str) -> list[Effect]:
 _JUDGES = f"models that answer at least {BAR} with the full cache"
 
 CLAIMS: Sequence[Claim] = (
-    RequiredClaim(
-        "S1",
-        "Small caches preserve retrieval",
-        f"at C = T / 5 SnapKV's share of exact answers is at most {LOSS} below the full cache's; {_JUDGES}, and haystacks "
-        f"of a chat model that answers at least {CHAT_BAR}",
-        compared("snapkv", "full", ("SnapKV", "the full cache"), above=-LOSS),
-        paper="retrieval from 140K tokens with 1,024 kept",
+    _PROSE.claim(
+        "S1", compared("snapkv", "full", ("SnapKV", "the full cache"), above=-LOSS), required=True
     ),
-    RequiredClaim(
-        "S2",
-        "Pooling is essential for answers of several tokens",
-        f"max pooling over at least 2 * (answer tokens) - 1 positions gives at least {CLEAR} more exact answers than none",
-        compared("snapkv", "kernel_1", ("max pooling", "none"), above=CLEAR),
-        paper="LongEval-Lines: pooling over 5 against none, as a figure",
+    _PROSE.claim(
+        "S2", compared("snapkv", "kernel_1", ("max pooling", "none"), above=CLEAR), required=True
     ),
-    RequiredClaim(
+    _PROSE.claim(
         "S3",
-        "SnapKV beats H2O, StreamingLLM and a random choice",
-        f"at C = T / 5 it answers more, by at least {LEAD} of what the full cache answers (a fixed distance is out of reach "
-        "where the full cache answers little)",
         together(
             *(
                 compared("snapkv", name, ("SnapKV", label), relative=True, above=LEAD)
                 for name, label in BASELINES.items()
             )
         ),
-        paper="SnapKV with 1,024 against H2O with 4,096 on LongBench, Mistral: 41.45 against 40.45",
+        required=True,
     ),
-    Claim(
-        "S3b",
-        "SnapKV beats TOVA, which asks the last query alone (not a claim of the paper)",
-        "at C = T / 5 it answers more, by any amount, as a share of what the full cache answers",
-        compared("snapkv", "tova", ("SnapKV", "TOVA"), relative=True, above=0.0),
+    _PROSE.claim("S3b", compared("snapkv", "tova", ("SnapKV", "TOVA"), relative=True, above=0.0)),
+    _PROSE.claim(
+        "S4", {"retrieval": [last_window], "needles": [last_window_of_chat]}, required=True
     ),
-    RequiredClaim(
-        "S4",
-        "The last window of the prompt foresees what generation attends to",
-        "its choices have a higher hit rate than those of every other window, on average over layers",
-        {"retrieval": [last_window], "needles": [last_window_of_chat]},
-        paper="overlap with generation is highest for the last of 20 windows, as a figure",
-    ),
-    RequiredClaim(
-        "S5",
-        "The positions kept depend on the question",
-        f"two questions share fewer of their positions than one question asked twice, by more than the {LOSS} that S1 counts "
-        "as no difference",
-        {"retrieval": [questions], "needles": [questions_of_chat]},
-        paper="overlap of two questions on one document falls with depth, as a figure",
-    ),
-    RequiredClaim(
-        "S6",
-        "The question may be before the context or after it",
-        f"hit rates of what is kept differ by less than {SIMILAR}; models that answer at least {BAR} of both with the full "
-        "cache",
-        {"retrieval": [position]},
-        paper="hit rates stay high for both, as a figure",
-    ),
-    RequiredClaim(
-        "S7",
-        "Decoding takes as long after a long prompt as after a short one",
-        f"for prompts of at least C tokens the slope with SnapKV is between -{FLAT} and {FLAT} of the full cache's",
-        {"latency": [latency]},
-        paper="below 40 ms a token against above 100 at 16K tokens, batch 2",
-    ),
-    RequiredClaim(
-        "S8",
-        "Compressing before the question is known fails",
-        f"it loses more than {LOST} of the exact answers that compressing after the question gives at C = T / 5",
-        {"retrieval": [agnostic], "needles": [agnostic_of_chat]},
-    ),
+    _PROSE.claim("S5", {"retrieval": [questions], "needles": [questions_of_chat]}, required=True),
+    _PROSE.claim("S6", {"retrieval": [position]}, required=True),
+    _PROSE.claim("S7", {"latency": [latency]}, required=True),
+    _PROSE.claim("S8", {"retrieval": [agnostic], "needles": [agnostic_of_chat]}, required=True),
 )
 
 
 _PLACES = {"retrieval": SMALL, "needles": CHAT, "latency": "random weights, 4 layers"}
-_PROSE = Prose.of("snapkv")
 
 
 def _setup(parts: page.Parts) -> list[str]:
@@ -282,12 +236,9 @@ def _of_models(runs: Retrieval) -> str:
     left_out = "; ".join(f"seed {seed} {why}" for seed, why in runs.excluded.items())
     return _PROSE(
         "models",
-        model=SMALL,
         seeds=", ".join(map(str, runs.models)),
         ends=_ends(),
-        bar=BAR,
         left_out=left_out or "none is",
-        experiment=experiment,
         length=runs.length,
     )
 
@@ -301,11 +252,8 @@ def _ends() -> str:
 def _of_haystacks(answers: Needles) -> str:
     return _PROSE(
         "haystacks",
-        model=CHAT,
         judged=len(answers.of_length(needles.JUDGED.tokens)),
-        tokens=needles.JUDGED.tokens,
         long=len(answers.of_length(needles.LONG.tokens)),
-        long_tokens=needles.LONG.tokens,
         candidates=len(answers.candidates),
         tova=_of_tova(answers),
         **answers.chosen,

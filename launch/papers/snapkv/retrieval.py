@@ -16,9 +16,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from espalier.common.ranges import Seed, Size
+from espalier.common.ranges import Seed, Size, check_choice
 from espalier.data import tasks
-from espalier.data.choices import check_choice
 from espalier.data.data_source import GeneratedSource
 
 CACHED_AS = "data.snapkv.retrieval"  # the name by which caches of its data know it
@@ -171,7 +170,7 @@ def register(
     for question, prefix in (("last", "retrieval"), ("first", "retrieval_first")):
         for count in lines:
             name = f"{prefix}_{count}"
-            tasks.register_features(
+            tasks.register_rows(
                 name,
                 RetrievalSource(name, train_documents, seed, count, question),
                 origin="retrieval.register",

@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from espalier.common import files
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -224,10 +226,7 @@ def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
         raise WeightFileError(
             f"{directory} has no readable file {name[:200]!r} ({type(error).__name__}): copy the checkpoint again."
         ) from None
-    roots = [root]
-    if root.parent.name == "snapshots":  # In the Hugging Face cache, files are links to blobs.
-        roots.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(folder) for folder in roots):
+    if not files.is_within(target, root):
         raise WeightFileError(
             f"{directory / name} is a link to {target}, outside of the checkpoint. Put the file itself "
             "there if you trust it."

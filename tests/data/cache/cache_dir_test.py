@@ -5,6 +5,7 @@ import stat
 
 import pytest
 
+from espalier.common import files
 from espalier.data.cache import cache_dir
 
 
@@ -27,7 +28,7 @@ def test_others_may_read_what_the_umask_allows(tmp_path, umask, mask, file, dire
     umask(mask)
 
     def build(target):
-        cache_dir.write_json(target / "made.json", {"a": 1})
+        files.write_json(target / "made.json", {"a": 1}, synced=False)
 
     cache_dir.build_directory(tmp_path / "made", build, expected=["made.json"])
     assert _mode(tmp_path / "made") == directory

@@ -431,6 +431,12 @@ def test_description_does_not_depend_on_the_process(tmp_path):
     assert len(seen) == 1
 
 
+def test_names_of_this_project_are_those_that_older_caches_have():
+    for module in ("data.text.reader", "espalier.data.text.reader"):
+        reader = type("Reader", (), {"__module__": module})
+        assert fingerprint.describe(reader) == {"class": "data.text.reader.Reader"}
+
+
 def test_file_digests_remember_but_notice_changes(tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("one")

@@ -5,7 +5,7 @@ import pytest
 
 from espalier.data.distillation import taught_stream
 from espalier.data.distillation.taught_stream import TaughtStream
-from espalier.data.preference.reference_store import ReferenceStore, ReferenceStoreError
+from espalier.data.stream.predictions import PredictionStore, PredictionStoreError
 
 B, T, K = 3, 4, 2
 
@@ -30,7 +30,9 @@ class Rows:
 
 
 def store_of(root, digests):
-    store = ReferenceStore("m" * 32, {}, root=root, shape=taught_stream.shape_of(T, K))
+    store = PredictionStore(
+        "m" * 32, {}, root=root, shape=taught_stream.shape_of(T, K), setting="TEACHER"
+    )
     ids = (
         np.arange(len(digests) * T * K).reshape(-1, T, K) + 2**24 - 40
     )  # the largest that are exact
@@ -43,7 +45,9 @@ def test_rows_get_their_predictions_in_any_order_and_part_of_a_batch(tmp_path):
     digests = taught_stream.row_digests(Rows().batch(0, 0, B))
     assert len({*digests}) == B
     ids, log_probs = store_of(tmp_path, digests)
-    again = ReferenceStore("m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K))
+    again = PredictionStore(
+        "m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K), setting="TEACHER"
+    )
     order = [2, 0, 1]
     stream = TaughtStream(Rows(order), again, top_k=K, teacher="t")
     batch = stream.batch(0, 1, 3)
@@ -65,14 +69,18 @@ def test_a_row_that_differs_in_what_the_teacher_reads_is_another(name):
 def test_what_is_not_stored_or_of_another_size_is_an_error(tmp_path):
     digests = taught_stream.row_digests(Rows().batch(0, 0, B))
     store_of(tmp_path, digests[:2])
-    store = ReferenceStore("m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K))
-    with pytest.raises(ReferenceStoreError, match="has no value for the data"):
+    store = PredictionStore(
+        "m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K), setting="TEACHER"
+    )
+    with pytest.raises(PredictionStoreError, match="has no value for the data"):
         TaughtStream(Rows(), store, top_k=K, teacher="t").batch(0, 0, B)
     with pytest.raises(ValueError, match="values"):
-        ReferenceStore("m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K + 1))
+        PredictionStore(
+            "m" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K + 1), setting="TEACHER"
+        )
     bad = np.full((1, *taught_stream.shape_of(T, K)), np.nan)
-    other = ReferenceStore(
+    other = PredictionStore(
         "n" * 32, {}, root=tmp_path, shape=taught_stream.shape_of(T, K), setting="TEACHER"
     )
-    with pytest.raises(ReferenceStoreError, match="log-probabilities of TEACHER are not"):
+    with pytest.raises(PredictionStoreError, match="log-probabilities of TEACHER are not"):
         other.add(digests[:1], bad)

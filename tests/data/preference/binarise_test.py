@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.data.preference import binarise, records
-from espalier.data.preference.tally import Tally
+from espalier.data.rows.records import Tally
 from espalier.data.text.documents import DataError
 
 CHAT = [{"role": "assistant", "content": "a"}]

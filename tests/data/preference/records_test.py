@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from espalier.data.preference import records
-from espalier.data.preference.records import DegenerateError
+from espalier.data.rows.records import DegenerateError
 from espalier.data.text.documents import DataError
 
 GOLDEN = json.loads(

@@ -9,8 +9,9 @@ import pytest
 
 from espalier.data import tasks
 from espalier.data.cache import task_cache
-from espalier.data.preference import records, stream, tokens
+from espalier.data.preference import records, stream
 from espalier.data.preference import tasks as preference_tasks
+from espalier.data.rows import tokens
 from espalier.data.stream import stream as plain_stream
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_template, vocabularies

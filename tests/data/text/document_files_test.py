@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from espalier.data.cache import cache_dir
+from espalier.common import files as common_files
 from espalier.data.text import document_files
 from espalier.data.text.documents import DataError
 
@@ -164,6 +164,6 @@ def test_counts_are_not_kept_where_nothing_can_be_written(tmp_path, find, monkey
     def refused(*_, **__):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(cache_dir, "write_json", refused)
+    monkeypatch.setattr(common_files, "write_json", refused)
     files = find(files=f"{tmp_path}/x.jsonl", validation_fraction=0)
     assert files.counts == {"train": {"documents": 1, "bytes": 1}}

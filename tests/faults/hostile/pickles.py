@@ -88,7 +88,7 @@ def _pickled_gguf(bench: Bench) -> None:
 
 def _pickled_part(name: str, bench: Bench) -> None:
     """Puts a pickle, with the hash that its name must have, in the place of stored numbers."""
-    from espalier.data.preference.reference_store import ABOUT, ReferenceStore, ReferenceStoreError
+    from espalier.data.stream.predictions import ABOUT, PredictionStore, PredictionStoreError
 
     folder, content = bench.folder / "store" / "m", io.BytesIO()
     folder.mkdir(parents=True)
@@ -100,7 +100,12 @@ def _pickled_part(name: str, bench: Bench) -> None:
         np.save(content, values, allow_pickle=True)
     part = folder / f"{hashlib.sha256(content.getvalue()).hexdigest()}.npz"
     part.write_bytes(content.getvalue())
-    refused(lambda: ReferenceStore("m", {}, root=bench.folder / "store"), ReferenceStoreError)
+    refused(
+        lambda: PredictionStore(
+            "m", {}, root=bench.folder / "store", shape=(2,), setting="REFERENCE"
+        ),
+        PredictionStoreError,
+    )
     checkpoint.check_not_executed(bench)
 
 

@@ -1,58 +1,73 @@
-"""A configured function is described by the bindings that its call reads, and by no others."""
+"""A configuration is written as gin writes it, and uses the bindings that gin would use."""
 
+import importlib
+
+import gin
 import pytest
 
-from espalier.launch.config import gin_check, gin_config
-from espalier.launch.config.build import Configuration
-from espalier.trainers.programs.description import digest
+from espalier.launch.config import gin_config, gin_source
+from tests import methods_test
 
 ENTRY = "toy_run:train"
-FACTORED = """
-toy_net.Block.dense = @toy_net.Factored
-toy_net.Factored.rank = %RANK
-RANK = 3
-"""
-SCOPED = """
-toy_net.Net.block = @a/toy_net.Block
-a/toy_net.Block.dense = @b/toy_net.Factored
-b/toy_net.Factored.rank = 3
-"""
 
 
-@pytest.fixture
-def model_of(gin_file, toy_gin):
-    """(gin text, bindings) -> the model that the configuration makes."""
-
-    def load(text, *bindings):
-        bindings = ["MODEL_DIR=/x", *bindings]
-        config = gin_config.load([gin_file(toy_gin + text)], bindings, entry=ENTRY)
-        return config.entry()["model"]
-
-    return load
+def of_gin(files, bindings, entry):
+    """The text that gin itself writes, and that of what it used to make the arguments of the entry function."""
+    module, _, name = entry.partition(":")
+    gin.add_config_file_search_path(gin_source.ROOT)
+    try:
+        gin.parse_config_files_and_bindings(files, bindings)
+        text = gin.config_str()
+        gin.get_bindings(getattr(importlib.import_module(module), name))
+        return text, gin.operative_config_str()
+    finally:
+        gin.clear_config(clear_constants=True)
 
 
 @pytest.mark.parametrize(
-    ("text", "same", "other"),
+    ("run", "methods"),
     [
-        (FACTORED, "MODEL_DIR=/y", "RANK=4"),
-        (FACTORED, "TRAIN_STEPS=7", "toy_net.Factored.rank=5"),
-        (SCOPED, "MODEL_DIR=/y", "b/toy_net.Factored.rank=4"),
-        (SCOPED, "TRAIN_STEPS=7", "a/toy_net.Block.dense=@toy_net.Factored"),
+        ("pretrain", ()),
+        ("pretrain", ("low_rank/low_rank", "bam/bam", "averaging/recent_mean")),
+        ("classify", ("low_rank/low_rank_conv",)),
+        ("preference", ("preference/indicators", "adapters/lora", "preference/ipo")),
+        ("online", ("preference/ppo",)),
     ],
 )
-def test_bindings_that_a_call_reads_count(text, same, other, model_of):
-    first = digest(model_of(text))
-    assert digest(model_of(text)) == first
-    assert digest(model_of(text, same)) == first
-    assert digest(model_of(text, other)) != first
+def test_text_and_operative_text_are_those_of_gin(run, methods):
+    files, bindings = methods_test.arguments(run, methods)
+    config = gin_config.load(files, bindings, entry="espalier.launch.train:train")
+    config.arguments()
+    assert (config.text, config.operative_text()) == of_gin(
+        files, bindings, "espalier.launch.train:train"
+    )
 
 
-def test_a_factory_of_an_isolated_configuration_does_not_depend_on_its_file(gin_file):
-    text = "from __gin__ import dynamic_registration\nimport toy_net\n"
-    text += "BLOCK = @toy_net.Block\ntoy_net.Block.dense = @toy_net.Factored\n"
-
-    def block(name, rank):
-        file = gin_file(f"{text}toy_net.Factored.rank = {rank}\n", name)
-        return digest(Configuration(gin_check.check([file], fragment=True)).macro("BLOCK"))
-
-    assert block("one.gin", 3) == block("another.gin", 3) != block("one.gin", 4)
+def test_scopes_and_long_values_are_written_as_gin_writes_them(gin_file, toy_gin):
+    """Macros in scopes, a singleton, values of several lines, and modules of one name."""
+    text = (
+        toy_gin
+        + """
+from espalier.model import config as toys
+from espalier.trainers.optim import optimizers as config
+import jax
+toy_net.Net.block = @a/b/toy_net.Block
+toy_net.Block.dense = @toy_net.Dense
+a/toy_net.Block.dense = @toy_net.Factored
+a/b/toy_net.Factored.rank = %a/RANK
+a/RANK = 3
+toy_run.train.names = %NAMES
+NAMES = ['a name that is long', 'another name that is long', 'a third name', 'a fourth one']
+toys.TransformerConfig.num_layers = 2
+once/gin.singleton.constructor = @toy_net.Factored
+once/toy_net.Factored.width = 2
+jax.nn.initializers.normal.stddev = 1e-3
+EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @config.adamw), 'x': 'y' }
+toy_net.optimizer.decay = %EXTRA
+"""
+    )
+    files = [gin_file(text)]
+    config = gin_config.load(files, ["MODEL_DIR='/x'"], entry=ENTRY)
+    extra = config.arguments()["optimizer"][2]
+    assert extra["of"][0].rank == 2 and extra["of"][0] is not None
+    assert (config.text, config.operative_text()) == of_gin(files, ["MODEL_DIR='/x'"], ENTRY)

@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Interval
 
 from espalier.launch.config import setting_flags
 
@@ -102,3 +104,31 @@ def test_a_setting_without_a_text_or_of_another_type_is_refused():
     for target in (untold, listed):
         with pytest.raises(TypeError, match=f"{target.__name__}.width"):
             setting_flags.settings_of(target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineCut(Cut):
+    """A cut with files.
+
+    Attributes:
+      plan: drawing.
+      marks: where to cut.
+      tools: in order; repeatable.
+      passes: number.
+    """
+
+    plan: setting_flags.File | None = None
+    marks: setting_flags.Names = ("a", "b")
+    tools: Sequence[Annotated[str, "TOOL"]] = ()
+    passes: Annotated[int, Interval(ge=1)] = 1
+
+
+def test_annotations_say_what_a_value_is_called_and_bases_have_texts():
+    words = ("--width=1", "--plan=p", "--marks=x,y", "--tools=saw", "--tools=knife", "--passes=2")
+    values, page = parsed(*words, target=FineCut)
+    page = " ".join(page.split())
+    own = {"plan": "p", "marks": ("x", "y"), "tools": ["saw", "knife"], "passes": 2}
+    assert values == {"width": 1, **own}
+    for text in ("--plan FILE", "--marks NAMES", "--tools TOOL", "--passes N", "--width N of the"):
+        assert text in page
+    assert "(default a,b)" in page and "(default ())" not in page

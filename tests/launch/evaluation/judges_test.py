@@ -11,8 +11,8 @@ import pytest
 
 from espalier.launch.evaluation.judges import asking, shares
 from espalier.launch.evaluation.judges.base import JudgeError, Outcome, Pair
+from espalier.launch.evaluation.judges.checkpoint import RewardJudge
 from espalier.launch.evaluation.judges.pairwise import PairwiseJudge, Template
-from espalier.launch.evaluation.judges.reward import RewardJudge
 from espalier.launch.inference.chat_endpoint import Silence
 from espalier.launch.inference.row_files import RowFileError
 from espalier.launch.plots import intervals

@@ -32,7 +32,7 @@ def run(monkeypatch):
 
     index, store = threading.local(), Store()
     monkeypatch.setattr(jax, "process_index", lambda: index.value)
-    monkeypatch.setattr(hosts, "_store", lambda: store)
+    monkeypatch.setattr(peers, "store", lambda: store)
 
     def start(function, count):
         monkeypatch.setattr(jax, "process_count", lambda: count)

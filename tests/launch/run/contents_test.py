@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from espalier.launch.aya_expanse import teachers
-from espalier.launch.evaluation.judges import checkpoint, reward
+from espalier.launch.evaluation.judges import checkpoint
 from espalier.launch.evaluation.judges.base import Question
 from espalier.launch.evaluation.judges.pairwise import Template
 from espalier.launch.inference import generate, score
@@ -78,7 +78,7 @@ def test_an_answer_cannot_end_the_turn_of_its_judge(hostile, read, converses, mo
 @pytest.mark.parametrize("prompt", ["x", user("x")["messages"]])
 def test_an_answer_cannot_end_its_turn_before_a_judge_of_log_probabilities(hostile, prompt):
     question = Question(prompt=prompt, answers=(hostile.text,), about={"id": "1"})
-    row = score.scored_row(hostile.loaded(), reward._row(hostile.loaded(), question), "1")
+    row = score.scored_row(hostile.loaded(), checkpoint._row(hostile.loaded(), question), "1")
     ends = int(not isinstance(prompt, str))
     assert row.targets.count(hostile.end) == ends and hostile.turns(row.targets) == 0
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from espalier.common import files
 from espalier.launch.config import config_diff
-from espalier.launch.run import run_dir, run_place
+from espalier.launch.run import run_dir
 from espalier.launch.run.parameter_table import parameter_table
 from espalier.launch.run.run_dir import RunDirectoryError
 
@@ -57,7 +58,7 @@ def test_first_start_describes_the_run(tmp_path):
     assert facts["data_fingerprint"] == "abc"
     assert (path / "config.gin").read_text() == CONFIG
     assert (path / "operative_config.gin").read_text()
-    assert not list(path.glob(".*.tmp"))
+    assert not list(path.glob("*.partial"))
 
 
 def test_a_directory_in_use_is_refused_until_it_is_free(tmp_path):
@@ -363,7 +364,7 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, caplo
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_place.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     run_dir.prepare(str(tmp_path), CONFIG).close()
     [warning] = caplog.messages
     assert str(tmp_path) in warning

@@ -13,6 +13,7 @@ import pytest
 from espalier.launch import convert
 from espalier.launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
 from espalier.launch.weights.source_models import SourceModel
+from espalier.model.bam.experts import AttentionExperts
 from espalier.model.hf import families, load
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 from espalier.model.nexus import extend
@@ -252,7 +253,7 @@ def test_copies_that_are_all_used_compute_what_the_dense_model_does(
 
 
 def test_heads_of_shared_keys_are_in_the_order_of_the_mixture():
-    mixture = Mixture(experts=2, kv_heads=2, attention=True, shared_kv=True)
+    mixture = Mixture(experts=2, attention=AttentionExperts(kv_heads=2, shared_kv=True))
     query, out = (experts.expert_axis(f"attention/{x}/kernel", mixture) for x in ("query", "out"))
     heads = [np.array([[f"{e}{k}{g}" for k in range(2) for g in range(3)]]) for e in "ab"]
     want = [f"{e}{k}{g}" for k in range(2) for e in "ab" for g in range(3)]
@@ -288,7 +289,7 @@ def test_layers_that_are_not_stacked_are_extended_too():
         return base.apply(recipes, lambda name, path: values[name][path])
 
     def mixture(count):
-        return Mixture(experts=count, kv_heads=1, drop_ratio=0.5, expert_scale=2.0)
+        return Mixture(experts=count, drop_ratio=0.5, expert_scale=2.0)
 
     def upcycled(names):
         sources = [Source(name, dense) for name in names]
@@ -376,7 +377,7 @@ def test_a_scale_of_n_makes_n_copies_behind_even_probabilities_the_dense_model(
 
 def test_dropped_units_are_drawn_as_they_were_spread_and_all_others_stay():
     """Shapes of one of several stacked layers: gate [1, D, F], down [1, F, D]."""
-    mixture = Mixture(experts=3, kv_heads=1, drop_ratio=0.3)
+    mixture = Mixture(experts=3, drop_ratio=0.3)
     rng, hidden = np.random.default_rng(0), 60
     kernels = {
         "gate": 0.5 + 2 * rng.normal(size=(1, 500, hidden)).astype(np.float32),
@@ -456,7 +457,7 @@ def test_models_that_make_no_mixture_are_named(make, branches, trained_run, tmp_
     )
     with pytest.raises(FileNotFoundError):
         step_dir.resolve(tmp_path / "nothing")
-    transform = Upcycle(Mixture(experts=2, kv_heads=1))
+    transform = Upcycle(Mixture(experts=2))
     with pytest.raises(TransformError, match="new/scale .* has no source"):
         base.plan(transform, [Source("a", {}), Source("b", {})], {"new/scale": (3,)})
     with pytest.raises(TransformError, match="has old/scale, which the new model lacks"):

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from espalier.model.bam import moa
+from espalier.model.bam.experts import AttentionExperts
 from espalier.model.config import TransformerConfig
 from espalier.model.linear import Dense
 from espalier.model.moe import moe
 from espalier.model.transformer import Block, Transformer
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Source
-from espalier.model.transforms.experts import ROUTER, Mixture, expert_axis
+from espalier.model.transforms.experts import ROUTER, LinearRouters, Mixture, expert_axis
 from espalier.model.transforms.upcycle import Upcycle
 from espalier.trainers.checkpoints import state_tree
 
@@ -76,9 +77,8 @@ def upcycled(model, sources, shared_kv=False, router_std=1.0):
     """A mixture's parameters by path, made of dense ones in their order; biases are 0."""
     shapes = shapes_of(model)
     biases = {f"{x}/bias": np.zeros(shapes.pop(f"{x}/bias"), np.float32) for x in ROUTERS}
-    what = Mixture(
-        experts=E, kv_heads=KV, attention=True, shared_kv=shared_kv, router_std=router_std
-    )
+    attention = AttentionExperts(kv_heads=KV, shared_kv=shared_kv)
+    what = Mixture(experts=E, attention=attention, router=LinearRouters(std=router_std))
     named = [
         Source(str(i), {path: x.shape for path, x in one.items()}) for i, one in enumerate(sources)
     ]
@@ -117,7 +117,7 @@ def test_with_both_gates_on_one_expert_and_its_backbone_a_mixture_is_that_expert
     """All that is no expert's is taken of the one; where keys and values are shared, these too."""
     model, shared_kv = mixture(*form), form[0]
     params = upcycled(model, [dense(j) for j in range(E)], shared_kv)
-    what = Mixture(experts=E, kv_heads=KV, attention=True, shared_kv=shared_kv)
+    what = Mixture(experts=E, attention=AttentionExperts(kv_heads=KV, shared_kv=shared_kv))
     for j in range(E):
         gates = {f"{x}/bias": np.full((2, E), -1e4, np.float32) for x in ROUTERS}
         for bias in gates.values():

@@ -15,13 +15,13 @@ from espalier.model.linear import Dense
 from espalier.model.mlp import GatedMlp
 from espalier.model.moe import moe, routing
 from espalier.model.moe.moe import MoeMlp
-from espalier.model.moe.router_scale import down_std
 from espalier.model.nexus.domain_router import (
     DomainRouter,
     expert_vectors,
     level,
     random_directions,
 )
+from espalier.model.nexus.router_scale import down_std
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.recipe import Recipe
 

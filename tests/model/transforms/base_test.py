@@ -64,7 +64,7 @@ def test_the_table_has_a_row_for_every_parameter():
 
 def test_layers_that_are_stacked_are_made_one_by_one():
     """Redrawn units differ between layers, as they do where layers are separate arrays."""
-    mixture = Mixture(experts=2, kv_heads=1, scanned=True, drop_ratio=0.5)
+    mixture = Mixture(experts=2, scanned=True, drop_ratio=0.5)
     sources = [Source(name, DENSE) for name in "ab"]
     recipes = base.plan(Upcycle(mixture), sources, MIXED)
     arrays = {name: values(DENSE, seed) for seed, name in enumerate("ab")}

@@ -46,7 +46,7 @@ def base(tmp_path):
 def facts(base):
     params = state_of(0)["params"]
     mask = {"mlp": {"kernel": False, "scale": False, ADAPTER: {"b": True}}}
-    return {base_step.META: base_step.frozen(base, params, mask, use_ema=True)}
+    return {base_step.META: base_step.frozen(base, params, mask, base_step.added({}), use_ema=True)}
 
 
 def test_both_tiers_read_the_base_from_its_own_step(base, tmp_path):
@@ -69,6 +69,38 @@ def test_both_tiers_read_the_base_from_its_own_step(base, tmp_path):
         shutil.rmtree(tmp_path / "host")  # the second time the shared step is read
 
 
+def renamed(tree, name):
+    """Returns a tree with another name in the place of ADAPTER."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name if k == ADAPTER else k: renamed(child, name) for k, child in tree.items()}
+
+
+def test_parameters_beside_a_base_have_the_names_that_the_record_says(base, tmp_path):
+    """Records of steps without this fact are those of `facts`: their names begin with 'adapter_'."""
+    state = renamed(state_of(1), "probe_a")
+    group = {base_step.ADDED: "probe_"}
+    mask = {"mlp": {"kernel": False, "scale": False, "probe_a": {"b": True}}}
+    own = base_step.added(group)
+    record = base_step.frozen(base, state["params"], mask, own, use_ema=True)
+    assert record == facts(base)[base_step.META]
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, state, meta={base_step.META: record, **group})
+        restored = checkpointer.restore_latest(renamed(state_of(0), "probe_a"))
+    step = step_dir.resolve(tmp_path / "run")
+    manifest = step_dir.read_manifest(step)
+    assert set(manifest.arrays) == {"params/mlp/probe_a/b", "opt_state/mlp/probe_a/b"}
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state)
+    whole = base_step.entries(step, manifest, "raw")
+    assert set(whole) == {"mlp/probe_a/b", "mlp/kernel", "mlp/scale"}
+    part = base_step.base_of(step, "raw")
+    assert base_step.digest(part.entries) == record["digest"]
+    assert set(base_step.present(state["params"], part.entries, own)["mlp"]) == {"kernel", "scale"}
+    for bad in ("", 1, None):
+        with pytest.raises(ValueError, match="has meta.added = .* in the place of the beginning"):
+            step_dir.check_record({"step": 1, "meta": {base_step.ADDED: bad}, "metrics": {}})
+
+
 def test_a_damaged_base_is_named_and_the_adapters_stay(base, tmp_path):
     with Checkpointer(tmp_path / "run") as checkpointer:
         checkpointer.save(1, state_of(1), meta=facts(base))
@@ -88,10 +120,12 @@ def test_a_run_that_changes_its_base_is_refused(base):
         {"kernel": True, "scale": False, ADAPTER: {"b": True}},
     )
     with pytest.raises(BaseModelError, match="mlp/kernel is no adapter, but trained"):
-        base_step.frozen(base, state, {"mlp": everything}, use_ema=True)
+        base_step.frozen(base, state, {"mlp": everything}, base_step.added({}), use_ema=True)
     nothing = {"mlp": {"kernel": False, "scale": False, ADAPTER: {"b": False}}}
     with pytest.raises(BaseModelError, match="is an adapter that is not trained"):
-        base_step.frozen(base, state, nothing, use_ema=True)
+        base_step.frozen(base, state, nothing, base_step.added({}), use_ema=True)
     state["mlp"]["scale"] = state["mlp"]["scale"].astype("bfloat16")
     with pytest.raises(BaseModelError, match=r"mlp/scale is float32\[8\] in .*bfloat16\[8\] here"):
-        base_step.frozen(base, state, {"mlp": {**everything, "kernel": False}}, use_ema=True)
+        base_step.frozen(
+            base, state, {"mlp": {**everything, "kernel": False}}, base_step.added({}), use_ema=True
+        )

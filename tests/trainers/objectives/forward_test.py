@@ -153,3 +153,15 @@ def test_chunks_of_tokens_give_what_all_at_once_do(chunk, monkeypatch):
 def test_a_chunk_that_is_no_chunk_is_refused():
     with pytest.raises(ValueError, match="chunk = 0"):
         map_tokens(lambda x: x, jnp.zeros((2, 3)), vocab=4, chunk=0)
+
+
+def test_a_largest_value_is_reported_of_the_worst_layer_too():
+    def layer(load, largest):
+        return {"mlp": {"share": (jnp.array(load),), "share_max": (jnp.array(largest),)}}
+
+    sown = {"layers": {"block_0": layer(1.0, 0.25), "block_1": layer(2.0, 0.75)}}
+    out = Forward(
+        model=MODEL, variables={}, batch=BATCH, output=None, written={"metrics": sown}
+    ).loss_out(jnp.array(1.0), jnp.array(2.0), {})
+    values = {name: float(total / weight) for name, (total, weight) in out.metrics.items()}
+    assert values == {"mlp/share": 1.5, "mlp/share_max": 0.5, "mlp/share_max_worst_layer": 0.75}

@@ -23,7 +23,7 @@ def setup():
     config = TransformerConfig(vocab_size=31, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8)
     model = Transformer(config=config, logit_scale=3.0)
     key = jax.random.key(0)
-    params = nn.meta.unbox(model.init(key, jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = nn.meta.unbox(jax.jit(model.init)(key, jnp.zeros((1, 4), jnp.int32)))["params"]
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 31, (4, 7)).astype(np.int32)
     batch = {
@@ -34,15 +34,25 @@ def setup():
         "decoder_positions": np.broadcast_to(np.arange(7, dtype=np.int32), (4, 7)),
         "source_ids": np.array([0, 2, 2, 0], np.int32),
     }
-    logits = np.asarray(model.apply({"params": params}, batch["decoder_input_tokens"]), np.float64)
+    apply = jax.jit(model.apply)
+    logits = np.asarray(apply({"params": params}, batch["decoder_input_tokens"]), np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     nll = log_z - np.take_along_axis(logits, ids[..., None].astype(int), -1)[..., 0]
     return model, params, batch, nll, log_z
 
 
+@pytest.fixture(scope="module")
+def logits_of(setup):
+    """The logits of one sequence, compiled once for each length."""
+    model, params, *_ = setup
+    apply = jax.jit(model.apply)
+    return lambda ids: apply({"params": params}, ids[None].astype(np.int32))[0]
+
+
 def test_sum_weight_and_sources(setup):
     model, params, batch, nll, _ = setup
-    out = language_modelling(model=model, num_sources=3)(params, batch, jax.random.key(0))
+    loss = jax.jit(language_modelling(model=model, num_sources=3))
+    out = loss(params, batch, jax.random.key(0))
     weights = batch["decoder_loss_weights"]
     assert float(out.sum) == pytest.approx((weights * nll).sum(), rel=1e-5)
     assert float(out.weight) == weights.sum()
@@ -54,7 +64,7 @@ def test_sum_weight_and_sources(setup):
 
 def test_z_loss_is_added_and_reported_apart(setup):
     model, params, batch, nll, log_z = setup
-    out = language_modelling(model=model, z_loss=0.1)(params, batch, jax.random.key(0))
+    out = jax.jit(language_modelling(model=model, z_loss=0.1))(params, batch, jax.random.key(0))
     weights = batch["decoder_loss_weights"]
     assert float(out.sum) == pytest.approx((weights * (nll + 0.1 * log_z**2)).sum(), rel=1e-5)
     assert float(out.metrics["loss"][0]) == pytest.approx((weights * nll).sum(), rel=1e-5)
@@ -75,11 +85,11 @@ def test_label_smoothing_spreads_a_share_over_the_other_tokens(setup):
         return -(weights * (spread * jax.nn.log_softmax(logits)).sum(-1)).sum()
 
     loss = language_modelling(model=model, label_smoothing=share)
-    out = loss(params, batch, jax.random.key(0))
-    assert float(out.sum) == pytest.approx(float(expected(params)), rel=1e-5)
+    out = jax.jit(loss)(params, batch, jax.random.key(0))
+    assert float(out.sum) == pytest.approx(float(jax.jit(expected)(params)), rel=1e-5)
     assert float(out.metrics["loss"][0]) == pytest.approx((weights * nll).sum(), rel=1e-5)
-    got = jax.grad(lambda params: loss(params, batch, jax.random.key(0)).sum)(params)
-    want = jax.grad(expected)(params)
+    got = jax.jit(jax.grad(lambda params: loss(params, batch, jax.random.key(0)).sum))(params)
+    want = jax.jit(jax.grad(expected))(params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), got, want)
     with pytest.raises(ValueError, match=r"1.0 must lie in \[0, 1\)"):
         language_modelling(model=model, label_smoothing=1.0)
@@ -131,14 +141,14 @@ PACKINGS = {
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_a_loss_is_normalised_by_sequences_or_places_however_they_are_packed(setup, packing):
+def test_a_loss_is_normalised_by_sequences_or_places_however_they_are_packed(
+    setup, logits_of, packing
+):
     """Against a float64 sum over sequences, with z-loss and smoothing, which have the same weights."""
     model, params, *_ = setup
     losses, nlls, tokens, learnt = [], [], 0.0, 0.0
     for read, target, weights in _sequences():
-        logits = np.asarray(
-            model.apply({"params": params}, read[None].astype(np.int32))[0], np.float64
-        )
+        logits = np.asarray(logits_of(read), np.float64)
         log_z = np.log(np.exp(logits).sum(-1))
         target_logit = logits[np.arange(len(target)), target]
         nll = log_z - target_logit
@@ -190,7 +200,7 @@ def test_the_mean_over_sequences_does_not_depend_on_microbatches(setup):
             means.append((weights * nll).sum() / weights.sum())
         return sum(means) / 4
 
-    gradient = jax.grad(mean)(params)
+    gradient = jax.jit(jax.grad(mean))(params)
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(old - new, g, atol=1e-5),
         found[0],
@@ -220,9 +230,10 @@ def test_sown_losses_are_added_per_token(setup):
     _, _, batch, _, _ = setup
     config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
     model, plain = Transformer(config=config, block=_Sowing), Transformer(config=config)
-    params = nn.meta.unbox(plain.init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
+    init = jax.jit(plain.init)
+    params = nn.meta.unbox(init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
     losses = [language_modelling(model=m) for m in (model, plain)]
-    out, want = (loss(params, batch, None) for loss in losses)
+    out, want = (jax.jit(loss)(params, batch, None) for loss in losses)
     weight = batch["decoder_loss_weights"].sum()
     _, kept = plain.apply(
         {"params": params},
@@ -234,8 +245,8 @@ def test_sown_losses_are_added_per_token(setup):
     assert float(out.sum - want.sum) == pytest.approx(added, rel=1e-4)
     assert float(out.metrics["auxiliary_loss"][0]) == pytest.approx(added, rel=1e-4)
     assert "auxiliary_loss" not in want.metrics
-    gradient = jax.grad(lambda p: losses[0](p, batch, None).sum)(params)
-    plain_gradient = jax.grad(lambda p: losses[1](p, batch, None).sum)(params)
+    gradient = jax.jit(jax.grad(lambda p: losses[0](p, batch, None).sum))(params)
+    plain_gradient = jax.jit(jax.grad(lambda p: losses[1](p, batch, None).sum))(params)
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), gradient, plain_gradient)
     assert max(jax.tree.leaves(difference["layers"])) > 1e-3
 
@@ -244,8 +255,9 @@ def test_dropout_draws_from_the_rng_of_the_step(setup):
     _, _, batch, _, _ = setup
     config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8)
     model = Transformer(config=config, block=_Sowing)
-    params = nn.meta.unbox(model.init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
-    loss = language_modelling(model=model)
+    init = jax.jit(model.init)
+    params = nn.meta.unbox(init(jax.random.key(0), batch["decoder_input_tokens"]))["params"]
+    loss = jax.jit(language_modelling(model=model))
     keys = (None, None, jax.random.key(1), jax.random.key(1), jax.random.key(2))
     sums = [float(loss(params, batch, key).sum) for key in keys]
     assert sums[0] == sums[1] and sums[2] == sums[3]
@@ -272,11 +284,11 @@ def test_sown_metrics_are_means_over_layers_in_training_alone(setup, pattern):
     )
     model = Transformer(config=config, block=functools.partial(Block, mlp=_Watched))
     ids = batch["decoder_input_tokens"]
-    params = nn.meta.unbox(model.init(jax.random.key(0), ids))["params"]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids))["params"]
     plain = layer_stack.unrolled(model)
-    loss = language_modelling(model=model)
+    loss = jax.jit(language_modelling(model=model))
     out = loss(params, batch, jax.random.key(0))
-    unrolled = language_modelling(model=plain)(
+    unrolled = jax.jit(language_modelling(model=plain))(
         layer_stack.unroll(params, config), batch, jax.random.key(0)
     )
     _, kept = plain.apply(

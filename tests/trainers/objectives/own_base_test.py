@@ -92,4 +92,6 @@ def test_a_reference_without_a_checkpoint_yet_is_the_base():
     everything = {
         trainable.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(parameters())
     }
-    assert set(state_tree.flatten(base_step.present(parameters(), everything))) == set(everything)
+    assert set(
+        state_tree.flatten(base_step.present(parameters(), everything, base_step.added({})))
+    ) == set(everything)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from espalier.common.ranges import Count, Fraction, NonNegative
 from espalier.model.kernels.cross_entropy import Implementation
-from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective
+from espalier.trainers.objectives.base import Batch, LossOut, Metrics, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
 from espalier.trainers.objectives.frozen_model import FrozenModel
 from espalier.trainers.objectives.own_base import OwnBase
@@ -28,6 +28,7 @@ from espalier.trainers.preference.objectives import completions
 PairLoss = Callable[[PairLogProbs], jax.Array]
 
 
+@loss_in("per pair")
 def preference(
     *,
     model: Any,

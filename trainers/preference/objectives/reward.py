@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
 from espalier.common.ranges import Count, NonNegative
-from espalier.trainers.objectives.base import LossOut, Objective
+from espalier.trainers.objectives.base import LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
 from espalier.trainers.objectives.settings import check_not_negative
 from espalier.trainers.preference.objectives.completions import by_completion
@@ -17,6 +17,7 @@ from espalier.trainers.preference.objectives.completions import by_completion
 ENDS = "decoder_ends"
 
 
+@loss_in("nats per pair")
 def bradley_terry(*, model: Any, num_sources: Count = 0, center: NonNegative = 0.0) -> Objective:
     """-log sigma(r_w - r_l - margin) + center (r_w + r_l)^2, averaged over pairs.
 

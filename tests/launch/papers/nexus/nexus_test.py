@@ -11,7 +11,7 @@ import pytest
 
 from espalier.data.nexus import domain_embeddings
 from espalier.launch.config import gin_config, model_file
-from espalier.launch.weights import source_models
+from espalier.launch.nexus import domain_record
 from espalier.model.kv_cache import policies
 from espalier.model.moe import moe
 from espalier.model.moe.routing import Routes
@@ -418,14 +418,14 @@ def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_pat
     content = json.loads(pathlib.Path(domains).read_text())
     embeddings = domain_embeddings.read(domains)
     names, vectors_EM = ["code", "law"], embeddings.vectors(["code", "law"])
-    recorded = source_models.domains_record(embeddings, vectors_EM)
+    recorded = domain_record.domains_record(embeddings, vectors_EM)
 
     def check(**change):
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**content, **change}))
         found = domain_embeddings.read(other)
-        source_models.check_same_encoder(found, recorded)
-        source_models.check_same_vectors(found, names, vectors_EM)
+        domain_record.check_same_encoder(found, recorded)
+        domain_record.check_same_vectors(found, names, vectors_EM)
 
     check()
     with pytest.raises(TransformError, match="was made with the encoder one_hot"):

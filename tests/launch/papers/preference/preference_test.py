@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
-from espalier.data.preference.reference_store import ReferenceStore
+from espalier.data.stream.predictions import PredictionStore
+from espalier.launch import predictions
 from espalier.launch.config import gin_config
 from espalier.launch.run import phase, reference
 from espalier.trainers import initialise
@@ -112,8 +113,8 @@ def test_who_asks_next_computes_nothing_and_trains_the_same(
         raise AssertionError("log-probabilities are computed again")
 
     parts = []
-    read = ReferenceStore._read
-    monkeypatch.setattr(ReferenceStore, "_read", lambda *a: (parts.append(a[1]), read(*a)))
+    read = PredictionStore._read
+    monkeypatch.setattr(PredictionStore, "_read", lambda *a: (parts.append(a[1]), read(*a)))
     monkeypatch.setattr(reference, "Scorer", unasked)
     result = train(*flags(tmp_path))
     assert result.status == 0
@@ -209,12 +210,12 @@ def test_processes_compute_what_any_of_them_lacks(monkeypatch):
             return [d for d in digests if d not in self.known]
 
     masks = []
-    monkeypatch.setattr(reference.agreement, "gather", lambda mask: masks.append(mask) or [mask])
+    monkeypatch.setattr(predictions.agreement, "gather", lambda mask: masks.append(mask) or [mask])
     assert reference._wanted(Stream(), Store(names[3:]), None) == names[:3]
     assert reference._wanted(Stream(), Store(names[:18]), None) == names[18:]
-    monkeypatch.setattr(reference.agreement, "gather", lambda mask: masks)
+    monkeypatch.setattr(predictions.agreement, "gather", lambda mask: masks)
     assert reference._wanted(Stream(), Store(names), None) == names[:3] + names[18:]
-    monkeypatch.setattr(reference.agreement, "gather", lambda mask: [mask])
+    monkeypatch.setattr(predictions.agreement, "gather", lambda mask: [mask])
     assert reference._wanted(Stream(), Store([]), 2) == names[:8]  # what two steps read
     assert reference._wanted(Stream(), Store([]), 5) == names
 

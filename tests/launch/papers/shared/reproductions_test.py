@@ -1,10 +1,13 @@
 """The reproductions' own parts: intervals, stages, tables of results, and the papers that the command knows."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
 from espalier.launch import environment, papers, reproduce
-from espalier.launch.papers.shared import claim, page
+from espalier.launch.papers.shared import claim, page, sweeps
 from espalier.launch.papers.shared.claim import Claim, Effect
 from espalier.launch.papers.shared.results import Results
 from espalier.launch.papers.shared.sweeps import Stages
@@ -24,11 +27,37 @@ def test_a_ratio_is_of_sums():
 
 
 def test_a_text_needs_a_value_for_each_slot_and_a_slot_for_each_value():
-    prose = page.Prose({"models": "- {count:,} models of width {width}"})
-    assert prose("models", count=1000, width=64) == "- 1,000 models of width 64"
-    for values in ({"count": 1}, {"count": 1, "width": 2, "depth": 3}):
-        with pytest.raises(ValueError, match=r"has the slots \['count', 'width'\]"):
-            prose("models", **values)
+    prose = page.Prose({"models": "- {count:,} models of {width}, {environment.ROOT}"}, globals())
+    shown = f"- 1,000 models of 64, {environment.ROOT}"
+    assert prose("models", count=1000, width=64) == shown
+    with pytest.raises(ValueError, match=r"no value for the slots \['width'\]"):
+        prose("models", count=1)
+    with pytest.raises(ValueError, match=r"no slot for the values \['depth'\]"):
+        prose("models", count=1, width=2, depth=3)
+
+
+@pytest.mark.parametrize("slug", reproduce.slugs())
+def test_every_text_of_a_page_has_its_own_name_and_is_used(slug):
+    (folder,) = (pathlib.Path(path, slug) for path in papers.__path__)
+    named = set(re.findall(r'"(\w+)"', "".join(p.read_text() for p in folder.glob("*.py"))))
+    sections = re.findall(r"^<!-- (\w+) -->$", (folder / "page.md").read_text(), re.MULTILINE)
+    assert len(set(sections)) == len(sections) > 0
+    assert [x for x in sections if not {x, x.removesuffix("_figure")} & named] == []
+
+
+def test_a_claim_is_a_section_of_a_statement_a_condition_and_the_papers_figure():
+    prose = page.Prose({"A1": "It rises\n\nby {bound}\n\n7 %", "A2": "It falls\n\nby 1"})
+    assert prose.claim("A1", {}, required=True, bound=2) == Claim(
+        "A1", "It rises", "by 2", {}, required=True, paper="7 %"
+    )
+    assert prose.claim("A2", {}).paper == "" and not prose.claim("A2", {}).required
+
+
+def test_a_sweeps_text_names_a_part_and_what_it_needs():
+    assert sweeps.after("full", "full,/data,judge") == "/data,judge"
+    assert sweeps.after("full", "5") == sweeps.after("full", "synthetic,5") == ""
+    with pytest.raises(ValueError, match="nothing follows 'full'"):
+        sweeps.after("full", "full")
 
 
 def test_a_stage_is_measured_once_for_the_same_settings(tmp_path):
