@@ -49,19 +49,19 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help=out_help)
 
 
-def _of_papers() -> list[Any]:
+def _of_papers(mark: str) -> list[Any]:
     """Returns the modules of launch/papers/NAME/ that add to reports.
 
     A module has FLAG, HELP and `report(directories, out)`, which writes the report of directories to a path and returns a
     text to print; or `sweep_lines(folders, out)`, which returns what the report of sweeps with the paper's arms has in
     addition, as lines of Markdown with images in `out`, and nothing for other sweeps.
     """
-    modules = cli.papers_with(r"^(FLAG = |def sweep_lines\()")
+    modules = cli.papers_with(rf"^{mark}")
     return [importlib.import_module(module) for _, module in modules]
 
 
 def _with_flags() -> list[Any]:
-    return [module for module in _of_papers() if hasattr(module, "FLAG")]
+    return _of_papers("FLAG = ")
 
 
 def _run(flags: argparse.Namespace) -> None:

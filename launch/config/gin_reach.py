@@ -24,7 +24,7 @@ from espalier.launch.config.gin_values import declaration, hints
 from espalier.model.like import copied, like
 
 # Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
-# owner's own source need no row, nor do factories that are declared with CalledWith (model/ranges.py).
+# owner's own source need no row, nor do factories that are declared with CalledWith (espalier/common/ranges.py).
 # tests/launch/config/gin_reach_test.py calls each and compares.
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "espalier.data.t5.denoising.make_stream": {"stream": ("positions", "task")},

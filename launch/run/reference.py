@@ -5,11 +5,11 @@ Example: `train.train.stream = @reference.make_stream`.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from espalier.common.ranges import Size
+from espalier.common.ranges import CalledWith, Size
 from espalier.data import tasks
 from espalier.data.preference.stream import ReferencedStream
 from espalier.data.stream.predictions import PredictionStore
@@ -99,7 +99,7 @@ def _wanted(stream: Any, store: PredictionStore, steps: int | None) -> list[str]
 def make_stream(
     *,
     reference: Reference,
-    stream: Callable[..., Any],
+    stream: Annotated[Callable[..., Any], CalledWith("positions")],
     steps: Size | None = None,
     positions: Mapping[str, Any] | None = None,
 ) -> ReferencedStream:
@@ -115,7 +115,11 @@ def make_stream(
 
 
 def make_eval_stream(
-    *, task: str, reference: Reference, stream: Callable[..., Any], steps: Size | None = None
+    *,
+    task: str,
+    reference: Reference,
+    stream: Annotated[Callable[..., Any], CalledWith("task")],
+    steps: Size | None = None,
 ) -> ReferencedStream:
     """Returns the held-out stream of a task with reference values, for `steps` steps or the whole split."""
     return reference.held_out(stream, task, steps)

@@ -7,14 +7,14 @@ the same teacher and rows.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from espalier.common.ranges import Positive, Size
+from espalier.common.ranges import CalledWith, Positive, Size
 from espalier.data.distillation import taught_stream
 from espalier.data.distillation.taught_stream import TaughtStream
 from espalier.data.stream.predictions import PredictionStore
@@ -128,7 +128,7 @@ def _padded(columns: Mapping[str, np.ndarray], first: int, size: int) -> dict[st
 def make_stream(
     *,
     teacher: StoredTeacher,
-    stream: Callable[..., Any],
+    stream: Annotated[Callable[..., Any], CalledWith("positions")],
     steps: Size | None,
     positions: Mapping[str, Any] | None = None,
 ) -> TaughtStream:
@@ -148,7 +148,11 @@ def make_stream(
 
 
 def make_eval_stream(
-    *, task: str, teacher: StoredTeacher, stream: Callable[..., Any], steps: Size | None = None
+    *,
+    task: str,
+    teacher: StoredTeacher,
+    stream: Annotated[Callable[..., Any], CalledWith("task")],
+    steps: Size | None = None,
 ) -> TaughtStream:
     """Returns the held-out stream of a task with the teacher's predictions, for `steps` steps or the whole split."""
     return teacher.held_out(stream, task, steps)

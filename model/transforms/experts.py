@@ -30,7 +30,7 @@ class ExpertAxis:
 
 
 class AttentionExperts(Protocol):
-    """How attentions are experts, such as model/bam/experts.py.
+    """How attentions are experts.
 
     Attributes:
       averaged: whether each expert is the mean of all models: a control with the same number of parameters and no
