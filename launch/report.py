@@ -135,8 +135,7 @@ def sweep_report(folders: Sequence[str], out: str | os.PathLike) -> None:
     page.print_tables(read)
     more = [
         line
-        for module in _of_papers()
-        if hasattr(module, "sweep_lines")
+        for module in _of_papers(r"def sweep_lines\(")
         for line in module.sweep_lines(folders, folder)
     ]
     page.write(read, folder, title=f"Sweep: {len(read)} finished runs", more=more)

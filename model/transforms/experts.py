@@ -44,7 +44,7 @@ class AttentionExperts(Protocol):
 
 
 class Routers(Protocol):
-    """The routers of a mixture, such as `LinearRouters` and those of model/nexus/routers.py."""
+    """The routers of a mixture, such as `LinearRouters`."""
 
     def axis(self, name: str) -> int | None:
         """Returns the expert axis of a router's parameter `name`, counted from the end; None for one without."""

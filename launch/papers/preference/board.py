@@ -15,11 +15,8 @@ from typing import Any
 import pandas as pd
 
 from espalier.launch.plots import hover, html_page, panels
-from espalier.launch.reporting.figures import curve
 from espalier.launch.reporting.labels import number, short
 from espalier.launch.run import metric_rows
-from espalier.trainers.preference.indicators import samples
-from espalier.trainers.preference.indicators.alarm import StoppingRule
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 # Series -> metrics, of which the first that a run has is used. `*` is a task; several are averaged.
@@ -110,6 +107,8 @@ def read(name: str, directory: str | os.PathLike) -> Run:
 
 def _outputs(directory: str | os.PathLike) -> int | None:
     """Returns the number of outputs at the last evaluation; None for a run without samples."""
+    from espalier.trainers.preference.indicators import samples
+
     if not (files := samples.paths(directory)):
         return None
     with open(files[max(files)], "rb") as file:
@@ -187,6 +186,8 @@ def sentence(run: Run) -> str:
     best = run.highest("p_win") or run.highest("reward")
     kind = "P_win" if run.highest("p_win") else "reward"
     judged = "" if best is None else f"; best {kind} {best[1]:.3f} at step {best[0]:,}"
+    from espalier.trainers.preference.indicators.alarm import StoppingRule
+
     first_mass, mass = run.first("mass"), run.final("mass")
     assert first_mass is not None and mass is not None  # written with the entropy
     spread = (
@@ -207,6 +208,8 @@ def sentence(run: Run) -> str:
 
 def _too_few(run: Run) -> str:
     """Returns why the readings say nothing about over-optimisation; an empty text if they are enough."""
+    from espalier.trainers.preference.indicators.alarm import StoppingRule
+
     readings = len(run.series["entropy"])
     if readings <= StoppingRule.drops:
         return f"{readings} readings, where a sign needs {StoppingRule.drops + 1}"
@@ -245,6 +248,8 @@ def sample_lines(run: Run, directory: str | os.PathLike) -> list[str]:
     Raises:
       DamagedRowsError: a line of a file of samples is not JSON.
     """
+    from espalier.trainers.preference.indicators import samples
+
     if not (files := samples.paths(directory)):
         return []
     best = (run.highest("p_win") or run.highest("reward") or (None,))[0]
@@ -364,6 +369,8 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 
 
 def _lines(axes: Any, run: Run, solid: str, dashed: str | None, colour: str) -> None:
+    from espalier.launch.reporting.figures import curve
+
     for name, style in ((solid, "-"), (dashed, "--")):
         points = run.series.get(name or "", _EMPTY)
         curve(
