@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from launch.config import moved
 from launch.sweeping import parts
 from launch.sweeping.file import Run, SweepError
 from launch.sweeping.folder import Planned, SweepFolder
@@ -220,6 +221,7 @@ def config_digest(
     for arm, place in sources.items():
         own = {key: value.replace(place, f"{{{arm}}}") for key, value in own.items()}
     own["SEED"] = repr(run.seed)
+    own = {moved.as_before(key): moved.as_before(value) for key, value in own.items()}
     named = {"of": _digests_of_named(run, planned)} if run.made_of else {}
     return _digest({"config": own, "parent": parent, **named})
 
