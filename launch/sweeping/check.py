@@ -198,7 +198,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
             yield from _statements(statement.filename, (*including, file))
         else:
             *content, _ = statement  # the last field is the location
-            yield (type(statement).__name__, *map(repr, content))
+            yield (type(statement).__name__, *(moved.as_before(repr(x)) for x in content))
 
 
 def config_digest(

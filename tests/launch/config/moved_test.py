@@ -30,7 +30,7 @@ def test_imports_of_moved_modules_have_their_names_of_today():
     assert moved.as_before(text) == OLD
 
 
-def test_a_run_and_a_sweep_from_before_a_move_go_on():
+def test_a_run_and_a_sweep_from_before_a_move_go_on(tmp_path):
     today = moved.renamed(OLD)
     assert config_diff.first_difference(OLD, today) is None
     run = types.SimpleNamespace(parent=None, seed=1, made_of={})
@@ -39,6 +39,13 @@ def test_a_run_and_a_sweep_from_before_a_move_go_on():
         for key in ("data.nexus.lag_domains.x", "launch.papers.nexus.lag_domains.x")
     }
     assert len(digests) == 1
+    path = tmp_path / "data.gin"
+    statements = []
+    for text in (OLD, today):
+        path.write_text(text)
+        statements.append(check.gin_statements([f"--gin_file={path}"]))
+    assert statements[0] == statements[1]
+    assert any("'data.nexus.lag_domains'" in one for one in statements[1])
 
 
 def test_a_configuration_from_before_a_move_is_read(tmp_path):
