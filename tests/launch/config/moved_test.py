@@ -27,7 +27,7 @@ def test_imports_of_moved_modules_have_their_names_of_today():
     text = moved.renamed(OLD)
     assert "from launch.papers.nexus import lag_domains\n" in text
     assert "from launch.papers.aya23 import toy_languages as toy\n" in text
-    assert moved.as_before(text) == OLD
+    assert text.replace("launch.papers.", "data.") == OLD
 
 
 def test_a_run_and_a_sweep_from_before_a_move_go_on(tmp_path):
