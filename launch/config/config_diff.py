@@ -9,7 +9,7 @@ from typing import Any
 
 from gin import config_parser
 
-from launch.config import gin_source
+from launch.config import gin_source, moved
 from launch.config.gin_source import Problem, Reference, scoped
 
 
@@ -18,10 +18,10 @@ class UnreadableConfigError(ValueError):
 
 
 def canonical(text: str) -> dict[str, str]:
-    """Returns every binding and macro of a self-contained gin file: full name -> value."""
+    """Returns every binding and macro of a self-contained gin file: full name, of a moved module that of today -> value."""
     modules: dict[str, str] = {}
     values: dict[str, str] = {}
-    for statement in gin_source.parse(text, "config.gin"):
+    for statement in gin_source.parse(moved.renamed(text), "config.gin"):
         if isinstance(statement, Problem):
             raise UnreadableConfigError(str(statement))
         if isinstance(statement, config_parser.ImportStatement):

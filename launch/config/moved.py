@@ -22,6 +22,13 @@ def renamed(text: str) -> str:
     return _IMPORT.sub(_import, text)
 
 
+def as_before(text: str) -> str:
+    """Returns a text with moved modules by their former names, of which digests from before a move are made."""
+    for former, today in MOVED.items():
+        text = re.sub(rf"\b{re.escape(today)}\b", former, text)
+    return text
+
+
 def _import(match: re.Match[str]) -> str:
     package, name, alias = match.groups()
     module = MOVED.get(f"{package}.{name}")
