@@ -112,11 +112,11 @@ once/gin.singleton.constructor = @toy_net.Factored
 once/toy_net.Factored.width = 2
 jax.nn.initializers.normal.stddev = 1e-3
 EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @config.adamw), 'x': 'y' }
-toy_net.optimizer.decay = %EXTRA
+toy_run.train.optimizer = %EXTRA
 """
     )
     files = [gin_file(text)]
     config = gin_config.load(files, ["MODEL_DIR='/x'"], entry=ENTRY)
-    extra = config.arguments()["optimizer"][2]
-    assert extra["of"][0].rank == 2 and extra["of"][0] is not None
+    made, again = (config.arguments()["optimizer"]["of"][0] for _ in range(2))
+    assert made is again and made.width == 2  # the singleton
     assert (config.text, config.operative_text()) == of_gin(files, ["MODEL_DIR='/x'"], ENTRY)
