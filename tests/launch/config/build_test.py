@@ -97,8 +97,8 @@ def test_scopes_and_long_values_are_written_as_gin_writes_them(gin_file, toy_gin
     text = (
         toy_gin
         + """
-from model import config as toys
-from trainers.optim import optimizers as config
+import textwrap as toys
+import json.decoder
 import jax
 toy_net.Net.block = @a/b/toy_net.Block
 toy_net.Block.dense = @toy_net.Dense
@@ -107,11 +107,11 @@ a/b/toy_net.Factored.rank = %a/RANK
 a/RANK = 3
 toy_run.train.names = %NAMES
 NAMES = ['a name that is long', 'another name that is long', 'a third name', 'a fourth one']
-toys.TransformerConfig.num_layers = 2
+toys.wrap.width = 2
 once/gin.singleton.constructor = @toy_net.Factored
 once/toy_net.Factored.width = 2
 jax.nn.initializers.normal.stddev = 1e-3
-EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @config.adamw), 'x': 'y' }
+EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @toys.wrap), 'x': @json.decoder.JSONDecoder}
 toy_run.train.optimizer = %EXTRA
 """
     )
