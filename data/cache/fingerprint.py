@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import types
 from collections.abc import Iterable, Mapping, Set
 
@@ -74,7 +75,7 @@ def describe(value, seen: _Seen | None = None):
     if isinstance(value, os.PathLike):
         return {"path": os.fspath(value)}
     if isinstance(value, types.ModuleType):
-        return {"module": value.__name__.removeprefix(_PACKAGE)}
+        return {"module": _home(value.__name__)}
     seen = seen or _Seen()
     if isinstance(value, types.FunctionType):
         if _is_library(value.__module__):
@@ -174,7 +175,9 @@ class FileDigests:
 def _function(function: types.FunctionType, seen: _Seen) -> dict:
     inner = inspect.unwrap(function)
     variables = inspect.getclosurevars(inner)
-    used = source_code.used_globals(inner)
+    used = dict(source_code.used_globals(inner))
+    if "__name__" in used:
+        used["__name__"] = _home(inner.__module__)
     own = {
         name: describe(value, seen)
         for name, value in used.items()
@@ -294,9 +297,14 @@ def _is_library(module: str | None) -> bool:
     return (module or "").split(".")[0] in _LIBRARIES
 
 
-def name_of(code: type | types.FunctionType) -> str:
-    """Returns module and name of a class or function, which caches and checkpoints know without the package's name."""
-    return f"{code.__module__}.{code.__qualname__}".removeprefix(_PACKAGE)
+def name_of(item: types.FunctionType | type) -> str:
+    """Returns the full name of a function or class."""
+    return f"{_home(item.__module__)}.{item.__qualname__}"
+
+
+def _home(module: str) -> str:
+    """Returns the name of a module as caches know it, without the package: CACHED_AS of one that has moved since they were made."""
+    return getattr(sys.modules.get(module), "CACHED_AS", module).removeprefix(_PACKAGE)
 
 
 def of_json(value) -> str:
