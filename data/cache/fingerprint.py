@@ -75,7 +75,7 @@ def describe(value, seen: _Seen | None = None):
     if isinstance(value, os.PathLike):
         return {"path": os.fspath(value)}
     if isinstance(value, types.ModuleType):
-        return {"module": value.__name__.removeprefix(_PACKAGE)}
+        return {"module": _home(value.__name__)}
     seen = seen or _Seen()
     if isinstance(value, types.FunctionType):
         if _is_library(value.__module__):
