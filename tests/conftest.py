@@ -4,6 +4,7 @@ import atexit
 import gc
 import importlib.metadata
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
@@ -24,19 +25,61 @@ for name, value in XLA_FLAGS.items():
     if name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Test files, worker processes and the processes that tests start share compiled programs.
+# Test files, worker processes and the processes that tests start share compiled programs; in a folder that is given, the
+# next run of the tests does too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="espalier-test-programs-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+TESTS = pathlib.Path(__file__).parent
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# Files that take longest, which begin first: no worker is left with one at the end while others have nothing to do.
+LONGEST = (
+    "methods_test.py",
+    "trainers/influence/fit_test.py",
+    "launch/attribution/influence_test.py",
+    "launch/stores_test.py",
+    "trainers/checkpoints/stores_test.py",
+    "launch/resume_test.py",
+    "launch/t5_adapters_test.py",
+    "launch/adapters_test.py",
+    "launch/papers/preference/preference_test.py",
+    "launch/papers/nexus/nexus_test.py",
+    "launch/sweep_test.py",
+    "launch/run/hf_checkpoint_test.py",
+    "launch/sweeping/made_arms_test.py",
+    "launch/finetune_test.py",
+    "launch/distillation_test.py",
+    "launch/quickstart_test.py",
+    "trainers/partitioning_test.py",
+    "trainers/influence/backward_test.py",
+    "trainers/loop_test.py",
+)
+
+
+def pytest_configure(config):
+    # xdist would begin with the files that have most tests.
+    config.option.loadscopereorder = False
+    if missing := [file for file in LONGEST if not (TESTS / file).exists()]:
+        raise pytest.UsageError(
+            f"LONGEST in {__file__} has files that are elsewhere now: {missing}"
+        )
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; within a file, and for the others, the order stays."""
+    places = {str(TESTS / file): place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
 def pytest_collection_finish():

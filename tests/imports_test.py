@@ -201,7 +201,7 @@ def test_what_is_allowed_passes(tmp_path):
 
 
 # Folders and files from the lowest to the highest; a module may import its own level and those below. A longer name is a
-# place of its own. Files that no level names are the commands, above all.
+# place of its own. A folder that no level names is a method's, with the METHODS; a file that none names is a command, above all.
 LEVELS = {
     "espalier": (("common",),),
     "model": (
@@ -247,10 +247,22 @@ LEVELS = {
         ("papers",),
     ),
 }
-# Folders of the papers, and of a method that is none: no file of the core imports or names one. The core are the files at the
-# top of each package, and all folders of model and trainers that are not such a folder.
-SLUGS = ("aya23", "aya_expanse", "bam", "code_mix", "distillation", "influence", "low_rank", "mov")
-SLUGS += ("nexus", "preference", "snapkv")
+# A folder of the level of folders that no level names.
+METHODS = {"model": "mov", "trainers": "preference", "data": "preference", "launch": "evaluation"}
+# Folders of the papers, and of a method that is none: no file of the core imports or names one. The core are
+# the files at the top of each package, and all folders of model and trainers that are not such a folder.
+SLUGS = tuple(
+    sorted(
+        {
+            path.name
+            for folder in ("launch/papers", "t5x_configs/methods")
+            for path in (ROOT / folder).iterdir()
+            if path.is_dir()
+        }
+        - {"__pycache__", "adapters", "averaging", "shared"}
+    )
+)
+MOST_FROM_OUTSIDE = 54  # imports of modules in these folders by others, those of papers excepted
 # `reproduce` and `report` serve any paper by what the papers share.
 SHARED = ("claim", "page", "scorecard", "sweeps")
 CORE_MAY_IMPORT = {f"launch.papers.shared.{name}" for name in SHARED}
@@ -299,6 +311,8 @@ def level(module: str) -> int | None:
         for entry in entries
         if f"{name}.".startswith(f"{entry}.")
     ]
+    if not matches and "." in name and name.split(".")[0] != METHODS[package]:
+        return level(f"{package}.{METHODS[package]}")  # a method's folder
     return max(matches)[1] if matches else None
 
 
@@ -431,6 +445,20 @@ def test_papers_are_imported_from_within():
         if slugs and "papers" not in module.split("."):
             imported.setdefault(module.rpartition(".")[0], set()).update(slugs)
     assert beyond(imported, INTO_SLUGS) == {}
+
+
+def test_few_modules_outside_of_a_papers_folders_import_them():
+    """The rooms that all share serve methods by seams. The number falls as they learn to; it never rises."""
+    inside = {*SLUGS, "papers"}
+    outside = [m for m in graph() if not inside & set(m.split(".")[1:-1])]
+    found = {
+        f"{module} imports {target}"
+        for module in outside
+        for target in graph()[module]
+        if set(SLUGS) & set(target.split(".")[1:-1]) and ".papers." not in target
+    }
+    attribution = {line for line in found if line.startswith("launch.attribution.")}  # influence
+    assert len(found - attribution) <= MOST_FROM_OUTSIDE, sorted(found - attribution)
 
 
 def test_the_checks_of_structure_can_fail():

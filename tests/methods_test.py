@@ -252,7 +252,7 @@ OF_LOSS = ("losses", "reference", "reward")
 _PROGRAMS: dict[frozenset, str | None] = {}
 # The parts of a configuration that determine parameters, their reports and the optimiser.
 _OF_PROGRAM = re.compile(
-    r"(\w+/)*(model|trainers\.(recipe|reports|optim|low_rank\.factor_decay))\."
+    r"(\w+/)*(espalier\.)?(model|trainers\.(recipe|reports|optim|low_rank\.factor_decay))\."
 )
 _NOT_OF_PROGRAM = ("Recipe.objective", "Recipe.learning_rate", "Recipe.inputs")
 

@@ -18,7 +18,7 @@ class UnreadableConfigError(ValueError):
 
 
 def canonical(text: str) -> dict[str, str]:
-    """Returns every binding and macro of a self-contained gin file: full name -> value."""
+    """Returns every binding and macro of a self-contained gin file: full name, of a moved module that of today -> value."""
     modules: dict[str, str] = {}
     values: dict[str, str] = {}
     for statement in gin_source.parse(text, "config.gin"):

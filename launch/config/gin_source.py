@@ -279,7 +279,7 @@ def modules_named(name: str) -> list[str]:
     """Returns the full names of the project's modules whose last part is `name`."""
     paths = (
         path.relative_to(ROOT).with_suffix("")
-        for package in ("model", "trainers", "data", "launch")
+        for package in environment.EARLIER_PACKAGES
         for path in pathlib.Path(ROOT, package).rglob(f"{name}.py")
     )
-    return sorted(".".join(path.parts) for path in paths)
+    return sorted(".".join(("espalier", *path.parts)) for path in paths)

@@ -1,6 +1,7 @@
 """Modules that have moved: a configuration that was written before imports them by their former names."""
 
 import pathlib
+import re
 
 from gin.config_parser import ImportStatement
 
@@ -40,3 +41,10 @@ def _in_package(module: str) -> str:
         if own and (path.is_dir() or path.with_suffix(".py").is_file())
         else module
     )
+
+
+def as_before(text: str) -> str:
+    """Returns a text with modules by their former names, of which digests from before a move are made."""
+    for former, now in MOVED.items():
+        text = re.sub(rf"\b{re.escape(now)}\b", former, text)
+    return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)

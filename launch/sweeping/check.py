@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from espalier.launch.config import moved
 from espalier.launch.sweeping import parts
 from espalier.launch.sweeping.file import Run, SweepError
 from espalier.launch.sweeping.folder import Planned, SweepFolder
@@ -194,7 +195,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
             yield from _statements(statement.filename, (*including, file))
         else:
             *content, _ = statement  # the last field is the location
-            yield (type(statement).__name__, *map(repr, content))
+            yield (type(statement).__name__, *(moved.as_before(repr(x)) for x in content))
 
 
 def config_digest(
@@ -217,6 +218,7 @@ def config_digest(
     for arm, place in sources.items():
         own = {key: value.replace(place, f"{{{arm}}}") for key, value in own.items()}
     own["SEED"] = repr(run.seed)
+    own = {moved.as_before(key): moved.as_before(value) for key, value in own.items()}
     named = {"of": _digests_of_named(run, planned)} if run.made_of else {}
     return _digest({"config": own, "parent": parent, **named})
 

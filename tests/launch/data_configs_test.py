@@ -44,6 +44,7 @@ def run(train, tmp_path):
                     "EVAL_STEPS=1",
                     "LOG_PERIOD=1",
                     "config.TransformerConfig.num_layers=1",
+                    "config.TransformerConfig.scan_layers=False",
                     *bindings,
                 )
             ),

@@ -282,11 +282,12 @@ def test_two_processes_of_this_machine_train(train, tmp_path, capfdbinary, monke
         "LENGTH=32",
         "recipe.Recipe.mesh={'fsdp': 2}",
     )
+    xla_flags = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
     words = [
         "--config=launch/cluster/configs/local.py",
         "--config.processes_here=2",
         "--config.devices_here=2",
-        "--config.env=('XLA_FLAGS=--xla_force_host_platform_device_count=1',)",
+        f"--config.env=('XLA_FLAGS={xla_flags}',)",
         f"--gin_file={train.programs}/small_text.gin",
         *(f"--gin.{binding}" for binding in bindings),
     ]

@@ -524,7 +524,8 @@ def tiny(train, write, tmp_path):
     text = GIN.format(programs=train.programs, cache=train.cache)
     gin.write_text(
         text.replace(
-            "from trainers", "from espalier.trainers.optim import schedules\nfrom trainers"
+            "from espalier.trainers",
+            "from espalier.trainers.optim import schedules\nfrom espalier.trainers",
         )
     )
 

@@ -48,8 +48,8 @@ def test_scopes_and_long_values_are_written_as_gin_writes_them(gin_file, toy_gin
     text = (
         toy_gin
         + """
-from espalier.model import config as toys
-from espalier.trainers.optim import optimizers as config
+import textwrap as toys
+import json.decoder
 import jax
 toy_net.Net.block = @a/b/toy_net.Block
 toy_net.Block.dense = @toy_net.Dense
@@ -58,17 +58,16 @@ a/b/toy_net.Factored.rank = %a/RANK
 a/RANK = 3
 toy_run.train.names = %NAMES
 NAMES = ['a name that is long', 'another name that is long', 'a third name', 'a fourth one']
-toys.TransformerConfig.num_layers = 2
+toys.wrap.width = 2
 once/gin.singleton.constructor = @toy_net.Factored
 once/toy_net.Factored.width = 2
 jax.nn.initializers.normal.stddev = 1e-3
-EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @config.adamw), 'x': 'y' }
-toy_run.train.optimizer = @toy_net.named()
-toy_net.named.extra = %EXTRA
+EXTRA = {'one': [1, 2.5, None], 'of': (@once/gin.singleton(), @toys.wrap), 'x': @json.decoder.JSONDecoder}
+toy_run.train.optimizer = %EXTRA
 """
     )
     files = [gin_file(text)]
     config = gin_config.load(files, ["MODEL_DIR='/x'"], entry=ENTRY)
-    extra = config.arguments()["optimizer"][0]
-    assert extra["of"][0].rank == 2 and extra["of"][0] is not None
+    made, again = (config.arguments()["optimizer"]["of"][0] for _ in range(2))
+    assert made is again and made.width == 2  # the singleton
     assert (config.text, config.operative_text()) == of_gin(files, ["MODEL_DIR='/x'"], ENTRY)

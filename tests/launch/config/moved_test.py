@@ -1,10 +1,12 @@
 """Configurations that were written before a module moved."""
 
 import importlib
+import types
 
 import pytest
 
-from espalier.launch.config import gin_config, gin_source, moved
+from espalier.launch.config import config_diff, gin_config, gin_source, moved
+from espalier.launch.sweeping import check
 
 OLD = """from __gin__ import dynamic_registration
 
@@ -32,6 +34,33 @@ def test_imports_of_moved_modules_have_their_names_of_today():
         ("model.my_layers", "my_layers"),  # of a user's own model.py or model/
         ("espalier.launch.train", "training"),
     ]
+
+
+def test_a_run_and_a_sweep_from_before_a_move_go_on(tmp_path):
+    own = OLD.replace("from model import my_layers\n", "")
+    today = own
+    for former, now in {
+        **moved.MOVED,
+        "model.config": "espalier.model.config",
+        "launch.train": "espalier.launch.train",
+    }.items():
+        (old, module), (new, _) = former.rsplit(".", 1), now.rsplit(".", 1)
+        today = today.replace(f"from {old} import {module}", f"from {new} import {module}")
+    assert today.count("espalier.") == 4
+    assert config_diff.first_difference(own, today) is None
+    run = types.SimpleNamespace(parent=None, seed=1, made_of={})
+    digests = {
+        check.config_digest({key: "@data.mov.compositions.register", "SEED": "0"}, run, {})
+        for key in ("data.nexus.lag_domains.x", "espalier.launch.papers.nexus.lag_domains.x")
+    }
+    assert len(digests) == 1
+    path = tmp_path / "data.gin"
+    statements = []
+    for text in (own, today):
+        path.write_text(text)
+        statements.append(check.gin_statements([f"--gin_file={path}"]))
+    assert statements[0] == statements[1]
+    assert any("'data.nexus.lag_domains'" in one for one in statements[1])
 
 
 def test_a_configuration_from_before_a_move_is_read(tmp_path):

@@ -14,8 +14,8 @@ from espalier.trainers.checkpoints.restore_params import restore_params
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 
-def flags_of(method, trained_run, tmp_path, **settings):
-    """The flags of a run that samples from `trained_run`, in tmp_path / "run"."""
+def flags_of(method, unrolled_run, tmp_path, **settings):
+    """The flags of a run that samples from `unrolled_run`, in tmp_path / "run"."""
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"{i} x", "answer": "ab"} for i in range(9)]
     rows.insert(4, {"prompt": "much too long", "answer": "ab"})
@@ -24,7 +24,7 @@ def flags_of(method, trained_run, tmp_path, **settings):
     bindings = {
         "VOCABULARY": "@vocabularies.byte()",
         "PROMPT_FILES": f"'{prompts}'",
-        "INITIAL_CHECKPOINT_PATH": f"'{trained_run.path}'",
+        "INITIAL_CHECKPOINT_PATH": f"'{unrolled_run.path}'",
         "MODEL_DIR": f"'{tmp_path / 'run'}'",
         "MAX_PROMPT_LENGTH": 8,
         "MAX_NEW_TOKENS": 4,
@@ -43,8 +43,9 @@ def flags_of(method, trained_run, tmp_path, **settings):
         "verifiers.too_long.free": 0,
         "verifiers.too_long.span": 4,
     }
-    sizes = trained_run.model.config
-    for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+    sizes = unrolled_run.model.config
+    names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+    for name in (*names, "scan_layers"):
         bindings[f"config.TransformerConfig.{name}"] = getattr(sizes, name)
     imports = tmp_path / "vocabulary.gin"
     imports.write_text(
@@ -58,8 +59,8 @@ def flags_of(method, trained_run, tmp_path, **settings):
     ]
 
 
-def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path):
-    path, flags = tmp_path / "run", flags_of("grpo", trained_run, tmp_path)
+def test_a_run_goes_on_from_the_middle_of_a_rollout(train, unrolled_run, tmp_path):
+    path, flags = tmp_path / "run", flags_of("grpo", unrolled_run, tmp_path)
     result = train(*flags)
     assert result.status == 0, result.err
     assert (
@@ -87,10 +88,10 @@ def test_a_run_goes_on_from_the_middle_of_a_rollout(train, trained_run, tmp_path
         np.testing.assert_array_equal(again[4][name], whole[4][name])
 
 
-def test_a_run_of_ppo_is_its_policy_for_what_comes_after(train, trained_run, tmp_path):
+def test_a_run_of_ppo_is_its_policy_for_what_comes_after(train, unrolled_run, tmp_path):
     """Its checkpoints say which part of the model is used for inference."""
     settings = {"TRAIN_STEPS": 1, "UPDATES": 1}
-    result = train(*flags_of("ppo", trained_run, tmp_path, **settings))
+    result = train(*flags_of("ppo", unrolled_run, tmp_path, **settings))
     assert result.status == 0, result.err
     run = load(tmp_path / "run")
     boxed = initialise.abstract_variables(run.model)["params"]

@@ -271,7 +271,11 @@ def tiny(train, write, tmp_path):
     """A sweep of a seed, two branches, what is made of the three, and a mixture that starts from it."""
     gin, own = tmp_path / "tiny.gin", tmp_path / "own.gin"
     text = GIN.format(programs=train.programs, cache=train.cache)
-    gin.write_text(text.replace("from launch", "from espalier.model import config\nfrom launch"))
+    gin.write_text(
+        text.replace(
+            "from espalier.launch", "from espalier.model import config\nfrom espalier.launch"
+        )
+    )
     own.write_text("from __gin__ import dynamic_registration\n\nimport local_text\n")
 
     def make(change=lambda text: text):

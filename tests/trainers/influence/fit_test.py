@@ -65,6 +65,12 @@ def params(model):
     return drawn_params(model)
 
 
+@pytest.fixture(scope="module")
+def one_device(model, params, tmp_path_factory):
+    """A reader of one device and a folder of stages, which the first that asks fits."""
+    return Reader(model=model, params=params, batch_size=16), tmp_path_factory.mktemp("one")
+
+
 def texts(count, seed):
     r = np.random.default_rng(seed)
     return [
@@ -100,18 +106,19 @@ def test_labels_of_two_seeds_give_alike_scores(model, params, tmp_path):
     ("shape", "rules", "rank"),
     [({"data": 8}, "dp", None), ({"fsdp": 4, "tensor": 2}, "fsdp_tp", 3)],
 )
-def test_a_mesh_and_other_batches_change_nothing(model, params, tmp_path, shape, rules, rank):
+def test_a_mesh_and_other_batches_change_nothing(
+    model, params, one_device, tmp_path, shape, rules, rank
+):
     """Sums are split over the mesh, and its devices decompose the covariances."""
     documents, asked = texts(40, 3), texts(3, 4)
     settings = FitSettings(blocks=2)
-    one = Reader(model=model, params=params, batch_size=16)
-    want = scored(one, tmp_path / "one", settings, documents, asked, rank)
+    want = scored(*one_device, settings, documents, asked, rank)
     mesh = partitioning.make_mesh(shape=shape)
     with partitioning.use_mesh(mesh, partitioning.rules_named(rules)):
         sharding = partitioning.batch_sharding(mesh, partitioning.rules_named(rules))
         many = Reader(model=model, params=params, batch_size=8, sharding=sharding)
-        got = scored(many, tmp_path / "many", settings, documents, asked, rank)
-    own, other = (files.read(tmp_path / name / "covariances")[0] for name in ("one", "many"))
+        got = scored(many, tmp_path, settings, documents, asked, rank)
+    own, other = (files.read(path / "covariances")[0] for path in (one_device[1], tmp_path))
     for name, array in own.items():
         np.testing.assert_allclose(other[name], array, rtol=0, atol=2e-6 * np.abs(array).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
@@ -119,7 +126,8 @@ def test_a_mesh_and_other_batches_change_nothing(model, params, tmp_path, shape,
 
 def test_a_mixture_on_a_mesh_that_splits_experts_has_the_same_scores(tmp_path):
     mixture = functools.partial(MoeMlp, num_experts=4, top_k=2)
-    model = made(num_layers=1, block=functools.partial(Block, mlp=mixture))
+    block = functools.partial(Block, mlp=mixture)
+    model = made(num_layers=1, scan_layers=False, block=block)
     params, documents, asked = drawn_params(model), texts(40, 3), texts(3, 4)
     one = Reader(model=model, params=params, batch_size=8)
     want = scored(one, tmp_path / "one", FitSettings(), documents, asked)
@@ -202,7 +210,7 @@ def fit_in_a_process(folder):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_fit_as_one_does(two_processes, model, params, tmp_path):
+def test_two_processes_fit_as_one_does(two_processes, one_device, tmp_path):
     """They read what the first one writes, and save when it does, whatever their own clocks say."""
     script = """
         import pathlib, sys
@@ -219,12 +227,12 @@ def test_two_processes_fit_as_one_does(two_processes, model, params, tmp_path):
         print("fine", index)
     """
     two_processes(script)
-    one = Reader(model=model, params=params, batch_size=16)
-    want = scored(one, tmp_path / "one", FitSettings(blocks=2), texts(40, 3), texts(3, 4), rank=3)
-    own, other = (files.read(tmp_path / name / "covariances")[0] for name in ("one", "two"))
+    want = scored(*one_device, FitSettings(blocks=2), texts(40, 3), texts(3, 4), rank=3)
+    folders = one_device[1], tmp_path / "two"
+    own, other = (files.read(folder / "covariances")[0] for folder in folders)
     for name, array in own.items():
         np.testing.assert_allclose(other[name], array, rtol=0, atol=2e-6 * np.abs(array).max())
-    own, other = (files.read(tmp_path / name / "eigen")[0] for name in ("one", "two"))
+    own, other = (files.read(folder / "eigen")[0] for folder in folders)
     for name in own:
         assert other[name].dtype == own[name].dtype
         if name.endswith((":la", ":ls")):
