@@ -24,7 +24,7 @@ from espalier.launch import environment
 from espalier.launch.processes.supervisor import handled
 from espalier.trainers import host_memory
 
-OWN = "launch."
+OWN = ("espalier.launch.", "launch.")  # the latter of a checkout, in which it is the same file
 
 
 def serve(jobs: Iterable[str]) -> int:
@@ -76,7 +76,8 @@ def run(command: Sequence[str]) -> int:
         with warnings.catch_warnings():
             # The module may have been imported before; its functions are the same.
             warnings.simplefilter("ignore", RuntimeWarning)
-            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+            module = f"espalier.{command[2].removeprefix('espalier.')}"
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0

@@ -14,6 +14,7 @@ ENTRY = "toy_run:train"
 def of_gin(files, bindings, entry):
     """The text that gin itself writes, and that of what it used to make the arguments of the entry function."""
     module, _, name = entry.partition(":")
+    gin.clear_config(clear_constants=True)
     gin.add_config_file_search_path(gin_source.ROOT)
     try:
         gin.parse_config_files_and_bindings(files, bindings)
