@@ -95,18 +95,14 @@ def _sides() -> dict[str, StepSide]:
 def _peft(rounds: int, steps: int) -> dict[str, Any]:
     count = train_step.WARM_UP + steps
     with tempfile.TemporaryDirectory() as folder:
-        commands = {
-            side: train_step.command(side, folder, count) for side in ("ours", "eager", "compiled")
-        }
+        commands = {side: train_step.command(side, folder, count) for side in train_step.SIDES}
         case.write_training(folder, steps=count, lora_rank=PEER_RANK)
         reports = compare.alternate_processes(commands, rounds)
     seconds = train_step.medians(reports, "seconds", train_step.WARM_UP)
     memory = compare.each(reports, "peak_memory_mb")
-    best = [min(both) for both in zip(seconds["eager"], seconds["compiled"], strict=True)]
-    least = [min(both) for both in zip(memory["eager"], memory["compiled"], strict=True)]
     return {
-        "speed_over_peft": compare.ratio(best, seconds["ours"]),
-        "peak_memory_of_pefts": compare.ratio(memory["ours"], least),
+        "speed_over_peft": compare.ratio(train_step.least(seconds), seconds["ours"]),
+        "peak_memory_of_pefts": compare.ratio(memory["ours"], train_step.least(memory)),
         **train_step.facts(reports, seconds, case.CASE["batch_size"] * case.CASE["length"]),
         "other_load_cores": compare.each(reports, "other_load"),
     }

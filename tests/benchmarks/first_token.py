@@ -18,7 +18,6 @@ PROMPT = list(range(100, 116))
 
 def run(*, rounds: int = 5) -> dict[str, Any]:
     """Alternates both sides `rounds` times, cold and then warm."""
-    reports: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "source")
         size = hf_import.write_checkpoint(source)
@@ -29,22 +28,10 @@ def run(*, rounds: int = 5) -> dict[str, Any]:
         env = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "programs")}
         for command in commands.values():
             compare.measured(command, env=env)
-        for _ in range(rounds):
-            for name, command in commands.items():
-                hf_import.evict(source)
-                for cache in ("cold", "warm"):
-                    report = compare.measured(command, env=env)
-                    reports.setdefault(f"{name}_{cache}", []).append(report)
-
-    def ratio(cache: str, key: str) -> dict[str, Any]:
-        values = compare.each(reports, key)
-        return compare.ratio(values[f"transformers_{cache}"], values[f"ours_{cache}"])
-
+        reports = hf_import.cold_and_warm(commands, source, rounds, env=env)
     return {
         "checkpoint_mb": size / 1e6,
-        "transformers_over_ours_seconds_cold": ratio("cold", "first_token_s"),
-        "transformers_over_ours_seconds_warm": ratio("warm", "first_token_s"),
-        "transformers_over_ours_peak": ratio("warm", "peak_mb"),
+        **hf_import.ratios(reports, "first_token_s"),
         "seconds": compare.each(reports, "first_token_s"),
         "peak_mb": compare.each(reports, "peak_mb"),
         "contended": compare.contended(reports),

@@ -12,6 +12,7 @@ import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.benchmarks import case, compare
@@ -30,12 +31,9 @@ _CONFIG = {
     "torch_dtype": "bfloat16",
 }
 
-_SIDES = ("ours", "transformers")
-
 
 def run(*, rounds: int = 3) -> dict[str, Any]:
     """Alternates both sides `rounds` times, cold and then warm; then converts `rounds` times."""
-    reports_by_case: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "source")
         size = write_checkpoint(source)
@@ -43,33 +41,55 @@ def run(*, rounds: int = 3) -> dict[str, Any]:
             "ours": compare.ours("hf_import", "load", source),
             "transformers": compare.peer("torch/llama_torch.py", "load", source),
         }
-        for _ in range(rounds):
-            for side in _SIDES:
-                evict(source)
-                for cache in ("cold", "warm"):
-                    reports_by_case.setdefault(f"{side}_{cache}", []).append(
-                        compare.measured(commands[side])
-                    )
+        reports_by_case = cold_and_warm(commands, source, rounds)
         for i in range(rounds):
             target = os.path.join(folder, str(i))
             report = compare.measured(compare.ours("hf_import", "convert", source, target))
             reports_by_case.setdefault("convert", []).append(report)
-
-    def ratio(cache: str, key: str) -> dict[str, Any]:
-        ours, theirs = ([r[key] for r in reports_by_case[f"{side}_{cache}"]] for side in _SIDES)
-        return compare.ratio(theirs, ours)
-
     return {
         "checkpoint_mb": size / 1e6,
-        "transformers_over_ours_seconds_cold": ratio("cold", "load_and_touch_s"),
-        "transformers_over_ours_seconds_warm": ratio("warm", "load_and_touch_s"),
-        "transformers_over_ours_peak": ratio("warm", "peak_mb"),
+        **ratios(reports_by_case, "load_and_touch_s"),
         **{
             side: {key: [r[key] for r in reports] for key in reports[0] if key != "versions"}
             for side, reports in reports_by_case.items()
         },
         "contended": compare.contended(reports_by_case),
         "peer_versions": reports_by_case["transformers_warm"][0]["versions"],
+    }
+
+
+def cold_and_warm(
+    commands: Mapping[str, list[str]],
+    source: str,
+    rounds: int,
+    *,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, list[compare.Report]]:
+    """Alternates sides that read the folder `source`, each cold and then warm; returns reports by '<side>_<cache>'."""
+    reports: dict[str, list[compare.Report]] = {}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            evict(source)
+            for cache in ("cold", "warm"):
+                report = compare.measured(command, env=env)
+                reports.setdefault(f"{name}_{cache}", []).append(report)
+    return reports
+
+
+def ratios(reports: Mapping[str, Sequence[compare.Report]], key: str) -> dict[str, Any]:
+    """Returns transformers' seconds over ours, cold and warm, and its peak memory over ours, of `cold_and_warm`."""
+
+    def ratio(cache: str, key: str) -> dict[str, Any]:
+        theirs, ours = (
+            [report[key] for report in reports[f"{side}_{cache}"]]
+            for side in ("transformers", "ours")
+        )
+        return compare.ratio(theirs, ours)
+
+    return {
+        "transformers_over_ours_seconds_cold": ratio("cold", key),
+        "transformers_over_ours_seconds_warm": ratio("warm", key),
+        "transformers_over_ours_peak": ratio("warm", "peak_mb"),
     }
 
 

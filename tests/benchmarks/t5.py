@@ -4,6 +4,7 @@ Both sides have the same weights and rows. Training is that of `train_step`, on 
 `decode`, after the encoder has read the inputs. Of the peer, the faster of eager and torch.compile counts.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -41,30 +42,25 @@ _HF_NAMES = {
     "num_layers": "num_layers",
     "num_heads": "num_heads",
 }
-_SIDES = ("ours", "eager", "compiled")
 
 
 def run(*, rounds: int = 5, steps: int = 15, repeats: int = 12) -> dict[str, Any]:
     """Alternates `rounds` processes of `steps` timed steps, then `repeats` calls that decode, for each size of a batch."""
     count = train_step.WARM_UP + steps
     with tempfile.TemporaryDirectory() as folder:
-        commands = {side: command(side, folder, "train", count) for side in _SIDES}
+        commands = {side: command(side, folder, "train", count) for side in train_step.SIDES}
         write(folder, steps=count)
         reports = compare.alternate_processes(commands, rounds)
-        with (
-            compare.side(command("ours", folder, "serve")) as ours,
-            compare.side(command("eager", folder, "serve")) as eager,
-            compare.side(command("compiled", folder, "serve")) as compiled,
-        ):
-            sides = {"ours": ours, "eager": eager, "compiled": compiled}
+        with contextlib.ExitStack() as stack:
+            sides = {
+                side: stack.enter_context(compare.side(command(side, folder, "serve")))
+                for side in train_step.SIDES
+            }
             decoding = {f"batch_{batch}": _decode(sides, batch, repeats) for batch in BATCHES}
     seconds = train_step.medians(reports, "seconds", train_step.WARM_UP)
-    best = [min(both) for both in zip(seconds["eager"], seconds["compiled"], strict=True)]
     return {
         "case": CASE,
-        "speed_over_best_peer": compare.ratio(best, seconds["ours"]),
-        "speed_over_eager": compare.ratio(seconds["eager"], seconds["ours"]),
-        "speed_over_compiled": compare.ratio(seconds["compiled"], seconds["ours"]),
+        **train_step.speeds(seconds),
         **train_step.facts(
             reports, seconds, CASE["batch_size"] * (CASE["inputs"] + CASE["targets"])
         ),
@@ -78,9 +74,8 @@ def _decode(sides: Mapping[str, compare.Side], batch: int, repeats: int) -> dict
     asks = {name: functools.partial(side.ask, "generate", **sizes) for name, side in sides.items()}
     first = {name: ask(tokens=True)["tokens"] for name, ask in asks.items()}  # compiles
     seconds = compare.each(compare.alternate(asks, repeats, warm_up=1), "seconds")
-    best = [min(both) for both in zip(seconds["eager"], seconds["compiled"], strict=True)]
     return {
-        "speed_over_best_peer": compare.ratio(best, seconds["ours"]),
+        "speed_over_best_peer": compare.ratio(train_step.least(seconds), seconds["ours"]),
         "tokens_per_second": {
             name: [round(batch * CASE["targets"] / s, 1) for s in values]
             for name, values in seconds.items()

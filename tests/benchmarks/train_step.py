@@ -13,6 +13,7 @@ from typing import Any
 from tests.benchmarks import case, compare
 
 WARM_UP = 3
+SIDES = ("ours", "eager", "compiled")
 Reports = Mapping[str, list[dict[str, Any]]]
 
 
@@ -21,20 +22,13 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         case.write_training(folder, steps=WARM_UP + steps)
         reports = compare.alternate_processes(
-            {
-                side: command(side, folder, WARM_UP + steps)
-                for side in ("ours", "eager", "compiled")
-            },
-            rounds,
+            {side: command(side, folder, WARM_UP + steps) for side in SIDES}, rounds
         )
     seconds = medians(reports, "seconds", WARM_UP)
     cpu_seconds = medians(reports, "cpu_seconds", WARM_UP)
-    best = [min(both) for both in zip(seconds["eager"], seconds["compiled"], strict=True)]
     return {
         "case": case.CASE,
-        "speed_over_best_peer": compare.ratio(best, seconds["ours"]),
-        "speed_over_eager": compare.ratio(seconds["eager"], seconds["ours"]),
-        "speed_over_compiled": compare.ratio(seconds["compiled"], seconds["ours"]),
+        **speeds(seconds),
         "cpu_seconds_eager_over_ours": compare.ratio(cpu_seconds["eager"], cpu_seconds["ours"]),
         "cpu_seconds_per_step": cpu_seconds,
         **facts(reports, seconds, case.CASE["batch_size"] * case.CASE["length"]),
@@ -46,6 +40,17 @@ def run(*, rounds: int = 5, steps: int = 15) -> dict[str, Any]:
 def medians(reports: Reports, key: str, warm_up: int) -> dict[str, list[float]]:
     """Returns the median over the steps after the warm-up, of every run by side."""
     return compare.each(reports, lambda report: statistics.median(report[key][warm_up:]))
+
+
+def least(values: Mapping[str, list[float]]) -> list[float]:
+    """Returns the lower value of the peer's two modes, of every round."""
+    return [min(both) for both in zip(values["eager"], values["compiled"], strict=True)]
+
+
+def speeds(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Returns the ratios of the peer's seconds, in its faster mode and in each, over ours."""
+    peers = {"best_peer": least(seconds), **{side: seconds[side] for side in SIDES[1:]}}
+    return {f"speed_over_{name}": compare.ratio(x, seconds["ours"]) for name, x in peers.items()}
 
 
 def facts(reports: Reports, seconds: Mapping[str, list[float]], tokens: int) -> dict[str, Any]:
