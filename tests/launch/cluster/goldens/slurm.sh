@@ -13,7 +13,7 @@
 trap : TERM
 export NCCL_DEBUG=WARN
 log='/runs/a b/logs/log.txt'
-words=(python -m launch.train '--gin.MODEL_DIR='"'"'/runs/a b'"'"'')
+words=(python -m espalier.launch.train '--gin.MODEL_DIR='"'"'/runs/a b'"'"'')
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-$SLURM_JOB_ID}
 # Without a log, the first place that can be written gets the reason.
