@@ -16,7 +16,7 @@ RUN make venv
 
 ARG EXTRA=
 RUN [ -z "$EXTRA" ] || .venv/bin/pip install -q -c constraints/py311.txt \
-    --config-settings editable_mode=compat -e ".[$EXTRA]"
+    -e ".[$EXTRA]"
 
 COPY . .
 ENV PATH=/espalier/.venv/bin:$PATH

@@ -10,11 +10,11 @@ CONSTRAINTS := constraints/$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sy
 WORKERS ?= 3
 EXTRAS ?= test,test_stores
 
-.PHONY: help venv quickstart test smoke test-tpu test-pretrained bench faults lint audit peers peers-kvpress peers-lm-eval xmanager clean
+.PHONY: help venv quickstart test smoke wheel test-tpu test-pretrained bench faults lint audit peers peers-kvpress peers-lm-eval xmanager clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
+	@echo "make lint: ruff, mypy, secrets.  make audit: known vulnerabilities of the pinned versions.  make wheel: builds one and trains with it.  make test-tpu: compiles for absent TPUs.  make peers: reference implementations in .venv-peers.  make xmanager: XManager in .venv-xmanager."
 
 venv: $(VENV)/.installed
 
@@ -30,6 +30,9 @@ quickstart: venv
 
 test: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=40 --durations-min=5
+
+wheel: venv
+	$(BIN)/python tests/wheel.py
 
 smoke: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke

@@ -147,8 +147,7 @@ setup(
     package_data={
         "espalier": ["py.typed", "t5x_configs/**/*.gin"],
         "espalier.launch.attribution": ["page/*"],
-        "espalier.launch.papers": ["*/page.md"],
-        "espalier.launch.papers.code_mix": ["harness_tasks/*.yaml"],
+        "espalier.launch.papers": ["*/page.md", "*/harness_tasks/*.yaml"],
     },
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["espalier = espalier.launch.cli:console"]},

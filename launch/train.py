@@ -39,7 +39,7 @@ from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
 from espalier.trainers.checkpoints.restore import Restored
 from espalier.trainers.evaluate import EvalStream, Evaluation
-from espalier.trainers.hooks import FeedFactory, HookFactory, RunContext
+from espalier.trainers.hooks import FeedFactory, HookFactory, RunContext, checked
 from espalier.trainers.loop import Loop, Outputs, Schedule
 from espalier.trainers.optim.schedules import Span, as_schedule
 from espalier.trainers.recipe import Program, Recipe
@@ -221,7 +221,7 @@ def train(
                 life=life or Unrecorded(),
                 unit=program.recipe.inputs_spec.unit,
             ),
-            hooks=(*evaluations, *(make(run=context) for make in hooks)),
+            hooks=(*evaluations, *(checked(make(run=context)) for make in hooks)),
             written={name for row in written for name in row},
             anomaly=program.recipe.anomaly,
             stop=stop,

@@ -93,6 +93,15 @@ class Hook(abc.ABC):
 HookFactory = Callable[..., Hook]
 
 
+def checked(made: object) -> Hook:
+    """Returns what a factory made; raises ValueError if it is no `Hook`."""
+    if not isinstance(made, Hook):
+        raise ValueError(
+            f"{type(made).__qualname__} is no hook: derive it from espalier.trainers.hooks.Hook."
+        )
+    return made
+
+
 def named(**slots: HookFactory | None) -> tuple[HookFactory, ...]:
     """Returns the hook factories in the order of their slots' names, without those that are None.
 

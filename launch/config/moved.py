@@ -9,6 +9,7 @@ from espalier.launch import environment
 
 # Former name -> name.
 MOVED = {
+    "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
     "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",
     "data.aya_expanse.lexicon": "espalier.launch.papers.aya_expanse.lexicon",
     "data.aya_expanse.lexicon_text": "espalier.launch.papers.aya_expanse.lexicon_text",
