@@ -12,6 +12,8 @@ WORKDIR /espalier
 # Only what the environment depends on, so that a change of code does not install it again.
 COPY Makefile README.md pyproject.toml setup.py ./
 COPY constraints constraints
+# The package's own folder and its links, by which the installed package is known.
+COPY espalier espalier
 RUN make venv
 
 ARG EXTRA=
@@ -20,4 +22,4 @@ RUN [ -z "$EXTRA" ] || .venv/bin/pip install -q -c constraints/py311.txt \
 
 COPY . .
 ENV PATH=/espalier/.venv/bin:$PATH
-CMD ["python", "-m", "launch.quickstart"]
+CMD ["espalier", "quickstart"]

@@ -4,6 +4,8 @@ import os
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -39,6 +41,20 @@ def test_the_citation_is_valid_and_of_this_version(packaging):
     assert citation["authors"] == [{"name": "Espalier developers"}]
     assert citation["version"] == packaging["version"]
     assert citation["license"] == packaging["license"]
+
+
+def test_the_public_names_are_imported_when_they_are_used(packaging):
+    code = (
+        "import sys, espalier\n"
+        "assert not {'jax', 'gin', 'numpy'} & set(sys.modules)\n"
+        "print(espalier.__version__, *(getattr(espalier, name).__name__ for name in espalier.__all__))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [packaging["version"], "Recipe", "Run", "load", "train"], (
+        done.stderr
+    )
 
 
 def test_hosted_ci_runs_the_script_of_the_repository():
@@ -92,6 +108,7 @@ def test_the_container_installs_the_locked_environment():
     copied = re.search(r"^COPY (.*) \./$", dockerfile, re.MULTILINE)[1].split()
     before = dockerfile[: dockerfile.index("RUN make venv")]
     assert "COPY constraints constraints" in before and " ".join(copied) in before
+    assert "COPY espalier espalier" in before  # else pip would not know the package
     read = {"Makefile", "README.md", "pyproject.toml", "setup.py"}  # by `make venv` and setup.py
     assert set(copied) == read and all((ROOT / name).is_file() for name in read)
 
