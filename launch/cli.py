@@ -398,7 +398,8 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 def program_name(module: str) -> str:
     """Returns the program's name in help texts: `espalier NAME`, or of a module that is no command `python -m MODULE`."""
     name = module.removeprefix("espalier.launch.")
-    return f"python -m {module}" if "." in name else f"{CONSOLE} {name}"
+    is_command = name != module and "." not in name
+    return f"{CONSOLE} {name}" if is_command else f"python -m {module}"
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

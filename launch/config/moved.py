@@ -2,13 +2,16 @@
 
 import pathlib
 import re
-
-from gin.config_parser import ImportStatement
+from typing import TYPE_CHECKING
 
 from espalier.launch import environment
 
+if TYPE_CHECKING:
+    from gin.config_parser import ImportStatement
+
 # Former name -> name.
 MOVED = {
+    "launch.evaluation.skills": "espalier.launch.code_mix.skills",
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
     "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",
     "data.aya_expanse.lexicon": "espalier.launch.papers.aya_expanse.lexicon",
@@ -22,9 +25,9 @@ MOVED = {
 }
 
 
-def today(statement: ImportStatement) -> ImportStatement:
+def today(statement: "ImportStatement") -> "ImportStatement":
     """Returns an import of a module by its name of today; it binds the same name."""
-    module = MOVED.get(statement.module) or _in_package(statement.module)
+    module = name_of_today(statement.module)
     if not statement.is_from or module == statement.module:
         return statement
     bound = statement.bound_name()
@@ -33,8 +36,10 @@ def today(statement: ImportStatement) -> ImportStatement:
     )
 
 
-def _in_package(module: str) -> str:
-    """Returns a module's name in the package `espalier`, which once held nothing; the same name if it has no such module."""
+def name_of_today(module: str) -> str:
+    """Returns the name of a module that has moved, or was importable without `espalier.`; the same name for any other."""
+    if module in MOVED:
+        return MOVED[module]
     path = pathlib.Path(environment.ROOT, *module.split("."))
     own = module.partition(".")[0] in environment.EARLIER_PACKAGES
     return (

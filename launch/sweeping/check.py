@@ -218,7 +218,7 @@ def config_digest(
     for arm, place in sources.items():
         own = {key: value.replace(place, f"{{{arm}}}") for key, value in own.items()}
     own["SEED"] = repr(run.seed)
-    own = {moved.as_before(key): moved.as_before(value) for key, value in own.items()}
+    own = {moved.as_before(key): value for key, value in own.items()}
     named = {"of": _digests_of_named(run, planned)} if run.made_of else {}
     return _digest({"config": own, "parent": parent, **named})
 
@@ -228,7 +228,9 @@ def _digests_of_named(run: Run, planned: Mapping[str, Planned]) -> dict[str, str
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """Returns the SHA-256 of a value's JSON, in which modules have the names from before they moved."""
+    text = moved.as_before(json.dumps(value, sort_keys=True, default=str))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
+from espalier.launch.config import moved
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _PLACE = re.compile(rf"\{{({_NAME.pattern})\}}")
@@ -132,7 +133,7 @@ def evaluation_problems(evaluations: Mapping[str, Any]) -> Iterator[str]:
             continue
         module, _, function = str(entry["call"]).partition(":")
         try:
-            callable_ = getattr(importlib.import_module(module), function)
+            callable_ = getattr(importlib.import_module(moved.name_of_today(module)), function)
             inspect.signature(callable_).bind("run", **(entry.get("arguments") or {}))
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             yield f"{where}: {entry['call']!r} cannot be called with (run, arguments): {error}"

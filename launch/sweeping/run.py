@@ -24,6 +24,7 @@ from typing import Any
 
 from espalier.launch import cli
 from espalier.launch.cluster import worker
+from espalier.launch.config import moved
 from espalier.launch.sweeping import check, parts
 from espalier.launch.sweeping.file import Run
 from espalier.launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
@@ -227,7 +228,9 @@ def evaluate(name: str, settings: Mapping[str, Any], directory: pathlib.Path) ->
     """
     if "call" in settings:
         module, _, function = settings["call"].partition(":")
-        call: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        call: Callable[..., Any] = getattr(
+            importlib.import_module(moved.name_of_today(module)), function
+        )
         result = call(str(directory), **(settings.get("arguments") or {}))
         try:
             return json.loads(json.dumps(result))

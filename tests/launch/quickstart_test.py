@@ -1,10 +1,12 @@
 """The quickstart on the standard library's text alone, with a tiny model: table, plot, samples, resume."""
 
 import json
+import types
 
 import pytest
 
 from espalier.launch import cli, quickstart
+from espalier.launch.config import gin_config
 
 SMALL = """
 from __gin__ import dynamic_registration
@@ -67,5 +69,6 @@ def test_errors_and_interruptions_end_as_those_of_other_commands(tmp_path, capsy
     assert quickstart.main(arguments) == cli.USAGE_ERROR
     error = capsys.readouterr().err
     assert "no file 'nope.gin'" in error and "Traceback" not in error
-    monkeypatch.setattr(quickstart, "_compare", lambda flags: {"interrupted": 1.0})
+    interrupted = types.SimpleNamespace(entry=lambda started: {"interrupted": 1.0})
+    monkeypatch.setattr(gin_config, "load", lambda *_, **__: interrupted)
     assert quickstart.main(arguments) == cli.INTERRUPTED == 75

@@ -174,7 +174,7 @@ def test_another_command_needs_a_place_for_its_log(capsys, tmp_path):
     assert submit.main([*words, "--dry_run", f"--config.logs={tmp_path}", *command]) == 0
     out = capsys.readouterr().out
     assert (
-        "-m launch.evaluate loss '--checkpoint=/runs/a b')" in out
+        "-m espalier.launch.evaluate loss '--checkpoint=/runs/a b')" in out
         and f"log={tmp_path}/log.txt" in out
     )
     assert submit.main([*words, "--dry_run", f"--config.logs={tmp_path}", "--", "evalute"]) == 2

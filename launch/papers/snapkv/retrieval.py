@@ -171,7 +171,6 @@ def register(
         for count in lines:
             name = f"{prefix}_{count}"
             tasks.register_rows(
-                name,
                 RetrievalSource(name, train_documents, seed, count, question),
                 origin="retrieval.register",
                 features={"targets": seqio.PassThroughVocabulary(VOCAB_SIZE), "loss_weights": None},

@@ -259,7 +259,7 @@ def test_unknown_algorithm(cache):
 def test_missing_model_file():
     with pytest.raises(
         FileNotFoundError,
-        match="no SentencePiece model 'gone.model'.*launch.prepare vocabulary",
+        match="no SentencePiece model 'gone.model'.*espalier prepare vocabulary",
     ):
         vocabularies.from_file(path="gone.model")
 

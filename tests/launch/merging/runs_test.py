@@ -324,7 +324,7 @@ def test_the_example_of_the_docs_runs(branches, command, tmp_path):
     lines = here(commands[1]).strip().splitlines()
     assert len(lines) == 3
     for line in lines:
-        name, *words = shlex.split(line.removeprefix("python -m espalier.launch."))
+        name, *words = shlex.split(line.removeprefix("espalier "))
         more = ["--max_new_tokens=2"] if name == "generate" else []
         assert command(name, *words, *more) == 0, line
     base, first, second = branches.params[:3]

@@ -102,11 +102,11 @@ def test_a_shared_folder_passes(run, tmp_path):
 def test_the_code_has_a_digest_of_its_files(tmp_path, monkeypatch):
     digest = hosts._code_digest()
     assert digest == hosts._code_digest() and len(digest) == 16
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/x.py").write_text("1")
-    monkeypatch.setattr(hosts.environment, "ROOT", str(tmp_path))
+    (tmp_path / "espalier/launch").mkdir(parents=True)
+    (tmp_path / "espalier/launch/x.py").write_text("1")
+    monkeypatch.setattr(hosts.environment, "IMPORTED_FROM", str(tmp_path))
     first = hosts._code_digest()
-    (tmp_path / "launch/x.py").write_text("2")
+    (tmp_path / "espalier/launch/x.py").write_text("2")
     assert first != hosts._code_digest() != digest
     json.dumps(hosts._packages())
 

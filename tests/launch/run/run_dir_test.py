@@ -113,7 +113,7 @@ def test_a_continued_run_may_change_how_long_it_runs_and_keeps_its_history(tmp_p
         ("BATCH_SIZE = 8", "BATCH_SIZE = 16", "BATCH_SIZE was 8 there and is 16 now"),
         ("BATCH_SIZE = 8", "", "BATCH_SIZE was 8 there and is not set now"),
         ("TRAIN_STEPS = 10", "TRAIN_STEPS = 10\nNEW = 1", "NEW is 1 now and was not set there"),
-        ("@a/", "@b/", "toy_run.train.model was @a/model.transformer.Transformer() there"),
+        ("@a/", "@b/", "toy_run.train.model was @a/espalier.model.transformer.Transformer() there"),
         ("'tensor': 2", "'tensor': 4", "toy_run.train.mesh was {'data': 1, 'tensor': 2} there"),
     ],
 )

@@ -58,7 +58,7 @@ def test_published_configs_are_the_models_of_the_gin_files(name):
     config = gin_config.load(
         [f"t5x_configs/models/{name}.gin", "t5x_configs/runs/pretrain.gin"],
         ["MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     model = config.arguments()["recipe"].model
     family = families.family_of_config(PUBLISHED[name])

@@ -122,7 +122,7 @@ def test_published_configs_are_the_models_of_the_gin_files(name):
             *("MODEL_DIR='/tmp/x'", "MIXTURE_OR_TASK_NAME='x'", "TASKS=()"),
             "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}",
         ],
-        entry="launch.train:train",
+        entry="espalier.launch.train:train",
     )
     assert [str(warning) for warning in config.warnings] == []
     here = describe(config.arguments()["recipe"].model)

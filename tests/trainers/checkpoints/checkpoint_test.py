@@ -221,7 +221,7 @@ def damaged_reason(directory, caplog):
     assert_same(restored.state, make_state(10))
     ((step, reason),) = restored.skipped
     assert step == 20
-    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("trainers")]
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("espalier.trainers")]
     assert len(warnings) == 1 and reason in warnings[0] and "from step 10" in warnings[0]
     assert (Path(directory) / "20.aside").is_dir() and not (Path(directory) / "20").exists()
     return reason

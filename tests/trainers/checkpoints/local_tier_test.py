@@ -82,7 +82,7 @@ def local_folders(tmp_path, host="a"):
 
 
 def warnings(caplog):
-    return [r.getMessage() for r in caplog.records if r.name.startswith("trainers")]
+    return [r.getMessage() for r in caplog.records if r.name.startswith("espalier.trainers")]
 
 
 @pytest.mark.parametrize("shape", [(8,), (4, 2), (1,)])
