@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from etils import epath
 
 from espalier.trainers.checkpoints import state_tree, step_dir
-from espalier.trainers.checkpoints.manifest import ArrayEntry, Manifest
+from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
 META = "base"  # key of a step's meta: {"path": step directory, "digest": of its parameters, "params": "raw" or "ema"}
 ADDED = "added"  # key of a step's meta: see `Added`
@@ -85,10 +85,20 @@ def parts(step: epath.Path, recorded: Manifest, params: str) -> list[Part]:
     """
     root, own = recorded.params(params)
     parts = [Part(step, recorded, root, own)]
-    meta = step_dir.read_record(step, recorded)["meta"] if own else {}
+    meta = _facts(step, recorded, own) if own else {}
     if META in meta and all(map(added(meta).has, own)):
         parts.append(_base(step, meta[META]))
     return parts
+
+
+def _facts(step: epath.Path, recorded: Manifest, own: Iterable[str]) -> Mapping[str, Any]:
+    """Returns the facts of a step; none of a damaged record if the step has parameters of a base itself."""
+    try:
+        return step_dir.read_record(step, recorded)["meta"]
+    except DamagedCheckpointError:
+        if all(map(added({}).has, own)):
+            raise
+        return {}
 
 
 def base_in(step: epath.Path, meta: Mapping[str, Any]) -> Part | None:

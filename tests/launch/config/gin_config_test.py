@@ -341,7 +341,6 @@ def test_a_part_of_another_entry_points_configuration(gin_file, toy_gin):
 
 
 def test_configurations_are_values_beside_each_other(gin_file, toy_gin):
-    gin.clear_config()  # of tests that ask gin itself
     first, second = (
         gin_config.load([gin_file(toy_gin)], ["MODEL_DIR=/x", f"RATE={rate}"], entry=ENTRY)
         for rate in (0.25, 0.75)
