@@ -56,15 +56,16 @@ class Row:
     def digest(self, versions: dict[str, str]) -> str:
         """Returns a digest of the program's definition and of the compiler's versions.
 
-        The definition is the command and the statements of its gin files and of their includes, without comments.
+        The definition is the final value of each binding, wherever the files have it, and the command's flags.
         """
-        from espalier.launch.config import gin_source
+        from espalier.launch.config import gin_check, moved
 
-        statements = [
-            [path, type(statement).__name__, repr(statement._replace(location=None))]
-            for path, statement in gin_source.statements(self.files)
-        ]
-        text = json.dumps([self.words, statements, versions], sort_keys=True)
+        checked = gin_check.check(self.files, self.bindings, fragment=True)
+        values = {name: bound.meaning() for name, bound in checked.macros.items()}
+        for (scope, target, argument), bound in checked.bindings.items():
+            values[f"{scope}/{target}.{argument}"] = bound.meaning()
+        definition = [values, self.topology, self.flags, versions]
+        text = moved.as_before(json.dumps(definition, sort_keys=True, default=str))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def broken(self, report: Mapping[str, Any]) -> list[str]:
