@@ -12,7 +12,6 @@ from espalier.launch.plots import hover, panels
 from espalier.launch.reporting.labels import short
 from espalier.launch.reporting.runs import Run
 
-_COLUMNS = 4
 _POINTS = 300  # of a drawn curve
 _TOOLTIPS = 40  # of a drawn curve
 

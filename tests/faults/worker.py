@@ -31,8 +31,8 @@ def rows() -> list[Row]:
     """Returns all rows by their numbers."""
     folders = ("tests.faults", "tests.faults.hostile")
     modules = [f"{x}.{name}" for x in folders for name in cli.modules_with(x, r"^ROWS = \(")]
-    found = (row for module in modules for row in importlib.import_module(module).ROWS)
-    return sorted(found, key=lambda row: row.number)
+    rows = (row for module in modules for row in importlib.import_module(module).ROWS)
+    return sorted(rows, key=lambda row: row.number)
 
 
 def serve(task: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ beside it records the version of each object that was copied, so that only chang
 import concurrent.futures
 import contextlib
 import json
-import logging
 import os
 import pathlib
 import shutil
@@ -24,7 +23,6 @@ COPIES = "ESPALIER_COPIES"
 _CACHE = "ESPALIER_CACHE"  # data/cache/cache_dir.py; an address there is not a folder
 _THREADS = 8
 _TRIES = 5  # of copying one object
-_log = logging.getLogger(__name__)
 
 
 def folder() -> str:
