@@ -10,8 +10,7 @@ import numpy as np
 
 from espalier.data.chats import records, spans
 from espalier.data.chats.records import Kind
-from espalier.data.rows import tokens
-from espalier.data.rows.files import ExactSplit, PromptedFiles
+from espalier.data.rows.files import TOKENS_VERSION, ExactSplit, PromptedFiles
 from espalier.data.rows.records import DegenerateError, Record, Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -31,7 +30,7 @@ class _Example(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatFiles(ExactSplit, PromptedFiles):
+class ChatFiles(TOKENS_VERSION, ExactSplit, PromptedFiles):
     """Rows of one form in JSON lines or Parquet, by split; the held-out share is exact."""
 
     MACRO: ClassVar[str] = "CHATS"
@@ -50,10 +49,15 @@ class ChatFiles(ExactSplit, PromptedFiles):
         return {"targets": ((None,), "int32"), "loss_weights": ((None,), "float32")}
 
     def _settings(self) -> dict[str, Any]:
-        versions = (records, splits, documents, tokens)
         return {
             **super()._settings(),
-            "version": [VERSION, *(module.VERSION for module in versions)],
+            "version": [
+                VERSION,
+                records.VERSION,
+                splits.VERSION,
+                documents.VERSION,
+                TOKENS_VERSION,
+            ],
             "turns": self.turns,
             "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
         }

@@ -12,8 +12,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from espalier.data.rows import texts
-from espalier.data.rows.records import DegenerateError, Record, template_variables
+from espalier.data.rows.records import (
+    DegenerateError,
+    Record,
+    check_unicode,
+    is_empty,
+    template_variables,
+    text_of,
+)
 from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
@@ -35,8 +41,8 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
     """
     kind = _kind(row, where)
     for key in (kind, "completion", "tools", "chat_template_kwargs"):
-        texts.check_unicode(row.get(key), key, where)
-    content = texts.text_of(row[kind], kind, where)
+        check_unicode(row.get(key), key, where)
+    content = text_of(row[kind], kind, where)
     variables = template_variables(row, where)
     if kind == "prompt":
         return kind, _with_completion(row, Record(where, id, content, (), template=variables))
@@ -44,13 +50,13 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
         expected = "a list of messages" if kind == "messages" else "a text"
         raise DataError(f"{where}: {kind!r} is not {expected}. A row is {_FORMS}")
     if kind == "text":
-        if texts.is_empty(content):
+        if is_empty(content):
             raise DegenerateError("empty_text", "'text' is empty")
         return kind, Record(where, id, content, ())
     answers = [message for message in content if message["role"] == ASSISTANT]
     if not answers:
         raise DegenerateError("no_assistant", "'messages' has no turn of the assistant")
-    if texts.is_empty(answers):
+    if is_empty(answers):
         raise DegenerateError("empty_answer", "all turns of the assistant are empty")
     return kind, Record(where, id, content, (), template=variables)
 
@@ -81,7 +87,7 @@ def _kind(row: Mapping[str, Any], where: str) -> Kind:
 
 def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
     where = record.where
-    completion = texts.text_of(row["completion"], "completion", where)
+    completion = text_of(row["completion"], "completion", where)
     if isinstance(record.prompt, str) != isinstance(completion, str):
         raise DataError(
             f"{where}: one of 'prompt' and 'completion' is a text, the other has messages; write both in the "
@@ -89,6 +95,6 @@ def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
         )
     if record.is_chat and not record.prompt:
         raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
-    if texts.is_empty(completion):
+    if is_empty(completion):
         raise DegenerateError("empty_completion", "'completion' is empty")
     return Record(where, record.id, record.prompt, (completion,), template=record.template)

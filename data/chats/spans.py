@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from espalier.data.chats.records import ASSISTANT
+from espalier.data.rows.files import Tokeniser
 from espalier.data.rows.records import Record
-from espalier.data.rows.tokens import Tokeniser
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers.chat_sandbox import Rendered
 

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from espalier.common.ranges import check_choice
-from espalier.data.rows.records import Tally
-from espalier.data.rows.texts import text_of
+from espalier.data.rows.records import Tally, text_of
 from espalier.data.stream import order
 from espalier.data.text.documents import DataError
 

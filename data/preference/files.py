@@ -12,8 +12,7 @@ import numpy as np
 from espalier.common.bars import Bar
 from espalier.data.preference import records
 from espalier.data.preference.records import Kind
-from espalier.data.rows import tokens
-from espalier.data.rows.files import PromptedFiles
+from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles
 from espalier.data.rows.records import DegenerateError, Record, Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
@@ -69,7 +68,7 @@ class PreferenceFiles(PromptedFiles):
     def _settings(self) -> dict[str, Any]:
         return {
             **super()._settings(),
-            "version": [documents.VERSION, splits.VERSION, records.VERSION, tokens.VERSION],
+            "version": [documents.VERSION, splits.VERSION, records.VERSION, TOKENS_VERSION],
             "kind": self.kind,
             "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
             **({"prompt_eos": True} if self.tokeniser.prompt_eos else {}),

@@ -268,8 +268,8 @@ def test_a_split_that_would_be_empty_is_one_error(source):
 
 def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
     from espalier.data.chats import spans
+    from espalier.data.rows.files import Tokeniser
     from espalier.data.rows.records import Record
-    from espalier.data.rows.tokens import Tokeniser
     from espalier.data.tokenizers import vocabularies
 
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
