@@ -14,7 +14,7 @@ import numpy as np
 
 from espalier.common.ranges import NonNegative, Seed, Size, check_choice
 from espalier.data.cache import store
-from espalier.data.cache.columns import Column
+from espalier.data.cache.cache_files import Column
 from espalier.data.stream import plan, repeats, rows, schedule, stream
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Positions, Stream
