@@ -15,7 +15,7 @@ import numpy as np
 from espalier.common.ranges import NonNegative, Seed, Size, check_choice
 from espalier.data.cache import store
 from espalier.data.cache.cache_files import Column
-from espalier.data.stream import plan, repeats, rows, schedule, stream
+from espalier.data.stream import plan, rows, schedule, stream
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Positions, Stream
 
@@ -75,8 +75,8 @@ def make_stream(
     packing: Packing = "best_fit",
     long_documents: LongDocuments = "truncate",
     interleaving: schedule.Interleaving = "error_diffusion",
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
+    max_epochs: schedule.MaxEpochs | None = None,
+    on_cap: schedule.OnCap = "error",
     positions: Positions | None = None,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",

@@ -14,7 +14,7 @@ from espalier.common.ranges import Amount, Count, Positive, Seed, Size
 from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource
-from espalier.data.stream import mixing, repeats, rows, schedule, stream
+from espalier.data.stream import mixing, rows, schedule, stream
 from espalier.data.stream.predictions import StoredStream
 from espalier.data.stream.row_stream import EvalStream, RowStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
@@ -173,8 +173,8 @@ def make_stream(
     max_tokens: Amount | None = None,
     phases: Phases | None = None,
     interleaving: schedule.Interleaving = "error_diffusion",
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
+    max_epochs: schedule.MaxEpochs | None = None,
+    on_cap: schedule.OnCap = "error",
     positions: Positions | None = None,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",

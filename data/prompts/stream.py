@@ -15,7 +15,7 @@ import numpy as np
 from espalier.common.ranges import Count, Seed, Size
 from espalier.data.cache import store
 from espalier.data.prompts.tasks import INFO
-from espalier.data.stream import repeats, rows, schedule, stream
+from espalier.data.stream import rows, schedule, stream
 from espalier.data.stream.plan import Plan
 from espalier.data.stream.train_stream import Positions, Stream
 
@@ -128,8 +128,8 @@ def make_stream(
     split: str = "train",
     start_token: Count | None = 0,
     interleaving: schedule.Interleaving = "error_diffusion",
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
+    max_epochs: schedule.MaxEpochs | None = None,
+    on_cap: schedule.OnCap = "error",
     positions: Positions | None = None,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
 from espalier.data.cache import store
-from espalier.data.stream import mixing, plan, repeats, rows, schedule
+from espalier.data.stream import mixing, plan, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
 
@@ -51,8 +51,8 @@ class StreamSettings:
     unimax_epochs: float | None = None
     phases: Phases | None = None
     interleaving: schedule.Interleaving = "error_diffusion"
-    max_epochs: repeats.MaxEpochs | None = None
-    on_cap: repeats.OnCap = "error"
+    max_epochs: schedule.MaxEpochs | None = None
+    on_cap: schedule.OnCap = "error"
     positions: Positions | None = None
     cache_dir: str | os.PathLike | None = None
     changed_cache: store.Changed = "refuse"
@@ -111,8 +111,8 @@ def make_stream(
     inputs_prefix: Sequence[Count] = (),
     cross_document_attention: bool = False,
     start_token: Count = 0,
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
+    max_epochs: schedule.MaxEpochs | None = None,
+    on_cap: schedule.OnCap = "error",
     positions: Positions | None = None,
     cache_dir: str | os.PathLike | None = None,
     changed_cache: store.Changed = "refuse",
