@@ -37,7 +37,9 @@ from espalier.data.tokenizers import checkpoint_files
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
-_probe = LimitedProcess("espalier.data.tokenizers.spm_probe:check", memory_bytes=2 << 30)
+_probe = LimitedProcess(
+    "espalier.data.tokenizers.tokenizer_probe:check_sentencepiece", memory_bytes=2 << 30
+)
 _SPACE = "\u2581"
 WHITE_SPACE_PIECES = (
     *("\n", "\n\n", "\t", "\t\t", "\t\t\t"),
