@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
-from espalier.data.code_mix import procedures, skills
+from espalier.data.code_mix import skills
 from espalier.launch.code_mix import skills as evaluate_skills
 from espalier.launch.config import gin_config
 from espalier.launch.papers.code_mix import experiment, judged, report, skill_sources
@@ -62,7 +62,7 @@ def test_answers_are_scored_by_skill_and_kind():
 def test_a_model_that_copies_careless_programs_is_right_in_plain_cases_alone():
     asked = skills.problems("code")
     copied = [
-        "=" + procedures.PROCEDURES[one.kind.partition(",")[0]].careless(one.prompt[-4:-1])
+        "=" + skills.PROCEDURES[one.kind.partition(",")[0]].careless(one.prompt[-4:-1])
         for one in asked
     ]
     found = evaluate_skills.score(asked, copied)
