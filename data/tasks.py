@@ -9,12 +9,9 @@ examples.
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from espalier.common import spelling
-
-if TYPE_CHECKING:
-    from espalier.data.data_source import GeneratedSource
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
 _TASKS: dict[str, dict[str, Any]] = {}
@@ -123,7 +120,7 @@ def _register(name: str, source: Any, origin: str, facts: Mapping[str, Any], **t
 
 
 def register_generated(
-    generated: "Sequence[GeneratedSource]",
+    generated: Sequence[Any],
     *,
     mixture: str,
     symbols: str,
@@ -131,7 +128,7 @@ def register_generated(
     vocabulary: Any,
     add_eos: bool,
 ) -> None:
-    """Registers a task for each source of generated documents, and their mixture with equal rates.
+    """Registers a task for each `data.data_source.GeneratedSource`, and their mixture with equal rates.
 
     Raises:
       ValueError: the vocabulary lacks one of `symbols`, the characters of the documents.
