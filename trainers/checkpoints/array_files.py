@@ -21,7 +21,6 @@ from espalier.common.storage import paths
 from espalier.trainers.checkpoints import agreement, manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
 
-
 _ORBAX = f"{os.sep}orbax{os.sep}"
 
 
