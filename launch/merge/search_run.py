@@ -25,7 +25,7 @@ from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Sou
 from espalier.launch.merge.trials import SearchFlags, Trial, Trials, Weights
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import EXAMPLE
-from espalier.model.transforms import finite
+from espalier.model.transforms import base
 from espalier.trainers.scoring.scoring import Scorer
 
 
@@ -141,7 +141,7 @@ def _params(path: str, params: str) -> Any:
     with load_run.config_of(path).load(path, params=params, encoder_decoders=True) as loaded:
         arrays = jax.device_get(loaded.params)
     for name, values in traverse_util.flatten_dict(arrays, sep="/").items():
-        if problem := finite.problem_of(np.asarray(values)):
+        if problem := base.not_finite(np.asarray(values)):
             raise MergeError(f"--models {path}: {name} has {problem}: use another checkpoint.")
     return arrays
 

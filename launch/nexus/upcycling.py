@@ -59,7 +59,7 @@ class Nexus(Method):
     def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
         if self.router_kind == "linear":
             return super().routers(experts, record)
-        from espalier.model.nexus.routers import MlpRouters, ProjectionRouters
+        from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 
         std = record["logit_std"]
         if self.router_kind == "mlp":

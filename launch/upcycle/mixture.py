@@ -12,8 +12,7 @@ from espalier.launch.weights import source_models, transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.model.transforms import base
 from espalier.model.transforms.base import TransformError
-from espalier.model.transforms.experts import Mixture
-from espalier.model.transforms.upcycle import Upcycle
+from espalier.model.transforms.experts import Mixture, Upcycle
 
 # What a mixture records for experts added later: flags of launch.upcycle, and their values if they are not set.
 _RECORDED = {

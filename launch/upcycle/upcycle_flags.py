@@ -49,8 +49,8 @@ class Method:
         """Raises TransformError for flags that do not go together."""
 
     def attention(self, kv_heads: int) -> Any:
-        """Returns how attentions become experts (model/bam/experts.py); None if they do not."""
-        from espalier.model.bam.experts import AttentionExperts
+        """Returns how attentions become experts (model/bam/moa.py); None if they do not."""
+        from espalier.model.bam.moa import AttentionExperts
 
         if not self.mixes_attention:
             return None

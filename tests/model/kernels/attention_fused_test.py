@@ -12,7 +12,7 @@ import pytest
 from jax import export
 
 from espalier.data.stream import plan
-from espalier.model.kernels import attention_cudnn
+from espalier.model.kernels import attention_fused
 from espalier.model.kernels.attention_ops import dot_product_attention
 from espalier.model.kernels.platform import use_platform
 
@@ -28,7 +28,7 @@ def gpu(monkeypatch):
     def use(capability="9.0", cudnn=91_000, platform="cuda 12090"):
         device = types.SimpleNamespace(compute_capability=capability)
         client = types.SimpleNamespace(platform_version=platform, local_devices=lambda: [device])
-        monkeypatch.setattr(attention_cudnn.backend, "get_backend", lambda name=None: client)
+        monkeypatch.setattr(attention_fused.backend, "get_backend", lambda name=None: client)
         monkeypatch.setattr(binding, "check_cudnn_version", lambda: cudnn)
         monkeypatch.setattr(binding, "check_compute_capability", lambda wanted: wanted <= "9.0")
         monkeypatch.setattr(binding, "is_cuda_compute_capability_equal", lambda wanted: False)
@@ -43,7 +43,7 @@ def rows(length, *, heads=2, kv_heads=1, dtype=jnp.bfloat16):
 
 
 def test_sequences_are_the_runs_of_rows():
-    count, lengths, starts = attention_cudnn.sequences(jnp.asarray(SEGMENTS), 5)
+    count, lengths, starts = attention_fused.sequences(jnp.asarray(SEGMENTS), 5)
     np.testing.assert_array_equal(count, [4, 1, 2])
     np.testing.assert_array_equal(
         lengths, [[5, 1, 4, 2, -1], [12, -1, -1, -1, -1], [6, 6, -1, -1, -1]]
@@ -51,14 +51,14 @@ def test_sequences_are_the_runs_of_rows():
     np.testing.assert_array_equal(
         starts, [[0, 5, 6, 10, -1], [0, -1, -1, -1, -1], [0, 6, -1, -1, -1]]
     )
-    count, lengths, _ = attention_cudnn.sequences(jnp.asarray(SEGMENTS), 2)
+    count, lengths, _ = attention_fused.sequences(jnp.asarray(SEGMENTS), 2)
     np.testing.assert_array_equal(count, [4, 1, 2])  # more than there is room for
     np.testing.assert_array_equal(lengths, [[5, 1], [12, -1], [6, 6]])
 
 
 def test_rows_of_the_data_pipeline_have_room():
     # Of pairs, each record is two completions; padding is a sequence of its own.
-    assert attention_cudnn.MAX_SEQUENCES >= 2 * plan.MAX_SEGMENTS + 1
+    assert attention_fused.MAX_SEQUENCES >= 2 * plan.MAX_SEGMENTS + 1
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -89,7 +89,7 @@ def test_what_cudnn_is_given_means_the_reference(gpu, monkeypatch, causal):
         jax.random.normal(key, (3, 12, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True)
     )
     options = {"causal": causal, "window": None, "scale": 0.3}
-    got = attention_cudnn.packed_attention(q, k, v, jnp.asarray(SEGMENTS), **options)
+    got = attention_fused.packed_attention(q, k, v, jnp.asarray(SEGMENTS), **options)
     want = dot_product_attention(
         *(q, k, v),
         q_segments_BT=jnp.asarray(SEGMENTS),
@@ -98,8 +98,8 @@ def test_what_cudnn_is_given_means_the_reference(gpu, monkeypatch, causal):
         implementation="reference",
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(attention_cudnn, "MAX_SEQUENCES", 2)
-    got = attention_cudnn.packed_attention(q, k, v, jnp.asarray(SEGMENTS), **options)
+    monkeypatch.setattr(attention_fused, "MAX_SEQUENCES", 2)
+    got = attention_fused.packed_attention(q, k, v, jnp.asarray(SEGMENTS), **options)
     assert np.isnan(got[0]).all()  # four sequences, never an answer with some of them
     np.testing.assert_allclose(got[1:], want[1:], rtol=1e-5, atol=1e-5)
 
@@ -143,18 +143,18 @@ def test_rows_without_segments_are_as_before(gpu):
 
 def test_where_documents_stay_a_bias(gpu):
     q, *_ = rows(1024)
-    assert attention_cudnn.problem(q) == ""
-    assert "a bias is smaller" in attention_cudnn.problem(rows(1024, heads=8)[0])
+    assert attention_fused.cudnn_problem(q) == ""
+    assert "a bias is smaller" in attention_fused.cudnn_problem(rows(1024, heads=8)[0])
     for machine, reason in (
         ({"capability": "8.0"}, "older than Hopper"),
         ({"cudnn": 90_500}, "older than 9.6"),
         ({"platform": "rocm 60300"}, "other than CUDA"),
     ):
         gpu(**machine)
-        assert reason in attention_cudnn.problem(q)
+        assert reason in attention_fused.cudnn_problem(q)
     gpu(capability="10.0")  # Blackwell
-    assert attention_cudnn.problem(q) == ""
+    assert attention_fused.cudnn_problem(q) == ""
 
 
 def test_a_machine_without_a_gpu_has_a_bias():
-    assert "without a GPU" in attention_cudnn.problem(rows(1024)[0])
+    assert "without a GPU" in attention_fused.cudnn_problem(rows(1024)[0])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.model.kv_cache import scores, slots
+from espalier.model.kv_cache import selecting, slots
 from espalier.model.kv_cache.base import AttentionForm
 
 B, S, N, K, H = 2, 14, 4, 2, 4
@@ -54,7 +54,7 @@ def softmax_rows(q_WNH, k_SKH, at_W, at_S, form):
 def test_votes_are_the_attention_that_a_float64_softmax_gives(form):
     """12: and 9: a row's votes are as many as its real queries, whatever lies in the window."""
     q, k, v, at = draw()
-    got = scores.votes(q, at, held(k, v, at), form)
+    got = selecting.votes(q, at, held(k, v, at), form)
     for b, real in enumerate((S, 9)):
         want = softmax_rows(q[b], k[b], at[b], at[b], form).sum(1)
         np.testing.assert_allclose(got[b].reshape(N, S), want, atol=1e-5)
@@ -65,7 +65,7 @@ def test_votes_of_bfloat16_are_near():
     """12, in bfloat16: products are summed in float32, so only the inputs are coarser."""
     q, k, v, at = draw()
     q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
-    got = scores.votes(q, at, held(k, v.astype(k.dtype), at), FORMS[0])
+    got = selecting.votes(q, at, held(k, v.astype(k.dtype), at), FORMS[0])
     assert got.dtype == jnp.float32
     want = softmax_rows(q[0], k[0], at[0], at[0], FORMS[0]).sum(1)
     np.testing.assert_allclose(got[0].reshape(N, S), want, atol=1e-2)
@@ -73,36 +73,41 @@ def test_votes_of_bfloat16_are_near():
 
 def test_votes_in_blocks_are_the_votes_at_once(monkeypatch):
     q, k, v, at = draw()
-    monkeypatch.setattr(scores, "_BLOCK", q.shape[1])
-    want = scores.votes(q, at, held(k, v, at), FORMS[1])
-    monkeypatch.setattr(scores, "_BLOCK", 5)  # the last block is not full
-    got = scores.votes(q, at, held(k, v, at), FORMS[1])
+    monkeypatch.setattr(selecting, "_BLOCK", q.shape[1])
+    want = selecting.votes(q, at, held(k, v, at), FORMS[1])
+    monkeypatch.setattr(selecting, "_BLOCK", 5)  # the last block is not full
+    got = selecting.votes(q, at, held(k, v, at), FORMS[1])
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_as_many_key_value_heads_as_queries_is_multi_head_attention():
     """8: and identical heads in a group vote alike under mean and max."""
     q, k, v, at = draw()
-    per_head = scores.votes(q, at, held(k, v, at), FORMS[0])
+    per_head = selecting.votes(q, at, held(k, v, at), FORMS[0])
     repeated = [jnp.repeat(x, N // K, axis=2) for x in (k, v)]
     empty = slots.empty((B, N, S, H), k.dtype)
-    alone = scores.votes(q, at, empty.put(*repeated, at), FORMS[0])
-    np.testing.assert_allclose(scores.of_group(alone, "mean"), per_head.reshape(B, N, S), atol=1e-6)
+    alone = selecting.votes(q, at, empty.put(*repeated, at), FORMS[0])
+    np.testing.assert_allclose(
+        selecting.of_group(alone, "mean"), per_head.reshape(B, N, S), atol=1e-6
+    )
     same = jnp.repeat(q[:, :, ::2], 2, axis=2)
-    votes = scores.votes(same, at, held(k, v, at), FORMS[0])
-    mean, most = (scores.of_group(votes, how) for how in ("mean", "max"))
+    votes = selecting.votes(same, at, held(k, v, at), FORMS[0])
+    mean, most = (selecting.of_group(votes, how) for how in ("mean", "max"))
     np.testing.assert_allclose(mean, most, atol=1e-6)
-    np.testing.assert_array_equal(scores.best(mean, 5), scores.best(most, 5))
-    assert np.abs(scores.of_group(per_head, "mean") - scores.of_group(per_head, "max")).max() > 0.1
+    np.testing.assert_array_equal(selecting.best(mean, 5), selecting.best(most, 5))
+    assert (
+        np.abs(selecting.of_group(per_head, "mean") - selecting.of_group(per_head, "max")).max()
+        > 0.1
+    )
 
 
 def test_pooling_by_hand():
     """A maximum is of what is there; an average divides by the whole kernel also at the edges."""
     votes = jnp.array([[[4.0, 1.0, 0.0, 2.0, 9.0, 5.0]]])
     eligible = jnp.array([[True, True, True, True, False, False]])
-    most = scores.pooled(votes, eligible, 3, "max")[0, 0, :4]
+    most = selecting.pooled(votes, eligible, 3, "max")[0, 0, :4]
     np.testing.assert_array_equal(most, [4, 4, 2, 2])
-    mean = scores.pooled(votes, eligible, 3, "average")[0, 0, :4]
+    mean = selecting.pooled(votes, eligible, 3, "average")[0, 0, :4]
     np.testing.assert_allclose(mean, np.array([5, 5, 3, 2]) / 3, rtol=1e-6)
 
 
@@ -111,24 +116,24 @@ def test_a_kernel_of_one_changes_nothing():
     votes = jax.random.uniform(jax.random.key(0), (B, K, S))
     everything = jnp.ones((B, S), bool)
     for pooling in ("max", "average"):
-        np.testing.assert_array_equal(scores.pooled(votes, everything, 1, pooling), votes)
+        np.testing.assert_array_equal(selecting.pooled(votes, everything, 1, pooling), votes)
     order = np.sort(np.argsort(-np.asarray(votes), axis=-1)[..., :4], axis=-1)
-    np.testing.assert_array_equal(scores.best(votes, 4), order)
+    np.testing.assert_array_equal(selecting.best(votes, 4), order)
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_a_spike_lifts_its_neighbours_alike(kernel):
     """7: j +- kernel // 2 score as j does, and a budget of the kernel keeps them all."""
     spike = jnp.zeros((1, 1, S)).at[0, 0, 6].set(1.0)
-    pooled = scores.pooled(spike, jnp.ones((1, S), bool), kernel, "max")
+    pooled = selecting.pooled(spike, jnp.ones((1, S), bool), kernel, "max")
     near = np.abs(np.arange(S) - 6) <= kernel // 2
     np.testing.assert_array_equal(pooled[0, 0], near.astype(np.float32))
-    np.testing.assert_array_equal(scores.best(pooled, kernel)[0, 0], np.flatnonzero(near))
+    np.testing.assert_array_equal(selecting.best(pooled, kernel)[0, 0], np.flatnonzero(near))
 
 
 def test_recent_and_empty_slots_bound_the_ranking():
     at = jnp.array([[0, 1, 2, 3, -1], [-1, 0, 1, 2, 3]])
-    ranked = scores.ranked(jnp.ones((2, 1, 5)), at, 2)
+    ranked = selecting.ranked(jnp.ones((2, 1, 5)), at, 2)
     inf = np.inf
     np.testing.assert_array_equal(ranked[0, 0], [1, 1, inf, inf, -inf])
     np.testing.assert_array_equal(ranked[1, 0], [-inf, 1, 1, inf, inf])

@@ -14,7 +14,7 @@ from espalier.model.config import TransformerConfig
 from espalier.model.kernels import narrow, taps
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.model.low_rank.lowrank import Factorisation, LowRankExpertDense
-from espalier.model.moe import expert_mlp as form
+from espalier.model.moe import row_blocks
 from espalier.model.moe.moe import ExpertDense, MoeMlp
 from espalier.trainers import partitioning
 from tests.model.moe.grouped_matmul_test import SIZES
@@ -63,7 +63,7 @@ def test_values_and_gradients(sizes):
     y, dx, dkernels = by_loops(x, kernels, jnp.where(used, dy, 0), sizes)
 
     def along(x, kernels):
-        out = form.expert_mlp(jax.nn.silu, x, kernels, jnp.asarray(sizes))
+        out = row_blocks.expert_mlp(jax.nn.silu, x, kernels, jnp.asarray(sizes))
         out = jnp.where(used, out, 0)
         return jnp.sum(out * dy), out
 
@@ -82,7 +82,7 @@ def test_bfloat16_kernels_are_not_copied_without_a_gradient(monkeypatch):
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
 
     def temporary_bytes():
-        jitted = jax.jit(lambda *args: form.expert_mlp(jax.nn.silu, *args))
+        jitted = jax.jit(lambda *args: row_blocks.expert_mlp(jax.nn.silu, *args))
         return jitted.lower(x, tuple(kernels), sizes).compile().memory_analysis().temp_size_in_bytes
 
     # The kernels have 786 kB, and twice that in float32; a block has 16 kB.
@@ -104,8 +104,8 @@ def calls(monkeypatch):
         made.append(1)
         return real(*args)
 
-    real = form.expert_mlp
-    monkeypatch.setattr(form, "expert_mlp", counted)
+    real = row_blocks.expert_mlp
+    monkeypatch.setattr(row_blocks, "expert_mlp", counted)
     return made
 
 
