@@ -1,7 +1,7 @@
 """Refuses models that compute different functions of their weights, before anything is written."""
 
-import hashlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
-from espalier.launch.merging import config_defaults, places
+from espalier.launch.merging import config_defaults
 from espalier.launch.merging.models import HfModel, Model, NativeModel
 from espalier.launch.merging.settings import Merge, MergeError
 
@@ -46,6 +46,7 @@ _SILENT = {
 }
 _RELATED = 0.1  # least correlation of embeddings of models of one start; others have none
 _COMPARED = 1 << 20  # values
+_EMBEDDING = re.compile(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
 _OF_DEPTH = {*_DEPTHS, "layer_types", "max_window_layers", "no_rope_layers"}
 
@@ -83,7 +84,7 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
 def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
     """Warns of models whose embeddings are not correlated: weights of models of other starts do not correspond."""
     opened = [models[path] for path in merge.models()]
-    names = [next((n for n in x.tensors if places.is_embedding(n)), None) for x in opened]
+    names = [next(filter(_EMBEDDING.search, x.tensors), None) for x in opened]
     first = _some_values(opened[0], names[0])
     for model, name in zip(opened[1:], names[1:], strict=True):
         values = _some_values(model, name)
@@ -200,38 +201,25 @@ def _check_native(merge: Merge, first: NativeModel, other: NativeModel, *, deep:
         )
 
 
-def vocabulary(folder: str | os.PathLike) -> dict[str, int] | None:
-    """Returns the ids of a folder's tokens, from its tokenizer.json; None if it has none.
-
-    Raises:
-      TokenizerError: the file is damaged or not safe to read.
-    """
-    content = checkpoint_files.read(
-        folder, hf_tokenizer.TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES
-    )
-    if content is None:
-        return None
-    return hf_tokenizer.load(content).get_vocab(with_added_tokens=True)
+def tokenizer_of(folder: str | os.PathLike) -> bytes | None:
+    """Returns a folder's tokenizer.json; None if it has none."""
+    limit = checkpoint_files.MAX_BYTES
+    return checkpoint_files.read(folder, hf_tokenizer.TOKENIZER, max_bytes=limit)
 
 
 def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:
-    """Raises MergeError if the models have tokenizers with different ids."""
-    seen: dict[str, tuple[HfModel, dict[str, int]]] = {}
-    for model in models:
-        content = checkpoint_files.read(
-            model.folder, hf_tokenizer.TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES
-        )
-        if content is None:
+    """Raises MergeError if the models have tokenizers with different ids.
+
+    Raises:
+      TokenizerError: a file is damaged or not safe to read.
+    """
+    texts = {model: tokenizer_of(model.folder) for model in models}
+    known = [(model, text) for model, text in texts.items() if text is not None]
+    for model, text in known[1:]:
+        first, own = known[0]
+        if text == own:
             continue
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in seen or len(models) == 1:
-            continue
-        if not seen:
-            seen[digest] = (model, {})
-            continue
-        first, ids = next(iter(seen.values()))
-        ids = ids or vocabulary(first.folder) or {}
-        theirs = vocabulary(model.folder) or {}
+        ids, theirs = (hf_tokenizer.load(x).get_vocab(with_added_tokens=True) for x in (own, text))
         if ids != theirs:
             token = min(x for x in {*ids, *theirs} if ids.get(x) != theirs.get(x))
             raise MergeError(
@@ -239,4 +227,3 @@ def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:
                 f"{ids.get(token, 'none')} in the first and {theirs.get(token, 'none')} in the second. Add "
                 "`tokenizer_source: union` (or base) to align vocabularies."
             )
-        seen[digest] = (model, theirs)
