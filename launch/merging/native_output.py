@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from espalier.launch.merging.models import ARRAY, NativeModel
 from espalier.launch.merging.output import Workers, progress
 from espalier.launch.merging.plan import Planned, Planner
 from espalier.launch.merging.settings import MergeError
-from espalier.launch.weights.target_folder import check_space, new_directory
+from espalier.launch.weights.target_folder import check_space
 from espalier.model.transforms.merge_blocks import promoted
 
 _CHUNK_BYTES = 16 << 20
@@ -26,45 +25,36 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
     Raises:
       MergeError, TransformError, ConvertError, CheckpointSaveError.
     """
-    from espalier.launch.run import model_record, run_vocabulary
-    from espalier.launch.run.model_record import CONFIG
     from espalier.launch.weights import transformed_run
-    from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 
     donor = planner.donor
     assert isinstance(donor, NativeModel)
     lines = _config_lines(planner, planned)
-    by_array = _by_array(donor, planned)
-    with new_directory(target) as folder:
+    text = "\n".join([donor.source.config(whole=False), *lines, ""])
+    with transformed_run.new_run(target, text, donor.source) as (folder, model):
         check_space(folder, output.out_bytes(planned))
-        text = "\n".join([donor.source.config(whole=False), *lines, ""])
-        pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
-        model_record.write(folder)
-        run_vocabulary.copy(donor.folder, folder)
-        leaves = transformed_run.abstract_params(transformed_run.model_of(folder))
+        leaves = transformed_run.abstract_params(model)
         with progress(planned) as bar:
             arrays = {
-                f"params/{path}": _streamed(parts, planner, workers, bar)
-                for path, parts in by_array.items()
+                path: _streamed(parts, planner, workers, bar)
+                for path, parts in _by_array(donor, planned).items()
             }
             wanted = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-            made = {name.removeprefix("params/"): array.shape for name, array in arrays.items()}
+            made = {path: array.shape for path, array in arrays.items()}
             if wanted != made:
                 path = min(x for x in {*wanted, *made} if wanted.get(x) != made.get(x))
                 raise MergeError(
                     f"{planner.merge.file}: {path} would be {made.get(path)}, and the model has {wanted.get(path)}: merge models of "
                     "one architecture."
                 )
-            checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
             record = output.record(planner)
             pathlib.Path(folder, output.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            meta = _meta(record, donor, changed=bool(lines))
-            stream_checkpoint.save(checkpoints, arrays, meta=meta)
+            transformed_run.save(folder, arrays, _meta(record, donor, changed=bool(lines)))
 
 
 def _meta(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
     # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
-    hf = {"hf": donor.source.meta["hf"]} if "hf" in donor.source.meta and not changed else {}
+    hf = {} if changed else donor.source.hf_meta()
     facts = {key: value for key, value in record.items() if key != "made_of"}
     return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
 

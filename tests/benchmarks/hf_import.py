@@ -123,7 +123,7 @@ def side(action: str, *arguments: str) -> dict[str, Any]:
     import numpy as np
 
     from espalier.launch.cluster.worker import peak_bytes
-    from espalier.launch.weights.import_weights import import_hf
+    from espalier.launch.weights.exchange import import_hf
     from espalier.model.hf.load import load
 
     jax.device_put(np.zeros(1)).block_until_ready()  # The backend starts on first use.
