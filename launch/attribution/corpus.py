@@ -11,8 +11,7 @@ import numpy as np
 
 from espalier.common.bars import Bar
 from espalier.data.text import documents
-from espalier.launch.attribution import inputs, ranking
-from espalier.launch.attribution.analyses import labels, search
+from espalier.launch.attribution import inputs, labels, ranking
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
 
@@ -49,7 +48,7 @@ def read(
     scores: str,
     path: str | None,
     wanted: Collection[int],
-    patterns: Mapping[Any, search.Pattern],
+    patterns: Mapping[Any, labels.Pattern],
     *,
     count: int,
     limit: int | None,
@@ -87,7 +86,7 @@ def read(
                 texts[i] = text
             yield text
 
-    matching = search.matches(each(), patterns)
+    matching = labels.matches(each(), patterns)
     named = any(source != labels.NO_SOURCE for source in sources)
     return Corpus({i: texts[i] for i in wanted if i in texts}, sources if named else None, matching)
 

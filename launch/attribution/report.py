@@ -11,14 +11,13 @@ norm of the document's gradient. Labels in the files of queries and documents ("
 "source") add analyses: docs/influence.md.
 """
 
-import contextlib
 import json
+import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from espalier.common.storage import mirror, paths
+from espalier.common.storage import output_files, paths
 from espalier.launch import cli
 from espalier.launch.attribution import ranking
 from espalier.launch.config.setting_flags import File, Folder
@@ -69,18 +68,15 @@ def run(
     print("\n".join(pages.summary(table)) if out else text)
     if not out:
         return
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(out)
-        if is_remote := paths.is_remote(out):
-            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = (text + "\n").encode("utf-8", "backslashreplace")
-        (folder / "report.md").write_bytes(whole)
-        document = json.dumps(table, indent=1) + "\n"
-        (folder / "report.json").write_text(document, encoding="utf-8")
-        pages.write(shown, folder / "viewer.html")
-        if is_remote:
-            mirror.publish(folder, out)
+    if not paths.is_remote(out):
+        os.makedirs(out, exist_ok=True)
+    written: dict[str, str | bytes] = {
+        "report.md": (text + "\n").encode("utf-8", "backslashreplace"),
+        "report.json": json.dumps(table, indent=1) + "\n",
+        "viewer.html": pages.page(shown),
+    }
+    for name, content in written.items():
+        output_files.write(paths.join(out, name), content)
     print(f"written: {paths.join(out, 'report.md')}, report.json and viewer.html")
 
 
@@ -101,8 +97,7 @@ def report(
     Raises:
       RowFileError: scores that are not complete or not comparable, or a file that is missing or has changed.
     """
-    from espalier.launch.attribution import corpus, pages
-    from espalier.launch.attribution.analyses import compute, labels, parts
+    from espalier.launch.attribution import analyses, corpus, labels, pages, statistics
     from espalier.trainers.influence import queries as query_files
 
     scores = ranking.local(scores)
@@ -118,10 +113,10 @@ def report(
     if documents is not None:
         corpus.check_same(documents, record["documents"], "documents")
     count = tops["documents"]
-    within = min(within or compute.searched(count), count)
+    within = min(within or analyses.searched(count), count)
     suffix = "" if rank_by == "score" else "_per_norm"
     firsts = [[e["document"] for e in query[f"top{suffix}"][:within]] for query in tops["queries"]]
-    layers = parts.LayerSums(firsts) if record["per_layer"] else None
+    layers = statistics.LayerSums(firsts) if record["per_layer"] else None
 
     def add_layers(document: int, row: Mapping[str, Any]) -> None:
         if layers is not None and row.get("layers"):
@@ -151,10 +146,10 @@ def report(
     ranked = scores_NQ
     if rank_by == "per_norm" and norms_N is not None:
         ranked = ranking.per_norm(scores_NQ, norms_N)
-    given = compute.Inputs(
+    given = analyses.Inputs(
         scores_NQ=ranked,
         queries=asked,
-        nats=[max(float(x), compute.LEAST_NATS) if x == x else None for x in prepared.nats],
+        nats=[max(float(x), analyses.LEAST_NATS) if x == x else None for x in prepared.nats],
         sources=texts.sources,
         matching=None if documents is None else texts.matching,
         layers=layers,
@@ -166,7 +161,7 @@ def report(
     made = pages.Made(
         **{"record": record, "tops": tops, "prepared": prepared, "given": given, "corpus": texts},
         **{"norms_N": norms_N, "rank_by": rank_by, "top": top},
-        analyses=compute.analyse(given),
+        analyses=analyses.analyse(given),
     )
     return pages.table(made), pages.shown(made)
 
