@@ -33,10 +33,10 @@ _LISTED = 10
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the rows of finished runs; see launch/sweeping/results.py."""
-    from espalier.launch.sweeping import results
+    """Returns the rows of finished runs; see launch/sweeping/folder.py."""
+    from espalier.launch.sweeping import folder
 
-    return results.read_results(path)
+    return folder.read_results(path)
 
 
 def run_sweep(
