@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.launch.aot.chips import CHIPS, GIB
 from espalier.launch.aot.table_rows import Row
+from espalier.launch.aot.tpu_topology import CHIPS, GIB
 
 TITLES = {
     "llama": "Llama 2 7B on every generation",
