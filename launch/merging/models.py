@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from espalier.common.storage import mirror, paths
-from espalier.launch.merging import config_defaults
 from espalier.launch.merging.settings import MergeError
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_json
 
@@ -77,11 +76,9 @@ class _Tensors:
 
     Attributes:
       tensors: by name.
-      is_tied: whether the head is the table of the tokens.
     """
 
     tensors: dict[str, Entry]
-    is_tied: bool = False
 
     @functools.cached_property
     def layers(self) -> dict[tuple[str, int | None], list[str]]:
@@ -125,8 +122,6 @@ class HfModel(_Tensors):
         self.folder = pathlib.Path(mirror.local(path))
         has_config = os.path.lexists(self.folder / CONFIG)
         self.config: dict[str, Any] = read_json(self.folder / CONFIG) if has_config else {}
-        tied = config_defaults.of(self.config).get("tie_word_embeddings")
-        self.is_tied = self.config.get("tie_word_embeddings", tied) is True
         self._reader = SafetensorsReader(self.folder)
         self.tensors = {}
         for name, info in self._reader.tensors.items():

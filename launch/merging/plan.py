@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from espalier.launch.merging.checks import is_tied
 from espalier.launch.merging.models import FIRST, HEAD, Entry, Model, digests, short
 from espalier.launch.merging.settings import (
     Merge,
@@ -270,7 +271,7 @@ class Planner:
             model = self.models[source.model]
             name = model.name(stack, at, rest)
             if name not in model.tensors:
-                if HEAD.fullmatch(rest) and all(x.is_tied for x in self.models.values()):
+                if HEAD.fullmatch(rest) and all(map(is_tied, self.models.values())):
                     return []
                 having = [
                     s.model
