@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.attribution import analyses, tables
-from espalier.launch.attribution.corpus import Corpus
 from espalier.launch.attribution.ranking import ENDS
 from espalier.launch.plots import html_page
 
@@ -55,6 +54,21 @@ def _embedded(data: Mapping[str, Any]) -> str:
 def _digest(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The documents.
+
+    Attributes:
+      texts: texts of wanted documents by number.
+      sources: source of each document; None if no document has one.
+      matching: numbers of the documents with a pattern, by its key; empty if the documents are no file.
+    """
+
+    texts: Mapping[int, str]
+    sources: list[str] | None
+    matching: Mapping[Any, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

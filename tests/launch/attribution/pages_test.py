@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from espalier.launch.attribution import corpus, labels, pages
+from espalier.launch.attribution import labels, pages
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
 
@@ -92,7 +92,7 @@ def test_a_nearly_certain_completion_is_divided_by_the_least_nats_and_marked():
         given=types.SimpleNamespace(
             queries=[labels.Query(prompt="p", completion="c")] * 2, nats=[0.1, 0.5], tokens=[]
         ),
-        corpus=corpus.Corpus({0: "text"}, None, {}),
+        corpus=pages.Corpus({0: "text"}, None, {}),
         analyses={"omitted": []},
         norms_N=None,
         rank_by="score",
