@@ -1,6 +1,6 @@
 """The page of tables that `precompile tables` writes from its reports."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from espalier.launch.aot.table_rows import Row
@@ -63,10 +63,9 @@ def page(tables: Mapping[str, Sequence[Row]], records: Mapping[str, Any]) -> str
     """
     parts = [_HEAD, _versions(records)]
     for paper, rows in tables.items():
-        lines = [_line(_COLUMNS), _line("---" for _ in _COLUMNS)]
-        lines += [_row(row, records.get(row.name)) for row in rows]
+        cells = (_row(row, records.get(row.name)) for row in rows)
+        parts.append(_section(TITLES.get(paper, paper), "", _COLUMNS, cells))
         notes = [f"- {row.title}: {row.note}" for row in rows if row.note]
-        parts.append("\n".join([f"## {TITLES.get(paper, paper)}", "", *lines, ""]))
         parts += ["\n".join(notes) + "\n"] if notes else []
     compiled = [
         (row, report)
@@ -96,37 +95,40 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms"
 
 
-def _row(row: Row, record: Mapping[str, Any] | None) -> str:
+def _section(title: str, text: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a heading, a sentence, and a table."""
+    table = (header, ["---"] * len(header), *rows)
+    lines = (f"| {' | '.join(cells)} |" for cells in table)
+    return "\n".join([f"## {title}", "", *([text, ""] if text else []), *lines]) + "\n"
+
+
+def _row(row: Row, record: Mapping[str, Any] | None) -> Sequence[str]:
     report = record and record["report"]
     if not record or not report:
         why = record["problem"] if record else "not compiled yet"
-        return _line([_title(row), row.topology, why, *[""] * (len(_COLUMNS) - 3)])
+        return [_title(row), row.topology, why, *[""] * (len(_COLUMNS) - 3)]
     title = _title(row)
     if record["digest"] != row.digest(report["versions"]):
         title += ", compiled from an earlier configuration"
     times, flops = report["roofline_seconds"], report["flops"]
     hbm = f"{report['hbm_bytes']['peak'] / 1e9:.2f} of {report['hbm_available_bytes'] / 1e9:.1f} GB"
     if not report["fits"]:
-        return _line(
-            [title, row.topology, _layout(report), _batch(report), f"**{hbm}**: does not fit"]
-            + [""] * 4
-        )
+        start = (title, row.topology, _layout(report), _batch(report))
+        return [*start, f"**{hbm}**: does not fit", *[""] * 4]
     share = f" ({flops['analytic'] / flops['compiled']:.0%})" if flops["analytic"] else ""
     mfu = times["mfu_bound"]
-    return _line(
-        [
-            title,
-            row.topology,
-            _layout(report),
-            _batch(report),
-            hbm,
-            f"{flops['compiled'] / 1e12:.3g} T{share}" if flops["compiled"] else "",
-            _sent(report),
-            _range(seconds(times["step"]), seconds(times["step_one_ring"]))
-            + f" ({_BUSY[times['bound_by']]})",
-            "" if mfu is None else _range(f"{mfu:.0%}", f"{times['mfu_bound_one_ring']:.0%}"),
-        ]
-    )
+    return [
+        title,
+        row.topology,
+        _layout(report),
+        _batch(report),
+        hbm,
+        f"{flops['compiled'] / 1e12:.3g} T{share}" if flops["compiled"] else "",
+        _sent(report),
+        _range(seconds(times["step"]), seconds(times["step_one_ring"]))
+        + f" ({_BUSY[times['bound_by']]})",
+        "" if mfu is None else _range(f"{mfu:.0%}", f"{times['mfu_bound_one_ring']:.0%}"),
+    ]
 
 
 def _title(row: Row) -> str:
@@ -170,19 +172,13 @@ def _times(compiled: _Compiled) -> str:
         "one_ring": "links of one ring",
         "network": "network between slices",
     }
-    lines = [
-        "## Time by resource",
-        "",
-        "What each resource takes at its published rate; HBM's traffic is an estimate.",
-        "",
-        _line(["row", *names.values()]),
-        _line(["---"] * (len(names) + 1)),
-    ]
+    rows = []
     for row, report in compiled:
         times = report["roofline_seconds"]
         cells = [seconds(times[name]) if times[name] else "" for name in names]
-        lines.append(_line([f"`{row.name}`", *cells]))
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{row.name}`", *cells])
+    text = "What each resource takes at its published rate; HBM's traffic is an estimate."
+    return _section("Time by resource", text, ["row", *names.values()], rows)
 
 
 def _collectives(compiled: _Compiled) -> str:
@@ -190,19 +186,13 @@ def _collectives(compiled: _Compiled) -> str:
     kinds = sorted({kind for _, report in compiled for kind in report["collectives"]})
     if not kinds:
         return ""
-    lines = [
-        "## Collectives",
-        "",
-        "Executions, trips of loops included, and bytes that a chip sends in them.",
-        "",
-        _line(["row", *kinds]),
-        _line(["---"] * (len(kinds) + 1)),
-    ]
+    rows = []
     for row, report in compiled:
         totals = (report["collectives"].get(kind) for kind in kinds)
         cells = [f"{t['count']:,}: {t['bytes'] / 1e9:.3g} GB" if t else "" for t in totals]
-        lines.append(_line([f"`{row.name}`", *cells]))
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{row.name}`", *cells])
+    text = "Executions, trips of loops included, and bytes that a chip sends in them."
+    return _section("Collectives", text, ["row", *kinds], rows)
 
 
 def _chips() -> str:
@@ -215,32 +205,21 @@ def _chips() -> str:
         "links",
         "network",
     )
-    lines = [
-        "## Chips",
-        "",
+    text = (
         "Published rates of a chip: Google's pages on [v4](https://docs.cloud.google.com/tpu/docs/v4), "
         "[v5e](https://docs.cloud.google.com/tpu/docs/v5e), [v5p](https://docs.cloud.google.com/tpu/docs/v5p) and "
         "[v6e](https://docs.cloud.google.com/tpu/docs/v6e), for links "
-        "[How to scale your model](https://jax-ml.github.io/scaling-book/tpus). The memory is what the compiler grants.",
-        "",
-        _line(head),
-        _line(["---"] * len(head)),
+        "[How to scale your model](https://jax-ml.github.io/scaling-book/tpus). The memory is what the compiler grants."
+    )
+    rows = [
+        [
+            *(name, f"{chip.hbm_bytes / GIB:.2f} GiB", f"{chip.peak_flops / 1e12:.0f} TFLOP/s"),
+            *(f"{chip.hbm_rate / 1e9:,.0f} GB/s", f"{chip.link_rate / 1e9:.0f} GB/s"),
+            *(str(2 * chip.dimensions), f"{chip.network_rate / 1e9:.3g} GB/s"),
+        ]
+        for name, chip in CHIPS.items()
     ]
-    for name, chip in CHIPS.items():
-        lines.append(
-            _line(
-                [
-                    *(
-                        name,
-                        f"{chip.hbm_bytes / GIB:.2f} GiB",
-                        f"{chip.peak_flops / 1e12:.0f} TFLOP/s",
-                    ),
-                    *(f"{chip.hbm_rate / 1e9:,.0f} GB/s", f"{chip.link_rate / 1e9:.0f} GB/s"),
-                    *(str(2 * chip.dimensions), f"{chip.network_rate / 1e9:.3g} GB/s"),
-                ]
-            )
-        )
-    return "\n".join(lines) + "\n"
+    return _section("Chips", text, head, rows)
 
 
 def _versions(records: Mapping[str, Any]) -> str:
@@ -248,7 +227,3 @@ def _versions(records: Mapping[str, Any]) -> str:
     known = {tuple(sorted(report["versions"].items())) for report in reports}
     named = "; ".join(", ".join(f"{n} {v}" for n, v in one) for one in sorted(known))
     return f"Compiled with {named}.\n" if named else ""
-
-
-def _line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
