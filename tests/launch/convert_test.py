@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from espalier.launch import convert
 from espalier.launch.config import gin_config, gin_writer
-from espalier.launch.weights import exchange, target_folder
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.convert import exchange
+from espalier.launch.weights import target_folder
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
@@ -358,7 +359,7 @@ def test_flags_that_do_not_go_together(flags, capsys):
 MEMORY = """
 import sys
 import jax
-from espalier.launch.weights import exchange
+from espalier.launch.convert import exchange
 from espalier.launch.run.load_run import RunConfig
 
 def status(name):

@@ -6,7 +6,7 @@ import re
 import pytest
 from etils import epath
 
-from espalier.launch import report
+from espalier.launch.report import __main__ as report
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime

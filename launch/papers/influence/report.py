@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.attribution import tables
+from espalier.launch.influence import tables
 from espalier.launch.papers.influence import (
     corpus,
     experiment,

@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from espalier.launch.attribution import labels, score
+from espalier.launch.influence import labels, score
 from espalier.launch.papers.influence import experiment, smollm_files, smollm_scores
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 
 def words(name, count):
