@@ -115,7 +115,7 @@ def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Work
 
 def _imported(teacher: Teacher, folder: str) -> str:
     """Returns the run of a Hugging Face checkpoint, which is made once."""
-    from espalier.launch.convert import import_weights
+    from espalier.launch.convert import exchange
 
     source = os.path.realpath(teacher.where)
     config = os.path.join(source, "config.json")
@@ -123,7 +123,7 @@ def _imported(teacher: Teacher, folder: str) -> str:
     target = os.path.join(folder, f"{stable_hash(f'{source} {changed}'):016x}")
     if not os.path.isdir(target):
         os.makedirs(folder, exist_ok=True)
-        import_weights.import_hf(source, target)
+        exchange.import_hf(source, target)
     return target
 
 

@@ -97,11 +97,11 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.from_peft is not None:
         _import_adapters(flags)
         return
-    from espalier.launch.convert import import_weights
+    from espalier.launch.convert import exchange
 
-    convert, origin = import_weights.import_hf, flags.from_hf
+    convert, origin = exchange.import_hf, flags.from_hf
     if flags.from_gguf is not None:
-        convert, origin = import_weights.import_gguf, flags.from_gguf
+        convert, origin = exchange.import_gguf, flags.from_gguf
     print(f"{flags.to}: {convert(mirror.local(origin), flags.to, dtype=flags.dtype)}")
 
 
@@ -118,12 +118,12 @@ def _import_adapters(flags: argparse.Namespace) -> None:
 
 
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
-    from espalier.launch.convert import export_weights
+    from espalier.launch.convert import exchange
 
     shard_bytes = sizes.parse(settings.pop("shard_size", "5GB"), "shard_size")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
     settings |= {"dtype": flags.dtype, "shard_bytes": shard_bytes}
-    weights = export_weights.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
+    weights = exchange.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)
     print(f"{flags.to_hf}: {weights}")
 
 

@@ -5,15 +5,13 @@ Hugging Face's peft become such runs, and runs' adapters those of peft.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.launch.run import load_run, model_record, run_vocabulary
-from espalier.launch.run.model_record import CONFIG
+from espalier.launch.run import load_run
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.target_folder import ConvertError, new_directory
@@ -23,7 +21,7 @@ from espalier.model.hf import peft
 from espalier.model.hf.families import family_named, family_of_model
 from espalier.model.hf.mapping import Piece, pieces_of
 from espalier.model.protocol import inference_model
-from espalier.trainers.checkpoints import base_step, step_dir, stream_checkpoint
+from espalier.trainers.checkpoints import base_step, step_dir
 from espalier.trainers.checkpoints.base_step import Part
 from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
@@ -89,27 +87,15 @@ def write(
       ConvertError: `config` describes a model with other adapters.
     """
     record = base_step.named(base)
-    with new_directory(target) as folder:
-        pathlib.Path(folder, CONFIG).write_text(config, encoding="utf-8")
-        model_record.write(folder)
-        model = transformed_run.model_of(folder)
+    with transformed_run.new_run(target, config, source) as (folder, model):
         adapters = adapters_of(model)
         _check(model, arrays)
         assert adapters is not None  # see _check
-        run_vocabulary.copy(source.folder, folder)
         file = pathlib.Path(folder, base_step.FILE)
         file.write_text(json.dumps({"path": record["path"]}) + "\n", encoding="utf-8")
-        hf = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
-        stream_checkpoint.save(
-            os.path.join(folder, step_dir.CHECKPOINTS),
-            {f"params/{name}": _whole(array) for name, array in arrays.items()},
-            meta={
-                **source.text_meta(),
-                **hf,
-                base_step.META: record,
-                **adapter.record(model),
-            },
-        )
+        streamed = {name: _whole(array) for name, array in arrays.items()}
+        origin = {**source.text_meta(), **source.hf_meta(), base_step.META: record}
+        transformed_run.save(folder, streamed, {**origin, **adapter.record(model)})
     count = sum(array.size for array in arrays.values())
     size = sum(array.nbytes for array in arrays.values())
     kinds = ", ".join(settings["class"] for settings in adapters.settings.values())

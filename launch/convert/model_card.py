@@ -41,7 +41,7 @@ def write(
       folder: holds the exported files.
       run: directory of the run that was exported.
       step: the record of the exported step, with 'step' and 'meta'.
-      weights: description of the weights, see `import_weights.described`.
+      weights: description of the weights, see `exchange.described`.
       architecture: class of transformers.
       average: whether the weights are an average of the trained ones.
     """

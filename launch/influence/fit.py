@@ -19,7 +19,6 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import Folder
 from espalier.launch.inference import row_files
-from espalier.launch.influence import factors as factor_files
 from espalier.launch.influence import inputs, outputs
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadError, RunConfig
@@ -94,7 +93,7 @@ def fit(
     row_files.check_folder(out)
     if not 0 <= sweep_documents <= RANKED:
         raise LoadError(f"--sweep_documents={sweep_documents} must be from 0 to {RANKED}.")
-    factor_files.check_float64(settings.factor_dtype)
+    outputs.check_float64(settings.factor_dtype)
     with (
         config.load(checkpoint, params=params, encoder_decoders=True) as run,
         outputs.opened(out, without=stages.UNFINISHED) as (path, push),
@@ -112,10 +111,10 @@ def fit(
             "sites": {path: [s.inputs, s.outputs, list(s.lead)] for path, s in sites.items()},
         }
         folder = pathlib.Path(path)
-        factor_files.begin(folder, record, out=out)
-        sample = [*itertools.islice(iter(documents), factor_files.SAMPLED)]
+        outputs.begin(folder, record, out=out)
+        sample = [*itertools.islice(iter(documents), outputs.SAMPLED)]
         if jax.process_index() == 0:
-            inputs.write_sample(folder / factor_files.SAMPLE, sample)
+            inputs.write_sample(folder / outputs.SAMPLE, sample)
         reader = stages.Reader(
             model=run.model,
             params=run.params,

@@ -16,7 +16,7 @@ from espalier.launch.inference import row_files
 from espalier.launch.inference.generate import with_prompt_key
 from espalier.launch.inference.score import scored_row
 from espalier.launch.inference.texts import decoder_of
-from espalier.launch.influence.analyses import labels
+from espalier.launch.influence import labels
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.trainers.decoding.stop_strings import GrowingText
 from espalier.trainers.scoring.scoring import Row
@@ -61,9 +61,7 @@ def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> R
     missing = [key for key in ("prompt", "completion") if key not in row]
     if missing:
         raise LoadError(f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}.")
-    labels.query(
-        row, where
-    )  # a wrong label is an error before documents are read, not in the report
+    labels.query(row, where)  # a wrong label is an error before documents are read
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, str | list):
         raise LoadError(
@@ -108,10 +106,7 @@ class Source:
 
     def of(self, run: LoadedRun, length: int) -> "Documents":
         """Returns the documents as a model reads them, at most `length` tokens of each."""
-        return Documents(
-            **{"run": run, "length": length, "path": self.documents, "mixture": self.mixture},
-            **{"split": self.split, "limit": self.max_documents},
-        )
+        return Documents(run=run, length=length, source=self)
 
     def import_mixtures(self) -> None:
         """Imports the modules of a mixture; raises LoadError for settings of a mixture without one."""
@@ -137,33 +132,29 @@ class Documents:
     Attributes:
       run: the model that reads them.
       length: tokens that are read of each; the rest is cut off.
-      path: JSON lines.
-      mixture: name of a registered SeqIO mixture or task, without `path`.
-      split: split of the mixture.
-      limit: number of first documents that are read; None for all.
+      source: which documents these are.
       cut: number of documents that were cut, of the last iteration.
       repeated: (place, place of the first) of documents with the tokens of an earlier one, of the last iteration.
     """
 
     run: LoadedRun
     length: int
-    path: str | None = None
-    mixture: str | None = None
-    split: str = "train"
-    limit: int | None = None
+    source: Source
     cut: int = 0
     repeats: int = 0
     repeated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        if (self.path is None) == (self.mixture is None):
+        self.path, self.limit = self.source.documents, self.source.max_documents
+        self.mixture, self.split = self.source.mixture or "", self.source.split
+        if (self.path is None) == (self.source.mixture is None):
             raise LoadError("Give the documents: either --documents=FILE or --mixture=NAME.")
-        if self.path is not None:
-            self._file = row_files.local(self.path, "documents")
         if self.limit is not None and self.limit < 1:
             raise LoadError(f"--max_documents={self.limit} must be at least 1.")
-        if self.mixture is not None:
+        if self.path is None:
             _check_mixture(self.run, self.mixture, self.split)
+        else:
+            self._file = row_files.local(self.path, "documents")
 
     def __iter__(self) -> Iterator[Row]:
         self.cut, self.repeats, self.repeated = 0, 0, []
@@ -181,8 +172,7 @@ class Documents:
         """Yields {"document": number, "text": decoded tokens} of those wanted documents that come without a text."""
         without = set(wanted)
         if self.path is not None:
-            lines = document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
-            rows = enumerate(row for _, row in itertools.islice(lines, self.limit))
+            rows = enumerate(row for _, row in itertools.islice(self._lines(), self.limit))
             without = {i for i, row in rows if i in without and "text" not in row}
         if without:
             for i, row in enumerate(self):
@@ -203,12 +193,10 @@ class Documents:
     def count(self) -> int | None:
         """Returns the number of documents; of a mixture about the number, or None if neither it nor the limit is known."""
         if self.path is None:
-            assert self.mixture is not None
             own = [task.num_input_examples(self.split) for task in _tasks(self.mixture)]
             known = [] if None in own else [sum(own)]
             return min([*known, *([] if self.limit is None else [self.limit])], default=None)
-        lines = document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
-        return sum(1 for _ in itertools.islice(lines, self.limit))
+        return sum(1 for _ in itertools.islice(self._lines(), self.limit))
 
     def notes(self) -> list[str]:
         """Returns sentences about documents that were cut, and repeated ones, of the last iteration."""
@@ -223,6 +211,9 @@ class Documents:
                 "rank each once"
             )
         return notes
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
 
     def _placed(self) -> Iterator[tuple[str, Row]]:
         for where, row in self._rows():
@@ -239,11 +230,9 @@ class Documents:
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         if self.path is not None:
-            lines = document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
-            for number, row in lines:
+            for number, row in self._lines():
                 yield f"{self.path}, line {number}", row
             return
-        assert self.mixture is not None
         for i, example in enumerate(_examples(self.mixture, self.split, self.length)):
             where = f"{self.mixture}, example {i}"
             targets = [int(id) for id in example["targets"]]

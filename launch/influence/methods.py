@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import Folder, Names
-from espalier.launch.influence import factors as factor_files
-from espalier.launch.influence import inputs
+from espalier.launch.influence import inputs, outputs
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadedRun, LoadError, RunConfig
 from espalier.trainers.scoring.scoring import Row
@@ -50,7 +49,7 @@ class Scan:
 
     def sample(self) -> list[Row]:
         """Returns the first documents that the factors were fitted on."""
-        return inputs.read_sample(factor_files.local(self.factors or "") / factor_files.SAMPLE)
+        return inputs.read_sample(outputs.local(self.factors or "") / outputs.SAMPLE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +81,10 @@ class Bm25(Method):
     name = "bm25"
 
     def scorer(self, scan: Scan) -> Any:
-        from espalier.launch.influence import similarity
+        from espalier.launch.influence import scorers
         from espalier.trainers.influence import lexical
 
-        return similarity.Lexical(getattr(lexical, self.name), scan.rows, scan.source)
+        return scorers.Lexical(getattr(lexical, self.name), scan.rows, scan.source)
 
 
 class TfIdf(Bm25):
@@ -100,9 +99,9 @@ class Embedding(Method):
     name = "embedding"
 
     def scorer(self, scan: Scan) -> Any:
-        from espalier.launch.influence import similarity
+        from espalier.launch.influence import scorers
 
-        return similarity.Embeddings(scan.run, scan.rows, scan.source, batch_size=scan.batch_size)
+        return scorers.Embeddings(scan.run, scan.rows, scan.source, batch_size=scan.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +238,7 @@ class Ekfac(Damped):
         """Returns the inverse of the fitted curvature."""
         from espalier.trainers.influence import fit as stages
 
-        folder = factor_files.local(scorer.scan.factors or "")
+        folder = outputs.local(scorer.scan.factors or "")
         return stages.read_curvature(
             *(folder, scorer.sites, self.eigenvalues, self.strength),
             reader=reader,
@@ -273,8 +272,8 @@ class EkfacCg(Ekfac):
 
     def __post_init__(self):
         at_least(self, cg_documents=1)
-        if self.cg_documents > factor_files.SAMPLED:
-            at_most = f"at most {factor_files.SAMPLED:,}, which `fit` stores"
+        if self.cg_documents > outputs.SAMPLED:
+            at_most = f"at most {outputs.SAMPLED:,}, which `fit` stores"
             raise LoadError(f"--cg_documents={self.cg_documents} must be {at_most}.")
         at_least(self, cg_steps=0)
         super().__post_init__()

@@ -10,15 +10,12 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.common.storage import output_files
-from espalier.launch.influence.analyses import compute, tables
-from espalier.launch.influence.corpus import Corpus
+from espalier.launch.influence import analyses, tables
 from espalier.launch.influence.ranking import ENDS
 from espalier.launch.plots import html_page
 
@@ -28,18 +25,8 @@ _SUMMARISED = 10  # queries on the terminal
 MOST_TEXT = 20_000  # characters of a document in the viewer
 
 
-def write(data: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Writes the viewer.
-
-    Args:
-      data: of `pages.shown`.
-      path: file in an existing folder; it is written whole or not at all.
-    """
-    output_files.write(path, page(data))
-
-
 def page(data: Mapping[str, Any]) -> str:
-    """Returns the HTML of the viewer."""
+    """Returns the HTML of the viewer; `data` are those of `shown`."""
     files = importlib.resources.files("espalier.launch.influence") / "page"
     style, script, body = (
         (files / name).read_text(encoding="utf-8")
@@ -69,6 +56,21 @@ def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The documents.
+
+    Attributes:
+      texts: texts of wanted documents by number.
+      sources: source of each document; None if no document has one.
+      matching: numbers of the documents with a pattern, by its key; empty if the documents are no file.
+    """
+
+    texts: Mapping[int, str]
+    sources: list[str] | None
+    matching: Mapping[Any, np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
     """What a report is made of.
@@ -88,7 +90,7 @@ class Made:
     record: Mapping[str, Any]
     tops: Mapping[str, Any]
     prepared: Any
-    given: compute.Inputs
+    given: analyses.Inputs
     corpus: Corpus
     analyses: Mapping[str, Any]
     norms_N: np.ndarray | None
@@ -125,7 +127,7 @@ def table(made: Made) -> dict[str, Any]:
         entry: dict[str, Any] = {
             **{"prompt": query.prompt, "completion": query.completion},
             **{"task": query.task, "kind": query.kind, "correct": query.correct, "nats": nats},
-            "nearly_certain": nats is not None and nats < compute.LEAST_NATS,
+            "nearly_certain": nats is not None and nats < analyses.LEAST_NATS,
             "kept": _known(made.prepared.kept[q]),
             "pearson": _known(made.prepared.pearson[q]),
         }

@@ -108,12 +108,6 @@ def _are_numbers(scores: Any) -> bool:
     return isinstance(scores, list) and all(type(x) in (int, float) for x in scores)
 
 
-def read_scores(path: str) -> Iterator[tuple[list[float], float | None]]:
-    """Yields (scores, norm or None) of each document; raises RowFileError as `read_rows` does."""
-    for row in read_rows(path):
-        yield row["scores"], row.get("norm")
-
-
 def read_table(
     scores: str, count: int, each: Callable[[int, dict[str, Any]], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -161,10 +155,10 @@ def write_top(scores: str, *, top: int) -> None:
     """Writes the `top` documents at both ends of each query's ranking to `top_file`."""
     best: list[dict[str, list[tuple[float, int, float]]]] = []
     count = 0
-    for document, (row, norm) in enumerate(read_scores(scores)):
-        if not best:
-            best = [{name: [] for name in ENDS} for _ in row]
-        for query, score in zip(best, row, strict=True):
+    for document, row in enumerate(read_rows(scores)):
+        norm = row.get("norm")
+        best = best or [{name: [] for name in ENDS} for _ in row["scores"]]
+        for query, score in zip(best, row["scores"], strict=True):
             per_norm = score / norm if norm else 0.0
             for name, value in (("top", score), ("top_per_norm", per_norm)):
                 # Of equal scores, the first document ranks first.

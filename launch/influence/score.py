@@ -23,7 +23,6 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files
-from espalier.launch.influence import factors as factor_files
 from espalier.launch.influence import inputs, methods, outputs, ranking
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadError, RunConfig
@@ -49,7 +48,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _default_files(flags: argparse.Namespace) -> Sequence[str]:
     if factors := getattr(flags, "factors", None):
-        record = factor_files.read(factors)
+        record = outputs.read(factors)
         flags.checkpoint = flags.checkpoint or record["checkpoint"]
         flags.params = flags.params or str(record.get("params", "auto"))
     if not flags.checkpoint:
@@ -113,7 +112,7 @@ def score(
         )
     if top < 1:
         raise LoadError(f"--top={top} must be at least 1.")
-    fitted = factor_files.read(factors) if factors else None
+    fitted = outputs.read(factors) if factors else None
     if length is None and fitted is not None:
         length = int(fitted["length"])
     with (

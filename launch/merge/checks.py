@@ -1,7 +1,7 @@
 """Refuses models that compute different functions of their weights, before anything is written."""
 
-import hashlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,83 @@ from typing import Any
 import numpy as np
 
 from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
-from espalier.launch.merge import config_defaults, places
 from espalier.launch.merge.models import HfModel, Model, NativeModel
 from espalier.launch.merge.settings import Merge, MergeError
+
+# What transformers computes with where config.json lacks a field, by model_type; absent and null differ.
+# VARIES: the default differs between versions of transformers.
+VARIES: Any = object()
+
+_ALL = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_qk_norm": False,
+    "use_sliding_window": False,
+    "rope.rope_type": "default",
+}
+_LLAMA = {
+    **_ALL,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope.rope_theta": 10_000.0,
+}
+_COHERE = {
+    **_ALL,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+}
+_T5 = {
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
+_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "cohere": {**_COHERE, "rope.rope_theta": VARIES},
+    "cohere2": {**_COHERE, "rope.rope_theta": 10_000.0, "sliding_window": 4096},
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 4096},
+    "mixtral": {
+        **_LLAMA,
+        "rms_norm_eps": 1e-5,
+        "rope.rope_theta": 1e6,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": {
+        **_ALL,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "rope.rope_theta": 10_000.0,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": VARIES,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gpt2": {
+        "tie_word_embeddings": True,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+    },
+    "t5": {**_T5, "tie_word_embeddings": True, "feed_forward_proj": "relu"},
+    "mt5": {**_T5, "tie_word_embeddings": VARIES, "feed_forward_proj": "gated-gelu"},
+}
+
+
+def defaults_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the defaults of the fields of a config.json that are known; of the rotary embedding as `rope.NAME`."""
+    return _FAMILIES.get(str(config.get("model_type")), _ALL)
+
 
 # Fields of config.json that do not change the function that is computed.
 _SILENT = {
@@ -46,8 +120,17 @@ _SILENT = {
 }
 _RELATED = 0.1  # least correlation of embeddings of models of one start; others have none
 _COMPARED = 1 << 20  # values
+_EMBEDDING = re.compile(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
 _OF_DEPTH = {*_DEPTHS, "layer_types", "max_window_layers", "no_rope_layers"}
+
+
+def is_tied(model: Model) -> bool:
+    """Returns whether a model's head is the table of the tokens."""
+    if not isinstance(model, HfModel):
+        return False
+    default = defaults_of(model.config).get("tie_word_embeddings")
+    return model.config.get("tie_word_embeddings", default) is True
 
 
 def check(merge: Merge, models: Mapping[str, Model]) -> None:
@@ -83,7 +166,7 @@ def check(merge: Merge, models: Mapping[str, Model]) -> None:
 def warn_unrelated(merge: Merge, models: Mapping[str, Model]) -> None:
     """Warns of models whose embeddings are not correlated: weights of models of other starts do not correspond."""
     opened = [models[path] for path in merge.models()]
-    names = [next((n for n in x.tensors if places.is_embedding(n)), None) for x in opened]
+    names = [next(filter(_EMBEDDING.search, x.tensors), None) for x in opened]
     first = _some_values(opened[0], names[0])
     for model, name in zip(opened[1:], names[1:], strict=True):
         values = _some_values(model, name)
@@ -137,7 +220,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_config(merge: Merge, first: HfModel, other: HfModel, *, deep: bool) -> None:
     here, there = facts(first.config), facts(other.config)
-    defaults = config_defaults.of(first.config)
+    defaults = defaults_of(first.config)
     ignored = {*(_OF_DEPTH if deep else ()), *(("vocab_size",) if merge.tokens else ())}
     unknown = []
     for key in sorted({*here, *there} - ignored):
@@ -147,7 +230,7 @@ def _check_config(merge: Merge, first: HfModel, other: HfModel, *, deep: bool) -
             unknown.append(f"{name} ({lacking.path})")
             continue
         a, b = (side.get(key, defaults.get(key)) for side in (here, there))
-        if config_defaults.VARIES in (a, b):
+        if VARIES in (a, b):
             raise MergeError(
                 f"{merge.file}: {lacking.path}/config.json has no {name}, whose default differs between versions of "
                 "transformers: add the value that the model was trained with."
@@ -200,38 +283,25 @@ def _check_native(merge: Merge, first: NativeModel, other: NativeModel, *, deep:
         )
 
 
-def vocabulary(folder: str | os.PathLike) -> dict[str, int] | None:
-    """Returns the ids of a folder's tokens, from its tokenizer.json; None if it has none.
-
-    Raises:
-      TokenizerError: the file is damaged or not safe to read.
-    """
-    content = checkpoint_files.read(
-        folder, hf_tokenizer.TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES
-    )
-    if content is None:
-        return None
-    return hf_tokenizer.load(content).get_vocab(with_added_tokens=True)
+def tokenizer_of(folder: str | os.PathLike) -> bytes | None:
+    """Returns a folder's tokenizer.json; None if it has none."""
+    limit = checkpoint_files.MAX_BYTES
+    return checkpoint_files.read(folder, hf_tokenizer.TOKENIZER, max_bytes=limit)
 
 
 def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:
-    """Raises MergeError if the models have tokenizers with different ids."""
-    seen: dict[str, tuple[HfModel, dict[str, int]]] = {}
-    for model in models:
-        content = checkpoint_files.read(
-            model.folder, hf_tokenizer.TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES
-        )
-        if content is None:
+    """Raises MergeError if the models have tokenizers with different ids.
+
+    Raises:
+      TokenizerError: a file is damaged or not safe to read.
+    """
+    texts = {model: tokenizer_of(model.folder) for model in models}
+    known = [(model, text) for model, text in texts.items() if text is not None]
+    for model, text in known[1:]:
+        first, own = known[0]
+        if text == own:
             continue
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in seen or len(models) == 1:
-            continue
-        if not seen:
-            seen[digest] = (model, {})
-            continue
-        first, ids = next(iter(seen.values()))
-        ids = ids or vocabulary(first.folder) or {}
-        theirs = vocabulary(model.folder) or {}
+        ids, theirs = (hf_tokenizer.load(x).get_vocab(with_added_tokens=True) for x in (own, text))
         if ids != theirs:
             token = min(x for x in {*ids, *theirs} if ids.get(x) != theirs.get(x))
             raise MergeError(
@@ -239,4 +309,3 @@ def _check_tokenizers(merge: Merge, models: Sequence[HfModel]) -> None:
                 f"{ids.get(token, 'none')} in the first and {theirs.get(token, 'none')} in the second. Add "
                 "`tokenizer_source: union` (or base) to align vocabularies."
             )
-        seen[digest] = (model, theirs)

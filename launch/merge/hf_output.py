@@ -12,12 +12,12 @@ import numpy as np
 
 from espalier.common import files
 from espalier.data.tokenizers import chat_template, hf_tokenizer
-from espalier.launch.merge import card, places, tokens
+from espalier.launch.merge import output, tokens
 from espalier.launch.merge.models import CONFIG, HfModel, Model
+from espalier.launch.merge.output import Workers, progress
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import MergeError
 from espalier.launch.merge.tokens import Vocabulary
-from espalier.launch.merge.workers import Progress, Workers
 from espalier.launch.weights.target_folder import check_space, new_directory
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 
@@ -41,7 +41,7 @@ def write(
       MergeError, TransformError, ConvertError, OSError.
     """
     models = planner.models
-    config, record = _config(planner, planned, vocabulary), card.record(planner)
+    config, record = _config(planner, planned, vocabulary), output.record(planner)
     sizes = {x.name: (x.out_dtype, x.shape) for x in planned}
     state = {
         "planned": [repr(x) for x in planned],
@@ -57,45 +57,39 @@ def write(
     ) as folder:
         done = _done(folder, fingerprint)
         if done is None:
-            check_space(folder, card.out_bytes(planned))
+            check_space(folder, output.out_bytes(planned))
         journal = _Journal(folder, fingerprint, again=done is not None)
         with (
             SafetensorsWriter(
                 folder, sizes, shard_bytes=shard_bytes, again=done is not None
             ) as writer,
-            Progress(card.out_bytes(planned), os.path.basename(target)) as progress,
+            progress(
+                planned, initial=sum(writer.tensors[name].nbytes for name in done or ())
+            ) as bar,
         ):
             for x in planned:
-                nbytes = writer.tensors[x.name].nbytes
-                if x.name not in (done or ()):
-                    for low, values in workers.run(x, _reads(x, models, vocabulary, workers)):
-                        writer.write_values(x.name, values, low)
-                        progress.add(values.nbytes)
-                    journal.add(x.name, nbytes, writer)
-                else:
-                    progress.skip(nbytes)
+                if x.name in (done or ()):
+                    continue
+                for low, values in workers.run(x, _reads(x, models, vocabulary)):
+                    writer.write_values(x.name, values, low)
+                    bar.update(values.nbytes)
+                journal.add(x.name, writer.tensors[x.name].nbytes, writer)
             journal.finish()
         _write_rest(pathlib.Path(folder), planner, config, record, vocabulary)
 
 
-def _reads(
-    x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary | None, workers: Workers
-) -> list[Any]:
+def _reads(x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary | None) -> list[Any]:
     """Returns the functions that read the inputs, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
     reads = [models[path].read(name) for path, name in x.inputs]
-    if vocabulary is None or not _is_table(x, models, vocabulary):
-        return reads
     paths = [path for path, _ in x.inputs]
+    first = models[paths[0]].tensors[x.inputs[0][1]]
+    if vocabulary is None or not first.is_vocabulary(vocabulary.sizes[paths[0]]):
+        return reads
     width = int(np.prod(x.shape[1:]))
     return [
         tokens.reader(tokens.rows_of(vocabulary, paths, path), reads, width, dtype)
         for path, dtype in zip(paths, x.dtypes, strict=True)
     ]
-
-
-def _is_table(x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary) -> bool:
-    path, name = x.inputs[0]
-    return places.is_vocabulary(models[path].tensors[name], vocabulary.sizes[path])
 
 
 class _Journal:
@@ -146,12 +140,11 @@ def _config(
     config = dict(donor.config)
     if not config:
         return {}
-    if (
-        len(planner.layers) > 1 and "num_layers" in config
-    ):  # by default, the decoder is as deep as the encoder
+    # By default, the decoder is as deep as the encoder.
+    if len(planner.layers) > 1 and "num_layers" in config:
         config["num_decoder_layers"] = config.get("num_decoder_layers") or config["num_layers"]
     for stack, origins in planner.layers.items():
-        before = len({e.place.layer for e in donor.tensors.values() if e.place.stack == stack})
+        before = donor.depth(stack)
         same = origins == [(path, i) for i, (path, _) in enumerate(origins)]
         if len(origins) != before or not same:
             _change_depth(planner, config, stack, before)
@@ -202,7 +195,7 @@ def _write_rest(
     record: Mapping[str, Any],
     vocabulary: Vocabulary | None,
 ) -> None:
-    """Writes config.json, the tokenizer, the record and the model card."""
+    """Writes config.json, the tokenizer, the record and the model output."""
     source = planner.donor.folder if vocabulary is None else vocabulary.folder
     hf_tokenizer.copy(source, folder)
     if vocabulary is not None:
@@ -214,8 +207,10 @@ def _write_rest(
         files.write_json(folder / CONFIG, config, synced=False, indent=2, end="\n")
     if planner.merge.chat_template is not None:
         _set_template(folder, planner)
-    files.write_json(folder / card.RECORD, record, synced=False, indent=2, end="\n")
-    (folder / card.NAME).write_text(card.text(folder.name, planner.merge, record), encoding="utf-8")
+    files.write_json(folder / output.RECORD, record, synced=False, indent=2, end="\n")
+    (folder / output.NAME).write_text(
+        output.text(folder.name, planner.merge, record), encoding="utf-8"
+    )
 
 
 def _set_template(folder: pathlib.Path, planner: Planner) -> None:

@@ -5,13 +5,14 @@ A tensor of a run is one layer's part of an array: 'layers/3/mlp/up/kernel', how
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import math
 import os
 import pathlib
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ from espalier.model.hf.files.safetensors_files import SafetensorsReader, read_js
 CONFIG = "config.json"
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?|layer))\.(\d+)\.(.+)")
 ARRAY = re.compile(r"((?:.*/)?layers)/block_(\d+)/(.*)")
+# Tensors that come before the layers; other tensors outside of layers come after them.
+FIRST = re.compile(
+    r"(?!lm_head)(?:.*[./])?(?:token_embed|embed_tokens|wte|wpe|shared|word_embeddings|positions?|"
+    r"position_embeddings|embed_positions|embeddings?|relative_(?:attention_)?bias\w*)(?:[./].*)?"
+)
+HEAD = re.compile(r"(?:.*[./])?(?:lm_head|output_projection|embed_out)[./].*")
+_POSITIONS = re.compile(r"(^|.*[./])(wpe|positions?|position_embeddings|embed_positions)([./].*|$)")
 # Tensors without weights, which readers make themselves.
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _HELD_CHUNKS = 3
@@ -56,8 +64,50 @@ class Entry:
     names: tuple[str, ...]
     place: Place
 
+    def is_vocabulary(self, size: int) -> bool:
+        """Returns whether the rows are the tokens of a vocabulary of this size."""
+        name, rows = self.names[0], self.shape[:1] == (size,)
+        tokens = FIRST.fullmatch(name) or HEAD.fullmatch(name)
+        return rows and not _POSITIONS.fullmatch(name) and tokens is not None
 
-class HfModel:
+
+class _Tensors:
+    """What both kinds of models have.
+
+    Attributes:
+      tensors: by name.
+    """
+
+    tensors: dict[str, Entry]
+
+    @functools.cached_property
+    def layers(self) -> dict[tuple[str, int | None], list[str]]:
+        """The names of the tensors in each layer, by stack and layer."""
+        layers: dict[tuple[str, int | None], list[str]] = {}
+        for place in (entry.place for entry in self.tensors.values()):
+            if place.stack is not None:
+                layers.setdefault((place.stack, place.layer), []).append(place.rest)
+        return layers
+
+    @property
+    def stacks(self) -> list[str]:
+        """The stacks of layers."""
+        return list(dict.fromkeys(stack for stack, _ in self.layers))
+
+    def depth(self, stack: str) -> int:
+        """Returns the number of layers of a stack."""
+        return sum(name == stack for name, _ in self.layers)
+
+
+def short(stack: str, stacks: Sequence[str]) -> str:
+    """Returns the name of a stack in `modules`: that of its owner, or 'default' for the only one."""
+    if len(stacks) == 1:
+        return "default"
+    owner, _, _ = stack.replace("/", ".").rpartition(".")
+    return owner or "decoder"
+
+
+class HfModel(_Tensors):
     """A folder with safetensors, and config.json if it has one; of an address, a copy.
 
     Raises:
@@ -73,7 +123,7 @@ class HfModel:
         has_config = os.path.lexists(self.folder / CONFIG)
         self.config: dict[str, Any] = read_json(self.folder / CONFIG) if has_config else {}
         self._reader = SafetensorsReader(self.folder)
-        self.tensors: dict[str, Entry] = {}
+        self.tensors = {}
         for name, info in self._reader.tensors.items():
             if not _COMPUTED.fullmatch(name):
                 place = self._place(name)
@@ -125,7 +175,7 @@ class HfModel:
         self._reader.close()
 
 
-class NativeModel:
+class NativeModel(_Tensors):
     """The newest undamaged step of a run, or a step.
 
     Raises:
@@ -154,7 +204,7 @@ class NativeModel:
         self._lock = threading.Lock()
         self.arrays: dict[str, list[str]] = {}  # the tensors of each array, in order
         self._where: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.tensors: dict[str, Entry] = {}
+        self.tensors = {}
         blocks = collections.Counter(
             stack for stack, _ in {m.groups()[:2] for m in map(ARRAY.fullmatch, self._shapes) if m}
         )

@@ -2,19 +2,18 @@
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.launch.merge import card
+from espalier.launch.merge import output
 from espalier.launch.merge.models import ARRAY, NativeModel
+from espalier.launch.merge.output import Workers, progress
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import MergeError
-from espalier.launch.merge.workers import Progress, Workers
-from espalier.launch.weights.target_folder import check_space, new_directory
+from espalier.launch.weights.target_folder import check_space
 from espalier.model.transforms.merge_blocks import promoted
 
 _CHUNK_BYTES = 16 << 20
@@ -26,45 +25,36 @@ def write(planner: Planner, planned: Sequence[Planned], target: str, *, workers:
     Raises:
       MergeError, TransformError, ConvertError, CheckpointSaveError.
     """
-    from espalier.launch.run import model_record, run_vocabulary
-    from espalier.launch.run.model_record import CONFIG
     from espalier.launch.weights import transformed_run
-    from espalier.trainers.checkpoints import step_dir, stream_checkpoint
 
     donor = planner.donor
     assert isinstance(donor, NativeModel)
     lines = _config_lines(planner, planned)
-    by_array = _by_array(donor, planned)
-    with new_directory(target) as folder:
-        check_space(folder, card.out_bytes(planned))
-        text = "\n".join([donor.source.config(whole=False), *lines, ""])
-        pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
-        model_record.write(folder)
-        run_vocabulary.copy(donor.folder, folder)
-        leaves = transformed_run.abstract_params(transformed_run.model_of(folder))
-        with Progress(card.out_bytes(planned), os.path.basename(target)) as progress:
+    text = "\n".join([donor.source.config(whole=False), *lines, ""])
+    with transformed_run.new_run(target, text, donor.source) as (folder, model):
+        check_space(folder, output.out_bytes(planned))
+        leaves = transformed_run.abstract_params(model)
+        with progress(planned) as bar:
             arrays = {
-                f"params/{path}": _streamed(path, parts, planner, workers, progress)
-                for path, parts in by_array.items()
+                path: _streamed(parts, planner, workers, bar)
+                for path, parts in _by_array(donor, planned).items()
             }
             wanted = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-            made = {name.removeprefix("params/"): array.shape for name, array in arrays.items()}
+            made = {path: array.shape for path, array in arrays.items()}
             if wanted != made:
                 path = min(x for x in {*wanted, *made} if wanted.get(x) != made.get(x))
                 raise MergeError(
                     f"{planner.merge.file}: {path} would be {made.get(path)}, and the model has {wanted.get(path)}: merge models of "
                     "one architecture."
                 )
-            checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
-            record = card.record(planner)
-            pathlib.Path(folder, card.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            meta = _meta(record, donor, changed=bool(lines))
-            stream_checkpoint.save(checkpoints, arrays, meta=meta)
+            record = output.record(planner)
+            pathlib.Path(folder, output.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            transformed_run.save(folder, arrays, _meta(record, donor, changed=bool(lines)))
 
 
 def _meta(record: Mapping[str, Any], donor: NativeModel, *, changed: bool) -> dict[str, Any]:
     # The record of an import has the dtypes of its tensors, which a change of depth or dtype makes wrong.
-    hf = {"hf": donor.source.meta["hf"]} if "hf" in donor.source.meta and not changed else {}
+    hf = {} if changed else donor.source.hf_meta()
     facts = {key: value for key, value in record.items() if key != "made_of"}
     return {**donor.source.text_meta(), **hf, "made_of": record["made_of"], "merged": facts}
 
@@ -114,10 +104,8 @@ def _config_lines(planner: Planner, planned: Sequence[Planned]) -> list[str]:
 def _by_array(donor: NativeModel, planned: Sequence[Planned]) -> dict[str, list[Planned]]:
     """Returns the tensors of each array of the output, in the order of their rows."""
     periods: dict[str, int] = {}
-    for path in donor.arrays:
-        stack, block, _ = _split(path)
-        if stack is not None:
-            periods[stack] = max(periods.get(stack, 0), block + 1)
+    for match in filter(None, map(ARRAY.fullmatch, donor.arrays)):
+        periods[match[1]] = max(periods.get(match[1], 0), int(match[2]) + 1)
     result: dict[str, list[Planned]] = {}
     for x in planned:
         if x.stack is None or x.layer is None:
@@ -129,18 +117,7 @@ def _by_array(donor: NativeModel, planned: Sequence[Planned]) -> dict[str, list[
     return {path: sorted(parts, key=lambda x: x.layer or 0) for path, parts in result.items()}
 
 
-def _split(path: str) -> tuple[str | None, int, str]:
-    match = ARRAY.fullmatch(path)
-    return (match[1], int(match[2]), match[3]) if match else (None, 0, path)
-
-
-def _streamed(
-    path: str,
-    parts: Sequence[Planned],
-    planner: Planner,
-    workers: Workers,
-    progress: Progress,
-) -> Any:
+def _streamed(parts: Sequence[Planned], planner: Planner, workers: Workers, bar: Any) -> Any:
     """Returns an array that is merged while it is written, a layer or a block of rows at a time."""
     from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
@@ -157,40 +134,28 @@ def _streamed(
         for i, x in enumerate(parts):
             reads = [planner.models[p].read(name) for p, name in x.inputs]
             merged = workers.run(x, reads)
-            if stacked:
-                values = _joined(merged, math.prod(x.shape), dtype)
-                yield (i, *(0 for _ in x.shape)), values.reshape(1, *x.shape)
-                progress.add(values.nbytes)
-                continue
-            inner = math.prod(x.shape[1:])
-            for low, values in _regrouped(merged, rows * inner):
-                start = (low // max(1, inner), *(0 for _ in x.shape[1:])) if x.shape else ()
-                yield start, values.reshape(-1, *x.shape[1:]) if x.shape else values.reshape(())
-                progress.add(values.nbytes)
+            for low, values in _regrouped(merged, math.prod(chunk), dtype):
+                row = i if stacked else low // max(1, math.prod(shape[1:]))
+                start = (row, *(0 for _ in shape[1:])) if shape else ()
+                yield start, values.reshape(-1, *shape[1:]) if shape else values.reshape(())
+                bar.update(values.nbytes)
 
     return StreamedArray(shape, dtype, chunk, blocks)
 
 
-def _joined(merged: Iterator[tuple[int, np.ndarray]], size: int, dtype: np.dtype) -> np.ndarray:
-    values = np.empty(size, dtype)
-    for low, part in merged:
-        values[low : low + part.size] = part
-    return values
-
-
 def _regrouped(
-    merged: Iterator[tuple[int, np.ndarray]], size: int
+    merged: Iterator[tuple[int, np.ndarray]], size: int, dtype: np.dtype
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields blocks of exactly `size` values, but the last."""
-    start, waiting, count = 0, [], 0
+    start, count, block = 0, 0, np.empty(size, dtype)
     for _, part in merged:
         while part.size:
             taken = part[: size - count]
-            waiting.append(taken)
+            block[count : count + taken.size] = taken
             count += taken.size
             part = part[taken.size :]
             if count == size:
-                yield start, np.concatenate(waiting)
-                start, waiting, count = start + size, [], 0
-    if waiting:
-        yield start, np.concatenate(waiting)
+                yield start, block
+                start, count, block = start + size, 0, np.empty(size, dtype)
+    if count:
+        yield start, block[:count]

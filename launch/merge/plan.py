@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.merge.models import Entry, Model, digests
-from espalier.launch.merge.places import FIRST, HEAD, by_layer, depth, is_tied, short, stacks_of
+from espalier.launch.merge.checks import is_tied
+from espalier.launch.merge.models import FIRST, HEAD, Entry, Model, digests, short
 from espalier.launch.merge.settings import (
     Merge,
     MergeError,
@@ -108,7 +108,7 @@ class Planner:
                 raise self._error(
                     f"lists a model twice: {path} has the weights of {first}. Remove one of them, or give it by one path."
                 )
-        stacks = stacks_of(self.donor)
+        stacks = self.donor.stacks
         modules = self._modules(stacks)
         planned: list[Planned] = []
         for own, module, names in modules:
@@ -191,15 +191,14 @@ class Planner:
         """Returns the names of a layer's tensors, of the first source that has the layer's."""
         names: dict[str, None] = {}
         for source, layer in group.sources:
-            model = self.models[source.model]
-            names |= {rest: None for rest in by_layer(model).get((stack, layer), ())}
+            names |= dict.fromkeys(self.models[source.model].layers.get((stack, layer), ()))
         return list(names)
 
     def _count(self, stack: str, part: Slice) -> int:
         """Returns the number of layers of a slice."""
         counts = {}
         for source in part.sources:
-            there = depth(self.models[source.model], stack)
+            there = self.models[source.model].depth(stack)
             if source.layers and source.layers[1] > there:
                 raise self._error(
                     f"layer_range {list(source.layers)} of {source.model}: it has {there} layers in {stack}."

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from espalier.launch.merge import card, checks, config_file, hf_output, places, settings, tokens
+from espalier.launch.merge import checks, config_file, hf_output, output, settings, tokens
 from espalier.launch.merge.models import HfModel, Model, open_model
+from espalier.launch.merge.output import Workers
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import Merge, MergeError
 from espalier.launch.merge.tokens import Vocabulary
-from espalier.launch.merge.workers import Workers
 
 _SHARD = 5 * 10**9  # bytes
 
@@ -47,7 +47,7 @@ def merge_all(
       MergeError, TransformError, WeightFileError, TokenizerError, DamagedCheckpointError, ConvertError, OSError.
     """
     merges = config_file.read(config)
-    if seed is not None and not any(map(card.is_random, merges)):
+    if seed is not None and not any(merge.is_random for merge in merges):
         raise MergeError(
             f"--seed={seed} has no effect: {config} has no method that draws. Remove it."
         )
@@ -112,7 +112,7 @@ def _is_there(merge: Merge, target: str, seed: int) -> bool:
     if not _exists(target):
         return False
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads(paths.read(paths.join(target, card.RECORD)))
+        record = json.loads(paths.read(paths.join(target, output.RECORD)))
         if record["configuration"] == json.loads(json.dumps(merge.text)) and record["seed"] == seed:
             return True
     raise MergeError(
@@ -143,7 +143,7 @@ def _merge(
                 f"--shard_size is of files of safetensors, and {target} will be a run: remove it."
             )
         if dry_run:
-            return card.table(planned)
+            return output.table(planned)
         workers.check_equal(planned, models, merge.file)
         if merge.method != "passthrough" and merge.tokens is None:
             checks.warn_unrelated(merge, models)
@@ -168,14 +168,14 @@ def _shapes(
     shapes = {}
     for path in merge.models():
         for name, entry in models[path].tensors.items():
-            if places.is_vocabulary(entry, vocabulary.sizes[path]):
+            if entry.is_vocabulary(vocabulary.sizes[path]):
                 shapes[name] = (vocabulary.size, *entry.shape[1:])
     return shapes
 
 
 def _described(merge: Merge, planned: Sequence[Planned]) -> str:
     count = sum(math.prod(x.shape) for x in planned)
-    size = card.out_bytes(planned)
+    size = output.out_bytes(planned)
     shown = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     models = merge.merged_models()
     return f"{merge.method} of {len(models)} model{'s' * (len(models) != 1)}, {count:,} parameters, {shown}"

@@ -115,6 +115,11 @@ class Merge:
     chat_template: str | None
     text: Mapping[str, Any]
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the method draws random numbers."""
+        return METHODS[self.method].random
+
     def slices(self) -> Iterator[Slice]:
         for module in self.modules.values():
             yield from module.slices

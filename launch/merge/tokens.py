@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from espalier.common.storage import mirror
-from espalier.data.tokenizers import checkpoint_files, hf_tokenizer
+from espalier.data.tokenizers import hf_tokenizer
+from espalier.launch.merge.checks import tokenizer_of
 from espalier.launch.merge.models import HfModel, Model, Read
 from espalier.launch.merge.settings import Merge, MergeError, Tokens, TokenSource
 
@@ -89,9 +90,7 @@ def build(merge: Merge, models: Mapping[str, Model]) -> Vocabulary | None:
 
 
 def _content(merge: Merge, folder: pathlib.Path) -> bytes:
-    content = checkpoint_files.read(
-        folder, hf_tokenizer.TOKENIZER, max_bytes=checkpoint_files.MAX_BYTES
-    )
+    content = tokenizer_of(folder)
     if content is None:
         raise MergeError(
             f"{merge.file}: tokenizer: {folder} has no tokenizer.json: put the model's there, or remove the tokenizer block."

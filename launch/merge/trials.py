@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -50,34 +50,6 @@ def normalised(weights: Sequence[float]) -> Weights:
     """Returns weights that sum to 1, rounded."""
     total = sum(weights)
     return tuple(round(w / total, _DIGITS) + 0.0 for w in weights)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchFlags:
-    """Flags of `launch.merge search`.
-
-    Attributes:
-      models: NAME=DIR of each run.
-      held_out: NAME=FILE of each domain.
-      out: folder of trials.jsonl, merge.yml and search.json.
-      method: how weights are proposed.
-      budget: largest number of trials of the search; equal weights, models alone and the table take a few more.
-      seed: of random weights.
-      delta: how much worse than the best the worst domain may be, as a share of the loss of the best single model there; by
-        default its standard error.
-      params: see launch.score.
-      batch_size: rows at a time.
-    """
-
-    models: Sequence[str]
-    held_out: Sequence[str]
-    out: str
-    method: Literal["coordinate", "random"] = "coordinate"
-    budget: int = 60
-    seed: int = 0
-    delta: float | None = None
-    params: Literal["auto", "raw", "ema"] = "auto"
-    batch_size: int = 8
 
 
 class Trials:

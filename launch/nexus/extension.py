@@ -11,7 +11,7 @@ from espalier.launch.nexus import domain_record
 from espalier.launch.nexus.extend import ExtendFlags
 from espalier.launch.run.load_run import RunConfig
 from espalier.launch.upcycle import upcycle_flags
-from espalier.launch.upcycle.mixture import expert_lines, recorded_mixture
+from espalier.launch.upcycle.upcycle import expert_lines, recorded_mixture
 from espalier.launch.weights import source_models, transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.model.bam.moa import AttentionExperts

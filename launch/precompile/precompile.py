@@ -11,7 +11,7 @@ import jax
 
 from espalier.common import stages
 from espalier.common.storage import output_files
-from espalier.launch.precompile import chips, compile_report, programs, tpu_topology
+from espalier.launch.precompile import compile_report, programs, tpu_topology
 from espalier.launch.precompile.compile_report import Memory, Report
 from espalier.launch.precompile.hlo import collectives
 from espalier.launch.precompile.programs import Kind, Options, Work
@@ -141,7 +141,7 @@ def _roofline(report: Report, topology: Topology) -> dict[str, Any] | None:
     if report.flops is None or report.collectives is None or report.traffic is None:
         return None
     within, between = collectives.sent(report.collectives)
-    return chips.roofline(
+    return tpu_topology.roofline(
         topology.chip,
         flops=report.flops.compiled,
         hbm_bytes=report.traffic,

@@ -22,7 +22,7 @@ from typing import Any
 
 from espalier.common.bars import Bar
 from espalier.launch import cli, environment
-from espalier.launch.precompile import table_rows, tables_page, tpu_topology
+from espalier.launch.precompile import table_rows, tpu_topology
 from espalier.launch.precompile.table_rows import Row
 
 DOCS = pathlib.Path(environment.ROOT, "docs")
@@ -74,7 +74,7 @@ def _run(flags: argparse.Namespace) -> int:
         if reason := tpu_topology.missing():
             raise tpu_topology.TopologyError(f"The tables need libtpu, but {reason}.")
         _compile(chosen, records, target, flags)
-    page = tables_page.page(tables, records)
+    page = table_rows.page(tables, records)
     pathlib.Path(flags.out, PAGE).write_text(page, encoding="utf-8")
     return int(any(records.get(row.name, {}).get("report") is None for row in chosen))
 
@@ -134,7 +134,7 @@ def _compile(
             }
             os.makedirs(target.parent, exist_ok=True)
             precompile.write_json(target, {"rows": records})
-            line = tables_page.summary(records[row.name])
+            line = table_rows.summary(records[row.name])
             progress.write(f"{row.name}: {line}, {outcome.seconds:.0f} s")
             for problem in row.broken(outcome.report) if outcome.report else ():
                 progress.write(f"{row.name} breaks what its row states: {problem}")

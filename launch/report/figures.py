@@ -1,16 +1,66 @@
-"""Figures of any runs: last values as a dot for each seed, and curves over updates."""
+"""Figures of any runs: last values as a dot for each seed, curves over updates, and titles and units of metrics."""
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from espalier.launch.plots import hover, panels
-from espalier.launch.report.labels import short
-from espalier.launch.report.runs import Run
+
+if TYPE_CHECKING:  # pandas is imported with the work
+    import pandas as pd
+
+    from espalier.launch.report.runs import Run
+
+# Name of a metric as a pattern -> its title, with groups of the pattern, and its unit; "" for a number without one.
+_LABELS = (
+    (r"perplexity", "perplexity", ""),
+    (r"bits_per_byte", "bits per byte", "bits per byte"),
+    (r"(?:indicators/)?(accuracy|ended|mass|mass_chosen)", r"\1", "share"),
+    (r"p_win", "P_win", "probability"),
+    (r"(?:indicators/)?llh[/_](gap|chosen|rejected)", r"likelihood, \1", "nats per token"),
+    (r"logps/(\w+)", r"log-probability, \1", "nats per completion"),
+    (r"log_ratio/(\w+)", r"log-ratio to the reference, \1", "nats per completion"),
+    (r"(?:indicators/)?(entropy|entropy_chosen)", r"\1 of the likeliest tokens", "bits"),
+    (r"grad_norm", "gradient norm", ""),
+    (r"param_norm", "norm of the parameters", ""),
+    (r"update_norm", "norm of the update", ""),
+    (r"learning_rate", "learning rate", ""),
+    (r"(tokens|images)_per_second", r"\1 per second", r"\1/s"),
+    (r"model_flops_per_second", "model FLOPs per second", "FLOP/s"),
+    (r"mfu", "utilisation (MFU)", "share of the peak"),
+    (r"skipped_updates", "skipped updates", "updates"),
+)
+
+
+def label(metric: str, loss_unit: str) -> tuple[str, str]:
+    """Returns title and unit of a metric; `loss_unit` is the unit of the run's loss."""
+    if metric == "loss" or metric.startswith("source_loss/"):
+        source = metric.partition("/")[2]
+        return (f"loss on {source}" if source else "loss"), loss_unit
+    for pattern, title, unit in _LABELS:
+        if match := re.fullmatch(pattern, metric):
+            return match.expand(title).replace("_", " "), match.expand(unit)
+    return metric.replace("_", " ").replace("/", ": "), ""
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Returns a number as text of a page, with a minus sign, and never with one at zero."""
+    text = f"{value:,.{digits}f}"
+    if text.startswith("-") and not text.strip("-0.,"):
+        text = text[1:]
+    return text.replace("-", "−")
+
+
+def short(value: float) -> str:
+    """Returns a number with four digits at most, also a small or large one."""
+    if not math.isfinite(value) or (value and not 1e-3 <= abs(value) < 1e5):
+        return f"{value:.3g}".replace("-", "−")
+    return number(value, max(0, 3 - len(str(int(abs(value)))) + 1))
+
 
 _POINTS = 300  # of a drawn curve
 _TOOLTIPS = 40  # of a drawn curve
@@ -27,7 +77,7 @@ class Dots:
 
     title: str
     unit: str
-    values: Mapping[str, tuple[Run, float]]
+    values: "Mapping[str, tuple[Run, float]]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +91,7 @@ class Curves:
 
     title: str
     unit: str
-    series: Sequence[tuple[Run, pd.Series]]
+    series: "Sequence[tuple[Run, pd.Series]]"
 
 
 def colours(arms: Sequence[str]) -> dict[str, Any]:
@@ -109,6 +159,8 @@ def _draw_dots(axes: Any, panel: Dots, arms: Mapping[str, Any], *, named: bool) 
 
 
 def _draw_curves(axes: Any, panel: Curves, arms: Mapping[str, Any]) -> None:
+    import pandas as pd
+
     for arm, colour in arms.items():
         of_arm = [(run, series) for run, series in panel.series if run.arm == arm]
         for run, series in of_arm:
@@ -131,7 +183,7 @@ def _draw_curves(axes: Any, panel: Curves, arms: Mapping[str, Any]) -> None:
     panels.room(axes, "y")
 
 
-def curve(axes: Any, name: str, series: pd.Series, colour: Any, **style: Any) -> None:
+def curve(axes: Any, name: str, series: "pd.Series", colour: Any, **style: Any) -> None:
     """Draws values by step as a line, with dots where they are few, and tooltips; what is not finite is a gap."""
     finite = series[np.isfinite(series)]
     if finite.empty:
@@ -144,7 +196,7 @@ def curve(axes: Any, name: str, series: pd.Series, colour: Any, **style: Any) ->
     hover.points(axes, list(some.index), list(some), texts)
 
 
-def _thinned(series: pd.Series, most: int) -> pd.Series:
+def _thinned(series: "pd.Series", most: int) -> "pd.Series":
     """Returns at most so many values, at even distances, the first and the last among them."""
     if len(series) <= most:
         return series

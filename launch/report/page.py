@@ -10,7 +10,7 @@ import pandas as pd
 from espalier.launch.config import config_diff
 from espalier.launch.input_errors import shortened
 from espalier.launch.plots import hover, html_page
-from espalier.launch.report import figures, labels
+from espalier.launch.report import figures
 from espalier.launch.report.figures import Curves, Dots
 from espalier.launch.report.runs import Run
 
@@ -95,7 +95,7 @@ def _sections(runs: Sequence[Run]) -> Iterator[Section]:
         of = f": {name}" if len(groups) > 1 and name else ""
         for metric in _FINAL:
             if panels := _last_values(group, metric):
-                title = labels.label(metric, "")[0]
+                title = figures.label(metric, "")[0]
                 in_table = group if metric == "loss" else ()
                 yield f"Held-out {title}{of}", f"{metric}_{number}", panels, in_table
         if panels := _loss_curves(group):
@@ -114,7 +114,7 @@ def _domains(runs: Sequence[Run]) -> list[str]:
 
 def _last_values(runs: Sequence[Run], metric: str) -> list[Dots]:
     """Returns a panel of a held-out metric for each domain that has it."""
-    _, unit = labels.label(metric, runs[0].kind[1])
+    _, unit = figures.label(metric, runs[0].kind[1])
     panels = []
     for domain in _domains(runs):
         values = {
@@ -157,7 +157,7 @@ def _other_curves(runs: Sequence[Run], *, held_out: bool) -> list[Curves]:
     series: dict[tuple[str, str], list[tuple[Run, pd.Series]]] = {}
     for run in runs:
         for metric, points in (_held_out(run) if held_out else _trained(run)).items():
-            series.setdefault(labels.label(metric, run.kind[1]), []).append((run, points))
+            series.setdefault(figures.label(metric, run.kind[1]), []).append((run, points))
     return [
         Curves(title, unit, points)
         for (title, unit), points in sorted(series.items(), key=lambda x: "loss" not in x[0][0])

@@ -12,7 +12,7 @@ import pandas as pd
 
 from espalier.launch.run import metric_rows, objective
 from espalier.launch.run.model_record import CONFIG
-from espalier.launch.sweep.results import read_results
+from espalier.launch.sweep.folder import read_results
 
 # Held-out metric that only losses of one unit have -> that unit, for runs whose objective is unknown.
 _UNITS = {

@@ -7,10 +7,12 @@ itself when to start the next.
 
 import dataclasses
 import enum
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 Handle = str
+_ANSWER_SECONDS = 120.0
 
 
 class SubmitError(ValueError):
@@ -100,3 +102,37 @@ class Queue(Submitter, Protocol):
     def handle(self, job: Job) -> Handle:
         """Returns the handle that `submit` returns, without submitting, for the status of a job or to cancel it."""
         ...
+
+
+def answer(
+    words: Sequence[str],
+    *,
+    missing: str,
+    refused: str,
+    text: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Runs a program of a cluster and returns its output.
+
+    Args:
+      words: the program and its arguments.
+      missing: what to do where there is no such program.
+      refused: who refuses, for the message with the program's own words.
+      text: its input; None for this process's.
+      env: its environment; None for this process's.
+
+    Raises:
+      SubmitError: the program is missing, gives no answer, or refuses.
+    """
+    try:
+        done = subprocess.run(
+            words, input=text, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=env
+        )
+    except FileNotFoundError:
+        raise SubmitError(f"there is no {words[0]} here: {missing}.") from None
+    except subprocess.TimeoutExpired:
+        raise SubmitError(f"{words[0]} gave no answer within {_ANSWER_SECONDS:.0f} s.") from None
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
+        raise SubmitError(f"{refused}: {reason}")
+    return done.stdout

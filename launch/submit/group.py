@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
     raise SystemExit(group.main())
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -18,15 +17,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, ClassVar
+from typing import IO, TYPE_CHECKING, Annotated, ClassVar
 
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.processes import supervisor
 from espalier.launch.submit.base import SubmitError
 from espalier.launch.submit.launch_config import Launch
 
 if TYPE_CHECKING:
     from espalier.launch.submit.local import LocalSubmitter
+
+_FLAGS = ("processes", "restarts", "log", "folder", "secret")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,16 +80,7 @@ class Settings(Launch):
         flags = [f"--processes={self.processes}", f"--restarts={self.restarts}", f"--log={log}"]
         if self.folder:
             flags.append(f"--folder={self.directory}")
-        secrets = [f"--secret={name}={path}" for name, path in self.secret_places.items()]
-        return (
-            sys.executable,
-            "-m",
-            "espalier.launch.submit.group",
-            *flags,
-            *secrets,
-            "--",
-            *command,
-        )
+        return (sys.executable, *self.in_group(command, *flags))
 
 
 def submitter(settings: Settings) -> "LocalSubmitter":
@@ -104,52 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = words.index("--")
         own, command = words[:place], words[place + 1 :]
     parser = cli.make_parser(__doc__ or "", "python -m espalier.launch.submit.group")
-    _add_flags(parser)
+    setting_flags.add(parser, run, names=_FLAGS)
     flags = parser.parse_args(own)
-    if not command or flags.processes < 1 or flags.restarts < 0:
+    settings = setting_flags.given(flags, run, _FLAGS)
+    if not command or settings.get("processes", 1) < 1 or settings.get("restarts", 0) < 0:
         parser.error("give at least one process, no negative --restarts, and the command after --")
-    return cli.status_of(lambda: _run(flags, command))
+    return cli.status_of(lambda: run(command, **settings))
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (1)")
-    parser.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="starts after status 75 (0)"
-    )
-    parser.add_argument(
-        "--log", metavar="FILE", help="FILE.task1 and so on have the output of further processes"
-    )
-    parser.add_argument(
-        "--folder", metavar="DIR", help="working directory of the processes (this one's)"
-    )
-    parser.add_argument(
-        "--secret",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="a variable of the processes whose value is in a file; repeatable",
-    )
-
-
-def _run(flags: argparse.Namespace, command: Sequence[str]) -> int:
-    environment = dict(os.environ)
-    for entry in flags.secret:
-        name, _, path = entry.partition("=")
-        environment[name] = _secret(name, path)
-    return run(
-        command,
-        processes=flags.processes,
-        restarts=flags.restarts,
-        log=flags.log,
-        folder=flags.folder,
-        environment=environment,
-    )
-
-
-def _secret(name: str, path: str) -> str:
+def _secret(entry: str) -> tuple[str, str]:
+    name, _, path = entry.partition("=")
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
-            return file.read().strip()
+            return name, file.read().strip()
     except OSError as error:
         raise SubmitError(
             f"secrets: the file {path!r} of {name} cannot be read: {error.strerror}."
@@ -161,14 +122,26 @@ def run(
     *,
     processes: int = 1,
     restarts: int = 0,
-    log: str | None = None,
-    folder: str | None = None,
-    environment: dict[str, str] | None = None,
+    log: File | None = None,
+    folder: Folder | None = None,
+    secret: Sequence[Annotated[str, "NAME=FILE"]] = (),
 ) -> int:
     """Runs a command in several processes that join each other; returns the highest exit status.
 
     A signal to this process goes to all of them, and then nothing is started again.
+
+    Args:
+      command: the command.
+      processes: processes.
+      restarts: starts after status 75.
+      log: FILE.task1 and so on have the output of further processes.
+      folder: working directory of the processes (this one's).
+      secret: a variable of the processes whose value is in a file; repeatable.
+
+    Raises:
+      SubmitError: the file of a secret cannot be read.
     """
+    environment = {**os.environ, **dict(map(_secret, secret))}
     stopping: list[int] = []
     for attempt in range(restarts + 1):
         flags = _join_flags(processes)

@@ -13,20 +13,18 @@ import json
 import math
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import yaml
 
-from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError
+from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError, answer
 from espalier.launch.submit.launch_config import Launch, texts
 
 _API = "jobset.x-k8s.io/v1alpha2"
 _CONTAINER = "main"
 _GROUP = "hosts"  # the replicated job's name
 _PORT = 1234
-_COMMAND_SECONDS = 120.0
 _IMAGE = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"
 _PRIVILEGED = """\
 # Containers with TPUs are privileged: libtpu maps the chips' memory and locks pages, for which it raises its own limits.
@@ -368,12 +366,12 @@ class JobSetSubmitter:
 
     def _status(self, handle: Handle) -> Status:
         try:
-            answer = self._kubectl("get", f"jobset/{handle}", "--output=json")
+            found = self._kubectl("get", f"jobset/{handle}", "--output=json")
         except SubmitError as error:
             if "NotFound" in str(error):  # deleted
                 return Status(state=State.DROPPED)
             raise
-        status = json.loads(answer).get("status") or {}
+        status = json.loads(found).get("status") or {}
         for condition in status.get("conditions", ()):
             if condition.get("status") == "True" and condition.get("type") in (
                 "Completed",
@@ -400,22 +398,9 @@ class JobSetSubmitter:
 
     def _kubectl(self, *words: str, text: str | None = None) -> str:
         """Runs kubectl and returns its output; raises SubmitError with its words."""
-        command = ("kubectl", f"--namespace={self._settings.namespace}", *words)
-        try:
-            done = subprocess.run(
-                command,
-                input=text,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=_COMMAND_SECONDS,
-            )
-        except FileNotFoundError:
-            raise SubmitError(
-                "there is no kubectl here: install it and choose a cluster, or see the manifest with --dry_run."
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise SubmitError(f"kubectl gave no answer within {_COMMAND_SECONDS:.0f} s.") from None
-        if done.returncode != 0:
-            raise SubmitError(f"Kubernetes refused (kubectl {words[0]}): {done.stderr.strip()}")
-        return done.stdout
+        return answer(
+            ("kubectl", f"--namespace={self._settings.namespace}", *words),
+            missing="install it and choose a cluster, or see the manifest with --dry_run",
+            refused=f"Kubernetes refused (kubectl {words[0]})",
+            text=text,
+        )

@@ -128,6 +128,11 @@ class Launch:
         """Flags with which the processes of a run join each other."""
         return ("--coordinator_address=auto",) if self.processes > 1 else ()
 
+    def in_group(self, command: Sequence[str], *flags: str) -> list[str]:
+        """Returns the words after Python by which launch/submit/group.py runs a command, with these flags and the secrets."""
+        secrets = [f"--secret={name}={path}" for name, path in self.secret_places.items()]
+        return ["-m", "espalier.launch.submit.group", *flags, *secrets, "--", *command]
+
     def submitter(self) -> Any:
         """Returns the back end, a `base.Submitter`, or a `base.Queue` unless FOREGROUND."""
         return importlib.import_module(BACKENDS[self.BACKEND]).submitter(self)

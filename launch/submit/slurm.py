@@ -9,14 +9,13 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.launch import environment
 from espalier.launch.submit import slurm_script
-from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError
+from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError, answer
 from espalier.launch.submit.slurm_script import Settings
 
 _WAITING = (
@@ -26,7 +25,6 @@ _WAITING = (
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING")
 # Seconds until the status file of a job that has ended must be visible on a network file system.
 _VISIBLE_SECONDS = 30.0
-_COMMAND_SECONDS = 120.0
 # Jobs of an array: a cluster's MaxArraySize is 1001 unless it says otherwise.
 _ARRAY = 1000
 # Seconds for which the scheduler may give no answer, for example during its own restart.
@@ -157,8 +155,8 @@ class SlurmSubmitter:
                 ]
             for job in jobs:
                 _prepare(self.handle(job))
-            answer = _slurm(*words, script=slurm_script.render(self._settings, jobs))
-            number = answer.strip().partition(";")[0]  # the cluster's name may follow
+            sent = _slurm(*words, script=slurm_script.render(self._settings, jobs))
+            number = sent.strip().partition(";")[0]  # the cluster's name may follow
             for index, job in enumerate(jobs):
                 handle = self.handle(job)
                 identity = number if len(jobs) == 1 else f"{number}_{index}"
@@ -267,28 +265,9 @@ def _seconds(duration: str) -> float:
 
 
 def _slurm(*words: str, script: str = "") -> str:
-    """Runs a command of SLURM and returns its output.
-
-    Raises:
-      SubmitError: with the scheduler's own words.
-    """
-    try:
-        done = subprocess.run(
-            words,
-            input=script,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_COMMAND_SECONDS,
-            env=environment.of_user(),  # which sbatch passes on to the job
-        )
-    except FileNotFoundError:
-        raise SubmitError(
-            f"there is no {words[0]} here: submit from a host of the SLURM cluster, or see the script with --dry_run."
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise SubmitError(f"{words[0]} gave no answer within {_COMMAND_SECONDS:.0f} s.") from None
-    if done.returncode != 0:
-        answer = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
-        raise SubmitError(f"SLURM refused ({words[0]}): {answer}")
-    return done.stdout
+    """Runs a command of SLURM and returns its output; raises SubmitError with the scheduler's own words."""
+    missing = "submit from a host of the SLURM cluster, or see the script with --dry_run"
+    env = environment.of_user()  # which sbatch passes on to the job
+    return answer(
+        words, missing=missing, refused=f"SLURM refused ({words[0]})", text=script, env=env
+    )

@@ -204,14 +204,12 @@ def _install(settings: Settings) -> str:
 def _start(settings: Settings, job: Job) -> str:
     """Returns the start script of every host."""
     variables = {**settings.variables, **job.environment}
-    group = ["-m", "espalier.launch.submit.group", f"--restarts={settings.restarts}"]
-    group += [f"--secret={name}={path}" for name, path in settings.secret_places.items()]
-    words = [settings.interpreter, *group, "--", *texts(job.command)]
+    group = settings.in_group(texts(job.command), f"--restarts={settings.restarts}")
     return "\n".join(
         [
             "echo $$ >start.pid",
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-            f"exec {shlex.join(words)}",
+            f"exec {shlex.join([settings.interpreter, *group])}",
             "",
         ]
     )

@@ -99,15 +99,7 @@ class Settings(Launch):
 
 def experiment(settings: Settings, job: Job) -> dict[str, Any]:
     """Returns the description of a job that the script reads."""
-    secrets = [f"--secret={name}={path}" for name, path in settings.secret_places.items()]
-    group = [
-        "-m",
-        "espalier.launch.submit.group",
-        f"--restarts={settings.restarts}",
-        *secrets,
-        "--",
-    ]
-    words = [*group, *texts(job.command)]
+    words = settings.in_group(texts(job.command), f"--restarts={settings.restarts}")
     if settings.executor != "local":  # the image has no entry point
         words.insert(0, settings.interpreter)
     if settings.executor == "vertex" and any("$(" in word for word in words):

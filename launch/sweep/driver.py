@@ -14,8 +14,7 @@ from typing import Any
 
 from espalier.launch.processes.supervisor import handled
 from espalier.launch.submit.base import Handle, Job, State, Status, Submitter
-from espalier.launch.sweep import results
-from espalier.launch.sweep.folder import Planned, SweepFolder, tail
+from espalier.launch.sweep.folder import Planned, SweepFolder, tail, write_results
 
 INTERRUPTED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -152,7 +151,7 @@ def drive(
         folder.directory(name).mkdir(parents=True, exist_ok=True)
     stopping = 0.0
     known: list[Progress] = []
-    results.write_results(folder, plan)
+    write_results(folder, plan)
     try:
         with stop_signals() as signals:
             while open_jobs:
@@ -236,7 +235,7 @@ def _record(
         },
     )
     if folder.done(planned):
-        results.write_results(folder, plan)
+        write_results(folder, plan)
 
 
 def first_error(log: pathlib.Path, status: int) -> str:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from espalier.launch import cli
@@ -31,20 +31,16 @@ from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError
 from espalier.launch.sweep.parts import command_line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(
-        __doc__,
-        "sweeping.run",
-        lambda flags: run_one(SweepFolder(pathlib.Path(flags.out)), flags.run),
-        add_flags=_add_flags,
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder")
     parser.add_argument("--run", required=True, metavar="NAME", help="as in its sweep.json")
+
+
+def _run(flags: argparse.Namespace) -> Mapping[str, Any]:
+    return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
+
+
+main = cli.command(__doc__, "sweeping.run", _run, add_flags=_add_flags)
 
 
 def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:

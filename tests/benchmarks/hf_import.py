@@ -122,7 +122,7 @@ def side(action: str, *arguments: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from espalier.launch.convert.import_weights import import_hf
+    from espalier.launch.convert.exchange import import_hf
     from espalier.launch.submit.worker import peak_bytes
     from espalier.model.hf.load import load
 

@@ -21,8 +21,7 @@ from espalier.launch.sweep import file as sweep_file
 from espalier.launch.sweep import run as sweep_run
 from espalier.launch.sweep.driver import RunState
 from espalier.launch.sweep.file import Run, SweepError
-from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError
-from espalier.launch.sweep.results import read_results
+from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError, read_results
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
@@ -138,7 +137,7 @@ def test_the_text_after_a_colon_is_given_to_get_config(write):
         (
             "dict(arms=dict(a={}), evaluations=dict("
             "x={}, y=dict(command=('score',)), z=dict(call='launch.sweep:nope'),"
-            " w=dict(call='launch.sweep.results:read_results', arguments=dict(wrong=1))))",
+            " w=dict(call='launch.sweep.folder:read_results', arguments=dict(wrong=1))))",
             [
                 "'x': give either call",
                 r"'y': its command has no word with \{json\}",

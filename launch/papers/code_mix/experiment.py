@@ -363,7 +363,7 @@ def read(sweep: str, judged: pathlib.Path) -> list[dict[str, Any]]:
         `win_rates` has judged.
     """
     from espalier.launch.papers.code_mix.judged import by_arm
-    from espalier.launch.sweep.results import read_results
+    from espalier.launch.sweep.folder import read_results
 
     places = [(row, pathlib.Path(sweep, row["directory"])) for row in read_results(sweep)]
     rows = [with_data(row, place) for row, place in places if not row["made"]]

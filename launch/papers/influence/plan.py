@@ -104,7 +104,7 @@ class Plan:
 
 
 def _chip_hours(flops: float) -> float:
-    from espalier.launch.precompile.chips import CHIPS as KNOWN
+    from espalier.launch.precompile.tpu_topology import CHIPS as KNOWN
 
     return flops / (MFU * KNOWN[CHIP].peak_flops) / 3600
 

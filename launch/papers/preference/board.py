@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from espalier.launch.plots import hover, html_page, panels
-from espalier.launch.report.labels import number, short
+from espalier.launch.report.figures import number, short
 from espalier.launch.run import metric_rows
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 

@@ -174,7 +174,7 @@ def rows(
     """
     from espalier.launch import cli
     from espalier.launch.sweep import __main__ as sweep
-    from espalier.launch.sweep.results import read_results
+    from espalier.launch.sweep.folder import read_results
 
     file = _file(name, argument)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]

@@ -16,7 +16,7 @@ import pytest
 
 from espalier.common.storage import mirror, paths
 from espalier.launch import environment
-from espalier.launch.influence import inputs, methods, ranking, similarity
+from espalier.launch.influence import inputs, methods, ranking, scorers
 from espalier.launch.run.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import conjugate, documents, files, kronecker, lexical, scores
@@ -242,7 +242,7 @@ def test_shared_tokens_are_also_those_of_an_encoders_inputs():
         Row(context=[0], targets=[1, 2], encoder_inputs=[5, 6]),
     ]
     (other,), (same,) = (
-        row["scores"] for row in similarity.Lexical(lexical.tfidf, [query], documents).stream(0)
+        row["scores"] for row in scorers.Lexical(lexical.tfidf, [query], documents).stream(0)
     )
     assert same > other == pytest.approx(0)
 
@@ -301,8 +301,7 @@ def test_another_model_for_queries_and_a_mixture_for_documents(place, trained_ru
         of_mixture = inputs.Documents(
             run=types.SimpleNamespace(vocabulary=vocabularies.byte()),
             length=8,
-            mixture="influence_texts",
-            limit=limit,
+            source=inputs.Source(mixture="influence_texts", max_documents=limit),
         )
         assert of_mixture.count() == count
     again = ("influence", "score", *given, "--mixture=influence_texts", f"--out={out}", *other)
@@ -483,7 +482,7 @@ def test_what_an_encoder_reads_is_at_most_the_length(tmp_path):
     ):
         inputs.read_queries(run, asked, 8)
     rows = [{"inputs": [5] * count, "targets": [7] * 2} for count in (8, 9)]
-    source = inputs.Documents(run=run, length=8, path=write(tmp_path / "d.jsonl", rows))
+    source = inputs.Source(documents=write(tmp_path / "d.jsonl", rows)).of(run, 8)
     assert [len(row.encoder_inputs) for row in source] == [8, 8] and source.cut == 1
 
 

@@ -10,8 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from espalier.launch.influence import corpus, pages
-from espalier.launch.influence.analyses import labels
+from espalier.launch.influence import labels, pages
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> & \u2028 \ud800"
 
@@ -46,10 +45,8 @@ def data():
     }
 
 
-def test_hostile_texts_stay_data(tmp_path):
-    path = tmp_path / "viewer.html"
-    pages.write(data(), path)
-    page = path.read_text(encoding="utf-8")
+def test_hostile_texts_stay_data():
+    page = pages.page(data())
     parsed = Elements(page)
     assert parsed.tags.count("script") == 2 and "img" not in parsed.tags
     embedded, script = parsed.scripts
@@ -64,7 +61,6 @@ def test_hostile_texts_stay_data(tmp_path):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_script_shows_texts_as_text_only():
@@ -96,7 +92,7 @@ def test_a_nearly_certain_completion_is_divided_by_the_least_nats_and_marked():
         given=types.SimpleNamespace(
             queries=[labels.Query(prompt="p", completion="c")] * 2, nats=[0.1, 0.5], tokens=[]
         ),
-        corpus=corpus.Corpus({0: "text"}, None, {}),
+        corpus=pages.Corpus({0: "text"}, None, {}),
         analyses={"omitted": []},
         norms_N=None,
         rank_by="score",

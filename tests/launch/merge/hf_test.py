@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 
+from espalier.common.bars import Bar
 from espalier.launch.merge import __main__ as merge
-from espalier.launch.merge import config_file, models, plan, run, workers
+from espalier.launch.merge import config_file, models, output, plan, run
 from espalier.launch.merge.settings import MergeError
 from espalier.model.hf.files.safetensors_files import INDEX, SafetensorsReader
 from tests.launch.merge import folders
@@ -399,7 +400,7 @@ def test_a_killed_merge_leaves_nothing_and_goes_on(tmp_path, monkeypatch, tensor
     config = linear(tmp_path)
     whole = merged(tmp_path, config, "whole")
     monkeypatch.setattr("espalier.launch.merge.hf_output._FLUSH_BYTES", 600)
-    actual, done = workers.Workers.run, []
+    actual, done = output.Workers.run, []
 
     def killed(self, x, reads):
         if len(done) == tensors_before:
@@ -407,7 +408,7 @@ def test_a_killed_merge_leaves_nothing_and_goes_on(tmp_path, monkeypatch, tensor
         done.append(x.name)
         return actual(self, x, reads)
 
-    monkeypatch.setattr(workers.Workers, "run", killed)
+    monkeypatch.setattr(output.Workers, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         run.merge_all(config, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -417,7 +418,7 @@ def test_a_killed_merge_leaves_nothing_and_goes_on(tmp_path, monkeypatch, tensor
         again.append(x.name)
         return actual(self, x, reads)
 
-    monkeypatch.setattr(workers.Workers, "run", counted)
+    monkeypatch.setattr(output.Workers, "run", counted)
     out = merged(tmp_path, config)
     assert all(np.array_equal(out[name], whole[name]) for name in whole)
     assert len(again) <= len(whole) and (tensors_before < 10 or len(again) < len(whole) - 10)
@@ -577,11 +578,12 @@ def test_a_dry_run_shows_every_tensor_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_without_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("espalier.launch.merge.workers._SECONDS", 0)
+def test_progress_without_a_terminal(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Bar, "close", lambda bar: told.append(bar._text()))
     folders.pair(tmp_path)
     run.merge_all(linear(tmp_path), str(tmp_path / "out"))
-    assert "out: 100% of 0.00 GB, about 0 s left" in capsys.readouterr().err
+    assert re.fullmatch(r"merge: ([\d.]+k)/\1 B \(about 0 s left\)", told[0])
 
 
 def test_vocabularies_are_united(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from espalier.launch.merge import search_run, trials
+from espalier.launch.merge import search, trials
 from espalier.launch.merge.settings import MergeError
 from espalier.launch.merge.trials import Trial, Trials
 
@@ -21,7 +21,7 @@ def evaluate(weights):
     }
 
 
-def search(path, method, *, budget=40, evaluate=evaluate, **more):
+def searched(path, method, *, budget=40, evaluate=evaluate, **more):
     found = Trials(str(path), {"models": 3}, evaluate, budget=budget)
     getattr(trials, method)(found, 3, **(more or {"delta": None, "single": ONES}))
     return found
@@ -31,7 +31,7 @@ def search(path, method, *, budget=40, evaluate=evaluate, **more):
     ("method", "more"), [("coordinate", {"delta": 0.1, "single": ONES}), ("random", {"seed": 1})]
 )
 def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_path, method, more):
-    whole = search(tmp_path / "whole", method, **more)
+    whole = searched(tmp_path / "whole", method, **more)
     start = whole.done[trials.normalised([1, 1, 1])]
     assert next(iter(whole.done)) == start.weights
     best = trials.choose(list(whole.done.values()), delta=np.inf, single=ONES)
@@ -45,10 +45,10 @@ def test_a_search_is_no_worse_than_its_start_and_is_resumed_without_repeats(tmp_
         return evaluate(weights)
 
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "cut", method, evaluate=counted, **more)
+        searched(tmp_path / "cut", method, evaluate=counted, **more)
     with open(tmp_path / "cut", "a") as file:
         file.write('{"weights": [0.1')  # killed while it wrote
-    again = search(tmp_path / "cut", method, evaluate=counted, **more)
+    again = searched(tmp_path / "cut", method, evaluate=counted, **more)
     assert list(again.done) == list(whole.done) and again.new == len(whole.done) - 6
     assert len(set(seen[:6] + seen[7:])) == len(whole.done)
     assert (tmp_path / "cut").read_text() == (tmp_path / "whole").read_text()
@@ -111,13 +111,11 @@ def test_what_leaving_out_a_model_gains(tmp_path):
 
 
 def test_two_copies_act_as_one_of_twice_the_weight():
-    from espalier.launch.merge import search_run
-
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
-    two = search_run._mean((0.25, 0.25, 0.5), [a, a, b])
-    np.testing.assert_allclose(two, search_run._mean((0.5, 0.5), [a, b]), atol=1e-6)
-    assert np.array_equal(search_run._mean((0.0, 1.0), [a, b]), b)
+    two = search._mean((0.25, 0.25, 0.5), [a, a, b])
+    np.testing.assert_allclose(two, search._mean((0.5, 0.5), [a, b]), atol=1e-6)
+    assert np.array_equal(search._mean((0.0, 1.0), [a, b]), b)
 
 
 def test_leaving_out_a_model_can_be_the_best_choice(tmp_path):
@@ -135,7 +133,7 @@ def test_leaving_out_a_model_can_be_the_best_choice(tmp_path):
 def test_a_model_that_is_given_twice_has_both_weights(tmp_path):
     best = Trial((0.5, 0.25, 0.0, 0.25), {"x": 1.0}, {"x": 0.1})
     models = {"one": "/runs/one", "two": "/runs/two", "none": "/runs/none", "again": "/runs/one"}
-    search_run._write(str(tmp_path), models, best, {})
+    search._write(str(tmp_path), models, best, {})
     document = yaml.safe_load((tmp_path / "merge.yml").read_text())
     weights = {entry["model"]: entry["parameters"]["weight"] for entry in document["models"]}
     assert weights == {"/runs/one": 0.75, "/runs/two": 0.25} and len(document["models"]) == 2

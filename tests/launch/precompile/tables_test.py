@@ -6,7 +6,7 @@ import json
 import pytest
 
 from espalier.launch.config import gin_config
-from espalier.launch.precompile import apart, table_rows, tables, tables_page, tpu_topology
+from espalier.launch.precompile import apart, table_rows, tables, tpu_topology
 
 TABLES = table_rows.rows()
 ROWS = [row for table in TABLES.values() for row in table]
@@ -29,7 +29,7 @@ def test_a_row_resolves_to_a_run_on_its_chips(row):
 
 
 def test_all_papers_and_sizes_have_rows():
-    assert set(TABLES) == set(tables_page.TITLES)
+    assert set(TABLES) == set(table_rows.TITLES)
     names = {row.name for row in ROWS}
     assert {
         "code_mix_470m",
@@ -137,7 +137,7 @@ def test_a_row_of_another_compiler_is_compiled_again(tmp_path, monkeypatch):
 
 def cells_of_a_line(digest):
     row = BAM
-    page = tables_page.page(
+    page = table_rows.page(
         {"bam": [row]}, {row.name: {"digest": digest, "report": report()}}
     ).splitlines()
     (line,) = [line for line in page if line.startswith("| BAM of four 590M")]
@@ -177,7 +177,7 @@ def test_an_unknown_row_is_named(tmp_path, capsys):
 def test_the_stored_page_is_that_of_the_stored_numbers():
     records = tables.read(tables.DOCS / tables.JSON)
     page = (tables.DOCS / tables.PAGE).read_text(encoding="utf-8")
-    assert records and page == tables_page.page(TABLES, records)
+    assert records and page == table_rows.page(TABLES, records)
     assert set(records) <= {row.name for row in ROWS}
 
 

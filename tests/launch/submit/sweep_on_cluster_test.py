@@ -7,7 +7,7 @@ import pytest
 
 from espalier.launch.environment import ROOT
 from espalier.launch.sweep import __main__ as sweep
-from espalier.launch.sweep.results import read_results
+from espalier.launch.sweep.folder import read_results
 
 CLUSTER = ("--cluster=launch/submit/configs/slurm.py", "--cluster_setting=poll_seconds=0.5")
 ONE = (

@@ -17,8 +17,7 @@ from espalier.launch.sweep import check, driver, parts
 from espalier.launch.sweep import file as sweep_file
 from espalier.launch.sweep import run as sweep_run
 from espalier.launch.sweep.file import SweepError
-from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError
-from espalier.launch.sweep.results import read_results
+from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError, read_results
 from espalier.trainers.checkpoints import step_dir
 
 # ---- Files.

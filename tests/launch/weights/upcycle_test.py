@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from espalier.launch.convert import __main__ as convert
-from espalier.launch.convert import import_weights
+from espalier.launch.convert import exchange
 from espalier.launch.upcycle import upcycle, upcycle_flags
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
@@ -417,7 +417,7 @@ def test_experts_of_a_sequential_model_go_to_mixtrals_layout(make, tmp_path):
     with SafetensorsWriter(tmp_path, sizes, shard_bytes=10**9) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    import_weights.import_hf(str(tmp_path), str(tmp_path / "run"), dtype="float32")
+    exchange.import_hf(str(tmp_path), str(tmp_path / "run"), dtype="float32")
     flags = ("--copies=4", "--top_k=2", "--renormalise")
     made = make(*flags, experts=[str(tmp_path / "run")], method="btx")
     assert convert.main([f"--from={made}", f"--to_hf={tmp_path}/hf"]) == 0

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.influence.analyses import concentration, correlations, labels, parts, search
-from espalier.launch.influence.analyses.labels import OTHER_SOURCES, Query
+from espalier.launch.influence import labels, statistics
+from espalier.launch.influence.labels import OTHER_SOURCES, Query
 from espalier.trainers.influence.measures import spearman
 
 RANDOM = "random"
@@ -41,7 +41,7 @@ def compared(
       share of the queries with a matching document, None without such queries. The last row has what rankings of all
       documents at random give in expectation.
     """
-    ranked = {method: correlations.ranked(values) for method, values in scores.items()}
+    ranked = {method: statistics.ranked(values) for method, values in scores.items()}
     first = next(iter(scores))
     rows = []
     for method, values_NQ in scores.items():
@@ -58,7 +58,7 @@ def compared(
                 **{
                     kind: _mean(
                         [
-                            bool(search.hits(ranked[method][:, q], documents, top))
+                            bool(labels.hits(ranked[method][:, q], documents, top))
                             for q, documents in own.items()
                         ]
                     )
@@ -68,7 +68,7 @@ def compared(
         )
     count = len(scores[first])
     by_chance = {
-        kind: _mean([search.chance(count, len(documents), top) for documents in own.values()])
+        kind: _mean([labels.chance(count, len(documents), top) for documents in own.values()])
         for kind, own in matching.items()
     }
     overlap = min(top, count) / count
@@ -163,7 +163,7 @@ class Inputs:
     nats: Sequence[float | None]
     sources: Sequence[str] | None
     matching: Mapping[tuple[str, int], np.ndarray] | None
-    layers: parts.LayerSums | None
+    layers: statistics.LayerSums | None
     tokens: Sequence[Mapping[str, Any]]
     method: str
     others: Mapping[str, np.ndarray]
@@ -178,14 +178,16 @@ def searched(documents: int) -> int:
 def analyse(given: Inputs) -> dict[str, Any]:
     """Returns the analyses by name, and under `omitted` which are not possible with these files, and why."""
     groups = labels.groups(given.queries)
-    ranked_NQ = correlations.ranked(given.scores_NQ)
+    ranked_NQ = statistics.ranked(given.scores_NQ)
     result: dict[str, Any] = {"within": given.within}
     omitted: list[str] = []
     if len(given.queries) > 1:
         result["random_overlap"] = min(given.within, len(given.scores_NQ)) / len(given.scores_NQ)
         tasks = [query.task for query in given.queries]
         kinds = [query.kind for query in given.queries]
-        result["correlations"] = correlations.table(given.scores_NQ, tasks, kinds, top=given.within)
+        result["correlations"] = statistics.correlation_table(
+            given.scores_NQ, tasks, kinds, top=given.within
+        )
     else:
         omitted.append("Correlations need two queries.")
     result["power_law"], fits = _power_laws(given, groups)
@@ -199,8 +201,10 @@ def analyse(given: Inputs) -> dict[str, Any]:
     correct = [query.correct for query in given.queries]
     for name in ("answer", "procedure"):
         if name in by_name:
-            result[name] = search.table(ranked_NQ, by_name[name], groups, correct, top=given.within)
-            result[f"{name}_of_queries"] = search.per_query(ranked_NQ, by_name[name], given.within)
+            result[name] = labels.presence_table(
+                ranked_NQ, by_name[name], groups, correct, top=given.within
+            )
+            result[f"{name}_of_queries"] = labels.per_query(ranked_NQ, by_name[name], given.within)
         elif given.matching is None:
             omitted.append(f"The search for a query's {name} needs a file of documents.")
         else:
@@ -210,7 +214,7 @@ def analyse(given: Inputs) -> dict[str, Any]:
     else:
         omitted.append("Layers need `score --per_layer`.")
     if given.tokens:
-        result["tokens"] = parts.token_table(given.tokens, groups)
+        result["tokens"] = statistics.token_table(given.tokens, groups)
     else:
         omitted.append("Tokens need `score --token_scores=N`.")
     if given.others:
@@ -230,7 +234,7 @@ def _by_name(given: Inputs) -> dict[str, dict[int, np.ndarray]]:
 def _power_laws(given: Inputs, groups: Mapping[str, Sequence[int]]) -> tuple[list[Any], list[Any]]:
     """Returns rows of mean slopes by group, and the fit of each query."""
     top = min(_FITTED, max(10, len(given.scores_NQ) // 10))
-    fits = [concentration.power_law(column, top=top) for column in given.scores_NQ.T]
+    fits = [statistics.power_law(column, top=top) for column in given.scores_NQ.T]
     rows = []
     for group, own in groups.items():
         parts_ = {"all": own}
@@ -242,7 +246,7 @@ def _power_laws(given: Inputs, groups: Mapping[str, Sequence[int]]) -> tuple[lis
                 rows.append(
                     {
                         **{"group": group, "answered": part, "documents": top},
-                        "slope": concentration.spread(slopes),
+                        "slope": statistics.spread(slopes),
                     }
                 )
     return rows, fits
@@ -251,11 +255,11 @@ def _power_laws(given: Inputs, groups: Mapping[str, Sequence[int]]) -> tuple[lis
 def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """Returns rows of the positive influence of top documents, by group and part of the documents."""
     by_query = [
-        concentration.cumulative(column, nats)
+        statistics.cumulative(column, nats)
         for column, nats in zip(given.scores_NQ.T, given.nats, strict=True)
     ]
     rows = []
-    for p, part in enumerate(concentration.SHARES):
+    for p, part in enumerate(statistics.SHARES):
         if part * len(given.scores_NQ) < 1:
             continue
         count = by_query[0][p]["documents"]
@@ -267,7 +271,7 @@ def _cumulative(given: Inputs, groups: Mapping[str, Sequence[int]]) -> list[dict
             rows.append(
                 {
                     **{"part": part, "documents": count, "group": group},
-                    **{name: concentration.spread(own) for name, own in values.items()},
+                    **{name: statistics.spread(own) for name, own in values.items()},
                 }
             )
     return rows

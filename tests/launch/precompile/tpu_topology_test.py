@@ -2,12 +2,12 @@
 
 import pytest
 
-from espalier.launch.precompile import chips
+from espalier.launch.precompile import tpu_topology
 
 
 def times(**changed):
     settings = dict(flops=0.0, hbm_bytes=0.0, sent=0.0, sent_between_slices=0.0, model_flops=None)
-    return chips.roofline(chips.CHIPS["v5e"], **(settings | changed))
+    return tpu_topology.roofline(tpu_topology.CHIPS["v5e"], **(settings | changed))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_model_s_share_of_the_peak():
 
 
 def test_a_chip_has_two_links_in_each_dimension():
-    assert {name: chip.wire_rate / chip.link_rate for name, chip in chips.CHIPS.items()} == {
+    assert {name: chip.wire_rate / chip.link_rate for name, chip in tpu_topology.CHIPS.items()} == {
         **{"v4": 6, "v5e": 4},
         **{"v5p": 6, "v6e": 4},
     }

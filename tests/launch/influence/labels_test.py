@@ -2,7 +2,7 @@
 
 import pytest
 
-from espalier.launch.influence.analyses import search
+from espalier.launch.influence import labels
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from espalier.launch.influence.analyses import search
     ],
 )
 def test_numbers_in_words(number, words):
-    assert search.in_words(number) == words
+    assert labels.in_words(number) == words
 
 
 @pytest.mark.parametrize(
@@ -52,27 +52,27 @@ def test_numbers_in_words(number, words):
     ],
 )
 def test_an_answer_occurs_in_equivalent_spellings_as_whole_words(answer, text, present):
-    assert search.occurs(search.normal(text), search.pattern(answer)) is present
+    assert labels.occurs(labels.normal(text), labels.pattern(answer)) is present
 
 
 def test_matches_are_the_numbers_of_documents():
-    patterns = {"a": search.pattern("Rome"), "b": search.pattern("x")}
-    got = search.matches(["in Rome", "", "ROME and x"], patterns)
+    patterns = {"a": labels.pattern("Rome"), "b": labels.pattern("x")}
+    got = labels.matches(["in Rome", "", "ROME and x"], patterns)
     assert {key: own.tolist() for key, own in got.items()} == {"a": [0, 2], "b": [2]}
-    assert search.matches([], patterns)["a"].shape == (0,)
+    assert labels.matches([], patterns)["a"].shape == (0,)
     # Patterns that share words, that are no word, and whose first text has several spellings.
     texts = ["x ++ y", "forty two apples", "42 apples", "two apples", "apples, pears"]
     patterns = {0: "++", 1: "42", 2: [["42", "apples"], "pears"], 3: "apples", 4: "two apples"}
-    patterns = {key: search.pattern(value) for key, value in patterns.items()}
+    patterns = {key: labels.pattern(value) for key, value in patterns.items()}
     want = {
-        key: [i for i, text in enumerate(texts) if search.occurs(search.normal(text), own)]
+        key: [i for i, text in enumerate(texts) if labels.occurs(labels.normal(text), own)]
         for key, own in patterns.items()
     }
     assert want == {0: [0], 1: [1, 2], 2: [1, 2, 4], 3: [1, 2, 3, 4], 4: [1, 3]}
-    assert {key: own.tolist() for key, own in search.matches(texts, patterns).items()} == want
+    assert {key: own.tolist() for key, own in labels.matches(texts, patterns).items()} == want
 
 
 @pytest.mark.parametrize("value", [3, [], {}, [[]], [3], [""], "  ", [["a", None]]])
 def test_what_cannot_be_searched_is_an_error(value):
     with pytest.raises(ValueError, match="text"):
-        search.pattern(value)
+        labels.pattern(value)

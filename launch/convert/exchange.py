@@ -1,31 +1,121 @@
-"""Exports the weights of a run as a checkpoint for Hugging Face's transformers."""
+"""Weights of other projects as runs of this one, and runs as checkpoints of Hugging Face's transformers."""
 
 import json
 import math
+import os
 import pathlib
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from espalier.common import files
-from espalier.data.tokenizers import hf_tokenizer
+from espalier.common.bars import Bar
+from espalier.data.tokenizers import gguf_tokenizer, hf_tokenizer
 from espalier.launch.convert import model_card
-from espalier.launch.convert.import_weights import described, progress
-from espalier.launch.run import run_vocabulary
+from espalier.launch.run import hf_checkpoint, run_vocabulary
 from espalier.launch.weights import source_models
 from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
 from espalier.model.adapters.adapter import adapters_of
 from espalier.model.hf.description import describe, differences
-from espalier.model.hf.families import family_named, family_of_model
+from espalier.model.hf.families import family_named, family_of_config, family_of_model
 from espalier.model.hf.family import Family, UnsupportedModel
-from espalier.model.hf.files.safetensors_files import SafetensorsWriter
+from espalier.model.hf.files.gguf_file import GgufReader
+from espalier.model.hf.files.safetensors_files import (
+    SafetensorsReader,
+    SafetensorsWriter,
+    read_json,
+)
 from espalier.model.hf.mapping import Piece
-from espalier.model.hf.plan import FLOATS, copy_cast
+from espalier.model.hf.plan import FLOATS, Plan, copy_cast, narrow_names
 from espalier.model.protocol import LanguageModel, inference_model, inference_root
-from espalier.trainers.checkpoints import array_files, manifest, step_dir
+from espalier.trainers.checkpoints import array_files, manifest, step_dir, stream_checkpoint
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
+from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
+
+
+def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
+    """Writes a new run directory `target` with the weights of a Hugging Face checkpoint, stored as `dtype` if not None.
+
+    Returns:
+      A description of the weights, see `described`.
+
+    Raises:
+      ConvertError, WeightFileError, UnsupportedConfig, MismatchedTensors, UnsuitableDtypeError,
+      CheckpointSaveError.
+    """
+    folder = pathlib.Path(source)
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    record = {"generation_config": read_json(generation)} if generation.exists() else {}
+    family_of_config(config)  # Raises before files are opened.
+    with SafetensorsReader(folder) as tensors, new_directory(target) as partial:
+        return _write(tensors, config, record, partial, dtype, tokenizer=folder)
+
+
+def import_gguf(source: str, target: str, *, dtype: str | None = None) -> str:
+    """Writes a run directory with the weights of a GGUF file, see `import_hf`; the default dtype is float32."""
+    with (
+        GgufReader(source) as tensors,
+        new_directory(target) as partial,
+        tempfile.TemporaryDirectory() as tokenizer,
+    ):
+        gguf_tokenizer.write(tensors.tokenizer(), tokenizer)
+        folder = pathlib.Path(tokenizer)
+        return _write(tensors, tensors.config, {}, partial, dtype, tokenizer=folder)
+
+
+def described(family: str, shapes: Iterable[Sequence[int]], dtype: str, nbytes: int) -> str:
+    """Returns family, number of parameters, most common dtype and size of weights, for a message."""
+    size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    return f"{family}, {sum(map(math.prod, shapes)):,} parameters in {dtype}, {size}"
+
+
+def _write(
+    tensors: Any,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    folder: str,
+    dtype: str | None,
+    *,
+    tokenizer: pathlib.Path,
+) -> str:
+    weights = hf_checkpoint.weights(tensors, config, dtype=dtype)
+    checked, stored = weights.plan, weights.model.config.param_dtype
+    check_space(folder, checked.nbytes)
+    meta = {
+        "hf": {
+            "family": weights.family,
+            "config": config,
+            "dtypes": {} if dtype else narrow_names(checked),
+            **record,
+        },
+        **hf_checkpoint.write_record(folder, weights.model, tokenizer),
+    }
+    with progress(checked.nbytes) as bar:
+        arrays = {f"params/{path}": _streamed(checked, path, bar) for path in checked.arrays}
+        stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), arrays, meta=meta)
+    shapes = [array.shape for array in checked.arrays.values()]
+    return described(weights.family, shapes, stored, checked.nbytes)
+
+
+def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:
+    target = checked.arrays[path]
+
+    def blocks() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for start, values in checked.blocks(path):
+            yield start, values
+            bar.update(values.nbytes)
+
+    return StreamedArray(target.shape, target.dtype, target.chunk, blocks)
+
+
+def progress(total: int) -> Any:
+    """Returns a progress bar over bytes."""
+    return Bar(total=total, unit="B", unit_scale=True, desc="weights")
+
 
 _BLOCK_BYTES = 1 << 24
 # Fields of config.json that do not depend on the architecture; the export of a changed model copies them.
@@ -56,7 +146,7 @@ def export_hf(
       shard_bytes: maximum bytes of tensors in one file.
 
     Returns:
-      A description of the weights, see `import_weights.described`.
+      A description of the weights, see `described`.
 
     Raises:
       ConvertError, UnsupportedModel, UnsuitableDtypeError, DamagedCheckpointError.

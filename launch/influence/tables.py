@@ -8,7 +8,7 @@ Table = dict[str, Any]  # title, text, header, rows
 
 
 def tables(analyses: Mapping[str, Any]) -> list[Table]:
-    """Returns the tables of `compute.analyse`: each has `title`, `text` (what it shows), `header` and `rows` of cells."""
+    """Returns the tables of `analyses.analyse`: each has `title`, `text` (what it shows), `header` and `rows` of cells."""
     made = [_MAKERS[name](analyses) for name in _MAKERS if name in analyses]
     return [table for table in made if table["rows"]]
 

@@ -1,18 +1,25 @@
-"""Searches documents for the answer of a query, or for its procedure, in equivalent spellings.
+"""What the files of queries and documents say beyond the texts, and the search for answers and procedures in documents.
 
-Of a query, it says whether they are in its top documents. A pattern is a text, or a list of alternatives; an alternative is a text, or a list of texts that must all occur, such as the
+A query may have `task` and `kind` (such as factual or reasoning), `correct` (whether the completion is), `answer` and
+`procedure`, which are patterns; a document may have `source`. All are optional.
+
+A pattern is a text, or a list of alternatives; an alternative is a text, or a list of texts that must all occur, such as the
 steps of a calculation. Letters' case and spaces do not matter, a text occurs only as whole words, and a whole number also as
 words ("forty-two") and with commas (1,000).
 
 Shapes: N documents, Q queries.
 """
 
+import dataclasses
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from espalier.launch.inference.row_files import RowFileError
 
 Pattern = Sequence[Sequence[str]]  # alternatives, of texts that must all occur
 
@@ -184,7 +191,7 @@ def per_query(
     return result
 
 
-def table(
+def presence_table(
     ranked_NQ: np.ndarray,
     matching: Mapping[int, np.ndarray],
     groups: Mapping[str, Sequence[int]],
@@ -236,3 +243,85 @@ def table(
                 }
             )
     return rows
+
+
+ALL = "all queries"
+NO_SOURCE, OTHER_SOURCES = "(none)", "(others)"
+_MOST = 100  # characters of a name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """A query with its labels.
+
+    Attributes:
+      prompt, completion: as the file has them.
+      task, kind: names, or "".
+      correct: whether the completion is; None if not known.
+      answer, procedure: patterns, or None.
+    """
+
+    prompt: Any
+    completion: Any
+    task: str = ""
+    kind: str = ""
+    correct: bool | None = None
+    answer: Pattern | None = None
+    procedure: Pattern | None = None
+
+
+def query(row: Mapping[str, Any], where: str) -> Query:
+    """Returns the query of a row.
+
+    Raises:
+      RowFileError: a label is of the wrong kind; the message names the place.
+    """
+    correct = row.get("correct")
+    if correct is not None and not isinstance(correct, bool):
+        raise RowFileError(f"{where}: 'correct' is {correct!r}: give true or false.")
+    patterns = {}
+    for key in ("answer", "procedure"):
+        if row.get(key) is not None:
+            try:
+                patterns[key] = pattern(row[key])
+            except ValueError as error:
+                raise RowFileError(
+                    f"{where}: {key!r} is not what can be searched for ({error}): give a text, a list of alternatives, or a "
+                    "list of lists of texts that occur together."
+                ) from None
+    return Query(
+        prompt=row.get("prompt"),
+        completion=row.get("completion"),
+        task=name(row, "task", where),
+        kind=name(row, "kind", where),
+        correct=correct,
+        **patterns,
+    )
+
+
+def name(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Returns a short text of a row, "" without; raises RowFileError if it is none."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > _MOST:
+        raise RowFileError(f"{where}: {key!r} must be a text of at most {_MOST} characters.")
+    return value
+
+
+def source(row: Mapping[str, Any]) -> str:
+    """Returns the source of a document: a long one cut, other values than texts as JSON, and NO_SOURCE if there is none."""
+    value = row.get("source")
+    if value is None or value == "":
+        return NO_SOURCE
+    return (value if isinstance(value, str) else json.dumps(value))[:_MOST]
+
+
+def groups(queries: Sequence[Query]) -> dict[str, list[int]]:
+    """Returns the queries by kind; all together without kinds, and beside several ones."""
+    kinds: dict[str, list[int]] = {}
+    for q, one in enumerate(queries):
+        if one.kind:
+            kinds.setdefault(one.kind, []).append(q)
+    every = {ALL: list(range(len(queries)))}
+    return kinds if list(kinds.values()) == list(every.values()) else {**every, **kinds}
