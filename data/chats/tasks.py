@@ -14,7 +14,7 @@ from espalier.data.chats import records
 from espalier.data.chats.records import Kind
 from espalier.data.data_source import Files, named_sets
 from espalier.data.rows.files import TOKENS_VERSION, ExactSplit, PromptedFiles
-from espalier.data.rows.records import DegenerateError, Record, Tally
+from espalier.data.rows.records import DegenerateError, Record
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -67,7 +67,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
         }
 
     def _examples(
-        self, path: str, split: str | None = None, dropped: Tally | None = None
+        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
     ) -> Iterator[_Example]:
         """Yields the tokenised rows of a file in one split, or in all; counts rows from which nothing can be learnt."""
         for number, where, row in documents.read_rows(pathlib.Path(path), example=records.EXAMPLE):
