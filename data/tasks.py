@@ -19,6 +19,18 @@ _MIXTURES: dict[str, dict[str, Any]] = {}
 _CORPORA: dict[str, dict[str, Any]] = {}
 
 
+class Tally(dict[str, dict[str, Any]]):
+    """Counts of events during reading: reason -> {'rows': number of rows, 'first': place of the first one}."""
+
+    def add(self, reason: str, where: str) -> None:
+        self.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{x['rows']:,} {reason} (first: {x['first']})" for reason, x in self.items()
+        )
+
+
 def __getattr__(name: str) -> Any:
     """Returns `register_corpus`, which gin files name here: who only reads tasks need not import what builds a corpus."""
     if name != "register_corpus":

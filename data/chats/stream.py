@@ -63,7 +63,7 @@ class ChatSource(rows.Source):
         return [rows.notice("chats", dropped, f"{sizes}; {limit}, {', '.join(parts)}")]
 
 
-@stream.with_settings(*stream.TRAINING)
+@stream.with_settings(stream.StreamSettings, *stream.TRAINING)
 def make_stream(
     *,
     mixture_or_task_name: str,
@@ -98,7 +98,7 @@ def make_stream(
     return stream.open_mixture(mixture_or_task_name, settings, plan_source, start_token=None)
 
 
-@stream.with_settings(*stream.HELD_OUT, split="validation")
+@stream.with_settings(stream.StreamSettings, *stream.HELD_OUT, split="validation")
 def make_eval_stream(
     *,
     task: str,

@@ -1,26 +1,161 @@
-"""SeqIO tasks of supervised data: files as a source of tokens with a loss weight each, registered by a function that gin binds."""
+"""SeqIO tasks of supervised data: files as a source of tokens with a loss weight each, registered by a function that gin binds.
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation; the assistant's turns are learnt
+    {"prompt": ..., "completion": ...}                           texts or messages; the completion is learnt
+    {"text": "..."}                                              a text, which is learnt as a whole
+
+The first of these forms that a row has counts, and its other keys are ignored. With messages, "tools" and
+"chat_template_kwargs" are passed to the chat template.
+
+A template marks the assistant's turns itself with `{% generation %}`. Without such blocks, a turn is the text that the template
+adds when it renders one message more: it begins after the generation prompt, where the model begins to write, and includes
+all that closes the turn. A template that renders earlier messages otherwise once later ones follow has no such spans.
+"""
 
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from espalier.common.ranges import Fraction, check_choice
 from espalier.data import tasks
-from espalier.data.chats import records
-from espalier.data.chats.records import Kind
 from espalier.data.data_source import Files, named_sets
-from espalier.data.rows.files import TOKENS_VERSION, ExactSplit, PromptedFiles
-from espalier.data.rows.records import DegenerateError, Record, Tally
+from espalier.data.rows.files import TOKENS_VERSION, ExactSplit, PromptedFiles, Tokeniser
+from espalier.data.rows.records import (
+    DegenerateError,
+    Record,
+    check_unicode,
+    is_empty,
+    template_variables,
+    text_of,
+)
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+from espalier.data.tokenizers.chat_sandbox import Rendered
 
-# Part of the digest of a source: raise it when the same records become other tokens.
-VERSION = 1
+# Parts of the digest of a source: raise one when the same rows are read as other records, or the same records become other tokens.
+ROWS_VERSION, VERSION = 1, 1
 CACHED_AS = "data.chats.files"  # the name by which caches know the source
+Kind = Literal["messages", "prompt", "text"]
+Turns = Literal["all", "last"]
+EXAMPLE = (
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+)
+_FORMS = f'{EXAMPLE}, {{"prompt": ..., "completion": ...}} or {{"text": "..."}}'
+ASSISTANT = "assistant"
+
+
+def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
+    """Returns a row and its form: a conversation or text is the record's prompt, a completion its only completion.
+
+    Raises:
+      DataError: the row is malformed; the message names place, key and remedy.
+      DegenerateError: there is nothing to learn: no turn of the assistant, or only empty texts.
+    """
+    kind = _kind(row, where)
+    for key in (kind, "completion", "tools", "chat_template_kwargs"):
+        check_unicode(row.get(key), key, where)
+    content = text_of(row[kind], kind, where)
+    variables = template_variables(row, where)
+    if kind == "prompt":
+        return kind, _with_completion(row, Record(where, id, content, (), template=variables))
+    if isinstance(content, str) == (kind == "messages"):
+        expected = "a list of messages" if kind == "messages" else "a text"
+        raise DataError(f"{where}: {kind!r} is not {expected}. A row is {_FORMS}")
+    if kind == "text":
+        if is_empty(content):
+            raise DegenerateError("empty_text", "'text' is empty")
+        return kind, Record(where, id, content, ())
+    answers = [message for message in content if message["role"] == ASSISTANT]
+    if not answers:
+        raise DegenerateError("no_assistant", "'messages' has no turn of the assistant")
+    if is_empty(answers):
+        raise DegenerateError("empty_answer", "all turns of the assistant are empty")
+    return kind, Record(where, id, content, (), template=variables)
+
+
+def prompt_key(kind: Kind, record: Record) -> str:
+    """Returns the text by which a row is held out: equal for rows with the same prompt before the first answer."""
+    content = record.prompt
+    if kind == "messages":
+        content = tuple(itertools.takewhile(lambda m: m["role"] != ASSISTANT, content))
+    if kind == "text" or content:
+        return Record("", "", content, ()).prompt_text
+    # Without a prompt, the whole row decides.
+    return Record("", "", [record.prompt, record.completions], ()).prompt_text
+
+
+def _kind(row: Mapping[str, Any], where: str) -> Kind:
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    if "text" in row:
+        return "text"
+    raise DataError(
+        f"{where}: no key 'messages', no keys 'prompt' and 'completion', and no key 'text'; present are "
+        f"{', '.join(map(repr, row)) or 'none'}. A row is {_FORMS}; rename its keys"
+    )
+
+
+def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
+    where = record.where
+    completion = text_of(row["completion"], "completion", where)
+    if isinstance(record.prompt, str) != isinstance(completion, str):
+        raise DataError(
+            f"{where}: one of 'prompt' and 'completion' is a text, the other has messages; write both in the "
+            "same form"
+        )
+    if record.is_chat and not record.prompt:
+        raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
+    if is_empty(completion):
+        raise DegenerateError("empty_completion", "'completion' is empty")
+    return Record(where, record.id, record.prompt, (completion,), template=record.template)
+
+
+def rendered_turns(tokeniser: Tokeniser, record: Record, turns: Turns) -> Rendered:
+    """Returns a conversation as text, with the spans of all turns of the assistant, or only of the last.
+
+    Raises:
+      DataError: there is no chat template, it rejects the messages, or a turn has no span.
+    """
+    whole = tokeniser.render(record, record.prompt)
+    assert tokeniser.template is not None  # checked by `render`
+    if tokeniser.template.marks_assistant(has_tools="tools" in record.template):
+        spans = [(start, end) for start, end in whole.spans if start < end]
+        return dataclasses.replace(whole, spans=tuple(spans[-1:] if turns == "last" else spans))
+    places = [i for i, message in enumerate(record.prompt) if message["role"] == ASSISTANT]
+    chosen = places[-1:] if turns == "last" else places
+    turns_spans = tuple(_span(tokeniser, record, whole.text, place) for place in chosen)
+    return dataclasses.replace(whole, spans=turns_spans)
+
+
+def _span(tokeniser: Tokeniser, record: Record, whole: str, place: int) -> tuple[int, int]:
+    """Returns the span of the assistant's message `place` in the whole text."""
+    messages: Sequence = record.prompt
+    if not place:  # no message comes before it that could be rendered alone
+        raise DataError(
+            f"{record.where}: 'messages' begins with the assistant, so the template cannot render what comes "
+            "before. Begin with the user or a system message, or use a template with {% generation %}"
+        )
+    before = tokeniser.render(record, messages[:place], add_generation_prompt=True).text
+    after = whole
+    if place + 1 < len(messages):
+        after = tokeniser.render(record, messages[: place + 1]).text
+    if after.startswith(before) and whole.startswith(after):
+        return len(before), len(after)
+    only_last = "learn only the last turn (CHAT_TURNS = 'last'), or "
+    later = any(message["role"] == ASSISTANT for message in messages[place + 1 :])
+    raise DataError(
+        f"{record.where}: 'messages': the chat template renders message {place + 1}, of the assistant, or the "
+        "messages before it otherwise when more follow, so its tokens cannot be determined: "
+        f"{only_last if later else ''}use a template with {{% generation %}} around the assistant's text "
+        "(CHAT_TEMPLATE)"
+    )
 
 
 class _Example(NamedTuple):
@@ -39,7 +174,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
 
     MACRO: ClassVar[str] = "CHATS"
 
-    turns: records.Turns  # the turns of the assistant that are learnt
+    turns: Turns  # the turns of the assistant that are learnt
 
     def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
         for example in self._examples(path, split):
@@ -55,26 +190,20 @@ class ChatFiles(ExactSplit, PromptedFiles):
     def _settings(self) -> dict[str, Any]:
         return {
             **super()._settings(),
-            "version": [
-                VERSION,
-                records.VERSION,
-                splits.VERSION,
-                documents.VERSION,
-                TOKENS_VERSION,
-            ],
+            "version": [VERSION, ROWS_VERSION, splits.VERSION, documents.VERSION, TOKENS_VERSION],
             "turns": self.turns,
             "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
         }
 
     def _examples(
-        self, path: str, split: str | None = None, dropped: Tally | None = None
+        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
     ) -> Iterator[_Example]:
         """Yields the tokenised rows of a file in one split, or in all; counts rows from which nothing can be learnt."""
-        for number, where, row in documents.read_rows(pathlib.Path(path), example=records.EXAMPLE):
+        for number, where, row in documents.read_rows(pathlib.Path(path), example=EXAMPLE):
             id = self._id(path, number)
             try:
-                kind, record = records.parse(row, where, id)
-                key = records.prompt_key(kind, record)
+                kind, record = parse(row, where, id)
+                key = prompt_key(kind, record)
                 if split is None or self._split_of(key, path) == split:
                     yield _Example(kind, record, key, *self._tokenised(kind, record))
             except DegenerateError as error:
@@ -92,7 +221,7 @@ class ChatFiles(ExactSplit, PromptedFiles):
         if kind == "prompt":
             ids, learnt = self._completed(record)
         else:
-            rendered = records.rendered_turns(self.tokeniser, record, self.turns)
+            rendered = rendered_turns(self.tokeniser, record, self.turns)
             ids, learnt = self.tokeniser.encode_marked(rendered)
         if not any(learnt):
             raise DegenerateError("not_rendered", "the template renders nothing of the assistant")
@@ -128,7 +257,7 @@ def register_chats(
     vocabulary: Any,
     validation_files: Files | None = None,
     validation_fraction: Fraction = 0.01,
-    turns: records.Turns = "all",
+    turns: Turns = "all",
     chat_template: str | None = None,
     special_in_contents: bool = True,
     add_bos: bool | None = None,
@@ -136,7 +265,7 @@ def register_chats(
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over files of conversations, prompts with completions, or texts; see `data.chats.records`.
+    """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
     The files are JSON lines (also .gz and .zst) or Parquet, with rows of one form. The features are the ids `targets`
     and `loss_weights`: 1 for the tokens of the assistant's turns, of completions or of texts, else 0.
@@ -167,7 +296,7 @@ def register_chats(
       ChatTemplateError: the chat template does not exist.
       ValueError: `turns` has an unknown value, sets differ, or the vocabulary lacks the BOS or EOS to add.
     """
-    check_choice(f"{name}: turns", turns, records.Turns)
+    check_choice(f"{name}: turns", turns, Turns)
     if add_bos is None:
         add_bos = getattr(vocabulary, "adds_bos", False)
     sets = named_sets(name, files, validation_files)

@@ -16,7 +16,7 @@ from espalier.data.cache import fingerprint
 from espalier.data.data_source import Counted, DataSource, FileSource
 from espalier.data.instructions import templates
 from espalier.data.instructions.templates import Rendered, Row, Template
-from espalier.data.rows.records import Tally
+from espalier.data.tasks import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.text.tfds_source import TfdsSource

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from espalier.common.ranges import check_choice
-from espalier.data.rows.records import Tally, text_of
+from espalier.data.rows.records import text_of
 from espalier.data.stream import order
+from espalier.data.tasks import Tally
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
 from espalier.data.text.sources import catalogues, languages

@@ -156,7 +156,7 @@ class ReferencedStream(StoredStream):
         return {"reference_log_probs": values.reshape(hi - lo, -1)}
 
 
-@stream.with_settings(*stream.TRAINING, *stream.WEIGHTS)
+@stream.with_settings(stream.StreamSettings, *stream.TRAINING, *stream.WEIGHTS)
 def make_stream(
     *,
     mixture_or_task_name: str,
@@ -196,7 +196,7 @@ def make_stream(
     )
 
 
-@stream.with_settings(*stream.HELD_OUT, split="validation")
+@stream.with_settings(stream.StreamSettings, *stream.HELD_OUT, split="validation")
 def make_eval_stream(
     *,
     task: str,

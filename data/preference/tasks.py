@@ -16,7 +16,7 @@ from espalier.data import tasks
 from espalier.data.preference import records
 from espalier.data.preference.records import Kind
 from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles
-from espalier.data.rows.records import DegenerateError, Record, Tally
+from espalier.data.rows.records import DegenerateError, Record
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -90,8 +90,8 @@ class PreferenceFiles(PromptedFiles):
         self,
         path: str,
         split: str | None = None,
-        dropped: Tally | None = None,
-        noted: Tally | None = None,
+        dropped: tasks.Tally | None = None,
+        noted: tasks.Tally | None = None,
     ) -> Iterator[_Example]:
         """Yields the examples of a file in one split, or in all; counts dropped and reported rows.
 
@@ -138,7 +138,7 @@ class PreferenceFiles(PromptedFiles):
         """Returns the numbers of examples of each split, and of dropped and reported rows."""
         examples = dict.fromkeys(self.splits, 0)
         prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
-        dropped, noted = Tally(), Tally()
+        dropped, noted = tasks.Tally(), tasks.Tally()
         paths = list(self.checksums)
         for path in Bar(paths, desc=f"checking {self.name}", file=sys.stderr):
             for example in self._examples(path, None, dropped, noted):
@@ -157,7 +157,7 @@ class PreferenceFiles(PromptedFiles):
                 )
         return {"examples": examples, "dropped": dropped, "noted": noted}
 
-    def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
+    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
         where = f"{self.name}: {self.files[split][0]}"
         if total:
             return DataError(

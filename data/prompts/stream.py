@@ -117,7 +117,7 @@ class PromptStream(Stream):
         return super()._locate(step // self.updates, lo, hi)
 
 
-@stream.with_settings(*stream.TRAINING)
+@stream.with_settings(stream.StreamSettings, *stream.TRAINING)
 def make_stream(
     *,
     mixture_or_task_name: str,

@@ -17,7 +17,7 @@ from espalier.common.bars import Bar
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import FileSource, shorten
-from espalier.data.rows.records import Message, Record, Tally
+from espalier.data.rows.records import Message, Record
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_sandbox, control_tokens
@@ -140,7 +140,7 @@ class ExactSplit(FileSource, abc.ABC):
 
     @abc.abstractmethod
     def _examples(
-        self, path: str, split: str | None = None, dropped: Tally | None = None
+        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
     ) -> Iterator[Any]:
         """Yields each `Example` of a file in one split, or in all; counts rows from which nothing can be learnt."""
 
@@ -158,7 +158,7 @@ class ExactSplit(FileSource, abc.ABC):
 
     def _count(self) -> dict[str, Any]:
         """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
-        dropped, hashes = Tally(), {path: [] for path in self.checksums}
+        dropped, hashes = tasks.Tally(), {path: [] for path in self.checksums}
         first = None
         for path in Bar(hashes, desc=f"checking {self.name}", file=sys.stderr):
             for example in self._examples(path, None, dropped):
@@ -178,7 +178,7 @@ class ExactSplit(FileSource, abc.ABC):
                 raise self._empty(split, len(train), dropped)
         return {"examples": examples, "dropped": dropped, "held_out": sorted(held_out)}
 
-    def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
+    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
         where = f"{self.name}: {shorten(self.files[split])}"
         if total:
             return DataError(

@@ -1,4 +1,4 @@
-"""Rows of prompts, completions and conversations as records, their texts, and counts of those from which nothing can be learnt."""
+"""Rows of prompts, completions and conversations as records, and their texts."""
 
 import dataclasses
 import json
@@ -183,18 +183,6 @@ class Record:
             for name, text, label in zip(
                 ("chosen", "rejected"), self.completions, (True, False), strict=True
             )
-        )
-
-
-class Tally(dict[str, dict[str, Any]]):
-    """Counts of events during reading: reason -> {'rows': number of rows, 'first': place of the first one}."""
-
-    def add(self, reason: str, where: str) -> None:
-        self.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{x['rows']:,} {reason} (first: {x['first']})" for reason, x in self.items()
         )
 
 

@@ -98,22 +98,27 @@ class StreamSettings:
 
 
 def with_settings(
-    *names: str, split: str = "train"
+    settings: type, *names: str, **defaults: Any
 ) -> Callable[[Callable[..., Opened]], Callable[..., Opened]]:
-    """Gives a function that opens a stream parameters of `StreamSettings`; it is called with them as one object, `settings`.
+    """Gives a function that opens a stream parameters of settings; it is called with them as one object, `settings`.
 
     Args:
-      names: the fields of `StreamSettings` that become parameters.
-      split: default of the parameter `split`.
+      settings: the dataclass of the settings.
+      names: its fields that become parameters; all if none is named.
+      defaults: of the parameters, where they are not those of the fields.
     """
-    every = inspect.signature(StreamSettings).parameters.values()
-    added = [p.replace(default=split) if p.name == "split" else p for p in every if p.name in names]
+    every = inspect.signature(settings).parameters.values()
+    added = [
+        p.replace(default=defaults.get(p.name, p.default))
+        for p in every
+        if p.name in (names or [p.name])
+    ]
 
     def decorate(opener: Callable[..., Opened]) -> Callable[..., Opened]:
         @functools.wraps(opener)
         def opened(**arguments: Any) -> Opened:
-            given = {name: arguments.pop(name) for name in names if name in arguments}
-            return opener(settings=StreamSettings(**{"split": split, **given}), **arguments)
+            given = {p.name: arguments.pop(p.name) for p in added if p.name in arguments}
+            return opener(settings=settings(**{**defaults, **given}), **arguments)
 
         signature = inspect.signature(opener)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
@@ -126,7 +131,7 @@ def with_settings(
     return decorate
 
 
-@with_settings(*TRAINING, *WEIGHTS, "unimax_tokens", "unimax_epochs")
+@with_settings(StreamSettings, *TRAINING, *WEIGHTS, "unimax_tokens", "unimax_epochs")
 def make_stream(
     *,
     mixture_or_task_name: str,
@@ -193,7 +198,7 @@ def make_stream(
     )
 
 
-@with_settings(*HELD_OUT, split="validation")
+@with_settings(StreamSettings, *HELD_OUT, split="validation")
 def make_eval_stream(
     *,
     task: str,

@@ -53,7 +53,7 @@ def _write_pairs(
     """
     from espalier.common.bars import Bar
     from espalier.data.preference import constructed
-    from espalier.data.rows.records import Tally
+    from espalier.data.tasks import Tally
     from espalier.data.text.documents import DataError
     from espalier.launch.inference import row_files
 

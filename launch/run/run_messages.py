@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from espalier.common.stages import duration
-from espalier.data.rows.records import Tally
 from espalier.data.stream import rows
+from espalier.data.tasks import Tally
 from espalier.launch.run.run_data import RunData
 from espalier.trainers.batches import Stream, TrainStream
 from espalier.trainers.checkpoints.restore import Restored

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from espalier.data.preference import constructed, records
-from espalier.data.rows.records import Tally
+from espalier.data.tasks import Tally
 from espalier.data.text.documents import DataError
 
 
