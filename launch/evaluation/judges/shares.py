@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.evaluation.judges.answers import System
-from espalier.launch.evaluation.judges.base import TIE, A, B, Outcome, Pair
+from espalier.launch.evaluation.judges.asking import TIE, A, B, Outcome, Pair
 from espalier.launch.plots import intervals
 
 _RATES = ("win", "tie", "loss", "win - loss", "judged", "invalid")

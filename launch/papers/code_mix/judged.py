@@ -13,7 +13,7 @@ from typing import Any
 from espalier.data.code_mix import skills
 from espalier.launch.evaluation import win_rate
 from espalier.launch.evaluation.judges.answers import Answer, System
-from espalier.launch.evaluation.judges.base import Question
+from espalier.launch.evaluation.judges.asking import Question
 from espalier.launch.evaluation.judges.checkpoint import RewardJudge
 
 SHARES = ("win", "tie", "loss")

@@ -6,7 +6,7 @@ import pytest
 
 from espalier.launch.aya_expanse import teachers
 from espalier.launch.evaluation.judges import checkpoint
-from espalier.launch.evaluation.judges.base import Question
+from espalier.launch.evaluation.judges.asking import Question
 from espalier.launch.evaluation.judges.pairwise import Template
 from espalier.launch.inference import generate, score
 from espalier.launch.inference.generate import as_message, prompt_of
