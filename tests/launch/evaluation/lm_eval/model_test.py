@@ -13,7 +13,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from espalier.launch import convert
-from espalier.launch.evaluation.lm_eval.generation import options
+from espalier.launch.evaluation.lm_eval.arguments import options
 from espalier.launch.evaluation.lm_eval.model import EspalierLM
 from espalier.launch.run.load_run import LoadError
 from espalier.trainers.decoding.sampling import Sampling
