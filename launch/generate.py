@@ -29,7 +29,7 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadError
-from espalier.trainers.decoding.settings import Beams, CacheDtype, Sampling, Settings
+from espalier.trainers.decoding.settings import Beams, Sampling, Settings
 
 # The policies of model/kv_cache/policies.py, copied because importing them would load JAX for a help text.
 CACHE_POLICIES = """\
@@ -77,7 +77,7 @@ class GenerateFlags:
     cache_policy: setting_flags.Name = "full"
     cache: Sequence[Annotated[str, "NAME=VALUE"]] = ()
     compare: bool = False
-    cache_dtype: CacheDtype | None = None
+    cache_dtype: load_run.CacheDtype | None = None
     prefill_chunk: int | None = None
 
 

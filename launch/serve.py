@@ -29,7 +29,6 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.run import load_run
 from espalier.launch.serving.requests import Limits
-from espalier.trainers.decoding.settings import CacheDtype
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -56,7 +55,7 @@ class ServeFlags:
     allowed_host: Sequence[setting_flags.Name] = ()
     name: str | None = None
     api_key_file: setting_flags.File | None = None
-    cache_dtype: CacheDtype | None = None
+    cache_dtype: load_run.CacheDtype | None = None
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 EarlyStopping = bool | Literal["never"]
-CacheDtype = Literal["int8", "bfloat16", "float16", "float32"]  # of cached keys and values
 
 
 def eos_ids(vocabulary: Any) -> tuple[int, ...]:
