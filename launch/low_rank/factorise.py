@@ -24,8 +24,8 @@ import numpy as np
 from espalier.common.bars import Bar
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadError, RunConfig
-from espalier.launch.weights import upcycle_flags
-from espalier.launch.weights.upcycle_flags import Params
+from espalier.launch.upcycle import upcycle_flags
+from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Recipe, Shapes, TransformError
 

@@ -23,16 +23,13 @@ from espalier.data.nexus import domain_embeddings
 from espalier.launch.config import setting_flags
 from espalier.launch.nexus import upcycling
 from espalier.launch.run.load_run import RunConfig
-from espalier.launch.weights import upcycle_flags
-from espalier.launch.weights.upcycle_flags import Params
-from espalier.model.bam.experts import AttentionExperts
-from espalier.model.nexus.extend import Addition, Removal
-from espalier.model.nexus.routers import MlpRouters, ProjectionRouters
+from espalier.launch.upcycle import upcycle_flags
+from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms import base
 from espalier.model.transforms.base import TransformError, TreeTransform
 from espalier.model.transforms.experts import LinearRouters, Mixture, Routers
 
-if TYPE_CHECKING:  # flags are parsed before it is imported
+if TYPE_CHECKING:  # flags are parsed before JAX is imported
     from espalier.launch.weights.source_models import SourceModel
 
 
@@ -102,8 +99,8 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
     Raises:
       TransformError, ConvertError, DamagedCheckpointError, EmbeddingsError, FileNotFoundError.
     """
+    from espalier.launch.upcycle.mixture import expert_lines
     from espalier.launch.weights import transformed_run
-    from espalier.launch.weights.mixture import expert_lines
     from espalier.launch.weights.source_models import SourceModel
 
     options: ExtendFlags = upcycle_flags.parsed(flags, ExtendFlags)
@@ -137,7 +134,9 @@ def extend(config: RunConfig, flags: argparse.Namespace) -> None:
 
 def _mixture(model: Any, moe: "SourceModel", record: dict[str, Any]) -> Mixture:
     """Returns the settings of a mixture, from its configuration, parameters and record."""
-    from espalier.launch.weights.mixture import recorded_mixture
+    from espalier.launch.upcycle.mixture import recorded_mixture
+    from espalier.model.bam.moa import AttentionExperts
+    from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 
     first = model.layer_settings()[0]
     if first.mlp.experts != len(record["experts"]):
@@ -168,6 +167,8 @@ def _mixture(model: Any, moe: "SourceModel", record: dict[str, Any]) -> Mixture:
 
 def _domains(mixture: Mixture) -> np.ndarray | None:
     """Returns the embeddings [E, M] of a mixture's experts; None if its routers have none."""
+    from espalier.model.nexus.domain_router import ProjectionRouters
+
     return mixture.router.domains if isinstance(mixture.router, ProjectionRouters) else None
 
 
@@ -181,6 +182,7 @@ def _addition(
     options: ExtendFlags, add: str, moe: "SourceModel", record: dict[str, Any], mixture: Mixture
 ) -> _Change:
     from espalier.launch.weights import source_models
+    from espalier.model.nexus.extend import Addition
 
     name, path = upcycle_flags.split(add)
     new = source_models.SourceModel(path, options.params)
@@ -224,6 +226,8 @@ def _addition(
 def _removal(
     model: Any, name: str, moe: "SourceModel", record: dict[str, Any], mixture: Mixture
 ) -> _Change:
+    from espalier.model.nexus.extend import Removal
+
     if name not in record["experts"]:
         raise TransformError(
             f"{moe.path} has no expert {name}: give one of {', '.join(record['experts'])}."

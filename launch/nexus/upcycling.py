@@ -9,7 +9,7 @@ import numpy as np
 
 from espalier.data.nexus import domain_embeddings
 from espalier.data.nexus.domain_embeddings import Embeddings
-from espalier.launch.weights.upcycle_flags import METHOD_FILES, Method
+from espalier.launch.upcycle.upcycle_flags import METHOD_FILES, Method
 from espalier.model.transforms.base import TransformError
 
 _REMEDY = (
@@ -66,7 +66,7 @@ class Nexus(Method):
     def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
         if self.router_kind == "linear":
             return super().routers(experts, record)
-        from espalier.model.nexus.routers import MlpRouters, ProjectionRouters
+        from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 
         std = record["logit_std"]
         if self.router_kind == "mlp":
