@@ -40,6 +40,12 @@ from espalier.launch.run import load_run
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
+Key = tuple[str, int]  # (task_id of a problem, index of a sample from 0)
+
+
+class EvaluationError(ValueError):
+    """Flags or solutions that do not match the problems."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionFlags:
@@ -64,155 +70,6 @@ class CompletionFlags:
     batch_size: int = 8
     chat: bool = False
     token_healing: bool = False
-
-
-Key = tuple[str, int]  # (task_id of a problem, index of a sample from 0)
-
-
-class EvaluationError(ValueError):
-    """Flags or solutions that do not match the problems."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Samples:
-    """A source of completions.
-
-    Attributes:
-      settings: everything that the completions depend on, as JSON.
-      keys: keys of all completions.
-      make: yields the completions of some keys, in any order.
-    """
-
-    settings: dict[str, Any]
-    keys: Sequence[Key]
-    make: Callable[[Sequence[Key]], Iterable[tuple[Key, str]]]
-
-
-def file_samples(
-    path: str, problems: code_problems.Problems, *, limit: int | None = None
-) -> Samples:
-    """Returns the completions in a file of rows, of which the first `limit` problems must have some.
-
-    Raises:
-      EvaluationError: a row without a matching problem or a completion, or a problem without a row.
-    """
-    completions: dict[Key, str] = {}
-    counts: collections.Counter[str] = collections.Counter()
-    example = '{"task_id": ..., "completion": "..."}'
-    for where, row in row_files.read(path, example=example, flag="solutions"):
-        id, completion = str(row.get("task_id")), row.get("completion")
-        if id not in problems.problems:
-            raise EvaluationError(f"{where}: there is no problem {id!r}.")
-        if not isinstance(completion, str):
-            raise EvaluationError(f"{where}: no 'completion'; rows are {example}.")
-        completions[id, counts[id]] = completion
-        counts[id] += 1
-    if without := [id for id in first_problems(problems, limit) if not counts[id]]:
-        raise EvaluationError(
-            f"--solutions={path} has no row for {len(without)} problems, the first is {without[0]!r}. "
-            "Give each problem a completion; an empty one fails."
-        )
-    return Samples(
-        settings={
-            "solutions": hashlib.sha256(json.dumps(list(completions.items())).encode()).hexdigest()
-        },
-        keys=tuple(completions),
-        make=lambda keys: ((key, completions[key]) for key in keys),
-    )
-
-
-def first_problems(problems: code_problems.Problems, limit: int | None) -> list[str]:
-    """Returns the ids of the first `limit` problems, None for all."""
-    return list(itertools.islice(problems.problems, limit))
-
-
-def model_samples(
-    flags: argparse.Namespace, start: cli.Start, problems: code_problems.Problems
-) -> Samples:
-    """Returns the completions of the checkpoint's model; arguments as of `run`."""
-    from espalier.launch.inference.generate import generate
-    from espalier.trainers.decoding.settings import Sampling, Settings
-
-    chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
-    if chosen.samples < 1:
-        raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")
-    if chosen.chat and chosen.token_healing:
-        raise EvaluationError(
-            "--token_healing is of prompts that are continued, which --chat does not: remove one of them."
-        )
-    several = chosen.samples > 1
-    temperature = chosen.temperature
-    if temperature is None:
-        temperature = _TEMPERATURE if several else 0.0
-    if several and temperature == 0:
-        raise EvaluationError(
-            f"--temperature=0 makes all --samples={chosen.samples} of a problem the same: draw one, "
-            "or set a temperature."
-        )
-    top_p = _TOP_P if chosen.top_p is None and temperature else chosen.top_p
-
-    def row(problem: code_problems.Problem) -> dict[str, Any]:
-        if not chosen.chat:
-            return {"task_id": problem.task_id, "text": problem.prompt}
-        messages = [{"role": "user", "content": problem.request}]
-        return {"task_id": problem.task_id, "messages": messages}
-
-    def make(keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
-        wanted, ids = set(keys), {id for id, _ in keys}
-        # All samples of a problem are generated together, including those that are already in the file.
-        todo = {i: p for i, p in enumerate(problems.problems.values()) if p.task_id in ids}
-        rows = generate(
-            start(),
-            [(f"problem {problem.task_id}", row(problem)) for problem in todo.values()],
-            checkpoint=flags.checkpoint,
-            params=flags.params,
-            settings=Settings(
-                max_new_tokens=chosen.max_new_tokens,
-                num_samples=chosen.samples,
-                sampling=Sampling(temperature=temperature, top_p=top_p),
-            ),
-            stops=() if chosen.chat else problems.stops,
-            seed=chosen.seed,
-            batch_size=chosen.batch_size,
-            indices=[*todo],
-            token_healing=chosen.token_healing,
-        )
-        for made in rows:
-            key, text = (made["task_id"], made["sample"]), made["text"]
-            if key in wanted:
-                yield key, problems.problems[key[0]].answer(text) if chosen.chat else text
-
-    return Samples(
-        settings={
-            "temperature": temperature,
-            "top_p": top_p,
-            "checkpoint": load_run.place(flags.checkpoint),
-            "params": flags.params,
-            "seed": chosen.seed,
-            "max_new_tokens": chosen.max_new_tokens,
-            "chat": chosen.chat,
-            "token_healing": chosen.token_healing,
-        },
-        keys=[(id, n) for id in problems.problems for n in range(chosen.samples)],
-        make=make,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    words = sys.argv[1:] if argv is None else argv
-    name = "evaluate code"
-    if any(word.partition("=")[0] == "--solutions" for word in words):  # no model is needed
-        return cli.run_command(__doc__, name, run, add_flags=_add_solution_flags, argv=argv)
-    return cli.main(
-        __doc__,
-        entry="espalier.launch.run.load_run:RunConfig",
-        command=name,
-        extra_flags=_add_flags,
-        run=lambda start: run(start.flags, start),
-        default_files=load_run.default_files,
-        argv=argv,
-    )
 
 
 def _add_solution_flags(parser: argparse.ArgumentParser) -> None:
@@ -348,6 +205,131 @@ def run(flags: argparse.Namespace, start: cli.Start | None = None) -> dict[str, 
     return document
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A source of completions.
+
+    Attributes:
+      settings: everything that the completions depend on, as JSON.
+      keys: keys of all completions.
+      make: yields the completions of some keys, in any order.
+    """
+
+    settings: dict[str, Any]
+    keys: Sequence[Key]
+    make: Callable[[Sequence[Key]], Iterable[tuple[Key, str]]]
+
+
+def file_samples(
+    path: str, problems: code_problems.Problems, *, limit: int | None = None
+) -> Samples:
+    """Returns the completions in a file of rows, of which the first `limit` problems must have some.
+
+    Raises:
+      EvaluationError: a row without a matching problem or a completion, or a problem without a row.
+    """
+    completions: dict[Key, str] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    example = '{"task_id": ..., "completion": "..."}'
+    for where, row in row_files.read(path, example=example, flag="solutions"):
+        id, completion = str(row.get("task_id")), row.get("completion")
+        if id not in problems.problems:
+            raise EvaluationError(f"{where}: there is no problem {id!r}.")
+        if not isinstance(completion, str):
+            raise EvaluationError(f"{where}: no 'completion'; rows are {example}.")
+        completions[id, counts[id]] = completion
+        counts[id] += 1
+    if without := [id for id in first_problems(problems, limit) if not counts[id]]:
+        raise EvaluationError(
+            f"--solutions={path} has no row for {len(without)} problems, the first is {without[0]!r}. "
+            "Give each problem a completion; an empty one fails."
+        )
+    return Samples(
+        settings={
+            "solutions": hashlib.sha256(json.dumps(list(completions.items())).encode()).hexdigest()
+        },
+        keys=tuple(completions),
+        make=lambda keys: ((key, completions[key]) for key in keys),
+    )
+
+
+def model_samples(
+    flags: argparse.Namespace, start: cli.Start, problems: code_problems.Problems
+) -> Samples:
+    """Returns the completions of the checkpoint's model; arguments as of `run`."""
+    from espalier.launch.inference.generate import generate
+    from espalier.trainers.decoding.settings import Sampling, Settings
+
+    chosen = CompletionFlags(**setting_flags.given(flags, CompletionFlags))
+    if chosen.samples < 1:
+        raise EvaluationError(f"--samples={chosen.samples} must be at least 1.")
+    if chosen.chat and chosen.token_healing:
+        raise EvaluationError(
+            "--token_healing is of prompts that are continued, which --chat does not: remove one of them."
+        )
+    several = chosen.samples > 1
+    temperature = chosen.temperature
+    if temperature is None:
+        temperature = _TEMPERATURE if several else 0.0
+    if several and temperature == 0:
+        raise EvaluationError(
+            f"--temperature=0 makes all --samples={chosen.samples} of a problem the same: draw one, "
+            "or set a temperature."
+        )
+    top_p = _TOP_P if chosen.top_p is None and temperature else chosen.top_p
+
+    def row(problem: code_problems.Problem) -> dict[str, Any]:
+        if not chosen.chat:
+            return {"task_id": problem.task_id, "text": problem.prompt}
+        messages = [{"role": "user", "content": problem.request}]
+        return {"task_id": problem.task_id, "messages": messages}
+
+    def make(keys: Sequence[Key]) -> Iterator[tuple[Key, str]]:
+        wanted, ids = set(keys), {id for id, _ in keys}
+        # All samples of a problem are generated together, including those that are already in the file.
+        todo = {i: p for i, p in enumerate(problems.problems.values()) if p.task_id in ids}
+        rows = generate(
+            start(),
+            [(f"problem {problem.task_id}", row(problem)) for problem in todo.values()],
+            checkpoint=flags.checkpoint,
+            params=flags.params,
+            settings=Settings(
+                max_new_tokens=chosen.max_new_tokens,
+                num_samples=chosen.samples,
+                sampling=Sampling(temperature=temperature, top_p=top_p),
+            ),
+            stops=() if chosen.chat else problems.stops,
+            seed=chosen.seed,
+            batch_size=chosen.batch_size,
+            indices=[*todo],
+            token_healing=chosen.token_healing,
+        )
+        for made in rows:
+            key, text = (made["task_id"], made["sample"]), made["text"]
+            if key in wanted:
+                yield key, problems.problems[key[0]].answer(text) if chosen.chat else text
+
+    return Samples(
+        settings={
+            "temperature": temperature,
+            "top_p": top_p,
+            "checkpoint": load_run.place(flags.checkpoint),
+            "params": flags.params,
+            "seed": chosen.seed,
+            "max_new_tokens": chosen.max_new_tokens,
+            "chat": chosen.chat,
+            "token_healing": chosen.token_healing,
+        },
+        keys=[(id, n) for id in problems.problems for n in range(chosen.samples)],
+        make=make,
+    )
+
+
+def first_problems(problems: code_problems.Problems, limit: int | None) -> list[str]:
+    """Returns the ids of the first `limit` problems, None for all."""
+    return list(itertools.islice(problems.problems, limit))
+
+
 def _try(
     samples: Iterable[tuple[Key, str]],
     problems: code_problems.Problems,
@@ -386,6 +368,26 @@ def _try(
         finally:  # run and add completions even if generating more of them fails
             while pending:
                 add_first()
+
+
+def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
+    """Returns pass@k of problems in the format of the benchmark `name` for each k, with intervals and counts of the verdicts."""
+    counts: dict[str, list[int]] = {}
+    statuses: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        count = counts.setdefault(row["task_id"], [0, 0])
+        count[0] += 1
+        count[1] += row["status"] == "passed"
+        statuses[row["status"]] += 1
+    estimates = {str(k): mean_pass_at_k([(n, c) for n, c in counts.values()], k) for k in ks}
+    return {
+        "problems": name,
+        "num_problems": len(counts),
+        "num_samples": sum(statuses.values()),
+        "pass_at_k": {k: value for k, (value, _, _) in estimates.items()},
+        "intervals": {k: ends for k, (_, *ends) in estimates.items()},
+        "statuses": dict(statuses.most_common()),
+    }
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -433,26 +435,6 @@ def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> tuple[float, fl
     return value, max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def scores(rows: Iterable[dict[str, Any]], ks: Sequence[int], *, name: str) -> dict[str, Any]:
-    """Returns pass@k of problems in the format of the benchmark `name` for each k, with intervals and counts of the verdicts."""
-    counts: dict[str, list[int]] = {}
-    statuses: collections.Counter[str] = collections.Counter()
-    for row in rows:
-        count = counts.setdefault(row["task_id"], [0, 0])
-        count[0] += 1
-        count[1] += row["status"] == "passed"
-        statuses[row["status"]] += 1
-    estimates = {str(k): mean_pass_at_k([(n, c) for n, c in counts.values()], k) for k in ks}
-    return {
-        "problems": name,
-        "num_problems": len(counts),
-        "num_samples": sum(statuses.values()),
-        "pass_at_k": {k: value for k, (value, _, _) in estimates.items()},
-        "intervals": {k: ends for k, (_, *ends) in estimates.items()},
-        "statuses": dict(statuses.most_common()),
-    }
-
-
 def table(document: dict[str, Any]) -> str:
     """Returns a table of the scores."""
     lines = [
@@ -464,6 +446,23 @@ def table(document: dict[str, Any]) -> str:
         lines.append(f"  pass@{k:<5} {value:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     lines += [f"  {status:10} {count:7,}" for status, count in document["statuses"].items()]
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    words = sys.argv[1:] if argv is None else argv
+    name = "evaluate code"
+    if any(word.partition("=")[0] == "--solutions" for word in words):  # no model is needed
+        return cli.run_command(__doc__, name, run, add_flags=_add_solution_flags, argv=argv)
+    return cli.main(
+        __doc__,
+        entry="espalier.launch.run.load_run:RunConfig",
+        command=name,
+        extra_flags=_add_flags,
+        run=lambda start: run(start.flags, start),
+        default_files=load_run.default_files,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":
