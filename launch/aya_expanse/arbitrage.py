@@ -198,7 +198,7 @@ def arbitrage(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArbitrageError(f"--out={out} cannot be created: {error}. Choose another.") from None
-    with completions.opened(out / COMPLETIONS) as store:
+    with completions.Store.opened(out / COMPLETIONS) as store:
         router = Router(
             settings,
             pool,

@@ -123,7 +123,7 @@ class Rewards:
     ) -> list[dict[str, float]]:
         from espalier.launch.evaluate.judges import asking
         from espalier.launch.evaluate.judges.answers import language_name
-        from espalier.launch.evaluate.judges.base import TIE, A, Pair
+        from espalier.launch.evaluate.judges.asking import TIE, A, Pair
 
         pairs, places = [], []
         for p, (prompt, by_name) in enumerate(zip(prompts, answers, strict=True)):
@@ -133,7 +133,7 @@ class Rewards:
                 shown = {"a": by_name[a]["text"], "b": by_name[b]["text"], "language": language}
                 pairs.append(Pair(id=prompt.id, prompt=text, **shown, systems=(a, b)))
                 places.append((p, a, b))
-        with asking.opened(self._folder / JUDGEMENTS) as journal:
+        with asking.Journal.opened(self._folder / JUDGEMENTS) as journal:
             outcomes, _ = asking.judge_pairs(self._judge, pairs, journal)
         shares: list[dict[str, list[float]]] = [{} for _ in prompts]
         for (p, a, b), outcome in zip(places, outcomes, strict=True):

@@ -117,7 +117,8 @@ def add(
             text += f" (default {','.join(default) if isinstance(default, tuple) else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
+            can_be_unset = setting.default or setting.optional
+            options["action"] = argparse.BooleanOptionalAction if can_be_unset else "store_true"
         elif typing.get_origin(setting.kind) is Literal:
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:

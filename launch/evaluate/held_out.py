@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.common.ranges import Size
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 from espalier.launch.run import load_run
 
@@ -24,31 +25,22 @@ if TYPE_CHECKING:
     from espalier.trainers.evaluate import EvalStream
 
 GIN = "t5x_configs/runs/evaluate.gin"
+_LIMITS = ("tasks", "max_batches")
 _COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     load_run.add_trust_flag(group)
+    setting_flags.add(group, evaluate, names=_LIMITS)
     group.add_argument(
-        "--tasks", metavar="NAME,NAME", help="instead of the tasks of MIXTURE_OR_TASK_NAME"
+        "--json", dest="json_file", metavar="FILE", help="also writes the results here"
     )
-    group.add_argument(
-        "--max_batches", type=int, metavar="N", help="per task (default: whole splits)"
-    )
-    group.add_argument("--json", metavar="FILE", help="also writes the results here")
 
 
 def _run(start: cli.Start) -> None:
-    flags = start.flags
-    row_files.check_output(flags.json, "json")
-    start(
-        checkpoint=flags.checkpoint,
-        params=flags.params,
-        tasks=tuple(flags.tasks.split(",")) if flags.tasks else None,
-        max_batches=flags.max_batches,
-        json_file=flags.json,
-    )
+    row_files.check_output(start.flags.json_file, "json")
+    start(**dict.fromkeys(_LIMITS) | setting_flags.given(start.flags, evaluate))
 
 
 def evaluate(
@@ -59,7 +51,7 @@ def evaluate(
     mixture_or_task_name: str,
     checkpoint: str = "",
     params: str = "auto",
-    tasks: Sequence[str] | None = None,
+    tasks: setting_flags.Names | None = None,
     max_batches: Size | None = None,
     json_file: str | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -72,7 +64,7 @@ def evaluate(
       mixture_or_task_name: the mixture whose tasks are evaluated.
       checkpoint: step or run directory.
       params: see launch/run/load_run.py.
-      tasks: names of tasks to evaluate instead of the mixture's tasks.
+      tasks: names of tasks to evaluate instead of those of MIXTURE_OR_TASK_NAME.
       max_batches: maximum batches per task; None for whole splits.
       json_file: path of a JSON file with the results; NaN and infinities as in metrics.jsonl.
 

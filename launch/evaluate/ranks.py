@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 from espalier.launch.run import load_run, side_by_side
 from espalier.launch.run.load_run import LoadError, RunConfig
@@ -28,18 +29,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = load_run.add_flags(parser)
     load_run.add_adapter_flag(group)
     load_run.add_trust_flag(group)
-    group.add_argument("--json", metavar="FILE", help="also writes the results here")
+    group.add_argument(
+        "--json", dest="json_file", metavar="FILE", help="also writes the results here"
+    )
 
 
 def _run(start: cli.Start) -> None:
-    flags = start.flags
-    row_files.check_output(flags.json, "json")
-    start(
-        checkpoint=flags.checkpoint,
-        params=flags.params,
-        json_file=flags.json,
-        adapter=flags.adapter,
-    )
+    row_files.check_output(start.flags.json_file, "json")
+    start(**setting_flags.given(start.flags, evaluate))
 
 
 def evaluate(

@@ -304,7 +304,7 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
       domains: task -> router -> [layer][expert].
       experts: names of the experts; a router with another number of experts gets numbers instead.
     """
-    from espalier.launch.plots import heat_maps
+    from espalier.launch.plots import panels
 
     tables = {
         router: np.array([domains[task][router] for task in domains])  # [task, layer, expert]
@@ -316,11 +316,11 @@ def figure(domains: Mapping[str, Mapping[str, Any]], experts: Sequence[str] = ()
         for router, values in tables.items()
     }
     size = (len(domains), max(values.shape[-1] for values in tables.values()))
-    drawn, axes = heat_maps.grid(len(tables), layers, size)
+    drawn, axes = panels.heat_map_grid(len(tables), layers, size)
     for line, (router, values) in zip(axes, tables.items(), strict=True):
         shown = {f"layer {i}": values[:, i] for i in range(values.shape[1])}
         for panel, (title, matrix) in zip(line, shown.items(), strict=False):
-            heat_maps.draw(
+            panels.heat_map(
                 panel,
                 matrix,
                 list(domains),

@@ -6,12 +6,14 @@ from typing import Any
 
 from espalier.common import spelling
 from espalier.data.stream import rows
+from espalier.launch.inference.generate import decoder_for
 from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.lm_eval.arguments import (
+    Generation,
+    Generator,
     default_batch_tokens,
     default_generation_tokens,
 )
-from espalier.launch.lm_eval.generation import Generation, Generator
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.model.kv_cache.full import FullCache
 from espalier.trainers.decoding.decoder import Decoder
@@ -90,11 +92,7 @@ class EncoderAnswers:
     def __init__(self, run: LoadedRun, max_new_tokens: int):
         self.model = run.model
         self._run = run
-        self._settings = Settings(
-            max_new_tokens=max_new_tokens,
-            eos_ids=run.eos_ids,
-            num_ids=run.vocabulary.vocab_size,
-        )
+        self._settings = Settings(max_new_tokens=max_new_tokens)
         # By size of a batch; their programs serve all tasks.
         self._decoders: dict[int, Decoder] = {}
         self._scorers: dict[int, Scorer] = {}
@@ -110,14 +108,7 @@ class EncoderAnswers:
         run = self._run
         size = run.batch_size(_ROWS, len(examples))
         if size not in self._decoders:
-            self._decoders[size] = Decoder(
-                run.model,
-                run.params,
-                self._settings,
-                decoder_start=run.start_token or 0,
-                batch_size=size,
-                sharding=run.row_sharding,
-            )
+            self._decoders[size] = decoder_for(run, self._settings, batch_size=size)
         texts = Texts(decoder_of(run.vocabulary), ends=run.eos_ids)
         continued = self._decoders[size].stream(
             [run.prefixed(example["inputs"]) for example in examples]

@@ -35,7 +35,7 @@ from espalier.common import files
 from espalier.launch import cli
 from espalier.launch.evaluate.judges import answers, asking, shares, spec
 from espalier.launch.evaluate.judges.answers import System
-from espalier.launch.evaluate.judges.base import Judge, JudgeError
+from espalier.launch.evaluate.judges.asking import Judge, JudgeError
 from espalier.launch.run import load_run
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
@@ -146,8 +146,8 @@ def win_rates(systems: Sequence[System], judge: Judge, *, out: str) -> dict[str,
         raise JudgeError(
             f"--out={out} cannot be created: {error}. Choose another folder."
         ) from None
-    with asking.opened(folder / JUDGEMENTS) as replies:
-        outcomes, tally = asking.judge_pairs(judge, pairs, replies)
+    with asking.Journal.opened(folder / JUDGEMENTS) as journal:
+        outcomes, tally = asking.judge_pairs(judge, pairs, journal)
     prompts = len(systems[0].answers)
     starts = range(0, len(pairs), prompts)
     summary: dict[str, Any] = {

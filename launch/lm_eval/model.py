@@ -21,7 +21,7 @@ from lm_eval.api.model import TemplateLM
 from espalier.data.stream import rows
 from espalier.data.tokenizers import chat_template as chat
 from espalier.launch.lm_eval import arguments
-from espalier.launch.lm_eval.generation import Generator, options
+from espalier.launch.lm_eval.arguments import Generator, options
 from espalier.launch.run import side_by_side
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.trainers.scoring.encoder_likelihoods import EncoderLikelihoods

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from espalier.launch.plots import hover, panels
+from espalier.launch.plots import html_page, panels
 
 if TYPE_CHECKING:  # pandas is imported with the work
     import pandas as pd
@@ -149,7 +149,7 @@ def _draw_dots(axes: Any, panel: Dots, arms: Mapping[str, Any], *, named: bool) 
         above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes.annotate(short(mean), (mean, at), **above)
         texts = [f"{run.name}: {short(x)}" for run, x in runs]
-        hover.points(axes, values, [at] * len(values), texts)
+        html_page.points(axes, values, [at] * len(values), texts)
     axes.set_yticks(range(len(arms)), list(arms) if named else [""] * len(arms))
     axes.set_ylim(len(arms) - 0.4, -0.7)
     axes.set_xlabel(panel.unit, fontsize=9)
@@ -193,7 +193,7 @@ def curve(axes: Any, name: str, series: "pd.Series", colour: Any, **style: Any) 
     axes.plot(drawn.index, drawn, color=colour, **{**dots, **style})
     some = _thinned(finite, _TOOLTIPS)
     texts = [f"{name}, step {step:,}: {short(value)}" for step, value in some.items()]
-    hover.points(axes, list(some.index), list(some), texts)
+    html_page.points(axes, list(some.index), list(some), texts)
 
 
 def _thinned(series: "pd.Series", most: int) -> "pd.Series":

@@ -9,7 +9,7 @@ import pandas as pd
 
 from espalier.launch.config import config_diff
 from espalier.launch.input_errors import shortened
-from espalier.launch.plots import hover, html_page
+from espalier.launch.plots import html_page
 from espalier.launch.report import figures
 from espalier.launch.report.figures import Curves, Dots
 from espalier.launch.report.runs import Run
@@ -49,7 +49,7 @@ def write(
         header, *rows = found
         lines += ["## What differs between the configurations", "", *html_page.table(header, rows)]
     for heading, name, panels, in_table in _sections(runs):
-        pictures[name] = hover.svg(figures.draw(panels, arms))
+        pictures[name] = html_page.svg(figures.draw(panels, arms))
         lines += [f"## {heading}", "", f"![{heading}]({name})", ""]
         lines += _table_lines(in_table) if in_table else []
     html_page.write("\n".join([*lines, *more]), folder / "report.html", pictures)

@@ -177,7 +177,7 @@ class Run:
           seed: seed of sampling; a continuation depends only on it, the prompt's index and the sample's index.
           batch_size: prompts at a time.
           policy: policy of the key/value caches (model/kv_cache); None caches all tokens.
-          token_healing: whether the last token of a text is drawn anew (launch/inference/token_healing.py). It is then the
+          token_healing: whether the last token of a text is drawn anew (`TokenHealing` in launch/inference/texts.py). It is then the
             first of the new tokens; the new text follows the prompt.
           **sampling: temperature, top_k, top_p, min_p and repetition_penalty of trainers.decoding.settings.Sampling; by
             default the temperature is 0, which is greedy.

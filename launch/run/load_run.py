@@ -24,6 +24,7 @@ __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from th
 
 OWN = "t5x_configs/runs/load_run.gin"  # of every command that reads a model
 PARAMS = ("auto", "raw", "ema")
+CacheDtype = Literal["int8", "bfloat16", "float16", "float32"]  # of cached keys and values
 SpecialTokens = Literal["texts", "everywhere", "nowhere"]
 
 

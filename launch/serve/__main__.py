@@ -18,9 +18,11 @@ the key that clients must send, and --allowed_host, the name by which they reach
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from espalier.common import stages
 from espalier.launch import cli
@@ -35,27 +37,31 @@ class ServeError(ValueError):
     """A server that cannot start."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeFlags:
+    """Where the server is, and who may use it.
+
+    Attributes:
+      host: address to serve.
+      port: its port; 0 for a free one.
+      allowed_host: a name or address by which clients may reach the server, besides localhost and --host; repeatable.
+      name: name of the model (default: of the run's directory).
+      api_key_file: file with the key of the clients.
+      cache_dtype: type of cached keys and values (default: the model's).
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_host: Sequence[setting_flags.Name] = ()
+    name: str | None = None
+    api_key_file: setting_flags.File | None = None
+    cache_dtype: load_run.CacheDtype | None = None
+
+
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
-    group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to serve (default 127.0.0.1)")
-    group.add_argument("--port", type=int, default=8000, metavar="N", help="0 for a free one")
-    group.add_argument(
-        "--allowed_host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name or address by which clients may reach the server, besides localhost and --host; repeatable",
-    )
-    group.add_argument("--name", help="name of the model (default: of the run's directory)")
-    group.add_argument("--api_key_file", metavar="FILE", help="file with the key of the clients")
+    setting_flags.add(parser.add_argument_group("server"), ServeFlags)
     setting_flags.add(parser.add_argument_group("limits"), Limits())
-    group = parser.add_argument_group("key/value cache")
-    group.add_argument(
-        "--cache_dtype",
-        choices=("int8", "bfloat16", "float16", "float32"),
-        help="type of cached keys and values (default: the model's)",
-    )
 
 
 def _run(start: cli.Start) -> None:
@@ -77,17 +83,18 @@ def _run(start: cli.Start) -> None:
     from espalier.launch.serve.app import make_app
     from espalier.launch.serve.engine import Engine
 
-    flags = start.flags
+    flags = ServeFlags(**setting_flags.given(start.flags, ServeFlags))
+    checkpoint, params = start.flags.checkpoint, start.flags.params
     if jax.process_count() > 1:
         raise ServeError("launch.serve runs in one process, on all devices of a host.")
-    limits = Limits(**setting_flags.given(flags, Limits))
+    limits = Limits(**setting_flags.given(start.flags, Limits))
     api_key = None if flags.api_key_file is None else key_of(flags.api_key_file)
     if api_key is None and flags.host not in _LOCAL:
         print(
             f"warning: everyone who reaches {flags.host} can use the model: see --api_key_file.",
             file=sys.stderr,
         )
-    name = flags.name or os.path.basename(os.path.abspath(flags.checkpoint))
+    name = flags.name or os.path.basename(os.path.abspath(checkpoint))
     config = connections.config(lambda: None, host=flags.host, port=flags.port)
     try:
         socket = config.bind_socket()  # before the model is loaded
@@ -95,8 +102,8 @@ def _run(start: cli.Start) -> None:
         raise ServeError(
             f"--host={flags.host} --port={flags.port} cannot be served: choose another address or port."
         ) from None
-    options = {"checkpoint": flags.checkpoint, "params": flags.params}
-    with socket, Engine(start(), limits=limits, cache_dtype=flags.cache_dtype, **options) as engine:
+    options = {"checkpoint": checkpoint, "params": params, "cache_dtype": flags.cache_dtype}
+    with socket, Engine(start(), limits=limits, **options) as engine:
         config.app = make_app(
             engine,
             model=name,

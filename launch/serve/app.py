@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import threading
 import time
@@ -37,7 +38,6 @@ from espalier.trainers.decoding.buckets import bucket_below
 _BODY_S = 30.0
 _CLOSED_REQUEST = 499  # the client has gone; nobody reads the reply
 _EXPECTED = (OverdueError, BusyError, FailedError, ValueError)  # of completions
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
 def make_app(
@@ -60,8 +60,10 @@ def make_app(
         Route("/health", server.health),
         Route("/v1/models", server.models),
         Route("/v1/models/{name:path}", server.one_model),
-        Route("/v1/completions", server.completions, methods=["POST"]),
-        Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+        *(
+            Route(path, functools.partial(server.complete, chat=chat), methods=["POST"])
+            for path, chat in (("/v1/completions", False), ("/v1/chat/completions", True))
+        ),
     ]
     handlers: Any = {HTTPException: _http_error, RequestError: _request_error, Exception: _bug}
     hosts = Middleware(Hosts, allowed=allowed_hosts)
@@ -93,12 +95,6 @@ class _Server:
             )
         return JSONResponse(self._description())
 
-    async def completions(self, request: Request) -> Response:
-        return await self._complete(request, chat=False)
-
-    async def chat_completions(self, request: Request) -> Response:
-        return await self._complete(request, chat=True)
-
     def _description(self) -> dict[str, Any]:
         return {
             "id": self._model,
@@ -119,7 +115,7 @@ class _Server:
                 status=401,
             )
 
-    async def _complete(self, request: Request, *, chat: bool) -> Response:
+    async def complete(self, request: Request, *, chat: bool) -> Response:
         deadline = time.monotonic() + self._limits.timeout
         self._authorise(request)
         body = await self._body(request)
@@ -342,35 +338,29 @@ async def _stream(
         yield replies.DONE
     except TimeoutError:
         error = OverdueError("The time limit of the server was reached.")
-        yield replies.event(_error_body(_as_request_error(error)))
+        yield replies.event(_as_request_error(error).body)
     except _EXPECTED as error:
-        yield replies.event(_error_body(_as_request_error(error)))
+        yield replies.event(_as_request_error(error).body)
     finally:
         for job in jobs:
             job.cancel()
-
-
-def _error_body(error: RequestError) -> dict[str, Any]:
-    kind = "server_error" if error.status >= 500 else _KINDS.get(error.status, _KINDS[400])
-    return replies.error(str(error), kind=kind, param=error.param, code=error.code)
 
 
 async def _request_error(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, RequestError)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return JSONResponse(_error_body(error), status_code=error.status, headers=headers)
+    return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}."
-    body = replies.error(message, kind=_KINDS[400])
+    body = RequestError(message, status=error.status_code).body
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     del request, error  # uvicorn writes the traceback
-    return JSONResponse(
-        replies.error("The server failed; its log says why.", kind="server_error"), status_code=500
-    )
+    body = RequestError("The server failed; its log says why.", status=500).body
+    return JSONResponse(body, status_code=500)

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from espalier.launch.serve import replies
+from espalier.launch.serve.requests import RequestError
 
 _NAME = re.compile(r"(?:\[(?P<address>[^]]+)\]|(?P<name>[^][@:]+))(?::\d+)?")
 _HEAD_S = 10.0  # seconds in which the head of a request must arrive
@@ -81,8 +81,8 @@ class Hosts:
             for header, url in named.items():
                 if not self._is_allowed(url):
                     message = f"The {header} {url.removeprefix('//')[:100]!r} is not a name of this server: see --allowed_host."
-                    body = replies.error(message, kind="invalid_request_error")
-                    await JSONResponse(body, status_code=403)(scope, receive, send)
+                    error = RequestError(message, status=403)
+                    await JSONResponse(error.body, status_code=403)(scope, receive, send)
                     return
         await self._app(scope, receive, send)
 

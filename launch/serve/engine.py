@@ -15,13 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from espalier.launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
 from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.run.load_run import LoadedRun, RunConfig
 from espalier.launch.serve.requests import Limits
-from espalier.model.transforms import layer_stack
 from espalier.trainers.decoding.buckets import bucket_length
 from espalier.trainers.decoding.decoder import Continuation, Decoder
 from espalier.trainers.decoding.settings import Draw, Settings
@@ -145,15 +142,6 @@ def _length(jobs: Sequence[Job]) -> int:
     return max(len(job.prompt) for job in jobs) + max(job.max_tokens for job in jobs) - 1
 
 
-def _unrolled(loaded: LoadedRun) -> LoadedRun:
-    """Returns the run with unrolled layers, whose parameters all decoders share."""
-    model, params = loaded.model, loaded.params
-    if model.config.scan_layers:
-        params = jax.jit(lambda params: layer_stack.unroll(params, model.config))(params)
-    config = dataclasses.replace(loaded.config, model=layer_stack.unrolled(model))
-    return dataclasses.replace(loaded, config=config, params=params)
-
-
 class Engine:
     """Continues prompts with a run's model in a thread of its own; a context manager.
 
@@ -190,8 +178,13 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self._thread.start()
-        self.loaded = self._ready.result()
+        self._ready.result()
         return self
+
+    @property
+    def loaded(self) -> LoadedRun:
+        """The run, once its parameters are loaded."""
+        return self._ready.result()
 
     def __exit__(self, *_: Any) -> None:
         """Ends the thread; completions in progress are ended, and all of them fail."""
@@ -226,11 +219,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            loading = self._config.load(
-                self._checkpoint, params=self._params, encoder_decoders=True
-            )
-            with loading as loaded:
-                self._loaded = _unrolled(loaded)
+            options: dict[str, Any] = {"params": self._params, "encoder_decoders": True}
+            with self._config.load(self._checkpoint, **options) as loaded:
+                loaded.unroll()  # once for all decoders
                 vocabulary = loaded.vocabulary_or_none
                 self._decode = None if vocabulary is None else decoder_of(vocabulary)
                 self._ready.set_result(loaded)
@@ -266,13 +257,13 @@ class Engine:
 
     def _fit(self, jobs: Sequence[Job]) -> bool:
         """Returns whether a batch of these stays within the positions that the model has learned."""
-        learned = self._loaded.model.max_length
+        learned = self.loaded.model.max_length
         return learned is None or _length(jobs) <= learned
 
     def _continue(self, jobs: Sequence[Job]) -> None:
         try:
             for job in jobs:
-                job.begin(self._decode, self._loaded.eos_ids)
+                job.begin(self._decode, self.loaded.eos_ids)
             decoder = self._decoder(jobs)
             streams = any(job.show is not None for job in jobs)
             decoder.watch_every = LOOK_AT_STREAM if streams else LOOK_AT_STOPS
@@ -293,15 +284,15 @@ class Engine:
         """Returns the decoder for a batch: of few sizes, since each compiles its programs."""
         wanted = max(job.max_tokens for job in jobs)
         tokens = min(bucket_length(max(wanted, _SHORTEST)), self._limits.max_tokens)
-        learned = self._loaded.model.max_length
+        learned = self.loaded.model.max_length
         if learned is not None and _length(jobs) - wanted + tokens > learned:
             tokens = wanted
         # Batches of more than one completion are padded to the full size.
         size = 1 if len(jobs) == 1 else self._limits.batch_size
-        rows = self._loaded.batch_size(size, size)
+        rows = self.loaded.batch_size(size, size)
         if (rows, tokens) not in self._decoders:
             self._decoders[rows, tokens] = decoder_for(
-                self._loaded,
+                self.loaded,
                 Settings(max_new_tokens=tokens),
                 batch_size=rows,
                 watch=lambda i, _, new: self._batch[i].watch(new),

@@ -1,4 +1,4 @@
-"""The JSON of replies, as the OpenAI API has it: whole completions, pieces of a stream, and errors."""
+"""The JSON of replies, as the OpenAI API has it: whole completions, and pieces of a stream."""
 
 import itertools
 import json
@@ -12,11 +12,6 @@ from espalier.launch.serve.requests import Asked
 from espalier.trainers.decoding.stop_strings import BROKEN, GrowingText
 
 DONE = b"data: [DONE]\n\n"
-
-
-def error(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict:
-    """Returns the body of an error; `kind` is a type of the API, such as invalid_request_error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def event(body: dict[str, Any]) -> bytes:

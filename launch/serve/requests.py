@@ -38,6 +38,8 @@ _CHAT, _TEXT = ("messages", "max_completion_tokens"), ("prompt",)
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 256
 _DEFAULT_TOKENS = 16  # of a completion of a text, as in the API
 _MAX_MESSAGES = 1024
+# Types of errors by their status.
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -88,6 +90,14 @@ class RequestError(ValueError):
     ):
         super().__init__(message)
         self.param, self.code, self.status = param, code, status
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the reply."""
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, _KINDS[400])
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

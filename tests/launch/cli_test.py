@@ -517,8 +517,7 @@ for program in sys.argv[1].split():
     pages[program] = text(program)
     if program in ("evaluate", "precompile", "prepare", "upcycle"):
         for name in importlib.import_module(cli.module_of(program)).COMMANDS:
-            if name != "factorise":  # the flags of which are made by the module that does the work
-                pages[f"{program} {name}"] = text(program, name)
+            pages[f"{program} {name}"] = text(program, name)
 print(json.dumps([pages, sorted({"jax", "gin", "tensorflow", "seqio"} & set(sys.modules))]))
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.languages import table
-from espalier.launch.evaluate.judges.base import JudgeError, Pair, Prompt
+from espalier.launch.evaluate.judges.asking import JudgeError, Pair, Prompt
 from espalier.launch.inference import row_files
 
 EXAMPLE = '{"prompt": "...", "text": "..."}'

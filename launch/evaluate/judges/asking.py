@@ -1,36 +1,144 @@
-"""Asks a judge the unanswered questions, and writes each reply on arrival as a JSON line of the journal."""
+"""Questions to judges, replies and outcomes: the interface of every kind of judge, and how judges are asked.
+
+A judge decides between two answers to one prompt by two questions. A judge that compares is asked about both orders of the
+answers; a judge that scores is asked about each answer. Only unanswered questions are asked, and each reply is written on
+arrival as a JSON line of the journal.
+"""
 
 import contextlib
 import dataclasses
-import pathlib
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final, Literal, Protocol
 
 from espalier.common.bars import Bar
-from espalier.launch.evaluate.judges.base import (
-    TIE,
-    Judge,
-    JudgeError,
-    Outcome,
-    Pair,
-    Question,
-    Reply,
-)
-from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import ResumedRows
 
+A: Final = "a"
+B: Final = "b"
+TIE: Final = "tie"
+Verdict = Literal["a", "b", "tie"]
+# A text, or the messages of a conversation.
+Prompt = str | list[dict[str, Any]]
 # Number of consecutive questions without a reply after which asking stops.
 _PATIENCE = 32
 
 
-class Journal:
-    """Replies by the keys of their questions; opened by `opened`."""
+class JudgeError(ValueError):
+    """A judge that cannot be used, or answers that it cannot judge."""
 
-    def __init__(self, file: ResumedRows):
-        self._file = file
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, of two systems by name.
+
+    `id` is the prompt's, for messages; `language` is the name of the language that an answer should be in, or empty.
+    """
+
+    id: str
+    prompt: Prompt
+    a: str
+    b: str
+    systems: tuple[str, str]
+    language: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question to a judge.
+
+    Attributes:
+      prompt: the prompt of the answers.
+      answers: one or two answers, in the order in which they are shown.
+      language: the language that the answers should be in; empty if it does not matter.
+      about: facts about the question for readers of the journal; replies do not depend on them.
+    """
+
+    prompt: Prompt
+    answers: tuple[str, ...]
+    language: str = ""
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def key(self, identity: Mapping[str, Any]) -> str:
+        """Returns the digest of everything that a reply depends on; `identity` is the judge's."""
+        content = [identity, self.prompt, self.answers]
+        content += [self.language] if self.language else []
+        text = json.dumps(content, sort_keys=True)  # ASCII, so that any string can be encoded
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The reply to a question.
+
+    Attributes:
+      value: the judge's verdict: a label, or a finite score; None if its text could not be understood.
+      text: the text of the reply.
+      error: reason that no reply came, such as a timeout; else empty.
+    """
+
+    value: str | float | None
+    text: str = ""
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The outcome of a pair, from the replies to both questions.
+
+    Attributes:
+      verdict: the preferred answer; None if a reply is missing or was not understood.
+      consistent: whether both orders gave the same verdict; None for a judge that scores.
+      bias: mean over both orders of 1 for the answer shown first, -1 for the other, 0 for a tie.
+      identical: whether the answers are equal, which is a tie without asking.
+    """
+
+    verdict: Verdict | None
+    consistent: bool | None = None
+    bias: float | None = None
+    identical: bool = False
+
+
+class Judge(Protocol):
+    """A judge.
+
+    Attributes:
+      name: name for messages.
+      identity: everything besides the question that its replies depend on, as JSON.
+      attempts: number of times to ask a question before it counts as not answered.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+    attempts: int
+
+    def questions(self, pair: Pair) -> tuple[Question, Question]:
+        """Returns the two questions about a pair whose answers differ."""
+
+    def replies(self, asked: Sequence[Question], attempt: int) -> Iterator[tuple[int, Reply]]:
+        """Yields (index, reply) of every question, in the order in which they finish, after `attempt` earlier attempts.
+
+        Raises:
+          JudgeError: further questions would fail too.
+        """
+
+    def outcome(self, first: Reply, second: Reply) -> Outcome:
+        """Returns the outcome of a pair from two replies whose values are not None."""
+
+
+class Journal(ResumedRows):
+    """Replies by the keys of their questions.
+
+    Raises:
+      JudgeError: a line is not a judge's reply.
+    """
+
+    def __init__(self, *file: Any, **options: Any):
+        super().__init__(*file, **options)
         self._replies: dict[str, list[Reply]] = defaultdict(list)
-        for place, record in file.rows:
+        for place, record in self.rows:
             if not {"key", "value"} <= record.keys():
                 raise JudgeError(
                     f"{place}: not a judge's reply. Delete the line to ask the question again."
@@ -43,7 +151,7 @@ class Journal:
         """Returns the judge's replies to a question, by attempt."""
         return self._replies.get(key, [])
 
-    def add(self, key: str, question: Question, reply: Reply, *, judge: str) -> None:
+    def add_reply(self, key: str, question: Question, reply: Reply, *, judge: str) -> None:
         """Writes a reply. The record of a missing reply is only for readers of the file."""
         record = {"key": key, "judge": judge, **question.about, "value": reply.value}
         record |= {"text": reply.text} if reply.text else {}
@@ -51,19 +159,7 @@ class Journal:
             record["error"] = reply.error
         else:
             self._replies[key].append(reply)
-        self._file.add(record)
-
-
-@contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[Journal]:
-    """Opens the journal in a file and locks it against other processes.
-
-    Raises:
-      JudgeError: a line is not a judge's reply.
-      RowFileError: another process writes the file, or a line is damaged.
-    """
-    with row_files.resumed(path) as file:
-        yield Journal(file)
+        self.add(record)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -146,7 +242,7 @@ def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> T
             with contextlib.closing(replies):  # type: ignore[type-var]
                 for i, reply in replies:
                     key = keys[i]
-                    journal.add(key, questions[key], reply, judge=judge.name)
+                    journal.add_reply(key, questions[key], reply, judge=judge.name)
                     tally.asked += 1
                     if reply.error:
                         silent[key] += 1

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.launch.evaluate.judges.base import (
+from espalier.launch.evaluate.judges.asking import (
     TIE,
     A,
     B,

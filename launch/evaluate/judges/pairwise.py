@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from espalier.launch.evaluate.judges.base import (
+from espalier.launch.evaluate.judges.asking import (
     TIE,
     A,
     B,
@@ -169,7 +169,7 @@ class Writer(Protocol):
 
 
 class PairwiseJudge:
-    """See launch/evaluate/judges/base.py; `writer` writes replies to prompts in the wording of `wording`."""
+    """See launch/evaluate/judges/asking.py; `writer` writes replies to prompts in the wording of `wording`."""
 
     def __init__(self, writer: Writer, *, wording: Template, attempts: int = 3):
         self._writer = writer

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.evaluate.judges.answers import System
-from espalier.launch.evaluate.judges.base import TIE, A, B, Outcome, Pair
+from espalier.launch.evaluate.judges.asking import TIE, A, B, Outcome, Pair
 from espalier.launch.plots import intervals
 
 _RATES = ("win", "tie", "loss", "win - loss", "judged", "invalid")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from espalier.data.languages import table
-from espalier.launch.evaluate.suites import local_data, text_scores
+from espalier.launch.evaluate.suites import local_data, scores
 from espalier.launch.evaluate.suites.local_data import Source, WrongDataError
 from espalier.launch.evaluate.suites.scores import Group, Suite, Task
 
@@ -301,8 +301,8 @@ def flores(source: str, target: str, metric: str) -> Benchmark:
     metrics = [
         {"metric": key, "aggregation": function, "higher_is_better": True}
         for key, function in (
-            ("chrf", text_scores.chrf_plus_plus),
-            ("spbleu", text_scores.spbleu),
+            ("chrf", scores.chrf_plus_plus),
+            ("spbleu", scores.spbleu),
         )
     ]
     rows = functools.partial(translations, source=source, target=target)
@@ -345,7 +345,7 @@ class MultilingualSuite(Suite):
     def missing(self, benchmark: str, data_dir: str | None) -> str:
         reason = super().missing(benchmark, data_dir)
         if not reason and self.task(benchmark).metric == "spbleu":
-            return text_scores.spbleu_missing()
+            return scores.spbleu_missing()
         return reason
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.languages import table
-from espalier.launch.evaluate.suites import local_data, multilingual, text_scores
+from espalier.launch.evaluate.suites import local_data, multilingual, scores
 from espalier.launch.evaluate.suites.local_data import Source
 from espalier.launch.evaluate.suites.multilingual import Benchmark
 from espalier.launch.evaluate.suites.scores import Task
@@ -74,7 +74,7 @@ def summaries(*, code: str, data_dir: str | None = None, **others: Any) -> dict[
 
 def overlap(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns ROUGE-L of a summary."""
-    return {"score": text_scores.rouge_l(results[0], doc["answer"])}
+    return {"score": scores.rouge_l(results[0], doc["answer"])}
 
 
 def _xlsum_source(code: str) -> Source:

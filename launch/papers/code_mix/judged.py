@@ -13,7 +13,7 @@ from typing import Any
 from espalier.data.code_mix import skills
 from espalier.launch.evaluate import win_rate
 from espalier.launch.evaluate.judges.answers import Answer, System
-from espalier.launch.evaluate.judges.base import Question
+from espalier.launch.evaluate.judges.asking import Question
 from espalier.launch.evaluate.judges.checkpoint import RewardJudge
 
 SHARES = ("win", "tie", "loss")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from espalier.launch.evaluate.judges import asking, shares
-from espalier.launch.evaluate.judges.base import JudgeError, Outcome, Pair
+from espalier.launch.evaluate.judges.asking import JudgeError, Outcome, Pair
 from espalier.launch.evaluate.judges.checkpoint import RewardJudge
 from espalier.launch.evaluate.judges.pairwise import PairwiseJudge, Template
 from espalier.launch.inference.chat_endpoint import Silence
@@ -87,7 +87,7 @@ def test_orders_that_disagree_are_a_tie_and_sides_are_antisymmetric(forth, back,
     def outcome(a, b, name):
         writer = Scripted(lambda first, *_: line(forth if first == "x" else back))
         judge = PairwiseJudge(writer, wording=Template(allow_ties=True))
-        with asking.opened(tmp_path / name) as kept:
+        with asking.Journal.opened(tmp_path / name) as kept:
             (found,), _ = asking.judge_pairs(judge, [pair(a, b)], kept)
         return found
 
@@ -120,7 +120,7 @@ def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
         return f"Preferred: Answer ({'A' if first < second else 'B'})"
 
     whole = Scripted(reply)
-    with asking.opened(tmp_path / "whole") as kept:
+    with asking.Journal.opened(tmp_path / "whole") as kept:
         want, _ = asking.judge_pairs(PairwiseJudge(whole, wording=Template()), pairs, kept)
     assert [o.verdict for o in want] == ["a", None, "a", "a", "a", "tie"]
     assert len(whole.asked) == 10 + 3 + 1  # 2 + 1 asked again, and 1 once more
@@ -132,18 +132,18 @@ def test_killed_anywhere_and_started_again_nothing_is_asked_twice(at, tmp_path):
 
     path = tmp_path / "parts"
     parts = Scripted(until)
-    with pytest.raises(Kill), asking.opened(path) as kept:
+    with pytest.raises(Kill), asking.Journal.opened(path) as kept:
         asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     lost = parts.asked.pop()  # was not answered
     # The last line may be cut short, which then was not kept.
     with open(path, "ab") as file:
         file.write(b'{"key": "' + b"x" * 999 if at % 2 else b'{"key": "0", "value": "A"}')
     parts.reply = reply
-    with asking.opened(path) as kept:
+    with asking.Journal.opened(path) as kept:
         found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     assert found == want and sorted(parts.asked) == sorted(whole.asked) and lost in parts.asked
     assert tally.asked == 14 - at
-    with asking.opened(path) as kept:
+    with asking.Journal.opened(path) as kept:
         found, tally = asking.judge_pairs(PairwiseJudge(parts, wording=Template()), pairs, kept)
     assert found == want and tally.asked == 0 and len(parts.asked) == 14
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 14
@@ -153,7 +153,7 @@ def test_replies_that_do_not_come_are_asked_for_again_in_every_run(tmp_path):
     writer = Scripted(lambda first, *_: Silence(reason="slow") if first == "x" else "Answer (A)")
     judge = PairwiseJudge(writer, wording=Template(), attempts=2)
     for run in (1, 2):
-        with asking.opened(tmp_path / "kept") as kept:
+        with asking.Journal.opened(tmp_path / "kept") as kept:
             (found,), tally = asking.judge_pairs(judge, [pair("x", "y")], kept)
         assert found.verdict is None and tally.no_reply == {"slow": 2}
         assert len(writer.asked) == 1 + 2 * run
@@ -166,7 +166,7 @@ def test_a_judge_that_never_replies_is_not_asked_on(tmp_path):
         writer.asked.clear()
         pairs = [pair("x", "y", str(i)) for i in range(count)]
         with (
-            asking.opened(tmp_path / "kept") as kept,
+            asking.Journal.opened(tmp_path / "kept") as kept,
             pytest.raises(
                 JudgeError, match=f"has given no answer to {asked} questions in a row: slow"
             ),
@@ -178,20 +178,23 @@ def test_a_judge_that_never_replies_is_not_asked_on(tmp_path):
 def test_a_journal_is_one_processs_and_damage_in_it_is_named(tmp_path):
     path = tmp_path / "kept"
     with (
-        asking.opened(path),
+        asking.Journal.opened(path),
         pytest.raises(RowFileError, match="another process"),
-        asking.opened(path),
+        asking.Journal.opened(path),
     ):
         pass
     path.write_text('{"key": "0", "value": "A"}\nnonsense\n{"key": "1", "value": "B"}\n')
     with (
         pytest.raises(RowFileError, match="kept, line 2 is not a JSON object"),
-        asking.opened(path),
+        asking.Journal.opened(path),
     ):
         pass
     assert len(path.read_text().splitlines()) == 3
     path.write_text('{"key": "0", "value": "A"}\n{"nonsense": 1}\n{"key": "1", "value": "B"}\n')
-    with pytest.raises(JudgeError, match="kept, line 2: not a judge's"), asking.opened(path):
+    with (
+        pytest.raises(JudgeError, match="kept, line 2: not a judge's"),
+        asking.Journal.opened(path),
+    ):
         pass
     assert len(path.read_text().splitlines()) == 3
 
@@ -219,7 +222,7 @@ def test_scores_decide_beyond_the_margin(tmp_path):
         (0, ["a", "b", "tie", None, "tie"]),
         (1, ["a", "tie", "tie", None, "tie"]),
     ):
-        with asking.opened(tmp_path / "kept") as kept:
+        with asking.Journal.opened(tmp_path / "kept") as kept:
             found, tally = asking.judge_pairs(RewardJudge(Lengths(), margin=margin), pairs, kept)
         assert [outcome.verdict for outcome in found] == want
     # An answer of one prompt is scored once, and what has no score is not asked for again.
@@ -297,7 +300,7 @@ def test_intervals_are_normal_for_many_prompts():
 def test_only_identical_answers_are_all_ties(tmp_path):
     pairs = [pair(text, text, str(i)) for i, text in enumerate(("x", "", "y"))]
     writer = Scripted(None)
-    with asking.opened(tmp_path / "kept") as kept:
+    with asking.Journal.opened(tmp_path / "kept") as kept:
         found, _ = asking.judge_pairs(PairwiseJudge(writer, wording=Template()), pairs, kept)
     summary = shares.pair_summary(pairs, found)
     assert writer.asked == [] and summary["tie"]["value"] == summary["tie"]["high"] == 1

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from espalier.launch.convert import __main__ as convert
-from espalier.launch.lm_eval.generation import options
+from espalier.launch import convert
+from espalier.launch.lm_eval.arguments import options
 from espalier.launch.lm_eval.model import EspalierLM
 from espalier.launch.run.load_run import LoadError
 from espalier.trainers.decoding.sampling import Sampling

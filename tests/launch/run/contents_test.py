@@ -6,7 +6,7 @@ import pytest
 
 from espalier.launch.aya_expanse import teachers
 from espalier.launch.evaluate.judges import checkpoint
-from espalier.launch.evaluate.judges.base import Question
+from espalier.launch.evaluate.judges.asking import Question
 from espalier.launch.evaluate.judges.pairwise import Template
 from espalier.launch.inference import generate, score
 from espalier.launch.inference.generate import as_message, prompt_of

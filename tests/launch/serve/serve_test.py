@@ -500,7 +500,7 @@ def test_a_closed_engine_fails_what_waits(config, trained_run):
 
 def test_prompts_of_every_length_share_a_few_programs(engine, monkeypatch):
     """A model with 100 learned positions, and requests that leave the number of new tokens to the server."""
-    monkeypatch.setattr(type(engine._loaded.model), "max_length", 100, raising=False)
+    monkeypatch.setattr(type(engine.loaded.model), "max_length", 100, raising=False)
     monkeypatch.setattr(engine, "_decoders", {})
     server = app_module._Server(engine, model="tiny", limits=LIMITS, api_key=None)
     content = json.dumps({"model": "tiny", "messages": user("x")}).encode()
@@ -523,7 +523,7 @@ def test_learned_positions_keep_jobs_apart(engine, monkeypatch):
     )
     jobs = [job(90, 4), job(4, 50)]
     assert engine._fit(jobs)
-    model = engine._loaded.model
+    model = engine.loaded.model
     monkeypatch.setattr(type(model), "max_length", 100, raising=False)
     assert not engine._fit(jobs) and engine._fit(jobs[:1]) and engine._fit(jobs[1:])
 

@@ -1,4 +1,4 @@
-"""Token healing against all continuations of a tiny vocabulary, one by one, and in `generate`."""
+"""Token healing against all continuations of a tiny vocabulary, one by one, and in `generate`; how continuations are compared."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch.inference.token_healing import TokenHealing
+from espalier.launch.inference.texts import Agreement, TokenHealing
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers.decoding.decoder import Decoder
@@ -169,3 +169,15 @@ def test_texts_go_on_after_the_prompt(trained_run, command, monkeypatch, tmp_pat
     capsys.readouterr()
     assert command("generate", *flags, "--prompt=import ", "--stream") == 0
     assert capsys.readouterr().out == f"{greedy}\n"
+
+
+def test_the_sentence_says_which_continuations_differ():
+    agreement = Agreement()
+    assert agreement.add([1, 2], [1, 3]) == 1
+    assert str(agreement) == (
+        "0 of 1 continuations equal the full cache's; all differ after 1.0 tokens on average"
+    )
+    agreement.add([1], [1])
+    assert str(agreement).startswith(
+        "1 of 2 continuations equal the full cache's; the others differ"
+    )
