@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 from espalier.common import files
 from espalier.launch.config import config_diff
 from espalier.launch.run import run_dir
-from espalier.launch.run.parameter_table import parameter_table
 from espalier.launch.run.run_dir import RunDirectoryError
+from espalier.launch.run.run_messages import parameter_table
 
 CONFIG = """\
 from __gin__ import dynamic_registration
