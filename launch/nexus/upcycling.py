@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from espalier.launch.weights.upcycle_flags import METHOD_FILES, Method
+from espalier.launch.upcycle.upcycle_flags import METHOD_FILES, Method
 from espalier.model.transforms.base import TransformError
 
 _SUFFIXES = {"projection": "", "linear": "_linear", "mlp": "_mlp"}  # of the method's gin files

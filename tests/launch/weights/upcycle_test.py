@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch import convert
-from espalier.launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.convert import import_weights
+from espalier.launch.upcycle import upcycle, upcycle_flags
+from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.model.bam.experts import AttentionExperts
 from espalier.model.hf import families, load

@@ -22,7 +22,7 @@ from espalier.launch.papers.code_mix.experiment import (
 )
 from espalier.launch.plots import intervals
 from espalier.launch.run import load_run
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/code_mix/experiment.py"
 FULL = "launch/papers/code_mix/experiment.py:full,"
@@ -296,8 +296,8 @@ ARMS_OF_FULL = (
 
 
 def test_the_sweep_shares_what_runs_start_from_and_phases_go_on(tmp_path):
-    from espalier.launch.sweeping import check
-    from espalier.launch.sweeping.folder import SweepFolder
+    from espalier.launch.sweep import check
+    from espalier.launch.sweep.folder import SweepFolder
 
     runs = file.read(f"{SWEEP}:2")
     assert len(runs) == 18 * 2 and {run.seed for run in runs} == {10, 11}
