@@ -1,6 +1,6 @@
 """Predictions of a frozen model for the rows of a stream, computed before training and stored.
 
-The kinds are launch/run/reference.py and launch/run/teacher.py.
+The kinds are the modules `reference` of preference tuning and `teacher` of distillation.
 """
 
 import abc

@@ -13,7 +13,8 @@ from espalier.data import tasks
 from espalier.data.stream.predictions import PredictionStore
 from espalier.launch import predictions
 from espalier.launch.config import gin_config
-from espalier.launch.run import reference, resolved
+from espalier.launch.preference import reference
+from espalier.launch.run import resolved
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
