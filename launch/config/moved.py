@@ -15,6 +15,7 @@ MOVED = {
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
     "launch.evaluation": "espalier.launch.evaluate",
     "launch.preparation": "espalier.launch.prepare",
+    "launch.run.beginnings": "espalier.launch.run.phase",
     "launch.run.reference": "espalier.launch.preference.reference",
     "launch.run.teacher": "espalier.launch.distillation.teacher",
     "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",

@@ -1,4 +1,4 @@
-"""The parent of a run, which continues its weights, schedule or place in the data.
+"""What a run takes of the run that it starts from: weights, schedule, place in the data, and how prompts begin.
 
 Each of the run's own checkpoints records the facts that it took from its parent (`initial`), so that the run resumes in
 the same way after the parent has been deleted.
@@ -139,3 +139,33 @@ def trained_digest(checkpoint: str | os.PathLike) -> str | None:
         with contextlib.suppress(DamagedCheckpointError):
             return step_dir.read_meta(step).get("vocabulary")
     return None
+
+
+def start_token(
+    *, model_dir: str | os.PathLike | None = None, checkpoint: str | os.PathLike | None = None
+) -> int | None:
+    """Returns the id before the first token of a document; None for no id, as with most imported models.
+
+    Args:
+      model_dir: directory of this run.
+      checkpoint: run or step directory of the model that this run starts from. A model without a record has 0.
+    """
+    return _recorded_meta(model_dir, checkpoint).get("start_token", 0)
+
+
+def add_bos(
+    *, model_dir: str | os.PathLike | None = None, checkpoint: str | os.PathLike | None = None
+) -> bool:
+    """Returns whether texts begin with BOS; arguments as for `start_token`. A model without a record has False."""
+    return bool(_recorded_meta(model_dir, checkpoint).get("add_bos", False))
+
+
+def _recorded_meta(*checkpoints: str | os.PathLike | None) -> Mapping[str, Any]:
+    for path in checkpoints:
+        # What is missing or damaged is reported when the state is restored.
+        try:
+            if path is not None:
+                return step_dir.newest_good(path, step_dir.read_record)["meta"]
+        except (FileNotFoundError, DamagedCheckpointError):
+            pass
+    return {}
