@@ -14,7 +14,7 @@ import psutil
 from espalier.launch.config import build
 from espalier.launch.processes import hosts
 from espalier.launch.run import phase
-from espalier.model.adapters import adapter
+from espalier.model.protocol import adapters_of
 from espalier.trainers.batches import Stream, TrainStream
 from espalier.trainers.checkpoints import base_step, restore
 from espalier.trainers.checkpoints.initial import InitialCheckpoint
@@ -297,6 +297,7 @@ def restore_start(
             identity.get("vocabulary"),
         )
         parent = _at_restored_step(parent, start)
+    own = _adapter_facts(run, start)
     meta = dict(identity)
     # Export after training needs the files of an imported model; extension needs a mixture's sources.
     hf = start.meta.get("hf", {})
@@ -307,17 +308,26 @@ def restore_start(
     if record := parent.record():
         meta["initial"] = record
     if initial.base_apart:
-        meta[base_step.META] = _base(run, start, initial)
+        meta[base_step.META] = _base(run, start, initial, own)
     if part := getattr(run.model, "inference_part", ""):
         meta[INFERENCE_PART] = part
+    return start, meta | own
+
+
+def _adapter_facts(run: ResolvedRun, start: restore.Restored) -> dict[str, Any]:
+    """Returns what checkpoints record of adapters; raises AdapterError if those of the start have other settings."""
+    if adapters_of(run.model) is None:
+        return {}
+    from espalier.model.adapters import adapter
+
     adapter.check_settings(run.model, start.meta.get("adapters"), start.path)
-    return start, meta | adapter.record(run.model)
+    return adapter.record(run.model)
 
 
 def _base(
-    run: ResolvedRun, start: restore.Restored, initial: InitialCheckpoint
+    run: ResolvedRun, start: restore.Restored, initial: InitialCheckpoint, own: Mapping[str, Any]
 ) -> Mapping[str, str]:
-    """Returns what this run's checkpoints say of the base model that they are without."""
+    """Returns what this run's checkpoints say of the base model that they are without; `own` is of `_adapter_facts`."""
     if start.source == "run":
         return start.meta[base_step.META]  # a run does not change its configuration
     assert start.path is not None  # see InitialCheckpoint.check
@@ -330,7 +340,7 @@ def _base(
         start.path,
         run.program.abstract_state.params,
         run.program.mask,
-        base_step.added(adapter.record(run.model)),
+        base_step.added(own),
         use_ema=initial.use_ema,
     )
 
