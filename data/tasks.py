@@ -8,7 +8,7 @@ examples.
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
@@ -287,3 +287,33 @@ def summary() -> dict[str, Any]:
         }
     mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}
     return {"tasks": tasks, "mixtures": mixtures, "corpora": dict(_CORPORA)}
+
+
+def notices(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, text) of messages on what was dropped or noted while files were read; above 5 % as WARNING.
+
+    Args:
+      summary: result of `summary`; empty for a run without tasks.
+    """
+    tasks = summary.get("tasks", {})
+    return [line for task, facts in tasks.items() for line in _file_notices(task, facts)]
+
+
+def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from espalier.data.rows.records import Tally
+    from espalier.data.stream import rows
+
+    dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
+    documents = [
+        f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
+        for name, count in dropped.items()
+        if "documents" in count
+    ]
+    if documents:
+        yield "dropped", f"{task}: {', '.join(documents)}"
+    elif dropped:
+        lost = sum(count["rows"] for count in dropped.values())
+        share = lost / (lost + sum(facts["documents"].values()))
+        yield rows.notice("dropped", share, f"{task}: {Tally(dropped)}, {share:.1%} of all rows")
+    if noted:
+        yield "noted", f"{task}: {Tally(noted)}"

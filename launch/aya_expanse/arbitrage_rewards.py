@@ -61,7 +61,7 @@ class Rewards:
             from espalier.trainers.checkpoints import step_dir
 
             step = str(step_dir.resolve(checkpoint))
-            _, text = load_run.config_with_text(step)
+            text = load_run.configuration_of(step).text
             identity = weights_identity(step, settings=text, params="auto")
         return _digest([identity, flags.missing_end_penalty])
 
@@ -115,7 +115,9 @@ class Rewards:
         chosen = spec.parse(self._flags.reward.removeprefix(_JUDGE))
         config, text = None, ""
         if chosen.checkpoint is not None:
-            config, text = load_run.config_with_text(chosen.checkpoint)
+            configuration = load_run.configuration_of(chosen.checkpoint)
+            run: Any = configuration.entry
+            config, text = run(), configuration.text
         return spec.build(chosen, attempts=None, allow_ties=False, config=config, config_text=text)
 
     def _judged(

@@ -200,7 +200,7 @@ class CheckpointTeacher:
         self.teacher, self.sampling = teacher, sampling
         # A newer step would change the answers.
         self._step = os.fspath(step_dir.resolve(checkpoint))
-        _, text = load_run.config_with_text(self._step)
+        text = load_run.configuration_of(self._step).text
         self.identity = {
             "kind": "checkpoint",
             **weights_identity(self._step, settings=text, params="auto"),

@@ -15,6 +15,9 @@ MOVED = {
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
     "launch.evaluation": "espalier.launch.evaluate",
     "launch.preparation": "espalier.launch.prepare",
+    "launch.run.beginnings": "espalier.launch.run.phase",
+    "launch.run.reference": "espalier.launch.preference.reference",
+    "launch.run.teacher": "espalier.launch.distillation.teacher",
     "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",
     "data.aya_expanse.lexicon": "espalier.launch.papers.aya_expanse.lexicon",
     "data.aya_expanse.lexicon_text": "espalier.launch.papers.aya_expanse.lexicon_text",
@@ -40,9 +43,10 @@ def today(statement: "ImportStatement") -> "ImportStatement":
 
 def name_of_today(module: str) -> str:
     """Returns the name of a module that has moved, or was importable without `espalier.`; the same name for any other."""
+    bare = module.removeprefix("espalier.")
     for former, now in MOVED.items():
-        if f"{module}.".startswith(f"{former}."):
-            return now + module.removeprefix(former)
+        if f"{bare}.".startswith(f"{former}."):
+            return now + bare.removeprefix(former)
     path = pathlib.Path(environment.ROOT, *module.split("."))
     own = module.partition(".")[0] in environment.EARLIER_PACKAGES
     return (

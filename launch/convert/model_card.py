@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from espalier.launch.run import metric_rows, objective, run_dir
+from espalier.launch.run import metric_rows, run_dir
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.progress import held_out_text
 
@@ -51,7 +51,7 @@ def write(
     facts = {
         "architecture": f"`{architecture}`",
         "weights": weights + (" (an average of the trained parameters)" if average else ""),
-        "objective": objective.read(run).name or _UNKNOWN,
+        "objective": metric_rows.objective_of(run).name or _UNKNOWN,
         "trained": _trained(record, updates),
         "held-out loss": _held_out(rows),
         "parents": "; ".join(_parents(record, meta)) or none,
@@ -128,7 +128,7 @@ def _parents(record: Mapping[str, Any], meta: Mapping[str, Any]) -> Iterator[str
             break
         step = pathlib.Path(path)
         run = step_dir.folder_of(step)  # type: ignore[arg-type]  # a Path has what it needs
-        name = objective.read(run).name
+        name = metric_rows.objective_of(run).name
         yield f"`{run.name}`, step {step.name}" + (f" ({name})" if name else "")
         try:
             record, meta = run_dir.read_run(os.fspath(run)), {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from espalier.launch.run import metric_rows, objective
+from espalier.launch.run import metric_rows
 from espalier.launch.run.model_record import CONFIG
 from espalier.launch.sweep.folder import read_results
 
@@ -43,7 +43,7 @@ class Run:
     step: int
     domains: Mapping[str, Mapping[str, float]]
     rows: Sequence[Mapping[str, Any]]
-    objective: objective.Objective
+    objective: metric_rows.Objective
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     config: str | None = None
 
@@ -98,7 +98,7 @@ def from_directories(directories: Mapping[str, str]) -> dict[str, Run]:
             None,
             **evaluation,
             rows=rows,
-            objective=objective.read(directory),
+            objective=metric_rows.objective_of(directory),
             config=config.read_text("utf-8", "replace") if config.is_file() else None,
         )
     if not runs:
@@ -130,7 +130,7 @@ def from_sweeps(folders: Sequence[str]) -> list[Run]:
                     step=row["step"],
                     domains=row["held_out"],
                     rows=metric_rows.read_rows(directory) if has_metrics else (),
-                    objective=objective.read(directory),
+                    objective=metric_rows.objective_of(directory),
                     scores=dict(_numbers(row.get("evaluations", {}))),
                 )
             )

@@ -209,14 +209,8 @@ def whole_files(
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
     """Returns the configuration of a checkpoint's run; see `configuration_of`."""
-    return config_with_text(checkpoint, gin_file)[0]
-
-
-def config_with_text(checkpoint: str, gin_file: Sequence[str] = ()) -> tuple["RunConfig", str]:
-    """Returns the configuration of a checkpoint's run, and the same as text; see `configuration_of`."""
-    configuration = configuration_of(checkpoint, gin_file)
-    run: Any = configuration.entry
-    return run(), configuration.text
+    run: Any = configuration_of(checkpoint, gin_file).entry
+    return run()
 
 
 def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configuration":
@@ -362,21 +356,6 @@ class RunConfig:
                 row_sharding=row_sharding if mesh.devices.size > 1 else None,
                 row_shards=shards,
             )
-
-
-def load_frozen(
-    model: Any,
-    checkpoint: str,
-    frozen: Any,
-    mesh: Mapping[str, int] | None,
-    rules: str,
-    *,
-    encoder_decoders: bool = False,
-) -> contextlib.AbstractContextManager[LoadedRun]:
-    """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
-    config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
-    params = "ema" if frozen.use_ema else "raw"
-    return config.load(checkpoint, params=params, of_base=True, encoder_decoders=encoder_decoders)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from espalier.data.tokenizers import (
 )
 from espalier.data.tokenizers.chat_template import ChatTemplate
 from espalier.launch.config import gin_source
+from espalier.launch.run import phase
 from espalier.trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = 
       checkpoint: the run or one of its step directories; None to compare with no checkpoint.
     """
     digest = _intact_digest(folder)
-    trained = None if checkpoint is None else trained_digest(checkpoint)
+    trained = None if checkpoint is None else phase.trained_digest(checkpoint)
     if digest is None or digest != (trained or digest):
         _warn_of_damage(folder, digest)
         return False
@@ -354,16 +355,3 @@ def _checksums(path: pathlib.Path) -> dict[str, str]:
         for file in files
         if file.is_file()
     }
-
-
-def trained_digest(checkpoint: str | os.PathLike) -> str | None:
-    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint.
-    """
-    for step in step_dir.candidates(checkpoint):
-        # A damaged step is reported when it is restored.
-        with contextlib.suppress(step_dir.DamagedCheckpointError):
-            return step_dir.read_meta(step).get("vocabulary")
-    return None

@@ -189,3 +189,35 @@ def test_a_source_without_held_out_documents_has_no_validation_split(
     user_data.register_corpus(vocabulary=byte, corpus=built)
     assert seqio.TaskRegistry.get("python").splits == ("train",)
     assert len(_records("python", "train")) == 20
+
+
+def told(**registered):
+    return tasks.notices({"tasks": registered})
+
+
+def test_nothing_is_told_of_data_that_are_read_whole():
+    assert told(a={"documents": {"train": 3}}) == [] == tasks.notices({})
+
+
+def test_documents_are_told_by_filter_and_rows_by_reason():
+    documents = {
+        "Short": {"documents": 1200, "bytes": 2_500_000},
+        "C": {"documents": 1, "bytes": 0},
+    }
+    rows = {
+        "identical": {"rows": 3, "first": "x:2"},
+        "empty_completion": {"rows": 1, "first": "x:5"},
+    }
+    facts = {"documents": {"train": 90, "validation": 10}}
+    noted = {"invisible_characters": {"rows": 2, "first": "x:9"}}
+    found = told(a={**facts, "dropped": documents}, b={**facts, "dropped": rows, "noted": noted})
+    assert found == [
+        ("dropped", "a: Short 1,200 documents (2.5 MB), C 1 documents (0.0 MB)"),
+        (
+            "dropped",
+            "b: 3 identical (first: x:2), 1 empty_completion (first: x:5), 3.8% of all rows",
+        ),
+        ("noted", "b: 2 invisible_characters (first: x:9)"),
+    ]
+    (line,) = told(b={"documents": {"train": 75}, "dropped": rows})
+    assert line[0] == "WARNING" and line[1].endswith("5.1% of all rows")
