@@ -10,7 +10,7 @@ from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise
 from espalier.trainers.decoding.prefill import prefill
-from espalier.trainers.snapkv import cache_bytes
+from espalier.trainers.snapkv import replay
 
 CONFIG = TransformerConfig(
     vocab_size=16, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=8, scan_layers=False
@@ -33,19 +33,18 @@ def test_bytes_are_those_of_the_buffers(model, policy):
     )
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     sizes = {"length": 20, "room": 4, "batch": 3}
-    counted = cache_bytes.cache_bytes(*model, policy, **sizes)
+    counted = replay.cache_bytes(*model, policy, **sizes)
     assert counted["decode"] == held <= counted["peak"]
-    assert cache_bytes.cache_bytes(*model, policy, **sizes, depth=3)["decode"] == 3 * held
+    assert replay.cache_bytes(*model, policy, **sizes, depth=3)["decode"] == 3 * held
 
 
 def test_the_longest_prompt_is_the_last_that_fits(model):
     full = policy_named("full")
-    limit = cache_bytes.cache_bytes(*model, full, length=40, room=4)["peak"]
+    limit = replay.cache_bytes(*model, full, length=40, room=4)["peak"]
     sizes = {"limit": limit, "room": 4, "shortest": 16}
-    assert cache_bytes.longest_prompt(*model, full, **sizes) == 40
-    longest = cache_bytes.longest_prompt(*model, SNAPKV, **sizes)
+    assert replay.longest_prompt(*model, full, **sizes) == 40
+    longest = replay.longest_prompt(*model, SNAPKV, **sizes)
     peaks = [
-        cache_bytes.cache_bytes(*model, SNAPKV, length=longest + more, room=4)["peak"]
-        for more in (0, 1)
+        replay.cache_bytes(*model, SNAPKV, length=longest + more, room=4)["peak"] for more in (0, 1)
     ]
     assert longest > 40 and peaks[0] <= limit < peaks[1]
