@@ -300,7 +300,6 @@ def notices(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    from espalier.data.rows.records import Tally
     from espalier.data.stream import rows
 
     dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
