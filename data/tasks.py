@@ -68,8 +68,8 @@ def register_corpus(
             add_bos=add_bos,
             add_eos=add_eos,
         )
-    for group, members in names.GROUPS.items():
-        members = [source for source in members if source in present]
+    for group, grouped in names.GROUPS.items():
+        members = [source for source in grouped if source in present]
         exponent = 1 / (language_temperature if group == "multilingual" else temperature)
         if members:
             register_mixture(group, {source: corpus.size(source) ** exponent for source in members})

@@ -114,7 +114,9 @@ def make_stream(
         verify_cache=verify_cache,
     )
     plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_mixture(mixture_or_task_name, settings, plan_source, start_token=None)
+    return stream.open_mixture(
+        mixture_or_task_name, settings, plan_source, stream.Stream, start_token=None
+    )
 
 
 def make_eval_stream(
@@ -145,7 +147,7 @@ def make_eval_stream(
         verify_cache=verify_cache,
     )
     plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_held_out(task, settings, plan_source, start_token=None)
+    return stream.open_held_out(task, settings, plan_source, stream.EvalStream, start_token=None)
 
 
 def _planner(

@@ -15,6 +15,7 @@ _VERSION = 1
 class RowStream(batches.Iterable, abc.ABC):
     """Turns rows of sources into batches; the base class of both streams."""
 
+    fingerprint: str
     _use = ""  # follows the name of a source in a notice
 
     def __init__(

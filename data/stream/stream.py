@@ -22,6 +22,7 @@ from espalier.data.stream.train_stream import Phases, Positions, Stream
 
 AnyStream = TypeVar("AnyStream", bound=Stream)
 AnyEvalStream = TypeVar("AnyEvalStream", bound=EvalStream)
+Opened = TypeVar("Opened")
 
 
 _UNIMAX_EPOCHS = 4.0  # repeated that often, tokens are nearly worth new ones
@@ -186,6 +187,7 @@ def make_stream(
         mixture_or_task_name,
         settings,
         _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        Stream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
@@ -227,14 +229,13 @@ def make_eval_stream(
         task,
         settings,
         _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        EvalStream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
 
 
-def held_out(
-    open_stream: Callable[..., EvalStream], tasks: Sequence[str]
-) -> tuple[EvalStream, ...]:
+def held_out(open_stream: Callable[..., Opened], tasks: Sequence[str]) -> tuple[Opened, ...]:
     """Returns the evaluation streams of the tasks that have held-out data; prints which have none.
 
     `open_stream` is called with (task=).
@@ -253,7 +254,7 @@ def open_mixture(
     mixture_or_task_name: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyStream] = Stream,
+    stream_class: type[AnyStream],
     **of_rows: Any,
 ) -> AnyStream:
     """Returns a stream over the sources with positive weight in a mixture.
@@ -295,7 +296,7 @@ def open_held_out(
     task: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyEvalStream] = EvalStream,
+    stream_class: type[AnyEvalStream],
     **of_rows: Any,
 ) -> AnyEvalStream:
     """Returns the stream of the evaluation split of one task; see `open_mixture`.

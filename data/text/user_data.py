@@ -65,9 +65,9 @@ def register_files(
         filters=filters,
         cache_dir=cache_dir,
     )
-    several = isinstance(source, document_files.DocumentSets)
-    _check_shares(name, shares, source.sources if several else ())
-    for each in source.sets if several else (source,):
+    several = source if isinstance(source, document_files.DocumentSets) else None
+    _check_shares(name, shares, several.sources if several else ())
+    for each in several.sets if several else (source,):
         tasks.register_source(
             each.name,
             each,
@@ -78,7 +78,7 @@ def register_files(
         )
     if several:
         tasks.register_mixture(
-            name, shares or {each.name: each.size(each.name) for each in source.sets}
+            name, shares or {each.name: each.size(each.name) for each in several.sets}
         )
 
 
