@@ -26,7 +26,7 @@ class RunData:
     """
 
     stream: TrainStream
-    eval_streams: Sequence[EvalStream]
+    eval_streams: tuple[EvalStream, ...]
     total_steps: int
     tasks: Mapping[str, Any]
     repeats: Sequence[str]
