@@ -18,6 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from espalier.data.stream import stream
 from espalier.launch.config import gin_check, registered
 from espalier.trainers.optim import optimizers, schedules
 from tests.options_effect import parameters, without_effect
@@ -110,6 +111,8 @@ def parameters_by_keyword(target: Any) -> list[str]:
 def is_read(target: Any, name: str) -> bool:
     """Returns whether the source of a function or class, or of what it is used by, reads a parameter."""
     if not inspect.isclass(target):
+        if name not in inspect.signature(inspect.unwrap(target)).parameters:  # of `with_settings`
+            return is_read(stream.StreamSettings, name)
         return name in loaded(tree_of(target))
     if not dataclasses.is_dataclass(target):
         holder = next(c for c in inspect.getmro(target) if "__init__" in vars(c))

@@ -15,7 +15,7 @@ from typing import Any
 from espalier.common import spelling
 from espalier.common.ranges import Amount, Fraction, Positive
 from espalier.data import tasks
-from espalier.data.chats import spans
+from espalier.data.chats import records
 from espalier.data.chats import tasks as chats
 from espalier.data.languages import table
 from espalier.data.stream import mixing
@@ -60,7 +60,7 @@ def register_instructions(
     temperature: Positive = TEMPERATURE,
     cap: Amount | None = None,
     validation_fraction: Fraction = 0.01,
-    turns: spans.Turns = "all",
+    turns: records.Turns = "all",
     chat_template: str | None = None,
     add_bos: bool | None = None,
     cache_dir: str | os.PathLike | None = None,

@@ -1,4 +1,4 @@
-"""Parses and checks rows of supervised data.
+"""Parses and checks rows of supervised data, and finds the assistant's turns in a rendered conversation.
 
     {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation; the assistant's turns are learnt
     {"prompt": ..., "completion": ...}                           texts or messages; the completion is learnt
@@ -6,19 +6,33 @@
 
 The first of these forms that a row has counts, and its other keys are ignored. With messages, "tools" and
 "chat_template_kwargs" are passed to the chat template.
+
+A template marks the assistant's turns itself with `{% generation %}`. Without such blocks, a turn is the text that the template
+adds when it renders one message more: it begins after the generation prompt, where the model begins to write, and includes
+all that closes the turn. A template that renders earlier messages otherwise once later ones follow has no such spans.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from espalier.data.rows import texts
-from espalier.data.rows.records import DegenerateError, Record, template_variables
+from espalier.data.rows.files import Tokeniser
+from espalier.data.rows.records import (
+    DegenerateError,
+    Record,
+    check_unicode,
+    is_empty,
+    template_variables,
+    text_of,
+)
 from espalier.data.text.documents import DataError
+from espalier.data.tokenizers.chat_sandbox import Rendered
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
 VERSION = 1
 Kind = Literal["messages", "prompt", "text"]
+Turns = Literal["all", "last"]
 EXAMPLE = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 )
@@ -35,8 +49,8 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
     """
     kind = _kind(row, where)
     for key in (kind, "completion", "tools", "chat_template_kwargs"):
-        texts.check_unicode(row.get(key), key, where)
-    content = texts.text_of(row[kind], kind, where)
+        check_unicode(row.get(key), key, where)
+    content = text_of(row[kind], kind, where)
     variables = template_variables(row, where)
     if kind == "prompt":
         return kind, _with_completion(row, Record(where, id, content, (), template=variables))
@@ -44,13 +58,13 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
         expected = "a list of messages" if kind == "messages" else "a text"
         raise DataError(f"{where}: {kind!r} is not {expected}. A row is {_FORMS}")
     if kind == "text":
-        if texts.is_empty(content):
+        if is_empty(content):
             raise DegenerateError("empty_text", "'text' is empty")
         return kind, Record(where, id, content, ())
     answers = [message for message in content if message["role"] == ASSISTANT]
     if not answers:
         raise DegenerateError("no_assistant", "'messages' has no turn of the assistant")
-    if texts.is_empty(answers):
+    if is_empty(answers):
         raise DegenerateError("empty_answer", "all turns of the assistant are empty")
     return kind, Record(where, id, content, (), template=variables)
 
@@ -81,7 +95,7 @@ def _kind(row: Mapping[str, Any], where: str) -> Kind:
 
 def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
     where = record.where
-    completion = texts.text_of(row["completion"], "completion", where)
+    completion = text_of(row["completion"], "completion", where)
     if isinstance(record.prompt, str) != isinstance(completion, str):
         raise DataError(
             f"{where}: one of 'prompt' and 'completion' is a text, the other has messages; write both in the "
@@ -89,6 +103,47 @@ def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
         )
     if record.is_chat and not record.prompt:
         raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
-    if texts.is_empty(completion):
+    if is_empty(completion):
         raise DegenerateError("empty_completion", "'completion' is empty")
     return Record(where, record.id, record.prompt, (completion,), template=record.template)
+
+
+def rendered_turns(tokeniser: Tokeniser, record: Record, turns: Turns) -> Rendered:
+    """Returns a conversation as text, with the spans of all turns of the assistant, or only of the last.
+
+    Raises:
+      DataError: there is no chat template, it rejects the messages, or a turn has no span.
+    """
+    whole = tokeniser.render(record, record.prompt)
+    assert tokeniser.template is not None  # checked by `render`
+    if tokeniser.template.marks_assistant(has_tools="tools" in record.template):
+        spans = [(start, end) for start, end in whole.spans if start < end]
+        return dataclasses.replace(whole, spans=tuple(spans[-1:] if turns == "last" else spans))
+    places = [i for i, message in enumerate(record.prompt) if message["role"] == ASSISTANT]
+    chosen = places[-1:] if turns == "last" else places
+    turns_spans = tuple(_span(tokeniser, record, whole.text, place) for place in chosen)
+    return dataclasses.replace(whole, spans=turns_spans)
+
+
+def _span(tokeniser: Tokeniser, record: Record, whole: str, place: int) -> tuple[int, int]:
+    """Returns the span of the assistant's message `place` in the whole text."""
+    messages: Sequence = record.prompt
+    if not place:  # no message comes before it that could be rendered alone
+        raise DataError(
+            f"{record.where}: 'messages' begins with the assistant, so the template cannot render what comes "
+            "before. Begin with the user or a system message, or use a template with {% generation %}"
+        )
+    before = tokeniser.render(record, messages[:place], add_generation_prompt=True).text
+    after = whole
+    if place + 1 < len(messages):
+        after = tokeniser.render(record, messages[: place + 1]).text
+    if after.startswith(before) and whole.startswith(after):
+        return len(before), len(after)
+    only_last = "learn only the last turn (CHAT_TURNS = 'last'), or "
+    later = any(message["role"] == ASSISTANT for message in messages[place + 1 :])
+    raise DataError(
+        f"{record.where}: 'messages': the chat template renders message {place + 1}, of the assistant, or the "
+        "messages before it otherwise when more follow, so its tokens cannot be determined: "
+        f"{only_last if later else ''}use a template with {{% generation %}} around the assistant's text "
+        "(CHAT_TEMPLATE)"
+    )

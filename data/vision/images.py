@@ -17,7 +17,7 @@ import numpy as np
 
 from espalier.common.ranges import Finite, Positive, Seed, Size
 from espalier.data.cache import store
-from espalier.data.stream import batches, order
+from espalier.data.stream import order, row_stream
 from espalier.data.vision.image_sets import ImageSet
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -25,7 +25,7 @@ _VERSION = 1  # raise it when the same settings give other batches
 _PART = 16  # least number of images per thread
 
 
-class _Images(batches.Iterable, abc.ABC):
+class _Images(row_stream.Iterable, abc.ABC):
     """Base class of both streams: reads rows of a set and makes batches."""
 
     length = 1  # an image is one unit

@@ -39,7 +39,7 @@ from typing import Any, Literal
 from espalier.launch import cli
 from espalier.launch.aya_expanse.teachers import SamplingFlags
 from espalier.launch.config import setting_flags
-from espalier.launch.preparation.best_of_n import RewardFlags
+from espalier.launch.prepare.best_of_n import RewardFlags
 
 Routing = Literal["single", "random", "fixed", "reward", "learned", "fusion", "translated"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from espalier.data.aya_expanse import router, routing, second_prompts
 from espalier.data.aya_expanse.pool import Pool
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
-from espalier.data.rows.texts import is_blank
+from espalier.data.rows.records import is_blank
 from espalier.data.text.documents import DataError
 from espalier.launch.aya_expanse import second_answers
 from espalier.launch.aya_expanse.completions import Asked, Store, ask

@@ -115,7 +115,7 @@ def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Work
 
 def _imported(teacher: Teacher, folder: str) -> str:
     """Returns the run of a Hugging Face checkpoint, which is made once."""
-    from espalier.launch.weights import import_weights
+    from espalier.launch.convert import import_weights
 
     source = os.path.realpath(teacher.where)
     config = os.path.join(source, "config.json")
@@ -193,7 +193,7 @@ class CheckpointTeacher:
     local = True
 
     def __init__(self, teacher: Teacher, sampling: SamplingFlags, checkpoint: str):
-        from espalier.launch.evaluation.judges.checkpoint import weights_identity
+        from espalier.launch.evaluate.judges.checkpoint import weights_identity
         from espalier.launch.run import load_run
         from espalier.trainers.checkpoints import step_dir
 

@@ -11,7 +11,8 @@ import numpy as np
 from espalier.common.bars import Bar
 from espalier.launch.low_rank.factorise import FactoriseFlags
 from espalier.launch.run.load_run import LoadError, RunConfig
-from espalier.launch.weights import transformed_run, upcycle_flags
+from espalier.launch.upcycle import upcycle_flags
+from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.transformed_run import token_rows
 from espalier.model.config import TransformerConfig

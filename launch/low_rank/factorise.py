@@ -17,8 +17,8 @@ import dataclasses
 from typing import Literal
 
 from espalier.launch.run import load_run
-from espalier.launch.weights import upcycle_flags
-from espalier.launch.weights.upcycle_flags import Params
+from espalier.launch.upcycle import upcycle_flags
+from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms.base import TransformError
 
 

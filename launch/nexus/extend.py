@@ -18,8 +18,8 @@ import dataclasses
 from typing import Literal
 
 from espalier.launch.config import setting_flags
-from espalier.launch.weights import upcycle_flags
-from espalier.launch.weights.upcycle_flags import Params
+from espalier.launch.upcycle import upcycle_flags
+from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms.base import TransformError
 
 

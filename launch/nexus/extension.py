@@ -10,12 +10,13 @@ from espalier.data.nexus import domain_embeddings
 from espalier.launch.nexus import domain_record
 from espalier.launch.nexus.extend import ExtendFlags
 from espalier.launch.run.load_run import RunConfig
-from espalier.launch.weights import source_models, transformed_run, upcycle_flags
-from espalier.launch.weights.mixture import expert_lines, recorded_mixture
+from espalier.launch.upcycle import upcycle_flags
+from espalier.launch.upcycle.mixture import expert_lines, recorded_mixture
+from espalier.launch.weights import source_models, transformed_run
 from espalier.launch.weights.source_models import SourceModel
-from espalier.model.bam.experts import AttentionExperts
+from espalier.model.bam.moa import AttentionExperts
+from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 from espalier.model.nexus.extend import Addition, Removal
-from espalier.model.nexus.routers import MlpRouters, ProjectionRouters
 from espalier.model.transforms import base
 from espalier.model.transforms.base import TransformError, TreeTransform
 from espalier.model.transforms.experts import LinearRouters, Mixture, Routers

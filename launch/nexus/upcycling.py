@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from espalier.launch.weights.upcycle_flags import METHOD_FILES, Method
+from espalier.launch.upcycle.upcycle_flags import METHOD_FILES, Method
 from espalier.model.transforms.base import TransformError
 
 _SUFFIXES = {"projection": "", "linear": "_linear", "mlp": "_mlp"}  # of the method's gin files
@@ -59,7 +59,7 @@ class Nexus(Method):
     def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
         if self.router_kind == "linear":
             return super().routers(experts, record)
-        from espalier.model.nexus.routers import MlpRouters, ProjectionRouters
+        from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 
         std = record["logit_std"]
         if self.router_kind == "mlp":

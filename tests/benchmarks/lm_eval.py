@@ -124,7 +124,7 @@ def _write(
     folder: str, sizes: Mapping[str, int], documents: int, prompts: int, new_tokens: int
 ) -> None:
     """Writes model/ (a Hugging Face checkpoint), run/ (the import of model/) and requests.json."""
-    from espalier.launch.weights import import_weights
+    from espalier.launch.convert import import_weights
 
     model = pathlib.Path(folder, "model")
     text = _text()

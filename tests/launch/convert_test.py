@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from espalier.launch import convert
 from espalier.launch.config import gin_config, gin_writer
-from espalier.launch.weights import export_weights, import_weights, target_folder
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.convert import export_weights, import_weights
+from espalier.launch.weights import target_folder
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
@@ -358,7 +359,8 @@ def test_flags_that_do_not_go_together(flags, capsys):
 MEMORY = """
 import sys
 import jax
-from espalier.launch.weights import export_weights, import_weights
+from espalier.launch.convert import export_weights
+from espalier.launch.convert import import_weights
 from espalier.launch.run.load_run import RunConfig
 
 def status(name):

@@ -6,8 +6,8 @@ import re
 import pytest
 from etils import epath
 
-from espalier.launch import report
-from espalier.launch.reporting import time_table
+from espalier.launch.report import __main__ as report
+from espalier.launch.report import time_table
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime

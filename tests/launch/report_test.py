@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from espalier.launch import report
-from espalier.launch.reporting import labels, page
-from espalier.launch.reporting import runs as reported
+from espalier.launch.report import __main__ as report
+from espalier.launch.report import labels, page
+from espalier.launch.report import runs as reported
 from espalier.launch.run import metric_rows
 
 

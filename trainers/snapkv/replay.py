@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from espalier.model.kv_cache.base import AttentionForm, CachePolicy, KeyValues
 from espalier.model.kv_cache.full import FullCache
-from espalier.model.kv_cache.pyramidkv import PyramidKV
 from espalier.model.kv_cache.selecting import Random
+from espalier.model.kv_cache.snapkv import PyramidKV
 from espalier.trainers.decoding.decode import Decoded, Settings, decode
 from espalier.trainers.decoding.prefill import prefill, read
 

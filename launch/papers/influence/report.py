@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.attribution.analyses import tables
+from espalier.launch.influence.analyses import tables
 from espalier.launch.papers.influence import (
     corpus,
     experiment,

@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.attribution import similarity
+from espalier.launch.influence import similarity
 from espalier.launch.papers.influence import completions, corpus, statistics
 from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
 from espalier.launch.run.loaded_run import LoadedRun

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from espalier.launch import cli
-from espalier.launch.attribution.analyses import search
 from espalier.launch.inference import row_files
+from espalier.launch.influence.analyses import search
 
 DOCUMENTS, QUERIES = "documents.jsonl", "queries.jsonl"
 SOURCES = ("text", "code", "markup")

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from espalier.launch.plots import hover, html_page, panels
-from espalier.launch.reporting.labels import number, short
+from espalier.launch.report.labels import number, short
 from espalier.launch.run import metric_rows
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
@@ -369,7 +369,7 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 
 
 def _lines(axes: Any, run: Run, solid: str, dashed: str | None, colour: str) -> None:
-    from espalier.launch.reporting.figures import curve
+    from espalier.launch.report.figures import curve
 
     for name, style in ((solid, "-"), (dashed, "--")):
         points = run.series.get(name or "", _EMPTY)

@@ -267,9 +267,9 @@ def test_a_split_that_would_be_empty_is_one_error(source):
 
 
 def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
-    from espalier.data.chats import spans
+    from espalier.data.chats import records
+    from espalier.data.rows.files import Tokeniser
     from espalier.data.rows.records import Record
-    from espalier.data.rows.tokens import Tokeniser
     from espalier.data.tokenizers import vocabularies
 
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
@@ -277,7 +277,7 @@ def test_a_vocabulary_without_offsets_is_divided_at_the_spans():
         vocabularies.byte(), ChatTemplate({"default": source}), add_bos=False, add_eos=True
     )
     record = Record("x", "x", tuple(chat("é", "ü", "a", "b")["messages"]), ())
-    ids, marked = tokeniser.encode_marked(spans.rendered_turns(tokeniser, record, "all"))
+    ids, marked = tokeniser.encode_marked(records.rendered_turns(tokeniser, record, "all"))
     text = tokeniser.vocabulary.decode([i for i, mark in zip(ids, marked, strict=True) if mark])
     assert text == "ü;b;"
     assert tokeniser.vocabulary.decode(ids) == "user:é;assistant:ü;user:a;assistant:b;"

@@ -387,7 +387,7 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
 
 
 def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path, monkeypatch):
-    from espalier.launch.weights import import_weights
+    from espalier.launch.convert import import_weights
 
     imports = []
 

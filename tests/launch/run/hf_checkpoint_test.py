@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from espalier.launch.evaluation.judges.checkpoint import CheckpointWriter
+from espalier.launch.evaluate.judges.checkpoint import CheckpointWriter
 from espalier.launch.run import hf_checkpoint, load_run
 from espalier.launch.run.load import load
 from espalier.launch.run.loaded_run import LoadError

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch import convert
-from espalier.launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.convert import import_weights
+from espalier.launch.upcycle import upcycle, upcycle_flags
+from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
-from espalier.model.bam.experts import AttentionExperts
+from espalier.model.bam.moa import AttentionExperts
 from espalier.model.hf import families, load
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 from espalier.model.nexus import extend
 from espalier.model.transforms import base, experts
 from espalier.model.transforms.base import Source, TransformError
-from espalier.model.transforms.experts import Mixture
-from espalier.model.transforms.upcycle import Upcycle
+from espalier.model.transforms.experts import Mixture, Upcycle
 from espalier.trainers.checkpoints import array_files, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError

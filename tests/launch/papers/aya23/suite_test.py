@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from espalier.launch.evaluation import harness
-from espalier.launch.evaluation.suites import scores, text_scores
+from espalier.launch.evaluate import harness
+from espalier.launch.evaluate.suites import scores, text_scores
 from espalier.launch.papers.aya23 import suite
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from espalier.launch.attribution.analyses import compute, labels
+from espalier.launch.influence.analyses import compute, labels
 from espalier.launch.papers.influence import (
     corpus,
     exact,

@@ -7,10 +7,10 @@ import pathlib
 
 import pytest
 
-from espalier.launch.attribution import score
-from espalier.launch.attribution.analyses import labels, search
+from espalier.launch.influence import score
+from espalier.launch.influence.analyses import labels, search
 from espalier.launch.papers.influence import experiment, smollm_files, smollm_scores
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 
 def words(name, count):

@@ -1,0 +1,177 @@
+"""Asks a judge the unanswered questions, and writes each reply on arrival as a JSON line of the journal."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from espalier.common.bars import Bar
+from espalier.launch.evaluate.judges.base import (
+    TIE,
+    Judge,
+    JudgeError,
+    Outcome,
+    Pair,
+    Question,
+    Reply,
+)
+from espalier.launch.inference import row_files
+from espalier.launch.inference.row_files import ResumedRows
+
+# Number of consecutive questions without a reply after which asking stops.
+_PATIENCE = 32
+
+
+class Journal:
+    """Replies by the keys of their questions; opened by `opened`."""
+
+    def __init__(self, file: ResumedRows):
+        self._file = file
+        self._replies: dict[str, list[Reply]] = defaultdict(list)
+        for place, record in file.rows:
+            if not {"key", "value"} <= record.keys():
+                raise JudgeError(
+                    f"{place}: not a judge's reply. Delete the line to ask the question again."
+                )
+            if "error" not in record:
+                reply = Reply(value=record["value"], text=record.get("text", ""))
+                self._replies[record["key"]].append(reply)
+
+    def replies(self, key: str) -> list[Reply]:
+        """Returns the judge's replies to a question, by attempt."""
+        return self._replies.get(key, [])
+
+    def add(self, key: str, question: Question, reply: Reply, *, judge: str) -> None:
+        """Writes a reply. The record of a missing reply is only for readers of the file."""
+        record = {"key": key, "judge": judge, **question.about, "value": reply.value}
+        record |= {"text": reply.text} if reply.text else {}
+        if reply.error:
+            record["error"] = reply.error
+        else:
+            self._replies[key].append(reply)
+        self._file.add(record)
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[Journal]:
+    """Opens the journal in a file and locks it against other processes.
+
+    Raises:
+      JudgeError: a line is not a judge's reply.
+      RowFileError: another process writes the file, or a line is damaged.
+    """
+    with row_files.resumed(path) as file:
+        yield Journal(file)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+    """Counts of questions and replies.
+
+    Attributes:
+      questions: number of different questions.
+      kept: questions answered by earlier runs, which are not asked again.
+      asked: attempts in this run.
+      not_understood: replies in this run that could not be read.
+      no_reply: attempts in this run without a reply, by reason.
+    """
+
+    questions: int = 0
+    kept: int = 0
+    asked: int = 0
+    not_understood: int = 0
+    no_reply: Counter = dataclasses.field(default_factory=Counter)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the counts as JSON, with the most frequent reasons."""
+        silent = {"attempts": self.no_reply.total(), "reasons": dict(self.no_reply.most_common(5))}
+        return {**dataclasses.asdict(self), "no_reply": silent}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.questions:,} questions, {self.kept:,} of them answered before; asked "
+            f"{self.asked:,} times: {self.not_understood:,} replies not understood, "
+            f"{self.no_reply.total():,} that did not come"
+        )
+
+
+def judge_pairs(
+    judge: Judge, pairs: Sequence[Pair], journal: Journal
+) -> tuple[list[Outcome], Tally]:
+    """Returns the outcome of every pair, after asking the judge the unanswered questions.
+
+    Identical answers are a tie without asking. If a reply cannot be read, the question is repeated, up to
+    `judge.attempts` times in this and earlier runs together. If no reply comes, it is repeated up to as many times in
+    each run. A pair without both replies is invalid: it counts for neither side.
+
+    Raises:
+      JudgeError: the judge cannot be reached, or sends no replies.
+    """
+    asked = [None if p.a == p.b else judge.questions(p) for p in pairs]
+    questions = {q.key(judge.identity): q for two in asked if two for q in two}
+    tally = _ask(judge, questions, journal)
+
+    def outcome(two: tuple[Question, Question] | None) -> Outcome:
+        if two is None:
+            return Outcome(verdict=TIE, identical=True)
+        replies = [reply for q in two for reply in journal.replies(q.key(judge.identity))[-1:]]
+        if len(replies) < 2 or any(reply.value is None for reply in replies):
+            return Outcome(verdict=None)
+        return judge.outcome(*replies)
+
+    return [outcome(two) for two in asked], tally
+
+
+def _ask(judge: Judge, questions: Mapping[str, Question], journal: Journal) -> Tally:
+    silent: Counter = Counter()  # attempts of this run without a reply, by key
+
+    def attempts(key: str) -> int:
+        """Returns the number of attempts at a question; `judge.attempts` if it is answered."""
+        replies = journal.replies(key)
+        understood = bool(replies) and replies[-1].value is not None
+        return judge.attempts if understood else len(replies) + silent[key]
+
+    heard = any(journal.replies(key) for key in questions)
+    num_done = sum(attempts(key) >= judge.attempts for key in questions)
+    tally = Tally(questions=len(questions), kept=num_done)
+    with Bar(total=len(questions), initial=num_done, desc="judge", unit="question") as progress:
+        for attempt in range(judge.attempts):
+            keys = [key for key in questions if attempts(key) == attempt]
+            if not keys:
+                continue
+            in_a_row = 0
+            replies = judge.replies([questions[key] for key in keys], attempt)
+            with contextlib.closing(replies):  # type: ignore[type-var]
+                for i, reply in replies:
+                    key = keys[i]
+                    journal.add(key, questions[key], reply, judge=judge.name)
+                    tally.asked += 1
+                    if reply.error:
+                        silent[key] += 1
+                        tally.no_reply[reply.error] += 1
+                        in_a_row += 1
+                        if attempt == 0 and in_a_row >= _PATIENCE:
+                            raise _silence(judge, in_a_row, reply.error)
+                    else:
+                        heard, in_a_row = True, 0
+                        tally.not_understood += reply.value is None
+                    progress.set_postfix_str(_counts(tally), refresh=False)
+                    progress.update(attempts(key) >= judge.attempts)
+            if not heard:
+                raise _silence(judge, in_a_row, tally.no_reply.most_common(1)[0][0])
+    return tally
+
+
+def _counts(tally: Tally) -> str:
+    silent = tally.no_reply.total()
+    parts = [(tally.not_understood, "not understood"), (silent, "without reply")]
+    return ", ".join(f"{count:,} {what}" for count, what in parts if count)
+
+
+def _silence(judge: Judge, count: int, reason: str) -> JudgeError:
+    return JudgeError(
+        f"{judge.name} has given no answer to {count} questions in a row: {reason}. Earlier replies are "
+        "saved: repair the judge, then repeat the command to continue."
+    )
