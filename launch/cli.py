@@ -286,7 +286,7 @@ def console() -> int:
 def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
     """Runs the module of the command that the first argument names, or lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name in commands:
+    if name is not None and name in commands:
         del sys.argv[1]
         runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
         return 0

@@ -95,7 +95,9 @@ def make_stream(
         weights["phases"] = ((0, shares),)
     settings = dataclasses.replace(settings, **weights)
     plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_mixture(mixture_or_task_name, settings, plan_source, start_token=None)
+    return stream.open_mixture(
+        mixture_or_task_name, settings, plan_source, stream.Stream, start_token=None
+    )
 
 
 @stream.with_settings(stream.StreamSettings, *stream.HELD_OUT, split="validation")
@@ -116,7 +118,7 @@ def make_eval_stream(
         ValueError: the task or the settings cannot be streamed.
     """
     plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_held_out(task, settings, plan_source, start_token=None)
+    return stream.open_held_out(task, settings, plan_source, stream.EvalStream, start_token=None)
 
 
 def _planner(

@@ -74,6 +74,7 @@ class Iterable:
 class RowStream(Iterable, abc.ABC):
     """Turns rows of sources into batches; the base class of both streams."""
 
+    fingerprint: str
     _use = ""  # follows the name of a source in a notice
 
     def __init__(

@@ -58,12 +58,12 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
     Raises:
         ValueError: a positive share is so small that it would never be read.
     """
-    shares = np.asarray(shares, np.float64)
-    shares = shares / shares.sum()
-    positive = shares > 0
-    smallest = shares[positive].min()
+    parts = np.asarray(shares, np.float64)
+    parts = parts / parts.sum()
+    positive = parts > 0
+    smallest = parts[positive].min()
     if smallest * _MAX_PERIOD < 1:
-        name = sources[int(np.flatnonzero(shares == smallest)[0])]
+        name = sources[int(np.flatnonzero(parts == smallest)[0])]
         raise ValueError(
             f"The weight of source {name!r} is a share of {smallest:.3g} of the rows, less than one row "
             f"in {_MAX_PERIOD}, and would round to zero. Raise the weight, or set it to 0 to exclude "
@@ -75,12 +75,12 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
         last = max(first, int(limit * smallest))
         multiples = np.unique(np.linspace(first, last, _CANDIDATES).astype(np.int64))
         periods = np.clip(np.rint(multiples / smallest), _MIN_PERIOD, _MAX_PERIOD)
-        exact = periods[:, None] * shares[positive]
+        exact = periods[:, None] * parts[positive]
         errors = np.abs(np.rint(exact) / exact - 1).max(axis=1)
         best = int(np.argmin(errors))
         if errors[best] <= _RELATIVE_ERROR:
             break
-    return largest_remainder(shares, int(periods[best]))
+    return largest_remainder(parts, int(periods[best]))
 
 
 def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:

@@ -193,6 +193,7 @@ def make_stream(
         mixture_or_task_name,
         settings,
         _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        Stream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
@@ -224,14 +225,13 @@ def make_eval_stream(
         task,
         settings,
         _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        EvalStream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
 
 
-def held_out(
-    open_stream: Callable[..., EvalStream], tasks: Sequence[str]
-) -> tuple[EvalStream, ...]:
+def held_out(open_stream: Callable[..., Opened], tasks: Sequence[str]) -> tuple[Opened, ...]:
     """Returns the evaluation streams of the tasks that have held-out data; prints which have none.
 
     `open_stream` is called with (task=).
@@ -250,7 +250,7 @@ def open_mixture(
     mixture_or_task_name: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyStream] = Stream,
+    stream_class: type[AnyStream],
     **of_rows: Any,
 ) -> AnyStream:
     """Returns a stream over the sources with positive weight in a mixture.
@@ -292,7 +292,7 @@ def open_held_out(
     task: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyEvalStream] = EvalStream,
+    stream_class: type[AnyEvalStream],
     **of_rows: Any,
 ) -> AnyEvalStream:
     """Returns the stream of the evaluation split of one task; see `open_mixture`.

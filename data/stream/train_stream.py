@@ -68,7 +68,8 @@ class Stream(RowStream):
         settings: dict[str, Any] = {}  # defaults are omitted, so older fingerprints remain valid
         if any(self._before):
             settings["before"] = self._before
-        self._phases, self._full, self._end = phases, [], None
+        self._phases, self._end = phases, None
+        self._full: list[tuple[int, tuple[str, ...]]] = []
         if on_cap == "redistribute" and self._limits:
             settings["limits"] = self._limits
             self._phases, self._full, self._end = schedule.redistribute(
@@ -158,7 +159,7 @@ class Stream(RowStream):
             if step + needed <= end:
                 return step + needed - first_step
             tokens -= (end - step) * per_step
-            step = end
+            step = int(end)
         raise ValueError(
             f"{self._no_more()} The budget needs {tokens:,.0f} tokens more: raise max_epochs, add data, or "
             "lower the budget."

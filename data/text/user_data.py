@@ -63,8 +63,8 @@ def register_corpus(
             add_bos=add_bos,
             add_eos=add_eos,
         )
-    for group, members in names.GROUPS.items():
-        members = [source for source in members if source in present]
+    for group, grouped in names.GROUPS.items():
+        members = [source for source in grouped if source in present]
         exponent = 1 / (language_temperature if group == "multilingual" else temperature)
         if members:
             tasks.register_mixture(
@@ -123,9 +123,9 @@ def register_files(
         filters=filters,
         cache_dir=cache_dir,
     )
-    several = isinstance(source, document_files.DocumentSets)
-    _check_shares(name, shares, source.sources if several else ())
-    for each in source.sets if several else (source,):
+    several = source if isinstance(source, document_files.DocumentSets) else None
+    _check_shares(name, shares, several.sources if several else ())
+    for each in several.sets if several else (source,):
         tasks.register_source(
             each.name,
             each,
@@ -136,7 +136,7 @@ def register_files(
         )
     if several:
         tasks.register_mixture(
-            name, shares or {each.name: each.size(each.name) for each in source.sets}
+            name, shares or {each.name: each.size(each.name) for each in several.sets}
         )
 
 

@@ -89,7 +89,7 @@ def _texts(target: Any) -> dict[str, str]:
     """Returns the texts under "Args:" or "Attributes:" of a docstring, of a class also of its bases, by parameter."""
     documented = reversed(target.__mro__) if inspect.isclass(target) else [target]
     entry = re.compile(r"^  (\w+(?:, \w+)*): (.*(?:\n {4}.*)*)", re.MULTILINE)
-    result = {}
+    result: dict[str, str] = {}
     for one in documented:
         doc = f"{inspect.getdoc(one)}\n"
         section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.MULTILINE)

@@ -71,7 +71,7 @@ class StoredTeacher(predictions.StoredPredictions):
             shape=taught_stream.shape_of(stream.length, self.top_k),
         )
         missing = _missing(stream, store, stream.num_steps if steps is None else steps)
-        bar = {"desc": "teacher", "unit": "row"}
+        bar: dict[str, Any] = {"desc": "teacher", "unit": "row"}
         self._add(store, step, missing, self._values_of, at_once=_ROWS_AT_ONCE, **bar)
         return TaughtStream(stream, store, top_k=self.top_k, teacher=step.arrays)
 

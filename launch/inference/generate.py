@@ -82,7 +82,7 @@ def print_continuations(
     stream = sys.stdout.isatty() and single if stream is None else stream
     writes = jax.process_index() == 0
     show = (to_terminal if writes else lambda piece: None) if stream else None
-    row = {"text": prompt}
+    row: dict[str, Any] = {"text": prompt}
     rows = [("--prompt", as_message(row) if chat else row)]
     options |= {"settings": settings, "adapter": adapter, "show": show, "notes": True}
     named = None
@@ -202,6 +202,7 @@ def generate(
             for answer in answers:
                 yield answer if name is None else {**answer, "adapter": name}
         if jax.process_index() == 0:
+            assert decoder is not None  # there is a run
             print(
                 _costs(decoder.stats, decoding.policy_name, decoding.cache_dtype), file=sys.stderr
             )

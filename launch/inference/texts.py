@@ -59,6 +59,7 @@ class Texts:
             return None
         text = self._growing.get((prompt, sample))
         if text is None:
+            assert self._decode_watched is not None  # stops and texts to show are decoded
             text = GrowingText(self._decode_watched, self._stops, begun=self._begun.get(prompt, ""))
             self._growing[prompt, sample] = text
         for count, token in enumerate(tokens, 1):

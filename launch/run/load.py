@@ -83,7 +83,7 @@ class Run:
         )
         self._gin: str | None = _RECORDED.get(id(model))
         # What the last generation asked for, and its compiled programs and texts.
-        self._decoding: tuple[dict[str, Any], Any, Any] | None = None
+        self._decoding: tuple[Any, Any, Any] | None = None
 
     @classmethod
     def _of(cls, loaded: "LoadedRun", gin: str | None) -> "Run":
@@ -191,9 +191,10 @@ class Run:
 
         prompts = [prompts] if isinstance(prompts, str) else prompts
         drawn = dataclasses.replace(Settings().sampling, **sampling)
-        sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
         asked = generate.Decoding(
-            settings=Settings(sampling=drawn, **sizes),
+            settings=Settings(
+                sampling=drawn, max_new_tokens=max_new_tokens, num_samples=num_samples
+            ),
             stops=(stop,) if isinstance(stop, str) else tuple(stop),
             policy=policy,
             batch_size=self._loaded.batch_size(batch_size, len(prompts)),

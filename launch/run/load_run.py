@@ -106,8 +106,12 @@ def command(
     """
     unused = {"VOCABULARY": "None", **({"MODEL": "None"} if without_model else {})}
     return cli.gin_command(
-        *(doc, "espalier.launch.run.load_run:RunConfig"),
-        **{"command": name, "extra_flags": add_flags, "run": run, "unused": unused},
+        doc,
+        "espalier.launch.run.load_run:RunConfig",
+        command=name,
+        extra_flags=add_flags,
+        run=run,
+        unused=unused,
         default_files=files,
     )
 
@@ -371,8 +375,8 @@ def restoring(
     from espalier.trainers.checkpoints import base_step, step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
-        with hf_checkpoint.restoring(checkpoint, model, params=params) as place:
-            yield place
+        with hf_checkpoint.restoring(checkpoint, model, params=params) as restore:
+            yield restore
         return
     from espalier.trainers.checkpoints.restore_params import restore_params  # imports Orbax
 

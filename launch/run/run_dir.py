@@ -303,7 +303,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{path}/config.gin is damaged, so the run in the directory is unknown: {error}. {remedy}"
         ) from None
     previous = read_run(run.path) if run.started else {}
-    if difference:
+    if old is not None and difference:
         if previous.get("config_sha256") not in (None, _sha256(old)):
             raise RunDirectoryError(
                 f"{path}/config.gin is damaged or was edited: it does not match its checksum in run.json, "

@@ -111,7 +111,7 @@ def save_files(
       FileNotFoundError: there is no tokenizer.
       TokenizerError: its files are damaged or inconsistent.
     """
-    options = {"extra_ids": extra_ids, "special_in_text": special_in_text}
+    options: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     vocabulary = vocabularies.huggingface(path=hf_dir, **options)
     digest = rows.vocabulary_digest(vocabulary)
     if not hasattr(vocabulary, "files"):  # a SentencePiece model alone
@@ -168,7 +168,7 @@ def of(*, path: str, extra_ids: Count | None = None, special_in_text: bool | Non
       FileNotFoundError: there is no vocabulary.
       ValueError: its files are damaged, or a run's vocabulary has other settings.
     """
-    more = {"extra_ids": extra_ids, "special_in_text": special_in_text}
+    more: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     more = {name: value for name, value in more.items() if value is not None}
     if path == BYTES:
         vocabulary = vocabularies.byte(**more)
