@@ -125,7 +125,8 @@ def register_files(
     )
     several = source if isinstance(source, document_files.DocumentSets) else None
     _check_shares(name, shares, several.sources if several else ())
-    for each in several.sets if several else (source,):
+    sources = source.sets if isinstance(source, document_files.DocumentSets) else (source,)
+    for each in sources:
         tasks.register_source(
             each.name,
             each,

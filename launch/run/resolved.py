@@ -51,7 +51,7 @@ class ResolvedRun:
     units_per_batch: int
     parent: phase.Parent
     stream: TrainStream
-    eval_streams: Sequence[EvalStream]
+    eval_streams: tuple[EvalStream, ...]
     total_steps: int
     learning_rates: np.ndarray
     tasks: Mapping[str, Any]
