@@ -9,10 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gin import config_parser
-
 from espalier.common.storage import mirror, paths
-from espalier.launch.config import gin_source, registered
 from espalier.trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
 
 _LOSSES = "LOSSES"  # the macro with the losses of a preference run
@@ -86,6 +83,10 @@ class Objective:
 
 def objective_of(folder: str | os.PathLike) -> Objective:
     """Returns the objective of the run in a directory; one without name and unit if its config.gin names none."""
+    from gin import config_parser  # here and below, what imports gin; a report's help needs none
+
+    from espalier.launch.config import gin_source
+
     try:
         text = pathlib.Path(folder, gin_source.RUN_CONFIG).read_text("utf-8")
     except (OSError, UnicodeDecodeError):
@@ -107,11 +108,15 @@ def objective_of(folder: str | os.PathLike) -> Objective:
 @functools.cache
 def _units() -> dict[str, str]:
     """Returns the unit of the loss of each objective by the function's name, as it declares it."""
+    from espalier.launch.config import registered
+
     return {name: unit for _, name, unit in registered.marked("trainers", "loss_in")}
 
 
 def _names(value: object) -> str:
     """Returns the last parts of the names of references, such as 'dpo, nll' of [@direct.dpo, @terms.nll]."""
+    from espalier.launch.config import gin_source
+
     values = value if isinstance(value, list | tuple) else [value]
     names = [one.name for one in values if isinstance(one, gin_source.Reference)]
     return ", ".join(name.rpartition(".")[2] for name in names)
