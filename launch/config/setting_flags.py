@@ -1,18 +1,24 @@
 """Makes flags from the parameters of dataclasses and functions: types, defaults and help texts have one source.
 
+Also reads the values of flags that are sizes or Python files.
+
 A library such as simple-parsing reads only dataclasses, with help texts from comments beside the fields, and adds a
 quarter of a second to every --help.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import pathlib
 import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # Texts that a help text shows as more than TEXT; `cli` looks at paths.
 File = Annotated[str, "FILE"]
@@ -141,3 +147,45 @@ def given(
     """Returns the arguments of a dataclass or function that the user set by flags, by name."""
     names = names or inspect.signature(target).parameters
     return {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+
+
+# Units of sizes on the command line, such as 500MB or 16MiB.
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str, flag: str) -> int:
+    """Returns the bytes of a size; ValueError names the flag."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", text.upper())
+    if not match or not int(match[1]):
+        raise ValueError(f"--{flag}={text} is not a size: give one such as 500MB or 5GB.")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+class PythonConfigError(ValueError):
+    """A file does not return a configuration."""
+
+
+def python_config(file: str, text: str = "") -> "ConfigDict":
+    """Returns what a file's `get_config` returns, called with the text unless that is empty.
+
+    Raises:
+      PythonConfigError: the file is no Python file, raises an error, or returns something else.
+    """
+    import ml_collections
+
+    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise PythonConfigError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*([text] if text else []))
+    except (Exception, SystemExit) as error:  # the file's code may raise any error
+        raise PythonConfigError(
+            f"get_config() could not be called: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise PythonConfigError(
+            f"get_config() returned {type(config).__name__}; return ml_collections.ConfigDict."
+        )
+    return config

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from espalier.common.storage import mirror
 from espalier.launch import cli
-from espalier.launch.config import setting_flags, sizes
+from espalier.launch.config import setting_flags
 from espalier.launch.run import load_run
 
 
@@ -120,7 +120,7 @@ def _import_adapters(flags: argparse.Namespace) -> None:
 def _export(flags: argparse.Namespace, settings: dict[str, Any]) -> None:
     from espalier.launch.convert import exchange
 
-    shard_bytes = sizes.parse(settings.pop("shard_size", "5GB"), "shard_size")
+    shard_bytes = setting_flags.size(settings.pop("shard_size", "5GB"), "shard_size")
     config = load_run.config_of(flags.checkpoint, settings.pop("gin_file", ()))
     settings |= {"dtype": flags.dtype, "shard_bytes": shard_bytes}
     weights = exchange.export_hf(flags.checkpoint, config.model, flags.to_hf, **settings)

@@ -17,7 +17,7 @@ import sys
 from typing import Annotated
 
 from espalier.launch import cli
-from espalier.launch.config import sizes
+from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File, Folder
 
 Size = Annotated[str, "SIZE"]
@@ -47,8 +47,8 @@ def merge(
     lines = run.merge_all(
         *(config, out),
         seed=seed,
-        shard_bytes=shard_size and sizes.parse(shard_size, "shard_size"),
-        block_bytes=sizes.parse(block_bytes, "block_bytes"),
+        shard_bytes=shard_size and setting_flags.size(shard_size, "shard_size"),
+        block_bytes=setting_flags.size(block_bytes, "block_bytes"),
         dry_run=dry_run,
     )
     print("\n".join(lines))

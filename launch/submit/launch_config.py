@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from espalier.common import spelling
 from espalier.launch import environment
-from espalier.launch.config import python_config
+from espalier.launch.config import setting_flags
 from espalier.launch.submit.base import SubmitError
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ def _values(path: str, overrides: Iterable[str]) -> dict[str, Any]:
             "there is no such Python file: copy one of launch/submit/configs/ and give its path."
         )
     try:
-        config = python_config.load(full, text)
-    except python_config.PythonConfigError as error:
+        config = setting_flags.python_config(full, text)
+    except setting_flags.PythonConfigError as error:
         raise SubmitError(str(error)) from error
     for override in overrides:
         name, sign, _ = override.partition("=")

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
-from espalier.launch.config import python_config
+from espalier.launch.config import setting_flags
 from espalier.launch.sweep import parts
 
 _PARENT = "INITIAL_CHECKPOINT_PATH"
@@ -111,8 +111,8 @@ def _load(file: str, text: str) -> dict[str, Any]:
     if not os.path.isfile(full):
         raise SweepError(file, [f"the file {full} does not exist: give --sweep FILE.py."])
     try:
-        return python_config.load(full, text).to_dict()
-    except python_config.PythonConfigError as error:
+        return setting_flags.python_config(full, text).to_dict()
+    except setting_flags.PythonConfigError as error:
         raise SweepError(file, [str(error)]) from error
 
 
