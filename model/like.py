@@ -22,7 +22,7 @@ def like(
     """Returns a factory that calls `made` with the fields of the module that `plain` would make.
 
     It copies the fields that both modules have, except `own` ones and those with which it is called. A binding of a
-    copied field of `made` could have no effect, so the check of configurations refuses it: launch/config/gin_reach.py
+    copied field of `made` could have no effect, so the check of configurations refuses it: launch/config/parameters.py
     reads calls of this function, whose first two arguments have to be parameters of the caller.
 
     Args:

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from espalier.launch.config import gin_check, gin_config
+from espalier.launch.config import gin_config
 from espalier.model import axes
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.inputs import PackedTokens
@@ -132,7 +132,7 @@ ROUNDED = {"bam_2b": 1e6}
 @pytest.mark.smoke
 @pytest.mark.parametrize("file", FILES)
 def test_file_has_no_problems(file):
-    assert [str(problem) for problem in gin_check.check([file], fragment=True).problems] == []
+    assert [str(problem) for problem in gin_config.check([file], fragment=True).problems] == []
 
 
 def load(*files, data=("TASKS=()",), bindings=()):

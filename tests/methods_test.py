@@ -18,7 +18,8 @@ import jax
 import numpy as np
 import pytest
 
-from espalier.launch.config import config_diff, gin_check, gin_config, gin_reader
+from espalier.launch.config import gin_config, gin_reader
+from espalier.launch.config import text as config_text
 from espalier.launch.config.build import Configuration
 from espalier.launch.run import model_record
 from espalier.launch.train import train
@@ -187,7 +188,7 @@ OF_NO_PART = {"low_rank/spectrum", "preference/reference_run"}  # a hook; whose 
 def check(run: str, methods: Sequence[str]) -> gin_reader.Checked:
     """Returns the statements of a run with these methods and their problems, without loading them."""
     files, bindings = configuration(run, methods)
-    return gin_check.check(files, bindings, entry=train, entry_name="espalier.launch.train.train")
+    return gin_config.check(files, bindings, entry=train)
 
 
 @functools.cache
@@ -259,7 +260,7 @@ _NOT_OF_PROGRAM = ("Recipe.objective", "Recipe.learning_rate", "Recipe.inputs")
 
 def initialise(recipe: Recipe, text: str) -> str | None:
     """Makes the program of a recipe, once for equal models, and returns its error."""
-    lines = config_diff.canonical(text)
+    lines = config_text.canonical(text)
     names = [k for k in lines if _OF_PROGRAM.match(k) and not k.endswith(_NOT_OF_PROGRAM)]
     for name in names:  # which grow by the macros that they read
         names += [m for m in re.findall(r"%(\w+)", lines[name]) if m in lines and m not in names]
@@ -381,7 +382,7 @@ def test_one_order_is_as_good_as_the_other():
     for pair in (("preference/simpo", "preference/indicators"), ("low_rank/low_rank", "bam/btx")):
         texts = []
         for order in (pair, pair[::-1]):
-            texts.append(config_diff.canonical(load(common_run(*pair), order).text))
+            texts.append(config_text.canonical(load(common_run(*pair), order).text))
         assert texts[0] == texts[1]
 
 

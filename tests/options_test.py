@@ -18,7 +18,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from espalier.launch.config import gin_check, registered
+from espalier.launch.config import gin_config, model_file
 from espalier.trainers.optim import optimizers, schedules
 from tests.options_effect import parameters, without_effect
 from tests.options_programs_test import PROGRAMS, name_of
@@ -58,7 +58,7 @@ def classes() -> list[tuple[str, str]]:
     """Modules and names of the layers that gin files and recorded models name."""
     return [
         place
-        for name, place in registered.REGISTERED.items()
+        for name, place in model_file.REGISTERED.items()
         if not place[0].startswith("jax.") and name not in WRAPPERS
     ]
 
@@ -79,7 +79,7 @@ def targets() -> tuple[Any, ...]:
     """Returns what the gin files name, the entry functions, and the public alternatives in the same modules."""
     chosen: dict[str, Any] = {}
     for file in sorted((ROOT / "t5x_configs").rglob("*.gin")):
-        checked = gin_check.check([str(file)], fragment=True)
+        checked = gin_config.check([str(file)], fragment=True)
         chosen |= {name: target.value for name, target in checked.targets.items()}
     for path in (ROOT / "launch").rglob("*.py"):
         for module, name in re.findall(r'entry="([\w.]+):(\w+)"', path.read_text("utf-8")):

@@ -1,7 +1,7 @@
 """What code declares for the configuration: ranges of numbers, choices, arguments of factories, parts that a model's record may name.
 
 A number's range is declared with its type, `beta: Positive = 0.1`. The check of configurations reads it
-(launch/config/gin_values.py): a value of a gin file that lies outside is an error before any work. Python does not check it.
+(launch/config/parameters.py): a value of a gin file that lies outside is an error before any work. Python does not check it.
 
 Whether a value has an effect may depend on others: `refuse_set` is for settings that would be ignored.
 """
@@ -43,7 +43,7 @@ class CalledWith:
 
 
 def recordable(part: _Part) -> _Part:
-    """Marks a class or function that a run's model.json may name, as `<module>.<name>` (launch/config/registered.py).
+    """Marks a class or function that a run's model.json may name, as `<module>.<name>` (launch/config/model_file.py).
 
     It builds a part of a model or a number from its arguments, and neither reads or writes files nor starts anything. Files and
     names that runs have recorded stay.

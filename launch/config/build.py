@@ -15,14 +15,15 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 
-from espalier.launch.config import decorated, text
-from espalier.launch.config.gin_reader import Bound, Checked, Target, applying, final_bound, mapped
-from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, is_written_as_itself
+from espalier.launch.config import text
+from espalier.launch.config.gin_reader import Bound, Checked, Target, applying, final_bound
+from espalier.launch.config.gin_source import is_written_as_itself
+from espalier.launch.config.values import Macro, Place, Problem, Reference, mapped
 
 # The configuration whose function is running, and the scope. Factories are called while a step is traced, possibly in
 # another thread, which begins without both.
@@ -58,21 +59,13 @@ class Configuration:
         self.shows_bindings = shows_bindings
         self._entry = tree.targets[entry] if entry else None
         self._singletons: dict[str, Any] = {}
-        self._factories: dict[tuple[int, str], Any] = {}
+        self._factories: dict[tuple[str, str], Any] = {}
         self._used: dict[tuple[str, Target], dict[str, Bound]] = {}
         self._used_macros: set[str] = set()
         self._lock = threading.Lock()
-        self._bindings = tree.by_object()
-        self._first: dict[
-            int, Target
-        ] = {}  # by the name under which the files have named an object first
-        for target in tree.targets.values():
-            self._first.setdefault(id(target.value), target)
-        self._methods = [
-            target
-            for target in tree.targets.values()
-            if id(target.value) in self._bindings and target.is_method()
-        ]
+        self._bindings = tree.by_target()
+        bound = [tree.targets[name] for name in self._bindings]
+        self._methods = [target for target in bound if target.is_method]
 
     @property
     def entry(self) -> Callable[..., Any] | None:
@@ -104,8 +97,7 @@ class Configuration:
         """All bindings as one gin file that can be loaded again."""
         settings: dict[tuple[str, Target], dict[str, Bound]] = {}
         for (scope, name, argument), bound in self.tree.bindings.items():
-            target = self._first[id(self.tree.targets[name].value)]
-            settings.setdefault((scope, target), {})[argument] = bound
+            settings.setdefault((scope, self.tree.targets[name]), {})[argument] = bound
         return text.gin(self.tree.imports, self.tree.all_macros(), settings)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
@@ -113,14 +105,14 @@ class Configuration:
         return self._in("")
 
     def give_to_gin(self) -> None:
-        """Gives gin the bindings of functions of users' modules that have gin's own decorator; see decorated.py.
+        """Gives gin the bindings of functions of users' modules that have gin's own decorator; see below.
 
         Raises:
           ValueError: the decorator excludes an argument.
         """
         targets = self.tree.targets
-        own = {name for name, target in targets.items() if decorated.is_decorated(target)}
-        decorated.give(
+        own = {name for name, target in targets.items() if _is_decorated(target)}
+        _give(
             [
                 (scope, targets[name], argument, functools.partial(self._given, key))
                 for key in self.tree.bindings
@@ -134,7 +126,7 @@ class Configuration:
         (scope, name, argument), bound = key, self.tree.bindings[key]
         with self._lock:
             self._used.setdefault((scope, self.tree.targets[name]), {})[argument] = bound
-        return self._value(bound)
+        return self._value(bound.value)
 
     def operative_text(self) -> str:
         """Returns the bindings that were used so far, and the defaults of the functions called, as a gin file."""
@@ -154,7 +146,7 @@ class Configuration:
         with self._lock:
             self._used_macros.add(name)
         with self._in(name):
-            return self._value(self.tree.macros[name])
+            return self._value(self.tree.macros[name].value)
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that the entry function would be called with, references evaluated."""
@@ -183,16 +175,17 @@ class Configuration:
         bound = self.tree.macros.get(macro)
         if bound is None or not isinstance(bound.value, Reference):
             return None
-        return _target(bound.value, bound).value
+        return bound.value.target.value
 
     def bound_to(self, called: Any, *names: str) -> dict[str, Any]:
         """Returns the values of those of these arguments of a function or class that are bound without a scope."""
-        bound = applying("", self._bindings.get(id(called), ()))
+        known = [target for target in self.tree.targets.values() if target.value is called]
+        bound = self._bound(known[0], "") if known else {}
         return self._values({name: bound[name] for name in names if name in bound}, "")
 
     def factory(self, target: Target, scope: str = "") -> Any:
         """Returns a function or class that adds its bindings in `scope` to the arguments of each call."""
-        key = (id(target.value), scope)
+        key = (target.name, scope)
         if key not in self._factories:  # one object, so that equal modules compare equal
             made = _factory(Configured(self, target, scope))
             with self._lock:
@@ -223,8 +216,7 @@ class Configuration:
         bound = {k: v for k, v in self._bound(target, scope).items() if k not in passed}
         defaults = {k: v for k, v in signature.defaults.items() if k not in passed}
         with self._lock:
-            first = self._first.get(id(target.value), target)
-            self._used.setdefault((scope, first), {}).update({**defaults, **bound})
+            self._used.setdefault((scope, target), {}).update({**defaults, **bound})
         values = self._values(bound, scope)
         with self._in(scope):
             if target.value is gin.config.singleton:
@@ -238,7 +230,7 @@ class Configuration:
         scope = scope or self._scope()
         with self._in(scope):
             bindings = sorted(self._bound(target, scope).items())
-            parts = [f"{name}={self._text(bound.value, bound)}" for name, bound in bindings]
+            parts = [f"{name}={self._text(bound.value)}" for name, bound in bindings]
         return f"{target.name}({', '.join(parts)})"
 
     def _scope(self) -> str:
@@ -249,43 +241,41 @@ class Configuration:
     def _in(self, scope: str) -> Iterator[None]:
         token = _RUNNING.set((self, scope))
         try:
-            with decorated.scope(scope):
+            with _gin_scope(scope):
                 yield
         finally:
             _RUNNING.reset(token)
 
     def _bound(self, target: Target, scope: str) -> dict[str, Bound]:
-        return applying(scope, self._bindings.get(id(target.value), ()))
+        return applying(scope, self._bindings.get(target.name, ()))
 
     def _values(self, bound: Mapping[str, Bound], scope: str) -> dict[str, Any]:
         with self._in(scope):
-            return {argument: self._value(one) for argument, one in bound.items()}
+            return {argument: self._value(one.value) for argument, one in bound.items()}
 
-    def _value(self, bound: Bound) -> Any:
-        """Returns the value of a binding: literals, objects and factories."""
+    def _value(self, written: Any) -> Any:
+        """Returns what a value of a binding gives: literals, objects and factories."""
 
         def value(leaf: Any) -> Any:
             if isinstance(leaf, Macro):
                 return self.macro(leaf.name)
             if not isinstance(leaf, Reference):
                 return leaf
-            target = _target(leaf, bound)
-            return (self.call if leaf.evaluate else self.factory)(target, leaf.scope)
+            return (self.call if leaf.evaluate else self.factory)(leaf.target, leaf.scope)
 
-        return mapped(bound.value, value)
+        return mapped(written, value)
 
-    def _text(self, value: Any, bound: Bound) -> str:
+    def _text(self, value: Any) -> str:
         if isinstance(value, dict):
-            items = (f"{self._text(k, bound)}: {self._text(v, bound)}" for k, v in value.items())
+            items = (f"{self._text(k)}: {self._text(v)}" for k, v in value.items())
             return "{" + ", ".join(items) + "}"
         if isinstance(value, list | tuple):
-            return "(" + ", ".join(self._text(item, bound) for item in value) + ")"
+            return "(" + ", ".join(map(self._text, value)) + ")"
         if isinstance(value, Macro) and value.name in self.tree.macros:
             with self._in(value.name):
-                named = self.tree.macros[value.name]
-                return self._text(named.value, named)
+                return self._text(self.tree.macros[value.name].value)
         if isinstance(value, Reference):
-            return self.describe(_target(value, bound), value.scope)
+            return self.describe(value.target, value.scope)
         return repr(value)
 
     def _with_methods(self, made: Any) -> Any:
@@ -374,12 +364,6 @@ def _named(made: type) -> dict[str, Any]:
     return names if made.__dictoffset__ else {**names, "__slots__": ()}
 
 
-def _target(reference: Reference, bound: Bound) -> Target:
-    target = dict(bound.references)[reference]
-    assert target is not None  # unresolved references are problems when the configuration is read
-    return target
-
-
 @dataclasses.dataclass(frozen=True)
 class _Signature:
     """The names of positional arguments, and the defaults that gin can write."""
@@ -403,8 +387,61 @@ def _signature(called: Any) -> _Signature:
     defaults = dict(zip(reversed(spec.args), reversed(spec.defaults or ()), strict=False))
     defaults = {**dict(reversed(defaults.items())), **(spec.kwonlydefaults or {})}
     written = {
-        name: Bound(value, _DEFAULT, (), ())
+        name: Bound(value, _DEFAULT)
         for name, value in defaults.items()
         if is_written_as_itself(value)
     }
     return _Signature(tuple(spec.args[is_class:]), written)
+
+
+# Functions and classes of users' modules that have gin's own decorator: `@gin.configurable` reads gin's own state, also where
+# a user's code calls the function itself. The bindings of such functions are therefore given to gin, and no others: without
+# them, nothing of this project changes gin's state.
+_given = False  # whether gin has bindings of the last configuration
+
+
+def _is_decorated(target: Target) -> bool:
+    """Returns whether gin's own decorator was applied to a function or class."""
+    if target.value in (gin.config.macro, gin.config.singleton):
+        return False
+    try:
+        gin.get_configurable(target.value)
+    except (TypeError, ValueError):  # no hash, or not registered
+        return False
+    return True
+
+
+def _give(bindings: Sequence[tuple[str, Target, str, Callable[[], Any]]]) -> None:
+    """Gives gin the bindings of a configuration, in place of those of the last one.
+
+    Args:
+      bindings: (scope, decorated function or class, argument, a function that returns the value).
+
+    Raises:
+      ValueError: the decorator excludes the argument.
+    """
+    global _given
+    if bindings or _given:
+        gin.clear_config()
+    _given = bool(bindings)
+    for scope, target, argument, value in bindings:
+        name = f"{target.value.__module__}.{target.value.__qualname__}"
+        with gin.unlock_config():
+            gin.bind_parameter((scope, name, argument), _Late(value))
+
+
+class _Late:
+    """A value that is made when gin passes it to a call: gin passes a deep copy of what is bound."""
+
+    def __init__(self, value: Callable[[], Any]):
+        self._value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._value()
+
+
+def _gin_scope(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Context manager in which gin has a scope too, if it has bindings."""
+    if not _given:
+        return contextlib.nullcontext()
+    return gin.config_scope(name.split("/") if name else None)

@@ -1,51 +1,30 @@
-"""Follows the references of a checked gin configuration from the entry point, as gin would.
+"""What a checked gin configuration reaches from its entry point, and whether the methods in it go together.
 
-Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of its binding; the value of a macro is evaluated
-in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
+References are followed as gin would. Gin calls `@x/f()` in the scope `x`, and `@f()` in the scope of its binding; the value of a
+macro is evaluated in a scope of the macro's name. Bindings of a scope and of the scopes around it apply.
 The scope in which code calls a factory is not known; the scope of the factory's binding is assumed.
 
-A factory's caller passes some arguments itself (`self.dense(features=..., name=...)`). These win over gin, so a binding
-of one would be ignored. `passed` reads the names of these arguments from the caller's source. A wrapper (model/like.py)
-passes on what it is called with, and copies fields of the plain module; `wrapper` reads its call of `like`.
+The gin files of methods (below a folder `methods`) may not silently replace each other's bindings, because the methods of one run
+must combine. A method's file may change the bindings of a file that it includes or that it names in its list REPLACES. The
+user's own files and the command line may change any binding.
 """
 
-import ast
 import dataclasses
-import functools
 import inspect
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from espalier.common.ranges import CalledWith
-from espalier.launch.config.gin_reader import Bound, Checked, applying, within
-from espalier.launch.config.gin_source import Place
-from espalier.launch.config.gin_values import declaration, hints
-from espalier.model.like import copied, like
-
-# Arguments that other code passes to a factory which its owner only forwards, by owner and parameter. Calls in the
-# owner's own source need no row, nor do factories that are declared with CalledWith (espalier/common/ranges.py).
-# tests/launch/config/gin_reach_test.py calls each and compares.
-PASSED: dict[str, dict[str, tuple[str, ...]]] = {
-    "espalier.data.t5.denoising.make_stream": {"stream": ("positions", "task")},
-    "espalier.data.text.user_data.register_sources": {"sources": ("name",)},
-    "espalier.launch.evaluate.held_out.evaluate": {"stream": ("task",)},
-    "espalier.launch.train.train": {
-        "checkpointer": ("directory",),
-        "eval_stream": ("task",),
-        "stream": ("positions",),
-    },
-    "espalier.trainers.recipe.Recipe": {
-        "objective": ("model", "num_sources"),
-        "optimizer": ("learning_rate", "param_axes"),
-    },
-}
-# Functions with named slots (**slots), and the arguments that they pass to the factory in each slot.
-_SLOTS = {
-    "espalier.model.adapters.adapter.named": ("name",),
-    "espalier.trainers.hooks.named": ("run",),
-    "espalier.trainers.reports.named": ("params",),
-}
+from espalier.launch.config.gin_reader import (
+    REPLACES,
+    Bound,
+    Checked,
+    Target,
+    applying,
+    is_required,
+    within,
+)
+from espalier.launch.config.parameters import Wrapper, passed, wrapper
+from espalier.launch.config.values import Place, Problem, leaves, scoped
 
 # Entry functions, with the arguments that their commands always pass from flags.
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
@@ -55,91 +34,12 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def passed(owner: Any, parameter: str) -> tuple[str, ...]:
-    """Returns the arguments with which `owner` calls the factory in `parameter`, sorted by name.
-
-    The calls of a base class count for its subclasses.
-    """
-    if isinstance(declared := declaration(hints(owner).get(parameter)), CalledWith):
-        return tuple(sorted(declared.names))
-    for holder in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
-        name = f"{holder.__module__}.{holder.__qualname__}"
-        if name in _SLOTS:
-            return _SLOTS[name]
-        if names := PASSED.get(name, {}).get(parameter) or _calls(holder).get(parameter):
-            return tuple(sorted(names))
-    return ()
-
-
-@functools.cache
-def _calls(owner: Any) -> Mapping[str, set[str]]:
-    """Returns the keywords of calls of each parameter (for a class: attribute of self) in the source of `owner`."""
-    keywords: dict[str, set[str]] = {}
-    for node in _call_nodes(owner):
-        match node.func:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name) if inspect.isclass(owner):
-                pass
-            case ast.Name(id=name) if not inspect.isclass(owner):
-                pass
-            case _:
-                continue
-        keywords.setdefault(name, set()).update(k.arg for k in node.keywords if k.arg)
-    return keywords
-
-
-def _call_nodes(owner: Any) -> list[ast.Call]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):  # builtins, and code defined at run time
-        return []
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Wrapper:
-    """A function's call of `like` (model/like.py).
-
-    Attributes:
-      plain, made: the function's parameters with the two factories.
-      classes: classes of plain modules.
-      own: fields of plain modules that are not copied.
-      settings: arguments that the call itself passes to `made`.
-    """
-
-    plain: str
-    made: str
-    classes: tuple[type, ...]
-    own: tuple[str, ...]
-    settings: tuple[str, ...]
-
-    def copied(self, made: Any) -> tuple[str, ...]:
-        """Returns the fields that the class `made` gets from plain modules."""
-        is_module = dataclasses.is_dataclass(made) and isinstance(made, type)
-        return tuple(sorted(copied(self.classes, made, self.own))) if is_module else ()
-
-
-@functools.cache
-def wrapper(owner: Any) -> Wrapper | None:
-    """Returns the call of `like` in the source of a function; None without one."""
-    names = getattr(owner, "__globals__", {})
-    for node in _call_nodes(owner):
-        match node:
-            case ast.Call(ast.Name(name), [ast.Name(plain), ast.Name(made)]) if (
-                names.get(name) is like
-            ):
-                keywords = {k.arg: k.value for k in node.keywords if k.arg}
-                nodes = ast.walk(keywords.pop("of"))
-                classes = tuple(names[x.id] for x in nodes if isinstance(x, ast.Name))
-                own = ast.literal_eval(keywords.pop("own", ast.Dict([], [])))
-                return Wrapper(plain, made, classes, tuple(own), tuple(keywords))
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Way:
     """One way in which a function or class is called.
 
     Attributes:
+      target: the function or class.
       scope: the active scope.
       evaluated: whether gin calls it with its bindings alone; else code calls it and passes arguments.
       passed: names of these arguments, as far as they are known.
@@ -150,6 +50,7 @@ class Way:
       copied: names of these fields.
     """
 
+    target: Target = dataclasses.field(compare=False)
     scope: str
     evaluated: bool
     passed: tuple[str, ...]
@@ -170,44 +71,38 @@ class Reach:
         unread: arguments of the entry point that are not followed.
         """
         self.checked = checked
-        self._bindings = checked.by_object()
+        self._bindings = checked.by_target()
         self.ways: dict[str, list[Way]] = {}
         self.macros: set[str] = set()
         flags = (*FLAGS.get(entry_name, ()), *unread)
-        self._waiting = [(entry_name, Way("", True, flags, "", Place("the entry point")))]
+        entry = checked.targets[entry_name]
+        self._waiting = [Way(entry, "", True, flags, "", Place("the entry point"))]
         while self._waiting:
-            self._visit(*self._waiting.pop())
+            self._visit(self._waiting.pop())
 
     def ways_in(self, target: str, scope: str) -> list[Way]:
         """Returns the ways of calling `target` to which a binding in `scope` applies."""
         return [way for way in self.ways.get(target, ()) if within(way.scope, scope)]
 
-    def bound(self, name: str, scope: str) -> dict[str, Bound]:
-        """Returns the bindings of the arguments of `name`, called in `scope`; inner scopes win."""
-        value = self.checked.targets[name].value
-        return applying(scope, self._bindings.get(id(value), ()))
+    def bound(self, way: Way) -> dict[str, Bound]:
+        """Returns the bindings that apply to a call; inner scopes win."""
+        return applying(way.scope, self._bindings.get(way.target.name, ()))
 
-    def _names(self, name: str) -> Sequence[str]:
-        """Returns all names under which the files import the object of this name."""
-        here = self.checked.targets[name].value
-        return [alias for alias, target in self.checked.targets.items() if target.value is here]
-
-    def _visit(self, name: str, way: Way) -> None:
-        if way in self.ways.setdefault(name, []):
+    def _visit(self, way: Way) -> None:
+        target, name = way.target.value, way.target.name
+        ways = self.ways.setdefault(name, [])
+        if way in ways:
             return
-        names = self._names(name)
-        for alias in names:
-            self.ways.setdefault(alias, []).append(way)
-        target = self.checked.targets[name].value
+        ways.append(way)
         if inspect.isclass(target):
             # The methods of a reachable class are reachable too; their arguments are unknown.
-            by_class = Way(way.scope, False, (), name, way.place)
-            methods = [m for m in self.checked.targets if m.rpartition(".")[0] in names]
-            self._waiting += [(method, by_class) for method in methods]
+            for alias, method in self.checked.targets.items():
+                if self.checked.targets.get(alias.rpartition(".")[0]) is way.target:
+                    self._waiting.append(Way(method, way.scope, False, (), name, way.place))
         wraps = wrapper(target) if inspect.isfunction(target) else None
-        for argument, bound in self.bound(name, way.scope).items():
+        for argument, bound in self.bound(way).items():
             if argument not in (*way.passed, *way.copied):
-                code = Way(way.scope, False, (), f"{name}.{argument}", bound.place)
+                code = Way(way.target, way.scope, False, (), f"{name}.{argument}", bound.place)
                 if wraps is not None and argument == wraps.plain:
                     code = dataclasses.replace(code, passed=way.result)
                 elif wraps is not None and argument == wraps.made:
@@ -222,23 +117,134 @@ class Reach:
 
         Args:
           bound: the binding.
-          code: the way of calling references that gin does not call.
+          code: the way of calling references that gin does not call; their target is the argument's.
           inside: names of the enclosing macros.
         """
-        gin_scope = inside[-1] if inside else code.scope
-        for reference, target in bound.references:
-            if target is None:
-                continue
+        for reference in bound.references:
+            target, place = reference.target, bound.place
             if reference.evaluate:
-                scope = reference.scope or gin_scope
-                way = Way(scope, True, (), code.owner, bound.place, result=code.passed)
+                scope = reference.scope or (inside[-1] if inside else code.scope)
+                way = Way(target, scope, True, (), code.owner, place, result=code.passed)
             else:
                 scope = reference.scope or code.scope
-                way = dataclasses.replace(code, scope=scope, place=bound.place)
-                if code.wrapper is not None:
-                    way = dataclasses.replace(way, copied=code.wrapper.copied(target.value))
-            self._waiting.append((target.name, way))
+                copied = code.wrapper.copied(target.value) if code.wrapper else ()
+                way = dataclasses.replace(
+                    code, target=target, scope=scope, place=place, copied=copied
+                )
+            self._waiting.append(way)
         for macro in bound.macros:
-            self.macros.add(macro.name)
-            if macro.name in self.checked.macros and macro.name not in inside:
-                self._follow(self.checked.macros[macro.name], code, (*inside, macro.name))
+            self.macros.add(macro)
+            if macro in self.checked.macros and macro not in inside:
+                self._follow(self.checked.macros[macro], code, (*inside, macro))
+
+
+def is_method(file: str) -> bool:
+    """Returns whether a file is a method's."""
+    return "/methods/" in file
+
+
+def conflicts(checked: Checked) -> list[Problem]:
+    """Returns a problem for each pair of method files where the later replaces values of the earlier."""
+    pairs: dict[tuple[str, str], list[tuple[str, Bound, Bound]]] = {}
+    for key, history in checked.history.items():
+        if (earlier := _replaced(checked, key, history)) is not None:
+            files = (earlier.file, history[-1].file)
+            pairs.setdefault(files, []).append((_name(key), earlier, history[-1]))
+    problems = []
+    for (name, earlier, later), *more in pairs.values():
+        also = f" (and {', '.join(name for name, _, _ in more)})" if more else ""
+        text = f"replaces '{name}' of another method{also}, which is {earlier.value!r} at {earlier.place}"
+        remedy = (
+            f"Use one of the two files, or choose: --gin.{name}=VALUE. A file that refines another "
+            f"includes it, or names what it replaces: {REPLACES} = ['{name}']."
+        )
+        problems.append(Problem(later.place, text, remedy))
+    return problems
+
+
+def _replaced(checked: Checked, key: Any, history: Sequence[Bound]) -> Bound | None:
+    """Returns the binding of another method that a key's last binding may not replace, or None."""
+    last = history[-1]
+    allowed = {last.file, *checked.includes.get(last.file, ())}
+    names = leaves(checked.replaces[last.file].value) if last.file in checked.replaces else ()
+    if not is_method(last.file) or any(_name(key).endswith(str(name)) for name in names):
+        return None
+    for earlier in reversed(history[:-1]):
+        if not is_method(earlier.file):  # the user already replaced the method's binding
+            return None
+        differs = earlier.meaning() != last.meaning() and not is_required(earlier.value)
+        if differs and earlier.file not in allowed:
+            return earlier
+    return None
+
+
+def without_effect(
+    checked: Checked, reach: Reach, so_far: Sequence[tuple[str, Callable[[], Reach]]]
+) -> list[Problem]:
+    """Returns a problem for each method's file without any effect, unless the user's own bindings replaced its effect.
+
+    Args:
+      checked, reach: the whole configuration and its reach.
+      so_far: each file in reading order, with the reach of the configuration up to it.
+    """
+    problems = []
+    for file, (place, own) in _bound_alone(checked).items():
+        if _effective(reach, own):
+            continue
+        files = [name for name, _ in so_far]
+        effective = [
+            i for i in range(files.index(file), len(files)) if _effective(so_far[i][1](), own)
+        ]
+        if not effective:
+            text = "has no effect: this run uses nothing that only this file binds"
+            remedy = "It is for another kind of run or model, or another method replaces it."
+            problems.append(Problem(place, text, remedy))
+            continue
+        undone_by = [*files, ""][effective[-1] + 1]
+        refined = file in checked.includes.get(undone_by, ()) or undone_by in checked.replaces
+        if is_method(undone_by) and not refined:
+            text = f"has no effect: {undone_by} replaces everything that it binds"
+            problems.append(Problem(place, text, "Use one of the two."))
+    return problems
+
+
+def _bound_alone(checked: Checked) -> dict[str, tuple[Place, list[tuple[Any, Bound]]]]:
+    """Returns, for each method's file, its place and the bindings that no unrelated method has too.
+
+    A file that another method includes belongs to that method.
+    """
+    parts = {part for file, files in checked.includes.items() if is_method(file) for part in files}
+    own: dict[str, tuple[Place, list[tuple[Any, Bound]]]] = {}
+    for key, history in checked.history.items():
+        bounds = [bound for bound in history if is_method(bound.file)]
+        for bound in (bound for bound in bounds if bound.file not in parts):
+            related = {bound.file, *checked.includes.get(bound.file, ())}
+            shared = any(
+                again.file not in related
+                and bound.file not in checked.includes.get(again.file, ())
+                and again.meaning() == bound.meaning()
+                for again in bounds
+            )
+            _, alone = own.setdefault(bound.file, (Place(bound.place.source), []))
+            if not shared:
+                alone.append((key, bound))
+    return own
+
+
+def _effective(reach: Reach, bounds: Sequence[tuple[Any, Bound]]) -> bool:
+    """Returns whether any of these bindings and macros is final and used."""
+    for key, bound in bounds:
+        is_macro = isinstance(key, str)
+        current = (reach.checked.macros if is_macro else reach.checked.bindings).get(key)
+        used = key in reach.macros if is_macro else reach.ways_in(key[1], key[0])
+        if used and current is not None and current.meaning() == bound.meaning():
+            return True
+    return False
+
+
+def _name(key: Any) -> str:
+    """Returns a short text for a key: a macro, or 'scope/module.Class.argument'."""
+    if isinstance(key, str):
+        return key
+    scope, target, argument = key
+    return scoped(scope, ".".join([*target.split(".")[-2:], argument]))

@@ -18,13 +18,14 @@ import gin
 from gin import config_parser
 
 from espalier.launch.config import gin_source, model_file
-from espalier.launch.config.gin_source import Macro, Place, Problem, Reference, scoped
+from espalier.launch.config.parameters import parameter_names
+from espalier.launch.config.values import Macro, Place, Problem, Reference, leaves, mapped, scoped
 from espalier.launch.environment import EARLIER_PACKAGES
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A function, class or module under its full name.
+    """A function, class or module under a full name: of several names that files have for it, the first.
 
     Attributes:
       name: the full name.
@@ -38,30 +39,25 @@ class Target:
         default=None, compare=False
     )
 
-    def imported_by(self) -> config_parser.ImportStatement:
-        """Returns the statement that imports it, without submodules that are not on the way to it."""
+    @functools.cached_property
+    def home(self) -> tuple[config_parser.ImportStatement, str]:
+        """The statement that imports it, without submodules that are not on the way to it, and its name in that module."""
         if self.source is None:
             module = self.value.__module__
             place = config_parser.Location(None, 0, None, "")
-            return config_parser.ImportStatement(module, "." in module, None, place)
+            statement = config_parser.ImportStatement(module, "." in module, None, place)
+            return statement, self.value.__qualname__
         statement, names = self.source
         if statement.is_from or statement.alias:
-            return statement
+            return statement, ".".join(names[1:])
         pairs = zip(statement.module.split("."), names[:-1], strict=False)
         way = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        return statement._replace(module=".".join(way))
+        return statement._replace(module=".".join(way)), ".".join(names[len(way) :])
 
-    def attribute(self) -> str:
-        """Returns its name inside of the module that `imported_by` imports."""
-        if self.source is None:
-            return self.value.__qualname__
-        statement, names = self.source
-        by_name = statement.is_from or statement.alias
-        return ".".join(names[1 if by_name else len(self.imported_by().module.split(".")) :])
-
+    @property
     def is_method(self) -> bool:
-        """Returns whether it is a function of a class."""
-        last = self.attribute().split(".")[-2:]
+        """Whether it is a function of a class."""
+        last = self.home[1].split(".")[-2:]
         names = getattr(self.value, "__qualname__", "").split(".")
         return inspect.isfunction(self.value) and len(last) == 2 and names[-2:] == last
 
@@ -78,18 +74,26 @@ class Bound:
     """One binding or macro definition.
 
     Attributes:
-      value: a literal, reference or macro, or a container of them.
+      value: a literal, reference or macro, or a container of them. A reference to what does not exist has no target.
       place: place of the statement.
-      references: the references in the value, each with its target; None for a name that does not exist.
-      macros: the macros in the value.
       file: real path of the file; '' for the command line.
     """
 
     value: Any
     place: Place
-    references: tuple[tuple[Reference, Target | None], ...]
-    macros: tuple[Macro, ...]
     file: str = ""
+
+    @functools.cached_property
+    def references(self) -> tuple[Reference, ...]:
+        """The references in the value that have a target."""
+        found = (leaf for leaf in leaves(self.value) if isinstance(leaf, Reference))
+        return tuple(reference for reference in found if reference.target is not None)
+
+    @functools.cached_property
+    def macros(self) -> tuple[str, ...]:
+        """The names of the macros in the value."""
+        found = (leaf for leaf in leaves(self.value) if isinstance(leaf, Macro))
+        return tuple(macro.name for macro in found if not macro.required)
 
     def meaning(self) -> str:
         """Returns the value as text with full names, which does not depend on the imports."""
@@ -97,11 +101,10 @@ class Bound:
 
     def named(self, name: Callable[[Target], str]) -> Any:
         """Returns the value with other names in its references."""
-        targets = dict(self.references)
 
         def renamed(leaf: Any) -> Any:
-            target = targets.get(leaf) if isinstance(leaf, Reference) else None
-            return leaf if target is None else leaf.renamed(name(target))
+            known = isinstance(leaf, Reference) and leaf.target is not None
+            return leaf.renamed(name(leaf.target)) if known else leaf
 
         return mapped(self.value, renamed)
 
@@ -113,15 +116,14 @@ class Checked:
     Attributes:
       problems, warnings: in reading order.
       bindings: final bindings by (scope, full name of the target, argument).
-      targets: by full name.
+      targets: by full name; one for all names of an object.
       macros: final definitions by name.
       files, imports: in reading order.
       history: all bindings and definitions of a key in reading order; the key of a macro is its name.
       includes: files included by each file, directly or not; real paths.
-      replaces: the names in each file's list REPLACES.
+      replaces: each file's list REPLACES.
       macros_read: where each macro is first read, also in overridden statements.
       scopes_used: all scopes that references and macros enter.
-      replaces_last: the last list REPLACES; None without one.
     """
 
     problems: list[Problem] = dataclasses.field(default_factory=list)
@@ -133,22 +135,30 @@ class Checked:
     warnings: list[Problem] = dataclasses.field(default_factory=list)
     history: dict[Any, list[Bound]] = dataclasses.field(default_factory=dict)
     includes: dict[str, set[str]] = dataclasses.field(default_factory=dict)
-    replaces: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    replaces: dict[str, Bound] = dataclasses.field(default_factory=dict)
     macros_read: dict[str, Place] = dataclasses.field(default_factory=dict)
     scopes_used: set[str] = dataclasses.field(default_factory=set)
-    replaces_last: Bound | None = None
 
     def all_macros(self) -> dict[str, Bound]:
-        """Returns all definitions by name, with the list REPLACES."""
-        listed = {} if self.replaces_last is None else {REPLACES: self.replaces_last}
-        return {**self.macros, **listed}
+        """Returns all definitions by name, with the last list REPLACES."""
+        macros = dict(self.macros)
+        for listed in self.replaces.values():
+            macros[REPLACES] = listed
+        return macros
 
-    def by_object(self) -> dict[int, list[tuple[str, str, Bound]]]:
-        """Returns (scope, argument, binding) of each bound object, by its `id`: files may know it under several names."""
-        bindings: dict[int, list[tuple[str, str, Bound]]] = {}
+    def by_target(self) -> dict[str, list[tuple[str, str, Bound]]]:
+        """Returns (scope, argument, binding) by the name of the function or class."""
+        bindings: dict[str, list[tuple[str, str, Bound]]] = {}
         for (scope, name, argument), bound in self.bindings.items():
-            bindings.setdefault(id(self.targets[name].value), []).append((scope, argument, bound))
+            bindings.setdefault(name, []).append((scope, argument, bound))
         return bindings
+
+    def target(self, name: str, value: Any, source: Any = None) -> Target:
+        """Returns the target of an object, of which this is a full name; for `source` see `Target`."""
+        if name not in self.targets:
+            known = (target for target in self.targets.values() if target.value is value)
+            self.targets[name] = next(known, None) or Target(name, value, source)
+        return self.targets[name]
 
     def copy(self) -> "Checked":
         """Returns a copy that later statements do not change."""
@@ -168,7 +178,7 @@ class Checked:
         return [s for name, s in first.items() if len(self.modules_imported_as(name)) == 1]
 
 
-# A list in a method's file with the files of other methods whose bindings it may replace; see gin_methods.py.
+# A list in a method's file with the files of other methods whose bindings it may replace; see gin_reach.py.
 REPLACES = "REPLACES"
 _LONG_MACRO = ("gin.macro", "value")  # `NAME/gin.macro.value = 1` is `NAME = 1`
 
@@ -219,7 +229,7 @@ class Reader:
             self.problem(
                 place,
                 f"no file '{path}' (searched {', '.join(folders)})",
-                nearest(near) or "Give an absolute path or add a folder: --gin_search_paths.",
+                listed(near) or "Give an absolute path or add a folder: --gin_search_paths.",
             )
             return
         if file in including:
@@ -252,9 +262,7 @@ class Reader:
             if module in self._own_modules:
                 value = getattr(importlib.import_module(module), attribute, None)
                 defined = getattr(value, "__module__", None)
-            if (
-                defined != module
-            ):  # also of an object that the module only imports, such as a function of os
+            if defined != module:  # also of what the module only imports, such as a function of os
                 self.refused = Problem(
                     Place(file),
                     f"the model uses '{module}.{attribute}', which is not of this project: reading it could run anything",
@@ -331,8 +339,7 @@ class Reader:
         for attribute in path:
             if not hasattr(value, attribute):
                 names = [n for n in dir(value) if n[0] != "_" and callable(getattr(value, n, None))]
-                near = difflib.get_close_matches(attribute, names)
-                self.problem(place, f"'{name}' has no '{attribute}'", nearest(near))
+                self.problem(place, f"'{name}' has no '{attribute}'", nearest(attribute, names))
                 return None
             value, name = getattr(value, attribute), f"{name}.{attribute}"
         if not callable(value):
@@ -340,15 +347,10 @@ class Reader:
                 place, f"'{name}' is not a function or class and cannot be configured or referenced"
             )
             return None
-        known = self.checked.targets.get(name)
-        if (
-            known is None or known.source is None
-        ):  # the entry point has a name before files import it
-            self.checked.targets[name] = known = Target(name, value, source)
-        return known
+        return self.checked.target(name, value, source)
 
     def _not_imported(self, name: str, place: Place, symbols) -> None:
-        near = nearest(difflib.get_close_matches(name, [s for s in symbols if s != "gin"]))
+        near = nearest(name, [s for s in symbols if s != "gin"])
         where = "this file" if place.line else "any file"
         modules = gin_source.modules_named(name) if place.line else ()
         several = self.checked.modules_imported_as(name)
@@ -360,26 +362,25 @@ class Reader:
         self.problem(place, f"'{name}' is not imported by {where}", near)
 
     def _bind(self, statement, place: Place, symbols) -> None:
-        references, macros = [], []
-        for leaf in leaves(statement.value):
-            if isinstance(leaf, Reference):
-                references.append((leaf, self._resolve(leaf.selector, place, symbols)))
-                self.checked.scopes_used.update(prefixes(leaf.scope))
-            elif isinstance(leaf, Macro) and not leaf.required:
-                macros.append(leaf)
-                # The value of a macro is evaluated in a scope of the macro's name.
-                self.checked.scopes_used.update(prefixes(leaf.name))
-                self.checked.macros_read.setdefault(leaf.name, place)
-        bound = Bound(statement.value, place, tuple(references), tuple(macros), self._file)
+        def resolved(leaf: Any) -> Any:
+            if not isinstance(leaf, Reference):
+                return leaf
+            self.checked.scopes_used.update(prefixes(leaf.scope))
+            return dataclasses.replace(leaf, target=self._resolve(leaf.selector, place, symbols))
+
+        bound = Bound(mapped(statement.value, resolved), place, self._file)
+        for macro in bound.macros:
+            # The value of a macro is evaluated in a scope of the macro's name.
+            self.checked.scopes_used.update(prefixes(macro))
+            self.checked.macros_read.setdefault(macro, place)
         if (statement.selector, statement.arg_name) == (REPLACES, ""):
-            self.checked.replaces[self._file] = list(leaves(statement.value))
-            self.checked.replaces_last = bound
+            self.checked.replaces.pop(self._file, None)  # so that the last one is last
+            self.checked.replaces[self._file] = bound
             return
         if not statement.arg_name or (statement.selector, statement.arg_name) == _LONG_MACRO:
+            named_by_scope = bool(statement.arg_name)
             name = (
-                statement.scope
-                if statement.arg_name
-                else scoped(statement.scope, statement.selector)
+                statement.scope if named_by_scope else scoped(statement.scope, statement.selector)
             )
             self.checked.macros[name] = bound
             self.checked.history.setdefault(name, []).append(bound)
@@ -389,8 +390,8 @@ class Reader:
             return
         names = parameter_names(target.value)
         if names is not None and statement.arg_name not in names:
-            near = difflib.get_close_matches(statement.arg_name, names)
-            hint = nearest(near) or f"It has: {', '.join(names) or 'no parameters'}."
+            hint = nearest(statement.arg_name, names)
+            hint = hint or f"It has: {', '.join(names) or 'no parameters'}."
             self.problem(place, f"'{target.name}' has no parameter '{statement.arg_name}'", hint)
             return
         key = (statement.scope, target.name, statement.arg_name)
@@ -404,39 +405,10 @@ class Reader:
         scope, target, argument = key
         slots = [name for s, t, name in self.checked.bindings if (s, t) == (scope, target)]
         if argument not in slots:
-            near = nearest(difflib.get_close_matches(argument, slots))
+            near = nearest(argument, slots)
             hint = f"Filled are: {', '.join(slots)}." if slots else "No slot is filled."
             message = f"'{target}.{argument}' has no effect: no file fills this slot"
             self.problem(place, message, near or hint)
-
-
-@functools.cache
-def parameter_names(target: Any) -> list[str] | None:
-    """Returns the names that gin may bind; None for any (**kwargs), or if the signature is unknown."""
-    parameters = _parameters(target)
-    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    # `parent` of a linen module is set by flax.
-    return [p.name for p in parameters if _is_named(p) and p.name not in ("parent", "self")]
-
-
-def required_parameters(target: Any) -> list[str]:
-    """Returns the parameters without a default."""
-    if target in (gin.config.macro, gin.config.singleton):
-        return []
-    return [p.name for p in _parameters(target) or () if p.default is p.empty and _is_named(p)]
-
-
-def _parameters(target: Any) -> list[inspect.Parameter] | None:
-    """Returns the parameters of a function or class; None if they are unknown."""
-    try:
-        return list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return None
-
-
-def _is_named(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _import_error(statement) -> tuple[str, str] | None:
@@ -459,8 +431,7 @@ def _import_error(statement) -> tuple[str, str] | None:
                 f"Write `{source}` and name it {base or parent}.{last}.",
             )
         siblings = [m.name for m in pkgutil.iter_modules(getattr(package, "__path__", None))]
-        near = difflib.get_close_matches(last, siblings)
-        return (f"there is no module '{name}'", nearest(near))
+        return (f"there is no module '{name}'", nearest(last, siblings))
     except Exception as error:  # noqa: BLE001 (whatever a module raises is reported as its problem)
         return (f"importing '{name}' failed: {type(error).__name__}: {error}", "")
     return None
@@ -477,28 +448,6 @@ def _missing_dependency(name: str, missing: str) -> tuple[str, str]:
         return (f"'{name}' imports '{missing}', which does not exist", "")
     text = f"'{name}' needs the package '{top}', which is not installed"
     return (text, "Install it, or this project's extra with it (see setup.py).")
-
-
-def leaves(value: Any) -> Iterable[Any]:
-    """Yields the literals, references and macros in a value."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(key)
-            yield from leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
-def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Returns a value with what `leaf` returns in place of each literal, reference and macro in it."""
-    if isinstance(value, dict):
-        return {mapped(key, leaf): mapped(item, leaf) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(mapped(item, leaf) for item in value)
-    return leaf(value)
 
 
 def is_required(value: Any) -> bool:
@@ -535,5 +484,11 @@ def prefixes(scope: str) -> list[str]:
     return list(itertools.accumulate(scope.split("/"), "{}/{}".format)) if scope else []
 
 
-def nearest(names: Sequence[str]) -> str:
-    return f"Nearest: {', '.join(names)}." if names else ""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns a remedy with those of some names that are close to a wrong one; '' without any."""
+    return listed(difflib.get_close_matches(name, list(names)))
+
+
+def listed(near: Sequence[str]) -> str:
+    """Returns a remedy with the names that may be meant; '' without any."""
+    return f"Nearest: {', '.join(near)}." if near else ""

@@ -1,6 +1,5 @@
 """Parses gin files statement by statement, and continues after an error, so that all errors are reported."""
 
-import dataclasses
 import difflib
 import functools
 import io
@@ -15,8 +14,7 @@ from gin import config_parser
 
 from espalier.launch import environment
 from espalier.launch.config import model_file, moved
-from espalier.launch.config.model_file import ModelFileError
-from espalier.launch.input_errors import shortened
+from espalier.launch.config.values import Macro, Place, Problem, Reference
 
 ROOT = environment.ROOT
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
@@ -29,75 +27,8 @@ VOCABULARY = @run_vocabulary.of()
 run_vocabulary.of.path = {folder!r}
 """
 
-_SHOWN = 1000  # characters of a message or statement that an error shows
 # A line on which a statement can begin; parsing resumes on the next one after a syntax error.
 _STATEMENT = re.compile(r"(from|import|include)\s|[A-Za-z_][\w./]*\s*[=:]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of a statement: a file and line, or a command-line flag (line 0)."""
-
-    source: str
-    line: int = 0
-    text: str = ""
-
-    def __str__(self):
-        return f"{self.source}:{self.line}" if self.line else self.source
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A problem of a configuration: its place, the message and the remedy."""
-
-    place: Place
-    message: str
-    remedy: str = ""
-
-    def __str__(self):
-        lines = [f"{shortened(str(self.place), _SHOWN)}: {shortened(self.message, _SHOWN)}"]
-        if self.place.line and self.place.text.strip():
-            lines.append(f"    {shortened(self.place.text.strip(), _SHOWN)}")
-        if self.remedy:
-            lines.append(f"  {self.remedy}")
-        return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """`@scope/name` or, evaluated, `@scope/name()`; not yet resolved to an object."""
-
-    name: str
-    evaluate: bool
-
-    @property
-    def scope(self) -> str:
-        return self.name.rpartition("/")[0]
-
-    @property
-    def selector(self) -> str:
-        return self.name.rpartition("/")[2]
-
-    def renamed(self, selector: str) -> "Reference":
-        """Returns the same reference by another name of its function or class."""
-        return Reference(scoped(self.scope, selector), self.evaluate)
-
-    def __repr__(self):
-        return f"@{self.name}{'()' if self.evaluate else ''}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Macro:
-    """`%NAME`."""
-
-    name: str
-
-    @property
-    def required(self) -> bool:
-        return self.name in ("gin.REQUIRED", "REQUIRED")
-
-    def __repr__(self):
-        return f"%{self.name}"
 
 
 class _Delegate(config_parser.ParserDelegate):
@@ -106,11 +37,6 @@ class _Delegate(config_parser.ParserDelegate):
 
     def macro(self, macro_name):
         return Macro(macro_name)
-
-
-def scoped(scope: str, name: str) -> str:
-    """Returns `scope/name`, or `name` without a scope."""
-    return f"{scope}/{name}" if scope else name
 
 
 def bound_module(statement: config_parser.ImportStatement) -> str:
@@ -225,11 +151,12 @@ def read(path: str) -> str:
     return text
 
 
-def statements(files: Iterable[str], search_paths: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yields the statements of gin files and of their includes, each with its file's path; every file once.
+def imported_modules(files: Iterable[str], search_paths: Sequence[str]) -> set[str]:
+    """Returns the modules that gin files and their includes import.
 
-    A model.json, and a file that is missing or cannot be read, have none.
+    A model.json, whose modules are not counted, and a file that is missing or cannot be read have none.
     """
+    modules: set[str] = set()
     seen: set[str] = set()
     paths = list(files)
     while paths:
@@ -243,24 +170,15 @@ def statements(files: Iterable[str], search_paths: Sequence[str] = ()) -> Iterat
         except (OSError, UnicodeDecodeError):
             continue  # reported when the file itself is read
         for statement in parse(text, path):
-            yield path, statement
-            if isinstance(statement, config_parser.IncludeStatement):
+            if isinstance(statement, config_parser.ImportStatement):
+                modules.add(statement.module)
+            elif isinstance(statement, config_parser.IncludeStatement):
                 paths.append(statement.filename)
-
-
-def imported_modules(files: Iterable[str], search_paths: Sequence[str]) -> set[str]:
-    """Returns the modules that gin files and their includes import; those of a model.json are not counted."""
-    return {
-        statement.module
-        for _, statement in statements(files, search_paths)
-        if isinstance(statement, config_parser.ImportStatement)
-    }
+    return modules
 
 
 def why_unreadable(error: OSError | ValueError) -> str:
     """Returns the reason why a file cannot be read."""
-    if isinstance(error, ModelFileError):
-        return str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start}: {error.reason})"
     return str(getattr(error, "strerror", None) or error)

@@ -1,7 +1,7 @@
 """model.json: a run's model as data, which is read without running anything that its author named.
 
 Reading config.gin imports the modules and calls the functions in it. A run therefore also records the part of config.gin
-that makes its model, as literals and names of launch/config/registered.py:
+that makes its model, as literals and the names in REGISTERED:
 
     {"format": "espalier model 1",
      "macros": {"MODEL": {"call": "transformer.Transformer"}, "DTYPE": "float32"},
@@ -11,6 +11,8 @@ that makes its model, as literals and names of launch/config/registered.py:
 `{"tuple": [...]}` a tuple, `{"dict": [[key, value], ...]}` a dictionary. The file can be used like a gin file, which it equals,
 so that gin files and bindings can change the model.
 
+Whoever reads it calls only the objects in REGISTERED. All of them build a part of a model or a number from their arguments; none
+reads or writes files, or starts anything. Their names stay valid when a file moves.
 The name of a class outside of this project is 'package.module:Class'. Its package is imported only if the user's own gin files
 import that module.
 """
@@ -26,7 +28,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from espalier.launch.config.registered import REGISTERED
+from espalier.launch import environment
+from espalier.launch.config.values import Macro, Reference, leaves
 from espalier.launch.environment import EARLIER_PACKAGES
 from espalier.launch.input_errors import PACKAGE
 
@@ -45,6 +48,55 @@ _REFERENCE = re.compile(rf"({_SCOPED})({_NAME})", re.ASCII)
 _SETTING = re.compile(rf"({_SCOPED})({_NAME})\.([A-Za-z_]\w*)", re.ASCII)
 
 
+_INITIALIZERS = (
+    "constant",
+    "glorot_normal",
+    "glorot_uniform",
+    "he_normal",
+    "he_uniform",
+    "lecun_normal",
+    "lecun_uniform",
+    "normal",
+    "ones",
+    "orthogonal",
+    "truncated_normal",
+    "uniform",
+    "variance_scaling",
+    "zeros",
+)
+
+
+def marked(package: str, mark: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (module, name, argument) of the classes and functions of a package that a decorator marks.
+
+    The source is read, and nothing is imported. The mark is the first decorator, `@mark` or `@mark("argument")`.
+    """
+    pattern = re.compile(rf'^@{mark}(?:\("(.*)"\))?\n(?:@.*\n)*(?:class|def) (\w+)', re.MULTILINE)
+    root = pathlib.Path(environment.ROOT)
+    for path in sorted((root / package).rglob("*.py")):
+        for argument, name in pattern.findall(path.read_text("utf-8")):
+            module = path.relative_to(root).with_suffix("").parts
+            yield ".".join(("espalier", *module)), name, argument
+
+
+def _parts() -> dict[str, tuple[str, str]]:
+    """Returns the parts of models by name."""
+    places: dict[str, tuple[str, str]] = {}
+    for module, name, _ in marked("model", "recordable"):
+        key = f"{module.rpartition('.')[2]}.{name}"
+        assert key not in places, f"two files of model/ have a recordable {key}"
+        places[key] = (module, name)
+    return places
+
+
+# Name in a record, such as 'mlp.GatedMlp' -> module and attribute. In model/ they are those marked as `recordable`
+# (espalier/common/ranges.py).
+REGISTERED: dict[str, tuple[str, str]] = {
+    **_parts(),
+    **{f"initializers.{name}": ("jax.nn.initializers", name) for name in _INITIALIZERS},
+}
+
+
 class ModelFileError(ValueError):
     """A file that is not the record of a model."""
 
@@ -54,14 +106,12 @@ class ModelFile:
     """A checked record of a model.
 
     Attributes:
-      macros: values in JSON form by name.
-      settings: values in JSON form by (scope with its slash or '', name, argument).
-      foreign: (module, attribute) of all names outside of this project.
+      macros: values by name.
+      settings: values by (scope with its slash or '', name, argument).
     """
 
     macros: Mapping[str, Any]
     settings: Mapping[tuple[str, str, str], Any]
-    foreign: tuple[tuple[str, str], ...]
 
     @property
     def inference_part(self) -> str:
@@ -83,22 +133,17 @@ class ModelFile:
 
     def _model(self) -> tuple[str, str]:
         """Returns the scope and the name of the model's class or function."""
-        value = self.macros[MODEL]
-        while True:
-            [(kind, scope, name)] = _references(value)
-            if kind != "macro":
-                return scope, name
-            value = self.macros[name]
+        value: Any = Macro(MODEL)
+        while isinstance(value, Macro):
+            [value] = _named(self.macros[value.name])
+        return value.name[: -len(value.selector)], value.selector
 
     def gin(self) -> str:
         """Returns the equal gin text."""
-        names = {name for _, name, _ in self.settings}
-        for value in (*self.macros.values(), *self.settings.values()):
-            names |= {name for kind, _, name in _references(value) if kind != "macro"}
-        short = module_names({_home(name)[0] for name in names})
+        short = module_names({_home(name)[0] for name in self._names()})
         text = {
             name: f"{short[module]}.{attribute}"
-            for name in names
+            for name in self._names()
             for module, attribute in [_home(name)]
         }
         lines = ["from __gin__ import dynamic_registration", "", *import_lines(short), ""]
@@ -108,6 +153,18 @@ class ModelFile:
             for (scope, name, argument), value in self.settings.items()
         ]
         return "\n".join(lines) + "\n"
+
+    def _names(self) -> dict[str, None]:
+        """Returns all names of functions and classes, once each."""
+        parts = _named((*self.macros.values(), *self.settings.values()))
+        names = [name for _, name, _ in self.settings]
+        names += [part.selector for part in parts if isinstance(part, Reference)]
+        return dict.fromkeys(names)
+
+    @property
+    def foreign(self) -> list[tuple[str, str]]:
+        """(module, attribute) of all names outside of this project."""
+        return [_home(name) for name in self._names() if name not in REGISTERED]
 
 
 def module_names(modules: Iterable[str]) -> dict[str, str]:
@@ -130,6 +187,7 @@ def import_lines(short: Mapping[str, str]) -> list[str]:
 
 
 def is_model_file(path: str | os.PathLike) -> bool:
+    """Returns whether a path is that of a model.json."""
     return os.path.basename(path) == NAME
 
 
@@ -163,30 +221,25 @@ def _parse(data: bytes) -> ModelFile:
     for name in macros:
         if not _MACRO.fullmatch(name):
             raise ModelFileError(f'"macros": {name!r} is not the name of a macro')
-    by_key = {}
+    keys = {}
     for key in settings:
         match = _SETTING.fullmatch(key)
         if match is None:
             raise ModelFileError(f'"settings": {key!r} is not the name of a setting')
         scope, name, argument = match.groups()
-        by_key[scope, _known(name, key), argument] = settings[key]
-    for key, value in [*macros.items(), *settings.items()]:
-        _check(value, key)
-        for kind, _, name in _references(value):
-            if kind != "macro":
-                _known(name, key)
-            elif name not in macros:
-                raise ModelFileError(f"{key}: there is no macro {name!r}")
-    _check_size(macros, by_key)
-    names = [name for _, name, _ in by_key]
-    names += [
-        n
-        for v in [*macros.values(), *settings.values()]
-        for k, _, n in _references(v)
-        if k != "macro"
-    ]
-    foreign = dict.fromkeys(_home(name) for name in names if name not in REGISTERED)
-    return ModelFile(macros, by_key, tuple(foreign))
+        keys[key] = (scope, _known(name, key), argument)
+    values = {key: _value(value, key) for key, value in [*macros.items(), *settings.items()]}
+    for key, value in values.items():
+        for part in _named(value):
+            if isinstance(part, Reference):
+                _known(part.selector, key)
+            elif part.name not in macros:
+                raise ModelFileError(f"{key}: there is no macro {part.name!r}")
+    read = ModelFile(
+        {name: values[name] for name in macros}, {keys[key]: values[key] for key in settings}
+    )
+    _check_size(read)
+    return read
 
 
 def _no_constant(name: str) -> None:
@@ -199,7 +252,7 @@ def _known(name: str, key: str) -> str:
     foreign = ":" in name and name.partition(":")[0].partition(".")[0] not in own
     if name not in REGISTERED and not foreign:
         raise ModelFileError(
-            f"{key}: {name!r} is not a part of a model that this version knows (launch/config/registered.py)"
+            f"{key}: {name!r} is not a part of a model that this version knows (launch/config/model_file.py)"
         )
     return name
 
@@ -212,58 +265,46 @@ def _home(name: str) -> tuple[str, str]:
     return module, attribute
 
 
-def _check(value: Any, key: str, depth: int = 0) -> None:
-    """Raises ModelFileError unless a value has one of the forms in the module's docstring."""
+def _value(item: Any, key: str, depth: int = 0) -> Any:
+    """Returns the value of an item in one of the forms in the module's docstring; raises ModelFileError for any other."""
+
+    def inner(part: Any) -> Any:
+        return _value(part, key, depth + 1)
+
     if depth > _MAX_DEPTH:
         raise ModelFileError(f"{key}: more than {_MAX_DEPTH} lists inside each other")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ModelFileError(f"{key}: {value} is not a value")
-    if value is None or isinstance(value, str | bool | int | float):
-        return
-    if isinstance(value, list):
-        parts = value
-    else:
-        content: Any
-        [(kind, content)] = value.items() if len(value) == 1 else [("", None)]
-        pattern = {"call": _REFERENCE, "factory": _REFERENCE, "macro": _MACRO}.get(kind)
-        if pattern is not None and isinstance(content, str) and pattern.fullmatch(content):
-            return
-        pairs = kind == "dict" and isinstance(content, list)
-        if pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in content):
-            if any(isinstance(key_of_pair, list | dict) for key_of_pair, _ in content):
-                raise ModelFileError(
-                    f"{key}: {json.dumps(value)[:80]} has a key that is not a literal"
-                )
-            parts = [part for pair in content for part in pair]
-        elif kind == "tuple" and isinstance(content, list):
-            parts = content
-        else:
-            raise ModelFileError(f"{key}: {json.dumps(value)[:80]} is not a value")
-    for part in parts:
-        _check(part, key, depth + 1)
+    if isinstance(item, float) and not math.isfinite(item):
+        raise ModelFileError(f"{key}: {item} is not a value")
+    if item is None or isinstance(item, str | bool | int | float):
+        return item
+    if isinstance(item, list):
+        return list(map(inner, item))
+    content: Any
+    [(kind, content)] = item.items() if len(item) == 1 else [("", None)]
+    if kind == "macro" and isinstance(content, str) and _MACRO.fullmatch(content):
+        return Macro(content)
+    named = kind in ("call", "factory") and isinstance(content, str)
+    if named and _REFERENCE.fullmatch(content):
+        return Reference(content, kind == "call")
+    if kind == "tuple" and isinstance(content, list):
+        return tuple(map(inner, content))
+    pairs = kind == "dict" and isinstance(content, list)
+    if not pairs or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        raise ModelFileError(f"{key}: {json.dumps(item)[:80]} is not a value")
+    if any(isinstance(key_of_pair, list | dict) for key_of_pair, _ in content):
+        raise ModelFileError(f"{key}: {json.dumps(item)[:80]} has a key that is not a literal")
+    return {inner(key_of_pair): inner(part) for key_of_pair, part in content}
 
 
-def _references(value: Any) -> Iterator[tuple[str, str, str]]:
-    """Yields (kind, scope with its slash or '', name) of the references and macros in a checked value."""
-    if isinstance(value, dict):
-        [(kind, content)] = value.items()
-        if kind == "macro":
-            yield kind, "", content
-        elif kind in ("call", "factory"):
-            match = _REFERENCE.fullmatch(content)
-            assert match is not None
-            yield kind, *match.groups()
-        else:
-            yield from _references(content)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _references(part)
+def _named(value: Any) -> list[Reference | Macro]:
+    """Returns the references and macros in a value."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Reference | Macro)]
 
 
-def _check_size(macros: Mapping[str, Any], settings: Mapping[tuple[str, str, str], Any]) -> None:
+def _check_size(read: ModelFile) -> None:
     """Raises ModelFileError if references form a circle or a long chain, or multiply to an endless model."""
-    values: dict[str, list[Any]] = {f"%{name}": [value] for name, value in macros.items()}
-    for (_, name, _), value in settings.items():
+    values: dict[str, list[Any]] = {f"%{name}": [value] for name, value in read.macros.items()}
+    for (_, name, _), value in read.settings.items():
         values.setdefault(name, []).append(value)
     sizes: dict[str, int] = {}
 
@@ -273,8 +314,8 @@ def _check_size(macros: Mapping[str, Any], settings: Mapping[tuple[str, str, str
         if len(chain) > _MAX_CHAIN:
             raise ModelFileError(f"more than {_MAX_CHAIN} parts inside each other")
         if node not in sizes:
-            parts = [part for value in values.get(node, ()) for part in _references(value)]
-            names = [f"%{name}" if kind == "macro" else name for kind, _, name in parts]
+            parts = _named(values.get(node, []))
+            names = [repr(p) if isinstance(p, Macro) else p.selector for p in parts]
             total = 1 + sum(size(name, (*chain, node)) for name in names)
             if total > _MAX_PARTS:
                 raise ModelFileError(f"{node!r} has more than {_MAX_PARTS} parts")
@@ -286,18 +327,14 @@ def _check_size(macros: Mapping[str, Any], settings: Mapping[tuple[str, str, str
 
 
 def _text(value: Any, names: Mapping[str, str]) -> str:
-    """Returns a checked value in gin syntax, with the text of each name."""
+    """Returns a value in gin syntax, with the text of each name."""
+    if isinstance(value, Reference):
+        return repr(value.renamed(names[value.selector]))
     if isinstance(value, list):
         return f"[{', '.join(_text(part, names) for part in value)}]"
-    if not isinstance(value, dict):
-        return repr(value)
-    [(kind, content)] = value.items()
-    if kind == "macro":
-        return f"%{content}"
-    if kind == "tuple":
-        return f"({''.join(f'{_text(part, names)}, ' for part in content)})"
-    if kind == "dict":
-        pairs = (f"{_text(k, names)}: {_text(v, names)}" for k, v in content)
+    if isinstance(value, tuple):
+        return f"({''.join(f'{_text(part, names)}, ' for part in value)})"
+    if isinstance(value, dict):
+        pairs = (f"{_text(k, names)}: {_text(v, names)}" for k, v in value.items())
         return f"{{{', '.join(pairs)}}}"
-    [(_, scope, name)] = _references(value)
-    return f"@{scope}{names[name]}{'()' if kind == 'call' else ''}"
+    return repr(value)

@@ -59,9 +59,9 @@ class Row:
 
         The definition is the final value of each binding, wherever the files have it, and the command's flags.
         """
-        from espalier.launch.config import gin_check, moved
+        from espalier.launch.config import gin_config, moved
 
-        checked = gin_check.check(self.files, self.bindings, fragment=True)
+        checked = gin_config.check(self.files, self.bindings, fragment=True)
         values = {name: bound.meaning() for name, bound in checked.macros.items()}
         for (scope, target, argument), bound in checked.bindings.items():
             values[f"{scope}/{target}.{argument}"] = bound.meaning()

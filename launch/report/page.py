@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from espalier.launch.config import config_diff
+from espalier.launch.config import text as config_text
 from espalier.launch.input_errors import shortened
 from espalier.launch.plots import html_page
 from espalier.launch.report import figures
@@ -70,8 +70,8 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
 
     Runs without a configuration that can be read have no column.
     """
-    known = [run for run in runs if run.config is not None and config_diff.is_readable(run.config)]
-    found = config_diff.differences([run.config or "" for run in known], _PLACES)
+    known = [run for run in runs if run.config is not None and config_text.is_readable(run.config)]
+    found = config_text.differences([run.config or "" for run in known], _PLACES)
     rows = [
         [key, *(_NONE if value is None else shortened(value, _LONGEST) for value in values)]
         for key, values in list(found.items())[:_MOST_SETTINGS]

@@ -108,9 +108,9 @@ def objective_of(folder: str | os.PathLike) -> Objective:
 @functools.cache
 def _units() -> dict[str, str]:
     """Returns the unit of the loss of each objective by the function's name, as it declares it."""
-    from espalier.launch.config import registered
+    from espalier.launch.config import model_file
 
-    return {name: unit for _, name, unit in registered.marked("trainers", "loss_in")}
+    return {name: unit for _, name, unit in model_file.marked("trainers", "loss_in")}
 
 
 def _names(value: object) -> str:

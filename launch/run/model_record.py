@@ -2,14 +2,13 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from espalier.common import files
 from espalier.launch.config import gin_source, model_file
 from espalier.launch.config.gin_reader import Bound, Checked, Reader, Target, prefixes
-from espalier.launch.config.gin_source import Macro, Reference, scoped
-from espalier.launch.config.registered import REGISTERED
+from espalier.launch.config.model_file import REGISTERED
+from espalier.launch.config.values import Macro, Reference, scoped
 
 CONFIG = gin_source.RUN_CONFIG
 
@@ -45,17 +44,17 @@ def _record(checked: Checked) -> dict[str, Any]:
     """
     macros: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    reached: set[int] = set()  # identities of objects, which files may know under several names
+    reached: set[str] = set()  # names of functions and classes
     scopes = {""}
 
     def record(bound: Bound) -> Any:
-        reached.update(id(target.value) for _, target in bound.references if target is not None)
-        for reference, _ in bound.references:
+        for reference in bound.references:
+            reached.add(reference.target.name)
             scopes.update(prefixes(reference.scope))
         for macro in bound.macros:
-            scopes.update(prefixes(macro.name))  # its value is evaluated in this scope
-            define(macro.name)
-        return _json(bound.value, dict(bound.references))
+            scopes.update(prefixes(macro))  # its value is evaluated in this scope
+            define(macro)
+        return _json(bound.value)
 
     def define(name: str) -> None:
         if name not in macros and name in checked.macros:
@@ -66,9 +65,8 @@ def _record(checked: Checked) -> dict[str, Any]:
     size = -1
     while size != (size := len(settings)):
         for (scope, name, argument), bound in checked.bindings.items():
-            target = checked.targets[name]
-            if id(target.value) in reached and scope in scopes:
-                key = f"{scoped(scope, _name(target))}.{argument}"
+            if name in reached and scope in scopes:
+                key = f"{scoped(scope, _name(checked.targets[name]))}.{argument}"
                 settings.setdefault(key, record(bound))
     return {
         "format": model_file.FORMAT,
@@ -86,16 +84,17 @@ def _name(target: Target) -> str:
     return ":".join(home)
 
 
-def _json(value: Any, targets: Mapping[Reference, Target | None]) -> Any:
-    """Returns the JSON form of a value with references to these targets."""
+def _json(value: Any) -> Any:
+    """Returns the JSON form of a value."""
     if isinstance(value, list):
-        return [_json(item, targets) for item in value]
+        return [_json(item) for item in value]
     if isinstance(value, tuple):
-        return {"tuple": [_json(item, targets) for item in value]}
+        return {"tuple": [_json(item) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[_json(k, targets), _json(v, targets)] for k, v in value.items()]}
+        return {"dict": [[_json(k), _json(v)] for k, v in value.items()]}
     if isinstance(value, Macro):
         return {"macro": value.name}
-    if isinstance(value, Reference) and (target := targets[value]) is not None:
-        return {"call" if value.evaluate else "factory": scoped(value.scope, _name(target))}
+    if isinstance(value, Reference) and value.target is not None:
+        kind = "call" if value.evaluate else "factory"
+        return {kind: value.renamed(_name(value.target)).name}
     return value

@@ -26,13 +26,14 @@ from espalier.common import files
 from espalier.common.storage import mirror, paths
 from espalier.common.storage.lock import HeldError, StoreLock
 from espalier.launch import environment
-from espalier.launch.config import config_diff, gin_source
+from espalier.launch.config import gin_source
+from espalier.launch.config import text as config_text
 from espalier.launch.run import model_record
 from espalier.trainers.checkpoints import step_dir
 
 # Settings that a run may change when it continues: its length, its outputs, its devices, and the place of its vocabulary
 # (the vocabulary itself is compared by its digest).
-# Names as in config_diff.first_difference: macros, bindings, or classes with all their parameters.
+# Names as in config_text.first_difference: macros, bindings, or classes with all their parameters.
 MAY_CHANGE = (
     "MODEL_DIR", "TRAIN_STEPS", "TRAIN_TOKENS", "TRAIN_EPOCHS", "EVAL_PERIOD", "EVAL_STEPS", "CHECKPOINT_PERIOD",
     "LOG_PERIOD", "INITIAL_CHECKPOINT_PATH", "INITIAL_SCOPE", "INITIAL_DATA", "INITIAL_TRANSFORM",
@@ -297,8 +298,8 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
         )
     remedy = "Use another MODEL_DIR, or put the run's config.gin back."
     try:
-        difference = old is not None and config_diff.first_difference(old, config, may_change)
-    except config_diff.UnreadableConfigError as error:
+        difference = old is not None and config_text.first_difference(old, config, may_change)
+    except config_text.UnreadableConfigError as error:
         raise RunDirectoryError(
             f"{path}/config.gin is damaged, so the run in the directory is unknown: {error}. {remedy}"
         ) from None

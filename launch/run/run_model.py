@@ -7,7 +7,7 @@ author named is run, except classes of modules that this run's own files import.
 import os
 from typing import Any
 
-from espalier.launch.config import build, gin_check, gin_reader, model_file
+from espalier.launch.config import build, gin_config, gin_reader, model_file
 from espalier.launch.config.gin_config import ConfigError
 from espalier.launch.run import load_run
 from espalier.trainers.checkpoints import step_dir
@@ -60,7 +60,7 @@ def of_file(path: str, where: str) -> Any:
     reader = gin_reader.Reader(own_modules=running.modules if running else ())
     reader.read_file(path)
     problems = [reader.refused] if reader.refused else reader.checked.problems
-    if problems := problems or list(gin_check.mistyped(reader.checked)):
+    if problems := problems or list(gin_config.mistyped(reader.checked)):
         raise ConfigError(problems)
     configuration = build.Configuration(reader.checked, shows_bindings=True)
     try:

@@ -98,7 +98,8 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
     """Loads a run's configuration; returns None after adding its problems."""
     import flax.linen as nn
 
-    from espalier.launch.config import config_diff, gin_config
+    from espalier.launch.config import gin_config
+    from espalier.launch.config import text as config_text
     from espalier.trainers import initialise
     from espalier.trainers.checkpoints import state_tree
 
@@ -114,7 +115,7 @@ def _load(run: Run, folder: SweepFolder, problems: list[str]) -> _Loaded | None:
         problems.append(f"{run.kind}: {str(error).strip()}")
         return None
     params = state_tree.flatten(nn.meta.unbox(variables["params"]))
-    return _Loaded(config_diff.canonical(config.text), arguments, params)
+    return _Loaded(config_text.canonical(config.text), arguments, params)
 
 
 def _evaluation_digests(run: Run) -> dict[str, str]:
@@ -195,7 +196,7 @@ def _statements(path: str, including: tuple[str, ...]) -> Iterator[tuple[str, ..
             yield from _statements(statement.filename, (*including, file))
         else:
             *content, _ = statement  # the last field is the location
-            yield (type(statement).__name__, *(moved.as_before(repr(x)) for x in content))
+            yield (type(statement).__name__, *map(repr, content))
 
 
 def config_digest(
@@ -218,7 +219,7 @@ def config_digest(
     for arm, place in sources.items():
         own = {key: value.replace(place, f"{{{arm}}}") for key, value in own.items()}
     own["SEED"] = repr(run.seed)
-    own = {moved.as_before(key): value for key, value in own.items()}
+    own = {moved.as_before(key): value for key, value in own.items()}  # which are sorted
     named = {"of": _digests_of_named(run, planned)} if run.made_of else {}
     return _digest({"config": own, "parent": parent, **named})
 
@@ -283,7 +284,8 @@ def difference(
     planned: Planned, plan: Mapping[str, Planned], folder: SweepFolder, changed: Sequence[str]
 ) -> str:
     """Returns a text on the difference between a run that has begun and its present configuration."""
-    from espalier.launch.config import config_diff, gin_config
+    from espalier.launch.config import gin_config
+    from espalier.launch.config import text as config_text
 
     if list(changed) != ["training"]:
         return f"evaluation {', '.join(map(repr, changed))} has other settings"
@@ -294,7 +296,7 @@ def difference(
         run = planned.run
         bindings = bindings_of(run, folder, sources=folder.sources(run, plan))
         config = gin_config.load(run.gin_files, bindings, entry=ENTRY)
-        first = config_diff.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
+        first = config_text.first_difference(old.read_text(encoding="utf-8"), config.text, _PLACES)
         if first is not None:
             return first
     return (

@@ -139,7 +139,8 @@ def _train(
     folder: SweepFolder, entry: Planned, plan: Mapping[str, Planned]
 ) -> dict[str, Any] | None:
     """Trains as launch.train does; returns the outcome, or None if it was interrupted."""
-    from espalier.launch.config import config_diff, gin_config
+    from espalier.launch.config import gin_config
+    from espalier.launch.config import text as config_text
 
     parent = None if entry.run.parent is None else plan[entry.run.parent]
     start = None if parent is None else folder.final_checkpoint(parent)
@@ -149,7 +150,7 @@ def _train(
     with _own_registries():
         bindings = check.bindings_of(entry.run, folder, start, sources)
         config = gin_config.load(entry.run.gin_files, bindings, entry=check.ENTRY)
-        canonical = config_diff.canonical(config.text)
+        canonical = config_text.canonical(config.text)
         if check.config_digest(canonical, entry.run, plan, sources) != entry.digest:
             raise _changed(entry)
         assert config.entry is not None

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch.config import build, gin_check, gin_config
+from espalier.launch.config import build, gin_config
 from espalier.launch.config.gin_config import ConfigError
 
 ENTRY = "toy_run:train"
@@ -207,8 +207,8 @@ def test_macro_read_only_by_an_unused_part_is_refused_on_the_command_line(gin_fi
 
 def test_fragments_may_leave_macros_open(gin_file):
     path = gin_file(HEAD + "SIZE = 3\ntoy_run.train.steps = %ELSEWHERE\n")
-    assert gin_check.check([path], fragment=True).problems == []
-    assert len(gin_check.check([path]).problems) == 2
+    assert gin_config.check([path], fragment=True).problems == []
+    assert len(gin_config.check([path]).problems) == 2
 
 
 @pytest.mark.parametrize(
@@ -405,6 +405,15 @@ def test_bindings_of_a_method_hold_where_code_calls_it(gin_file, tmp_path, monke
     config = gin_config.load([gin_file(text)], entry="own_methods:run")
     assert config.entry() == 5
     assert gin_config.load([gin_file(config.text)], entry="own_methods:run").text == config.text
+
+
+def test_the_last_binding_of_an_object_wins_whatever_its_name(gin_file):
+    names = ["json.JSONDecoder", "json.decoder.JSONDecoder", "json.JSONDecoder"]
+    lines = [f"{name}.strict = {value}" for value, name in enumerate(names)]
+    text = ["from __gin__ import dynamic_registration", "import json.decoder", *lines]
+    config = gin_config.load([gin_file("\n".join(text) + "\n")])
+    assert config.value("JSONDecoder.strict") == 2
+    assert config.text.count("strict") == 1
 
 
 def test_later_files_and_flags_win_and_relative_files_are_found(gin_file, toy_gin, tmp_path):

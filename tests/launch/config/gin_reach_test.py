@@ -13,10 +13,10 @@ import optax
 import pytest
 
 from espalier.common.ranges import CalledWith
-from espalier.launch.config import gin_check, gin_config, gin_reach
+from espalier.launch.config import gin_config, parameters
 from espalier.launch.config.gin_config import ConfigError
-from espalier.launch.config.gin_values import declaration, hints
-from espalier.launch.config.registered import REGISTERED
+from espalier.launch.config.model_file import REGISTERED
+from espalier.launch.config.parameters import declaration, hints
 from espalier.model import config as model_config
 from espalier.model import transformer
 
@@ -172,7 +172,7 @@ def test_models_pass_what_the_table_says():
         model = watched(resnet.ResNet, **factories)(config=sizes)
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     for (owner, argument), calls in seen.items():
-        assert calls == {frozenset(gin_reach.passed(owner, argument))}, (owner, argument)
+        assert calls == {frozenset(parameters.passed(owner, argument))}, (owner, argument)
     for module, name in REGISTERED.values():
         owner = getattr(importlib.import_module(module), name)
         declared = [
@@ -238,7 +238,7 @@ def test_a_wrapper_copies_what_the_check_says():
         lowrank.factorised: ({"factorisation": rank}, projection, lowrank.LowRankDense),
     }
     for owner, (settings, passed, made) in cases.items():
-        wrapper = gin_reach.wrapper(owner)
+        wrapper = parameters.wrapper(owner)
         default = inspect.signature(owner).parameters[wrapper.made].default
         seen: set = set()
         owner(**settings, **{wrapper.made: recorder(default, seen)})(**passed)
@@ -259,7 +259,7 @@ def test_every_wrapper_is_read():
                 module = importlib.import_module(
                     ".".join(("espalier", *path.with_suffix("").parts))
                 )
-                assert gin_reach.wrapper(getattr(module, node.name)) is not None, path
+                assert parameters.wrapper(getattr(module, node.name)) is not None, path
 
 
 # Called without keywords: functions of arrays, of texts, and of nothing.
@@ -281,16 +281,16 @@ def test_every_factory_in_a_gin_file_has_known_arguments():
     """A new seam whose owner hands the factory on needs a row in PASSED."""
     unknown = set()
     for file in sorted(pathlib.Path(gin_config.gin_source.ROOT, "t5x_configs").rglob("*.gin")):
-        checked = gin_check.check([str(file)], fragment=True)
+        checked = gin_config.check([str(file)], fragment=True)
         for (_, target, argument), bound in checked.bindings.items():
-            macros = [checked.macros[m.name] for m in bound.macros if m.name in checked.macros]
-            references = [pair for one in (bound, *macros) for pair in one.references]
+            macros = [checked.macros[m] for m in bound.macros if m in checked.macros]
+            references = [reference for one in (bound, *macros) for reference in one.references]
             owner = checked.targets[target].value
-            is_factory = any(not reference.evaluate for reference, _ in references)
-            wrapper = gin_reach.wrapper(owner) if inspect.isfunction(owner) else None
+            is_factory = any(not reference.evaluate for reference in references)
+            wrapper = parameters.wrapper(owner) if inspect.isfunction(owner) else None
             if wrapper is not None and argument in (wrapper.plain, wrapper.made):
                 continue
-            if is_factory and not gin_reach.passed(owner, argument):
+            if is_factory and not parameters.passed(owner, argument):
                 unknown.add(f"{target}.{argument}")
     assert unknown == POSITIONAL
 
@@ -317,18 +317,18 @@ def test_trainers_pass_what_the_table_says():
         objective=recorder(lm.language_modelling, calls["objective"]),
     ).program().steps(1)
     for name, seen in calls.items():
-        assert seen == {frozenset(gin_reach.passed(Recipe, name))}
+        assert seen == {frozenset(parameters.passed(Recipe, name))}
 
     split: set = set()
     given = {"images": recorder(lambda split: blank, split), "batch_size": 2, "image_size": 2}
     images.make_stream(**given)
     images.make_eval_stream(**given, task="x")
     for owner in ("make_stream", "make_eval_stream"):
-        assert split == {frozenset(gin_reach.passed(getattr(images, owner), "images"))}
+        assert split == {frozenset(parameters.passed(getattr(images, owner), "images"))}
 
     held_out: set = set()
     stream.held_out(recorder(lambda task: task, held_out), ["a"])
     for owner, argument in ((train.train, "eval_stream"), (evaluation.evaluate, "stream")):
-        assert held_out == {frozenset(gin_reach.passed(owner, argument))}
-    passed_on = {*gin_reach.passed(train.train, "stream"), *held_out.pop()}
-    assert passed_on == {*gin_reach.passed(denoising.make_stream, "stream")}
+        assert held_out == {frozenset(parameters.passed(owner, argument))}
+    passed_on = {*parameters.passed(train.train, "stream"), *held_out.pop()}
+    assert passed_on == {*parameters.passed(denoising.make_stream, "stream")}

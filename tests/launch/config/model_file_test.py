@@ -14,8 +14,7 @@ import pytest
 from espalier.launch.config import gin_config, gin_reader, gin_source, model_file
 from espalier.launch.config.build import Configuration
 from espalier.launch.config.gin_config import ConfigError
-from espalier.launch.config.model_file import ModelFileError
-from espalier.launch.config.registered import REGISTERED
+from espalier.launch.config.model_file import REGISTERED, ModelFileError
 from espalier.launch.run import load_run, model_record
 
 ENTRY = "espalier.launch.run.load_run:RunConfig"

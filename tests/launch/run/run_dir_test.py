@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from espalier.common import files
 from espalier.launch import environment
-from espalier.launch.config import config_diff
+from espalier.launch.config import text as config_text
 from espalier.launch.run import run_dir
 from espalier.launch.run.run_dir import RunDirectoryError
 from espalier.launch.run.run_messages import parameter_table
@@ -197,10 +197,10 @@ def test_whole_classes_may_change_and_meshes_may_but_similar_names_may_not():
     old = CONFIG + "MESH = {'data': 8}\n"
     new = CONFIG + "MESH = {'data': 2}\nfrom espalier.trainers.telemetry import profiler\n"
     new += "profiler.ProfilerWindow.num_steps = 3\na/profiler.ProfilerWindow.first_step = 1\n"
-    assert config_diff.first_difference(old, new, run_dir.MAY_CHANGE) is None
-    assert config_diff.first_difference(old, new, ("MESH", "Profiler")) is not None
+    assert config_text.first_difference(old, new, run_dir.MAY_CHANGE) is None
+    assert config_text.first_difference(old, new, ("MESH", "Profiler")) is not None
     other = CONFIG.replace("train.steps", "train.more_steps")
-    assert config_diff.first_difference(CONFIG, other, ("train.steps",)) is not None
+    assert config_text.first_difference(CONFIG, other, ("train.steps",)) is not None
 
 
 def test_the_same_configuration_written_otherwise_is_the_same():
@@ -217,7 +217,7 @@ TRAIN_STEPS = 10
 BATCH_SIZE = 8
 MODEL_DIR = "/x"
 """
-    assert config_diff.first_difference(CONFIG, other) is None
+    assert config_text.first_difference(CONFIG, other) is None
 
 
 def test_changed_data_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from espalier.launch.config import gin_reach
+from espalier.launch.config.parameters import passed
 from espalier.model.config import TransformerConfig
 from espalier.model.heads.actor_critic import ActorCritic
 from espalier.model.transformer import Transformer
@@ -395,7 +395,7 @@ def test_the_streams_are_opened_as_the_seam_says(tmp_path):
         return Pairs()
 
     hook(tmp_path, pairs=opened)
-    assert calls == [gin_reach.passed(PreferenceIndicators, "pairs")]
+    assert calls == [passed(PreferenceIndicators, "pairs")]
 
 
 def test_of_an_actor_and_critic_the_actor_is_read(tmp_path):
