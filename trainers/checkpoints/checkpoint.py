@@ -8,7 +8,7 @@ saved on a disk of each host, more often; the newest good step of both is restor
 
     commit                           the end of a save, and which steps stay
     local_tier, local_step           the steps on a disk of each host
-    restore, transformed, initial    the state of a run, of this one or of another
+    restore, initial                 the state of a run, of this one or of another
     base_step, saved_layers          steps without a base model, and with layers in another layout
     stream_checkpoint                steps that are written block by block
     step_dir, manifest, array_files, state_tree, agreement

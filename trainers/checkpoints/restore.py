@@ -16,7 +16,7 @@ from etils import epath
 from espalier.trainers.anomaly import GATHERED, STATISTICS
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
-from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
+from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint, transformed
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from espalier.trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -26,7 +26,6 @@ from espalier.trainers.checkpoints.restore_params import (
     restore_params,
     restore_variables,
 )
-from espalier.trainers.checkpoints.transformed import transformed
 from espalier.trainers.extensions import StepExtension, of_model
 
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).

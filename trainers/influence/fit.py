@@ -26,8 +26,8 @@ from espalier.common.bars import Bar
 from espalier.trainers.checkpoints import agreement
 from espalier.trainers.influence import documents, eigen, files, kronecker, spread
 from espalier.trainers.influence.backward import backward
-from espalier.trainers.influence.blocks import Precision
 from espalier.trainers.influence.consumers import Consumer, Covariances, Squares
+from espalier.trainers.influence.kronecker import Precision
 from espalier.trainers.influence.settings import FitSettings
 from espalier.trainers.influence.sites import Site, select
 from espalier.trainers.scoring.scoring import Row
