@@ -21,7 +21,7 @@ from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import documents
 from espalier.trainers.influence.conjugate import Matrices, logits_of, tangents, with_changed
 from espalier.trainers.influence.consumers import Scores
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
 from espalier.trainers.influence.queries import QuerySet, total_scores
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.objectives.base import Batch

@@ -18,7 +18,7 @@ from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import conjugate, documents, kronecker, queries, sites
 from espalier.trainers.influence.backward import backward
 from espalier.trainers.influence.consumers import Covariances, Gradients, Rows, Scores, Squares
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
 from espalier.trainers.influence.scores import output_token_scores
 from espalier.trainers.scoring.scoring import Row
 
