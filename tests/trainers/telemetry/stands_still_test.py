@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[3]
 PROGRAM = """
 import sys, time
-from espalier.trainers.telemetry.watchdog import watching
+from espalier.trainers.telemetry.progress import watching
 
 def stand_still():
     time.sleep(0.7)
