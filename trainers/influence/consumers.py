@@ -119,7 +119,7 @@ class Covariances:
     squares: ClassVar[bool] = False
     matrices: ClassVar[bool] = True
 
-    kronecker: int = 1
+    blocks: int = 1
     dtype: str = "float32"
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
@@ -188,7 +188,7 @@ class Squares:
     squares: ClassVar[bool] = True
     matrices: ClassVar[bool] = True
 
-    kronecker: int = 1
+    blocks: int = 1
     dtype: str = "float32"
     precision: Precision = "highest"
 
