@@ -57,7 +57,7 @@ faults: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	PYTHONPATH= $(BIN)/mypy
 	git ls-files | grep -vE '(/goldens/|^docs/reproductions/|\.(svg|png|json|jsonl)$$)' | xargs -P 2 -n 300 $(BIN)/detect-secrets-hook \
 	  --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
 

@@ -146,7 +146,7 @@ setup(
     install_requires=CORE,
     package_data={
         "espalier": ["py.typed", "t5x_configs/**/*.gin"],
-        "espalier.launch.attribution": ["page/*"],
+        "espalier.launch.influence": ["page/*"],
         "espalier.launch.papers": ["*/page.md", "*/harness_tasks/*.yaml"],
     },
     extras_require=EXTRAS,

@@ -37,6 +37,10 @@ class DataSource:
 class Counted(abc.ABC):
     """A source whose examples are counted once; the counts are stored in `_counts_file`."""
 
+    @property
+    @abc.abstractmethod
+    def _counts_file(self) -> pathlib.Path: ...
+
     def num_input_examples(self, split: str) -> int:
         """Returns the number of examples of a split; checks all files, and raises DataError."""
         return self._counted["examples"][split]

@@ -48,6 +48,9 @@ class LimitedProcess:
       memory_bytes: size of the child's address space.
     """
 
+    _process: subprocess.Popen | None
+    _channel: socket.socket | None
+
     def __init__(self, function: str, *, memory_bytes: int):
         self._function = function
         self._memory_bytes = memory_bytes
@@ -137,7 +140,7 @@ class LimitedProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-X", "utf8", "-c", _START, json.dumps(paths)]
                 + [self._function, str(self._memory_bytes)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
@@ -171,8 +174,7 @@ class LimitedProcess:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
-        self._channel: socket.socket | None = None
+        self._process = self._channel = None
 
     def _forget_inherited(self) -> None:
         """Closes the parent's channel in a forked process, where the lock may be held by no thread."""

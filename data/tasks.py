@@ -7,14 +7,11 @@ examples.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.common import spelling
-from espalier.common.ranges import Positive
-from espalier.data.data_source import GeneratedSource
-from espalier.data.text import corpus as corpus_lib
-from espalier.data.text.sources import names
 
 # Tasks, mixtures and corpora registered by this module: name -> facts recorded with a run.
 _TASKS: dict[str, dict[str, Any]] = {}
@@ -22,58 +19,27 @@ _MIXTURES: dict[str, dict[str, Any]] = {}
 _CORPORA: dict[str, dict[str, Any]] = {}
 
 
-def register_corpus(
-    *,
-    vocabulary: Any,
-    corpus: corpus_lib.Corpus | None = None,
-    sources: Sequence[str] = ("all",),
-    temperature: Positive = 1.0,
-    language_temperature: Positive = 3.0,
-    add_bos: bool = False,
-    add_eos: bool = True,
-) -> None:
-    """Registers the corpus: tasks `english`, `docstrings`, `python`, `cpp`, `markup`, `lang_<code>`.
+class Tally(dict[str, dict[str, Any]]):
+    """Counts of events during reading: reason -> {'rows': number of rows, 'first': place of the first one}."""
 
-    The mixtures are `text` (english, docstrings), `code` (python, cpp), `multilingual` (all
-    languages) and `all`. Each mixture contains only sources that the corpus holds. A second call
-    with the same arguments changes nothing.
+    def add(self, reason: str, where: str) -> None:
+        self.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
 
-    Args:
-      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
-      corpus: an assembled corpus; by default `data.text.corpus.assemble(sources=sources)`.
-      sources: names of sources or groups to register.
-      temperature: a source of b bytes has the rate b ** (1 / temperature) in a mixture.
-      language_temperature: the temperature of `multilingual`, whose sources differ tenfold in size.
-      add_bos: begin each document with the vocabulary's BOS.
-      add_eos: end each document with EOS.
-
-    Raises:
-      ValueError: a source is unknown, or the corpus holds none of the sources.
-    """
-    wanted = names.resolve(sources)
-    if corpus is None:
-        corpus = corpus_lib.assemble(sources=sources)
-    present = [source for source in wanted if source in corpus.sources]
-    if not present:
-        raise ValueError(
-            f"none of the sources {', '.join(wanted)} is in the corpus, which holds "
-            f"{', '.join(corpus.sources)}"
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{x['rows']:,} {reason} (first: {x['first']})" for reason, x in self.items()
         )
-    for source in present:
-        register_source(
-            source,
-            corpus.source(source),
-            origin="register_corpus",
-            vocabulary=vocabulary,
-            add_bos=add_bos,
-            add_eos=add_eos,
-        )
-    for group, members in names.GROUPS.items():
-        members = [source for source in members if source in present]
-        exponent = 1 / (language_temperature if group == "multilingual" else temperature)
-        if members:
-            register_mixture(group, {source: corpus.size(source) ** exponent for source in members})
-    _CORPORA[corpus.digest] = corpus.summary()
+
+
+def __getattr__(name: str) -> Any:
+    """Returns `register_corpus`, which gin files name here: who only reads tasks need not import what builds a corpus."""
+    if name != "register_corpus":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("espalier.data.text.user_data").register_corpus
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "register_corpus"])
 
 
 def register_source(
@@ -166,7 +132,7 @@ def _register(name: str, source: Any, origin: str, facts: Mapping[str, Any], **t
 
 
 def register_generated(
-    generated: Sequence[GeneratedSource],
+    generated: Sequence[Any],
     *,
     mixture: str,
     symbols: str,
@@ -174,7 +140,7 @@ def register_generated(
     vocabulary: Any,
     add_eos: bool,
 ) -> None:
-    """Registers a task for each source of generated documents, and their mixture with equal rates.
+    """Registers a task for each `data.data_source.GeneratedSource`, and their mixture with equal rates.
 
     Raises:
       ValueError: the vocabulary lacks one of `symbols`, the characters of the documents.
@@ -263,6 +229,11 @@ def sources() -> dict[str, Any]:
     return {name: facts["source"] for name, facts in _TASKS.items()}
 
 
+def record_corpus(digest: str, facts: Mapping[str, Any]) -> None:
+    """Adds a corpus whose sources are tasks to the facts that are recorded with a run."""
+    _CORPORA[digest] = dict(facts)
+
+
 def registered(origin: str) -> dict[str, dict[str, Any]]:
     """Returns {task: its source and facts} of the tasks that a function registered."""
     return {name: facts for name, facts in _TASKS.items() if facts["origin"] == origin}
@@ -316,3 +287,32 @@ def summary() -> dict[str, Any]:
         }
     mixtures = {name: facts["rates"] for name, facts in _MIXTURES.items()}
     return {"tasks": tasks, "mixtures": mixtures, "corpora": dict(_CORPORA)}
+
+
+def notices(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, text) of messages on what was dropped or noted while files were read; above 5 % as WARNING.
+
+    Args:
+      summary: result of `summary`; empty for a run without tasks.
+    """
+    tasks = summary.get("tasks", {})
+    return [line for task, facts in tasks.items() for line in _file_notices(task, facts)]
+
+
+def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from espalier.data.stream import rows
+
+    dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
+    documents = [
+        f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
+        for name, count in dropped.items()
+        if "documents" in count
+    ]
+    if documents:
+        yield "dropped", f"{task}: {', '.join(documents)}"
+    elif dropped:
+        lost = sum(count["rows"] for count in dropped.values())
+        share = lost / (lost + sum(facts["documents"].values()))
+        yield rows.notice("dropped", share, f"{task}: {Tally(dropped)}, {share:.1%} of all rows")
+    if noted:
+        yield "noted", f"{task}: {Tally(noted)}"

@@ -1,7 +1,7 @@
 """The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
-A command is a module `launch/<name>.py`. A sub-command is a module in a folder of launch that gives `<name> <sub-command>`
-as its name. Its docstring is its help text, with an example that can be run. Its function `main(argv=None)` returns the exit
+A command is a module `launch/<name>.py`, or a folder `launch/<name>` with a `__main__.py`. A sub-command is a module in a
+folder of launch that gives `<name> <sub-command>` as its name. Its docstring is its help text, with an example that can be run. Its function `main(argv=None)` returns the exit
 status, and is made by `command` or `gin_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
 starts with the environment variables that are set here.
 """
@@ -280,15 +280,13 @@ def console() -> int:
     if not sys.flags.safe_path:  # modules of the working directory come last
         sys.path.append(os.getcwd())
     help_text = f"usage: {CONSOLE} COMMAND [flags]     ({CONSOLE} COMMAND --help for its flags)"
-    return _dispatch(
-        CONSOLE, {name: f"espalier.launch.{name}" for name in command_names()}, help_text
-    )
+    return _dispatch(CONSOLE, {name: module_of(name) for name in command_names()}, help_text)
 
 
 def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
     """Runs the module of the command that the first argument names, or lists the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name in commands:
+    if name is not None and name in commands:
         del sys.argv[1]
         runpy.run_module(commands[name], run_name="__main__", alter_sys=True)
         return 0
@@ -304,8 +302,15 @@ def _dispatch(program: str, commands: Mapping[str, str], help_text: str) -> int:
 
 
 def command_names() -> list[str]:
-    """Returns the names of the modules in this folder that are commands."""
-    return modules_with("espalier.launch", _PROGRAM.pattern)
+    """Returns the names of the modules and folders here that are commands."""
+    folders = [path.parent.name for path in _path("espalier.launch").glob("*/__main__.py")]
+    return sorted([*modules_with("espalier.launch", _PROGRAM.pattern), *folders])
+
+
+def module_of(command: str) -> str:
+    """Returns the name of a command's module."""
+    module = f"espalier.launch.{command}"
+    return f"{module}.__main__" if _path(module).is_dir() else module
 
 
 def modules_with(package: str, pattern: str) -> list[str]:
@@ -397,7 +402,7 @@ def make_parser(doc: str, program: str, *, usage: str | None = None) -> argparse
 
 def program_name(module: str) -> str:
     """Returns the program's name in help texts: `espalier NAME`, or of a module that is no command `python -m MODULE`."""
-    name = module.removeprefix("espalier.launch.")
+    name = module.removeprefix("espalier.launch.").removesuffix(".__main__")
     is_command = name != module and "." not in name
     return f"{CONSOLE} {name}" if is_command else f"python -m {module}"
 

@@ -1,10 +1,14 @@
-"""The process environment, the same for all commands, which is set before jax starts."""
+"""The process environment, the same for all commands, which is set before jax starts; and the record of a process."""
 
+import datetime
 import glob
 import importlib.util
 import os
 import platform
+import socket
+import subprocess
 import sys
+from typing import Any
 
 # The folder of launch/ and t5x_configs/: the checkout, in which espalier/ links to them, or the installed package.
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -18,6 +22,11 @@ HUGE_PAGES = "glibc.malloc.hugetlb"
 _OPTIMISATION = "xla_backend_optimization_level"
 # Devices of NVIDIA, also in Windows' Linux, of AMD, and TPUs. A container may have other chips of its host than the first.
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+# What is recorded of a process: versions of packages, and variables by the beginnings of their names.
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
+             "seqio", "tensorflow", "espalier-lm")  # fmt: skip
+_RECORDED = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TF_",
+             "GLIBC_TUNABLES", "ESPALIER_", "OMP_NUM", "SLURM_JOB_ID", "SLURM_NNODES")  # fmt: skip
 _before: dict[str, str | None] = {}  # former values of the variables that `prepare` has set
 
 
@@ -98,3 +107,46 @@ def _thp_available() -> bool:
             return "[never]" not in file.read()
     except OSError:
         return False
+
+
+def describe() -> dict[str, Any]:
+    """Returns code, command, versions and machine of this process."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **commit(),
+        "command": sys.orig_argv,
+        "directory": os.getcwd(),
+        "python": platform.python_version(),
+        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_RECORDED)},
+        "cache": cache_dir(),
+        "host": {
+            "name": socket.gethostname(),
+            "system": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        },
+    }
+
+
+def commit() -> dict[str, Any]:
+    """Returns the repository's commit and whether files differ from it; None outside of git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata  # takes longer to import than all else here
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -20,9 +20,11 @@ other rows.
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
 
+from espalier.common import stages
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.run import load_run
@@ -43,6 +45,43 @@ tova           what the last token attends to: capacity=1024
 random         a control: capacity=1024 window=32 seed=0"""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    """What is continued, and how.
+
+    Attributes:
+      prompt: one text, continued on standard output.
+      chat: texts are messages of the user, rendered with the model's chat template; without --prompt and --inputs: a
+        conversation on the terminal.
+      stream: print the continuation of --prompt as it is generated (default on a terminal).
+      eos_id: a token that ends a continuation, in place of the vocabulary's; repeatable; -1 for none.
+      stop: end before this text; repeatable. Its tokens stay in 'tokens'.
+      token_healing: draw the last token of a text anew among the tokens that begin with its text, so that a text that ends
+        within a word is completed; it is the first of the new tokens (default for --prompt).
+      seed: seed of sampling.
+      cache_policy: the policy that selects which keys and values of the prompt stay cached.
+      cache: a setting of the policy, such as capacity=1024; repeatable.
+      compare: continue with the full cache too, and report how many continuations are equal and the costs of both; rows of
+        --output get "full" and "same_tokens", the number of tokens before the first difference.
+      cache_dtype: type of cached keys and values (default: the model's).
+      prefill_chunk: read N tokens of the prompts at a time, for prompts that are too long to be read at once.
+    """
+
+    prompt: str | None = None
+    chat: bool = False
+    stream: bool | None = None
+    eos_id: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+    token_healing: bool | None = None
+    seed: int = 0
+    cache_policy: setting_flags.Name = "full"
+    cache: Sequence[Annotated[str, "NAME=VALUE"]] = ()
+    compare: bool = False
+    cache_dtype: load_run.CacheDtype | None = None
+    prefill_chunk: int | None = None
+
+
+_NEW_CHAT = "/new"  # begins another conversation
 _SIZES = ("max_new_tokens", "num_samples")
 _ROWS = 8  # of a batch
 _EARLY = {"true": True, "false": False, "never": "never"}
@@ -50,7 +89,8 @@ _EARLY = {"true": True, "false": False, "never": "never"}
 
 def run(start: cli.Start) -> None:
     """Generates with the settings of the flags; raises LoadError if they exclude each other."""
-    flags = start.flags
+    chosen = GenerateFlags(**setting_flags.given(start.flags, GenerateFlags))
+    flags = argparse.Namespace(**vars(chosen) | vars(start.flags))
     options = options_of(flags)
     from espalier.launch.inference import generate
 
@@ -63,9 +103,7 @@ def run(start: cli.Start) -> None:
         files = {"inputs": flags.inputs, "output": flags.output}
         generate.generate_file(start(), **files, chat=flags.chat, **options)
     else:
-        from espalier.launch.inference import chat
-
-        chat.converse(start(), chat.typed(), **options)
+        converse(start(), _typed(), **options)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,42 +111,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_row_flags(parser, required=False)
     parser.set_defaults(batch_size=None)  # of --inputs alone
     group = parser.add_argument_group("output")
-    group.add_argument("--prompt", metavar="TEXT", help="one text, continued on standard output")
-    group.add_argument(
-        "--chat",
-        action="store_true",
-        help="texts are messages of the user, rendered with the model's chat template; without --prompt and --inputs: a "
-        "conversation on the terminal",
-    )
-    group.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="print the continuation of --prompt as it is generated (default on a terminal)",
-    )
+    setting_flags.add(group, GenerateFlags, names=("prompt", "chat", "stream"))
     setting_flags.add(group, Settings, names=_SIZES)
-    group.add_argument(
-        "--eos_id",
-        type=int,
-        action="append",
-        metavar="ID",
-        help="a token that ends a continuation, in place of the vocabulary's; repeatable; -1 for none",
-    )
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; repeatable. Its tokens stay in 'tokens'",
-    )
+    setting_flags.add(group, GenerateFlags, names=("eos_id", "stop"))
     group = parser.add_argument_group("sampling")
     setting_flags.add(group, Settings().sampling)
-    group.add_argument(
-        "--token_healing",
-        action=argparse.BooleanOptionalAction,
-        help="draw the last token of a text anew among the tokens that begin with its text, so that a text that ends "
-        "within a word is completed; it is the first of the new tokens (default for --prompt)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N")
+    setting_flags.add(group, GenerateFlags, names=("token_healing", "seed"))
     group = parser.add_argument_group("beam search")
     setting_flags.add(group, Beams, names=("num_beams", "length_penalty"), optional=True)
     group.add_argument(
@@ -120,36 +128,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     policies = f"Policies, the tokens they keep, and their settings by default:\n{CACHE_POLICIES}"
     group = parser.add_argument_group("key/value cache", policies)
-    group.add_argument(
-        "--cache_policy",
-        default="full",
-        metavar="NAME",
-        help="the policy that selects which keys and values of the prompt stay cached (default full)",
-    )
-    group.add_argument(
-        "--cache",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of the policy, such as capacity=1024; repeatable",
-    )
-    group.add_argument(
-        "--compare",
-        action="store_true",
-        help="continue with the full cache too, and report how many continuations are equal and the costs of both; rows of "
-        '--output get "full" and "same_tokens", the number of tokens before the first difference',
-    )
-    group.add_argument(
-        "--cache_dtype",
-        choices=("int8", "bfloat16", "float16", "float32"),
-        help="type of cached keys and values (default: the model's)",
-    )
-    group.add_argument(
-        "--prefill_chunk",
-        type=int,
-        metavar="N",
-        help="read N tokens of the prompts at a time, for prompts that are too long to be read at once",
-    )
+    names = ("cache_policy", "cache", "compare", "cache_dtype", "prefill_chunk")
+    setting_flags.add(group, GenerateFlags, names=names)
 
 
 def options_of(flags: argparse.Namespace) -> dict[str, Any]:
@@ -254,6 +234,72 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
             raise LoadError(f"--cache={name} is set twice: remove one.")
         settings[name] = value
     return settings
+
+
+def converse(
+    config: load_run.RunConfig,
+    lines: Iterable[str],
+    *,
+    checkpoint: str,
+    params: str = "auto",
+    adapter: Sequence[str] = (),
+    seed: int = 0,
+    token_healing: bool = False,
+    compare: bool = False,
+    **options: Any,
+) -> list[dict[str, str]]:
+    """Answers lines one by one and shows the answers while they are generated; returns the last conversation.
+
+    The first answer of each length of conversation takes longer, since its program is compiled.
+    `launch.inference.generate.generate` describes the options.
+
+    Raises:
+      LoadError: there is no chat template, or there are several processes, which cannot share a terminal.
+    """
+    import jax
+
+    from espalier.launch.inference import generate
+    from espalier.launch.run import side_by_side
+
+    # For texts without a template; the command refuses a comparison.
+    del token_healing, compare
+    if jax.process_count() > 1:
+        raise LoadError("--chat without --prompt or --inputs needs a single process.")
+    messages: list[dict[str, str]] = []
+    with side_by_side.load(config, checkpoint, adapter[:1], params=params) as ((_, loaded),):
+        assert loaded.chat_template is not None  # raises LoadError now, not after the first line
+        decoding = generate.Decoding(**options)
+        decoder, texts = generate.decoder_and_texts(
+            loaded, decoding, rows=1, show=generate.to_terminal
+        )
+        for turn, line in enumerate(lines):
+            if line.strip() == _NEW_CHAT:
+                messages.clear()
+                continue
+            messages.append({"role": "user", "content": line})
+            row = {"messages": messages}
+            prompt = generate.prompt_of(loaded, row, "--chat")
+            (new,) = decoder.stream([prompt], seed=seed % 2**32, indices=[turn])
+            messages.append({"role": "assistant", "content": texts.answer(row, 0, 0, new)["text"]})
+            generate.to_terminal("\n")
+    return messages
+
+
+def _typed() -> Iterator[str]:
+    """Yields the lines of standard input that are not blank, with a prompt on a terminal, up to its end."""
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        import readline  # noqa: F401  # line editing
+
+        print(f"{_NEW_CHAT} begins another conversation; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            with stages.quiet():
+                line = input("> " if on_terminal else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
 
 
 main = load_run.command(__doc__, "generate", run, add_flags)

@@ -1,6 +1,6 @@
 """Predictions of a frozen model for the rows of a stream, computed before training and stored.
 
-The kinds are launch/run/reference.py and launch/run/teacher.py.
+The kinds are the modules `reference` of preference tuning and `teacher` of distillation.
 """
 
 import abc
@@ -17,7 +17,7 @@ from espalier.common.ranges import AxisSize, Size
 from espalier.data.cache import cache_dir
 from espalier.data.cache import store as cache
 from espalier.data.stream.predictions import PredictionStore, StoredStream
-from espalier.launch.run.load_run import LoadedRun, load_frozen
+from espalier.launch.run.load_run import LoadedRun, RunConfig
 from espalier.trainers import partitioning
 from espalier.trainers.checkpoints import agreement
 from espalier.trainers.objectives.frozen_model import FrozenModel, FrozenStep
@@ -106,12 +106,11 @@ class StoredPredictions(abc.ABC):
         if (first := next(missing, None)) is None:
             return
         missing = itertools.chain([first], missing)
-        loaded = load_frozen(
-            self.frozen.model,
+        frozen = {"model": self.frozen.model, "mesh": self.mesh, "rules": self.rules}
+        loaded = RunConfig(vocabulary=lambda: None, **frozen).load(
             step.step,
-            self.frozen.checkpoint,
-            self.mesh,
-            self.rules,
+            params="ema" if self.frozen.checkpoint.use_ema else "raw",
+            of_base=True,
             encoder_decoders=encoder_decoders,
         )
         with loaded as run, Bar(**bar_settings) as bar:

@@ -29,7 +29,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
     """Trains the arms that are not done yet, and compares all arms."""
     from espalier.launch.config import gin_config
-    from espalier.launch.report import report
+    from espalier.launch.report.__main__ import report
 
     started = time.monotonic()
     runs = {}

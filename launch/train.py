@@ -18,20 +18,16 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import psutil
 
 from espalier.common.ranges import Positive, Size, Tokens
 from espalier.launch.config import build
 from espalier.launch.processes import hosts, peers
-from espalier.launch.run import model_record, phase, run_dir, run_messages, run_vocabulary
-from espalier.launch.run.parameter_table import parameter_table
-from espalier.launch.run.run_data import RunData, check_trained_vocabulary, open_data
+from espalier.launch.run import model_record, phase, resolved, run_dir, run_messages
+from espalier.launch.run.resolved import ResolvedRun
 from espalier.trainers import partitioning, signals
 from espalier.trainers.batches import Feed, Prefetcher, TrainStream
 from espalier.trainers.checkpoints import agreement
@@ -41,9 +37,8 @@ from espalier.trainers.checkpoints.restore import Restored
 from espalier.trainers.evaluate import EvalStream, Evaluation
 from espalier.trainers.hooks import FeedFactory, HookFactory, RunContext, checked
 from espalier.trainers.loop import Loop, Outputs, Schedule
-from espalier.trainers.optim.schedules import Span, as_schedule
 from espalier.trainers.recipe import Program, Recipe
-from espalier.trainers.telemetry import flops, metric_writers, profiler
+from espalier.trainers.telemetry import metric_writers, profiler
 from espalier.trainers.telemetry.goodput import Goodput, process_start
 from espalier.trainers.telemetry.lifetime import FILE, Lifetime, Unrecorded
 
@@ -114,26 +109,23 @@ def train(
         )
     initial.check()
     program = recipe.program()
-    program.check_extras()
-    _check_memory(program)
-    check_trained_vocabulary(program)
+    resolved.check(program)
     with contextlib.ExitStack() as stack:
         primary = jax.process_index() == 0
-        run = run_dir.prepare(model_dir, _config_text(program), writer=primary)
-        stack.enter_context(contextlib.closing(run))
-        peers.note_run(run.address)
+        folder = run_dir.prepare(model_dir, _config_text(program), writer=primary)
+        stack.enter_context(contextlib.closing(folder))
+        peers.note_run(folder.address)
         life = None
         if primary:
-            life = Lifetime(run.file(FILE), functools.partial(run.write_through, FILE), goodput)
-            stack.enter_context(life)
-        hosts.check_shared(run.address)
-        parent = phase.find_parent(run.checkpoints, initial)
+            write = functools.partial(folder.write_through, FILE)
+            life = stack.enter_context(Lifetime(folder.file(FILE), write, goodput))
+        hosts.check_shared(folder.address)
         with goodput.measure("data"):
-            data = open_data(
+            run = resolved.resolve(
                 program,
+                parent=phase.find_parent(folder.checkpoints, initial),
+                checkpoints=folder.checkpoints,
                 stream=stream,
-                positions=parent.positions,
-                check_vocabulary=functools.partial(phase.check_vocabulary, run.checkpoints, parent),
                 tasks=tasks,
                 eval_stream=eval_stream,
                 eval_tasks=eval_tasks,
@@ -142,84 +134,77 @@ def train(
                 total_epochs=total_epochs,
                 of_prompts=rollouts is not None,
             )
-        hosts.check_same("data", {"data": data.stream.fingerprint})
-        program.check_extras(lambda: data.identity(program))
-        if parent.step >= data.total_steps:
-            raise ValueError(
-                f"TRAIN_STEPS = {data.total_steps}, but INITIAL_SCOPE = 'state' continues at step {parent.step} "
-                f"of {parent.path}, so there is nothing to train: raise TRAIN_STEPS."
-            )
-        program = program.with_span(Span(data.total_steps, parent.learning_rate, parent.step))
-        _describe(run, program, data, parent)
+        run_messages.describe(run, folder)
         if primary:
-            run_messages.announce(program, data)
+            run_messages.announce(run)
 
+        program = run.program
         stack.enter_context(partitioning.use_mesh(program.mesh, program.rules))
         stop = stack.enter_context(signals.StopRequest())
-        steps = program.steps(len(data.stream.source_names))
-        saver = stack.enter_context(contextlib.closing(checkpointer(run.checkpoints)))
-        feed: Feed = Prefetcher(data.stream, program.batch_sharding)
+        steps = program.steps(len(run.stream.source_names))
+        saver = stack.enter_context(contextlib.closing(checkpointer(folder.checkpoints)))
+        feed: Feed = Prefetcher(run.stream, program.batch_sharding)
         if rollouts is not None:
-            feed = rollouts(stream=data.stream, program=program, folder=run.file("rollouts"))
+            feed = rollouts(stream=run.stream, program=program, folder=folder.file("rollouts"))
         # 'compile' counts only the time that remains after the state is restored.
         with (
             goodput.measure("compile"),
             program.compiling(steps.train, feed.abstract()),
             goodput.measure("restore"),
         ):
-            identity = data.identity(program)
-            start, meta = phase.restore_start(saver, program, initial, parent, identity)
-        rows = stack.enter_context(contextlib.closing(_open_rows(run, start))) if primary else None
-        written = agreement.gather(_rows_of(run, start.step) if primary else [])[0]
-        writer = _open_writers(run, start.step, rows, written, writers)
+            start, meta = resolved.restore_start(run, saver, initial)
+        rows = (
+            stack.enter_context(contextlib.closing(_open_rows(folder, start))) if primary else None
+        )
+        written = agreement.gather(_rows_of(folder, start.step) if primary else [])[0]
+        writer = _open_writers(folder, start.step, rows, written, writers)
         stack.enter_context(contextlib.closing(writer))
         if life is not None:
             life.goes_on_from(start.step, of_run=start.source == "run")
-            run_messages.announce_start(program, data, start, life.starts)
+            run_messages.announce_start(run, start, life.starts)
 
-        rates = _learning_rates(program, data.total_steps)
         context = RunContext(
-            path=run.path,
+            path=folder.path,
             writer=primary,
             step=start.step,
             program=program,
-            learning_rate=lambda updates: float(rates[updates]),
+            learning_rate=lambda updates: float(run.learning_rates[updates]),
             should_stop=stop.requested,
         )
         evaluation = Evaluation(
             every=eval_period,
             eval_step=steps.evaluate,
-            streams=data.eval_streams,
+            streams=run.eval_streams,
             sharding=program.batch_sharding,
             max_steps=eval_steps,
             stop=stop.requested,
-            unit=program.recipe.inputs_spec.loss_per,
+            unit=run.loss_per,
         )
-        evaluations = [evaluation] if data.eval_streams else []
+        evaluations = [evaluation] if run.eval_streams else []
         if profile is not None and profile.directory is None:
-            profile.directory = run.file("profile")
+            profile.directory = folder.file("profile")
         loop = Loop(
             start=start,
             train_step=steps.train,
             abstract_state=program.abstract_state,
-            stream=data.stream,
+            stream=run.stream,
             feed=feed,
             schedule=Schedule(
-                total_steps=data.total_steps,
+                total_steps=run.total_steps,
                 log_period=log_period,
                 checkpoint_period=checkpoint_period,
                 step_timeout=step_timeout,
             ),
             outputs=Outputs(
-                folder=run.path,
+                folder=folder.path,
                 writer=writer,
                 checkpointer=saver,
                 goodput=goodput,
                 profiler=profile,
-                row_metrics=_row_metrics(program, data, rates),
-                checkpoint_meta=_checkpoint_meta(meta, data, rates, writer, run),
+                row_metrics=run.row_metrics,
+                checkpoint_meta=_checkpoint_meta(run, meta, writer, folder),
                 life=life or Unrecorded(),
-                unit=program.recipe.inputs_spec.unit,
+                unit=run.unit,
             ),
             hooks=(*evaluations, *(checked(make(run=context)) for make in hooks)),
             written={name for row in written for name in row},
@@ -227,9 +212,9 @@ def train(
             stop=stop,
         )
         # Everything that is configured has been called by now, except functions that hooks call.
-        run.write("operative_config.gin", _operative_text())
+        folder.write("operative_config.gin", _operative_text())
         loop.run()
-        run.write("operative_config.gin", _operative_text())
+        folder.write("operative_config.gin", _operative_text())
         of_life = life.ends(interrupted=loop.interrupted) if life is not None else ""
     last = evaluation.results.get(loop.step, {})
     if primary:
@@ -237,7 +222,7 @@ def train(
         earlier = (
             {k: v for row in written for k, v in row.items()} if loop.step == start.step else {}
         )
-        run_messages.summarise(run.address, loop, data, {**earlier, **last}, of_life)
+        run_messages.summarise(folder.address, loop, run, {**earlier, **last}, of_life)
     return {**last, "interrupted": float(loop.interrupted)}
 
 
@@ -256,52 +241,23 @@ def _operative_text() -> str:
     return running.operative_text() if running else ""
 
 
-def _check_memory(program: Program) -> None:
-    """Raises ValueError for a state that the devices cannot hold, before anything is compiled."""
-    need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
-    devices = list(program.mesh.devices.flat)
-    memory = psutil.virtual_memory().total * jax.process_count()
-    if devices[0].platform != "cpu":
-        statistics = jax.local_devices()[0].memory_stats() or {}
-        memory = statistics.get("bytes_limit", need) * len(devices)
-    if need > memory:
-        raise ValueError(
-            f"Parameters and optimiser state need {need / 1e9:,.0f} GB, but there are {memory / 1e9:,.0f} GB on "
-            f"{len(devices)} devices: make the model smaller, or use more devices."
-        )
-
-
-def _describe(run: run_dir.RunDir, program: Program, data: RunData, parent: phase.Parent) -> None:
-    """Writes the files on mesh, data and parameters; raises RunDirectoryError if the data has changed."""
-    run.record(
-        mesh=run_dir.mesh_facts(program.mesh),
-        initial=parent.record(),
-        parameters=program.num_params(),
-        **data.record(),
-    )
-    table = parameter_table(program.boxed_params, program.abstract_state.params)
-    run.write("parameters.txt", table)
-    if run.writer and data.tasks:
-        run_vocabulary.save(run.path, data.vocabulary(), data.chat_template())
-
-
-def _open_rows(run: run_dir.RunDir, start: Restored) -> metric_writers.JsonlWriter:
+def _open_rows(folder: run_dir.RunDir, start: Restored) -> metric_writers.JsonlWriter:
     """Opens metrics.jsonl with the rows that belong to the state that the run starts from."""
     if start.source != "run":
-        return metric_writers.JsonlWriter(run.metrics, marks=())
+        return metric_writers.JsonlWriter(folder.metrics, marks=())
     # Checkpoints of earlier versions have no marks.
     marks = start.meta.get(metric_writers.MARKS)
-    return metric_writers.JsonlWriter(run.metrics, first_step=start.step + 1, marks=marks)
+    return metric_writers.JsonlWriter(folder.metrics, first_step=start.step + 1, marks=marks)
 
 
-def _rows_of(run: run_dir.RunDir, step: int) -> list[dict[str, float]]:
+def _rows_of(folder: run_dir.RunDir, step: int) -> list[dict[str, float]]:
     """Returns the metrics that earlier starts of this run wrote for a step."""
-    rows = (row for row in metric_writers.rows_in_force(run.metrics) if row["step"] == step)
+    rows = (row for row in metric_writers.rows_in_force(folder.metrics) if row["step"] == step)
     return [{k: v for k, v in row.items() if k not in ("step", "time")} for row in rows]
 
 
 def _open_writers(
-    run: run_dir.RunDir,
+    folder: run_dir.RunDir,
     step: int,
     rows: metric_writers.JsonlWriter | None,
     written: Sequence[Mapping[str, float]],
@@ -310,47 +266,17 @@ def _open_writers(
     """Returns the writer of a process; only one has files, of which `rows` is the first."""
     if rows is None:
         return metric_writers.MultiWriter([])
-    board = metric_writers.TensorBoardWriter(run.file("tensorboard"), first_step=step)
+    board = metric_writers.TensorBoardWriter(folder.file("tensorboard"), first_step=step)
     for row in written:  # its points are hidden with those after them
         board.write(step, row)
     return metric_writers.MultiWriter([rows, board, *(make() for make in more)])
 
 
-def _learning_rates(program: Program, total_steps: int) -> np.ndarray:
-    """Returns the learning rate of each update, and of the one that would follow the last."""
-    # Computed as a table, because single evaluations would wait for the running step.
-    schedule = as_schedule(program.recipe.learning_rate)
-    rate = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))
-    return np.asarray(rate(jnp.arange(total_steps + 1)))
-
-
-def _row_metrics(
-    program: Program, data: RunData, rates: np.ndarray
-) -> Callable[[int, int, float], Mapping[str, float]]:
-    """Returns a function that computes a row's learning rate, throughput, utilisation and epochs on the host."""
-    per_unit, unit = program.train_flops_per_unit, program.recipe.inputs_spec.unit
-    devices = list(program.mesh.devices.flat)
-
-    def metrics(updates: int, batches: int, units_per_second: float) -> Iterator[tuple[str, float]]:
-        # An update uses the rate at the number of updates before it.
-        yield "learning_rate", float(rates[max(updates - 1, 0)])
-        if units_per_second:
-            yield f"{unit}_per_second", units_per_second
-            yield "model_flops_per_second", units_per_second * per_unit
-            if (mfu := flops.utilisation(units_per_second, per_unit, devices)) is not None:
-                yield "mfu", mfu
-        for name, epochs in data.stream.epochs(batches).items():
-            yield f"epochs/{name}", epochs
-
-    return lambda *counts: dict(metrics(*counts))
-
-
 def _checkpoint_meta(
+    run: ResolvedRun,
     meta: Mapping[str, Any],
-    data: RunData,
-    rates: np.ndarray,
     writer: metric_writers.MultiWriter,
-    run: run_dir.RunDir,
+    folder: run_dir.RunDir,
 ) -> Callable[[int, int], Mapping[str, Any]]:
     """Returns a function that computes the facts in a checkpoint: `meta`, rate, positions, and what writers record.
 
@@ -360,11 +286,11 @@ def _checkpoint_meta(
 
     def facts(updates: int, batches: int) -> Mapping[str, Any]:
         written = writer.sync()
-        run.publish()
+        folder.publish()
         return {
             **meta,
-            "learning_rate": float(rates[updates]),
-            "positions": {**before, **data.stream.positions(batches)},
+            "learning_rate": float(run.learning_rates[updates]),
+            "positions": {**before, **run.stream.positions(batches)},
             **written,
         }
 

@@ -11,9 +11,9 @@ import pytest
 
 from espalier.data.tokenizers import vocabularies
 from espalier.launch import cli
-from espalier.launch.cluster import launch_config
 from espalier.launch.config import gin_config, gin_writer
 from espalier.launch.run import run_vocabulary
+from espalier.launch.submit import launch_config
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers.optim.schedules import Span
@@ -101,12 +101,12 @@ def test_sweeps_that_are_shown_on_a_cluster_have_one_process_a_run():
     assert shown == 2
 
 
-PARTS = [f"launch/attribution/{part}.py" for part in ("fit", "score", "report")]
+PARTS = [f"launch/influence/{part}.py" for part in ("fit", "score", "report")]
 
 
 def influence_commands():
     """(where, part, flags) of each `launch.influence` command shown."""
-    for path in ("launch/influence.py", "docs/influence.md", *PARTS):
+    for path in ("launch/influence/__main__.py", "docs/influence.md", *PARTS):
         text = (ROOT / path).read_text(encoding="utf-8")
         shown = re.finditer(r"espalier influence (fit|score|report) (--.*)", text)
         for number, match in enumerate(shown):
@@ -119,6 +119,6 @@ def test_a_command_of_influence_that_is_shown_has_these_flags(part, words, monke
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     monkeypatch.setattr(cli, "main", lambda *_, extra_flags, **__: extra_flags(parser))
     monkeypatch.setattr(cli, "run_command", lambda *_, add_flags, **__: add_flags(parser))
-    importlib.import_module(f"espalier.launch.attribution.{part}").main([])
+    importlib.import_module(f"espalier.launch.influence.{part}").main([])
     flags, rest = parser.parse_known_args(words)
     assert rest == [] and vars(flags)

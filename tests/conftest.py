@@ -47,7 +47,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 LONGEST = (
     "methods_test.py",
     "trainers/influence/fit_test.py",
-    "launch/attribution/influence_test.py",
+    "launch/influence/influence_test.py",
     "launch/stores_test.py",
     "trainers/checkpoints/stores_test.py",
     "launch/resume_test.py",
@@ -57,7 +57,7 @@ LONGEST = (
     "launch/papers/nexus/nexus_test.py",
     "launch/sweep_test.py",
     "launch/run/hf_checkpoint_test.py",
-    "launch/sweeping/made_arms_test.py",
+    "launch/sweep/made_arms_test.py",
     "launch/finetune_test.py",
     "launch/distillation_test.py",
     "launch/quickstart_test.py",

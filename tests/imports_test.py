@@ -23,7 +23,7 @@ CLOSURES = {
     "trainers.step": (7, 712),
     "trainers.recipe": (34, 4_575),
     "model.transformer": (26, 3_542),
-    "launch.train": (144, 24_161),
+    "launch.train": (144, 24_167),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
@@ -31,30 +31,26 @@ SIZES = {
     "model": (98, 14_477),
     "trainers": (129, 18_401),
     "data": (120, 20_178),
-    "launch": (310, 58_998),
+    "launch": (310, 59_020),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15
 FOLDERS = {
-    "launch": 22,  # the commands, and __main__, which nobody opens
     "launch/config": 19,
-    "launch/merging": 17,
+    "launch/merge": 18,
     "launch/run": 19,
     "trainers": 17,
     "trainers/checkpoints": 18,
     "trainers/influence": 19,
 }
-# Folders that import those of papers (SLUGS) outside of launch/papers, and which: every entry is to go. launch/attribution is
-# the folder of influence.
+# Folders that import those of papers (SLUGS) outside of launch/papers, and which: every entry is to go.
 INTO_SLUGS: dict[str, set[str]] = {
-    "launch.aot": {"influence"},
-    "launch.attribution": {"influence"},
-    "launch.attribution.analyses": {"influence"},
-    "launch.evaluation": {"nexus"},
-    "launch.merging": {"low_rank"},
+    "launch.evaluate": {"nexus"},
+    "launch.merge": {"low_rank"},
     "launch.nexus": {"bam"},
     "launch.run": {"distillation", "preference"},
-    "launch.weights": {"bam", "nexus"},
+    "launch.precompile": {"influence"},
+    "launch.upcycle": {"bam", "nexus"},
 }
 
 # Packages each one may import of the project's own, and what it must not import from outside.
@@ -220,20 +216,19 @@ LEVELS = {
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),
         ("predictions", "run"),
-        ("aot", "cluster", "inference", "plots", "run.load", "serving"),
-        ("attribution",),
+        ("inference", "plots", "precompile", "run.load", "serve", "submit"),
+        ("influence",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         (
-            *("aya_expanse", "code_mix", "convert", "evaluation", "lm_eval", "low_rank"),
-            *("merge", "merging", "nexus", "preference"),
-            *("preparation", "sweep", "sweeping", "weights"),
+            *("aya_expanse", "code_mix", "convert", "evaluate", "lm_eval", "low_rank", "merge"),
+            *("nexus", "preference", "prepare", "sweep", "upcycle", "weights"),
         ),
-        ("reporting",),
+        ("report",),
         ("papers",),
     ),
 }
 # A folder of the level of folders that no level names.
-METHODS = {"model": "mov", "trainers": "preference", "data": "preference", "launch": "evaluation"}
+METHODS = {"model": "mov", "trainers": "preference", "data": "preference", "launch": "evaluate"}
 # Folders of the papers, and of a method that is none: no file of the core imports or names one. The core are
 # the files at the top of each package, and all folders of model and trainers that are not such a folder.
 SLUGS = tuple(
@@ -259,7 +254,7 @@ NAMES_A_PAPER = {
     "trainers.moving_reference": {"methods/preference"},
     # Examples of commands, which stay.
     "launch.quickstart": {"experiments/code_mix"},
-    "launch.sweep": {"launch/papers/code_mix"},
+    "launch.sweep.__main__": {"launch/papers/code_mix"},
 }
 
 
@@ -308,6 +303,7 @@ def upward(modules: dict[str, set[str]]) -> list[str]:
         for module, targets in modules.items()
         for target in targets
         if module.partition(".")[0] == target.partition(".")[0]
+        and not module.endswith(".__main__")  # a command, above all
         and (place := level(module)) is not None
         and ((above := level(target)) is None or above > place)
     ]
@@ -442,7 +438,7 @@ def test_few_modules_outside_of_a_papers_folders_import_them():
         for target in graph()[module]
         if set(SLUGS) & set(target.split(".")[1:-1]) and ".papers." not in target
     }
-    attribution = {line for line in found if line.startswith("launch.attribution.")}  # influence
+    attribution = {line for line in found if line.startswith("launch.influence.")}  # influence
     assert len(found - attribution) <= MOST_FROM_OUTSIDE, sorted(found - attribution)
 
 

@@ -2,7 +2,7 @@
 
     DATA_DIR/<group>/<set>/<language>.jsonl[.gz, .zst], .parquet; also several files <language>-*.jsonl
 
-A file has rows of data/chats/records.py in one language, whose code or tag is the file's name (cs, zh-Hans, arb_Arab). The
+A file has rows of data/chats/tasks.py in one language, whose code or tag is the file's name (cs, zh-Hans, arb_Arab). The
 paper has four groups and does not state their weights, nor those of languages; WEIGHTS and TEMPERATURE are this
 project's. Shares are of tokens.
 """
@@ -15,7 +15,6 @@ from typing import Any
 from espalier.common import spelling
 from espalier.common.ranges import Amount, Fraction, Positive
 from espalier.data import tasks
-from espalier.data.chats import spans
 from espalier.data.chats import tasks as chats
 from espalier.data.languages import table
 from espalier.data.stream import mixing
@@ -60,7 +59,7 @@ def register_instructions(
     temperature: Positive = TEMPERATURE,
     cap: Amount | None = None,
     validation_fraction: Fraction = 0.01,
-    turns: spans.Turns = "all",
+    turns: chats.Turns = "all",
     chat_template: str | None = None,
     add_bos: bool | None = None,
     cache_dir: str | os.PathLike | None = None,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from espalier.data.rows import texts
+from espalier.data.rows.records import check_unicode, is_empty, text_of
 from espalier.data.text.documents import DataError
 from espalier.data.text.splits import stable_hash
 
@@ -114,12 +114,12 @@ def _prompt(where: str, row: Mapping[str, Any], language_of: LanguageOf | None) 
     keys = [key for key in _KEYS if key in row]
     if not keys:
         raise DataError(f"{where}: no 'prompt'. A row is {EXAMPLE}")
-    texts.check_unicode(row[keys[0]], keys[0], where)
-    prompt = texts.text_of(row[keys[0]], keys[0], where)
+    check_unicode(row[keys[0]], keys[0], where)
+    prompt = text_of(row[keys[0]], keys[0], where)
     messages = () if isinstance(prompt, str) else prompt
     if not all(isinstance(message.get("content"), str) for message in messages):
         raise DataError(f"{where}: a message of {keys[0]!r} has no text as 'content'")
-    if texts.is_empty(prompt) or not prompt:
+    if is_empty(prompt) or not prompt:
         raise DataError(f"{where}: {keys[0]!r} is empty. Remove the row")
     if messages and messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: {keys[0]!r} ends with the assistant's turn. Remove that turn")

@@ -27,6 +27,7 @@ import numpy as np
 
 from espalier.common import files
 from espalier.data.cache.cache_files import (
+    Column,
     Record,
     ShardWriter,
     add_known,
@@ -34,10 +35,10 @@ from espalier.data.cache.cache_files import (
     check_file,
     check_size,
     corrupt,
+    feature_dtype,
     file_entry,
     finished_shard,
 )
-from espalier.data.cache.columns import Column, feature_dtype
 
 FORMAT = 2  # 2: text bytes may be unknown (null)
 MANIFEST = "manifest.json"

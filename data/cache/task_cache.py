@@ -24,7 +24,7 @@ import numpy as np
 
 from espalier.common.ranges import check_choice
 from espalier.data.cache import cache_dir as directories
-from espalier.data.cache import fingerprint, shared
+from espalier.data.cache import fingerprint
 from espalier.data.cache import store as token_cache
 from espalier.data.cache.cache_files import CacheCorruptError, canonical
 
@@ -90,7 +90,7 @@ def open_task_cache(
                         now = {**description, "features": features}
                         _compare(parent, now, num_shards, changed)
                         _build(task, split, directory, features, description, num_shards)
-                        shared.publish(directory, token_cache.MANIFEST)
+                        directories.publish(directory, token_cache.MANIFEST)
     cache = token_cache.open_cache(directory, verify=verify)
     if not cache.num_records:
         token_cache.remove(directory)
@@ -107,17 +107,17 @@ def _shared_build(directory: pathlib.Path) -> Iterator[bool]:
     """
     marker = token_cache.MANIFEST
     with contextlib.ExitStack() as stack:
-        complete = shared.fetch(directory, marker)
+        complete = directories.fetch(directory, marker)
         if not complete:
-            stack.enter_context(shared.building(directory))
-            complete = shared.fetch(directory, marker)
+            stack.enter_context(directories.building(directory))
+            complete = directories.fetch(directory, marker)
         if complete:
             try:
                 token_cache.open_cache(directory)
             except CacheCorruptError as error:
                 token_cache.remove(directory)
                 raise CacheCorruptError(
-                    f"The token cache {shared.address_of(directory)} is damaged: {error} `--replace` deletes the one in the "
+                    f"The token cache {directories.address_of(directory)} is damaged: {error} `--replace` deletes the one in the "
                     "store too."
                 ) from None
         yield complete
@@ -142,16 +142,16 @@ def _remove_others(parent: pathlib.Path, directory: pathlib.Path) -> None:
             except CacheCorruptError:
                 pass
         token_cache.remove(other)
-        shared.remove(other, token_cache.MANIFEST)
-    for address, _ in list(shared.others(parent, token_cache.MANIFEST)):
-        shared.remove(parent / address.rpartition("/")[2], token_cache.MANIFEST)
+        directories.remove_in_store(other, token_cache.MANIFEST)
+    for address, _ in list(directories.others_in_store(parent, token_cache.MANIFEST)):
+        directories.remove_in_store(parent / address.rpartition("/")[2], token_cache.MANIFEST)
 
 
 def _compare(parent: pathlib.Path, now: dict, num_shards: int, changed: str) -> None:
     """Reports what has changed since the most similar of the other caches."""
     differences = []
     manifests: list[tuple[object, dict]] = list(_manifests(parent))
-    for address, raw in shared.others(parent, token_cache.MANIFEST):
+    for address, raw in directories.others_in_store(parent, token_cache.MANIFEST):
         with contextlib.suppress(CacheCorruptError):
             manifests.append((address, token_cache.parse_manifest(raw, parent)))
     for directory, manifest in manifests:

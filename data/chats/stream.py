@@ -6,18 +6,17 @@ Conversations that are longer than a row are cut at their end, or left out. Shap
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from espalier.common.ranges import NonNegative, Seed, Size, check_choice
+from espalier.common.ranges import NonNegative, Size, check_choice
 from espalier.data.cache import store
-from espalier.data.cache.columns import Column
-from espalier.data.stream import plan, repeats, rows, schedule, stream
+from espalier.data.cache.cache_files import Column
+from espalier.data.stream import plan, rows, stream
 from espalier.data.stream.row_stream import EvalStream
-from espalier.data.stream.train_stream import Positions, Stream
+from espalier.data.stream.train_stream import Stream
 
 Packing = Literal["best_fit", "examples"]
 LongDocuments = Literal["truncate", "drop"]
@@ -64,23 +63,15 @@ class ChatSource(rows.Source):
         return [rows.notice("chats", dropped, f"{sizes}; {limit}, {', '.join(parts)}")]
 
 
+@stream.with_settings(stream.StreamSettings, *stream.TRAINING)
 def make_stream(
     *,
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, Size],
-    batch_size: Size,
-    seed: Seed = 0,
-    split: str = "train",
+    settings: stream.StreamSettings,
     shares: Mapping[str, NonNegative] | Literal["rates"] | None = None,
     packing: Packing = "best_fit",
     long_documents: LongDocuments = "truncate",
-    interleaving: schedule.Interleaving = "error_diffusion",
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
-    positions: Positions | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> Stream:
     """Returns the training stream of a mixture of tasks of supervised data, or of one task.
 
@@ -99,35 +90,24 @@ def make_stream(
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    settings = stream.StreamSettings(
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-        weights="tokens" if shares is None else "rates",
-        phases=None if shares in (None, "rates") else ((0, shares),),
-        interleaving=interleaving,
-        max_epochs=max_epochs,
-        on_cap=on_cap,
-        positions=positions,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
+    weights: dict[str, Any] = {"weights": "tokens" if shares is None else "rates"}
+    if shares not in (None, "rates"):
+        weights["phases"] = ((0, shares),)
+    settings = dataclasses.replace(settings, **weights)
     plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_mixture(mixture_or_task_name, settings, plan_source, start_token=None)
+    return stream.open_mixture(
+        mixture_or_task_name, settings, plan_source, stream.Stream, start_token=None
+    )
 
 
+@stream.with_settings(stream.StreamSettings, *stream.HELD_OUT, split="validation")
 def make_eval_stream(
     *,
     task: str,
     task_feature_lengths: Mapping[str, Size],
-    batch_size: Size,
-    split: str = "validation",
+    settings: stream.StreamSettings,
     packing: Packing = "best_fit",
     long_documents: LongDocuments = "truncate",
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> EvalStream:
     """Returns the evaluation stream of one task: every held-out conversation once, in a fixed arbitrary order.
 
@@ -137,15 +117,8 @@ def make_eval_stream(
         data.stream.stream.NoSplitError: the task has no split of this name.
         ValueError: the task or the settings cannot be streamed.
     """
-    settings = stream.StreamSettings(
-        batch_size=batch_size,
-        split=split,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
     plan_source = _planner(task_feature_lengths, packing, long_documents)
-    return stream.open_held_out(task, settings, plan_source, start_token=None)
+    return stream.open_held_out(task, settings, plan_source, stream.EvalStream, start_token=None)
 
 
 def _planner(

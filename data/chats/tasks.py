@@ -1,14 +1,253 @@
-"""SeqIO tasks of supervised data, registered by a plain function that gin binds."""
+"""SeqIO tasks of supervised data: files as a source of tokens with a loss weight each, registered by a function that gin binds.
 
+    {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation; the assistant's turns are learnt
+    {"prompt": ..., "completion": ...}                           texts or messages; the completion is learnt
+    {"text": "..."}                                              a text, which is learnt as a whole
+
+The first of these forms that a row has counts, and its other keys are ignored. With messages, "tools" and
+"chat_template_kwargs" are passed to the chat template.
+
+A template marks the assistant's turns itself with `{% generation %}`. Without such blocks, a turn is the text that the template
+adds when it renders one message more: it begins after the generation prompt, where the model begins to write, and includes
+all that closes the turn. A template that renders earlier messages otherwise once later ones follow has no such spans.
+"""
+
+import dataclasses
+import itertools
 import os
-from collections.abc import Mapping
-from typing import Any
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
 
 from espalier.common.ranges import Fraction, check_choice
 from espalier.data import tasks
-from espalier.data.chats import spans
-from espalier.data.chats.files import ChatFiles
 from espalier.data.data_source import Files, named_sets
+from espalier.data.rows.files import TOKENS_VERSION, ExactSplit, PromptedFiles, Tokeniser
+from espalier.data.rows.records import (
+    DegenerateError,
+    Record,
+    check_unicode,
+    is_empty,
+    template_variables,
+    text_of,
+)
+from espalier.data.text import documents, splits
+from espalier.data.text.documents import DataError
+from espalier.data.tokenizers.chat_sandbox import Rendered
+
+# Parts of the digest of a source: raise one when the same rows are read as other records, or the same records become other tokens.
+ROWS_VERSION, VERSION = 1, 1
+CACHED_AS = "data.chats.files"  # the name by which caches know the source
+Kind = Literal["messages", "prompt", "text"]
+Turns = Literal["all", "last"]
+EXAMPLE = (
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+)
+_FORMS = f'{EXAMPLE}, {{"prompt": ..., "completion": ...}} or {{"text": "..."}}'
+ASSISTANT = "assistant"
+
+
+def parse(row: Mapping[str, Any], where: str, id: str) -> tuple[Kind, Record]:
+    """Returns a row and its form: a conversation or text is the record's prompt, a completion its only completion.
+
+    Raises:
+      DataError: the row is malformed; the message names place, key and remedy.
+      DegenerateError: there is nothing to learn: no turn of the assistant, or only empty texts.
+    """
+    kind = _kind(row, where)
+    for key in (kind, "completion", "tools", "chat_template_kwargs"):
+        check_unicode(row.get(key), key, where)
+    content = text_of(row[kind], kind, where)
+    variables = template_variables(row, where)
+    if kind == "prompt":
+        return kind, _with_completion(row, Record(where, id, content, (), template=variables))
+    if isinstance(content, str) == (kind == "messages"):
+        expected = "a list of messages" if kind == "messages" else "a text"
+        raise DataError(f"{where}: {kind!r} is not {expected}. A row is {_FORMS}")
+    if kind == "text":
+        if is_empty(content):
+            raise DegenerateError("empty_text", "'text' is empty")
+        return kind, Record(where, id, content, ())
+    answers = [message for message in content if message["role"] == ASSISTANT]
+    if not answers:
+        raise DegenerateError("no_assistant", "'messages' has no turn of the assistant")
+    if is_empty(answers):
+        raise DegenerateError("empty_answer", "all turns of the assistant are empty")
+    return kind, Record(where, id, content, (), template=variables)
+
+
+def prompt_key(kind: Kind, record: Record) -> str:
+    """Returns the text by which a row is held out: equal for rows with the same prompt before the first answer."""
+    content = record.prompt
+    if kind == "messages":
+        content = tuple(itertools.takewhile(lambda m: m["role"] != ASSISTANT, content))
+    if kind == "text" or content:
+        return Record("", "", content, ()).prompt_text
+    # Without a prompt, the whole row decides.
+    return Record("", "", [record.prompt, record.completions], ()).prompt_text
+
+
+def _kind(row: Mapping[str, Any], where: str) -> Kind:
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row and "completion" in row:
+        return "prompt"
+    if "text" in row:
+        return "text"
+    raise DataError(
+        f"{where}: no key 'messages', no keys 'prompt' and 'completion', and no key 'text'; present are "
+        f"{', '.join(map(repr, row)) or 'none'}. A row is {_FORMS}; rename its keys"
+    )
+
+
+def _with_completion(row: Mapping[str, Any], record: Record) -> Record:
+    where = record.where
+    completion = text_of(row["completion"], "completion", where)
+    if isinstance(record.prompt, str) != isinstance(completion, str):
+        raise DataError(
+            f"{where}: one of 'prompt' and 'completion' is a text, the other has messages; write both in the "
+            "same form"
+        )
+    if record.is_chat and not record.prompt:
+        raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
+    if is_empty(completion):
+        raise DegenerateError("empty_completion", "'completion' is empty")
+    return Record(where, record.id, record.prompt, (completion,), template=record.template)
+
+
+def rendered_turns(tokeniser: Tokeniser, record: Record, turns: Turns) -> Rendered:
+    """Returns a conversation as text, with the spans of all turns of the assistant, or only of the last.
+
+    Raises:
+      DataError: there is no chat template, it rejects the messages, or a turn has no span.
+    """
+    whole = tokeniser.render(record, record.prompt)
+    assert tokeniser.template is not None  # checked by `render`
+    if tokeniser.template.marks_assistant(has_tools="tools" in record.template):
+        spans = [(start, end) for start, end in whole.spans if start < end]
+        return dataclasses.replace(whole, spans=tuple(spans[-1:] if turns == "last" else spans))
+    places = [i for i, message in enumerate(record.prompt) if message["role"] == ASSISTANT]
+    chosen = places[-1:] if turns == "last" else places
+    turns_spans = tuple(_span(tokeniser, record, whole.text, place) for place in chosen)
+    return dataclasses.replace(whole, spans=turns_spans)
+
+
+def _span(tokeniser: Tokeniser, record: Record, whole: str, place: int) -> tuple[int, int]:
+    """Returns the span of the assistant's message `place` in the whole text."""
+    messages: Sequence = record.prompt
+    if not place:  # no message comes before it that could be rendered alone
+        raise DataError(
+            f"{record.where}: 'messages' begins with the assistant, so the template cannot render what comes "
+            "before. Begin with the user or a system message, or use a template with {% generation %}"
+        )
+    before = tokeniser.render(record, messages[:place], add_generation_prompt=True).text
+    after = whole
+    if place + 1 < len(messages):
+        after = tokeniser.render(record, messages[: place + 1]).text
+    if after.startswith(before) and whole.startswith(after):
+        return len(before), len(after)
+    only_last = "learn only the last turn (CHAT_TURNS = 'last'), or "
+    later = any(message["role"] == ASSISTANT for message in messages[place + 1 :])
+    raise DataError(
+        f"{record.where}: 'messages': the chat template renders message {place + 1}, of the assistant, or the "
+        "messages before it otherwise when more follow, so its tokens cannot be determined: "
+        f"{only_last if later else ''}use a template with {{% generation %}} around the assistant's text "
+        "(CHAT_TEMPLATE)"
+    )
+
+
+class _Example(NamedTuple):
+    """A tokenised row."""
+
+    kind: Kind
+    record: Record
+    key: str  # examples with equal keys are in one split
+    ids: list[int]
+    learnt: list[bool]  # whether each id is learnt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatFiles(ExactSplit, PromptedFiles):
+    """Rows of one form in JSON lines or Parquet, by split; the held-out share is exact."""
+
+    MACRO: ClassVar[str] = "CHATS"
+
+    turns: Turns  # the turns of the assistant that are learnt
+
+    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
+        for example in self._examples(path, split):
+            yield {
+                "targets": np.array(example.ids, np.int32),
+                "loss_weights": np.array(example.learnt, np.float32),
+                "document_id": example.record.id,
+            }
+
+    def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        return {"targets": ((None,), "int32"), "loss_weights": ((None,), "float32")}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **super()._settings(),
+            "version": [VERSION, ROWS_VERSION, splits.VERSION, documents.VERSION, TOKENS_VERSION],
+            "turns": self.turns,
+            "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
+        }
+
+    def _examples(
+        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
+    ) -> Iterator[_Example]:
+        """Yields the tokenised rows of a file in one split, or in all; counts rows from which nothing can be learnt."""
+        for number, where, row in documents.read_rows(pathlib.Path(path), example=EXAMPLE):
+            id = self._id(path, number)
+            try:
+                kind, record = parse(row, where, id)
+                key = prompt_key(kind, record)
+                if split is None or self._split_of(key, path) == split:
+                    yield _Example(kind, record, key, *self._tokenised(kind, record))
+            except DegenerateError as error:
+                if dropped is not None:
+                    dropped.add(error.reason, id)
+
+    def _tokenised(self, kind: Kind, record: Record) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a row, and whether each is learnt; raises DegenerateError if none is."""
+        if kind == "text":
+            ids = self.tokeniser.text(record.prompt)
+            return ids, [True] * len(ids)
+        if kind == "prompt" and not record.is_chat:
+            prompt, (completion,) = self.tokeniser(record)
+            return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
+        if kind == "prompt":
+            ids, learnt = self._completed(record)
+        else:
+            rendered = rendered_turns(self.tokeniser, record, self.turns)
+            ids, learnt = self.tokeniser.encode_marked(rendered)
+        if not any(learnt):
+            raise DegenerateError("not_rendered", "the template renders nothing of the assistant")
+        return ids, learnt
+
+    def _completed(self, record: Record) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a prompt of messages with its completion, learnt from where they leave the prompt's ids."""
+        prompt = self.tokeniser.render(record, record.prompt, add_generation_prompt=True)
+        whole = self.tokeniser.continued(record, prompt.text, record.completions[0])
+        before, ids = (self.tokeniser.encode_marked(r.after(0))[0] for r in (prompt, whole))
+        start = len(os.path.commonprefix([before, ids]))
+        return ids, [place >= start for place in range(len(ids))]
+
+    def _check_form(self, example: _Example, first: _Example) -> None:
+        if example.kind != first.kind or example.record.is_chat != first.record.is_chat:
+            raise DataError(
+                f"{example.record.where}: the row has {_form(example)}, but {first.record.where} has {_form(first)}. "
+                "Put rows of different forms into different sets (CHATS = {'name': 'files', ...})"
+            )
+
+
+def _form(example: _Example) -> str:
+    if example.kind != "prompt":
+        return repr(example.kind)
+    content = "messages" if example.record.is_chat else "texts"
+    return f"'prompt' and 'completion' with {content}"
 
 
 def register_chats(
@@ -18,7 +257,7 @@ def register_chats(
     vocabulary: Any,
     validation_files: Files | None = None,
     validation_fraction: Fraction = 0.01,
-    turns: spans.Turns = "all",
+    turns: Turns = "all",
     chat_template: str | None = None,
     special_in_contents: bool = True,
     add_bos: bool | None = None,
@@ -26,7 +265,7 @@ def register_chats(
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Registers a task over files of conversations, prompts with completions, or texts; see `data.chats.records`.
+    """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
     The files are JSON lines (also .gz and .zst) or Parquet, with rows of one form. The features are the ids `targets`
     and `loss_weights`: 1 for the tokens of the assistant's turns, of completions or of texts, else 0.
@@ -57,7 +296,7 @@ def register_chats(
       ChatTemplateError: the chat template does not exist.
       ValueError: `turns` has an unknown value, sets differ, or the vocabulary lacks the BOS or EOS to add.
     """
-    check_choice(f"{name}: turns", turns, spans.Turns)
+    check_choice(f"{name}: turns", turns, Turns)
     if add_bos is None:
         add_bos = getattr(vocabulary, "adds_bos", False)
     sets = named_sets(name, files, validation_files)

@@ -4,6 +4,9 @@
   reasoning   problems in words: shift, reverse or sort the digits of an operand
   code        calls of the same procedures: their results, however they are worked out
 
+A call is `sort(482)=248`. A trace works it out first: `sort(482):2,24=248` has what is written after every step but the
+last. What follows the last `=` is the result of both.
+
 Operands of problems are held out: their digits occur in no training document of any source.
 """
 
@@ -11,9 +14,103 @@ import dataclasses
 import functools
 import itertools
 import random
+import re
+from collections.abc import Callable
 
 from espalier.common.ranges import check_choice
-from espalier.data.code_mix import procedures
+
+DIGITS = 3
+STATES = ":"  # precedes the states of a trace
+RESULT = "="  # precedes the result
+
+_CALL = re.compile(rf"([a-z]+)\((\d+)\)(?:{STATES}([\d,]+))?{RESULT}(\d+)")
+_NEXT = str.maketrans("0123456789", "1234567890")
+_FORGOTTEN = "0"  # operands with this digit are the case that careless programs forget
+
+
+@dataclasses.dataclass(frozen=True)
+class Procedure:
+    """Two definitions of a procedure: a function for calls, and steps for states of traces.
+
+    Attributes:
+      result: operand -> result.
+      take: remaining digits -> index of the digit that the next step takes.
+      write: the taken digit -> the digit that the step writes.
+    """
+
+    result: Callable[[str], str]
+    take: Callable[[str], int]
+    write: Callable[[str], str]
+
+    def careless(self, operand: str) -> str:
+        """Returns the result of a program that is off by one at its end for operands with a zero."""
+        result = self.result(operand)
+        if _FORGOTTEN not in operand:
+            return result
+        return result[:-1] + result[-1].translate(_NEXT)
+
+
+PROCEDURES = {
+    "shift": Procedure(
+        lambda operand: operand.translate(_NEXT),
+        lambda rest: 0,
+        lambda digit: str((int(digit) + 1) % 10),
+    ),
+    "reverse": Procedure(
+        lambda operand: operand[::-1],
+        lambda rest: len(rest) - 1,
+        str,
+    ),
+    "sort": Procedure(
+        lambda operand: "".join(sorted(operand)),
+        lambda rest: rest.index(min(rest)),
+        str,
+    ),
+}
+
+
+def states(name: str, operand: str) -> list[str]:
+    """Returns the digits written after each step; the last are the result."""
+    procedure = PROCEDURES[name]
+    rest, out = operand, [""]
+    while rest:
+        at = procedure.take(rest)
+        out.append(out[-1] + procedure.write(rest[at]))
+        rest = rest[:at] + rest[at + 1 :]
+    return out[1:]
+
+
+def is_plain(name: str, operand: str) -> bool:
+    """Returns whether careless programs are right for the operand."""
+    procedure = PROCEDURES[name]
+    return procedure.careless(operand) == procedure.result(operand)
+
+
+def call(name: str, operand: str, *, careless: bool = False) -> str:
+    """Returns a call with its result."""
+    return f"{name}({operand}){RESULT}{_result(name, operand, careless)}"
+
+
+def trace(name: str, operand: str, *, careless: bool = False) -> str:
+    """Returns a call with the states before its result, and its result."""
+    shown = ",".join(states(name, operand)[:-1])
+    return f"{name}({operand}){STATES}{shown}{RESULT}{_result(name, operand, careless)}"
+
+
+def _result(name: str, operand: str, careless: bool) -> str:
+    procedure = PROCEDURES[name]
+    return (procedure.careless if careless else procedure.result)(operand)
+
+
+def holds(text: str) -> bool:
+    """Executes a call or trace; returns whether it is complete and its result and states are right."""
+    match = _CALL.fullmatch(text)
+    if match is None or match[1] not in PROCEDURES:
+        return False
+    name, operand, shown, result = match.groups()
+    *before, last = states(name, operand)
+    return result == last and shown in (None, ",".join(before))
+
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:=()<>/?"
 SKILLS = ("reasoning", "knowledge", "code")
@@ -52,7 +149,7 @@ class Problem:
     def answered(self, continuation: str) -> bool:
         """Returns whether a continuation up to EOS is the answer, or ends in it after the working of a call."""
         if self.skill == "code":
-            _, sign, value = continuation.rpartition(procedures.RESULT)
+            _, sign, value = continuation.rpartition(RESULT)
             continuation = sign + value
         return continuation == self.answer
 
@@ -60,7 +157,7 @@ class Problem:
 @functools.cache
 def held_out_operands() -> tuple[str, ...]:
     """Returns the operands of problems and of validation documents; they do not depend on the seed."""
-    every = [f"{i:0{procedures.DIGITS}d}" for i in range(10**procedures.DIGITS)]
+    every = [f"{i:0{DIGITS}d}" for i in range(10**DIGITS)]
     return tuple(random.Random("operands").sample(every, int(HELD_OUT * len(every))))
 
 
@@ -71,7 +168,7 @@ def _held_out_set() -> frozenset[str]:
 
 def leaks(text: str) -> bool:
     """Returns whether a text contains the digits of a held-out operand, also within a longer number."""
-    size, held_out = procedures.DIGITS, _held_out_set()
+    size, held_out = DIGITS, _held_out_set()
     return any(text[i : i + size] in held_out for i in range(len(text) - size + 1))
 
 
@@ -98,13 +195,13 @@ def stated(fact: Fact, form: int) -> tuple[str, str]:
 
 def posed(name: str, operand: str) -> tuple[str, str]:
     """Returns a problem in words and its answer."""
-    result = procedures.PROCEDURES[name].result(operand)
+    result = PROCEDURES[name].result(operand)
     return _PROBLEM[name].format(operand=operand), f"{result}."
 
 
 def worked(name: str, operand: str) -> tuple[str, str]:
     """Returns a problem in words that asks for its steps, and the steps."""
-    return f"{name} {operand} step by step: ", f"{', '.join(procedures.states(name, operand))}."
+    return f"{name} {operand} step by step: ", f"{', '.join(states(name, operand))}."
 
 
 def instructions() -> list[Problem]:
@@ -116,7 +213,7 @@ def instructions() -> list[Problem]:
     steps = [
         Problem(*worked(name, operand), "reasoning", name)
         for operand in operands
-        for name in procedures.PROCEDURES
+        for name in PROCEDURES
     ]
     return steps + problems("knowledge")[::FORMS][:NUM_RECALLED]
 
@@ -141,14 +238,14 @@ def problems(skill: str) -> list[Problem]:
         ]
     return [
         _operation(skill, name, operand)
-        for name, operand in itertools.product(procedures.PROCEDURES, held_out_operands())
+        for name, operand in itertools.product(PROCEDURES, held_out_operands())
     ]
 
 
 def _operation(skill: str, name: str, operand: str) -> Problem:
-    kind = name if procedures.is_plain(name, operand) else f"{name}{RARE}"
+    kind = name if is_plain(name, operand) else f"{name}{RARE}"
     if skill == "reasoning":
         return Problem(*posed(name, operand), skill, kind)
-    called, sign, result = procedures.call(name, operand).partition(procedures.RESULT)
-    working = len(procedures.trace(name, operand)) - len(called + sign + result)
+    called, sign, result = call(name, operand).partition(RESULT)
+    working = len(trace(name, operand)) - len(called + sign + result)
     return Problem(called, sign + result, skill, kind, working)

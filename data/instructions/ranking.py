@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from espalier.data.instructions.encoding import RIGHT
+from espalier.data.instructions.sources import RIGHT
 
 METRICS = ("accuracy", "accuracy_per_token")
 BASE_RATE = "base_rate"

@@ -1,22 +1,141 @@
-"""Rows of a dataset with a prompt template as a SeqIO source: files of JSON lines or Parquet, or a prepared TFDS set."""
+"""Rows of a dataset with a prompt template as a SeqIO source: files of JSON lines or Parquet, or a prepared TFDS set.
+
+An example has vectors of ids, and what ranking and loss need.
+"""
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import Counted, DataSource, FileSource
-from espalier.data.instructions.encoding import Encoding
-from espalier.data.instructions.templates import Row
-from espalier.data.rows.records import Tally
+from espalier.data.instructions import templates
+from espalier.data.instructions.templates import Rendered, Row, Template
+from espalier.data.tasks import Tally
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.text.tfds_source import TfdsSource
+
+Form = Literal["encoder_decoder", "decoder"]
+
+# Part of the digest of a source: raise it when the same texts become other examples.
+VERSION = 1
+RIGHT = "is_right"  # feature of an example for ranking: whether its choice is the row's target
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokeniser:
+    """Converts inputs and targets to ids, separately, so that all answers follow the same ids.
+
+    Attributes:
+      vocabulary: a SeqIO vocabulary.
+      form: 'encoder_decoder' for inputs and targets; 'decoder' for both in `targets`, with loss on the answer alone.
+      separator: between the input and the answer of a decoder.
+      add_bos: begin the input of a decoder with BOS.
+      inputs_eos: end the inputs of an encoder with EOS. Targets always end with it.
+    """
+
+    vocabulary: Any
+    form: Form
+    separator: str
+    add_bos: bool
+    inputs_eos: bool
+
+    def inputs(self, text: str) -> list[int]:
+        """Returns the ids of an input, of a decoder with the separator and without BOS."""
+        if self.form == "decoder":
+            return list(self.vocabulary.encode(text + self.separator))
+        return [*self.vocabulary.encode(text), *([self.vocabulary.eos_id] * self.inputs_eos)]
+
+    def target(self, text: str) -> list[int]:
+        return [*self.vocabulary.encode(text), self.vocabulary.eos_id]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings for the record of a run."""
+        fields = ("form", "separator", "add_bos", "inputs_eos")
+        return {"vocabulary": str(self.vocabulary), **{key: getattr(self, key) for key in fields}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """The examples that a template makes of rows.
+
+    Attributes:
+      template: the prompt template.
+      tokeniser: converts texts to ids.
+      ranking: whether each answer choice of a row is an example, in place of its target.
+    """
+
+    template: Template
+    tokeniser: Tokeniser
+    ranking: bool
+
+    def examples(self, rows: Iterable[Row], dropped: Tally | None = None) -> Iterator[dict]:
+        """Yields the features of examples; counts rows for which the template renders nothing."""
+        for row, texts in self.template.render(rows):
+            if texts is None:
+                if dropped is not None:
+                    dropped.add("not_rendered", row.id)
+                continue
+            where = f"{self.template.where}, {row.where}"
+            for text in (texts.inputs, texts.target, *texts.choices):
+                documents.check_unicode(text, "the text", where)
+            examples = self._options(texts) if self.ranking else [self._example(texts)]
+            for example in examples:
+                yield example | {"document_id": row.id}
+
+    def _example(self, texts: Rendered) -> dict[str, Any]:
+        tokeniser = self.tokeniser
+        inputs, target = tokeniser.inputs(texts.inputs), tokeniser.target(texts.target)
+        if tokeniser.form == "encoder_decoder":
+            return {"inputs": _ids(inputs), "targets": _ids(target)}
+        if tokeniser.add_bos:
+            inputs = [tokeniser.vocabulary.bos_id, *inputs]
+        learnt = np.repeat(np.float32([0, 1]), [len(inputs), len(target)])
+        return {"targets": _ids([*inputs, *target]), "loss_weights": learnt}
+
+    def _options(self, texts: Rendered) -> Iterator[dict[str, Any]]:
+        inputs = _ids(self.tokeniser.inputs(texts.inputs))
+        for choice in texts.choices:
+            targets = _ids(self.tokeniser.target(choice))
+            yield {"inputs": inputs, "targets": targets, RIGHT: _ids([choice == texts.target])}
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features of an example, besides `document_id`."""
+        if self.ranking:
+            return ("inputs", "targets", RIGHT)
+        decoder = self.tokeniser.form == "decoder"
+        return ("targets", "loss_weights") if decoder else ("inputs", "targets")
+
+    def specs(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        """Returns shape and dtype of each feature."""
+        return {
+            name: ((None,), "float32" if name == "loss_weights" else "int32")
+            for name in self.features
+        }
+
+    def settings(self) -> Mapping[str, Any]:
+        """Returns everything that determines the examples of rows, as JSON, for a digest."""
+        template = self.template
+        return {
+            "version": [VERSION, templates.VERSION, documents.VERSION],
+            "template": [template.name, template.jinja, template.answer_choices],
+            "ranking": self.ranking,
+            **self.tokeniser.facts,
+            "vocabulary": fingerprint.vocabulary(self.tokeniser.vocabulary),
+        }
+
+
+def _ids(values: Any) -> np.ndarray:
+    return np.array(values, np.int32)
+
 
 ROW = '{"premise": "...", "hypothesis": "...", "label": 0}'
 

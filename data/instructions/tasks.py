@@ -11,8 +11,13 @@ from espalier.common.ranges import Fraction, Positive, check_choice
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.instructions import ranking
-from espalier.data.instructions.encoding import Encoding, Form, Tokeniser
-from espalier.data.instructions.sources import InstructionFiles, InstructionTfds
+from espalier.data.instructions.sources import (
+    Encoding,
+    Form,
+    InstructionFiles,
+    InstructionTfds,
+    Tokeniser,
+)
 from espalier.data.instructions.templates import Template, read
 from espalier.data.text import documents
 from espalier.data.text.documents import DataError

@@ -14,9 +14,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from espalier.data.rows import texts
-from espalier.data.rows.records import DegenerateError, Record, template_variables
-from espalier.data.rows.texts import Text
+from espalier.data.rows.records import (
+    DegenerateError,
+    Record,
+    Text,
+    as_seen,
+    check_unicode,
+    is_empty,
+    shared_words,
+    template_variables,
+    text_of,
+)
 from espalier.data.text.documents import DataError
 
 # Part of the digest of a source: raise it when the same rows are read as other records.
@@ -42,14 +50,14 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
                 f"{PAIR} or {EXAMPLE}; rename its keys"
             )
     for name in ("prompt", *names, "tools", "chat_template_kwargs"):
-        texts.check_unicode(row.get(name), name, where)
-    completions = tuple(texts.text_of(row[name], name, where) for name in names)
+        check_unicode(row.get(name), name, where)
+    completions = tuple(text_of(row[name], name, where) for name in names)
     chat = not isinstance(completions[0], str)
     if any(isinstance(text, str) == chat for text in completions):
         raise DataError(
             f"{where}: one of 'chosen' and 'rejected' is a text, the other has messages"
         )
-    prompt = None if row.get("prompt") is None else texts.text_of(row["prompt"], "prompt", where)
+    prompt = None if row.get("prompt") is None else text_of(row["prompt"], "prompt", where)
     # Sets of conversations often repeat their first message as a text under "prompt".
     repeats = paired and chat and isinstance(prompt, str)
     if prompt is None or repeats:
@@ -67,7 +75,7 @@ def parse(row: Mapping[str, Any], where: str, id: str) -> Record:
     if chat and not prompt:
         raise DataError(f"{where}: 'prompt' has no message; it needs at least one")
     for name, completion in zip(names, completions, strict=True):
-        if texts.is_empty(completion):
+        if is_empty(completion):
             raise DegenerateError("empty_completion", f"{name!r} is empty")
     if paired:
         _check_differ(completions)
@@ -103,7 +111,7 @@ def _divided(chosen: Text, rejected: Text) -> tuple[Text, tuple[Text, Text]]:
     """
     if isinstance(chosen, str):
         assert isinstance(rejected, str)
-        size = texts.shared_words(chosen, rejected)
+        size = shared_words(chosen, rejected)
     else:
         both = zip(chosen, rejected, strict=False)
         size = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], both))
@@ -120,7 +128,7 @@ def _check_differ(completions: Sequence[Text]) -> None:
     chosen, rejected = completions
     if chosen == rejected:
         raise DegenerateError("identical", "'chosen' and 'rejected' are the same")
-    if texts.as_seen(chosen) == texts.as_seen(rejected):
+    if as_seen(chosen) == as_seen(rejected):
         raise DegenerateError(
             "identical_but_invisible",
             "'chosen' and 'rejected' differ only in invisible characters without effect",

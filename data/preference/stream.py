@@ -5,19 +5,18 @@ Like data/stream/stream.py, with pairs in rows; `pair_rows.read_rows` documents 
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from espalier.common.ranges import Amount, Count, Positive, Seed, Size
+from espalier.common.ranges import Count, Size
 from espalier.data.cache import store
 from espalier.data.preference import pair_plan, pair_rows
 from espalier.data.preference.pair_rows import PairSource
-from espalier.data.stream import mixing, repeats, rows, schedule, stream
+from espalier.data.stream import rows, stream
 from espalier.data.stream.predictions import StoredStream
 from espalier.data.stream.row_stream import EvalStream, RowStream
-from espalier.data.stream.train_stream import Phases, Positions, Stream
+from espalier.data.stream.train_stream import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,28 +156,16 @@ class ReferencedStream(StoredStream):
         return {"reference_log_probs": values.reshape(hi - lo, -1)}
 
 
+@stream.with_settings(stream.StreamSettings, *stream.TRAINING, *stream.WEIGHTS)
 def make_stream(
     *,
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, Size],
-    batch_size: Size,
-    seed: Seed = 0,
-    split: str = "train",
+    settings: stream.StreamSettings,
     max_length: Size | None = None,
     packing: pair_plan.Packing = "examples",
     read_last: bool = False,
     start_token: Count | None = 0,
-    weights: mixing.Weights = "rates",
-    temperature: Positive = 1.0,
-    max_tokens: Amount | None = None,
-    phases: Phases | None = None,
-    interleaving: schedule.Interleaving = "error_diffusion",
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
-    positions: Positions | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> PairStream:
     """Returns the training stream of a mixture of tasks of preference data, or of one task.
 
@@ -203,41 +190,22 @@ def make_stream(
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    settings = stream.StreamSettings(
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-        weights=weights,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        phases=phases,
-        interleaving=interleaving,
-        max_epochs=max_epochs,
-        on_cap=on_cap,
-        positions=positions,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
     plan_source = _planner(task_feature_lengths, max_length, packing, read_last, start_token)
     return stream.open_mixture(
         mixture_or_task_name, settings, plan_source, PairStream, start_token=start_token
     )
 
 
+@stream.with_settings(stream.StreamSettings, *stream.HELD_OUT, split="validation")
 def make_eval_stream(
     *,
     task: str,
     task_feature_lengths: Mapping[str, Size],
-    batch_size: Size,
-    split: str = "validation",
+    settings: stream.StreamSettings,
     max_length: Size | None = None,
     packing: pair_plan.Packing = "examples",
     read_last: bool = False,
     start_token: Count | None = 0,
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> PairEvalStream:
     """Returns the evaluation stream of one task: every held-out pair once, in a fixed arbitrary order.
 
@@ -247,13 +215,6 @@ def make_eval_stream(
         data.stream.stream.NoSplitError: the task has no split of this name.
         ValueError: the task or the settings cannot be streamed.
     """
-    settings = stream.StreamSettings(
-        batch_size=batch_size,
-        split=split,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
     plan_source = _planner(task_feature_lengths, max_length, packing, read_last, start_token)
     return stream.open_held_out(
         task, settings, plan_source, PairEvalStream, start_token=start_token

@@ -1,15 +1,186 @@
-"""SeqIO tasks of preference data, registered by a plain function that gin binds."""
+"""SeqIO tasks of preference data: files as a source of tokenised pairs, registered by a function that gin binds."""
 
+import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from espalier.common.bars import Bar
 from espalier.common.ranges import Fraction, check_choice
 from espalier.data import tasks
-from espalier.data.preference import files as preference_files
 from espalier.data.preference import records
+from espalier.data.preference.records import Kind
+from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles
+from espalier.data.rows.records import DegenerateError, Record
+from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
+
+Invalid = Literal["drop", "error"]
+CACHED_AS = "data.preference.files"  # the name by which caches know the source
+# Features of an example besides `document_id`: ids, and one float32 number.
+TOKENS = ("prompt", "chosen", "rejected")
+NUMBER = {"paired": "margin", "unpaired": "labels"}
+
+
+class _Example(NamedTuple):
+    """A tokenised record."""
+
+    record: Record
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceFiles(PromptedFiles):
+    """Preference data in files of JSON lines, by split."""
+
+    # 'paired', or 'unpaired' for completions with labels; a pair then becomes one completion of
+    # each label
+    kind: Kind
+    invalid: Invalid  # 'drop' drops degenerate rows and counts them, 'error' raises
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """Reason -> number and first place of rows that are used but reported, such as for invisible characters."""
+        return self._counted["noted"]
+
+    def read_examples(self, path: str, split: str) -> Iterator[dict[str, Any]]:
+        examples = self._examples(path, split)
+        if self.kind == "paired":
+            for example in examples:
+                yield self._encoded(example, example.completions[1], example.record.margin)
+            return
+        paths = self.files[split]
+        after = paths[paths.index(path) + 1 :] + paths[: paths.index(path) + 1]
+
+        def others() -> Iterator[_Example]:
+            return itertools.chain.from_iterable(self._examples(path, split) for path in after)
+
+        for example, other in _mismatched(examples, others):
+            yield self._encoded(example, other.completions[0], float(example.record.label or 0))
+
+    def _features(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        ids = dict.fromkeys(TOKENS, ((None,), "int32"))
+        return {**ids, NUMBER[self.kind]: ((1,), "float32")}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **super()._settings(),
+            "version": [documents.VERSION, splits.VERSION, records.VERSION, TOKENS_VERSION],
+            "kind": self.kind,
+            "special": [self.tokeniser.add_bos, self.tokeniser.add_eos],
+            **({"prompt_eos": True} if self.tokeniser.prompt_eos else {}),
+        }
+
+    def _encoded(self, example: _Example, rejected: list[int], number: float) -> dict[str, Any]:
+        return {
+            "prompt": np.array(example.prompt, np.int32),
+            "chosen": np.array(example.completions[0], np.int32),
+            "rejected": np.array(rejected, np.int32),
+            NUMBER[self.kind]: np.array([number], np.float32),
+            "document_id": example.record.id,
+        }
+
+    def _examples(
+        self,
+        path: str,
+        split: str | None = None,
+        dropped: tasks.Tally | None = None,
+        noted: tasks.Tally | None = None,
+    ) -> Iterator[_Example]:
+        """Yields the examples of a file in one split, or in all; counts dropped and reported rows.
+
+        Rows of other splits are not tokenised, since that takes most of the time.
+        """
+        for number, row in documents.read_json_lines(pathlib.Path(path), example=records.PAIR):
+            where, id = f"{path}, line {number}", self._id(path, number)
+            try:
+                record = records.parse(row, where, id)
+                if split is not None and self._split_of(record.prompt_text, path) != split:
+                    continue
+                if noted is not None and record.has_invisible:
+                    noted.add("invisible_characters", id)
+                yield from self._tokenised(record)
+            except DegenerateError as error:
+                if self.invalid == "error":
+                    raise DataError(
+                        f"{where}: {error}. Repair or delete the line, or set invalid='drop' to skip such "
+                        "rows"
+                    ) from None
+                if dropped is not None:
+                    dropped.add(error.reason, id)
+
+    def _tokenised(self, record: Record) -> Iterator[_Example]:
+        if self.kind == "paired" and record.label is not None:
+            raise DataError(
+                f"{record.where}: the row has one completion with a label, not a pair; set "
+                f"kind='unpaired', or write {records.PAIR}"
+            )
+        for part in record.unpaired() if self.kind == "unpaired" else (record,):
+            prompt, completions = self.tokeniser(part)
+            if not all(completions):
+                raise DegenerateError("empty_completion", "a completion has no tokens")
+            if self.kind == "paired" and completions[0] == completions[1]:
+                raise DegenerateError(
+                    "identical_tokens", "'chosen' and 'rejected' are the same tokens"
+                )
+            yield _Example(part, prompt, completions)
+
+    def _suffices(self, counted: Mapping[str, Any]) -> bool:
+        return self.invalid == "drop" or not counted["dropped"]  # else read on, to raise the error
+
+    def _count(self) -> dict[str, Any]:
+        """Returns the numbers of examples of each split, and of dropped and reported rows."""
+        examples = dict.fromkeys(self.splits, 0)
+        prompts: dict[str, list] = {split: [] for split in self.splits}  # the first two
+        dropped, noted = tasks.Tally(), tasks.Tally()
+        paths = list(self.checksums)
+        for path in Bar(paths, desc=f"checking {self.name}", file=sys.stderr):
+            for example in self._examples(path, None, dropped, noted):
+                split = self._split_of(example.record.prompt_text, path)
+                examples[split] += 1
+                if len(prompts[split]) < 2 and example.prompt not in prompts[split]:
+                    prompts[split].append(example.prompt)
+        for split, count in examples.items():
+            if not count:
+                raise self._empty(split, sum(examples.values()), dropped)
+            if self.kind == "unpaired" and len(prompts[split]) < 2:
+                raise DataError(
+                    f"{self.name}: all examples of the {split} split have one prompt. Unpaired data need "
+                    "at least two prompts, since each completion is also scored after another prompt. "
+                    "Add data, or change validation_fraction"
+                )
+        return {"examples": examples, "dropped": dropped, "noted": noted}
+
+    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
+        where = f"{self.name}: {self.files[split][0]}"
+        if total:
+            return DataError(
+                f"{where}: validation_fraction={self.validation_fraction} of {total} examples leaves "
+                f"none for the {split} split. Change validation_fraction (PAIRS_VALIDATION_FRACTION; 0 holds none "
+                "out), or give validation_files (PAIRS_VALIDATION)"
+            )
+        return DataError(f"{where}: there is no example ({str(dropped) or 'every file is empty'})")
+
+
+def _mismatched(
+    examples: Iterable[_Example], others: Callable[[], Iterator[_Example]]
+) -> Iterator[tuple[_Example, _Example]]:
+    """Yields each example with the next one that has another prompt; `others()` follow after the last."""
+    waiting: list[_Example] = []
+    for example in examples:
+        if waiting and example.prompt != waiting[0].prompt:
+            yield from ((candidate, example) for candidate in waiting)
+            waiting = []
+        waiting.append(example)
+    if waiting:
+        other = next(candidate for candidate in others() if candidate.prompt != waiting[0].prompt)
+        yield from ((candidate, other) for candidate in waiting)
 
 
 def register_pairs(
@@ -25,7 +196,7 @@ def register_pairs(
     add_bos: bool = False,
     add_eos: bool = True,
     prompt_eos: bool = False,
-    invalid: preference_files.Invalid = "drop",
+    invalid: Invalid = "drop",
     data_root: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
@@ -65,8 +236,8 @@ def register_pairs(
       ValueError: `kind` or `invalid` has an unknown value, or the vocabulary lacks the BOS or EOS to add.
     """
     check_choice(f"{name}: kind", kind, records.Kind)
-    check_choice(f"{name}: invalid", invalid, preference_files.Invalid)
-    source = preference_files.PreferenceFiles.open(
+    check_choice(f"{name}: invalid", invalid, Invalid)
+    source = PreferenceFiles.open(
         name=name,
         files=files,
         vocabulary=vocabulary,
@@ -91,7 +262,6 @@ def register_pairs(
     tasks.register_rows(
         source,
         origin="register_pairs",
-        features=dict.fromkeys(preference_files.TOKENS, vocabulary)
-        | {preference_files.NUMBER[kind]: None},
+        features=dict.fromkeys(TOKENS, vocabulary) | {NUMBER[kind]: None},
         facts={"kind": kind, **source.facts},
     )

@@ -6,18 +6,17 @@ Like data/stream/stream.py, but a row is one prompt, padded on the right. Shape 
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
-from espalier.common.ranges import Count, Seed, Size
+from espalier.common.ranges import Count, Size
 from espalier.data.cache import store
 from espalier.data.prompts.tasks import INFO
-from espalier.data.stream import repeats, rows, schedule, stream
+from espalier.data.stream import rows, stream
 from espalier.data.stream.plan import Plan
-from espalier.data.stream.train_stream import Positions, Stream
+from espalier.data.stream.train_stream import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,22 +117,14 @@ class PromptStream(Stream):
         return super()._locate(step // self.updates, lo, hi)
 
 
+@stream.with_settings(stream.StreamSettings, *stream.TRAINING)
 def make_stream(
     *,
     mixture_or_task_name: str,
     max_prompt_length: Size,
-    batch_size: Size,
+    settings: stream.StreamSettings,
     updates: Size = 1,
-    seed: Seed = 0,
-    split: str = "train",
     start_token: Count | None = 0,
-    interleaving: schedule.Interleaving = "error_diffusion",
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
-    positions: Positions | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> PromptStream:
     """Returns the stream of prompts of a mixture of tasks, or of one task.
 
@@ -149,18 +140,6 @@ def make_stream(
     Raises:
         ValueError: the mixture or the settings cannot be streamed; raised before any batch is read.
     """
-    settings = stream.StreamSettings(
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-        interleaving=interleaving,
-        max_epochs=max_epochs,
-        on_cap=on_cap,
-        positions=positions,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
     return stream.open_mixture(
         mixture_or_task_name,
         settings,

@@ -15,10 +15,8 @@ import numpy as np
 
 from espalier.common.ranges import Fraction
 from espalier.data import tasks
-from espalier.data.rows import tokens
-from espalier.data.rows.files import PromptedFiles
-from espalier.data.rows.records import Record
-from espalier.data.rows.texts import text_of
+from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles
+from espalier.data.rows.records import Record, text_of
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -56,7 +54,7 @@ class PromptFiles(PromptedFiles):
     def _settings(self) -> dict[str, Any]:
         return {
             **super()._settings(),
-            "version": [VERSION, documents.VERSION, splits.VERSION, tokens.VERSION],
+            "version": [VERSION, documents.VERSION, splits.VERSION, TOKENS_VERSION],
             "add_bos": self.tokeniser.add_bos,
         }
 

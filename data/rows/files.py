@@ -1,22 +1,128 @@
-"""Base classes of sources that read files of rows: with an exact share held out, and with a prompt in each row."""
+"""Sources that read files of rows: with an exact share held out, and with a prompt in each row; and the tokens of their records.
+
+Prompt and completions are tokenised separately, so that no token spans the boundary. With a chat template, the prompt ends with
+the opening of the assistant's turn (the generation prompt). A completion is the text that the template adds to the prompt when
+it also renders the completion's messages. The template writes BOS and ends of turns; no further special tokens are added.
+"""
 
 import abc
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from espalier.common.bars import Bar
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import FileSource, shorten
-from espalier.data.rows import tokens
-from espalier.data.rows.records import Tally
+from espalier.data.rows.records import Message, Record
 from espalier.data.text import splits
 from espalier.data.text.documents import DataError
+from espalier.data.tokenizers import chat_sandbox, control_tokens
 from espalier.data.tokenizers import chat_template as templates
+
+# Part of the digest of a source: raise it when the same records become other tokens.
+TOKENS_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokeniser:
+    """Converts records to ids."""
+
+    vocabulary: Any  # a SeqIO vocabulary
+    # chat template of records with messages; None if all records are texts
+    template: templates.ChatTemplate | None
+    add_bos: bool  # begin prompts that are texts with BOS
+    add_eos: bool  # end completions that are texts with EOS
+    prompt_eos: bool = False  # end prompts with EOS, as an encoder's inputs
+
+    def __call__(self, record: Record) -> tuple[list[int], list[list[int]]]:
+        """Returns the ids of the prompt, and of each completion.
+
+        Raises:
+          DataError: the chat template is missing, rejects the messages, or renders the prompt differently when a
+            completion follows.
+        """
+        if record.is_chat:
+            return self._conversation(record)
+        encode = self.vocabulary.encode
+        return (
+            [*self._bos, *encode(record.prompt), *self._prompt_eos],
+            [[*encode(completion), *self._eos] for completion in record.completions],
+        )
+
+    def text(self, text: str) -> list[int]:
+        """Returns the ids of a text that is not a prompt: with BOS and EOS, but only one EOS if the text ends with it."""
+        ids = self.vocabulary.encode(text)
+        return [*self._bos, *ids, *([] if ids[-1:] == self._eos else self._eos)]
+
+    def encode_marked(self, rendered: chat_sandbox.Rendered) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a rendered conversation, and for each whether it overlaps one of the spans."""
+        ids, marked = control_tokens.encode(self.vocabulary, rendered)
+        bos = (
+            [] if hasattr(self.vocabulary, "encode_marked") else self._bos
+        )  # the template writes its own
+        return [*bos, *ids], [*([False] * len(bos)), *marked]
+
+    @property
+    def _bos(self) -> list[int]:
+        return [self.vocabulary.bos_id] if self.add_bos else []
+
+    @property
+    def _eos(self) -> list[int]:
+        return [self.vocabulary.eos_id] if self.add_eos else []
+
+    @property
+    def _prompt_eos(self) -> list[int]:
+        return [self.vocabulary.eos_id] if self.prompt_eos else []
+
+    def _conversation(self, record: Record) -> tuple[list[int], list[list[int]]]:
+        def encode(rendered: chat_sandbox.Rendered) -> list[int]:
+            return control_tokens.encode(self.vocabulary, rendered)[0]
+
+        prompt = self.render(record, record.prompt, add_generation_prompt=True)
+        return [*encode(prompt.after(0)), *self._prompt_eos], [
+            encode(self.continued(record, prompt.text, messages).after(len(prompt.text)))
+            for messages in record.completions
+        ]
+
+    def continued(
+        self, record: Record, prompt: str, completion: Sequence[Message]
+    ) -> chat_sandbox.Rendered:
+        """Returns a record's prompt with a completion; raises DataError if its text does not begin with `prompt`."""
+        rendered = self.render(record, [*record.prompt, *completion])
+        whole = rendered.text
+        if not whole.startswith(prompt):
+            place = len(os.path.commonprefix([prompt, whole]))
+            raise DataError(
+                f"{record.where}: the chat template renders the prompt differently when a completion "
+                f"follows, from character {place} on ({prompt[place : place + 30]!r} before, "
+                f"{whole[place : place + 30]!r} after), so prompt and completion cannot be separated. "
+                "Write texts, or use a template that begins each turn of the assistant with its "
+                "generation prompt"
+            )
+        return rendered
+
+    def render(
+        self, record: Record, messages: Sequence[Message], **options: Any
+    ) -> chat_sandbox.Rendered:
+        """Returns messages rendered with the record's tools, see `ChatTemplate.render_spans`.
+
+        Raises:
+          DataError: there is no chat template, or it rejects the messages.
+        """
+        if self.template is None:
+            raise DataError(
+                f"{record.where}: messages need a chat template, and the vocabulary has none. Set "
+                f"chat_template to a jinja file or one of {', '.join(templates.BUILT_IN)}, or write "
+                "texts"
+            )
+        try:
+            return self.template.render_spans(messages, **record.template, **options)
+        except templates.ChatTemplateError as error:
+            raise DataError(f"{record.where}: {error}") from None
 
 
 class Example(Protocol):
@@ -34,7 +140,7 @@ class ExactSplit(FileSource, abc.ABC):
 
     @abc.abstractmethod
     def _examples(
-        self, path: str, split: str | None = None, dropped: Tally | None = None
+        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
     ) -> Iterator[Any]:
         """Yields each `Example` of a file in one split, or in all; counts rows from which nothing can be learnt."""
 
@@ -52,7 +158,7 @@ class ExactSplit(FileSource, abc.ABC):
 
     def _count(self) -> dict[str, Any]:
         """Returns the numbers of examples, dropped rows, and the hashes of held-out keys."""
-        dropped, hashes = Tally(), {path: [] for path in self.checksums}
+        dropped, hashes = tasks.Tally(), {path: [] for path in self.checksums}
         first = None
         for path in Bar(hashes, desc=f"checking {self.name}", file=sys.stderr):
             for example in self._examples(path, None, dropped):
@@ -72,7 +178,7 @@ class ExactSplit(FileSource, abc.ABC):
                 raise self._empty(split, len(train), dropped)
         return {"examples": examples, "dropped": dropped, "held_out": sorted(held_out)}
 
-    def _empty(self, split: str, total: int, dropped: Tally) -> DataError:
+    def _empty(self, split: str, total: int, dropped: tasks.Tally) -> DataError:
         where = f"{self.name}: {shorten(self.files[split])}"
         if total:
             return DataError(
@@ -89,7 +195,7 @@ class ExactSplit(FileSource, abc.ABC):
 class PromptedFiles(FileSource, abc.ABC):
     """Rows of JSON lines with a prompt each, by split; equal prompts are in the same split."""
 
-    tokeniser: tokens.Tokeniser  # converts records to ids
+    tokeniser: Tokeniser  # converts records to ids
 
     @classmethod
     def open(
@@ -110,7 +216,7 @@ class PromptedFiles(FileSource, abc.ABC):
         """
         tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos or prompt_eos)
         template = templates.of(chat_template, vocabulary, special_in_contents=special_in_contents)
-        tokeniser = tokens.Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
+        tokeniser = Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
         return cls.find(name=name, tokeniser=tokeniser, **fields)
 
     @property

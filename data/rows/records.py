@@ -1,13 +1,134 @@
-"""Rows of prompts, completions and conversations as records, and counts of those from which nothing can be learnt."""
+"""Rows of prompts, completions and conversations as records, and their texts."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.data.rows import texts
-from espalier.data.rows.texts import Text
+from espalier.data.text import documents
 from espalier.data.text.documents import DataError
+
+Message = Mapping[str, Any]
+Text = str | Sequence[Message]
+
+# Characters without a glyph: soft hyphens and joiners, direction marks, invisible operators, tags. With them, a text
+# can hide words that models read and people do not see.
+_INVISIBLE_RANGES = (
+    *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x180E, 0x180E), (0x200B, 0x200F)),
+    *((0x202A, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xE0001, 0xE007F)),
+)
+INVISIBLE = frozenset(
+    chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)
+)
+_WITHOUT_INVISIBLE = dict.fromkeys(map(ord, INVISIBLE))
+# Invisible characters that do not change the look of other characters: line breaks (soft hyphen, zero-width space, word
+# joiner, byte order mark) and invisible operators. The others have an effect: joiners choose letter forms and emoji,
+# direction marks the order of letters, and tags flags.
+_WITHOUT_EFFECT = dict.fromkeys((0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF))
+# First words of the Unicode names of characters in scripts without spaces between words.
+_UNSPACED = {
+    *("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+}
+
+
+def text_of(value: Any, key: str, where: str) -> Text:
+    """Returns a text or a tuple of messages; raises DataError, with place and key, for anything else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: {key!r} is a {type(value).__name__}; write a text, or a list of messages "
+            '{"role": "user", "content": "..."}'
+        )
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(
+                f"{where}: message {number} of {key!r} is not of the form "
+                '{"role": "user", "content": "..."}'
+            )
+    return tuple(value)
+
+
+def as_seen(value: Any) -> Any:
+    """Returns the value without the invisible characters of no effect in its texts; equal for texts that look equal."""
+    if isinstance(value, str):
+        return value.translate(_WITHOUT_EFFECT)
+    if isinstance(value, Mapping):
+        return {key: as_seen(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_seen(inner) for inner in value]
+    return value
+
+
+def is_empty(completion: Text) -> bool:
+    """Returns whether a completion has only white space, invisible characters, and messages with empty parts."""
+    texts = (
+        [completion] if isinstance(completion, str) else strings(list(map(_content, completion)))
+    )
+    return all(map(is_blank, texts))
+
+
+def _content(message: Message) -> list[Any]:
+    """Returns the values of a message without its role; for a part {"type": "text", "text": ...} only the text."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("type") == "text":
+            return value.get("text")
+        return [of(inner) for inner in value] if isinstance(value, list) else value
+
+    return [of(value) for key, value in message.items() if key != "role"]
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yields all strings in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings(inner)
+
+
+def check_unicode(value: Any, key: str, where: str) -> None:
+    """Raises DataError, with place and key, if a string of the value is not valid Unicode."""
+    for text in strings(value):
+        documents.check_unicode(text, key, where)
+
+
+def is_blank(text: str) -> bool:
+    """Returns whether a text has only white space and invisible characters, with or without effect."""
+    return not text.translate(_WITHOUT_INVISIBLE).strip()
+
+
+def shared_words(one: str, other: str) -> int:
+    """Returns the length in characters of the words that both texts begin with.
+
+    Both texts are longer than this. The space after the last shared word is not counted, since tokenizers attach a
+    space to the word after it.
+    """
+    size = len(os.path.commonprefix([one, other]))
+    size = min(size, *(len(text.rstrip()) - 1 for text in (one, other)))
+    while size > 0 and any(_divides_word(one[size - 1], text[size]) for text in (one, other)):
+        size -= 1
+    if size > 0 and one[size - 1] == " ":
+        size -= 1
+    return max(size, 0)
+
+
+def _divides_word(before: str, after: str) -> bool:
+    """Returns whether no word can end between two adjacent characters of a text."""
+    if before.isspace() or after.isspace():
+        return False
+    if unicodedata.category(after).startswith("M"):  # a mark, which belongs to the letter before it
+        return True
+    names = (unicodedata.name(one, "").replace("-", " ") for one in (before, after))
+    return _UNSPACED.isdisjoint(name.partition(" ")[0] for name in names)
+
 
 _NOT_FOR_KWARGS = ("messages", "tools", "add_generation_prompt", "name")
 
@@ -48,8 +169,8 @@ class Record:
     @property
     def has_invisible(self) -> bool:
         """Returns whether a text of the record has characters without a glyph."""
-        parts = texts.strings([self.prompt, *self.completions])
-        return any(not texts.INVISIBLE.isdisjoint(part) for part in parts)
+        parts = strings([self.prompt, *self.completions])
+        return any(not INVISIBLE.isdisjoint(part) for part in parts)
 
     def unpaired(self) -> tuple["Record", ...]:
         """Returns the two completions of a pair as labelled records; the record itself if it has a label."""
@@ -62,18 +183,6 @@ class Record:
             for name, text, label in zip(
                 ("chosen", "rejected"), self.completions, (True, False), strict=True
             )
-        )
-
-
-class Tally(dict[str, dict[str, Any]]):
-    """Counts of events during reading: reason -> {'rows': number of rows, 'first': place of the first one}."""
-
-    def add(self, reason: str, where: str) -> None:
-        self.setdefault(reason, {"rows": 0, "first": where})["rows"] += 1
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{x['rows']:,} {reason} (first: {x['first']})" for reason, x in self.items()
         )
 
 

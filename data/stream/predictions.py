@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from espalier.common import files
-from espalier.data.stream import batches
+from espalier.data.stream import row_stream
 
 ABOUT = "about.json"
 _DIGEST = 16  # bytes of the digest of a pair or row
@@ -182,7 +182,7 @@ class PredictionStore:
 _OPEN: weakref.WeakValueDictionary[tuple[str, str], PredictionStore] = weakref.WeakValueDictionary()
 
 
-class StoredStream(batches.Iterable, abc.ABC):
+class StoredStream(row_stream.Iterable, abc.ABC):
     """A stream with additional columns that are read from a store.
 
     All other attributes are those of the wrapped stream.

@@ -225,7 +225,7 @@ def read_rows(
     row_B: np.ndarray,
     *,
     cross_document_attention: bool = False,
-    start_token: int = 0,
+    start_token: int | None = 0,
 ) -> dict[str, np.ndarray]:
     """Returns a batch of rows, with the column names that models expect.
 

@@ -6,19 +6,29 @@ is reduced. With integer shares q that sum to D, the deficits return to zero aft
 One period is therefore tabulated, and any slot of any step is computed by arithmetic. A phase
 changes the shares from a specified step on. Phases are integers on the host, so no compiled train
 step depends on them.
+
+A cap of c epochs on a source of r rows allows at most floor(c r) rows. The source is excluded from the first step that would
+exceed its cap (`redistribute`). The other sources of its phase then take over its share, in proportion to their own shares. The
+result is an ordinary list of phases, computed before the first step. Batches therefore remain a pure function of the step, and
+batches before that step do not depend on the cap.
 """
 
 import bisect
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from espalier.common.ranges import check_choice
+from espalier.common import spelling
+from espalier.common.ranges import Positive, check_choice
 
 Interleaving = Literal["error_diffusion", "random"]
+OnCap = Literal["error", "redistribute", "warn"]
+MaxEpochs = Positive | Mapping[str, Positive]
+Phases = list[tuple[int, dict[str, float]]]
 
 # The period is at least 2^16 slots, which bounds the absolute error of any share by 2^-17, and at
 # most 2^20, which takes about a second to tabulate. In between, it is chosen so that the relative
@@ -48,12 +58,12 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
     Raises:
         ValueError: a positive share is so small that it would never be read.
     """
-    shares = np.asarray(shares, np.float64)
-    shares = shares / shares.sum()
-    positive = shares > 0
-    smallest = shares[positive].min()
+    parts = np.asarray(shares, np.float64)
+    parts = parts / parts.sum()
+    positive = parts > 0
+    smallest = parts[positive].min()
     if smallest * _MAX_PERIOD < 1:
-        name = sources[int(np.flatnonzero(shares == smallest)[0])]
+        name = sources[int(np.flatnonzero(parts == smallest)[0])]
         raise ValueError(
             f"The weight of source {name!r} is a share of {smallest:.3g} of the rows, less than one row "
             f"in {_MAX_PERIOD}, and would round to zero. Raise the weight, or set it to 0 to exclude "
@@ -65,12 +75,12 @@ def integer_shares(shares: Sequence[float], sources: Sequence[str]) -> np.ndarra
         last = max(first, int(limit * smallest))
         multiples = np.unique(np.linspace(first, last, _CANDIDATES).astype(np.int64))
         periods = np.clip(np.rint(multiples / smallest), _MIN_PERIOD, _MAX_PERIOD)
-        exact = periods[:, None] * shares[positive]
+        exact = periods[:, None] * parts[positive]
         errors = np.abs(np.rint(exact) / exact - 1).max(axis=1)
         best = int(np.argmin(errors))
         if errors[best] <= _RELATIVE_ERROR:
             break
-    return largest_remainder(shares, int(periods[best]))
+    return largest_remainder(parts, int(periods[best]))
 
 
 def diffuse(counts: np.ndarray, slots: int) -> np.ndarray:
@@ -197,3 +207,102 @@ class Schedule:
         if step < 0:
             raise ValueError(f"Step {step} is negative.")
         return self._phases[bisect.bisect_right(self.starts, step) - 1]
+
+
+def row_limits(max_epochs: MaxEpochs | None, rows: Mapping[str, int]) -> dict[str, int]:
+    """Returns {source: maximum rows to read} of the capped sources.
+
+    Args:
+        max_epochs: one cap for every source, or {source: cap}; None for no cap.
+        rows: source -> rows of its plan.
+
+    Raises:
+        ValueError: a source is unknown, or a cap is not positive and finite.
+    """
+    if max_epochs is None:
+        return {}
+    caps = max_epochs if isinstance(max_epochs, Mapping) else dict.fromkeys(rows, max_epochs)
+    for name, cap in caps.items():
+        if name not in rows:
+            raise ValueError(f"max_epochs: unknown source {name!r}; {spelling.nearest(name, rows)}")
+        if not 0 < cap < math.inf:
+            raise ValueError(
+                f"max_epochs of {name!r} is {cap}; it must be positive and finite. For no cap, omit the source."
+            )
+    return {name: math.floor(cap * rows[name]) for name, cap in caps.items()}
+
+
+def redistribute(
+    phases: Phases, limits: Mapping[str, int], make_schedule: Callable[[Phases], Schedule]
+) -> tuple[Phases, list[tuple[int, tuple[str, ...]]], int | None]:
+    """Excludes each source from the first step that would exceed its limit of rows.
+
+    Args:
+        phases: (first step, {source: share}); the shares of a phase sum to 1.
+        limits: source -> maximum rows; other sources are not limited.
+        make_schedule: phases -> their schedule.
+
+    Returns:
+        Phases without the sources that have reached their limits; (first step without these
+        sources, the sources), in order of steps; and the first step at which no source of its phase
+        is left, or None.
+    """
+    out: Phases = []
+    full: list[tuple[int, tuple[str, ...]]] = []
+    for j, (start, shares) in enumerate(phases):
+        last = phases[j + 1][0] if j + 1 < len(phases) else None
+        excluded = {name for _, names in full for name in names}
+        while True:
+            remaining = {name: share for name, share in shares.items() if name not in excluded}
+            if not remaining:
+                return out, full, start
+            if len(remaining) < len(shares):  # otherwise leave the shares bitwise unchanged
+                total = sum(remaining.values())
+                remaining = {name: share / total for name, share in remaining.items()}
+            limited = {name: limits[name] for name in remaining if name in limits}
+            reached = _reached([*out, (start, remaining)], limited, make_schedule, last)
+            if reached is None:
+                out.append((start, remaining))
+                break
+            step, sources = reached
+            if step > start:
+                out.append((start, remaining))
+            full.append((step, sources))
+            excluded.update(sources)
+            start = step
+    return out, full, None
+
+
+def _reached(
+    phases: Phases,
+    limits: Mapping[str, int],
+    make_schedule: Callable[[Phases], Schedule],
+    last: int | None,
+) -> tuple[int, tuple[str, ...]] | None:
+    """Returns the first step of the last phase that would exceed a limit, and the sources concerned.
+
+    Returns None if there is no such step before step `last`.
+    """
+    if not limits:
+        return None
+    schedule = make_schedule(phases)
+    start = phases[-1][0]
+    places = [schedule.sources.index(name) for name in limits]
+    bounds = np.array(list(limits.values()))
+
+    def beyond(steps: int) -> np.ndarray:
+        return schedule.used(steps)[places] > bounds
+
+    # Invariant: no limit is exceeded after `low` steps; at least one is after `high` steps.
+    low, high = start, start + 1
+    while not beyond(high).any():
+        low, high = high, start + 2 * (high - start)
+        if last is not None and low >= last:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if beyond(middle).any() else (middle, high)
+    if last is not None and low >= last:
+        return None
+    sources = tuple(name for name, over in zip(limits, beyond(high), strict=True) if over)
+    return low, sources

@@ -9,6 +9,7 @@ of a batch. The step is the whole state of a stream.
 
 import dataclasses
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +17,21 @@ from typing import Any, TypeVar
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
 from espalier.data.cache import store
-from espalier.data.stream import mixing, plan, repeats, rows, schedule
+from espalier.data.stream import mixing, plan, rows, schedule
 from espalier.data.stream.row_stream import EvalStream
 from espalier.data.stream.train_stream import Phases, Positions, Stream
 
 AnyStream = TypeVar("AnyStream", bound=Stream)
 AnyEvalStream = TypeVar("AnyEvalStream", bound=EvalStream)
-
+Opened = TypeVar("Opened")
 
 _UNIMAX_EPOCHS = 4.0  # repeated that often, tokens are nearly worth new ones
 # Settings of the order of rows, which the class of the stream takes.
 _OF_ORDER = ("batch_size", "seed", "interleaving", "on_cap", "positions")
+# Settings of all held-out streams, of all training streams, and those with which a mixture's tasks are weighed.
+HELD_OUT = ("batch_size", "split", "cache_dir", "changed_cache", "verify_cache")
+TRAINING = (*HELD_OUT, "seed", "interleaving", "max_epochs", "on_cap", "positions")
+WEIGHTS = ("weights", "temperature", "max_tokens", "phases")
 
 
 class NoSplitError(ValueError):
@@ -41,18 +46,18 @@ class StreamSettings:
         ValueError: settings contradict each other.
     """
 
-    batch_size: int
-    seed: int = 0
+    batch_size: Size
+    seed: Seed = 0
     split: str = "train"
     weights: mixing.Weights = "rates"
-    temperature: float = 1.0
-    max_tokens: int | None = None
-    unimax_tokens: int | None = None
-    unimax_epochs: float | None = None
+    temperature: Positive = 1.0
+    max_tokens: Amount | None = None
+    unimax_tokens: Amount | None = None
+    unimax_epochs: Positive | None = None
     phases: Phases | None = None
     interleaving: schedule.Interleaving = "error_diffusion"
-    max_epochs: repeats.MaxEpochs | None = None
-    on_cap: repeats.OnCap = "error"
+    max_epochs: schedule.MaxEpochs | None = None
+    on_cap: schedule.OnCap = "error"
     positions: Positions | None = None
     cache_dir: str | os.PathLike | None = None
     changed_cache: store.Changed = "refuse"
@@ -92,31 +97,51 @@ class StreamSettings:
         return mixing.tempered(counts, self.temperature, self.max_tokens)
 
 
+def with_settings(
+    settings: type, *names: str, **defaults: Any
+) -> Callable[[Callable[..., Opened]], Callable[..., Opened]]:
+    """Gives a function that opens a stream parameters of settings; it is called with them as one object, `settings`.
+
+    Args:
+      settings: the dataclass of the settings.
+      names: its fields that become parameters; all if none is named.
+      defaults: of the parameters, where they are not those of the fields.
+    """
+    every = inspect.signature(settings).parameters.values()
+    added = [
+        p.replace(default=defaults.get(p.name, p.default))
+        for p in every
+        if p.name in (names or [p.name])
+    ]
+
+    def decorate(opener: Callable[..., Opened]) -> Callable[..., Opened]:
+        @functools.wraps(opener)
+        def opened(**arguments: Any) -> Opened:
+            given = {p.name: arguments.pop(p.name) for p in added if p.name in arguments}
+            return opener(settings=settings(**{**defaults, **given}), **arguments)
+
+        signature = inspect.signature(opener)
+        own = [p for p in signature.parameters.values() if p.name != "settings"]
+        del opened.__wrapped__  # type: ignore[attr-defined]  # gin asks it, and help() the signature
+        opened.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        types = {p.name: p.annotation for p in (*own, *added)}
+        opened.__annotations__ = {**types, "return": signature.return_annotation}
+        return opened
+
+    return decorate
+
+
+@with_settings(StreamSettings, *TRAINING, *WEIGHTS, "unimax_tokens", "unimax_epochs")
 def make_stream(
     *,
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, Size],
-    batch_size: Size,
-    seed: Seed = 0,
-    split: str = "train",
-    weights: mixing.Weights = "rates",
-    temperature: Positive = 1.0,
-    max_tokens: Amount | None = None,
-    unimax_tokens: Amount | None = None,
-    unimax_epochs: Positive | None = None,
-    phases: Phases | None = None,
-    interleaving: schedule.Interleaving = "error_diffusion",
+    settings: StreamSettings,
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
     inputs_prefix: Sequence[Count] = (),
     cross_document_attention: bool = False,
     start_token: Count = 0,
-    max_epochs: repeats.MaxEpochs | None = None,
-    on_cap: repeats.OnCap = "error",
-    positions: Positions | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> Stream:
     """Returns the training stream of a SeqIO mixture or task; builds missing token caches.
 
@@ -164,47 +189,27 @@ def make_stream(
     Raises:
         ValueError: the data cannot be streamed with these settings.
     """
-    settings = StreamSettings(
-        batch_size=batch_size,
-        seed=seed,
-        split=split,
-        weights=weights,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        unimax_tokens=unimax_tokens,
-        unimax_epochs=unimax_epochs,
-        phases=phases,
-        interleaving=interleaving,
-        max_epochs=max_epochs,
-        on_cap=on_cap,
-        positions=positions,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
     return open_mixture(
         mixture_or_task_name,
         settings,
         _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        Stream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
 
 
+@with_settings(StreamSettings, *HELD_OUT, split="validation")
 def make_eval_stream(
     *,
     task: str,
     task_feature_lengths: Mapping[str, Size],
-    batch_size: Size,
-    split: str = "validation",
+    settings: StreamSettings,
     packing: plan.Packing = "best_fit",
     long_documents: plan.LongDocuments = "split",
     inputs_prefix: Sequence[Count] = (),
     cross_document_attention: bool = False,
     start_token: Count = 0,
-    cache_dir: str | os.PathLike | None = None,
-    changed_cache: store.Changed = "refuse",
-    verify_cache: bool = True,
 ) -> EvalStream:
     """Returns the evaluation stream of a SeqIO task: every row once, in a fixed random order.
 
@@ -216,25 +221,17 @@ def make_eval_stream(
         NoSplitError: the task has no such split.
         ValueError: the data cannot be streamed with these settings.
     """
-    settings = StreamSettings(
-        batch_size=batch_size,
-        split=split,
-        cache_dir=cache_dir,
-        changed_cache=changed_cache,
-        verify_cache=verify_cache,
-    )
     return open_held_out(
         task,
         settings,
         _planner(task_feature_lengths, packing, long_documents, inputs_prefix),
+        EvalStream,
         cross_document_attention=cross_document_attention,
         start_token=start_token,
     )
 
 
-def held_out(
-    open_stream: Callable[..., EvalStream], tasks: Sequence[str]
-) -> tuple[EvalStream, ...]:
+def held_out(open_stream: Callable[..., Opened], tasks: Sequence[str]) -> tuple[Opened, ...]:
     """Returns the evaluation streams of the tasks that have held-out data; prints which have none.
 
     `open_stream` is called with (task=).
@@ -253,7 +250,7 @@ def open_mixture(
     mixture_or_task_name: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyStream] = Stream,
+    stream_class: type[AnyStream],
     **of_rows: Any,
 ) -> AnyStream:
     """Returns a stream over the sources with positive weight in a mixture.
@@ -295,7 +292,7 @@ def open_held_out(
     task: str,
     settings: StreamSettings,
     plan_source: Callable[[str, store.Cache], rows.Source],
-    stream_class: type[AnyEvalStream] = EvalStream,
+    stream_class: type[AnyEvalStream],
     **of_rows: Any,
 ) -> AnyEvalStream:
     """Returns the stream of the evaluation split of one task; see `open_mixture`.

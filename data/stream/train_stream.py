@@ -8,7 +8,7 @@ import numpy as np
 
 from espalier.common.ranges import Count, NonNegative, check_choice
 from espalier.data.cache import store
-from espalier.data.stream import mixing, order, repeats, rows, schedule
+from espalier.data.stream import mixing, order, rows, schedule
 from espalier.data.stream.row_stream import RowStream
 
 Phases = Sequence[tuple[Count, Mapping[str, NonNegative]]]
@@ -35,13 +35,13 @@ class Stream(RowStream):
         cross_document_attention: bool = False,
         start_token: int | None = 0,
         interleaving: str = "error_diffusion",
-        max_epochs: repeats.MaxEpochs | None = None,
+        max_epochs: schedule.MaxEpochs | None = None,
         on_cap: str = "error",
         positions: Positions | None = None,
     ):
-        check_choice("on_cap", on_cap, repeats.OnCap)
+        check_choice("on_cap", on_cap, schedule.OnCap)
         phases = mixing.checked_phases(phases, tuple(source.name for source in sources))
-        limits = repeats.row_limits(max_epochs, {s.name: s.plan.num_rows for s in sources})
+        limits = schedule.row_limits(max_epochs, {s.name: s.plan.num_rows for s in sources})
         used = {name for _, shares in phases for name in shares}
         sources = [source for source in sources if source.name in used]
         super().__init__(sources, batch_size, cross_document_attention, start_token)
@@ -68,10 +68,11 @@ class Stream(RowStream):
         settings: dict[str, Any] = {}  # defaults are omitted, so older fingerprints remain valid
         if any(self._before):
             settings["before"] = self._before
-        self._phases, self._full, self._end = phases, [], None
+        self._phases, self._end = phases, None
+        self._full: list[tuple[int, tuple[str, ...]]] = []
         if on_cap == "redistribute" and self._limits:
             settings["limits"] = self._limits
-            self._phases, self._full, self._end = repeats.redistribute(
+            self._phases, self._full, self._end = schedule.redistribute(
                 phases, self._limits, make_schedule
             )
         if not self._phases:
@@ -158,7 +159,7 @@ class Stream(RowStream):
             if step + needed <= end:
                 return step + needed - first_step
             tokens -= (end - step) * per_step
-            step = end
+            step = int(end)
         raise ValueError(
             f"{self._no_more()} The budget needs {tokens:,.0f} tokens more: raise max_epochs, add data, or "
             "lower the budget."

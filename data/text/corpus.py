@@ -146,7 +146,7 @@ def assemble(
       ValueError: a source is unknown, no source has a document, or files of the existing corpus
         have been changed or lost.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "sources": names.resolve(sources),
         "bytes_per_source": bytes_per_source,
         "validation_fraction": validation_fraction,

@@ -34,8 +34,8 @@ def shingles(text: str) -> np.ndarray:
     """Returns one uint64 hash per byte offset of a text; a shorter text than a shingle has one."""
     raw = re.sub(rb"\s+", b" ", text.encode("utf-8", "surrogatepass")).strip()
     raw = raw.ljust(SHINGLE, b"\0")
-    words = np.lib.stride_tricks.sliding_window_view(np.frombuffer(raw, np.uint8), 8)
-    words = np.ascontiguousarray(words).view(np.uint64)[:, 0]
+    octets = np.lib.stride_tricks.sliding_window_view(np.frombuffer(raw, np.uint8), 8)
+    words = np.ascontiguousarray(octets).view(np.uint64)[:, 0]
     hashes = words[:-8] * _MIX[0] ^ (words[8:] + _MIX[1]) * _MIX[1]
     hashes ^= hashes >> np.uint64(32)
     hashes *= _MIX[2]

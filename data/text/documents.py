@@ -161,7 +161,7 @@ def _decoded(raw: bytes, path: pathlib.Path, number: int, offset: int) -> str:
 
 def _open(path: pathlib.Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
         # Arrow reads all frames and raises for a truncated frame; the reader of zstandard does not.
         import pyarrow
@@ -349,8 +349,8 @@ def _text(path: pathlib.Path, format: Format, name: str) -> Iterator[Document]:
     else:
         for blank, group in itertools.groupby(lines, key=lambda line: not line[1].strip()):
             if not blank:
-                number, text = _joined(group, path, limit)
-                yield Document(f"{name}:{number}", text)
+                first, text = _joined(group, path, limit)
+                yield Document(f"{name}:{first}", text)
 
 
 def _joined(

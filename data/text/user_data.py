@@ -1,4 +1,4 @@
-"""Registers the data of users: files, TFDS sets, and modules that register SeqIO tasks."""
+"""Registers data as tasks: the corpus, files, TFDS sets, and modules that register SeqIO tasks."""
 
 import importlib
 import math
@@ -6,13 +6,71 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espalier.common.ranges import Fraction, NonNegative
+from espalier.common.ranges import Fraction, NonNegative, Positive
 from espalier.data import tasks
 from espalier.data.cache import cache_dir as cache
 from espalier.data.data_source import Files
 from espalier.data.stream import mixing
+from espalier.data.text import corpus as corpus_lib
 from espalier.data.text import document_files, documents, tfds_source
 from espalier.data.text.document_filters import DocumentFilter
+from espalier.data.text.sources import names
+
+
+def register_corpus(
+    *,
+    vocabulary: Any,
+    corpus: corpus_lib.Corpus | None = None,
+    sources: Sequence[str] = ("all",),
+    temperature: Positive = 1.0,
+    language_temperature: Positive = 3.0,
+    add_bos: bool = False,
+    add_eos: bool = True,
+) -> None:
+    """Registers the corpus: tasks `english`, `docstrings`, `python`, `cpp`, `markup`, `lang_<code>`.
+
+    The mixtures are `text` (english, docstrings), `code` (python, cpp), `multilingual` (all
+    languages) and `all`. Each mixture contains only sources that the corpus holds. A second call
+    with the same arguments changes nothing.
+
+    Args:
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
+      corpus: an assembled corpus; by default `data.text.corpus.assemble(sources=sources)`.
+      sources: names of sources or groups to register.
+      temperature: a source of b bytes has the rate b ** (1 / temperature) in a mixture.
+      language_temperature: the temperature of `multilingual`, whose sources differ tenfold in size.
+      add_bos: begin each document with the vocabulary's BOS.
+      add_eos: end each document with EOS.
+
+    Raises:
+      ValueError: a source is unknown, or the corpus holds none of the sources.
+    """
+    wanted = names.resolve(sources)
+    if corpus is None:
+        corpus = corpus_lib.assemble(sources=sources)
+    present = [source for source in wanted if source in corpus.sources]
+    if not present:
+        raise ValueError(
+            f"none of the sources {', '.join(wanted)} is in the corpus, which holds "
+            f"{', '.join(corpus.sources)}"
+        )
+    for source in present:
+        tasks.register_source(
+            source,
+            corpus.source(source),
+            origin="register_corpus",
+            vocabulary=vocabulary,
+            add_bos=add_bos,
+            add_eos=add_eos,
+        )
+    for group, grouped in names.GROUPS.items():
+        members = [source for source in grouped if source in present]
+        exponent = 1 / (language_temperature if group == "multilingual" else temperature)
+        if members:
+            tasks.register_mixture(
+                group, {source: corpus.size(source) ** exponent for source in members}
+            )
+    tasks.record_corpus(corpus.digest, corpus.summary())
 
 
 def register_files(
@@ -65,9 +123,10 @@ def register_files(
         filters=filters,
         cache_dir=cache_dir,
     )
-    several = isinstance(source, document_files.DocumentSets)
-    _check_shares(name, shares, source.sources if several else ())
-    for each in source.sets if several else (source,):
+    several = source if isinstance(source, document_files.DocumentSets) else None
+    _check_shares(name, shares, several.sources if several else ())
+    sources = source.sets if isinstance(source, document_files.DocumentSets) else (source,)
+    for each in sources:
         tasks.register_source(
             each.name,
             each,
@@ -78,7 +137,7 @@ def register_files(
         )
     if several:
         tasks.register_mixture(
-            name, shares or {each.name: each.size(each.name) for each in source.sets}
+            name, shares or {each.name: each.size(each.name) for each in several.sets}
         )
 
 

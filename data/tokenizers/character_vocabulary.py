@@ -68,7 +68,5 @@ class CharacterVocabulary(seqio.Vocabulary):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CharacterVocabulary) and self.symbols == other.symbols
 
-    __hash__ = None
-
     def __str__(self) -> str:
         return f"CharacterVocabulary({self.symbols!r})"

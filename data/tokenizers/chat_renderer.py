@@ -44,7 +44,8 @@ def _render(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
     texts: list[str] = []
     marked: list[tuple[int, int]] = []
     length, is_known = 0, True
-    token = _spans.set(spoken := [])
+    spoken: list[str] = []
+    token = _spans.set(spoken)
     try:
         for piece in pieces(_compiled(source), values):
             # A marked block is one piece; `_mark` has recorded it before jinja2 yields the piece.

@@ -139,7 +139,7 @@ class ChatTemplate:
             **_plain({**self.variables, **variables}, "variables of the template"),
             "add_generation_prompt": add_generation_prompt,
         }
-        contents = {
+        contents: dict[str, Any] = {
             "messages": _messages(messages),
             "tools": None if tools is None else _plain(tools, "tools"),
             "documents": None if documents is None else _plain(documents, "documents"),

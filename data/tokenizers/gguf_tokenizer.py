@@ -77,7 +77,7 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> None:
 
 def _convert(values: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[int]]:
     """Returns the tokenizer, the content of tokenizer_config.json, and the EOS ids."""
-    kind = values.get(f"{_PREFIX}model")
+    kind: Any = values.get(f"{_PREFIX}model")
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
     if build is None:
         raise hf_tokenizer.TokenizerError(
@@ -153,7 +153,7 @@ def _sentencepiece(values: Mapping[str, Any]) -> tokenizers.Tokenizer:
     types = [int(type) for type in _needed(values, "token_type")]
     tokenizer = tokenizers.Tokenizer(spm_tokenizer.bpe(tokens, scores, types))
     prefix = bool(values.get(f"{_PREFIX}add_space_prefix", True))
-    space = [normalizers.Replace(" ", spm_tokenizer.SPACE)]
+    space: list[normalizers.Normalizer] = [normalizers.Replace(" ", spm_tokenizer.SPACE)]
     if prefix:
         space.insert(0, normalizers.Prepend(spm_tokenizer.SPACE))
     tokenizer.normalizer = normalizers.Sequence(space)

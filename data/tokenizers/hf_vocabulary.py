@@ -171,8 +171,6 @@ class HFTokenizerVocabulary(seqio.Vocabulary):
             == (other.model_bytes, other._ids, other.extra_ids)
         )
 
-    __hash__ = None
-
     def __str__(self) -> str:
         return f"HFTokenizerVocabulary({self.files.path}, size={self.vocab_size})"
 

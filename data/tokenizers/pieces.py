@@ -33,12 +33,10 @@ class Pieces:
         """
         if token not in self._beginning:
             text = self._spellings.get(token)
-            whole = text is not None and _BROKEN not in self._vocabulary.decode([token])
-            self._beginning[token] = (
-                tuple(id for id, other in self._spellings.items() if other.startswith(text))
-                if whole
-                else ()
-            )
+            found: tuple[int, ...] = ()
+            if text is not None and _BROKEN not in self._vocabulary.decode([token]):
+                found = tuple(id for id, other in self._spellings.items() if other.startswith(text))
+            self._beginning[token] = found
         return self._beginning[token]
 
 

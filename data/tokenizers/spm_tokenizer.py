@@ -75,7 +75,7 @@ def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     scores = [piece.score for piece in proto.pieces]
     types = [piece.type for piece in proto.pieces]
     if kind == _BPE:
-        inner = bpe(pieces, scores, types)
+        inner: models.Model = bpe(pieces, scores, types)
     elif kind == _UNIGRAM:
         inner = _unigram(pieces, scores, types)
     else:
@@ -83,10 +83,10 @@ def convert(model: bytes) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     tokenizer = tokenizers.Tokenizer(inner)
     if steps := _normalizers(proto.normalizer_spec):
         tokenizer.normalizer = normalizers.Sequence(steps)
-    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    decoding: list[decoders.Decoder] = [decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    tokenizer.decoder = decoders.Sequence(steps)
+        decoding.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(decoding)
     matched = types if kind == _BPE else [CONTROL if t == CONTROL else NORMAL for t in types]
     add_tokens(tokenizer, pieces, matched)
     names = {"pad": "pad_id", "eos": "eos_id", "unk": "unk_id", "bos": "bos_id"}
@@ -113,7 +113,9 @@ def bpe(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) ->
             continue
         for cut in range(1, len(piece)):
             left, right = vocabulary.get(piece[:cut]), vocabulary.get(piece[cut:])
-            if None not in (left, right) and types[left] in mergeable and types[right] in mergeable:
+            if left is None or right is None:
+                continue
+            if types[left] in mergeable and types[right] in mergeable:
                 merges.append((-scores[id], id, left, right))
     merges.sort()
     unknown = [piece for piece, type in zip(pieces, types, strict=True) if type == UNKNOWN]

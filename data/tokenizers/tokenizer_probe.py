@@ -1,4 +1,4 @@
-"""Tries out a tokenizer.json; runs in a child process with limits, before the file is loaded for use.
+"""Tries out a tokenizer.json or a SentencePiece model; runs in a child process with limits, before it is loaded for use.
 
 The library `tokenizers` fails by Rust panics, and by loops and allocations of any size. What a text grows to is
 bounded here for every text. What a text costs is only tried out, with `TEXTS`: a regular expression of the
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import sentencepiece
 import tokenizers
 
 MAX_IDS = 1 << 24
@@ -98,4 +99,17 @@ def _trial(tokenizer: tokenizers.Tokenizer) -> str | None:
             continue
         except BaseException as error:
             return f"it crashes on the text {text[:20]!r}, {len(text)} characters long: {error}"
+    return None
+
+
+def check_sentencepiece(model: str) -> str | None:
+    """Returns the problem of a SentencePiece model, whose bytes are given in Base64; None if it loads, encodes and decodes."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model))
+        for text in TEXTS:
+            processor.decode(processor.encode(text))
+    except MemoryError:
+        raise
+    except Exception as error:
+        return f"{error}"[:500]
     return None

@@ -37,7 +37,9 @@ from espalier.data.tokenizers import checkpoint_files
 
 MAX_SPACES = 16
 SENTENCEPIECE = "tokenizer.model"  # of a checkpoint
-_probe = LimitedProcess("espalier.data.tokenizers.spm_probe:check", memory_bytes=2 << 30)
+_probe = LimitedProcess(
+    "espalier.data.tokenizers.tokenizer_probe:check_sentencepiece", memory_bytes=2 << 30
+)
 _SPACE = "\u2581"
 WHITE_SPACE_PIECES = (
     *("\n", "\n\n", "\t", "\t\t", "\t\t\t"),
@@ -78,6 +80,8 @@ def sentencepiece(
 ):
     """Returns a SentencePiece vocabulary of a corpus; trains it once, then reads it from the cache.
 
+    `vocabulary.json` beside the `.model` file records the corpus and the settings.
+
     Args:
       corpus: the texts; only training documents are read.
       size: number of pieces, including special pieces and 256 bytes.
@@ -97,16 +101,39 @@ def sentencepiece(
     Raises:
       ValueError: the sample does not allow this size, or the algorithm is unknown.
     """
-    path = train(
-        corpus=corpus,
-        size=size,
-        algorithm=algorithm,
-        sample_bytes=sample_bytes,
-        balance=balance,
-        character_coverage=character_coverage,
-        special_tokens=special_tokens,
-        cache_dir=cache_dir,
-    )
+    check_choice("vocabulary algorithm", algorithm, ("bpe", "unigram"))
+    settings = {
+        "corpus": corpus.digest,
+        "size": size,
+        "algorithm": algorithm,
+        "sample_bytes": sample_bytes,
+        "balance": balance,
+        "character_coverage": character_coverage,
+        "white_space_pieces": WHITE_SPACE_PIECES,
+        "normalization": _NORMALIZATION,
+        "required": _REQUIRED,
+        "sentencepiece": importlib.metadata.version("sentencepiece"),
+    }
+    if special_tokens:  # absent by default, so that older vocabularies in the cache remain valid
+        settings["special_tokens"] = list(special_tokens)
+    key = fingerprint.of_json(settings)[:16]
+    directory = cache.cache_dir("vocabularies", key, override=cache_dir)
+    path = directory / "sentencepiece.model"
+
+    def build(target: pathlib.Path) -> None:
+        started = time.monotonic()
+        with stage(f"training a vocabulary of {size} pieces"):
+            model = _train(corpus, settings, target / "normalization.tsv")
+        (target / path.name).write_bytes(model)
+        digest = hashlib.sha256(model).hexdigest()
+        record = {**settings, "sha256": digest}
+        # Not synced here: build_directory does it.
+        files.write_json(target / "vocabulary.json", record, synced=False)
+        seconds = time.monotonic() - started
+        print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
+
+    if not path.is_file():
+        cache.build_directory(directory, build, expected=[path.name])
     return from_file(path=path, extra_ids=extra_ids)
 
 
@@ -201,60 +228,6 @@ def characters(*, symbols: str):
     from espalier.data.tokenizers import character_vocabulary
 
     return character_vocabulary.CharacterVocabulary(symbols)
-
-
-def train(
-    *,
-    corpus: Texts,
-    size: Size,
-    algorithm: str,
-    sample_bytes: Amount,
-    balance: Fraction,
-    character_coverage: Fraction,
-    special_tokens: Sequence[str] = (),
-    cache_dir: str | os.PathLike | None = None,
-) -> pathlib.Path:
-    """Trains a vocabulary unless the cache has it; `sentencepiece` describes the arguments.
-
-    Returns:
-      The path of the `.model` file. `vocabulary.json` beside it records the corpus and the
-      settings.
-    """
-    check_choice("vocabulary algorithm", algorithm, ("bpe", "unigram"))
-    settings = {
-        "corpus": corpus.digest,
-        "size": size,
-        "algorithm": algorithm,
-        "sample_bytes": sample_bytes,
-        "balance": balance,
-        "character_coverage": character_coverage,
-        "white_space_pieces": WHITE_SPACE_PIECES,
-        "normalization": _NORMALIZATION,
-        "required": _REQUIRED,
-        "sentencepiece": importlib.metadata.version("sentencepiece"),
-    }
-    if special_tokens:  # absent by default, so that older vocabularies in the cache remain valid
-        settings["special_tokens"] = list(special_tokens)
-    key = fingerprint.of_json(settings)[:16]
-    directory = cache.cache_dir("vocabularies", key, override=cache_dir)
-    path = directory / "sentencepiece.model"
-    if path.is_file():
-        return path
-
-    def build(target: pathlib.Path) -> None:
-        started = time.monotonic()
-        with stage(f"training a vocabulary of {size} pieces"):
-            model = _train(corpus, settings, target / "normalization.tsv")
-        (target / path.name).write_bytes(model)
-        digest = hashlib.sha256(model).hexdigest()
-        record = {**settings, "sha256": digest}
-        # Not synced here: build_directory does it.
-        files.write_json(target / "vocabulary.json", record, synced=False)
-        seconds = time.monotonic() - started
-        print(f"vocabulary of {size} pieces in {seconds:.1f} s: {path}", file=sys.stderr)
-
-    cache.build_directory(directory, build, expected=[path.name])
-    return path
 
 
 def _train(corpus: Texts, settings: Mapping[str, Any], rules: pathlib.Path) -> bytes:

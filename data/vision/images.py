@@ -9,6 +9,7 @@ Shapes: B rows, S side of the images, C channels.
 
 import abc
 import concurrent.futures
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from espalier.common.ranges import Finite, Positive, Seed, Size
 from espalier.data.cache import store
-from espalier.data.stream import batches, order
+from espalier.data.stream import order, row_stream, stream
 from espalier.data.vision.image_sets import ImageSet
 
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -25,46 +26,53 @@ _VERSION = 1  # raise it when the same settings give other batches
 _PART = 16  # least number of images per thread
 
 
-class _Images(batches.Iterable, abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How images become batches; `make_stream` describes the fields.
+
+    Raises:
+      ValueError: the settings do not fit together.
+    """
+
+    batch_size: Size
+    image_size: Size
+    channels: Size = 3
+    mean: Sequence[Finite] = (0.5, 0.5, 0.5)
+    std: Sequence[Positive] = (0.25, 0.25, 0.25)
+    transform: Transform | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
+        if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
+            raise ValueError(
+                f"mean = {tuple(self.mean)} and std = {tuple(self.std)} must have one number for each of the "
+                f"{self.channels} channels, and std must be positive."
+            )
+
+
+class _Images(row_stream.Iterable, abc.ABC):
     """Base class of both streams: reads rows of a set and makes batches."""
 
     length = 1  # an image is one unit
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        batch_size: int,
-        image_size: int,
-        channels: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        transform: Transform | None,
-        seed: int,
-    ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be positive.")
-        if not len(mean) == len(std) == channels or min(std) <= 0:
-            raise ValueError(
-                f"mean = {tuple(mean)} and std = {tuple(std)} must have one number for each of the {channels} "
-                "channels, and std must be positive."
-            )
-        self.batch_size = batch_size
-        self._images, self._transform, self._seed = images, transform, seed
+    def __init__(self, images: ImageSet, settings: ImageSettings, *, seed: int):
+        self.batch_size = settings.batch_size
+        self._images, self._transform, self._seed = images, settings.transform, seed
         self._threads = len(os.sched_getaffinity(0))
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "images")
-        self._shape = (image_size, image_size, channels)
-        self._mean_C, self._std_C = np.float32(mean), np.float32(std)
+        self._shape = (settings.image_size, settings.image_size, settings.channels)
+        self._mean_C, self._std_C = np.float32(settings.mean), np.float32(settings.std)
         self.source_names = (images.name,)
         self.fingerprint = store.digest(
             {
                 "version": _VERSION,
                 "images": images.digest,
-                "batch_size": batch_size,
+                "batch_size": self.batch_size,
                 "shape": self._shape,
-                "mean": list(mean),
-                "std": list(std),
-                "transform": repr(transform),
+                "mean": list(settings.mean),
+                "std": list(settings.std),
+                "transform": repr(self._transform),
                 "seed": seed,
                 "kind": type(self).__name__,
             }
@@ -151,12 +159,13 @@ class ImageStream(_Images):
     def __init__(
         self,
         images: ImageSet,
+        settings: ImageSettings,
         *,
+        seed: int,
         positions: Mapping[str, Mapping[str, Any]] | None,
-        **settings: Any,
     ):
         self._before = 0
-        super().__init__(images, **settings)
+        super().__init__(images, settings, seed=seed)
         if (earlier := (positions or {}).get(images.name)) is not None:
             if earlier["order"] != self._order:
                 raise ValueError(
@@ -204,9 +213,9 @@ class ImageEvalStream(_Images):
 
     bytes_per_token = 0.0  # images have no text
 
-    def __init__(self, images: ImageSet, **settings: Any):
+    def __init__(self, images: ImageSet, settings: ImageSettings):
         self.name = images.name
-        super().__init__(images, seed=0, **settings)
+        super().__init__(images, settings, seed=0)
 
     @property
     def num_steps(self) -> int:
@@ -222,15 +231,11 @@ class ImageEvalStream(_Images):
         return place_B, np.zeros_like(place_B), row_B
 
 
+@stream.with_settings(ImageSettings)
 def make_stream(
     *,
     images: Callable[..., ImageSet],
-    batch_size: Size,
-    image_size: Size,
-    channels: Size = 3,
-    mean: Sequence[Finite] = (0.5, 0.5, 0.5),
-    std: Sequence[Positive] = (0.25, 0.25, 0.25),
-    transform: Transform | None = None,
+    settings: ImageSettings,
     seed: Seed = 0,
     positions: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ImageStream:
@@ -249,29 +254,15 @@ def make_stream(
     Raises:
       ValueError: the set is empty, its image sizes or labels are wrong, or the settings do not fit together.
     """
-    return ImageStream(
-        images(split="train"),
-        positions=positions,
-        batch_size=batch_size,
-        image_size=image_size,
-        channels=channels,
-        mean=mean,
-        std=std,
-        transform=transform,
-        seed=seed,
-    )
+    return ImageStream(images(split="train"), settings, seed=seed, positions=positions)
 
 
+@stream.with_settings(ImageSettings)
 def make_eval_stream(
     *,
     images: Callable[..., ImageSet],
     task: str,
-    batch_size: Size,
-    image_size: Size,
-    channels: Size = 3,
-    mean: Sequence[Finite] = (0.5, 0.5, 0.5),
-    std: Sequence[Positive] = (0.25, 0.25, 0.25),
-    transform: Transform | None = None,
+    settings: ImageSettings,
 ) -> ImageEvalStream:
     """Returns the evaluation stream of a set, which must have the name `task`: every held-out image once.
 
@@ -282,12 +273,4 @@ def make_eval_stream(
         raise ValueError(
             f"{task!r} cannot be evaluated: the name of the set is {image_set.name!r}."
         )
-    return ImageEvalStream(
-        image_set,
-        batch_size=batch_size,
-        image_size=image_size,
-        channels=channels,
-        mean=mean,
-        std=std,
-        transform=transform,
-    )
+    return ImageEvalStream(image_set, settings)

@@ -39,7 +39,7 @@ from typing import Any, Literal
 from espalier.launch import cli
 from espalier.launch.aya_expanse.teachers import SamplingFlags
 from espalier.launch.config import setting_flags
-from espalier.launch.preparation.best_of_n import RewardFlags
+from espalier.launch.prepare.best_of_n import RewardFlags
 
 Routing = Literal["single", "random", "fixed", "reward", "learned", "fusion", "translated"]
 
@@ -198,7 +198,7 @@ def arbitrage(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArbitrageError(f"--out={out} cannot be created: {error}. Choose another.") from None
-    with completions.opened(out / COMPLETIONS) as store:
+    with completions.Store.opened(out / COMPLETIONS) as store:
         router = Router(
             settings,
             pool,

@@ -10,8 +10,8 @@ from typing import Any
 
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt
 from espalier.launch.inference import row_files
-from espalier.launch.preparation import best_of_n
-from espalier.launch.preparation.best_of_n import RewardFlags
+from espalier.launch.prepare import best_of_n
+from espalier.launch.prepare.best_of_n import RewardFlags
 
 _JUDGE = "judge:"
 _VERSION = 1  # raise it when an exact scorer's rewards change
@@ -27,7 +27,7 @@ def check(flags: RewardFlags) -> None:
     if not flags.reward.startswith(_JUDGE):
         best_of_n.checkpoint_of(flags.reward)
         return
-    from espalier.launch.evaluation.judges import spec
+    from espalier.launch.evaluate.judges import spec
 
     spec.parse(flags.reward.removeprefix(_JUDGE))
 
@@ -39,7 +39,7 @@ class Rewards:
     counting one half. Answers that no comparison could judge have no reward.
 
     Args:
-      flags: `best_of_n.RewardFlags`, whose reward may also be judge:SPEC, see launch/evaluation/judges/spec.py.
+      flags: `best_of_n.RewardFlags`, whose reward may also be judge:SPEC, see launch/evaluate/judges/spec.py.
       folder: of the files `rewards.jsonl` and, for a judge, `judgements.jsonl`.
     """
 
@@ -56,12 +56,12 @@ class Rewards:
         elif (checkpoint := best_of_n.checkpoint_of(flags.reward)) is None:
             identity = [flags.reward, flags.answer_key, flags.answer_pattern, _VERSION]
         else:
-            from espalier.launch.evaluation.judges.checkpoint import weights_identity
+            from espalier.launch.evaluate.judges.checkpoint import weights_identity
             from espalier.launch.run import load_run
             from espalier.trainers.checkpoints import step_dir
 
             step = str(step_dir.resolve(checkpoint))
-            _, text = load_run.config_with_text(step)
+            text = load_run.configuration_of(step).text
             identity = weights_identity(step, settings=text, params="auto")
         return _digest([identity, flags.missing_end_penalty])
 
@@ -109,21 +109,23 @@ class Rewards:
 
     @functools.cached_property
     def _judge(self) -> Any:
-        from espalier.launch.evaluation.judges import spec
+        from espalier.launch.evaluate.judges import spec
         from espalier.launch.run import load_run
 
         chosen = spec.parse(self._flags.reward.removeprefix(_JUDGE))
         config, text = None, ""
         if chosen.checkpoint is not None:
-            config, text = load_run.config_with_text(chosen.checkpoint)
+            configuration = load_run.configuration_of(chosen.checkpoint)
+            run: Any = configuration.entry
+            config, text = run(), configuration.text
         return spec.build(chosen, attempts=None, allow_ties=False, config=config, config_text=text)
 
     def _judged(
         self, prompts: Sequence[Prompt], answers: Sequence[Answers]
     ) -> list[dict[str, float]]:
-        from espalier.launch.evaluation.judges import asking
-        from espalier.launch.evaluation.judges.answers import language_name
-        from espalier.launch.evaluation.judges.base import TIE, A, Pair
+        from espalier.launch.evaluate.judges import asking
+        from espalier.launch.evaluate.judges.answers import language_name
+        from espalier.launch.evaluate.judges.asking import TIE, A, Pair
 
         pairs, places = [], []
         for p, (prompt, by_name) in enumerate(zip(prompts, answers, strict=True)):
@@ -133,7 +135,7 @@ class Rewards:
                 shown = {"a": by_name[a]["text"], "b": by_name[b]["text"], "language": language}
                 pairs.append(Pair(id=prompt.id, prompt=text, **shown, systems=(a, b)))
                 places.append((p, a, b))
-        with asking.opened(self._folder / JUDGEMENTS) as journal:
+        with asking.Journal.opened(self._folder / JUDGEMENTS) as journal:
             outcomes, _ = asking.judge_pairs(self._judge, pairs, journal)
         shares: list[dict[str, list[float]]] = [{} for _ in prompts]
         for (p, a, b), outcome in zip(places, outcomes, strict=True):

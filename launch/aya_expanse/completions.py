@@ -3,10 +3,9 @@
 import collections
 import contextlib
 import dataclasses
-import pathlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,19 +15,23 @@ from espalier.data.aya_expanse.prompts import Prompt
 from espalier.data.text.documents import DataError
 from espalier.launch import input_errors
 from espalier.launch.aya_expanse.teachers import Answer, Working, key_of
-from espalier.launch.inference import row_files
 from espalier.launch.inference.chat_endpoint import Silence
 from espalier.launch.inference.row_files import ResumedRows
 
 
-class Store:
-    """The completions of a file by their keys; opened by `opened`. Several threads may use it."""
+class Store(ResumedRows):
+    """The completions of a file by their keys. Several threads may use it.
 
-    def __init__(self, file: ResumedRows):
-        self._file, self._lock = file, threading.Lock()
+    Raises:
+      DataError: a line is not a completion.
+    """
+
+    def __init__(self, *file: Any, **options: Any):
+        super().__init__(*file, **options)
+        self._lock = threading.Lock()
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._earlier: set[str] = set()
-        for place, row in file.rows:
+        for place, row in self.rows:
             if "error" in row:  # for readers of the file; it is requested again
                 continue
             if not isinstance(row.get("key"), str) or not isinstance(row.get("text"), str):
@@ -47,21 +50,9 @@ class Store:
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes a completion, or the row of one that did not come, with "error"."""
         with self._lock:
-            self._file.add(row)
+            super().add(row)
             if "error" not in row:
                 self._rows[row["key"]] = row
-
-
-@contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[Store]:
-    """Opens the completions in a file, and locks it against other processes.
-
-    Raises:
-      DataError: a line is not a completion.
-      RowFileError: another process writes the file, or a line is damaged.
-    """
-    with row_files.resumed(path) as file:
-        yield Store(file)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,9 +11,8 @@ import numpy as np
 from espalier.data.aya_expanse import router, routing, second_prompts
 from espalier.data.aya_expanse.pool import Pool
 from espalier.data.aya_expanse.prompts import UNKNOWN, Prompt, same_language
-from espalier.data.rows.texts import is_blank
+from espalier.data.rows.records import is_blank
 from espalier.data.text.documents import DataError
-from espalier.launch.aya_expanse import second_answers
 from espalier.launch.aya_expanse.completions import Asked, Store, ask
 from espalier.launch.aya_expanse.teachers import SamplingFlags, Working, at_work, key_of
 
@@ -21,29 +20,29 @@ NO_ANSWER, EMPTY, CUT, WRONG_LANGUAGE = "no answer", "empty", "cut", "wrong lang
 _IMPORTED, ROUTER = "imported", "router.npz"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Routed:
     """The result for P prompts.
 
     Attributes:
-      chosen: the teacher of each prompt; None if it has no answer that can be used.
-      answers: the answers that can be used, by teacher, in the order of the pool.
-      all_answers: all answers, by teacher.
-      rewards: of `answers`, by teacher.
-      fates: why an answer cannot be used, by teacher.
       names: all teachers.
+      all_answers: all answers, by teacher.
+      answers: the answers that can be used, by teacher, in the order of the pool.
+      fates: why an answer cannot be used, by teacher.
+      rewards: of `answers`, by teacher.
+      chosen: the teacher of each prompt; None if it has no answer that can be used.
       reward_version: see `Rewards.version`; None without a reward.
       teachers: counts of requests by teacher, as JSON.
     """
 
-    chosen: Sequence[str | None]
-    answers: Sequence[Mapping[str, Any]]
-    all_answers: Sequence[Mapping[str, Any]]
-    rewards: Sequence[Mapping[str, float]]
-    fates: Sequence[Mapping[str, str]]
     names: Sequence[str]
-    reward_version: str | None
-    teachers: Mapping[str, Mapping[str, Any]]
+    all_answers: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
+    fates: list[dict[str, str]]
+    rewards: Sequence[Mapping[str, float]] = ()
+    chosen: Sequence[str | None] = ()
+    reward_version: str | None = None
+    teachers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class Router:
@@ -96,11 +95,11 @@ class Router:
         elif settings.routing == "learned":
             learns = self._subset(prompts)
             pairs = zip(planned, learns, strict=True)
-            self.ask(prompts, [names if learn else [] for names, learn in pairs])
+            self._ask(prompts, [names if learn else [] for names, learn in pairs])
             subset = [i for i, learn in enumerate(learns) if learn]
             picked = self._learned(prompts, subset, planned)
             planned = [names if learns[i] else picked[i] for i, names in enumerate(planned)]
-        self.ask(prompts, planned)
+        self._ask(prompts, planned)
         return self._chosen(prompts, planned, learns)
 
     def _begin(self, names: set[str]) -> None:
@@ -112,57 +111,86 @@ class Router:
 
     def _fused(self, prompts: Sequence[Prompt]) -> Routed:
         """Asks all teachers but one, and then that one for an answer out of theirs; without it the best of theirs is kept."""
-        fuser = second_answers.check(self._pool, "fuser", self._settings.fuser)
-        planned = [second_answers.writers(self._pool, fuser, prompt) for prompt in prompts]
-        self._begin({fuser, *(name for names in planned for name in names)})
-        self.ask(prompts, planned)
-        everything, usable, fates = self._usable(prompts, planned)
-        second = second_answers.fused(self, prompts, usable, fuser)
-        for i, one in enumerate(second):
-            if one is not None:
-                self._add(prompts[i], fuser, one[1], everything[i], usable[i], fates[i])
-        rewards = self._rewarded(prompts, usable)
-        chosen = [
-            fuser if fuser in answers else routing.best(row) if row else next(iter(answers), None)
-            for answers, row in zip(usable, rewards, strict=True)
+        fuser = self._second_model("fuser")
+        planned = []
+        for prompt in prompts:
+            able = routing.able(self._pool, prompt.language)
+            planned.append([teacher.name for teacher in able if teacher.name != fuser])
+            if not planned[-1]:
+                raise DataError(
+                    f"{prompt.where}: no teacher besides --fuser={fuser} is asked in {prompt.language!r}: add one to the pool"
+                )
+        routed = self._first_answers(prompts, planned, fuser)
+        asked = [
+            second_prompts.fusion(prompt, {name: one["text"] for name, one in answers.items()})
+            if answers
+            else None
+            for prompt, answers in zip(prompts, routed.answers, strict=True)
         ]
-        return self._routed(chosen, everything, usable, rewards, fates)
+        self._add_second_answers(routed, prompts, asked, fuser)
+        self._reward(prompts, routed)
+        routed.chosen = [
+            fuser if fuser in answers else routing.best(row) if row else next(iter(answers), None)
+            for answers, row in zip(routed.answers, routed.rewards, strict=True)
+        ]
+        return self._counted(routed)
 
     def _translated(self, prompts: Sequence[Prompt]) -> Routed:
         """Asks one teacher in English, and another for translations of its answers; English prompts keep the first answer."""
-        settings, pool = self._settings, self._pool
-        translator = second_answers.check(pool, "translator", settings.translator)
+        translator = self._second_model("translator")
         english = [second_prompts.in_english(prompt) for prompt in prompts]
-        planned = [[routing.single(pool, settings.teacher, prompt)] for prompt in english]
-        self._begin({translator, *(name for names in planned for name in names)})
-        self.ask(english, planned)
-        everything, usable, fates = self._usable(english, planned)
-        second = second_answers.translated(self, prompts, usable, translator)
-        chosen = [next(iter(answers), None) for answers in usable]
-        for i, one in enumerate(second):
-            if one is None:
-                continue
-            usable[i] = {}  # an English answer is none to a prompt in another language
-            self._add(prompts[i], translator, one[1], everything[i], usable[i], fates[i])
-            chosen[i] = next(iter(usable[i]), None)
-        return self._routed(chosen, everything, usable, self._rewarded(prompts, usable), fates)
+        teacher = self._settings.teacher
+        planned = [[routing.single(self._pool, teacher, prompt)] for prompt in english]
+        routed = self._first_answers(english, planned, translator)
+        asked = [
+            second_prompts.translation(prompt, next(iter(answers.values()))["text"])
+            if answers and not same_language(prompt.language, "en")
+            else None
+            for prompt, answers in zip(prompts, routed.answers, strict=True)
+        ]
+        for answers, one in zip(routed.answers, asked, strict=True):
+            if one is not None:
+                answers.clear()  # an English answer is none to a prompt in another language
+        self._add_second_answers(routed, prompts, asked, translator)
+        routed.chosen = [next(iter(answers), None) for answers in routed.answers]
+        self._reward(prompts, routed)
+        return self._counted(routed)
 
-    def _add(
+    def _second_model(self, flag: str) -> str:
+        """Returns the model that answers out of others' answers; raises DataError if the pool does not have it."""
+        name = getattr(self._settings, flag)
+        if name is None or name not in self._pool.teachers:
+            names = ", ".join(self._pool.teachers)
+            raise DataError(f"--{flag}={name} is not a teacher of the pool: give one of {names}")
+        return name
+
+    def _first_answers(
+        self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]], second: str
+    ) -> Routed:
+        """Asks the planned teachers, before the model `second` is asked."""
+        self._begin({second, *(name for names in planned for name in names)})
+        self._ask(prompts, planned)
+        return self._usable(prompts, planned)
+
+    def _add_second_answers(
         self,
-        prompt: Prompt,
+        routed: Routed,
+        prompts: Sequence[Prompt],
+        asked: Sequence[Prompt | None],
         name: str,
-        answer: Mapping[str, Any] | None,
-        everything: dict[str, Any],
-        usable: dict[str, Any],
-        fates: dict[str, str],
     ) -> None:
-        """Adds a second model's answer to those of a prompt."""
-        if answer is not None:
-            everything[name] = answer
-        if why := self._fate(prompt, answer):
-            fates[name] = why
-        else:
-            usable[name] = answer
+        """Asks a second model, and adds its answers; `asked` is what it is asked about each prompt, if anything."""
+        some = [one for one in asked if one is not None]
+        self._ask(some, [[name]] * len(some))
+        for i, (prompt, one) in enumerate(zip(prompts, asked, strict=True)):
+            if one is not None:
+                answer = self._answers(one, [name]).get(name)
+                if answer is not None:
+                    routed.all_answers[i][name] = answer
+                if why := self._fate(prompt, answer):
+                    routed.fates[i][name] = why
+                else:
+                    routed.answers[i][name] = answer
 
     def _loaded(self, path: str) -> router.Router:
         """Returns the router in a file; raises DataError if it is not of this pool."""
@@ -191,7 +219,7 @@ class Router:
             return routing.random(self._pool, prompt, seed=self._sampling.seed)
         return routing.fixed(self._pool, prompt)
 
-    def ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
+    def _ask(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> None:
         """Asks the planned teachers of each prompt, unless their answers are stored."""
         wanted = {
             name: [p for p, names in zip(prompts, planned, strict=True) if name in names]
@@ -201,7 +229,7 @@ class Router:
         attempts = self._settings.attempts
         ask(self._working, wanted, self._store, attempts=attempts, asked=self._asked)
 
-    def answers(self, prompt: Prompt, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    def _answers(self, prompt: Prompt, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         """Returns the stored answers to a prompt by teacher."""
         keys = {name: key_of(self._working[name], prompt) for name in names}
         rows = {name: self._store.get(key) for name, key in keys.items()}
@@ -221,18 +249,16 @@ class Router:
                 return WRONG_LANGUAGE
         return ""
 
-    def _usable(
-        self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, str]]]:
-        """Returns all answers, the usable ones, and the fates of the others, each by prompt and teacher."""
-        everything, usable, fates = [], [], []
+    def _usable(self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]]) -> Routed:
+        """Returns the stored answers of the planned teachers, and which of them can be used."""
+        routed = Routed(names=list(self._pool.teachers), all_answers=[], answers=[], fates=[])
         for prompt, names in zip(prompts, planned, strict=True):
-            answers = self.answers(prompt, names)
+            answers = self._answers(prompt, names)
             whys = {name: self._fate(prompt, answers.get(name)) for name in names}
-            everything.append(answers)
-            usable.append({name: answers[name] for name, why in whys.items() if not why})
-            fates.append({name: why for name, why in whys.items() if why})
-        return everything, usable, fates
+            routed.all_answers.append(answers)
+            routed.answers.append({name: answers[name] for name, why in whys.items() if not why})
+            routed.fates.append({name: why for name, why in whys.items() if why})
+        return routed
 
     def _learned(
         self, prompts: Sequence[Prompt], subset: Sequence[int], planned: Sequence[Sequence[str]]
@@ -240,8 +266,8 @@ class Router:
         """Returns, for each prompt, the one teacher that is expected to have the largest reward."""
         assert self._rewards is not None
         learnt = [prompts[i] for i in subset]
-        _, usable, _ = self._usable(learnt, [planned[i] for i in subset])
-        rewards = self._rewards(learnt, usable)
+        usable = self._usable(learnt, [planned[i] for i in subset])
+        rewards = self._rewards(learnt, usable.answers)
         names = list(self._pool.teachers)
         if self._settings.per == "language":
             order = routing.best_by_language(learnt, rewards, names)
@@ -271,14 +297,16 @@ class Router:
     def _chosen(
         self, prompts: Sequence[Prompt], planned: Sequence[Sequence[str]], learns: Sequence[bool]
     ) -> Routed:
-        everything, usable, fates = self._usable(prompts, planned)
-        rewards = self._rewarded(prompts, usable)
+        routed = self._usable(prompts, planned)
+        self._reward(prompts, routed)
         by_language: Mapping[str, Sequence[str]] = {}
         if self._settings.per == "language":
-            known = [row if learn else {} for row, learn in zip(rewards, learns, strict=True)]
-            by_language = routing.best_by_language(prompts, known, list(self._pool.teachers))
+            known = [
+                row if learn else {} for row, learn in zip(routed.rewards, learns, strict=True)
+            ]
+            by_language = routing.best_by_language(prompts, known, routed.names)
         chosen: list[str | None] = []
-        for prompt, answers, row in zip(prompts, usable, rewards, strict=True):
+        for prompt, answers, row in zip(prompts, routed.answers, routed.rewards, strict=True):
             if self._settings.per == "language":
                 order = by_language.get(prompt.language, ())
                 chosen.append(next((name for name in order if name in answers), None))
@@ -286,43 +314,32 @@ class Router:
                 chosen.append(next(iter(answers)))
             else:
                 chosen.append(routing.best(row) if row else None)
-        return self._routed(chosen, everything, usable, rewards, fates)
+        routed.chosen = chosen
+        return self._counted(routed)
 
-    def _rewarded(
-        self, prompts: Sequence[Prompt], usable: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, float]]:
-        return [{} for _ in prompts] if self._rewards is None else self._rewards(prompts, usable)
+    def _reward(self, prompts: Sequence[Prompt], routed: Routed) -> None:
+        if self._rewards is None:
+            routed.rewards = [{} for _ in prompts]
+        else:
+            routed.rewards = self._rewards(prompts, routed.answers)
+            routed.reward_version = self._rewards.version
 
-    def _routed(
-        self,
-        chosen: Sequence[str | None],
-        everything: Sequence[Mapping[str, Any]],
-        usable: Sequence[Mapping[str, Any]],
-        rewards: Sequence[Mapping[str, float]],
-        fates: Sequence[Mapping[str, str]],
-    ) -> Routed:
-        teachers = {
+    def _counted(self, routed: Routed) -> Routed:
+        """Returns a result with the counts of requests by teacher."""
+        earlier = self._store.is_earlier
+        routed.teachers = {
             name: {
                 "earlier": sum(
-                    self._store.is_earlier(row[name]["key"]) for row in everything if name in row
+                    earlier(row[name]["key"]) for row in routed.all_answers if name in row
                 ),
                 "new": asked.new,
                 "failed": asked.failed,
                 "silent": dict(asked.silent.most_common(5)),
-                "dropped": _counts([row[name] for row in fates if name in row]),
+                "dropped": _counts([row[name] for row in routed.fates if name in row]),
             }
             for name, asked in self._asked.items()
         }
-        return Routed(
-            chosen=chosen,
-            answers=usable,
-            all_answers=everything,
-            rewards=rewards,
-            fates=fates,
-            names=list(self._pool.teachers),
-            reward_version=None if self._rewards is None else self._rewards.version,
-            teachers=teachers,
-        )
+        return routed
 
 
 def _texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -115,7 +115,7 @@ def at_work(teacher: Teacher, sampling: SamplingFlags, *, imported: str) -> Work
 
 def _imported(teacher: Teacher, folder: str) -> str:
     """Returns the run of a Hugging Face checkpoint, which is made once."""
-    from espalier.launch.weights import import_weights
+    from espalier.launch.convert import exchange
 
     source = os.path.realpath(teacher.where)
     config = os.path.join(source, "config.json")
@@ -123,7 +123,7 @@ def _imported(teacher: Teacher, folder: str) -> str:
     target = os.path.join(folder, f"{stable_hash(f'{source} {changed}'):016x}")
     if not os.path.isdir(target):
         os.makedirs(folder, exist_ok=True)
-        import_weights.import_hf(source, target)
+        exchange.import_hf(source, target)
     return target
 
 
@@ -193,14 +193,14 @@ class CheckpointTeacher:
     local = True
 
     def __init__(self, teacher: Teacher, sampling: SamplingFlags, checkpoint: str):
-        from espalier.launch.evaluation.judges.checkpoint import weights_identity
+        from espalier.launch.evaluate.judges.checkpoint import weights_identity
         from espalier.launch.run import load_run
         from espalier.trainers.checkpoints import step_dir
 
         self.teacher, self.sampling = teacher, sampling
         # A newer step would change the answers.
         self._step = os.fspath(step_dir.resolve(checkpoint))
-        _, text = load_run.config_with_text(self._step)
+        text = load_run.configuration_of(self._step).text
         self.identity = {
             "kind": "checkpoint",
             **weights_identity(self._step, settings=text, params="auto"),

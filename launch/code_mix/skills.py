@@ -65,7 +65,7 @@ def answers(checkpoint: str, *, params: str = "auto") -> list[str]:
 def _continued(checkpoint: str, problems: Sequence["Problem"], params: str) -> list[str]:
     """Returns the greedy continuation of each problem's prompt."""
     from espalier.data.code_mix import skills
-    from espalier.trainers.decoding.decoder import Decoder
+    from espalier.launch.inference.generate import decoder_for
     from espalier.trainers.decoding.settings import Settings
 
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as loaded:
@@ -75,17 +75,9 @@ def _continued(checkpoint: str, problems: Sequence["Problem"], params: str) -> l
                 f"{checkpoint} was trained with {loaded.vocabulary}, not on the documents of "
                 "t5x_configs/data/skills.gin: give a run of t5x_configs/experiments/code_mix/cpu/."
             )
-        decoder = Decoder(
-            loaded.model,
-            loaded.params,
-            Settings(
-                max_new_tokens=1 + max(p.working + len(p.answer) for p in problems),
-                eos_ids=loaded.eos_ids,
-                num_ids=loaded.vocabulary.vocab_size,
-            ),
-            batch_size=loaded.batch_size(len(problems), len(problems)),
-            sharding=loaded.row_sharding,
-        )
+        new_tokens = 1 + max(p.working + len(p.answer) for p in problems)
+        size = loaded.batch_size(len(problems), len(problems))
+        decoder = decoder_for(loaded, Settings(max_new_tokens=new_tokens), batch_size=size)
         continuations = decoder([loaded.context(encode(problem.prompt)) for problem in problems])
     return [decode(continuation.tokens) for continuation in continuations]
 

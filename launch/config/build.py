@@ -297,7 +297,8 @@ class Configuration:
             for target in self._methods
             if inspect.getattr_static(made, target.value.__name__, None) is target.value
         }
-        return type(made)(made.__name__, (made,), {**own, **_named(made)}) if own else made
+        meta: Any = type(made)
+        return meta(made.__name__, (made,), {**own, **_named(made)}) if own else made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -348,7 +349,7 @@ class _Function:
     """A function in place of another one (or of a class), whose bindings it adds to the arguments of each call."""
 
     def __init__(self, of: Configured):
-        names = ("__module__", "__qualname__", "__doc__", "__annotations__")
+        names: tuple[str, ...] = ("__module__", "__qualname__", "__doc__", "__annotations__")
         if not of.configuration.shows_bindings:  # flax shows what has a name by it
             names = ("__name__", *names)
         functools.update_wrapper(self, of.target.value, names, ())

@@ -104,7 +104,7 @@ def _has_no_effect(key: str, values: dict[str, str]) -> bool:
     for end in range(len(path) - 1, 0, -1):
         if (found := sys.modules.get(".".join(path[:end]))) is not None:
             with contextlib.suppress(AttributeError, TypeError, ValueError, KeyError):
-                target = functools.reduce(getattr, path[end:], found)
+                target: Any = functools.reduce(getattr, path[end:], found)
                 default = inspect.signature(target).parameters[parameter].default
                 return value == _format(default, {})
             return False

@@ -218,7 +218,7 @@ def _passed_by_caller(checked: Checked, reach: Reach) -> Iterator[Problem]:
         if not all(way.owner for way in ways):
             by = "the command passes it, from its flags"
         elif copying := [w.wrapper for w in ways if w.wrapper and argument not in w.passed]:
-            holders = {one for wrapper in copying for one in wrapper.classes}
+            holders: set[Any] = {one for wrapper in copying for one in wrapper.classes}
             names = [one for one in holders if argument in one.__dataclass_fields__]
             places = sorted(f"{one.__module__}.{one.__qualname__}.{argument}" for one in names)
             by = f"the value of {owners} gets it from the module that it replaces"

@@ -29,7 +29,7 @@ from espalier.model.like import copied, like
 PASSED: dict[str, dict[str, tuple[str, ...]]] = {
     "espalier.data.t5.denoising.make_stream": {"stream": ("positions", "task")},
     "espalier.data.text.user_data.register_sources": {"sources": ("name",)},
-    "espalier.launch.evaluation.held_out.evaluate": {"stream": ("task",)},
+    "espalier.launch.evaluate.held_out.evaluate": {"stream": ("task",)},
     "espalier.launch.train.train": {
         "checkpointer": ("directory",),
         "eval_stream": ("task",),
@@ -50,8 +50,8 @@ _SLOTS = {
 # Entry functions, with the arguments that their commands always pass from flags.
 _OF_EVALUATE = ("checkpoint", "params", "tasks", "max_batches", "json_file")
 FLAGS: dict[str, tuple[str, ...]] = {
-    "espalier.launch.evaluation.held_out.evaluate": _OF_EVALUATE,
-    "espalier.launch.evaluation.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
+    "espalier.launch.evaluate.held_out.evaluate": _OF_EVALUATE,
+    "espalier.launch.evaluate.ranks.evaluate": ("checkpoint", "params", "json_file", "adapter"),
 }
 
 

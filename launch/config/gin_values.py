@@ -103,7 +103,9 @@ def _wrong_reference(annotation: Any, reference: Reference, target: Target) -> s
     """Returns the error of a reference of which it is certain that it gives another kind of object."""
     if isinstance(declaration(annotation), CalledWith):
         annotation = typing.get_args(annotation)[0]
-    returned = target.value if inspect.isclass(target.value) else hints(target.value).get("return")
+    returned: Any = (
+        target.value if inspect.isclass(target.value) else hints(target.value).get("return")
+    )
     classes = _classes(annotation)
     wanted = f"takes an object of {' or '.join(c.__name__ for c in classes)}"
     known = classes and inspect.isclass(returned) and _is_own(returned)
@@ -211,7 +213,7 @@ def _accepted(annotation: Any) -> list[Any] | None:
         return [_Mapping(None if items is None else tuple(items))]
     if origin in (typing.Union, types.UnionType):
         options = [_accepted(part) for part in parts]
-        return None if None in options else [o for option in options for o in option]
+        return None if None in options else [o for option in options for o in option or ()]
     return None
 
 

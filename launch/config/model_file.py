@@ -223,6 +223,7 @@ def _check(value: Any, key: str, depth: int = 0) -> None:
     if isinstance(value, list):
         parts = value
     else:
+        content: Any
         [(kind, content)] = value.items() if len(value) == 1 else [("", None)]
         pattern = {"call": _REFERENCE, "factory": _REFERENCE, "macro": _MACRO}.get(kind)
         if pattern is not None and isinstance(content, str) and pattern.fullmatch(content):

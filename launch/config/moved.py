@@ -9,10 +9,15 @@ from espalier.launch import environment
 if TYPE_CHECKING:
     from gin.config_parser import ImportStatement
 
-# Former name -> name.
+# Former name -> name, of modules and of folders; the first that fits counts.
 MOVED = {
     "launch.evaluation.skills": "espalier.launch.code_mix.skills",
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
+    "launch.evaluation": "espalier.launch.evaluate",
+    "launch.preparation": "espalier.launch.prepare",
+    "launch.run.beginnings": "espalier.launch.run.phase",
+    "launch.run.reference": "espalier.launch.preference.reference",
+    "launch.run.teacher": "espalier.launch.distillation.teacher",
     "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",
     "data.aya_expanse.lexicon": "espalier.launch.papers.aya_expanse.lexicon",
     "data.aya_expanse.lexicon_text": "espalier.launch.papers.aya_expanse.lexicon_text",
@@ -38,8 +43,10 @@ def today(statement: "ImportStatement") -> "ImportStatement":
 
 def name_of_today(module: str) -> str:
     """Returns the name of a module that has moved, or was importable without `espalier.`; the same name for any other."""
-    if module in MOVED:
-        return MOVED[module]
+    bare = module.removeprefix("espalier.")
+    for former, now in MOVED.items():
+        if f"{bare}.".startswith(f"{former}."):
+            return now + bare.removeprefix(former)
     path = pathlib.Path(environment.ROOT, *module.split("."))
     own = module.partition(".")[0] in environment.EARLIER_PACKAGES
     return (

@@ -89,7 +89,7 @@ def _texts(target: Any) -> dict[str, str]:
     """Returns the texts under "Args:" or "Attributes:" of a docstring, of a class also of its bases, by parameter."""
     documented = reversed(target.__mro__) if inspect.isclass(target) else [target]
     entry = re.compile(r"^  (\w+(?:, \w+)*): (.*(?:\n {4}.*)*)", re.MULTILINE)
-    result = {}
+    result: dict[str, str] = {}
     for one in documented:
         doc = f"{inspect.getdoc(one)}\n"
         section = re.search(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.MULTILINE)
@@ -117,7 +117,8 @@ def add(
             text += f" (default {','.join(default) if isinstance(default, tuple) else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if setting.default else "store_true"
+            can_be_unset = setting.default or setting.optional
+            options["action"] = argparse.BooleanOptionalAction if can_be_unset else "store_true"
         elif typing.get_origin(setting.kind) is Literal:
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:

@@ -35,9 +35,9 @@ def gin(
     for _, target in settings:
         names.require(target)
     for bound in (*macros.values(), *(b for values in settings.values() for b in values.values())):
-        for _, target in bound.references:
-            if target is not None:
-                names.require(target)
+        for _, referred in bound.references:
+            if referred is not None:
+                names.require(referred)
     lines = [statement.format() for statement in names.imports()]
     if lines:
         lines.append("")

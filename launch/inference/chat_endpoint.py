@@ -164,9 +164,10 @@ class ChatEndpoint:
         def work() -> None:
             while not ended.is_set():
                 with lock:
-                    i, body = next(todo, (None, None))
-                if i is None:
+                    job = next(todo, None)
+                if job is None:
                     break
+                i, body = job
                 try:
                     reply = self._ask(body, ended)
                 except EndpointError as error:

@@ -8,9 +8,15 @@ from typing import Any
 import jax
 
 from espalier.launch.inference import row_files
-from espalier.launch.inference.cache_comparison import Agreement, compared
-from espalier.launch.inference.texts import PROMPT_KEYS, Texts, decoder_of
-from espalier.launch.inference.token_healing import Healed, TokenHealing
+from espalier.launch.inference.texts import (
+    PROMPT_KEYS,
+    Agreement,
+    Healed,
+    Texts,
+    TokenHealing,
+    compared,
+    decoder_of,
+)
 from espalier.launch.run import side_by_side
 from espalier.launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from espalier.model.kv_cache.base import CachePolicy
@@ -76,7 +82,7 @@ def print_continuations(
     stream = sys.stdout.isatty() and single if stream is None else stream
     writes = jax.process_index() == 0
     show = (to_terminal if writes else lambda piece: None) if stream else None
-    row = {"text": prompt}
+    row: dict[str, Any] = {"text": prompt}
     rows = [("--prompt", as_message(row) if chat else row)]
     options |= {"settings": settings, "adapter": adapter, "show": show, "notes": True}
     named = None
@@ -152,10 +158,10 @@ def generate(
       seed: seed of sampling; a continuation depends only on it, the row's index and the sample's index.
       show: called with each new piece of the text of a single row.
       notes: whether to print lines on texts that are continued without the model's chat template, or end with a space.
-      token_healing: whether the last token of a text is drawn anew, see launch/inference/token_healing.py. Rows of tokens
+      token_healing: whether the last token of a text is drawn anew, see `TokenHealing`. Rows of tokens
         and conversations are continued as they are. None draws it anew where the model continues its prompts.
       indices: indices of the rows among all rows, if these are a part; their continuations are then the same.
-      compare: whether to continue the rows also with the full cache, see launch/inference/cache_comparison.py.
+      compare: whether to continue the rows also with the full cache, see `Agreement`.
       **options: of `Decoding`.
 
     Yields:
@@ -196,6 +202,7 @@ def generate(
             for answer in answers:
                 yield answer if name is None else {**answer, "adapter": name}
         if jax.process_index() == 0:
+            assert decoder is not None  # there is a run
             print(
                 _costs(decoder.stats, decoding.policy_name, decoding.cache_dtype), file=sys.stderr
             )

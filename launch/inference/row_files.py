@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from espalier.common import files
 from espalier.common.storage import mirror, output_files, paths
@@ -126,7 +126,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 class ResumedRows:
-    """A file of rows that a command appends to, and continues after a stop; opened by `resumed`.
+    """A file of rows that a command appends to, and continues after a stop; made by `opened`.
 
     Attributes:
       rows: (place, row) of the rows of earlier starts; the place is for errors.
@@ -156,6 +156,35 @@ class ResumedRows:
             file.truncate(size)
             file.seek(size)
 
+    @classmethod
+    @contextlib.contextmanager
+    def opened(
+        cls, path: str | os.PathLike, *, writer: bool = True, sync: bool = False
+    ) -> Iterator[Self]:
+        """Opens or creates a file of rows; the `writer` locks it to append rows, other processes only read.
+
+        With `sync`, each row is on the disk before `add` returns, for rows that took long.
+
+        Raises:
+          RowFileError: a device or a folder, another process writes the file, or a line is damaged.
+        """
+        path = os.fspath(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise RowFileError(
+                f"{path} is no file, so rows cannot be continued there: give another path."
+            )
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            try:
+                if writer:
+                    files.lock(file)
+            except BlockingIOError:
+                raise RowFileError(
+                    f"{path}: another process writes it. Wait for that one, or give another path."
+                ) from None
+            except OSError as error:  # a file system without locks
+                _log.warning("%s cannot be locked (%s): start one process at a time.", path, error)
+            yield cls(path, file, writer=writer, sync=sync)
+
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row and flushes it."""
         self._file.write(_line(row))
@@ -164,30 +193,4 @@ class ResumedRows:
             os.fsync(self._file.fileno())
 
 
-@contextlib.contextmanager
-def resumed(
-    path: str | os.PathLike, *, writer: bool = True, sync: bool = False
-) -> Iterator[ResumedRows]:
-    """Opens or creates a file of rows; the `writer` locks it to append rows, other processes only read.
-
-    With `sync`, each row is on the disk before `add` returns, for rows that took long.
-
-    Raises:
-      RowFileError: a device or a folder, another process writes the file, or a line is damaged.
-    """
-    path = os.fspath(path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise RowFileError(
-            f"{path} is no file, so rows cannot be continued there: give another path."
-        )
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        try:
-            if writer:
-                files.lock(file)
-        except BlockingIOError:
-            raise RowFileError(
-                f"{path}: another process writes it. Wait for that one, or give another path."
-            ) from None
-        except OSError as error:  # a file system without locks
-            _log.warning("%s cannot be locked (%s): start one process at a time.", path, error)
-        yield ResumedRows(path, file, writer=writer, sync=sync)
+resumed = ResumedRows.opened

@@ -81,9 +81,9 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
             raise LoadError(
                 f'{where}: an encoder-decoder scores "targets" after "inputs": give both.'
             )
-        targets = run.encode(row["targets"], f"{where}: 'targets'")
+        answer = run.encode(row["targets"], f"{where}: 'targets'")
         inputs = run.encoder_inputs(row, where)
-        return Row(context=[run.start_token or 0], targets=targets, encoder_inputs=inputs)
+        return Row(context=[run.start_token or 0], targets=answer, encoder_inputs=inputs)
     tokens, targets = run.scored(row, where)
     context = run.context(tokens)
     if targets is not None:

@@ -1,8 +1,14 @@
-"""The texts of continuations: decoded while they are generated, searched for stops, and made rows of a file."""
+"""The texts of prompts, whose last token can be drawn anew, and of continuations.
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+Continuations are decoded while they are generated, searched for stops, made rows of a file, and compared with those of the
+full cache.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from espalier.data.tokenizers.pieces import Pieces
 from espalier.trainers.decoding.decoder import Continuation
 from espalier.trainers.decoding.stop_strings import GrowingText, cut
 
@@ -53,6 +59,7 @@ class Texts:
             return None
         text = self._growing.get((prompt, sample))
         if text is None:
+            assert self._decode_watched is not None  # stops and texts to show are decoded
             text = GrowingText(self._decode_watched, self._stops, begun=self._begun.get(prompt, ""))
             self._growing[prompt, sample] = text
         for count, token in enumerate(tokens, 1):
@@ -109,3 +116,90 @@ def decoder_of(vocabulary: Any) -> Callable[[Sequence[int]], str]:
         return "".join(vocabulary.decode(part) for part in parts)
 
     return decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Healed:
+    """A prompt to continue.
+
+    Attributes:
+      tokens: the prompt, without its last token if that is drawn anew.
+      first: the tokens among which the first new token is chosen; None for all.
+      text: the text with which the new tokens begin, and which is the prompt's.
+    """
+
+    tokens: Sequence[int]
+    first: Sequence[int] | None = None
+    text: str = ""
+
+
+class TokenHealing:
+    """Token healing: a prompt's last token is drawn anew, together with the text that follows it.
+
+    A tokenizer writes `def main` as `def`, ` main`, but the prompt `def ` as `def`, ` `, after which a model has never seen
+    a word. So the last token is dropped, and the first new token is chosen among the pieces that begin with its text. Text is
+    then drawn exactly as the model would go on from the other tokens, on the condition that it begins with the text of the
+    dropped token, if only these pieces can begin so; other ways to write the dropped text, in several shorter pieces, are left
+    out.
+
+    Args:
+      vocabulary: of SeqIO; vocabularies of bytes and characters need no healing.
+    """
+
+    def __init__(self, vocabulary: Any):
+        self._vocabulary = vocabulary
+        self._pieces = Pieces(vocabulary)
+
+    def __call__(self, prompt: Sequence[int]) -> Healed:
+        """Returns the prompt of a text without its last token if a longer piece begins with that token's text."""
+        first = self._pieces.beginning_with(prompt[-1])
+        if len(first) < 2 or len(prompt) < 2:
+            return Healed(tokens=prompt)
+        text = self._vocabulary.decode([prompt[-1]])
+        return Healed(tokens=prompt[:-1], first=first, text=text)
+
+
+@dataclasses.dataclass
+class Agreement:
+    """Counts of continuations that equal the full cache's.
+
+    Attributes:
+      rows: number of continuations.
+      equal: number of continuations whose tokens are all equal.
+      same_tokens: of each continuation that differs, the number of tokens before the first difference.
+    """
+
+    rows: int = 0
+    equal: int = 0
+    same_tokens: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], full: Sequence[int]) -> int:
+        """Counts a continuation; returns the number of its tokens before the first difference."""
+        same = next(
+            (i for i, (one, other) in enumerate(zip(tokens, full, strict=False)) if one != other),
+            min(len(tokens), len(full)),
+        )
+        self.rows += 1
+        if same == len(tokens) == len(full):
+            self.equal += 1
+        else:
+            self.same_tokens.append(same)
+        return same
+
+    def __str__(self) -> str:
+        text = f"{self.equal:,} of {self.rows:,} continuations equal the full cache's"
+        if not self.same_tokens:
+            return text
+        mean = sum(self.same_tokens) / len(self.same_tokens)
+        others = "the others" if self.equal else "all"
+        return f"{text}; {others} differ after {mean:,.1f} tokens on average"
+
+
+def compared(
+    rows: Iterable[dict[str, Any]], full: Iterable[Mapping[str, Any]], agreement: Agreement
+) -> Iterator[dict[str, Any]]:
+    """Yields rows with the full cache's continuation as "full", and "same_tokens" before the first difference."""
+    for row, other in zip(rows, full, strict=True):
+        same = agreement.add(row["tokens"], other["tokens"])
+        shown = {key: other[key] for key in ("text", "tokens", "ended") if key in other}
+        yield {**row, "full": shown, "same_tokens": same}

@@ -1,12 +1,21 @@
 """`launch.upcycle --method=nexus` (arXiv 2408.15901): the seed's FFNs are shared, and a router knows the experts' domains."""
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from espalier.launch.weights.upcycle_flags import METHOD_FILES, Method
+import numpy as np
+
+from espalier.data.nexus import domain_embeddings
+from espalier.data.nexus.domain_embeddings import Embeddings
+from espalier.launch.upcycle.upcycle_flags import METHOD_FILES, Method
 from espalier.model.transforms.base import TransformError
 
+_REMEDY = (
+    f"add the new domain to the file of the mixture with {domain_embeddings.COMMAND} --extend=FILE "
+    "--domain NAME=SOURCE, which keeps its encoder, its mean and its vectors."
+)
 _SUFFIXES = {"projection": "", "linear": "_linear", "mlp": "_mlp"}  # of the method's gin files
 
 
@@ -52,14 +61,12 @@ class Nexus(Method):
 
     @functools.cached_property
     def _embeddings(self) -> Any:
-        from espalier.data.nexus import domain_embeddings
-
         return domain_embeddings.read(self.options.domains) if self.options.domains else None
 
     def routers(self, experts: Sequence[str], record: Mapping[str, Any]) -> Any:
         if self.router_kind == "linear":
             return super().routers(experts, record)
-        from espalier.model.nexus.routers import MlpRouters, ProjectionRouters
+        from espalier.model.nexus.domain_router import MlpRouters, ProjectionRouters
 
         std = record["logit_std"]
         if self.router_kind == "mlp":
@@ -67,13 +74,49 @@ class Nexus(Method):
         return ProjectionRouters(logit_std=std, domains=self._embeddings.vectors(experts))
 
     def record(self, experts: Sequence[str]) -> dict[str, Any]:
-        from espalier.launch.nexus import domain_record
-
         if self.router_kind != "projection":
             return {}
         vectors_EM = self._embeddings.vectors(experts)
-        return {"domains": domain_record.domains_record(self._embeddings, vectors_EM)}
+        return {"domains": domains_record(self._embeddings, vectors_EM)}
 
     def settings(self, experts: int) -> dict[str, Any]:
         width = {} if self._embeddings is None else {"DOMAIN_DIM": self._embeddings.dim}
         return super().settings(experts) | width
+
+
+def domains_record(domains: Embeddings, vectors_EM: np.ndarray) -> dict[str, Any]:
+    """Returns a mixture's record of its domains: encoder, subtracted mean, and a digest of the vectors."""
+    return {
+        "encoder": dict(domains.encoder),
+        "mean": domains.mean_M.tolist(),
+        "digest": digest(vectors_EM),
+    }
+
+
+def digest(vectors_EM: np.ndarray) -> str:
+    """Returns the hash of the vectors' bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(vectors_EM), digest_size=16).hexdigest()
+
+
+def check_same_encoder(domains: Embeddings, recorded: Mapping[str, Any]) -> None:
+    """Raises TransformError if the file's encoder or subtracted mean differs from the mixture's."""
+    if not domain_embeddings.same_encoder(domains.encoder, recorded["encoder"]):
+        raise TransformError(
+            f"{domains.path} was made with the encoder {domain_embeddings.described(domains.encoder)}, but the "
+            f"mixture's embeddings with {domain_embeddings.described(recorded['encoder'])}: {_REMEDY}"
+        )
+    if domains.mean_M.tolist() != recorded["mean"]:
+        raise TransformError(
+            f"{domains.path} has another mean, which is subtracted from its vectors, than the mixture's embeddings, so "
+            f"all experts would move: {_REMEDY}"
+        )
+
+
+def check_same_vectors(domains: Embeddings, names: Sequence[str], vectors_EM: np.ndarray) -> None:
+    """Raises TransformError if an expert's vector in the file differs from the mixture's [E, M]."""
+    for name, vector_M in zip(names, vectors_EM, strict=True):
+        if name in domains.names and not np.array_equal(domains.vectors([name])[0], vector_M):
+            raise TransformError(
+                f"{domains.path} has another vector of {name} than the one that the mixture's router was trained "
+                f"with: {_REMEDY}"
+            )

@@ -52,8 +52,8 @@ def _write_pairs(
       RowFileError, DataError: files that cannot be read or written, or no pair.
     """
     from espalier.common.bars import Bar
-    from espalier.data.preference import binarise, constructed
-    from espalier.data.rows.records import Tally
+    from espalier.data.preference import constructed
+    from espalier.data.tasks import Tally
     from espalier.data.text.documents import DataError
     from espalier.launch.inference import row_files
 
@@ -71,8 +71,8 @@ def _write_pairs(
     row_files.check_output(str(output), compressed=True, others={"input": input})
     dropped = Tally()
     if kind == "rated":
-        rows = row_files.read(input or "", example=binarise.EXAMPLE, flag="input")
-        made = binarise.pairs(rows, **options, seed=seed, dropped=dropped)
+        rows = row_files.read(input or "", example=constructed.EXAMPLE, flag="input")
+        made = constructed.of_ratings(rows, **options, seed=seed, dropped=dropped)
     else:
         limit = limit or _CONSTRUCTED
         made = getattr(constructed, kind)(limit=limit, seed=seed)

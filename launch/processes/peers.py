@@ -219,7 +219,7 @@ def joined(
 
     # Without this, JAX aborts all processes when one is lost, with no word on which.
     jax.config.update("jax_enable_recoverability", True)
-    arguments: tuple[Any, ...] = (address, count, index)
+    arguments: tuple[Any, Any, Any, Any] = (address, count, index, None)
     if address == "auto":
         arguments = (None, None, None, own_gpus())
     late = (

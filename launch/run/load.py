@@ -83,7 +83,7 @@ class Run:
         )
         self._gin: str | None = _RECORDED.get(id(model))
         # What the last generation asked for, and its compiled programs and texts.
-        self._decoding: tuple[dict[str, Any], Any, Any] | None = None
+        self._decoding: tuple[Any, Any, Any] | None = None
 
     @classmethod
     def _of(cls, loaded: "LoadedRun", gin: str | None) -> "Run":
@@ -177,7 +177,7 @@ class Run:
           seed: seed of sampling; a continuation depends only on it, the prompt's index and the sample's index.
           batch_size: prompts at a time.
           policy: policy of the key/value caches (model/kv_cache); None caches all tokens.
-          token_healing: whether the last token of a text is drawn anew (launch/inference/token_healing.py). It is then the
+          token_healing: whether the last token of a text is drawn anew (`TokenHealing` in launch/inference/texts.py). It is then the
             first of the new tokens; the new text follows the prompt.
           **sampling: temperature, top_k, top_p, min_p and repetition_penalty of trainers.decoding.settings.Sampling; by
             default the temperature is 0, which is greedy.
@@ -191,9 +191,10 @@ class Run:
 
         prompts = [prompts] if isinstance(prompts, str) else prompts
         drawn = dataclasses.replace(Settings().sampling, **sampling)
-        sizes = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
         asked = generate.Decoding(
-            settings=Settings(sampling=drawn, **sizes),
+            settings=Settings(
+                sampling=drawn, max_new_tokens=max_new_tokens, num_samples=num_samples
+            ),
             stops=(stop,) if isinstance(stop, str) else tuple(stop),
             policy=policy,
             batch_size=self._loaded.batch_size(batch_size, len(prompts)),

@@ -24,6 +24,7 @@ __all__ = ["EXAMPLE", "LoadError", "LoadedRun"]  # commands import these from th
 
 OWN = "t5x_configs/runs/load_run.gin"  # of every command that reads a model
 PARAMS = ("auto", "raw", "ema")
+CacheDtype = Literal["int8", "bfloat16", "float16", "float32"]  # of cached keys and values
 SpecialTokens = Literal["texts", "everywhere", "nowhere"]
 
 
@@ -105,8 +106,12 @@ def command(
     """
     unused = {"VOCABULARY": "None", **({"MODEL": "None"} if without_model else {})}
     return cli.gin_command(
-        *(doc, "espalier.launch.run.load_run:RunConfig"),
-        **{"command": name, "extra_flags": add_flags, "run": run, "unused": unused},
+        doc,
+        "espalier.launch.run.load_run:RunConfig",
+        command=name,
+        extra_flags=add_flags,
+        run=run,
+        unused=unused,
         default_files=files,
     )
 
@@ -208,14 +213,8 @@ def whole_files(
 
 def config_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "RunConfig":
     """Returns the configuration of a checkpoint's run; see `configuration_of`."""
-    return config_with_text(checkpoint, gin_file)[0]
-
-
-def config_with_text(checkpoint: str, gin_file: Sequence[str] = ()) -> tuple["RunConfig", str]:
-    """Returns the configuration of a checkpoint's run, and the same as text; see `configuration_of`."""
-    configuration = configuration_of(checkpoint, gin_file)
-    run: Any = configuration.entry
-    return run(), configuration.text
+    run: Any = configuration_of(checkpoint, gin_file).entry
+    return run()
 
 
 def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configuration":
@@ -363,21 +362,6 @@ class RunConfig:
             )
 
 
-def load_frozen(
-    model: Any,
-    checkpoint: str,
-    frozen: Any,
-    mesh: Mapping[str, int] | None,
-    rules: str,
-    *,
-    encoder_decoders: bool = False,
-) -> contextlib.AbstractContextManager[LoadedRun]:
-    """Returns `RunConfig.load` of the step `checkpoint` of a `FrozenCheckpoint`, without a vocabulary."""
-    config = RunConfig(model=model, vocabulary=lambda: None, mesh=mesh, rules=rules)
-    params = "ema" if frozen.use_ema else "raw"
-    return config.load(checkpoint, params=params, of_base=True, encoder_decoders=encoder_decoders)
-
-
 @contextlib.contextmanager
 def restoring(
     checkpoint: str, model: Any, *, params: str, of_base: bool = False
@@ -391,8 +375,8 @@ def restoring(
     from espalier.trainers.checkpoints import base_step, step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
-        with hf_checkpoint.restoring(checkpoint, model, params=params) as place:
-            yield place
+        with hf_checkpoint.restoring(checkpoint, model, params=params) as restore:
+            yield restore
         return
     from espalier.trainers.checkpoints.restore_params import restore_params  # imports Orbax
 

@@ -184,7 +184,7 @@ class LoadedRun:
         ends = [place for place, id in enumerate(targets, 1) if id in self.eos_ids]
         return context, targets[: ends[-1]] if ends else targets
 
-    def _render(self, row: Mapping[str, Any], where: str, messages: Any, **options: bool) -> Any:
+    def _render(self, row: Mapping[str, Any], where: str, messages: Any, **options: Any) -> Any:
         from espalier.data.tokenizers.chat_template import ChatTemplateError
 
         options |= {key: row.get(key) for key in ("tools", "documents")}

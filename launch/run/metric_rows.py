@@ -1,6 +1,8 @@
-"""Reads the rows of metrics.jsonl, and names runs by their directories."""
+"""What reports read of a run: its name by its directory, the rows of metrics.jsonl, and its objective by its config.gin."""
 
 import contextlib
+import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -10,6 +12,7 @@ from typing import Any
 from espalier.common.storage import mirror, paths
 from espalier.trainers.telemetry.metric_writers import DamagedRowsError, rows_in_force
 
+_LOSSES = "LOSSES"  # the macro with the losses of a preference run
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/SOURCE/METRIC
 
 
@@ -63,3 +66,57 @@ def last_evaluation(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
             _, domain, metric = key.split("/", 2)
             domains.setdefault(domain, {})[metric] = value
     return {"step": evaluated[-1]["step"], "domains": domains}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """An objective as reports name it.
+
+    Attributes:
+      name: such as 'language modelling' or 'preference (dpo)'; empty if it is unknown.
+      unit: unit of its loss; empty if it is unknown.
+    """
+
+    name: str = ""
+    unit: str = ""
+
+
+def objective_of(folder: str | os.PathLike) -> Objective:
+    """Returns the objective of the run in a directory; one without name and unit if its config.gin names none."""
+    from gin import config_parser  # here and below, what imports gin; a report's help needs none
+
+    from espalier.launch.config import gin_source
+
+    try:
+        text = pathlib.Path(folder, gin_source.RUN_CONFIG).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return Objective()
+    function, losses = "", ""
+    for statement in gin_source.parse(text, gin_source.RUN_CONFIG):
+        if not isinstance(statement, config_parser.BindingStatement):
+            continue
+        if statement.selector.endswith("Recipe") and statement.arg_name == "objective":
+            function = _names(statement.value)
+        elif statement.selector == _LOSSES:
+            losses = _names(statement.value)
+    name = function.replace("_", " ")
+    if function == "preference" and losses:
+        name = f"{name} ({losses})"
+    return Objective(name, _units().get(function, ""))
+
+
+@functools.cache
+def _units() -> dict[str, str]:
+    """Returns the unit of the loss of each objective by the function's name, as it declares it."""
+    from espalier.launch.config import registered
+
+    return {name: unit for _, name, unit in registered.marked("trainers", "loss_in")}
+
+
+def _names(value: object) -> str:
+    """Returns the last parts of the names of references, such as 'dpo, nll' of [@direct.dpo, @terms.nll]."""
+    from espalier.launch.config import gin_source
+
+    values = value if isinstance(value, list | tuple) else [value]
+    names = [one.name for one in values if isinstance(one, gin_source.Reference)]
+    return ", ".join(name.rpartition(".")[2] for name in names)

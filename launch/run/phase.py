@@ -1,9 +1,10 @@
-"""The start of a run: the parent run that it continues, and its restored state.
+"""What a run takes of the run that it starts from: weights, schedule, place in the data, and how prompts begin.
 
 Each of the run's own checkpoints records the facts that it took from its parent (`initial`), so that the run resumes in
 the same way after the parent has been deleted.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -11,13 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from espalier.launch.run import run_dir, run_vocabulary
-from espalier.model.adapters import adapter
-from espalier.trainers.checkpoints import base_step, restore, step_dir
+from espalier.launch.config import gin_source
+from espalier.launch.run import run_dir
+from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.initial import Data, InitialCheckpoint, Scope
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
-from espalier.trainers.checkpoints.restore_params import INFERENCE_PART
-from espalier.trainers.recipe import Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +86,14 @@ def check_vocabulary(checkpoints: str | os.PathLike, parent: Parent, digest: str
     """
     for macro, path in (("MODEL_DIR", checkpoints), ("INITIAL_CHECKPOINT_PATH", parent.path)):
         try:
-            theirs = None if path is None else run_vocabulary.trained_digest(path)
+            theirs = None if path is None else trained_digest(path)
         except FileNotFoundError:
             continue
-        _check_digest(macro, path, theirs, digest)
+        check_digest(macro, path, theirs, digest)
         return
 
 
-def _check_digest(macro: str, path: Any, theirs: str | None, ours: str | None) -> None:
+def check_digest(macro: str, path: Any, theirs: str | None, ours: str | None) -> None:
     """Raises ValueError if both digests are known and differ: another vocabulary would train silently on wrong ids.
 
     `path` is of a step, or of all checkpoints of a run.
@@ -106,7 +105,7 @@ def _check_digest(macro: str, path: Any, theirs: str | None, ours: str | None) -
         remedy = (
             f"the files that it is made from have changed. Put them back, {run_dir.train_on(run)}."
         )
-    elif (run / run_vocabulary.RECORD).exists():
+    elif (run / gin_source.VOCABULARY_RECORD).exists():
         remedy = (
             f"take that of its run, --gin.TOKENIZER='\"{run}\"' with a data file that reads TOKENIZER, such as "
             "data/hf_files.gin in place of data/files.gin."
@@ -129,104 +128,44 @@ def _recorded_parent(step: epath.Path) -> Parent:
         raise DamagedCheckpointError(step, {step_dir.META: problem}) from None
 
 
-def restore_start(
-    checkpointer: Any,
-    program: Program,
-    initial: InitialCheckpoint,
-    parent: Parent,
-    identity: Mapping[str, Any],
-) -> tuple[restore.Restored, dict[str, Any]]:
-    """Returns the state that a run starts from, and the facts to record with each of its checkpoints.
-
-    Args:
-      checkpointer: checkpointer of the run.
-      program: makes the state.
-      initial: the start of a run without checkpoints of its own.
-      parent: result of `find_parent`.
-      identity: facts that the run's own checkpoints must agree on (`RunData.identity`).
+def trained_digest(checkpoint: str | os.PathLike) -> str | None:
+    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one.
 
     Raises:
-      ValueError: a parent with another vocabulary or other beginnings of documents, or damaged in a way
-        that changes the phase.
-      DamagedCheckpointError, CheckpointMismatchError, RunMismatchError, FileNotFoundError, BaseModelError.
+      FileNotFoundError: there is no checkpoint.
     """
-    start = restore.restore_or_initialise(
-        checkpointer,
-        program.abstract_state,
-        program.init,
-        expected_meta=identity,
-        initial=initial,
-        restart=program.restart,
-        extensions=program.recipe.step_extensions,
-    )
-    check_prompts(program, start, identity)
-    if start.source == "initial":
-        _check_digest(
-            "INITIAL_CHECKPOINT_PATH",
-            start.path,
-            start.meta.get("vocabulary"),
-            identity.get("vocabulary"),
-        )
-        parent = _at_restored_step(parent, start)
-    meta = dict(identity)
-    # Export after training needs the files of an imported model; extension needs a mixture's sources.
-    hf = start.meta.get("hf", {})
-    if hf := {key: hf[key] for key in ("family", "config", "generation_config") if key in hf}:
-        meta["hf"] = hf
-    if "upcycled" in start.meta:
-        meta["upcycled"] = start.meta["upcycled"]
-    if record := parent.record():
-        meta["initial"] = record
-    if initial.base_apart:
-        meta[base_step.META] = _base(program, start, initial)
-    if part := getattr(program.recipe.model, "inference_part", ""):
-        meta[INFERENCE_PART] = part
-    adapter.check_settings(program.recipe.model, start.meta.get("adapters"), start.path)
-    return start, meta | adapter.record(program.recipe.model)
+    for step in step_dir.candidates(checkpoint):
+        # A damaged step is reported when it is restored.
+        with contextlib.suppress(DamagedCheckpointError):
+            return step_dir.read_meta(step).get("vocabulary")
+    return None
 
 
-def _base(
-    program: Program, start: restore.Restored, initial: InitialCheckpoint
-) -> Mapping[str, str]:
-    """Returns what this run's checkpoints say of the base model that they are without."""
-    if start.source == "run":
-        return start.meta[base_step.META]  # a run does not change its configuration
-    assert start.path is not None  # see InitialCheckpoint.check
-    if start.state.ema_params is not None:
-        raise ValueError(
-            "BASE_APART is without effect on moving averages, which have the base model too: remove Recipe.ema_decay "
-            "or Recipe.averaged, or set BASE_APART = False."
-        )
-    return base_step.frozen(
-        start.path,
-        program.abstract_state.params,
-        program.mask,
-        base_step.added(adapter.record(program.recipe.model)),
-        use_ema=initial.use_ema,
-    )
+def start_token(
+    *, model_dir: str | os.PathLike | None = None, checkpoint: str | os.PathLike | None = None
+) -> int | None:
+    """Returns the id before the first token of a document; None for no id, as with most imported models.
+
+    Args:
+      model_dir: directory of this run.
+      checkpoint: run or step directory of the model that this run starts from. A model without a record has 0.
+    """
+    return _recorded_meta(model_dir, checkpoint).get("start_token", 0)
 
 
-def _at_restored_step(parent: Parent, start: restore.Restored) -> Parent:
-    """Returns the parent with the path of the restored step, which may be older than the newest."""
-    if str(start.path) == parent.path:
-        return parent
-    moved = parent.step != start.step
-    if parent.scope == "phase" or parent.data == "continue" or moved:
-        raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH: {parent.path} is damaged, and {start.path} is at another place "
-            "of its data and schedule: give the directory of the step to start from."
-        )
-    return dataclasses.replace(parent, path=str(start.path))
+def add_bos(
+    *, model_dir: str | os.PathLike | None = None, checkpoint: str | os.PathLike | None = None
+) -> bool:
+    """Returns whether texts begin with BOS; arguments as for `start_token`. A model without a record has False."""
+    return bool(_recorded_meta(model_dir, checkpoint).get("add_bos", False))
 
 
-def check_prompts(program: Program, start: restore.Restored, identity: Mapping[str, Any]) -> None:
-    """Raises ValueError unless prompts begin (BOS, start token) like the documents of the parent's training."""
-    if program.recipe.inputs_spec.loss_per != "pairs" or start.source != "initial":
-        return
-    for key, macro in (("start_token", "DOCUMENT_START"), ("add_bos", "PROMPT_BOS")):
-        theirs = start.meta.get(key, identity[key])
-        if theirs != identity[key]:
-            raise ValueError(
-                f"INITIAL_CHECKPOINT_PATH: documents of {start.path} begin otherwise ({key} {theirs}) than this "
-                f"run's prompts ({identity[key]}): set {macro} = {theirs}."
-            )
+def _recorded_meta(*checkpoints: str | os.PathLike | None) -> Mapping[str, Any]:
+    for path in checkpoints:
+        # What is missing or damaged is reported when the state is restored.
+        try:
+            if path is not None:
+                return step_dir.newest_good(path, step_dir.read_record)["meta"]
+        except (FileNotFoundError, DamagedCheckpointError):
+            pass
+    return {}

@@ -13,28 +13,21 @@ A MODEL_DIR in an object store has the same files under the same names. Checkpoi
 files are written in a local folder, which is copied to the store before each checkpoint is committed, and at the end.
 """
 
+import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
-import platform
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from typing import IO, Any
 
 from espalier.common import files
 from espalier.common.storage import mirror, paths
-from espalier.common.storage.lock import StoreLock
+from espalier.common.storage.lock import HeldError, StoreLock
 from espalier.launch import environment
 from espalier.launch.config import config_diff, gin_source
-from espalier.launch.config.gin_source import ROOT
-from espalier.launch.run import model_record, run_place
-from espalier.launch.run.run_place import RunDirectoryError
+from espalier.launch.run import model_record
 from espalier.trainers.checkpoints import step_dir
 
 # Settings that a run may change when it continues: its length, its outputs, its devices, and the place of its vocabulary
@@ -55,16 +48,15 @@ MAY_CHANGE = (
     # Checkpoints of other dtypes are refused when they are restored, with the remedy.
     "Recipe.rounding", "param_dtype",
 )  # fmt: skip
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "gin-config",
-             "seqio", "tensorflow", "espalier-lm")  # fmt: skip
-_ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "TF_",
-                "GLIBC_TUNABLES", "ESPALIER_", "OMP_NUM", "SLURM_JOB_ID", "SLURM_NNODES")  # fmt: skip
-
 
 # The files and folders that a start reads or writes, by name. Others are written anew.
 _FILES = ("config.gin", "operative_config.gin", "run.json", "parameters.txt", "metrics.jsonl", "lifetime.json",
           "vocabulary.model", "vocabulary.json", ".lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "tensorboard", "tokenizer")
+
+
+class RunDirectoryError(ValueError):
+    """The directory cannot be used, is damaged, or belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +199,7 @@ def prepare(
         raise RunDirectoryError(
             f"MODEL_DIR = {path!r} is the working directory, whose files are no run's: give the run a directory of its own."
         )
-    if paths.is_remote(path):
-        folder, held, store = run_place.open_address(path, writer)
-        run = RunDir(folder, writer, held, store)
-    else:
-        folder, locked = run_place.open_folder(path, writer)
-        run = RunDir(folder, writer, locked)
+    run = (_open_address if paths.is_remote(path) else _open_folder)(path, writer)
     try:
         _check_entries(run)
         _continue(run, config, tuple(may_change))
@@ -222,6 +209,62 @@ def prepare(
             run.lock.close()
         raise
     return run
+
+
+def _open_address(address: str, writer: bool) -> RunDir:
+    """Locks a directory in an object store for the writer, and copies its files to a local folder of this process.
+
+    Raises:
+      RunDirectoryError: the address is a whole bucket, or another process holds it.
+      StoreError: the store refuses, has no such bucket, or cannot be reached.
+    """
+    address = paths.absolute(address)
+    if not paths.split(address)[2]:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {address!r} is a whole bucket: give the run a folder of its own, {address}/NAME."
+        )
+    try:
+        held = StoreLock(address) if writer else None
+    except HeldError as error:
+        raise RunDirectoryError(
+            f"{address} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    name = "" if writer else f".{os.getpid()}"
+    try:
+        copies = mirror.Mirror(
+            address, writer=writer, without=(step_dir.CHECKPOINTS, "logs"), name=name
+        )
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
+    return RunDir(copies.path, writer, held, copies)
+
+
+def _open_folder(path: str, writer: bool) -> RunDir:
+    """Makes and locks a local directory for the writer.
+
+    Raises:
+      RunDirectoryError: the directory cannot be made or locked, or it is an address of an unknown kind.
+    """
+    if "://" in path:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} is an address of an unknown kind: give a folder, or {' or '.join(paths.SCHEMES)}BUCKET/NAME."
+        )
+    path = os.path.abspath(os.path.expanduser(path))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # what makes no directory: a name that is too long, links in a circle
+        return RunDir(path, writer, files.lock_folder(path) if writer else None)
+    except BlockingIOError as error:
+        raise RunDirectoryError(
+            f"{path} is in use: {error} is training there. Stop it, or use another MODEL_DIR."
+        ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"MODEL_DIR = {path!r} cannot be used: {error.strerror}: {error.filename!r}. Give a directory "
+            "that can be made and written, or remove what is in its place."
+        ) from None
 
 
 def _check_entries(run: RunDir) -> None:
@@ -260,7 +303,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{path}/config.gin is damaged, so the run in the directory is unknown: {error}. {remedy}"
         ) from None
     previous = read_run(run.path) if run.started else {}
-    if difference:
+    if old is not None and difference:
         if previous.get("config_sha256") not in (None, _sha256(old)):
             raise RunDirectoryError(
                 f"{path}/config.gin is damaged or was edited: it does not match its checksum in run.json, "
@@ -272,7 +315,7 @@ def _continue(run: RunDir, config: str, may_change: tuple[str, ...]) -> None:
             f"{', '.join(name for name in may_change if name.isupper())}.)"
         )
     if run.writer:
-        facts = {**describe_process(), "config_sha256": _sha256(config)}
+        facts = {**environment.describe(), "config_sha256": _sha256(config)}
         if previous:
             facts["earlier"] = [*previous.pop("earlier", []), previous]
         run.write("config.gin", config)
@@ -296,25 +339,6 @@ def read_run(path: str) -> dict[str, Any]:
     )
 
 
-def describe_process() -> dict[str, Any]:
-    """Returns code, command, versions and machine of this process."""
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **commit(),
-        "command": sys.orig_argv,
-        "directory": os.getcwd(),
-        "python": platform.python_version(),
-        "versions": {name: v for name in _PACKAGES if (v := _version(name))},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
-        "cache": environment.cache_dir(),
-        "host": {
-            "name": socket.gethostname(),
-            "system": platform.platform(),
-            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        },
-    }
-
-
 def mesh_facts(mesh: Any) -> dict[str, Any]:
     """Returns the mesh as run.json records it."""
     return {
@@ -323,28 +347,6 @@ def mesh_facts(mesh: Any) -> dict[str, Any]:
         "device_kind": mesh.devices.flat[0].device_kind,
         "processes": len({device.process_index for device in mesh.devices.flat}),
     }
-
-
-def commit() -> dict[str, Any]:
-    """Returns the repository's commit and whether files differ from it; None outside of git."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _has_steps(metrics: str) -> bool:

@@ -1,15 +1,16 @@
-"""The messages that a training run prints before its first step and after its last."""
+"""What a training run writes into its directory and prints of itself, before its first step and after its last."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from espalier.common.stages import duration
-from espalier.data.rows.records import Tally
-from espalier.data.stream import rows
-from espalier.launch.run.run_data import RunData
-from espalier.trainers.batches import Stream, TrainStream
+from espalier.launch.run.resolved import ResolvedRun
+from espalier.launch.run.run_dir import RunDir, mesh_facts
+from espalier.trainers.batches import TrainStream
 from espalier.trainers.checkpoints.restore import Restored
 from espalier.trainers.loop import Loop
 from espalier.trainers.recipe import Program
@@ -18,36 +19,55 @@ from espalier.trainers.telemetry.goodput import Goodput
 from espalier.trainers.telemetry.lifetime import Start
 from espalier.trainers.telemetry.progress import held_out_text
 
-Line = rows.Notice
+_HEADER = ("path", "shape", "dtype", "axes", "sharding", "count")  # of parameters.txt
 
 
-def announce(program: Program, data: RunData) -> None:
+def describe(run: ResolvedRun, folder: RunDir) -> None:
+    """Writes the files on mesh, data and parameters; raises RunDirectoryError if the data has changed."""
+    program = run.program
+    folder.record(
+        mesh=mesh_facts(program.mesh),
+        initial=run.parent.record(),
+        parameters=program.num_params(),
+        data_fingerprint=run.stream.fingerprint,
+        data=run.stream.summary(),
+        epochs=run.stream.epochs(run.total_steps),
+        **run.tasks,
+    )
+    table = parameter_table(program.boxed_params, program.abstract_state.params)
+    folder.write("parameters.txt", table)
+    if folder.writer and run.tasks:
+        # It imports the readers of all kinds of tokenizers.
+        from espalier.launch.run import run_vocabulary
+
+        run_vocabulary.save(folder.path, run.vocabulary, run.chat_template)
+
+
+def announce(run: ResolvedRun) -> None:
     """Prints a description of the run before its state is restored and its step compiled."""
-    recipe, stream = program.recipe, data.stream
-    units, unit = recipe.units_per_batch, recipe.inputs_spec.unit
+    program, stream = run.program, run.stream
     mesh = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    devices = list(program.mesh.devices.flat)
+    kind = f"{len(run.devices)} x {run.devices[0].device_kind}"
     trained = program.num_params(trained_only=True)
+    units, steps = run.units_per_batch, run.total_steps
     lines = [
-        ("mesh", f"{mesh} ({len(devices)} x {devices[0].device_kind}), rules {recipe.rules}"),
+        ("mesh", f"{mesh} ({kind}), rules {program.recipe.rules}"),
         ("parameters", f"{program.num_params():,}, of which {trained:,} are trained"),
         *_dtype_line(program),
         ("data", f"{', '.join(stream.source_names)}; fingerprint {stream.fingerprint[:12]}"),
-        (unit, f"{units:,} a step, {units * data.total_steps:,} in {data.total_steps:,} steps"),
-        ("epochs", epochs_line(stream, data.total_steps)),
-        *(("caps", line) for line in data.repeats),
-        *data_notices(data.tasks, stream, data.eval_streams),
+        (run.unit, f"{units:,} a step, {units * steps:,} in {steps:,} steps"),
+        ("epochs", epochs_line(stream, steps)),
+        *run.notices,
     ]
     _print(lines)
     for report in program.reports:
         print(report, flush=True)
 
 
-def announce_start(program: Program, data: RunData, start: Restored, life: Sequence[Start]) -> None:
+def announce_start(run: ResolvedRun, start: Restored, life: Sequence[Start]) -> None:
     """Prints where the run goes on, and how long it may take; `life` has its starts, this one included."""
-    units = program.recipe.units_per_batch
-    remaining = (data.total_steps - start.step) * units * program.train_flops_per_unit
-    seconds = flops.estimate_seconds(remaining, list(program.mesh.devices.flat))
+    remaining = (run.total_steps - start.step) * run.units_per_batch * run.flops_per_unit
+    seconds = flops.estimate_seconds(remaining, run.devices)
     lines = [
         ("start", _start_line(start)),
         *([("life", lifetime.line(life))] if len(lifetime.counted(life)) > 1 else []),
@@ -56,11 +76,11 @@ def announce_start(program: Program, data: RunData, start: Restored, life: Seque
     _print(lines)
 
 
-def _print(lines: Sequence[Line]) -> None:
+def _print(lines: Sequence[tuple[str, str]]) -> None:
     print("\n".join(f"{name:<11}{text}" for name, text in lines), flush=True)
 
 
-def _dtype_line(program: Program) -> Iterator[Line]:
+def _dtype_line(program: Program) -> Iterator[tuple[str, str]]:
     """Yields a line on the dtype of the parameters and the memory that follows, where the model's config has a narrower one."""
     state, rounding = program.abstract_state, program.recipe.rounding
     sizes = f"parameters {_size(state.params)}, with the optimiser's state {_size(state)}"
@@ -86,18 +106,18 @@ def _size(tree: Any) -> str:
 
 
 def summarise(
-    path: str, loop: Loop, data: RunData, evaluation: Mapping[str, float], life: str
+    path: str, loop: Loop, run: ResolvedRun, evaluation: Mapping[str, float], life: str
 ) -> None:
     """Prints how a run ended, with its losses.
 
     Args:
       path: the run's directory.
-      loop, data: its loop, which has ended, and its data.
+      loop, run: its loop, which has ended, and what it was resolved to.
       evaluation: held-out metrics of the last step, if any.
       life: a line on the run's whole life.
     """
     how = "stopped by a signal" if loop.interrupted else "done"
-    if loop.ended and loop.step < data.total_steps:
+    if loop.ended and loop.step < run.total_steps:
         how = "ended by a hook"
     print(f"{how} at step {loop.step}; the run is in {path}")
     losses = [f"training {loop.loss:.3f}"] if loop.loss is not None else []
@@ -106,7 +126,7 @@ def summarise(
         print(f"loss: {'; '.join(losses)}")
     print(time_split(loop.outputs.goodput))
     print(f"life: {life}")
-    print(f"read: {epochs_line(data.stream, loop.data_step)}", flush=True)
+    print(f"read: {epochs_line(run.stream, loop.data_step)}", flush=True)
 
 
 def epochs_line(stream: TrainStream, step: int) -> str:
@@ -129,36 +149,48 @@ def time_split(goodput: Goodput) -> str:
     return f"time: {text}; {share:.0%} in steps"
 
 
-def data_notices(
-    tasks: Mapping[str, Any], stream: Stream, eval_streams: Sequence[Stream] = ()
-) -> list[Line]:
-    """Returns lines on sizes of supervised data, and on dropped and truncated data; above 5 % as WARNING.
+def parameter_table(params: Any, shardings: Any = None) -> str:
+    """Returns a table with a row per parameter, and the totals.
 
     Args:
-      tasks: `data.tasks.summary()`, with rows dropped and noted while files were read.
-      stream: the training stream.
-      eval_streams: the held-out splits.
+      params: nested dict of arrays or ShapeDtypeStructs; flax's boxes around them have the logical axes.
+      shardings: a tree of the same structure of NamedSharding, PartitionSpec, or leaves with a `sharding`; or None.
     """
-    tasks = tasks.get("tasks", {})
-    notices = [line for task, facts in tasks.items() for line in _file_notices(task, facts)]
-    for each in (stream, *eval_streams):
-        notices += each.notices()
-    return notices
+    specs = flatten_dict(shardings, sep="/") if shardings is not None else {}
+    rows, total, size = [], 0, 0
+    for path, leaf in flatten_dict(params, sep="/").items():
+        names = getattr(leaf, "names", None)
+        array = leaf.value if names is not None else leaf
+        count = math.prod(array.shape)
+        total, size = total + count, size + count * array.dtype.itemsize
+        rows.append(
+            (
+                path,
+                "x".join(map(str, array.shape)) or "scalar",
+                str(array.dtype),
+                "(" + ", ".join(map(_axis, names)) + ")" if names is not None else "-",
+                _spec(specs.get(path)),
+                f"{count:,}",
+            )
+        )
+    rows = [_HEADER, *rows]
+    *widths, last = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ["  ".join([*map(str.ljust, row, widths), row[-1].rjust(last)]) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.append("-" * len(lines[0]))
+    lines.append(f"total {total:,} parameters in {len(rows) - 1} arrays, {size / 2**20:,.1f} MiB")
+    return "\n".join(lines) + "\n"
 
 
-def _file_notices(task: str, facts: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields lines on documents or rows that were dropped or noted while a task's files were read."""
-    dropped, noted = facts.get("dropped", {}), facts.get("noted", {})
-    documents = [
-        f"{name} {count['documents']:,} documents ({count['bytes'] / 1e6:.1f} MB)"
-        for name, count in dropped.items()
-        if "documents" in count
-    ]
-    if documents:
-        yield "dropped", f"{task}: {', '.join(documents)}"
-    elif dropped:
-        lost = sum(count["rows"] for count in dropped.values())
-        share = lost / (lost + sum(facts["documents"].values()))
-        yield rows.notice("dropped", share, f"{task}: {Tally(dropped)}, {share:.1%} of all rows")
-    if noted:
-        yield "noted", f"{task}: {Tally(noted)}"
+def _axis(name: Any) -> str:
+    if isinstance(name, tuple | list):
+        return "+".join(map(str, name))
+    return "-" if name is None else str(name)
+
+
+def _spec(sharding: Any) -> str:
+    if sharding is None:
+        return "-"
+    sharding = getattr(sharding, "sharding", sharding)
+    axes = [_axis(axis) for axis in getattr(sharding, "spec", sharding)]
+    return "(" + ", ".join(axes) + ")" if any(axis != "-" for axis in axes) else "replicated"

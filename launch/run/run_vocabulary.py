@@ -36,6 +36,7 @@ from espalier.data.tokenizers import (
 )
 from espalier.data.tokenizers.chat_template import ChatTemplate
 from espalier.launch.config import gin_source
+from espalier.launch.run import phase
 from espalier.trainers.checkpoints import step_dir
 
 _log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def save_files(
       FileNotFoundError: there is no tokenizer.
       TokenizerError: its files are damaged or inconsistent.
     """
-    options = {"extra_ids": extra_ids, "special_in_text": special_in_text}
+    options: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     vocabulary = vocabularies.huggingface(path=hf_dir, **options)
     digest = rows.vocabulary_digest(vocabulary)
     if not hasattr(vocabulary, "files"):  # a SentencePiece model alone
@@ -167,7 +168,7 @@ def of(*, path: str, extra_ids: Count | None = None, special_in_text: bool | Non
       FileNotFoundError: there is no vocabulary.
       ValueError: its files are damaged, or a run's vocabulary has other settings.
     """
-    more = {"extra_ids": extra_ids, "special_in_text": special_in_text}
+    more: dict[str, Any] = {"extra_ids": extra_ids, "special_in_text": special_in_text}
     more = {name: value for name, value in more.items() if value is not None}
     if path == BYTES:
         vocabulary = vocabularies.byte(**more)
@@ -268,7 +269,7 @@ def is_usable(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = 
       checkpoint: the run or one of its step directories; None to compare with no checkpoint.
     """
     digest = _intact_digest(folder)
-    trained = None if checkpoint is None else trained_digest(checkpoint)
+    trained = None if checkpoint is None else phase.trained_digest(checkpoint)
     if digest is None or digest != (trained or digest):
         _warn_of_damage(folder, digest)
         return False
@@ -354,16 +355,3 @@ def _checksums(path: pathlib.Path) -> dict[str, str]:
         for file in files
         if file.is_file()
     }
-
-
-def trained_digest(checkpoint: str | os.PathLike) -> str | None:
-    """Returns the digest of the vocabulary that a checkpoint was trained with; None if it does not record one.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint.
-    """
-    for step in step_dir.candidates(checkpoint):
-        # A damaged step is reported when it is restored.
-        with contextlib.suppress(step_dir.DamagedCheckpointError):
-            return step_dir.read_meta(step).get("vocabulary")
-    return None

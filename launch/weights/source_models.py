@@ -86,6 +86,10 @@ class SourceModel:
         entries = {path: self._entry(path) for path in self._parts}
         return base_step.digest(base_step.added(self.meta).base_of(entries))
 
+    def hf_meta(self) -> dict[str, Any]:
+        """Returns the metadata of an import from Hugging Face, if there is some."""
+        return {"hf": self.meta["hf"]} if "hf" in self.meta else {}
+
     def text_meta(self) -> dict[str, Any]:
         """Returns the metadata on the vocabulary and on tokens before a text."""
         keys = ("vocabulary", "add_bos", "start_token")

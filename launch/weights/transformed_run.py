@@ -4,6 +4,7 @@
 transforms on texts as rows without padding.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -87,19 +88,16 @@ def write(
       TransformError, ConfigError, ConvertError, CheckpointSaveError.
     """
     first = sources[0]
-    with new_directory(target) as folder:
-        _check_foreign(first, gin_files)
-        text = "\n".join([first.config(whole=whole_config), *config, ""])
-        pathlib.Path(folder, CONFIG).write_text(text, encoding="utf-8")
-        model_record.write(folder)
-        run_vocabulary.copy(first.folder, folder)
-        leaves = abstract_params(model_of(folder, gin_files))
+    _check_foreign(first, gin_files)
+    text = "\n".join([first.config(whole=whole_config), *config, ""])
+    with new_run(target, text, first, gin_files) as (folder, model):
+        leaves = abstract_params(model)
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         recipes = base.plan(transform, [source.abstract for source in sources], shapes)
         by_name = {source.path: source for source in sources}
         with Bar(total=len(shapes), desc="arrays", leave=False, delay=5) as bar:
             arrays = {
-                f"params/{path}": array
+                path: array
                 for recipe in recipes
                 for path, array in _streamed(recipe, leaves, by_name, bar).items()
             }
@@ -107,9 +105,33 @@ def write(
                 f"{os.path.basename(source.folder)}, step {source.step.name}" for source in sources
             ]
             recorded = {**first.text_meta(), "made_of": made_of, **meta}
-            checkpoints = os.path.join(folder, step_dir.CHECKPOINTS)
-            stream_checkpoint.save(checkpoints, arrays, meta=recorded)
+            save(folder, arrays, recorded)
     return recipes
+
+
+@contextlib.contextmanager
+def new_run(
+    target: str, config: str, source: SourceModel, gin_files: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Context manager: yields the folder of a new run without a checkpoint, and the linen module of its configuration.
+
+    Args:
+      target: run directory, which must not exist.
+      config: gin text.
+      source: the run whose vocabulary the new one gets.
+      gin_files: see `write`.
+    """
+    with new_directory(target) as folder:
+        pathlib.Path(folder, CONFIG).write_text(config, encoding="utf-8")
+        model_record.write(folder)
+        run_vocabulary.copy(source.folder, folder)
+        yield folder, model_of(folder, gin_files)
+
+
+def save(folder: str, arrays: Mapping[str, StreamedArray], meta: Mapping[str, Any]) -> None:
+    """Writes the checkpoint of a new run with these parameters."""
+    named = {f"params/{path}": array for path, array in arrays.items()}
+    stream_checkpoint.save(os.path.join(folder, step_dir.CHECKPOINTS), named, meta=meta)
 
 
 def method_lines(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from espalier.model.hf.files.safetensors_files import SafetensorsReader, Safeten
 from espalier.model.hf.mapping import Piece
 from espalier.model.hf.peft_config import CONFIG, PeftConfig, PeftError
 from espalier.model.hf.plan import FLOATS
-from espalier.model.transforms import finite
+from espalier.model.transforms import base
 
 WEIGHTS = "adapter_model.safetensors"
 _ROOT = "base_model.model."
@@ -118,7 +118,7 @@ def _modules(folder: str, known: Mapping[str, Any]) -> dict[str, dict[str, np.nd
                     f"{folder}/{WEIGHTS}: {name} is {info}, but adapters must be of floats: save them again with peft."
                 )
             values = reader.read(name).astype(np.float32)
-            if problem := finite.problem_of(values):
+            if problem := base.not_finite(values):
                 raise PeftError(
                     f"{folder}/{WEIGHTS}: {name} has {problem}: use another checkpoint."
                 )

@@ -12,11 +12,10 @@ import numpy as np
 
 from espalier.model.hf.description import native_shapes
 from espalier.model.hf.family import Family, MismatchedTensors
-from espalier.model.hf.files import tiles
 from espalier.model.hf.files.safetensors_files import TensorInfo
 from espalier.model.hf.mapping import Piece
 from espalier.model.transformer import Transformer
-from espalier.model.transforms import finite
+from espalier.model.transforms import base
 
 FLOATS = {
     "float32": np.dtype(np.float32),
@@ -26,6 +25,8 @@ FLOATS = {
 }
 _BLOCK_BYTES = 1 << 24  # bytes of a table in one block
 _READ_BYTES = 1 << 21  # bytes read at a time, to fit the L2 cache
+_TILE_ROWS = 256  # rows copied at a time: as many as the L1 cache has lines for
+_CACHE_LINE = 64  # bytes
 
 
 class UnsuitableDtypeError(ValueError):
@@ -101,7 +102,7 @@ class Plan:
                 count = min(step, region[0] - low) if step else region[0]
                 values = np.empty((count, *region[1:]), target.dtype)
                 self.fill(values, piece, low)
-                if problem := finite.problem_of(values):
+                if problem := base.not_finite(values):
                     info = self.source.tensors[self.names[piece.hf]]
                     raise UnsuitableDtypeError(
                         f"{info.file}: {self.names[piece.hf]} has {problem}: download it again, or use another checkpoint."
@@ -123,10 +124,10 @@ class Plan:
             self.source.read_into(name, start, into)
             return
         count = len(into) if _is_table(piece) else info.shape[0]
-        step = tiles.ROWS
+        step = _TILE_ROWS
         held = None
         if piece.transpose:
-            held = tiles.buffer(len(into), into.dtype)
+            held = tile_buffer(len(into), into.dtype)
         elif info.shape:
             step = max(1, _READ_BYTES * info.shape[0] // max(1, info.nbytes))
         rows = np.empty((min(step, count), *info.shape[1:]), info.dtype)
@@ -141,9 +142,9 @@ class Plan:
 def copy_cast(
     into: np.ndarray, values: np.ndarray, name: str, held: np.ndarray | None = None
 ) -> None:
-    """Copies the tensor `name` with `tiles.copy`; UnsuitableDtypeError if a value is too large for `into`."""
+    """Copies the tensor `name` with `copy_tiled`; UnsuitableDtypeError if a value is too large for `into`."""
     with np.errstate(over="ignore"):
-        tiles.copy(into, values, held)
+        copy_tiled(into, values, held)
     narrow = into.dtype == np.float16 and values.dtype != np.float16
     if narrow and bool(np.any(np.isinf(into) & ~np.isinf(values.astype(np.float32)))):
         raise UnsuitableDtypeError(
@@ -217,3 +218,32 @@ def narrow_names(plan: Plan) -> dict[str, Any]:
         for piece in target.pieces
         if plan.source.tensors[plan.names[piece.hf]].dtype != target.dtype
     }
+
+
+def tile_buffer(width: int, dtype: np.dtype) -> np.ndarray:
+    """Returns the buffer that `copy_tiled` uses for rows of `width` elements; reuse it for many copies."""
+    word = np.dtype(f"u{dtype.itemsize}")
+    return np.empty((_TILE_ROWS, width + _CACHE_LINE // word.itemsize), word)[:, :width]
+
+
+def copy_tiled(into: np.ndarray, values: np.ndarray, held: np.ndarray | None = None) -> None:
+    """Copies `values` to `into`, cast to its dtype.
+
+    A transposed matrix is copied through a buffer, some rows at a time. Buffer rows are one cache line
+    longer than needed: rows whose size is a power of two would otherwise share a few cache lines.
+    Elements are moved as plain integers, which is fast in NumPy and releases the GIL.
+    """
+    if into.dtype != values.dtype:
+        into[...] = values.astype(into.dtype)
+        return
+    into, values = (x.view(f"u{x.itemsize}") for x in (into, values))
+    if into.ndim != 2 or values.strides[0] >= values.strides[1]:
+        into[...] = values
+        return
+    matrix = values.T
+    if held is None:
+        held = tile_buffer(matrix.shape[1], into.dtype)
+    for low in range(0, matrix.shape[0], _TILE_ROWS):
+        part = matrix[low : low + _TILE_ROWS]
+        held[: len(part)] = part
+        into[:, low : low + _TILE_ROWS] = held[: len(part)].T

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from espalier.model.kernels import attention_blocked, attention_cudnn, attention_splash
-from espalier.model.kernels.attention_shards import per_device, placement
+from espalier.model.kernels import attention_blocked, attention_fused
+from espalier.model.kernels.attention_fused import per_device, placement
 from espalier.model.kernels.platform import reference_forms, target_platform
 
 Implementation = Literal["auto", "reference", "xla", "blocked", "splash", "cudnn"]
@@ -85,7 +85,7 @@ def dot_product_attention(
         "blocked": own or _bias_problem(q_BTNH, k_BSKH, bias),
         "splash": own
         or _causal_problem(bias, causal)
-        or attention_splash.problem(q_BTNH.shape[1], k_BSKH.shape[1]),
+        or attention_fused.splash_problem(q_BTNH.shape[1], k_BSKH.shape[1]),
         "cudnn": library or _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias),
     }
     if implementation == "auto":
@@ -97,7 +97,7 @@ def dot_product_attention(
         )
 
     if implementation in ("blocked", "splash"):
-        kernel: Any = attention_splash.splash_attention
+        kernel: Any = attention_fused.splash_attention
         if implementation == "blocked":
             kernel = functools.partial(
                 attention_blocked.blocked_attention, bias_1NTS=bias, causal=causal
@@ -113,9 +113,9 @@ def dot_product_attention(
     if (
         implementation == "cudnn"
         and q_segments_BT is not None
-        and not attention_cudnn.problem(q_BTNH)
+        and not attention_fused.cudnn_problem(q_BTNH)
     ):
-        return attention_cudnn.packed_attention(
+        return attention_fused.packed_attention(
             *(q_BTNH, k_BSKH, v_BSKH, q_segments_BT), causal=causal, window=window, scale=scale
         )
     if implementation in ("xla", "cudnn") and not library:
@@ -226,7 +226,7 @@ def _cudnn_problem(q_BTNH, k_BSKH, q_segments_BT, bias) -> str:
         return "a bias"  # it would write its gradient for every row
     # Segments that are passed to the kernel as a bias: its backward pass does not support odd lengths.
     odd = q_BTNH.shape[1] % 2 or k_BSKH.shape[1] % 2
-    if q_segments_BT is not None and odd and attention_cudnn.problem(q_BTNH):
+    if q_segments_BT is not None and odd and attention_fused.cudnn_problem(q_BTNH):
         return "segments at odd lengths"
     return ""
 

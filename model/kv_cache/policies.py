@@ -6,13 +6,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.model.kv_cache.adakv import AdaKV
 from espalier.model.kv_cache.base import CachePolicy
-from espalier.model.kv_cache.full import FullCache, Sliding
-from espalier.model.kv_cache.pyramidkv import PyramidKV
+from espalier.model.kv_cache.full import FullCache, Sliding, StreamingLLM
 from espalier.model.kv_cache.selecting import H2O, Oracle, Random, Tova
-from espalier.model.kv_cache.snapkv import SnapKV
-from espalier.model.kv_cache.streaming_llm import StreamingLLM
+from espalier.model.kv_cache.snapkv import AdaKV, PyramidKV, SnapKV
 
 # Each policy is a frozen dataclass; its fields are its settings.
 POLICIES: dict[str, type] = {

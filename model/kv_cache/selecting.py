@@ -1,23 +1,118 @@
-"""Policies that keep the best tokens of a prompt and all generated tokens.
+"""Policies that keep the best tokens of a prompt and all generated tokens, and the scores that say which are best.
 
 Tokens are selected once, after the whole prompt. Selected keys and generated tokens have their true
 positions; nothing is renumbered. A row with fewer tokens than the capacity keeps all of them.
 
-Shapes: B batch, T new tokens, W observed queries, S slots, N query heads, K key/value heads, G query heads
-of each, X 1 or K, H head dim.
+Scores are of keys by the attention of some queries, pure functions in float32.
+
+Shapes: B batch, T new tokens or queries, W observed queries, S slots, C slots chosen, N query heads, K key/value
+heads, G = N / K query heads of each, X heads that choose their own slots (1 or K), H head dim.
 """
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from espalier.model.kv_cache import scores, slots
+from espalier.model.kernels.attention_ops import received_attention
+from espalier.model.kv_cache import slots
+from espalier.model.kv_cache.base import AttentionForm
 from espalier.model.kv_cache.full import FullCache, Reading, check_positive
-from espalier.model.kv_cache.scores import GroupVote
 from espalier.model.kv_cache.slots import Slots
+
+Pooling = Literal["max", "average"]
+GroupVote = Literal["mean", "max"]
+
+# Number of queries whose attention weights are in memory at a time. With few queries the weights stay in a
+# CPU's caches: of 8, 16 and 32 this is the fastest at 16,384 keys, and 64 take several times as long.
+_BLOCK = 16
+
+
+def votes(
+    q_BTNH: jax.Array, positions_BT: jax.Array, held: Slots, form: AttentionForm
+) -> jax.Array:
+    """Returns the attention [B, K, G, S] that each slot receives, summed over the queries.
+
+    The weights are the layer's attention weights: a softmax over all keys that a query sees. The sum is
+    computed for some queries at a time. Queries at position -1 do not count.
+    """
+
+    def received(q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        seen = held.view()  # inside the loop: outside it the transposition would be a copy
+        return received_attention(
+            q_BTNH,
+            seen.k_BSKH,
+            q_positions_BT=positions_BT,
+            kv_positions_BS=seen.positions_BS,
+            **form.arguments(),
+        )
+
+    B, T, N, _ = q_BTNH.shape
+    blocks = -(-T // _BLOCK)
+    if blocks == 1:
+        return received(q_BTNH, positions_BT)
+    more = blocks * _BLOCK - T
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, more), (0, 0), (0, 0)))
+    positions_BT = jnp.pad(positions_BT, ((0, 0), (0, more)), constant_values=-1)
+
+    def add(i: jax.Array, total_BKGS: jax.Array) -> jax.Array:
+        q_BUNH, positions_BU = (
+            jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis=1)
+            for x in (q_BTNH, positions_BT)
+        )
+        return total_BKGS + received(q_BUNH, positions_BU)
+
+    K, S = held.k_BKSH.shape[1:3]
+    return jax.lax.fori_loop(0, blocks, add, jnp.zeros((B, K, N // K, S), jnp.float32))
+
+
+def of_group(votes_BKGS: jax.Array, group_vote: GroupVote) -> jax.Array:
+    """Returns one vote [B, K, S] per key/value head, from the query heads that share it."""
+    return votes_BKGS.mean(2) if group_vote == "mean" else votes_BKGS.max(2)
+
+
+def pooled(
+    votes_BXS: jax.Array, eligible_BS: jax.Array, kernel: int, pooling: Pooling
+) -> jax.Array:
+    """Pools votes along slots with stride 1, so that neighbouring tokens are kept together.
+
+    Ineligible slots do not raise their neighbours' votes: they count as -inf in a maximum and as zero in
+    an average. An average divides by the kernel size also at the edges (arXiv 2404.14469, listing 1). The
+    results at ineligible slots are undefined.
+    """
+    outside = -jnp.inf if pooling == "max" else 0.0
+    combine = jax.lax.max if pooling == "max" else jax.lax.add
+    inside_BXS = jnp.where(eligible_BS[:, None], votes_BXS, outside)
+    half = kernel // 2
+    out_BXS = jax.lax.reduce_window(
+        inside_BXS,
+        jnp.asarray(outside, votes_BXS.dtype),
+        combine,
+        window_dimensions=(1, 1, kernel),
+        window_strides=(1, 1, 1),
+        padding=((0, 0), (0, 0), (half, half)),
+    )
+    return out_BXS if pooling == "max" else out_BXS / kernel
+
+
+def recent(positions_BS: jax.Array, window: int) -> jax.Array:
+    """Returns True [B, S] for the last `window` tokens of every row."""
+    last_B1 = positions_BS.max(1, keepdims=True)
+    return (positions_BS >= 0) & (positions_BS > last_B1 - window)
+
+
+def ranked(scores_BXS: jax.Array, positions_BS: jax.Array, window: int) -> jax.Array:
+    """Returns scores that rank the last `window` tokens of a row first and empty slots last."""
+    recent_BS, real_BS = recent(positions_BS, window), positions_BS >= 0
+    scores_BXS = jnp.where(recent_BS[:, None], jnp.inf, scores_BXS)
+    return jnp.where(real_BS[:, None], scores_BXS, -jnp.inf)
+
+
+def best(scores_BXS: jax.Array, count: int) -> jax.Array:
+    """Returns the indices [B, X, C] of the `count` highest scores, ascending; ties go to the first."""
+    return jnp.sort(jax.lax.top_k(scores_BXS, count)[1], axis=-1)
 
 
 @flax.struct.dataclass
@@ -76,7 +171,7 @@ class Selecting(FullCache):
 
     def chosen(self, state: Reading, budget: int, *, length: int, dtype: Any) -> Any:
         """Returns the slots of the best `budget` tokens of each head."""
-        held = state.slots.take(scores.best(self.scores(state), budget))
+        held = state.slots.take(best(self.scores(state), budget))
         return held.stored_as(dtype).with_room(length).constrained()
 
     # Members that policies override.
@@ -117,8 +212,8 @@ class Tova(Selecting):
 
     def scores(self, state: Reading) -> jax.Array:
         seen = state.evidence
-        votes_BKGS = scores.votes(seen.q_BWNH, seen.positions_BW, state.slots, state.known_form)
-        return scores.ranked(votes_BKGS.mean((1, 2))[:, None], state.positions_BS, window=1)
+        votes_BKGS = votes(seen.q_BWNH, seen.positions_BW, state.slots, state.known_form)
+        return ranked(votes_BKGS.mean((1, 2))[:, None], state.positions_BS, window=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,12 +242,12 @@ class H2O(Selecting):
         return jnp.zeros((B, K, num_heads // K, S), jnp.float32)
 
     def observe(self, state: Reading, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        return state.evidence + scores.votes(q_BTNH, positions_BT, state.slots, state.known_form)
+        return state.evidence + votes(q_BTNH, positions_BT, state.slots, state.known_form)
 
     def scores(self, state: Reading) -> jax.Array:
-        votes_BKS = scores.of_group(state.evidence, self.group_vote)
+        votes_BKS = of_group(state.evidence, self.group_vote)
         window = self.capacity // 2 if self.window is None else self.window
-        return scores.ranked(votes_BKS, state.positions_BS, window)
+        return ranked(votes_BKS, state.positions_BS, window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +275,7 @@ class Random(Selecting):
             jnp.maximum(state.positions_BS, 0)
         )
         drawn_BSK = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, heads)))(keys_BS)
-        return scores.ranked(drawn_BSK.swapaxes(1, 2), state.positions_BS, self.window)
+        return ranked(drawn_BSK.swapaxes(1, 2), state.positions_BS, self.window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,8 +302,8 @@ class Oracle(Selecting):
 
     def compress(self, state: Reading, *, length: int, dtype: Any = None) -> Any:
         seen, held = state.evidence, state.slots
-        votes_BKGS = scores.votes(seen.q_BWNH, seen.positions_BW, held, state.known_form)
-        future_BS = scores.recent(state.positions_BS, self.future)
+        votes_BKGS = votes(seen.q_BWNH, seen.positions_BW, held, state.known_form)
+        future_BS = recent(state.positions_BS, self.future)
         held = dataclasses.replace(
             held, positions_BXS=jnp.where(future_BS[:, None], -1, held.positions_BXS)
         )
@@ -216,4 +311,4 @@ class Oracle(Selecting):
         return super().compress(state, length=length, dtype=dtype)
 
     def scores(self, state: Reading) -> jax.Array:
-        return scores.ranked(scores.of_group(state.evidence, "mean"), state.positions_BS, window=0)
+        return ranked(of_group(state.evidence, "mean"), state.positions_BS, window=0)

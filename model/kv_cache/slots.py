@@ -129,7 +129,7 @@ class Slots:
 
     def constrained(self) -> "Slots":
         """Returns the slots with their sharding constrained: split over rows and key/value heads."""
-        # Slots that all heads share (adakv.py) are replicated.
+        # Slots that all heads share (AdaKV) are replicated.
         heads = axes.ACT_KV_HEADS if self.k_BKSH.shape[1] > 1 else None
         own = heads if self.positions_BXS.shape[1] > 1 else None
 

@@ -1,28 +1,29 @@
-"""Products of rows, sorted by expert, with the kernels of their experts.
+"""Products of rows, sorted by expert, with the kernels of their experts, by the kernel that the platform has.
 
 Shapes: R rows, E experts, X in, Y out.
 """
 
 import functools
+import importlib.util
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from espalier.model import axes
 from espalier.model.kernels.platform import reference_forms, target_platform
-from espalier.model.moe import grouped_matmul_hopper, grouped_matmul_tpu, parallel
+from espalier.model.moe import parallel
 from espalier.model.moe.row_blocks import kernel_gradient, over_blocks, product, rows_gradient
 
 
 def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns the products of rows, sorted by expert, with their expert's kernel, [R, Y].
 
-    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox (grouped_matmul_tpu.py); calls that
-    it does not support compute that gradient at E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with every expert. On a
-    CPU a loop multiplies blocks of rows instead, as many as the sizes need. On a Hopper GPU a Pallas kernel does
-    (grouped_matmul_hopper.py); other GPUs, and calls that it does not support, take ragged_dot with one warning of
-    the cost. Results for rows after the last expert's rows are undefined.
+    On TPUs this is jax.lax.ragged_dot, with the gradient of the kernels by megablox; calls that it does not support
+    compute that gradient at E times its FLOPs, with one warning. On CPUs and GPUs ragged_dot multiplies every row with
+    every expert. On a CPU a loop multiplies blocks of rows instead, as many as the sizes need. On a Hopper GPU a Pallas
+    kernel does; other GPUs, and calls that it does not support, take ragged_dot with one warning of the cost. Results for rows after the last expert's rows are undefined.
 
     Args:
       sizes_E: number of rows of each expert, at most R in total; or [G, E / devices of an expert axis]
@@ -35,9 +36,9 @@ def grouped_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array
     if form == "blocks":
         return _blocks(rows_RX, kernel_EXY, sizes_E)
     if form == "megablox":
-        return grouped_matmul_tpu.tpu_matmul(rows_RX, kernel_EXY, sizes_E)
+        return tpu_matmul(rows_RX, kernel_EXY, sizes_E)
     if form == "hopper":
-        return grouped_matmul_hopper.hopper_matmul(rows_RX, kernel_EXY, sizes_E)
+        return hopper_matmul(rows_RX, kernel_EXY, sizes_E)
     return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
 
 
@@ -50,12 +51,12 @@ def _choose(
     if target_platform() == "cpu":
         return "blocks"
     if target_platform() == "gpu":
-        problem = grouped_matmul_hopper.problem(rows_RX, kernel_EXY)
+        problem = hopper_problem(rows_RX, kernel_EXY)
         if not problem:
             return "hopper"
-        _warn(grouped_matmul_hopper.cost(len(kernel_EXY), problem))
+        _warn(ragged_dot_cost(len(kernel_EXY), problem))
     if target_platform() == "tpu":
-        problem = grouped_matmul_tpu.problem(kernel_EXY)
+        problem = megablox_problem(kernel_EXY)
         if not problem:
             return "megablox"
         _warn(
@@ -104,3 +105,167 @@ def _blocks_bwd(residuals, dy_RY):
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
+
+
+# ---- NVIDIA Hopper: JAX's Pallas kernels for Mosaic GPU, with a gradient of the same kernels. Elsewhere on GPUs ragged_dot
+# becomes one product of all rows with all experts' kernels, most of it zeros.
+
+# Experimental modules of JAX, which a version may lack.
+_HOPPER_MODULES = tuple(
+    f"jax.experimental.pallas.ops.gpu.{name}_mgpu"
+    for name in ("ragged_dot", "transposed_ragged_dot")
+)
+_HOPPER_BLOCK = 128  # rows and columns of a tile of the results
+# Rows or columns that are multiplied at a time: 128 bytes, a row of swizzled shared memory.
+_HOPPER_CONTRACTED = 64
+_HOPPER_TILES: dict[str, Any] = {
+    "block_m": _HOPPER_BLOCK,
+    "block_n": _HOPPER_BLOCK,
+    "block_k": _HOPPER_CONTRACTED,
+    "max_concurrent_steps": 4,
+    "grid_block_n": 1,
+}
+
+
+def capability() -> str | None:
+    """Returns the compute capability of this process's GPUs, such as '9.0' of Hopper; None without a GPU."""
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:  # JAX has no GPU
+        return None
+    return getattr(device, "compute_capability", None)
+
+
+def hopper_problem(rows_RX: jax.Array, kernel_EXY: jax.Array) -> str:
+    """Returns why the kernels do not support the call, or ''."""
+    if (found := capability()) != "9.0":
+        return f"a GPU of compute capability {found}" if found else "an absent GPU"
+    if not all(map(importlib.util.find_spec, _HOPPER_MODULES)):
+        return "this version of JAX"
+    if rows_RX.dtype != kernel_EXY.dtype or rows_RX.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"rows of {rows_RX.dtype} with kernels of {kernel_EXY.dtype}"
+    R, (_, X, Y) = len(rows_RX), kernel_EXY.shape
+    if R < _HOPPER_BLOCK or X % _HOPPER_BLOCK or Y % _HOPPER_BLOCK:
+        return f"{R} rows with kernels [{X}, {Y}] (at least {_HOPPER_BLOCK}, and multiples of it)"
+    if axes.free_mesh_axes():
+        return (
+            "a mesh whose axes split the model's own dimensions"  # XLA cannot split a Pallas kernel
+        )
+    return ""
+
+
+def ragged_dot_cost(num_experts: int, reason: str) -> str:
+    """Returns what `jax.lax.ragged_dot` costs on a GPU, and why it is taken, as a warning."""
+    return (
+        f"The products of {num_experts} experts take {num_experts} times their FLOPs here, because on GPUs "
+        f"jax.lax.ragged_dot multiplies all rows with all experts. The grouped kernel does not support {reason}: it "
+        f"needs a Hopper GPU, bfloat16 or float16, and widths that are multiples of {_HOPPER_BLOCK}."
+    )
+
+
+@jax.custom_vjp
+def hopper_matmul(rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns the products of rows with their expert's kernel, [R, Y]; rows after the last expert's are zero.
+
+    Products are summed in float32. `hopper_problem` must be ''.
+
+    Args:
+      sizes_E: int32, the number of rows of each expert.
+    """
+    return _hopper_products(rows_RX, kernel_EXY, sizes_E)
+
+
+def _hopper_fwd(rows_RX, kernel_EXY, sizes_E):
+    return _hopper_products(rows_RX, kernel_EXY, sizes_E), (rows_RX, kernel_EXY, sizes_E)
+
+
+def _hopper_bwd(residuals, dy_RY):
+    from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
+
+    rows_RX, kernel_EXY, sizes_E = residuals
+    # The kernel masks rows of other experts in one operand alone, by a product: the other one must be finite.
+    dy_RY = _used(dy_RY, sizes_E)
+    drows_RX = _hopper_products(dy_RY, kernel_EXY, sizes_E, transpose_rhs=True)
+    dkernel_EXY = transposed_ragged_dot_mgpu.transposed_ragged_dot(
+        _used(rows_RX, sizes_E), dy_RY, group_sizes=sizes_E, **_HOPPER_TILES
+    )
+    return drows_RX, dkernel_EXY, None
+
+
+hopper_matmul.defvjp(_hopper_fwd, _hopper_bwd)
+
+
+def _hopper_products(rows, kernel_EXY, sizes_E, *, transpose_rhs: bool = False) -> jax.Array:
+    # Importing Pallas takes half a second, and only GPU programs need it.
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    out = ragged_dot_mgpu.ragged_dot(
+        rows, kernel_EXY, group_sizes=sizes_E, transpose_rhs=transpose_rhs, **_HOPPER_TILES
+    )
+    return _used(out, sizes_E)
+
+
+def _used(rows: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns the rows with zeros after the last expert's, where the kernel leaves memory as it was."""
+    return jnp.where((jnp.arange(len(rows)) < sizes_E.sum())[:, None], rows, 0)
+
+
+# ---- TPU: XLA's product and gradient of rows, with megablox for the gradient of the kernels, for which XLA would mask all rows
+# for every expert and multiply them.
+
+_MEGABLOX_ROWS = 128  # of a tile; tiles that two experts share are multiplied for both
+_MEGABLOX_COLUMNS = 512  # of a tile, at most
+_MEGABLOX_LANES = 128
+
+
+def megablox_problem(kernel_EXY: jax.Array) -> str:
+    """Returns why megablox does not support the gradient of these kernels, or ''."""
+    _, X, Y = kernel_EXY.shape
+    if X % _MEGABLOX_LANES or Y % _MEGABLOX_LANES:
+        return f"kernels [{X}, {Y}] (multiples of {_MEGABLOX_LANES})"
+    if axes.free_mesh_axes():
+        # XLA cannot split a Pallas kernel.
+        return "a mesh whose axes split the model's own dimensions"
+    return ""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tpu_matmul(
+    rows_RX: jax.Array, kernel_EXY: jax.Array, sizes_E: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Returns the products of rows with their expert's kernel, [R, Y]; see `grouped_matmul`. `megablox_problem` must be ''.
+
+    Args:
+      sizes_E: int32, the number of rows of each expert.
+      interpret: whether the kernel of the gradient runs in JAX's interpreter, for tests.
+    """
+    return jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
+
+
+def _megablox_fwd(rows_RX, kernel_EXY, sizes_E, interpret):
+    del interpret
+    out_RY = jax.lax.ragged_dot(rows_RX, kernel_EXY, sizes_E)
+    return out_RY, (rows_RX, kernel_EXY, sizes_E)
+
+
+def _megablox_bwd(interpret, residuals, dy_RY):
+    # Importing Pallas takes half a second, and only these programs need it.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    rows_RX, kernel_EXY, sizes_E = residuals
+    _, pull = jax.vjp(lambda rows: jax.lax.ragged_dot(rows, kernel_EXY, sizes_E), rows_RX)
+    (drows_RX,) = pull(dy_RY)
+    missing = -len(rows_RX) % _MEGABLOX_ROWS
+    rows, dy = (jnp.pad(x, ((0, missing), (0, 0))) for x in (rows_RX, dy_RY))
+    dkernel_EXY = tgmm(
+        rows.T,
+        dy.astype(rows.dtype),
+        sizes_E,
+        kernel_EXY.dtype,
+        (_MEGABLOX_ROWS, *(min(_MEGABLOX_COLUMNS, width) for width in kernel_EXY.shape[1:])),
+        interpret=interpret,
+    )
+    return drows_RX, dkernel_EXY, None
+
+
+tpu_matmul.defvjp(_megablox_fwd, _megablox_bwd)

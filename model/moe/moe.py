@@ -1,7 +1,7 @@
 """A mixture of gated MLPs: every token uses `top_k` of them (Shazeer et al., arXiv 1701.06538).
 
-The defaults are Mixtral's (arXiv 2401.04088). model/moe/routing.py has other kinds of routing.
-model/moe/dispatch.py sends tokens to experts; on a mesh, model/moe/parallel.py does.
+The defaults are Mixtral's (arXiv 2401.04088). model/moe/routing.py has other kinds of routing, and sends tokens to
+experts; on a mesh, model/moe/parallel.py does.
 
 Shapes: B batch, T length, K experts per token, R rows sorted by expert, E experts, D width, F hidden width;
 X in and Y out of a product.
@@ -24,7 +24,7 @@ from espalier.model.kernels import taps
 from espalier.model.like import like
 from espalier.model.linear import Dense
 from espalier.model.mlp import GatedMlp, activation
-from espalier.model.moe import dispatch, expert_mlp, parallel, routing
+from espalier.model.moe import parallel, routing, row_blocks
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.model.moe.parallel import Placement
 from espalier.model.moe.routing import Routes, route
@@ -194,10 +194,10 @@ class MoeMlp(Counted):
         count, (rows, length, top_k) = self.num_experts, experts_BTK.shape
         if place is None:
             most = rows * min(length * top_k, count * self._capacity(length))
-            rows_RD, plan = dispatch.send(x_BTD, experts_BTK, count, rows=most)
+            rows_RD, plan = routing.send(x_BTD, experts_BTK, count, rows=most)
             with taps.expert_rows(plan.order_R, top_k):
                 out_RD = self._experts(rows_RD, plan.sizes_E)
-            return dispatch.collect(out_RD, weights_BTK, plan)
+            return routing.collect(out_RD, weights_BTK, plan)
         # The experts of a token are distinct, so it sends at most `experts` choices to one device.
         rows, experts = rows // place.token_shards, count // place.expert_shards
         most = rows * min(length * min(top_k, experts), experts * self._capacity(length))
@@ -230,11 +230,11 @@ class MoeMlp(Counted):
         # Results of single projections that a caller captures would be kernels.
         captured = self.is_mutable_collection("intermediates")
         plain = all(type(dense) is ExpertDense for dense in (gate, up, down))
-        if plain and not captured and expert_mlp.applies(sizes):
+        if plain and not captured and row_blocks.applies(sizes):
             rows_RD = rows_RD.astype(config.compute_dtype)
             hidden_RF = jax.ShapeDtypeStruct((len(rows_RD), config.mlp_dim), rows_RD.dtype)
             kernels = (gate(rows_RD, None), up(rows_RD, None), down(hidden_RF, None))
-            return expert_mlp.expert_mlp(act, rows_RD, kernels, sizes.astype(jnp.int32))
+            return row_blocks.expert_mlp(act, rows_RD, kernels, sizes.astype(jnp.int32))
         return down(act(gate(rows_RD, sizes)) * up(rows_RD, sizes), sizes)
 
     def _expert_dense(self, name: str, features: int, *names: str) -> Any:

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from espalier.model import axes
-from espalier.model.moe import dispatch, routing
-from espalier.model.moe.dispatch import Dispatch
+from espalier.model.moe import routing
+from espalier.model.moe.routing import Dispatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,9 @@ def send(
 
     def local(x_btd, experts_btk):
         if place.expert_shards == 1:
-            rows_RD, own = dispatch.send(x_btd, experts_btk, num_experts)
+            rows_RD, own = routing.send(x_btd, experts_btk, num_experts)
             return rows_RD, own.sizes_E.reshape(1, -1), Exchange(own, None, None)
-        own = dispatch.dispatch(experts_btk.reshape(-1), num_experts)
+        own = routing.dispatch(experts_btk.reshape(-1), num_experts)
         x_md = x_btd.reshape(-1, x_btd.shape[-1])
         rows_RD, slot_C, received = _exchange(x_md, experts_btk.shape[-1], own, place, rows)
         return rows_RD, received.sizes_E.reshape(1, -1), Exchange(own, slot_C, received)
@@ -154,7 +154,7 @@ def _exchange(
     expert_PS = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(rows), side="right"))(
         jnp.cumsum(sizes_Pe, axis=-1)
     )
-    received = dispatch.dispatch(expert_PS.reshape(-1), sizes_Pe.shape[-1])
+    received = routing.dispatch(expert_PS.reshape(-1), sizes_Pe.shape[-1])
     rows_RD = rows_PSD.reshape(-1, x_md.shape[-1])[received.order_R]
     return rows_RD, slot_C, received
 
@@ -172,11 +172,11 @@ def collect(
     def local(rows_RD, weights_btk, exchange):
         own = exchange.own
         if exchange.received is not None:
-            rows_PSD = dispatch.by_choice(rows_RD, exchange.received)
+            rows_PSD = routing.by_choice(rows_RD, exchange.received)
             rows_PSD = rows_PSD.reshape(place.expert_shards, -1, rows_RD.shape[-1])
             rows_RD = _all_to_all(rows_PSD, place).reshape(rows_RD.shape)
             own = own.replace(rank_C=jnp.minimum(exchange.slot_C, len(rows_RD) - 1))
-        return dispatch.collect(rows_RD, weights_btk, own)
+        return routing.collect(rows_RD, weights_btk, own)
 
     return place.map(local, *(place.split,) * 3)(rows_RD, weights_BTK, exchange)
 

@@ -1,4 +1,4 @@
-"""A router that uses embeddings of its experts' training data (Nexus, arXiv 2408.15901, section 3.2).
+"""A router that uses embeddings of its experts' training data (Nexus, arXiv 2408.15901, section 3.2), and its first parameters.
 
 The logit of an expert is the dot product of a token's state and the expert's vector. This vector is a learned
 projection of an embedding d_i of the expert's training data:
@@ -13,10 +13,15 @@ seen: in one layer such an expert may get no token and in another one half of th
 vector from all e_i, such as the mean of the first ones, changes no difference and hence no gate. `levelled` places
 vectors of later experts where the first ones have learned to be, which stay as they are.
 
-Shapes: E experts, D width, M width of an embedding of a domain, '...' any leading.
+The last kernel of a router with a gated hidden layer is drawn with the standard deviation that gives the first logits the
+standard deviation `logit_std`.
+
+Shapes: E experts, D width, M width of an embedding of a domain, F hidden width, '...' any leading.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +35,7 @@ from espalier.model import axes
 from espalier.model.flops import Counted
 from espalier.model.kernels import matmul
 from espalier.model.linear import Dense, Pointwise, fan_in_normal
-from espalier.model.nexus.router_scale import down_std
+from espalier.model.transforms.base import TransformError
 
 
 class GatedRouter(Counted):
@@ -129,3 +134,85 @@ def expert_vectors(router: dict, domains_EM: np.ndarray) -> np.ndarray:
     domains_EM = np.asarray(domains_EM, np.float64)
     inner = domains_EM @ gate
     return (inner / (1 + np.exp(-inner)) * (domains_EM @ up)) @ down
+
+
+def down_std(domain_dim: int, width: int, logit_std: float, length: float = 1.0) -> float:
+    """Returns the standard deviation of a DomainRouter's `down` [D, D] that gives logits with `logit_std`.
+
+    States are assumed to have unit variance. For an embedding of length l, `gate` and `up` with variance 1/M give
+    Gaussians a and b of variance l^2/M. With h = silu(a) b, |e|^2 = D^2 std^2 E[h^2], and a logit's variance is |e|^2.
+    """
+    power = _silu_power(length / np.sqrt(domain_dim)) * length**2 / domain_dim
+    return float(logit_std / (width * np.sqrt(power)))
+
+
+def token_down_std(hidden: int, logit_std: float) -> float:
+    """Returns the standard deviation of an MlpRouter's `down` [F, E] that gives logits with `logit_std`.
+
+    `gate` and `up` are assumed to give Gaussians of variance 1.
+    """
+    return float(logit_std / np.sqrt(hidden * _silu_power(1.0)))
+
+
+def _silu_power(std: float) -> float:
+    """Returns E[silu(a)^2] for a Gaussian a with this standard deviation."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    gate = std * nodes
+    return float(np.sum(weights * (gate / (1 + np.exp(-gate))) ** 2) / np.sum(weights))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpRouters:
+    """Routers that are an MLP of the token.
+
+    Attributes:
+      logit_std: standard deviation of the first logits.
+    """
+
+    logit_std: float = 0.1
+
+    def axis(self, name: str) -> int | None:
+        return -1 if name == "down/kernel" else None
+
+    def initial(self, name: str, path: str, shape: tuple[int, ...]) -> float | np.ndarray | None:
+        if name in ("gate/kernel", "up/kernel"):
+            return 1 / math.sqrt(shape[-2])
+        return self._down_std(shape) if name == "down/kernel" else None
+
+    def of_last(self) -> "MlpRouters":
+        return self
+
+    def _down_std(self, shape: tuple[int, ...]) -> float:
+        return token_down_std(shape[-2], self.logit_std)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ProjectionRouters(MlpRouters):
+    """Routers that project embeddings of the experts' data.
+
+    Attributes:
+      domains: the embeddings [E, M].
+    """
+
+    domains: np.ndarray
+
+    def axis(self, name: str) -> int | None:
+        return -2 if name == "domains" else None
+
+    def initial(self, name: str, path: str, shape: tuple[int, ...]) -> float | np.ndarray | None:
+        if name != "domains":
+            return super().initial(name, path, shape)
+        if self.domains.shape != shape[-2:]:
+            raise TransformError(
+                f"{path} of the mixture is {list(shape)}, and embeddings are {list(self.domains.shape)}: "
+                "set DomainRouter.domain_dim to their width."
+            )
+        return self.domains
+
+    def of_last(self) -> "ProjectionRouters":
+        return dataclasses.replace(self, domains=self.domains[-1:])
+
+    def _down_std(self, shape: tuple[int, ...]) -> float:
+        # Rounded: float32 vectors have length 1 only nearly.
+        length = round(float(np.linalg.norm(self.domains, axis=-1).mean()), 3)
+        return down_std(self.domains.shape[-1], shape[-1], self.logit_std, length)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from espalier.model.transforms import base, experts, upcycle
+from espalier.model.transforms import base, experts
 from espalier.model.transforms.base import Recipe, Shapes, Source, TransformError
 from espalier.model.transforms.experts import ExpertAxis, Mixture
 
@@ -43,7 +43,7 @@ class Addition:
         router = re.fullmatch(experts.ROUTER, path) is not None
         where = experts.expert_axis(path, mixture)
         if router and self.router == "reset":
-            return upcycle.drawn(path, shape, mixture, mixture.experts)
+            return experts.drawn(path, shape, mixture, mixture.experts)
         if where is None:
             if router or re.fullmatch(experts.SHARED, path) or not self.merge:
                 return base.copied(path, old.shape(path), old)
@@ -52,7 +52,7 @@ class Addition:
         one = _resized(before, where, before[where.axis] // (mixture.experts - 1))
         if router:
             last = dataclasses.replace(mixture, router=mixture.router.of_last())
-            column = upcycle.drawn(path, one, last, mixture.experts)
+            column = experts.drawn(path, one, last, mixture.experts)
             origin = column.origin
             inputs: tuple[tuple[str, str], ...] = ((old.name, path),)
 
@@ -63,7 +63,7 @@ class Addition:
 
         else:
             _check_expert(path, one, where, old, new)
-            origin = f"copied{upcycle.changes(path, mixture)}"
+            origin = f"copied{experts.changes(path, mixture)}"
             inputs = ((old.name, path), (new.name, path))
 
             def added(parts: Sequence[np.ndarray], layer: int) -> np.ndarray:
@@ -76,7 +76,7 @@ class Addition:
 
         after = _resized(before, where, before[where.axis] + one[where.axis])
         slices = mixture.slices(path)
-        return upcycle.single(path, after, f"one more, {origin}", inputs, compute, slices=slices)
+        return experts.single(path, after, f"one more, {origin}", inputs, compute, slices=slices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Removal:
 
         after = _resized(before, where, before[where.axis] // count * (count - 1))
         slices = self.mixture.slices(path)
-        return upcycle.single(
+        return experts.single(
             path, after, "without one", ((old.name, path),), compute, slices=slices
         )
 
@@ -131,7 +131,7 @@ def _merged(path: str, old: Source, new: Source, merge: float) -> Recipe:
 
     origin = f"{1 - merge:.3g} of the mixture, {merge:.3g} of the new model"
     inputs = ((old.name, path), (new.name, path))
-    return upcycle.single(path, old.shape(path), origin, inputs, compute, slices="rows")
+    return experts.single(path, old.shape(path), origin, inputs, compute, slices="rows")
 
 
 def _resized(shape: tuple[int, ...], where: ExpertAxis, size: int) -> tuple[int, ...]:

@@ -11,8 +11,7 @@ import jax
 from espalier.common.ranges import recordable
 from espalier.model import axes
 from espalier.model.linear import fan_in_normal
-from espalier.model.nexus.domain_router import GatedRouter
-from espalier.model.nexus.router_scale import token_down_std
+from espalier.model.nexus.domain_router import GatedRouter, token_down_std
 
 
 @recordable

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-from espalier.model.transforms import finite
+from espalier.model.transforms import base
 from espalier.model.transforms.base import TransformError
 
 GRAIN = 1 << 16  # values
@@ -77,7 +77,7 @@ class Blocks:
         for start in range(0, high - low, self.grain):
             parts = [self._cast_part(x[start : start + self.grain]) for x in raw]
             for number, part in enumerate(parts if low not in self._finite else ()):
-                if finite.problem_of(part):
+                if base.not_finite(part):
                     self._refuse(number)
             yield low + start, parts
         self._finite.add(low)
@@ -104,7 +104,7 @@ class Blocks:
                 with np.errstate(over="ignore"):
                     for dtype in dtypes:
                         part = part.astype(dtype, copy=False)
-                if problem := finite.problem_of(part):
+                if problem := base.not_finite(part):
                     raise TransformError(
                         f"the result of {', '.join(self._names)} has {problem} in {last.name}, though the inputs are finite: "
                         "use a wider dtype, or other weights."

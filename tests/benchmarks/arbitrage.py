@@ -110,7 +110,7 @@ def _arbitrage(pool: str, prompts: str, out: str) -> float:
     """Returns the seconds of arbitrage by an exact reward."""
     from espalier.launch.aya_expanse.arbitrage import ArbitrageFlags, arbitrage
     from espalier.launch.aya_expanse.teachers import SamplingFlags
-    from espalier.launch.preparation.best_of_n import RewardFlags
+    from espalier.launch.prepare.best_of_n import RewardFlags
 
     flags = ArbitrageFlags(pool=pool, prompts=prompts, out=out, keep_cut=True, form="prompt")
     begin = time.perf_counter()

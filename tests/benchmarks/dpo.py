@@ -92,7 +92,7 @@ def facts(reports: Mapping[str, list[compare.Report]]) -> dict[str, Any]:
 
 def side(folder: str, steps: str) -> dict[str, Any]:
     """Trains on the files of `write`; returns losses, times and memory."""
-    from espalier.launch.run import reference
+    from espalier.launch.preference import reference
 
     set_up = timed(reference, "make_stream")
     bindings = {

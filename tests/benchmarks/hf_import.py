@@ -122,8 +122,8 @@ def side(action: str, *arguments: str) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from espalier.launch.cluster.worker import peak_bytes
-    from espalier.launch.weights.import_weights import import_hf
+    from espalier.launch.convert.exchange import import_hf
+    from espalier.launch.submit.worker import peak_bytes
     from espalier.model.hf.load import load
 
     jax.device_put(np.zeros(1)).block_until_ready()  # The backend starts on first use.

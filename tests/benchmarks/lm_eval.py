@@ -124,7 +124,7 @@ def _write(
     folder: str, sizes: Mapping[str, int], documents: int, prompts: int, new_tokens: int
 ) -> None:
     """Writes model/ (a Hugging Face checkpoint), run/ (the import of model/) and requests.json."""
-    from espalier.launch.weights import import_weights
+    from espalier.launch.convert import exchange
 
     model = pathlib.Path(folder, "model")
     text = _text()
@@ -143,7 +143,7 @@ def _write(
     names = {f"{name}_token": "</s>" for name in ("bos", "eos", "pad")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    import_weights.import_hf(os.fspath(model), os.path.join(folder, "run"))
+    exchange.import_hf(os.fspath(model), os.path.join(folder, "run"))
     requests = _requests(text, documents, prompts, new_tokens)
     pathlib.Path(folder, "requests.json").write_text(json.dumps(requests))
 

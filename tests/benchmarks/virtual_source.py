@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from espalier.data.cache.columns import Column
+from espalier.data.cache.cache_files import Column
 from espalier.data.cache.store import Cache, digest
 from espalier.data.stream.plan import Plan, make_plan
 from espalier.data.stream.rows import Source
@@ -45,7 +45,7 @@ def tokens_at(index_T: np.ndarray) -> np.ndarray:
 
 
 class _Tokens:
-    """The values of `data.cache.columns.Column`, calculated."""
+    """The values of `data.cache.cache_files.Column`, calculated."""
 
     def __init__(self, lengths: Periodic, starts: Periodic):
         self.lengths, self.starts = lengths, starts

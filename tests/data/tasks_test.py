@@ -5,7 +5,7 @@ import json
 import pytest
 
 from espalier.data import tasks
-from espalier.data.text import corpus
+from espalier.data.text import corpus, user_data
 from espalier.data.tokenizers import vocabularies
 
 TEXTS = {
@@ -53,7 +53,7 @@ def _records(name, split):
 
 
 def test_tasks_yield_every_document_with_its_name_and_eos(small, byte):
-    tasks.register_corpus(vocabulary=byte, corpus=small)
+    user_data.register_corpus(vocabulary=byte, corpus=small)
     for split in ("train", "validation"):
         records = _records("python", split)
         documents = list(small.documents("python", split))
@@ -72,7 +72,7 @@ def test_bos_and_eos_by_choice(small, tmp_path, byte):
     text = next(small.documents("python", "train")).text
     ids = list(vocabulary.encode(text))
     for add_bos, add_eos in ((False, False), (True, False), (True, True)):
-        tasks.register_corpus(
+        user_data.register_corpus(
             vocabulary=vocabulary,
             corpus=small,
             sources=["python"],
@@ -82,15 +82,15 @@ def test_bos_and_eos_by_choice(small, tmp_path, byte):
         expected = [3] * add_bos + ids + [1] * add_eos
         assert _records("python", "train")[0]["targets"].tolist() == expected
     with pytest.raises(ValueError, match="task 'python': add_bos=True, but .* has no BOS"):
-        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_bos=True)
+        user_data.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_bos=True)
 
 
 @pytest.mark.parametrize("none", [None, -1])
 def test_eos_is_not_asked_of_a_vocabulary_without_it(small, byte, monkeypatch, none):
     monkeypatch.setattr(type(byte), "eos_id", none)
     with pytest.raises(ValueError, match="task 'python': add_eos=True, but .* has no EOS"):
-        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"])
-    tasks.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_eos=False)
+        user_data.register_corpus(vocabulary=byte, corpus=small, sources=["python"])
+    user_data.register_corpus(vocabulary=byte, corpus=small, sources=["python"], add_eos=False)
     text = next(small.documents("python", "train")).text
     assert _records("python", "train")[0]["targets"].tolist() == list(byte.encode(text))
 
@@ -98,7 +98,9 @@ def test_eos_is_not_asked_of_a_vocabulary_without_it(small, byte, monkeypatch, n
 def test_mixtures_weigh_by_bytes_and_temperature(small, byte):
     import seqio
 
-    tasks.register_corpus(vocabulary=byte, corpus=small, temperature=1.0, language_temperature=2.0)
+    user_data.register_corpus(
+        vocabulary=byte, corpus=small, temperature=1.0, language_temperature=2.0
+    )
     everything = seqio.MixtureRegistry.get("all")
     assert {task.name for task in everything.tasks} == {
         "english",
@@ -120,7 +122,7 @@ def test_mixtures_weigh_by_bytes_and_temperature(small, byte):
 
 def test_registering_again_replaces_and_does_not_repeat(small, byte):
     for _ in range(2):
-        tasks.register_corpus(vocabulary=byte, corpus=small)
+        user_data.register_corpus(vocabulary=byte, corpus=small)
     assert len(_records("english", "train")) == len(list(small.documents("english", "train")))
 
 
@@ -128,7 +130,7 @@ def test_clear_takes_everything_back(small, byte):
     import seqio
 
     before = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    tasks.register_corpus(vocabulary=byte, corpus=small)
+    user_data.register_corpus(vocabulary=byte, corpus=small)
     assert {"python", "code"} <= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     tasks.clear()
     assert {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()} == before
@@ -136,19 +138,19 @@ def test_clear_takes_everything_back(small, byte):
 
 
 def test_digest_follows_the_text_alone(small, byte):
-    tasks.register_corpus(vocabulary=byte, corpus=small)
+    user_data.register_corpus(vocabulary=byte, corpus=small)
     digest = tasks.sources()["python"].digest
     assert digest != tasks.sources()["english"].digest
-    tasks.register_corpus(vocabulary=byte, corpus=small, add_eos=False)
+    user_data.register_corpus(vocabulary=byte, corpus=small, add_eos=False)
     assert tasks.sources()["python"].digest == digest
     path = small.file("python", "train")
     path.write_text(path.read_text().replace("return", "yield", 1))
-    tasks.register_corpus(vocabulary=byte, corpus=small)
+    user_data.register_corpus(vocabulary=byte, corpus=small)
     assert tasks.sources()["python"].digest != digest
 
 
 def test_summary_holds_sizes_hashes_and_versions(small, byte):
-    tasks.register_corpus(vocabulary=byte, corpus=small)
+    user_data.register_corpus(vocabulary=byte, corpus=small)
     summary = json.loads(json.dumps(tasks.summary()))
     assert (
         summary["tasks"]["python"]["documents"] == small.manifest["sources"]["python"]["documents"]
@@ -159,7 +161,7 @@ def test_summary_holds_sizes_hashes_and_versions(small, byte):
 
 
 def test_names_that_are_taken_or_unknown(small, byte):
-    tasks.register_corpus(vocabulary=byte, corpus=small)
+    user_data.register_corpus(vocabulary=byte, corpus=small)
     with pytest.raises(ValueError, match="the name 'english' is taken by a task"):
         tasks.register_mixture("english", {"python": 1.0})
     with pytest.raises(
@@ -167,9 +169,9 @@ def test_names_that_are_taken_or_unknown(small, byte):
     ):
         tasks.register_mixture("new", {"pyton": 1.0})
     with pytest.raises(ValueError, match="unknown source 'cp'; did you mean 'cpp'"):
-        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["cp"])
+        user_data.register_corpus(vocabulary=byte, corpus=small, sources=["cp"])
     with pytest.raises(ValueError, match="none of the sources cpp is in the corpus, which holds"):
-        tasks.register_corpus(vocabulary=byte, corpus=small, sources=["cpp"])
+        user_data.register_corpus(vocabulary=byte, corpus=small, sources=["cpp"])
 
 
 def test_a_source_without_held_out_documents_has_no_validation_split(
@@ -184,6 +186,38 @@ def test_a_source_without_held_out_documents_has_no_validation_split(
         validation_fraction=0,
         near_duplicate_threshold=2.0,
     )
-    tasks.register_corpus(vocabulary=byte, corpus=built)
+    user_data.register_corpus(vocabulary=byte, corpus=built)
     assert seqio.TaskRegistry.get("python").splits == ("train",)
     assert len(_records("python", "train")) == 20
+
+
+def told(**registered):
+    return tasks.notices({"tasks": registered})
+
+
+def test_nothing_is_told_of_data_that_are_read_whole():
+    assert told(a={"documents": {"train": 3}}) == [] == tasks.notices({})
+
+
+def test_documents_are_told_by_filter_and_rows_by_reason():
+    documents = {
+        "Short": {"documents": 1200, "bytes": 2_500_000},
+        "C": {"documents": 1, "bytes": 0},
+    }
+    rows = {
+        "identical": {"rows": 3, "first": "x:2"},
+        "empty_completion": {"rows": 1, "first": "x:5"},
+    }
+    facts = {"documents": {"train": 90, "validation": 10}}
+    noted = {"invisible_characters": {"rows": 2, "first": "x:9"}}
+    found = told(a={**facts, "dropped": documents}, b={**facts, "dropped": rows, "noted": noted})
+    assert found == [
+        ("dropped", "a: Short 1,200 documents (2.5 MB), C 1 documents (0.0 MB)"),
+        (
+            "dropped",
+            "b: 3 identical (first: x:2), 1 empty_completion (first: x:5), 3.8% of all rows",
+        ),
+        ("noted", "b: 2 invisible_characters (first: x:9)"),
+    ]
+    (line,) = told(b={"documents": {"train": 75}, "dropped": rows})
+    assert line[0] == "WARNING" and line[1].endswith("5.1% of all rows")

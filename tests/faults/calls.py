@@ -17,7 +17,7 @@ def call(command: str, flags: Sequence[str]) -> tuple[int, str]:
             if command == "train":
                 status = cli.main("Trains.", entry="espalier.launch.train:train", argv=flags)
             else:
-                status = importlib.import_module(f"espalier.launch.{command}").main(flags)
+                status = importlib.import_module(cli.module_of(command)).main(flags)
         except SystemExit as end:  # of the parser of flags
             status = end.code if isinstance(end.code, int) else 1
     return status, output.getvalue()

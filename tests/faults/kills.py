@@ -22,9 +22,9 @@ from tests.faults.table import Bench, Case, Lost, Row, Unclear
 _STAGES = {
     "configuration": ("espalier.launch.config.gin_config:load", (1,)),
     "directory": ("espalier.launch.run.run_dir:prepare", (1,)),
-    "data": ("espalier.launch.train:open_data", (1,)),
+    "data": ("espalier.launch.run.resolved:resolve", (1,)),
     "compilation": ("espalier.trainers.recipe:Program.compiling", (1,)),
-    "restoring": ("espalier.launch.run.phase:restore_start", (1,)),
+    "restoring": ("espalier.launch.run.resolved:restore_start", (1,)),
     "waiting for data": ("espalier.trainers.batches:Prefetcher.get", (1, 4, 9)),
     "row of metrics": ("espalier.trainers.telemetry.metric_writers:MultiWriter.write", (1, 3, 5)),
     "save": ("espalier.trainers.checkpoints.checkpoint:Checkpointer.save", (1, 2, 3)),

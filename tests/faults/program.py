@@ -155,7 +155,7 @@ def fork(
 def _run(command: str, flags: list[str]) -> int:
     if command == "train":
         return cli.main("Trains.", entry="espalier.launch.train:train", argv=flags)
-    return importlib.import_module(f"espalier.launch.{command}").main(flags)
+    return importlib.import_module(cli.module_of(command)).main(flags)
 
 
 def corpus(bench: Bench) -> pathlib.Path:

@@ -18,7 +18,7 @@ TESTED = {
     23: (
         "influence by EK-FAC: singular factors, zero gradients, damping",
         "finite, and resumable",
-        "tests/trainers/influence, tests/launch/attribution",
+        "tests/trainers/influence, tests/launch/influence",
     ),
 }
 

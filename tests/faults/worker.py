@@ -73,7 +73,7 @@ def _import_the_project() -> None:
     names += (
         "espalier.launch.config.gin_config",
         "espalier.launch.run.load_run",
-        "espalier.launch.weights.import_weights",
+        "espalier.launch.convert.exchange",
     )
     for name in names:
         importlib.import_module(name)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from espalier.launch import convert
+from espalier.launch.convert import __main__ as convert
 from espalier.launch.run import load_run
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import step_dir

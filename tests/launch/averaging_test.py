@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from espalier.launch import convert
 from espalier.launch.config import gin_config
+from espalier.launch.convert import __main__ as convert
 from espalier.launch.run import load_run
 from espalier.model.hf import load
 from espalier.trainers.checkpoints import step_dir

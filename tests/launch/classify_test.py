@@ -4,9 +4,9 @@ import jax
 import pytest
 from etils import epath
 
-from espalier.launch.aot import precompile
 from espalier.launch.config import gin_config
-from espalier.launch.sweeping import file
+from espalier.launch.precompile import precompile
+from espalier.launch.sweep import file
 from espalier.model.low_rank import factors
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl

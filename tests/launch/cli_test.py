@@ -15,7 +15,7 @@ import pytest
 from gin import utils as gin_utils
 
 from espalier.launch import cli, environment, input_errors
-from espalier.launch.cluster import slurm
+from espalier.launch.submit import slurm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DOC = """Does a thing.
@@ -465,15 +465,17 @@ GROUPS = ("evaluate", "prepare", "influence")  # their first argument names a su
 
 
 def test_the_top_of_launch_holds_the_commands_and_what_they_share():
-    files = {path.stem for path in pathlib.Path(ROOT, "launch").glob("*.py")}
+    launch = pathlib.Path(ROOT, "launch")
+    files = {path.stem for path in launch.glob("*.py")}
     shared = {"cli", "environment", "input_errors", "predictions"}
-    assert files == {*COMMANDS, *shared, "__init__", "__main__"}
+    folders = {path.parent.name for path in launch.glob("*/__main__.py")}
+    assert files | folders == {*COMMANDS, *shared, "__init__", "__main__"}
     assert set(cli.command_names()) == COMMANDS
 
 
 def test_commands_import_no_paper():
     launch = pathlib.Path(ROOT, "launch")
-    folders = ("evaluation", "preparation", "inference")
+    folders = ("evaluate", "prepare", "inference")
     files = {*launch.glob("*.py")} - {launch / "reproduce.py"}
     files |= {path for folder in folders for path in (launch / folder).rglob("*.py")}
     imports = re.compile(
@@ -485,8 +487,11 @@ def test_commands_import_no_paper():
 
 def test_every_command_of_the_project_has_a_summary_and_an_example():
     for name in COMMANDS:
-        assert cli.summary(f"espalier.launch.{name}").endswith("."), name
-        with open(os.path.join(ROOT, "launch", f"{name}.py"), encoding="utf-8") as file:
+        assert cli.summary(cli.module_of(name)).endswith("."), name
+        head = pathlib.Path(ROOT, "launch", name, "__main__.py")
+        with open(
+            head if head.exists() else head.parent.with_suffix(".py"), encoding="utf-8"
+        ) as file:
             assert f"espalier {name}" in file.read().split('"""')[1], name
 
 
@@ -511,9 +516,8 @@ pages = {}
 for program in sys.argv[1].split():
     pages[program] = text(program)
     if program in ("evaluate", "precompile", "prepare", "upcycle"):
-        for name in importlib.import_module(f"espalier.launch.{program}").COMMANDS:
-            if name != "factorise":  # the flags of which are made by the module that does the work
-                pages[f"{program} {name}"] = text(program, name)
+        for name in importlib.import_module(cli.module_of(program)).COMMANDS:
+            pages[f"{program} {name}"] = text(program, name)
 print(json.dumps([pages, sorted({"jax", "gin", "tensorflow", "seqio"} & set(sys.modules))]))
 """
 
@@ -530,7 +534,5 @@ def test_help_of_every_command_is_quick_and_says_how_the_command_is_called():
     for group in GROUPS:
         names = [command.split()[1] for command in pages if command.startswith(f"{group} ")]
         for name in names:
-            summary = cli.summary(
-                importlib.import_module(f"espalier.launch.{group}").COMMANDS[name]
-            )
+            summary = cli.summary(importlib.import_module(cli.module_of(group)).COMMANDS[name])
             assert re.search(rf"^  {name} +{re.escape(summary)}$", pages[group], re.MULTILINE)

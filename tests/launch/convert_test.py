@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from espalier.launch import convert
 from espalier.launch.config import gin_config, gin_writer
-from espalier.launch.weights import export_weights, import_weights, target_folder
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.convert import exchange
+from espalier.launch.weights import target_folder
 from espalier.model.attention import Attention
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Positions
@@ -252,7 +253,7 @@ def test_two_conversions_to_one_target(llama, tmp_path):
         target_folder.new_directory(str(tmp_path / "run")),
         pytest.raises(target_folder.ConvertError, match="Another process"),
     ):
-        import_weights.import_hf(llama[0], str(tmp_path / "run"))
+        exchange.import_hf(llama[0], str(tmp_path / "run"))
 
 
 def test_a_disk_without_room(llama, tmp_path, capsys, monkeypatch):
@@ -288,7 +289,7 @@ def test_damage_is_found_on_the_way_out(llama, tmp_path, capsys, monkeypatch):
     assert convert.main(flags) == 2
     assert "is damaged" in capsys.readouterr().err
     # Digests see it, too, where the files' checksums are not read.
-    monkeypatch.setattr(export_weights.manifest, "check_files", lambda *_: {})
+    monkeypatch.setattr(exchange.manifest, "check_files", lambda *_: {})
     assert convert.main(flags) == 2
     assert "is damaged: array" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -358,7 +359,7 @@ def test_flags_that_do_not_go_together(flags, capsys):
 MEMORY = """
 import sys
 import jax
-from espalier.launch.weights import export_weights, import_weights
+from espalier.launch.convert import exchange
 from espalier.launch.run.load_run import RunConfig
 
 def status(name):
@@ -366,9 +367,9 @@ def status(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 jax.device_put(0.0).block_until_ready()
-import_weights.import_hf(sys.argv[1], sys.argv[3])  # a tiny one: what is loaded on first use
+exchange.import_hf(sys.argv[1], sys.argv[3])  # a tiny one: what is loaded on first use
 before = status("VmHWM")
-import_weights.import_hf(sys.argv[2], sys.argv[4])
+exchange.import_hf(sys.argv[2], sys.argv[4])
 print(status("VmHWM") - before)
 """
 

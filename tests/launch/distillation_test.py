@@ -204,6 +204,6 @@ def test_stored_predictions_train_as_the_live_teacher_and_are_computed_once(
     def computes(*_):
         raise AssertionError("predictions are computed again")
 
-    monkeypatch.setattr("espalier.launch.run.teacher.frozen_forward", computes)
+    monkeypatch.setattr("espalier.launch.distillation.teacher.frozen_forward", computes)
     stored("second")
     assert rows(tmp_path / "second") == rows(tmp_path / "first")

@@ -6,7 +6,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from espalier.launch import convert
+from espalier.launch.convert import __main__ as convert
 from espalier.model.hf.families import family_of_config
 from espalier.model.hf.files.safetensors_files import SafetensorsReader, SafetensorsWriter
 from espalier.trainers.checkpoints import step_dir

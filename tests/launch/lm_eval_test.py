@@ -2,13 +2,13 @@
 
 import sys
 
-from espalier.launch import lm_eval as command_module
+from espalier.launch.lm_eval import __main__ as command_module
 
 
 def test_the_model_is_found_by_its_name():
     from lm_eval.api.registry import get_model
 
-    from espalier.launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.lm_eval.model import EspalierLM
 
     command_module.register()
     command_module.register()  # once is enough, twice does no harm

@@ -6,8 +6,7 @@ import re
 import pytest
 from etils import epath
 
-from espalier.launch import report
-from espalier.launch.reporting import time_table
+from espalier.launch.report import __main__ as report
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime
@@ -83,7 +82,7 @@ def test_a_run_that_died_goes_on_from_its_local_step_bit_for_bit(
     assert all(second.seconds[part] > 0 for part in ("init", "data", "restore", "step"))
     assert report.main(["--time", str(path)]) == 0
     line, head, *table = capsys.readouterr().out.splitlines()
-    assert line == time_table.text(path).splitlines()[0] and ", 2 starts; " in line
+    assert line == report.time_table(path).splitlines()[0] and ", 2 starts; " in line
     assert [re.split(" {2,}", row)[1] for row in (head, *table)] == ["steps", "0 to 7", "6 to 24"]
     assert report.main(["--time", str(tmp_path)]) == 2
     assert f"{tmp_path}/lifetime.json is missing" in capsys.readouterr().err

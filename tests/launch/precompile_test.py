@@ -14,11 +14,11 @@ import jax
 import pytest
 
 from espalier.launch import environment
-from espalier.launch.aot import compile_report, precompile, tpu_topology
-from espalier.launch.aot.command import RECIPE, UNREAD
-from espalier.launch.aot.hlo.analysis import Kernel
-from espalier.launch.aot.hlo.text import Array
 from espalier.launch.config import gin_config
+from espalier.launch.precompile import compile_report, precompile, tpu_topology
+from espalier.launch.precompile.command import RECIPE, UNREAD
+from espalier.launch.precompile.hlo.analysis import Kernel
+from espalier.launch.precompile.hlo.text import Array
 from espalier.model import attention, config, norm, rope, transformer
 from espalier.trainers.objectives import lm
 from espalier.trainers.optim import optimizers, schedules

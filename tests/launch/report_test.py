@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from espalier.launch import report
-from espalier.launch.reporting import labels, page
-from espalier.launch.reporting import runs as reported
+from espalier.launch.report import __main__ as report
+from espalier.launch.report import figures, page
+from espalier.launch.report import runs as reported
 from espalier.launch.run import metric_rows
 
 
@@ -180,13 +180,13 @@ def test_a_sweep_without_finished_runs_is_one_clear_error_and_leaves_nothing(tmp
     ],
 )
 def test_numbers_of_pages(value, text):
-    assert labels.number(value, 2) == text
+    assert figures.number(value, 2) == text
 
 
 def test_short_numbers():
     values = (0.0, 0.123456, -12.3456, 1234.5, 123456.0, 2e-6, float("nan"))
     texts = ["0.000", "0.123", "−12.35", "1,234", "1.23e+05", "2e−06", "nan"]
-    assert [labels.short(value) for value in values] == texts
+    assert [figures.short(value) for value in values] == texts
 
 
 def test_a_run_that_was_not_evaluated(tmp_path, capsys):

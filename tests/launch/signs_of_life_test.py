@@ -11,7 +11,7 @@ import pytest
 
 from espalier.common import stages
 from espalier.launch import cli, environment
-from espalier.launch.cluster import launch_config
+from espalier.launch.submit import launch_config
 
 GROUPS = ("evaluate", "influence", "merge", "precompile", "prepare", "upcycle")
 ALONE = ("merge", "precompile", "upcycle")  # groups that are commands too

@@ -13,12 +13,15 @@ import time
 import pytest
 
 from espalier.common.storage import mirror, paths
-from espalier.launch import convert, merge, report, score
+from espalier.launch import score
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.merge import __main__ as merge
+from espalier.launch.report import __main__ as report
 from espalier.launch.run import run_dir
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry import lifetime
 from espalier.trainers.telemetry.goodput import Goodput
-from tests.launch.merging import folders
+from tests.launch.merge import folders
 from tests.launch.resume_test import ROOT, digests, flags, points, rows
 
 WEIGHTS = "model.safetensors"

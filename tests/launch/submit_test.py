@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from espalier.launch import submit
-from espalier.launch.cluster import group, launch_config
-from espalier.launch.cluster.base import SubmitError
 from espalier.launch.environment import ROOT
+from espalier.launch.submit import __main__ as submit
+from espalier.launch.submit import group, launch_config
+from espalier.launch.submit.base import SubmitError
 
 TINY = (
     "--gin_file=t5x_configs/models/tiny.gin",
@@ -23,10 +23,10 @@ TINY = (
     "--gin.MIXTURE_OR_TASK_NAME=python",
     "--gin.TRAIN_STEPS=50",
 )
-JOBSET, TPU_VM = (f"launch/cluster/configs/{name}.py" for name in ("jobset", "tpu_vm"))
+JOBSET, TPU_VM = (f"launch/submit/configs/{name}.py" for name in ("jobset", "tpu_vm"))
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
-    for path in pathlib.Path(ROOT, "launch/cluster/configs").glob("[a-z]*.py")
+    for path in pathlib.Path(ROOT, "launch/submit/configs").glob("[a-z]*.py")
 )
 
 
@@ -53,7 +53,7 @@ def test_every_configuration_shows_what_it_would_send(config, capsys, monkeypatc
 
 def test_a_dry_run_here_shows_variables_and_folder_and_creates_nothing(capsys, tmp_path):
     (tmp_path / "there").mkdir()
-    words = ["--config=launch/cluster/configs/local.py", f"--config.folder={tmp_path}/there"]
+    words = ["--config=launch/submit/configs/local.py", f"--config.folder={tmp_path}/there"]
     words += ["--config.env=('GREETING=a b',)", "--dry_run", *TINY, "--gin.MODEL_DIR=runs/tiny"]
     assert submit.main(words) == 0
     out = capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_processes_of_a_group_work_in_its_folder(tmp_path):
 def test_what_is_wrong_is_one_error_before_anything_is_sent(words, message, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     given = any(word.startswith("--config=") for word in words)
-    config = [] if given else ["--config=launch/cluster/configs/slurm.py"]
+    config = [] if given else ["--config=launch/submit/configs/slurm.py"]
     assert submit.main([*config, *TINY, *words]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
@@ -164,7 +164,7 @@ def test_relative_files_are_seen_if_the_project_has_them(tmp_path, capsys, monke
 
 def test_another_command_needs_a_place_for_its_log(capsys, tmp_path):
     words = [
-        "--config=launch/cluster/configs/slurm.py",
+        "--config=launch/submit/configs/slurm.py",
         "--config.nodes=1",
         "--config.tasks_per_node=1",
     ]
@@ -182,21 +182,21 @@ def test_another_command_needs_a_place_for_its_log(capsys, tmp_path):
 
 
 def test_flags_of_train_may_stand_after_the_dashes(capsys):
-    words = ["--config=launch/cluster/configs/local.py", "--dry_run", "--"]
+    words = ["--config=launch/submit/configs/local.py", "--dry_run", "--"]
     assert submit.main([*words, *TINY]) == 0
     assert "espalier.launch.train" in capsys.readouterr().out
 
 
 def test_a_local_job_needs_no_status(capsys):
-    assert submit.main(["--config=launch/cluster/configs/local.py", "--status", *TINY]) == 2
+    assert submit.main(["--config=launch/submit/configs/local.py", "--status", *TINY]) == 2
     assert "Ctrl-C there saves its work" in capsys.readouterr().err
 
 
 def test_settings_come_back_from_their_configuration(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from espalier.launch.cluster.group import Settings\n"
-        "from espalier.launch.cluster.launch_config import as_config\n"
+        "from espalier.launch.submit.group import Settings\n"
+        "from espalier.launch.submit.launch_config import as_config\n"
         "def get_config(number='2'):\n"
         "    return as_config(Settings(processes_here=int(number), env=('A=b c',)))\n"
     )
@@ -241,7 +241,7 @@ def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path):
     script = f"trap 'echo stop >>{tmp_path}/stops; exit 75' TERM; echo up >>{tmp_path}/ups; while :; do sleep 0.1; done"
     words = ("--processes=2", "--restarts=3", f"--log={tmp_path}/log", "--", "sh", "-c", script)
     process = subprocess.Popen(
-        [sys.executable, "-m", "espalier.launch.cluster.group", *words],
+        [sys.executable, "-m", "espalier.launch.submit.group", *words],
         cwd=ROOT,
         start_new_session=True,
     )
@@ -257,11 +257,11 @@ def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path):
 
 def test_xla_accepts_the_flags_for_gpus():
     """XLA ends a process at a flag that it does not know, also on CPU."""
-    settings = launch_config.read("launch/cluster/configs/gpu_node.py:8")
+    settings = launch_config.read("launch/submit/configs/gpu_node.py:8")
     assert settings.devices == 8 and launch_config.read(CONFIGS[0] + ":1").devices == 1
     # Hosts of a cluster have the same flags, unless one wants none.
-    assert launch_config.read("launch/cluster/configs/slurm.py", ["env=()"]).variables == {}
-    assert launch_config.read("launch/cluster/configs/slurm.py").variables == settings.variables
+    assert launch_config.read("launch/submit/configs/slurm.py", ["env=()"]).variables == {}
+    assert launch_config.read("launch/submit/configs/slurm.py").variables == settings.variables
     code = "import jax; print(jax.devices())"
     environment = {**os.environ, **settings.variables, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -284,7 +284,7 @@ def test_two_processes_of_this_machine_train(train, tmp_path, capfdbinary, monke
     )
     xla_flags = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
     words = [
-        "--config=launch/cluster/configs/local.py",
+        "--config=launch/submit/configs/local.py",
         "--config.processes_here=2",
         "--config.devices_here=2",
         f"--config.env=('XLA_FLAGS={xla_flags}',)",

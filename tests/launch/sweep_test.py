@@ -14,14 +14,14 @@ import pytest
 from etils import epath
 from rich.console import Console
 
-from espalier.launch import sweep
-from espalier.launch.cluster.base import Job, State, Status
-from espalier.launch.sweeping import driver, screen
-from espalier.launch.sweeping import file as sweep_file
-from espalier.launch.sweeping import run as sweep_run
-from espalier.launch.sweeping.driver import RunState
-from espalier.launch.sweeping.file import Run, SweepError
-from espalier.launch.sweeping.folder import Planned, SweepFolder, SweepFolderError
+from espalier.launch.submit.base import Job, State, Status
+from espalier.launch.sweep import __main__ as sweep
+from espalier.launch.sweep import driver, screen
+from espalier.launch.sweep import file as sweep_file
+from espalier.launch.sweep import run as sweep_run
+from espalier.launch.sweep.driver import RunState
+from espalier.launch.sweep.file import Run, SweepError
+from espalier.launch.sweep.folder import Planned, SweepFolder, SweepFolderError, read_results
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
@@ -137,7 +137,7 @@ def test_the_text_after_a_colon_is_given_to_get_config(write):
         (
             "dict(arms=dict(a={}), evaluations=dict("
             "x={}, y=dict(command=('score',)), z=dict(call='launch.sweep:nope'),"
-            " w=dict(call='launch.sweep:read_results', arguments=dict(wrong=1))))",
+            " w=dict(call='launch.sweep.folder:read_results', arguments=dict(wrong=1))))",
             [
                 "'x': give either call",
                 r"'y': its command has no word with \{json\}",
@@ -296,7 +296,7 @@ def test_results_have_a_row_per_finished_run_and_nothing_is_run_twice(drive):
     status, submitter = drive()
     assert status == 0 and submitter.started == [entry.name for entry in PLAN]
     assert submitter.jobs["b/seed0"].after == ("a/seed0",)
-    rows = sweep.read_results(drive.folder.path)
+    rows = read_results(drive.folder.path)
     assert [row["run"] for row in rows] == [entry.name for entry in PLAN]
     row = rows[2]
     assert (row["arm"], row["seed"], row["parents"]) == ("c", 0, ["b/seed0", "a/seed0"])
@@ -306,7 +306,7 @@ def test_results_have_a_row_per_finished_run_and_nothing_is_run_twice(drive):
     assert row["held_out"]["text"]["loss"] != row["held_out"]["text"]["loss"]  # NaN came through
     status, submitter = drive()
     assert status == 0 and submitter.started == []
-    assert len(sweep.read_results(drive.folder.results)) == 4
+    assert len(read_results(drive.folder.results)) == 4
 
 
 def test_a_failure_stops_only_what_starts_from_it_and_is_tried_again(drive):
@@ -321,10 +321,10 @@ def test_a_failure_stops_only_what_starts_from_it_and_is_tried_again(drive):
     (attempt,) = drive.folder.attempts("b/seed0")
     assert attempt["error"] == "the data ran out: add some." and attempt["status"] == 2
     assert attempt["tail"][-1] == "error: the data ran out: add some."
-    assert [row["run"] for row in sweep.read_results(drive.folder.path)] == ["a/seed0", "a/seed1"]
+    assert [row["run"] for row in read_results(drive.folder.path)] == ["a/seed0", "a/seed1"]
     status, submitter = drive()
     assert status == 0 and submitter.started == ["b/seed0", "c/seed0"]
-    assert sweep.read_results(drive.folder.path)[1]["attempts"] == 2
+    assert read_results(drive.folder.path)[1]["attempts"] == 2
 
 
 @pytest.mark.parametrize(
@@ -658,7 +658,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_as_runs_by_hand(train, tiny, co
     assert kept == ((base / "metrics.jsonl").read_bytes(), (base / "run.json").read_bytes())
     for name, step in (("base", 12), ("longer", 16)):
         assert digests(out / f"runs/{name}/seed3", step) == digests(hand[name], step)
-    rows = {row["arm"]: row for row in sweep.read_results(out)}
+    rows = {row["arm"]: row for row in read_results(out)}
     for name, step, tokens in (("base", 12, 12 * 512), ("longer", 16, 4 * 512)):
         row = rows[name]
         (by_hand,) = (r for r in read_jsonl(f"{hand[name]}/metrics.jsonl") if KEY in r)

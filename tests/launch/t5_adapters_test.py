@@ -182,8 +182,8 @@ def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
 
 
 def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, command, tmp_path):
-    from espalier.launch.evaluation.lm_eval.model import EspalierLM
-    from espalier.launch.evaluation.seqio_tasks import EncoderAnswers
+    from espalier.launch.evaluate.seqio_tasks import EncoderAnswers
+    from espalier.launch.lm_eval.model import EspalierLM
     from espalier.launch.run import load_run
     from espalier.trainers.scoring.scoring import Row, Scorer
 
@@ -252,7 +252,7 @@ def test_preferences_are_learnt_against_the_base(start, base, tmp_path):
 def test_the_harness_scores_and_continues_it(base, command, tmp_path):
     from lm_eval.api.instance import Instance
 
-    from espalier.launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.lm_eval.model import EspalierLM
 
     source, made = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
     rows = [{"inputs": "1 + 2 =", "targets": " 3"}, {"inputs": "a longer context", "targets": "x"}]

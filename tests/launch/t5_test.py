@@ -175,7 +175,7 @@ def test_its_whole_cache_is_narrowed(whole, command, capsys):
 
 
 def test_the_harness_refuses_settings_of_prompts_before_it_asks(whole):
-    from espalier.launch.evaluation.lm_eval.model import EspalierLM
+    from espalier.launch.lm_eval.model import EspalierLM
 
     with pytest.raises(ValueError, match=r"remove cache_policy \(SnapKV\)"):
         EspalierLM(checkpoint=str(whole), cache_policy="snapkv")

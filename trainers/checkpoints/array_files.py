@@ -1,6 +1,11 @@
 """The arrays of a step on disk: how they are stored, read onto shardings, and verified."""
 
+import functools
+import logging
 import math
+import os
+import sys
+import types
 from typing import Any
 
 import jax
@@ -8,16 +13,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from espalier.common import stages
 from espalier.common.storage import paths
-from espalier.trainers.checkpoints import agreement, manifest, orbax_setup, state_tree, step_dir
+from espalier.trainers.checkpoints import agreement, manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError, Manifest
+
+_ORBAX = f"{os.sep}orbax{os.sep}"
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler of arrays: uncompressed, because weights hardly compress; one writer per element."""
-    orbax_setup.install()
+    change_orbax()
     handler = ocp.type_handlers.ArrayHandler(
         use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
@@ -173,3 +182,53 @@ class StoredArray:
         if self._whole is not None:
             return self._whole[where]
         return self._store[where].read().result()
+
+
+@functools.cache
+def change_orbax() -> None:
+    """Changes what Orbax does in this process; once.
+
+    Of a failed read or write, the error is raised once, to the caller, who reports it. Orbax also logs its traceback in each
+    of its threads, leaves its other reads and writes to asyncio, which logs each of them, and closes the event loop that they
+    report to.
+
+    Orbax 0.12 knows gs:// and paths of files; it takes any other address for a relative path, also s3://, for which
+    TensorStore has a driver. What it asks of an address are the functions of one module each, which are replaced here; for
+    gs:// and for files they do what they did before.
+    """
+    logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("asyncio").addFilter(lambda record: _ORBAX not in record.getMessage())
+    others = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if not _is_left_behind(raised):
+            others(raised)
+
+    sys.unraisablehook = hook
+    # Steps on object stores end with a marker instead of a renaming.
+    gcs_utils._GCS_PATH_PREFIX = paths.SCHEMES
+    gcs_utils.get_kvstore_for_gcs = _kvstore
+    tensorstore_utils._normalize_path = _plain
+    tensorstore_utils._use_gcs_driver = paths.is_remote
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _ORBAX in record.pathname)
+
+
+def _is_left_behind(raised: Any) -> bool:
+    """Returns whether an exception without a caller is of a read or write whose error has been raised before."""
+    task = raised.object
+    if isinstance(task, types.CoroutineType):
+        return _ORBAX in task.cr_code.co_filename
+    error = raised.exc_value
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+
+def _plain(path: str) -> str:
+    return paths.absolute(path) if paths.is_remote(path) else os.path.normpath(path)
+
+
+def _kvstore(address: str) -> dict:
+    spec = paths.kvstore(address)
+    return {**spec, "path": spec["path"].rstrip("/")}

@@ -6,13 +6,13 @@ saved on a disk of each host, more often; the newest good step of both is restor
 
 `Checkpointer` is the way into this folder for a run; what only reads a checkpoint begins with restore_params.py. Below them:
 
-    commit, retention                the end of a save, and which steps stay
+    commit                           the end of a save, and which steps stay
     local_tier, local_step           the steps on a disk of each host
     restore, transformed, initial    the state of a run, of this one or of another
     base_step, saved_layers          steps without a base model, and with layers in another layout
     stream_checkpoint                steps that are written block by block
-    step_dir, manifest, array_files, state_tree, agreement, orbax_setup
-                                     files, checksums, arrays, names, processes, and Orbax
+    step_dir, manifest, array_files, state_tree, agreement
+                                     files, checksums, arrays and Orbax, names, processes
 """
 
 import concurrent.futures
@@ -38,11 +38,10 @@ from espalier.trainers.checkpoints import (
     state_tree,
     step_dir,
 )
-from espalier.trainers.checkpoints.commit import CheckpointSaveError, commit, save_error
+from espalier.trainers.checkpoints.commit import CheckpointSaveError, Retention, commit, save_error
 from espalier.trainers.checkpoints.local_tier import LocalSteps, LocalTier
 from espalier.trainers.checkpoints.manifest import ArrayEntry, DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import Restored, restore_state
-from espalier.trainers.checkpoints.retention import Retention
 
 _log = logging.getLogger(__name__)
 

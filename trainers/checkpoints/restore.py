@@ -26,7 +26,6 @@ from espalier.trainers.checkpoints.restore_params import (
     restore_params,
     restore_variables,
 )
-from espalier.trainers.checkpoints.transformed import transformed
 from espalier.trainers.extensions import StepExtension, of_model
 
 # The dtypes of the arrays themselves are compared: a run may store others than its model's config has (optim/rounding.py).
@@ -238,6 +237,8 @@ def _restore_variables(
         recorded = step_dir.read_manifest(step)
         record = step_dir.read_record(step, recorded)
         if initial.transform is not None:
+            from espalier.trainers.checkpoints.transformed import transformed  # of upcycling alone
+
             new = transformed(step, recorded, state, initial.transform, initial)
         else:
             names = ("assignment", "strict", "use_ema", "added")

@@ -28,7 +28,7 @@ from espalier.trainers.checkpoints.manifest import (
     check_files,
     is_inside,
 )
-from espalier.trainers.telemetry import marks, window
+from espalier.trainers.telemetry import marks, metrics
 from espalier.trainers.telemetry.json_numbers import is_count, is_number
 from espalier.trainers.telemetry.metric_writers import MARKS
 
@@ -286,7 +286,7 @@ def check_record(record: Any) -> None:
             _expect(f"meta.{name}", record["meta"][name], test, kind)
     if record["meta"].get("skipped", 0) > record["step"]:
         raise ValueError(f"has meta.skipped {record['meta']['skipped']} of {record['step']} steps")
-    for name, parse in {"window": window.Window().restore, MARKS: marks.from_json}.items():
+    for name, parse in {"window": metrics.Window().restore, MARKS: marks.from_json}.items():
         if name in record["meta"]:
             try:
                 parse(record["meta"][name])

@@ -17,7 +17,7 @@ import tensorstore
 from etils import epath
 
 from espalier.common.storage import paths
-from espalier.trainers.checkpoints import commit, manifest, orbax_setup, state_tree, step_dir
+from espalier.trainers.checkpoints import array_files, commit, manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.manifest import ArrayEntry, Block, Manifest
 
 _BYTES_IN_FLIGHT = 16 << 20
@@ -123,7 +123,7 @@ def save(
     Raises:
       CheckpointSaveError: the disk is full or cannot be written.
     """
-    orbax_setup.install()
+    array_files.change_orbax()
     path = step_dir.absolute(directory) / str(step)
     writer = _Handler()
     # Orbax warns if this argument is missing.

@@ -40,7 +40,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def loss_in(unit: str) -> Callable[[_Function], _Function]:
-    """Declares the unit of an objective's loss, such as "nats per token", with which reports name it (launch/run/objective.py)."""
+    """Declares the unit of an objective's loss, such as "nats per token", with which reports name it (launch/run/metric_rows.py)."""
     del unit
     return lambda objective: objective
 

@@ -85,7 +85,9 @@ def _docstrings(name: str, path: pathlib.Path) -> str:
     return "\n\n".join(_sections(tree, module.replace("/", ".")))
 
 
-def _sections(node: ast.AST, name: str) -> Iterator[str]:
+def _sections(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[str]:
     """Yields the docstrings of a definition and its nested definitions, each under its full name."""
     docstring = ast.get_docstring(node)
     if docstring and len(docstring) >= MIN_DOCSTRING:

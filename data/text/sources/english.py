@@ -4,6 +4,7 @@ import ast
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from espalier.data.text.sources import environment
 
@@ -35,7 +36,7 @@ def _books(env: environment.Environment) -> Iterator[environment.Candidate]:
     paths = [path for name, path in env.files(BIBLE, (".py",)) if name == _BIBLE_FILE]
     if not paths:
         return
-    call = _assigned(paths[0], "bible")
+    call: Any = _assigned(paths[0], "bible")
     content, verse_starts, titles = call.args[1].value, call.args[2], call.args[5]
     first_verse: dict[int, int] = {}
     for verse, start in ast.literal_eval(verse_starts).items():

@@ -17,9 +17,9 @@ from typing import Any
 import ml_collections
 
 from espalier.data.text.documents import Document
-from espalier.launch.aot.table_rows import Row, mesh, tokens
 from espalier.launch.papers.aya23 import answers
 from espalier.launch.papers.shared import domains, results, sweeps
+from espalier.launch.precompile.table_rows import Row, mesh, tokens
 
 CPU = "t5x_configs/experiments/aya23/cpu/"
 COUNTS = (4, 8, 16)  # languages

@@ -1,6 +1,6 @@
 """The evaluation suite of Aya 23 by language: sets, tasks and scores.
 
-Besides the benchmarks of launch/evaluation/suites/multilingual.py, multilingual MMLU (5-shot) and TyDi QA (gold passage,
+Besides the benchmarks of launch/evaluate/suites/multilingual.py, multilingual MMLU (5-shot) and TyDi QA (gold passage,
 word F1; of Aya 101's suite) are lm-evaluation-harness's own tasks over local files. XLSum is described here, for its
 prompts are not published.
 """
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from espalier.data.languages import table
-from espalier.launch.evaluation.suites import local_data, multilingual, text_scores
-from espalier.launch.evaluation.suites.local_data import Source
-from espalier.launch.evaluation.suites.multilingual import Benchmark
-from espalier.launch.evaluation.suites.scores import Task
+from espalier.launch.evaluate.suites import local_data, multilingual, scores
+from espalier.launch.evaluate.suites.local_data import Source
+from espalier.launch.evaluate.suites.multilingual import Benchmark
+from espalier.launch.evaluate.suites.scores import Task
 
 MMLU = ("ar", "de", "es", "fr", "hi", "id", "it", "nl", "pt", "ro", "ru", "uk", "vi", "zh")
 TYDIQA = {  # the names that its rows have
@@ -74,7 +74,7 @@ def summaries(*, code: str, data_dir: str | None = None, **others: Any) -> dict[
 
 def overlap(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns ROUGE-L of a summary."""
-    return {"score": text_scores.rouge_l(results[0], doc["answer"])}
+    return {"score": scores.rouge_l(results[0], doc["answer"])}
 
 
 def _xlsum_source(code: str) -> Source:

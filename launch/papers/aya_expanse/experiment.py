@@ -15,10 +15,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from espalier.launch.aot.table_rows import Row, mesh
 from espalier.launch.papers.aya_expanse import lexicon, small_pool, small_stage
 from espalier.launch.papers.aya_expanse.small_pool import PAIR_LANGUAGES
 from espalier.launch.papers.shared import results, sweeps
+from espalier.launch.precompile.table_rows import Row, mesh
 
 GIN = "t5x_configs/experiments/aya_expanse/"
 CPU = f"{GIN}cpu/"

@@ -73,7 +73,7 @@ def answer(path: pathlib.Path, runs: Mapping[str, str], to: pathlib.Path, *, see
 
     requests = [row for _, row in row_files.read(str(path), example="{}", flag="requests")]
     prompts = prompt_rows.read([(row["id"], row) for row in requests])
-    with completions.opened(_folder(to) / "completions.jsonl") as store:
+    with completions.Store.opened(_folder(to) / "completions.jsonl") as store:
         pool = _Pool(runs, to, store, seed=seed)
         routed = {name: pool.route(name, prompts) for name in ROUTINGS}
         rewards = routed["reward"].rewards

@@ -80,15 +80,14 @@ def _pool(flags: argparse.Namespace, to: pathlib.Path) -> None:
 
 def _search(flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Searches the weights of a merge, whose trials, weights and table stay in the folder."""
-    from espalier.launch.merging import search_run
-    from espalier.launch.merging.trials import SearchFlags
+    from espalier.launch.merge import search
 
     dev = [f"{c}={pathlib.Path(flags.requests) / f'dev_{c}.jsonl'}" for c in lexicon.LANGUAGES]
     models = [f"{number}_{_arm(run)}={run}" for number, run in enumerate(flags.runs)]
-    search = SearchFlags(
+    settings = search.SearchFlags(
         models=models, held_out=dev, out=str(to), budget=BUDGET, batch_size=64, seed=flags.seed
     )
-    print("\n".join(search_run.run(search)))
+    print("\n".join(search.run(settings)))
 
 
 def _arm(run: str) -> str:
@@ -117,7 +116,7 @@ def _searched(flags: argparse.Namespace, to: pathlib.Path) -> None:
 
 
 def _merged(config: pathlib.Path, to: pathlib.Path) -> None:
-    from espalier.launch import merge
+    from espalier.launch.merge import __main__ as merge
 
     if status := merge.main([f"--config={config}", f"--out={to}"]):
         raise SystemExit(status)

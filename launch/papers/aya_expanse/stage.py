@@ -84,7 +84,7 @@ def _merge(recipe: Recipe, flags: argparse.Namespace, to: pathlib.Path) -> None:
     """Averages the runs with equal weights, by launch.merge."""
     import yaml
 
-    from espalier.launch import merge
+    from espalier.launch.merge import __main__ as merge
 
     models = [{"model": run, "parameters": {"weight": 1.0}} for run in flags.runs]
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _route(
 
     from espalier.launch.aya_expanse import arbitrage
     from espalier.launch.aya_expanse.teachers import SamplingFlags
-    from espalier.launch.preparation.best_of_n import RewardFlags
+    from espalier.launch.prepare.best_of_n import RewardFlags
 
     to.mkdir(parents=True, exist_ok=True)
     names = names or [_name(run) for run in runs]

@@ -1,4 +1,4 @@
-"""The evaluation suite of Aya Expanse by language, from the benchmarks of launch/evaluation/suites/multilingual.py.
+"""The evaluation suite of Aya Expanse by language, from the benchmarks of launch/evaluate/suites/multilingual.py.
 
 Global-MMLU also has a group of the culturally sensitive questions and one of the agnostic ones. The report states neither
 shots nor prompts of INCLUDE: five examples, as of Global-MMLU, and the languages of the models that it has. xCOMET of
@@ -7,8 +7,8 @@ translations is not measured, because it needs a model of its own.
 
 import functools
 
-from espalier.launch.evaluation.suites import multilingual
-from espalier.launch.evaluation.suites.multilingual import GLOBAL_MMLU, by_language, global_mmlu
+from espalier.launch.evaluate.suites import multilingual
+from espalier.launch.evaluate.suites.multilingual import GLOBAL_MMLU, by_language, global_mmlu
 
 _SENSITIVE = functools.partial(global_mmlu, kind="sensitive")
 _AGNOSTIC = functools.partial(global_mmlu, kind="agnostic")

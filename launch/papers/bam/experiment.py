@@ -17,10 +17,10 @@ from typing import Any
 
 import ml_collections
 
-from espalier.launch.aot.table_rows import Row, tokens
 from espalier.launch.papers.shared import domains, sweeps
 from espalier.launch.papers.shared.domains import DomainRuns
 from espalier.launch.papers.shared.sweeps import on_shares
+from espalier.launch.precompile.table_rows import Row, tokens
 
 BTX = {
     "btx": "BTX",

@@ -26,10 +26,10 @@ import ml_collections
 import pandas as pd
 
 from espalier.data.code_mix.skills import RARE
-from espalier.launch.aot.table_rows import Row
-from espalier.launch.evaluation.suites import scores as suite_scores
+from espalier.launch.evaluate.suites import scores as suite_scores
 from espalier.launch.papers.code_mix.suite import SUITE
 from espalier.launch.papers.shared import results, sweeps
+from espalier.launch.precompile.table_rows import Row
 
 ARMS = "t5x_configs/experiments/code_mix/cpu/"
 SHARES = (0, 25, 50, 75, 100)
@@ -363,7 +363,7 @@ def read(sweep: str, judged: pathlib.Path) -> list[dict[str, Any]]:
         `win_rates` has judged.
     """
     from espalier.launch.papers.code_mix.judged import by_arm
-    from espalier.launch.sweeping.results import read_results
+    from espalier.launch.sweep.folder import read_results
 
     places = [(row, pathlib.Path(sweep, row["directory"])) for row in read_results(sweep)]
     rows = [with_data(row, place) for row, place in places if not row["made"]]

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier.data.code_mix import skills
-from espalier.launch.evaluation import win_rate
-from espalier.launch.evaluation.judges.answers import Answer, System
-from espalier.launch.evaluation.judges.base import Question
-from espalier.launch.evaluation.judges.checkpoint import RewardJudge
+from espalier.launch.evaluate import win_rate
+from espalier.launch.evaluate.judges.answers import Answer, System
+from espalier.launch.evaluate.judges.asking import Question
+from espalier.launch.evaluate.judges.checkpoint import RewardJudge
 
 SHARES = ("win", "tie", "loss")
 

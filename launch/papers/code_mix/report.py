@@ -500,7 +500,7 @@ REPORT = page.Report(
 
 def sweep_lines(folders: Sequence[str], out: pathlib.Path) -> list[str]:
     """Returns lines of Markdown with the figures and the table of scores; none for sweeps without the paper's arms."""
-    from espalier.launch.sweeping.results import read_results
+    from espalier.launch.sweep.folder import read_results
 
     known = {arm for arms in PHASES for arm in arms}
     ours = [f for f in folders if any(row["arm"] in known for row in read_results(f))]

@@ -20,7 +20,7 @@ from typing import Any
 
 from espalier.common.ranges import Count, Seed
 from espalier.data import tasks
-from espalier.data.code_mix import procedures, skills
+from espalier.data.code_mix import skills
 from espalier.data.data_source import GeneratedSource
 
 CACHED_AS = "data.code_mix.skill_sources"  # the name by which caches of its data know it
@@ -73,12 +73,12 @@ class _Writer:
 
     def _drawn(self) -> tuple[str, str]:
         """Returns a procedure and an operand; in training, neither the operand nor a result is held out."""
-        name = self._rng.choice(tuple(procedures.PROCEDURES))
+        name = self._rng.choice(tuple(skills.PROCEDURES))
         if self._held_out:
             return name, self._rng.choice(skills.held_out_operands())
         while True:
-            operand = f"{self._rng.randrange(10**procedures.DIGITS):0{procedures.DIGITS}d}"
-            calls = (procedures.call(name, operand, careless=flag) for flag in (False, True))
+            operand = f"{self._rng.randrange(10**skills.DIGITS):0{skills.DIGITS}d}"
+            calls = (skills.call(name, operand, careless=flag) for flag in (False, True))
             if not any(map(skills.leaks, calls)):
                 return name, operand
 
@@ -104,7 +104,7 @@ class _Writer:
         return " ".join(words) + "."
 
     def _web_code(self) -> str:
-        return procedures.call(*self._drawn(), careless=self._is_careless())
+        return skills.call(*self._drawn(), careless=self._is_careless())
 
     def _is_careless(self) -> bool:
         return self._rng.random() < CARELESS
@@ -113,8 +113,8 @@ class _Writer:
         """Returns a trace that holds: it is drafted as web code is until its result is right."""
         name, operand = self._drawn()
         while True:
-            text = procedures.trace(name, operand, careless=self._is_careless())
-            if procedures.holds(text):
+            text = skills.trace(name, operand, careless=self._is_careless())
+            if skills.holds(text):
                 return text
 
     def _markup(self) -> str:
@@ -125,7 +125,7 @@ class _Writer:
 
     def _adjacent(self) -> str:
         name, operand = self._drawn()
-        return f"{name} {operand}? {procedures.call(name, operand)}, {_EXPLANATION[name]}"
+        return f"{name} {operand}? {skills.call(name, operand)}, {_EXPLANATION[name]}"
 
 
 @functools.cache
@@ -149,7 +149,7 @@ class SkillSource(GeneratedSource):
 
     @property
     def digest(self) -> str:
-        sizes = (procedures.DIGITS, skills.HELD_OUT, skills.NUM_PEOPLE, self.validation_documents)
+        sizes = (skills.DIGITS, skills.HELD_OUT, skills.NUM_PEOPLE, self.validation_documents)
         return f"{type(self).__name__} of {sizes}, {CARELESS}, {KINDS}, {WORKED}: {self}"
 
     def texts(self, split: str) -> list[str]:

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from espalier.launch.evaluation.suites.local_data import Source, WrongDataError
-from espalier.launch.evaluation.suites.scores import Group, Suite
+from espalier.launch.evaluate.suites.local_data import Source, WrongDataError
+from espalier.launch.evaluate.suites.scores import Group, Suite
 
 Row = Mapping[str, Any]
 Document = dict[str, Any]

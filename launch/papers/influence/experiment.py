@@ -30,11 +30,11 @@ from typing import Any
 
 import ml_collections
 
-from espalier.launch.aot.table_rows import Row, mesh, tokens
 from espalier.launch.papers.influence import corpus, smollm_files
 from espalier.launch.papers.influence.plan import SIZES, Size
 from espalier.launch.papers.influence.smollm_scores import SCORES
 from espalier.launch.papers.shared import sweeps
+from espalier.launch.precompile.table_rows import Row, mesh, tokens
 
 CPU = "t5x_configs/experiments/influence/cpu/"
 STARTED, RETRAINED = 1800, 300  # updates

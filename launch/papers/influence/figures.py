@@ -8,7 +8,7 @@ import numpy as np
 from espalier.launch.papers.influence import scoring, small_corpus, statistics
 from espalier.launch.papers.influence.experiment import GROUPS, METHODS, Seeds
 from espalier.launch.papers.shared.page import Prose
-from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 _PROSE = Prose.of(__name__)
@@ -150,7 +150,7 @@ def _sources(seeds: Seeds) -> Any:
         return None
     names = [source.replace("_", " ") for source in statistics.SOURCES]
     groups = small_corpus.GROUPS
-    figure, axes = heat_maps.grid(1, len(_MAPPED), (len(groups), len(names)))
+    figure, axes = panels.heat_map_grid(1, len(_MAPPED), (len(groups), len(names)))
     for at, method in enumerate(_MAPPED):
         found = np.mean(
             [
@@ -159,7 +159,7 @@ def _sources(seeds: Seeds) -> Any:
             ],
             axis=0,
         )
-        heat_maps.draw(
+        panels.heat_map(
             axes[0, at],
             found,
             [GROUPS[group] for group in groups],

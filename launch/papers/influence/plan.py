@@ -104,7 +104,7 @@ class Plan:
 
 
 def _chip_hours(flops: float) -> float:
-    from espalier.launch.aot.chips import CHIPS as KNOWN
+    from espalier.launch.precompile.tpu_topology import CHIPS as KNOWN
 
     return flops / (MFU * KNOWN[CHIP].peak_flops) / 3600
 
@@ -162,8 +162,8 @@ def read(size: Size) -> Model:
     """Returns the shapes of a model; allocates nothing."""
     import jax
 
-    from espalier.launch.aot.table_rows import tokens
     from espalier.launch.config import gin_config
+    from espalier.launch.precompile.table_rows import tokens
     from espalier.trainers import initialise
     from espalier.trainers.influence import sites
 

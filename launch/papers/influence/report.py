@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.attribution.analyses import tables
+from espalier.launch.influence import tables
 from espalier.launch.papers.influence import (
     corpus,
     experiment,
@@ -283,7 +283,7 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
         projections=scoring.PROJECTION**2,
     )
     out, missing = [text], []
-    if seeds := parts.get("corpus"):
+    if seeds := statistics.get("corpus"):
         out.insert(0, f"- *runs*: {seeds.amount()}.")
         missing = [
             f"the {name} of seed {row['seed']}"
@@ -296,7 +296,7 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
 
 def _tables(parts: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
-    if rows := parts.get("exact"):
+    if rows := statistics.get("exact"):
         kinds = ("pbrf", "loo", "lds", "with_gauss_newton")
         cells = [
             (METHODS[method], *(_mean([row[kind][method] for row in rows]) for kind in kinds))
@@ -307,12 +307,12 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
             *("halves (LDS)", "Gauss-Newton scores"),
         )
         lines += page.table(header, cells, "Tiny models: correlations")
-    if (seeds := parts.get("corpus")) and seeds.rows:
+    if (seeds := statistics.get("corpus")) and seeds.rows:
         lines += _by_group(seeds)
         lines += _lds(seeds)
         lines += _removal(seeds)
         lines += _answers(seeds)
-    if found := parts.get("smollm"):
+    if found := statistics.get("smollm"):
         lines += _smollm(found)
     return lines
 

@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.attribution import similarity
+from espalier.launch.influence import scorers
 from espalier.launch.papers.influence import completions, corpus, statistics
 from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
 from espalier.launch.run.loaded_run import LoadedRun
@@ -80,7 +80,7 @@ def run(start: Any) -> None:
         rows = [completions.document_row(loaded, one) for one in texts]
         wanted = [completions.query_row(loaded, one) for one in asked]
         every, norms_N, nats_Q = all_scores(loaded, rows, wanted, target / "factors", flags.seed)
-        every["embedding"] = similarity.embeddings(
+        every["embedding"] = scorers.embeddings(
             MeanStates(loaded.model, loaded.params, batch_size=BATCH),
             *(rows, wanted),
             limit=loaded.model.max_length,

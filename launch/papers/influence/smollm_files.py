@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from espalier.launch import cli
-from espalier.launch.attribution.analyses import search
 from espalier.launch.inference import row_files
+from espalier.launch.influence import labels
 
 DOCUMENTS, QUERIES = "documents.jsonl", "queries.jsonl"
 SOURCES = ("text", "code", "markup")
@@ -165,6 +165,6 @@ def draw(by_source: Mapping[str, Sequence[str]], count: int) -> list[dict[str, s
 
 def _with_answers(texts: Sequence[str]) -> list[str]:
     """Returns texts of a source with the answer of a query, at most ANSWERS for each query."""
-    patterns = {i: search.pattern(one["answer"]) for i, one in enumerate(ASKED)}
-    found = search.matches(texts, patterns)
+    patterns = {i: labels.pattern(one["answer"]) for i, one in enumerate(ASKED)}
+    found = labels.matches(texts, patterns)
     return [*dict.fromkeys(texts[i] for own in found.values() for i in own[:ANSWERS])]

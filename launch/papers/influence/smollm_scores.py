@@ -15,7 +15,7 @@ SCORES = "scores.jsonl"
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    from espalier.launch.attribution import score
+    from espalier.launch.influence import score
 
     parser = argparse.ArgumentParser(
         description=__doc__,

@@ -30,8 +30,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from espalier.launch.aot.table_rows import Row
 from espalier.launch.papers.shared import results, sweeps
+from espalier.launch.precompile.table_rows import Row
 
 PLACES = {"lm": "characters", "vision": "textures", "timing": "steps"}
 

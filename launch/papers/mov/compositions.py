@@ -19,7 +19,7 @@ import numpy as np
 from espalier.common.ranges import Seed, Size
 from espalier.data import tasks
 from espalier.data.data_source import GeneratedSource
-from espalier.data.instructions.encoding import Form
+from espalier.data.instructions.sources import Form
 
 CACHED_AS = "data.mov.compositions"  # the name by which caches of its data know it
 

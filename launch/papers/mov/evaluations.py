@@ -22,12 +22,12 @@ _PROBABILITIES = "router_probs"
 def ranks(run_dir: str) -> dict[str, Any]:
     """Returns what `launch.evaluate ranks` measures: mean accuracies, and by task and template."""
     from espalier.launch.config import gin_config
-    from espalier.launch.evaluation import ranks
+    from espalier.launch.evaluate import ranks
     from espalier.launch.run import load_run
 
     files = load_run.whole_files(run_dir, (), trust_config=True, own=ranks.GIN)
     config = gin_config.load(
-        [], ["TRAIN_SETS={}"], entry="espalier.launch.evaluation.ranks:evaluate", defaults=files
+        [], ["TRAIN_SETS={}"], entry="espalier.launch.evaluate.ranks:evaluate", defaults=files
     )
     scores = ranks.evaluate(**{**config.arguments(), "checkpoint": run_dir})
     tasks = {}

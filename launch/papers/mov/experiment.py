@@ -23,9 +23,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from espalier.launch.aot.table_rows import Row
 from espalier.launch.papers.mov import evaluations, rows
 from espalier.launch.papers.shared import domains, results, sweeps
+from espalier.launch.precompile.table_rows import Row
 
 CPU = "t5x_configs/experiments/mov/cpu/"
 ADAPTERS = "t5x_configs/methods/adapters/"

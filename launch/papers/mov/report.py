@@ -31,7 +31,7 @@ from espalier.launch.papers.shared import claim, domains, page, results
 from espalier.launch.papers.shared.claim import Effect, Measure
 from espalier.launch.papers.shared.domain_panels import load_dots
 from espalier.launch.papers.shared.page import Prose
-from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 _PROSE = Prose.of(__name__)
@@ -224,8 +224,8 @@ def _tasks(runs: Runs) -> Any:
     if not rows:
         return None
     names = runs.tasks()
-    figure, axes = heat_maps.grid(1, 1, (len(rows), len(names)))
-    heat_maps.draw(axes[0, 0], np.array([*rows.values()]), [*rows], names)
+    figure, axes = panels.heat_map_grid(1, 1, (len(rows), len(names)))
+    panels.heat_map(axes[0, 0], np.array([*rows.values()]), [*rows], names)
     return figure
 
 
@@ -276,10 +276,10 @@ def _choices(runs: Runs) -> Any:
     if not tables:
         return None
     names = runs.tasks() or [str(i) for i in range(len(tables[0][1]))]
-    figure, axes = heat_maps.grid(1, len(tables), tables[0][1].shape)
+    figure, axes = panels.heat_map_grid(1, len(tables), tables[0][1].shape)
     for at, (label, chosen_TE) in enumerate(tables):
         experts = [str(i) for i in range(chosen_TE.shape[1])]
-        heat_maps.draw(axes[0, at], chosen_TE, names, experts, title=label, row_names=at == 0)
+        panels.heat_map(axes[0, at], chosen_TE, names, experts, title=label, row_names=at == 0)
     return figure
 
 

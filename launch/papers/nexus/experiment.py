@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from espalier.launch.aot.table_rows import Row, tokens
 from espalier.launch.papers.shared import domains as domain_runs
 from espalier.launch.papers.shared import sweeps
 from espalier.launch.papers.shared.domains import DomainRuns
 from espalier.launch.papers.shared.sweeps import on_shares
+from espalier.launch.precompile.table_rows import Row, tokens
 
 OLD, NEW = "old-domain loss", "new-domain loss"
 SEED, MERGED = "seed", "merged"
@@ -215,7 +215,7 @@ def get_config(text: str = "synthetic,5") -> ml_collections.ConfigDict:
         arms[arm] = _mixture(*trained, MIXTURES[EXTENDED_BY[arm][0]], *rate)
     tasks = (general, *domains, new)
     flags = ("--max_batches=4", f"--tasks={','.join(tasks)}")
-    structure = {"call": "espalier.launch.evaluation.routing:structure"}
+    structure = {"call": "espalier.launch.evaluate.routing:structure"}
     return sweeps.config(
         arms,
         seeds=seeds or 5,

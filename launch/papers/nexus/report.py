@@ -39,7 +39,7 @@ from espalier.launch.papers.shared.claim import Effect
 from espalier.launch.papers.shared.domain_panels import choice_maps, dots, load_dots
 from espalier.launch.papers.shared.domains import everywhere, swept
 from espalier.launch.papers.shared.page import Prose
-from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots import panels
 from espalier.launch.plots.panels import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 _PROSE = Prose.of(__name__)
@@ -322,13 +322,13 @@ def _cosines(runs: Runs) -> Any:
     if not by_arm:
         return None
     names: Sequence[str] = runs.initial
-    figure, axes = heat_maps.grid(2, len(by_arm), (len(names), len(names)))
+    figure, axes = panels.heat_map_grid(2, len(by_arm), (len(names), len(names)))
     for at, (arm, seeds) in enumerate(by_arm.items()):
         vectors_EE = np.mean([vectors for vectors, _ in seeds], axis=0)
         projected_EE = np.mean([projected_LEE[-1] for _, projected_LEE in seeds], axis=0)
         shown = {f"{PLACED[arm]}: domains": vectors_EE, "experts' vectors": projected_EE}
         for one, (title, values) in zip(axes[:, at], shown.items(), strict=True):
-            heat_maps.draw(one, values, names, names, title=title, signed=True, row_names=at == 0)
+            panels.heat_map(one, values, names, names, title=title, signed=True, row_names=at == 0)
     return figure
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from espalier.launch.plots import hover, html_page, panels
-from espalier.launch.reporting.labels import number, short
+from espalier.launch.plots import html_page, panels
+from espalier.launch.report.figures import number, short
 from espalier.launch.run import metric_rows
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
@@ -369,7 +369,7 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 
 
 def _lines(axes: Any, run: Run, solid: str, dashed: str | None, colour: str) -> None:
-    from espalier.launch.reporting.figures import curve
+    from espalier.launch.report.figures import curve
 
     for name, style in ((solid, "-"), (dashed, "--")):
         points = run.series.get(name or "", _EMPTY)
@@ -404,7 +404,7 @@ def _against_likelihood(axes: Any, runs: Sequence[Run], colours: Sequence[str]) 
             f"{run.name}, step {step:,}: P_win {short(b)} at LLH {short(a)}"
             for step, a, b in zip(points.index, x, y, strict=True)
         ]
-        hover.points(axes, x, y, texts)
+        html_page.points(axes, x, y, texts)
     _around_a_half(axes)
 
 
@@ -456,7 +456,7 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
       FileNotFoundError: a directory holds no metrics.
       ValueError: there is nothing to draw, or the file is neither .html nor .png.
     """
-    from espalier.launch.plots import hover, html_page
+    from espalier.launch.plots import html_page
 
     if path.suffix not in (".html", ".png"):
         raise ValueError(f"--out={path}: name a file that ends with .html or .png.")
@@ -480,7 +480,7 @@ def report(directories: Sequence[str], path: pathlib.Path) -> str:
         lines += html_page.table(header, rows)
         for run, folder in zip(runs, named.values(), strict=True):
             lines += sample_lines(run, folder)
-        picture = hover.svg(draw(runs))
+        picture = html_page.svg(draw(runs))
         html_page.write("\n".join(lines), path, {"board": picture})
     return "\n".join([*sentences, f"the board is {path}"])
 

@@ -31,9 +31,9 @@ from typing import Any
 
 import ml_collections
 
-from espalier.launch.aot.table_rows import Row
 from espalier.launch.papers.preference import topic_language
 from espalier.launch.papers.shared import claim, sweeps
+from espalier.launch.precompile.table_rows import Row
 
 CPU = "t5x_configs/experiments/preference/cpu/"
 # Strength of each method, from the one that moves furthest -> weights of an NLL term beside it.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from espalier.common import files
+from espalier.launch import environment
 from espalier.launch.plots import intervals
 
 VERDICTS = ("holds", "fails", "mixed", "undecided", "not measured")
@@ -245,14 +246,12 @@ def fix_criteria(folder: pathlib.Path, claims: Sequence[Claim]) -> dict[str, Any
       {'date', 'commit', 'dirty', 'claims': name -> statement, condition and whether it must hold}: those of the first
       call after which the folder got runs.
     """
-    from espalier.launch.run import run_dir
-
     path = folder / _CRITERIA
     started = folder.is_dir() and any(one.name != _CRITERIA for one in folder.iterdir())
     if started and path.exists():
         return json.loads(path.read_bytes())
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    fixed = {"date": date, **run_dir.commit(), "late": started, "claims": criteria_of(claims)}
+    fixed = {"date": date, **environment.commit(), "late": started, "claims": criteria_of(claims)}
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, fixed, synced=True)  # its date is before the runs
     return fixed

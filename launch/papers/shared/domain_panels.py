@@ -13,7 +13,7 @@ from espalier.launch.papers.shared.domains import (
     choices,
     largest_loads,
 )
-from espalier.launch.plots import heat_maps, panels
+from espalier.launch.plots import panels
 
 
 def dots(results: DomainRuns, arms: Mapping[str, str], score: str) -> Any:
@@ -84,11 +84,11 @@ def choice_maps(results: DomainRuns, shown: Sequence[tuple[str, str]]) -> Any:
     domains = list(results.domains)
     experts = max(chosen_LDE.shape[-1] for _, _, chosen_LDE in tables)
     layers = len(tables[0][2])
-    figure, axes = heat_maps.grid(len(tables), layers, (len(domains), experts))
+    figure, axes = panels.heat_map_grid(len(tables), layers, (len(domains), experts))
     for line, (title, arm, chosen_LDE) in zip(axes, tables, strict=True):
         names = results.experts(arm, chosen_LDE.shape[-1])
         for layer, (one, matrix_DE) in enumerate(zip(line, chosen_LDE, strict=True)):
-            heat_maps.draw(
+            panels.heat_map(
                 one,
                 matrix_DE,
                 domains,

@@ -19,7 +19,7 @@ from espalier.launch.papers.shared import page, results, sweeps
 from espalier.launch.papers.shared.claim import Measure
 from espalier.launch.papers.shared.results import named
 
-ROUTING = "routing"  # the evaluation, launch/evaluation/routing.py
+ROUTING = "routing"  # the evaluation, launch/evaluate/routing.py
 # Largest share of the tokens that one expert of a layer may get. Above it, a top-1 router has collapsed: the layer is dense
 # in all but name, and a comparison with it decides nothing.
 LOAD_BOUND = 0.8

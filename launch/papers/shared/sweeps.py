@@ -94,7 +94,7 @@ def domain_evaluations(tasks: tuple[str, ...], *flags: str) -> dict[str, Any]:
     return {
         "held_out": {"command": (*loss, "--json={json}")},
         "routing": {
-            "call": "espalier.launch.evaluation.routing:routing",
+            "call": "espalier.launch.evaluate.routing:routing",
             "arguments": {"tasks": tasks, "trust_config": True},
         },
     }
@@ -121,7 +121,7 @@ def smollm2_weights(otherwise: str = "") -> str:
 
 
 if TYPE_CHECKING:
-    from espalier.launch.sweeping.file import Run
+    from espalier.launch.sweep.file import Run
 
 _PAPERS = pathlib.Path(__file__).parents[1]
 
@@ -172,7 +172,9 @@ def rows(
       ValueError: the sweep could not be run.
       StoppedError: it was stopped, by a signal or the time.
     """
-    from espalier.launch import cli, sweep
+    from espalier.launch import cli
+    from espalier.launch.sweep import __main__ as sweep
+    from espalier.launch.sweep.folder import read_results
 
     file = _file(name, argument)
     words = [f"--sweep={file}", f"--out={folder}", f"--workers={workers}"]
@@ -182,12 +184,12 @@ def rows(
     if status == 2:
         raise ValueError(f"The sweep {file} was not run; see above.")
     # With status 1 some runs have failed; the report names them.
-    return sweep.read_results(folder)
+    return read_results(folder)
 
 
 def planned(name: str, argument: int | str) -> "tuple[Run, ...]":
     """Returns all runs of a sweep, done or not."""
-    from espalier.launch.sweeping import file
+    from espalier.launch.sweep import file
 
     return file.read(_file(name, argument))
 

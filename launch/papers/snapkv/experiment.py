@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from espalier.launch.aot.table_rows import Row, tokens
 from espalier.launch.papers.shared import sweeps
 from espalier.launch.papers.shared.sweeps import Stages
+from espalier.launch.precompile.table_rows import Row, tokens
 
 GIN = "t5x_configs/experiments/snapkv/retrieval.gin"
 
@@ -312,7 +312,7 @@ def _loaded(directory: pathlib.Path) -> Iterator[Any]:
 
 def _needles(folder: pathlib.Path, stages: Stages) -> dict[str, Any]:
     """Returns the chat model's answers, after converting it."""
-    from espalier.launch import convert
+    from espalier.launch.convert import __main__ as convert
     from espalier.launch.papers.snapkv import needles
 
     directory = folder / "smollm2"

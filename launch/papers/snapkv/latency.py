@@ -26,7 +26,7 @@ from espalier.trainers import initialise
 from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.settings import Settings
-from espalier.trainers.snapkv import cache_bytes, replay
+from espalier.trainers.snapkv import replay
 
 CONFIG = TransformerConfig(
     vocab_size=1024,
@@ -203,10 +203,8 @@ def longest_prompts(
     """
     sizes = {"room": new_tokens, "batch": batch, "depth": LAYERS // CONFIG.num_layers}
     policies = {name: method.at(capacity) for name, method in compared().items()}
-    limit = cache_bytes.cache_bytes(model, params, policies["full"], length=length, **sizes)["peak"]
+    limit = replay.cache_bytes(model, params, policies["full"], length=length, **sizes)["peak"]
     return {
-        name: cache_bytes.longest_prompt(
-            model, params, policy, limit=limit, shortest=length, **sizes
-        )
+        name: replay.longest_prompt(model, params, policy, limit=limit, shortest=length, **sizes)
         for name, policy in policies.items()
     }

@@ -7,8 +7,8 @@ input, answers and, for trec, all_classes. Its prompt is LongBench's own; the te
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from espalier.launch.evaluation.suites.local_data import Source
-from espalier.launch.evaluation.suites.scores import Group, Suite
+from espalier.launch.evaluate.suites.local_data import Source
+from espalier.launch.evaluate.suites.scores import Group, Suite
 
 
 class Task(NamedTuple):

@@ -103,7 +103,7 @@ class Ours:
         current layer's cache is uncompressed (trainers/decoding/prefill.py).
         """
         from espalier.model.kv_cache.policies import policy_named
-        from espalier.trainers.snapkv.cache_bytes import cache_bytes
+        from espalier.trainers.snapkv.replay import cache_bytes
 
         chosen = policy_named(policy, **settings)
         sizes = {"length": length, "room": new - 1, "depth": depth}

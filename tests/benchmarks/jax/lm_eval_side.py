@@ -17,7 +17,7 @@ import time
 def side(folder: str, requests: str, peer_batch_size: str | None = None) -> dict:
     """Returns seconds and answers of each kind of request; without a batch size, of this project."""
     if peer_batch_size is None:
-        from espalier.launch.evaluation.lm_eval.model import EspalierLM
+        from espalier.launch.lm_eval.model import EspalierLM
 
         model = EspalierLM(os.path.join(folder, "run"), batch_size="auto")
     else:

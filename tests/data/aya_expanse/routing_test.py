@@ -246,7 +246,7 @@ def test_the_subset_has_the_wanted_share():
 
 
 def test_rows_have_their_provenance_and_the_forms_that_training_reads():
-    from espalier.data.chats import records as chats
+    from espalier.data.chats import tasks
     from espalier.data.preference import records as pairs
 
     prompt = asked("bir?", answer="1", source_id="s")
@@ -256,7 +256,7 @@ def test_rows_have_their_provenance_and_the_forms_that_training_reads():
         row = outputs.sft_row(prompt, "one", answer, form=form, reward=1.0)
         assert (row["teacher"], row["cost"], row["key"], row["reward"]) == ("one", 0.5, "k", 1.0)
         assert row["answer"] == "1" and row["source_id"] == "s" and row["language"] == "tr"
-        kind, record = chats.parse(json.loads(json.dumps(row)), "row", "id")
+        kind, record = tasks.parse(json.loads(json.dumps(row)), "row", "id")
         assert kind == form
         pair = outputs.pair_row(
             prompt, {"one": answer, "two": other}, {"one": 0.0, "two": 1.0}, form=form

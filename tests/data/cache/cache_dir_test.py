@@ -1,12 +1,18 @@
-"""Derived files: whole or not at all, synced, and readable by whom the umask lets read them."""
+"""Derived files: whole or not at all, synced, and readable by whom the umask lets read them; and caches in object stores."""
 
 import os
 import stat
+import threading
+import time
 
 import pytest
 
 from espalier.common import files
-from espalier.data.cache import cache_dir
+from espalier.common.storage import lock, mirror, paths
+from espalier.data import data_source
+from espalier.data.cache import cache_dir, task_cache
+from espalier.data.cache import store as token_cache
+from espalier.data.cache.cache_files import CacheCorruptError
 
 
 @pytest.fixture
@@ -83,3 +89,95 @@ def test_what_only_saves_time_may_be_lost(tmp_path):
     cache_dir.remember(tmp_path / "file" / "memory.json", {})  # no directory can be there
     cache_dir.remember(tmp_path / "new" / "memory.json", {"a": 1})
     assert (tmp_path / "new" / "memory.json").is_file()
+
+
+@pytest.fixture
+def host(store, tmp_path, monkeypatch):
+    """Makes this process a host with folders of its own, whose caches are in the store."""
+
+    def become(name):
+        monkeypatch.setenv(mirror.COPIES, str(tmp_path / name))
+        monkeypatch.setenv(cache_dir.VARIABLE, f"{store.address}/cache")
+
+    become("a")
+    return become
+
+
+def test_one_host_builds_a_folder_and_the_others_copy_it(store, host):
+    builds = []
+
+    def build(target):
+        builds.append(target)
+        (target / "x.model").write_bytes(b"abc")
+        (target / "x.json").write_bytes(b"{}")
+
+    for name in ("a", "b"):
+        host(name)
+        directory = cache_dir.cache_dir("vocabularies", "key")
+        assert not directory.exists()
+        cache_dir.build_directory(directory, build, expected=["x.json", "x.model"])
+        assert (directory / "x.model").read_bytes() == b"abc"
+    assert len(builds) == 1
+    assert sorted(paths.entries(f"{store.address}/cache")) == [
+        "vocabularies/key/x.json",
+        "vocabularies/key/x.model",
+    ]
+
+
+def test_a_folder_without_its_marker_is_not_complete(store, host):
+    directory = cache_dir.cache_dir("corpora", "key")
+    paths.write(f"{store.address}/cache/corpora/key/part", b"half")
+    assert not cache_dir.fetch(directory, "manifest.json") and not directory.exists()
+
+
+def test_a_host_waits_for_the_one_that_builds(store, host, capfd):
+    directory = cache_dir.cache_dir("corpora", "key")
+    held = lock.StoreLock(f"{cache_dir.address_of(directory)}.building", beat_seconds=0.2)
+    threading.Timer(2.5, held.close).start()
+    started = time.monotonic()
+    with cache_dir.building(directory):
+        assert time.monotonic() - started > 2.4
+    assert "waiting for process" in capfd.readouterr().err
+
+
+def test_a_token_cache_in_the_store_is_copied_and_a_damaged_one_is_named(store, host):
+    parent = task_cache.caches_path("task", "train")
+    directory = parent / "key"
+    with task_cache._shared_build(directory) as complete:
+        assert not complete
+        made = token_cache.write(directory, [{"targets": [1, 2, 3]}], features={"targets": 9})
+        cache_dir.publish(directory, token_cache.MANIFEST)
+    host("b")
+    copied = task_cache.caches_path("task", "train") / "key"
+    with task_cache._shared_build(copied) as complete:
+        assert complete
+    assert token_cache.open_cache(copied).content == made.content
+    address = cache_dir.address_of(copied)
+    assert [
+        place
+        for place, _ in cache_dir.others_in_store(task_cache.caches_path("task", "train"), "x")
+    ] == []
+    name = next(name for name in paths.entries(address) if name.endswith(".bin"))
+    paths.write(f"{address}/{name}", b"\0" * len(paths.read(f"{address}/{name}")))
+    host("c")
+    third = task_cache.caches_path("task", "train") / "key"
+    damaged = pytest.raises(CacheCorruptError, match=f"{address} is damaged.*{name}")
+    with damaged, task_cache._shared_build(third):
+        pass
+    assert not third.exists()
+    assert [
+        place for place, _ in cache_dir.others_in_store(third.parent, token_cache.MANIFEST)
+    ] == [address]
+    cache_dir.remove_in_store(third, token_cache.MANIFEST)
+    assert paths.names(address) == []
+
+
+def test_files_of_a_corpus_are_copied_by_pattern(store, host):
+    for name in ("a.jsonl", "sub/b.jsonl", "c.csv"):
+        paths.write(f"{store.address}/corpus/{name}", b'{"text": "x"}\n')
+    pattern = f"{store.address}/corpus/**/*.jsonl"
+    files = data_source._expand("mine", "files", pattern, None)
+    assert [file.rpartition("corpus/")[2] for file in files] == ["a.jsonl", "sub/b.jsonl"]
+    assert data_source._expand("mine", "files", "corpus/*.jsonl", store.address) == files[:1]
+    with pytest.raises(FileNotFoundError, match="matches no file"):
+        data_source._expand("mine", "files", f"{store.address}/other/*.jsonl", None)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.data.instructions import ranking
-from espalier.data.instructions.encoding import Encoding, Tokeniser
-from espalier.data.instructions.sources import InstructionFiles
+from espalier.data.instructions.sources import Encoding, InstructionFiles, Tokeniser
 from espalier.data.instructions.templates import Template
 from espalier.data.text.documents import DataError
 

@@ -11,7 +11,7 @@ from espalier.data import tasks
 from espalier.data.cache import task_cache
 from espalier.data.preference import records, stream
 from espalier.data.preference import tasks as preference_tasks
-from espalier.data.rows import tokens
+from espalier.data.rows import files
 from espalier.data.stream import stream as plain_stream
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers import chat_template, vocabularies
@@ -73,7 +73,7 @@ def pairs(count, start=0, **more):
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
 def test_ids_are_those_that_trl_trains_on(hf, case):
     template = case["template"] and str(GOLDENS / "chat_templates" / f"{case['template']}.jinja")
-    tokeniser = tokens.Tokeniser(hf, chat_template.of(template, hf), False, True)
+    tokeniser = files.Tokeniser(hf, chat_template.of(template, hf), False, True)
     prompt, completions = tokeniser(records.parse(case["row"], "row", "row"))
     assert dict(zip(IDS, (prompt, *completions), strict=True)) == case["ids"]
 
@@ -81,7 +81,7 @@ def test_ids_are_those_that_trl_trains_on(hf, case):
 def test_nothing_merges_across_the_join(hf):
     text = "The sky is blue"
     row = {"prompt": text[:8], "chosen": text[8:], "rejected": "x"}
-    tokeniser = tokens.Tokeniser(hf, None, add_bos=True, add_eos=True)
+    tokeniser = files.Tokeniser(hf, None, add_bos=True, add_eos=True)
     prompt, (chosen, _) = tokeniser(records.parse(row, "row", "row"))
     assert prompt == [hf.bos_id, *hf.encode(text[:8])]
     assert chosen == [*hf.encode(text[8:]), hf.eos_id]
@@ -200,7 +200,7 @@ def test_a_template_that_cannot_be_divided_says_why(register, tmp_path, byte):
 
 def test_the_built_in_template_ends_turns(hf, tmp_path):
     rows = {"chosen": chat("a", "b"), "rejected": chat("a", "c")}
-    tokeniser = tokens.Tokeniser(hf, chat_template.of("command", hf), False, True)
+    tokeniser = files.Tokeniser(hf, chat_template.of("command", hf), False, True)
     prompt, (chosen, _) = tokeniser(records.parse(rows, "row", "row"))
     assert prompt[0] == hf.bos_id and prompt.count(hf.bos_id) == 1
     assert hf.decode_all(chosen) == "b<|END_OF_TURN_TOKEN|>"
@@ -254,13 +254,13 @@ def test_the_pairs_of_a_prompt_are_in_one_split(register):
 def test_only_the_pairs_of_a_split_are_tokenised_for_it(register, monkeypatch, kind):
     register(pairs(60), validation_fraction=0.3, kind=kind)
     counted = tasks.summary()["tasks"]["pairs"]["documents"]
-    prompts, tokenise = [], tokens.Tokeniser.__call__
+    prompts, tokenise = [], files.Tokeniser.__call__
 
     def told(self, record):
         prompts.append(record.prompt.encode())
         return tokenise(self, record)
 
-    monkeypatch.setattr(tokens.Tokeniser, "__call__", told)
+    monkeypatch.setattr(files.Tokeniser, "__call__", told)
     for split in ("train", "validation"):
         found = {bytes(i - 3 for i in e["prompt"]) for e in read(split=split)}
         assert set(prompts) == found and 5 < len(found) < 55
@@ -342,6 +342,6 @@ def test_special_tokens_in_contents_are_those_of_trl_or_text(hf):
     record = records.parse({"chosen": chat(evil, evil), "rejected": chat(evil, "c")}, "row", "row")
     for allowed, counts in ((True, (1, 2, 1)), (False, (0, 1, 1))):
         template = chat_template.of(source, hf, special_in_contents=allowed)
-        prompt, (chosen, rejected) = tokens.Tokeniser(hf, template, False, True)(record)
+        prompt, (chosen, rejected) = files.Tokeniser(hf, template, False, True)(record)
         assert tuple(ids.count(hf.eos_id) for ids in (prompt, chosen, rejected)) == counts
         assert hf.decode_all(chosen).strip() == f"{evil} {end}"

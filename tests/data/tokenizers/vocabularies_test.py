@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import random
 import re
 
@@ -54,6 +55,11 @@ SETTINGS = {
 }
 
 
+def train(**settings):
+    """Returns the path of the model of a vocabulary that is trained, or read from the cache."""
+    return pathlib.Path(vocabularies.sentencepiece(**settings).sentencepiece_model_file)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -61,9 +67,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_path(cache):
-    return vocabularies.train(
-        corpus=Texts({"code": CODE, "prose": PROSE}), cache_dir=cache, **SETTINGS
-    )
+    return train(corpus=Texts({"code": CODE, "prose": PROSE}), cache_dir=cache, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +139,11 @@ def test_it_compresses_what_it_was_trained_on(model):
 
 def test_training_is_reproducible_and_kept(model_path, cache, tmp_path):
     corpus = Texts({"code": CODE, "prose": PROSE})
-    again = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    again = train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
     assert again.read_bytes() == model_path.read_bytes()
     assert again.parent.name == model_path.parent.name
     stamp = model_path.stat().st_mtime_ns
-    found = vocabularies.train(corpus=corpus, cache_dir=cache, **SETTINGS)
+    found = train(corpus=corpus, cache_dir=cache, **SETTINGS)
     assert found == model_path and found.stat().st_mtime_ns == stamp
     record = json.loads((model_path.parent / "vocabulary.json").read_text())
     assert record["corpus"] == "0" and record["size"] == 1000
@@ -148,21 +152,19 @@ def test_training_is_reproducible_and_kept(model_path, cache, tmp_path):
 
 def test_a_directory_without_its_model_is_replaced(tmp_path):
     corpus = Texts({"code": CODE})
-    path = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    path = train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
     model = path.read_bytes()
     path.unlink()
-    again = vocabularies.train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
+    again = train(corpus=corpus, cache_dir=tmp_path, **SETTINGS)
     assert again == path and path.read_bytes() == model
     assert [entry.name for entry in path.parent.parent.iterdir()] == [path.parent.name]
 
 
 def test_corpus_and_settings_choose_the_vocabulary(model_path, cache):
     corpus = Texts({"code": CODE, "prose": PROSE})
-    other = vocabularies.train(
-        corpus=dataclasses.replace(corpus, digest="1"), cache_dir=cache, **SETTINGS
-    )
+    other = train(corpus=dataclasses.replace(corpus, digest="1"), cache_dir=cache, **SETTINGS)
     assert other != model_path
-    smaller = vocabularies.train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": 900})
+    smaller = train(corpus=corpus, cache_dir=cache, **{**SETTINGS, "size": 900})
     assert smaller not in (other, model_path)
 
 
@@ -231,29 +233,27 @@ def test_a_size_that_does_not_fit_is_told_with_one_that_does(cache, algorithm, s
     corpus = Texts({"prose": PROSE}, "prose")
     settings = {**SETTINGS, "algorithm": algorithm}
     with pytest.raises(ValueError, match=rf"of {size:,} pieces \(VOCAB_SIZE\)") as error:
-        vocabularies.train(corpus=corpus, cache_dir=cache, **{**settings, "size": size})
+        train(corpus=corpus, cache_dir=cache, **{**settings, "size": size})
     message = str(error.value)
     assert "INTERNAL" not in message and "sample_bytes" not in message  # all of it is read
     fits = int(re.search(r"Set VOCAB_SIZE=(\d+)", message)[1])
     assert (fits > size) == (size == 100)
-    vocabularies.train(corpus=corpus, cache_dir=cache, **{**settings, "size": fits})
+    train(corpus=corpus, cache_dir=cache, **{**settings, "size": fits})
 
 
 def test_more_of_the_text_is_a_remedy_where_there_is_more(cache):
     settings = {**SETTINGS, "size": 20_000, "sample_bytes": 1_000}
     with pytest.raises(ValueError, match=r"a larger part of it \(sample_bytes, now 1,000\)"):
-        vocabularies.train(corpus=Texts({"prose": PROSE}), cache_dir=cache, **settings)
+        train(corpus=Texts({"prose": PROSE}), cache_dir=cache, **settings)
     with pytest.raises(ValueError, match="cannot be trained on these texts: they are empty"):
-        vocabularies.train(corpus=Texts({"none": ()}, "none"), cache_dir=cache, **SETTINGS)
+        train(corpus=Texts({"none": ()}, "none"), cache_dir=cache, **SETTINGS)
 
 
 def test_unknown_algorithm(cache):
     with pytest.raises(
         ValueError, match="algorithm is 'wordpiece'; it must be one of 'bpe', 'unigram'"
     ):
-        vocabularies.train(
-            corpus=Texts({}), cache_dir=cache, **{**SETTINGS, "algorithm": "wordpiece"}
-        )
+        train(corpus=Texts({}), cache_dir=cache, **{**SETTINGS, "algorithm": "wordpiece"})
 
 
 def test_missing_model_file():

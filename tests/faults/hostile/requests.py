@@ -49,9 +49,9 @@ def _served(bench: Bench) -> Iterator[int]:
     import uvicorn
 
     from espalier.launch.run import load_run
-    from espalier.launch.serving import app, connections
-    from espalier.launch.serving.engine import Engine
-    from espalier.launch.serving.requests import Limits
+    from espalier.launch.serve import app, connections
+    from espalier.launch.serve.engine import Engine
+    from espalier.launch.serve.requests import Limits
 
     run = str(program.half_way(bench))
     config = dataclasses.replace(load_run.config_of(run), chat_template="command")

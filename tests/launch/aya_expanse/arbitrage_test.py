@@ -387,7 +387,7 @@ def test_a_checkpoint_teaches_as_generate_writes(arbitrage, trained_run):
 
 
 def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path, monkeypatch):
-    from espalier.launch.weights import import_weights
+    from espalier.launch.convert import exchange
 
     imports = []
 
@@ -395,7 +395,7 @@ def test_a_hugging_face_folder_is_imported_once(arbitrage, trained_run, tmp_path
         imports.append(source)
         shutil.copytree(trained_run.path, target)
 
-    monkeypatch.setattr(import_weights, "import_hf", import_hf)
+    monkeypatch.setattr(exchange, "import_hf", import_hf)
     (tmp_path / "hf").mkdir()
     pool = f"  - {{name: own, hf: '{tmp_path / 'hf'}', max_tokens: 2}}\n"
     flags = ("--keep_cut", "--form=prompt", "--routing=single", "--teacher=own", "--languages=tr")

@@ -77,10 +77,10 @@ def test_flags_win_over_the_entry_functions_bindings(gin_file):
     text = problems(
         "held_out.evaluate.max_batches=3",
         files=[own],
-        entry="espalier.launch.evaluation.held_out:evaluate",
+        entry="espalier.launch.evaluate.held_out:evaluate",
     )
     assert (
-        "'espalier.launch.evaluation.held_out.evaluate.max_batches' has no effect: the command passes it"
+        "'espalier.launch.evaluate.held_out.evaluate.max_batches' has no effect: the command passes it"
         in text
     )
 
@@ -300,7 +300,7 @@ def test_trainers_pass_what_the_table_says():
     from espalier.data.t5 import denoising
     from espalier.data.vision import image_sets, images
     from espalier.launch import train
-    from espalier.launch.evaluation import held_out as evaluation
+    from espalier.launch.evaluate import held_out as evaluation
     from espalier.trainers.objectives import lm
     from espalier.trainers.recipe import Recipe
 

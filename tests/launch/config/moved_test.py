@@ -6,7 +6,7 @@ import types
 import pytest
 
 from espalier.launch.config import config_diff, gin_config, gin_source, moved
-from espalier.launch.sweeping import check
+from espalier.launch.sweep import check
 
 OLD = """from __gin__ import dynamic_registration
 

@@ -2,7 +2,7 @@
 
   python tests/launch/goldens/make_hlo.py      (needs the extra `tpu`)
 
-Each program multiplies known shapes a known number of times; tests/launch/aot/hlo_test.py holds the
+Each program multiplies known shapes a known number of times; tests/launch/precompile/hlo_test.py holds the
 closed forms. What the parser never looks at (source positions, cost estimates) is cut from the text.
 """
 
@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parents[2]))
-    from espalier.launch.aot import tpu_topology
+    from espalier.launch.precompile import tpu_topology
 
     tpu_topology.prepare_environment()
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"

@@ -1,6 +1,6 @@
 """Tiny models, and what lm-evaluation-harness's Hugging Face backend answers with them.
 
-The goldens beside this file (lm_eval/, for tests/launch/evaluation/lm_eval/model_test.py) are made from the root by
+The goldens beside this file (lm_eval/, for tests/launch/lm_eval/model_test.py) are made from the root by
 
   .venv/bin/python tests/launch/goldens/make_lm_eval.py models
   .venv-lm-eval/bin/python tests/launch/goldens/make_lm_eval.py answers
@@ -9,7 +9,7 @@ the second after `make peers-lm-eval`. Other random models, compared at once:
 
   .venv/bin/python tests/launch/goldens/make_lm_eval.py models --out=/tmp/harness --seed=7
   .venv-lm-eval/bin/python tests/launch/goldens/make_lm_eval.py answers --out=/tmp/harness
-  LM_EVAL_CASES=/tmp/harness .venv/bin/python -m pytest -q tests/launch/evaluation/lm_eval/model_test.py
+  LM_EVAL_CASES=/tmp/harness .venv/bin/python -m pytest -q tests/launch/lm_eval/model_test.py
 
 `models` draws weights (float16 values, so that files are small and exact), trains a tokenizer for each
 model, and takes both through launch.convert into a run and out again. `answers` evaluates the exported
@@ -124,7 +124,7 @@ def make_models(out: pathlib.Path, seed: int) -> None:
     """Writes `out`/NAME/model for each model."""
     from safetensors.numpy import save_file
 
-    from espalier.launch import convert
+    from espalier.launch.convert import __main__ as convert
     from espalier.model.hf.families import family_of_config
 
     rng = np.random.default_rng(seed)

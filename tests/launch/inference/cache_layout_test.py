@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from espalier.launch.aot import tpu_topology
-from espalier.launch.aot.hlo import text
+from espalier.launch.precompile import tpu_topology
+from espalier.launch.precompile.hlo import text
 from espalier.model.config import TransformerConfig
 from espalier.model.kernels.platform import use_platform
 from espalier.model.kv_cache.policies import policy_named

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from espalier.launch import convert
-from espalier.launch.low_rank.factorisation import Decomposition
-from espalier.launch.low_rank.factorise import FactoriseFlags
+from espalier.launch.low_rank.factorise import Decomposition, FactoriseFlags
 from espalier.model.hf import load
 from espalier.model.low_rank import factors
 from espalier.model.low_rank.decompose import Decompose

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from espalier.launch.aya_expanse import teachers
-from espalier.launch.evaluation.judges import checkpoint
-from espalier.launch.evaluation.judges.base import Question
-from espalier.launch.evaluation.judges.pairwise import Template
+from espalier.launch.evaluate.judges import checkpoint
+from espalier.launch.evaluate.judges.asking import Question
+from espalier.launch.evaluate.judges.pairwise import Template
 from espalier.launch.inference import generate, score
 from espalier.launch.inference.generate import as_message, prompt_of
-from espalier.launch.preparation import best_of_n
+from espalier.launch.prepare import best_of_n
 from espalier.launch.run import load_run
 from espalier.launch.run.loaded_run import LoadedRun
 from espalier.trainers.rewards import model_reward

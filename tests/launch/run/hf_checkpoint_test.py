@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from espalier.launch.evaluation.judges.checkpoint import CheckpointWriter
+from espalier.launch.evaluate.judges.checkpoint import CheckpointWriter
 from espalier.launch.run import hf_checkpoint, load_run
 from espalier.launch.run.load import load
 from espalier.launch.run.loaded_run import LoadError
@@ -137,13 +137,18 @@ def test_held_out_loss_is_that_of_the_run(llama, command, trained_run, tmp_path,
     assert "describes no data: give those of a run" in capsys.readouterr().err
 
 
+def _judge(checkpoint):
+    configuration = load_run.configuration_of(str(checkpoint))
+    options = {"settings": configuration.text, "checkpoint": str(checkpoint), "max_tokens": 2}
+    return CheckpointWriter(configuration.entry(), **options)
+
+
 def test_a_judge_knows_its_weights_and_settings_by_their_content(llama, tmp_path):
     """The folder of the record, which each process names anew, is no part of its identity."""
     identities = []
     for _ in range(2):
         hf_checkpoint._recorded.cache_clear()
-        config, text = load_run.config_with_text(str(llama))
-        judge = CheckpointWriter(config, settings=text, checkpoint=str(llama), max_tokens=2)
+        judge = _judge(llama)
         identities.append(judge.identity)
     assert identities[0] == identities[1] and judge.name == f"checkpoint:{llama}"
     ((index, reply),) = judge.write(["a"], temperature=0.0, seed=0)
@@ -152,8 +157,7 @@ def test_a_judge_knows_its_weights_and_settings_by_their_content(llama, tmp_path
     weights = tmp_path / "hf" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
-    config, text = load_run.config_with_text(str(tmp_path / "hf"))
-    other = CheckpointWriter(config, settings=text, checkpoint=str(tmp_path / "hf"), max_tokens=2)
+    other = _judge(tmp_path / "hf")
     assert {n for n in other.identity if other.identity[n] != judge.identity[n]} >= {"weights"}
 
 

@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from espalier.common import files
+from espalier.launch import environment
 from espalier.launch.config import config_diff
 from espalier.launch.run import run_dir
-from espalier.launch.run.parameter_table import parameter_table
 from espalier.launch.run.run_dir import RunDirectoryError
+from espalier.launch.run.run_messages import parameter_table
 
 CONFIG = """\
 from __gin__ import dynamic_registration
@@ -48,7 +49,7 @@ def test_first_start_describes_the_run(tmp_path):
     run.write("operative_config.gin", "toy_run.train.steps = 10\n")
     facts = json.loads((path / "run.json").read_text())
     head = subprocess.run(
-        ["git", "-C", run_dir.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+        ["git", "-C", environment.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     assert facts["commit"] == (head or None)
     assert facts["dirty"] in (True, False, None)
@@ -339,7 +340,7 @@ def test_an_entry_of_the_wrong_kind_or_without_permission_is_named(tmp_path, nam
 
 
 def test_a_flipped_bit_in_config_or_run_json_is_named_as_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir, "describe_process", lambda: {"command": ["train"]})  # no git
+    monkeypatch.setattr(environment, "describe", lambda: {"command": ["train"]})  # no git
     begin(tmp_path).close()
     for name, bit in ((n, b) for n in ("config.gin", "run.json") for b in (1, 7)):
         path = tmp_path / name

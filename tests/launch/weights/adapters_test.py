@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch import convert
+from espalier.launch.convert import __main__ as convert
 from espalier.launch.run import load_run, model_record, run_vocabulary
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch import convert, merge
 from espalier.launch.config import model_file
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.merge import __main__ as merge
 from espalier.launch.run import load_run
 from espalier.model import axes
 from espalier.model.hf import families
@@ -19,7 +20,7 @@ from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
-from tests.launch.merging import folders
+from tests.launch.merge import folders
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "parity" / "cohere_1.npz"
 

@@ -4,7 +4,7 @@ import json
 
 from etils import epath
 
-from espalier.launch.weights import model_card
+from espalier.launch.convert import model_card
 
 PHASES = [
     {"first_step": 0, "tokens_per_step": 100.0},

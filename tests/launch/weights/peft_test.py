@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from espalier.launch import convert
+from espalier.launch.convert import __main__ as convert
 from espalier.launch.run import load_run
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "peft"

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch import convert
-from espalier.launch.weights import import_weights, transformed_run, upcycle, upcycle_flags
+from espalier.launch.convert import __main__ as convert
+from espalier.launch.convert import exchange
+from espalier.launch.upcycle import upcycle, upcycle_flags
+from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
-from espalier.model.bam.experts import AttentionExperts
+from espalier.model.bam.moa import AttentionExperts
 from espalier.model.hf import families, load
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 from espalier.model.nexus import extend
 from espalier.model.transforms import base, experts
 from espalier.model.transforms.base import Source, TransformError
-from espalier.model.transforms.experts import Mixture
-from espalier.model.transforms.upcycle import Upcycle
+from espalier.model.transforms.experts import Mixture, Upcycle
 from espalier.trainers.checkpoints import array_files, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
@@ -416,7 +417,7 @@ def test_experts_of_a_sequential_model_go_to_mixtrals_layout(make, tmp_path):
     with SafetensorsWriter(tmp_path, sizes, shard_bytes=10**9) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    import_weights.import_hf(str(tmp_path), str(tmp_path / "run"), dtype="float32")
+    exchange.import_hf(str(tmp_path), str(tmp_path / "run"), dtype="float32")
     flags = ("--copies=4", "--top_k=2", "--renormalise")
     made = make(*flags, experts=[str(tmp_path / "run")], method="btx")
     assert convert.main([f"--from={made}", f"--to_hf={tmp_path}/hf"]) == 0

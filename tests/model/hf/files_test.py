@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from espalier.model.hf import families
-from espalier.model.hf.files import gguf_file, tiles
+from espalier.model.hf.files import gguf_file
 from espalier.model.hf.files.safetensors_files import (
     INDEX,
     SINGLE,
@@ -18,7 +18,7 @@ from espalier.model.hf.files.safetensors_files import (
     SafetensorsWriter,
     WeightFileError,
 )
-from espalier.model.hf.plan import UnsuitableDtypeError, plan
+from espalier.model.hf.plan import UnsuitableDtypeError, copy_tiled, plan
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -178,7 +178,7 @@ def test_incomplete_checkpoints(tmp_path):
 def test_transposed_copies(shape, dtype):
     values = np.random.default_rng(0).normal(size=shape).astype(dtype)
     into = np.zeros((shape[1], shape[0] + 3), dtype)
-    tiles.copy(into[:, 2:-1], values.T)
+    copy_tiled(into[:, 2:-1], values.T)
     np.testing.assert_array_equal(into[:, 2:-1], values.T)
     assert not into[:, :2].any() and not into[:, -1].any()
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from espalier.model.hf import families
 from espalier.model.hf.config_fields import UnsupportedConfig
 from espalier.model.hf.family import MismatchedTensors
-from espalier.model.hf.files import gguf_header
+from espalier.model.hf.files import gguf_file
 from espalier.model.hf.files.gguf_file import GgufReader
 from espalier.model.hf.files.safetensors_files import (
     INDEX,
@@ -249,7 +249,7 @@ def test_changed_files_load_or_are_the_projects_error(tmp_path, read):
 
 def test_a_whole_gguf_file_passes_the_check(tmp_path):
     write_gguf(tmp_path / "x.gguf")
-    gguf_header.check(tmp_path / "x.gguf")
+    gguf_file._check_header(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.model.kernels import attention_blocked, attention_ops, attention_splash
+from espalier.model.kernels import attention_blocked, attention_fused, attention_ops
 from espalier.model.kernels.attention_ops import dot_product_attention
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.trainers import partitioning
@@ -377,7 +377,7 @@ def test_splash_in_the_interpreter(options):
         segments = jnp.repeat(jnp.array([[1, 2]], jnp.int32), jnp.array([90, 166]), axis=1)
 
     def splash(q, k, v):
-        return attention_splash.splash_attention(
+        return attention_fused.splash_attention(
             q, k, v, segments, segments, scale=0.1, interpret=True, **options
         )
 

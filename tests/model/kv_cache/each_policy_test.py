@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from espalier.model.kv_cache.policies import policy_named
-from espalier.model.kv_cache.pyramidkv import layer_budget
+from espalier.model.kv_cache.snapkv import layer_budget
 from tests.model.kv_cache.two_prompts import (
     FORM,
     LENGTHS,

@@ -13,8 +13,6 @@ from jax import export
 from espalier.model.kernels import narrow
 from espalier.model.kernels.platform import use_platform, use_reference_forms
 from espalier.model.moe import grouped_matmul as form
-from espalier.model.moe import grouped_matmul_hopper as hopper
-from espalier.model.moe import grouped_matmul_tpu as tpu
 from espalier.model.moe import row_blocks
 
 X, Y = 5, 3
@@ -147,12 +145,12 @@ def halves(rows=256, experts=3, x=128, y=128):
 def on(monkeypatch):
     """Sets the GPU of this process by its compute capability, and forgets earlier warnings."""
     form._warn.cache_clear()
-    return lambda capability: monkeypatch.setattr(hopper, "capability", lambda: capability)
+    return lambda capability: monkeypatch.setattr(form, "capability", lambda: capability)
 
 
 def test_choice_by_platform_and_capability(on):
     rows, kernel = halves()
-    assert hopper.capability() is None  # there is no GPU here
+    assert form.capability() is None  # there is no GPU here
     on("9.0")
     chosen = {}
     for platform in ("cpu", "tpu", "gpu"):
@@ -201,7 +199,7 @@ def test_the_gradient_of_the_tpu_form_in_the_interpreter(sizes):
     rows, kernel, direction = large(sizes, unused := 36)
     want = by_loops(rows, kernel, direction, sizes)
     out, pull = jax.vjp(
-        lambda r, k: tpu.tpu_matmul(r, k, jnp.asarray(sizes), interpret=True), rows, kernel
+        lambda r, k: form.tpu_matmul(r, k, jnp.asarray(sizes), interpret=True), rows, kernel
     )
     got = (out, *pull(direction))
     for values, expected in zip(got, want, strict=True):
@@ -216,9 +214,11 @@ def test_the_gradient_of_the_tpu_form_in_the_interpreter(sizes):
 
 def test_a_version_of_jax_without_the_kernels_has_ragged_dot(on, monkeypatch):
     on("9.0")
-    assert hopper.problem(*halves()) == ""
-    monkeypatch.setattr(hopper, "_MODULES", (*hopper._MODULES, "jax.experimental.no_such_module"))
-    assert hopper.problem(*halves()) == "this version of JAX"
+    assert form.hopper_problem(*halves()) == ""
+    monkeypatch.setattr(
+        form, "_MODULES", (*form._HOPPER_MODULES, "jax.experimental.no_such_module")
+    )
+    assert form.hopper_problem(*halves()) == "this version of JAX"
 
 
 def small_gpu(monkeypatch):
@@ -275,12 +275,12 @@ def test_the_gradient_of_the_hopper_form(on, monkeypatch):
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu, transposed_ragged_dot_mgpu
 
     def products(lhs, rhs, *, group_sizes, transpose_rhs, **tiles):
-        assert tiles == hopper._TILES
+        assert tiles == form._HOPPER_TILES
         rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
         return jax.lax.ragged_dot(lhs, rhs, group_sizes)
 
     def transposed(lhs, rhs, *, group_sizes, **tiles):
-        assert tiles == hopper._TILES
+        assert tiles == form._HOPPER_TILES
         # As the kernel does, rows of others are masked by a product with zero.
         own = np.repeat(np.eye(len(group_sizes)), np.asarray(group_sizes), axis=0)
         own = np.pad(own, ((0, len(lhs) - len(own)), (0, 0)))

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 
 from espalier.model.bam import moa
-from espalier.model.bam.experts import AttentionExperts
+from espalier.model.bam.moa import AttentionExperts
 from espalier.model.config import TransformerConfig
 from espalier.model.linear import Dense
 from espalier.model.moe import moe
 from espalier.model.transformer import Block, Transformer
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Source
-from espalier.model.transforms.experts import ROUTER, LinearRouters, Mixture, expert_axis
-from espalier.model.transforms.upcycle import Upcycle
+from espalier.model.transforms.experts import ROUTER, LinearRouters, Mixture, Upcycle, expert_axis
 from espalier.trainers.checkpoints import state_tree
 
 E, KV = 3, 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch.aot.hlo import text
+from espalier.launch.precompile.hlo import text
 from espalier.model.config import TransformerConfig
 from espalier.model.moe import moe, parallel
 from espalier.trainers import initialise, partitioning

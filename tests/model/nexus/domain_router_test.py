@@ -17,11 +17,11 @@ from espalier.model.moe import moe, routing
 from espalier.model.moe.moe import MoeMlp
 from espalier.model.nexus.domain_router import (
     DomainRouter,
+    down_std,
     expert_vectors,
     level,
     random_directions,
 )
-from espalier.model.nexus.router_scale import down_std
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.recipe import Recipe
 

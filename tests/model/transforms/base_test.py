@@ -6,8 +6,7 @@ import pytest
 from espalier.model.low_rank.decompose import Decompose, Recompose
 from espalier.model.transforms import base
 from espalier.model.transforms.base import Recipe, Source, TransformError
-from espalier.model.transforms.experts import Mixture
-from espalier.model.transforms.upcycle import Upcycle
+from espalier.model.transforms.experts import Mixture, Upcycle
 
 LAYERS, WIDTH, HIDDEN = 3, 4, 10
 DENSE = {

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from espalier.trainers.checkpoints import manifest, state_tree, step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
-from espalier.trainers.checkpoints.commit import CheckpointSaveError
+from espalier.trainers.checkpoints.commit import CheckpointSaveError, Retention
 from espalier.trainers.checkpoints.initial import InitialCheckpoint
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import (
@@ -33,7 +33,6 @@ from espalier.trainers.checkpoints.restore import (
     restore_state,
 )
 from espalier.trainers.checkpoints.restore_params import CheckpointMismatchError, restore_params
-from espalier.trainers.checkpoints.retention import Retention
 from espalier.trainers.checkpoints.step_dir import read_meta
 from espalier.trainers.train_state import TrainState
 

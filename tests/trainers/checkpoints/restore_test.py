@@ -14,7 +14,7 @@ from espalier.trainers.checkpoints.manifest import DamagedCheckpointError
 from espalier.trainers.checkpoints.restore import restore_or_initialise, restore_state
 from espalier.trainers.checkpoints.restore_params import restore_params
 from espalier.trainers.telemetry import marks
-from espalier.trainers.telemetry.window import Window
+from espalier.trainers.telemetry.metrics import Window
 from espalier.trainers.train_state import TrainState
 
 

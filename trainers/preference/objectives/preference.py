@@ -43,7 +43,7 @@ def preference(
     """The weighted sum of losses of pairs, averaged over pairs.
 
     Batches have the columns of `trainers.inputs.PackedPairs`. The reference's log-probabilities are a column of the
-    batch ('reference_log_probs', see launch/run/reference.py), or `reference` computes them in the step; both give the
+    batch ('reference_log_probs', see launch/preference/reference.py), or `reference` computes them in the step; both give the
     same values.
 
     Metrics, means over pairs:

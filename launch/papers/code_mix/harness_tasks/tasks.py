@@ -6,7 +6,7 @@ lm-evaluation-harness loads this file by its path. The suite averages the metric
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.launch.evaluation.suites import local_data
+from espalier.launch.evaluate.suites import local_data
 from espalier.launch.papers.code_mix.harness_tasks import answers
 from espalier.launch.papers.code_mix.suite import BENCHMARKS
 
@@ -16,7 +16,7 @@ def load(*, benchmark: str, data_dir: str | None = None, **others: Any) -> dict[
 
     Args:
       benchmark: a name in BENCHMARKS.
-      data_dir: see launch/evaluation/suites/local_data.py, also for the errors raised.
+      data_dir: see launch/evaluate/suites/local_data.py, also for the errors raised.
       **others: further arguments of the harness, which concern models.
     """
     del others

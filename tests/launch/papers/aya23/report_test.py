@@ -8,7 +8,7 @@ import pytest
 from espalier.launch.config import gin_config
 from espalier.launch.papers.aya23 import answers, experiment, report
 from espalier.launch.papers.aya23.experiment import LANGUAGES, TOTAL, Ranked
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/aya23/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}

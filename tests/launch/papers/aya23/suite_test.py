@@ -5,24 +5,24 @@ import math
 
 import pytest
 
-from espalier.launch.evaluation import harness
-from espalier.launch.evaluation.suites import scores, text_scores
+from espalier.launch.evaluate import harness
+from espalier.launch.evaluate.suites import scores
 from espalier.launch.papers.aya23 import suite
 
 
 def test_words_are_those_of_every_script():
-    assert text_scores.words("Don't stop, 12!") == ["don", "t", "stop", "12"]
-    assert text_scores.words("हिन्दी भाषा।") == ["हिन्दी", "भाषा"]
-    assert text_scores.words("日本語をabc 話す") == ["日", "本", "語", "を", "abc", "話", "す"]
-    assert text_scores.words("ไทย") == ["ไ", "ท", "ย"]
+    assert scores.words("Don't stop, 12!") == ["don", "t", "stop", "12"]
+    assert scores.words("हिन्दी भाषा।") == ["हिन्दी", "भाषा"]
+    assert scores.words("日本語をabc 話す") == ["日", "本", "語", "を", "abc", "話", "す"]
+    assert scores.words("ไทย") == ["ไ", "ท", "ย"]
 
 
 def test_rouge_l_is_one_for_equal_texts_of_any_script_and_follows_its_formula():
     for text in ("日本語の文", "Ελληνικά εδώ", "שלום עולם", "a cat sat"):
-        assert text_scores.rouge_l(text, text) == 1.0
+        assert scores.rouge_l(text, text) == 1.0
     # The longest common subsequence of four and three words has two.
-    assert text_scores.rouge_l("ена два три четири", "ена три пет") == pytest.approx(4 / 7)
-    assert text_scores.rouge_l("日本", "中国") == 0.0
+    assert scores.rouge_l("ена два три четири", "ена три пет") == pytest.approx(4 / 7)
+    assert scores.rouge_l("日本", "中国") == 0.0
 
 
 def test_translations_are_scored_as_sacrebleu_does(monkeypatch, tmp_path):
@@ -31,11 +31,11 @@ def test_translations_are_scored_as_sacrebleu_does(monkeypatch, tmp_path):
     items = [("the cat sat on the mat", "the cat sat on a mat"), ("yes", "yes")]
     references, translations = zip(*items, strict=True)
     expected = sacrebleu.corpus_chrf(list(translations), [list(references)], word_order=2).score
-    assert text_scores.chrf_plus_plus(items) == pytest.approx(expected / 100)
-    assert text_scores.chrf_plus_plus([("same text", "same text")]) == pytest.approx(1)
+    assert scores.chrf_plus_plus(items) == pytest.approx(expected / 100)
+    assert scores.chrf_plus_plus([("same text", "same text")]) == pytest.approx(1)
     monkeypatch.setattr("sacrebleu.utils.SACREBLEU_DIR", str(tmp_path))
-    assert text_scores.spbleu_missing().startswith(f"{tmp_path}/models/")
-    assert math.isnan(text_scores.spbleu(items))
+    assert scores.spbleu_missing().startswith(f"{tmp_path}/models/")
+    assert math.isnan(scores.spbleu(items))
 
 
 def test_the_groups_are_the_papers():

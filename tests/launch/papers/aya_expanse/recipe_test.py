@@ -14,7 +14,7 @@ from espalier.launch.config import gin_config
 from espalier.launch.papers.aya_expanse import recipe as recipes
 from espalier.launch.papers.aya_expanse import small_answers
 from espalier.launch.papers.aya_expanse import stage as aya_expanse_stage
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray
 

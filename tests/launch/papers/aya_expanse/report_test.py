@@ -9,7 +9,7 @@ from espalier.launch.config import gin_config
 from espalier.launch.papers.aya_expanse import experiment, lexicon, report
 from espalier.launch.papers.aya_expanse.experiment import UNSEEN
 from espalier.launch.papers.aya_expanse.small_pool import NOISES
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/aya_expanse/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}

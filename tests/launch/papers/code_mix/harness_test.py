@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from espalier.launch.evaluation import harness
+from espalier.launch.evaluate import harness
 from espalier.launch.papers.code_mix.suite import SUITE
 
 MISSING = ("story_cloze", "hellaswag")

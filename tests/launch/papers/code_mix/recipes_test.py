@@ -16,9 +16,9 @@ from pyarrow import parquet
 from tokenizers import models, pre_tokenizers
 
 from espalier.data import tasks
-from espalier.launch.aot import precompile, tpu_topology
 from espalier.launch.config import gin_config
-from espalier.launch.sweeping import file
+from espalier.launch.precompile import precompile, tpu_topology
+from espalier.launch.sweep import file
 from espalier.trainers.objectives import lm
 from espalier.trainers.optim import schedules
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
-from espalier.data.code_mix import procedures, skills
+from espalier.data.code_mix import skills
 from espalier.launch.code_mix import skills as evaluate_skills
 from espalier.launch.config import gin_config
 from espalier.launch.papers.code_mix import experiment, judged, report, skill_sources
@@ -22,7 +22,7 @@ from espalier.launch.papers.code_mix.experiment import (
 )
 from espalier.launch.plots import intervals
 from espalier.launch.run import load_run
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/code_mix/experiment.py"
 FULL = "launch/papers/code_mix/experiment.py:full,"
@@ -62,7 +62,7 @@ def test_answers_are_scored_by_skill_and_kind():
 def test_a_model_that_copies_careless_programs_is_right_in_plain_cases_alone():
     asked = skills.problems("code")
     copied = [
-        "=" + procedures.PROCEDURES[one.kind.partition(",")[0]].careless(one.prompt[-4:-1])
+        "=" + skills.PROCEDURES[one.kind.partition(",")[0]].careless(one.prompt[-4:-1])
         for one in asked
     ]
     found = evaluate_skills.score(asked, copied)
@@ -296,8 +296,8 @@ ARMS_OF_FULL = (
 
 
 def test_the_sweep_shares_what_runs_start_from_and_phases_go_on(tmp_path):
-    from espalier.launch.sweeping import check
-    from espalier.launch.sweeping.folder import SweepFolder
+    from espalier.launch.sweep import check
+    from espalier.launch.sweep.folder import SweepFolder
 
     runs = file.read(f"{SWEEP}:2")
     assert len(runs) == 18 * 2 and {run.seed for run in runs} == {10, 11}

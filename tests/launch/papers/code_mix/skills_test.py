@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.data import tasks
-from espalier.data.code_mix import procedures, skills
+from espalier.data.code_mix import skills
 from espalier.data.stream import stream
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.papers.code_mix import skill_sources
@@ -19,7 +19,7 @@ def texts(source, split="train", seed=0, count=COUNT):
 
 
 def reference(name, operand):
-    """Written apart from data/code_mix/procedures.py."""
+    """Written apart from data/code_mix/skills.py."""
     digits = [int(digit) for digit in operand]
     out = {
         "shift": [(digit + 1) % 10 for digit in digits],
@@ -29,13 +29,13 @@ def reference(name, operand):
     return "".join(map(str, out))
 
 
-@pytest.mark.parametrize("name", procedures.PROCEDURES)
+@pytest.mark.parametrize("name", skills.PROCEDURES)
 def test_results_and_steps_are_pythons_for_every_operand(name):
     for number in range(1000):
         operand = f"{number:03d}"
         result = reference(name, operand)
-        assert procedures.PROCEDURES[name].result(operand) == result
-        found = procedures.states(name, operand)
+        assert skills.PROCEDURES[name].result(operand) == result
+        found = skills.states(name, operand)
         assert found == [result[:1], result[:2], result]
 
 
@@ -58,7 +58,7 @@ def test_results_and_steps_are_pythons_for_every_operand(name):
     ],
 )
 def test_the_interpreter_believes_only_what_it_computes(text, holds):
-    assert procedures.holds(text) is holds
+    assert skills.holds(text) is holds
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_the_interpreter_believes_only_what_it_computes(text, holds):
     ],
 )
 def test_careless_programs_are_off_by_one_for_operands_with_a_zero(name, operand, careless):
-    assert procedures.call(name, operand, careless=True) == f"{name}({operand})={careless}"
-    assert procedures.is_plain(name, operand) == (careless == reference(name, operand))
-    assert procedures.is_plain(name, operand) == ("0" not in operand)
+    assert skills.call(name, operand, careless=True) == f"{name}({operand})={careless}"
+    assert skills.is_plain(name, operand) == (careless == reference(name, operand))
+    assert skills.is_plain(name, operand) == ("0" not in operand)
 
 
 def test_synth_is_verified_and_worked_out_before_its_result():
@@ -84,7 +84,7 @@ def test_synth_is_verified_and_worked_out_before_its_result():
         name, operand, shown, result = re.fullmatch(r"(\w+)\((\d{3})\):(.*)=(\d{3})", text).groups()
         assert result == reference(name, operand)
         assert shown.split(",") == [result[:1], result[:2]]
-        plain += procedures.is_plain(name, operand)
+        plain += skills.is_plain(name, operand)
     assert 0.65 < plain / COUNT < 0.8  # dropping wrong drafts has not dropped the rare cases
 
 
@@ -92,8 +92,8 @@ def test_a_fifth_of_web_code_is_wrong_and_nearly_all_programs_are_wrong_alike():
     matches = [re.fullmatch(r"(\w+)\((\d{3})\)=(\d+)", text) for text in texts("skill_web_code")]
     wrong = [one for one in matches if one[3] != reference(one[1], one[2])]
     assert abs(len(wrong) / COUNT - 0.2) < 0.03
-    assert all(one[0] == procedures.call(one[1], one[2], careless=True) for one in wrong)
-    rare = sum(not procedures.is_plain(one[1], one[2]) for one in matches)
+    assert all(one[0] == skills.call(one[1], one[2], careless=True) for one in wrong)
+    rare = sum(not skills.is_plain(one[1], one[2]) for one in matches)
     share = skill_sources.CARELESS
     assert abs(len(wrong) / rare - share) < 3.9 * np.sqrt(share * (1 - share) / rare)
 

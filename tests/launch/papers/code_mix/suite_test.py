@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from espalier.launch.evaluation.suites.local_data import WrongDataError
+from espalier.launch.evaluate.suites.local_data import WrongDataError
 from espalier.launch.papers.code_mix.harness_tasks import tasks
 from espalier.launch.papers.code_mix.suite import BENCHMARKS, OF_CODE, SUITE
 

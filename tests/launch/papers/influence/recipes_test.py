@@ -8,7 +8,7 @@ import numpy as np
 
 from espalier.launch.config import gin_config
 from espalier.launch.papers.influence import corpus, scoring, small_corpus
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SIZES = {**dict.fromkeys(small_corpus.SIZES, 20), small_corpus.FACT: 40}
 GIN = "t5x_configs/experiments/influence/cpu/corpus.gin"

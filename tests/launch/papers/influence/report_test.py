@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from espalier.launch.attribution.analyses import compute, labels
+from espalier.launch.influence import analyses, labels
 from espalier.launch.papers.influence import (
     corpus,
     exact,
@@ -118,8 +118,8 @@ def measured(change=None):
 def real_model_rows():
     """Rows of the demonstration's sweep, whose report has two queries and ten documents."""
     scores = np.random.default_rng(1).normal(size=(10, 2))
-    found = compute.analyse(
-        compute.Inputs(
+    found = analyses.analyse(
+        analyses.Inputs(
             scores_NQ=scores,
             queries=[labels.Query(prompt="p", completion="c")] * 2,
             **{"nats": [1.0, 2.0], "sources": ["code", "text"] * 5, "matching": {}},

@@ -7,10 +7,9 @@ import pathlib
 
 import pytest
 
-from espalier.launch.attribution import score
-from espalier.launch.attribution.analyses import labels, search
+from espalier.launch.influence import labels, score
 from espalier.launch.papers.influence import experiment, smollm_files, smollm_scores
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 
 def words(name, count):
@@ -47,9 +46,9 @@ def test_queries_have_labels_and_completions_their_answers():
     assert {one.kind for one in asked} == {"factual", "reasoning", "code"}
     for one in asked:
         assert one.prompt and one.completion.strip() and one.answer
-        whole = search.normal(one.prompt + one.completion)
+        whole = labels.normal(one.prompt + one.completion)
         if one.kind != "factual":
-            assert search.occurs(whole, one.answer)
+            assert labels.occurs(whole, one.answer)
     by_task = collections.Counter(one.task for one in asked)
     assert all(count > 1 for count in by_task.values())  # for correlations within a task
 

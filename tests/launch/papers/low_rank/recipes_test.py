@@ -8,8 +8,8 @@ import pytest
 
 from espalier.launch.config import gin_config
 from espalier.launch.papers.low_rank import experiment as lm
-from espalier.launch.sweeping import check, file
-from espalier.launch.sweeping.folder import SweepFolder
+from espalier.launch.sweep import check, file
+from espalier.launch.sweep.folder import SweepFolder
 from espalier.model.low_rank import factors
 from espalier.trainers.optim.schedules import Span
 

@@ -10,7 +10,7 @@ from espalier.launch.config import gin_config
 from espalier.launch.papers.low_rank import experiment, report
 from espalier.launch.papers.low_rank import experiment as lm
 from espalier.launch.papers.shared import claim as shared_claim
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/low_rank/experiment.py"
 FACTS = {"command": "a command", "versions": {"jax": "1"}}

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from espalier.launch.config import gin_config
 from espalier.launch.papers.mov import experiment, report
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 from espalier.model.adapters import adapter
 from espalier.trainers import initialise
 

@@ -11,7 +11,7 @@ import pytest
 
 from espalier.data.nexus import domain_embeddings
 from espalier.launch.config import gin_config, model_file
-from espalier.launch.nexus import domain_record
+from espalier.launch.nexus import upcycling
 from espalier.model.kv_cache import policies
 from espalier.model.moe import moe
 from espalier.model.moe.routing import Routes
@@ -418,14 +418,14 @@ def test_embeddings_that_are_not_those_of_the_mixture_are_named(domains, tmp_pat
     content = json.loads(pathlib.Path(domains).read_text())
     embeddings = domain_embeddings.read(domains)
     names, vectors_EM = ["code", "law"], embeddings.vectors(["code", "law"])
-    recorded = domain_record.domains_record(embeddings, vectors_EM)
+    recorded = upcycling.domains_record(embeddings, vectors_EM)
 
     def check(**change):
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**content, **change}))
         found = domain_embeddings.read(other)
-        domain_record.check_same_encoder(found, recorded)
-        domain_record.check_same_vectors(found, names, vectors_EM)
+        upcycling.check_same_encoder(found, recorded)
+        upcycling.check_same_vectors(found, names, vectors_EM)
 
     check()
     with pytest.raises(TransformError, match="was made with the encoder one_hot"):

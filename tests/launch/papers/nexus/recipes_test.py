@@ -11,7 +11,7 @@ from espalier.launch.config import gin_config
 from espalier.launch.papers.bam import experiment as bam
 from espalier.launch.papers.nexus import experiment as nexus
 from espalier.launch.papers.nexus import lag_domains
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SMALL = [(sweep, kind) for sweep in ("bam", "nexus") for kind in ("synthetic", "real")]
 FULL = [("bam_full", "/data"), ("nexus_full", "/data")]

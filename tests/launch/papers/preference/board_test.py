@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from espalier.launch import report
 from espalier.launch.papers.preference import board
 from espalier.launch.plots import panels
+from espalier.launch.report import __main__ as report
 from espalier.trainers.preference.indicators import samples
 
 

@@ -139,7 +139,7 @@ def test_facts_are_known_where_the_whole_answer_is_said(vocabulary, monkeypatch)
 
 def test_online_methods_have_one_rate_and_as_many_completions():
     from espalier.launch.config import gin_config
-    from espalier.launch.sweeping import file as sweep_file
+    from espalier.launch.sweep import file as sweep_file
 
     runs = {run.arm: run for run in sweep_file.read("launch/papers/preference/experiment.py:1")}
     for method in ("online_dpo", "rloo", "grpo", "ppo"):

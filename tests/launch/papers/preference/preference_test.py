@@ -13,7 +13,8 @@ from espalier.data import tasks
 from espalier.data.stream.predictions import PredictionStore
 from espalier.launch import predictions
 from espalier.launch.config import gin_config
-from espalier.launch.run import phase, reference
+from espalier.launch.preference import reference
+from espalier.launch.run import resolved
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
@@ -256,12 +257,12 @@ def test_what_cannot_be_is_one_error(train, flags, tmp_path, bindings, said):
 
 
 def test_prompts_begin_as_the_models_documents_did():
-    recipe = types.SimpleNamespace(inputs_spec=types.SimpleNamespace(loss_per="pairs"))
     ours = {"start_token": 0, "add_bos": False}
+    run = types.SimpleNamespace(loss_per="pairs", identity=ours)
 
     def check(source="initial", **theirs):
         start = types.SimpleNamespace(source=source, meta=theirs, path="there")
-        phase.check_prompts(types.SimpleNamespace(recipe=recipe), start, ours)
+        resolved.check_prompts(run, start)
 
     check()
     check(start_token=0, add_bos=False)
@@ -270,9 +271,7 @@ def test_prompts_begin_as_the_models_documents_did():
         check(start_token=None)
     with pytest.raises(ValueError, match="set PROMPT_BOS = True"):
         check(add_bos=True)
-    recipe.inputs_spec.loss_per = (
-        "tokens"  # another stage of a model may bring documents of another form
-    )
+    run.loss_per = "tokens"  # another stage of a model may bring documents of another form
     check(start_token=None)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from espalier.launch.config import gin_config
 from espalier.launch.papers.preference import experiment
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 SMALL, FULL = (
     "launch/papers/preference/experiment.py",

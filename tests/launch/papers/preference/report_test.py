@@ -18,7 +18,7 @@ from espalier.launch.papers.preference import (
 )
 from espalier.launch.papers.preference.numbers import ARMS, DIRECT, OTHERS, SMOLLM, Arm, Course
 from espalier.launch.papers.shared import claim as shared_claim
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 from espalier.trainers.preference.indicators.alarm import StoppingRule
 
 SWEEP = "launch/papers/preference/experiment.py"

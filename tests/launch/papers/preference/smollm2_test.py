@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from espalier.launch.config import gin_config
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[2] / "goldens" / "smollm2.json").read_text())
 CASES = GOLDEN["cases"]

@@ -12,9 +12,8 @@ import pytest
 from espalier.launch.papers.snapkv import attention
 from espalier.model.config import TransformerConfig
 from espalier.model.kv_cache.full import FullCache
-from espalier.model.kv_cache.pyramidkv import PyramidKV
 from espalier.model.kv_cache.selecting import Random
-from espalier.model.kv_cache.snapkv import SnapKV
+from espalier.model.kv_cache.snapkv import PyramidKV, SnapKV
 from espalier.model.transformer import Transformer
 from espalier.trainers.decoding.decode import decode
 from espalier.trainers.decoding.prefill import prefill

@@ -13,7 +13,7 @@ from espalier.launch.papers.snapkv import accuracy as snapkv_accuracy
 from espalier.launch.papers.snapkv import attention, experiment, latency, needles, report, results
 from espalier.launch.papers.snapkv import retrieval as task
 from espalier.model.config import TransformerConfig
-from espalier.model.kv_cache.streaming_llm import StreamingLLM
+from espalier.model.kv_cache.full import StreamingLLM
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise
 

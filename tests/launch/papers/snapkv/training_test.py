@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from espalier.launch.papers.snapkv import experiment, retrieval, until_answered
-from espalier.launch.sweeping import file
+from espalier.launch.sweep import file
 
 
 class Parrot:

@@ -1,0 +1,339 @@
+"""Documents and queries of influence: rows of files or of SeqIO mixtures, as the model reads them."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from espalier.common import spelling
+from espalier.common.storage import paths
+from espalier.data.text import documents as document_files
+from espalier.launch.config.setting_flags import File, Name
+from espalier.launch.inference import row_files
+from espalier.launch.inference.generate import with_prompt_key
+from espalier.launch.inference.score import scored_row
+from espalier.launch.inference.texts import decoder_of
+from espalier.launch.influence import labels
+from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.trainers.decoding.stop_strings import GrowingText
+from espalier.trainers.scoring.scoring import Row
+
+QUERY_EXAMPLE = '{"prompt": "2 + 3 =", "completion": " 5"}'
+DOCUMENT_EXAMPLE = '{"text": "..."} or {"tokens": [...]}'
+LENGTH = 512
+_SHOWN = 5
+
+
+def length_of(run: LoadedRun, length: int | None) -> int:
+    """Returns the number of tokens that are read of a document.
+
+    Raises:
+      LoadError: it is longer than the model's learned positions, or not positive.
+    """
+    limit = run.model.max_length
+    if length is None:
+        return min(LENGTH, limit or LENGTH)
+    if length < 1 or (limit is not None and length > limit):
+        upper = f" and at most the model's {limit} positions" if limit else ""
+        raise LoadError(f"--length={length} must be at least 1{upper}.")
+    return length
+
+
+def read_queries(run: LoadedRun, path: str, length: int) -> list[Row]:
+    """Returns the queries of a file.
+
+    Raises:
+      LoadError: there is none, or one has no prompt, an empty completion or too many tokens.
+      RowFileError, DataError: the file cannot be read.
+    """
+    rows = []
+    for where, row in row_files.read(path, example=QUERY_EXAMPLE, flag="queries"):
+        rows.append(_query(run, row, where, length))
+    if not rows:
+        raise LoadError(f"--queries={path} has no query: give lines such as {QUERY_EXAMPLE}.")
+    return rows
+
+
+def _query(run: LoadedRun, row: Mapping[str, Any], where: str, length: int) -> Row:
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        raise LoadError(f"{where} has no {missing[0]!r}: a query is a row such as {QUERY_EXAMPLE}.")
+    labels.query(row, where)  # a wrong label is an error before documents are read
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, str | list):
+        raise LoadError(
+            f"{where}: the prompt is neither a text, nor a list of token ids or of messages."
+        )
+    if run.encodes:
+        asked: Mapping[str, Any] = {"inputs": prompt, "targets": completion}
+    elif isinstance(prompt, list) and all(type(id) is int for id in prompt):
+        asked = {"tokens": prompt, "targets": completion}
+    else:
+        asked = with_prompt_key({"prompt": prompt, "targets": completion})
+    query = scored_row(run, asked, where)
+    if not query.targets:
+        raise LoadError(
+            f"{where}: the completion is empty, so there is nothing to explain: give its text, such as {QUERY_EXAMPLE}."
+        )
+    read = max(query.inputs, len(query.encoder_inputs))
+    if read > length:
+        raise LoadError(
+            f"{where}: the query has {read} tokens, and the context {length}: shorten it, or raise --length."
+        )
+    return query
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which documents are read.
+
+    Attributes:
+      documents: JSON lines, also .gz and .zst.
+      mixture: SeqIO mixture or task, in place of a file.
+      split: split of the mixture.
+      module: module to import that registers mixtures; repeatable.
+      max_documents: number of first documents that are read; all if not set.
+    """
+
+    documents: File | None = None
+    mixture: Name | None = None
+    split: Name = "train"
+    module: Sequence[Name] = ()
+    max_documents: int | None = None
+
+    def of(self, run: LoadedRun, length: int) -> "Documents":
+        """Returns the documents as a model reads them, at most `length` tokens of each."""
+        return Documents(run=run, length=length, source=self)
+
+    def import_mixtures(self) -> None:
+        """Imports the modules of a mixture; raises LoadError for settings of a mixture without one."""
+        if self.mixture is None:
+            for name, is_set in (("module", self.module), ("split", self.split != "train")):
+                if is_set:
+                    raise LoadError(
+                        f"--{name} is of a mixture: add --mixture=NAME, or remove --{name}."
+                    )
+            return
+        from espalier.data import cpu_tensorflow
+        from espalier.data.text import user_data
+
+        cpu_tensorflow.load()
+        for module in self.module:
+            user_data.import_mixtures(module=module)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Documents:
+    """Documents that are read from the first on at each iteration: of a file, or of a SeqIO mixture.
+
+    Attributes:
+      run: the model that reads them.
+      length: tokens that are read of each; the rest is cut off.
+      source: which documents these are.
+      cut: number of documents that were cut, of the last iteration.
+      repeated: (place, place of the first) of documents with the tokens of an earlier one, of the last iteration.
+    """
+
+    run: LoadedRun
+    length: int
+    source: Source
+    cut: int = 0
+    repeats: int = 0
+    repeated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        self.path, self.limit = self.source.documents, self.source.max_documents
+        self.mixture, self.split = self.source.mixture or "", self.source.split
+        if (self.path is None) == (self.source.mixture is None):
+            raise LoadError("Give the documents: either --documents=FILE or --mixture=NAME.")
+        if self.limit is not None and self.limit < 1:
+            raise LoadError(f"--max_documents={self.limit} must be at least 1.")
+        if self.path is None:
+            _check_mixture(self.run, self.mixture, self.split)
+        else:
+            self._file = row_files.local(self.path, "documents")
+
+    def __iter__(self) -> Iterator[Row]:
+        self.cut, self.repeats, self.repeated = 0, 0, []
+        seen: dict[bytes, int] = {}
+        for number, (where, row) in enumerate(itertools.islice(self._placed(), self.limit), 1):
+            digest = hashlib.blake2b(_content(row), digest_size=8).digest()
+            first = seen.setdefault(digest, number)
+            if first != number and row.targets:
+                self.repeats += 1
+                if self.repeats <= _SHOWN:
+                    self.repeated.append((where, f"document {first}"))
+            yield row
+
+    def texts(self, wanted: Collection[int]) -> Iterator[dict[str, Any]]:
+        """Yields {"document": number, "text": decoded tokens} of those wanted documents that come without a text."""
+        without = set(wanted)
+        if self.path is not None:
+            rows = enumerate(row for _, row in itertools.islice(self._lines(), self.limit))
+            without = {i for i, row in rows if i in without and "text" not in row}
+        if without:
+            for i, row in enumerate(self):
+                if i in without:
+                    yield {"document": i, "text": "".join(texts(self.run, row))}
+
+    def record(self) -> dict[str, Any]:
+        """Returns what identifies the documents: the digest of the file, or of the tokens of a mixture, which are read once."""
+        if self.path is not None:
+            own = digest(self.path, "documents")
+            return {"path": paths.absolute(self.path), "sha256": own, "limit": self.limit}
+        tokens = hashlib.sha256()
+        for row in self:
+            tokens.update(_content(row))
+        named = {"mixture": self.mixture, "split": self.split, "limit": self.limit}
+        return {**named, "sha256": tokens.hexdigest()}
+
+    def count(self) -> int | None:
+        """Returns the number of documents; of a mixture about the number, or None if neither it nor the limit is known."""
+        if self.path is None:
+            own = [task.num_input_examples(self.split) for task in _tasks(self.mixture)]
+            known = [] if None in own else [sum(own)]
+            return min([*known, *([] if self.limit is None else [self.limit])], default=None)
+        return sum(1 for _ in itertools.islice(self._lines(), self.limit))
+
+    def notes(self) -> list[str]:
+        """Returns sentences about documents that were cut, and repeated ones, of the last iteration."""
+        notes = []
+        if self.cut:
+            notes.append(f"documents cut to --length={self.length} tokens: {self.cut:,}")
+        if self.repeats:
+            shown = ", ".join(f"{where} repeats {first}" for where, first in self.repeated)
+            more = f" and {self.repeats - _SHOWN:,} more" if self.repeats > _SHOWN else ""
+            notes.append(
+                f"documents that repeat an earlier one and have its scores: {self.repeats:,} ({shown}{more}); remove them to "
+                "rank each once"
+            )
+        return notes
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return document_files.read_json_lines(self._file, example=DOCUMENT_EXAMPLE)
+
+    def _placed(self) -> Iterator[tuple[str, Row]]:
+        for where, row in self._rows():
+            read = row if isinstance(row, Row) else scored_row(self.run, row, where)
+            room = max(0, self.length + 1 - len(read.context))
+            if len(read.targets) > room or len(read.encoder_inputs) > self.length:
+                self.cut += 1
+                read = dataclasses.replace(
+                    read,
+                    targets=read.targets[:room],
+                    encoder_inputs=read.encoder_inputs[: self.length],
+                )
+            yield where, read
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        if self.path is not None:
+            for number, row in self._lines():
+                yield f"{self.path}, line {number}", row
+            return
+        for i, example in enumerate(_examples(self.mixture, self.split, self.length)):
+            where = f"{self.mixture}, example {i}"
+            targets = [int(id) for id in example["targets"]]
+            inputs = [int(id) for id in example["inputs"]] if "inputs" in example else []
+            if self.run.encodes:
+                read = self.run.prefixed(inputs)
+                yield (
+                    where,
+                    Row(context=[self.run.start_token or 0], targets=targets, encoder_inputs=read),
+                )
+                continue
+            context = self.run.context(inputs)
+            if not context:
+                context, targets = targets[:1] or [0], targets[1:]
+            yield where, Row(context=context, targets=targets)
+
+
+def _content(row: Row) -> bytes:
+    return repr((row.encoder_inputs, row.context, row.targets)).encode()
+
+
+def _check_mixture(run: LoadedRun, name: str, split: str) -> None:
+    """Raises LoadError if a mixture is not registered, has no such split, or another vocabulary."""
+    import seqio
+
+    from espalier.data.stream.rows import vocabulary_digest
+
+    names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    if name not in names:
+        raise LoadError(
+            f"--mixture={name}: no such SeqIO mixture or task; {spelling.nearest(name, sorted(names))} (--module=NAME "
+            "registers more)."
+        )
+    mixture = seqio.get_mixture_or_task(name)
+    own = vocabulary_digest(run.vocabulary)
+    for feature, settings in mixture.output_features.items():
+        if feature in ("inputs", "targets") and vocabulary_digest(settings.vocabulary) != own:
+            raise LoadError(
+                f"--mixture={name}: its feature {feature!r} has another vocabulary than the run: register it with the run's."
+            )
+    for task in _tasks(name):
+        if split not in task.splits:
+            raise LoadError(
+                f"--mixture={name}: the task {task.name} has no split {split!r}; it has {', '.join(task.splits)}."
+            )
+
+
+def _tasks(name: str) -> list[Any]:
+    import seqio
+
+    mixture = seqio.get_mixture_or_task(name)
+    return [*mixture.tasks] if hasattr(mixture, "tasks") else [mixture]
+
+
+def _examples(name: str, split: str, length: int) -> Iterator[Mapping[str, Any]]:
+    """Yields the examples of a mixture, in a fixed order, once each."""
+    import seqio
+
+    mixture = seqio.get_mixture_or_task(name)
+    lengths = dict.fromkeys(mixture.output_features, length)
+    repeat = {"num_epochs": 1} if hasattr(mixture, "tasks") else {}
+    dataset = mixture.get_dataset(lengths, split=split, shuffle=False, **repeat)
+    yield from dataset.as_numpy_iterator()
+
+
+def texts(run: LoadedRun, row: Row) -> list[str]:
+    """Returns the text that each target adds after the context; "" where a character is not complete.
+
+    The first text begins with that of the context, without its first token if that only starts a text. Tokens of a run
+    without a vocabulary are shown as numbers.
+    """
+    if not row.targets:
+        return []
+    first = 1 if row.context[0] == (run.start_token or 0) else 0
+    before, last = row.context[first:], ""
+    if run.vocabulary_or_none is None:
+        pieces = [f"{token} " for token in [*before, *row.targets]]
+    else:
+        growing = GrowingText(decoder_of(run.vocabulary))
+        pieces = [growing.add(int(token)) for token in [*before, *row.targets]]
+        last = growing.finish()
+    joined = ["".join(pieces[: len(before) + 1]), *pieces[len(before) + 1 :]]
+    return [*joined[:-1], joined[-1] + last]
+
+
+def write_sample(path: pathlib.Path, rows: list[Row]) -> None:
+    """Writes the first documents that factors were fitted on, which refinements and measurements use."""
+    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows]) + "\n")
+
+
+def digest(path: str, flag: str) -> str:
+    """Returns the SHA-256 of a file that a flag names."""
+    with open(row_files.local(path, flag), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_sample(path: pathlib.Path) -> list[Row]:
+    """Returns the documents of `write_sample`; none without the file."""
+    if not path.is_file():
+        return []
+    try:
+        return [Row(**row) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError):
+        raise LoadError(f"{path} is damaged: fit the factors again.") from None

@@ -1,0 +1,331 @@
+"""Shows the documents with the most influence on each query, analyses of all scores, and a page to look through them.
+
+Example, after `espalier influence score` wrote /tmp/scores.jsonl:
+
+  espalier influence report --scores=/tmp/scores.jsonl --top=5 --out=/tmp/report
+
+The tables go to standard output, and with --out to report.md and report.json of that folder, beside viewer.html, which a browser
+opens without a network. "per nat" is the score divided by the completion's negative log-likelihood, so that queries of different
+length can be compared; completions of less than 0.1 nats are divided by 0.1 and marked. "per norm" is the score divided by the
+norm of the document's gradient. Labels in the files of queries and documents ("task", "kind", "correct", "answer", "procedure";
+"source") add analyses: docs/influence.md.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from espalier.common.bars import Bar
+from espalier.common.storage import output_files, paths
+from espalier.data.text import documents as document_files
+from espalier.launch import cli
+from espalier.launch.config.setting_flags import File, Folder
+from espalier.launch.inference import row_files
+from espalier.launch.inference.row_files import RowFileError
+from espalier.launch.influence import labels, ranking
+
+if TYPE_CHECKING:  # it imports jax
+    from espalier.launch.influence import pages
+
+_COMPARED = ("queries", "documents", "length")  # what --beside must have in common
+
+
+def run(
+    *,
+    scores: File,
+    queries: File | None = None,
+    documents: File | None = None,
+    beside: Sequence[File] = (),
+    top: int = 10,
+    bottom: bool = False,
+    rank_by: Literal["score", "per_norm"] = "score",
+    within: int | None = None,
+    out: Folder | None = None,
+) -> None:
+    """Writes a report to a folder, or prints it.
+
+    Args:
+      scores: that `score` wrote.
+      queries: by default the file that was scored.
+      documents: by default the file that was scored.
+      beside: scores of another method, which the same tables show; repeatable.
+      top: number of documents of each query at both ends.
+      bottom: also the documents at the other end.
+      rank_by: the score, or the score divided by the norm of the document's gradient.
+      within: top documents that are searched and compared (default: a hundredth of all, from 10 to 500).
+      out: folder for report.md, .json and viewer.html.
+
+    Raises:
+      RowFileError: see `report`.
+    """
+    from espalier.launch.influence import pages
+
+    if out:
+        row_files.check_folder(out)
+    for name, value in (("top", top), ("within", within)):
+        if value is not None and value < 1:
+            raise RowFileError(f"--{name}={value} must be at least 1.")
+    files = {"queries": queries, "documents": documents, "beside": beside}
+    table, shown = report(scores, **files, top=top, rank_by=rank_by, within=within)
+    text = "\n".join(pages.markdown(table, bottom=bottom))
+    print("\n".join(pages.summary(table)) if out else text)
+    if not out:
+        return
+    if not paths.is_remote(out):
+        os.makedirs(out, exist_ok=True)
+    written: dict[str, str | bytes] = {
+        "report.md": (text + "\n").encode("utf-8", "backslashreplace"),
+        "report.json": json.dumps(table, indent=1) + "\n",
+        "viewer.html": pages.page(shown),
+    }
+    for name, content in written.items():
+        output_files.write(paths.join(out, name), content)
+    print(f"written: {paths.join(out, 'report.md')}, report.json and viewer.html")
+
+
+def report(
+    scores: str,
+    *,
+    queries: str | None = None,
+    documents: str | None = None,
+    beside: Sequence[str] = (),
+    top: int = 10,
+    rank_by: str = "score",
+    within: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the report as JSON values, and the data of the viewer.
+
+    Arguments are those of `run`.
+
+    Raises:
+      RowFileError: scores that are not complete or not comparable, or a file that is missing or has changed.
+    """
+    from espalier.launch.influence import analyses, pages, statistics
+    from espalier.trainers.influence import queries as query_files
+
+    scores = ranking.local(scores)
+    tops = ranking.read_top(scores)
+    prepared, record = query_files.load(pathlib.Path(ranking.queries_folder(scores)))
+    queries = queries or record["queries"]["path"]
+    documents = documents or record["documents"].get("path")
+    _check_same(queries, record["queries"], "queries")
+    asked = [
+        labels.query(row, where)
+        for where, row in row_files.read(queries, example="{...}", flag="queries")
+    ]
+    if documents is not None:
+        _check_same(documents, record["documents"], "documents")
+    count = tops["documents"]
+    within = min(within or analyses.searched(count), count)
+    suffix = "" if rank_by == "score" else "_per_norm"
+    firsts = [[e["document"] for e in query[f"top{suffix}"][:within]] for query in tops["queries"]]
+    layers = statistics.LayerSums(firsts) if record["per_layer"] else None
+
+    def add_layers(document: int, row: Mapping[str, Any]) -> None:
+        if layers is not None and row.get("layers"):
+            layers.add(document, row["layers"])
+
+    ranking.check_stored(tops, top)
+    scores_NQ, norms_N = ranking.read_table(scores, count, add_layers)
+    if scores_NQ.shape[1] != len(asked):
+        raise RowFileError(
+            f"--queries={queries} has {len(asked)} queries, and --scores={scores} {scores_NQ.shape[1]}: give the file that was "
+            "scored."
+        )
+    if rank_by == "per_norm" and norms_N is None:
+        raise RowFileError(
+            f"--rank_by=per_norm needs norms of gradients, and --method={record['method']} has none: rank by the score."
+        )
+    patterns = {
+        (name, q): own
+        for q, query in enumerate(asked)
+        for name in ("answer", "procedure")
+        if (own := getattr(query, name)) is not None
+    }
+    wanted = {i for chosen in ranking.shown(tops, top) for i in chosen}
+    limit = record["documents"].get("limit")
+    texts = _corpus(scores, documents, wanted, patterns, count=count, limit=limit)
+    tokens = _token_rows(scores, queries=len(asked), count=count)
+    ranked = scores_NQ
+    if rank_by == "per_norm" and norms_N is not None:
+        ranked = ranking.per_norm(scores_NQ, norms_N)
+    given = analyses.Inputs(
+        scores_NQ=ranked,
+        queries=asked,
+        nats=[max(float(x), analyses.LEAST_NATS) if x == x else None for x in prepared.nats],
+        sources=texts.sources,
+        matching=None if documents is None else texts.matching,
+        layers=layers,
+        tokens=tokens,
+        method=record["method"],
+        others=_others(beside, record, count, rank_by),
+        within=within,
+    )
+    made = pages.Made(
+        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "corpus": texts},
+        **{"norms_N": norms_N, "rank_by": rank_by, "top": top},
+        analyses=analyses.analyse(given),
+    )
+    return pages.table(made), pages.shown(made)
+
+
+def _others(
+    beside: Sequence[str], record: Mapping[str, Any], count: int, rank_by: str
+) -> dict[str, Any]:
+    """Returns the scores [N, Q] of other methods by name; those without norms of gradients are not divided by any."""
+    from espalier.trainers.influence import queries as query_files
+
+    result: dict[str, Any] = {}
+    for path in map(ranking.local, beside):
+        ranking.read_top(path)
+        _, other = query_files.load(pathlib.Path(ranking.queries_folder(path)))
+        differing = [
+            name for name in _COMPARED if _identity(other[name]) != _identity(record[name])
+        ]
+        if differing:
+            raise RowFileError(
+                f"--beside={path} has scores of other {', '.join(differing)} than --scores: give scores of the same files."
+            )
+        scores_NQ, norms_N = ranking.read_table(path, count)
+        if rank_by == "per_norm" and norms_N is not None:
+            scores_NQ = ranking.per_norm(scores_NQ, norms_N)
+        name = other["method"]
+        if name in (record["method"], *result):
+            name = f"{name} ({pathlib.Path(path).name})"
+        result[name] = scores_NQ
+    return result
+
+
+def _identity(value: Any) -> Any:
+    """Returns what identifies recorded files, wherever they are."""
+    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
+
+
+def _check_same(path: str, recorded: Mapping[str, Any], flag: str) -> None:
+    """Raises RowFileError if a file is not the one that was scored."""
+    from espalier.launch.influence import inputs
+
+    try:
+        digest = inputs.digest(path, flag)
+    except RowFileError as error:
+        raise RowFileError(f"{error} If it was moved, give its new place with --{flag}.") from None
+    if digest != recorded["sha256"]:
+        raise RowFileError(
+            f"--{flag}={path} has changed since it was scored: give the file that was scored, or score again with another "
+            "--out."
+        )
+
+
+def _corpus(
+    scores: str,
+    path: str | None,
+    wanted: Collection[int],
+    patterns: Mapping[Any, labels.Pattern],
+    *,
+    count: int,
+    limit: int | None,
+) -> "pages.Corpus":
+    """Reads the documents once.
+
+    Args:
+      scores: file of scores, which decoded texts are beside.
+      path: JSON lines of documents; None for those of a mixture.
+      wanted: numbers of the documents whose texts are returned.
+      patterns: what is searched, by any key.
+      count: number of scored documents.
+      limit: number of first documents of the file that were scored; None for all.
+
+    Raises:
+      RowFileError: the file of decoded texts is damaged.
+      DataError: the file cannot be read.
+    """
+    from espalier.launch.influence import inputs, pages
+
+    texts = _decoded(scores)
+    if path is None:
+        return pages.Corpus({i: texts[i] for i in wanted if i in texts}, None, {})
+    file = row_files.local(path, "documents")
+    sources: list[str] = []
+
+    def each() -> Iterator[str]:
+        lines = document_files.read_json_lines(file, example=inputs.DOCUMENT_EXAMPLE)
+        numbered = enumerate(itertools.islice(lines, limit))
+        quiet = None if count > 10_000 else True
+        for i, (_, row) in Bar(numbered, desc="documents", total=count, disable=quiet):
+            sources.append(labels.source(row))
+            text = row.get("text", row.get("tokens", ""))
+            if not isinstance(text, str):
+                text = texts.get(i, json.dumps(text))
+            if i in wanted:
+                texts[i] = text
+            yield text
+
+    matching = labels.matches(each(), patterns)
+    named = any(source != labels.NO_SOURCE for source in sources)
+    return pages.Corpus(
+        {i: texts[i] for i in wanted if i in texts}, sources if named else None, matching
+    )
+
+
+def _decoded(scores: str) -> dict[int, str]:
+    """Returns the texts of documents that were read as tokens."""
+    path = ranking.texts_file(scores)
+    if not os.path.isfile(path):
+        return {}
+    rows = row_files.read(path, example='{"document": 0, "text": "..."}')
+    try:
+        return {int(row["document"]): str(row["text"]) for _, row in rows}
+    except (KeyError, TypeError, ValueError):
+        raise RowFileError(_damaged(path, "a row has no document and text")) from None
+
+
+def _token_rows(scores: str, *, queries: int, count: int) -> list[dict[str, Any]]:
+    """Returns the token scores of top and bottom documents; none if they were not asked for.
+
+    Args:
+      scores: file of scores.
+      queries, count: numbers of queries and documents.
+
+    Raises:
+      RowFileError: the file is damaged.
+    """
+    path = ranking.tokens_file(scores)
+    if not os.path.isfile(path):
+        return []
+    try:
+        rows = [row for _, row in row_files.read(path, example='{"query": 0, "scores": [0.1]}')]
+    except document_files.DataError as error:
+        raise RowFileError(_damaged(path, str(error))) from None
+    for number, row in enumerate(rows, 1):
+        ids = row.get("query"), row.get("document")
+        texts, values = row.get("texts"), row.get("scores")
+        if (
+            not all(
+                type(i) is int and 0 <= i < n for i, n in zip(ids, (queries, count), strict=True)
+            )
+            or not isinstance(texts, list)
+            or not isinstance(values, list)
+            or len(texts) != len(values)
+            or not all(isinstance(text, str) for text in texts)
+            or not all(type(value) in (int, float) for value in values)
+            or not isinstance(row.get("spurious"), bool)
+        ):
+            raise RowFileError(_damaged(path, f"line {number} has no text and score of each token"))
+    return rows
+
+
+def _damaged(path: str, problem: str) -> str:
+    return (
+        f"{path} is damaged ({problem}): delete it, and run the same `launch.influence score` command again, which writes it "
+        "anew."
+    )
+
+
+_ADDRESSES = ("scores", "queries", "documents", "beside", "out")
+main = cli.command(__doc__, "influence report", run, addresses=_ADDRESSES, huge_pages=False)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

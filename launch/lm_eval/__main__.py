@@ -1,0 +1,52 @@
+"""lm-evaluation-harness with the runs of this project as `--model espalier`.
+
+Example, after a run in /tmp/espalier_tiny (see espalier train --help) and
+`pip install 'espalier-lm[eval]'`:
+
+  espalier lm_eval --model espalier --model_args checkpoint=/tmp/espalier_tiny --tasks my_task \\
+    --include_path my_tasks
+
+This command registers the model and passes all arguments on to the harness, which has no other way to find
+models of other packages. launch/lm_eval/model.py describes the model's arguments (model_args); an
+unknown argument is an error that lists them.
+"""
+
+import sys
+
+from espalier.launch import cli
+
+MODEL = "espalier"
+
+
+def register() -> None:
+    """Registers the model in the harness; raises LoadError if it is not installed."""
+    try:
+        import lm_eval.models  # noqa: F401  # registers the harness's own models
+        from lm_eval.api.registry import model_registry
+    except ImportError as error:
+        from espalier.launch.run.load_run import LoadError
+
+        raise LoadError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval>=0.4.13'."
+        ) from None
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="espalier.launch.lm_eval.model:EspalierLM")
+
+
+def main() -> int:
+    """Runs the harness's command line with this process's arguments."""
+
+    def call() -> None:
+        with cli.prepared(cli.program_name("espalier.launch.lm_eval")):
+            register()
+            from lm_eval.__main__ import cli_evaluate
+
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(__doc__)
+            cli_evaluate()
+
+    return cli.status_of(call)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,250 @@
+"""Searches the weights of a linear merge of runs by their losses on held-out texts, one file a domain or language.
+
+Example, of three runs of one model:
+
+  espalier merge search --models english=/tmp/english python=/tmp/python markup=/tmp/markup \\
+      --held_out english=english.jsonl python=python.jsonl --out=/tmp/weights
+  espalier merge --config=/tmp/weights/merge.yml --out=/tmp/merged
+
+Files have rows as for launch.score. Equal weights and each model alone are tried first. `coordinate` then changes one weight at a
+time to 0, 0.3, 0.5, 0.7 and 1; `random` draws weights. A domain's loss counts as its ratio to that of the best single model there.
+Among the trials whose worst domain is within --delta of the best worst one, that with the lowest mean ratio is chosen. The table
+shows also the gain of leaving out each model: a positive number is a collision. Trials are in trials.jsonl: the same command goes on
+where it was. Use other texts to report the result.
+All models are in memory at once.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from espalier.common.storage import mirror
+from espalier.common.storage import paths as storage_paths
+from espalier.launch import cli
+from espalier.launch.config import setting_flags
+from espalier.launch.inference import row_files
+from espalier.launch.inference.score import scored_row
+from espalier.launch.merge import checks, trials
+from espalier.launch.merge.models import NativeModel, open_model
+from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Source
+from espalier.launch.merge.trials import Trial, Trials, Weights
+from espalier.launch.run import load_run
+from espalier.launch.run.load_run import EXAMPLE
+from espalier.model.transforms import base
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchFlags:
+    """Flags of `launch.merge search`.
+
+    Attributes:
+      models: NAME=DIR of each run.
+      held_out: NAME=FILE of each domain.
+      out: folder of trials.jsonl, merge.yml and search.json.
+      method: how weights are proposed.
+      budget: largest number of trials of the search; equal weights, models alone and the table take a few more.
+      seed: of random weights.
+      delta: how much worse than the best the worst domain may be, as a share of the loss of the best single model there; by
+        default its standard error.
+      params: see launch.score.
+      batch_size: rows at a time.
+    """
+
+    models: Sequence[str]
+    held_out: Sequence[str]
+    out: str
+    method: Literal["coordinate", "random"] = "coordinate"
+    budget: int = 60
+    seed: int = 0
+    delta: float | None = None
+    params: Literal["auto", "raw", "ema"] = "auto"
+    batch_size: int = 8
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    for name, what in (("models", "NAME=DIR"), ("held_out", "NAME=FILE")):
+        parser.add_argument(f"--{name}", required=True, nargs="+", metavar=what)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the search")
+    names = [field.name for field in dataclasses.fields(SearchFlags)][3:]
+    setting_flags.add(parser.add_argument_group("search"), SearchFlags, names=names)
+
+
+def run(flags: SearchFlags) -> list[str]:
+    """Searches, and returns lines for the user.
+
+    Raises:
+      MergeError: models or texts that do not fit.
+      LoadError, RowFileError, DamagedCheckpointError, OSError.
+    """
+    models, held_out = _named("models", flags.models), _named("held_out", flags.held_out)
+    if len(models) < 2 or flags.budget < 1:
+        raise MergeError("Give at least two --models, and a --budget of at least 1.")
+    steps = _checked(list(models.values()))
+    os.makedirs(flags.out, exist_ok=True)
+    facts = {
+        "models": [[name, step] for name, step in zip(models, steps, strict=True)],
+        "held_out": [[name, _digest(path)] for name, path in held_out.items()],
+        "search": [flags.method, flags.seed, flags.delta, flags.params],
+    }
+    with _evaluator(list(models.values()), held_out, flags) as evaluate:
+        tried = Trials(
+            os.path.join(flags.out, "trials.jsonl"), facts, evaluate, budget=flags.budget
+        )
+        equal, alone = trials.begin(tried, len(models))
+        single = trials.best_single(alone)
+        if flags.method == "random":
+            trials.random(tried, len(models), seed=flags.seed)
+        else:
+            trials.coordinate(tried, len(models), delta=flags.delta, single=single)
+        best, without = trials.best_with_table(tried, delta=flags.delta, single=single)
+    table = trials.table(list(models), best, equal, alone, without)
+    named = zip(models, alone, strict=True)
+    result = {
+        "best": dataclasses.asdict(best),
+        "equal": dataclasses.asdict(equal),
+        "alone": {name: dataclasses.asdict(trial) for name, trial in named},
+        "without": {list(models)[i]: dataclasses.asdict(trial) for i, trial in without},
+    }
+    written = _write(flags.out, models, best, result)
+    return [*table, written, f"{len(tried.done)} trials, {tried.new} of them new"]
+
+
+def _named(flag: str, entries: Sequence[str]) -> dict[str, str]:
+    named = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path) or name in named:
+            raise MergeError(f"--{flag} {entry}: give NAME=PATH, each name once.")
+        named[name] = path
+    return named
+
+
+def _checked(paths: Sequence[str]) -> list[str]:
+    """Returns the steps of runs that can be merged."""
+    part = Slice(tuple(Source(path, None, {}) for path in paths), None, {})
+    merge = Merge(
+        "--models", None, "linear", None, {"": Module((part,), {})}, {}, None, None, None, None, {}
+    )
+    opened = {path: open_model(path) for path in merge.models()}
+    for model in opened.values():
+        if not isinstance(model, NativeModel):
+            raise MergeError(
+                f"--models {model.path} is no run: import it with espalier convert --from_hf."
+            )
+    checks.check(merge, opened)
+    return [" ".join(map(str, opened[path].fingerprint())) for path in paths]
+
+
+def _digest(path: str) -> str:
+    file = mirror.local(path)
+    if not os.path.isfile(file):
+        raise MergeError(f"--held_out: there is no file {path}.")
+    return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _evaluator(paths: Sequence[str], held_out: Mapping[str, str], flags: SearchFlags) -> Any:
+    """Context manager: yields the function that returns losses of weights."""
+    import jax
+
+    from espalier.trainers.scoring.scoring import Scorer
+
+    every = [_params(path, flags.params) for path in paths]
+    with load_run.config_of(paths[0]).load(
+        paths[0], params=flags.params, encoder_decoders=True
+    ) as loaded:
+        rows = {
+            name: [
+                scored_row(loaded, row, where)
+                for where, row in row_files.read(path, example=EXAMPLE, flag="held_out")
+            ]
+            for name, path in held_out.items()
+        }
+        for name, of_domain in rows.items():
+            if not any(len(row.targets) for row in of_domain):
+                raise MergeError(f"--held_out {name}: {held_out[name]} has no tokens: give texts.")
+        size = loaded.batch_size(flags.batch_size, max(map(len, rows.values())))
+        scorer = Scorer(loaded.model, loaded.params, batch_size=size, sharding=loaded.row_sharding)
+        placed = loaded.params
+
+        def evaluate(weights: Weights) -> dict[str, tuple[float, float]]:
+            merged = jax.tree.map(
+                lambda leaf, *leaves: jax.device_put(_mean(weights, leaves), leaf.sharding),
+                placed,
+                *every,
+            )
+            scorer.use(merged)
+            return {name: _loss(scorer(of_domain)) for name, of_domain in rows.items()}
+
+        yield evaluate
+
+
+def _params(path: str, params: str) -> Any:
+    """Returns a run's parameters as host arrays; MergeError if a value is not finite."""
+    import jax
+    from flax import traverse_util
+
+    print(f"reading {path}", file=sys.stderr, flush=True)
+    with load_run.config_of(path).load(path, params=params, encoder_decoders=True) as loaded:
+        arrays = jax.device_get(loaded.params)
+    for name, values in traverse_util.flatten_dict(arrays, sep="/").items():
+        if problem := base.not_finite(np.asarray(values)):
+            raise MergeError(f"--models {path}: {name} has {problem}: use another checkpoint.")
+    return arrays
+
+
+def _mean(weights: Weights, leaves: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the mean as `linear` computes it."""
+    total = sum(
+        np.float32(w) * np.asarray(x, np.float32) for w, x in zip(weights, leaves, strict=True) if w
+    )
+    return np.asarray(total / np.float32(sum(weights))).astype(leaves[0].dtype)
+
+
+def _loss(log_probs: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Returns the mean loss of a token, and its standard error over rows."""
+    sums = np.array([-x.sum(dtype=np.float64) for x in log_probs])
+    counts = np.array([x.size for x in log_probs], np.float64)
+    mean = sums.sum() / counts.sum()
+    spread = np.sqrt(np.square(sums - mean * counts).sum()) / counts.sum()
+    return float(mean), float(spread)
+
+
+def _write(out: str, models: Mapping[str, str], best: Trial, result: Mapping[str, Any]) -> str:
+    """Writes merge.yml and search.json, and returns a line on them."""
+    import yaml
+
+    weights: collections.Counter[str] = collections.Counter()
+    for path, weight in zip(models.values(), best.weights, strict=True):
+        # A model that is given twice has both weights.
+        weights[storage_paths.absolute(path)] += weight
+    entries = [
+        {"model": path, "parameters": {"weight": weight}}
+        for path, weight in weights.items()
+        if weight
+    ]
+    config = {"merge_method": "linear", "models": entries}
+    folder = pathlib.Path(out)
+    (folder / "merge.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (folder / "search.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return f"weights in {folder / 'merge.yml'}"
+
+
+def _run(flags: argparse.Namespace) -> None:
+    print("\n".join(run(SearchFlags(**setting_flags.given(flags, SearchFlags)))))
+
+
+main = cli.command(__doc__, "merge search", _run, add_flags=_add_flags)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

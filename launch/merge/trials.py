@@ -1,0 +1,227 @@
+"""The search for weights of a linear merge: trials, their choice, and the part of each model.
+
+A loss is of one domain, such as a language; lower is better. Domains have unlike entropy, so a loss is compared as its ratio to that
+of the best single model in the domain. Trials are in a file, so that a search that was stopped repeats none.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from espalier.launch.inference import row_files
+from espalier.launch.merge.settings import MergeError
+
+LEVELS = (0.0, 0.3, 0.5, 0.7, 1.0)
+_DIGITS = 6  # of normalised weights, by which trials are compared
+_LEAST = 1e-6  # nats: a smaller loss is no measure of others
+
+Weights = tuple[float, ...]
+Losses = Mapping[str, float]  # by domain
+# Weights -> mean loss and its standard error by domain.
+Evaluate = Callable[[Weights], Mapping[str, tuple[float, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Weights that sum to 1, and the loss and its standard error by domain."""
+
+    weights: Weights
+    losses: Mapping[str, float]
+    errors: Mapping[str, float]
+
+    def ratios(self, single: Losses) -> dict[str, float]:
+        """Returns the losses over those of the best single model by domain."""
+        return {name: loss / max(single[name], _LEAST) for name, loss in self.losses.items()}
+
+    def mean(self, single: Losses) -> float:
+        """Returns the mean ratio over domains."""
+        return float(np.mean(list(self.ratios(single).values())))
+
+    def worst(self, single: Losses) -> float:
+        """Returns the largest ratio of a domain."""
+        return max(self.ratios(single).values())
+
+
+def normalised(weights: Sequence[float]) -> Weights:
+    """Returns weights that sum to 1, rounded."""
+    total = sum(weights)
+    return tuple(round(w / total, _DIGITS) + 0.0 for w in weights)
+
+
+class Trials:
+    """Evaluated weights, stored in a file.
+
+    Args:
+      path: JSON lines; the first is `facts`.
+      facts: the causes of the losses, such as the models and texts.
+      evaluate: returns losses of new weights.
+      budget: largest number of trials, those in the file included.
+
+    Raises:
+      MergeError: the file has trials of other models or texts.
+    """
+
+    def __init__(self, path: str, facts: Mapping[str, Any], evaluate: Evaluate, *, budget: int):
+        self._path, self._evaluate, self.budget = path, evaluate, budget
+        self.done: dict[Weights, Trial] = {}
+        self.new = 0
+        with row_files.resumed(path, sync=True) as file:
+            if not file.rows:
+                file.add(facts)
+                return
+            (_, first), *rest = file.rows
+        if first != json.loads(json.dumps(facts)):
+            raise MergeError(
+                f"{path} has trials of other models, texts or settings: give another --out, or remove it."
+            )
+        try:
+            for _, row in rest:
+                trial = Trial(tuple(row["weights"]), row["losses"], row["errors"])
+                self.done[trial.weights] = trial
+        except (KeyError, TypeError) as error:
+            raise MergeError(f"{path} is damaged ({error}): remove it.") from None
+
+    @property
+    def spent(self) -> bool:
+        return len(self.done) >= self.budget
+
+    def __call__(self, weights: Sequence[float]) -> Trial | None:
+        """Returns the trial of weights, which need not sum to 1; None if it is new and the budget is spent."""
+        key = normalised(weights)
+        if key not in self.done:
+            if self.spent:
+                return None
+            results = self._evaluate(key)
+            losses = {name: loss for name, (loss, _) in results.items()}
+            errors = {name: error for name, (_, error) in results.items()}
+            self.done[key] = Trial(key, losses, errors)
+            self.new += 1
+            shown = " ".join(f"{weight:.3g}" for weight in key)
+            parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            print(f"trial {len(self.done)}, weights {shown}: {parts}", file=sys.stderr, flush=True)
+            with row_files.resumed(self._path, sync=True) as file:
+                file.add({"weights": key, "losses": losses, "errors": errors})
+        return self.done[key]
+
+
+def best_single(alone: Sequence[Trial]) -> Losses:
+    """Returns the lowest loss of a model alone, by domain."""
+    return {name: min(trial.losses[name] for trial in alone) for name in alone[0].losses}
+
+
+def begin(trials: Trials, count: int) -> tuple[Trial, list[Trial]]:
+    """Returns the trials of equal weights and of each model alone, which are beyond the budget."""
+    trials.budget += count + 1
+    first, *alone = (trials(row) for row in [[1.0] * count, *np.eye(count).tolist()])
+    assert first is not None  # the budget has room
+    return first, [trial for trial in alone if trial is not None]
+
+
+def coordinate(trials: Trials, count: int, *, delta: float | None, single: Losses) -> None:
+    """Changes one weight at a time to each of LEVELS, from equal weights on, until nothing gets better."""
+    current: list[float] = [1.0] * count
+    if trials(current) is None:
+        return
+    while True:
+        best = current
+        for i in range(count):
+            for level in LEVELS:
+                candidate = [*current[:i], level, *current[i + 1 :]]
+                if not sum(candidate):
+                    continue
+                if trials(candidate) is None:
+                    return
+                pair = [trials.done[normalised(x)] for x in (best, candidate)]
+                better = choose(pair, delta=delta, single=single) is pair[1]
+                if better and pair[1].weights != pair[0].weights:
+                    best = candidate
+        if best is current:
+            return
+        current = best
+
+
+def random(trials: Trials, count: int, *, seed: int) -> None:
+    """Tries equal weights and then weights that are drawn uniformly, until the budget is spent."""
+    rng = np.random.default_rng(seed)
+    trials([1.0] * count)
+    while not trials.spent:
+        trials(rng.dirichlet(np.ones(count)))
+
+
+def choose(trials: Sequence[Trial], *, delta: float | None, single: Losses) -> Trial:
+    """Returns the trial with the lowest mean ratio, of those whose worst ratio is at most `delta` above the lowest worst one.
+
+    Args:
+      trials: in order; of equal ones the first is chosen.
+      delta: a share of the best single model's loss; None for the standard error of the lowest worst ratio.
+      single: losses of the best single model by domain.
+    """
+    safest = min(trials, key=lambda trial: trial.worst(single))
+    if delta is None:
+        ratios = safest.ratios(single)
+        domain = max(ratios, key=ratios.__getitem__)
+        delta = safest.errors[domain] / max(single[domain], _LEAST)
+    most = safest.worst(single) + delta
+    near = (trial for trial in trials if trial.worst(single) <= most)
+    return min(near, key=lambda trial: trial.mean(single))
+
+
+def best_with_table(
+    trials: Trials, *, delta: float | None, single: Losses
+) -> tuple[Trial, list[tuple[int, Trial]]]:
+    """Returns the chosen trial and the trials without one of its models, which can be chosen too."""
+    while True:
+        best = choose(list(trials.done.values()), delta=delta, single=single)
+        without = list(without_each(trials, best))
+        if choose(list(trials.done.values()), delta=delta, single=single) is best:
+            return best, without
+
+
+def without_each(trials: Trials, best: Trial) -> Iterator[tuple[int, Trial]]:
+    """Yields the trials of all models but one, beyond the budget; a model of weight 0 changes nothing."""
+    trials.budget += len(best.weights)
+    for i, weight in enumerate(best.weights):
+        rest = [*best.weights[:i], 0.0, *best.weights[i + 1 :]]
+        if not weight:
+            yield i, best
+        elif sum(rest):
+            trial = trials(rest)
+            assert trial is not None  # the budget has room
+            yield i, trial
+
+
+def table(
+    names: Sequence[str],
+    best: Trial,
+    equal: Trial,
+    alone: Sequence[Trial],
+    without: Sequence[tuple[int, Trial]],
+) -> list[str]:
+    """Returns lines of losses by domain, of the gain of leaving out each model, and warnings of models with the weight 0.
+
+    A positive gain is a collision.
+    """
+    from espalier.model.transforms.base import aligned
+
+    domains, single = list(best.losses), best_single(alone)
+    rows = [("", "weight", *domains, "mean ratio", "worst ratio")]
+    singles = [(f"{name} alone", trial) for name, trial in zip(names, alone, strict=True)]
+    for title, trial in (("merged", best), ("equal weights", equal), *singles):
+        ratios = [f"{ratio:.4f}" for ratio in (trial.mean(single), trial.worst(single))]
+        rows.append((title, "", *(f"{trial.losses[x]:.4f}" for x in domains), *ratios))
+    for i, trial in without:
+        gains = [f"{best.losses[x] - trial.losses[x]:+.4f}" for x in domains]
+        mean = best.mean(single) - trial.mean(single)
+        worst = best.worst(single) - trial.worst(single)
+        weight = f"{best.weights[i]:.3f}"
+        rows.append((f"without {names[i]}", weight, *gains, f"{mean:+.4f}", f"{worst:+.4f}"))
+    absent = [name for name, weight in zip(names, best.weights, strict=True) if not weight]
+    warning = (
+        f"warning: {', '.join(absent)} got the weight 0 and would be no part of the merge: compare the losses with those of equal "
+        "weights, and set the weights in merge.yml yourself if these serve you better."
+    )
+    return [*aligned(rows, right=range(1, len(rows[0]))), *([warning] if absent else [])]

@@ -1,0 +1,138 @@
+"""The interface between a driver of many runs, or `launch.submit`, and a back end that executes them.
+
+A job is plain data, so that any back end can run it: processes of this machine (launch/submit/local.py), or a
+cluster's queue. A back end receives all jobs at once, each with the jobs that must succeed before it, and decides
+itself when to start the next.
+"""
+
+import dataclasses
+import enum
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+Handle = str
+_ANSWER_SECONDS = 120.0
+
+
+class SubmitError(ValueError):
+    """A job cannot be submitted, or a launch configuration is wrong."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command to run.
+
+    Attributes:
+      command: program and arguments; run in the working directory of the submitting process.
+      log: file to which the output is appended.
+      environment: variables in addition to those of the submitting process.
+      memory_gb: peak memory, in GB (1e9 bytes); None if unknown.
+      kind: the memory need of a job is estimated from finished jobs of the same kind.
+      after: jobs that must have ended with status 0 before this one starts.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    log: str
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    memory_gb: float | None = None
+    kind: str = ""
+    after: tuple[Handle, ...] = ()
+
+
+class State(enum.Enum):
+    """State of a job."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+    # Never started: it was cancelled, or a job in its `after` did not end with status 0.
+    DROPPED = "dropped"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """State and resource use of a job.
+
+    Attributes:
+      state: see State.
+      exit_status: exit status of a job that has ended; minus the signal's number if a signal ended it.
+      seconds: run time so far.
+      memory_gb: peak memory so far, in GB; None if unknown.
+    """
+
+    state: State
+    exit_status: int | None = None
+    seconds: float = 0.0
+    memory_gb: float | None = None
+
+
+class Submitter(Protocol):
+    """A back end that runs jobs."""
+
+    def submit(self, job: Job) -> Handle:
+        """Queues a job and returns its handle at once."""
+        ...
+
+    def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
+        """Returns the status of each job; drivers call this about once a second."""
+        ...
+
+    def cancel(self, handle: Handle) -> None:
+        """Drops a waiting job; sends SIGTERM to a running one, so that it saves its work and ends."""
+        ...
+
+    def close(self) -> None:
+        """Ends all jobs at once."""
+        ...
+
+    def preview(self) -> str:
+        """Returns the scripts, manifests or commands of the submitted jobs, and sends nothing."""
+        ...
+
+
+class Queue(Submitter, Protocol):
+    """A back end whose jobs outlive the process that submits them.
+
+    Submitting sends nothing: the first call of `statuses` sends all jobs. A job that another process submitted
+    and that has not ended is taken over instead of being sent again.
+    """
+
+    def handle(self, job: Job) -> Handle:
+        """Returns the handle that `submit` returns, without submitting, for the status of a job or to cancel it."""
+        ...
+
+
+def answer(
+    words: Sequence[str],
+    *,
+    missing: str,
+    refused: str,
+    text: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Runs a program of a cluster and returns its output.
+
+    Args:
+      words: the program and its arguments.
+      missing: what to do where there is no such program.
+      refused: who refuses, for the message with the program's own words.
+      text: its input; None for this process's.
+      env: its environment; None for this process's.
+
+    Raises:
+      SubmitError: the program is missing, gives no answer, or refuses.
+    """
+    try:
+        done = subprocess.run(
+            words, input=text, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=env
+        )
+    except FileNotFoundError:
+        raise SubmitError(f"there is no {words[0]} here: {missing}.") from None
+    except subprocess.TimeoutExpired:
+        raise SubmitError(f"{words[0]} gave no answer within {_ANSWER_SECONDS:.0f} s.") from None
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
+        raise SubmitError(f"{refused}: {reason}")
+    return done.stdout

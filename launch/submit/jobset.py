@@ -1,0 +1,406 @@
+"""GKE: a run as a Kubernetes JobSet, rendered here and sent by kubectl.
+
+Every slice of a TPU, or the hosts with GPUs, are one Job of the set. Exit codes decide what a failure means:
+
+  2      the Job fails for good, and with it the JobSet: an error in the input would come again
+  75     the pod is started again and nothing is counted: the run has saved, or has lost another process
+  other  the whole JobSet starts again, at most `restarts` times
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import yaml
+
+from espalier.launch.submit.base import Handle, Job, State, Status, SubmitError, answer
+from espalier.launch.submit.launch_config import Launch, texts
+
+_API = "jobset.x-k8s.io/v1alpha2"
+_CONTAINER = "main"
+_GROUP = "hosts"  # the replicated job's name
+_PORT = 1234
+_IMAGE = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME:TAG"
+_PRIVILEGED = """\
+# Containers with TPUs are privileged: libtpu maps the chips' memory and locks pages, for which it raises its own limits.
+"""
+# Chips of a host, by accelerator of GKE; the largest host of the kind, for slices of several hosts.
+_CHIPS = {
+    "tpu-v4-podslice": 4,
+    "tpu-v5p-slice": 4,
+    "tpu-v5-lite-podslice": 4,
+    "tpu-v5-lite-device": 8,
+    "tpu-v6e-slice": 4,
+    "tpu7x": 4,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Launch):
+    """GKE: hosts, image and volumes of a JobSet.
+
+    Attributes:
+      image: of the container, with this project installed.
+      namespace: of Kubernetes.
+      accelerator: of TPUs, such as 'tpu-v5-lite-podslice'; of GPUs, such as 'nvidia-h100-80gb'.
+      topology: of a TPU slice, such as '4x4'; empty for GPUs.
+      slices: TPU slices.
+      nodes: hosts with GPUs.
+      gpus_per_node: GPUs of each host; 0 for TPUs.
+      chips_per_host: chips of a TPU host; 0 for the usual number of this accelerator.
+      restarts: restarts of the JobSet after an exit code other than 2 and 75.
+      grace_seconds: time to save after SIGTERM.
+      max_days: days after which the JobSet is ended; 0 for no limit.
+      volumes: mounted claims, each 'NAME=PATH' with the name of a PersistentVolumeClaim.
+      service_account: of Kubernetes, for access to buckets.
+      spot: whether spot hosts are asked for.
+      cpu, memory: requests of each host, such as '100' and '400Gi'; empty for none.
+    """
+
+    BACKEND: ClassVar[str] = "jobset"
+    ELSEWHERE: ClassVar[bool] = True
+    REQUIRED: ClassVar[Mapping[str, str]] = {"image": _IMAGE}
+
+    image: str = ""
+    namespace: str = "default"
+    accelerator: str = "tpu-v5-lite-podslice"
+    topology: str = "4x4"
+    slices: int = 1
+    nodes: int = 1
+    gpus_per_node: int = 0
+    chips_per_host: int = 0
+    restarts: int = 3
+    grace_seconds: int = 300
+    max_days: int = 0
+    volumes: tuple[str, ...] = ()
+    service_account: str = ""
+    spot: bool = False
+    cpu: str = ""
+    memory: str = ""
+    folder: str = "/espalier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "slices", "nodes", "grace_seconds")
+        self.at_least(0, "gpus_per_node", "chips_per_host", "restarts", "max_days")
+        name = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
+        self.matching(name, "namespace", "service_account", "accelerator", like="default")
+        self.matching(r"\d+x\d+(x\d+)?", "topology", like="4x4")
+        self.matching(r"[\w./:@-]+", "image", like=_IMAGE)
+        self.matching(rf"{name}=/.+", "volumes", like="runs=/runs")
+        self.matching(r"\d+(\.\d+)?(m|[KMGT]i?)?", "cpu", "memory", like="400Gi")
+        self.matching(rf"[A-Za-z_]\w*={name}/[\w.-]+", "secrets", like="WANDB_API_KEY=SECRET/KEY")
+        if bool(self.topology) == bool(self.gpus_per_node):
+            raise SubmitError("give topology for TPUs, or gpus_per_node for GPUs, and not both.")
+        if self.topology and self.nodes != 1:
+            raise SubmitError(
+                f"nodes = {self.nodes} is for GPUs: give slices, whose hosts are known."
+            )
+        if not self.topology and self.slices != 1:
+            raise SubmitError(f"slices = {self.slices} is for TPUs: give nodes.")
+        if self.topology:
+            if not self.chips_of_host:
+                raise SubmitError(
+                    f"accelerator = {self.accelerator!r}: unknown; give chips_per_host, or one of {sorted(_CHIPS)}."
+                )
+            if self.chips > self.chips_of_host and self.chips % self.chips_of_host:
+                raise SubmitError(
+                    f"topology = {self.topology!r} has {self.chips} chips, no multiple of the {self.chips_of_host} chips "
+                    "of a host: give another topology, or chips_per_host."
+                )
+
+    @property
+    def chips(self) -> int:
+        """Chips of a TPU slice."""
+        return math.prod(map(int, self.topology.split("x")))
+
+    @property
+    def chips_of_host(self) -> int:
+        usual = _CHIPS.get(self.accelerator, 0)
+        return self.chips_per_host or min(usual, self.chips)
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of a slice, or all hosts with GPUs."""
+        return self.chips // self.chips_of_host if self.topology else self.nodes
+
+    @property
+    def processes(self) -> int:
+        return self.hosts * self.slices if self.topology else self.nodes
+
+    @property
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        if self.topology:
+            return (self.slices, "slices"), (self.chips, "chips")
+        return (self.nodes, "nodes"), (self.gpus_per_node, "GPUs")
+
+    @property
+    def in_container(self) -> bool:
+        return True
+
+    def unseen(self, path: str) -> str:
+        mounts = [entry.partition("=")[2] for entry in self.volumes]
+        if any(f"{path}/".startswith(f"{mount.rstrip('/')}/") for mount in mounts):
+            return ""
+        if path.startswith(f"{self.folder}/"):
+            return "the image's project has no such file: give an absolute path in a volume"
+        volumes = (*self.volumes, f"CLAIM={os.path.dirname(path)}")
+        return (
+            f"pods do not see it, since volumes = {self.volumes}: mount the claim that holds it, "
+            f'--config.volumes="{volumes}", or give an address (docs/remote_storage.md says for what)'
+        )
+
+    @property
+    def join_flags(self) -> tuple[str, ...]:
+        return ()  # the manifest adds them, because $(NAME) in them is for Kubernetes
+
+
+def manifest(settings: Settings, job: Job) -> dict[str, Any]:
+    """Returns the JobSet of a job."""
+    name = name_of(job)
+    tpu = bool(settings.topology)
+    replicated = {
+        "name": _GROUP,
+        "replicas": settings.slices if tpu else 1,
+        "template": {"spec": _job(settings, job, name)},
+    }
+    metadata: dict[str, Any] = {"name": name, "namespace": settings.namespace}
+    if tpu and settings.slices > 1:  # a slice is a node pool, and takes one Job
+        key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+        metadata["annotations"] = {key: "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": _API,
+        "kind": "JobSet",
+        "metadata": metadata,
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": settings.restarts,
+                # A Job fails with this reason after exit code 2 only.
+                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "network": {"enableDNSHostnames": True, "subdomain": name},
+            "replicatedJobs": [replicated],
+        },
+    }
+
+
+def _job(settings: Settings, job: Job, name: str) -> dict[str, Any]:
+    """Returns the spec of the Job of a slice, or of the hosts with GPUs."""
+    codes = {"containerName": _CONTAINER, "operator": "In"}
+    limit = {"activeDeadlineSeconds": 86400 * settings.max_days} if settings.max_days else {}
+    return {
+        "completionMode": "Indexed",
+        "completions": settings.hosts,
+        "parallelism": settings.hosts,
+        "backoffLimit": 0,
+        **limit,
+        "podReplacementPolicy": "Failed",  # a process of the same index has ended
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": {**codes, "values": [2]}},
+                {"action": "Ignore", "onExitCodes": {**codes, "values": [75]}},
+                {"action": "Ignore", "onPodConditions": [_condition("DisruptionTarget")]},
+            ]
+        },
+        "template": {"spec": _pod(settings, job, name)},
+    }
+
+
+def _condition(kind: str) -> dict[str, str]:
+    return {"type": kind, "status": "True"}
+
+
+def _pod(settings: Settings, job: Job, name: str) -> dict[str, Any]:
+    tpu = bool(settings.topology)
+    selector = {"cloud.google.com/gke-accelerator": settings.accelerator}
+    if tpu:
+        selector = {
+            "cloud.google.com/gke-tpu-accelerator": settings.accelerator,
+            "cloud.google.com/gke-tpu-topology": settings.topology,
+        }
+    tolerations = [] if tpu else [_toleration("nvidia.com/gpu")]
+    if settings.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+        tolerations.append(_toleration("cloud.google.com/gke-spot"))
+    device, count = "nvidia.com/gpu", settings.gpus_per_node
+    if tpu:
+        device, count = "google.com/tpu", settings.chips_of_host
+    asked = {"cpu": settings.cpu, "memory": settings.memory}
+    requests = {key: value for key, value in asked.items() if value}
+    claims = [entry.partition("=")[::2] for entry in settings.volumes]
+    container = {
+        "name": _CONTAINER,
+        "image": settings.image,
+        "command": [_literal(word) for word in texts(job.command)],
+        "args": list(_join_flags(settings, name)),
+        "workingDir": settings.folder,
+        "env": _environment(settings, job),
+        "resources": {"limits": {device: count}, "requests": {device: count, **requests}},
+        "volumeMounts": [
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *({"name": claim, "mountPath": path} for claim, path in claims),
+        ],
+    }
+    if tpu:
+        container["securityContext"] = {"privileged": True}  # see _PRIVILEGED
+    account = {"serviceAccountName": settings.service_account} if settings.service_account else {}
+    return {
+        **account,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": settings.grace_seconds,
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "containers": [container],
+        "volumes": [
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *(
+                {"name": claim, "persistentVolumeClaim": {"claimName": claim}}
+                for claim, _ in claims
+            ),
+        ],
+    }
+
+
+def _toleration(key: str) -> dict[str, str]:
+    return {"key": key, "operator": "Exists", "effect": "NoSchedule"}
+
+
+def _environment(settings: Settings, job: Job) -> list[dict[str, Any]]:
+    variables = {**settings.variables, **job.environment}
+    entries: list[dict[str, Any]] = [
+        {"name": name, "value": _literal(value)} for name, value in variables.items()
+    ]
+    for name, place in settings.secret_places.items():
+        secret, _, key = place.partition("/")
+        reference = {"secretKeyRef": {"name": secret, "key": key}}
+        entries.append({"name": name, "valueFrom": reference})
+    return entries
+
+
+def _literal(text: str) -> str:
+    """Returns a text in which Kubernetes replaces no $(NAME)."""
+    return text.replace("$", "$$")
+
+
+def _join_flags(settings: Settings, name: str) -> tuple[str, ...]:
+    """Returns flags with which the processes join; Kubernetes fills in the index."""
+    if settings.processes == 1:
+        return ()
+    if settings.topology:
+        return ("--coordinator_address=auto",)
+    return (
+        f"--coordinator_address={name}-{_GROUP}-0-0.{name}:{_PORT}",
+        f"--process_count={settings.processes}",
+        "--process_index=$(JOB_COMPLETION_INDEX)",
+    )
+
+
+def name_of(job: Job) -> str:
+    """Returns a name that Kubernetes takes: readable, and of this command only."""
+    digest = hashlib.sha256(json.dumps([job.name, job.log, *job.command]).encode()).hexdigest()[:6]
+    words = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")[:32].strip("-")
+    readable = words if words[:1].isalpha() else f"run-{words}".strip("-")
+    return f"{readable}-{digest}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes equal parts twice instead of as anchors, which kubectl takes but people do not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def submitter(settings: Settings) -> "JobSetSubmitter":
+    """Returns the back end of the settings."""
+    return JobSetSubmitter(settings)
+
+
+class JobSetSubmitter:
+    """JobSets of a Kubernetes cluster; see launch.submit.base.Queue."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._new: dict[Handle, Job] = {}
+
+    def handle(self, job: Job) -> Handle:
+        return name_of(job)
+
+    def submit(self, job: Job) -> Handle:
+        if job.after:
+            raise SubmitError(
+                "a JobSet cannot wait for another one: use --config of SLURM or this machine."
+            )
+        handle = self.handle(job)
+        self._new[handle] = job
+        return handle
+
+    def preview(self) -> str:
+        return self._text(self._new.values())
+
+    def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
+        while self._new:
+            handle, job = self._new.popitem()
+            state = self._status(handle).state
+            if state is State.ENDED:  # an earlier start of the same command
+                self._kubectl("delete", f"jobset/{handle}", "--wait=true")
+            if state in (State.ENDED, State.DROPPED):
+                self._kubectl("create", "--filename=-", text=self._text([job]))
+        return {handle: self._status(handle) for handle in handles}
+
+    def _text(self, jobs: Iterable[Job]) -> str:
+        manifests = [manifest(self._settings, job) for job in jobs]
+        text = yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=2**31)
+        return f"{_PRIVILEGED}{text}" if self._settings.topology else text
+
+    def cancel(self, handle: Handle) -> None:
+        if self._new.pop(handle, None) is None:
+            self._kubectl("delete", f"jobset/{handle}", "--wait=false")
+
+    def close(self) -> None:
+        self._new = {}
+
+    def _status(self, handle: Handle) -> Status:
+        try:
+            found = self._kubectl("get", f"jobset/{handle}", "--output=json")
+        except SubmitError as error:
+            if "NotFound" in str(error):  # deleted
+                return Status(state=State.DROPPED)
+            raise
+        status = json.loads(found).get("status") or {}
+        for condition in status.get("conditions", ()):
+            if condition.get("status") == "True" and condition.get("type") in (
+                "Completed",
+                "Failed",
+            ):
+                return Status(state=State.ENDED, exit_status=int(condition["type"] == "Failed"))
+        jobs = status.get("replicatedJobsStatus") or ()
+        if any(entry.get("ready") for entry in jobs):
+            return Status(state=State.RUNNING)
+        self._check_pods(handle)
+        return Status(state=State.WAITING)
+
+    def _check_pods(self, handle: Handle) -> None:
+        """Raises SubmitError with Kubernetes' words if a pod cannot start, for example without its image."""
+        selector = f"--selector=jobset.sigs.k8s.io/jobset-name={handle}"
+        pods = json.loads(self._kubectl("get", "pods", selector, "--output=json"))["items"]
+        for pod in pods:
+            for container in pod.get("status", {}).get("containerStatuses", ()):
+                waiting = container.get("state", {}).get("waiting") or {}
+                if re.search("Image|CreateContainer", waiting.get("reason", "")):
+                    raise SubmitError(
+                        f"Kubernetes cannot start {handle}: {waiting['reason']}: {waiting.get('message', '')}"
+                    )
+
+    def _kubectl(self, *words: str, text: str | None = None) -> str:
+        """Runs kubectl and returns its output; raises SubmitError with its words."""
+        return answer(
+            ("kubectl", f"--namespace={self._settings.namespace}", *words),
+            missing="install it and choose a cluster, or see the manifest with --dry_run",
+            refused=f"Kubernetes refused (kubectl {words[0]})",
+            text=text,
+        )

@@ -1,0 +1,221 @@
+"""TPU VM slices without Kubernetes: the commands that create, install, start, watch and delete, printed and never run.
+
+They cost money from the first line on, so a person runs them one after another.
+"""
+
+import base64
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from espalier.launch.submit.base import Handle, Job, Status, SubmitError
+from espalier.launch.submit.jobset import name_of
+from espalier.launch.submit.launch_config import Launch, texts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Launch):
+    """A TPU slice as virtual machines of Google Cloud.
+
+    Attributes:
+      project, zone: of Google Cloud.
+      accelerator_type: such as 'v5litepod-16'.
+      version: of the virtual machine's software.
+      slices: TPU slices that one run uses.
+      spot: whether spot machines are asked for.
+      chips: chips of a slice, to check the mesh before the start; 0 for those that the accelerator's name tells.
+      repository: from which every host clones this project, such as your fork of it.
+      commit: branch, tag or commit of the repository; the same on every host.
+      restarts: times that every host starts its process again after status 75.
+      folder: where the project is installed on the hosts.
+    """
+
+    BACKEND: ClassVar[str] = "tpu_vm"
+    ELSEWHERE: ClassVar[bool] = True
+    REQUIRED: ClassVar[Mapping[str, str]] = {
+        "project": "NAME, the project of Google Cloud",
+        "repository": "URL, from which the hosts clone this project",
+    }
+
+    project: str = ""
+    zone: str = "us-west4-a"
+    accelerator_type: str = "v5litepod-16"
+    version: str = "v2-alpha-tpuv5-lite"
+    slices: int = 1
+    spot: bool = False
+    chips: int = 0
+    repository: str = ""
+    commit: str = "main"
+    restarts: int = 20
+    folder: str = "espalier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "slices")
+        self.at_least(0, "restarts", "chips")
+        named = self._named_chips()
+        if self.chips and named and self.chips != named:
+            raise SubmitError(
+                f"chips = {self.chips}, but accelerator_type = {self.accelerator_type!r} has {named}: remove chips."
+            )
+
+    @property
+    def processes(self) -> int:
+        return 2  # more than one; their number is in the machines' metadata
+
+    @property
+    def parts(self) -> tuple[tuple[int, str], ...]:
+        chips = self.chips or self._named_chips()
+        return ((self.slices, "slices"), (chips, "chips")) if chips else ()
+
+    def _named_chips(self) -> int:
+        """Returns the chips that the accelerator's name tells: a number of chips or, before v5e, of their two cores each."""
+        match = re.fullmatch(r"(v\d\w*)-(\d+)", self.accelerator_type)
+        if match is None:
+            return 0
+        cores = 2 if match[1] in ("v2", "v3", "v4", "v5p") else 1
+        return int(match[2]) // cores
+
+    def unseen(self, path: str) -> str:
+        del path
+        return (
+            "the hosts of a slice share no folder: mount one there on every host before the start, or give an address such as "
+            "gs://BUCKET/PATH (docs/remote_storage.md says for what)"
+        )
+
+    @property
+    def interpreter(self) -> str:
+        return self.python or ".venv/bin/python"
+
+
+def submitter(settings: Settings) -> "TpuVmCommands":
+    """Returns the back end of the settings."""
+    return TpuVmCommands(settings)
+
+
+class TpuVmCommands:
+    """Prints commands; see launch.submit.base.Queue."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._jobs: list[Job] = []
+
+    def handle(self, job: Job) -> Handle:
+        return name_of(job)
+
+    def submit(self, job: Job) -> Handle:
+        self._jobs.append(job)
+        return self.handle(job)
+
+    def preview(self) -> str:
+        return "\n".join(commands(self._settings, job) for job in self._jobs)
+
+    def statuses(self, handles: Sequence[Handle]) -> Mapping[Handle, Status]:
+        raise SubmitError(
+            "the commands for a TPU VM are for a person: see them with --dry_run, and run them one after another."
+        )
+
+    def cancel(self, handle: Handle) -> None:
+        self.statuses([handle])
+
+    def close(self) -> None:
+        self._jobs = []
+
+
+def commands(settings: Settings, job: Job) -> str:
+    """Returns the commands for one run, each with a comment before it."""
+    name = name_of(job)
+    where = [f"--project={settings.project}", f"--zone={settings.zone}"]
+    machines = [name] if settings.slices == 1 else [f"{name}-{i}" for i in range(settings.slices)]
+    log, script = f"{name}.log", _start(settings, job)
+    queue = ["gcloud", "compute", "tpus", "queued-resources"]
+
+    def on_hosts(script: str, host: str = "all") -> list[str]:
+        words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+        return [
+            shlex.join([*words, machine, *where, f"--worker={host}", f"--command={script}"])
+            for machine in machines
+        ]
+
+    start = f"cd {shlex.quote(settings.folder)} && nohup bash start.sh >>{shlex.quote(log)} 2>&1 </dev/null &"
+    steps = [
+        ("Create (this is where costs begin).", [_create(settings, name, where)]),
+        (
+            "Wait until every machine is ACTIVE.",
+            [shlex.join([*queue, "describe", name, *where])],
+        ),
+        ("Install, on every host.", on_hosts(_install(settings))),
+        (
+            f"Write the start script, on every host:\n{_comment(script)}",
+            on_hosts(_write(settings, script)),
+        ),
+        (
+            "Start, on every host at about the same time; slices in parallel.",
+            _together(on_hosts(start)),
+        ),
+        (
+            "Watch the first host; Ctrl-C ends only the watching.",
+            on_hosts(f"tail -F {shlex.quote(f'{settings.folder}/{log}')}", "0")[:1],
+        ),
+        (
+            "Stop: every host saves and ends. The same start goes on later.",
+            on_hosts(f"kill -TERM $(cat {shlex.quote(f'{settings.folder}/start.pid')})"),
+        ),
+        (
+            "Delete (this is where costs end).",
+            [shlex.join([*queue, "delete", name, *where, "--force", "--quiet"])],
+        ),
+    ]
+    return "\n".join(
+        f"# {i}. {text}\n" + "\n".join(lines) + "\n" for i, (text, lines) in enumerate(steps, 1)
+    )
+
+
+def _comment(script: str) -> str:
+    """Returns a script as comments, for the reader of an encoded one."""
+    return "\n".join(f"#    {line}" for line in script.rstrip("\n").split("\n"))
+
+
+def _together(lines: list[str]) -> list[str]:
+    return lines if len(lines) == 1 else [*(f"{line} &" for line in lines), "wait"]
+
+
+def _create(settings: Settings, name: str, where: list[str]) -> str:
+    nodes = [f"--node-id={name}"]
+    if settings.slices > 1:
+        nodes = [f"--node-count={settings.slices}", f"--node-prefix={name}"]
+    return shlex.join(
+        ["gcloud", "compute", "tpus", "queued-resources", "create", name, *where, *nodes]
+        + [f"--accelerator-type={settings.accelerator_type}"]
+        + [f"--runtime-version={settings.version}", *(["--spot"] if settings.spot else [])]
+    )
+
+
+def _install(settings: Settings) -> str:
+    folder, commit = shlex.quote(settings.folder), shlex.quote(settings.commit)
+    return (
+        f"git clone {shlex.quote(settings.repository)} {folder} && cd {folder} && git checkout {commit} && "
+        "make venv PYTHON=python3.11 && .venv/bin/pip install -c constraints/py311.txt 'jax[tpu]'"
+    )
+
+
+def _start(settings: Settings, job: Job) -> str:
+    """Returns the start script of every host."""
+    variables = {**settings.variables, **job.environment}
+    group = settings.in_group(texts(job.command), f"--restarts={settings.restarts}")
+    return "\n".join(
+        [
+            "echo $$ >start.pid",
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            f"exec {shlex.join([settings.interpreter, *group])}",
+            "",
+        ]
+    )
+
+
+def _write(settings: Settings, script: str) -> str:
+    """Returns a command that writes the start script; encoded, so that nothing in it meets another shell."""
+    code = base64.b64encode(script.encode()).decode()
+    return f"echo {code} | base64 -d >{shlex.quote(f'{settings.folder}/start.sh')}"
