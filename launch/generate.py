@@ -89,8 +89,7 @@ _EARLY = {"true": True, "false": False, "never": "never"}
 
 def run(start: cli.Start) -> None:
     """Generates with the settings of the flags; raises LoadError if they exclude each other."""
-    chosen = GenerateFlags(**setting_flags.given(start.flags, GenerateFlags))
-    flags = argparse.Namespace(**vars(chosen) | vars(start.flags))
+    flags = setting_flags.filled(start.flags, GenerateFlags)
     options = options_of(flags)
     from espalier.launch.inference import generate
 

@@ -17,10 +17,9 @@ from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted, mean_keys, weights
 from espalier.model.kernels.attention_ops import Implementation, dot_product_attention
-from espalier.model.kernels.dropout import dropped
 from espalier.model.kv_cache import slots
 from espalier.model.kv_cache.base import AttentionForm, CachePolicy
-from espalier.model.linear import Dense
+from espalier.model.linear import Dense, dropped
 from espalier.model.protocol import AttentionSettings
 from espalier.model.rope import Rope
 

@@ -1,8 +1,9 @@
-"""`Dense`: the projection that attention, MLPs and experts use.
+"""`Dense`: the projection that attention, MLPs and experts use; and dropout.
 
 Factorised training and quantisation replace this class through the `dense` factory of the module that owns the
-projection, and taps (model/kernels/taps.py) read its inputs and gradients; adapters wrap what that factory makes (model/adapters/adapter.py). A head that is not tied is a table of rows like the
-embedding (model/embed.py), because the loss reads rows of the vocabulary.
+projection, and taps (model/kernels/taps.py) read its inputs and gradients; adapters wrap what that factory makes
+(model/adapters/adapter.py). A head that is not tied is a table of rows like the embedding (model/embed.py), because the loss
+reads rows of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -66,3 +67,19 @@ class Dense(Counted):
     def matrix(self) -> jax.Array:
         """Returns the matrix [in, out] of `product`, once the layer was called."""
         return unboxed(self.get_variable("params", "kernel"))
+
+
+def dropped(module: nn.Module, x: jax.Array, rate: float, *, over: int = -2) -> jax.Array:
+    """Returns x with a share `rate` of its values dropped; x itself with rate 0, and outside of training.
+
+    Dropout (Srivastava et al., 2014) zeroes some values and divides the others by their share. Draws from the rng 'dropout' of a bound module, which only training has.
+
+    Args:
+      over: axis along which all values are dropped together; the default is the length of [B, T, D].
+    """
+    if not rate or not module.has_rng("dropout"):
+        return x
+    shape = list(x.shape)
+    shape[over] = 1
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, tuple(shape))
+    return x * (keep.astype(x.dtype) / (1 - rate))

@@ -10,9 +10,8 @@ from espalier.common.ranges import Decay, recordable
 from espalier.model import axes
 from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.flops import Counted
-from espalier.model.kernels.dropout import dropped
 from espalier.model.kernels.platform import reference_forms, target_platform
-from espalier.model.linear import Dense
+from espalier.model.linear import Dense, dropped
 from espalier.model.protocol import MlpSettings
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -22,8 +22,8 @@ from espalier.model.config import LayerKind, TransformerConfig
 from espalier.model.embed import Embed, Table
 from espalier.model.flops import Counted
 from espalier.model.kernels import narrow
-from espalier.model.kernels.dropout import dropped
 from espalier.model.kv_cache.base import CachePolicy, CacheSizes
+from espalier.model.linear import dropped
 from espalier.model.mlp import GatedMlp
 from espalier.model.norm import RMSNorm
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output

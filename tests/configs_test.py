@@ -10,7 +10,7 @@ from espalier.launch.config import gin_config
 from espalier.model import axes
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.inputs import PackedTokens
-from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.gradient_terms import ParamAxes
 from espalier.trainers.trainable import path_name
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from espalier.model.t5 import encoder_decoder, relative_bias
 from espalier.model.vision import convolution, resnet
 from espalier.trainers.online import losses as online_losses
 from espalier.trainers.optim import optimizers, schedules
-from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.gradient_terms import ParamAxes
 from espalier.trainers.preference.losses import direct, reference_free, terms, unpaired
 from espalier.trainers.preference.losses.pairs import PairLogProbs
 from tests.options_effect import called, of_module, traced, without_effect

@@ -28,8 +28,7 @@ from espalier.trainers.telemetry.lifetime import Unrecorded
 from espalier.trainers.telemetry.metric_writers import MetricWriter
 from espalier.trainers.telemetry.metrics import LateFetch, Window
 from espalier.trainers.telemetry.profiler import ProfilerWindow
-from espalier.trainers.telemetry.progress import Progress
-from espalier.trainers.telemetry.watchdog import watching
+from espalier.trainers.telemetry.progress import Progress, watching
 from espalier.trainers.train_state import TrainState
 
 _log = logging.getLogger(__name__)

@@ -21,10 +21,16 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from espalier.common.ranges import Fraction, check_choice
+from espalier.common.ranges import check_choice
 from espalier.data import tasks
 from espalier.data.data_source import Files, named_sets
-from espalier.data.rows.files import TOKENS_VERSION, ExactSplit, PromptedFiles, Tokeniser
+from espalier.data.rows.files import (
+    TOKENS_VERSION,
+    ExactSplit,
+    PromptedFiles,
+    PromptedSettings,
+    Tokeniser,
+)
 from espalier.data.rows.records import (
     DegenerateError,
     Record,
@@ -33,6 +39,7 @@ from espalier.data.rows.records import (
     template_variables,
     text_of,
 )
+from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 from espalier.data.tokenizers.chat_sandbox import Rendered
@@ -250,20 +257,19 @@ def _form(example: _Example) -> str:
     return f"'prompt' and 'completion' with {content}"
 
 
+@with_settings(
+    PromptedSettings,
+    *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_eos"),
+    *("data_root", "cache_dir"),
+)
 def register_chats(
     *,
     name: str,
     files: Files,
-    vocabulary: Any,
+    settings: PromptedSettings,
     validation_files: Files | None = None,
-    validation_fraction: Fraction = 0.01,
     turns: Turns = "all",
-    chat_template: str | None = None,
-    special_in_contents: bool = True,
     add_bos: bool | None = None,
-    add_eos: bool = True,
-    data_root: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Registers a task over files of conversations, prompts with completions, or texts; see the module.
 
@@ -276,20 +282,12 @@ def register_chats(
     Args:
       name: name of the task, or of the mixture.
       files: one glob pattern or several; or set -> its patterns.
-      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
       validation_files: one glob pattern or several, of held-out files; with several sets, set -> its patterns.
-      validation_fraction: share of the rows of each set to hold out, if there are no `validation_files`; rows with the
-        same prompt are in one split. 0 makes no validation split.
       turns: the turns of the assistant that are learnt: 'all', or the 'last' one of each conversation.
-      chat_template: for rows with messages: a jinja file, or a name in
-        `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
-      special_in_contents: whether special tokens that contents of messages spell are special tokens, as in TRL; False
-        encodes them as text, as commands that answer do. Those that the template writes always are.
       add_bos: begin texts, and prompts that are texts, with BOS; None: if the tokenizer does. A chat template writes
         its own.
-      add_eos: end texts and completions that are texts with EOS.
-      data_root: directory of relative patterns; None for the working directory.
-      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    `data.rows.files.PromptedSettings` describes the other arguments.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
@@ -298,27 +296,17 @@ def register_chats(
     """
     check_choice(f"{name}: turns", turns, Turns)
     if add_bos is None:
-        add_bos = getattr(vocabulary, "adds_bos", False)
+        add_bos = getattr(settings.vocabulary, "adds_bos", False)
+    settings = dataclasses.replace(settings, add_bos=add_bos)
     sets = named_sets(name, files, validation_files)
     for each, (patterns, held_out) in sets.items():
         source = ChatFiles.open(
-            name=each,
-            files=patterns,
-            vocabulary=vocabulary,
-            validation_files=held_out,
-            validation_fraction=validation_fraction,
-            chat_template=chat_template,
-            special_in_contents=special_in_contents,
-            add_bos=add_bos,
-            add_eos=add_eos,
-            data_root=data_root,
-            cache_dir=cache_dir,
-            turns=turns,
+            settings, name=each, files=patterns, validation_files=held_out, turns=turns
         )
         tasks.register_rows(
             source,
             origin="register_chats",
-            features={"targets": vocabulary, "loss_weights": None},
+            features={"targets": settings.vocabulary, "loss_weights": None},
             facts={"turns": turns, **source.facts},
         )
     if isinstance(files, Mapping):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from espalier.common.bars import Bar
-from espalier.common.ranges import Fraction, check_choice
+from espalier.common.ranges import check_choice
 from espalier.data import tasks
 from espalier.data.preference import records
 from espalier.data.preference.records import Kind
-from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles
+from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles, PromptedSettings
 from espalier.data.rows.records import DegenerateError, Record
+from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -183,22 +183,15 @@ def _mismatched(
         yield from ((candidate, other) for candidate in waiting)
 
 
+@with_settings(PromptedSettings)
 def register_pairs(
     *,
     name: str,
     files: str | Sequence[str],
-    vocabulary: Any,
+    settings: PromptedSettings,
     kind: records.Kind = "paired",
     validation_files: str | Sequence[str] | None = None,
-    validation_fraction: Fraction = 0.01,
-    chat_template: str | None = None,
-    special_in_contents: bool = True,
-    add_bos: bool = False,
-    add_eos: bool = True,
-    prompt_eos: bool = False,
     invalid: Invalid = "drop",
-    data_root: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Registers a task over files of JSON lines (also .gz and .zst) in TRL's formats; see `records`.
 
@@ -214,20 +207,11 @@ def register_pairs(
     Args:
       name: name of the task.
       files: one glob pattern or several.
-      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
       kind: 'paired', or 'unpaired'; a pair is then a desirable and an undesirable completion.
       validation_files: one glob pattern or several, of held-out files.
-      validation_fraction: share of prompts to hold out, by hash, if there are no `validation_files`; all pairs
-        of a prompt are in one split. 0 makes no validation split.
-      chat_template: for rows with messages: a jinja file, or a name in
-        `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
-      special_in_contents: see `data.chats.tasks.register_chats`.
-      add_bos: begin prompts that are texts with BOS; a chat template writes its own.
-      add_eos: end completions that are texts with EOS.
-      prompt_eos: end prompts with EOS, as an encoder reads them.
       invalid: 'drop' drops degenerate pairs, 'error' raises at the first one.
-      data_root: directory of relative patterns; None for the working directory.
-      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
+
+    `data.rows.files.PromptedSettings` describes the other arguments.
 
     Raises:
       FileNotFoundError: a pattern matches no file.
@@ -238,18 +222,10 @@ def register_pairs(
     check_choice(f"{name}: kind", kind, records.Kind)
     check_choice(f"{name}: invalid", invalid, Invalid)
     source = PreferenceFiles.open(
+        settings,
         name=name,
         files=files,
-        vocabulary=vocabulary,
         validation_files=validation_files,
-        validation_fraction=validation_fraction,
-        chat_template=chat_template,
-        special_in_contents=special_in_contents,
-        add_bos=add_bos,
-        add_eos=add_eos,
-        prompt_eos=prompt_eos,
-        data_root=data_root,
-        cache_dir=cache_dir,
         kind=kind,
         invalid=invalid,
     )
@@ -262,6 +238,6 @@ def register_pairs(
     tasks.register_rows(
         source,
         origin="register_pairs",
-        features=dict.fromkeys(TOKENS, vocabulary) | {NUMBER[kind]: None},
+        features=dict.fromkeys(TOKENS, settings.vocabulary) | {NUMBER[kind]: None},
         facts={"kind": kind, **source.facts},
     )

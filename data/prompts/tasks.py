@@ -6,17 +6,16 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from espalier.common.ranges import Fraction
 from espalier.data import tasks
-from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles
+from espalier.data.rows.files import TOKENS_VERSION, PromptedFiles, PromptedSettings
 from espalier.data.rows.records import Record, text_of
+from espalier.data.stream.stream import with_settings
 from espalier.data.text import documents, splits
 from espalier.data.text.documents import DataError
 
@@ -83,44 +82,33 @@ def _record(row: Mapping[str, Any], where: str, id: str) -> Record:
     return Record(where=where, id=id, prompt=prompt, completions=())
 
 
+@with_settings(
+    PromptedSettings,
+    *("vocabulary", "validation_fraction", "chat_template", "special_in_contents", "add_bos"),
+    *("data_root", "cache_dir"),
+    validation_fraction=0.0,
+    add_eos=False,
+)
 def register_prompts(
     *,
     name: str,
     files: str | Sequence[str],
-    vocabulary: Any,
+    settings: PromptedSettings,
     validation_files: str | Sequence[str] | None = None,
-    validation_fraction: Fraction = 0.0,
-    chat_template: str | None = None,
-    special_in_contents: bool = True,
-    add_bos: bool = False,
-    data_root: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Registers a task over files of JSON lines with a "prompt", a text or messages; see the module.
 
     Files of preference pairs also work: a pair's prompt is the prompt, and rewards can read its completions. The
     features are `prompt`, its ids, and `info`, the row as bytes.
 
-    `data.preference.tasks.register_pairs` describes the arguments and errors.
+    `data.preference.tasks.register_pairs` and `data.rows.files.PromptedSettings` describe the arguments and errors.
     """
     import seqio
 
-    source = PromptFiles.open(
-        name=name,
-        files=files,
-        vocabulary=vocabulary,
-        validation_files=validation_files,
-        validation_fraction=validation_fraction,
-        chat_template=chat_template,
-        special_in_contents=special_in_contents,
-        add_bos=add_bos,
-        add_eos=False,
-        data_root=data_root,
-        cache_dir=cache_dir,
-    )
+    source = PromptFiles.open(settings, name=name, files=files, validation_files=validation_files)
     tasks.register_rows(
         source,
         origin="register_prompts",
-        features={"prompt": vocabulary, INFO: seqio.PassThroughVocabulary(256)},
+        features={"prompt": settings.vocabulary, INFO: seqio.PassThroughVocabulary(256)},
         facts=source.facts,
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from espalier.common.bars import Bar
+from espalier.common.ranges import Fraction
 from espalier.data import tasks
 from espalier.data.cache import fingerprint
 from espalier.data.data_source import FileSource, shorten
@@ -192,32 +193,64 @@ class ExactSplit(FileSource, abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptedSettings:
+    """How rows with prompts are tokenised, and how many are held out.
+
+    Attributes:
+      vocabulary: a SeqIO vocabulary, such as from `data.tokenizers.vocabularies`.
+      validation_fraction: share of the rows to hold out, if there are no files of held-out rows; rows with the same prompt
+        are in one split. 0 makes no validation split.
+      chat_template: for rows with messages: a jinja file, or a name in
+        `data.tokenizers.chat_template.BUILT_IN`; default the vocabulary's own template.
+      special_in_contents: whether special tokens that contents of messages spell are special tokens, as in TRL; False
+        encodes them as text, as commands that answer do. Those that the template writes always are.
+      add_bos: begin texts, and prompts that are texts, with BOS; a chat template writes its own.
+      add_eos: end texts and completions that are texts with EOS.
+      prompt_eos: end prompts with EOS, as an encoder reads them.
+      data_root: directory of relative patterns; None for the working directory.
+      cache_dir: directory of remembered checksums; default $ESPALIER_CACHE or ~/.cache/espalier.
+    """
+
+    vocabulary: Any
+    validation_fraction: Fraction = 0.01
+    chat_template: str | None = None
+    special_in_contents: bool = True
+    add_bos: bool = False
+    add_eos: bool = True
+    prompt_eos: bool = False
+    data_root: str | None = None
+    cache_dir: str | os.PathLike | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedFiles(FileSource, abc.ABC):
     """Rows of JSON lines with a prompt each, by split; equal prompts are in the same split."""
 
     tokeniser: Tokeniser  # converts records to ids
 
     @classmethod
-    def open(
-        cls,
-        *,
-        name: str,
-        vocabulary: Any,
-        chat_template: str | None,
-        special_in_contents: bool,
-        add_bos: bool,
-        add_eos: bool,
-        prompt_eos: bool = False,
-        **fields: Any,
-    ) -> Self:
-        """Returns the source of a task, with `fields` as for `FileSource.find`.
+    def open(cls, settings: PromptedSettings, **fields: Any) -> Self:
+        """Returns the source of a task, with the other `fields` of `FileSource.find`, whose errors it raises too.
 
-        `data.preference.tasks.register_pairs` describes the arguments and errors.
+        Raises:
+          ChatTemplateError: the chat template does not exist.
+          ValueError: the vocabulary lacks the BOS or EOS to add.
         """
-        tasks.check_special_ids(name, vocabulary, add_bos=add_bos, add_eos=add_eos or prompt_eos)
-        template = templates.of(chat_template, vocabulary, special_in_contents=special_in_contents)
-        tokeniser = Tokeniser(vocabulary, template, add_bos, add_eos, prompt_eos)
-        return cls.find(name=name, tokeniser=tokeniser, **fields)
+        vocabulary, add_bos = settings.vocabulary, settings.add_bos
+        add_eos = settings.add_eos or settings.prompt_eos
+        tasks.check_special_ids(fields["name"], vocabulary, add_bos=add_bos, add_eos=add_eos)
+        template = templates.of(
+            settings.chat_template, vocabulary, special_in_contents=settings.special_in_contents
+        )
+        return cls.find(
+            tokeniser=Tokeniser(
+                vocabulary, template, add_bos, settings.add_eos, settings.prompt_eos
+            ),
+            validation_fraction=settings.validation_fraction,
+            data_root=settings.data_root,
+            cache_dir=settings.cache_dir,
+            **fields,
+        )
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def with_settings(
 
         signature = inspect.signature(opener)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
-        del opened.__wrapped__  # type: ignore[attr-defined]  # gin asks it, and help() the signature
+        del opened.__wrapped__  # gin asks it, and help() the signature
         opened.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
         types = {p.name: p.annotation for p in (*own, *added)}
         opened.__annotations__ = {**types, "return": signature.return_annotation}

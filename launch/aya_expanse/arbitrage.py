@@ -111,11 +111,6 @@ class ArbitrageFlags:
             raise ArbitrageError("--attempts and --per_language must be at least 1.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "prepare arbitrage", _run, add_flags=_add_flags, argv=argv)
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     setting_flags.add(parser, ArbitrageFlags)
     setting_flags.add(parser.add_argument_group("answers"), SamplingFlags())
@@ -285,6 +280,8 @@ def _report(summary: Mapping[str, Any], out: pathlib.Path) -> None:
         file=sys.stderr,
     )
 
+
+main = cli.command(__doc__, "prepare arbitrage", _run, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

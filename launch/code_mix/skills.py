@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from espalier.data.code_mix.skills import Problem
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "evaluate skills", _run, add_flags=_add_flags, argv=argv)
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
     parser.add_argument("--json", metavar="FILE", help="file for the results")
@@ -112,6 +107,8 @@ def table(scores: Mapping[str, Any]) -> str:
         lines.append(f"{name:10}{skill['exact']:6.3f} of {skill['problems']} ({kinds})")
     return "\n".join(lines)
 
+
+main = cli.command(__doc__, "evaluate skills", _run, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

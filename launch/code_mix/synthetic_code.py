@@ -13,7 +13,6 @@ import argparse
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
 
 from espalier.data.code_mix import synthetic_code
 from espalier.launch import cli
@@ -21,11 +20,6 @@ from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 
 _SETTINGS = ("num_documents", "seed", "variants", "mutated_share", "validation_fraction")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.run_command(__doc__, "prepare synthetic_code", _run, add_flags=_add_flags, argv=argv)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +41,8 @@ def _run(flags: argparse.Namespace) -> None:
         f"{manifest['mutated']:,} with a fault {caught:,} were caught"
     )
 
+
+main = cli.command(__doc__, "prepare synthetic_code", _run, add_flags=_add_flags)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -288,6 +288,13 @@ def hints(target: Any) -> dict[str, Any]:
     if inspect.isclass(target) and "__init__" in vars(target):
         # A dataclass's __init__ carries its field annotations too.
         holder = target.__init__
+    lasting = inspect.isclass(holder) or inspect.isroutine(holder)
+    return _evaluated(holder) if lasting else _evaluated.__wrapped__(holder)
+
+
+# A check asks for those of one function many times, and evaluating them was half of its time.
+@functools.cache
+def _evaluated(holder: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(holder, include_extras=True)
     except Exception:  # noqa: BLE001 (annotations may use names that exist only for type checkers)

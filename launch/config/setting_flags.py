@@ -25,6 +25,7 @@ File = Annotated[str, "FILE"]
 Folder = Annotated[str, "DIR"]
 Name = Annotated[str, "NAME"]
 Names = Annotated[Sequence[str], "NAMES"]  # one flag with commas
+MANY = "+"  # of Annotated[Sequence[int], MANY]: one flag with several values after it
 REQUIRED = inspect.Parameter.empty
 _METAVARS = {int: "N", float: "X", str: "TEXT", pathlib.Path: "PATH", bool: None}
 
@@ -53,7 +54,7 @@ def settings_of(target: Any, names: Collection[str] | None = None) -> dict[str, 
 
     Args:
       target: a dataclass or function with parameters of type int, float, str, Path, bool, Literal, Sequence (of values of a
-        repeatable flag), or one of these or None; File, Folder and Names of this module are for str and Sequence. An
+        repeatable flag), or one of these or None; File, Folder, Names and MANY of this module are for str and Sequence. An
         instance of a dataclass means its class with the instance's values as defaults.
       names: names of the parameters to return, in this order; None for all.
 
@@ -120,7 +121,7 @@ def add(
         text = setting.text.replace("%", "%%")
         if setting.default not in (None, REQUIRED, "", ()) and setting.default is not False:
             default = setting.default
-            text += f" (default {','.join(default) if isinstance(default, tuple) else default})"
+            text += f" (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if setting.kind is bool:
             can_be_unset = setting.default or setting.optional
@@ -129,8 +130,12 @@ def add(
             options["choices"] = typing.get_args(setting.kind)
         elif typing.get_origin(setting.kind) is Sequence:
             kind, metavar = _shown(*typing.get_args(setting.kind))
-            metavar = metavar or _METAVARS[kind]
-            if setting.metavar is None:
+            metavar = metavar or _METAVARS.get(kind)
+            if setting.metavar == MANY:
+                choices = typing.get_args(kind)
+                options |= {"choices": choices} if choices else {"type": kind, "metavar": metavar}
+                options["nargs"] = "+"
+            elif setting.metavar is None:
                 options |= {"action": "append", "type": kind, "metavar": metavar}
             else:
                 options |= {"type": lambda text: tuple(text.split(",")), "metavar": setting.metavar}
@@ -147,6 +152,11 @@ def given(
     """Returns the arguments of a dataclass or function that the user set by flags, by name."""
     names = names or inspect.signature(target).parameters
     return {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+
+
+def filled(flags: argparse.Namespace, target: Callable[..., Any]) -> Any:
+    """Returns flags with the defaults of a dataclass for those that the user did not set."""
+    return argparse.Namespace(**vars(target(**given(flags, target))) | vars(flags))
 
 
 # Units of sizes on the command line, such as 500MB or 16MiB.

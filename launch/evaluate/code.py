@@ -27,7 +27,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from espalier.common.bars import Bar
 from espalier.data.sandbox import code_sandbox
@@ -40,11 +40,41 @@ from espalier.launch.run import load_run
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
+_PROBLEMS = ("problems", "limit", "solutions", "k", "output", "json")
+_LIMITS = ("cpu_seconds", "wall_seconds")
+Protection = Literal["network", "files", "processes"]
 Key = tuple[str, int]  # (task_id of a problem, index of a sample from 0)
 
 
 class EvaluationError(ValueError):
     """Flags or solutions that do not match the problems."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodeFlags:
+    """Problems, and how their programs are run.
+
+    Attributes:
+      problems: `humaneval`, or a file of JSON lines.
+      limit: only the first N problems; without it, the same --output is then completed.
+      solutions: completions to run instead of a model's, JSON lines.
+      k: numbers of tries in pass@k.
+      output: rows; an existing file is continued.
+      json: the scores, for other commands.
+      memory_mb: memory in MiB.
+      workers: programs at a time (default one per processor).
+      require: run nothing unless the sandbox can block these.
+    """
+
+    problems: setting_flags.Name
+    limit: int | None = None
+    solutions: setting_flags.File | None = None
+    k: Annotated[Sequence[int], setting_flags.MANY] = (1,)
+    output: setting_flags.File
+    json: setting_flags.File | None = None
+    memory_mb: int = 512
+    workers: int | None = None
+    require: Annotated[Sequence[Protection], setting_flags.MANY] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,61 +103,17 @@ class CompletionFlags:
 
 
 def _add_solution_flags(parser: argparse.ArgumentParser) -> None:
-    _add_problem_flags(parser)
-    _add_limit_flags(parser.add_argument_group("limits of a program"))
+    setting_flags.add(parser, CodeFlags)
+    setting_flags.add(parser, code_sandbox.Limits, names=_LIMITS)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     load_run.add_flags(parser)
-    _add_problem_flags(parser.add_argument_group("problems"))
+    setting_flags.add(parser.add_argument_group("problems"), CodeFlags, names=_PROBLEMS)
     setting_flags.add(parser.add_argument_group("completions of the model"), CompletionFlags)
-    _add_limit_flags(parser.add_argument_group("limits of a program"))
-
-
-def _add_problem_flags(group: Any) -> None:
-    group.add_argument(
-        "--problems", required=True, metavar="NAME", help="`humaneval`, or a file of JSON lines"
-    )
-    group.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only the first N problems; without it, the same --output is then completed",
-    )
-    group.add_argument(
-        "--solutions",
-        metavar="FILE",
-        help="completions to run instead of a model's, JSON lines",
-    )
-    group.add_argument(
-        "--k",
-        type=int,
-        nargs="+",
-        default=[1],
-        metavar="K",
-        help="numbers of tries in pass@k (default 1)",
-    )
-    group.add_argument(
-        "--output", required=True, metavar="FILE", help="rows; an existing file is continued"
-    )
-    group.add_argument("--json", metavar="FILE", help="the scores, for other commands")
-
-
-def _add_limit_flags(group: Any) -> None:
-    setting_flags.add(group, code_sandbox.Limits, names=("cpu_seconds", "wall_seconds"))
-    group.add_argument(
-        "--memory_mb", type=int, default=512, metavar="N", help="memory in MiB (default 512)"
-    )
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="programs at a time (default one per processor)"
-    )
-    group.add_argument(
-        "--require",
-        nargs="+",
-        choices=("network", "files", "processes"),
-        default=[],
-        help="run nothing unless the sandbox can block these",
-    )
+    group = parser.add_argument_group("limits of a program")
+    setting_flags.add(group, code_sandbox.Limits, names=_LIMITS)
+    setting_flags.add(group, CodeFlags, names=("memory_mb", "workers", "require"))
 
 
 def run(flags: argparse.Namespace, start: cli.Start | None = None) -> dict[str, Any] | None:
@@ -140,6 +126,7 @@ def run(flags: argparse.Namespace, start: cli.Start | None = None) -> dict[str, 
       EvaluationError: flags, solutions or rows that do not match the problems.
       ProblemsError, SandboxError, DataError, RowFileError.
     """
+    flags = setting_flags.filled(flags, CodeFlags)
     if flags.limit is not None and flags.limit < 1:
         raise EvaluationError(f"--limit={flags.limit} must be at least 1.")
     problems = code_problems.load(flags.problems)

@@ -7,6 +7,7 @@ from typing import Any
 from espalier.common import spelling
 from espalier.data.stream import rows
 from espalier.launch.inference.generate import decoder_for
+from espalier.launch.inference.score import row_of
 from espalier.launch.inference.texts import Texts, decoder_of
 from espalier.launch.lm_eval.arguments import (
     Generation,
@@ -19,7 +20,7 @@ from espalier.model.kv_cache.full import FullCache
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.settings import Sampling, Settings
 from espalier.trainers.scoring.likelihoods import LikelihoodScorer
-from espalier.trainers.scoring.scoring import Row, Scorer
+from espalier.trainers.scoring.scoring import Scorer
 from espalier.trainers.telemetry import metric_writers
 
 FEATURES = ("inputs", "targets")
@@ -69,10 +70,8 @@ class Answers:
 
     def scores(self, examples: Sequence[Mapping[str, Any]]) -> list[float]:
         """Returns log-probabilities of the targets after the inputs, summed over tokens."""
-        contexts = self._contexts(examples)
-        scored = [
-            Row(context=c, targets=e["targets"]) for c, e in zip(contexts, examples, strict=True)
-        ]
+        run, pairs = self._run, zip(self._contexts(examples), examples, strict=True)
+        scored = [row_of(run, context, example["targets"]) for context, example in pairs]
         likelihoods = dict(self._scorer.stream(scored))
         return [likelihoods[i].log_prob for i in range(len(scored))]
 
@@ -122,15 +121,7 @@ class EncoderAnswers:
         if size not in self._scorers:
             options: dict[str, Any] = {"batch_size": size, "sharding": run.row_sharding}
             self._scorers[size] = Scorer(run.model, run.params, **options)
-        start = run.start_token or 0
-        scored = [
-            Row(
-                context=[start],
-                targets=example["targets"],
-                encoder_inputs=run.prefixed(example["inputs"]),
-            )
-            for example in examples
-        ]
+        scored = [row_of(run, run.prefixed(e["inputs"]), e["targets"]) for e in examples]
         return [float(log_probs.sum()) for log_probs in self._scorers[size].stream(scored)]
 
 

@@ -26,13 +26,15 @@ their settings, with defaults ("none" for max_tokens or temperature leaves them 
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from espalier.common import files
 from espalier.launch import cli
+from espalier.launch.config import setting_flags
 from espalier.launch.evaluate.judges import answers, asking, shares, spec
 from espalier.launch.evaluate.judges.answers import System
 from espalier.launch.evaluate.judges.asking import Judge, JudgeError
@@ -40,40 +42,36 @@ from espalier.launch.run import load_run
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 LANGUAGES_PLOT = "languages.png"
+Answers = Annotated[str, "[NAME=]FILE"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WinRateFlags:
+    """Answers, which are rows of launch.generate, and how they are judged.
+
+    Attributes:
+      a: answers of one system.
+      b: answers of the other.
+      systems: answers of two systems or more, each against each, instead of --a and --b.
+      judge: one of the judges below.
+      out: folder of the results.
+      attempts: maximum attempts to get a readable reply (default 3).
+      allow_ties: let the judge answer with a tie; by default only disagreeing orders are ties.
+      by_language: judge in the "language" of each row, and show rates by language.
+    """
+
+    a: Answers | None = None
+    b: Answers | None = None
+    systems: Annotated[Sequence[Answers], setting_flags.MANY] | None = None
+    judge: Annotated[str, "KIND:WHERE"]
+    out: setting_flags.Folder
+    attempts: int | None = None
+    allow_ties: bool = False
+    by_language: bool = False
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
-    group = parser.add_argument_group("answers, rows of launch.generate")
-    group.add_argument("--a", metavar="[NAME=]FILE", help="answers of one system")
-    group.add_argument("--b", metavar="[NAME=]FILE", help="answers of the other")
-    group.add_argument(
-        "--systems",
-        nargs="+",
-        metavar="[NAME=]FILE",
-        help="answers of two systems or more, each against each, instead of --a and --b",
-    )
-    group = parser.add_argument_group("judging")
-    group.add_argument(
-        "--judge", required=True, metavar="KIND:WHERE", help="one of the judges below"
-    )
-    group.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    group.add_argument(
-        "--attempts",
-        type=int,
-        metavar="N",
-        help="maximum attempts to get a readable reply (default 3)",
-    )
-    group.add_argument(
-        "--allow_ties",
-        action="store_true",
-        help="let the judge answer with a tie; by default only disagreeing orders are ties",
-    )
-    group.add_argument(
-        "--by_language",
-        action="store_true",
-        help='judge in the "language" of each row, and show rates by language',
-    )
+    setting_flags.add(parser, WinRateFlags)
 
 
 def _files(flags: argparse.Namespace) -> dict[str, str]:
@@ -114,7 +112,7 @@ def _run(start: cli.Start) -> None:
     Raises:
       JudgeError: flags, answers or a judge that cannot be used.
     """
-    flags = start.flags
+    flags = setting_flags.filled(start.flags, WinRateFlags)
     chosen = spec.parse(flags.judge)
     systems = answers.read(_files(flags), by_language=flags.by_language)
     answers.pairs(systems)  # reports errors in the answers before a model is loaded

@@ -70,6 +70,13 @@ def _scorer(run: LoadedRun, batch_size: int, rows: int, earlier: Scorer | None) 
     return Scorer(run.model, run.params, batch_size=size, sharding=run.row_sharding)
 
 
+def row_of(run: LoadedRun, inputs: Sequence[int], targets: Sequence[int]) -> Row:
+    """Returns targets after inputs for the scorer: an encoder-decoder encodes the inputs, other models continue them."""
+    if run.encodes:
+        return Row(context=[run.start_token or 0], targets=targets, encoder_inputs=inputs)
+    return Row(context=inputs, targets=targets)
+
+
 def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
     """Returns a row of a file as a `Row` for the scorer.
 
@@ -83,7 +90,7 @@ def scored_row(run: LoadedRun, row: Mapping[str, Any], where: str) -> Row:
             )
         answer = run.encode(row["targets"], f"{where}: 'targets'")
         inputs = run.encoder_inputs(row, where)
-        return Row(context=[run.start_token or 0], targets=answer, encoder_inputs=inputs)
+        return row_of(run, inputs, answer)
     tokens, targets = run.scored(row, where)
     context = run.context(tokens)
     if targets is not None:

@@ -54,7 +54,7 @@ class Texts:
         return bool(self._stops) or self._show is not None
 
     def watch(self, prompt: int, sample: int, tokens: Sequence[int]) -> int | None:
-        """Returns the number of new tokens after which a row stops, or None; see trainers/decoding/watched.py."""
+        """Returns the number of new tokens after which a row stops, or None; see trainers/decoding/stop_strings.py."""
         if not self.watching:
             return None
         text = self._growing.get((prompt, sample))

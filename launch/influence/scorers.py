@@ -21,7 +21,7 @@ from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.trainers.influence import documents, files, queries, scores
 from espalier.trainers.influence import fit as stages
 from espalier.trainers.influence import sites as site_list
-from espalier.trainers.influence.token_scores import concentration, is_spurious, output_token_scores
+from espalier.trainers.influence.scores import concentration, is_spurious, output_token_scores
 from espalier.trainers.scoring.scoring import MeanStates, Row
 
 _COMPARED = 64  # sample documents over which compressed and whole gradients are compared

@@ -20,13 +20,13 @@ from lm_eval.api.model import TemplateLM
 
 from espalier.data.stream import rows
 from espalier.data.tokenizers import chat_template as chat
+from espalier.launch.inference.score import row_of
 from espalier.launch.lm_eval import arguments
 from espalier.launch.lm_eval.arguments import Generator, options
 from espalier.launch.run import side_by_side
 from espalier.launch.run.load_run import LoadedRun, LoadError
 from espalier.trainers.scoring.encoder_likelihoods import EncoderLikelihoods
 from espalier.trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
-from espalier.trainers.scoring.scoring import Row
 
 _LOG = logging.getLogger(__name__)
 
@@ -229,22 +229,18 @@ class EspalierLM(TemplateLM):
         cut = 0
         scored_rows = []
         for context, continuation in pairs:
-            if self._run.encodes:
-                context = context or [self.prefix_token_id]
-                cut += len(context) > self._encoder_room
-                context = self._run.prefixed(context[-self._encoder_room :])
-                start = [self._run.start_token or 0]
-                row = Row(context=start, targets=continuation, encoder_inputs=context)
-                scored_rows.append(row)
-                continue
             room = self.max_length + 1 - len(continuation)  # the last token is not an input
+            if self._run.encodes:
+                room, context = self._encoder_room, context or [self.prefix_token_id]
             if room < 1:
                 raise LoadError(
                     f"A continuation has {len(continuation)} tokens, more than max_length="
                     f"{self.max_length}. Give a larger max_length=N, if the model allows it."
                 )
             cut += len(context) > room
-            scored_rows.append(Row(context=context[-room:], targets=continuation))
+            context = context[-room:]
+            inputs = self._run.prefixed(context) if self._run.encodes else context
+            scored_rows.append(row_of(self._run, inputs, continuation))
         if cut:
             _LOG.warning(
                 "%d of %d contexts with their continuations are longer than the model's %d tokens: "

@@ -95,21 +95,6 @@ class EncoderFlags:
     seed: int | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return cli.main(
-        __doc__,
-        entry="espalier.launch.nexus.embed_domains:register",
-        command="prepare embed_domains",
-        extra_flags=_add_flags,
-        run=_run,
-        default_files=lambda flags: ["t5x_configs/runs/embed_domains.gin"],
-        unused={"TASKS": "()"},
-        part=True,
-        argv=argv,
-    )
-
-
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     setting_flags.add(parser.add_argument_group("domains"), DomainFlags)
     encoder = parser.add_argument_group("encoder", f"Encoders, and their flags:\n{_HELP}")
@@ -130,6 +115,17 @@ def _run(start: cli.Start) -> None:
     kind = encoder.pop("encoder", None)
     domain_vectors.embed(flags, kind, encoder, encoders=ENCODERS, register_tasks=start)
 
+
+main = cli.gin_command(
+    __doc__,
+    "espalier.launch.nexus.embed_domains:register",
+    command="prepare embed_domains",
+    extra_flags=_add_flags,
+    run=_run,
+    default_files=lambda flags: ["t5x_configs/runs/embed_domains.gin"],
+    unused={"TASKS": "()"},
+    part=True,
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -29,7 +29,7 @@ from espalier.trainers.decoding.prefill import prefill
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.influence import sites, spread
 from espalier.trainers.influence.consumers import Consumer, Covariances, Scores, Squares
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
 from espalier.trainers.influence.queries import Compression
 from espalier.trainers.recipe import Program, Recipe
 

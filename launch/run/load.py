@@ -11,14 +11,25 @@ import os
 import pathlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:  # modules of `model` are imported once it is known which package that is
-    import jax
-    import numpy.typing as npt
+import jax
+import numpy as np
+import numpy.typing as npt
 
-    from espalier.launch.run.loaded_run import LoadedRun
-    from espalier.model.kv_cache.base import CachePolicy
+from espalier.data.stream.rows import vocabulary_digest
+from espalier.launch.config import gin_writer, model_file
+from espalier.launch.inference import generate
+from espalier.launch.inference.texts import decoder_of
+from espalier.launch.run import hf_checkpoint, model_record, run_model, run_vocabulary, side_by_side
+from espalier.launch.run.load_run import RunConfig
+from espalier.launch.run.loaded_run import LoadedRun
+from espalier.model.kv_cache.base import CachePolicy
+from espalier.model.protocol import inference_model, inference_params
+from espalier.trainers import partitioning
+from espalier.trainers.checkpoints import step_dir
+from espalier.trainers.checkpoints.checkpoint import Checkpointer
+from espalier.trainers.decoding.settings import Settings
 
 # The recorded gin texts of the models of loaded runs, by identity.
 _RECORDED: dict[int, str] = {}
@@ -64,10 +75,6 @@ class Run:
         start_token: int | None = 0,
         add_bos: bool = False,
     ):
-        from espalier.launch.run.load_run import RunConfig
-        from espalier.launch.run.loaded_run import LoadedRun
-        from espalier.model.protocol import inference_model, inference_params
-
         config = RunConfig(
             model=inference_model(model),
             vocabulary=lambda: vocabulary,
@@ -86,7 +93,7 @@ class Run:
         self._decoding: tuple[Any, Any, Any] | None = None
 
     @classmethod
-    def _of(cls, loaded: "LoadedRun", gin: str | None) -> "Run":
+    def _of(cls, loaded: LoadedRun, gin: str | None) -> "Run":
         """Returns a loaded run; `gin` is the recorded text of its model, if that is the model."""
         run = cls.__new__(cls)
         run._loaded, run._gin, run._decoding = loaded, gin, None
@@ -123,11 +130,9 @@ class Run:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, also of those after an EOS."""
-        from espalier.launch.inference.texts import decoder_of
-
         return decoder_of(self.vocabulary)([int(token) for token in tokens])
 
-    def logits(self, tokens_BT: "npt.ArrayLike") -> "jax.Array":
+    def logits(self, tokens_BT: npt.ArrayLike) -> jax.Array:
         """Returns float32 logits [B, T, V] of tokens [B, T]; those at position t are of the token after it.
 
         Ids from `vocabulary.vocab_size` on are padding of the model's table. Each new shape is compiled once.
@@ -135,8 +140,6 @@ class Run:
         Raises:
           ValueError: the rows have different lengths, or `tokens_BT` is one row.
         """
-        import numpy as np
-
         tokens_BT = np.asarray(tokens_BT, np.int32)
         if tokens_BT.ndim != 2:
             raise ValueError(
@@ -149,8 +152,6 @@ class Run:
 
     @functools.cached_property
     def _apply(self) -> Any:
-        import jax
-
         return jax.jit(lambda params, tokens_BT: self.model.apply({"params": params}, tokens_BT))
 
     def generate(
@@ -162,7 +163,7 @@ class Run:
         stop: Sequence[str] = (),
         seed: int = 0,
         batch_size: int = 8,
-        policy: "CachePolicy | None" = None,
+        policy: CachePolicy | None = None,
         token_healing: bool = True,
         **sampling: Any,
     ) -> list[Generation]:
@@ -186,9 +187,6 @@ class Run:
           LoadError: a prompt that the model cannot read, or stop texts without a vocabulary.
           ValueError: settings out of range.
         """
-        from espalier.launch.inference import generate
-        from espalier.trainers.decoding.settings import Settings
-
         prompts = [prompts] if isinstance(prompts, str) else prompts
         drawn = dataclasses.replace(Settings().sampling, **sampling)
         asked = generate.Decoding(
@@ -248,12 +246,6 @@ class Run:
           FileExistsError: the directory already has a run.
           UnwritableModelError: a setting of the model is a function or object that cannot be imported.
         """
-        from espalier.data.stream import rows
-        from espalier.launch.config import gin_writer, model_file
-        from espalier.launch.run import model_record, run_vocabulary
-        from espalier.trainers.checkpoints import step_dir
-        from espalier.trainers.checkpoints.checkpoint import Checkpointer
-
         folder = pathlib.Path(directory)
         for name in (model_file.NAME, model_record.CONFIG, step_dir.CHECKPOINTS):
             if (folder / name).exists():
@@ -271,15 +263,13 @@ class Run:
         meta["start_token"] = meta.get("start_token", 0) if start == "auto" else start
         if (vocabulary := loaded.vocabulary_or_none) is not None:
             run_vocabulary.save(folder, vocabulary)
-            meta["vocabulary"] = rows.vocabulary_digest(vocabulary)
+            meta["vocabulary"] = vocabulary_digest(vocabulary)
         with Checkpointer(folder / step_dir.CHECKPOINTS) as checkpointer:
             checkpointer.save(step, {"params": self.params}, meta=meta)
 
     @contextlib.contextmanager
     def _mesh(self) -> Iterator[None]:
         """Enters the mesh that the parameters were loaded on; parameters of the user's own have their own shardings."""
-        from espalier.trainers import partitioning
-
         config = self._loaded.config
         if config.mesh is None:
             yield
@@ -312,10 +302,6 @@ def load(
       ValueError: the run has no model.json, or is damaged.
       FileNotFoundError: there is no checkpoint.
     """
-    from espalier.launch.config import model_file
-    from espalier.launch.run import hf_checkpoint, load_run, run_model, run_vocabulary, side_by_side
-    from espalier.trainers.checkpoints import step_dir
-
     path = os.fspath(checkpoint)
     if hf_checkpoint.is_hf(path):
         folder, of_step = hf_checkpoint.recorded(path)[0], None
@@ -327,7 +313,7 @@ def load(
         read = functools.partial(run_vocabulary.load, folder=folder)
     else:
         read = functools.partial(lambda value: value, vocabulary)
-    config = load_run.RunConfig(model=model, vocabulary=read, mesh=mesh or {"fsdp": -1})
+    config = RunConfig(model=model, vocabulary=read, mesh=mesh or {"fsdp": -1})
     adapters = [] if adapter is None else [os.fspath(adapter)]
     with side_by_side.load(config, path, adapters, params=params) as ((_, loaded),):
         is_whole = loaded.model is model  # of an actor-critic, the actor is loaded

@@ -28,7 +28,6 @@ from espalier.launch.serve.engine import (
     Engine,
     FailedError,
     Job,
-    OverdueError,
 )
 from espalier.launch.serve.replies import Replies
 from espalier.launch.serve.requests import CHARACTERS_OF_TOKEN, Asked, Limits, RequestError
@@ -37,7 +36,7 @@ from espalier.trainers.decoding.buckets import bucket_below
 # Seconds in which a body must arrive.
 _BODY_S = 30.0
 _CLOSED_REQUEST = 499  # the client has gone; nobody reads the reply
-_EXPECTED = (OverdueError, BusyError, FailedError, ValueError)  # of completions
+_EXPECTED = (BusyError, FailedError, ValueError)  # of completions
 
 
 def make_app(
@@ -137,7 +136,6 @@ class _Server:
                 draw=asked.draw(index, sample),
                 stops=asked.stops,
                 show=None if pieces is None else pieces.of(index * asked.samples + sample),
-                deadline=deadline,
             )
             for index, prompt in enumerate(prompts)
             for sample in range(asked.samples)
@@ -147,11 +145,11 @@ class _Server:
         except BusyError as error:
             raise RequestError(str(error), code="busy", status=429) from None
         if pieces is not None:
-            stream = _stream(made, jobs, pieces, usage=asked.usage)
+            stream = _stream(made, jobs, pieces, deadline=deadline, usage=asked.usage)
             return StreamingResponse(
                 stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        completed = await _unless_gone(request, jobs, _all(jobs))
+        completed = await _unless_gone(request, jobs, _all(jobs), deadline=deadline)
         if completed is None:
             return Response(status_code=_CLOSED_REQUEST)
         return JSONResponse(made.whole(completed))
@@ -273,7 +271,11 @@ async def _all(jobs: Sequence[Job]) -> list[Completed]:
 
 
 async def _unless_gone(
-    request: Request, jobs: Sequence[Job], completed: Awaitable[list[Completed]]
+    request: Request,
+    jobs: Sequence[Job],
+    completed: Awaitable[list[Completed]],
+    *,
+    deadline: float,
 ) -> list[Completed] | None:
     """Returns what was completed, or None if the client disconnects before; ends the jobs on every error.
 
@@ -286,15 +288,14 @@ async def _unless_gone(
             pass
 
     done, gone = asyncio.ensure_future(completed), asyncio.ensure_future(disconnected())
-    # The engine looks at the time only between tokens, and not while it compiles.
-    left = max(min(job.deadline for job in jobs) - time.monotonic(), 0) + 0.5
+    left = max(deadline - time.monotonic(), 0)
     try:
         await asyncio.wait((done, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
             return done.result()
         if gone.done():
             return None
-        raise OverdueError("The time limit of the server was reached.")
+        raise _overdue()
     except _EXPECTED as error:
         raise _as_request_error(error) from None
     finally:
@@ -304,9 +305,13 @@ async def _unless_gone(
         gone.cancel()
 
 
+def _overdue() -> RequestError:
+    return RequestError("The time limit of the server was reached.", code="timeout", status=504)
+
+
 def _as_request_error(error: Exception) -> RequestError:
-    if isinstance(error, OverdueError):
-        return RequestError(str(error), code="timeout", status=504)
+    if isinstance(error, RequestError):
+        return error
     if isinstance(error, FailedError):
         return RequestError(str(error), status=500)
     if isinstance(error, BusyError):
@@ -315,7 +320,7 @@ def _as_request_error(error: Exception) -> RequestError:
 
 
 async def _stream(
-    made: Replies, jobs: Sequence[Job], pieces: _Pieces, *, usage: bool
+    made: Replies, jobs: Sequence[Job], pieces: _Pieces, *, deadline: float, usage: bool
 ) -> AsyncIterator[bytes]:
     """Yields the events of a stream; ends the jobs if the client goes."""
     for index, job in enumerate(jobs):
@@ -326,7 +331,7 @@ async def _stream(
                 yield replies.event(first)
         completed: list[Completed] = []
         while len(completed) < len(jobs):
-            left = max(min(job.deadline for job in jobs) - time.monotonic(), 0) + 0.5
+            left = max(deadline - time.monotonic(), 0)
             index, text = await asyncio.wait_for(pieces.queue.get(), left)
             if text is not None:
                 yield replies.event(made.piece(index, text))
@@ -337,8 +342,7 @@ async def _stream(
             yield replies.event(made.usage(completed))
         yield replies.DONE
     except TimeoutError:
-        error = OverdueError("The time limit of the server was reached.")
-        yield replies.event(_as_request_error(error).body)
+        yield replies.event(_overdue().body)
     except _EXPECTED as error:
         yield replies.event(_as_request_error(error).body)
     finally:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,10 +31,6 @@ _SHORTEST = 32  # new tokens of the smallest program
 
 class BusyError(RuntimeError):
     """The queue is full, or the server ends."""
-
-
-class OverdueError(RuntimeError):
-    """A completion was not finished within the time limit."""
 
 
 class FailedError(RuntimeError):
@@ -67,7 +62,9 @@ class Job:
       draw: seed and sampling.
       stops: texts that end the completion.
       show: called, in the engine's thread, with text as soon as it is final; None to wait for the end.
-      deadline: time (`time.monotonic`) at which the completion is ended.
+
+    Attributes:
+      cancelled: whether nobody waits for it any more.
     """
 
     def __init__(
@@ -78,18 +75,17 @@ class Job:
         draw: Draw,
         stops: Sequence[str] = (),
         show: Callable[[str], None] | None = None,
-        deadline: float,
     ):
         self.prompt, self.max_tokens, self.draw = prompt, max_tokens, draw
-        self.stops, self.show, self.deadline = stops, show, deadline
+        self.stops, self.show = stops, show
         self.future: concurrent.futures.Future[Completed] = concurrent.futures.Future()
         self._texts: Texts | None = None
         self._seen = 0
-        self._cancelled = False
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Ends the completion at the next look at its tokens; nobody waits for it."""
-        self._cancelled = True
+        self.cancelled = True
 
     def begin(self, decode: Callable[[Sequence[int]], str] | None, ends: Sequence[int]) -> None:
         """Prepares the texts; called before the first `watch`. The future cannot be cancelled any more."""
@@ -97,17 +93,10 @@ class Job:
             self.cancel()
         self._texts = Texts(decode, ends=ends, stops=self.stops, show=self.show)
 
-    def drop_if_over(self) -> bool:
-        """Returns whether nobody waits any more; an overdue completion gets its error."""
-        if not self._cancelled and time.monotonic() >= self.deadline:
-            self._cancelled = True
-            self.fail(OverdueError("The time limit of the server was reached."))
-        return self._cancelled
-
     def watch(self, tokens: Sequence[int]) -> int | None:
         """Returns the number of new tokens after which the completion ends, or None."""
         assert self._texts is not None
-        if self.drop_if_over():
+        if self.cancelled:
             return 0
         within = tokens[: self.max_tokens - self._seen]
         stopped = self._texts.watch(0, 0, within)
@@ -118,7 +107,7 @@ class Job:
 
     def finish(self, new: Continuation) -> None:
         """Sets the result, unless the job has failed."""
-        if self._cancelled:
+        if self.cancelled:
             return
         assert self._texts is not None
         answer = self._texts.answer({"tokens": ()}, 0, 0, new)
@@ -246,7 +235,7 @@ class Engine:
                 )
             jobs: list[Job] = []
             while self._waiting and len(jobs) < self._limits.batch_size:
-                if self._waiting[0].drop_if_over():
+                if self._waiting[0].cancelled:
                     self._waiting.popleft()
                 elif jobs and not self._fit([*jobs, self._waiting[0]]):
                     break

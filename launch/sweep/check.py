@@ -251,14 +251,14 @@ def _start_problems(entry: Planned, parent: Planned, mine: _Loaded, theirs: _Loa
         )
     if entry.start.get("initial_assignment") or entry.start.get("initial_strict") is False:
         return problems  # settings that select parameters allow other shapes
-    from espalier.trainers.checkpoints import transformed
+    from espalier.trainers.checkpoints.initial import plan_transform
     from espalier.trainers.checkpoints.restore_params import is_added
 
     there, inputs = _shapes(theirs.params), mine.params
     initial = mine.arguments.get("initial")
     if initial is not None and (transform := initial.transform) is not None:
         try:
-            _, inputs = transformed.plan(transform, there, mine.params)
+            _, inputs = plan_transform(transform, there, mine.params)
         except ValueError as error:
             return [*problems, f"{kind}: of its parent {parent_kind}: {error}"]
     here = _shapes(inputs)

@@ -20,8 +20,8 @@ from espalier.model import axes, flops, layers
 from espalier.model.attention import Encoded
 from espalier.model.config import TransformerConfig
 from espalier.model.embed import Embed, Table
-from espalier.model.kernels.dropout import dropped
 from espalier.model.kv_cache.base import CachePolicy, CacheSizes
+from espalier.model.linear import dropped
 from espalier.model.norm import RMSNorm
 from espalier.model.protocol import Arrays, LayerSettings, OfLayers, Output
 from espalier.model.rows import INPUTS_AND_TARGETS, RowKind

@@ -2,7 +2,7 @@
 
 A transform needs only shapes to make its plan: a recipe for every parameter of the target. A recipe says which arrays
 of which sources are read, how the values are computed, in which slices, and where they come from in words. `apply`
-computes a plan in memory (INITIAL_TRANSFORM of a training run, trainers/checkpoints/transformed.py).
+computes a plan in memory (INITIAL_TRANSFORM of a training run, trainers/checkpoints/initial.py).
 launch/weights/transformed_run.py reads checkpoints and writes a new run, one slice at a time. `table` prints the
 origin of every parameter.
 """

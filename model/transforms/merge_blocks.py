@@ -128,11 +128,16 @@ class Blocks:
 
     def each(self, measure: Callable[[Parts, int], _T]) -> list[_T]:
         """Returns a result for each grain, in order."""
+        return list(self.stream(measure))
+
+    def stream(self, measure: Callable[[Parts, int], _T]) -> Iterator[_T]:
+        """Yields a result for each grain, in order."""
 
         def work(low: int, high: int) -> list[_T]:
             return [measure(parts, start) for start, parts in self.grains(low, high)]
 
-        return [result for block in self._in_order(work) for result in block]
+        for block in self._in_order(work):
+            yield from block
 
     def sum(self, measure: Callable[[Parts, int], np.ndarray]) -> np.ndarray:
         """Returns the sum of a float64 array over all grains, added in order."""
@@ -250,20 +255,12 @@ def largest(
 
         for search in (searches[i] for i in open_):
             search.begin()
-        for result in _stream(blocks, measure):
+        for result in blocks.stream(measure):
             for i, part in zip(open_, result, strict=True):
                 searches[i].add(*part)
         for i in open_:
             searches[i].narrow()
     return [search.top(blocks.grain) for search in searches]
-
-
-def _stream(blocks: Blocks, measure: Callable[[Parts, int], _T]) -> Iterator[_T]:
-    def work(low: int, high: int) -> list[_T]:
-        return [measure(parts, start) for start, parts in blocks.grains(low, high)]
-
-    for block in blocks._in_order(work):
-        yield from block
 
 
 class _Search:

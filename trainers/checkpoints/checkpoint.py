@@ -6,13 +6,13 @@ saved on a disk of each host, more often; the newest good step of both is restor
 
 `Checkpointer` is the way into this folder for a run; what only reads a checkpoint begins with restore_params.py. Below them:
 
-    commit                           the end of a save, and which steps stay
-    local_tier, local_step           the steps on a disk of each host
-    restore, transformed, initial    the state of a run, of this one or of another
-    base_step, saved_layers          steps without a base model, and with layers in another layout
-    stream_checkpoint                steps that are written block by block
+    commit                      the end of a save, and which steps stay
+    local_tier                  the steps on a disk of each host
+    restore, initial            the state of a run, of this one or of another
+    base_step                   steps without a base model
+    stream_checkpoint           steps that are written block by block
     step_dir, manifest, array_files, state_tree, agreement
-                                     files, checksums, arrays and Orbax, names, processes
+                                files, checksums, arrays and Orbax, names, processes
 """
 
 import concurrent.futures

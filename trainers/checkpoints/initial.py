@@ -1,16 +1,39 @@
-"""The checkpoint that a new run starts from, and which parts of it the run uses."""
+"""The checkpoint that a new run starts from, which parts of it the run uses, and how another model's is transformed.
+
+A tree transform makes parameters, and optimiser moments that are matched by name: in an optimiser that wraps another
+(clipping, decay of factors) their paths differ.
+"""
 
 import dataclasses
+import logging
 import os
-from collections.abc import Sequence
-from typing import Literal, get_args
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
-from espalier.model.transforms.base import TreeTransform
-from espalier.trainers.checkpoints.restore_params import Assignment
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from espalier.model.transforms import base
+from espalier.model.transforms.base import Power, Recipe, Source, TreeTransform
+from espalier.trainers.checkpoints import base_step, state_tree
+from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
+from espalier.trainers.checkpoints.manifest import Manifest
+from espalier.trainers.checkpoints.restore_params import (
+    Assignment,
+    CheckpointMismatchError,
+    as_saved,
+    is_added,
+    restore_params,
+)
 
 Scope = Literal["params", "phase", "state"]
 Data = Literal["restart", "continue"]
 Moments = Literal["reset", "carry"]
+_log = logging.getLogger(__name__)
+# Names in optax's states, and the moment of the gradient in the leaves below each.
+_POWERS: Mapping[str, Power] = {"mu": "first", "trace": "first", "nu": "second"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,3 +119,161 @@ class InitialCheckpoint:
 
 
 NEW_PARAMETERS = InitialCheckpoint()
+
+
+def transformed(
+    step: epath.Path,
+    recorded: Manifest,
+    state: Any,
+    transform: TreeTransform,
+    initial: InitialCheckpoint,
+) -> Any:
+    """Returns a fresh state with transformed parameters and, if `initial.moments` is 'carry', moments.
+
+    Args:
+      step: the step directory.
+      recorded: its manifest.
+      state: a fresh TrainState of the new model.
+      transform: a transform of one source, see model/transforms/base.py.
+      initial: options.
+
+    Raises:
+      TransformError: the transform does not support the checkpoint.
+      ValueError: the moments cannot be transformed.
+      DamagedCheckpointError, CheckpointMismatchError.
+    """
+    entries = base_step.entries(step, recorded, "ema" if initial.use_ema else "raw")
+    saved = {name: tuple(entry.shape) for name, entry in entries.items()}
+    everything = state_tree.flatten(state.params)
+    fresh = {
+        name: leaf
+        for name, leaf in everything.items()
+        if name in saved or not is_added(name, initial.added)
+    }
+    recipes, inputs = plan_transform(transform, saved, fresh)
+    # `restore_params` checks the checkpoint's parameters by `assignment` and `strict`.
+    source = state_tree.flatten(
+        restore_params(
+            step,
+            state_tree.nest(inputs),
+            assignment=initial.assignment,
+            strict=initial.strict,
+            use_ema=initial.use_ema,
+        )
+    )
+    params = base.apply(recipes, lambda _, name: source[name])
+    params = {
+        name: jax.device_put(jnp.asarray(params[name], leaf.dtype), sharding_of(leaf))
+        for name, leaf in fresh.items()
+    }
+    params = {**everything, **params}
+    _log.info("initial parameters from %s:\n%s", step, "\n".join(base.table(recipes)))
+    new = state.replace(params=state_tree.unflatten(params, state.params))
+    if initial.moments == "carry":
+        new = new.replace(
+            opt_state=_carried(step, recorded, state.opt_state, recipes, source, params)
+        )
+    return new
+
+
+def plan_transform(
+    transform: TreeTransform, saved: base.Shapes, target: state_tree.Flat
+) -> tuple[list[Recipe], state_tree.Flat]:
+    """Returns the recipes of a transform, and the abstract arrays that they read from the checkpoint, by path.
+
+    Args:
+      transform: a transform of one source.
+      saved: shapes of the checkpoint's parameters, by path.
+      target: the new model's parameters or their shapes, by path.
+
+    Raises:
+      TransformError: the transform does not support the checkpoint.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
+    recipes = transform.plan([Source("the checkpoint", saved)], shapes)
+    base.check_target(recipes, shapes)
+    wanted: state_tree.Flat = {}
+    for recipe in recipes:
+        leaves = [target[name] for name in recipe.outputs]
+        names = [name for _, name in recipe.inputs]
+        if recipe.abstract_inputs:
+            wanted.update(zip(names, recipe.abstract_inputs(leaves), strict=True))
+            continue
+        like = leaves[0]
+        for name in names:
+            shape = saved.get(name, like.shape)
+            # An input whose shape differs from the output's is replicated.
+            whole = jax.ShapeDtypeStruct(shape, like.dtype, sharding=_replicated(like))
+            wanted[name] = like if shape == like.shape else whole
+    return recipes, wanted
+
+
+def _replicated(leaf: Any) -> jax.sharding.Sharding:
+    sharding = sharding_of(leaf)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+def _carried(
+    step: epath.Path,
+    recorded: Manifest,
+    opt_state: Any,
+    recipes: Sequence[Recipe],
+    source: state_tree.Flat,
+    params: state_tree.Flat,
+) -> Any:
+    """Returns the optimiser's state with the checkpoint's moments, transformed."""
+    ours = state_tree.flatten({"opt_state": opt_state})
+    trees = {
+        match[1]: match[2]
+        for name in ours
+        if (match := re.fullmatch(rf"(.*/({'|'.join(_POWERS)}))/.+", name))
+    }
+    unmatched = [
+        name
+        for name, leaf in ours.items()
+        if leaf.ndim and not any(name.startswith(f"{tree}/") for tree in trees)
+    ]
+    if not trees or unmatched or any(recipe.moments is None for recipe in recipes):
+        raise ValueError(
+            f"INITIAL_MOMENTS = 'carry': {unmatched[0] if unmatched else 'the state'} of this optimiser has no "
+            "image under the transform; use 'reset'."
+        )
+    theirs = {tree: _moments(recorded, kind, step) for tree, kind in trees.items()}
+    wanted, counts = {}, {}
+    for tree in trees:
+        for name, leaf in source.items():
+            stored = f"{theirs[tree]}/{name}"
+            wanted[stored] = as_saved(recorded, stored, leaf)
+        count, stored = (f"{x.rpartition('/')[0]}/count" for x in (tree, theirs[tree]))
+        if count in ours and stored in recorded.arrays:
+            counts[count] = stored
+            wanted[stored] = as_saved(recorded, stored, ours[count])
+    arrays = read_verified(step, recorded, wanted)
+    new = {**ours, **{count: arrays[stored] for count, stored in counts.items()}}
+    for tree, kind in trees.items():
+        for recipe in recipes:
+            assert recipe.moments is not None
+            parts = [arrays[f"{theirs[tree]}/{name}"] for _, name in recipe.inputs]
+            values = [params[name] for name in recipe.outputs]
+            moments = recipe.moments(parts, values, _POWERS[kind])
+            for name, value in zip(recipe.outputs, moments, strict=True):
+                leaf = ours[f"{tree}/{name}"]
+                new[f"{tree}/{name}"] = jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+    return state_tree.unflatten(new, {"opt_state": opt_state})["opt_state"]
+
+
+def _moments(recorded: Manifest, kind: str, step: epath.Path) -> str:
+    """Returns the path of the checkpoint's moments of this kind."""
+    paths = {
+        match[1]
+        for name in recorded.arrays
+        if (match := re.fullmatch(rf"(opt_state/(?:.*/)?{kind})/.+", name))
+    }
+    if len(paths) != 1:
+        raise CheckpointMismatchError(
+            f"checkpoint {step} has {len(paths)} sets of moments {kind!r} where this optimiser has one: "
+            "INITIAL_MOMENTS = 'reset' begins with none."
+        )
+    return paths.pop()

@@ -16,7 +16,7 @@ from etils import epath
 from espalier.trainers.anomaly import GATHERED, STATISTICS
 from espalier.trainers.checkpoints import base_step, state_tree, step_dir
 from espalier.trainers.checkpoints.array_files import read_verified, sharding_of
-from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint
+from espalier.trainers.checkpoints.initial import NEW_PARAMETERS, InitialCheckpoint, transformed
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from espalier.trainers.checkpoints.restore_params import (
     CheckpointMismatchError,
@@ -237,8 +237,6 @@ def _restore_variables(
         recorded = step_dir.read_manifest(step)
         record = step_dir.read_record(step, recorded)
         if initial.transform is not None:
-            from espalier.trainers.checkpoints.transformed import transformed  # of upcycling alone
-
             new = transformed(step, recorded, state, initial.transform, initial)
         else:
             names = ("assignment", "strict", "use_ema", "added")

@@ -29,7 +29,7 @@ from espalier.trainers.checkpoints.manifest import (
     is_inside,
 )
 from espalier.trainers.telemetry import marks, metrics
-from espalier.trainers.telemetry.json_numbers import is_count, is_number
+from espalier.trainers.telemetry.marks import is_count, is_number
 from espalier.trainers.telemetry.metric_writers import MARKS
 
 STATE = "state"

@@ -21,13 +21,20 @@ from espalier.model import rows
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.kv_cache.full import FullCache
 from espalier.model.transforms import layer_stack
-from espalier.trainers.decoding import beam, few_programs, memory
-from espalier.trainers.decoding.buckets import batches_by_length, bucket_length, in_order, padded
+from espalier.trainers.decoding import beam
+from espalier.trainers.decoding.buckets import (
+    batches_by_length,
+    bucket_length,
+    grouped,
+    in_order,
+    padded,
+    program_tokens,
+)
 from espalier.trainers.decoding.decode import Settings, advance, begin
-from espalier.trainers.decoding.prefill import prefill, repeated
+from espalier.trainers.decoding.prefill import check_memory, prefill, repeated
 from espalier.trainers.decoding.sampling import RowSampling, seen_in
 from espalier.trainers.decoding.settings import Draw
-from espalier.trainers.decoding.watched import Watch, Watched
+from espalier.trainers.decoding.stop_strings import Watch, Watched
 
 # (prompt, sample, continuation), called when a row has ended, before the other rows of its batch have.
 Ended = Callable[[int, int, "Continuation"], None]
@@ -83,7 +90,7 @@ class Decoder:
     """Continues prompts in batches of similar length; compiles once for each of a few lengths.
 
     Batches of another length get programs of their own only if these save more padding than they cost
-    (trainers/decoding/few_programs.py).
+    (trainers/decoding/buckets.py).
 
     A continuation depends on the seed, the index of its prompt and the number of the sample, not on its batch.
 
@@ -228,7 +235,7 @@ class Decoder:
             options = [(rows * length + 2 * self._program_tokens, length)]
             return min(options + [(rows * other, other) for other in known if other >= length])
 
-        groups = few_programs.grouped(
+        groups = grouped(
             counts,
             lambda one, other: (max(one[0], other[0]), one[1] + other[1]),
             lambda group: program(group)[0],
@@ -237,7 +244,7 @@ class Decoder:
 
     @functools.cached_property
     def _program_tokens(self) -> float:
-        return few_programs.program_tokens(self._model, self._params)
+        return program_tokens(self._model, self._params)
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[int], length: int, seed: int
@@ -429,7 +436,7 @@ class Decoder:
         if (name, length) not in self._programs:
             began = time.perf_counter()
             check = functools.partial(
-                memory.check,
+                check_memory,
                 max_new_tokens=self._settings.max_new_tokens,
                 rows=self._batch_size,
                 devices=1 if self._sharding is None else self._sharding.mesh.size,

@@ -1,13 +1,17 @@
-"""Decodes tokens to text as they are generated, in whole characters, until a stop string."""
+"""What ends a row while its tokens are generated: a stop string in its text, or a function that sees its tokens."""
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 # The replacement character, which decoders write for bytes that are not a complete character.
 BROKEN = "\N{REPLACEMENT CHARACTER}"
+# (prompt, sample, new tokens since the last call) -> number of these to keep if the row ends there, else None.
+Watch = Callable[[int, int, Sequence[int]], int | None]
 
 
 class GrowingText:
-    """The text of one row of tokens, extended token by token.
+    """The text of one row of tokens, extended token by token, in whole characters, until a stop string.
 
     A token may be a part of a character, and a tokenizer may decode a token differently after another token (spaces
     between words). A few earlier tokens are therefore decoded together with the new ones, and text is returned only when
@@ -84,3 +88,35 @@ def _overlap(text: str, stop: str) -> int:
     """Returns the number of characters at the end of a text that are the start of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Watched:
+    """Calls a watch with the new tokens of one batch, and records the rows that it has ended.
+
+    Args:
+      watch: called for every row that has new tokens; None does not end rows.
+      batch: the index of each prompt. The `samples` rows of a prompt are adjacent; rows that fill the batch are last.
+      samples: number of rows of each prompt.
+
+    Attributes:
+      lengths: number of tokens of each row that the watch has ended, by row.
+    """
+
+    def __init__(self, watch: Watch | None, batch: Sequence[int], samples: int):
+        self._watch = watch
+        self._rows = [(i, sample) for i in batch for sample in range(samples)]
+        self._shown = [0] * len(self._rows)
+        self.lengths: dict[int, int] = {}
+
+    def look(self, tokens_RM: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
+        """Passes new tokens to the watch; returns whether each row has ended, [R]."""
+        if self._watch is not None:
+            for r, (i, sample) in enumerate(self._rows):
+                shown, count = self._shown[r], int(counts_R[r])
+                if r in self.lengths or shown == count:
+                    continue
+                keep = self._watch(i, sample, tokens_RM[r, shown:count].tolist())
+                self._shown[r] = count
+                if keep is not None:
+                    self.lengths[r] = shown + keep
+        return np.isin(np.arange(len(counts_R)), list(self.lengths))

@@ -21,8 +21,7 @@ from espalier.model.kernels.platform import use_reference_forms
 from espalier.model.kernels.vocab_logits import LogitForm
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import spread
-from espalier.trainers.influence.blocks import Precision
-from espalier.trainers.influence.kronecker import Curvature
+from espalier.trainers.influence.kronecker import Curvature, Precision
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.objectives.base import Batch
 from espalier.trainers.objectives.forward import decoder_arguments

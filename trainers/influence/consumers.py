@@ -4,7 +4,7 @@ A consumer's results take the place of a gradient, so that no activation outlive
 remat, memory is one layer's. Consumers are static arguments of compiled programs, hence frozen dataclasses.
 
 Shapes: B batch, T length, Q queries, X inputs (with the bias row), Y outputs, E experts, R rows of experts, r rank;
-n blocks of size s (trainers/influence/blocks.py).
+n blocks of size s (trainers/influence/kronecker.py).
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from espalier.model.kernels.platform import target_platform
 from espalier.model.moe.grouped_matmul import grouped_matmul
-from espalier.trainers.influence import blocks
-from espalier.trainers.influence.blocks import Precision
+from espalier.trainers.influence import kronecker
+from espalier.trainers.influence.kronecker import Precision
 from espalier.trainers.influence.sites import Site
 
 Arrays = Mapping[str, Any]
@@ -124,7 +124,7 @@ class Covariances:
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
         def square(width: int) -> jax.Array:
-            size = blocks.block_size(width, self.blocks)
+            size = kronecker.block_size(width, self.blocks)
             return jnp.zeros((*site.lead, self.blocks, size, size), self.dtype)
 
         count = jnp.zeros(site.lead, self.dtype)
@@ -132,7 +132,7 @@ class Covariances:
 
     def dense(self, a_BTX, g_BTY, mask_BT, inputs):
         def square(x):
-            parts = blocks.split(x.reshape(-1, x.shape[-1]), self.blocks)
+            parts = kronecker.split(x.reshape(-1, x.shape[-1]), self.blocks)
             # One plain product for each block: XLA copies the operands of one with a batch axis.
             return jnp.stack([parts[:, n].T @ parts[:, n] for n in range(self.blocks)])
 
@@ -140,7 +140,7 @@ class Covariances:
 
     def experts(self, a_RX, g_RY, rows, inputs):
         def square(x):
-            parts = blocks.split(x, self.blocks)
+            parts = kronecker.split(x, self.blocks)
             each = [
                 outer_by_group(parts[:, n], parts[:, n], rows.sizes_E) for n in range(self.blocks)
             ]
@@ -193,17 +193,17 @@ class Squares:
     precision: Precision = "highest"
 
     def zeros(self, site: Site, batch: int, length: int) -> Any:
-        widths = [blocks.padded_width(d, self.blocks) for d in (site.inputs, site.outputs)]
+        widths = [kronecker.padded_width(d, self.blocks) for d in (site.inputs, site.outputs)]
         return jnp.zeros((*site.lead, *widths), self.dtype)
 
     def dense(self, a_BTX, g_BTY, mask_BT, inputs):
         with jax.default_matmul_precision(self.precision):
-            a, g = blocks.rotate(a_BTX, inputs["qa"]), blocks.rotate(g_BTY, inputs["qs"])
+            a, g = kronecker.rotate(a_BTX, inputs["qa"]), kronecker.rotate(g_BTY, inputs["qs"])
         return sum_of_squares(jnp.einsum("btx,bty->bxy", a, g)).astype(self.dtype)
 
     def experts(self, a_RX, g_RY, rows, inputs):
         def rotated(x, q_ENSK):
-            parts = blocks.split(x, q_ENSK.shape[1])
+            parts = kronecker.split(x, q_ENSK.shape[1])
             each = [
                 grouped_matmul(parts[:, n], q_ENSK[:, n].astype(x.dtype), rows.sizes_E)
                 for n in range(q_ENSK.shape[1])
@@ -216,7 +216,7 @@ class Squares:
         return squares.reshape(-1, rows.batch, *squares.shape[1:]).sum(1).astype(self.dtype)
 
     def finish(self, site, gradient, inputs):
-        rotate = jax.vmap(lambda v: blocks.rotate_matrix(v, inputs["qa"], inputs["qs"]))
+        rotate = jax.vmap(lambda v: kronecker.rotate_matrix(v, inputs["qa"], inputs["qs"]))
         with jax.default_matmul_precision(self.precision):
             rotated = rotate(gradient)
         return sum_of_squares(rotated)

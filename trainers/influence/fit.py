@@ -1,33 +1,36 @@
 """Fits EK-FAC factors in three stages, each of which is on disk once it is done and continues after a stop.
 
 covariances: sums of a a^T and g g^T over the tokens of all documents.
-eigen:       their eigenvectors and eigenvalues.
+eigen:       their eigenvectors and eigenvalues; every covariance is decomposed on one device of the mesh, and only its process
+             reads it.
 squares:     the corrected eigenvalues, from a second pass with labels of other draws.
 
 Labels are drawn by document and position, and sums are saved between windows of documents, so that a continued fit equals
 an uninterrupted one bit for bit.
+
+Shapes: L layers, E experts, n blocks of size s.
 """
 
+import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from espalier.common.bars import Bar
 from espalier.trainers.checkpoints import agreement
-from espalier.trainers.influence import documents, eigen, files, kronecker, spread
-from espalier.trainers.influence.backward import backward
-from espalier.trainers.influence.blocks import Precision
+from espalier.trainers.influence import files, kronecker, spread
 from espalier.trainers.influence.consumers import Consumer, Covariances, Squares
+from espalier.trainers.influence.documents import Reader, windows
+from espalier.trainers.influence.kronecker import Precision
 from espalier.trainers.influence.settings import FitSettings
 from espalier.trainers.influence.sites import Site, select
 from espalier.trainers.scoring.scoring import Row
@@ -36,62 +39,9 @@ STAGES = ("covariances", "eigen", "squares")
 SAVE_SECONDS = 300.0  # between two saves of an unfinished sum
 _PARTIAL = ".partial"
 UNFINISHED = (f"covariances{_PARTIAL}", f"squares{_PARTIAL}")  # folders of unfinished sums
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reader:
-    """How a model reads documents.
-
-    Attributes:
-      model, params: a language model and its parameters.
-      batch_size: rows of a batch.
-      sharding: sharding of a batch's rows; calls must be within its mesh. None on one device.
-    """
-
-    model: Any
-    params: Any
-    batch_size: int
-    sharding: NamedSharding | None = None
-    _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def whole(self) -> NamedSharding | None:
-        """The sharding of results, which every device has whole."""
-        return None if self.sharding is None else NamedSharding(self.sharding.mesh, PartitionSpec())
-
-    def compiled(self, sites: Mapping[str, Site], consumer: Consumer) -> Callable[..., Any]:
-        """Returns `backward` of the sites, compiled: called with (params, inputs, batch, key)."""
-
-        def run(params: Any, inputs: Any, batch: Any, key: Any) -> Any:
-            return backward(self.model, sites, consumer, params, inputs, batch, key=key)
-
-        out_shardings: Any = self.whole
-        if consumer.matrices and self.sharding is not None:
-            zeros = {p: functools.partial(consumer.zeros, site, 1, 1) for p, site in sites.items()}
-            shapes = {p: jax.eval_shape(make) for p, make in zeros.items()}
-            out_shardings = (spread.shardings(self.sharding.mesh, shapes), self.whole)
-        key = (tuple(sites), consumer)
-        return self._programs.setdefault(key, jax.jit(run, out_shardings=out_shardings))
-
-    def place(self, arrays: Any) -> Any:
-        return documents.placed(arrays, self.sharding)
-
-    def place_spread(self, arrays: Any) -> Any:
-        """Returns sums, eigenvectors and queries, arrays or tensors of files, on the devices, which have a part of each."""
-
-        def place(x: Any) -> jax.Array:
-            if self.sharding is None:
-                return jax.device_put(np.asarray(x))
-            # Each process reads its own parts. `device_put` would compare the whole array between processes.
-            own = spread.sharding(self.sharding.mesh, x.shape)
-            return jax.make_array_from_callback(x.shape, own, lambda index: x[index])
-
-        return jax.tree.map(place, arrays)
-
-    def batches(self, rows: Sequence[Row], first: int) -> Any:
-        return documents.batches(
-            rows, first=first, batch_size=self.batch_size, limit=self.model.max_length
-        )
+_Unit = tuple[str, tuple[int, ...]]  # a site, and the index [L, E, n] of its covariances
+_SIDES = ("a", "s")
+_DEVICE = "device"  # of this process, without a mesh
 
 
 def fit(
@@ -125,7 +75,7 @@ def fit(
         saved()
     if not files.exists(folder / "eigen"):
         wide = np.dtype(settings.sum_dtype)
-        eigen.write(
+        write_eigen(
             *(folder / "covariances", folder / "eigen"),
             devices=None if reader.sharding is None else [*reader.sharding.mesh.devices.flat],
             dtype=wide,
@@ -182,7 +132,7 @@ def _sums(
     rows = iter(read_documents())
     skipped = sum(1 for _ in zip(range(counts["read"]), rows, strict=False))
     with Bar(desc=target.name, unit="document", total=total, initial=skipped) as progress:
-        for window in documents.windows(rows, reader.batch_size):
+        for window in windows(rows, reader.batch_size):
             for indices, arrays in reader.batches(window, counts["read"]):
                 results, nll_BT = run(reader.params, inputs, reader.place(arrays), key)
                 results = {
@@ -244,3 +194,120 @@ def tokens_of_experts(folder: pathlib.Path, sites: Mapping[str, Site]) -> dict[s
         own = {p: tensors[f"{p}:count"] for p, s in sites.items() if s.experts is not None}
         counts = {path: np.asarray(count) for path, count in own.items()}
     return {p: [math.floor(c.min()), math.floor(c.max())] for p, c in counts.items()}
+
+
+def write_eigen(
+    covariances: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    devices: Sequence[Any] | None,
+    dtype: Any,
+    stored: Any,
+) -> None:
+    """Writes eigenvectors `qa`, `qs` and eigenvalues `la`, `ls` of the covariances in a folder. Every process must call it.
+
+    Args:
+      covariances: folder of the first stage.
+      folder: folder to write.
+      devices: of the mesh, of all processes in one order; None without a mesh.
+      dtype, stored: dtype that eigenvectors are rounded to, and then that of the file; eigenvalues are float64.
+
+    Raises:
+      FactorError: a covariance is not finite.
+    """
+    with files.opened(covariances) as (tensors, _):
+        by_site = files.by_site(tensors)
+        units = [
+            (path, index)
+            for path in sorted(by_site)
+            for index in np.ndindex(by_site[path]["a"].shape[:-2])
+        ]
+        layout: dict[str, Any] = {}
+        for path in sorted(by_site):
+            for side in _SIDES:
+                shape = by_site[path][side].shape
+                layout |= {f"{path}:q{side}": (stored, shape)}
+                layout |= {f"{path}:l{side}": (np.float64, shape[:-1])}
+
+        def decompose(unit: _Unit, device: Any) -> dict[str, np.ndarray]:
+            path, (*lead, block) = unit
+            index = (*lead, slice(block, block + 1))
+            own = {side: by_site[path][side][index] for side in _SIDES}
+            own["count"] = by_site[path]["count"][tuple(lead)]
+            result = kronecker.eigendecomposition(own, name=path, dtype=dtype, eigh=_eigh(device))
+            return {name: x.astype(layout[f"{path}:{name}"][0]) for name, x in result.items()}
+
+        def empty(unit: _Unit) -> dict[str, np.ndarray]:
+            path, index = unit
+            names = ("qa", "la", "qs", "ls")
+            wanted = {name: layout[f"{path}:{name}"] for name in names}
+            return {n: np.empty((1, *s[len(index) :]), d) for n, (d, s) in wanted.items()}
+
+        def pieces() -> Iterator[tuple[str, int, np.ndarray]]:
+            with Bar(total=len(units), desc="eigenvectors", unit="matrix") as progress:
+                for (path, index), result in _shared_out(
+                    units, devices or [_DEVICE], decompose, empty
+                ):
+                    for name, values in result.items():
+                        lead = layout[f"{path}:{name}"][1][: len(index)]
+                        at = int(np.ravel_multi_index(index, lead)) * values.size
+                        yield f"{path}:{name}", at, values
+                    progress.update(1)
+
+        files.write_pieces(folder, layout, pieces(), {})
+
+
+def _shared_out(
+    units: Sequence[_Unit],
+    devices: Sequence[Any],
+    work: Callable[[_Unit, Any], Mapping[str, np.ndarray]],
+    empty: Callable[[_Unit], Mapping[str, np.ndarray]],
+) -> Iterator[tuple[_Unit, Mapping[str, np.ndarray]]]:
+    """Yields every unit with its result, in order, on every process, whichever process did the work.
+
+    As many units are worked on at a time as there are devices, for their memory.
+    """
+    own = jax.process_index()
+
+    def owner(device: Any) -> int:
+        return own if device is _DEVICE else device.process_index
+
+    mine = sum(owner(device) == own for device in devices)
+    with concurrent.futures.ThreadPoolExecutor(max(1, mine)) as threads:
+        for first in range(0, len(units), len(devices)):
+            group = units[first : first + len(devices)]
+            begun = [
+                threads.submit(work, unit, device) if owner(device) == own else None
+                for unit, device in zip(group, devices, strict=False)
+            ]
+            errors = [_factor_error(future) for future in begun if future is not None]
+            failed = [error for one in agreement.gather(errors) for error in one if error]
+            if failed:  # on every process: one that went on would wait for the others
+                raise kronecker.FactorError(failed[0])
+            for i, (unit, device) in enumerate(zip(group, devices, strict=False)):
+                future, begun[i] = begun[i], None  # memory of a result that is sent is free
+                result = empty(unit) if future is None else future.result()
+                yield unit, {n: spread.sent(x, owner(device)) for n, x in result.items()}
+
+
+def _factor_error(future: concurrent.futures.Future[Any]) -> str:
+    """Waits for work, and returns its FactorError as text; raises any other error."""
+    try:
+        future.result()
+    except kronecker.FactorError as error:
+        return str(error)
+    return ""
+
+
+def _eigh(device: Any) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Returns what decomposes symmetric matrices [n, s, s] in float64 on a device; TPUs, which have none, leave it to their host."""
+    if device is _DEVICE or device.platform == "tpu":
+        return np.linalg.eigh
+
+    def eigh(stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Within the mesh of all devices, a program cannot be on one of them.
+        with jax.enable_x64(True), jax.set_mesh(Mesh(np.array([device]), ("one",))):
+            values, vectors = jnp.linalg.eigh(jax.device_put(stack, device))
+            return np.asarray(values), np.asarray(vectors)
+
+    return eigh

@@ -25,7 +25,7 @@ from espalier.common.bars import Bar
 from espalier.model.moe.grouped_matmul import grouped_matmul
 from espalier.trainers.influence import documents, spread
 from espalier.trainers.influence.consumers import outer_by_group
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
 from espalier.trainers.influence.kronecker import Damping, FactorError
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.scoring.scoring import Row

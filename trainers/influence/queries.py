@@ -18,7 +18,7 @@ import numpy as np
 from espalier.common.bars import Bar
 from espalier.trainers.influence import documents, files, spread
 from espalier.trainers.influence.consumers import Gradients, Scores, whole
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
 from espalier.trainers.influence.sites import Site
 from espalier.trainers.scoring.scoring import Row
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -125,14 +124,10 @@ class FrozenCheckpoint:
                 )
 
     def _read(self, step: Any) -> FrozenStep:
-        digests = {
-            name: [str(entry), f"{entry.digest:016x}"] for name, entry in self.arrays(step).items()
-        }
-        text = json.dumps(digests, sort_keys=True).encode()
         meta = step_dir.read_record(step)["meta"]
         return FrozenStep(
             step=os.fspath(step),
-            arrays=hashlib.blake2b(text, digest_size=16).hexdigest(),
+            arrays=base_step.digest(self.arrays(step)),
             meta={k: meta[k] for k in ("vocabulary", "start_token", "add_bos") if k in meta},
         )
 

@@ -19,7 +19,7 @@ from optax import contrib
 
 from espalier.common.ranges import Decay, NonNegative, Positive
 from espalier.trainers import trainable
-from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.gradient_terms import ParamAxes
 from espalier.trainers.optim.schedules import Schedule
 
 Rate = Schedule | float

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from espalier.common.ranges import Size
-from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.gradient_terms import ParamAxes
 
 
 class RecentMean(NamedTuple):

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from espalier.common.bars import Bar
 from espalier.model.kv_cache.full import FullCache
-from espalier.trainers.decoding import few_programs
+from espalier.trainers.decoding import buckets
 from espalier.trainers.decoding.buckets import padded
 from espalier.trainers.decoding.prefill import empty_caches, read
 from espalier.trainers.scoring.scoring import Row, check_lengths
@@ -197,7 +197,7 @@ class LikelihoodScorer:
     """Scores continuations in batches of similar length, with few programs.
 
     A program's batches are equal in size and shape. Another program is made only if it saves more padding than it costs
-    (trainers/decoding/few_programs.py); later calls use the programs of earlier ones, which cost nothing more.
+    (trainers/decoding/buckets.py); later calls use the programs of earlier ones, which cost nothing more.
 
     Args:
       model: a decoder-only module with unrolled layers.
@@ -223,7 +223,7 @@ class LikelihoodScorer:
         self._batch_size = batch_size
         self._row_shards = row_shards
         self._sharding = sharding
-        self._program_tokens = few_programs.program_tokens(model, params)
+        self._program_tokens = buckets.program_tokens(model, params)
         self._programs: set[Program] = set()
         self._earlier: collections.Counter[Shape] = collections.Counter()  # of earlier calls
         whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
@@ -264,7 +264,7 @@ class LikelihoodScorer:
         same: dict[Shape, list[Reading]] = {}
         for reading in readings:
             same.setdefault(reading.shape, []).append(reading)
-        groups = few_programs.grouped(
+        groups = buckets.grouped(
             [Group(shape, len(x), len(x) + self._earlier[shape]) for shape, x in same.items()],
             Group.joined,
             lambda group: self._program(group)[0],

@@ -197,13 +197,12 @@ def cache_bytes(
         *(params, tokens, lengths),
     )
     states = jax.eval_shape(lambda seen: compressed(model, policy, seen, room=room), recording)
-    compressed = [_size(state) for state in states] * depth
+    after = [_size(state) for state in states] * depth
     whole = [_size((seen.k_BTKH, seen.v_BTKH)) for seen in recording.layers] * depth
     peak = max(
-        max(w, k) + sum(compressed[:i])
-        for i, (w, k) in enumerate(zip(whole, compressed, strict=True))
+        max(w, k) + sum(after[:i]) for i, (w, k) in enumerate(zip(whole, after, strict=True))
     )
-    return {"decode": sum(compressed), "peak": max(peak, sum(compressed))}
+    return {"decode": sum(after), "peak": max(peak, sum(after))}
 
 
 def longest_prompt(

@@ -21,7 +21,7 @@ from typing import Any
 from espalier.common.stages import duration
 from espalier.trainers.telemetry import marks
 from espalier.trainers.telemetry.goodput import PARTS, START_PARTS, Goodput
-from espalier.trainers.telemetry.json_numbers import is_count, is_number
+from espalier.trainers.telemetry.marks import is_count, is_number
 
 FILE = "lifetime.json"
 

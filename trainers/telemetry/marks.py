@@ -1,21 +1,34 @@
 """Marks of a file that only grows: its length and checksum at some moments, to verify it when a run goes on.
 
 Each checkpoint holds the marks up to its step. Whatever the file has after the last mark was written later.
+Here are also the kinds of numbers in files that Python reads back: JSON's have any number of digits.
 """
 
 import dataclasses
 import itertools
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 from espalier.common import files
-from espalier.trainers.telemetry.json_numbers import is_count
 
 # More marks are thinned to every other one: the older the rows, the more of them one damage loses.
 _MOST = 64
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a JSON value is a whole number from 0 on that a float holds exactly."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number (NaN and infinities included) that a float holds."""
+    if isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 @dataclasses.dataclass(frozen=True)

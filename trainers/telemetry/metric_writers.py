@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from espalier.common import files
 from espalier.trainers.telemetry import marks as marks_lib
-from espalier.trainers.telemetry.json_numbers import is_count, is_number
-from espalier.trainers.telemetry.marks import Mark
+from espalier.trainers.telemetry.marks import Mark, is_count, is_number
 
 # A flush of an event file waits for the disk, so it is not done for every event.
 _FLUSH_SECONDS = 10

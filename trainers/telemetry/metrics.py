@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from espalier.trainers.telemetry.json_numbers import is_number
+from espalier.trainers.telemetry.marks import is_number
 
 # name -> (sum, weight), arrays of one shape.
 Pairs = Mapping[str, tuple[Any, Any]]

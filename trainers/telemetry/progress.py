@@ -1,9 +1,11 @@
-"""The progress of a run on the screen: a bar on a terminal, plain lines in a file or a pipe."""
+"""The progress of a run on the screen: a bar on a terminal, plain lines in a file or a pipe; Python's stacks when it stands still."""
 
+import contextlib
+import faulthandler
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -12,6 +14,7 @@ from espalier.common.stages import duration
 _HELD_OUT = "eval/"  # begins the names of held-out metrics, eval/TASK/METRIC
 # Metric that only losses of this unit have -> the unit of the loss.
 _UNITS = {"tokens": "nats per token", "images": "nats per image", "pairs": "per pair"}
+_PAUSE = 1.0  # seconds between calls of faulthandler, each of which starts a thread
 
 
 class Progress:
@@ -101,3 +104,30 @@ def _losses(metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns held-out losses by task."""
     names = (name for name in metrics if name.startswith(_HELD_OUT) and name.endswith("/loss"))
     return {name[len(_HELD_OUT) : -len("/loss")]: metrics[name] for name in names}
+
+
+@contextlib.contextmanager
+def watching(seconds: float | None) -> Iterator[Callable[[], None]]:
+    """Context manager: yields a function that the run calls at each step.
+
+    The stacks of all threads are written to standard error whenever it has not been called for `seconds`, such as in a
+    collective that waits for a lost process; the run goes on. They are not written for None, nor without a standard error that
+    is a file.
+    """
+    stderr = sys.__stderr__
+    if seconds is None or stderr is None or stderr.closed:
+        yield lambda: None
+        return
+    armed = float("-inf")
+
+    def step() -> None:
+        nonlocal armed
+        if time.monotonic() - armed >= min(_PAUSE, seconds / 4):
+            armed = time.monotonic()
+            faulthandler.dump_traceback_later(seconds, repeat=True, file=stderr)
+
+    step()
+    try:
+        yield step
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -111,7 +111,7 @@ def _chip_hours(flops: float) -> float:
 
 def plan(model: Model, *, blocks: int, top_k: int = 1) -> Plan:
     """Returns the counts of a model; a matrix [X, Y] has covariances of n blocks of s = ceil(X / n), and of Y likewise."""
-    from espalier.trainers.influence.blocks import block_size, padded_width
+    from espalier.trainers.influence.kronecker import block_size, padded_width
 
     def summed(count: Callable[[Any], float], *, read: bool = False) -> Any:
         """Returns a sum over all matrices; with `read`, over those that read a token."""

@@ -114,21 +114,36 @@ class FineCut(Cut):
       plan: drawing.
       marks: where to cut.
       tools: in order; repeatable.
+      sides: numbers.
+      faces: by name.
       passes: number.
     """
 
     plan: setting_flags.File | None = None
     marks: setting_flags.Names = ("a", "b")
     tools: Sequence[Annotated[str, "TOOL"]] = ()
+    sides: Annotated[Sequence[int], setting_flags.MANY] = (1, 2)
+    faces: Annotated[Sequence[Literal["top", "end"]], setting_flags.MANY] = ()
     passes: Annotated[int, Interval(ge=1)] = 1
 
 
 def test_annotations_say_what_a_value_is_called_and_bases_have_texts():
     words = ("--width=1", "--plan=p", "--marks=x,y", "--tools=saw", "--tools=knife", "--passes=2")
+    words = (*words, "--sides", "3", "4", "--faces", "end", "top")
     values, page = parsed(*words, target=FineCut)
     page = " ".join(page.split())
     own = {"plan": "p", "marks": ("x", "y"), "tools": ["saw", "knife"], "passes": 2}
+    own |= {"sides": [3, 4], "faces": ["end", "top"]}
     assert values == {"width": 1, **own}
     for text in ("--plan FILE", "--marks NAMES", "--tools TOOL", "--passes N", "--width N of the"):
         assert text in page
     assert "(default a,b)" in page and "(default ())" not in page
+    assert "--sides N [N ...] numbers (default 1,2)" in page
+
+
+def test_flags_are_filled_with_the_defaults_of_their_class():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--other", default=1)
+    setting_flags.add(parser, Cut)
+    flags = setting_flags.filled(parser.parse_args(["--width=7", "--no-cooled"]), Cut)
+    assert vars(flags) == {**dataclasses.asdict(Cut(width=7, cooled=False)), "other": 1}

@@ -409,7 +409,7 @@ def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
         return place.command("influence", *words)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stages.eigen, "write", stop)
+        patch.setattr(stages, "write_eigen", stop)
         run("a", *fit, "--batch_size=8")
     with monkeypatch.context() as patch:
         patch.setattr(stages, "Covariances", stop)  # the first stage is there

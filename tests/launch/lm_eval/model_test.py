@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from espalier.launch import convert
+from espalier.launch.convert import __main__ as convert
 from espalier.launch.lm_eval.arguments import options
 from espalier.launch.lm_eval.model import EspalierLM
 from espalier.launch.run.load_run import LoadError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.launch import convert
+from espalier.launch.convert import __main__ as convert
 from espalier.launch.low_rank.factorise import Decomposition, FactoriseFlags
 from espalier.model.hf import load
 from espalier.model.low_rank import factors

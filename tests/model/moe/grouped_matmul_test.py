@@ -216,7 +216,7 @@ def test_a_version_of_jax_without_the_kernels_has_ragged_dot(on, monkeypatch):
     on("9.0")
     assert form.hopper_problem(*halves()) == ""
     monkeypatch.setattr(
-        form, "_MODULES", (*form._HOPPER_MODULES, "jax.experimental.no_such_module")
+        form, "_HOPPER_MODULES", (*form._HOPPER_MODULES, "jax.experimental.no_such_module")
     )
     assert form.hopper_problem(*halves()) == "this version of JAX"
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from espalier.trainers.checkpoints import checkpoint, local_step
+from espalier.trainers.checkpoints import checkpoint, local_tier
 from espalier.trainers.checkpoints.checkpoint import Checkpointer
 from espalier.trainers.checkpoints.commit import CheckpointSaveError
 from espalier.trainers.checkpoints.local_tier import TOKEN, LocalTier
@@ -201,7 +201,7 @@ def test_a_full_local_disk_is_one_warning_and_a_signal_then_saves_shared(
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(local_step, "_bytes", full)
+    monkeypatch.setattr(local_tier, "_bytes", full)
     with opened(grace_seconds=1e-9) as checkpointer:
         checkpointer.restore_latest(like(state_of(0)))
         checkpointer.save(5, state_of(5), occasion="local")

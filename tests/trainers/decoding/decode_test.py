@@ -16,8 +16,7 @@ from espalier.model.kv_cache.full import FullCache
 from espalier.model.kv_cache.policies import policy_named
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.decoding.decoder import Decoder
-from espalier.trainers.decoding.memory import TooLargeError
-from espalier.trainers.decoding.prefill import prefill
+from espalier.trainers.decoding.prefill import TooLargeError, prefill
 from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.decoding.settings import Beams, Draw, Settings
 

@@ -15,17 +15,11 @@ from espalier.model.mlp import GatedMlp
 from espalier.model.moe.moe import MoeMlp
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.checkpoints import state_tree
-from espalier.trainers.influence import (
-    conjugate,
-    documents,
-    kronecker,
-    queries,
-    sites,
-    token_scores,
-)
+from espalier.trainers.influence import conjugate, documents, kronecker, queries, sites
 from espalier.trainers.influence.backward import backward
 from espalier.trainers.influence.consumers import Covariances, Gradients, Rows, Scores, Squares
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
+from espalier.trainers.influence.scores import output_token_scores
 from espalier.trainers.scoring.scoring import Row
 
 V, T = 13, 8
@@ -353,7 +347,7 @@ def test_a_small_step_along_the_inverse_product_changes_the_loss_by_the_score(ca
 
 
 def test_influence_of_predicted_tokens_adds_up_to_the_score(case, preconditioned):
-    influence = token_scores.output_token_scores(case.model, case.sites)
+    influence = output_token_scores(case.model, case.sites)
     want = exact_scores(case, preconditioned)
     query = {p: jnp.take(x, 1, len(case.sites[p].scan)) for p, x in preconditioned.items()}
     scores_BT = influence(case.params, batch_of(), query)
@@ -493,7 +487,7 @@ def test_experts_equal_autodiff_and_a_loop_over_experts(mixture):
         np.testing.assert_allclose(grads[path][0], d, atol=2e-6)
         for e in range(3):
             qa, qs = (jnp.asarray(eigen[path][n][0, e]) for n in ("qa", "qs"))
-            rotate = kronecker.blocks.rotate_matrix
+            rotate = kronecker.rotate_matrix
             want = sum(
                 np.square(rotate(jnp.asarray(grads[path][0, b, e]), qa, qs)) for b in range(3)
             )

@@ -22,7 +22,6 @@ from espalier.trainers import partitioning
 from espalier.trainers.influence import (
     conjugate,
     documents,
-    eigen,
     files,
     fit,
     kronecker,
@@ -350,14 +349,14 @@ def test_each_device_decomposes_some_matrices(tmp_path, monkeypatch):
     sums["mlp:count"] = np.array([7.0, 0, 2])
     files.write(tmp_path / "covariances", sums, {})
     used = []
-    eigh = eigen._eigh
-    monkeypatch.setattr(eigen, "_eigh", lambda device: used.append(device) or eigh(device))
+    eigh = fit._eigh
+    monkeypatch.setattr(fit, "_eigh", lambda device: used.append(device) or eigh(device))
     settings = {"dtype": np.float64, "stored": np.float64}
     stages = {}
     for name, devices in (("one", None), ("mesh", jax.devices()[:4])):
-        eigen.write(tmp_path / "covariances", tmp_path / name, devices=devices, **settings)
+        fit.write_eigen(tmp_path / "covariances", tmp_path / name, devices=devices, **settings)
         stages[name] = files.read(tmp_path / name)[0]
-    assert used[:6] == [eigen._DEVICE] * 6
+    assert used[:6] == [fit._DEVICE] * 6
     # Threads of a round begin in any order.
     assert [*map(set, (used[6:10], used[10:]))] == [{*jax.devices()[:4]}, {*jax.devices()[:2]}]
     want = kronecker.eigendecomposition(files.by_site(sums)["mlp"], name="", dtype=np.float64)
@@ -372,7 +371,9 @@ def test_each_device_decomposes_some_matrices(tmp_path, monkeypatch):
     sums["mlp:s"][1, 1, 0, 0] = np.inf
     files.write(tmp_path / "covariances", sums, {})
     with pytest.raises(kronecker.FactorError, match="covariance 's' of mlp is not finite"):
-        eigen.write(tmp_path / "covariances", tmp_path / "x", devices=jax.devices()[:4], **settings)
+        fit.write_eigen(
+            tmp_path / "covariances", tmp_path / "x", devices=jax.devices()[:4], **settings
+        )
     assert not files.exists(tmp_path / "x")
 
 
@@ -405,11 +406,11 @@ def test_no_process_has_an_array_of_all_processes_twice(processes):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", 4, index)
         from espalier.trainers import partitioning
-        from espalier.trainers.influence import eigen, files, fit, spread
+        from espalier.trainers.influence import files, fit, spread
         mesh = partitioning.make_mesh(shape={"fsdp": 8})
         reader = fit.Reader(model=None, params=None, batch_size=1,
                             sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        eigen._eigh = lambda device: lambda x: (x[..., 0], x)
+        fit._eigh = lambda device: lambda x: (x[..., 0], x)
         spread._LARGE = 0
 
         def grown(call, array_bytes):
@@ -426,8 +427,8 @@ def test_no_process_has_an_array_of_all_processes_twice(processes):
             arrays = {"m:a": x, "m:s": x, "m:count": np.ones(layers)}
             _, written = grown(lambda: files.write(path, arrays, {}), nbytes)
             devices = [*mesh.devices.flat]
-            call = lambda: eigen.write(path, folder / f"eigen{layers}", devices=devices,
-                                       dtype=np.float32, stored=np.float32)
+            call = lambda: fit.write_eigen(path, folder / f"eigen{layers}", devices=devices,
+                                           dtype=np.float32, stored=np.float32)
             _, decomposed = grown(call, nbytes)
             with files.opened(path) as (tensors, _):
                 again, read = grown(lambda: reader.place_spread(tensors["m:a"]), nbytes)

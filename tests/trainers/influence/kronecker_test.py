@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from espalier.trainers.influence import blocks, kronecker, lexical, measures, queries, token_scores
+from espalier.trainers.influence import kronecker, lexical, measures, queries, scores
 from espalier.trainers.influence.kronecker import Curvature, Damping, FactorError
 from espalier.trainers.influence.sites import Site
 
@@ -29,7 +29,7 @@ def eigen_of(a_TX, g_TY, count=None):
 
 def corrected(d_NXY, eigen):
     rotated = [
-        np.asarray(blocks.rotate_matrix(d, *map(jnp.asarray, (eigen["qa"], eigen["qs"]))))
+        np.asarray(kronecker.rotate_matrix(d, *map(jnp.asarray, (eigen["qa"], eigen["qs"]))))
         for d in map(jnp.asarray, d_NXY)
     ]
     return np.square(rotated).mean(0)
@@ -174,7 +174,7 @@ def test_large_damping_gives_the_dot_product_of_gradients(curved):
 def test_blocks_are_those_of_the_diagonal(samples, count):
     """Of 5 inputs in 2 blocks, the second is padded."""
     a, g, d = samples
-    padded = [np.asarray(blocks.split(jnp.asarray(x), count)) for x in (a, g)]
+    padded = [np.asarray(kronecker.split(jnp.asarray(x), count)) for x in (a, g)]
     sums = {side: np.einsum("tns,tnr->nsr", x, x) for side, x in zip("as", padded, strict=True)}
     eigen = kronecker.eigendecomposition(
         {**sums, "count": np.asarray(len(a))}, name="", dtype=float
@@ -183,14 +183,16 @@ def test_blocks_are_those_of_the_diagonal(samples, count):
     curvature = Curvature.of(
         {"m": site}, {"m": eigen}, {"m": corrected(d, eigen)}, Damping(0.1), dtype=np.float64
     )
-    size = blocks.block_size(X, count)
+    size = kronecker.block_size(X, count)
     covariance = a.T @ a / len(a)
     for n in range(count):
         own = covariance[n * size : (n + 1) * size, n * size : (n + 1) * size]
         np.testing.assert_allclose(np.linalg.eigvalsh(own), eigen["la"][n][-len(own) :], atol=1e-10)
     v = jnp.asarray(d[0])
-    rotated = blocks.rotate_matrix(v, *map(jnp.asarray, (eigen["qa"], eigen["qs"])))
-    back = blocks.rotate_matrix_back(rotated, *map(jnp.asarray, (eigen["qa"], eigen["qs"])), (X, Y))
+    rotated = kronecker.rotate_matrix(v, *map(jnp.asarray, (eigen["qa"], eigen["qs"])))
+    back = kronecker.rotate_matrix_back(
+        rotated, *map(jnp.asarray, (eigen["qa"], eigen["qs"])), (X, Y)
+    )
     np.testing.assert_allclose(back, v, atol=1e-12)
     assert np.isfinite(curvature({"m": v}, batched=False)["m"]).all()
     # Padding does not change the mean eigenvalue.
@@ -238,11 +240,11 @@ def test_full_rank_is_exact_and_the_error_falls_with_rank(monkeypatch):
 
 
 def test_one_token_with_all_influence_is_spurious_and_equal_ones_are_not():
-    assert token_scores.concentration([0, -3.0, 0]) == 1
+    assert scores.concentration([0, -3.0, 0]) == 1
     for count in (4, 9, 16):
-        assert token_scores.concentration([-2.0] * count) == 1 / np.sqrt(count)
-    assert token_scores.is_spurious([5.0, 0.1]) and not token_scores.is_spurious([1.0, -1.0, 1.0])
-    assert token_scores.concentration([]) == token_scores.concentration([0.0]) == 0
+        assert scores.concentration([-2.0] * count) == 1 / np.sqrt(count)
+    assert scores.is_spurious([5.0, 0.1]) and not scores.is_spurious([1.0, -1.0, 1.0])
+    assert scores.concentration([]) == scores.concentration([0.0]) == 0
 
 
 def test_lexical_scores_equal_an_example_by_hand():

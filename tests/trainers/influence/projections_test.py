@@ -14,7 +14,7 @@ from espalier.model.moe.moe import MoeMlp
 from espalier.model.transformer import Block, Transformer
 from espalier.trainers.influence import projections, queries, scores, sites
 from espalier.trainers.influence.consumers import Scores, whole
-from espalier.trainers.influence.fit import Reader
+from espalier.trainers.influence.documents import Reader
 from espalier.trainers.influence.kronecker import Damping, FactorError
 from espalier.trainers.scoring.scoring import Row
 

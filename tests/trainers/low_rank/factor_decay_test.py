@@ -13,8 +13,7 @@ from espalier.model import axes
 from espalier.model.low_rank import factors, lowrank
 from espalier.trainers.low_rank import factor_decay
 from espalier.trainers.optim import optimizers
-from espalier.trainers.optim.gradient_terms import make_optimizer
-from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.gradient_terms import ParamAxes, make_optimizer
 
 U = jax.random.normal(jax.random.key(0), (9, 4))
 V = jax.random.normal(jax.random.key(1), (4, 7))

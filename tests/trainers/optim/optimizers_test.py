@@ -14,7 +14,7 @@ from espalier.model.transformer import Transformer
 from espalier.model.transforms import layer_stack
 from espalier.trainers import initialise, trainable
 from espalier.trainers.optim import optimizers, schedules
-from espalier.trainers.optim.param_axes import ParamAxes
+from espalier.trainers.optim.gradient_terms import ParamAxes
 
 pytestmark = pytest.mark.smoke
 

@@ -1,6 +1,8 @@
-"""What a run shows: lines without a terminal, a bar on one, and held-out losses on both."""
+"""What a run shows: lines without a terminal, a bar on one, and held-out losses on both; stacks only when it stands still."""
 
 import io
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +17,28 @@ EVALUATION = {
     "eval/b/tokens": 7.0,
     "indicators/loss": 9.0,
 }
+
+
+ROOT = pathlib.Path(__file__).parents[3]
+PROGRAM = """
+import sys, time
+from espalier.trainers.telemetry.progress import watching
+
+def stand_still():
+    time.sleep(0.7)
+
+with watching(0.3) as progressed:
+    for _ in range(8):
+        time.sleep(0.1)
+        progressed()
+    print("progress", file=sys.stderr, flush=True)
+    stand_still()
+    print("end", file=sys.stderr, flush=True)
+time.sleep(0.4)
+with watching(None) as progressed:
+    progressed()
+    time.sleep(0.4)
+"""
 
 
 class Terminal(io.StringIO):
@@ -63,3 +87,19 @@ def test_units_of_losses():
     for unit, text in (("images", "a 2.000 nats per image"), ("pairs", "a 2.000 per pair")):
         assert progress.held_out_text({"eval/a/loss": 2.0, f"eval/a/{unit}": 4.0}) == text
     assert progress.held_out_text({"loss": 2.0}) == ""
+
+
+def test_stacks_are_written_while_nothing_happens():
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    before, _, after = result.stderr.partition("progress\n")
+    during, _, later = after.partition("end\n")
+    assert before == later == ""
+    assert during.startswith("Timeout (0:00:00.300000)!")
+    assert "in stand_still" in during

@@ -24,7 +24,7 @@ from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.decoding.settings import Settings, eos_ids
 from espalier.trainers.hooks import Hook, HookInterruptedError, RunContext
 from espalier.trainers.objectives.frozen_model import FrozenModel
-from espalier.trainers.preference.indicators import held_out, measures, samples
+from espalier.trainers.preference.indicators import measures, samples
 from espalier.trainers.preference.indicators.alarm import PREFIX, Alarm, Monitor, StoppingRule
 from espalier.trainers.preference.indicators.reader import TOP_K, Reader
 from espalier.trainers.rewards.base import Completion, Reward, StoredReward, finite_rewards, on_mesh
@@ -72,7 +72,7 @@ class PreferenceIndicators(Hook):
     """
 
     run: RunContext
-    pairs: Annotated[Callable[..., held_out.PairStream], CalledWith("task")]
+    pairs: Annotated[Callable[..., samples.PairStream], CalledWith("task")]
     tasks: Sequence[str]
     vocabulary: Any
     every: Size = 50
@@ -97,7 +97,7 @@ class PreferenceIndicators(Hook):
 
     def __post_init__(self):
         self._check()
-        data = held_out.read(
+        data = samples.read_held_out(
             self.pairs, self.tasks, num_pairs=self.num_pairs, num_prompts=self.num_prompts
         )
         self._prompts, self._start = data.prompts, data.start

@@ -21,8 +21,11 @@ from espalier.trainers.preference.losses.pairs import (
     MissingLabelsError,
     MissingReferenceError,
     PairLogProbs,
+    by_completion,
+    pairs_of,
+    tails_weighted,
+    weights_on_policy,
 )
-from espalier.trainers.preference.objectives import completions
 
 # Log-probabilities of P pairs -> losses [P]; the functions are in trainers/preference/losses/.
 PairLoss = Callable[[PairLogProbs], jax.Array]
@@ -66,7 +69,7 @@ def preference(
       ld_alpha: weight of the log-probabilities of tokens past the length of the pair's shorter completion, for policy
         and reference: LD-DPO (arXiv 2409.06411); 1 is DPO. Metrics use the same weights.
       on_policy_weights: multiply the losses of a pair by how likely the policy samples its completions: WPO (arXiv
-        2406.11827), see `completions.on_policy_weights`. Not for losses that sort the pairs of a batch (transport.py).
+        2406.11827), see `pairs.weights_on_policy`. Not for losses that sort the pairs of a batch (transport.py).
       implementation: form of the cross-entropy, see model/kernels/cross_entropy.py.
     """
     names, factors, of_single = _checked(losses, weights)
@@ -84,16 +87,16 @@ def preference(
                 f"The data are single completions with labels (PAIRS_KIND = 'unpaired'), and {', '.join(names)} "
                 "compare pairs: set PAIRS_KIND = 'paired', or choose losses of trainers/preference/losses/unpaired.py."
             )
-        scored = batch if ld_alpha == 1 else completions.tails_weighted(batch, ld_alpha)
+        scored = batch if ld_alpha == 1 else tails_weighted(batch, ld_alpha)
         policy_log_probs_BT = out.log_probs_BT(implementation=implementation)
-        sums_BS = completions.by_completion(scored, policy_log_probs_BT)
+        sums_BS = by_completion(scored, policy_log_probs_BT)
         if reference is None:  # stored log-probabilities are of whole completions, without ld_alpha
             reference_BS = batch.get("reference_log_probs") if ld_alpha == 1 else None
         else:
             frozen = reference.forward(extras, scored, out.variables["params"])
             log_probs_BT = frozen.log_probs_BT(implementation=implementation)
-            reference_BS = completions.by_completion(scored, log_probs_BT)
-        pairs = completions.of_batch(batch, sums_BS, reference_BS)
+            reference_BS = by_completion(scored, log_probs_BT)
+        pairs = pairs_of(batch, sums_BS, reference_BS)
         present_P = pairs.weights > 0
         values = {
             name: jnp.where(present_P, loss(pairs), 0.0)
@@ -105,7 +108,7 @@ def preference(
         weight = pairs.weights.sum()
         weighting: Metrics = {}
         if on_policy_weights:
-            policy_P = pairs.weights * completions.on_policy_weights(
+            policy_P = pairs.weights * weights_on_policy(
                 batch, policy_log_probs_BT, out.log_collisions_BT()
             )
             loss_P *= policy_P

@@ -12,7 +12,7 @@ from espalier.common.ranges import Count, NonNegative
 from espalier.trainers.objectives.base import LossOut, Objective, loss_in
 from espalier.trainers.objectives.forward import Forward, forward_objective, source_losses
 from espalier.trainers.objectives.settings import check_not_negative
-from espalier.trainers.preference.objectives.completions import by_completion
+from espalier.trainers.preference.losses.pairs import by_completion
 
 ENDS = "decoder_ends"
 

@@ -17,7 +17,7 @@ from espalier.model.heads.actor_critic import ActorCritic
 from espalier.model.transformer import Transformer
 from espalier.trainers import initialise, partitioning
 from espalier.trainers.hooks import HookInterruptedError, RunContext
-from espalier.trainers.preference.indicators import held_out, samples
+from espalier.trainers.preference.indicators import samples
 from espalier.trainers.preference.indicators.alarm import StoppingRule
 from espalier.trainers.preference.indicators.hook import PreferenceIndicators
 from espalier.trainers.telemetry import metric_writers
@@ -283,7 +283,9 @@ def test_a_request_to_stop_is_heard_between_batches(tmp_path):
 
 
 def test_outputs_of_another_model_compete(tmp_path):
-    prompts = held_out.read(lambda task: Pairs(), ["a"], num_pairs=None, num_prompts=3).prompts
+    prompts = samples.read_held_out(
+        lambda task: Pairs(), ["a"], num_pairs=None, num_prompts=3
+    ).prompts
     texts = ["aaa", "aab", "bbb"]
     rows = [
         {"prompt": list(prompts[0]), "text": texts[0]},
@@ -334,8 +336,8 @@ def test_which_pairs_are_read_does_not_depend_on_the_order_of_files():
             return self.found[::-1]
 
     settings = {"num_pairs": 3, "num_prompts": 2}
-    found = held_out.read(lambda task: Pairs(task), ["b", "a"], **settings)
-    again = held_out.read(lambda task: Reversed(task), ["a", "b"], **settings)
+    found = samples.read_held_out(lambda task: Pairs(task), ["b", "a"], **settings)
+    again = samples.read_held_out(lambda task: Reversed(task), ["a", "b"], **settings)
     assert found == again and len(found.pairs) == 3 and len(found.prompts) == 2
     assert found.start == (0,)
 

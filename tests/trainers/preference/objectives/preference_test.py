@@ -15,8 +15,12 @@ from espalier.trainers import initialise, inputs
 from espalier.trainers.objectives.forward import frozen_forward
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.preference.losses import direct, terms, transport, unpaired
-from espalier.trainers.preference.losses.pairs import MissingReferenceError
-from espalier.trainers.preference.objectives import completions
+from espalier.trainers.preference.losses.pairs import (
+    MissingReferenceError,
+    by_completion,
+    pairs_of,
+    weights_on_policy,
+)
 from espalier.trainers.preference.objectives.preference import preference
 from espalier.trainers.scoring.scoring import Row, Scorer
 from espalier.trainers.step import make_eval_step, make_train_step
@@ -167,8 +171,8 @@ def test_padding_order_and_splits_change_no_pair():
     @jax.jit
     def each(batch):
         log_probs_BT = frozen_forward(MODEL, POLICY, batch).log_probs_BT()
-        sums_BS = completions.by_completion(batch, log_probs_BT)
-        found = completions.of_batch(batch, sums_BS, batch["reference_log_probs"])
+        sums_BS = by_completion(batch, log_probs_BT)
+        found = pairs_of(batch, sums_BS, batch["reference_log_probs"])
         return sigmoid_loss(found) + 0.3 * margin_of_means(found)
 
     def values(rows, slots, length):
@@ -345,10 +349,10 @@ def test_the_weight_of_a_pair_is_one_where_its_tokens_are_as_likely_as_sampled_o
     batch = batch_of([[p] for p in pairs()], slots=1)
     shape = batch["decoder_target_tokens"].shape
     even = jnp.full(shape, -jnp.log(VOCAB))  # a uniform policy: sum of p^2 is 1 / V
-    np.testing.assert_allclose(completions.on_policy_weights(batch, even, even), 1.0, rtol=1e-6)
-    likelier = completions.on_policy_weights(batch, even + 1.0, even)
+    np.testing.assert_allclose(weights_on_policy(batch, even, even), 1.0, rtol=1e-6)
+    likelier = weights_on_policy(batch, even + 1.0, even)
     np.testing.assert_allclose(likelier, 1.0, rtol=1e-6)  # at most 1
-    rarer = completions.on_policy_weights(batch, even - 0.5, even)
+    rarer = weights_on_policy(batch, even - 0.5, even)
     np.testing.assert_allclose(rarer, np.exp(-1.0), rtol=1e-6)  # whatever the lengths
 
 
