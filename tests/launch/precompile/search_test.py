@@ -6,7 +6,8 @@ import json
 import jax
 import pytest
 
-from espalier.launch.precompile import apart, candidates, command, precompile, search, tpu_topology
+from espalier.launch.precompile import __main__ as command
+from espalier.launch.precompile import apart, candidates, precompile, search, tpu_topology
 from espalier.launch.precompile.candidates import Candidate
 from espalier.launch.precompile.search import Result
 from tests.launch import precompile_test as runs
