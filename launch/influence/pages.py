@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.influence import analyses, tables
-from espalier.launch.influence.ranking import ENDS
+from espalier.launch.influence.outputs import ENDS
 from espalier.launch.plots import html_page
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
@@ -77,7 +77,7 @@ class Made:
 
     Attributes:
       record: what the scores were made from.
-      tops: documents at both ends of each ranking (launch/influence/ranking.py).
+      tops: documents at both ends of each ranking (launch/influence/outputs.py).
       prepared: queries as they were scored.
       given: what was analysed.
       corpus: texts and sources.

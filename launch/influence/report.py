@@ -25,7 +25,7 @@ from espalier.launch import cli
 from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
-from espalier.launch.influence import labels, ranking
+from espalier.launch.influence import labels, outputs
 
 if TYPE_CHECKING:  # it imports jax
     from espalier.launch.influence import pages
@@ -106,9 +106,9 @@ def report(
     from espalier.launch.influence import analyses, pages, statistics
     from espalier.trainers.influence import queries as query_files
 
-    scores = ranking.local(scores)
-    tops = ranking.read_top(scores)
-    prepared, record = query_files.load(pathlib.Path(ranking.queries_folder(scores)))
+    scores = outputs.local_scores(scores)
+    tops = outputs.read_top(scores)
+    prepared, record = query_files.load(pathlib.Path(outputs.queries_folder(scores)))
     queries = queries or record["queries"]["path"]
     documents = documents or record["documents"].get("path")
     _check_same(queries, record["queries"], "queries")
@@ -128,8 +128,8 @@ def report(
         if layers is not None and row.get("layers"):
             layers.add(document, row["layers"])
 
-    ranking.check_stored(tops, top)
-    scores_NQ, norms_N = ranking.read_table(scores, count, add_layers)
+    outputs.check_stored(tops, top)
+    scores_NQ, norms_N = outputs.read_table(scores, count, add_layers)
     if scores_NQ.shape[1] != len(asked):
         raise RowFileError(
             f"--queries={queries} has {len(asked)} queries, and --scores={scores} {scores_NQ.shape[1]}: give the file that was "
@@ -145,13 +145,13 @@ def report(
         for name in ("answer", "procedure")
         if (own := getattr(query, name)) is not None
     }
-    wanted = {i for chosen in ranking.shown(tops, top) for i in chosen}
+    wanted = {i for chosen in outputs.shown(tops, top) for i in chosen}
     limit = record["documents"].get("limit")
     texts = _corpus(scores, documents, wanted, patterns, count=count, limit=limit)
     tokens = _token_rows(scores, queries=len(asked), count=count)
     ranked = scores_NQ
     if rank_by == "per_norm" and norms_N is not None:
-        ranked = ranking.per_norm(scores_NQ, norms_N)
+        ranked = outputs.per_norm(scores_NQ, norms_N)
     given = analyses.Inputs(
         scores_NQ=ranked,
         queries=asked,
@@ -179,9 +179,9 @@ def _others(
     from espalier.trainers.influence import queries as query_files
 
     result: dict[str, Any] = {}
-    for path in map(ranking.local, beside):
-        ranking.read_top(path)
-        _, other = query_files.load(pathlib.Path(ranking.queries_folder(path)))
+    for path in map(outputs.local_scores, beside):
+        outputs.read_top(path)
+        _, other = query_files.load(pathlib.Path(outputs.queries_folder(path)))
         differing = [
             name for name in _COMPARED if _identity(other[name]) != _identity(record[name])
         ]
@@ -189,9 +189,9 @@ def _others(
             raise RowFileError(
                 f"--beside={path} has scores of other {', '.join(differing)} than --scores: give scores of the same files."
             )
-        scores_NQ, norms_N = ranking.read_table(path, count)
+        scores_NQ, norms_N = outputs.read_table(path, count)
         if rank_by == "per_norm" and norms_N is not None:
-            scores_NQ = ranking.per_norm(scores_NQ, norms_N)
+            scores_NQ = outputs.per_norm(scores_NQ, norms_N)
         name = other["method"]
         if name in (record["method"], *result):
             name = f"{name} ({pathlib.Path(path).name})"
@@ -272,7 +272,7 @@ def _corpus(
 
 def _decoded(scores: str) -> dict[int, str]:
     """Returns the texts of documents that were read as tokens."""
-    path = ranking.texts_file(scores)
+    path = outputs.texts_file(scores)
     if not os.path.isfile(path):
         return {}
     rows = row_files.read(path, example='{"document": 0, "text": "..."}')
@@ -292,7 +292,7 @@ def _token_rows(scores: str, *, queries: int, count: int) -> list[dict[str, Any]
     Raises:
       RowFileError: the file is damaged.
     """
-    path = ranking.tokens_file(scores)
+    path = outputs.tokens_file(scores)
     if not os.path.isfile(path):
         return []
     try:
