@@ -24,6 +24,15 @@ from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
 from espalier.launch.run.load_run import LoadError
 
+RECORD = "influence.json"
+SAMPLE = "sample.json"
+SAMPLED = 1024  # first documents of the fit that the folder has, for `ekfac_cg`
+_MAX_RECORD = 64 << 20
+_EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
+_MAX_BYTES = 1 << 30
+# Of each query: the highest and the lowest scores, as they are and divided by the norms of the documents' gradients.
+ENDS = ("top", "bottom", "top_per_norm", "bottom_per_norm")
+
 
 @contextlib.contextmanager
 def opened(
@@ -70,12 +79,6 @@ def opened(
             store.push()
 
         yield os.path.join(store.path, name), push
-
-
-RECORD = "influence.json"
-SAMPLE = "sample.json"
-SAMPLED = 1024  # first documents of the fit that the folder has, for `ekfac_cg`
-_MAX_RECORD = 64 << 20
 
 
 def begin(folder: pathlib.Path, record: Mapping[str, Any], *, out: str) -> None:
@@ -144,12 +147,6 @@ def check_float64(dtype: str) -> None:
         raise LoadError(
             "Factors in float64 (--factor_dtype=float64) need JAX_ENABLE_X64=1 in the environment, to fit them and to score."
         )
-
-
-_EXAMPLE = '{"scores": [0.1, ...], "norm": 2.0}'
-_MAX_BYTES = 1 << 30
-# Of each query: the highest and the lowest scores, as they are and divided by the norms of the documents' gradients.
-ENDS = ("top", "bottom", "top_per_norm", "bottom_per_norm")
 
 
 def queries_folder(scores: str) -> str:
