@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from espalier.common.bars import Bar
 from espalier.common.storage import output_files, paths
@@ -26,9 +26,6 @@ from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
 from espalier.launch.influence import labels, outputs
-
-if TYPE_CHECKING:  # it imports jax
-    from espalier.launch.influence import pages
 
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
@@ -147,7 +144,9 @@ def report(
     }
     wanted = {i for chosen in outputs.shown(tops, top) for i in chosen}
     limit = record["documents"].get("limit")
-    texts = _corpus(scores, documents, wanted, patterns, count=count, limit=limit)
+    texts, sources, matching = _corpus(
+        scores, documents, wanted, patterns, count=count, limit=limit
+    )
     tokens = _token_rows(scores, queries=len(asked), count=count)
     ranked = scores_NQ
     if rank_by == "per_norm" and norms_N is not None:
@@ -156,8 +155,8 @@ def report(
         scores_NQ=ranked,
         queries=asked,
         nats=[max(float(x), analyses.LEAST_NATS) if x == x else None for x in prepared.nats],
-        sources=texts.sources,
-        matching=None if documents is None else texts.matching,
+        sources=sources,
+        matching=None if documents is None else matching,
         layers=layers,
         tokens=tokens,
         method=record["method"],
@@ -165,7 +164,7 @@ def report(
         within=within,
     )
     made = pages.Made(
-        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "corpus": texts},
+        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "texts": texts},
         **{"norms_N": norms_N, "rank_by": rank_by, "top": top},
         analyses=analyses.analyse(given),
     )
@@ -227,8 +226,11 @@ def _corpus(
     *,
     count: int,
     limit: int | None,
-) -> "pages.Corpus":
+) -> tuple[dict[int, str], list[str] | None, Mapping[Any, Any]]:
     """Reads the documents once.
+
+    Returns texts of wanted documents by number; the source of each document, None if no document has one; and numbers of the
+    documents with a pattern, by its key, empty if the documents are no file.
 
     Args:
       scores: file of scores, which decoded texts are beside.
@@ -242,11 +244,11 @@ def _corpus(
       RowFileError: the file of decoded texts is damaged.
       DataError: the file cannot be read.
     """
-    from espalier.launch.influence import inputs, pages
+    from espalier.launch.influence import inputs
 
     texts = _decoded(scores)
     if path is None:
-        return pages.Corpus({i: texts[i] for i in wanted if i in texts}, None, {})
+        return {i: texts[i] for i in wanted if i in texts}, None, {}
     file = row_files.local(path, "documents")
     sources: list[str] = []
 
@@ -265,9 +267,7 @@ def _corpus(
 
     matching = labels.matches(each(), patterns)
     named = any(source != labels.NO_SOURCE for source in sources)
-    return pages.Corpus(
-        {i: texts[i] for i in wanted if i in texts}, sources if named else None, matching
-    )
+    return {i: texts[i] for i in wanted if i in texts}, sources if named else None, matching
 
 
 def _decoded(scores: str) -> dict[int, str]:
