@@ -183,7 +183,7 @@ def test_candidates_are_compiled_without_the_flags_of_the_search():
 
 
 def test_stored_results_are_json(tmp_path):
-    timed(tmp_path, lambda *_: (report(3), "", False))(candidate())
+    timed(tmp_path, lambda one, _: (search.Result(one, report(3)), False))(candidate())
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["candidate"] == "8 rows, fsdp 8, fsdp, remat full"
 
