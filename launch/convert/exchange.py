@@ -35,6 +35,11 @@ from espalier.trainers.checkpoints import array_files, manifest, step_dir, strea
 from espalier.trainers.checkpoints.manifest import DamagedCheckpointError, Manifest
 from espalier.trainers.checkpoints.stream_checkpoint import StreamedArray
 
+_BLOCK_BYTES = 1 << 24
+# Fields of config.json that do not depend on the architecture; the export of a changed model copies them.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_COPIED = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
+
 
 def import_hf(source: str, target: str, *, dtype: str | None = None) -> str:
     """Writes a new run directory `target` with the weights of a Hugging Face checkpoint, stored as `dtype` if not None.
@@ -115,12 +120,6 @@ def _streamed(checked: Plan, path: str, bar: Any) -> StreamedArray:
 def progress(total: int) -> Any:
     """Returns a progress bar over bytes."""
     return Bar(total=total, unit="B", unit_scale=True, desc="weights")
-
-
-_BLOCK_BYTES = 1 << 24
-# Fields of config.json that do not depend on the architecture; the export of a changed model copies them.
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COPIED = (*_TOKEN_IDS, "max_position_embeddings", "initializer_range", "use_cache")
 
 
 def export_hf(

@@ -48,6 +48,9 @@ _ONES = [
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _LARGEST_IN_WORDS = 999_999
 _NUMBER, _WORD = re.compile(r"-?\d{1,15}"), re.compile(r"\w+")
+ALL = "all queries"
+NO_SOURCE, OTHER_SOURCES = "(none)", "(others)"
+_MOST = 100  # characters of a name
 
 
 def pattern(value: Any) -> Pattern:
@@ -243,11 +246,6 @@ def presence_table(
                 }
             )
     return rows
-
-
-ALL = "all queries"
-NO_SOURCE, OTHER_SOURCES = "(none)", "(others)"
-_MOST = 100  # characters of a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

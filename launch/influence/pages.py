@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.influence import analyses, tables
-from espalier.launch.influence.ranking import ENDS
+from espalier.launch.influence.outputs import ENDS
 from espalier.launch.plots import html_page
 
 _POLICY = "default-src 'none'; script-src '{script}'; style-src '{style}'; base-uri 'none'; form-action 'none'"
@@ -56,31 +56,16 @@ def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """The documents.
-
-    Attributes:
-      texts: texts of wanted documents by number.
-      sources: source of each document; None if no document has one.
-      matching: numbers of the documents with a pattern, by its key; empty if the documents are no file.
-    """
-
-    texts: Mapping[int, str]
-    sources: list[str] | None
-    matching: Mapping[Any, np.ndarray]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
     """What a report is made of.
 
     Attributes:
       record: what the scores were made from.
-      tops: documents at both ends of each ranking (launch/influence/ranking.py).
+      tops: documents at both ends of each ranking (launch/influence/outputs.py).
       prepared: queries as they were scored.
       given: what was analysed.
-      corpus: texts and sources.
+      texts: texts of documents by number.
       analyses: of all scores.
       norms_N: norms of the documents' gradients, or None.
       rank_by: 'score' or 'per_norm'.
@@ -91,7 +76,7 @@ class Made:
     tops: Mapping[str, Any]
     prepared: Any
     given: analyses.Inputs
-    corpus: Corpus
+    texts: Mapping[int, str]
     analyses: Mapping[str, Any]
     norms_N: np.ndarray | None
     rank_by: str
@@ -100,6 +85,10 @@ class Made:
     def nats(self, query: int) -> float | None:
         """Returns the negative log-likelihood of a completion; None where the method has none."""
         return _known(self.prepared.nats[query])
+
+    def source(self, document: int) -> str | None:
+        sources = self.given.sources
+        return None if sources is None else sources[document]
 
     def per_nat(self, query: int, score: float) -> float | None:
         nats = self.given.nats[query]
@@ -138,9 +127,9 @@ def table(made: Made) -> dict[str, Any]:
                     "score": item["score"],
                     "per_nat": made.per_nat(q, item["score"]),
                     "value": item["value"],
-                    "source": _source(made.corpus, item["document"]),
+                    "source": made.source(item["document"]),
                     "spurious": spurious.get((q, item["document"])),
-                    "text": made.corpus.texts.get(item["document"]),
+                    "text": made.texts.get(item["document"]),
                 }
                 for item in tops[f"{end}{suffix}"][: made.top]
             ]
@@ -161,10 +150,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(x) for x in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _source(corpus: Corpus, document: int) -> str | None:
-    return None if corpus.sources is None else corpus.sources[document]
 
 
 def compression(made: Made) -> dict[str, Any] | None:
@@ -312,7 +297,7 @@ def shown(made: Made) -> dict[str, Any]:
                 for item in items
             ]
         queries.append(entry)
-    texts = {i: made.corpus.texts.get(i, "") for i in sorted(numbers)}
+    texts = {i: made.texts.get(i, "") for i in sorted(numbers)}
     return _plain(
         {
             **{"method": made.record["method"], "count": made.tops["documents"]},
@@ -321,7 +306,7 @@ def shown(made: Made) -> dict[str, Any]:
             "documents": {
                 i: {
                     **{"text": text[:MOST_TEXT], "cut": len(text) > MOST_TEXT},
-                    "source": _source(made.corpus, i),
+                    "source": made.source(i),
                 }
                 for i, text in texts.items()
             },

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from espalier.common.bars import Bar
 from espalier.common.storage import output_files, paths
@@ -25,10 +25,7 @@ from espalier.launch import cli
 from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
-from espalier.launch.influence import labels, ranking
-
-if TYPE_CHECKING:  # it imports jax
-    from espalier.launch.influence import pages
+from espalier.launch.influence import labels, outputs
 
 _COMPARED = ("queries", "documents", "length")  # what --beside must have in common
 
@@ -106,9 +103,9 @@ def report(
     from espalier.launch.influence import analyses, pages, statistics
     from espalier.trainers.influence import queries as query_files
 
-    scores = ranking.local(scores)
-    tops = ranking.read_top(scores)
-    prepared, record = query_files.load(pathlib.Path(ranking.queries_folder(scores)))
+    scores = outputs.local_scores(scores)
+    tops = outputs.read_top(scores)
+    prepared, record = query_files.load(pathlib.Path(outputs.queries_folder(scores)))
     queries = queries or record["queries"]["path"]
     documents = documents or record["documents"].get("path")
     _check_same(queries, record["queries"], "queries")
@@ -128,8 +125,8 @@ def report(
         if layers is not None and row.get("layers"):
             layers.add(document, row["layers"])
 
-    ranking.check_stored(tops, top)
-    scores_NQ, norms_N = ranking.read_table(scores, count, add_layers)
+    outputs.check_stored(tops, top)
+    scores_NQ, norms_N = outputs.read_table(scores, count, add_layers)
     if scores_NQ.shape[1] != len(asked):
         raise RowFileError(
             f"--queries={queries} has {len(asked)} queries, and --scores={scores} {scores_NQ.shape[1]}: give the file that was "
@@ -145,19 +142,21 @@ def report(
         for name in ("answer", "procedure")
         if (own := getattr(query, name)) is not None
     }
-    wanted = {i for chosen in ranking.shown(tops, top) for i in chosen}
+    wanted = {i for chosen in outputs.shown(tops, top) for i in chosen}
     limit = record["documents"].get("limit")
-    texts = _corpus(scores, documents, wanted, patterns, count=count, limit=limit)
+    texts, sources, matching = _corpus(
+        scores, documents, wanted, patterns, count=count, limit=limit
+    )
     tokens = _token_rows(scores, queries=len(asked), count=count)
     ranked = scores_NQ
     if rank_by == "per_norm" and norms_N is not None:
-        ranked = ranking.per_norm(scores_NQ, norms_N)
+        ranked = outputs.per_norm(scores_NQ, norms_N)
     given = analyses.Inputs(
         scores_NQ=ranked,
         queries=asked,
         nats=[max(float(x), analyses.LEAST_NATS) if x == x else None for x in prepared.nats],
-        sources=texts.sources,
-        matching=None if documents is None else texts.matching,
+        sources=sources,
+        matching=None if documents is None else matching,
         layers=layers,
         tokens=tokens,
         method=record["method"],
@@ -165,7 +164,7 @@ def report(
         within=within,
     )
     made = pages.Made(
-        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "corpus": texts},
+        **{"record": record, "tops": tops, "prepared": prepared, "given": given, "texts": texts},
         **{"norms_N": norms_N, "rank_by": rank_by, "top": top},
         analyses=analyses.analyse(given),
     )
@@ -179,9 +178,9 @@ def _others(
     from espalier.trainers.influence import queries as query_files
 
     result: dict[str, Any] = {}
-    for path in map(ranking.local, beside):
-        ranking.read_top(path)
-        _, other = query_files.load(pathlib.Path(ranking.queries_folder(path)))
+    for path in map(outputs.local_scores, beside):
+        outputs.read_top(path)
+        _, other = query_files.load(pathlib.Path(outputs.queries_folder(path)))
         differing = [
             name for name in _COMPARED if _identity(other[name]) != _identity(record[name])
         ]
@@ -189,9 +188,9 @@ def _others(
             raise RowFileError(
                 f"--beside={path} has scores of other {', '.join(differing)} than --scores: give scores of the same files."
             )
-        scores_NQ, norms_N = ranking.read_table(path, count)
+        scores_NQ, norms_N = outputs.read_table(path, count)
         if rank_by == "per_norm" and norms_N is not None:
-            scores_NQ = ranking.per_norm(scores_NQ, norms_N)
+            scores_NQ = outputs.per_norm(scores_NQ, norms_N)
         name = other["method"]
         if name in (record["method"], *result):
             name = f"{name} ({pathlib.Path(path).name})"
@@ -227,8 +226,11 @@ def _corpus(
     *,
     count: int,
     limit: int | None,
-) -> "pages.Corpus":
+) -> tuple[dict[int, str], list[str] | None, Mapping[Any, Any]]:
     """Reads the documents once.
+
+    Returns texts of wanted documents by number; the source of each document, None if no document has one; and numbers of the
+    documents with a pattern, by its key, empty if the documents are no file.
 
     Args:
       scores: file of scores, which decoded texts are beside.
@@ -242,11 +244,11 @@ def _corpus(
       RowFileError: the file of decoded texts is damaged.
       DataError: the file cannot be read.
     """
-    from espalier.launch.influence import inputs, pages
+    from espalier.launch.influence import inputs
 
     texts = _decoded(scores)
     if path is None:
-        return pages.Corpus({i: texts[i] for i in wanted if i in texts}, None, {})
+        return {i: texts[i] for i in wanted if i in texts}, None, {}
     file = row_files.local(path, "documents")
     sources: list[str] = []
 
@@ -265,14 +267,12 @@ def _corpus(
 
     matching = labels.matches(each(), patterns)
     named = any(source != labels.NO_SOURCE for source in sources)
-    return pages.Corpus(
-        {i: texts[i] for i in wanted if i in texts}, sources if named else None, matching
-    )
+    return {i: texts[i] for i in wanted if i in texts}, sources if named else None, matching
 
 
 def _decoded(scores: str) -> dict[int, str]:
     """Returns the texts of documents that were read as tokens."""
-    path = ranking.texts_file(scores)
+    path = outputs.texts_file(scores)
     if not os.path.isfile(path):
         return {}
     rows = row_files.read(path, example='{"document": 0, "text": "..."}')
@@ -292,7 +292,7 @@ def _token_rows(scores: str, *, queries: int, count: int) -> list[dict[str, Any]
     Raises:
       RowFileError: the file is damaged.
     """
-    path = ranking.tokens_file(scores)
+    path = outputs.tokens_file(scores)
     if not os.path.isfile(path):
         return []
     try:

@@ -23,7 +23,7 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files
-from espalier.launch.influence import inputs, methods, outputs, ranking
+from espalier.launch.influence import inputs, methods, outputs
 from espalier.launch.run import load_run
 from espalier.launch.run.load_run import LoadError, RunConfig
 
@@ -144,14 +144,14 @@ def score(
         seconds = time.perf_counter() - began
         writer = agreement.is_primary()
         if writer:
-            ranking.write_top(path, top=top)
-            shown = {i for chosen in ranking.shown(ranking.read_top(path), top) for i in chosen}
-            row_files.write(ranking.texts_file(path), documents.texts(shown))
+            outputs.write_top(path, top=top)
+            shown = {i for chosen in outputs.shown(outputs.read_top(path), top) for i in chosen}
+            row_files.write(outputs.texts_file(path), documents.texts(shown))
         if method.token_scores:
             agreement.gather("ranked")  # other processes read what the first has written
-            chosen = ranking.shown(ranking.read_top(path), method.token_scores)
+            chosen = outputs.shown(outputs.read_top(path), method.token_scores)
             rows_of_tokens = scored.token_rows(chosen)
-            row_files.write(ranking.tokens_file(path), rows_of_tokens, writer=writer)
+            row_files.write(outputs.tokens_file(path), rows_of_tokens, writer=writer)
         push()
     if writer:
         for note in [*documents.notes(), *scored.notes()]:
@@ -168,7 +168,7 @@ def _write(
     from espalier.trainers.influence import files
     from espalier.trainers.influence.fit import SAVE_SECONDS
 
-    folder = pathlib.Path(ranking.queries_folder(path))
+    folder = pathlib.Path(outputs.queries_folder(path))
     writer = jax.process_index() == 0
     record = json.loads(json.dumps(record))
     if files.exists(folder):
@@ -176,7 +176,7 @@ def _write(
         if names := sorted(name for name in record if other.get(name) != record[name]):
             raise LoadError(
                 f"--out={out} has scores of other {', '.join(names)}: give another file, or delete it and "
-                f"{ranking.queries_folder(out)}."
+                f"{outputs.queries_folder(out)}."
             )
     elif os.path.exists(path) and os.path.getsize(path):
         raise LoadError(

@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 
 _RESAMPLES = 2000
+SHARES = (0.0001, 0.001, 0.01, 0.1, 1.0)  # of the documents
+_TENTH = 0.1
+_SHOWN = 10
+_BLOCK = re.compile(r"/block_(\d+)(?=/|$)")
 
 
 def pearson(scores_NQ: np.ndarray) -> np.ndarray:
@@ -118,9 +122,6 @@ def correlation_table(
     return rows
 
 
-SHARES = (0.0001, 0.001, 0.01, 0.1, 1.0)  # of the documents
-
-
 def power_law(scores_N: np.ndarray, *, top: int) -> dict[str, float] | None:
     """Returns the fit of log(score) = intercept + slope log(rank) by least squares over the top documents.
 
@@ -191,13 +192,6 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
         "variation": deviation / abs(mean) if mean else math.nan,
         "queries": len(values),
     }
-
-
-_TENTH = 0.1
-_SHOWN = 10
-
-
-_BLOCK = re.compile(r"/block_(\d+)(?=/|$)")
 
 
 def block_of(path: str) -> int | None:

@@ -80,13 +80,6 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "t5": {**_T5, "tie_word_embeddings": True, "feed_forward_proj": "relu"},
     "mt5": {**_T5, "tie_word_embeddings": VARIES, "feed_forward_proj": "gated-gelu"},
 }
-
-
-def defaults_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the defaults of the fields of a config.json that are known; of the rotary embedding as `rope.NAME`."""
-    return _FAMILIES.get(str(config.get("model_type")), _ALL)
-
-
 # Fields of config.json that do not change the function that is computed.
 _SILENT = {
     *("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
@@ -123,6 +116,11 @@ _COMPARED = 1 << 20  # values
 _EMBEDDING = re.compile(r"(^|[./])(token_embed|embed_tokens|wte|shared|word_embeddings)([./]|$)")
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
 _OF_DEPTH = {*_DEPTHS, "layer_types", "max_window_layers", "no_rope_layers"}
+
+
+def defaults_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the defaults of the fields of a config.json that are known; of the rotary embedding as `rope.NAME`."""
+    return _FAMILIES.get(str(config.get("model_type")), _ALL)
 
 
 def is_tied(model: Model) -> bool:

@@ -13,11 +13,10 @@ import numpy as np
 from espalier.common import files
 from espalier.data.tokenizers import chat_template, hf_tokenizer
 from espalier.launch.merge import output, tokens
-from espalier.launch.merge.models import CONFIG, HfModel, Model
+from espalier.launch.merge.models import CONFIG, HfModel
 from espalier.launch.merge.output import Workers, progress
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import MergeError
-from espalier.launch.merge.tokens import Vocabulary
 from espalier.launch.weights.target_folder import check_space, new_directory
 from espalier.model.hf.files.safetensors_files import SafetensorsWriter
 
@@ -31,7 +30,6 @@ def write(
     planned: Sequence[Planned],
     target: str,
     *,
-    vocabulary: Vocabulary | None,
     shard_bytes: int,
     workers: Workers,
 ) -> None:
@@ -41,7 +39,7 @@ def write(
       MergeError, TransformError, ConvertError, OSError.
     """
     models = planner.models
-    config, record = _config(planner, planned, vocabulary), output.record(planner)
+    config, record = _config(planner, planned), output.record(planner)
     sizes = {x.name: (x.out_dtype, x.shape) for x in planned}
     state = {
         "planned": [repr(x) for x in planned],
@@ -70,16 +68,17 @@ def write(
             for x in planned:
                 if x.name in (done or ()):
                     continue
-                for low, values in workers.run(x, _reads(x, models, vocabulary)):
+                for low, values in workers.run(x, _reads(x, planner)):
                     writer.write_values(x.name, values, low)
                     bar.update(values.nbytes)
                 journal.add(x.name, writer.tensors[x.name].nbytes, writer)
             journal.finish()
-        _write_rest(pathlib.Path(folder), planner, config, record, vocabulary)
+        _write_rest(pathlib.Path(folder), planner, config, record)
 
 
-def _reads(x: Planned, models: Mapping[str, Model], vocabulary: Vocabulary | None) -> list[Any]:
+def _reads(x: Planned, planner: Planner) -> list[Any]:
     """Returns the functions that read the inputs, by the output's rows if the tensor is a table of a re-indexed vocabulary."""
+    models, vocabulary = planner.models, planner.vocabulary
     reads = [models[path].read(name) for path, name in x.inputs]
     paths = [path for path, _ in x.inputs]
     first = models[paths[0]].tensors[x.inputs[0][1]]
@@ -131,9 +130,7 @@ def _done(folder: str, fingerprint: str) -> set[str] | None:
     return None
 
 
-def _config(
-    planner: Planner, planned: Sequence[Planned], vocabulary: Vocabulary | None
-) -> dict[str, Any]:
+def _config(planner: Planner, planned: Sequence[Planned]) -> dict[str, Any]:
     """Returns the output's config.json: the donor's, with the new depth, vocabulary and dtype."""
     donor = planner.donor
     assert isinstance(donor, HfModel)
@@ -148,8 +145,8 @@ def _config(
         same = origins == [(path, i) for i, (path, _) in enumerate(origins)]
         if len(origins) != before or not same:
             _change_depth(planner, config, stack, before)
-    if vocabulary is not None:
-        config["vocab_size"] = vocabulary.size
+    if planner.vocabulary is not None:
+        config["vocab_size"] = planner.vocabulary.size
     sizes: dict[str, int] = {}
     for x in planned:
         sizes[x.out_dtype.name] = sizes.get(x.out_dtype.name, 0) + int(np.prod(x.shape))
@@ -193,9 +190,9 @@ def _write_rest(
     planner: Planner,
     config: Mapping[str, Any],
     record: Mapping[str, Any],
-    vocabulary: Vocabulary | None,
 ) -> None:
-    """Writes config.json, the tokenizer, the record and the model output."""
+    """Writes config.json, the tokenizer, the record and the model card."""
+    vocabulary = planner.vocabulary
     source = planner.donor.folder if vocabulary is None else vocabulary.folder
     hf_tokenizer.copy(source, folder)
     if vocabulary is not None:

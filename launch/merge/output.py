@@ -18,6 +18,31 @@ from espalier.model.transforms.merge import Job
 from espalier.model.transforms.merge_methods import METHODS
 
 BLOCK_BYTES = 16 << 20
+RECORD = "merge.json"
+NAME = "README.md"
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [merge]
+# license: fill in, such as apache-2.0
+---
+# {name}
+
+A merge by the method `{method}`{seed} of:
+
+{parents}
+
+Made by Espalier (`espalier merge`) with this configuration, also in `{record}`:
+
+```yaml
+{configuration}
+```
+
+## Licence
+
+**To be filled in.** It depends on the licences of the models above.
+"""
 
 
 def progress(planned: Sequence[Planned], initial: int = 0) -> Bar:
@@ -69,33 +94,6 @@ class Workers(contextlib.AbstractContextManager):
 
     def __exit__(self, *exc_info: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-RECORD = "merge.json"
-NAME = "README.md"
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [merge]
-# license: fill in, such as apache-2.0
----
-# {name}
-
-A merge by the method `{method}`{seed} of:
-
-{parents}
-
-Made by Espalier (`espalier merge`) with this configuration, also in `{record}`:
-
-```yaml
-{configuration}
-```
-
-## Licence
-
-**To be filled in.** It depends on the licences of the models above.
-"""
 
 
 def table(planned: Sequence[Planned]) -> list[str]:

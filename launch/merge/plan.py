@@ -18,6 +18,7 @@ from espalier.launch.merge.settings import (
     evaluate,
     problem_of,
 )
+from espalier.launch.merge.tokens import Vocabulary
 from espalier.model.transforms.merge import Job
 from espalier.model.transforms.merge_blocks import is_float
 from espalier.model.transforms.merge_methods import METHODS
@@ -74,7 +75,7 @@ class Planner:
       merge: the configuration.
       models: by path.
       seed: of random methods.
-      shapes: replaces the shapes of tensors by name, for vocabularies that are re-indexed.
+      vocabulary: of the output, if vocabularies are re-indexed.
 
     Attributes:
       donor: the first model, whose configuration and files the output has.
@@ -87,10 +88,14 @@ class Planner:
         models: Mapping[str, Model],
         *,
         seed: int,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        vocabulary: Vocabulary | None = None,
     ):
-        self.merge, self.models, self.seed = merge, models, seed
-        self._shapes = shapes or {}
+        self.merge, self.models, self.seed, self.vocabulary = merge, models, seed, vocabulary
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of tables of a re-indexed vocabulary
+        for path in merge.models() if vocabulary is not None else ():
+            for name, entry in models[path].tensors.items():
+                if entry.is_vocabulary(vocabulary.sizes[path]):
+                    self._shapes[name] = (vocabulary.size, *entry.shape[1:])
         self._method = METHODS[merge.method]
         self._digests = digests(models)
         self.donor = models[merge.models()[0]]

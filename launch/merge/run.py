@@ -14,7 +14,6 @@ from espalier.launch.merge.models import HfModel, Model, open_model
 from espalier.launch.merge.output import Workers
 from espalier.launch.merge.plan import Planned, Planner
 from espalier.launch.merge.settings import Merge, MergeError
-from espalier.launch.merge.tokens import Vocabulary
 
 _SHARD = 5 * 10**9  # bytes
 
@@ -134,8 +133,7 @@ def _merge(
         for path in merge.models():
             models[path] = stack.enter_context(contextlib.closing(open_model(path)))
         checks.check(merge, models)
-        vocabulary = tokens.build(merge, models)
-        planner = Planner(merge, models, seed=seed, shapes=_shapes(vocabulary, models, merge))
+        planner = Planner(merge, models, seed=seed, vocabulary=tokens.build(merge, models))
         planned = planner.plan()
         of_hf = isinstance(planner.donor, HfModel)
         if shard_bytes is not None and not of_hf:
@@ -150,27 +148,12 @@ def _merge(
             checks.warn_factors(merge, models)
         if of_hf:
             most = _SHARD if shard_bytes is None else shard_bytes
-            options = {"vocabulary": vocabulary, "shard_bytes": most}
-            hf_output.write(planner, planned, target, **options, workers=workers)
+            hf_output.write(planner, planned, target, shard_bytes=most, workers=workers)
         else:
             from espalier.launch.merge import native_output
 
             native_output.write(planner, planned, target, workers=workers)
     return [f"{target}: {_described(merge, planned)}"]
-
-
-def _shapes(
-    vocabulary: Vocabulary | None, models: dict[str, Model], merge: Merge
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of tables with the output's vocabulary, by tensor."""
-    if vocabulary is None:
-        return {}
-    shapes = {}
-    for path in merge.models():
-        for name, entry in models[path].tensors.items():
-            if entry.is_vocabulary(vocabulary.sizes[path]):
-                shapes[name] = (vocabulary.size, *entry.shape[1:])
-    return shapes
 
 
 def _described(merge: Merge, planned: Sequence[Planned]) -> str:

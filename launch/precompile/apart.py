@@ -3,19 +3,18 @@
 A compilation cannot be interrupted, and one that grows without bounds would end the work on all others.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
-
-from espalier.launch import environment
+from espalier.launch.submit.base import Job, State
+from espalier.launch.submit.local import LocalSubmitter
 
 _POLL_SECONDS = 0.5
 
@@ -53,54 +52,30 @@ def compile_apart(
       waiting: called with the seconds so far, about twice a second.
     """
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(LocalSubmitter()) as submitter,
+    ):
         target, log = pathlib.Path(folder, "report.json"), pathlib.Path(folder, "log")
-        command = [sys.executable, "-m", "espalier.launch.precompile", *words, f"--json={target}"]
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command,
-                cwd=environment.ROOT,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            )
-            stopped = _watch(process, limits, began, waiting)
-        seconds = time.monotonic() - began
-        if stopped:
-            return Outcome(None, stopped, seconds, stopped=True)
-        if process.returncode in (0, 1) and target.exists():
-            return Outcome(json.loads(target.read_text("utf-8")), "", seconds)
-        return Outcome(None, _last_error(log, process.returncode), seconds)
-
-
-def _watch(
-    process: subprocess.Popen, limits: Limits, began: float, waiting: Callable[[float], None]
-) -> str:
-    """Waits for a process; returns why the limits ended it, or ''."""
-    try:
-        while process.poll() is None:
-            seconds = time.monotonic() - began
+        command = (sys.executable, "-m", "espalier.launch.precompile", *words, f"--json={target}")
+        handle = submitter.submit(Job(name="precompile", command=command, log=str(log)))
+        while (status := submitter.statuses([handle])[handle]).state is not State.ENDED:
+            seconds, used = time.monotonic() - began, 1e9 * (status.memory_gb or 0.0)
             waiting(seconds)
-            used = _memory(process.pid)
             if seconds > limits.seconds:
-                return f"stopped after {limits.seconds:.0f} s, the limit of time"
+                problem = f"stopped after {limits.seconds:.0f} s, the limit of time"
+                return Outcome(None, problem, seconds, stopped=True)
             if used > limits.memory_bytes:
-                return f"stopped at {used / 1e9:.1f} GB, the limit of memory"
+                problem = f"stopped at {used / 1e9:.1f} GB, the limit of memory"
+                return Outcome(None, problem, seconds, stopped=True)
             time.sleep(_POLL_SECONDS)
-        return ""
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        seconds = time.monotonic() - began
+        if status.exit_status in (0, 1) and target.exists():
+            return Outcome(json.loads(target.read_text("utf-8")), "", seconds)
+        return Outcome(None, _last_error(log, status.exit_status), seconds)
 
 
-def _memory(pid: int) -> int:
-    try:
-        return psutil.Process(pid).memory_info().rss
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def _last_error(log: pathlib.Path, code: int) -> str:
+def _last_error(log: pathlib.Path, code: int | None) -> str:
     """Returns the line of an error that a command printed, or the last line of a traceback."""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

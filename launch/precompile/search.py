@@ -186,6 +186,12 @@ class Store:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
+    def write(self, result: Result) -> None:
+        """Stores a result."""
+        facts = {"report": result.report, "reason": result.reason}
+        document = {**facts, "candidate": str(result.candidate)}
+        precompile.write_json(self.path(result.candidate), document)
+
 
 def source_digest() -> str:
     """Returns a digest of the code that decides on compiled programs."""
@@ -202,40 +208,35 @@ class Timed:
 
     Args:
       store: stored results.
-      run: compiles a candidate within these seconds; returns (report, reason, whether its limits ended it).
-      write: writes a JSON document.
+      run: compiles a candidate within these seconds; returns its result, and whether its limits ended it.
       seconds: time of the search.
-      report: called with a line about each candidate.
     """
 
     def __init__(
         self,
         store: Store,
-        run: Callable[[Candidate, float], tuple[dict[str, Any] | None, str, bool]],
-        write: Callable[[pathlib.Path, Any], None],
+        run: Callable[[Candidate, float], tuple[Result, bool]],
         *,
         seconds: float,
-        report: Callable[[str], None],
     ):
-        self._store, self._run, self._write, self._report = store, run, write, report
+        self._store, self._run = store, run
         self._ends = time.monotonic() + seconds
 
     def __call__(self, candidate: Candidate) -> Result:
         stored = self._store.read(candidate)
         if stored is not None:
-            self._report(f"{candidate}: stored")
+            print(f"{candidate}: stored", flush=True)
             return stored
         left = self._ends - time.monotonic()
         if left <= 0:
             raise OutOfTime
-        self._report(f"{candidate}: compiling, {left / 60:.0f} min left")
-        report, reason, stopped = self._run(candidate, left)
+        print(f"{candidate}: compiling, {left / 60:.0f} min left", flush=True)
+        result, stopped = self._run(candidate, left)
         if stopped and self._ends - time.monotonic() <= 0:
             raise OutOfTime  # not the candidate's own limit
         if not stopped:
-            document = {"report": report, "reason": reason, "candidate": str(candidate)}
-            self._write(self._store.path(candidate), document)
-        return Result(candidate, report, reason)
+            self._store.write(result)
+        return result
 
 
 def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: str) -> int:
@@ -258,9 +259,7 @@ def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: s
             )
         limit = settings.memory_limit * 1e9
 
-    def compile_one(
-        candidate: Candidate, seconds: float
-    ) -> tuple[dict[str, Any] | None, str, bool]:
+    def compile_one(candidate: Candidate, seconds: float) -> tuple[Result, bool]:
         most = min(seconds, 60 * settings.candidate_minutes)
         limits = apart.Limits(most, settings.candidate_gb * 1e9)
         with stages.stage(f"compiling {candidate}"):
@@ -268,17 +267,12 @@ def run(recipe: Recipe, flags: argparse.Namespace, words: Sequence[str], text: s
         report = outcome.report
         line = f"peak {report['hbm_bytes']['peak'] / 1e9:.2f} GB" if report else outcome.problem
         print(f"  {line}, {outcome.seconds:.0f} s", flush=True)
-        return report, outcome.problem, outcome.stopped
+        return Result(candidate, report, outcome.problem), outcome.stopped
 
     facts: dict[str, Any] = {"text": text, "words": list(words), "topology": str(topology)}
     facts |= {"versions": tpu_topology.versions(), "source": source_digest()}
-    timed = Timed(
-        Store(facts, settings.search_dir),
-        compile_one,
-        precompile.write_json,
-        seconds=60 * settings.search_minutes,
-        report=lambda line: print(line, flush=True),
-    )
+    store = Store(facts, settings.search_dir)
+    timed = Timed(store, compile_one, seconds=60 * settings.search_minutes)
     results: list[Result] = []
     finished = True
     try:

@@ -15,6 +15,54 @@ from espalier.launch import cli
 from espalier.launch.precompile.tpu_topology import CHIPS, GIB
 
 _LLAMA = ("t5x_configs/models/llama2_7b.gin", "t5x_configs/runs/pretrain.gin")
+# 6.74e9 parameters: weights are gathered twice in bfloat16, and gradients reduced once in float32.
+_LLAMA_SENT_GB = 6.74 * (2 + 2 + 4)
+_LLAMA_BOUNDS = "sent: 8 bytes for each of 6.74e9 parameters"
+TITLES = {
+    "llama": "Llama 2 7B on every generation",
+    "code_mix": "Code in pre-training",
+    "low_rank": "Low-rank training",
+    "mov": "Mixtures of vectors",
+    "bam": "BAM",
+    "nexus": "Nexus",
+    "preference": "Preference optimisation",
+    "aya23": "Aya 23",
+    "aya_expanse": "Aya Expanse",
+    "snapkv": "SnapKV",
+    "influence": "Influence functions",
+}
+_HEAD = """\
+# Full-size configurations on absent TPUs
+
+The full-size programs of the papers, compiled for TPU slices on a CPU host; nothing was run. `espalier precompile tables`
+writes this page and [its numbers](precompile_tables.json); [precompile](precompile.md) explains how they are counted.
+
+All figures are of one chip and one execution: an update of a training run, a batch that is read, or a token of each row.
+
+- **HBM**: the most memory in use at one time, of what the chip has.
+- **FLOPs**: of the compiled program, recomputation included, and in brackets the share of the model's own. These are the usual
+  count, so their share is above 100% where the compiler leaves something out, such as products with the padding of images. Products
+  with a single row are not done by the matrix units, and are not counted.
+- **sent**: bytes that a chip sends to chips of its slice; after a plus sign, to other slices.
+- **least time**: the busiest resource's, at its published rate, if all others work meanwhile. In brackets which one it is.
+  A range ends with the time if collectives use the links of one dimension of the torus only.
+- **MFU below**: the model's FLOPs in that time, as a share of the chip's peak. Real steps are slower: see it as what a layout
+  cannot exceed.
+
+`--rows NAME` compiles single rows, also those that are marked as not compiled yet.
+"""
+_COLUMNS = (
+    "program",
+    "chips",
+    "layout",
+    "batch",
+    "HBM",
+    "FLOPs",
+    "sent",
+    "least time",
+    "MFU below",
+)
+_BUSY = {"compute": "matrix units", "hbm": "HBM", "links": "links", "network": "network"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +140,6 @@ def mesh(rules: str, **sizes: int) -> tuple[str, str]:
     return (f"MESH={json.dumps(sizes)}", f"recipe.Recipe.rules='{rules}'")
 
 
-# 6.74e9 parameters: weights are gathered twice in bfloat16, and gradients reduced once in float32.
-_LLAMA_SENT_GB = 6.74 * (2 + 2 + 4)
-_LLAMA_BOUNDS = "sent: 8 bytes for each of 6.74e9 parameters"
-
-
 def _llama(topology: str, chips: int, *bindings: str, **stated: Any) -> Row:
     return Row(
         name=f"llama2_7b_{topology.replace(':', '_')}",
@@ -138,52 +181,7 @@ def rows() -> dict[str, tuple[Row, ...]]:
     return tables
 
 
-TITLES = {
-    "llama": "Llama 2 7B on every generation",
-    "code_mix": "Code in pre-training",
-    "low_rank": "Low-rank training",
-    "mov": "Mixtures of vectors",
-    "bam": "BAM",
-    "nexus": "Nexus",
-    "preference": "Preference optimisation",
-    "aya23": "Aya 23",
-    "aya_expanse": "Aya Expanse",
-    "snapkv": "SnapKV",
-    "influence": "Influence functions",
-}
-_HEAD = """\
-# Full-size configurations on absent TPUs
-
-The full-size programs of the papers, compiled for TPU slices on a CPU host; nothing was run. `espalier precompile tables`
-writes this page and [its numbers](precompile_tables.json); [precompile](precompile.md) explains how they are counted.
-
-All figures are of one chip and one execution: an update of a training run, a batch that is read, or a token of each row.
-
-- **HBM**: the most memory in use at one time, of what the chip has.
-- **FLOPs**: of the compiled program, recomputation included, and in brackets the share of the model's own. These are the usual
-  count, so their share is above 100% where the compiler leaves something out, such as products with the padding of images. Products
-  with a single row are not done by the matrix units, and are not counted.
-- **sent**: bytes that a chip sends to chips of its slice; after a plus sign, to other slices.
-- **least time**: the busiest resource's, at its published rate, if all others work meanwhile. In brackets which one it is.
-  A range ends with the time if collectives use the links of one dimension of the torus only.
-- **MFU below**: the model's FLOPs in that time, as a share of the chip's peak. Real steps are slower: see it as what a layout
-  cannot exceed.
-
-`--rows NAME` compiles single rows, also those that are marked as not compiled yet.
-"""
-_COLUMNS = (
-    "program",
-    "chips",
-    "layout",
-    "batch",
-    "HBM",
-    "FLOPs",
-    "sent",
-    "least time",
-    "MFU below",
-)
 _Compiled = Sequence[tuple[Row, Mapping[str, Any]]]
-_BUSY = {"compute": "matrix units", "hbm": "HBM", "links": "links", "network": "network"}
 
 
 def page(tables: Mapping[str, Sequence[Row]], records: Mapping[str, Any]) -> str:

@@ -34,6 +34,8 @@ _LABELS = (
     (r"mfu", "utilisation (MFU)", "share of the peak"),
     (r"skipped_updates", "skipped updates", "updates"),
 )
+_POINTS = 300  # of a drawn curve
+_TOOLTIPS = 40  # of a drawn curve
 
 
 def label(metric: str, loss_unit: str) -> tuple[str, str]:
@@ -60,10 +62,6 @@ def short(value: float) -> str:
     if not math.isfinite(value) or (value and not 1e-3 <= abs(value) < 1e5):
         return f"{value:.3g}".replace("-", "−")
     return number(value, max(0, 3 - len(str(int(abs(value)))) + 1))
-
-
-_POINTS = 300  # of a drawn curve
-_TOOLTIPS = 40  # of a drawn curve
 
 
 @dataclasses.dataclass(frozen=True)

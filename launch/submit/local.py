@@ -249,7 +249,8 @@ class _Worker:
         """Returns exit status and peak memory in GB (0 if unknown) of the job; None while it runs."""
         assert self._process.stdout is not None
         alive = self.alive  # before the output, which may be written just before the process ends
-        if select.select([self._process.stdout], [], [], 0)[0]:
+        killed = self._process.stdout.closed
+        if not killed and select.select([self._process.stdout], [], [], 0)[0]:
             if line := self._process.stdout.readline():
                 self._ended()
                 answer = json.loads(line)

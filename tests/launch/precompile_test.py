@@ -16,7 +16,7 @@ import pytest
 from espalier.launch import environment
 from espalier.launch.config import gin_config
 from espalier.launch.precompile import compile_report, precompile, tpu_topology
-from espalier.launch.precompile.command import RECIPE, UNREAD
+from espalier.launch.precompile.__main__ import RECIPE, UNREAD
 from espalier.launch.precompile.hlo.analysis import Kernel
 from espalier.launch.precompile.hlo.text import Array
 from espalier.model import attention, config, norm, rope, transformer

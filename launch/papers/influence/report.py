@@ -283,7 +283,7 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
         projections=scoring.PROJECTION**2,
     )
     out, missing = [text], []
-    if seeds := statistics.get("corpus"):
+    if seeds := parts.get("corpus"):
         out.insert(0, f"- *runs*: {seeds.amount()}.")
         missing = [
             f"the {name} of seed {row['seed']}"
@@ -296,7 +296,7 @@ def _setup(parts: Mapping[str, Any]) -> list[str]:
 
 def _tables(parts: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
-    if rows := statistics.get("exact"):
+    if rows := parts.get("exact"):
         kinds = ("pbrf", "loo", "lds", "with_gauss_newton")
         cells = [
             (METHODS[method], *(_mean([row[kind][method] for row in rows]) for kind in kinds))
@@ -307,12 +307,12 @@ def _tables(parts: Mapping[str, Any]) -> list[str]:
             *("halves (LDS)", "Gauss-Newton scores"),
         )
         lines += page.table(header, cells, "Tiny models: correlations")
-    if (seeds := statistics.get("corpus")) and seeds.rows:
+    if (seeds := parts.get("corpus")) and seeds.rows:
         lines += _by_group(seeds)
         lines += _lds(seeds)
         lines += _removal(seeds)
         lines += _answers(seeds)
-    if found := statistics.get("smollm"):
+    if found := parts.get("smollm"):
         lines += _smollm(found)
     return lines
 

@@ -16,7 +16,7 @@ import pytest
 
 from espalier.common.storage import mirror, paths
 from espalier.launch import environment
-from espalier.launch.influence import inputs, methods, ranking, scorers
+from espalier.launch.influence import inputs, methods, outputs, scorers
 from espalier.launch.run.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import conjugate, documents, files, kronecker, lexical, scores
@@ -422,7 +422,7 @@ def test_all_of_it_may_be_in_a_store_where_other_hosts_go_on(
     score += ["--batch_size=8", "--token_scores=1"]
     monkeypatch.setattr(stages, "SAVE_SECONDS", -1.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ranking, "write_top", stop)
+        patch.setattr(outputs, "write_top", stop)
         run("a", *score)
     rows = paths.read(f"{root}/scores.jsonl")
     assert run("b", *score) == 0
@@ -615,8 +615,8 @@ def test_ranking_divides_by_norms_and_takes_the_first_of_equal_scores(tmp_path):
         tmp_path / "s.jsonl",
         [{"scores": [s], "norm": n} for s, n in ((1.0, 1.0), (4.0, 8.0), (4.0, 2.0), (-3.0, 1.0))],
     )
-    ranking.write_top(path, top=2)
-    (query,) = ranking.read_top(path)["queries"]
+    outputs.write_top(path, top=2)
+    (query,) = outputs.read_top(path)["queries"]
     assert [e["document"] for e in query["top"]] == [1, 2]
     assert [e["document"] for e in query["top_per_norm"]] == [2, 0]
     assert [e["value"] for e in query["top_per_norm"]] == [2, 1]
@@ -629,8 +629,8 @@ def test_scores_over_scores_per_norm_are_one_number_of_each_document(tmp_path):
     scores_NQ, norms_N = r.normal(size=(20, 5)), r.uniform(0.1, 9, 20)
     rows = zip(scores_NQ.tolist(), norms_N.tolist(), strict=True)
     path = write(tmp_path / "s.jsonl", [{"scores": s, "norm": n} for s, n in rows])
-    ranking.write_top(path, top=20)
-    queries = ranking.read_top(path)["queries"]
+    outputs.write_top(path, top=20)
+    queries = outputs.read_top(path)["queries"]
     ratios_QN = [
         [e["score"] / e["value"] for e in sorted(q["top_per_norm"], key=lambda e: e["document"])]
         for q in queries

@@ -90,9 +90,12 @@ def test_a_nearly_certain_completion_is_divided_by_the_least_nats_and_marked():
         tops={"documents": 1, "queries": [{"top": [item], "bottom": []}] * 2},
         prepared=types.SimpleNamespace(kept=unknown, pearson=unknown, nats=[0.01, 0.5]),
         given=types.SimpleNamespace(
-            queries=[labels.Query(prompt="p", completion="c")] * 2, nats=[0.1, 0.5], tokens=[]
+            queries=[labels.Query(prompt="p", completion="c")] * 2,
+            nats=[0.1, 0.5],
+            tokens=[],
+            sources=None,
         ),
-        corpus=pages.Corpus({0: "text"}, None, {}),
+        texts={0: "text"},
         analyses={"omitted": []},
         norms_N=None,
         rank_by="score",

@@ -34,5 +34,5 @@ def test_limits_end_a_compilation(limits, problem):
     assert not [
         child
         for child in psutil.Process().children(recursive=True)
-        if "espalier.launch.precompile" in child.cmdline()
+        if "espalier.launch.submit.worker" in child.cmdline()
     ]

@@ -6,7 +6,8 @@ import json
 import jax
 import pytest
 
-from espalier.launch.precompile import apart, candidates, command, precompile, search, tpu_topology
+from espalier.launch.precompile import __main__ as command
+from espalier.launch.precompile import apart, candidates, search, tpu_topology
 from espalier.launch.precompile.candidates import Candidate
 from espalier.launch.precompile.search import Result
 from tests.launch import precompile_test as runs
@@ -105,9 +106,7 @@ def test_a_state_that_is_too_large_is_not_compiled():
 
 def timed(folder, run, *, seconds=100.0, text="a"):
     store = search.Store({"text": text}, folder)
-    return search.Timed(
-        store, run, precompile.write_json, seconds=seconds, report=lambda line: None
-    )
+    return search.Timed(store, run, seconds=seconds)
 
 
 def test_a_search_continues_with_stored_results(tmp_path):
@@ -115,7 +114,7 @@ def test_a_search_continues_with_stored_results(tmp_path):
 
     def run(one, seconds):
         calls.append(one.batch_size)
-        return report(one.batch_size), "", False
+        return search.Result(one, report(one.batch_size)), False
 
     assert timed(tmp_path, run)(candidate(4)).peak == 4
     again = timed(tmp_path, run, seconds=0)
@@ -129,8 +128,13 @@ def test_a_search_continues_with_stored_results(tmp_path):
 
 
 def test_a_candidate_that_its_own_limit_stopped_is_not_stored(tmp_path):
-    outcomes = iter([(None, "stopped after 3 s", True), (report(1), "", False)])
-    one = timed(tmp_path, lambda *_: next(outcomes))
+    outcomes = iter([((None, "stopped after 3 s"), True), ((report(1), ""), False)])
+
+    def run(one, seconds):
+        result, stopped = next(outcomes)
+        return search.Result(one, *result), stopped
+
+    one = timed(tmp_path, run)
     assert one(candidate()).reason == "stopped after 3 s"
     assert one(candidate()).report is not None
 
@@ -179,7 +183,7 @@ def test_candidates_are_compiled_without_the_flags_of_the_search():
 
 
 def test_stored_results_are_json(tmp_path):
-    timed(tmp_path, lambda *_: (report(3), "", False))(candidate())
+    timed(tmp_path, lambda one, _: (search.Result(one, report(3)), False))(candidate())
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["candidate"] == "8 rows, fsdp 8, fsdp, remat full"
 

@@ -195,3 +195,12 @@ def await_text(path, text, seconds=60):
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < until, path.exists() and path.read_text()
         time.sleep(0.02)
+
+
+def test_a_closed_back_end_ends_running_jobs_and_drops_others(submit):
+    submitter, handles = submit(("runs", "sleep 60"), ("waits", "true", {"after": ["runs"]}))
+    submitter.statuses(list(handles.values()))
+    submitter.close()
+    runs, waits = submitter.statuses(list(handles.values())).values()
+    assert runs.state is State.ENDED and runs.exit_status == -9
+    assert waits.state is State.DROPPED
