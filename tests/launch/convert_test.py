@@ -227,7 +227,7 @@ def test_a_target_that_exists_is_left_alone(llama, tmp_path, capsys):
 def test_a_conversion_that_is_killed_leaves_nothing_that_counts(llama, tmp_path):
     code = (
         "import os, sys\n"
-        "from espalier.launch import convert\n"
+        "from espalier.launch.convert import __main__ as convert\n"
         "from espalier.model.hf.plan import Plan\n"
         "blocks, seen = Plan.blocks, []\n"
         "def die(self, path):\n"
