@@ -122,11 +122,12 @@ def with_settings(
 
         signature = inspect.signature(opener)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
-        del opened.__wrapped__  # gin asks it, and help() the signature
-        opened.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
         types = {p.name: p.annotation for p in (*own, *added)}
-        opened.__annotations__ = {**types, "return": signature.return_annotation}
-        return opened
+        made: Any = opened
+        del made.__wrapped__  # gin asks it, and help() the signature
+        made.__signature__ = signature.replace(parameters=[*own, *added])
+        made.__annotations__ = {**types, "return": signature.return_annotation}
+        return made
 
     return decorate
 
