@@ -25,6 +25,9 @@ for name, value in XLA_FLAGS.items():
     if name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Workers and the processes that tests start compile each module once, also where images turn this off.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Test files, worker processes and the processes that tests start share compiled programs; in a folder that is given, the
 # next run of the tests does too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
