@@ -122,11 +122,12 @@ def with_settings(
 
         signature = inspect.signature(opener)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
-        types = {p.name: p.annotation for p in (*own, *added)}
+        full = signature.replace(parameters=[*own, *added])
+        of_opener: Any = opener  # gin's own runtime asks the function that is wrapped
         made: Any = opened
-        # What gin and help() know of the parameters.
-        made.__signature__ = signature.replace(parameters=[*own, *added])
-        made.__annotations__ = {**types, "return": signature.return_annotation}
+        of_opener.__signature__ = made.__signature__ = full
+        types = {p.name: p.annotation for p in full.parameters.values()}
+        made.__annotations__ = {**types, "return": full.return_annotation}
         return made
 
     return decorate
