@@ -122,10 +122,12 @@ def with_settings(
 
         signature = inspect.signature(opener)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
-        types = {p.name: p.annotation for p in (*own, *added)}
-        made, within = cast(Any, opened), cast(Any, opener)  # help() asks the one, gin the other
-        made.__signature__ = within.__signature__ = signature.replace(parameters=[*own, *added])
-        made.__annotations__ = {**types, "return": signature.return_annotation}
+        full = signature.replace(parameters=[*own, *added])
+        of_opener: Any = opener  # gin's own runtime asks the function that is wrapped
+        made: Any = opened
+        of_opener.__signature__ = made.__signature__ = full
+        types = {p.name: p.annotation for p in full.parameters.values()}
+        made.__annotations__ = {**types, "return": full.return_annotation}
         return made
 
     return decorate
