@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
 from espalier.data.cache import store
