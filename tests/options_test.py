@@ -110,7 +110,7 @@ def parameters_by_keyword(target: Any) -> list[str]:
 def is_read(target: Any, name: str) -> bool:
     """Returns whether the source of a function or class, or of what it is used by, reads a parameter."""
     if not inspect.isclass(target):
-        own = inspect.signature(getattr(target, "opener", target)).parameters
+        own = inspect.signature(inspect.unwrap(target)).parameters
         if name not in own:  # a field of settings, see `with_settings`
             return is_read(own["settings"].annotation, name)
         return name in loaded(tree_of(target))
@@ -127,8 +127,7 @@ def is_read(target: Any, name: str) -> bool:
 
 @functools.cache
 def tree_of(target: Any) -> ast.AST:
-    written = getattr(target, "opener", target)  # see `with_settings`
-    return ast.parse(textwrap.dedent(inspect.getsource(written)))
+    return ast.parse(textwrap.dedent(inspect.getsource(target)))
 
 
 def loaded(tree: ast.AST) -> set[str]:

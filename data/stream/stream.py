@@ -125,7 +125,6 @@ def with_settings(
         types = {p.name: p.annotation for p in (*own, *added)}
         made: Any = opened
         del made.__wrapped__  # gin asks it, and help() the signature
-        made.opener = opener  # whose source says what it does with its parameters
         made.__signature__ = signature.replace(parameters=[*own, *added])
         made.__annotations__ = {**types, "return": signature.return_annotation}
         return made

@@ -335,8 +335,7 @@ def _calls(owner: Any) -> Mapping[str, set[str]]:
 
 def _call_nodes(owner: Any) -> list[ast.Call]:
     try:
-        written = getattr(owner, "opener", owner)  # data/stream/stream.py:with_settings
-        tree = ast.parse(textwrap.dedent(inspect.getsource(written)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     except (OSError, TypeError, SyntaxError):  # builtins, and code defined at run time
         return []
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
