@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from espalier.launch.run.load import Run, load
+    from espalier.launch.load.load import Run, load
     from espalier.launch.train import train
     from espalier.trainers.recipe import Recipe
 
@@ -17,8 +17,8 @@ __all__ = ["Recipe", "Run", "load", "train"]
 # Imported when they are first used: `import espalier` is quick and starts no JAX.
 _PLACES = {
     "Recipe": "espalier.trainers.recipe",
-    "Run": "espalier.launch.run.load",
-    "load": "espalier.launch.run.load",
+    "Run": "espalier.launch.load.load",
+    "load": "espalier.launch.load.load",
     "train": "espalier.launch.train",
 }
 

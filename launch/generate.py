@@ -27,8 +27,8 @@ from typing import Annotated, Any
 from espalier.common import stages
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadError
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadError
 from espalier.trainers.decoding.settings import Beams, Sampling, Settings
 
 # The policies of model/kv_cache/policies.py, copied because importing them would load JAX for a help text.
@@ -258,7 +258,7 @@ def converse(
     import jax
 
     from espalier.launch.inference import generate
-    from espalier.launch.run import side_by_side
+    from espalier.launch.load import side_by_side
 
     # For texts without a template; the command refuses a comparison.
     del token_healing, compare

@@ -17,7 +17,7 @@ from espalier.common.ranges import AxisSize, Size
 from espalier.data.cache import cache_dir
 from espalier.data.cache import store as cache
 from espalier.data.stream.predictions import PredictionStore, StoredStream
-from espalier.launch.run.load_run import LoadedRun, RunConfig
+from espalier.launch.load.load_run import LoadedRun, RunConfig
 from espalier.trainers import partitioning
 from espalier.trainers.checkpoints import agreement
 from espalier.trainers.objectives.frozen_model import FrozenModel, FrozenStep

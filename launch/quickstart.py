@@ -62,7 +62,7 @@ def _compare(flags: argparse.Namespace) -> Mapping[str, Any]:
 def _samples(directory: str) -> list[tuple[str, str]]:
     """Returns a sampled continuation of each prompt by the newest checkpoint of a run."""
     from espalier.launch.inference import generate
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
     from espalier.trainers.decoding.sampling import Sampling
     from espalier.trainers.decoding.settings import Settings
 

@@ -17,7 +17,7 @@ device gets each row at once.
 
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 
 def _run(start: cli.Start) -> None:

@@ -59,7 +59,7 @@ LONGEST = (
     "launch/papers/preference/preference_test.py",
     "launch/papers/nexus/nexus_test.py",
     "launch/sweep_test.py",
-    "launch/run/hf_checkpoint_test.py",
+    "launch/load/hf_checkpoint_test.py",
     "launch/sweep/made_arms_test.py",
     "launch/finetune_test.py",
     "launch/distillation_test.py",

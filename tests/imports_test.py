@@ -215,8 +215,8 @@ LEVELS = {
     ),
     "launch": (
         ("cli", "config", "environment", "input_errors", "processes"),
-        ("predictions", "run"),
-        ("inference", "plots", "precompile", "run.load", "serve", "submit"),
+        ("run",),
+        ("inference", "load", "plots", "precompile", "predictions", "serve", "submit"),
         ("influence",),
         # Commands that a suite, a sweep or a reproduction runs in its own process.
         (

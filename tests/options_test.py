@@ -110,9 +110,9 @@ def parameters_by_keyword(target: Any) -> list[str]:
 def is_read(target: Any, name: str) -> bool:
     """Returns whether the source of a function or class, or of what it is used by, reads a parameter."""
     if not inspect.isclass(target):
-        own = inspect.signature(inspect.unwrap(target)).parameters
-        if name not in own:  # a field of settings, see `with_settings`
-            return is_read(own["settings"].annotation, name)
+        own = inspect.get_annotations(inspect.unwrap(target))
+        if "settings" in own and name not in own:  # a field of them, see `with_settings`
+            return is_read(own["settings"], name)
         return name in loaded(tree_of(target))
     if not dataclasses.is_dataclass(target):
         holder = next(c for c in inspect.getmro(target) if "__init__" in vars(c))

@@ -63,7 +63,7 @@ class Teacher:
       retries: retries of a request that the endpoint is too busy for.
       concurrency: requests at a time.
       batch_size: prompts at a time of a checkpoint.
-      chat_template: see `launch.run.load_run.RunConfig`; None for the model's own.
+      chat_template: see `launch.load.load_run.RunConfig`; None for the model's own.
     """
 
     name: str

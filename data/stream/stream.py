@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from espalier.common.ranges import Amount, Count, Positive, Seed, Size, check_choice
 from espalier.data.cache import store
@@ -122,11 +122,12 @@ def with_settings(
 
         signature = inspect.signature(opener)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
-        types = {p.name: p.annotation for p in (*own, *added)}
+        full = signature.replace(parameters=[*own, *added])
+        of_opener: Any = opener  # gin's own runtime asks the function that is wrapped
         made: Any = opened
-        del made.__wrapped__  # gin asks it, and help() the signature
-        made.__signature__ = signature.replace(parameters=[*own, *added])
-        made.__annotations__ = {**types, "return": signature.return_annotation}
+        of_opener.__signature__ = made.__signature__ = full
+        types = {p.name: p.annotation for p in full.parameters.values()}
+        made.__annotations__ = {**types, "return": full.return_annotation}
         return made
 
     return decorate

@@ -57,7 +57,7 @@ class Rewards:
             identity = [flags.reward, flags.answer_key, flags.answer_pattern, _VERSION]
         else:
             from espalier.launch.evaluate.judges.checkpoint import weights_identity
-            from espalier.launch.run import load_run
+            from espalier.launch.load import load_run
             from espalier.trainers.checkpoints import step_dir
 
             step = str(step_dir.resolve(checkpoint))
@@ -97,7 +97,7 @@ class Rewards:
         ]
 
     def _config(self) -> Any:
-        from espalier.launch.run import load_run
+        from espalier.launch.load import load_run
 
         return load_run.config_of(str(best_of_n.checkpoint_of(self._flags.reward)))
 
@@ -110,7 +110,7 @@ class Rewards:
     @functools.cached_property
     def _judge(self) -> Any:
         from espalier.launch.evaluate.judges import spec
-        from espalier.launch.run import load_run
+        from espalier.launch.load import load_run
 
         chosen = spec.parse(self._flags.reward.removeprefix(_JUDGE))
         config, text = None, ""

@@ -194,7 +194,7 @@ class CheckpointTeacher:
 
     def __init__(self, teacher: Teacher, sampling: SamplingFlags, checkpoint: str):
         from espalier.launch.evaluate.judges.checkpoint import weights_identity
-        from espalier.launch.run import load_run
+        from espalier.launch.load import load_run
         from espalier.trainers.checkpoints import step_dir
 
         self.teacher, self.sampling = teacher, sampling
@@ -213,7 +213,7 @@ class CheckpointTeacher:
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | Silence]]:
         from espalier.launch.inference import generate
-        from espalier.launch.run import load_run
+        from espalier.launch.load import load_run
         from espalier.trainers.decoding.settings import Sampling, Settings
 
         sampling = self.sampling
@@ -272,7 +272,7 @@ def _row(loaded: Any, prompt: Prompt) -> dict[str, Any]:
 def _checked_length(loaded: Any, row: Mapping[str, Any], prompt: Prompt, new: int) -> int:
     """Returns the number of tokens of a prompt; raises LoadError if the model cannot continue it."""
     from espalier.launch.inference.generate import prompt_of
-    from espalier.launch.run.load_run import LoadError
+    from espalier.launch.load.load_run import LoadError
 
     length, limit = len(prompt_of(loaded, row, prompt.where)), loaded.model.max_length
     if limit is not None and length + new - 1 > limit:

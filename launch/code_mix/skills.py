@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.launch import cli
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 if TYPE_CHECKING:
     from espalier.data.code_mix.skills import Problem
@@ -39,7 +39,7 @@ def evaluate(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
 
     Args:
       checkpoint: run or step directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
 
     Raises:
       LoadError: the run was not trained on documents of data/code_mix/skills.py.

@@ -16,6 +16,8 @@ MOVED = {
     "launch.evaluation": "espalier.launch.evaluate",
     "launch.preparation": "espalier.launch.prepare",
     "launch.run.beginnings": "espalier.launch.run.phase",
+    "launch.run.load_run": "espalier.launch.load.load_run",
+    "launch.run.run_model": "espalier.launch.load.run_model",
     "launch.run.reference": "espalier.launch.preference.reference",
     "launch.run.teacher": "espalier.launch.distillation.teacher",
     "data.aya23.toy_languages": "espalier.launch.papers.aya23.toy_languages",

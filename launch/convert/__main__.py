@@ -32,7 +32,7 @@ from typing import Any, Literal
 from espalier.common.storage import mirror
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.target_folder import ConvertError, new_directory
@@ -33,7 +33,7 @@ def export(checkpoint: str, model: Any, target: str, *, base: str | None, params
       checkpoint: step or run directory.
       model: the linen module of the checkpoint.
       base: run or step directory with the base model's parameters; None for the checkpoint that the run started from.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
 
     Returns:
       A description of the adapters.
@@ -148,7 +148,7 @@ def export_peft(checkpoint: str, model: Any, target: str, *, params: str) -> str
     Args:
       checkpoint: step or run directory.
       model: the linen module of the checkpoint.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
 
     Raises:
       ConvertError: no adapters, or of a kind that peft does not have.

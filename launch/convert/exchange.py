@@ -15,7 +15,8 @@ from espalier.common import files
 from espalier.common.bars import Bar
 from espalier.data.tokenizers import gguf_tokenizer, hf_tokenizer
 from espalier.launch.convert import model_card
-from espalier.launch.run import hf_checkpoint, run_vocabulary
+from espalier.launch.load import hf_checkpoint
+from espalier.launch.run import run_vocabulary
 from espalier.launch.weights import source_models
 from espalier.launch.weights.target_folder import ConvertError, check_space, new_directory
 from espalier.model.adapters.adapter import adapters_of
@@ -138,7 +139,7 @@ def export_hf(
       checkpoint: step or run directory.
       model: the linen module of the checkpoint; its part for inference is written.
       target: directory, which must not exist.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       family: name of a family in model/hf/families.py; None for the family it was imported from, or else the first
         family that can express the model.
       dtype: dtype of all tensors; None for the dtypes of the run.

@@ -19,7 +19,7 @@ from espalier.data.distillation import taught_stream
 from espalier.data.distillation.taught_stream import TaughtStream
 from espalier.data.stream.predictions import PredictionStore
 from espalier.launch import predictions
-from espalier.launch.run.load_run import LoadedRun
+from espalier.launch.load.load_run import LoadedRun
 from espalier.model.kernels.cross_entropy import map_tokens
 from espalier.trainers.distillation import objective
 from espalier.trainers.distillation.objective import Teacher

@@ -35,7 +35,7 @@ from espalier.data.text import code_problems
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 # With several samples per problem, as in the paper that defines pass@k.
 _TEMPERATURE, _TOP_P = 0.8, 0.95
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.run_command(__doc__, name, run, add_flags=_add_solution_flags, argv=argv)
     return cli.main(
         __doc__,
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         command=name,
         extra_flags=_add_flags,
         run=lambda start: run(start.flags, start),

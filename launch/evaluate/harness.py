@@ -28,7 +28,7 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.evaluate.suites import scores
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 if TYPE_CHECKING:
     from espalier.launch.evaluate.suites.scores import Suite, Task

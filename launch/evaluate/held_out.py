@@ -19,7 +19,7 @@ from espalier.common.ranges import Size
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 if TYPE_CHECKING:
     from espalier.trainers.evaluate import EvalStream
@@ -63,7 +63,7 @@ def evaluate(
       stream: opens the held-out split of a task; called with (task=).
       mixture_or_task_name: the mixture whose tasks are evaluated.
       checkpoint: step or run directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       tasks: names of tasks to evaluate instead of those of MIXTURE_OR_TASK_NAME.
       max_batches: maximum batches per task; None for whole splits.
       json_file: path of a JSON file with the results; NaN and infinities as in metrics.jsonl.
@@ -76,7 +76,7 @@ def evaluate(
     """
     import jax
 
-    from espalier.launch.run import hf_checkpoint, run_model
+    from espalier.launch.load import hf_checkpoint, run_model
     from espalier.trainers import evaluate as evaluation
     from espalier.trainers import partitioning
     from espalier.trainers.telemetry import metric_writers

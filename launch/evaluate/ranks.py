@@ -19,8 +19,8 @@ from typing import Any
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run, side_by_side
-from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.launch.load import load_run, side_by_side
+from espalier.launch.load.load_run import LoadError, RunConfig
 
 GIN = "t5x_configs/runs/evaluate_ranks.gin"
 
@@ -54,7 +54,7 @@ def evaluate(
       config: configuration of the checkpoint's run.
       register: functions that register SeqIO tasks, one of them with held-out tasks.
       checkpoint: step or run directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       json_file: path of a JSON file with the results.
       adapter: directories of adapters of this checkpoint, each of which is evaluated.
 

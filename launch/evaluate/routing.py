@@ -26,7 +26,7 @@ from espalier.common.storage import output_files
 from espalier.launch import cli
 from espalier.launch.evaluate import held_out
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 ROWS = 256
 Tables = dict[str, list[list[float]]]  # router ('mlp', 'attention') -> by layer, by expert
@@ -75,7 +75,7 @@ def routing(
       run_dir: run or step directory.
       tasks: names of tasks; None for the tasks of the run's mixture.
       rows: maximum number of rows of each task.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
 
     Returns:
       {"domains": {task: Tables}, "chosen": {task: Tables}, "tokens": {task: count}, "experts": names}. "domains" has the

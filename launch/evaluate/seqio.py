@@ -20,8 +20,8 @@ from typing import Any
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run, side_by_side
-from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.launch.load import load_run, side_by_side
+from espalier.launch.load.load_run import LoadError, RunConfig
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def evaluate(
       config: configuration of the checkpoint's run.
       checkpoint: step or run directory.
       tasks: names of SeqIO tasks.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       split: split of every task.
       num_examples: number of first examples of each task; all if not set.
       max_new_tokens: maximum tokens of a prediction.

@@ -15,7 +15,7 @@ from espalier.launch.lm_eval.arguments import (
     default_batch_tokens,
     default_generation_tokens,
 )
-from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.model.kv_cache.full import FullCache
 from espalier.trainers.decoding.decoder import Decoder
 from espalier.trainers.decoding.settings import Sampling, Settings

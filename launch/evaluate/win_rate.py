@@ -38,7 +38,7 @@ from espalier.launch.config import setting_flags
 from espalier.launch.evaluate.judges import answers, asking, shares, spec
 from espalier.launch.evaluate.judges.answers import System
 from espalier.launch.evaluate.judges.asking import Judge, JudgeError
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 JUDGEMENTS, SUMMARY, PLOT = "judgements.jsonl", "summary.json", "win_rates.png"
 LANGUAGES_PLOT = "languages.png"

@@ -17,8 +17,8 @@ from espalier.launch.inference.texts import (
     compared,
     decoder_of,
 )
-from espalier.launch.run import side_by_side
-from espalier.launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from espalier.launch.load import side_by_side
+from espalier.launch.load.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.kv_cache.full import FullCache
 from espalier.trainers.decoding.decoder import Decoder, Stats
@@ -153,7 +153,7 @@ def generate(
       config: configuration of the run.
       rows: (place, row) of row_files.read.
       checkpoint: step or run directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       adapter: directories of adapters of this checkpoint, whose continuations follow one another, with an "adapter" each.
       seed: seed of sampling; a continuation depends only on it, the row's index and the sample's index.
       show: called with each new piece of the text of a single row.

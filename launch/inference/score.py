@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from espalier.launch.inference import row_files
-from espalier.launch.run import side_by_side
-from espalier.launch.run.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
+from espalier.launch.load import side_by_side
+from espalier.launch.load.load_run import EXAMPLE, LoadedRun, LoadError, RunConfig
 from espalier.trainers.scoring.scoring import Row, Scorer
 
 
@@ -23,7 +23,7 @@ def score(
     adapter: Sequence[str] = (),
     batch_size: int = 8,
 ) -> None:
-    """Writes the rows of the file `inputs` with their scores to `output`; see launch/run/load_run.py for `params`.
+    """Writes the rows of the file `inputs` with their scores to `output`; see launch/load/load_run.py for `params`.
 
     With directories of adapters, the rows with each of them follow one another, with its "adapter".
     """

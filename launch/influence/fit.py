@@ -20,8 +20,8 @@ from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import Folder
 from espalier.launch.inference import row_files
 from espalier.launch.influence import inputs, outputs
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadError, RunConfig
 from espalier.trainers.influence.settings import FitSettings
 
 RANKED = 64  # first documents that the table of dampings ranks
@@ -73,7 +73,7 @@ def fit(
       out: folder of the factors.
       source: the documents.
       settings: what factors depend on.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       length: tokens that are read of each document; 512, or the model's positions if fewer, if not set.
       batch_size: documents at a time.
       sweep_documents: so many of the first 64 documents are ranked for their own second halves with several dampings, in a

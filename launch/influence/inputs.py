@@ -17,7 +17,7 @@ from espalier.launch.inference.generate import with_prompt_key
 from espalier.launch.inference.score import scored_row
 from espalier.launch.inference.texts import decoder_of
 from espalier.launch.influence import labels
-from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.trainers.decoding.stop_strings import GrowingText
 from espalier.trainers.scoring.scoring import Row
 

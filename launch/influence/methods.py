@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import Folder, Names
 from espalier.launch.influence import inputs, outputs
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadedRun, LoadError, RunConfig
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadedRun, LoadError, RunConfig
 from espalier.trainers.scoring.scoring import Row
 
 # Recorded of a method by gradients that has no such setting.
@@ -31,7 +31,7 @@ class Scan:
     """What documents are scored with.
 
     Attributes:
-      config, checkpoint, params, run: the run, and how it was loaded (launch/run/load_run.py).
+      config, checkpoint, params, run: the run, and how it was loaded (launch/load/load_run.py).
       rows, source: the queries and the documents.
       batch_size: documents at a time.
       factors, fitted: folder of fitted factors and their record, or None.

@@ -22,7 +22,7 @@ from espalier.common.storage.lock import HeldError, StoreLock
 from espalier.data.text import documents
 from espalier.launch.inference import row_files
 from espalier.launch.inference.row_files import RowFileError
-from espalier.launch.run.load_run import LoadError
+from espalier.launch.load.load_run import LoadError
 
 RECORD = "influence.json"
 SAMPLE = "sample.json"

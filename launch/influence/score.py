@@ -24,8 +24,8 @@ from espalier.launch.config import setting_flags
 from espalier.launch.config.setting_flags import File, Folder
 from espalier.launch.inference import row_files
 from espalier.launch.influence import inputs, methods, outputs
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadError, RunConfig
 
 _FILES = ("factors", "queries", "out")
 _SIZES = ("top", "length", "batch_size")
@@ -95,7 +95,7 @@ def score(
       source: the documents.
       method: how they are scored.
       factors: folder that `fit` wrote.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       top: number of top and bottom documents of each query in OUT.top.json.
       length: tokens that are read of each document; those of the factors if not set.
       batch_size: documents at a time.

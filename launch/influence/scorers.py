@@ -16,8 +16,8 @@ import numpy as np
 
 from espalier.common.bars import Bar
 from espalier.launch.influence import inputs, outputs
-from espalier.launch.run import run_model
-from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.launch.load import run_model
+from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.trainers.influence import documents, files, queries, scores
 from espalier.trainers.influence import fit as stages
 from espalier.trainers.influence import sites as site_list

@@ -24,7 +24,7 @@ def register() -> None:
         import lm_eval.models  # noqa: F401  # registers the harness's own models
         from lm_eval.api.registry import model_registry
     except ImportError as error:
-        from espalier.launch.run.load_run import LoadError
+        from espalier.launch.load.load_run import LoadError
 
         raise LoadError(
             f"lm-evaluation-harness cannot be imported ({error}): pip install 'lm-eval>=0.4.13'."

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from espalier.common import spelling
 from espalier.launch.inference.generate import decoder_for
 from espalier.launch.inference.texts import Texts, decoder_of
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadedRun, LoadError, RunConfig
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadedRun, LoadError, RunConfig
 from espalier.model.kernels.platform import target_platform
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.kv_cache.policies import policy_from_text
@@ -36,7 +36,7 @@ class Arguments:
 
     Attributes:
       checkpoint: run or step directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       adapter: run or step directory of adapters of this checkpoint; None for none.
       gin_file: configuration of a step directory without a config.gin.
       dtype: dtype of computation; None for the dtype of the run or checkpoint.

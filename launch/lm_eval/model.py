@@ -23,8 +23,8 @@ from espalier.data.tokenizers import chat_template as chat
 from espalier.launch.inference.score import row_of
 from espalier.launch.lm_eval import arguments
 from espalier.launch.lm_eval.arguments import Generator, options
-from espalier.launch.run import side_by_side
-from espalier.launch.run.load_run import LoadedRun, LoadError
+from espalier.launch.load import side_by_side
+from espalier.launch.load.load_run import LoadedRun, LoadError
 from espalier.trainers.scoring.encoder_likelihoods import EncoderLikelihoods
 from espalier.trainers.scoring.likelihoods import Likelihood, LikelihoodScorer
 

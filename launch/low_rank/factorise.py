@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from espalier.common.bars import Bar
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadError, RunConfig
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadError, RunConfig
 from espalier.launch.upcycle import upcycle_flags
 from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms import base

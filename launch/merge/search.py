@@ -34,12 +34,12 @@ from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
 from espalier.launch.inference.score import scored_row
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import EXAMPLE
 from espalier.launch.merge import checks, trials
 from espalier.launch.merge.models import NativeModel, open_model
 from espalier.launch.merge.settings import Merge, MergeError, Module, Slice, Source
 from espalier.launch.merge.trials import Trial, Trials, Weights
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import EXAMPLE
 from espalier.model.transforms import base
 
 

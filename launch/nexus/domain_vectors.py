@@ -23,8 +23,8 @@ from espalier.data import cpu_tensorflow
 from espalier.data.nexus import domain_embeddings, domain_encoders
 from espalier.data.nexus.domain_embeddings import PLACES, Embeddings, EmbeddingsError, Raw
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import LoadedRun
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import LoadedRun
 
 TASK = "task:"
 _CHARACTERS = 64  # characters of a document that are stored per token to read

@@ -21,8 +21,8 @@ import numpy as np
 
 from espalier.data.nexus import domain_embeddings
 from espalier.launch.config import setting_flags
+from espalier.launch.load.load_run import RunConfig
 from espalier.launch.nexus import upcycling
-from espalier.launch.run.load_run import RunConfig
 from espalier.launch.upcycle import upcycle_flags
 from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms import base

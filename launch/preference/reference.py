@@ -14,7 +14,7 @@ from espalier.data import tasks
 from espalier.data.preference.stream import ReferencedStream
 from espalier.data.stream.predictions import PredictionStore
 from espalier.launch import predictions
-from espalier.launch.run.load_run import LoadedRun
+from espalier.launch.load.load_run import LoadedRun
 from espalier.model.rows import TOKENS, RowKind
 from espalier.trainers.objectives.frozen_model import FrozenCheckpoint, FrozenModel
 from espalier.trainers.scoring.scoring import Row, Scorer

@@ -39,7 +39,7 @@ import numpy as np
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
 from espalier.launch.inference import row_files
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 EXAMPLE = '{"prompt": "...", "sample": 0, "text": "..."}'
 _OF_SAMPLES = ("sample", "ended", "text", "tokens", "logprobs", "score")

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from espalier.common import stages
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.launch.serve.requests import Limits
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from espalier.launch.inference.generate import prompt_of
 from espalier.launch.inference.texts import decoder_of
-from espalier.launch.run.load_run import LoadError
+from espalier.launch.load.load_run import LoadError
 from espalier.launch.serve import replies, requests
 from espalier.launch.serve.connections import Hosts
 from espalier.launch.serve.engine import (

@@ -16,7 +16,7 @@ from typing import Any
 
 from espalier.launch.inference.generate import LOOK_AT_STOPS, LOOK_AT_STREAM, decoder_for
 from espalier.launch.inference.texts import Texts, decoder_of
-from espalier.launch.run.load_run import LoadedRun, RunConfig
+from espalier.launch.load.load_run import LoadedRun, RunConfig
 from espalier.launch.serve.requests import Limits
 from espalier.trainers.decoding.buckets import bucket_length
 from espalier.trainers.decoding.decoder import Continuation, Decoder
@@ -138,7 +138,7 @@ class Engine:
 
     Args:
       config: configuration of the run.
-      checkpoint, params: see launch/run/load_run.py.
+      checkpoint, params: see launch/load/load_run.py.
       limits: of the server.
       options: `cache_dtype`, `prefill_chunk` and `policy` of `generate`.
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from espalier.launch.run import load_run
-from espalier.launch.run.load_run import RunConfig
+from espalier.launch.load import load_run
+from espalier.launch.load.load_run import RunConfig
 from espalier.launch.upcycle import upcycle_flags
 from espalier.launch.upcycle.upcycle_flags import Params
 from espalier.model.transforms import base

@@ -24,8 +24,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from espalier.launch.load.load_run import RunConfig
 from espalier.launch.nexus.upcycling import Nexus
-from espalier.launch.run.load_run import RunConfig
 from espalier.launch.upcycle import upcycle_flags
 from espalier.launch.upcycle.upcycle_flags import Method, Params
 from espalier.model.transforms import base

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from espalier.launch import cli
 from espalier.launch.config import setting_flags
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 Params = Literal["auto", "raw", "ema"]
 METHOD_FILES = "t5x_configs/methods"  # folder of the methods' gin files

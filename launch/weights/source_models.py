@@ -23,7 +23,7 @@ class SourceModel:
 
     Args:
       path: a step directory, or a run directory for its newest undamaged step.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
 
     Raises:
       DamagedCheckpointError, FileNotFoundError: no undamaged checkpoint.

@@ -17,8 +17,8 @@ from gin import config_parser
 from espalier.common.bars import Bar
 from espalier.launch.config import gin_config, gin_reader, gin_source, model_file
 from espalier.launch.inference import row_files
+from espalier.launch.load.load_run import EXAMPLE
 from espalier.launch.run import model_record, run_vocabulary
-from espalier.launch.run.load_run import EXAMPLE
 from espalier.launch.run.model_record import CONFIG
 from espalier.launch.weights.source_models import SourceModel
 from espalier.launch.weights.target_folder import new_directory
@@ -178,7 +178,7 @@ def model_of(folder: str, gin_files: Sequence[str] = ()) -> Any:
     """Returns the linen module in the model.json of a run's directory, which needs no checkpoint."""
     loaded: Any = gin_config.load(
         gin_files,
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=["t5x_configs/runs/load_run.gin", os.path.join(folder, model_file.NAME)],
     ).entry

@@ -94,7 +94,7 @@ def _write_prompts(path: str) -> str:
 def _generate(runs: Sequence[str], prompts: str, folder: str) -> float:
     """Returns the seconds in which launch.generate writes the answers of all teachers."""
     from espalier.launch.inference.generate import generate_file
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
     from espalier.trainers.decoding.settings import Sampling, Settings
 
     settings = Settings(max_new_tokens=NEW, sampling=Sampling(temperature=0.8, top_p=0.95))

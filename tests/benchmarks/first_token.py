@@ -41,7 +41,7 @@ def run(*, rounds: int = 5) -> dict[str, Any]:
 
 def side(source: str) -> dict[str, Any]:
     """Answers the prompt in this process."""
-    from espalier.launch.run.load import load
+    from espalier.launch.load.load import load
     from espalier.launch.submit.worker import peak_bytes
 
     load(source).generate([PROMPT], max_new_tokens=1)

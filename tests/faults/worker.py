@@ -72,7 +72,7 @@ def _import_the_project() -> None:
     )
     names += (
         "espalier.launch.config.gin_config",
-        "espalier.launch.run.load_run",
+        "espalier.launch.load.load_run",
         "espalier.launch.convert.exchange",
     )
     for name in names:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from espalier.launch.convert import __main__ as convert
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl

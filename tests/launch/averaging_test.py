@@ -9,7 +9,7 @@ import pytest
 
 from espalier.launch.config import gin_config
 from espalier.launch.convert import __main__ as convert
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.model.hf import load
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray

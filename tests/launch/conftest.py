@@ -212,7 +212,7 @@ class Hostile:
         (self.start,), (self.end,) = map(self.vocabulary.encode, ("<|im_start|>", "<|im_end|>"))
 
     def config(self, **changes):
-        from espalier.launch.run.load_run import RunConfig
+        from espalier.launch.load.load_run import RunConfig
         from espalier.model.config import TransformerConfig
         from espalier.model.transformer import Transformer
 
@@ -221,7 +221,7 @@ class Hostile:
         return RunConfig(model=model, **{"vocabulary": lambda: self.vocabulary, **changes})
 
     def loaded(self, **changes):
-        from espalier.launch.run.loaded_run import LoadedRun
+        from espalier.launch.load.loaded_run import LoadedRun
 
         options = {"params": {}, "meta": {}, "row_sharding": None, "row_shards": 1}
         return LoadedRun(config=self.config(**changes), **options)
@@ -251,7 +251,8 @@ def _trained_run(run, *bindings):
     from espalier.data.stream import rows
     from espalier.data.tokenizers import vocabularies
     from espalier.launch.config import gin_config
-    from espalier.launch.run import model_record, run_model, run_vocabulary
+    from espalier.launch.load import run_model
+    from espalier.launch.run import model_record, run_vocabulary
     from espalier.trainers.checkpoints.checkpoint import Checkpointer
 
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]

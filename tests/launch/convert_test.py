@@ -94,7 +94,7 @@ def test_a_checkpoint_becomes_a_run_and_comes_back(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "run" / "model.json")]
     loaded = gin_config.load(
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=files,
     )
@@ -360,7 +360,7 @@ MEMORY = """
 import sys
 import jax
 from espalier.launch.convert import exchange
-from espalier.launch.run.load_run import RunConfig
+from espalier.launch.load.load_run import RunConfig
 
 def status(name):
     with open("/proc/self/status") as file:
@@ -459,7 +459,7 @@ def test_gin_makes_the_model_that_was_written(tmp_path, name):
     (tmp_path / "config.gin").write_text(text)
     files = ["t5x_configs/runs/load_run.gin", str(tmp_path / "config.gin")]
     config = gin_config.load(
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=files,
     )

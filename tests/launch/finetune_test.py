@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from espalier.data.cache import store
+from espalier.launch.load import load_run
+from espalier.launch.load.load import load
 from espalier.launch.preference import reference
-from espalier.launch.run import load_run
-from espalier.launch.run.load import load
 from espalier.trainers import signals
 from espalier.trainers.checkpoints import array_files, state_tree, step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl

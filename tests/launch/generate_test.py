@@ -298,7 +298,7 @@ def test_a_conversation_is_answered_line_by_line(
 
 def test_a_text_without_its_models_template_is_noted(generate, capsys, monkeypatch, template):
     from espalier.data.tokenizers import chat_template
-    from espalier.launch.run.loaded_run import LoadedRun
+    from espalier.launch.load.loaded_run import LoadedRun
 
     own = chat_template.ChatTemplate({"default": TEMPLATE})
     vocabulary = LoadedRun.vocabulary_or_none.func

@@ -25,7 +25,7 @@ def test_arguments_and_errors_are_passed_through(monkeypatch, command, capsys):
     assert seen == [["run", "--model", "espalier", "--tasks", "x"]]
 
     def refuse():
-        from espalier.launch.run.load_run import LoadError
+        from espalier.launch.load.load_run import LoadError
 
         raise LoadError("no such run")
 

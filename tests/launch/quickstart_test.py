@@ -27,6 +27,7 @@ BATCH_SIZE = 8
 TASK_FEATURE_LENGTHS = {'targets': 32}
 config.TransformerConfig.vocab_size = 384
 config.TransformerConfig.num_layers = 1
+config.TransformerConfig.scan_layers = False
 config.TransformerConfig.embed_dim = 16
 config.TransformerConfig.num_heads = 2
 config.TransformerConfig.num_kv_heads = 2

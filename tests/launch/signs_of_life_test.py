@@ -22,7 +22,7 @@ def commands():
         if name not in GROUPS or name in ALONE:
             yield name
     for group in GROUPS:
-        module = importlib.import_module(f"espalier.launch.{group}")
+        module = importlib.import_module(cli.module_of(group))
         for name in getattr(module, "COMMANDS", {"search": None}):
             yield f"{group} {name}"
 

@@ -46,9 +46,15 @@ def _wait_for_checkpoint(process, address):
     pytest.fail(f"no checkpoint: {process.communicate(timeout=10)}")
 
 
-def test_a_run_killed_on_one_host_goes_on_on_another(train, store, tmp_path, capsys):
-    whole = tmp_path / "whole"
-    assert train(*flags(train, whole)).status == 0
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The directory of a run that nothing stopped, in no store; tests only read it."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert train(*flags(train, path)).status == 0
+    return path
+
+
+def test_a_run_killed_on_one_host_goes_on_on_another(train, whole, store, tmp_path, capsys):
     address = f"{store.address}/runs/small"
     process = _start(train, address, tmp_path / "host_a", SLOWLY)
     _wait_for_checkpoint(process, address)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from espalier.launch.run.load_run import LoadError
+from espalier.launch.load.load_run import LoadError
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.telemetry.metric_writers import read_jsonl
@@ -185,7 +185,7 @@ def test_virtual_tokens_of_the_inputs_are_learnt(start, base, tmp_path):
 def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, command, tmp_path):
     from espalier.launch.evaluate.seqio_tasks import EncoderAnswers
     from espalier.launch.lm_eval.model import EspalierLM
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
     from espalier.trainers.scoring.scoring import Row, Scorer
 
     more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270", "LEARNING_RATE=30.0")

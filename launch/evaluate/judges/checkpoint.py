@@ -34,7 +34,7 @@ class CheckpointWriter:
       config: a load_run.RunConfig of the run that made the checkpoint.
       settings: the whole configuration as text, on which replies depend.
       checkpoint: step or run directory, or a Hugging Face directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       max_tokens: maximum tokens of a reply.
       batch_size: prompts at a time.
 
@@ -113,7 +113,7 @@ def resolved(checkpoint: str, *, batch_size: int) -> str:
     """
     import jax
 
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     if jax.process_count() > 1:
         raise JudgeError(
@@ -132,7 +132,7 @@ def weights_identity(step: str, *, settings: str, params: str) -> dict[str, Any]
     """
     from etils import epath
 
-    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.load import hf_checkpoint
     from espalier.trainers.checkpoints import step_dir
 
     if hf_checkpoint.is_hf(step):

@@ -16,7 +16,7 @@ from espalier.launch.inference.chat_endpoint import (
     api_key,
     check_numbers,
 )
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 _NO_SETTINGS = ("config", "settings", "checkpoint", "url", "reward")
 

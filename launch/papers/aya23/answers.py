@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 PER_SOURCE = 16  # instructions of each kind and pair of languages
 KINDS = ("copy", "translate")
@@ -17,7 +17,7 @@ def exact(checkpoint: str, *, params: str = "auto") -> dict[str, float]:
 
     Args:
       checkpoint: run or step directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
     """
     asked = [one for name in FORMATS for one in _requests(name)]
     with load_run.config_of(checkpoint).load(checkpoint, params=params) as run:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from espalier.launch.load import load_run
 from espalier.launch.papers.aya_expanse import lexicon
 from espalier.launch.papers.aya_expanse.small_pool import DEVIATION, NEW_TOKENS
-from espalier.launch.run import load_run
 
 HELD_OUT = 48  # requests in each language, the same for all seeds
 SAMPLED = 12  # requests in each language of which answers are drawn, for a divergence
@@ -20,7 +20,7 @@ def score(checkpoint: str, *, params: str = "auto") -> dict[str, Any]:
 
     Args:
       checkpoint: run or step directory.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
 
     Returns:
       {'score', 'artefacts', 'words': {language: mean}, 'kinds': {kind: mean score}, 'judge': {language: [a judge's score of

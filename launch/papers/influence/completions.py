@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from espalier.launch.load.loaded_run import LoadedRun
 from espalier.launch.papers.influence.small_corpus import Document, Query
-from espalier.launch.run.loaded_run import LoadedRun
 from espalier.trainers.influence import conjugate, documents
 from espalier.trainers.scoring.scoring import Row
 

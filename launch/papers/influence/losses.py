@@ -60,7 +60,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 def of_runs(runs: Mapping[str, str], asked: Sequence[Query]) -> dict[str, np.ndarray]:
     """Returns run -> the losses [Q] of all queries; the models differ in their parameters alone."""
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     measure, out = None, {}
     for name, directory in tqdm(runs.items(), desc="losses", unit="run", disable=None):

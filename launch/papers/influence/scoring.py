@@ -8,7 +8,7 @@ CORPUS is a folder of launch.papers.influence.corpus. In DIR are factors/, score
 
 if __name__ == "__main__":
     from espalier.launch import cli
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     def add_flags(parser):
         load_run.add_flags(parser)
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     raise SystemExit(
         cli.main(
             __doc__,
-            entry="espalier.launch.run.load_run:RunConfig",
+            entry="espalier.launch.load.load_run:RunConfig",
             command="scoring",
             extra_flags=add_flags,
             run=start_run,
@@ -42,9 +42,9 @@ from typing import Any
 import numpy as np
 
 from espalier.launch.influence import scorers
+from espalier.launch.load.loaded_run import LoadedRun
 from espalier.launch.papers.influence import completions, corpus, statistics
 from espalier.launch.papers.influence.small_corpus import FACT, PROCEDURES, Document, Query
-from espalier.launch.run.loaded_run import LoadedRun
 from espalier.trainers.influence import conjugate, kronecker, lexical, projections, queries, scores
 from espalier.trainers.influence import fit as stages
 from espalier.trainers.influence import sites as site_list

@@ -23,7 +23,7 @@ def ranks(run_dir: str) -> dict[str, Any]:
     """Returns what `launch.evaluate ranks` measures: mean accuracies, and by task and template."""
     from espalier.launch.config import gin_config
     from espalier.launch.evaluate import ranks
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     files = load_run.whole_files(run_dir, (), trust_config=True, own=ranks.GIN)
     config = gin_config.load(
@@ -51,7 +51,7 @@ def routing(run_dir: str) -> dict[str, Any]:
     """
     import jax
 
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     with load_run.config_of(run_dir).load(run_dir, encoder_decoders=True) as run:
         sown = jax.jit(functools.partial(_intermediates, run.model))

@@ -10,7 +10,7 @@ P_win, against another sample of the model, of the best of n samples of it by th
 
 if __name__ == "__main__":
     from espalier.launch import cli
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     def add_flags(parser):
         load_run.add_flags(parser)
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     raise SystemExit(
         cli.main(
             __doc__,
-            entry="espalier.launch.run.load_run:RunConfig",
+            entry="espalier.launch.load.load_run:RunConfig",
             command="pairs",
             extra_flags=add_flags,
             run=start_run,

@@ -299,10 +299,10 @@ def _model(directory: pathlib.Path, stages: Stages, seed: int, digest: str) -> d
 def _loaded(directory: pathlib.Path) -> Iterator[Any]:
     """Loads a run's newest checkpoint."""
     from espalier.launch.config import gin_config
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
 
     config = gin_config.load(
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=load_run.files_of(str(directory)),
     )

@@ -83,7 +83,7 @@ class CachedModel:
 
     @classmethod
     def of_run(cls, run: Any) -> "CachedModel":
-        """Returns the model of a run that launch/run/load_run.py has loaded."""
+        """Returns the model of a run that launch/load/load_run.py has loaded."""
         config = run.model.config
         params = jax.jit(lambda params: layer_stack.unroll(params, config))(run.params)
         return cls(layer_stack.unrolled(run.model), params)

@@ -20,11 +20,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from espalier.data.text.sources import english, environment
+from espalier.launch.load.load_run import LoadedRun
 from espalier.launch.papers.shared import sweeps
 from espalier.launch.papers.shared.sweeps import Stages
 from espalier.launch.papers.snapkv import attention
 from espalier.launch.papers.snapkv.methods import FULL, CachedModel, Method, methods, pooled
-from espalier.launch.run.load_run import LoadedRun
 from espalier.trainers.decoding.settings import Settings
 from espalier.trainers.snapkv import replay
 

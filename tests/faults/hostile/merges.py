@@ -191,7 +191,7 @@ def _pattern(pattern: str, bench: Bench) -> None:
 
 def _dtypes(pair: tuple[str, str], bench: Bench) -> None:
     """Merges runs in both orders: the same numbers for whoever reads them."""
-    from espalier.launch.run.load import load
+    from espalier.launch.load.load import load
 
     for seed, (name, dtype) in enumerate(zip("ab", pair, strict=True)):
         folder = _write(bench.folder / f"hf_{name}", seed)

@@ -48,7 +48,7 @@ def _served(bench: Bench) -> Iterator[int]:
 
     import uvicorn
 
-    from espalier.launch.run import load_run
+    from espalier.launch.load import load_run
     from espalier.launch.serve import app, connections
     from espalier.launch.serve.engine import Engine
     from espalier.launch.serve.requests import Limits

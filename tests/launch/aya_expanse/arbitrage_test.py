@@ -16,7 +16,7 @@ import pytest
 
 from espalier.launch.aya_expanse import completions
 from espalier.launch.inference.generate import generate
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.decoding.settings import Settings
 

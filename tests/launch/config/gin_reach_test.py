@@ -264,7 +264,7 @@ def test_every_wrapper_is_read():
 
 # Called without keywords: functions of arrays, of texts, and of nothing.
 POSITIONAL = {
-    "espalier.launch.run.load_run.RunConfig.vocabulary",
+    "espalier.launch.load.load_run.RunConfig.vocabulary",
     "espalier.launch.train.train.tasks",
     "espalier.model.t5.encoder_decoder.EncoderDecoder.norm",
     "espalier.model.transformer.Transformer.norm",

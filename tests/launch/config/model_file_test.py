@@ -15,9 +15,10 @@ from espalier.launch.config import gin_config, gin_reader, gin_source, model_fil
 from espalier.launch.config.build import Configuration
 from espalier.launch.config.gin_config import ConfigError
 from espalier.launch.config.model_file import REGISTERED, ModelFileError
-from espalier.launch.run import load_run, model_record
+from espalier.launch.load import load_run
+from espalier.launch.run import model_record
 
-ENTRY = "espalier.launch.run.load_run:RunConfig"
+ENTRY = "espalier.launch.load.load_run:RunConfig"
 LOAD_RUN = "t5x_configs/runs/load_run.gin"
 OBJECTS = {
     name: getattr(importlib.import_module(module), attribute)

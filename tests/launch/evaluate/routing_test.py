@@ -10,7 +10,7 @@ import pytest
 
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.evaluate import routing
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.model.nexus.domain_router import expert_vectors
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray

@@ -133,7 +133,7 @@ class Words:
 
 
 def test_texts_go_on_after_the_prompt(trained_run, command, monkeypatch, tmp_path, capsys):
-    from espalier.launch.run.loaded_run import LoadedRun
+    from espalier.launch.load.loaded_run import LoadedRun
 
     monkeypatch.setattr(LoadedRun, "vocabulary_or_none", Words())
     inputs, output = tmp_path / "x.jsonl", tmp_path / "y.jsonl"

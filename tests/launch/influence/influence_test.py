@@ -17,7 +17,7 @@ import pytest
 from espalier.common.storage import mirror, paths
 from espalier.launch import environment
 from espalier.launch.influence import inputs, methods, outputs, scorers
-from espalier.launch.run.load_run import LoadError
+from espalier.launch.load.load_run import LoadError
 from espalier.trainers.checkpoints import state_tree
 from espalier.trainers.influence import conjugate, documents, files, kronecker, lexical, scores
 from espalier.trainers.influence import fit as stages

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from espalier.launch.convert import __main__ as convert
 from espalier.launch.lm_eval.arguments import options
 from espalier.launch.lm_eval.model import EspalierLM
-from espalier.launch.run.load_run import LoadError
+from espalier.launch.load.load_run import LoadError
 from espalier.trainers.decoding.sampling import Sampling
 from espalier.trainers.scoring.scoring import Row, Scorer
 

@@ -12,10 +12,10 @@ import pytest
 
 from espalier.launch.convert import __main__ as convert
 from espalier.launch.convert import model_card
+from espalier.launch.load import load_run
 from espalier.launch.merge import __main__ as merge
 from espalier.launch.merge import models
 from espalier.launch.papers.aya_expanse import lexicon, small_stage
-from espalier.launch.run import load_run
 from espalier.model.hf import families
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.array_files import StoredArray

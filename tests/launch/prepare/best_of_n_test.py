@@ -127,7 +127,7 @@ def test_commands_say_what_kind_of_model_they_read(trained_run, tmp_path, comman
     config = gin_config.load(
         ["t5x_configs/runs/load_run.gin", str(run / "model.json")],
         [],
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
     ).entry()
     with config.load(str(run)) as loaded:  # the actor is a language model

@@ -28,7 +28,7 @@ def exchange(*, rounds: int = 100000, failing: int = -1):
     from jax.experimental import multihost_utils
 
     from espalier.launch.processes import peers
-    from espalier.launch.run.load_run import LoadError
+    from espalier.launch.load.load_run import LoadError
 
     peers.note_run("/no/such/run")
     for number in range(rounds):

@@ -10,9 +10,9 @@ from espalier.launch.evaluate.judges.asking import Question
 from espalier.launch.evaluate.judges.pairwise import Template
 from espalier.launch.inference import generate, score
 from espalier.launch.inference.generate import as_message, prompt_of
+from espalier.launch.load import load_run
+from espalier.launch.load.loaded_run import LoadedRun
 from espalier.launch.prepare import best_of_n
-from espalier.launch.run import load_run
-from espalier.launch.run.loaded_run import LoadedRun
 from espalier.trainers.rewards import model_reward
 
 

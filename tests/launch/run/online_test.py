@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from espalier.launch.run.load import load
+from espalier.launch.load.load import load
 from espalier.trainers import initialise
 from espalier.trainers.checkpoints import step_dir
 from espalier.trainers.checkpoints.restore_params import restore_params

@@ -410,7 +410,7 @@ def test_there_is_never_a_second_bos(imported, score, ids):
 
 
 def test_messages_are_continued_after_a_generation_prompt(imported, ids):
-    from espalier.launch.run.load_run import LoadedRun, RunConfig
+    from espalier.launch.load.load_run import LoadedRun, RunConfig
 
     def loaded(vocabulary, **config):
         return LoadedRun(

@@ -18,7 +18,7 @@ from espalier.data.tokenizers import vocabularies
 from espalier.launch.inference.chat_endpoint import ChatEndpoint, EndpointError
 from espalier.launch.inference.generate import generate
 from espalier.launch.inference.texts import decoder_of
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.launch.serve import __main__ as serve
 from espalier.launch.serve import app as app_module
 from espalier.launch.serve import connections, requests

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from espalier.launch.convert import __main__ as convert
-from espalier.launch.run import load_run, model_record, run_vocabulary
+from espalier.launch.load import load_run
+from espalier.launch.run import model_record, run_vocabulary
 from espalier.launch.weights import transformed_run
 from espalier.launch.weights.source_models import SourceModel
 from espalier.model.adapters.adapter import AdapterError, is_adapter

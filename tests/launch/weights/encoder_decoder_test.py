@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from espalier.data.tokenizers import vocabularies
-from espalier.launch.run import load_run, model_record, run_vocabulary
+from espalier.launch.load import load_run
+from espalier.launch.run import model_record, run_vocabulary
 from espalier.launch.weights import transformed_run
 from espalier.model.adapters.adapter import is_adapter
 from espalier.trainers.checkpoints import state_tree, step_dir

@@ -11,8 +11,8 @@ import pytest
 
 from espalier.launch.config import model_file
 from espalier.launch.convert import __main__ as convert
+from espalier.launch.load import load_run
 from espalier.launch.merge import __main__ as merge
-from espalier.launch.run import load_run
 from espalier.model import axes
 from espalier.model.hf import families
 from espalier.model.transforms import layer_stack

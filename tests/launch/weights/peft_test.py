@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from espalier.launch.convert import __main__ as convert
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "model" / "hf" / "goldens" / "peft"
 FILES = {

@@ -10,6 +10,7 @@ from espalier.data import tasks
 from espalier.data.code_mix import skills
 from espalier.launch.code_mix import skills as evaluate_skills
 from espalier.launch.config import gin_config
+from espalier.launch.load import load_run
 from espalier.launch.papers.code_mix import experiment, judged, report, skill_sources
 from espalier.launch.papers.code_mix.experiment import (
     ANSWERS,
@@ -21,7 +22,6 @@ from espalier.launch.papers.code_mix.experiment import (
     wins,
 )
 from espalier.launch.plots import intervals
-from espalier.launch.run import load_run
 from espalier.launch.sweep import file
 
 SWEEP = "launch/papers/code_mix/experiment.py"

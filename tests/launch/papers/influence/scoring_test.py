@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from espalier.data.tokenizers import vocabularies
+from espalier.launch.load import load_run
 from espalier.launch.papers.influence import (
     completions,
     corpus,
@@ -19,7 +20,6 @@ from espalier.launch.papers.influence import (
     small_corpus,
     statistics,
 )
-from espalier.launch.run import load_run
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 from espalier.trainers.checkpoints import state_tree

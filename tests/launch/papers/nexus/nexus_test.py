@@ -107,7 +107,7 @@ def loaded(run):
     files = ["t5x_configs/runs/load_run.gin", f"{run}/{model_file.NAME}"]
     unused = {"VOCABULARY": "None"}
     config = gin_config.load(
-        [], entry="espalier.launch.run.load_run:RunConfig", unused=unused, defaults=files
+        [], entry="espalier.launch.load.load_run:RunConfig", unused=unused, defaults=files
     ).entry()
     abstract = nn.meta.unbox(initialise.abstract_variables(config.model)["params"])
     return config.model, restore_params(run, abstract)

@@ -6,9 +6,9 @@ import pytest
 
 from espalier.launch.evaluate.suites import local_data
 from espalier.launch.lm_eval import arguments
+from espalier.launch.load.load_run import LoadError
 from espalier.launch.papers.snapkv import experiment, suite
 from espalier.launch.papers.snapkv.harness_tasks import scores, tasks
-from espalier.launch.run.load_run import LoadError
 from espalier.launch.sweep import file
 from espalier.model.kv_cache.policies import policy_from_text
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.common.ranges import AxisSize, Count
 from espalier.launch import cli
-from espalier.launch.run.loaded_run import EXAMPLE, LoadedRun, LoadError
+from espalier.launch.load.loaded_run import EXAMPLE, LoadedRun, LoadError
 
 if TYPE_CHECKING:  # flags are parsed before gin is imported
     from espalier.launch.config.build import Configuration
@@ -48,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_adapter_flag(group: Any) -> None:
-    """Adds the flag --adapter, for launch/run/side_by_side.py."""
+    """Adds the flag --adapter, for launch/load/side_by_side.py."""
     group.add_argument(
         "--adapter",
         action="append",
@@ -107,7 +107,7 @@ def command(
     unused = {"VOCABULARY": "None", **({"MODEL": "None"} if without_model else {})}
     return cli.gin_command(
         doc,
-        "espalier.launch.run.load_run:RunConfig",
+        "espalier.launch.load.load_run:RunConfig",
         command=name,
         extra_flags=add_flags,
         run=run,
@@ -153,7 +153,8 @@ def files_of(checkpoint: str | None, gin_file: Sequence[str] = ()) -> Sequence[s
       FileNotFoundError: there is no checkpoint.
     """
     from espalier.launch.config import model_file
-    from espalier.launch.run import hf_checkpoint, run_vocabulary
+    from espalier.launch.load import hf_checkpoint
+    from espalier.launch.run import run_vocabulary
     from espalier.trainers.checkpoints import step_dir
 
     if checkpoint is None:
@@ -188,7 +189,7 @@ def whole_files(
       LoadError: `trust_config` and `gin_file` are both missing, or the run has no config.gin.
       FileNotFoundError: there is no checkpoint.
     """
-    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.load import hf_checkpoint
     from espalier.launch.run.model_record import CONFIG
     from espalier.trainers.checkpoints import step_dir
 
@@ -231,7 +232,7 @@ def configuration_of(checkpoint: str, gin_file: Sequence[str] = ()) -> "Configur
 
     return gin_config.load(
         list(gin_file),
-        entry="espalier.launch.run.load_run:RunConfig",
+        entry="espalier.launch.load.load_run:RunConfig",
         unused={"VOCABULARY": "None"},
         defaults=list(files_of(checkpoint, gin_file)),
     )
@@ -251,7 +252,7 @@ def place(checkpoint: str) -> str:
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.load import hf_checkpoint
     from espalier.trainers.checkpoints import step_dir
 
     if hf_checkpoint.is_hf(checkpoint):
@@ -370,7 +371,7 @@ def restoring(
 
     With `of_base`, adapters that the checkpoint lacks are left out.
     """
-    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.load import hf_checkpoint
     from espalier.model.adapters import adapter
     from espalier.trainers.checkpoints import base_step, step_dir
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from espalier.launch.evaluate.judges.checkpoint import CheckpointWriter
-from espalier.launch.run import hf_checkpoint, load_run
-from espalier.launch.run.load import load
-from espalier.launch.run.loaded_run import LoadError
+from espalier.launch.load import hf_checkpoint, load_run
+from espalier.launch.load.load import load
+from espalier.launch.load.loaded_run import LoadError
 from espalier.model.hf import families
 from tests.launch.convert_test import GOLDENS, write_checkpoint
 from tests.launch.run.run_vocabulary_test import hf_files

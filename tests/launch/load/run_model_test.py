@@ -13,11 +13,12 @@ import pytest
 from espalier.launch.config import gin_config, gin_reader
 from espalier.launch.config.build import Configuration
 from espalier.launch.config.gin_config import ConfigError
-from espalier.launch.run import model_record, run_model
+from espalier.launch.load import run_model
+from espalier.launch.run import model_record
 from espalier.trainers import initialise
 from espalier.trainers.telemetry.metric_writers import read_jsonl
 
-ENTRY = "espalier.launch.run.load_run:RunConfig"
+ENTRY = "espalier.launch.load.load_run:RunConfig"
 LOAD_RUN = "t5x_configs/runs/load_run.gin"
 SCOPES = """
 from __gin__ import dynamic_registration

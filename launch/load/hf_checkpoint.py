@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from espalier.launch.run.loaded_run import LoadError
+from espalier.launch.load.loaded_run import LoadError
 
 CONFIG_JSON = "config.json"
 

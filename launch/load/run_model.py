@@ -9,7 +9,7 @@ from typing import Any
 
 from espalier.launch.config import build, gin_config, gin_reader, model_file
 from espalier.launch.config.gin_config import ConfigError
-from espalier.launch.run import load_run
+from espalier.launch.load import load_run
 from espalier.trainers.checkpoints import step_dir
 
 
@@ -41,7 +41,7 @@ def model(*, run: str | None, macro: str) -> Any:
 
 def of_checkpoint(checkpoint: str, *, macro: str) -> Any:
     """Returns the linen module of a run, or of a Hugging Face directory; see `model`."""
-    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.load import hf_checkpoint
 
     if not hf_checkpoint.is_hf(checkpoint):
         return model(run=checkpoint, macro=macro)

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from espalier.launch.run.load_run import RunConfig
-from espalier.launch.run.loaded_run import LoadedRun, LoadError
+from espalier.launch.load.load_run import RunConfig
+from espalier.launch.load.loaded_run import LoadedRun, LoadError
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def load(
       config: configuration of the run.
       checkpoint: step or run directory.
       adapters: run or step directories of adapters of this checkpoint; none for the run itself.
-      params: see launch/run/load_run.py.
+      params: see launch/load/load_run.py.
       **options: further arguments of `RunConfig.load`.
 
     Yields:
@@ -30,7 +30,7 @@ def load(
     Raises:
       LoadError: adapters of another base, or none; see also `RunConfig.load`.
     """
-    from espalier.launch.run import hf_checkpoint
+    from espalier.launch.load import hf_checkpoint
     from espalier.model.adapters.adapter import adapters_of
     from espalier.trainers.checkpoints import base_step, step_dir
 
@@ -60,7 +60,7 @@ def load(
 
 def _adapted(base: LoadedRun, path: str, params: str, digest: str, where: str) -> LoadedRun:
     """Returns the run with the adapters in a directory; `digest` is of the parameters that `where` names."""
-    from espalier.launch.run import run_model
+    from espalier.launch.load import run_model
     from espalier.model.adapters.adapter import adapters_of, check_settings
     from espalier.model.protocol import inference_model
     from espalier.trainers.checkpoints import state_tree

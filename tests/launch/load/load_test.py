@@ -12,8 +12,8 @@ import sentencepiece
 from espalier.data.tokenizers import vocabularies
 from espalier.launch.config import model_file
 from espalier.launch.inference import generate
-from espalier.launch.run.load import Run, load
-from espalier.launch.run.loaded_run import LoadError
+from espalier.launch.load.load import Run, load
+from espalier.launch.load.loaded_run import LoadError
 from espalier.model.config import TransformerConfig
 from espalier.model.transformer import Transformer
 

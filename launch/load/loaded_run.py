@@ -18,7 +18,7 @@ class LoadedRun:
     """A model with its parameters.
 
     Attributes:
-      config: a `launch.run.load_run.RunConfig`.
+      config: a `launch.load.load_run.RunConfig`.
       params: restored, on the mesh.
       meta: the run's record with the checkpoint.
       row_sharding: sharding of the rows of a batch; None on one device.

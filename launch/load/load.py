@@ -1,4 +1,4 @@
-"""A trained model in Python: `from espalier.launch.run.load import load`, then `load("RUN")`; see docs/python.md.
+"""A trained model in Python: `from espalier.launch.load.load import load`, then `load("RUN")`; see docs/python.md.
 
 Nothing that the author of a run wrote is executed, and gin is not used: several runs can be loaded in one process.
 Shapes: B rows, T tokens, V rows of the model's table.
@@ -21,9 +21,10 @@ from espalier.data.stream.rows import vocabulary_digest
 from espalier.launch.config import gin_writer, model_file
 from espalier.launch.inference import generate
 from espalier.launch.inference.texts import decoder_of
-from espalier.launch.run import hf_checkpoint, model_record, run_model, run_vocabulary, side_by_side
-from espalier.launch.run.load_run import RunConfig
-from espalier.launch.run.loaded_run import LoadedRun
+from espalier.launch.load import hf_checkpoint, run_model, side_by_side
+from espalier.launch.load.load_run import RunConfig
+from espalier.launch.load.loaded_run import LoadedRun
+from espalier.launch.run import model_record, run_vocabulary
 from espalier.model.kv_cache.base import CachePolicy
 from espalier.model.protocol import inference_model, inference_params
 from espalier.trainers import partitioning
