@@ -13,7 +13,6 @@ from espalier.trainers.telemetry.metric_writers import read_jsonl
 
 SMALL = (
     "config.TransformerConfig.num_layers=1",
-    "config.TransformerConfig.scan_layers=False",
     "config.TransformerConfig.embed_dim=16",
     "config.TransformerConfig.num_heads=2",
     "config.TransformerConfig.head_dim=4",
@@ -188,7 +187,7 @@ def test_virtual_tokens_come_before_all_inputs_of_an_encoder(start, base, comman
     from espalier.launch.load import load_run
     from espalier.trainers.scoring.scoring import Row, Scorer
 
-    more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270", "LEARNING_RATE=30.0")
+    more = ("PROMPT_LENGTH=2", "PROMPT_FIRST_ID=270", "LEARNING_RATE=1.0")
     more += (f"INITIAL_CHECKPOINT_PATH={str(base)!r}",)
     tuned = tmp_path / "run"
     start(tuned, (*TUNING, "methods/adapters/prompt"), *more)
