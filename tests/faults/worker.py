@@ -67,7 +67,7 @@ def _import_the_project() -> None:
         "gin",
         "seqio",
         "espalier.launch.train",
-        "espalier.launch.convert",
+        "espalier.launch.convert.__main__",
         "espalier.launch.score",
     )
     names += (
