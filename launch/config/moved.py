@@ -9,12 +9,15 @@ from espalier.launch import environment
 if TYPE_CHECKING:
     from gin.config_parser import ImportStatement
 
-# Former name -> name, of modules and of folders; the first that fits counts.
+# Former name -> name of folders, whose names of today are also commands.
+FOLDERS = {
+    "launch.evaluation": "espalier.launch.evaluate",
+    "launch.preparation": "espalier.launch.prepare",
+}
+# The same of modules and folders; the first that fits counts.
 MOVED = {
     "launch.evaluation.skills": "espalier.launch.code_mix.skills",
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
-    "launch.evaluation": "espalier.launch.evaluate",
-    "launch.preparation": "espalier.launch.prepare",
     "launch.run.beginnings": "espalier.launch.run.phase",
     "launch.run.load_run": "espalier.launch.load.load_run",
     "launch.run.run_model": "espalier.launch.load.run_model",
@@ -29,6 +32,7 @@ MOVED = {
     "data.nexus.lag_domains": "espalier.launch.papers.nexus.lag_domains",
     "data.preference.topic_language": "espalier.launch.papers.preference.topic_language",
     "data.snapkv.retrieval": "espalier.launch.papers.snapkv.retrieval",
+    **FOLDERS,
 }
 
 
@@ -61,5 +65,6 @@ def name_of_today(module: str) -> str:
 def as_before(text: str) -> str:
     """Returns a text with modules by their former names, of which digests from before a move are made."""
     for former, now in MOVED.items():
-        text = re.sub(rf"\b{re.escape(now)}\b", former, text)
+        end = r"(?=\.)" if former in FOLDERS else r"\b"  # without a dot it is the command
+        text = re.sub(rf"\b{re.escape(now)}{end}", former, text)
     return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)

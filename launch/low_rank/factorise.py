@@ -212,7 +212,6 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
             f"lowrank.Factorisation.layers = {tuple(map(re.escape, ranks))!r}",
             f"lowrank.Factorisation.ranks = {tuple((re.escape(x), r) for x, r in ranks.items())!r}",
         ]
-    meta = {"hf": source.meta["hf"]} if "hf" in source.meta else {}
     recipes = transformed_run.write(
         options.to,
         transform,
@@ -220,7 +219,7 @@ def run(config: RunConfig, flags: argparse.Namespace) -> None:
         config=bindings,
         gin_files=flags.gin_file,
         whole_config=flags.trust_config,
-        meta=meta,
+        meta=source.hf_meta(),
     )
     notes, totals = ({}, []) if options.recompose else _sizes(recipes, decomposition)
     print("\n".join([*base.table(recipes, notes), *totals, f"written to {options.to}"]))
