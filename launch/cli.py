@@ -1,9 +1,9 @@
 """The common parts of all commands: flags, environment, configuration, and errors that name a remedy.
 
 A command is a module `launch/<name>.py`, or a folder `launch/<name>` with a `__main__.py`. A sub-command is a module in a
-folder of launch that gives `<name> <sub-command>` as its name. Its docstring is its help text, with an example that can be run. Its function `main(argv=None)` returns the exit
-status, and is made by `command` or `gin_command` of this module. Functions import modules that need jax only when they run: --help is fast, and jax
-starts with the environment variables that are set here.
+folder of launch that gives `<name> <sub-command>` as its name. Its docstring is its help text, with an example that can be run.
+Its function `main(argv=None)` returns the exit status, and is made by `command` or `gin_command` of this module. Functions
+import modules that need jax only when they run: --help is fast, and jax starts with the environment variables that are set here.
 """
 
 import argparse
