@@ -136,6 +136,7 @@ class _Server:
                 draw=asked.draw(index, sample),
                 stops=asked.stops,
                 show=None if pieces is None else pieces.of(index * asked.samples + sample),
+                deadline=deadline,
             )
             for index, prompt in enumerate(prompts)
             for sample in range(asked.samples)

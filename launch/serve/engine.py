@@ -10,7 +10,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,9 +64,7 @@ class Job:
       draw: seed and sampling.
       stops: texts that end the completion.
       show: called, in the engine's thread, with text as soon as it is final; None to wait for the end.
-
-    Attributes:
-      cancelled: whether nobody waits for it any more.
+      deadline: time (`time.monotonic`) from which nobody waits.
     """
 
     def __init__(
@@ -75,17 +75,23 @@ class Job:
         draw: Draw,
         stops: Sequence[str] = (),
         show: Callable[[str], None] | None = None,
+        deadline: float = math.inf,
     ):
         self.prompt, self.max_tokens, self.draw = prompt, max_tokens, draw
-        self.stops, self.show = stops, show
+        self.stops, self.show, self.deadline = stops, show, deadline
         self.future: concurrent.futures.Future[Completed] = concurrent.futures.Future()
         self._texts: Texts | None = None
         self._seen = 0
-        self.cancelled = False
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more; a client that does not read its stream is not waited for either."""
+        return self._cancelled or time.monotonic() >= self.deadline
 
     def cancel(self) -> None:
         """Ends the completion at the next look at its tokens; nobody waits for it."""
-        self.cancelled = True
+        self._cancelled = True
 
     def begin(self, decode: Callable[[Sequence[int]], str] | None, ends: Sequence[int]) -> None:
         """Prepares the texts; called before the first `watch`. The future cannot be cancelled any more."""
