@@ -154,8 +154,7 @@ def options_of(flags: argparse.Namespace) -> dict[str, Any]:
             f"--cache_policy={flags.cache_policy} reads the answer that it should generate: it is only for "
             "experiments. Choose another."
         )
-    same = ("checkpoint", "params", "adapter", "seed", "cache_dtype", "prefill_chunk")
-    same = (*same, "compare")
+    same = ("checkpoint", "params", "adapter", "seed", "cache_dtype", "prefill_chunk", "compare")
     return {
         **{name: getattr(flags, name) for name in same},
         "batch_size": _ROWS if flags.batch_size is None else flags.batch_size,

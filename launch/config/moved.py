@@ -9,15 +9,12 @@ from espalier.launch import environment
 if TYPE_CHECKING:
     from gin.config_parser import ImportStatement
 
-# Former name -> name of folders, whose names of today are also commands.
-FOLDERS = {
-    "launch.evaluation": "espalier.launch.evaluate",
-    "launch.preparation": "espalier.launch.prepare",
-}
-# The same of modules and folders; the first that fits counts.
+# Former name -> name, of modules and of folders; the first that fits counts.
 MOVED = {
     "launch.evaluation.skills": "espalier.launch.code_mix.skills",
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
+    "launch.evaluation": "espalier.launch.evaluate",
+    "launch.preparation": "espalier.launch.prepare",
     "launch.run.beginnings": "espalier.launch.run.phase",
     "launch.run.load_run": "espalier.launch.load.load_run",
     "launch.run.run_model": "espalier.launch.load.run_model",
@@ -32,7 +29,6 @@ MOVED = {
     "data.nexus.lag_domains": "espalier.launch.papers.nexus.lag_domains",
     "data.preference.topic_language": "espalier.launch.papers.preference.topic_language",
     "data.snapkv.retrieval": "espalier.launch.papers.snapkv.retrieval",
-    **FOLDERS,
 }
 
 
@@ -55,16 +51,13 @@ def name_of_today(module: str) -> str:
             return now + bare.removeprefix(former)
     path = pathlib.Path(environment.ROOT, *module.split("."))
     own = module.partition(".")[0] in environment.EARLIER_PACKAGES
-    return (
-        f"espalier.{module}"
-        if own and (path.is_dir() or path.with_suffix(".py").is_file())
-        else module
-    )
+    is_there = own and (path.is_dir() or path.with_suffix(".py").is_file())
+    return f"espalier.{module}" if is_there else module
 
 
 def as_before(text: str) -> str:
     """Returns a text with modules by their former names, of which digests from before a move are made."""
     for former, now in MOVED.items():
-        end = r"(?=\.)" if former in FOLDERS else r"\b"  # without a dot it is the command
-        text = re.sub(rf"\b{re.escape(now)}{end}", former, text)
+        own = r"(?=\.)" if former.count(".") == 1 else ""  # a folder's own name is a command's
+        text = re.sub(rf"\b{re.escape(now)}\b{own}", former, text)
     return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)

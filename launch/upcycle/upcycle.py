@@ -35,7 +35,6 @@ if TYPE_CHECKING:  # jax is imported with the work
     from espalier.launch.weights.source_models import SourceModel
     from espalier.model.transforms.experts import Mixture
 
-
 # What a mixture records for experts added later: flags of launch.upcycle, and their values if they are not set.
 _RECORDED = {
     **{"expert_scale": 1.0, "drop_ratio": 0.0, "drop_seed": 0},

@@ -151,9 +151,7 @@ class _LogProb(Spec):
         return RewardJudge(reward, margin=margin)
 
 
-_KINDS: Mapping[str, type[Spec]] = {
-    **{"checkpoint": _Checkpoint, "openai": _Endpoint, "logprob": _LogProb}
-}
+_KINDS = dict[str, type[Spec]](checkpoint=_Checkpoint, openai=_Endpoint, logprob=_LogProb)
 
 
 def settings_of(kind: str) -> dict[str, setting_flags.Setting]:

@@ -228,9 +228,8 @@ def words(text: str) -> list[str]:
     In scripts without spaces between words, every letter is one.
     """
     out: list[str] = []
-    touches = goes_on = (
-        False  # whether a letter comes right before, and whether a word may go on after it
-    )
+    # Whether a letter comes right before, and whether a word may go on after it.
+    touches = goes_on = False
     for letter in unicodedata.normalize("NFC", text).lower():
         kind = unicodedata.category(letter)[0]
         if kind not in _WORD:
