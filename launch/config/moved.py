@@ -30,6 +30,7 @@ MOVED = {
     "data.preference.topic_language": "espalier.launch.papers.preference.topic_language",
     "data.snapkv.retrieval": "espalier.launch.papers.snapkv.retrieval",
 }
+_FOLDERS = ("espalier.launch.evaluate", "espalier.launch.prepare")
 
 
 def today(statement: "ImportStatement") -> "ImportStatement":
@@ -61,5 +62,7 @@ def name_of_today(module: str) -> str:
 def as_before(text: str) -> str:
     """Returns a text with modules by their former names, of which digests from before a move are made."""
     for former, now in MOVED.items():
-        text = re.sub(rf"\b{re.escape(now)}\b", former, text)
+        # Without a module after it, the name of a folder is that of its command, which it was before.
+        within = r"(?=\.)" if now in _FOLDERS else ""
+        text = re.sub(rf"\b{re.escape(now)}\b{within}", former, text)
     return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)
