@@ -9,12 +9,12 @@ from espalier.launch import environment
 if TYPE_CHECKING:
     from gin.config_parser import ImportStatement
 
-# Former name -> name, of modules and of folders; the first that fits counts.
+# Former name -> name, of modules, and of folders with a dot: their names alone are commands. The first that fits counts.
 MOVED = {
     "launch.evaluation.skills": "espalier.launch.code_mix.skills",
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
-    "launch.evaluation": "espalier.launch.evaluate",
-    "launch.preparation": "espalier.launch.prepare",
+    "launch.evaluation.": "espalier.launch.evaluate.",
+    "launch.preparation.": "espalier.launch.prepare.",
     "launch.run.beginnings": "espalier.launch.run.phase",
     "launch.run.load_run": "espalier.launch.load.load_run",
     "launch.run.run_model": "espalier.launch.load.run_model",
@@ -30,7 +30,6 @@ MOVED = {
     "data.preference.topic_language": "espalier.launch.papers.preference.topic_language",
     "data.snapkv.retrieval": "espalier.launch.papers.snapkv.retrieval",
 }
-_FOLDERS = ("espalier.launch.evaluate", "espalier.launch.prepare")
 
 
 def today(statement: "ImportStatement") -> "ImportStatement":
@@ -46,10 +45,10 @@ def today(statement: "ImportStatement") -> "ImportStatement":
 
 def name_of_today(module: str) -> str:
     """Returns the name of a module that has moved, or was importable without `espalier.`; the same name for any other."""
-    bare = module.removeprefix("espalier.")
+    bare = f"{module.removeprefix('espalier.')}."
     for former, now in MOVED.items():
-        if f"{bare}.".startswith(f"{former}."):
-            return now + bare.removeprefix(former)
+        if bare.startswith(f"{former.rstrip('.')}."):
+            return (now + bare.removeprefix(former)).rstrip(".")
     path = pathlib.Path(environment.ROOT, *module.split("."))
     own = module.partition(".")[0] in environment.EARLIER_PACKAGES
     return (
@@ -62,7 +61,5 @@ def name_of_today(module: str) -> str:
 def as_before(text: str) -> str:
     """Returns a text with modules by their former names, of which digests from before a move are made."""
     for former, now in MOVED.items():
-        # Without a module after it, the name of a folder is that of its command, which it was before.
-        within = r"(?=\.)" if now in _FOLDERS else ""
-        text = re.sub(rf"\b{re.escape(now)}\b{within}", former, text)
+        text = re.sub(rf"\b{re.escape(now)}\b", former, text)
     return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)
