@@ -40,7 +40,7 @@ def _run(flags: argparse.Namespace) -> Mapping[str, Any]:
     return run_one(SweepFolder(pathlib.Path(flags.out)), flags.run)
 
 
-main = cli.command(__doc__, "sweeping.run", _run, add_flags=_add_flags)
+main = cli.command(__doc__, "sweep.run", _run, add_flags=_add_flags)
 
 
 def run_one(folder: SweepFolder, name: str) -> Mapping[str, Any]:
