@@ -9,12 +9,12 @@ from espalier.launch import environment
 if TYPE_CHECKING:
     from gin.config_parser import ImportStatement
 
-# Former name -> name, of modules and of folders; the first that fits counts.
+# Former name -> name, of modules, and of folders with a dot: their names alone are commands. The first that fits counts.
 MOVED = {
     "launch.evaluation.skills": "espalier.launch.code_mix.skills",
     "launch.preparation.embed_domains": "espalier.launch.nexus.embed_domains",
-    "launch.evaluation": "espalier.launch.evaluate",
-    "launch.preparation": "espalier.launch.prepare",
+    "launch.evaluation.": "espalier.launch.evaluate.",
+    "launch.preparation.": "espalier.launch.prepare.",
     "launch.run.beginnings": "espalier.launch.run.phase",
     "launch.run.load_run": "espalier.launch.load.load_run",
     "launch.run.run_model": "espalier.launch.load.run_model",
@@ -45,10 +45,10 @@ def today(statement: "ImportStatement") -> "ImportStatement":
 
 def name_of_today(module: str) -> str:
     """Returns the name of a module that has moved, or was importable without `espalier.`; the same name for any other."""
-    bare = module.removeprefix("espalier.")
+    bare = f"{module.removeprefix('espalier.')}."
     for former, now in MOVED.items():
-        if f"{bare}.".startswith(f"{former}."):
-            return now + bare.removeprefix(former)
+        if bare.startswith(f"{former.rstrip('.')}."):
+            return (now + bare.removeprefix(former)).rstrip(".")
     path = pathlib.Path(environment.ROOT, *module.split("."))
     own = module.partition(".")[0] in environment.EARLIER_PACKAGES
     is_there = own and (path.is_dir() or path.with_suffix(".py").is_file())

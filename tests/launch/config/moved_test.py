@@ -23,7 +23,19 @@ lag_domains.register.vocabulary = None
 
 @pytest.mark.parametrize("module", moved.MOVED.values())
 def test_a_moved_module_is_there(module):
-    importlib.import_module(module)
+    importlib.import_module(module.rstrip("."))
+
+
+def test_the_name_of_a_folder_is_that_of_its_command_or_of_modules_in_it():
+    for module in ("launch.evaluation", "launch.evaluation.held_out", "espalier.launch.evaluation"):
+        expected = f"espalier.{module.removeprefix('espalier.')}".replace("evaluation", "evaluate")
+        assert moved.name_of_today(module) == expected
+    for now, before in {
+        "-m espalier.launch.evaluate loss": "-m launch.evaluate loss",  # as before the folder had its name
+        "espalier.launch.evaluate.routing:routing": "launch.evaluation.routing:routing",
+        "espalier.launch.run.phase.add_bos": "launch.run.beginnings.add_bos",
+    }.items():
+        assert moved.as_before(now) == before
 
 
 def test_imports_of_moved_modules_have_their_names_of_today():
