@@ -58,6 +58,5 @@ def name_of_today(module: str) -> str:
 def as_before(text: str) -> str:
     """Returns a text with modules by their former names, of which digests from before a move are made."""
     for former, now in MOVED.items():
-        own = r"(?=\.)" if former.count(".") == 1 else ""  # a folder's own name is a command's
-        text = re.sub(rf"\b{re.escape(now)}\b{own}", former, text)
+        text = re.sub(rf"\b{re.escape(now)}\b", former, text)
     return re.sub(rf"\bespalier\.(?=(?:{'|'.join(environment.EARLIER_PACKAGES)})\b)", "", text)

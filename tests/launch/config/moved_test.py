@@ -76,15 +76,6 @@ def test_a_run_and_a_sweep_from_before_a_move_go_on(tmp_path):
     assert len(digests) == 1
 
 
-def test_a_command_whose_folder_has_its_name_keeps_it():
-    for name in ("evaluate", "prepare"):
-        assert moved.as_before(f'["espalier.launch.{name}", "x"]') == f'["launch.{name}", "x"]'
-    assert (
-        moved.as_before("espalier.launch.evaluate.ranks:evaluate")
-        == "launch.evaluation.ranks:evaluate"
-    )
-
-
 def test_a_configuration_from_before_a_move_is_read(tmp_path):
     path = tmp_path / "config.gin"
     path.write_text(OLD.replace("from model import my_layers\n", ""))
