@@ -9,9 +9,8 @@ Each process writes and reads its own part without Orbax, the blocks that its de
     <step>/meta.json            the record, as in a shared step
     <step>/manifest.json        whole shapes and dtypes, digests of this process's blocks, checksums of the files
 
-A step counts only if every
-process holds it, whole and verified, for the same number of processes. The shared directory names the token of the
-start that wrote last; a start takes over the steps up to its own beginning under a new token. So no step is read that
+A step counts only if every process holds it, whole and verified, for the same number of processes. The shared directory
+names the token of the start that wrote last; a start takes over the steps up to its own beginning under a new token. So no step is read that
 a host kept of an earlier start, while the run went on elsewhere.
 """
 
