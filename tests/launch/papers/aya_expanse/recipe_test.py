@@ -11,6 +11,7 @@ import yaml
 from espalier.data.text.documents import DataError
 from espalier.launch import cli
 from espalier.launch.config import gin_config
+from espalier.launch.merge import __main__ as merge
 from espalier.launch.papers.aya_expanse import recipe as recipes
 from espalier.launch.papers.aya_expanse import small_answers
 from espalier.launch.papers.aya_expanse import stage as aya_expanse_stage
@@ -235,13 +236,8 @@ def test_a_run_of_a_sweep_has_the_name_of_its_arm():
 
 
 def test_runs_are_merged_with_equal_weights(write, tmp_path, monkeypatch):
-    import espalier.launch as launch
-
     calls = []
-    merge = types.SimpleNamespace(main=lambda argv: calls.append(argv) or 0)
-
-    monkeypatch.setitem(__import__("sys").modules, "espalier.launch.merge", merge)
-    monkeypatch.setattr(launch, "merge", merge, raising=False)
+    monkeypatch.setattr(merge, "main", lambda argv: calls.append(argv) or 0)
     assert run("merge", write(), tmp_path / "m/seed0", ("runs", ["/a", "/b"])) == 0
     ((config, out),) = calls
     made = yaml.safe_load(pathlib.Path(config.removeprefix("--config=")).read_text())
