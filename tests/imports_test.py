@@ -20,18 +20,18 @@ PACKAGES = ("espalier", "model", "trainers", "data", "launch")
 # How large the house may be. A number that falls is lowered here; one that has to rise needs a reason in its commit.
 # Files and lines of the project that an import of the module reads, itself included.
 CLOSURES = {
-    "trainers.step": (6, 701),
-    "trainers.recipe": (32, 4_556),
+    "trainers.step": (7, 712),
+    "trainers.recipe": (33, 4_567),
     "model.transformer": (23, 3_524),
-    "launch.train": (83, 16_028),
+    "launch.train": (84, 16_035),
 }
 # Files, without __init__.py, and lines of each package.
 SIZES = {
     "espalier": (10, 1_372),
     "model": (80, 14_332),
-    "trainers": (110, 18_239),
+    "trainers": (111, 18_249),
     "data": (106, 19_985),
-    "launch": (264, 58_145),
+    "launch": (264, 58_143),
 }
 # Files of a folder, without __init__.py: of any, and of these.
 FOLDER = 15

@@ -1,7 +1,7 @@
 """The one train step: gradients of a summed loss, divided once by the summed weight.
 
 Numerators and weights are added over microbatches before the division, so accumulation, padding and
-packing do not change the gradient. A batch's rows are processed in equal parts, the microbatches.
+packing do not change the gradient.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import optax
 
 from espalier.trainers import trainable
 from espalier.trainers.extensions import StepExtension, Update, gated, of_model, present_extras
-from espalier.trainers.objectives.base import Batch, LossFn, LossOut, Metrics, Objective
+from espalier.trainers.objectives.base import Batch, LossFn, Metrics, Objective
+from espalier.trainers.objectives.gradients import in_parts, make_gradients
 from espalier.trainers.train_state import TrainState
 
 # (state, batch, extras of the objective) -> (state, metrics); extras are optional.
@@ -136,86 +137,3 @@ def _applied(new: jax.Array, old: jax.Array, update: jax.Array) -> jax.Array:
     # XLA drops a conversion to a narrow dtype and back (xla_allow_excess_precision), but not an explicit rounding.
     stored = jax.lax.reduce_precision(new.astype(wide), info.nexp, info.nmant)
     return stored - old.astype(wide)
-
-
-# (params, batch, rng, the model's collections, extras) -> gradients, loss without collections, collections after it
-Gradients = Callable[
-    [Any, Batch, jax.Array, dict[str, Any], Any], tuple[Any, LossOut, dict[str, Any]]
-]
-
-
-def make_gradients(
-    objective: Objective,
-    *,
-    mask: Any = None,
-    microbatches: int = 1,
-    gradient_dtype: str | None = None,
-) -> Gradients:
-    """Returns a function that computes the gradient of the summed loss to the trained parameters, and the loss.
-
-    Each microbatch reads the collections that the one before wrote. Sums are float32.
-
-    Args:
-      mask, microbatches, gradient_dtype: see `make_train_step`.
-    """
-
-    def gradients(
-        params: Any, batch: Batch, rng: jax.Array, variables: dict[str, Any], extras: Any
-    ) -> tuple[Any, LossOut, dict[str, Any]]:
-        trained, frozen = trainable.split(params, mask)
-        if gradient_dtype is not None:
-            trained = _cast_floats(trained, gradient_dtype)
-
-        def loss(trained: Any) -> tuple[jax.Array, LossOut]:
-            whole = trainable.join(trained, frozen)
-            out = objective(whole, batch, rng, variables=variables, extras=extras)
-            return out.sum, out
-
-        grads, out = jax.grad(loss, has_aux=True)(trained)
-        return grads, dataclasses.replace(out, variables=None), _updated(variables, out.variables)
-
-    def accumulated(
-        params: Any, batch: Batch, rng: jax.Array, variables: dict[str, Any], extras: Any
-    ) -> tuple[Any, LossOut, dict[str, Any]]:
-        parts = in_parts(batch, microbatches)
-
-        def body(carry: Any, xs: Any) -> tuple[Any, None]:
-            (total, variables), (part, index) = carry, xs
-            key = jax.random.fold_in(rng, index)
-            grads, out, variables = gradients(params, part, key, variables, extras)
-            wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-            return (jax.tree.map(jnp.add, total, (wide, out)), variables), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, first, rng, variables, extras)[:2]
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-        )
-        xs = (parts, jnp.arange(microbatches))
-        ((grads, out), variables), _ = jax.lax.scan(body, (zeros, variables), xs)
-        return grads, out, variables
-
-    return gradients if microbatches == 1 else accumulated
-
-
-def in_parts(batch: Batch, count: int) -> Any:
-    """Returns the batch's rows in `count` microbatches, stacked."""
-    # Row r goes to microbatch r % M, so that each microbatch is spread over all devices.
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def _updated(variables: Mapping[str, Any], written: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns `variables` with the collections that an objective wrote; raises ValueError if the state holds no such one."""
-    unknown = sorted(set(written or {}) - set(variables))
-    if unknown:
-        raise ValueError(
-            f"The objective writes the collections {unknown}, but the state holds "
-            f"{sorted(variables)}: a collection must be created by the model's init."
-        )
-    return {**variables, **(written or {})}
-
-
-def _cast_floats(tree: Any, dtype: str) -> Any:
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
